@@ -1,0 +1,61 @@
+"""Neuronscope: which neurons of a PyTorch network are dead, since when, how sure that is, why, and what to do.
+
+Public names are bound lazily (PEP 562): ``import neuronscope`` loads no torch, so that TensorBoard and command lines
+that only read reports stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuronscope.census import Census, Tally
+    from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
+    from neuronscope.report import Report
+    from neuronscope.scope import Scope, scan, watch
+    from neuronscope.sites import Activation
+    from neuronscope.verdicts import Policy, Verdict
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Activation": "neuronscope.sites",
+    "Census": "neuronscope.census",
+    "NeuronscopeError": "neuronscope.errors",
+    "NeuronscopeWarning": "neuronscope.errors",
+    "Policy": "neuronscope.verdicts",
+    "Report": "neuronscope.report",
+    "Scope": "neuronscope.scope",
+    "Tally": "neuronscope.census",
+    "Verdict": "neuronscope.verdicts",
+    "scan": "neuronscope.scope",
+    "watch": "neuronscope.scope",
+}
+
+__all__ = [
+    "Activation",
+    "Census",
+    "NeuronscopeError",
+    "NeuronscopeWarning",
+    "Policy",
+    "Report",
+    "Scope",
+    "Tally",
+    "Verdict",
+    "__version__",
+    "scan",
+    "watch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

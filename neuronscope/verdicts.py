@@ -1,0 +1,196 @@
+"""What is said of a neuron: policy as data, and judging as pure functions on arrays.
+
+Nothing here knows torch, hooks or reports. :func:`judge` takes counts and returns masks; :func:`rate_bound` says how
+sure a "never fired" is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.errors import UsageError
+
+__all__ = ["LABELS", "Counts", "Judgement", "Policy", "Verdict", "judge", "rate_bound"]
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+#: Every label a neuron can bear, most serious first. A neuron that earns several bears the first.
+LABELS = ("unseen", "not finite", "dead", "cut off", "dormant", "linear", "alive")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The thresholds, as data.
+
+    Attributes:
+        tolerance: An output counts as zero when ``|y| <= tolerance``; 0 is exact. Applied while counting.
+        dormant_tau: A neuron is dormant when its score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` is at most this
+            (Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning").
+        confidence: Level of the bound that every dead verdict carries.
+        max_rate: A window is long enough for a verdict when a neuron that never fired in it fires in fewer than this
+            share of examples, at ``confidence``.
+
+    >>> Policy().min_examples
+    299
+    """
+
+    tolerance: float = 0.0
+    dormant_tau: float = 0.025
+    confidence: float = 0.95
+    max_rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("tolerance", 0.0, math.inf), ("dormant_tau", 0.0, math.inf)):
+            value = getattr(self, name)
+            if not (low <= value < high):
+                raise UsageError(f"Expected policy `{name}` to be a number of at least {low}, but got {value!r}.")
+        for name in ("confidence", "max_rate"):
+            value = getattr(self, name)
+            if not 0.0 < value < 1.0:
+                raise UsageError(f"Expected policy `{name}` to lie between 0 and 1, but got {value!r}.")
+
+    @property
+    def min_examples(self) -> int:
+        """Independent examples a window needs before its verdicts are as sure as the policy asks."""
+        return math.ceil(math.log(1.0 - self.confidence) / math.log1p(-self.max_rate))
+
+    def as_dict(self) -> dict[str, float]:
+        """The thresholds as plain data, for a report."""
+        return asdict(self)
+
+
+def rate_bound(examples: int, confidence: float = 0.95) -> float:
+    """Upper bound on how often a neuron fires that fired in none of ``examples`` independent examples.
+
+    ``1 - (1 - confidence) ** (1 / examples)``: the exact (Clopper-Pearson) one-sided bound for 0 of n.
+
+    Args:
+        examples: Number of independent examples, ≥ 0.
+        confidence: Level of the bound.
+
+    Returns:
+        A share of examples in [0, 1]; 1.0 when nothing was observed.
+
+    >>> round(rate_bound(1000), 6)
+    0.002991
+    """
+    if examples <= 0:
+        return 1.0
+    return -math.expm1(math.log(1.0 - confidence) / examples)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What :func:`judge` needs to know of one site: plain arrays over its ``N`` neurons.
+
+    Attributes:
+        kind: The activation's kind (``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``).
+        linear_when_on: Whether the activation is the identity wherever its output is not zero (ReLU).
+        zero_outputs: Positions with zero output, int64 ``(N,)``.
+        zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
+        not_finite: Positions with NaN or infinite output, int64 ``(N,)``.
+        mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
+        positions: Positions each neuron's output was seen at.
+        gradient_positions: Positions each neuron's gradient was seen at.
+    """
+
+    kind: str
+    linear_when_on: bool
+    zero_outputs: IntArray
+    zero_gradients: IntArray
+    not_finite: IntArray
+    mean_abs_output: FloatArray
+    positions: int
+    gradient_positions: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Masks over the ``N`` neurons of one site.
+
+    ``dormant``, ``cut_off`` and ``linear`` never include dead neurons; ``dormant`` and ``cut_off`` may overlap.
+    """
+
+    dead: BoolArray
+    dormant: BoolArray
+    cut_off: BoolArray
+    linear: BoolArray
+    not_finite: BoolArray
+    unseen: BoolArray
+
+    def labels(self) -> npt.NDArray[np.uint8]:
+        """Index into :data:`LABELS` for each neuron, the most serious label that it earned, uint8 ``(N,)``."""
+        codes = np.full(self.dead.shape, LABELS.index("alive"), dtype=np.uint8)
+        for name in reversed(LABELS[:-1]):
+            codes[getattr(self, name.replace(" ", "_"))] = LABELS.index(name)
+        return codes
+
+
+def judge(counts: Counts, policy: Policy) -> Judgement:
+    """Judge every neuron of one site by its counts over one window.
+
+    Args:
+        counts: The site's counts; see :class:`Counts`.
+        policy: The thresholds.
+
+    Returns:
+        One mask per verdict, each ``(N,)``.
+    """
+    shape = counts.zero_outputs.shape
+    if counts.positions == 0:
+        no = np.zeros(shape, dtype=np.bool_)
+        return Judgement(no, no, no, no, no, np.ones(shape, dtype=np.bool_))
+    not_finite = counts.not_finite > 0
+    silent = counts.zero_outputs == counts.positions
+    seen_gradients = counts.gradient_positions > 0
+    no_gradient = (
+        counts.zero_gradients == counts.gradient_positions if seen_gradients else np.zeros(shape, dtype=np.bool_)
+    )
+    if counts.kind == "leaky":  # never dead by output: its slope lets gradient through wherever it is
+        dead = np.zeros(shape, dtype=np.bool_)
+    else:
+        dead = silent & no_gradient if seen_gradients else silent
+    score = counts.mean_abs_output / (counts.mean_abs_output.mean() + 1e-9)
+    dormant = (score <= policy.dormant_tau) & ~dead & ~not_finite
+    # "Fires, and no gradient comes back". A leaky unit is never dead, so it need not fire to be cut off.
+    cut_off = no_gradient & ~dead & ~not_finite
+    linear = np.zeros(shape, dtype=np.bool_)
+    if counts.linear_when_on:
+        linear = (counts.zero_outputs == 0) & ~not_finite
+    unseen = np.zeros(shape, dtype=np.bool_)
+    return Judgement(dead, dormant, cut_off, linear, not_finite, unseen)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of one neuron, with its basis and its sample size.
+
+    Attributes:
+        site: Name of the site.
+        neuron: Index along the site's neuron axis.
+        label: One of :data:`LABELS`.
+        basis: ``measured``, ``proved`` or ``inferred``.
+        examples: Independent examples behind the verdict.
+        bound: For a dead neuron, the share of examples it may still fire in, at the policy's confidence; else ``None``.
+        since: Optimizer step at which a dead neuron was first observed not to fire; −1 when it never fired since
+            watching began ("born dead"); ``None`` for labels other than dead.
+    """
+
+    site: str
+    neuron: int
+    label: str
+    basis: str
+    examples: int
+    bound: float | None
+    since: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as plain data."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Each writer draws a :class:`neuronscope.Report`; none knows another."""
