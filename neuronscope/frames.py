@@ -1,0 +1,128 @@
+"""One forward at a time: who is running, the how-manieth call this is, and what each tensor is.
+
+A *frame* is one outermost call of a watched module, normally the model's forward. Calls of a reused module are numbered
+within a frame. Activations that a training step applies outside any module call (a Lightning ``training_step`` that
+writes ``F.relu(self.fc(x))``) are *loose*: they are numbered from one optimizer step or backward pass to the next.
+
+Everything here can be traced by ``torch.compile``: while it traces, tensors are remembered only inside a module call that
+belongs to the same graph, and forgotten when that call ends, so that a graph never hands out an intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronscope.axes import Flow, TensorMap
+from neuronscope.sites import SiteKey
+
+__all__ = ["Frame", "first_tensor"]
+
+
+class Frame:
+    """State of the forward that is running; one instance serves all forwards of a tap, one after another."""
+
+    def __init__(self) -> None:
+        self.owners: list[str] = []
+        self.flow = Flow()
+        self.roles = TensorMap()
+        self.examples = 0
+        self.recomputing = False
+        self.muted = False
+        self._calls: dict[tuple[str, str], int] = {}
+        self._loose_calls: dict[tuple[str, str], int] = {}
+        self._trace_depth = -1
+
+    @property
+    def owner(self) -> str:
+        """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
+        return self.owners[-1] if self.owners else ""
+
+    @property
+    def follows(self) -> bool:
+        """Whether tensors may be remembered now."""
+        return not torch.compiler.is_compiling() or self._trace_depth >= 0
+
+    def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """A watched module begins to run; says whether that began a frame."""
+        outermost = not self.owners
+        if outermost:
+            self.forget()
+            self._calls = {}
+            self.recomputing = in_backward()
+            self.muted = not observable()
+            tensor = first_tensor((args, kwargs))
+            self.examples = tensor.shape[0] if tensor is not None and tensor.dim() > 0 else 1
+        if torch.compiler.is_compiling() and self._trace_depth < 0:
+            self._trace_depth = len(self.owners)
+        self.owners.append(path)
+        return outermost
+
+    def leave(self) -> bool:
+        """A watched module is done, or failed; says whether that ended the frame."""
+        if self.owners:
+            self.owners.pop()
+        if torch.compiler.is_compiling() and len(self.owners) == self._trace_depth:
+            self.forget()
+            self._trace_depth = -1
+        if self.owners:
+            return False
+        self.forget()
+        self.recomputing = False
+        return True
+
+    def number(self, path: str, function: str) -> SiteKey:
+        """The key of the call that begins now."""
+        calls = self._calls if self.owners else self._loose_calls
+        call = calls.get((path, function), 0)
+        calls[(path, function)] = call + 1
+        return SiteKey(path, function, call, False)
+
+    def forget(self) -> None:
+        """Forget every tensor."""
+        self.flow.clear()
+        self.roles.clear()
+
+    def restart(self) -> None:
+        """An optimizer step is over, or a forward never ended: number and remember from scratch."""
+        self.owners = []
+        self._calls = {}
+        self._loose_calls = {}
+        self._trace_depth = -1
+        self.recomputing = False
+        self.muted = False
+        self.forget()
+
+    def end_loose(self) -> None:
+        """A backward pass ran: what is loose from now on belongs to another forward."""
+        if self._loose_calls:
+            self._loose_calls = {}
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing runs forward again inside it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def observable() -> bool:
+    """Whether tensors are real now: not while a graph is recorded for export, nor inside ``torch.func`` transforms."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not torch.jit.is_tracing() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and mappings, or ``None``."""
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,512 @@
+"""Scope, watch() and scan(): the one place that wires attach → count → tally → judge → report."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronscope.census import Census, SiteInfo
+from neuronscope.counting import Meter
+from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
+from neuronscope.hooks import Tap
+from neuronscope.report import Report
+from neuronscope.reporting import make_report
+from neuronscope.sites import Activation, Registry, SiteKey, walk
+from neuronscope.verdicts import Policy
+from neuronscope.windows import WINDOWS, PhaseRecord
+
+__all__ = ["Scope", "scan", "watch"]
+
+_STATE_VERSION = 1
+Patterns = str | Sequence[str] | None
+
+
+class Scope:
+    """A model that is being watched. Made by :func:`watch`; see there for the arguments.
+
+    A scope is a context manager: leaving it detaches it. What was counted stays readable afterwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every_n_steps: int = 1,
+        sites: Patterns = None,
+        exclude: Patterns = None,
+        functional: bool = True,
+        axes: Mapping[str, int] | None = None,
+        policy: Policy | None = None,
+        activations: Mapping[Any, Activation | str] | None = None,
+        window_steps: int = 100,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
+        self.every_n_steps = _positive("every_n_steps", every_n_steps)
+        self.window_steps = _positive("window_steps", window_steps)
+        self.policy = _checked_policy(policy)
+        self._sites = _patterns("sites", sites)
+        self._exclude = _patterns("exclude", exclude)
+        self._axes = _checked_axes(axes)
+        self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
+        self._records: dict[str, PhaseRecord] = {}
+        self._phase = "train"
+        self._step = 0
+        self._detached = False
+        self._checked = False
+        self._model_name = _model_name(model)
+        registry = Registry(activations)
+        if _has_no_site(model, registry, functional):
+            raise NothingToWatchError(
+                f"Expected a model with at least one activation, but found none in {self._model_name}: "
+                f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
+                "with `activations={MyActivation: 'relu-like'}`."
+            )
+        self._tap = Tap(
+            model,
+            registry=registry,
+            meters=self._new_meter,
+            axes=self._declared_axis,
+            functional=functional,
+            tolerance=self.policy.tolerance,
+        )
+        self._observe()
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Scope:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken since watching began."""
+        return self._step
+
+    @property
+    def observing(self) -> bool:
+        """Whether the step that is running is observed."""
+        return self._tap.observing
+
+    @property
+    def detached(self) -> bool:
+        """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
+        return self._detached or self._tap.failure is not None
+
+    def step(self, step: int | None = None) -> bool:
+        """One optimizer step is over.
+
+        Args:
+            step: Optimizer steps taken so far, where the caller counts them; by default one more than before.
+
+        Returns:
+            Whether that closed a window.
+
+        Raises:
+            DetachedError: The scope was detached.
+        """
+        self._require_attached("step")
+        closed = False
+        if self._tap.observing and self._phase == "train":
+            record = self._record("train")
+            record.note_step(self._step)
+            self._check_patterns()
+        record = self._record("train")
+        self._step = self._step + 1 if step is None else step
+        if record.open_steps and self._step - record.first_open_step >= self.window_steps:
+            record.flush()
+            closed = record.is_sure() and record.close()
+        self._observe()
+        return closed
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[Scope]:
+        """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of it.
+
+        Args:
+            name: The phase's name.
+
+        Raises:
+            DetachedError: The scope was detached.
+        """
+        self._require_attached("phase")
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"Expected argument `name` of a phase to be a non-empty string, but got {name!r}.")
+        before = self._phase
+        self._phase = name
+        self._observe()
+        try:
+            yield self
+        finally:
+            if not self._detached and name != "train" and name != before:
+                record = self._record(name)
+                record.note_step(self._step)
+                record.flush()
+                record.close()
+            self._phase = before
+            self._observe()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[Scope]:
+        """Count nothing that runs inside."""
+        self._tap.set_observing(False)
+        try:
+            yield self
+        finally:
+            self._observe()
+
+    def open_step(self) -> None:
+        """A training step that is no module's forward begins (Lightning's): watch its own functional calls too."""
+        if not self.detached:
+            self._tap.open_step()
+
+    def close_step(self) -> None:
+        """That training step is over."""
+        self._tap.close_step()
+
+    def detach(self) -> None:
+        """Take every hook off the model. Counts stay readable; doing it twice is harmless."""
+        if self._detached:
+            return
+        self._tap.detach()
+        self._detached = True
+        record = self._records.get("train")
+        if record is not None:
+            record.flush()
+            if record.is_sure():
+                record.close()
+
+    def _observe(self) -> None:
+        """Decide whether what runs next is counted, and where."""
+        if self.detached:
+            return
+        observing = self._phase != "train" or self._step % self.every_n_steps == 0
+        tap = self._tap
+        if not observing and not tap.observing:
+            return
+        tap.phase = self._phase
+        tap.step = self._step
+        tap.clock.fill_(self._step)
+        tap.set_observing(observing)
+
+    def _require_attached(self, what: str) -> None:
+        if self._detached:
+            raise DetachedError(
+                f"Expected a scope that is attached for `{what}()`, but this one was detached. Call `neuronscope.watch(model)` again."
+            )
+
+    # --- what was seen ---------------------------------------------------------------------------------------------
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Phases of which anything was observed."""
+        return tuple(self._records)
+
+    def census(self, phase: str = "train", window: str = "all") -> Census:
+        """The exact counts of one phase over one window.
+
+        Args:
+            phase: ``train``, or a name given to :meth:`phase`.
+            window: ``all`` (everything since watching began), ``last`` (the last closed window) or ``open``.
+
+        Returns:
+            A mapping from site names to tallies, in the order in which the sites ran; empty where nothing was seen.
+        """
+        if window not in WINDOWS:
+            raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
+        record = self._records.get(phase)
+        if record is None:
+            self._require_phase(phase)
+            return Census()
+        return record.census(window)
+
+    def report(self, phase: str = "train") -> Report:
+        """What is known of one phase, judged; print it, or draw it with its ``to_…`` methods."""
+        self._require_phase(phase)
+        record = self._records.get(phase) or PhaseRecord(self.policy)
+        return make_report(
+            record,
+            model=self._model_name,
+            phase=phase,
+            step=self._step,
+            policy=self.policy,
+            unseen=self._not_measured(record),
+        )
+
+    def _require_phase(self, phase: str) -> None:
+        if phase not in self._records and phase not in ("train", "val", "test"):
+            known = ", ".join(self._records) or "none"
+            raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
+
+    def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
+        unseen = dict(self._tap.unseen)
+        ran = {key.path for key in record.keys() if not key.function}
+        for path in self._tap.module_sites:
+            name = SiteKey(path, "", 0, False).name
+            if path not in ran and name not in unseen and self._wanted(name):
+                unseen[name] = "this module did not run while it was watched"
+        return unseen
+
+    # --- saving ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives, fit for any checkpoint."""
+        return {
+            "version": _STATE_VERSION,
+            "step": self._step,
+            "phases": {name: record.state_dict() for name, record in self._records.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the counts and the history of a saved scope; the model may have changed.
+
+        Raises:
+            StateError: The state is not one of a scope, or of a later version.
+        """
+        try:
+            version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
+        if version != _STATE_VERSION:
+            raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
+        for name, saved in phases.items():
+            self._record(name).load_state_dict(saved)
+        self._step = step
+        self._observe()
+
+    # --- wiring ----------------------------------------------------------------------------------------------------
+
+    def _record(self, phase: str) -> PhaseRecord:
+        if phase not in self._records:
+            self._records[phase] = PhaseRecord(self.policy)
+        return self._records[phase]
+
+    def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
+        if not self._wanted(key.name):
+            return None
+        return self._record(phase).add_meter(key, info, neurons, device)
+
+    def _wanted(self, name: str) -> bool:
+        included = self._sites is None or self._match(self._sites, name)
+        return included and not (self._exclude is not None and self._match(self._exclude, name))
+
+    def _declared_axis(self, name: str) -> int | None:
+        for pattern, axis in self._axes.items():
+            if fnmatchcase(name, pattern):
+                self._unmatched.discard(pattern)
+                return axis
+        return None
+
+    def _match(self, patterns: Sequence[str], name: str) -> bool:
+        matched = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        self._unmatched.difference_update(matched)
+        return bool(matched)
+
+    def _check_patterns(self) -> None:
+        """After the first observed step: patterns that matched nothing, or a model in which nothing was seen."""
+        if self._checked:
+            return
+        self._checked = True
+        names = list(self._record("train").census("open"))
+        shown = ", ".join(names[:8]) or "none"
+        for pattern in sorted(self._unmatched):
+            warnings.warn(
+                f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {shown}.",
+                NeuronscopeWarning,
+                stacklevel=3,
+            )
+        if not names:
+            warnings.warn(
+                f"No activation of {self._model_name} was seen in the first observed step; nothing is being measured.",
+                NeuronscopeWarning,
+                stacklevel=3,
+            )
+
+
+def watch(
+    model: nn.Module,
+    *,
+    every_n_steps: int = 1,
+    sites: Patterns = None,
+    exclude: Patterns = None,
+    functional: bool = True,
+    axes: Mapping[str, int] | None = None,
+    policy: Policy | None = None,
+    activations: Mapping[Any, Activation | str] | None = None,
+    window_steps: int = 100,
+) -> Scope:
+    """Watch a model while it trains, in any PyTorch loop.
+
+    Args:
+        model: The model; wrapped (DDP, ``torch.compile``) or not.
+        every_n_steps: Observe every n-th optimizer step; the others cost nothing.
+        sites: Glob patterns on site names: only these are counted.
+        exclude: Glob patterns on site names: these are not.
+        functional: Watch functional activations (``F.relu``) and gated products (``silu(g) * u``) too.
+        axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
+        policy: The thresholds; see :class:`neuronscope.Policy`.
+        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
+        window_steps: Optimizer steps of a window at least; it stays open until its examples suffice for the policy.
+
+    Returns:
+        A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step; leave it (``with``) or
+        :meth:`Scope.detach` it when done.
+
+    Raises:
+        UsageError: An argument is not what is expected.
+        NothingToWatchError: The model has no activation.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    >>> _ = model[0].bias.data.copy_(torch.tensor([-100.0, 100.0, 100.0]))
+    >>> with watch(model) as scope:
+    ...     model(torch.ones(8, 4)).sum().backward()
+    ...     _ = scope.step()
+    >>> scope.census("train")["1"].zero_output_fraction.tolist()
+    [1.0, 0.0, 0.0]
+    """
+    return Scope(
+        model,
+        every_n_steps=every_n_steps,
+        sites=sites,
+        exclude=exclude,
+        functional=functional,
+        axes=axes,
+        policy=policy,
+        activations=activations,
+        window_steps=window_steps,
+    )
+
+
+def scan(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Run a trained model over data and report on its neurons.
+
+    The model runs in evaluation mode and is left as it was: training flags, gradients and buffers included.
+
+    Args:
+        model: The model.
+        data: Batches. A tensor is given to the model as it is, a mapping as keyword arguments, and of a tuple or list
+            the first element.
+        loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
+        forward: ``forward(model, batch)`` → output, where the model is called in another way.
+        **options: As for :func:`watch`.
+
+    Returns:
+        A report of phase ``scan``.
+
+    Raises:
+        UsageError: ``data`` yields nothing, or an argument is not what is expected.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> scan(model, [torch.randn(300, 4)]).neurons
+    3
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    call = forward or _call
+    batches = 0
+    scope = watch(model, **options)
+    try:
+        model.eval()
+        with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
+            for batch in data:
+                moved = _to(batch, device)
+                for parameter, _ in gradients:
+                    parameter.grad = None
+                output = call(model, moved)
+                if loss is not None:
+                    loss(output, moved).backward()
+                batches += 1
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if batches == 0:
+        raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
+    return scope.report("scan")
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch) if not hasattr(batch, "_fields") else batch
+    return batch
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
+    return value
+
+
+def _checked_policy(policy: Any) -> Policy:
+    if policy is None:
+        return Policy()
+    if isinstance(policy, Policy):
+        return policy
+    raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise UsageError(f"Expected argument `{name}` to be a glob pattern or a list of them, but got {value!r}.")
+    return patterns
+
+
+def _checked_axes(axes: Any) -> dict[str, int]:
+    if axes is None:
+        return {}
+    if not isinstance(axes, Mapping) or not all(
+        isinstance(pattern, str) and isinstance(axis, int) and not isinstance(axis, bool) for pattern, axis in axes.items()
+    ):
+        raise UsageError(f"Expected argument `axes` to map glob patterns to integer dimensions, but got {axes!r}.")
+    return dict(axes)
+
+
+def _model_name(model: nn.Module) -> str:
+    inner = model
+    for path, module in walk(model):
+        if path == "":
+            inner = module
+    return type(inner).__name__
+
+
+def _has_no_site(model: nn.Module, registry: Registry, functional: bool) -> bool:
+    """Whether it is certain, before anything runs, that no activation of the model can be seen."""
+    if any(registry.of_module(module) is not None for module in model.modules()):
+        return False
+    plain = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Dropout)
+    return not functional or all(type(module) in plain for module in model.modules())

@@ -1,0 +1,273 @@
+"""What is an activation site, and what it is called.
+
+The registry of activation functions is a constant; what a user adds lives on a :class:`Registry` instance. A site is
+known by a :class:`SiteKey`, whose name is built here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuronscope.errors import UsageError
+
+__all__ = ["KINDS", "Activation", "Registry", "SiteKey", "named_sites_path", "walk"]
+
+#: What an activation function does to its neurons; see ``docs/definitions.md``.
+KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function, as far as judging its neurons goes.
+
+    Attributes:
+        name: Lower-case name, as in ``relu``.
+        kind: One of :data:`KINDS`.
+        linear_when_on: The function is the identity wherever its output is not zero.
+        halves: The input is split in two along a dimension and the second half gates the first (GLU).
+
+    >>> Activation("squared_relu", "relu-like").kind
+    'relu-like'
+    """
+
+    name: str
+    kind: str
+    linear_when_on: bool = False
+    halves: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"Expected activation `kind` to be one of {', '.join(KINDS)}, but got {self.kind!r}.")
+
+
+class SiteKey(NamedTuple):
+    """Identity of a site: where, by which function, the how-manieth call of a forward, and whether a gated product.
+
+    Attributes:
+        path: Module path without wrapper prefixes; the owner's path for a functional site; ``""`` for the root.
+        function: Function name for a functional site, else ``""``.
+        call: 0 for the first call in a forward, then 1, 2, …
+        gated: The product of this site's output with another tensor.
+
+    >>> SiteKey("layer1.0.relu", "", 1, False).name
+    'layer1.0.relu#1'
+    >>> SiteKey("", "relu", 0, False).name
+    'relu()'
+    """
+
+    path: str
+    function: str
+    call: int
+    gated: bool
+
+    @property
+    def name(self) -> str:
+        """The site's name, as it is shown and as patterns match it."""
+        if self.function:
+            base = f"{self.path}.{self.function}()" if self.path else f"{self.function}()"
+        else:
+            base = self.path or "(root)"
+        return base + (f"#{self.call}" if self.call else "") + (".gated" if self.gated else "")
+
+
+_RELU = Activation("relu", "relu-like", linear_when_on=True)
+_GLU = Activation("glu", "gated", halves=True)
+
+_BY_NAME = {
+    activation.name: activation
+    for activation in (
+        _RELU,
+        _GLU,
+        *(
+            Activation(name, "relu-like")
+            for name in ("relu6", "hardtanh", "hardswish", "threshold", "hardshrink", "softshrink", "hardmish")
+        ),
+        *(Activation(name, "leaky") for name in ("leaky_relu", "prelu", "rrelu")),
+        *(
+            Activation(name, "smooth")
+            for name in ("gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "logsigmoid", "tanhshrink")
+        ),
+        *(Activation(name, "saturating") for name in ("sigmoid", "tanh", "hardsigmoid", "softsign")),
+    )
+}
+
+_TORCH_MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: _RELU,
+    nn.ReLU6: _BY_NAME["relu6"],
+    nn.Hardtanh: _BY_NAME["hardtanh"],
+    nn.Hardswish: _BY_NAME["hardswish"],
+    nn.Threshold: _BY_NAME["threshold"],
+    nn.Hardshrink: _BY_NAME["hardshrink"],
+    nn.Softshrink: _BY_NAME["softshrink"],
+    nn.LeakyReLU: _BY_NAME["leaky_relu"],
+    nn.PReLU: _BY_NAME["prelu"],
+    nn.RReLU: _BY_NAME["rrelu"],
+    nn.GELU: _BY_NAME["gelu"],
+    nn.SiLU: _BY_NAME["silu"],
+    nn.Mish: _BY_NAME["mish"],
+    nn.ELU: _BY_NAME["elu"],
+    nn.SELU: _BY_NAME["selu"],
+    nn.CELU: _BY_NAME["celu"],
+    nn.Softplus: _BY_NAME["softplus"],
+    nn.LogSigmoid: _BY_NAME["logsigmoid"],
+    nn.Tanhshrink: _BY_NAME["tanhshrink"],
+    nn.Sigmoid: _BY_NAME["sigmoid"],
+    nn.Tanh: _BY_NAME["tanh"],
+    nn.Hardsigmoid: _BY_NAME["hardsigmoid"],
+    nn.Softsign: _BY_NAME["softsign"],
+    nn.GLU: _GLU,
+}
+
+# Classes of packages that need not be installed, by the package and class name that a class bears itself.
+_PACKAGED_MODULES: dict[tuple[str, str], Activation] = {
+    **{
+        ("transformers", name): _BY_NAME["gelu"]
+        for name in (
+            "GELUActivation",
+            "GELUTanh",
+            "PytorchGELUTanh",
+            "NewGELUActivation",
+            "FastGELUActivation",
+            "QuickGELUActivation",
+            "ClippedGELUActivation",
+            "AccurateGELUActivation",
+        )
+    },
+    ("transformers", "SiLUActivation"): _BY_NAME["silu"],
+    ("transformers", "MishActivation"): _BY_NAME["mish"],
+    ("transformers", "LaplaceActivation"): Activation("laplace", "saturating"),
+    ("transformers", "ReLUSquaredActivation"): Activation("relu_squared", "relu-like"),
+    ("transformers", "XIELUActivation"): Activation("xielu", "leaky"),
+    **{("timm", name): _BY_NAME["silu"] for name in ("Swish", "SwishMe", "SwishJit")},
+    **{("timm", name): _BY_NAME["mish"] for name in ("Mish", "MishMe", "MishJit")},
+    **{("timm", name): _BY_NAME["gelu"] for name in ("GELU", "GELUTanh", "QuickGELU")},
+    **{("timm", name): _BY_NAME["hardswish"] for name in ("HardSwish", "HardSwishMe", "HardSwishJit")},
+    **{("timm", name): _BY_NAME["hardsigmoid"] for name in ("HardSigmoid", "HardSigmoidMe", "HardSigmoidJit")},
+    **{("timm", name): _BY_NAME["hardmish"] for name in ("HardMish", "HardMishMe", "HardMishJit")},
+    ("timm", "Sigmoid"): _BY_NAME["sigmoid"],
+    ("timm", "Tanh"): _BY_NAME["tanh"],
+    ("timm", "PReLU"): _BY_NAME["prelu"],
+}
+
+
+def _callables() -> Iterator[tuple[Callable[..., Any], Activation]]:
+    """Every torch function, in-place or not, that applies an activation, as a function mode sees it."""
+    for name, activation in _BY_NAME.items():
+        for home in (F, torch, torch.Tensor):
+            for spelling in (name, name + "_"):
+                function = getattr(home, spelling, None)
+                if callable(function):
+                    yield function, activation
+    yield torch.special.expit, _BY_NAME["sigmoid"]
+
+
+_FUNCTIONS: dict[Callable[..., Any], Activation] = dict(_callables())
+
+# A clamp from below at exactly zero is a ReLU; with a ceiling too it is a bounded one.
+_CLAMPS = frozenset(
+    getattr(home, name)
+    for home in (torch, torch.Tensor)
+    for name in ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
+)
+_BOUNDED_RELU = Activation("clamp", "relu-like")
+_CLAMP = Activation("clamp", "relu-like", linear_when_on=True)
+
+
+def _clamp(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
+    low = args[1] if len(args) > 1 else kwargs.get("min")
+    high = args[2] if len(args) > 2 else kwargs.get("max")
+    if isinstance(low, bool) or not isinstance(low, (int, float)) or low != 0:
+        return None
+    return _CLAMP if high is None else _BOUNDED_RELU
+
+
+class Registry:
+    """Which modules and functions apply an activation: the built-in constants and one user's additions.
+
+    Args:
+        additions: Module classes or functions of one's own, each with its :class:`Activation`, or with a kind or a
+            known activation's name as a shorthand.
+
+    Raises:
+        UsageError: An addition is neither a module class nor a function, or its activation is unknown.
+    """
+
+    def __init__(self, additions: Mapping[Any, Activation | str] | None = None) -> None:
+        self._modules = dict(_TORCH_MODULES)
+        self.functions = dict(_FUNCTIONS)
+        for target, value in (additions or {}).items():
+            activation = self._resolve(target, value)
+            if isinstance(target, type) and issubclass(target, nn.Module):
+                self._modules[target] = activation
+            elif callable(target):
+                self.functions[target] = activation
+            else:
+                raise UsageError(f"Expected an activation to be a module class or a function, but got {target!r}.")
+
+    @staticmethod
+    def _resolve(target: Any, value: Activation | str) -> Activation:
+        if isinstance(value, Activation):
+            return value
+        if value in _BY_NAME:
+            return _BY_NAME[value]
+        return Activation(getattr(target, "__name__", str(target)).lower(), value)
+
+    def of_module(self, module: nn.Module) -> Activation | None:
+        """The activation that ``module`` applies, or ``None``; subclasses count as what they derive from."""
+        for cls in type(module).__mro__:
+            found = self._modules.get(cls) or _PACKAGED_MODULES.get((cls.__module__.partition(".")[0], cls.__name__))
+            if found is not None:
+                return found
+        return None
+
+    def of_call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Activation | None:
+        """The activation that a torch function applies when called like this, or ``None``."""
+        found = self.functions.get(function)
+        if found is None and function in _CLAMPS:
+            return _clamp(args, kwargs)
+        return found
+
+
+# Wrappers keep the wrapped model under one attribute, which is no part of a site's name.
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_CLASSES = frozenset(
+    {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel"}
+)
+
+
+def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
+    """A module path without the parts that wrappers put in.
+
+    Args:
+        path: A path as in ``named_modules()``.
+        wrapped: Paths of wrappers whose child ``module`` is the wrapped model.
+
+    >>> named_sites_path("module._orig_mod.layer1.0.relu", frozenset({""}))
+    'layer1.0.relu'
+    >>> named_sites_path("experts.module.act")
+    'experts.module.act'
+    """
+    kept: list[str] = []
+    so_far = ""
+    for part in path.split(".") if path else ():
+        wrapper = part in _WRAPPER_PARTS or (part == "module" and so_far in wrapped)
+        so_far = f"{so_far}.{part}" if so_far else part
+        if not wrapper:
+            kept.append(part)
+    return ".".join(kept)
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, with its path as sites are named by it."""
+    modules = list(model.named_modules())
+    wrapped = frozenset(path for path, module in modules if type(module).__name__ in _WRAPPER_CLASSES)
+    for path, module in modules:
+        yield named_sites_path(path, wrapped), module

@@ -1,0 +1,150 @@
+"""Windows of one phase: what is being counted now, what was closed last, and everything together.
+
+A window is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window that has run its
+steps stays open until it has enough of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.counting import Meter
+from neuronscope.errors import StateError, UsageError
+from neuronscope.history import History
+from neuronscope.sites import SiteKey
+from neuronscope.verdicts import Policy
+
+__all__ = ["WINDOWS", "PhaseRecord"]
+
+#: Windows that a census can be asked for.
+WINDOWS = ("all", "last", "open")
+
+Join = Callable[[Census], Census]
+
+
+class PhaseRecord:
+    """All that is known of one phase.
+
+    Args:
+        policy: The thresholds.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._meters: dict[SiteKey, tuple[SiteInfo, Meter]] = {}
+        self._flushed = Census()
+        self._steps: list[int] = []
+        self._steps_before: list[int] = []
+        self.closed = Census()
+        self.last = Census()
+        self.last_sure = Census()
+        self.history = History(policy)
+
+    def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
+        """A new meter for a site of this phase."""
+        meter = Meter(neurons, device)
+        self._meters[key] = (info, meter)
+        return meter
+
+    def keys(self) -> Iterator[SiteKey]:
+        """The sites that were met in this phase since it was last loaded."""
+        return iter(self._meters)
+
+    def note_step(self, step: int) -> None:
+        """An optimizer step was observed."""
+        if not self._steps or step > self._steps[-1]:
+            self._steps.append(step)
+
+    @property
+    def open_steps(self) -> int:
+        """Optimizer steps observed in the open window."""
+        return len(self._steps)
+
+    @property
+    def first_open_step(self) -> int:
+        """First optimizer step observed in the open window; −1 where none was."""
+        return self._steps[0] if self._steps else -1
+
+    def _span(self) -> dict[str, int]:
+        return {
+            "first_step": self.first_open_step,
+            "last_step": self._steps[-1] if self._steps else -1,
+            "steps": len(self._steps),
+        }
+
+    def open(self) -> Census:
+        """The running window so far."""
+        running = {key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()}
+        merged = self._flushed.merge(Census(running))
+        return Census(dict(merged), **self._span())
+
+    def flush(self, join: Join | None = None) -> None:
+        """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
+        running = Census({key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()})
+        for _, meter in self._meters.values():
+            meter.reset()
+        self._flushed = self._flushed.merge(running if join is None else join(running))
+
+    def is_sure(self) -> bool:
+        """Whether the flushed part of the open window has the examples that the policy asks for."""
+        return self._flushed.examples >= self._policy.min_examples
+
+    def close(self) -> bool:
+        """Close the open window, flushed before; says whether there was anything in it."""
+        if not self._steps or not any(tally.positions for tally in self._flushed.values()):
+            return False
+        self.last = Census(dict(self._flushed), **self._span())
+        if self.is_sure():
+            self.last_sure = self.last
+        self.closed = self.closed.merge(self.last)
+        self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
+        self._flushed = Census()
+        self._steps_before, self._steps = self._steps, []
+        return True
+
+    def census(self, window: str) -> Census:
+        """The census of a window: ``all``, ``last`` or ``open``.
+
+        Raises:
+            UsageError: There is no such window.
+        """
+        if window == "all":
+            return self.closed.merge(self.open())
+        if window == "last":
+            return self.last
+        if window == "open":
+            return self.open()
+        raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record as tensors and primitives; the open window goes on when it is loaded."""
+        return {
+            "open": self.open().state_dict(),
+            "open_steps": list(self._steps),
+            "steps_before": list(self._steps_before),
+            "closed": self.closed.state_dict(),
+            "last": self.last.state_dict(),
+            "last_sure": self.last_sure.state_dict(),
+            "history": self.history.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved record.
+
+        Raises:
+            StateError: The state is not one of a record.
+        """
+        try:
+            self._flushed = Census.from_state(state["open"])
+            self._steps = [int(step) for step in state["open_steps"]]
+            self._steps_before = [int(step) for step in state["steps_before"]]
+            self.closed = Census.from_state(state["closed"])
+            self.last = Census.from_state(state["last"])
+            self.last_sure = Census.from_state(state["last_sure"])
+            self.history.load_state_dict(state["history"])
+        except (KeyError, TypeError) as error:
+            raise StateError(f"Expected the saved state of a phase, but got {type(state).__name__}: {error}.") from error
