@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     Attributes:
         axis: Dimension of the neurons, counted from the left, ≥ 0.
-        source: ``declared``, ``producer (conv2d)``, ``nearest (linear)`` or ``assumed (rank)``.
+        source: ``declared``, ``producer (conv2d)``, ``nearest producer (linear)`` or ``assumed (rank)``.
     """
 
     axis: int
@@ -47,62 +47,73 @@ def assume(dimensions: int) -> Layout:
 class TensorMap:
     """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
 
-    While ``torch.compile`` traces there are no weak references and no identities that last, so the traced tensors are
-    held in a list that is emptied at the end of the forward.
+    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of the
+    graph: there, what is known is an attribute of the traced tensor, and goes with it.
+
+    Args:
+        name: Of the attribute.
     """
 
-    def __init__(self) -> None:
-        self._eager: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
-        self._traced: list[tuple[Tensor, Any]] = []
+    def __init__(self, name: str) -> None:
+        self._attribute = f"_neuronscope_{name}"
+        self._known: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
 
-    def put(self, tensor: Tensor, value: Any) -> None:
-        """Remember ``value`` for ``tensor``."""
+    def put(self, tensor: Tensor, value: tuple[Any, ...]) -> None:
+        """Remember ``value``, a tuple of primitives, for ``tensor``."""
         if torch.compiler.is_compiling():
-            self._traced.append((tensor, value))
+            setattr(tensor, self._attribute, value)
         else:
-            self._eager[id(tensor)] = (weakref.ref(tensor), value)
+            self._known[id(tensor)] = (weakref.ref(tensor), value)
 
-    def get(self, tensor: Tensor) -> Any:
+    def get(self, tensor: Tensor) -> tuple[Any, ...] | None:
         """What was last remembered for ``tensor``, or ``None``."""
         if torch.compiler.is_compiling():
-            found = None
-            for known, value in self._traced:
-                if known is tensor:
-                    found = value
-            return found
-        entry = self._eager.get(id(tensor))
+            return getattr(tensor, self._attribute, None)
+        entry = self._known.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def clear(self) -> None:
         """Forget everything."""
-        if torch.compiler.is_compiling():
-            self._traced = []
-        else:
-            self._eager.clear()
+        self._known.clear()
 
 
 def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
     return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
 
 
-_SPATIAL_NAMES = {
-    dimensions: tuple(f"{stem}{dimensions}d" for stem in ("conv", "conv_transpose")) for dimensions in (1, 2, 3)
-}
-_SPATIAL: dict[Callable[..., Any], int] = {
-    function: dimensions
-    for dimensions, names in _SPATIAL_NAMES.items()
-    for function in _named((F, names), (torch, names))
-}
-_CHANNEL_NORMS = _named(
-    (F, ("batch_norm", "instance_norm", "group_norm")), (torch, ("batch_norm", "instance_norm", "group_norm"))
-)
-_LAST = _named(
-    (F, ("linear", "bilinear", "layer_norm", "rms_norm", "embedding", "embedding_bag", "scaled_dot_product_attention")),
-    (F, ("multi_head_attention_forward",)),
-    (torch, ("matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", "einsum", "layer_norm", "rms_norm")),
-    (torch, ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")),
-    (torch.Tensor, ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")),
-)
+class _Producer(NamedTuple):
+    """A weighted call: where it puts its neurons, and what to call it.
+
+    Attributes:
+        from_right: The neurons' dimension counted from the right (1 = last), or from the left where it is negative
+            (−2 = axis 1).
+        source: As in :class:`Layout`.
+    """
+
+    from_right: int
+    source: str
+
+
+def _producers() -> dict[Callable[..., Any], _Producer]:
+    """Every weighted call of torch; dimension 1 of a convolution is counted from the right, for unbatched input."""
+    matrix_products = ("matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
+    recurrent = tuple(f"{name}{cell}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
+    last = ("linear", "bilinear", "layer_norm", "rms_norm", "embedding", "embedding_bag", "einsum", *recurrent)
+    attention = ("scaled_dot_product_attention", "multi_head_attention_forward")
+    places = {
+        **{f"{stem}{n}d": n + 1 for stem in ("conv", "conv_transpose") for n in (1, 2, 3)},
+        **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), -2),
+        **dict.fromkeys((*last, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
+    }
+    return {
+        getattr(home, name): _Producer(place, f"producer ({name.strip('_')})")
+        for name, place in places.items()
+        for home in (F, torch, Tensor)
+        if callable(getattr(home, name, None))
+    }
+
+
+_PRODUCERS = _producers()
 _TRANSPOSES = _named(
     (torch, ("transpose", "swapaxes", "swapdims")),
     (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
@@ -124,22 +135,22 @@ class Flow:
     """The layouts of the tensors of one forward, kept by following every torch function called in it."""
 
     def __init__(self) -> None:
-        self._layouts = TensorMap()
-        self._nearest: tuple[int, Layout] | None = None
+        self._layouts = TensorMap("layout")
+        self._nearest: list[tuple[int, Layout]] = []  # at most one
 
     def clear(self) -> None:
         """Forget everything: a forward begins or is over."""
         self._layouts.clear()
-        self._nearest = None
+        self._nearest.clear()
 
     def of(self, tensor: Tensor) -> Layout:
         """The layout of ``tensor``, with its source; never fails."""
-        found: Layout | None = self._layouts.get(tensor)
+        found = self._layouts.get(tensor)
         if found is not None:
-            return found
-        if self._nearest is not None and self._nearest[0] == tensor.dim():
-            axis, source = self._nearest[1]
-            return Layout(axis, source.replace("producer", "nearest"))
+            return Layout(*found)
+        if self._nearest and self._nearest[0][0] == tensor.dim():
+            axis, source = self._nearest[0][1]
+            return Layout(axis, f"nearest {source}")
         return assume(tensor.dim())
 
     def same(self, source: Tensor, result: Any) -> None:
@@ -158,32 +169,23 @@ class Flow:
             outputs = tuple(result)
         else:
             return
-        axis_from_right = _weighted(function, outputs)
-        if axis_from_right:
-            layout = Layout(outputs[0].dim() - axis_from_right, f"producer ({function.__name__.strip('_')})")
-            self._layouts.put(outputs[0], layout)
-            self._nearest = (outputs[0].dim(), layout)
+        producer = _PRODUCERS.get(function)
+        if producer is not None and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0:
+            place, rank = producer.from_right, outputs[0].dim()
+            layout = Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), producer.source)
+            self._layouts.put(outputs[0], tuple(layout))
+            self._nearest.clear()
+            self._nearest.append((rank, layout))
             return
         origin = _first_known(args, self._layouts)
         if origin is None:
             return
         tensor, layout = origin
         for output in outputs:
-            if isinstance(output, Tensor) and output.dim() > 0:
+            if isinstance(output, Tensor) and output.dim() > 0 and not output.is_nested:
                 axis = _carry(function, args, kwargs, layout.axis, tensor, output)
                 if axis is not None:
-                    self._layouts.put(output, Layout(axis, layout.source))
-
-
-def _weighted(function: Callable[..., Any], outputs: tuple[Any, ...]) -> int:
-    """The neurons' dimension counted from the right (1 = last) after a weighted call, or 0 for any other call."""
-    if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].dim() == 0:
-        return 0
-    if function in _SPATIAL:
-        return _SPATIAL[function] + 1
-    if function in _CHANNEL_NORMS:
-        return outputs[0].dim() - 1
-    return 1 if function in _LAST else 0
+                    self._layouts.put(output, (axis, layout.source))
 
 
 def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Layout] | None:
@@ -191,10 +193,11 @@ def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Lay
     best: tuple[Tensor, Layout] | None = None
     for arg in args:
         for tensor in arg if isinstance(arg, (tuple, list)) else (arg,):
-            if isinstance(tensor, Tensor) and (best is None or tensor.dim() > best[0].dim()):
+            known = isinstance(tensor, Tensor) and not tensor.is_nested
+            if known and (best is None or tensor.dim() > best[0].dim()):
                 layout = layouts.get(tensor)
                 if layout is not None:
-                    best = (tensor, layout)
+                    best = (tensor, Layout(*layout))
     return best
 
 

@@ -257,6 +257,11 @@ class Census(Mapping[str, Tally]):
             steps=self.steps + other.steps,
         )
 
+    def without(self, name: str) -> Census:
+        """This census but for one site."""
+        kept = {other: tally for other, tally in self.items() if other != name}
+        return Census(kept, first_step=self.first_step, last_step=self.last_step, steps=self.steps)
+
     def state_dict(self) -> dict[str, Any]:
         """The census as tensors and primitives, fit for any checkpoint."""
         return {

@@ -4,8 +4,8 @@ A *frame* is one outermost call of a watched module, normally the model's forwar
 within a frame. Activations that a training step applies outside any module call (a Lightning ``training_step`` that
 writes ``F.relu(self.fc(x))``) are *loose*: they are numbered from one optimizer step or backward pass to the next.
 
-Everything here can be traced by ``torch.compile``: while it traces, tensors are remembered only inside a module call that
-belongs to the same graph, and forgotten when that call ends, so that a graph never hands out an intermediate.
+Everything here can be traced by ``torch.compile``; what changes within a forward is kept in lists and dicts, which the
+compiler follows more faithfully than attributes.
 """
 
 from __future__ import annotations
@@ -28,36 +28,28 @@ class Frame:
     def __init__(self) -> None:
         self.owners: list[str] = []
         self.flow = Flow()
-        self.roles = TensorMap()
+        self.roles = TensorMap("role")
         self.examples = 0
         self.recomputing = False
         self.muted = False
         self._calls: dict[tuple[str, str], int] = {}
         self._loose_calls: dict[tuple[str, str], int] = {}
-        self._trace_depth = -1
 
     @property
     def owner(self) -> str:
         """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
         return self.owners[-1] if self.owners else ""
 
-    @property
-    def follows(self) -> bool:
-        """Whether tensors may be remembered now."""
-        return not torch.compiler.is_compiling() or self._trace_depth >= 0
-
     def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """A watched module begins to run; says whether that began a frame."""
         outermost = not self.owners
         if outermost:
             self.forget()
-            self._calls = {}
+            self._calls.clear()
             self.recomputing = in_backward()
             self.muted = not observable()
             tensor = first_tensor((args, kwargs))
-            self.examples = tensor.shape[0] if tensor is not None and tensor.dim() > 0 else 1
-        if torch.compiler.is_compiling() and self._trace_depth < 0:
-            self._trace_depth = len(self.owners)
+            self.examples = tensor.size(0) if tensor is not None and tensor.dim() > 0 else 1
         self.owners.append(path)
         return outermost
 
@@ -65,13 +57,9 @@ class Frame:
         """A watched module is done, or failed; says whether that ended the frame."""
         if self.owners:
             self.owners.pop()
-        if torch.compiler.is_compiling() and len(self.owners) == self._trace_depth:
-            self.forget()
-            self._trace_depth = -1
         if self.owners:
             return False
         self.forget()
-        self.recomputing = False
         return True
 
     def number(self, path: str, function: str) -> SiteKey:
@@ -88,18 +76,16 @@ class Frame:
 
     def restart(self) -> None:
         """An optimizer step is over, or a forward never ended: number and remember from scratch."""
-        self.owners = []
-        self._calls = {}
-        self._loose_calls = {}
-        self._trace_depth = -1
+        self.owners.clear()
+        self._calls.clear()
+        self._loose_calls.clear()
         self.recomputing = False
         self.muted = False
         self.forget()
 
     def end_loose(self) -> None:
         """A backward pass ran: what is loose from now on belongs to another forward."""
-        if self._loose_calls:
-            self._loose_calls = {}
+        self._loose_calls.clear()
 
 
 def in_backward() -> bool:

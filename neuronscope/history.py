@@ -181,6 +181,10 @@ class History:
             for trail in self._trails.values():
                 trail.thin(self._stride)
 
+    def forget(self, name: str) -> None:
+        """Forget one site."""
+        self._trails.pop(name, None)
+
     def of(self, name: str, neurons: int) -> SiteHistory:
         """The history of one site; empty where no window of it was closed."""
         return (self._trails.get(name) or _Trail(neurons)).snapshot()

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.census import SiteInfo
-from neuronscope.counting import Meter, Scratch
+from neuronscope.counting import Meter, Scratch, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frames import Frame, in_backward, observable
 from neuronscope.sites import Activation, Registry, SiteKey, walk
@@ -42,9 +41,17 @@ _GATED_NAMES = {"relu": "reglu", "gelu": "geglu", "silu": "swiglu", "sigmoid": "
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a site that has begun and not ended."""
+class _Call(NamedTuple):
+    """One call of a site that has begun and not ended.
+
+    Attributes:
+        key: The site.
+        meter: Where it is counted; ``None`` where it is not wanted.
+        axis: The neurons' dimension.
+        info: What the site is.
+        examples: Independent examples behind the call.
+        counts: Whether its output is to be counted: not when a checkpoint runs it again.
+    """
 
     key: SiteKey
     meter: Meter | None
@@ -79,20 +86,20 @@ class Tap:
         self.observing = False
         self.phase = ""
         self.step = 0
-        self.clock = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):
+            self.clock = torch.zeros((), dtype=torch.int64, device="cpu")
         self.registry = registry
         self.functional = functional
         self.frame = Frame()
-        self.inside = 0
+        self.running: list[_Call | None] = []  # activation modules that are running, one inside another
         self.unseen: dict[str, str] = {}
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
         self._tolerance = tolerance
         self._scratch = Scratch()
         self._mode = _FunctionWatch(self)
-        self._mode_entered = False
+        self._entered: list[_FunctionWatch] = []  # at most one
         self._step_open = False
-        self._pending: _Call | None = None
         self._meters: dict[tuple[str, SiteKey], Meter | None] = {}
         self._make_meter = meters
         self._declared = axes
@@ -149,8 +156,7 @@ class Tap:
     def set_observing(self, observing: bool) -> None:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
         self._leave_mode()
-        self.inside = 0
-        self._pending = None
+        self.running.clear()
         self.frame.restart()
         for handle in self._leaf_handles:
             handle.remove()
@@ -171,14 +177,13 @@ class Tap:
         self._leave_mode()
 
     def _enter_mode(self) -> None:
-        if not self._mode_entered:
-            self._mode_entered = True
+        if not self._entered:
+            self._entered.append(self._mode)
             self._mode.__enter__()
 
     def _leave_mode(self) -> None:
-        if self._mode_entered:
-            self._mode_entered = False
-            self._mode.__exit__(None, None, None)
+        if self._entered:
+            self._entered.pop().__exit__(None, None, None)
 
     def fail(self, error: Exception) -> None:
         """A fault of ours: warn once, detach, and let the training go on."""
@@ -207,16 +212,16 @@ class Tap:
 
     def before(self, path: str, activation: Activation, module: nn.Module, x: Any) -> None:
         """An activation module is about to run on ``x``."""
-        self.inside += 1
-        if self.inside == 1:
+        call = None
+        if not self.running:
             halved = getattr(module, "dim", -1) if activation.halves else None
-            self._pending = self.begin(path, "", activation, x, halved)
+            call = self.begin(path, "", activation, x, halved)
+        self.running.append(call)
 
     def after(self, x: Any, y: Any) -> None:
         """An activation module made ``y`` of ``x``; ``None`` where it failed."""
-        self.inside -= 1
-        call, self._pending = self._pending, None
-        if self.inside == 0 and call is not None:
+        call = self.running.pop() if self.running else None
+        if call is not None:
             self.end(call, x, y)
 
     # --- sites -----------------------------------------------------------------------------------------------------
@@ -246,7 +251,8 @@ class Tap:
             recomputing = in_backward()
         key = frame.number(path, function)
         if not compiling and not _real(x):
-            self.unseen.setdefault(key.name, f"tensors of type {type(x).__name__} cannot be counted")
+            kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
+            self.unseen.setdefault(key.name, f"{kind} cannot be counted")
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared(key.name)
         if declared is None:
@@ -261,8 +267,7 @@ class Tap:
         meter = self._meter_of(key, info, neurons, x)
         if meter is not None and x.requires_grad and torch.is_grad_enabled():
             self._ask_gradient(x, meter, axis, halved)
-        if frame.follows:
-            frame.roles.put(x, (False, key, None))
+        frame.roles.put(x, (False, *key))
         examples = x.shape[0] if loose else frame.examples
         return _Call(key, meter, axis, info, examples, not recomputing)
 
@@ -277,10 +282,10 @@ class Tap:
                 self.unseen.setdefault(
                     call.key.name, f"its output has {y.shape[call.axis]} neurons where {call.meter.neurons} were expected"
                 )
-        if self.frame.follows:
-            if isinstance(x, Tensor):
-                self.frame.flow.same(x, y)
-            self.frame.roles.put(y, (True, call.key, call))
+        if isinstance(x, Tensor):
+            self.frame.flow.same(x, y)
+        gate = (call.axis, call.info.axis_source, call.info.activation, call.examples, call.counts)
+        self.frame.roles.put(y, (True, *call.key, *gate))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """A product was taken: if one factor is a site's output and the other is not its input, it is a gate."""
@@ -290,27 +295,25 @@ class Tap:
             role = self.frame.roles.get(factor) if isinstance(factor, Tensor) else None
             if role is None or not role[0] or not isinstance(other, Tensor) or other is factor:
                 continue
-            call = role[2]
-            if other.shape != y.shape or y.shape[call.axis] != factor.shape[call.axis] or factor.shape != y.shape:
+            if factor.shape != y.shape or other.shape != y.shape:
                 continue
             other_role = self.frame.roles.get(other)
-            if other_role is not None and other_role[1] == call.key:
+            if other_role is not None and other_role[1:5] == role[1:5]:
                 continue  # x · sigmoid(x): an activation written out, not a gate
-            self._count_gated(call, y)
+            self._count_gated(role, y)
             return
 
-    def _count_gated(self, call: _Call, y: Tensor) -> None:
-        key = SiteKey(call.key.path, call.key.function, call.key.call, True)
-        name = _GATED_NAMES.get(call.info.activation, f"gated {call.info.activation}")
-        info = SiteInfo(name, "gated", False, call.info.axis, call.info.axis_source)
-        meter = self._meter_of(key, info, y.shape[call.axis], y)
-        if meter is not None and call.counts:
-            meter.gate = call.meter
-            self._count(meter, y, call.axis, call.examples)
+    def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
+        path, function, call, axis, source, activation, examples, counts = (*role[1:4], *role[5:])
+        key = SiteKey(path, function, call, True)
+        info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source)
+        meter = self._meter_of(key, info, y.shape[axis], y)
+        if meter is not None and counts:
+            self._count(meter, y, axis, examples)
 
     def _count(self, meter: Meter, y: Tensor, axis: int, examples: int) -> None:
         step = self.clock if torch.compiler.is_compiling() else self.step
-        meter.add_outputs(_local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
+        add_outputs(meter, _local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
 
     def _meter_of(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> Meter | None:
         if torch.compiler.is_compiling():
@@ -329,20 +332,23 @@ class Tap:
             self.unseen.setdefault(key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count")
             return None
         if (phase, key) not in self._meters:
-            self._meters[phase, key] = self._make_meter(phase, key, info, neurons, device)
+            made = self._meters[phase, key] = self._make_meter(phase, key, info, neurons, device)
+            if made is not None and key.gated:
+                made.gate = self._meters.get((phase, key._replace(gated=False)))
         return self._meters[phase, key]
 
     def _ask_gradient(self, x: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
-        hook = _Gradient(self, meter, axis, halved)
-        handle = x.register_hook(hook)
-        if not torch.compiler.is_compiling() and x.is_leaf:
+        if torch.compiler.is_compiling():
+            ask_gradients(x, axis, halved, meter)
+            return
+        handle = x.register_hook(_Gradient(self, meter, axis, halved))
+        if x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step: its hook must not
 
-    def gradient(self, g: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
+    def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
         """The gradient at a pre-activation has come."""
-        if halved is not None:  # the gate is the second half
-            g = g.narrow(halved, g.shape[halved] // 2, g.shape[halved] // 2)
-        meter.add_gradients(_local(g.detach()), axis, self._scratch)
+        add_gradients(meter, _local(gate_half(gradient, halved).detach()), axis, self._scratch)
+        self.frame.end_loose()
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -357,7 +363,12 @@ def _real(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers that can be counted."""
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return tensor.device.type != "meta" and tensor.layout == torch.strided and not isinstance(tensor, FakeTensor)
+    return (
+        tensor.device.type != "meta"
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not isinstance(tensor, FakeTensor)
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -430,20 +441,19 @@ class _After(_Hook):
 
 
 class _Gradient(_Hook):
+    __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
+
     def __init__(self, tap: Tap, meter: Meter, axis: int, halved: int | None) -> None:
         self.tap = tap
         self.meter = meter
         self.axis = axis
         self.halved = halved
 
-    def __call__(self, gradient: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            self.tap.gradient(gradient, self.meter, self.axis, self.halved)
-        elif self.meter.open:
+    def __call__(self, gradient: Tensor | None) -> None:
+        if self.meter.open and gradient is not None:  # None where only another part of a split tensor was used
             try:
                 with _unwatched():
                     self.tap.gradient(gradient, self.meter, self.axis, self.halved)
-                self.tap.frame.end_loose()
             except Exception as error:
                 self.tap.fail(error)
 
@@ -469,7 +479,7 @@ class _FunctionWatch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         tap = self.tap
-        if tap.inside or not tap.observing:
+        if tap.running or not tap.observing:
             return func(*args, **kwargs)
         activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
         if activation is not None:
@@ -504,8 +514,6 @@ class _FunctionWatch(TorchFunctionMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         tap = self.tap
-        if not tap.frame.follows:
-            return
         try:
             with _unwatched():
                 tap.frame.flow.follow(func, args, kwargs, output)

@@ -60,6 +60,7 @@ class Scope:
         self._phase = "train"
         self._step = 0
         self._detached = False
+        self._pauses = 0
         self._checked = False
         self._model_name = _model_name(model)
         registry = Registry(activations)
@@ -160,10 +161,12 @@ class Scope:
     @contextlib.contextmanager
     def paused(self) -> Iterator[Scope]:
         """Count nothing that runs inside."""
-        self._tap.set_observing(False)
+        self._pauses += 1
+        self._observe()
         try:
             yield self
         finally:
+            self._pauses -= 1
             self._observe()
 
     def open_step(self) -> None:
@@ -191,7 +194,7 @@ class Scope:
         """Decide whether what runs next is counted, and where."""
         if self.detached:
             return
-        observing = self._phase != "train" or self._step % self.every_n_steps == 0
+        observing = not self._pauses and (self._phase != "train" or self._is_due())
         tap = self._tap
         if not observing and not tap.observing:
             return
@@ -199,6 +202,12 @@ class Scope:
         tap.step = self._step
         tap.clock.fill_(self._step)
         tap.set_observing(observing)
+
+    def _is_due(self) -> bool:
+        """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""
+        record = self._records.get("train")
+        last = -1 if record is None else record.last_observed_step
+        return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
 
     def _require_attached(self, what: str) -> None:
         if self._detached:

@@ -46,9 +46,18 @@ class PhaseRecord:
 
     def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
         """A new meter for a site of this phase."""
+        self._forget_other_width(key.name, neurons)
         meter = Meter(neurons, device)
         self._meters[key] = (info, meter)
         return meter
+
+    def _forget_other_width(self, name: str, neurons: int) -> None:
+        """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
+        for window in ("_flushed", "closed", "last", "last_sure"):
+            census: Census = getattr(self, window)
+            if name in census and census[name].neurons != neurons:
+                setattr(self, window, census.without(name))
+                self.history.forget(name)
 
     def keys(self) -> Iterator[SiteKey]:
         """The sites that were met in this phase since it was last loaded."""
@@ -63,6 +72,12 @@ class PhaseRecord:
     def open_steps(self) -> int:
         """Optimizer steps observed in the open window."""
         return len(self._steps)
+
+    @property
+    def last_observed_step(self) -> int:
+        """The newest optimizer step that was observed; −1 where none was."""
+        steps = self._steps or self._steps_before
+        return steps[-1] if steps else -1
 
     @property
     def first_open_step(self) -> int:
@@ -138,6 +153,8 @@ class PhaseRecord:
         Raises:
             StateError: The state is not one of a record.
         """
+        for _, meter in self._meters.values():
+            meter.reset()
         try:
             self._flushed = Census.from_state(state["open"])
             self._steps = [int(step) for step in state["open_steps"]]

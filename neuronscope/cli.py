@@ -1,0 +1,92 @@
+"""The command line: parse, call, exit code (0 fine, 2 bad use or unreadable input)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import neuronscope
+from neuronscope.errors import NeuronscopeError
+
+__all__ = ["main"]
+
+FINE, BAD_USE, INTERRUPTED = 0, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``neuronscope`` as from a shell.
+
+    Args:
+        arguments: What follows the command's name; ``sys.argv`` where it is not given.
+
+    Returns:
+        The exit code.
+
+    >>> main(["--version"])
+    Traceback (most recent call last):
+    SystemExit: 0
+    """
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a "±" must not end a run on a console that lacks it
+    call: Callable[[argparse.Namespace], int] | None = getattr(parsed, "call", None)
+    if call is None:
+        parser.print_help(sys.stderr)
+        return BAD_USE
+    try:
+        return call(parsed)
+    except NeuronscopeError as error:
+        print(f"neuronscope: {error}", file=sys.stderr)
+        return BAD_USE
+    except KeyboardInterrupt:
+        print("neuronscope: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="neuronscope", description="Dead-neuron diagnostics for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"neuronscope {neuronscope.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train the activation comparison on real data",
+        description=(
+            "Trains the same network on scikit-learn's digits with ReLU, LeakyReLU, GELU, SiLU and others, and watches "
+            "which neurons die. Ends with a table, a picture, TensorBoard logs and an HTML report. Takes a minute or two."
+        ),
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="folder for what it makes (default: %(default)s); only an earlier demo's own files in it are replaced",
+    )
+    demo.add_argument(
+        "--seeds", type=_positive, default=5, metavar="N", help="training runs of each set-up (default: %(default)s)"
+    )
+    demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
+    demo.set_defaults(call=_demo)
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    from neuronscope.demo.program import run_demo  # loads torch
+
+    run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
+    return FINE
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
+    return number

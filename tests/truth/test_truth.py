@@ -1,0 +1,184 @@
+"""Counts agree as integers with counts that were made by brute force, elsewhere, on real networks (see data/README.md).
+
+The networks are the hard cases: one in-place ReLU module used twice a block, GELU on NHWC, functional ReLU twice a block
+with option-A shortcuts, activations that see flattened (tokens, features), and MLPs that really died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+DATA = Path(__file__).parent / "data"
+
+
+def sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digits(activation: type[nn.Module]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Linear(64, 64), activation()]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+class Block(nn.Module):
+    """Basic block of a CIFAR ResNet: functional ReLU twice, and a shortcut without weights (He et al. 2015, option A)."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.pad = (outside - inside) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
+        return F.relu(y)
+
+
+class ResNet20(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.layer3(self.layer2(self.layer1(y)))
+        return self.linear(F.avg_pool2d(y, y.shape[3]).flatten(1))
+
+
+def torchvision_net(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
+    return getattr(models, name)(weights=None)
+
+
+def opt() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=256,
+        hidden_size=128,
+        ffn_dim=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=128,
+        dropout=0.0,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+class Case(NamedTuple):
+    build: Callable[[], nn.Module]
+    inputs: Callable[[Any], tuple[Tensor, Tensor]]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    dead: int
+
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+def images(z: Any) -> tuple[Tensor, Tensor]:
+    x = (torch.from_numpy(z["x_uint8"]).float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    return x, torch.from_numpy(z["y"])
+
+
+def rows(z: Any) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(z["x"]), torch.from_numpy(z["y"])
+
+
+def tokens(z: Any) -> tuple[Tensor, Tensor]:
+    ids = torch.from_numpy(z["ids"])
+    return ids, ids
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def language_model(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(input_ids=x, labels=y).loss
+
+
+CASES = {
+    "digits_relu_spike_seed0": Case(lambda: digits(nn.ReLU), rows, cross_entropy, 220),
+    "digits_gelu_spike_seed0": Case(lambda: digits(nn.GELU), rows, cross_entropy, 0),
+    "tv_resnet18_train": Case(lambda: torchvision_net("resnet18"), images, cross_entropy, 0),
+    "tv_convnext_tiny": Case(lambda: torchvision_net("convnext_tiny"), images, cross_entropy, 0),
+    "cifar_resnet20_pretrained": Case(ResNet20, images, cross_entropy, 18),
+    "hf_opt": Case(opt, tokens, language_model, 4),
+}
+
+
+def site_name(truth: dict[str, Any]) -> str:
+    """Our name for a site of the truth, whose id is ``<innermost module path>#<call>``."""
+    path, _, call = truth["site"].rpartition("#")
+    functional = truth["functional"]
+    base = f"{path}.relu()" if functional and path else "relu()" if functional else path
+    return base if call == "0" else f"{base}#{call}"
+
+
+def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(x.split(size), y.split(size), strict=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counts_equal_the_truth(name: str) -> None:
+    case = CASES[name]
+    truth = np.load(DATA / f"{name}.npz")
+    meta = json.loads(str(truth["meta_json"]))
+    torch.manual_seed(meta.get("seed", 0))
+    model = case.build()
+    weights = DATA / f"{name}_weights.pt"
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    assert sha256(model) == meta["state_sha256"], "the network is not the one that was counted"
+    model.train(meta["mode"] == "train")
+    x, y = case.inputs(np.load(DATA / f"{name}_inputs.npz"))
+
+    with ns.watch(model) as scope:
+        for inputs, targets in batches(x, y, meta["batch_size"]):
+            model.zero_grad()
+            case.loss(model, inputs, targets).backward()
+            scope.step()
+        census = scope.census("train")
+        report = scope.report("train")
+
+    functional = name == "cifar_resnet20_pretrained"
+    sites = [{**site, "functional": functional} for site in meta["sites"]]
+    assert list(census) == [site_name(site) for site in sites]
+    for site in sites:
+        tally = census[site_name(site)]
+        assert tally.positions == site["n_positions"]
+        assert tally.gradient_positions == site["grad_in_n"]
+        assert tally.axis == site["unit_dim"] % len(site["shape_last_batch0"])
+        assert not tally.axis_source.startswith("assumed")
+        np.testing.assert_array_equal(tally.zero_outputs, truth[f"{site['id']}_zero_count"])
+        np.testing.assert_array_equal(tally.zero_gradients, truth[f"{site['id']}_gradin_zero_count"])
+        assert tally.examples == len(x)
+    assert report.dead == case.dead
