@@ -198,9 +198,7 @@ class Scope:
         tap = self._tap
         if not observing and not tap.observing:
             return
-        tap.phase = self._phase
-        tap.step = self._step
-        tap.clock.fill_(self._step)
+        tap.observer.turn_to(self._phase, self._step)
         tap.set_observing(observing)
 
     def _is_due(self) -> bool:
@@ -259,7 +257,7 @@ class Scope:
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
 
     def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
-        unseen = dict(self._tap.unseen)
+        unseen = dict(self._tap.observer.unseen)
         ran = {key.path for key in record.keys() if not key.function}
         for path in self._tap.module_sites:
             name = SiteKey(path, "", 0, False).name

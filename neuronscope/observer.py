@@ -1,0 +1,282 @@
+"""Observer: given tensors at a site, finds whose they are and counts them.
+
+It knows nothing of how it came by them (see :mod:`neuronscope.hooks`). ``torch.compile`` can trace it: what must happen
+once and for real, such as making a meter, is a constant of the trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from neuronscope.census import SiteInfo
+from neuronscope.counting import Meter, Scratch, add_gradients, add_outputs, ask_gradients, gate_half
+from neuronscope.frames import Frame, in_backward, observable
+from neuronscope.sites import Activation, SiteKey
+
+__all__ = ["AxisSource", "Call", "InertHook", "MeterSource", "Observer", "unwatched"]
+
+#: Gives the meter for a site, or ``None`` where the site is not wanted: (phase, key, info, neurons, device).
+MeterSource = Callable[[str, SiteKey, SiteInfo, int, torch.device], "Meter | None"]
+#: Gives the declared axis of a site, or ``None``.
+AxisSource = Callable[[str], "int | None"]
+
+_GATED_NAMES = {"relu": "reglu", "gelu": "geglu", "silu": "swiglu", "sigmoid": "glu"}
+
+
+class Call(NamedTuple):
+    """One call of a site that has begun and not ended.
+
+    Attributes:
+        key: The site.
+        meter: Where it is counted; ``None`` where it is not wanted.
+        axis: The neurons' dimension.
+        info: What the site is.
+        examples: Independent examples behind the call.
+        counts: Whether its output is to be counted: not when a checkpoint runs it again.
+    """
+
+    key: SiteKey
+    meter: Meter | None
+    axis: int
+    info: SiteInfo
+    examples: int
+    counts: bool
+
+
+class Observer:
+    """What is being counted, and for whom.
+
+    Args:
+        meters: Gives the meter of a site; called once a site and phase.
+        axes: Gives the declared axis of a site by name.
+        tolerance: See :class:`neuronscope.verdicts.Policy`.
+        fail: Told of a fault of ours in a backward pass.
+    """
+
+    def __init__(
+        self, *, meters: MeterSource, axes: AxisSource, tolerance: float, fail: Callable[[Exception], None]
+    ) -> None:
+        self.phase = ""
+        self.step = 0
+        with torch.inference_mode(False):
+            self.clock = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.frame = Frame()
+        self.unseen: dict[str, str] = {}
+        self.fail = fail
+        self._tolerance = tolerance
+        self._scratch = Scratch()
+        self._meters: dict[tuple[str, SiteKey], Meter | None] = {}
+        self._make_meter = meters
+        self._declared = axes
+        self._leaf_handles: list[RemovableHandle] = []
+
+        def traced_meter(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
+            return self.meter(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
+
+        def traced_axis(name: str) -> int | None:
+            return self._declared(name)
+
+        # These run for real, once, while torch.compile traces; the graph then holds the meter itself.
+        self._traced_meter = torch.compiler.assume_constant_result(traced_meter)
+        self._traced_axis = torch.compiler.assume_constant_result(traced_axis)
+
+    def turn_to(self, phase: str, step: int) -> None:
+        """Count for this phase and optimizer step from now on."""
+        self.phase = phase
+        self.step = step
+        self.clock.fill_(step)
+
+    def restart(self) -> None:
+        """Forget an unfinished forward, and hooks on tensors that outlive their step."""
+        self.frame.restart()
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles = []
+
+    def close(self) -> None:
+        """Count nothing any more, gradients of graphs that are still alive included."""
+        self.restart()
+        for meter in self._meters.values():
+            if meter is not None:
+                meter.open = False
+
+    def begin(self, path: str, function: str, activation: Activation, x: Any, halved: int | None) -> Call | None:
+        """A site is about to run on the pre-activation ``x``: number the call, find its neurons, ask for its gradient.
+
+        Args:
+            path: The module's path, or the owner's for a functional site.
+            function: The function's name for a functional site, else ``""``.
+            activation: What is applied.
+            x: The pre-activation.
+            halved: The dimension along which ``x`` is split in two halves (GLU), else ``None``.
+
+        Returns:
+            What :meth:`end` needs, or ``None`` where ``x`` is no activation tensor.
+        """
+        frame = self.frame
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or frame.muted:
+            return None
+        compiling = torch.compiler.is_compiling()
+        loose = not frame.owners
+        recomputing = frame.recomputing
+        if loose:
+            if not observable():
+                return None
+            recomputing = in_backward()
+        key = frame.number(path, function)
+        if not compiling and not _real(x):
+            kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
+            self.unseen.setdefault(key.name, f"{kind} cannot be counted")
+            return None
+        declared = self._traced_axis(key.name) if compiling else self._declared(key.name)
+        if declared is None:
+            axis, source = frame.flow.of(x)
+        else:
+            axis, source = declared % x.dim(), "declared"
+        neurons = x.shape[axis]
+        if halved is not None:
+            halved = halved % x.dim()
+            neurons = neurons // 2 if halved == axis else neurons
+        info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source)
+        meter = self._meter_of(key, info, neurons, x)
+        if meter is not None and x.requires_grad and torch.is_grad_enabled():
+            self._ask_gradient(x, meter, axis, halved)
+        frame.roles.put(x, (False, *key))
+        examples = x.shape[0] if loose else frame.examples
+        return Call(key, meter, axis, info, examples, not recomputing)
+
+    def end(self, call: Call, x: Any, y: Any) -> None:
+        """A site that began has made ``y`` of ``x``: count it."""
+        if not isinstance(y, Tensor) or y.dim() <= call.axis:
+            return
+        if call.meter is not None and call.counts:
+            if y.shape[call.axis] == call.meter.neurons:
+                self._count(call.meter, y, call.axis, call.examples)
+            else:
+                self.unseen.setdefault(
+                    call.key.name, f"its output has {y.shape[call.axis]} neurons where {call.meter.neurons} were expected"
+                )
+        if isinstance(x, Tensor):
+            self.frame.flow.same(x, y)
+        gate = (call.axis, call.info.axis_source, call.info.activation, call.examples, call.counts)
+        self.frame.roles.put(y, (True, *call.key, *gate))
+
+    def product(self, args: tuple[Any, ...], y: Any) -> None:
+        """A product was taken: if one factor is a site's output and the other is not its input, it is a gate."""
+        if len(args) != 2 or not isinstance(y, Tensor):
+            return
+        for factor, other in (args, args[::-1]):
+            role = self.frame.roles.get(factor) if isinstance(factor, Tensor) else None
+            if role is None or not role[0] or not isinstance(other, Tensor) or other is factor:
+                continue
+            if factor.shape != y.shape or other.shape != y.shape:
+                continue
+            other_role = self.frame.roles.get(other)
+            if other_role is not None and other_role[1:5] == role[1:5]:
+                continue  # x · sigmoid(x): an activation written out, not a gate
+            self._count_gated(role, y)
+            return
+
+    def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
+        path, function, call, axis, source, activation, examples, counts = (*role[1:4], *role[5:])
+        key = SiteKey(path, function, call, True)
+        info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source)
+        meter = self._meter_of(key, info, y.shape[axis], y)
+        if meter is not None and counts:
+            self._count(meter, y, axis, examples)
+
+    def _count(self, meter: Meter, y: Tensor, axis: int, examples: int) -> None:
+        step = self.clock if torch.compiler.is_compiling() else self.step
+        add_outputs(meter, _local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
+
+    def _meter_of(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> Meter | None:
+        if torch.compiler.is_compiling():
+            traced_info = (info.activation, info.kind, info.linear_when_on, info.axis, info.axis_source)
+            traced_key = (key.path, key.function, key.call, key.gated)
+            found: Meter | None = self._traced_meter(self.phase, traced_key, traced_info, neurons, str(x.device))
+            return found
+        return self.meter(self.phase, key, info, neurons, x.device)
+
+    def meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
+        """The meter of a site in a phase; made on first use."""
+        known = self._meters.get((phase, key))
+        if known is not None and known.neurons == neurons:
+            return known
+        if known is not None:
+            self.unseen.setdefault(key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count")
+            return None
+        if (phase, key) not in self._meters:
+            made = self._meters[phase, key] = self._make_meter(phase, key, info, neurons, device)
+            if made is not None and key.gated:
+                made.gate = self._meters.get((phase, key._replace(gated=False)))
+        return self._meters[phase, key]
+
+    def _ask_gradient(self, x: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
+        if torch.compiler.is_compiling():
+            ask_gradients(x, axis, halved, meter)
+            return
+        handle = x.register_hook(_Gradient(self, meter, axis, halved))
+        if x.is_leaf:
+            self._leaf_handles.append(handle)  # a leaf outlives the step: its hook must not
+
+    def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
+        """The gradient at a pre-activation has come: count it."""
+        add_gradients(meter, _local(gate_half(gradient, halved).detach()), axis, self._scratch)
+        self.frame.end_loose()
+
+
+def _real(tensor: Tensor) -> bool:
+    """Whether a tensor holds numbers that can be counted."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return (
+        tensor.device.type != "meta"
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not isinstance(tensor, FakeTensor)
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that this rank holds; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def unwatched() -> Any:
+    """A context in which our own arithmetic is seen by no function mode, ours or anybody's."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
+
+
+class InertHook:
+    """A hook that a copied or pickled model carries only as a function of the standard library that does nothing."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _Gradient(InertHook):
+    __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
+
+    def __init__(self, observer: Observer, meter: Meter, axis: int, halved: int | None) -> None:
+        self.observer = observer
+        self.meter = meter
+        self.axis = axis
+        self.halved = halved
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        if self.meter.open and gradient is not None:  # None where only another part of a split tensor was used
+            try:
+                with unwatched():
+                    self.observer.gradient(gradient, self.meter, self.axis, self.halved)
+            except Exception as error:
+                self.observer.fail(error)
