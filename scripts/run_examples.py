@@ -1,0 +1,50 @@
+"""Run every script of a folder as a user would, one after the other, and say how long each took.
+
+``python scripts/run_examples.py [FOLDER] [--limit SECONDS]``; the folder is ``examples`` unless named. A script that
+starts with an underscore is a part of others and is left out. Exit code 1 when one failed or ran over the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Run the scripts; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", default="examples", type=Path)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that one script may take")
+    arguments = parser.parse_args()
+    scripts = sorted(path for path in arguments.folder.glob("*.py") if not path.name.startswith("_"))
+    if not scripts:
+        print(f"No scripts in {arguments.folder}/.")
+        return 1
+    failed = []
+    for script in scripts:
+        print(f"---- {script}", flush=True)
+        began = time.monotonic()
+        try:
+            code = subprocess.run(
+                [sys.executable, str(script)],
+                timeout=arguments.limit,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                check=False,
+            ).returncode
+            ending = "ok" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            ending = f"stopped after {arguments.limit:.0f} s"
+        print(f"---- {script}: {ending}, {time.monotonic() - began:.1f} s", flush=True)
+        if ending != "ok":
+            failed.append(script.name)
+    print(f"{len(scripts) - len(failed)} of {len(scripts)} scripts in {arguments.folder}/ ran to their end.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

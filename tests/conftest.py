@@ -1,0 +1,80 @@
+"""What all tests share: seeds, what is skipped where, and the networks of others."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+# One profile everywhere: the first call of a torch operator is slow, so no deadline; on CI the same examples each time.
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
+        torch.set_num_threads(1)
+    _reach_networks()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skips = {"browser": _no_browser(), "gpu": None if torch.cuda.is_available() else "no CUDA device"}
+    for item in items:
+        for marker, reason in skips.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Every test starts from the same random numbers, whichever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # code under test may draw from numpy's global generator, as users' loops do
+    torch.manual_seed(0)
+
+
+def _no_browser() -> str | None:
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    if any(shutil.which(name) for name in browsers) and shutil.which("chromedriver"):
+        return None
+    if os.environ.get("NEURONSCOPE_REQUIRE_BROWSER"):
+        raise pytest.UsageError("NEURONSCOPE_REQUIRE_BROWSER is set, but there is no Chromium with its chromedriver.")
+    return "no Chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)"
+
+
+def _reach_networks() -> None:
+    """Make torchvision and timm importable, where ``make test`` has put them into ``networks/`` of the environment.
+
+    On Linux the ordinary torchvision is a CUDA build. Beside a CPU build of torch its compiled operators cannot be
+    loaded, and its import fails for want of two operator schemas that no network here calls: they are defined first.
+    Importing Lightning then works too (torchmetrics imports torchvision where it finds one).
+    """
+    folder = Path(sys.prefix) / "networks"
+    if not folder.is_dir():
+        return
+    sys.path.append(str(folder))
+    try:
+        local = metadata.version("torchvision").partition("+")[2]
+    except metadata.PackageNotFoundError:
+        return
+    if sys.platform == "linux" and torch.version.cuda is None and local != "cpu":
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a library's schemas go when it is collected

@@ -1,0 +1,35 @@
+"""What an import must not load. Each runs in a fresh interpreter: here torch has long been imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = ("torch", "lightning", "pytorch_lightning", "transformers")
+HEAVY = (*FRAMEWORKS, "tensorboard", "tensorflow", "sklearn", "matplotlib")
+
+CASES = {
+    # TensorBoard imports the package to look for a plugin, at every start.
+    "neuronscope": (*HEAVY, "numpy", "PIL", "rich", "jinja2"),
+    "neuronscope.errors": (*HEAVY, "numpy"),
+    # The table at hand when a user asks for help, or reads a report where torch is not installed.
+    "neuronscope.cli": HEAVY,
+    "neuronscope.callbacks": HEAVY,
+    "neuronscope.report": HEAVY,
+    "neuronscope.verdicts": HEAVY,
+    "neuronscope.writers.html": HEAVY,
+    "neuronscope.writers.json": HEAVY,
+    "neuronscope.writers.markdown": HEAVY,
+    "neuronscope.writers.terminal": HEAVY,
+    # One framework a file.
+    "neuronscope.scope": ("lightning", "pytorch_lightning", "transformers", "tensorboard", "rich", "jinja2", "PIL"),
+}
+
+
+@pytest.mark.parametrize(("module", "unwanted"), CASES.items(), ids=CASES)
+def test_an_import_loads_nothing_that_it_does_not_need(module: str, unwanted: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & set(unwanted) == set()

@@ -1,0 +1,84 @@
+"""Public names: what `import neuronscope` gives is what was agreed, and every module says what it exports."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import neuronscope as ns
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted([*(ROOT / "neuronscope").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
+
+
+# Over 400 lines is a smell. One that is put up with stands here with its reason.
+MOST_LINES = 400
+PUT_UP_WITH: dict[str, str] = {}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("neuronscope", *parts) if parts[0] == "callbacks" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = sorted({module_name(path): path for path in SOURCES}.items())
+
+
+def test_the_public_names_are_the_agreed_ones() -> None:
+    # A name taken out or renamed here breaks users: say so in CHANGELOG.md, and why in docs/design.md.
+    assert set(ns.__all__) >= {
+        "Activation",
+        "Census",
+        "NeuronscopeError",
+        "NeuronscopeWarning",
+        "Policy",
+        "Report",
+        "Scope",
+        "Tally",
+        "Verdict",
+        "__version__",
+        "scan",
+        "watch",
+    }
+
+
+@pytest.mark.parametrize("name", ns.__all__)
+def test_a_public_name_resolves(name: str) -> None:
+    assert getattr(ns, name) is not None
+    assert name in dir(ns)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'wach'"):
+        _ = ns.wach  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+def test_a_module_says_what_it_is_and_what_it_exports(name: str, path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    defined = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+    module = importlib.import_module(name)
+    exported = getattr(module, "__all__", None)
+    if exported is None:
+        assert defined == set(), f"{name} has no __all__, yet defines {sorted(defined)}"
+        return
+    assert len(exported) == len(set(exported))
+    for public in exported:
+        getattr(module, public)
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
+def test_a_module_holds_one_idea(name: str, path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    long = lines > MOST_LINES
+    assert long == (name in PUT_UP_WITH), f"{name} has {lines} lines: split it, or say in PUT_UP_WITH why not"
+    assert path.stem not in {"utils", "helpers", "common", "base", "misc"}, f"{path.stem} says nothing of what is in it"
