@@ -1,0 +1,293 @@
+// The report page: sorting the table, switching the theme, drawing each site's map of neurons over steps.
+(() => {
+  "use strict";
+  const { labels: LABELS, levels: LEVEL, sites: SITES } = JSON.parse(document.getElementById("report-data").textContent);
+  const root = document.documentElement;
+  const number = new Intl.NumberFormat("en");
+  const percent = (share) => {
+    const value = 100 * share;
+    if (value > 0 && value < 0.1) return "< 0.1 %";
+    if (value > 99.9 && value < 100) return "> 99.9 %";
+    return `${value % 100 === 0 ? value : value.toFixed(1)} %`;
+  };
+
+  // --- theme -------------------------------------------------------------------------------------------------------
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const themeButton = document.getElementById("theme");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
+  const remembered = (value) => {
+    try {
+      if (value) localStorage.setItem("neuronscope-theme", value);
+      return localStorage.getItem("neuronscope-theme");
+    } catch {
+      return null; // storage is denied: the choice lasts as long as the page
+    }
+  };
+  const showTheme = () => {
+    themeButton.textContent = isDark() ? "Light" : "Dark";
+    themeButton.setAttribute("aria-label", `${themeButton.textContent} theme`);
+    maps.forEach((map) => map.draw());
+  };
+
+  // --- sorting -----------------------------------------------------------------------------------------------------
+  const sortBy = (table, column, heading) => {
+    const numeric = heading.dataset.type === "number";
+    const first = numeric && column > 0 ? "descending" : "ascending";
+    const other = first === "ascending" ? "descending" : "ascending";
+    const direction = heading.getAttribute("aria-sort") === first ? other : first;
+    table.querySelectorAll("th[aria-sort]").forEach((th) => th.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", direction);
+    const sign = direction === "ascending" ? 1 : -1;
+    const key = (row) => (numeric ? row.cells[column].dataset.key : row.cells[column].textContent.trim());
+    const compare = (a, b) => {
+      if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === ""); // not measured stays last
+      return sign * (numeric ? key(a) - key(b) : key(a).localeCompare(key(b), "en", { numeric: true }));
+    };
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+    document.getElementById("sorted").textContent = `Sorted by ${heading.textContent.trim()}, ${direction}.`;
+  };
+
+  // --- maps --------------------------------------------------------------------------------------------------------
+  const inflate = async (text) => {
+    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  };
+  const colour = (name) => {
+    const hex = getComputedStyle(root).getPropertyValue(name).trim();
+    return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  };
+  const mix = (a, b, share) => a.map((value, i) => value + (b[i] - value) * share);
+  const niceStep = (span, most) => {
+    const raw = Math.max(span / most, 1);
+    const power = 10 ** Math.floor(Math.log10(raw));
+    return power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
+  };
+
+  class SiteMap {
+    constructor(box, site) {
+      Object.assign(this, site, { box, columns: site.steps.length, loaded: false, at: null });
+      this.canvas = box.querySelector("canvas");
+      this.readout = document.getElementById(`at-${site.id}`);
+      this.ticks = box.parentElement.querySelector(".ticks");
+      this.height = Math.round(Math.min(Math.max(site.neurons * 4, 28), 180));
+      this.canvas.style.height = `${this.height}px`;
+      const stride = this.columns > 1 ? site.steps[1] - site.steps[0] : 1;
+      this.edges = [Math.max(site.steps[0] - stride, -1), ...site.steps];
+      box.addEventListener("pointermove", (event) => this.point(event));
+      box.addEventListener("pointerdown", (event) => this.point(event));
+      box.addEventListener("pointerleave", () => document.activeElement !== box && this.leave());
+      box.addEventListener("keydown", (event) => this.key(event));
+      box.addEventListener("focus", () => this.move(...(this.at ?? [0, this.columns - 1])));
+      box.addEventListener("blur", () => this.leave());
+    }
+
+    async load() {
+      if (this.loading) return this.loading;
+      this.loading = inflate(this.data).then((bytes) => {
+        let offset = 0;
+        const take = (length) => bytes.subarray(offset, (offset += length));
+        const numbers = () => {
+          const planes = take(4 * this.neurons);
+          return Float64Array.from({ length: this.neurons }, (_, i) =>
+            [0, 1, 2, 3].reduce((sum, plane) => sum + planes[plane * this.neurons + i] * 256 ** plane, 0));
+        };
+        if (this.hasNeurons) [this.order, this.label, this.fraction] = [numbers(), take(this.neurons), take(this.neurons)];
+        if (this.hasSteps) [this.died, this.revived] = [numbers(), numbers()];
+        [this.share, this.rest] = [take(this.rows * this.columns), take(this.rows * this.columns)];
+        this.loaded = true;
+        this.draw();
+      }).catch(() => {
+        this.readout.textContent = "This browser cannot unpack the map (it lacks DecompressionStream).";
+      });
+      return this.loading;
+    }
+
+    draw() {
+      if (!this.loaded || !this.box.clientWidth) return;
+      const ratio = Math.min(devicePixelRatio || 1, 2);
+      const [width, height] = [this.box.clientWidth, this.height].map((size) => Math.round(size * ratio));
+      [this.canvas.width, this.canvas.height] = [width, height];
+      const context = this.canvas.getContext("2d");
+      const image = context.createImageData(width, height);
+      const pixels = new Uint32Array(image.data.buffer);
+      const [low, high, dead] = ["--low", "--high", "--dead"].map(colour);
+      const surface = colour("--surface");
+      const palette = Array.from({ length: 256 }, (_, level) => mix(low, high, Math.min(level / LEVEL.max, 1)));
+      for (const [level, name] of [["dormant", "--warn"], ["cut_off", "--cut"], ["dead", "--dead"], ["unseen", "--unknown"]]) {
+        palette[LEVEL[level]] = colour(name);
+      }
+      const packed = ([r, g, b]) => (255 << 24 | Math.round(b) << 16 | Math.round(g) << 8 | Math.round(r)) >>> 0;
+      const [black, yellow, bare] = [packed([0, 0, 0]), packed([240, 228, 66]), packed(surface)];
+      const across = this.edges.map((_, column) => Math.round(this.x(column) * width));
+      const thick = Math.floor(height / this.rows) >= 6; // room for a hair line between rows
+      for (let y = 0; y < height; y++) {
+        const from = Math.floor((y * this.rows) / height);
+        const to = Math.max(from + 1, Math.floor(((y + 1) * this.rows) / height));
+        const gap = thick && Math.floor(((y + 1) * this.rows) / height) > from && y + 1 < height;
+        for (let column = 0; column < this.columns; column++) {
+          let [share, broken, unseen, others] = [0, false, 0, 0];
+          const sum = [0, 0, 0];
+          for (let row = from; row < to; row++) {
+            const level = this.rest[row * this.columns + column];
+            share += this.share[row * this.columns + column] / 255 / (to - from);
+            broken ||= level === LEVEL.not_finite;
+            if (level === LEVEL.dead) continue;
+            unseen += level === LEVEL.unseen;
+            others += 1;
+            for (let i = 0; i < 3; i++) sum[i] += palette[level][i];
+          }
+          // The share of dead shows however small it is: a mean would let one dead neuron in a hundred vanish.
+          const rest = others ? sum.map((value) => value / others) : dead;
+          const flat = packed(mix(rest, dead, share > 0 ? Math.max(share, 0.45) : 0));
+          const hatched = others > 0 && unseen === others && share === 0;
+          for (let x = across[column]; x < across[column + 1]; x++) {
+            const stripe = (x + y) % Math.round(8 * ratio) < 4 * ratio;
+            let value = flat;
+            if (broken) value = stripe ? black : yellow;
+            else if (hatched) value = stripe ? flat : bare;
+            pixels[y * width + x] = gap ? bare : value;
+          }
+        }
+      }
+      context.putImageData(image, 0, 0);
+      this.drawTicks();
+      this.box.dataset.drawn = "true";
+    }
+
+    // Where a column's left edge lies, 0 to 1, on the true axis of steps.
+    x(column) {
+      const [first, last] = [this.edges[0], this.edges[this.columns]];
+      return (this.edges[column] - first) / (last - first || 1);
+    }
+
+    drawTicks() {
+      const [first, last] = [this.edges[0], this.edges[this.columns]];
+      const step = niceStep(last - first, this.box.clientWidth < 480 ? 3 : 7);
+      const values = [this.columns > 1 ? first + 1 : last];
+      for (let value = Math.ceil(first / step) * step; this.columns > 1 && value < last; value += step) {
+        if (value > first + step * 0.4 && value < last - step * 0.6) values.push(value);
+      }
+      if (this.columns > 1) values.push(last);
+      this.ticks.replaceChildren(...values.map((value, i) => {
+        const tick = document.createElement("span");
+        tick.textContent = (i === 0 ? "step " : "") + number.format(value);
+        tick.style.left = i === 0 ? "0" : `${(100 * (value - first)) / (last - first || 1)}%`;
+        return tick;
+      }));
+    }
+
+    point(event) {
+      const frame = this.canvas.getBoundingClientRect();
+      const x = Math.min(Math.max((event.clientX - frame.left) / frame.width, 0), 1);
+      const y = Math.min(Math.max((event.clientY - frame.top) / frame.height, 0), 0.999999);
+      let column = 0;
+      while (column < this.columns - 1 && this.x(column + 1) <= x) column += 1;
+      this.move(Math.floor(y * this.neurons), column);
+    }
+
+    key(event) {
+      const [place, column] = this.at ?? [0, this.columns - 1];
+      const page = Math.max(1, Math.round(this.neurons / 10));
+      const moves = {
+        ArrowUp: [place - 1, column], ArrowDown: [place + 1, column], ArrowLeft: [place, column - 1], ArrowRight: [place, column + 1],
+        PageUp: [place - page, column], PageDown: [place + page, column], Home: [place, 0], End: [place, this.columns - 1],
+      };
+      if (event.key === "Escape") this.box.blur();
+      if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      this.move(...moves[event.key]);
+    }
+
+    async move(place, column) {
+      await this.load();
+      if (!this.loaded) return;
+      place = Math.min(Math.max(place, 0), this.neurons - 1);
+      column = Math.min(Math.max(column, 0), this.columns - 1);
+      this.at = [place, column];
+      if (!this.here) {
+        this.here = document.createElement("div");
+        this.here.className = "here";
+        this.box.append(this.here);
+      }
+      this.here.hidden = false;
+      const tall = Math.max(this.height / this.neurons, 4);
+      const wide = Math.max((this.x(column + 1) - this.x(column)) * this.box.clientWidth, 4);
+      Object.assign(this.here.style, {
+        left: `${this.x(column) * this.box.clientWidth - 2}px`, width: `${wide + 4}px`,
+        top: `${((place + 0.5) * this.height) / this.neurons - tall / 2 - 2}px`, height: `${tall + 4}px`,
+      });
+      this.readout.textContent = this.describe(place, column);
+    }
+
+    leave() {
+      this.at = null;
+      if (this.here) this.here.hidden = true;
+      this.readout.textContent = "";
+    }
+
+    describe(place, column) {
+      const row = Math.floor(((place + 1) * this.rows - 1) / this.neurons);
+      const from = Math.floor((row * this.neurons) / this.rows);
+      const size = Math.floor(((row + 1) * this.neurons) / this.rows) - from;
+      const [share, rest] = [this.share, this.rest].map((plane) => plane[row * this.columns + column]);
+      const said = [];
+      if (this.hasNeurons) {
+        const label = LABELS[this.label[place]];
+        const fraction = this.fraction[place];
+        said.push(`Neuron ${this.order[place]}: ${label}`);
+        if (fraction <= LEVEL.max && label !== "unseen") said.push(`zero at ${percent(fraction / LEVEL.max)} of positions`);
+        if (this.hasSteps) {
+          if (this.died[place] > 0) said.push(`died at step ${number.format(this.died[place] - 1)}`);
+          else if (label === "dead") said.push("no death seen: dead from the start");
+          if (this.revived[place] > 0) said.push(`revived at step ${number.format(this.revived[place] - 1)}`);
+        }
+      }
+      const step = `at step ${number.format(this.steps[column])}`;
+      const others = rest === LEVEL.dead ? "" : this.level(rest, size > 1);
+      if (size === 1) said.push(`${step}: ${share ? "dead" : others}`);
+      else if (share === 255) said.push(`${step}: all ${size} neurons of this row dead`);
+      else said.push(`${step}: ${share ? percent(share / 255) : "none"} of the ${size} neurons of this row dead, the rest ${others}`);
+      return said.join(" · ");
+    }
+
+    level(level, several) {
+      for (const name of ["unseen", "dormant", "cut_off", "not_finite"]) {
+        if (level === LEVEL[name]) return (several ? (name === "not_finite" ? "partly " : "mostly ") : "") + name.replace("_", " ");
+      }
+      return `zero at ${percent(level / LEVEL.max)} of positions${several ? " on average" : ""}`;
+    }
+  }
+
+  // --- start -------------------------------------------------------------------------------------------------------
+  const byId = new Map(SITES.map((site) => [String(site.id), site]));
+  const maps = [...document.querySelectorAll(".map")].map((box) => new SiteMap(box, byId.get(box.dataset.site)));
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) if (entry.isIntersecting) maps.find((map) => map.box === entry.target).load();
+  }, { rootMargin: "800px" });
+  const resized = new ResizeObserver((entries) => {
+    for (const entry of entries) maps.find((map) => map.box === entry.target).draw();
+  });
+  maps.forEach((map) => { seen.observe(map.box); resized.observe(map.box); });
+  addEventListener("beforeprint", () => maps.forEach((map) => map.load()));
+
+  if (remembered()) root.dataset.theme = remembered();
+  themeButton.hidden = false;
+  themeButton.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    remembered(root.dataset.theme);
+    showTheme();
+  });
+  dark.addEventListener("change", showTheme);
+  showTheme();
+
+  const table = document.getElementById("table");
+  table?.querySelectorAll("thead th").forEach((heading, column) => {
+    heading.querySelector("button")?.addEventListener("click", () => sortBy(table, column, heading));
+  });
+  const only = document.getElementById("only");
+  if (only && document.querySelector("tr.calm") && table.tBodies[0].rows.length > 8) {
+    only.parentElement.hidden = false;
+    only.addEventListener("change", () => document.body.classList.toggle("only-ill", only.checked));
+  }
+})();

@@ -1,0 +1,121 @@
+"""Sites put together by their place in the network, where there are too many to show each.
+
+The grouping depends on the sites' names alone, so that it stays the same over a run whatever the neurons do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Group", "group_sites", "shared_prefix"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that are shown as one.
+
+    Attributes:
+        first: The site's name; for several, the path that they share (or the first of several such paths).
+        last: The last of several paths; ``None`` where there is only one.
+        sites: Names of the sites in it.
+        single: Whether it is one site under its own name.
+    """
+
+    first: str
+    last: str | None
+    sites: tuple[str, ...]
+    single: bool
+
+    @property
+    def label(self) -> str:
+        """What to call it, for people.
+
+        >>> Group("layers.0", "layers.3", ("layers.0.act", "layers.3.act"), False).label
+        'layers.0 ... 3'
+        """
+        if self.single:
+            return self.first
+        if self.last is None:
+            return f"{self.first}.*"
+        return f"{self.first} ... {_tail(self.first, self.last)}"
+
+
+def group_sites(names: Sequence[str], most: int) -> list[Group]:
+    """Put sites together until there are at most ``most`` groups.
+
+    Sites are put together by the longest common depth of module path that leaves few enough. Where that would be too
+    coarse (80 layers under one ``model.layers``), neighbours at the next depth are put together instead.
+
+    Args:
+        names: Site names, in the order in which they ran.
+        most: Groups wanted at most, ≥ 1.
+
+    Returns:
+        Groups in the order of their first site; each site is in exactly one.
+    """
+    if len(names) <= most:
+        return [Group(name, None, (name,), True) for name in names]
+    parts = [name.split(".") for name in names]
+    deepest = max(len(part) for part in parts)
+    finer = _by_prefix(names, parts, deepest)
+    for depth in range(deepest, 0, -1):
+        coarser = _by_prefix(names, parts, depth)
+        if len(coarser) <= most:
+            if len(coarser) >= most / 3:
+                return [_group(path, sites) for path, sites in coarser.items()]
+            break
+        finer = coarser
+    runs = _neighbours(list(finer), most)
+    return [
+        _group(run[0], [site for path in run for site in finer[path]], run[-1] if len(run) > 1 else None)
+        for run in runs
+    ]
+
+
+def shared_prefix(labels: Sequence[str]) -> str:
+    """The leading path parts that all labels share, with the dot that ends them; empty where it would save little.
+
+    >>> shared_prefix(["model.layers.0.act", "model.layers.1.act"])
+    'model.layers.'
+    """
+    if len(labels) < 2:
+        return ""
+    split = [label.split(".") for label in labels]
+    shared = 0
+    while shared < min(map(len, split)) - 1 and len({part[shared] for part in split}) == 1:
+        shared += 1
+    prefix = ".".join(split[0][:shared])
+    return f"{prefix}." if len(prefix) > 8 else ""
+
+
+def _by_prefix(names: Sequence[str], parts: Sequence[list[str]], depth: int) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, part in zip(names, parts, strict=True):
+        groups.setdefault(".".join(part[:depth]), []).append(name)
+    return groups
+
+
+def _neighbours(paths: Sequence[str], most: int) -> list[list[str]]:
+    """Runs of neighbouring paths, at most ``most``, that do not cross from one parent to another where that can be."""
+    parents: dict[str, list[str]] = {}
+    for path in paths:
+        parents.setdefault(path.rpartition(".")[0], []).append(path)
+    families = list(parents.values()) if len(parents) <= most else [list(paths)]
+    apart = 1
+    while sum(-(-len(family) // apart) for family in families) > most:
+        apart += 1
+    return [family[i : i + apart] for family in families for i in range(0, len(family), apart)]
+
+
+def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
+    return Group(path, last, tuple(sites), len(sites) == 1 and sites[0] == path and last is None)
+
+
+def _tail(first: str, last: str) -> str:
+    """``last`` without the leading path parts that it shares with ``first``."""
+    one, two = first.split("."), last.split(".")
+    shared = 0
+    while shared < min(len(one), len(two)) - 1 and one[shared] == two[shared]:
+        shared += 1
+    return ".".join(two[shared:])

@@ -1,0 +1,27 @@
+"""JSON: a report's plain data as strict, byte-stable text, described by ``assets/report.schema.json``."""
+
+from __future__ import annotations
+
+import json
+
+from neuronscope.report import Report
+
+__all__ = ["render"]
+
+
+def render(report: Report) -> str:
+    """The report as JSON text (RFC 8259: no NaN, no infinity).
+
+    Keys are sorted, so that two equal reports give the same bytes. ``schema_version`` says which schema holds.
+
+    Args:
+        report: What to draw.
+
+    Returns:
+        One line of ASCII and a line end.
+
+    Raises:
+        ValueError: The report holds a number that is not finite where its contract allows none.
+    """
+    plain = report.as_dict()
+    return json.dumps(plain, allow_nan=False, sort_keys=True, ensure_ascii=True, separators=(",", ":")) + "\n"

@@ -1,0 +1,220 @@
+"""The heat map of one site: every neuron over every window, the dead first, so that one sees who died when.
+
+One pixel may stand for many neurons. It then shows the *share* of dead among them, never less than a visible part, so
+that dead neurons do not disappear by averaging.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.report import (
+    LEVEL_CUT_OFF,
+    LEVEL_DEAD,
+    LEVEL_DORMANT,
+    LEVEL_MAX,
+    LEVEL_NOT_FINITE,
+    LEVEL_UNSEEN,
+    SiteReport,
+)
+from neuronscope.verdicts import LABELS
+from neuronscope.writers.pictures.axis import StepAxis, count, percent, spread
+from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
+from neuronscope.writers.pictures.colours import (
+    ALIVE_HIGH,
+    ALIVE_LOW,
+    CUT_OFF,
+    DEAD,
+    DORMANT,
+    FRAME,
+    INK,
+    MUTED,
+    NOT_FINITE,
+    PAPER,
+    UNSEEN_STRIPE,
+    Colour,
+    mix,
+)
+
+__all__ = ["heatmap", "order"]
+
+ByteArray = npt.NDArray[np.uint8]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+_WIDTH, _MARGIN, _TOP, _HEIGHT, _BOTTOM = 784, 16, 88, 304, 38  # twice the size of a card on TensorBoard
+_LABELS = 190  # width of the column of labels
+_TITLE, _TEXT = 36, 22
+#: A cell in which one neuron of many is dead shows at least this much red.
+_LEAST_RED = 0.35
+
+#: Groups of neurons from top to bottom: labels of the verdict, what they are called, their colour.
+_GROUPS: tuple[tuple[tuple[str, ...], str, Colour], ...] = (
+    (("dead",), "dead", DEAD),
+    (("not finite",), "NaN or inf", NOT_FINITE),
+    (("cut off",), "cut off", CUT_OFF),
+    (("dormant",), "dormant", DORMANT),
+    (("linear", "alive"), "alive", ALIVE_HIGH),
+    (("unseen",), "not seen", UNSEEN_STRIPE),
+)
+
+
+def order(site: SiteReport) -> IntArray:
+    """Neurons from top to bottom of the heat map, int64 ``(N,)``.
+
+    The dead first (born dead, then by the step at which they died), then not finite, cut off, dormant, then the living
+    by their zero-output fraction, most often zero first; the unseen last.
+    """
+    group = _group_of(site)
+    dead = group == 0
+    born = site.last_active_step < 0
+    died = np.where(dead, np.where(born, -1, site.history.died_step), 0)
+    return np.lexsort((np.arange(site.neurons), -np.nan_to_num(site.zero_output_fraction), died, group))
+
+
+def heatmap(site: SiteReport, phase: str = "train") -> ByteArray:
+    """Draw every neuron of one site over all its windows.
+
+    Args:
+        site: The site.
+        phase: The phase that the site's report is of, for the title.
+
+    Returns:
+        uint8 ``(430, 784, 3)``.
+    """
+    canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM)
+    room = _WIDTH - 2 * _MARGIN
+    finding = f": {_finding(site)}"
+    name = canvas.fit(site.name, _TITLE, room - canvas.text_width(finding, _TITLE) - 6)
+    canvas.text((_MARGIN, 42), name + finding, _TITLE, bold=True)
+    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(site, phase), _TEXT, room), _TEXT, MUTED)
+    width = room - _LABELS
+    axis = StepAxis.of_windows([site.history.steps], _MARGIN, width)
+    some = bool(len(site.history.steps) and site.neurons)
+    picture = _cells(site, axis) if some else stripes(_HEIGHT, width)
+    canvas.pixels((_MARGIN, _TOP), picture)
+    bottom = _TOP + len(picture)
+    canvas.box((_MARGIN - 1, _TOP - 1, _MARGIN + width + 1, bottom + 1), outline=FRAME)
+    if some:
+        draw_steps(canvas, axis, bottom, _TEXT)
+        _brackets(canvas, site, _MARGIN + width + 6)
+        _scale(canvas, _WIDTH - _MARGIN, _TOP + _HEIGHT + 28)
+    else:
+        x, y = _MARGIN + width / 2, _TOP + _HEIGHT / 2
+        canvas.box((x - 140, y - 16, x + 140, y + 16), PAPER)
+        canvas.text((x, y), "no window is closed yet", _TEXT, INK, "mm")
+    return canvas.array()
+
+
+def _finding(site: SiteReport) -> str:
+    observed = site.neurons - site.unseen
+    broken = int(site.judgement.not_finite.sum())
+    if not observed:
+        return "not seen"
+    if broken:
+        return f"{percent(broken / observed)} NaN or inf"
+    return f"{percent(site.dead / observed)} dead"
+
+
+def _subtitle(site: SiteReport, phase: str) -> str:
+    parts = [site.activation, phase, f"{count(site.neurons)} neurons, dead first"]
+    if site.dead:
+        parts.append(f"{count(site.born_dead)} never fired, {count(site.died)} died")
+    return " · ".join(parts)
+
+
+def _group_of(site: SiteReport) -> IntArray:
+    lookup = np.array([next(i for i, group in enumerate(_GROUPS) if label in group[0]) for label in LABELS])
+    groups: IntArray = lookup[site.judgement.labels()]
+    return groups
+
+
+def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
+    """Which neurons, counted in :func:`order`, lie in which row of cells.
+
+    Where there are more neurons than rows, a group of neurons that is not empty still gets three rows: two dead
+    neurons of four thousand must not vanish in a line that nobody sees.
+
+    Returns:
+        First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,
+        int64 ``(G + 1,)``; pixels to a row.
+    """
+    group = _group_of(site)
+    sizes = np.array([(group == index).sum() for index in range(len(_GROUPS))])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    if site.neurons <= _HEIGHT:
+        return np.arange(site.neurons), starts, min(_HEIGHT // max(site.neurons, 1), 48)
+    rows = np.where(sizes > 0, np.maximum(3, sizes * _HEIGHT // site.neurons), 0)
+    rows[np.argmax(rows)] += _HEIGHT - rows.sum()
+    low = [starts[g] + np.arange(rows[g]) * sizes[g] // rows[g] for g in range(len(sizes)) if rows[g]]
+    return np.concatenate(low), np.concatenate([[0], np.cumsum(rows)]), 1
+
+
+def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
+    """The pixels: every neuron's own colour where there is room, the mixture of several where there is not."""
+    levels = site.history.levels[:, order(site)]
+    first, last = axis.windows_of_columns(site.history.steps)
+    low, _, repeat = _layout(site)
+
+    def total(values: npt.NDArray[np.generic]) -> FloatArray:
+        """Sum of ``values (W, N)`` over the windows and neurons of each cell, ``(rows, columns)``."""
+        by_row = np.add.reduceat(values, low, axis=1, dtype=np.float64)
+        sums = np.concatenate([np.zeros((1, len(low))), np.cumsum(by_row, axis=0)])
+        cells: FloatArray = (sums[last] - sums[first]).T
+        return cells
+
+    seen = total(levels != LEVEL_UNSEEN)
+    parts = {code: total(levels == code) for code in (LEVEL_DORMANT, LEVEL_CUT_OFF, LEVEL_NOT_FINITE, LEVEL_DEAD)}
+    living = levels <= LEVEL_MAX
+    alive = total(living)
+    zeros = total(np.where(living, levels, 0)) / np.maximum(alive, 1) / LEVEL_MAX
+    colour = _lerp(np.array(ALIVE_LOW, float), np.array(ALIVE_HIGH, float), zeros)
+    so_far = alive
+    for code, of in (
+        (LEVEL_DORMANT, DORMANT),
+        (LEVEL_CUT_OFF, CUT_OFF),
+        (LEVEL_NOT_FINITE, NOT_FINITE),
+        (LEVEL_DEAD, DEAD),
+    ):
+        so_far = so_far + parts[code]
+        share = parts[code] / np.maximum(so_far, 1)
+        if code in (LEVEL_NOT_FINITE, LEVEL_DEAD):
+            share = np.where(share > 0, _LEAST_RED + (1 - _LEAST_RED) * share, 0.0)
+        colour = _lerp(colour, np.array(of, float), share)
+    picture = np.rint(colour).astype(np.uint8).repeat(repeat, axis=0)
+    unseen = (seen == 0).repeat(repeat, axis=0)
+    picture[unseen] = stripes(*picture.shape[:2])[unseen]
+    return picture
+
+
+def _lerp(low: FloatArray, high: FloatArray, share: FloatArray) -> FloatArray:
+    mixed: FloatArray = low + (high - low) * share[..., None]
+    return mixed
+
+
+def _brackets(canvas: Canvas, site: SiteReport, x: float) -> None:
+    """Say beside the picture which neurons lie where, and how many they are."""
+    group = _group_of(site)
+    sizes = [int((group == index).sum()) for index in range(len(_GROUPS))]
+    _, rows, repeat = _layout(site)
+    ends = _TOP + rows * repeat
+    shown = [index for index, size in enumerate(sizes) if size]
+    centres = [float(ends[i] + ends[i + 1]) / 2 for i in shown]
+    for index, centre, y in zip(shown, centres, spread(centres, 28, _TOP + 10, _TOP + _HEIGHT - 10), strict=True):
+        _, name, colour = _GROUPS[index]
+        canvas.box((x, ends[index], x + 6, ends[index + 1]), colour)
+        canvas.line([(x + 8, centre), (x + 16, y)], mix(colour, INK, 0.2), 2)
+        text = canvas.fit(f"{name} {count(sizes[index])}", _TEXT, _LABELS - 28)
+        canvas.text((x + 21, y + 8), text, _TEXT, mix(colour, INK, 0.45))
+
+
+def _scale(canvas: Canvas, right: float, baseline: float) -> None:
+    """The scale of the living: how often their output is zero."""
+    canvas.text((right, baseline), "zeros", _TEXT, MUTED, "rs")
+    right -= canvas.text_width("zeros", _TEXT) + 6
+    ramp = _lerp(np.array(ALIVE_LOW, float), np.array(ALIVE_HIGH, float), np.linspace(0, 1, 48)[None].repeat(16, 0))
+    canvas.text((right, baseline), "all", _TEXT, MUTED, "rs")
+    right -= canvas.text_width("all", _TEXT) + 6 + ramp.shape[1]
+    canvas.pixels((round(right), round(baseline - 15)), np.rint(ramp).astype(np.uint8))
+    canvas.text((right - 6, baseline), "no", _TEXT, MUTED, "rs")

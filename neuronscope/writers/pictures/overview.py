@@ -1,0 +1,167 @@
+"""The overview: which layers are dying, and since when. A row a site, a column a window, colour the dead share."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.report import Report
+from neuronscope.writers.grouping import shared_prefix
+from neuronscope.writers.pictures.axis import StepAxis, count, percent
+from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
+from neuronscope.writers.pictures.colours import (
+    FRAME,
+    INK,
+    MUTED,
+    NOT_FINITE,
+    PAPER,
+    Colour,
+    mix,
+    share_colours,
+)
+from neuronscope.writers.pictures.rows import Row, rows_of
+
+__all__ = ["MOST_ROWS", "overview"]
+
+ByteArray = npt.NDArray[np.uint8]
+
+#: Rows that fit on a picture which is shown small; more sites are put together by their path.
+MOST_ROWS = 24
+
+# TensorBoard shows a picture some 390 x 215 pixels large, and leaves out pixels without smoothing: twice that, with
+# strokes two pixels thick, is what one can still read.
+_WIDTH, _HEIGHT, _MARGIN = 784, 430, 16
+_TOP, _BOTTOM = 116, 38  # above and below the grid
+_NAMES, _NUMBERS = 220, 190  # the columns beside the grid
+_TITLE, _TEXT = 36, 22
+
+
+def overview(report: Report) -> ByteArray:
+    """Draw a report as one picture of all its sites over all its windows.
+
+    Args:
+        report: The report.
+
+    Returns:
+        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows.
+    """
+    rows = rows_of(report, MOST_ROWS)
+    height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
+    size = 22 if height >= 24 else 20
+    bottom = _TOP + max(len(rows), 1) * height
+    rare = _rare(rows)
+    canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0))
+    room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
+    canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
+    canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, MUTED)
+    prefix = shared_prefix([row.label for row in rows])
+    names = [row.label[len(prefix) :] for row in rows]
+    widest = max((canvas.text_width(name, size) for name in [*names, prefix]), default=0)
+    left = _MARGIN + round(min(max(widest, 60), _NAMES)) + 14
+    width = right - _NUMBERS - left
+    axis = StepAxis.of_windows([row.steps for row in rows], left, width)
+    canvas.text((_MARGIN, _TOP - 12), canvas.fit(prefix, _TEXT, left - _MARGIN - 20), _TEXT, MUTED)
+    _scale(canvas, left, _TOP - 12)
+    canvas.text((right - 96, _TOP - 12), "dead", _TEXT, MUTED, "rs")
+    canvas.text((right, _TOP - 12), "dormant", _TEXT, MUTED, "rs")
+    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+        baseline = _TOP + (index + 0.5) * height + 8
+        canvas.text((_MARGIN, baseline), canvas.fit(name, size, _NAMES), size)
+        canvas.pixels((left, _TOP + index * height), _strip(row, axis, height))
+        _numbers(canvas, row, right, baseline, size)
+    canvas.box((left - 1, _TOP - 1, left + width + 1, bottom + 1), outline=FRAME)
+    if not any(len(row.steps) for row in rows):
+        missing = "no window is closed yet" if rows else "no site was watched"
+        canvas.box(
+            (left + width / 2 - 140, (_TOP + bottom) / 2 - 16, left + width / 2 + 140, (_TOP + bottom) / 2 + 16), PAPER
+        )
+        canvas.text((left + width / 2, (_TOP + bottom) / 2), missing, _TEXT, INK, "mm")
+    else:
+        draw_steps(canvas, axis, bottom, _TEXT)
+    x = float(_MARGIN)
+    for text, colour in rare:
+        x = _swatch(canvas, x, bottom + _BOTTOM + 10, text, colour)
+    return canvas.array()
+
+
+def _headline(report: Report) -> str:
+    observed = report.observed_neurons
+    broken = sum(int(site.judgement.not_finite.sum()) for site in report.sites)
+    if not report.sites:
+        return "Nothing was watched"
+    if not observed:
+        return "No neuron has been observed yet"
+    if broken:
+        return f"{percent(broken / observed)} of neurons give NaN or infinity"
+    if not report.dead and not report.dormant:
+        return "No neuron is dead or dormant"
+    return f"{percent(report.dead / observed)} dead, {percent(report.dormant / observed)} dormant"
+
+
+def _subtitle(report: Report, rows: list[Row]) -> str:
+    parts = [report.model, report.phase, f"step {count(report.step)}", f"{count(report.neurons)} neurons"]
+    if len(rows) < len(report.sites):
+        parts.append(f"{count(len(report.sites))} sites in {len(rows)} groups")
+    return " · ".join(parts)
+
+
+def _numbers(canvas: Canvas, row: Row, right: float, baseline: float, size: int) -> None:
+    dead = "NaN" if row.broken else percent(row.dead_share)
+    canvas.text((right - 96, baseline), dead, size, INK if row.dead or row.broken else MUTED, "rs")
+    dormant = "" if row.broken else percent(row.dormant_share)
+    canvas.text((right, baseline), dormant, size, INK if row.dormant else MUTED, "rs")
+
+
+def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
+    """One row of the grid ``(height, width, 3)``: the worst window under each pixel column."""
+    unseen = stripes(height, axis.width)
+    if not len(row.steps):
+        return unseen
+    first, last = axis.windows_of_columns(row.steps)
+    worst = _most(np.nan_to_num(row.share, nan=-1.0), first, last)
+    strip = np.repeat(share_colours(np.maximum(worst, 0.0))[None], height, axis=0)
+    strip[:, worst < 0.0] = unseen[:, worst < 0.0]
+    strip[:, _most(row.not_finite.astype(np.float64), first, last) > 0.0] = NOT_FINITE
+    strip[-1:] = mix((255, 255, 255), FRAME, 0.5)
+    return strip
+
+
+def _most(
+    values: npt.NDArray[np.float64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Greatest value of each run ``first … last - 1``; -1 for an empty run."""
+    padded = np.append(values, -1.0)
+    most = np.maximum.reduceat(
+        padded, np.stack([first, np.maximum(last, first + 1)], axis=1).ravel().clip(0, len(values))
+    )
+    return np.where(last > first, most[::2], -1.0)
+
+
+def _rare(rows: list[Row]) -> list[tuple[str, Colour | None]]:
+    """What the picture holds besides dead shares: text and colour, ``None`` for stripes."""
+    rare: list[tuple[str, Colour | None]] = []
+    if any(np.isnan(row.share).any() for row in rows):
+        rare.append(("not observed", None))
+    if any(row.not_finite.any() for row in rows):
+        rare.append(("NaN or infinity", NOT_FINITE))
+    return rare
+
+
+def _scale(canvas: Canvas, x: float, baseline: float) -> None:
+    """The scale of dead shares: none apart, then from above none to all."""
+    for text, shares in (("0%", np.zeros(22)), (">0", np.linspace(1e-6, 1.0, 100))):
+        canvas.text((x, baseline), text, _TEXT, MUTED)
+        x += canvas.text_width(text, _TEXT) + 6
+        canvas.pixels((round(x), round(baseline - 15)), share_colours(shares[None].repeat(16, axis=0)))
+        x += len(shares) + 10
+    canvas.text((x - 4, baseline), "100% dead", _TEXT, MUTED)
+
+
+def _swatch(canvas: Canvas, x: float, baseline: float, text: str, colour: Colour | None) -> float:
+    box = (x, baseline - 16, x + 24, baseline)
+    if colour is None:
+        canvas.hatch(box)
+    else:
+        canvas.box(box, colour)
+    canvas.text((x + 32, baseline), text, _TEXT, MUTED)
+    return x + 32 + canvas.text_width(text, _TEXT) + 30

@@ -1,0 +1,174 @@
+"""The dashboard: one report into TensorBoard's own pages, once a step and never backwards.
+
+Works with the ``SummaryWriter`` of torch and that of tensorboardX alike, which differ in where their protos come from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from neuronscope.errors import UsageError
+from neuronscope.report import Report, SiteReport
+from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.scalars import scalars
+from neuronscope.writers.tensorboard.tags import metric, safe
+from neuronscope.writers.tensorboard.vectors import summaries
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+__all__ = ["MOST_HEATMAPS", "Dashboard", "EventWriter", "write"]
+
+#: Heat maps written for one report.
+MOST_HEATMAPS = 8
+
+
+class EventWriter(Protocol):
+    """What is used of a ``SummaryWriter``; torch's and tensorboardX's both have it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number."""
+
+    def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> Any:
+        """Write one picture."""
+
+    def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
+        """Write one text."""
+
+
+def write(
+    report: Report,
+    writer: EventWriter,
+    step: int,
+    *,
+    since: int | None = None,
+    images: bool = True,
+    text: bool = True,
+    vectors: bool = True,
+    per_site: bool = True,
+) -> None:
+    """Write a report to TensorBoard at a step.
+
+    Scalars and text cost milliseconds. Pictures take about 40 ms each, most of it PNG: write them every few windows.
+    Vectors go through a checksum in pure Python, 4 to 8 MB a second: write them every 100 to 500 steps.
+
+    Args:
+        report: The report.
+        writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
+        step: The trainer's step, for the x axis. Must never fall for a phase; :class:`Dashboard` sees to that.
+        since: ``report.step`` of the report written before, so that no death falls between two; see :func:`scalars`.
+        images: Whether to draw the overview (``neuronscope/overview``) and heat maps (``neuronscope.neurons/<site>``).
+            A network of more than :data:`MOST_HEATMAPS` sites gets ``neuronscope.neurons/worst-1`` … ``worst-8``, each
+            naming its site in the picture, so that the tags stay the same while the worst sites change.
+        text: Whether to write the diagnosis (``neuronscope/diagnosis``).
+        vectors: Whether to write a byte a neuron for Neuronscope's own tab.
+        per_site: Whether to write the scalars of the sites.
+    """
+    for tag, value in scalars(report, since=since, per_site=per_site).items():
+        writer.add_scalar(tag, value, step)
+    if images:
+        from neuronscope.writers.pictures import heatmap, overview  # Pillow, only where pictures are drawn
+
+        tag = f"neuronscope/{metric('overview', report.phase)}"
+        writer.add_image(tag, overview(report), step, dataformats="HWC")
+        for name, site in _heatmaps(report):
+            tag = f"neuronscope.{metric('neurons', report.phase)}/{name}"
+            writer.add_image(tag, heatmap(site, report.phase), step, dataformats="HWC")
+    if text:
+        writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
+    if vectors:
+        for summary in summaries(report):
+            _add_summary(writer, summary, step)
+
+
+class Dashboard:
+    """Writes reports to one ``SummaryWriter`` and remembers what it wrote, so that steps never go backwards.
+
+    TensorBoard's data server drops the earlier history of a tag when a lower step comes.
+
+    Args:
+        writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+        self._written: dict[str, tuple[int, int]] = {}  # phase → (step written at, report.step)
+
+    def write(
+        self,
+        report: Report,
+        step: int | None = None,
+        *,
+        images: bool = True,
+        text: bool = True,
+        vectors: bool = True,
+        per_site: bool = True,
+    ) -> bool:
+        """Write a report, unless its phase was written at this step or a later one; see :func:`write`.
+
+        Args:
+            report: The report.
+            step: The trainer's step; ``report.step`` where it is not given.
+            images: Whether to draw pictures.
+            text: Whether to write the diagnosis.
+            vectors: Whether to write a byte a neuron.
+            per_site: Whether to write the scalars of the sites.
+
+        Returns:
+            Whether it was written.
+        """
+        step = report.step if step is None else step
+        last_step, since = self._written.get(report.phase, (-1, -1))
+        if step <= last_step:
+            return False
+        write(report, self._writer, step, since=since, images=images, text=text, vectors=vectors, per_site=per_site)
+        self._written[report.phase] = (step, report.step)
+        return True
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """What was written last, by phase: plain data for a checkpoint."""
+        return {phase: list(steps) for phase, steps in self._written.items()}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Go on where another run stopped, so that its deaths are not counted again.
+
+        Raises:
+            UsageError: ``state`` is not what :meth:`state_dict` gives.
+        """
+        try:
+            self._written = {str(phase): (int(step), int(since)) for phase, (step, since) in state.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"Expected argument `state` to be what Dashboard.state_dict() gives, but got {state!r}."
+            ) from error
+
+
+def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
+    """The sites that get a heat map, each under a name that stays."""
+    if len(report.sites) <= MOST_HEATMAPS:
+        return [(safe(site.name), site) for site in report.sites]
+    worst = sorted(report.sites, key=_severity)[:MOST_HEATMAPS]  # a stable sort: ties in the order of the network
+    return [(f"worst-{rank}", site) for rank, site in enumerate(worst, 1)]
+
+
+def _severity(site: SiteReport) -> tuple[float, float]:
+    seen = max(site.neurons - site.unseen, 1)
+    broken = int(site.judgement.not_finite.sum())
+    return -(site.dead + broken) / seen, -(site.dormant + site.cut_off) / seen
+
+
+def _add_summary(writer: Any, summary: Summary, step: int) -> None:
+    """Hand a proto to the event file.
+
+    A ``SummaryWriter`` takes no proto of ours. Its ``file_writer`` does: a public attribute in torch and tensorboardX,
+    though neither documents it. ``None`` there means that the writer was closed; writing a scalar opens it again.
+    """
+    file_writer = writer.file_writer
+    if file_writer is None:
+        raise UsageError("Expected argument `writer` to be open, but its file was closed: write a scalar to open it.")
+    if type(file_writer).__module__.partition(".")[0] == "tensorboardX":  # has protos of its own and refuses all others
+        from tensorboardX.proto.summary_pb2 import Summary as ForeignSummary
+
+        file_writer.add_summary(ForeignSummary.FromString(summary.SerializeToString()), step)
+    else:
+        file_writer.add_summary(summary, step)

@@ -1,0 +1,295 @@
+"""The HTML page in a real browser: maps are drawn, names are inert, keyboard and themes work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from neuronscope.report import Report
+
+from . import sample_reports as samples
+
+pytest.importorskip("selenium", reason="selenium is not installed")
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+pytestmark = pytest.mark.browser
+
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-device-scale-factor=1",
+)
+PATIENCE_S = 30.0
+DEAD = {"light": (213, 94, 0), "dark": (255, 122, 41)}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = next(
+        path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))
+    )
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Open a report, in a theme and a width, with all maps drawn; at the end nothing was said on the console."""
+
+    def opened(report: Report, theme: str = "light", width: int = 1280) -> Any:
+        report.to_html(tmp_path / "report.html")
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.get((tmp_path / "report.html").as_uri())
+        browser.execute_script("localStorage.clear(); delete document.documentElement.dataset.theme")
+        while waiting := browser.find_elements(By.CSS_SELECTOR, ".map:not([data-drawn])"):
+            browser.execute_script("arguments[0].scrollIntoView()", waiting[0])
+            until(browser, lambda: waiting[0].get_attribute("data-drawn") == "true")
+        return browser
+
+    yield opened
+    assert browser.get_log("browser") == []
+
+
+def until(browser: Any, condition: Callable[[], bool]) -> None:
+    WebDriverWait(browser, PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
+
+
+def pixels(browser: Any, site: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The map of a site as it is on screen, ``(height, width, 4)``."""
+    width, height, data = browser.execute_script(
+        """const canvas = document.querySelector(`.map[data-site="${arguments[0]}"] canvas`);
+        const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return [canvas.width, canvas.height, Array.from(image.data)];""",
+        site,
+    )
+    return np.array(data, dtype=np.uint8).reshape(height, width, 4)
+
+
+def is_colour(image: np.ndarray[Any, np.dtype[np.uint8]], colour: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    same: np.ndarray[Any, Any] = (image[..., :3] == colour).all(axis=-1)
+    return same
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_maps_are_drawn_with_the_dead_in_their_own_colour(show: Callable[..., Any], theme: str) -> None:
+    report = samples.mixed()
+    browser = show(report, theme)
+    for index, site in enumerate(report.sites):
+        if site.name == "never.ran":
+            continue
+        image = pixels(browser, index)
+        assert (image[..., 3] == 255).all()
+        assert len(np.unique(image.reshape(-1, 4), axis=0)) > 10
+        # Sites of at most 45 neurons have whole rows of 4 pixels; the others share 180 rows: each dead one still shows.
+        last = is_colour(image, DEAD[theme])[:, -1].sum() / image.shape[0] * site.neurons
+        assert last == pytest.approx(site.dead, abs=1.0 + 0.02 * site.neurons)
+        assert (last > 0) == (site.dead > 0)
+
+
+def test_the_axis_of_steps_is_true(show: Callable[..., Any]) -> None:
+    """Windows that end at steps 10, 20 and 100: the dead third column takes 80 of 100 parts of the width."""
+    plain = samples.site("relu", 8, samples.Fate(died=8), windows=3)
+    levels = plain.history.levels.copy()
+    levels[:2], levels[2] = 100, 255
+    history = replace(plain.history, steps=np.array([10, 20, 100]), levels=levels)
+    browser = show(samples.report(replace(plain, history=history)))
+    image = pixels(browser, 0)
+    assert is_colour(image, DEAD["light"])[1].mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_one_dead_neuron_in_thousands_is_seen(show: Callable[..., Any]) -> None:
+    alive = samples.site("relu", 4096, windows=8)
+    one = samples.site("relu", 4096, samples.Fate(died=1), windows=8)
+    browser = show(samples.report(alive, one))
+
+    def orange(site: int) -> int:
+        image = pixels(browser, site).astype(int)
+        return int((image[..., 0] - image[..., 2] > 60).any(axis=1).sum())
+
+    assert orange(0) == 0
+    assert orange(1) == 1
+
+
+def test_names_are_inert(show: Callable[..., Any]) -> None:
+    report = samples.hostile()
+    browser = show(report)  # an alert would make every later command fail
+    assert len(browser.find_elements(By.CSS_SELECTOR, "main script, main img, main a[href^='http']")) == 0
+    heads = browser.find_elements(By.CSS_SELECTOR, "article h3")
+    assert heads[0].get_attribute("textContent") == samples.HOSTILE
+    assert browser.title.count(samples.HOSTILE) == 2
+    labels = [box.get_attribute("aria-label") for box in browser.find_elements(By.CSS_SELECTOR, ".map")]
+    assert samples.HOSTILE in labels[0]
+
+
+def test_nothing_is_fetched(show: Callable[..., Any]) -> None:
+    browser = show(samples.mixed())
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def column(browser: Any, number: int) -> list[str]:
+    texts: list[str] = browser.execute_script(
+        "const rows = [...document.querySelectorAll('#table tbody tr')];"
+        "return rows.map(row => row.cells[arguments[0]].textContent.trim())",
+        number,
+    )
+    return texts
+
+
+@pytest.mark.parametrize("key", [Keys.ENTER, Keys.SPACE])
+def test_the_table_is_sorted_by_keyboard(show: Callable[..., Any], key: str) -> None:
+    browser = show(samples.mixed())
+    headings = browser.find_elements(By.CSS_SELECTOR, "#table thead th")
+    names = [heading.text.strip() for heading in headings]
+    at = names.index("Dead")
+    button = headings[at].find_element(By.TAG_NAME, "button")
+    browser.execute_script("arguments[0].focus()", headings[at - 1].find_element(By.TAG_NAME, "button"))
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.switch_to.active_element == button
+    ActionChains(browser).send_keys(key).perform()
+    # Not measured stays last, whichever way: it is no number.
+    assert column(browser, at) == ["24", "12", "3", "1", "·", "·", "·", "unseen"]
+    assert headings[at].get_attribute("aria-sort") == "descending"
+    ActionChains(browser).send_keys(key).perform()
+    assert column(browser, at) == ["·", "·", "·", "1", "3", "12", "24", "unseen"]
+    assert headings[at].get_attribute("aria-sort") == "ascending"
+    assert browser.find_element(By.ID, "sorted").get_attribute("textContent") == "Sorted by Dead, ascending."
+    assert len(browser.find_elements(By.CSS_SELECTOR, "th[aria-sort]")) == 1
+    headings[0].find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
+    assert column(browser, 0) == [str(number) for number in range(1, 9)]
+
+
+def said(browser: Any, site: int) -> str:
+    text: str = browser.find_element(By.ID, f"at-{site}").text
+    return text
+
+
+def test_a_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
+    report = samples.mixed()
+    site = report["features.4"]
+    browser = show(report)
+    box = browser.find_element(By.CSS_SELECTOR, '.map[data-site="1"]')
+    browser.execute_script("arguments[0].focus()", box)
+    until(browser, lambda: said(browser, 1) != "")
+    died = site.history.died_step
+    first, second = sorted(np.flatnonzero(site.judgement.dead), key=lambda neuron: (died[neuron], neuron))[:2]
+    whole = "zero at 100 % of positions"
+    assert said(browser, 1) == f"Neuron {first}: dead · {whole} · died at step {died[first]:,} · at step 2,000: dead"
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
+    until(browser, lambda: said(browser, 1).startswith(f"Neuron {second}: dead"))
+    ActionChains(browser).send_keys(Keys.HOME).perform()
+    until(browser, lambda: "at step 100: zero at" in said(browser, 1))
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
+    until(browser, lambda: "at step 200: " in said(browser, 1))
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    until(browser, lambda: said(browser, 1) == "")
+
+
+def test_pointing_at_a_map_tells_the_neuron_below(show: Callable[..., Any]) -> None:
+    report = samples.mixed()
+    browser = show(report)
+    box = browser.find_element(By.CSS_SELECTOR, '.map[data-site="0"]')
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
+    size = box.size
+    # One pixel below the upper edge, at the right: the first neuron of 64 on 180 pixels. Born dead, lowest index first.
+    ActionChains(browser).move_to_element_with_offset(box, size["width"] // 2 - 5, -(size["height"] // 2) + 1).perform()
+    site = report["features.1"]
+    first = int(np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))[0])
+    until(browser, lambda: said(browser, 0).startswith(f"Neuron {first}: dead"))
+    assert "no death seen: dead from the start" in said(browser, 0)
+
+
+@pytest.mark.slow
+def test_a_row_that_neurons_share_tells_its_share_of_dead(show: Callable[..., Any]) -> None:
+    report = samples.noisy(sites=2, neurons=65_536, windows=70)
+    browser = show(report)
+    browser.execute_script("document.querySelector('.map').focus()")
+    until(browser, lambda: "neurons of this row dead" in said(browser, 0))
+    assert "neurons share a row" in browser.find_element(By.CSS_SELECTOR, ".kept").text
+
+
+def test_the_theme_is_switched_and_remembered(show: Callable[..., Any]) -> None:
+    browser = show(samples.mixed(), "light")
+    button = browser.find_element(By.ID, "theme")
+    browser.execute_script("arguments[0].focus()", button)
+    ActionChains(browser).send_keys(Keys.ENTER).perform()
+    assert button.text == "Light"
+    browser.execute_script("document.querySelector('.map').scrollIntoView()")
+    image = pixels(browser, 0)
+    assert is_colour(image, DEAD["dark"]).any()
+    assert not is_colour(image, DEAD["light"]).any()
+    browser.refresh()
+    assert browser.execute_script("return document.documentElement.dataset.theme") == "dark"
+    browser.execute_script("localStorage.clear()")
+
+
+CONTRAST = """
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const luminance = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+  .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const background = (element) => {
+  for (let at = element; at; at = at.parentElement) {
+    const colour = parse(getComputedStyle(at).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+};
+const poor = [];
+let looked = 0;
+for (const element of document.querySelectorAll("body *")) {
+  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  if (!own || ["SCRIPT", "NOSCRIPT"].includes(element.tagName) || !element.getClientRects().length) continue;
+  looked += 1;
+  const [a, b] = [parse(getComputedStyle(element).color), background(element)].map(luminance);
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 4.5) poor.push(`${element.tagName}.${element.className} ${element.textContent} ${ratio.toFixed(2)}`);
+}
+return [looked, poor];
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("sample", [samples.mixed, samples.broken])
+def test_text_has_the_contrast_of_wcag_aa(show: Callable[..., Any], sample: Callable[[], Report], theme: str) -> None:
+    looked, poor = show(sample(), theme).execute_script(CONTRAST)
+    assert looked > 60
+    assert poor == []
+
+
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_the_page_never_scrolls_sideways(show: Callable[..., Any], width: int) -> None:
+    browser = show(samples.hostile(), width=width)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_calm_sites_can_be_put_away(show: Callable[..., Any]) -> None:
+    browser = show(samples.many(12))
+    shown = "return [...document.querySelectorAll('#table tbody tr')].filter(row => row.offsetParent).length"
+    assert browser.execute_script(shown) == 12
+    browser.find_element(By.ID, "only").click()
+    assert browser.execute_script(shown) == 1

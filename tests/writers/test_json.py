@@ -1,0 +1,119 @@
+"""JSON: it validates against the published schema, which describes every field, and equal reports give equal bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+import jsonschema
+import pytest
+
+from neuronscope.report import SCHEMA_VERSION, Report
+
+from . import sample_reports as samples
+
+SCHEMA: dict[str, Any] = json.loads(
+    (files("neuronscope.writers") / "assets" / "report.schema.json").read_text(encoding="utf-8")
+)
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+SAMPLES = (samples.mixed, samples.healthy, samples.broken, samples.unwatched, samples.hostile)
+
+
+def test_the_schema_is_one_of_this_version() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_report_is_valid_and_comes_back_whole(sample: Callable[[], Report]) -> None:
+    text = sample().to_json()
+    plain = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    VALIDATOR.validate(plain)
+    assert plain == sample().as_dict()
+
+
+def resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    return resolve(SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]]) if "$ref" in schema else schema
+
+
+def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator[str]:
+    """Paths of fields that the schema says nothing of, and of fields it lists that are not there."""
+    schema = resolve(schema)
+    if isinstance(value, dict) and path != "$.versions":
+        for key in value.keys() ^ schema["properties"].keys():
+            yield f"{path}.{key}"
+        for key in value.keys() & schema["properties"].keys():
+            yield from undescribed(value[key], schema["properties"][key], f"{path}.{key}")
+    elif isinstance(value, list) and value and "items" in schema:
+        yield from undescribed(value[0], schema["items"], f"{path}[]")
+
+
+def test_every_field_is_described_and_no_other() -> None:
+    assert list(undescribed(samples.mixed().as_dict(), SCHEMA)) == []
+
+
+def spoil(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    *way, last = path.split(".")
+
+    def change(plain: Any) -> None:
+        for key in way:
+            plain = plain[int(key) if key.isdigit() else key]
+        if value is ...:
+            del plain[last]
+        else:
+            plain[int(last) if last.isdigit() else last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("sites.0.dead", ...),
+        ("sites.0.labels.3", "sleepy"),
+        ("sites.0.zero_output_fraction.0", 1.5),
+        ("sites.0.history.levels.0.0", 256),
+        ("sites.0.kind", "relu"),
+        ("summary.dead", -1),
+        ("window.long_enough", "yes"),
+        ("schema_version", 2),
+        ("policy.confidence", 1.0),
+        ("not_measured.0.reason", ...),
+    ],
+)
+def test_the_schema_refuses_what_is_wrong(path: str, value: Any) -> None:
+    plain = json.loads(samples.mixed().to_json())
+    spoil(path, value)(plain)
+    assert not VALIDATOR.is_valid(plain)
+
+
+def test_equal_reports_give_equal_bytes_whatever_the_order_of_their_dicts() -> None:
+    whole = samples.mixed()
+    turned = replace(
+        whole,
+        versions=dict(reversed(whole.versions.items())),
+        policy=dict(reversed(whole.policy.items())),
+    )
+    assert turned.to_json() == whole.to_json()
+
+
+def test_what_was_not_measured_is_null_and_not_zero() -> None:
+    plain = json.loads(samples.unwatched().to_json())
+    assert plain["summary"]["dead_percent"] is None
+    assert set(plain["sites"][0]["zero_output_fraction"]) == {None}
+
+
+def test_a_number_that_is_not_finite_is_refused_where_none_may_stand() -> None:
+    whole = samples.mixed()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        replace(whole, policy={**whole.policy, "tolerance": float("inf")}).to_json()
+
+
+def test_text_is_ascii_and_names_survive() -> None:
+    name = "réseau.層.\ud800"
+    text = samples.report(samples.site(name, 4)).to_json()
+    assert text.isascii()
+    assert json.loads(text)["sites"][0]["name"] == name

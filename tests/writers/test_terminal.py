@@ -1,0 +1,169 @@
+"""The terminal's table: clean when piped, coloured on a terminal, and honest about what was not seen."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+
+from neuronscope.report import Report, SiteReport
+from neuronscope.writers import terminal
+
+from . import golden
+from . import sample_reports as samples
+
+SAMPLES = {
+    "mixed": samples.mixed,
+    "healthy": samples.healthy,
+    "broken": samples.broken,
+    "unwatched": samples.unwatched,
+    "many": samples.many,
+    "hostile": samples.hostile,
+}
+
+
+class Screen(io.StringIO):
+    """A standard output that is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_screen(monkeypatch: pytest.MonkeyPatch, report: Report, columns: int) -> str:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Screen())
+        return terminal.render(report)
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def row(text: str, site: str) -> list[str]:
+    """The cells of a site's row, but for its name."""
+    line = next(line for line in bare(text).splitlines() if line.startswith(site))
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_piped_text_is_the_golden(name: str) -> None:
+    golden.check(f"terminal_{name}.txt", str(SAMPLES[name]()) + "\n")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 99])
+def test_a_narrow_terminal_is_the_golden(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden.check(f"terminal_mixed_{columns}.txt", bare(on_screen(monkeypatch, samples.mixed(), columns)) + "\n")
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_piped_text_has_no_control_codes_and_fits(name: str) -> None:
+    for line in str(SAMPLES[name]()).split("\n"):
+        assert line.isprintable()
+        assert len(line) <= 120
+        assert line == line.rstrip()
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 160])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_terminal_gets_colours_and_its_own_width(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = on_screen(monkeypatch, SAMPLES[name](), columns)
+    assert "\x1b[1m" in text
+    lines = bare(text).split("\n")
+    assert max(map(len, lines)) <= columns
+    assert all(line.isprintable() for line in lines)
+
+
+def test_what_was_not_seen_is_no_zero() -> None:
+    text = str(samples.mixed())
+    neurons, axis, dead, *rest = row(text, "never.ran")[1:]
+    assert (neurons, axis, dead) == ("16", "1 · conv2d", "unseen")
+    assert rest == ["–"] * len(rest)
+    headings = ["activation", "neurons", "axis", "dead", "%", "dormant", "cut off", "linear", "worst"]
+    assert row(text, "blind.relu#1")[headings.index("cut off")] == "–"
+    assert row(text, "features.1")[headings.index("cut off")] == "·"
+
+
+def test_a_network_that_is_not_finite_never_looks_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = str(samples.broken())
+    assert "!! NOT FINITE: 168 outputs NaN or infinite, at 1 site (relu2)" in text  # 24 neurons × 7
+    cells = row(text, "relu2")
+    assert "168" in cells
+    assert "not finite" in cells
+    assert not {"·", "0", "0 %"} & set(cells)
+    coloured = on_screen(monkeypatch, samples.broken(), 120)
+    assert re.search(r"\x1b\[1;\d+;41m!! NOT FINITE", coloured)  # 41: on red
+
+
+@pytest.mark.parametrize(("sites", "folded"), [(40, 0), (41, 40)])
+def test_sites_are_folded_beyond_forty(sites: int, folded: int) -> None:
+    many = samples.report(
+        *(samples.site(f"s{i:02}", 4, samples.Fate(born=int(i == 3)), windows=3) for i in range(sites))
+    )
+    text = str(many)
+    assert len(re.findall(r"^s\d\d ", text, re.MULTILINE)) == sites - folded
+    assert ("… 40 more sites with nothing to report" in text) == bool(folded)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        samples.site("kept", 8, samples.Fate(linear=1)),
+        samples.site("kept", 8, samples.Fate(not_finite=1)),
+        samples.site("kept", 8, samples.Fate(cut_off=1)),
+        samples.site("kept", 8, positions=0, windows=0),
+    ],
+    ids=["linear", "not finite", "cut off", "unseen"],
+)
+def test_a_site_with_anything_to_report_is_not_folded(kept: SiteReport) -> None:
+    calm = [samples.site(f"calm{i}", 4, windows=3) for i in range(60)]
+    text = str(samples.report(*calm, kept))
+    assert row(text, "kept")
+    assert "… 60 more sites" in text
+
+
+def test_a_long_name_is_folded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "encoder." + ".".join(f"block{i}" for i in range(12)) + ".relu"
+    text = bare(on_screen(monkeypatch, samples.report(samples.site(name, 8)), 60))
+    assert name in "".join(line.split(" ")[0] for line in text.splitlines())
+
+
+def test_sites_with_unlike_examples_say_each_their_own() -> None:
+    whole = samples.report(samples.site("few", 8, examples=20), samples.site("lots", 8, examples=1000))
+    assert row(str(whole), "few")[-2:] == ["20", "< 14 %"]  # 1 − 0.05^(1/20) = 13.91 %
+    assert row(str(whole), "lots")[-2:] == ["1,000", "< 0.3 %"]
+    said = str(whole).replace("\n", " ")
+    assert "20 to 1,000 examples; a dead neuron may still fire in < 14 %" in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    print(samples.mixed())
+    sys.stdout.flush()
+    assert "features.1" in raw.getvalue().decode(encoding)
+
+
+def test_a_window_that_is_too_short_says_so() -> None:
+    whole = samples.mixed()
+    assert "provisional" not in str(whole)
+    assert "provisional" in str(replace(whole, window=replace(whole.window, long_enough=False)))
+
+
+@pytest.mark.parametrize("at", [-1, 0])
+def test_a_scan_has_no_steps_and_is_not_nothing(at: int) -> None:
+    whole = samples.mixed()
+    scan = replace(
+        whole, phase="scan", step=0, window=replace(whole.window, name="all", first_step=at, last_step=at, steps=at + 1)
+    )
+    assert "Verdicts are of everything since watching began: 1,000 examples;" in str(scan)
+    assert str(scan).startswith("Neuronscope · TinyNet · scan\n")

@@ -1,0 +1,323 @@
+"""The TensorBoard writer, read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neuronscope.errors import UsageError
+from neuronscope.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, NotMeasured
+from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
+from neuronscope.writers.tensorboard.diagnosis import escape
+from neuronscope.writers.tensorboard.scalars import turnover
+from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, groups, safe
+from neuronscope.writers.tensorboard.vectors import CHANNELS, codes
+
+from . import samples
+
+torch_writer = pytest.importorskip("torch.utils.tensorboard", reason="TensorBoard is not installed")
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+tensor_util = pytest.importorskip("tensorboard.util.tensor_util")
+plugin_util = pytest.importorskip("tensorboard.plugin_util")
+
+GOLDEN = Path(__file__).parent / "golden" / "diagnosis.md"
+
+SITES = [f"features.{i}" for i in (1, 4, 7, 10, 13, 16)]
+SCALARS = {
+    "neuronscope/dead_pct",
+    "neuronscope/dormant_pct",
+    "neuronscope/not_finite_pct",
+    "neuronscope/deaths",
+    "neuronscope/revivals",
+    "neuronscope.more/born_dead_pct",
+    "neuronscope.more/cut_off_pct",
+    *(f"neuronscope.{metric}/{site}" for metric in ("dead_pct", "dormant_pct") for site in SITES),
+}
+IMAGES = {"neuronscope/overview", *(f"neuronscope.neurons/{site}" for site in SITES)}
+VECTORS = {f"neuronscope.vectors/{site}" for site in SITES}
+
+
+def summary_writer(kind: str, folder: Path) -> Any:
+    """A writer of torch's or of tensorboardX's."""
+    if kind == "torch":
+        return torch_writer.SummaryWriter(str(folder))
+    return pytest.importorskip("tensorboardX").SummaryWriter(str(folder))
+
+
+def read(folder: Path) -> Any:
+    """Everything in an event folder."""
+    found = event_accumulator.EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)
+    )
+    found.Reload()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["torch", "tensorboardX"])
+def test_tensorboard_reads_back_what_was_written(kind: str, tmp_path: Path) -> None:
+    report = samples.conv_net()
+    with summary_writer(kind, tmp_path) as writer:
+        write(report, writer, 4000)
+    found = read(tmp_path)
+    assert set(found.Tags()["scalars"]) == SCALARS
+    assert set(found.Tags()["images"]) == IMAGES
+    assert set(found.Tags()["tensors"]) == {*VECTORS, "neuronscope/diagnosis/text_summary"}
+    (event,) = found.Scalars("neuronscope/dead_pct")
+    assert event.step == 4000
+    assert event.value == pytest.approx(report.dead_percent)
+    (picture,) = found.Images("neuronscope/overview")
+    assert (picture.width, picture.height) == (784, 430)
+
+
+@pytest.mark.parametrize("kind", ["torch", "tensorboardX"])
+def test_vectors_carry_their_codes_and_their_place(kind: str, tmp_path: Path) -> None:
+    report = samples.conv_net()
+    with summary_writer(kind, tmp_path) as writer:
+        write(report, writer, 4000, images=False, text=False)
+    found = read(tmp_path)
+    for order, site in enumerate(report.sites):
+        tag = f"neuronscope.vectors/{site.name}"
+        (event,) = found.Tensors(tag)
+        assert (tensor_util.make_ndarray(event.tensor_proto) == codes(site)).all()
+        metadata = found.SummaryMetadata(tag)
+        assert metadata.plugin_data.plugin_name == "neuronscope"
+        assert metadata.data_class == 2  # DATA_CLASS_TENSOR; without it the run does not show
+        content = json.loads(metadata.plugin_data.content)
+        assert (content["site"], content["order"], content["neurons"]) == (site.name, order, site.neurons)
+        assert content["channels"] == list(CHANNELS)
+
+
+def test_codes_keep_exact_zero_and_exact_one_apart_from_the_rest() -> None:
+    site = samples.site_of("act", np.full((1, 6), 100, np.uint8), samples.windows(1))
+    fractions = np.array([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, np.nan])
+    site = replace(site, zero_output_fraction=fractions, zero_gradient_fraction=fractions)
+    # Never zero is 0 and always zero LEVEL_MAX; one position off either is not.
+    wanted = [0, 1, LEVEL_MAX // 2, LEVEL_MAX - 1, LEVEL_MAX, LEVEL_UNSEEN]
+    assert codes(site).tolist() == [wanted, wanted]
+    dead = samples.uniform(LEVEL_DEAD).sites[0]
+    assert set(codes(dead)[0].tolist()) == {LEVEL_DEAD}
+
+
+def test_other_phases_have_tags_of_their_own(tmp_path: Path) -> None:
+    train, val = scalars(samples.conv_net()), scalars(samples.conv_net(phase="val"))
+    assert not set(train) & set(val)
+    assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.1"} <= set(val)
+    assert not [tag for tag in val if "cut_off" in tag], "no gradient is seen in validation: nothing can be said"
+    assert not [tag for tag in val if "deaths" in tag]
+    with summary_writer("torch", tmp_path) as writer:
+        write(samples.conv_net(phase="val"), writer, 1)
+    tags = read(tmp_path).Tags()
+    assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.1"} <= set(tags["images"])
+    assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.1"} <= set(tags["tensors"])
+
+
+def test_the_values_are_the_reports() -> None:
+    report = samples.conv_net()
+    found = scalars(report)
+    assert found["neuronscope/dead_pct"] == pytest.approx(100 * report.dead / report.neurons)
+    assert found["neuronscope/dormant_pct"] == pytest.approx(100 * report.dormant / report.neurons)
+    assert found["neuronscope.more/born_dead_pct"] == pytest.approx(100 * report.born_dead / report.neurons)
+    assert found["neuronscope.more/cut_off_pct"] == pytest.approx(100 * report.cut_off / report.neurons)
+    assert found["neuronscope.dead_pct/features.16"] == pytest.approx(100 * report["features.16"].dead / 512)
+
+
+def test_what_was_not_seen_has_no_value() -> None:
+    found = scalars(samples.uniform(LEVEL_UNSEEN))
+    assert [tag for tag in found if tag.rpartition("/")[2].endswith("pct") or "_pct/" in tag] == []
+    mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).sites[0], samples.conv_net().sites[5]])
+    assert [tag for tag in scalars(mixed) if tag.startswith("neuronscope.dead_pct/")] == [
+        "neuronscope.dead_pct/features.16"
+    ]
+
+
+def test_a_network_of_nan_has_no_dead_share() -> None:
+    found = scalars(samples.uniform(LEVEL_NOT_FINITE))
+    assert found["neuronscope/not_finite_pct"] == 100.0
+    assert not [tag for tag in found if "dead_pct" in tag or "dormant" in tag]
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: Path) -> None:
+    early = samples.many_sites()
+    late = replace(early, step=2400, sites=tuple(replace(site, name=other.name) for site, other in zip(
+        early.sites, reversed(early.sites), strict=True))[::-1])  # fmt: skip
+    assert [site.name for site in late.sites] == [site.name for site in early.sites]
+    with summary_writer("torch", tmp_path) as writer:
+        write(early, writer, 1200, vectors=False)
+        first = read(tmp_path).Tags()
+        write(late, writer, 2400, vectors=False)
+    both = read(tmp_path).Tags()
+    assert {kind: set(tags) for kind, tags in first.items() if tags} == {
+        kind: set(tags) for kind, tags in both.items() if tags
+    }
+    assert sum(tag.startswith("neuronscope.dead_pct/") for tag in both["scalars"]) <= MOST_CHARTS
+    assert sorted(both["images"]) == sorted(
+        ["neuronscope/overview", *(f"neuronscope.neurons/worst-{i}" for i in range(1, 9))]
+    )
+
+
+def test_charts_of_groups_pool_their_neurons() -> None:
+    report = samples.many_sites()
+    found = scalars(report)
+    group = groups([site.name for site in report.sites])[-1]
+    sites = [report[name] for name in group.sites]
+    assert len(sites) > 1
+    expected = 100 * sum(site.dead for site in sites) / sum(site.neurons for site in sites)
+    assert found[f"neuronscope.dead_pct/{group_tag(group)}"] == pytest.approx(expected)
+
+
+def test_deaths_between_logs_are_all_counted_once(tmp_path: Path) -> None:
+    logged = (3, 4, 11, 26, 40)
+    with summary_writer("torch", tmp_path) as writer:
+        dashboard = Dashboard(writer)
+        for upto in logged:
+            assert dashboard.write(samples.conv_net(upto), images=False, text=False, vectors=False)
+    found, whole = read(tmp_path), samples.conv_net()
+    for tag, name in (("deaths", "deaths"), ("revivals", "revivals")):
+        events = found.Scalars(f"neuronscope/{tag}")
+        assert [event.step for event in events] == [upto * 100 for upto in logged]
+        # Every neuron was seen in every window, so the history's own count is the sum over the logs.
+        assert sum(event.value for event in events) == sum(int(getattr(s.history, name).sum()) for s in whole.sites) > 0
+
+
+@pytest.mark.parametrize(
+    ("column", "since", "wanted"),
+    [
+        ([9, LEVEL_DEAD, LEVEL_DEAD], None, (0, 0)),  # only the last window: nothing new
+        ([9, LEVEL_DEAD, LEVEL_DEAD], 0, (1, 0)),
+        ([LEVEL_DEAD, LEVEL_DEAD, 9], None, (0, 1)),
+        ([9, LEVEL_UNSEEN, LEVEL_DEAD], None, (1, 0)),  # not seen in between: compared with the window before
+        ([LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_NOT_FINITE], 0, (0, 0)),  # going NaN is no revival
+        ([LEVEL_DEAD, LEVEL_UNSEEN, 9], 100, (0, 1)),
+        ([LEVEL_UNSEEN, LEVEL_DEAD, LEVEL_DEAD], 0, (0, 0)),  # dead when first seen: no death was observed
+        ([LEVEL_DEAD, 9, LEVEL_DEAD], 0, (1, 1)),
+        ([LEVEL_DEAD, 9, LEVEL_DEAD], 300, (0, 0)),  # all windows were logged before
+        ([LEVEL_DEAD], 0, (0, 0)),
+        ([], 0, (0, 0)),
+    ],
+)
+def test_turnover_by_hand(column: list[int], since: int | None, wanted: tuple[int, int]) -> None:
+    levels = np.array(column, np.uint8).reshape(-1, 1)
+    assert turnover(samples.site_of("act", levels, samples.windows(len(column))).history, since) == wanted
+
+
+def test_steps_never_go_backwards(tmp_path: Path) -> None:
+    with summary_writer("torch", tmp_path) as writer:
+        dashboard = Dashboard(writer)
+        options = {"images": False, "text": False, "vectors": False}
+        assert dashboard.write(samples.conv_net(10), 50, **options)
+        assert not dashboard.write(samples.conv_net(10), 50, **options)
+        assert not dashboard.write(samples.conv_net(11), 49, **options)
+        assert dashboard.write(samples.conv_net(10, phase="val"), 40, **options), "a phase has steps of its own"
+        resumed = Dashboard(writer)
+        resumed.load_state_dict(json.loads(json.dumps(dashboard.state_dict())))
+        assert not resumed.write(samples.conv_net(12), 50, **options)
+        assert resumed.write(samples.conv_net(12), 51, **options)
+    assert [event.step for event in read(tmp_path).Scalars("neuronscope/dead_pct")] == [50, 51]
+
+
+@pytest.mark.parametrize("state", [None, [1], {"train": 3}, {"train": ["a", "b"]}])
+def test_a_state_that_is_none_is_refused(state: Any) -> None:
+    with pytest.raises(UsageError, match=r"Dashboard\.state_dict"):
+        Dashboard(object()).load_state_dict(state)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.text(max_size=200), min_size=2, max_size=2, unique=True))
+def test_safe_names_are_safe_and_stay_apart(names: list[str]) -> None:
+    one, two = (safe(name) for name in names)
+    assert re.fullmatch(r"[\w.-]{1,140}", one, re.ASCII)
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    "pair", [("relu()", "relu"), ("a#1", "a-1"), ("a#1", "a"), ("a/b", "a_b"), ("relu()", "relu-fn"), ("", "root")]
+)
+def test_names_that_look_alike_stay_apart(pair: tuple[str, str]) -> None:
+    assert safe(pair[0]) != safe(pair[1])
+
+
+@given(st.text(max_size=100) | st.text("|<>&*_`[]()!#\\-x1. \n", max_size=30))
+def test_escaped_text_shows_as_it_is_in_tensorboard(text: str) -> None:
+    html = plugin_util.markdown_to_safe_html(f"| site |\n|---|\n| x{escape(text)}x |")
+    shown = re.findall(r"<td>(.*)</td>", html)
+    plain = "".join(c if c.isprintable() else "?" for c in re.sub(r"\s+", " ", text).strip())
+    assert [unescape(cell) for cell in shown] == [f"x{plain}x"]
+    assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td)\b)", html)
+
+
+def test_the_diagnosis_escapes_every_name() -> None:
+    evil = "x|<script>alert(1)</script>[a](javascript:b)*_`\n# heading"
+    site = replace(samples.conv_net().sites[5], name=evil, activation=evil)
+    report = samples.report_of([site], model=evil, phase=evil, not_measured=[NotMeasured(evil, evil)], notes=[evil])
+    text = diagnosis(report)
+    assert not set("<>[]`|_#") & set(re.sub(r"^### |&#\d+;|^\|.*\|$", "", text, flags=re.MULTILINE))
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}, "seven columns"
+    html = plugin_util.markdown_to_safe_html(text)
+    assert "<script" not in html
+    assert "<a" not in html
+    assert html.count("<h1") == 0
+    assert "&lt;script&gt;" in html or "&#60;script&#62;" in html
+
+
+def test_the_diagnosis_is_the_golden_one() -> None:
+    report = samples.conv_net()
+    report = replace(
+        report,
+        notes=("No gradients were seen in 2 of 40 windows.",),
+        not_measured=(NotMeasured("head.attn", "runs in a fused kernel"),),
+    )
+    text = diagnosis(report)
+    if os.environ.get("NEURONSCOPE_REWRITE_GOLDENS"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("level", "sentence"),
+    [
+        (LEVEL_UNSEEN, "**No neuron was observed.**"),
+        (LEVEL_NOT_FINITE, "**384 neurons give NaN or infinity (100.0 %).**"),
+        (LEVEL_DEAD, "**384 of 384 observed neurons are dead (100.0 %)**"),
+        (100, "No site has dead, dormant, cut-off or non-finite neurons."),
+    ],
+)
+def test_the_diagnosis_says_what_is_wrong(level: int, sentence: str) -> None:
+    assert sentence in diagnosis(samples.uniform(level))
+
+
+def test_the_diagnosis_of_many_sites_is_short_and_says_what_it_left_out() -> None:
+    text = diagnosis(samples.many_sites())
+    assert len(text.splitlines()) < 60
+    assert "more sites have such neurons" in text
+
+
+def test_a_closed_writer_is_told_so(tmp_path: Path) -> None:
+    from neuronscope.writers.tensorboard.dashboard import _add_summary
+    from neuronscope.writers.tensorboard.vectors import summaries
+
+    writer = summary_writer("torch", tmp_path)
+    writer.close()
+    with pytest.raises(UsageError, match="was closed"):
+        _add_summary(writer, summaries(samples.conv_net(1))[0], 1)
+
+
+def test_importing_the_writer_loads_nothing_heavy() -> None:
+    code = (
+        "import neuronscope.writers.tensorboard, sys;"
+        "sys.exit(' '.join(name for name in ('torch', 'tensorboard', 'PIL', 'tensorboardX') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
