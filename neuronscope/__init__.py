@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from neuronscope.census import Census, Tally
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
     from neuronscope.report import Report
-    from neuronscope.scope import Scope, scan, watch
+    from neuronscope.scanning import scan
+    from neuronscope.scope import Scope, watch
     from neuronscope.sites import Activation
     from neuronscope.verdicts import Policy, Verdict
 
@@ -29,7 +30,7 @@ _HOMES = {
     "Scope": "neuronscope.scope",
     "Tally": "neuronscope.census",
     "Verdict": "neuronscope.verdicts",
-    "scan": "neuronscope.scope",
+    "scan": "neuronscope.scanning",
     "watch": "neuronscope.scope",
 }
 

@@ -1,9 +1,9 @@
 """Which dimension of an activation tensor holds the neurons, and how we know.
 
-In order: *declared* by the user; *producer*, the last weighted call upstream of the activation (a convolution or a batch
-norm puts neurons on axis 1, a linear layer, a layer norm or a matrix product on the last), its axis carried through the
-transposes, views and elementwise operations in between; *nearest*, the last weighted call of the forward whatever it fed;
-and last *assumed* from the rank.
+In order: *declared* by the user; *producer*, the last weighted call upstream of the activation (a convolution or a
+batch norm puts neurons on axis 1, a linear layer, a layer norm or a matrix product on the last), its axis carried
+through the transposes, views and elementwise operations in between; *nearest*, the last weighted call of the forward
+whatever it fed; and last *assumed* from the rank.
 
 A :class:`Flow` watches one forward and knows the layout of every tensor in it. It draws on nothing but shapes, and is
 written so that ``torch.compile`` can trace it.
@@ -47,8 +47,8 @@ def assume(dimensions: int) -> Layout:
 class TensorMap:
     """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
 
-    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of the
-    graph: there, what is known is an attribute of the traced tensor, and goes with it.
+    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of
+    the graph: there, what is known is an attribute of the traced tensor, and goes with it.
 
     Args:
         name: Of the attribute.
@@ -183,7 +183,10 @@ class Flow:
         tensor, layout = origin
         for output in outputs:
             if isinstance(output, Tensor) and output.dim() > 0 and not output.is_nested:
-                axis = _carry(function, args, kwargs, layout.axis, tensor, output)
+                try:
+                    axis = _carry(function, args, kwargs, layout.axis, tensor, output)
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                    axis = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if axis is not None:
                     self._layouts.put(output, (axis, layout.source))
 
@@ -241,8 +244,8 @@ def _carry(
 def _moved(args: tuple[Any, ...], kwargs: Mapping[str, Any], axis: int, rank: int) -> int:
     source = args[1] if len(args) > 1 else kwargs["source"]
     target = args[2] if len(args) > 2 else kwargs["destination"]
-    sources = [s % rank for s in (source if isinstance(source, (tuple, list)) else (source,))]
-    targets = [t % rank for t in (target if isinstance(target, (tuple, list)) else (target,))]
+    sources: list[int] = [s % rank for s in (source if isinstance(source, (tuple, list)) else (source,))]
+    targets: list[int] = [t % rank for t in (target if isinstance(target, (tuple, list)) else (target,))]
     if axis in sources:
         return targets[sources.index(axis)]
     free = [dimension for dimension in range(rank) if dimension not in targets]
@@ -272,7 +275,7 @@ def _reshaped(axis: int, before: torch.Size, after: torch.Size) -> int | None:
 
 
 def _by_size(axis: int, before: torch.Size, after: torch.Size) -> int | None:
-    """The neurons' dimension after an operation that changed the rank: the one of the same size, nearest to its place."""
+    """The neurons' dimension after an operation that changed the rank: of the same size, nearest to its place."""
     from_right = len(before) - axis
     for candidate in (len(after) - from_right, axis):
         if 0 <= candidate < len(after) and after[candidate] == before[axis]:

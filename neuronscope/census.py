@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from neuronscope.counting import Meter
 from neuronscope.errors import StateError
+from neuronscope.meters import Meter
 from neuronscope.verdicts import Counts
 
 __all__ = ["Census", "SiteInfo", "Tally"]
@@ -186,14 +186,28 @@ class Tally:
             StateError: The state lacks a part or holds one that is not understood.
         """
         try:
-            values = {
+            values: dict[str, Any] = {
                 name: value.cpu().numpy().copy() if isinstance(value, torch.Tensor) else int(value)
                 for name, value in state.items()
                 if name != "info"
             }
-            return cls(info=SiteInfo(**state["info"]), **values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"Expected the saved state of a tally, but got {sorted(state)}: {error}.") from error
+            tally = cls(info=SiteInfo(**state["info"]), **values)
+            tally._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            came = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(f"Expected the saved state of a tally, but got {came}: {error}.") from error
+        return tally
+
+    def _check(self) -> None:
+        """Every array is of one width, and of the type that it is said to be."""
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if field.type not in ("IntArray", "FloatArray"):
+                continue
+            wanted = np.dtype(np.float64 if field.type == "FloatArray" else np.int64)
+            if not isinstance(value, np.ndarray) or value.dtype != wanted or value.shape != (self.neurons,):
+                found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                raise ValueError(f"{field.name} is {found} and not {wanted} ({self.neurons},)")
 
 
 class Census(Mapping[str, Tally]):
@@ -280,9 +294,7 @@ class Census(Mapping[str, Tally]):
         """
         try:
             tallies = {name: Tally.from_state(tally) for name, tally in state["tallies"].items()}
-            return cls(
-                tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")}
-            )
+            return cls(tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")})
         except (KeyError, AttributeError, TypeError) as error:
             raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
 

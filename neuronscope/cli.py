@@ -61,7 +61,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="train the activation comparison on real data",
         description=(
             "Trains the same network on scikit-learn's digits with ReLU, LeakyReLU, GELU, SiLU and others, and watches "
-            "which neurons die. Ends with a table, a picture, TensorBoard logs and an HTML report. Takes a minute or two."
+            "which neurons die. Ends with a table, a picture, TensorBoard logs and an HTML report, in a minute or two."
         ),
     )
     demo.add_argument(

@@ -97,7 +97,7 @@ def observable() -> bool:
     """Whether tensors are real now: not while a graph is recorded for export, nor inside ``torch.func`` transforms."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return not torch.jit.is_tracing() and torch._C._functorch.peek_interpreter_stack() is None
+    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def first_tensor(values: Any) -> Tensor | None:

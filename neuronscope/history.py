@@ -1,8 +1,8 @@
 """Deaths and revivals by optimizer step, window after window, in bounded memory.
 
 One :class:`History` a phase. Each closed window is judged once and leaves one byte a neuron; when the windows outgrow
-their room, every second one is dropped and from then on only every second one kept, so that a run of any length keeps an
-even picture of itself, and its newest window. The steps at which a neuron died and revived are kept apart, exactly.
+their room, every second one is dropped and from then on only every second one kept, so that a run of any length keeps
+an even picture of itself, and its newest window. The steps at which a neuron died and revived are kept apart, exactly.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from neuronscope.census import Census, Tally
-from neuronscope.counting import NEVER
 from neuronscope.errors import StateError
+from neuronscope.meters import NEVER
 from neuronscope.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,

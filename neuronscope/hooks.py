@@ -1,8 +1,8 @@
 """Tap: owns every handle on the model, hands tensors on to meters, and leaves nothing behind.
 
-A forward pre-hook on an activation module sees the pre-activation before an in-place function overwrites it and asks for
-its gradient; a forward hook sees the output. Functional activations and gated products are seen by a function mode that
-is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at random, and a fault in
+A forward pre-hook on an activation module sees the pre-activation before an in-place function overwrites it, and asks
+for its gradient; a forward hook sees the output. Functional activations and gated products are seen by a function
+mode that is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at random, and a fault in
 here detaches the tap and lets the training go on.
 """
 
@@ -79,7 +79,9 @@ class Tap:
                 hidden.append(path)
                 continue
             if isinstance(module, _FUSED):
-                self.observer.unseen[path or "(root)"] = f"{type(module).__name__} applies its activations inside a fused kernel"
+                self.observer.unseen[path or "(root)"] = (
+                    f"{type(module).__name__} applies its activations inside a fused kernel"
+                )
             activation = self.registry.of_module(module)
             if activation is not None or path == "" or _may_call_functions(module):
                 self._hook(module, path, activation, is_root=path == "")
@@ -127,11 +129,11 @@ class Tap:
     def _enter_mode(self) -> None:
         if not self._entered:
             self._entered.append(self._mode)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def _leave_mode(self) -> None:
         if self._entered:
-            self._entered.pop().__exit__(None, None, None)
+            self._entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def fail(self, error: Exception) -> None:
         """A fault of ours: warn once, detach, and let the training go on."""
@@ -281,9 +283,7 @@ class _FunctionWatch(TorchFunctionMode):
                 tap.fail(error)
         return output
 
-    def _follow(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tap = self.tap
         try:
             with unwatched():

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.census import SiteInfo
-from neuronscope.counting import Meter, Scratch, add_gradients, add_outputs, ask_gradients, gate_half
+from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
+from neuronscope.meters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.sites import Activation, SiteKey
 
 __all__ = ["AxisSource", "Call", "InertHook", "MeterSource", "Observer", "unwatched"]
@@ -160,7 +161,8 @@ class Observer:
                 self._count(call.meter, y, call.axis, call.examples)
             else:
                 self.unseen.setdefault(
-                    call.key.name, f"its output has {y.shape[call.axis]} neurons where {call.meter.neurons} were expected"
+                    call.key.name,
+                    f"its output has {y.shape[call.axis]} neurons where {call.meter.neurons} were expected",
                 )
         if isinstance(x, Tensor):
             self.frame.flow.same(x, y)
@@ -209,7 +211,9 @@ class Observer:
         if known is not None and known.neurons == neurons:
             return known
         if known is not None:
-            self.unseen.setdefault(key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count")
+            self.unseen.setdefault(
+                key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
+            )
             return None
         if (phase, key) not in self._meters:
             made = self._meters[phase, key] = self._make_meter(phase, key, info, neurons, device)

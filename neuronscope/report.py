@@ -1,7 +1,7 @@
 """Report: plain data made from a census, its judgements and its history.
 
-Everything that is shown to a person is drawn from a report by one of :mod:`neuronscope.writers`. No torch here: a report
-can be read, drawn and compared where torch is not installed.
+Everything that is shown to a person is drawn from a report by one of :mod:`neuronscope.writers`. No torch here: a
+report can be read, drawn and compared where torch is not installed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SiteHistory:
             above it the ``LEVEL_*`` verdicts.
         died_step: Step at which each neuron was first observed not to fire, for its latest death; −1 = it never died
             while watched, or was dead from the start. int64 ``(N,)``.
-        revived_step: Step at which each neuron was observed to fire again, for its latest revival; −1 = never. ``(N,)``.
+        revived_step: Step at which each neuron was observed to fire again, for its latest revival; −1 = never.
         deaths: Number of deaths of each neuron, int64 ``(N,)``.
         revivals: Number of revivals of each neuron, int64 ``(N,)``.
     """
@@ -293,14 +293,19 @@ class Report:
         return sum(site.neurons - site.unseen for site in self.sites)
 
     @property
+    def judged_neurons(self) -> int:
+        """Neurons that were observed in the window and gave finite outputs only."""
+        return sum(site.neurons - site.unseen - int(site.judgement.not_finite.sum()) for site in self.sites)
+
+    @property
     def dead_percent(self) -> float:
-        """Dead neurons in percent of the observed ones; NaN when none was observed."""
-        return 100.0 * self.dead / self.observed_neurons if self.observed_neurons else float("nan")
+        """Dead neurons in percent of the judged ones; NaN when none was: a broken network has no healthy share."""
+        return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
 
     @property
     def dormant_percent(self) -> float:
-        """Dormant (not dead) neurons in percent of the observed ones; NaN when none was observed."""
-        return 100.0 * self.dormant / self.observed_neurons if self.observed_neurons else float("nan")
+        """Dormant (not dead) neurons in percent of the judged ones; NaN when none was."""
+        return 100.0 * self.dormant / self.judged_neurons if self.judged_neurons else float("nan")
 
     def __getitem__(self, name: str) -> SiteReport:
         """The site called ``name``."""

@@ -42,10 +42,7 @@ def make_report(
         steps=judged.steps,
         long_enough=judged.examples >= policy.min_examples,
     )
-    sites = tuple(
-        _site(name, judged.get(name), tally, record, policy)
-        for name, tally in everything.items()
-    )
+    sites = tuple(_site(name, judged.get(name), tally, record, policy) for name, tally in everything.items())
     return Report(
         model=model,
         phase=phase,
@@ -119,7 +116,7 @@ def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...
         notes.append(f"No gradients were seen at {len(blind)} of {len(census)} sites, {blind[0]} among them.")
     if not window.long_enough:
         notes.append(
-            f"Only {census.examples} examples were observed; {policy.min_examples} are needed to say that a silent neuron "
-            f"fires in fewer than {policy.max_rate:.1%} of examples at {policy.confidence:.0%} confidence."
+            f"Only {census.examples} examples were observed; {policy.min_examples} are needed to say that a silent "
+            f"neuron fires in fewer than {policy.max_rate:.1%} of examples at {policy.confidence:.0%} confidence."
         )
     return tuple(notes)

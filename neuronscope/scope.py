@@ -1,11 +1,10 @@
-"""Scope, watch() and scan(): the one place that wires attach → count → tally → judge → report."""
+"""Scope and watch(): the one place that wires attach → count → tally → judge → report."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,19 +12,19 @@ import torch
 from torch import nn
 
 from neuronscope.census import Census, SiteInfo
-from neuronscope.counting import Meter
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
 from neuronscope.hooks import Tap
+from neuronscope.meters import Meter
 from neuronscope.report import Report
 from neuronscope.reporting import make_report
-from neuronscope.sites import Activation, Registry, SiteKey, walk
+from neuronscope.selection import Patterns, Selection
+from neuronscope.sites import Activation, Registry, SiteKey, model_name
 from neuronscope.verdicts import Policy
 from neuronscope.windows import WINDOWS, PhaseRecord
 
-__all__ = ["Scope", "scan", "watch"]
+__all__ = ["Scope", "watch"]
 
 _STATE_VERSION = 1
-Patterns = str | Sequence[str] | None
 
 
 class Scope:
@@ -52,19 +51,16 @@ class Scope:
         self.every_n_steps = _positive("every_n_steps", every_n_steps)
         self.window_steps = _positive("window_steps", window_steps)
         self.policy = _checked_policy(policy)
-        self._sites = _patterns("sites", sites)
-        self._exclude = _patterns("exclude", exclude)
-        self._axes = _checked_axes(axes)
-        self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
+        self._selection = Selection(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
         self._detached = False
         self._pauses = 0
         self._checked = False
-        self._model_name = _model_name(model)
+        self._model_name = model_name(model)
         registry = Registry(activations)
-        if _has_no_site(model, registry, functional):
+        if registry.finds_nothing(model, functional):
             raise NothingToWatchError(
                 f"Expected a model with at least one activation, but found none in {self._model_name}: "
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
@@ -74,7 +70,7 @@ class Scope:
             model,
             registry=registry,
             meters=self._new_meter,
-            axes=self._declared_axis,
+            axes=self._selection.axis,
             functional=functional,
             tolerance=self.policy.tolerance,
         )
@@ -210,7 +206,8 @@ class Scope:
     def _require_attached(self, what: str) -> None:
         if self._detached:
             raise DetachedError(
-                f"Expected a scope that is attached for `{what}()`, but this one was detached. Call `neuronscope.watch(model)` again."
+                f"Expected a scope that is attached for `{what}()`, but this one was detached. "
+                "Call `neuronscope.watch(model)` again."
             )
 
     # --- what was seen ---------------------------------------------------------------------------------------------
@@ -258,10 +255,10 @@ class Scope:
 
     def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
         unseen = dict(self._tap.observer.unseen)
-        ran = {key.path for key in record.keys() if not key.function}
+        ran = {key.path for key in record.keys_met() if not key.function}
         for path in self._tap.module_sites:
             name = SiteKey(path, "", 0, False).name
-            if path not in ran and name not in unseen and self._wanted(name):
+            if path not in ran and name not in unseen and self._selection.wants(name):
                 unseen[name] = "this module did not run while it was watched"
         return unseen
 
@@ -284,9 +281,13 @@ class Scope:
         try:
             version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
         except (KeyError, TypeError, ValueError) as error:
-            raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
+            raise StateError(
+                f"Expected the saved state of a scope, but got {type(state).__name__}: {error}."
+            ) from error
         if version != _STATE_VERSION:
             raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
+        for saved in phases.values():
+            PhaseRecord(self.policy).load_state_dict(saved)  # all of it is understood before any of it counts
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._step = step
@@ -300,25 +301,9 @@ class Scope:
         return self._records[phase]
 
     def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._wanted(key.name):
+        if not self._selection.wants(key.name):
             return None
         return self._record(phase).add_meter(key, info, neurons, device)
-
-    def _wanted(self, name: str) -> bool:
-        included = self._sites is None or self._match(self._sites, name)
-        return included and not (self._exclude is not None and self._match(self._exclude, name))
-
-    def _declared_axis(self, name: str) -> int | None:
-        for pattern, axis in self._axes.items():
-            if fnmatchcase(name, pattern):
-                self._unmatched.discard(pattern)
-                return axis
-        return None
-
-    def _match(self, patterns: Sequence[str], name: str) -> bool:
-        matched = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-        self._unmatched.difference_update(matched)
-        return bool(matched)
 
     def _check_patterns(self) -> None:
         """After the first observed step: patterns that matched nothing, or a model in which nothing was seen."""
@@ -327,7 +312,7 @@ class Scope:
         self._checked = True
         names = list(self._record("train").census("open"))
         shown = ", ".join(names[:8]) or "none"
-        for pattern in sorted(self._unmatched):
+        for pattern in self._selection.unmatched:
             warnings.warn(
                 f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {shown}.",
                 NeuronscopeWarning,
@@ -396,80 +381,6 @@ def watch(
     )
 
 
-def scan(
-    model: nn.Module,
-    data: Iterable[Any],
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
-    *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    **options: Any,
-) -> Report:
-    """Run a trained model over data and report on its neurons.
-
-    The model runs in evaluation mode and is left as it was: training flags, gradients and buffers included.
-
-    Args:
-        model: The model.
-        data: Batches. A tensor is given to the model as it is, a mapping as keyword arguments, and of a tuple or list
-            the first element.
-        loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
-        forward: ``forward(model, batch)`` → output, where the model is called in another way.
-        **options: As for :func:`watch`.
-
-    Returns:
-        A report of phase ``scan``.
-
-    Raises:
-        UsageError: ``data`` yields nothing, or an argument is not what is expected.
-
-    >>> import torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
-    >>> scan(model, [torch.randn(300, 4)]).neurons
-    3
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    call = forward or _call
-    batches = 0
-    scope = watch(model, **options)
-    try:
-        model.eval()
-        with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
-            for batch in data:
-                moved = _to(batch, device)
-                for parameter, _ in gradients:
-                    parameter.grad = None
-                output = call(model, moved)
-                if loss is not None:
-                    loss(output, moved).backward()
-                batches += 1
-    finally:
-        for module, training in flags:
-            module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-    if batches == 0:
-        raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
-    return scope.report("scan")
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch) if not hasattr(batch, "_fields") else batch
-    return batch
-
-
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
@@ -482,38 +393,3 @@ def _checked_policy(policy: Any) -> Policy:
     if isinstance(policy, Policy):
         return policy
     raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")
-
-
-def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise UsageError(f"Expected argument `{name}` to be a glob pattern or a list of them, but got {value!r}.")
-    return patterns
-
-
-def _checked_axes(axes: Any) -> dict[str, int]:
-    if axes is None:
-        return {}
-    if not isinstance(axes, Mapping) or not all(
-        isinstance(pattern, str) and isinstance(axis, int) and not isinstance(axis, bool) for pattern, axis in axes.items()
-    ):
-        raise UsageError(f"Expected argument `axes` to map glob patterns to integer dimensions, but got {axes!r}.")
-    return dict(axes)
-
-
-def _model_name(model: nn.Module) -> str:
-    inner = model
-    for path, module in walk(model):
-        if path == "":
-            inner = module
-    return type(inner).__name__
-
-
-def _has_no_site(model: nn.Module, registry: Registry, functional: bool) -> bool:
-    """Whether it is certain, before anything runs, that no activation of the model can be seen."""
-    if any(registry.of_module(module) is not None for module in model.modules()):
-        return False
-    plain = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Dropout)
-    return not functional or all(type(module) in plain for module in model.modules())

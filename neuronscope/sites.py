@@ -16,7 +16,7 @@ from torch import nn
 
 from neuronscope.errors import UsageError
 
-__all__ = ["KINDS", "Activation", "Registry", "SiteKey", "named_sites_path", "walk"]
+__all__ = ["KINDS", "Activation", "Registry", "SiteKey", "model_name", "named_sites_path", "walk"]
 
 #: What an activation function does to its neurons; see ``docs/definitions.md``.
 KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
@@ -235,6 +235,21 @@ class Registry:
             return _clamp(args, kwargs)
         return found
 
+    def finds_nothing(self, model: nn.Module, functional: bool) -> bool:
+        """Whether it is certain, before anything runs, that no activation of ``model`` can be seen.
+
+        Args:
+            model: The model.
+            functional: Whether functional activations are watched too.
+        """
+        modules = list(model.modules())
+        if any(self.of_module(module) is not None for module in modules):
+            return False
+        return not functional or all(type(module) in _WITHOUT_FUNCTIONS for module in modules)
+
+
+# Modules that call no activation function of their own.
+_WITHOUT_FUNCTIONS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Dropout)
 
 # Wrappers keep the wrapped model under one attribute, which is no part of a site's name.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -271,3 +286,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     wrapped = frozenset(path for path, module in modules if type(module).__name__ in _WRAPPER_CLASSES)
     for path, module in modules:
         yield named_sites_path(path, wrapped), module
+
+
+def model_name(model: nn.Module) -> str:
+    """Class name of the model itself, inside its wrappers."""
+    return [type(module).__name__ for path, module in walk(model) if path == ""][-1]

@@ -49,11 +49,11 @@ class Policy:
     def __post_init__(self) -> None:
         for name, low, high in (("tolerance", 0.0, math.inf), ("dormant_tau", 0.0, math.inf)):
             value = getattr(self, name)
-            if not (low <= value < high):
+            if not _is_number(value) or not low <= value < high:
                 raise UsageError(f"Expected policy `{name}` to be a number of at least {low}, but got {value!r}.")
         for name in ("confidence", "max_rate"):
             value = getattr(self, name)
-            if not 0.0 < value < 1.0:
+            if not _is_number(value) or not 0.0 < value < 1.0:
                 raise UsageError(f"Expected policy `{name}` to lie between 0 and 1, but got {value!r}.")
 
     @property
@@ -64,6 +64,10 @@ class Policy:
     def as_dict(self) -> dict[str, float]:
         """The thresholds as plain data, for a report."""
         return asdict(self)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def rate_bound(examples: int, confidence: float = 0.95) -> float:
@@ -157,7 +161,8 @@ def judge(counts: Counts, policy: Policy) -> Judgement:
         dead = np.zeros(shape, dtype=np.bool_)
     else:
         dead = silent & no_gradient if seen_gradients else silent
-    score = counts.mean_abs_output / (counts.mean_abs_output.mean() + 1e-9)
+    sound = counts.mean_abs_output[~not_finite]
+    score = counts.mean_abs_output / ((sound.mean() if sound.size else 0.0) + 1e-9)
     dormant = (score <= policy.dormant_tau) & ~dead & ~not_finite
     # "Fires, and no gradient comes back". A leaky unit is never dead, so it need not fire to be cut off.
     cut_off = no_gradient & ~dead & ~not_finite

@@ -1,7 +1,7 @@
 """Windows of one phase: what is being counted now, what was closed last, and everything together.
 
-A window is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window that has run its
-steps stays open until it has enough of them.
+A window is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window that has run
+its steps stays open until it has enough of them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from neuronscope.census import Census, SiteInfo, Tally
-from neuronscope.counting import Meter
 from neuronscope.errors import StateError, UsageError
 from neuronscope.history import History
+from neuronscope.meters import Meter
 from neuronscope.sites import SiteKey
 from neuronscope.verdicts import Policy
 
@@ -59,7 +59,7 @@ class PhaseRecord:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
 
-    def keys(self) -> Iterator[SiteKey]:
+    def keys_met(self) -> Iterator[SiteKey]:
         """The sites that were met in this phase since it was last loaded."""
         return iter(self._meters)
 
@@ -153,15 +153,19 @@ class PhaseRecord:
         Raises:
             StateError: The state is not one of a record.
         """
+        names = ("open", "closed", "last", "last_sure")
+        history = History(self._policy)
+        try:  # all of it is understood before any of it counts
+            flushed, closed, last, last_sure = (Census.from_state(state[name]) for name in names)
+            steps, before = ([int(step) for step in state[name]] for name in ("open_steps", "steps_before"))
+            history.load_state_dict(state["history"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, StateError):
+                raise
+            raise StateError(
+                f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
+            ) from error
         for _, meter in self._meters.values():
             meter.reset()
-        try:
-            self._flushed = Census.from_state(state["open"])
-            self._steps = [int(step) for step in state["open_steps"]]
-            self._steps_before = [int(step) for step in state["steps_before"]]
-            self.closed = Census.from_state(state["closed"])
-            self.last = Census.from_state(state["last"])
-            self.last_sure = Census.from_state(state["last_sure"])
-            self.history.load_state_dict(state["history"])
-        except (KeyError, TypeError) as error:
-            raise StateError(f"Expected the saved state of a phase, but got {type(state).__name__}: {error}.") from error
+        self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
+        self._steps, self._steps_before, self.history = steps, before, history

@@ -1,0 +1,89 @@
+"""scan(): a trained model over data, and what its neurons do there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronscope.errors import UsageError
+from neuronscope.report import Report
+from neuronscope.scope import watch
+
+__all__ = ["scan"]
+
+
+def scan(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    **options: Any,
+) -> Report:
+    """Run a trained model over data and report on its neurons.
+
+    The model runs in evaluation mode and is left as it was: training flags, gradients and buffers included.
+
+    Args:
+        model: The model.
+        data: Batches. A tensor is given to the model as it is, a mapping as keyword arguments, and of a tuple or list
+            the first element.
+        loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
+        forward: ``forward(model, batch)`` → output, where the model is called in another way.
+        **options: As for :func:`watch`.
+
+    Returns:
+        A report of phase ``scan``.
+
+    Raises:
+        UsageError: ``data`` yields nothing, or an argument is not what is expected.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> scan(model, [torch.randn(300, 4)]).neurons
+    3
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    call = forward or _call
+    batches = 0
+    scope = watch(model, **options)
+    try:
+        model.eval()
+        with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
+            for batch in data:
+                moved = _to(batch, device)
+                for parameter, _ in gradients:
+                    parameter.grad = None
+                output = call(model, moved)
+                if loss is not None:
+                    loss(output, moved).backward()
+                batches += 1
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if batches == 0:
+        raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
+    return scope.report("scan")
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch) if not hasattr(batch, "_fields") else batch
+    return batch
