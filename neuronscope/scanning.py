@@ -51,7 +51,7 @@ def scan(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     call = forward or _call
     batches = 0
-    scope = watch(model, **options)
+    scope = watch(model, join_ranks=False, **options)
     try:
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):

@@ -15,6 +15,7 @@ from neuronscope.census import Census, SiteInfo
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
+from neuronscope.ranks import join as join_of_all_ranks
 from neuronscope.report import Report
 from neuronscope.reporting import make_report
 from neuronscope.selection import Patterns, Selection
@@ -45,11 +46,13 @@ class Scope:
         policy: Policy | None = None,
         activations: Mapping[Any, Activation | str] | None = None,
         window_steps: int = 100,
+        join_ranks: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         self.every_n_steps = _positive("every_n_steps", every_n_steps)
         self.window_steps = _positive("window_steps", window_steps)
+        self._join = join_of_all_ranks if join_ranks else None
         self.policy = _checked_policy(policy)
         self._selection = Selection(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
@@ -84,7 +87,7 @@ class Scope:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        self.detach(join=error is None)
 
     @property
     def global_step(self) -> int:
@@ -121,18 +124,19 @@ class Scope:
             self._check_patterns()
         record = self._record("train")
         self._step = self._step + 1 if step is None else step
-        if record.open_steps and self._step - record.first_open_step >= self.window_steps:
-            record.flush()
+        if record.is_due(self._step, self.window_steps):  # on every rank at the same step, whatever it has seen
+            record.flush(self._join)
             closed = record.is_sure() and record.close()
         self._observe()
         return closed
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Scope]:
+    def phase(self, name: str, *, join: bool = False) -> Iterator[Scope]:
         """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of it.
 
         Args:
             name: The phase's name.
+            join: Every rank of a distributed run is here, and each with its own part of the data: count them together.
 
         Raises:
             DetachedError: The scope was detached.
@@ -149,7 +153,7 @@ class Scope:
             if not self._detached and name != "train" and name != before:
                 record = self._record(name)
                 record.note_step(self._step)
-                record.flush()
+                record.flush(self._join if join else None)
                 record.close()
             self._phase = before
             self._observe()
@@ -174,17 +178,21 @@ class Scope:
         """That training step is over."""
         self._tap.close_step()
 
-    def detach(self) -> None:
-        """Take every hook off the model. Counts stay readable; doing it twice is harmless."""
+    def detach(self, *, join: bool = True) -> None:
+        """Take every hook off the model. Counts stay readable; doing it twice is harmless.
+
+        Args:
+            join: In a distributed run, count what is still open together with the other ranks: every rank must detach.
+                ``False`` where this rank alone stops, after an exception.
+        """
         if self._detached:
             return
         self._tap.detach()
         self._detached = True
-        record = self._records.get("train")
-        if record is not None:
-            record.flush()
-            if record.is_sure():
-                record.close()
+        record = self._record("train")  # of a rank that saw nothing too: the others wait for it
+        record.flush(self._join if join else None)
+        if record.is_sure():
+            record.close()
 
     def _observe(self) -> None:
         """Decide whether what runs next is counted, and where."""
@@ -215,7 +223,7 @@ class Scope:
     @property
     def phases(self) -> tuple[str, ...]:
         """Phases of which anything was observed."""
-        return tuple(self._records)
+        return tuple(name for name, record in self._records.items() if record.census("all"))
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """The exact counts of one phase over one window.
@@ -337,6 +345,7 @@ def watch(
     policy: Policy | None = None,
     activations: Mapping[Any, Activation | str] | None = None,
     window_steps: int = 100,
+    join_ranks: bool = True,
 ) -> Scope:
     """Watch a model while it trains, in any PyTorch loop.
 
@@ -350,6 +359,8 @@ def watch(
         policy: The thresholds; see :class:`neuronscope.Policy`.
         activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
         window_steps: Optimizer steps of a window at least; it stays open until its examples suffice for the policy.
+        join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
+            left, with collectives in which every rank takes part. Reading a census or a report never waits for others.
 
     Returns:
         A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step; leave it (``with``) or
@@ -378,6 +389,7 @@ def watch(
         policy=policy,
         activations=activations,
         window_steps=window_steps,
+        join_ranks=join_ranks,
     )
 
 

@@ -39,6 +39,7 @@ class PhaseRecord:
         self._flushed = Census()
         self._steps: list[int] = []
         self._steps_before: list[int] = []
+        self._looked_at_step = 0
         self.closed = Census()
         self.last = Census()
         self.last_sure = Census()
@@ -104,14 +105,23 @@ class PhaseRecord:
             meter.reset()
         self._flushed = self._flushed.merge(running if join is None else join(running))
 
+    def is_due(self, step: int, window_steps: int) -> bool:
+        """Whether, ``step`` steps into the run, it is time to flush the window; then not again for ``window_steps``."""
+        if step - self._looked_at_step < window_steps:
+            return False
+        self._looked_at_step = step
+        return True
+
     def is_sure(self) -> bool:
         """Whether the flushed part of the open window has the examples that the policy asks for."""
         return self._flushed.examples >= self._policy.min_examples
 
     def close(self) -> bool:
         """Close the open window, flushed before; says whether there was anything in it."""
-        if not self._steps or not any(tally.positions for tally in self._flushed.values()):
+        if not any(tally.positions for tally in self._flushed.values()):
             return False
+        if not self._steps:  # only other ranks observed anything
+            self._steps = [max(self._looked_at_step - 1, 0)]
         self.last = Census(dict(self._flushed), **self._span())
         if self.is_sure():
             self.last_sure = self.last
@@ -141,6 +151,7 @@ class PhaseRecord:
             "open": self.open().state_dict(),
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
+            "looked_at_step": self._looked_at_step,
             "closed": self.closed.state_dict(),
             "last": self.last.state_dict(),
             "last_sure": self.last_sure.state_dict(),
@@ -158,6 +169,7 @@ class PhaseRecord:
         try:  # all of it is understood before any of it counts
             flushed, closed, last, last_sure = (Census.from_state(state[name]) for name in names)
             steps, before = ([int(step) for step in state[name]] for name in ("open_steps", "steps_before"))
+            looked_at_step = int(state["looked_at_step"])
             history.load_state_dict(state["history"])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, StateError):
@@ -169,3 +181,4 @@ class PhaseRecord:
             meter.reset()
         self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
         self._steps, self._steps_before, self.history = steps, before, history
+        self._looked_at_step = looked_at_step

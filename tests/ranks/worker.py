@@ -1,0 +1,109 @@
+"""What each of two ranks runs, as a script: ``worker.py TASK RANK PORT FOLDER``; what it gives is saved in FOLDER."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import neuronscope as ns
+
+STEPS, BATCH = 6, 8
+Data = list[tuple[Tensor, Tensor]]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3))
+    with torch.no_grad():
+        net[0].bias[:3] = -100.0
+    return net
+
+
+def data(rank: int) -> Data:
+    generator = torch.Generator().manual_seed(100 + rank)
+    return [
+        (torch.randn(BATCH, 6, generator=generator), torch.randint(3, (BATCH,), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def disjoint(model: nn.Module, rank: int) -> Data:
+    """Each rank fires a unit of its own: of units 0 and 1, none is dead over both."""
+    with torch.no_grad():
+        model[0].weight[:2] = 0.0
+        model[0].bias[:2] = -100.0
+        model[0].weight[0, 0] = model[0].weight[1, 1] = 200.0
+    x = torch.zeros(BATCH, 6)
+    x[:, rank] = 1.0
+    return [(x, torch.zeros(BATCH, dtype=torch.int64))]
+
+
+def watched_counts(scope: ns.Scope) -> dict[str, dict[str, Any]]:
+    fields = ("zero_outputs", "zero_gradients", "last_active_step", "first_active_step")
+    numbers = ("positions", "gradient_positions", "examples")
+    return {
+        name: {field: getattr(tally, field) for field in (*fields, *numbers)}
+        for name, tally in scope.census("train").items()
+    }
+
+
+def both_train(rank: int, window_steps: int = 100) -> dict[str, Any]:
+    model = DistributedDataParallel(network())
+    with ns.watch(model, window_steps=window_steps) as scope:
+        for x, y in data(rank):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            scope.step()
+    return watched_counts(scope)
+
+
+def fire_apart(rank: int) -> int:
+    model = network()
+    batches = disjoint(model, rank)
+    with ns.watch(model) as scope:
+        for x, y in batches:
+            nn.functional.cross_entropy(model(x), y).backward()
+            scope.step()
+    return int((scope.census("train")["1"].zero_output_fraction == 1).sum())
+
+
+def one_sees_nothing(rank: int) -> dict[str, Any]:
+    model = network()
+    with ns.watch(model) as scope:
+        if rank == 0:
+            for x, y in data(rank):
+                nn.functional.cross_entropy(model(x), y).backward()
+                scope.step()
+    return watched_counts(scope)
+
+
+def one_scans(rank: int) -> int:
+    """A scan on one rank alone waits for nobody."""
+    return ns.scan(network(), [x for x, _ in data(rank)]).neurons if rank == 0 else 0
+
+
+def both_train_in_short_windows(rank: int) -> dict[str, Any]:
+    return both_train(rank, window_steps=2)
+
+
+TASKS = {task.__name__: task for task in (both_train, both_train_in_short_windows, fire_apart, one_sees_nothing, one_scans)}
+
+
+def main(task: str, rank: str, port: str, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=int(rank), world_size=2)
+    torch.save(TASKS[task](int(rank)), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
