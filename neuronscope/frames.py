@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.axes import Flow, TensorMap
+from neuronscope.recomputation import Recomputation
 from neuronscope.sites import SiteKey
 
 __all__ = ["Frame", "first_tensor"]
@@ -32,6 +33,9 @@ class Frame:
         self.examples = 0
         self.recomputing = False
         self.muted = False
+        self.bounded = False
+        self.recomputation = Recomputation()
+        self._graded = True
         self._calls: dict[tuple[str, str], int] = {}
         self._loose_calls: dict[tuple[str, str], int] = {}
 
@@ -48,6 +52,9 @@ class Frame:
             self._calls.clear()
             self.recomputing = in_backward()
             self.muted = not observable()
+            self._graded = torch.is_grad_enabled()
+            if not self._graded and not self.recomputing:
+                self.recomputation.clear()  # no backward pass will come
             tensor = first_tensor((args, kwargs))
             self.examples = tensor.size(0) if tensor is not None and tensor.dim() > 0 else 1
         self.owners.append(path)
@@ -64,9 +71,16 @@ class Frame:
 
     def number(self, path: str, function: str) -> SiteKey:
         """The key of the call that begins now."""
+        place = (path, function)
+        if not self.owners and not self.bounded and not torch.is_grad_enabled():
+            return SiteKey(
+                path, function, 0, False
+            )  # neither a step nor a backward pass will part one forward from another
         calls = self._calls if self.owners else self._loose_calls
-        call = calls.get((path, function), 0)
-        calls[(path, function)] = call + 1
+        call = calls.get(place, 0)
+        calls[place] = call + 1
+        if self.owners and self._graded and not torch.is_grad_enabled():
+            self.recomputation.hide(place, call)
         return SiteKey(path, function, call, False)
 
     def forget(self) -> None:
@@ -81,6 +95,7 @@ class Frame:
         self._loose_calls.clear()
         self.recomputing = False
         self.muted = False
+        self.recomputation.clear()
         self.forget()
 
     def end_loose(self) -> None:

@@ -2,12 +2,13 @@
 
 A forward pre-hook on an activation module sees the pre-activation before an in-place function overwrites it, and asks
 for its gradient; a forward hook sees the output. Functional activations and gated products are seen by a function
-mode that is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at random, and a fault in
-here detaches the tap and lets the training go on.
+mode that is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at random, and a
+fault in here detaches the tap and lets the training go on.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -118,13 +119,19 @@ class Tap:
     def open_step(self) -> None:
         """A training step that is not itself a module's forward begins: watch its own functional calls too."""
         self._step_open = True
+        self._bound(True)
         if self.observing:
             self._enter_mode()
 
     def close_step(self) -> None:
         """The training step is over."""
         self._step_open = False
+        self._bound(False)
         self._leave_mode()
+
+    def _bound(self, bounded: bool) -> None:
+        self.observer.frame.bounded = bounded
+        self.observer.frame.end_loose()
 
     def _enter_mode(self) -> None:
         if not self._entered:
@@ -148,9 +155,10 @@ class Tap:
 
     # --- forwards --------------------------------------------------------------------------------------------------
 
-    def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A watched module begins to run."""
-        if path == "" and self.observer.frame.owners and not torch.compiler.is_compiling():
+        stale = path == "" and self.observer.frame.owners and not torch.compiler.is_compiling()
+        if stale and not _calls_itself(module):
             self.set_observing(True)  # a forward that was interrupted left its traces
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
             self._enter_mode()
@@ -183,6 +191,15 @@ def _may_call_functions(module: nn.Module) -> bool:
     return not own or next(module.children(), None) is not None
 
 
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether the module that begins to run is running already, by the frames of this thread."""
+    frame, runs = sys._getframe(), 0
+    while frame is not None and runs < 2:
+        runs += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return runs > 1
+
+
 class _Enter(InertHook):
     def __init__(self, tap: Tap, path: str) -> None:
         self.tap = tap
@@ -191,7 +208,7 @@ class _Enter(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.tap.observing:
             try:
-                self.tap.enter(self.path, args, kwargs)
+                self.tap.enter(self.path, module, args, kwargs)
             except Exception as error:
                 self.tap.fail(error)
 

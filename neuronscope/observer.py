@@ -39,7 +39,6 @@ class Call(NamedTuple):
         axis: The neurons' dimension.
         info: What the site is.
         examples: Independent examples behind the call.
-        counts: Whether its output is to be counted: not when a checkpoint runs it again.
     """
 
     key: SiteKey
@@ -47,7 +46,6 @@ class Call(NamedTuple):
     axis: int
     info: SiteInfo
     examples: int
-    counts: bool
 
 
 class Observer:
@@ -73,6 +71,7 @@ class Observer:
         self._tolerance = tolerance
         self._scratch = Scratch()
         self._meters: dict[tuple[str, SiteKey], Meter | None] = {}
+        self._axes: dict[SiteKey, int] = {}  # where each site's neurons lay when it was last called
         self._make_meter = meters
         self._declared = axes
         self._leaf_handles: list[RemovableHandle] = []
@@ -130,6 +129,9 @@ class Observer:
             if not observable():
                 return None
             recomputing = in_backward()
+        if recomputing:
+            self._ask_again(x, path, function, halved)
+            return None
         key = frame.number(path, function)
         if not compiling and not _real(x):
             kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
@@ -146,17 +148,19 @@ class Observer:
             neurons = neurons // 2 if halved == axis else neurons
         info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source)
         meter = self._meter_of(key, info, neurons, x)
+        if not compiling:
+            self._axes[key] = axis
         if meter is not None and x.requires_grad and torch.is_grad_enabled():
             self._ask_gradient(x, meter, axis, halved)
         frame.roles.put(x, (False, *key))
         examples = x.shape[0] if loose else frame.examples
-        return Call(key, meter, axis, info, examples, not recomputing)
+        return Call(key, meter, axis, info, examples)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
         """A site that began has made ``y`` of ``x``: count it."""
         if not isinstance(y, Tensor) or y.dim() <= call.axis:
             return
-        if call.meter is not None and call.counts:
+        if call.meter is not None:
             if y.shape[call.axis] == call.meter.neurons:
                 self._count(call.meter, y, call.axis, call.examples)
             else:
@@ -166,7 +170,7 @@ class Observer:
                 )
         if isinstance(x, Tensor):
             self.frame.flow.same(x, y)
-        gate = (call.axis, call.info.axis_source, call.info.activation, call.examples, call.counts)
+        gate = (call.axis, call.info.axis_source, call.info.activation, call.examples)
         self.frame.roles.put(y, (True, *call.key, *gate))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
@@ -186,11 +190,11 @@ class Observer:
             return
 
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
-        path, function, call, axis, source, activation, examples, counts = (*role[1:4], *role[5:])
+        path, function, call, axis, source, activation, examples = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
         info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source)
         meter = self._meter_of(key, info, y.shape[axis], y)
-        if meter is not None and counts:
+        if meter is not None:
             self._count(meter, y, axis, examples)
 
     def _count(self, meter: Meter, y: Tensor, axis: int, examples: int) -> None:
@@ -225,7 +229,24 @@ class Observer:
         if torch.compiler.is_compiling():
             ask_gradients(x, axis, halved, meter)
             return
-        handle = x.register_hook(_Gradient(self, meter, axis, halved))
+        self._hook(x, _Gradient(self, lambda: (meter, axis), halved))
+
+    def _ask_again(self, x: Tensor, path: str, function: str, halved: int | None) -> None:
+        """A checkpoint runs a site again: its output was counted before, but its gradient may come only now."""
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return
+        recomputation = self.frame.recomputation
+        number = recomputation.again((path, function))
+
+        def site() -> tuple[Meter | None, int]:
+            call = recomputation.call_of((path, function), number)
+            key = SiteKey(path, function, call, False)
+            return self._meters.get((self.phase, key)), self._axes.get(key, 0)
+
+        self._hook(x, _Gradient(self, site, halved))
+
+    def _hook(self, x: Tensor, hook: _Gradient) -> None:
+        handle = x.register_hook(hook)
         if x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step: its hook must not
 
@@ -271,16 +292,17 @@ class InertHook:
 class _Gradient(InertHook):
     __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
 
-    def __init__(self, observer: Observer, meter: Meter, axis: int, halved: int | None) -> None:
+    def __init__(self, observer: Observer, site: Callable[[], tuple[Meter | None, int]], halved: int | None) -> None:
         self.observer = observer
-        self.meter = meter
-        self.axis = axis
+        self.site = site
         self.halved = halved
 
     def __call__(self, gradient: Tensor | None) -> None:
-        if self.meter.open and gradient is not None:  # None where only another part of a split tensor was used
+        meter, axis = self.site()
+        # No gradient comes where only another part of a split tensor was used.
+        if meter is not None and meter.open and gradient is not None:
             try:
                 with unwatched():
-                    self.observer.gradient(gradient, self.meter, self.axis, self.halved)
+                    self.observer.gradient(gradient, meter, axis, self.halved)
             except Exception as error:
                 self.observer.fail(error)

@@ -1,7 +1,7 @@
 """Census of all ranks: what every process of a distributed run counted, together, exactly.
 
-Only what is called by every rank may come here: see :meth:`neuronscope.scope.Scope.step`. Counts are gathered as they are
-and merged in the order of the ranks, so that every rank ends with the same census.
+Only what is called by every rank may come here: see :meth:`neuronscope.scope.Scope.step`. Counts are gathered as they
+are and merged in the order of the ranks, so that every rank ends with the same census.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatch
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
 from neuronscope.ranks import join as join_of_all_ranks
+from neuronscope.ranks import world_size
 from neuronscope.report import Report
 from neuronscope.reporting import make_report
 from neuronscope.selection import Patterns, Selection
@@ -124,7 +125,7 @@ class Scope:
             self._check_patterns()
         record = self._record("train")
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps):  # on every rank at the same step, whatever it has seen
+        if record.is_due(self._step, self.window_steps, self._join is None or world_size() == 1):
             record.flush(self._join)
             closed = record.is_sure() and record.close()
         self._observe()

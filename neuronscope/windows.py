@@ -105,12 +105,23 @@ class PhaseRecord:
             meter.reset()
         self._flushed = self._flushed.merge(running if join is None else join(running))
 
-    def is_due(self, step: int, window_steps: int) -> bool:
-        """Whether, ``step`` steps into the run, it is time to flush the window; then not again for ``window_steps``."""
-        if step - self._looked_at_step < window_steps:
+    def is_due(self, step: int, window_steps: int, alone: bool) -> bool:
+        """Whether the open window is to be flushed, ``step`` steps into the run.
+
+        Args:
+            step: Optimizer steps taken.
+            window_steps: Steps of a window at least.
+            alone: No other rank counts along. Otherwise all must answer alike, whatever each has seen: then a window
+                that is not sure yet is looked at again after as many steps.
+        """
+        if step - self._looked_at_step < window_steps or (alone and not self._has_enough()):
             return False
         self._looked_at_step = step
         return True
+
+    def _has_enough(self) -> bool:
+        flushed, needed = self._flushed.examples, self._policy.min_examples
+        return any(flushed + meter.totals()[2] >= needed for _, meter in self._meters.values())
 
     def is_sure(self) -> bool:
         """Whether the flushed part of the open window has the examples that the policy asks for."""

@@ -103,6 +103,7 @@ def main(task: str, rank: str, port: str, folder: str) -> None:
     torch.save(TASKS[task](int(rank)), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""Counting in blocks equals counting plainly, for any shape, stride, dtype, axis, tolerance and value.
+
+The plain count is numpy's, in float64 and int64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from neuronscope.counting import Scratch, count_outputs, count_zeros
+from neuronscope.meters import NEVER, Meter, add_gradients, add_outputs
+
+SCRATCH = Scratch()
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def plain(tensor: Tensor, axis: int, tolerance: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zeros, values that are not finite, and summed magnitudes of each neuron."""
+    rows = np.moveaxis(tensor.detach().double().numpy(), axis, 0).reshape(tensor.shape[axis], -1)
+    finite = np.isfinite(rows)
+    return (np.abs(rows) <= tolerance).sum(1), (~finite).sum(1), np.where(finite, np.abs(rows), 0).sum(1)
+
+
+def assert_counts(tensor: Tensor, axis: int, tolerance: float = 0.0) -> None:
+    before = tensor.clone()
+    zeros, broken, magnitude = plain(tensor, axis, tolerance)
+    counted = count_outputs(tensor, axis, SCRATCH, tolerance)
+    assert counted.zeros.dtype == torch.int64
+    assert counted.zeros.tolist() == zeros.tolist()
+    assert (counted.not_finite is None and not broken.any()) or counted.not_finite.tolist() == broken.tolist()
+    assert counted.abs_sum.dtype == torch.float64
+    np.testing.assert_allclose(counted.abs_sum.numpy(), magnitude, rtol=1e-5, atol=1e-30)
+    assert count_zeros(tensor, axis, SCRATCH, tolerance).tolist() == zeros.tolist()
+    torch.testing.assert_close(tensor, before, rtol=0, atol=0, equal_nan=True)
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The same shape in several memory layouts."""
+    shape = tensor.shape
+    found = {
+        "contiguous": tensor,
+        "reversed": tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim()))),
+        "strided": torch.stack((tensor, tensor + 1), -1)[..., 0],
+        "sliced": torch.cat((tensor, tensor), 0)[: shape[0]],
+        "expanded": tensor[:1].expand(shape),
+        "offset": torch.cat((tensor.new_ones(1), tensor.reshape(-1)))[1:].view(shape),
+    }
+    if tensor.dim() == 4:
+        found["channels_last"] = tensor.contiguous(memory_format=torch.channels_last)
+    if tensor.dim() == 5:
+        found["channels_last_3d"] = tensor.contiguous(memory_format=torch.channels_last_3d)
+    if tensor.dim() > 1:
+        found["transposed"] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7,), (5, 3), (1, 4), (4, 1), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 3), (1, 1, 1)])
+def test_every_axis_of_every_layout(shape, dtype):
+    values = torch.randn(shape).relu().to(dtype)
+    values.view(-1)[::3] = -0.0  # minus zero is zero
+    for tensor in layouts(values).values():
+        for axis in range(tensor.dim()):
+            assert_counts(tensor, axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layout", ["contiguous", "reversed", "strided", "expanded", "channels_last"])
+def test_not_finite_values_are_counted_apart(value, dtype, layout):
+    tensor = torch.randn(3, 4, 2, 5).relu().to(dtype)
+    tensor[:, 2, :, 1] = value
+    tensor[0, 0, 0, 0] = value
+    for axis in range(4):
+        assert_counts(layouts(tensor)[layout], axis)
+
+
+# Binary fractions, so that the comparison means the same in every precision.
+@pytest.mark.parametrize("tolerance", [0.0, 2.0**-14, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tolerance(tolerance, dtype):
+    tensor = (torch.randn(6, 5, 4) / 4).to(dtype)
+    tensor[0] = tolerance
+    tensor[1] = -tolerance
+    tensor[2, 0, 0] = math.nan
+    for axis in range(3):
+        assert_counts(tensor, axis, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 5), (2, 3, 0), (0,)])
+def test_empty_tensors(shape):
+    for axis in range(len(shape)):
+        counted = count_outputs(torch.empty(shape), axis, SCRATCH)
+        assert counted.zeros.tolist() == [0] * shape[axis]
+        assert counted.abs_sum.tolist() == [0.0] * shape[axis]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float32, 3e38),  # a handful of them overflow a float32 sum, and none is infinite
+        (torch.float64, 1e300),  # infinite as a float32
+        (torch.float64, 1e-300),  # zero as a float32, and not zero
+        (torch.float32, 1e-45),  # the smallest number there is
+        (torch.float16, 65504.0),
+        (torch.bfloat16, 3e38),
+    ],
+    ids=str,
+)
+def test_extremes_are_finite_and_not_zero(dtype, value):
+    tensor = torch.full((40, 3), value, dtype=dtype)
+    for axis in (0, 1):
+        counted = count_outputs(tensor, axis, SCRATCH)
+        assert counted.zeros.tolist() == [0] * tensor.shape[axis]
+        assert counted.not_finite is None or not counted.not_finite.any()
+        expected = float(tensor[0, 0]) * (tensor.numel() // tensor.shape[axis])
+        # 1e-300 and 1e-45 sum up to nothing beside what a float32 holds: 4e-44 at most.
+        np.testing.assert_allclose(counted.abs_sum.numpy(), expected, rtol=1e-2, atol=1e-40)
+
+
+def test_more_positions_than_a_block_and_than_float32_can_count():
+    """2**24 + 3 positions of one neuron: a float32 counter would stick at 2**24."""
+    tensor = torch.zeros(2**24 + 3, 1, dtype=torch.bfloat16)
+    tensor[5] = 1
+    assert count_zeros(tensor, 1, SCRATCH).tolist() == [2**24 + 2]
+    assert count_zeros(tensor.view(1, 1, -1), 1, SCRATCH).tolist() == [2**24 + 2]
+    meter = Meter(1, torch.device("cpu"))
+    for _ in range(2):
+        add_outputs(meter, tensor, 1, 1, 0, SCRATCH, 0.0)
+    assert meter.zero_outputs.tolist() == [2**25 + 4]
+    assert meter.totals()[0] == 2**25 + 6
+
+
+@pytest.mark.parametrize("shape", [(3000, 300), (700, 2, 1000), (2, 600_000), (40, 64, 15, 15)])
+def test_many_blocks(shape):
+    tensor = torch.randn(shape).relu_()
+    for tensor in (tensor, tensor.transpose(0, 1).contiguous().transpose(0, 1)):
+        for axis in range(min(len(shape), 2)):
+            assert_counts(tensor, axis)
+
+
+@given(data=st.data())
+def test_any_strided_tensor(data):
+    """Shapes, axes, permutations, steps, expansions and values drawn at random."""
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    seed = data.draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn([2 * size for size in shape], generator=generator).to(dtype)
+    tensor[tensor < data.draw(st.sampled_from([-9.0, 0.0, 9.0]))] = 0
+    if data.draw(st.booleans()) and tensor.numel():
+        tensor.view(-1)[seed % tensor.numel()] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    order = data.draw(st.permutations(range(len(shape))))
+    tensor = tensor.permute(order)
+    step = data.draw(st.integers(1, 2))
+    tensor = tensor[tuple(slice(None, None, step) for _ in shape)]
+    if data.draw(st.booleans()):
+        tensor = tensor[:1].expand(3 if tensor.shape[0] else 0, *tensor.shape[1:])
+    axis = data.draw(st.integers(0, tensor.dim() - 1))
+    tolerance = data.draw(st.sampled_from([0.0, 0.25]))
+    if tensor.shape[axis] > 0:
+        assert_counts(tensor, axis, tolerance)
+
+
+@pytest.mark.parametrize("surroundings", ["autocast", "inference", "deterministic", "no grad", "medium", "float64"])
+def test_surroundings_change_nothing(surroundings):
+    """The caller's modes are in force where hooks run; counts are the same in all of them."""
+    tensor = torch.randn(300, 7).relu_()
+    tensor[tensor > 1] = 1 + 2.0**-20  # not a number of bfloat16
+    expected = plain(tensor, 1)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        if surroundings == "medium":
+            torch.set_float32_matmul_precision("medium")
+        if surroundings == "float64":
+            torch.set_default_dtype(torch.float64)
+        if surroundings == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        context = {
+            "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+            "inference": torch.inference_mode(),
+            "no grad": torch.no_grad(),
+        }.get(surroundings, torch.enable_grad())
+        meter = Meter(7, torch.device("cpu"))
+        scratch = Scratch()
+        with context:
+            add_outputs(meter, tensor, 1, 300, 4, scratch, 0.0)
+            add_gradients(meter, tensor, 1, scratch)
+        add_outputs(meter, tensor, 1, 300, 5, scratch, 0.0)  # and afterwards, outside
+        meter.reset()
+        add_outputs(meter, tensor, 1, 300, 6, scratch, 0.0)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
+    assert meter.zero_outputs.tolist() == expected[0].tolist()
+    np.testing.assert_allclose(meter.abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
+
+
+def test_a_meter_step_by_step():
+    meter = Meter(3, torch.device("cpu"))
+    add_outputs(meter, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, math.nan]]), 1, 2, 5, SCRATCH, 0.0)
+    add_outputs(meter, torch.tensor([[0.0, 0.0, 2.0]]), 1, 1, 8, SCRATCH, 0.0)
+    add_gradients(meter, torch.tensor([[0.0, -0.0, 1.0]]), 1, SCRATCH)
+    assert meter.zero_outputs.tolist() == [3, 2, 1]
+    assert meter.not_finite.tolist() == [0, 0, 1]
+    assert meter.abs_sum.tolist() == [0.0, 1.0, 2.0]
+    assert meter.last_active.tolist() == [-1, 5, 8]  # NaN is no firing: neuron 2 fired at step 8 only
+    assert meter.first_active.tolist() == [NEVER, 5, 8]
+    assert meter.zero_gradients.tolist() == [1, 1, 0]
+    assert meter.totals() == (3, 1, 3)
+    identity = id(meter.zero_outputs)
+    meter.reset()
+    assert id(meter.zero_outputs) == identity
+    assert meter.totals() == (0, 0, 0)
+    assert meter.last_active.tolist() == [-1] * 3
+    assert meter.first_active.tolist() == [NEVER] * 3
+
+
+def test_no_random_number_is_drawn():
+    state = torch.get_rng_state()
+    assert_counts(torch.ones(500, 40), 1)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_the_scratch_is_reused():
+    """Counting a tensor ten times allocates its buffers once."""
+    scratch = Scratch()
+    tensor = torch.randn(4000, 100)
+    count_outputs(tensor, 1, scratch)
+    first = scratch.buffer.data_ptr()
+    for _ in range(10):
+        count_outputs(tensor, 1, scratch)
+    assert scratch.buffer.data_ptr() == first

@@ -1,0 +1,172 @@
+"""Judging: what is said of one neuron, from counts alone, with every threshold at its edge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from neuronscope.errors import UsageError
+from neuronscope.verdicts import LABELS, Counts, Judgement, Policy, judge, rate_bound
+
+
+def label(
+    kind: str = "relu-like",
+    *,
+    zeros: int = 0,
+    positions: int = 100,
+    gradient_zeros: int = 0,
+    gradient_positions: int = 100,
+    not_finite: int = 0,
+    mean: float = 1.0,
+    linear: bool = False,
+    policy: Policy | None = None,
+) -> str:
+    """The label of neuron 0 beside a healthy neuron 1 whose mean output is 1."""
+    judgement = judge(
+        Counts(
+            kind=kind,
+            linear_when_on=linear,
+            zero_outputs=np.array([zeros, 50 * positions // 100]),
+            zero_gradients=np.array([gradient_zeros, 50 * gradient_positions // 100]),
+            not_finite=np.array([not_finite, 0]),
+            mean_abs_output=np.array([mean, 1.0]),
+            positions=positions,
+            gradient_positions=gradient_positions,
+        ),
+        policy or Policy(),
+    )
+    return LABELS[judgement.labels()[0]]
+
+
+# Scores beside a neuron of mean 1: s = m / ((m + 1) / 2). s <= .025 where m <= .0125 / .9875 = .012658.
+TABLE = [
+    # zero at every position, and the gradient too
+    ("dead", {"zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
+    ("alive", {"zeros": 99, "gradient_zeros": 99}),
+    # gradients unseen: judged by outputs alone
+    ("dead", {"zeros": 100, "gradient_zeros": 0, "gradient_positions": 0, "mean": 0.0}),
+    # silent, yet one gradient came: not dead; its output is zero, so it is dormant
+    ("dormant", {"zeros": 100, "gradient_zeros": 99, "mean": 0.0}),
+    # fires, and no gradient comes back at any position
+    ("cut off", {"zeros": 40, "gradient_zeros": 100}),
+    ("alive", {"zeros": 40, "gradient_zeros": 99}),
+    # gradients were seen at fewer positions than outputs
+    ("dead", {"zeros": 100, "gradient_zeros": 10, "gradient_positions": 10, "mean": 0.0}),
+    ("cut off", {"zeros": 0, "gradient_zeros": 10, "gradient_positions": 10}),
+    # dormancy at its edge
+    ("dormant", {"zeros": 10, "mean": 0.0126}),
+    ("alive", {"zeros": 10, "mean": 0.0127}),
+    ("dormant", {"zeros": 10, "mean": 0.05, "policy": Policy(dormant_tau=0.1)}),  # s = .05 / .525 = .0952
+    ("alive", {"zeros": 10, "mean": 0.06, "policy": Policy(dormant_tau=0.1)}),  # s = .06 / .53 = .1132
+    # sparse is not dead
+    ("alive", {"zeros": 99, "gradient_zeros": 0}),
+    # never off
+    ("linear", {"zeros": 0, "linear": True}),
+    ("alive", {"zeros": 1, "linear": True}),
+    ("alive", {"zeros": 0, "linear": False}),
+    # not finite outweighs everything that was seen
+    ("not finite", {"zeros": 0, "not_finite": 1}),
+    ("not finite", {"zeros": 0, "not_finite": 1, "linear": True, "gradient_zeros": 100}),
+    # smooth: an underflow to exact zero is death, a small output is dormancy
+    ("dead", {"kind": "smooth", "zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
+    ("dormant", {"kind": "smooth", "zeros": 0, "mean": 0.001}),
+    # leaky: never dead by output
+    ("dormant", {"kind": "leaky", "zeros": 100, "gradient_zeros": 0, "mean": 0.0}),
+    ("cut off", {"kind": "leaky", "zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
+    ("dormant", {"kind": "leaky", "zeros": 100, "gradient_zeros": 0, "gradient_positions": 0, "mean": 0.0}),
+    # saturating: cut off by zero gradient
+    ("cut off", {"kind": "saturating", "zeros": 0, "gradient_zeros": 100}),
+    ("alive", {"kind": "saturating", "zeros": 0, "gradient_zeros": 99}),
+    # gated: the product
+    ("dead", {"kind": "gated", "zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
+    # never observed: not healthy, not dead
+    ("unseen", {"zeros": 0, "positions": 0, "gradient_positions": 0, "mean": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(("expected", "counts"), TABLE)
+def test_label(expected, counts):
+    assert label(**counts) == expected
+
+
+def test_verdicts_of_a_whole_layer_that_is_silent():
+    """All dead: the layer's mean is 0, and 0 / (0 + 1e-9) is a number."""
+    counts = Counts("relu-like", True, *(np.full(4, 10) for _ in range(2)), np.zeros(4, int), np.zeros(4), 10, 10)
+    judgement = judge(counts, Policy())
+    assert judgement.dead.all()
+    assert not (judgement.dormant | judgement.cut_off | judgement.linear | judgement.unseen).any()
+
+
+def test_masks_never_say_dead_and_alive_at_once():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        positions, gradient_positions = (int(n) for n in rng.integers(0, 4, 2))
+        counts = Counts(
+            str(rng.choice(["relu-like", "smooth", "leaky", "saturating", "gated"])),
+            bool(rng.integers(2)),
+            rng.integers(0, positions + 1, 6),
+            rng.integers(0, gradient_positions + 1, 6),
+            np.zeros(6, dtype=np.int64),
+            rng.random(6),
+            positions,
+            gradient_positions,
+        )
+        judgement = judge(counts, Policy())
+        for name in ("dormant", "cut_off", "linear", "unseen"):
+            assert not (judgement.dead & getattr(judgement, name)).any()
+        assert isinstance(judgement, Judgement)
+        assert judgement.labels().dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("examples", "confidence", "expected"),
+    [
+        # 1 - .05 ** (1 / n), worked out with 30 digits
+        (1, 0.95, 0.95),  # 1 - .05
+        (2, 0.95, 0.776393202250021),  # 1 - sqrt(.05) = 1 - .223606797749979
+        (4, 0.95, 0.5271292),  # 1 - sqrt(.2236068) = 1 - .4728708
+        (1000, 0.95, 0.00299125),  # 1 - exp(-2.995732 / 1000); the rule of three says .003
+        (10**9, 0.95, 2.995732e-9),  # -log(.05) / n: no digit is lost where 1 - x would lose all
+        (10, 0.99, 0.3690427),  # 1 - .01 ** .1 = 1 - .6309573
+        (0, 0.95, 1.0),  # nothing was observed: anything goes
+    ],
+)
+def test_rate_bound(examples, confidence, expected):
+    assert rate_bound(examples, confidence) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Policy(), 299),  # log(.05) / log(.99) = 298.07
+        (Policy(max_rate=0.05), 59),  # log(.05) / log(.95) = 58.4
+        (Policy(confidence=0.99), 459),  # log(.01) / log(.99) = 458.2
+        (Policy(max_rate=0.5, confidence=0.5), 1),  # log(.5) / log(.5) = 1
+    ],
+)
+def test_examples_that_a_window_needs(policy, expected):
+    assert policy.min_examples == expected
+    assert rate_bound(expected, policy.confidence) <= policy.max_rate + 1e-12
+    assert expected == 1 or rate_bound(expected - 1, policy.confidence) > policy.max_rate
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tolerance", -1e-9),
+        ("tolerance", float("nan")),
+        ("tolerance", float("inf")),
+        ("tolerance", "small"),
+        ("dormant_tau", -0.1),
+        ("dormant_tau", None),
+        ("confidence", 0.0),
+        ("confidence", 1.0),
+        ("confidence", 95),
+        ("max_rate", 0.0),
+        ("max_rate", float("nan")),
+        ("max_rate", "1%"),
+    ],
+)
+def test_a_bad_policy_is_a_plain_error(name, value):
+    with pytest.raises(UsageError, match=f"`{name}`"):
+        Policy(**{name: value})
