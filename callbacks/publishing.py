@@ -1,0 +1,137 @@
+"""Publishing: a report's numbers to every logger, its pictures to TensorBoard's, its totals to whoever asks.
+
+Never a lower step for a phase than before, and never more of the run's time for drawing than was allowed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from neuronscope.callbacks.faults import Faults
+from neuronscope.errors import UsageError
+from neuronscope.report import Report
+from neuronscope.writers.tensorboard import scalars, write
+from neuronscope.writers.tensorboard.tags import metric
+
+__all__ = ["Publisher", "summary", "totals"]
+
+_TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
+
+
+def totals(report: Report) -> dict[str, float]:
+    """The network's totals by tag, ``neuronscope/dead_pct`` and the like; NaN where there is no telling.
+
+    Args:
+        report: The report; phases other than ``train`` have their name before the metric's.
+    """
+    known = scalars(report, per_site=False)
+    tags = [f"neuronscope/{metric(name, report.phase)}" for name in _TOTALS]
+    return {tag: known.get(tag, float("nan")) for tag in tags}
+
+
+def summary(report: Report) -> str:
+    """One line for a log."""
+    if not report.observed_neurons:
+        return "Neuronscope: no activation was observed."
+    more = [f"{count} {what}" for count, what in ((report.dormant, "dormant"), (report.cut_off, "cut off")) if count]
+    if report.not_finite:
+        more.append("NaN or infinite outputs were seen")
+    if not report.window.long_enough:
+        more.append("from too few examples to be sure")
+    share = f"{report.dead} of {report.observed_neurons} neurons dead ({report.dead_percent:.1f} %)"
+    return f"Neuronscope: {', '.join([share, *more])}, at step {report.step}."
+
+
+@dataclass
+class _Mark:
+    """What a logger was given last for a phase: at which step, of which of the report's, and whether it was drawn."""
+
+    step: int
+    report_step: int
+    drawn: bool
+
+
+class _Drawings:
+    """A TensorBoard writer that leaves scalars out: those go through the logger itself, as all its metrics do."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Write nothing."""
+
+
+class Publisher:
+    """Hands reports to loggers.
+
+    Args:
+        images: Whether TensorBoard gets pictures.
+        text: Whether TensorBoard gets the diagnosis.
+        vectors: Whether TensorBoard gets a byte a neuron.
+        drawing_share: Largest share of the run's time that these three may take, each phase for itself.
+
+    Raises:
+        UsageError: The share is none.
+    """
+
+    def __init__(self, *, images: bool, text: bool, vectors: bool, drawing_share: float) -> None:
+        if not 0 < drawing_share <= 1:
+            raise UsageError(
+                f"Expected argument `drawing_share` to lie above 0 and up to 1, but got {drawing_share!r}."
+            )
+        self._drawn = {"images": images, "text": text, "vectors": vectors}
+        self._share = drawing_share
+        self._rests_until: dict[str, float] = {}
+        self._marks: dict[str, _Mark] = {}
+        self._faults = Faults("write to a logger")
+
+    def publish(self, report: Report, loggers: Sequence[Any], step: int, *, final: bool = False) -> None:
+        """Give a report to every logger that was not given this step, or a later one, of its phase.
+
+        Args:
+            report: The report.
+            loggers: Lightning's loggers.
+            step: The trainer's step.
+            final: Whether no other report of this phase is to be expected: then it is drawn, whatever the time.
+        """
+        draws = any(self._drawn.values()) and (final or time.monotonic() >= self._rests_until.get(report.phase, 0.0))
+        for place, logger in enumerate(loggers):
+            with self._faults:
+                self._give(report, logger, step, _key(place, logger, report.phase), draws=draws)
+
+    def _give(self, report: Report, logger: Any, step: int, key: str, *, draws: bool) -> None:
+        mark = self._marks.get(key)
+        if mark is None or step > mark.step:
+            since = None if mark is None else mark.report_step
+            mark = self._marks[key] = _Mark(step, report.step, drawn=False)
+            logger.log_metrics(scalars(report, since=since), step)
+        if draws and not mark.drawn and _is_tensorboard(logger):
+            mark.drawn = True
+            began = time.monotonic()
+            write(report, _Drawings(logger.experiment), mark.step, **self._drawn)
+            ended = time.monotonic()
+            self._rests_until[report.phase] = ended + (ended - began) * (1.0 / self._share - 1.0)
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """What was given last: plain data for a checkpoint."""
+        return {key: {"step": mark.step, "report_step": mark.report_step} for key, mark in self._marks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on where a saved run stopped."""
+        self._marks = {key: _Mark(int(saved["step"]), int(saved["report_step"]), True) for key, saved in state.items()}
+
+
+def _key(place: int, logger: Any, phase: str) -> str:
+    """A logger's log is told by its place in the Trainer's list, its kind, name and version."""
+    return f"{phase}:{place}:{type(logger).__name__}:{logger.name}:{logger.version}"
+
+
+def _is_tensorboard(logger: Any) -> bool:
+    """Whether a logger's experiment is a ``SummaryWriter``; there is one such class in each framework."""
+    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

@@ -1,0 +1,62 @@
+"""The data: scikit-learn's 1797 handwritten digits, 8 × 8 pixels each, which come with the package itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronscope.errors import MissingExtraError
+
+__all__ = ["Digits", "load_digits"]
+
+#: Every fifth image is held back for testing; the split is the same for every run.
+_TRAIN_SHARE = 0.8
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The images as rows of pixels, standardised, and what they show.
+
+    Attributes:
+        train_x: float32 ``(1437, 64)``.
+        train_y: int64 ``(1437,)``, 0 … 9.
+        test_x: float32 ``(360, 64)``.
+        test_y: int64 ``(360,)``.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def load_digits() -> Digits:
+    """The digits, split into training and test images.
+
+    Pixels are standardised by one mean and one deviation, those of the training images.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise MissingExtraError(
+            "Expected scikit-learn for the demo's digits, but it is not installed: pip install 'neuronscope[demo]'"
+        ) from error
+    pixels, labels = load(return_X_y=True)
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
+    train, test = np.split(order, [int(_TRAIN_SHARE * len(labels))])
+    mean, deviation = pixels[train].mean(), pixels[train].std()
+
+    def images(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(((pixels[rows] - mean) / deviation).astype(np.float32))
+
+    def digits(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(labels[rows].astype(np.int64))
+
+    return Digits(images(train), digits(train), images(test), digits(test))

@@ -1,0 +1,113 @@
+"""The demo from its first line to its last: trains the comparison, prints it, and leaves its files in a folder."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from neuronscope.demo.compare import compare
+from neuronscope.demo.data import Digits, load_digits
+from neuronscope.demo.findings import findings
+from neuronscope.demo.logs import remove_earlier_logs
+from neuronscope.demo.picture import talk_picture
+from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant
+from neuronscope.demo.results import Comparison
+from neuronscope.demo.tables import layer_table, main_table
+from neuronscope.errors import UsageError
+from neuronscope.writers.pictures import encode_png
+
+__all__ = ["run_demo"]
+
+#: What the demo writes into its folder, and replaces when it is run again.
+LOGS, RESULTS, PICTURE, REPORT = "tensorboard", "results.json", "comparison.png", "report-ReLU.html"
+
+_PIPE_WIDTH = 120
+
+
+def run_demo(
+    out: Path, seeds: int = 5, *, quick: bool = False, recipe: Recipe | None = None, console: Console | None = None
+) -> Comparison:
+    """Train the comparison and show it.
+
+    Args:
+        out: Folder for what it makes; of what lies there, only an earlier demo's own files are replaced.
+        seeds: Training runs of each variant.
+        quick: Whether to train ReLU, GELU and SiLU only.
+        recipe: What all runs share.
+        console: Where to print; standard output where it is not given.
+
+    Raises:
+        MissingExtraError: scikit-learn is not installed.
+        UsageError: ``out`` is no folder that can be written to, or ``seeds`` is below 1.
+    """
+    if seeds < 1:
+        raise UsageError(f"Expected the number of seeds to be at least 1, but got {seeds}.")
+    recipe = recipe or Recipe()
+    console = console or _console()
+    data = load_digits()
+    removed = _prepare(out)
+    variants = [variant for variant in VARIANTS if not quick or variant.name in QUICK]
+    _announce(console, variants, seeds, recipe, data)
+    if removed:
+        console.print(f"Replacing the logs of an earlier demo in {out / LOGS} ({removed} files).", style="dim")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small lose time to every further thread
+    try:
+        result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console)
+    finally:
+        torch.set_num_threads(threads)
+    (out / RESULTS).write_text(json.dumps(result.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
+    (out / PICTURE).write_bytes(encode_png(talk_picture(result)))
+    reports["ReLU"].to_html(out / REPORT)
+    _conclude(console, result, out)
+    return result
+
+
+def _console() -> Console:
+    """Standard output; as wide as the terminal, or wide enough for the tables where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def _prepare(out: Path) -> int:
+    """Make the folder, and clear away the logs of an earlier demo; says how many files."""
+    try:
+        (out / LOGS).mkdir(parents=True, exist_ok=True)
+        return remove_earlier_logs(out / LOGS, [variant.name for variant in VARIANTS])
+    except OSError as error:
+        raise UsageError(f"Expected a folder that can be written to, but got {out}: {error}.") from error
+
+
+def _announce(console: Console, variants: list[Variant], seeds: int, recipe: Recipe, data: Digits) -> None:
+    first, last = recipe.spike_epochs
+    console.print(Text("Neuronscope demo: which activation functions die?", style="bold"))
+    console.print(
+        f"The same network ({recipe.layers} layers of {recipe.width} neurons) learns scikit-learn's digits "
+        f"({len(data.train_y)} images to learn from, {len(data.test_y)} to test) with {len(variants)} set-ups, {seeds} "
+        f"seed{'s' if seeds > 1 else ''} each: the same initial weights (He) and batches, Adam "
+        f"{recipe.learning_rate:g}, {recipe.epochs} epochs, "
+        f"the learning rate {recipe.spike_factor:g} times as high in epochs {first} to {last}."
+    )
+
+
+def _conclude(console: Console, result: Comparison, out: Path) -> None:
+    for table in (main_table(result, console.width), layer_table(result, console.width)):
+        console.print()
+        console.print(table)
+    console.print()
+    console.print(Text("What this shows", style="bold"))
+    said = Table.grid(padding=(0, 1))
+    for sentence in findings(result):
+        said.add_row("-", Text(sentence))
+    console.print(said)
+    console.print()
+    for what, name in (("picture", PICTURE), ("report of the ReLU run", REPORT), ("all numbers", RESULTS)):
+        console.print(Text(f"{what + ':':24}{out / name}"), soft_wrap=True)
+    command = Text(f"tensorboard --logdir {shlex.quote(str(out / LOGS))}", style="bold")
+    console.print(Text("curves in TensorBoard:".ljust(24)).append(command), soft_wrap=True)

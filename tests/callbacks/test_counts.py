@@ -1,0 +1,56 @@
+"""What the monitor counts is what the module itself recorded, integer by integer, however it is trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from neuronscope.callbacks import DeadNeuronMonitor
+from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
+def test_counts_of_a_fit_agree_with_the_record(setup: Setup) -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=setup.every_n_steps, window_steps=4)
+    model = network(manual=setup.manual)
+    trainer(monitor, **setup.options).fit(model, batches(8), batches(3))
+    assert list(monitor.census("train")) == list(SITES)
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train", setup.steps))
+        assert_counts(monitor.census("val")[site], counted(model.notes, site, "validate"))
+    assert monitor.census("train").steps == len(setup.steps)
+
+
+@pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
+def test_phases_are_kept_apart(framework: str) -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=2)
+    model, run = network(framework), trainer(monitor, framework=framework, num_sanity_val_steps=2)
+    run.fit(model, batches(8), batches(3))
+    run.validate(model, batches(2), verbose=False)
+    run.test(model, batches(4), verbose=False)
+    run.predict(model, batches(5))
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train", set(range(0, 16, 2))))
+        assert_counts(monitor.census("val")[site], counted(model.notes, site, "validate"))
+        assert_counts(monitor.census("test")[site], counted(model.notes, site, "test"))
+    # 2 epochs of 3 batches and one pass of 2, of 8 examples each: 8 × (2 × 3 + 2) = 64; the sanity check is not there.
+    assert monitor.census("val").examples == 64
+    assert monitor.census("test").examples == 32
+
+
+def test_neurons_that_never_fire_are_dead_and_carry_their_bound() -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=16)
+    trainer(monitor).fit(network(), batches(8, size=32), batches(1))
+    report = monitor.report()
+    # 16 steps of 32 examples: 512, and 299 are enough.
+    assert report.window.long_enough
+    assert report["act"].judgement.dead[:3].all()
+    assert report["act"].dead >= 3
+    assert all(verdict.since == -1 for verdict in report.verdicts() if verdict.label == "dead" and verdict.neuron < 3)
+
+
+def test_what_is_watched_can_be_chosen() -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=1, exclude="relu*", axes={"act": 1})
+    trainer(monitor).fit(network(), batches(2), batches(1))
+    assert list(monitor.census()) == ["act"]
+    assert monitor.census()["act"].axis_source == "declared"
+    assert list(monitor.census(window="last")) == []

@@ -1,0 +1,72 @@
+"""Faults of ours, or of a logger, warn once; training goes on to the end it would have had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from neuronscope.callbacks import DeadNeuronMonitor
+from neuronscope.callbacks.faults import Faults
+from neuronscope.errors import NeuronscopeWarning
+from neuronscope.scope import Scope
+from tests.callbacks.networks import batches, network, trainer
+from tests.callbacks.test_no_harm import hooks, weights
+from tests.callbacks.test_publishing import Noting
+
+
+def break_down(*args: Any, **kwargs: Any) -> None:
+    raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("broken", ["step", "report", "open_step", "phase"])
+def test_a_fault_in_the_watching_takes_the_hooks_off(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    plain = network()
+    trainer().fit(plain, batches(4), batches(1))
+    model, monitor = network(), DeadNeuronMonitor(every_n_steps=1)
+    monkeypatch.setattr(Scope, broken, break_down)
+    with pytest.warns(
+        NeuronscopeWarning, match="could not watch this run any longer; .* OSError: the disk is full"
+    ) as one:
+        run = trainer(monitor)
+        run.fit(model, batches(4), batches(1))
+    assert len(one) == 1
+    assert run.global_step == 8
+    assert hooks(model) == 0
+    assert all((value == weights(model)[name]).all() for name, value in weights(plain).items())
+
+
+def test_a_fault_when_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    monkeypatch.setattr(Scope, "__init__", break_down)
+    with pytest.warns(NeuronscopeWarning, match="could not watch this run any longer"):
+        trainer(monitor).fit(network(), batches(2), batches(1))
+    assert monitor.scope is None
+
+
+def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
+    class Failing(Noting):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(tag.startswith("neuronscope") for tag in metrics):
+                break_down()
+
+    good = Noting()
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    with pytest.warns(NeuronscopeWarning, match="could not write to a logger; .* the disk is full") as one:
+        trainer(monitor, logger=[Failing(), good], log_every_n_steps=1).fit(network(), batches(4), batches(1))
+    assert len(one) == 1
+    assert good.steps("neuronscope/val_dead_pct") == [4, 8]
+    assert good.steps("neuronscope/dead_pct") == [8]
+    assert monitor.census().steps == 8
+
+
+def test_faults_keep_in_exceptions_but_no_interrupts() -> None:
+    faults = Faults("do anything")
+    with pytest.warns(NeuronscopeWarning, match="could not do anything") as one:
+        for _ in range(3):
+            with faults:
+                raise ValueError("no")
+    assert len(one) == 1
+    assert isinstance(faults.first, ValueError)
+    with pytest.raises(KeyboardInterrupt), faults:
+        raise KeyboardInterrupt

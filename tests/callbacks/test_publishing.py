@@ -1,0 +1,199 @@
+"""What a run's loggers and other callbacks are given: which numbers, at which steps, and what they can do with them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from neuronscope.callbacks import DeadNeuronMonitor
+from tests.callbacks.networks import batches, network, trainer
+
+TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite")}
+
+
+class Noting(Logger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[int | None, dict[str, float]]] = []
+        self.experiment = None
+
+    name = "noting"
+    version = 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.given.append((step, metrics))
+
+    def steps(self, tag: str) -> list[int | None]:
+        return [step for step, metrics in self.given if tag in metrics]
+
+
+def events(logger: TensorBoardLogger) -> EventAccumulator:
+    found = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_every_window_of_training_and_every_pass_is_logged_once_at_the_trainers_step() -> None:
+    logger = Noting()
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=3)
+    run = trainer(monitor, logger=logger, num_sanity_val_steps=2)
+    run.fit(network(), batches(8, size=128), batches(3))
+    run.test(network(), batches(3), verbose=False)
+    # 128 examples a step: windows of 3 steps are sure (384 ≥ 299). 16 steps: the last one is alone and is not.
+    assert logger.steps("neuronscope/dead_pct") == [3, 6, 9, 12, 15, 16]
+    assert logger.steps("neuronscope.dead_pct/act") == [3, 6, 9, 12, 15, 16]
+    assert logger.steps("neuronscope/val_dead_pct") == [8, 16]
+    assert logger.steps("neuronscope/test_dead_pct") == [16]
+    values = [
+        metrics["neuronscope.dead_pct/act"] for _, metrics in logger.given if "neuronscope.dead_pct/act" in metrics
+    ]
+    assert all(value >= 25.0 for value in values)  # 3 of 12 never fire: 25 %
+
+
+def test_two_monitors_of_one_run_and_a_second_fit_never_log_a_lower_step() -> None:
+    logger = Noting()
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=3)
+    run = trainer(monitor, logger=logger)
+    for epochs in (1, 1, 3):  # the second has nothing to do
+        run.fit_loop.max_epochs = epochs
+        run.fit(network(), batches(8, size=128), batches(1))
+    for tag in ("neuronscope/dead_pct", "neuronscope/val_dead_pct"):
+        steps = logger.steps(tag)
+        assert steps == sorted(set(steps)), tag
+    assert logger.steps("neuronscope/dead_pct")[-1] == 24
+
+
+def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tmp_path: Path) -> None:
+    board, table = TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=4, drawing_share=1.0)
+    run = trainer(monitor, logger=[table, board], log_every_n_steps=1)
+    run.fit(network(), batches(8, size=128), batches(3))
+    found = events(board)
+    assert set(found.Tags()["scalars"]) >= TOTALS
+    for tag in ("neuronscope/overview", "neuronscope.neurons/act", "neuronscope.neurons/relu-fn"):
+        assert [event.step for event in found.Images(tag)] == [4, 8, 12, 16], tag
+    for tag in ("neuronscope/diagnosis/text_summary", "neuronscope.vectors/act"):
+        assert [event.step for event in found.Tensors(tag)] == [4, 8, 12, 16], tag
+    assert [event.step for event in found.Images("neuronscope/val_overview")] == [8, 16]
+    scalars = [(event.step, event.value) for event in found.Scalars("neuronscope/dead_pct")]
+    with (Path(table.log_dir) / "metrics.csv").open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["neuronscope/dead_pct"]]
+    assert [(int(row["step"]), float(row["neuronscope/dead_pct"])) for row in rows] == [
+        (step, pytest.approx(value)) for step, value in scalars
+    ]
+
+
+def test_drawing_keeps_to_its_share_and_the_end_is_always_drawn(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path, prefix="mine")
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1e-6)
+    trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(5, size=512), batches(1))
+    found = events(board)
+    assert [event.step for event in found.Images("neuronscope/overview")] == [1, 5]
+    assert [event.step for event in found.Scalars("mine-neuronscope/dead_pct")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("left_out", ["images", "text", "vectors"])
+def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str) -> None:
+    board = TensorBoardLogger(tmp_path)
+    monitor = DeadNeuronMonitor(every_n_steps=1, **{left_out: False})
+    trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(2), batches(1))
+    tags = events(board).Tags()
+    there = {
+        "images": "neuronscope/overview" in tags["images"],
+        "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],
+        "vectors": "neuronscope.vectors/act" in tags["tensors"],
+    }
+    assert there == {name: name != left_out for name in there}
+
+
+@pytest.mark.parametrize("options", [{"logger": False}, {"fast_dev_run": 2}, {"barebones": True}], ids=str)
+def test_without_a_logger_there_is_still_a_report(options: dict[str, Any]) -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    if "barebones" in options:
+        options = {**options, "num_sanity_val_steps": None, "enable_checkpointing": None}
+        run = trainer(monitor, **{**options, "enable_progress_bar": None, "enable_model_summary": None, "logger": None})
+        model = network()
+        model.log = lambda *_: None  # Lightning's own warns that it does nothing
+    else:
+        run, model = trainer(monitor, **options), network()
+    run.fit(model, batches(2), batches(1))
+    assert monitor.report()["act"].neurons == 12
+    assert monitor.report("val").neurons == 22
+    assert {"neuronscope/dead_pct", "neuronscope/val_dead_pct"} <= set(run.callback_metrics)
+
+
+class Looking(Callback):
+    """Notes what there is to see when others look."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[str]] = {}
+
+    def look(self, hook: str, trainer: Any) -> None:
+        self.seen[hook] = {name for name in trainer.callback_metrics if name.startswith("neuronscope/")}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.look("validation", trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.look("epoch", trainer)
+
+
+def test_totals_are_there_when_other_callbacks_look_wherever_they_stand() -> None:
+    looking = Looking()
+    monitor = DeadNeuronMonitor(every_n_steps=100)
+    trainer(looking, monitor, num_sanity_val_steps=1, max_epochs=1).fit(network(), batches(2), batches(1))
+    val = {tag.replace("/", "/val_") for tag in TOTALS}
+    assert looking.seen == {"validation": TOTALS | val, "epoch": TOTALS | val}
+
+
+def test_early_stopping_and_checkpoints_can_use_the_totals(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="neuronscope/dead_pct", filename="{epoch}", every_n_train_steps=2)
+    stop = EarlyStopping("neuronscope/val_dead_pct", stopping_threshold=1.0, mode="max", strict=True)
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    run = trainer(stop, monitor, keep, max_epochs=5, enable_checkpointing=True)
+    run.fit(network(), batches(8), batches(2))
+    assert run.current_epoch == 1  # 3 of 22 are dead from the start: more than 1 %
+    assert keep.best_model_score is not None
+    assert keep.best_model_score >= 100 * 3 / 22
+
+
+def test_a_network_of_nothing_but_nan_has_no_dead_share() -> None:
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    model = network()
+    with torch.no_grad():
+        model.first.weight.fill_(float("nan"))
+    run = trainer(monitor, max_epochs=1)
+    run.fit(model, batches(2), batches(1))
+    assert math.isnan(run.callback_metrics["neuronscope/dead_pct"])
+    assert run.callback_metrics["neuronscope/not_finite_pct"] == 100.0
+
+
+@pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
+def test_the_end_of_a_fit_says_one_line_where_lightning_says_its_own(framework: str) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(framework).addHandler(handler)
+    try:
+        trainer(DeadNeuronMonitor(every_n_steps=1), framework=framework).fit(network(framework), batches(2), batches(1))
+    finally:
+        logging.getLogger(framework).removeHandler(handler)
+    ours = [line for line in lines if line.startswith("Neuronscope")]
+    assert len(ours) == 1
+    assert "of 22 neurons dead" in ours[0]
+    assert "from too few examples to be sure, at step 4." in ours[0]
