@@ -1,4 +1,4 @@
-"""The networks whose training step is measured: a small and an ordinary MLP, a CNN with a reused in-place ReLU, a small transformer."""
+"""The networks whose training step is measured: two MLPs, a CNN with a reused in-place ReLU, a transformer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What watching costs a training step: unwatched, watched at every step, and watched but not observed, interleaved.
 
-The three runs have equal models and take turns, step by step, in one process, so that a change of the machine's speed hits
-all alike. Given are the ratios to the unwatched run, of medians and of minima; the cost of watching every n-th step follows
-as (observed + (n - 1) · unobserved) / n.
+The three runs have equal models and take turns, step by step, in one process, so that a change of the machine's speed
+hits all alike. Given are the ratios to the unwatched run, of medians and of minima; the cost of watching every n-th
+step follows as (observed + (n - 1) · unobserved) / n.
 
 Run it with ``python -m benchmarks.steps [--steps 60]``.
 """

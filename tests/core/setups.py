@@ -1,7 +1,7 @@
 """The set-ups that people train in, each written once, to be run unwatched, watched, and counted slowly.
 
-A set-up builds a network and trains it for twenty steps; its loop talks to whoever watches (see :mod:`slow_twin`). The twin's
-network may be built plainer where a set-up does not change the numbers (no activation checkpointing).
+A set-up builds a network and trains it for twenty steps; its loop talks to whoever watches (see :mod:`slow_twin`). The
+twin's network may be built plainer where a set-up does not change the numbers (no activation checkpointing).
 """
 
 from __future__ import annotations

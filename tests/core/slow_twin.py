@@ -1,9 +1,9 @@
 """The slow twin: counts the same things by brute force, with no line of code shared with Neuronscope.
 
 It runs the same training on its own copy of the network, keeps the whole output of every activation call that a torch
-function mode sees, asks autograd for the gradient at every pre-activation, and counts with numpy at the very end. Where the
-neurons lie it is told by the test. A training loop is written once and run three times: by :class:`Nobody`, by
-:class:`Watched` and by :class:`Twin`.
+function mode sees, asks autograd for the gradient at every pre-activation, and counts with numpy at the very end.
+Where the neurons lie it is told by the test. A training loop is written once and run three times: by :class:`Nobody`,
+by :class:`Watched` and by :class:`Twin`.
 """
 
 from __future__ import annotations
@@ -323,7 +323,9 @@ def assert_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert value.dtype == two[name].dtype
-        assert value.contiguous().view(-1).view(torch.uint8).equal(two[name].contiguous().view(-1).view(torch.uint8)), name
+        assert value.contiguous().view(-1).view(torch.uint8).equal(two[name].contiguous().view(-1).view(torch.uint8)), (
+            name
+        )
 
 
 HOOK_TABLES = (

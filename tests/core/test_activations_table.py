@@ -1,7 +1,7 @@
 """Activations × layouts × set-ups: every activation of torch.nn, wherever its neurons lie, however it is called.
 
-Each cell is trained for three steps and agrees with the slow twin in every integer; the neuron axis is found without being
-told, and said how; and the weights are those of an unwatched run.
+Each cell is trained for three steps and agrees with the slow twin in every integer; the neuron axis is found without
+being told, and said how; and the weights are those of an unwatched run.
 """
 
 from __future__ import annotations

@@ -116,13 +116,29 @@ def test_a_saved_state_is_a_copy(tally):
 
 
 def test_tallies_of_other_widths_do_not_merge():
-    make = lambda neurons: Tally(INFO, *(np.zeros(neurons, np.int64) for _ in range(3)), np.zeros(neurons), *(np.zeros(neurons, np.int64) for _ in range(2)), 1, 1, 1)  # noqa: E501, E731
+    make = lambda neurons: Tally(
+        INFO,
+        *(np.zeros(neurons, np.int64) for _ in range(3)),
+        np.zeros(neurons),
+        *(np.zeros(neurons, np.int64) for _ in range(2)),
+        1,
+        1,
+        1,
+    )
     with pytest.raises(StateError, match="3 neurons to merge, but got 4"):
         make(3).merge(make(4))
 
 
 def test_unseen_is_not_zero():
-    tally = Tally(INFO, *(np.zeros(2, np.int64) for _ in range(3)), np.zeros(2), *(np.zeros(2, np.int64) for _ in range(2)), 0, 0, 0)  # noqa: E501
+    tally = Tally(
+        INFO,
+        *(np.zeros(2, np.int64) for _ in range(3)),
+        np.zeros(2),
+        *(np.zeros(2, np.int64) for _ in range(2)),
+        0,
+        0,
+        0,
+    )
     assert np.isnan(tally.zero_output_fraction).all()
     assert np.isnan(tally.zero_gradient_fraction).all()
     assert np.isnan(tally.mean_abs_output).all()
@@ -165,7 +181,9 @@ def test_any_split_over_two_ranks_gives_the_same_counts(mine):
     one, two = count([DATA[chosen]]), count([DATA[~chosen]])
     merged = one.merge(two)
     whole = count([DATA])
-    assert {name: parts(tally) for name, tally in merged.items()} == {name: parts(tally) for name, tally in whole.items()}
+    assert {name: parts(tally) for name, tally in merged.items()} == {
+        name: parts(tally) for name, tally in whole.items()
+    }
 
 
 @pytest.mark.parametrize("at", [0, 3, 7, 10])
@@ -206,7 +224,15 @@ BAD_TALLIES = {
 
 @pytest.mark.parametrize("spoil", BAD_TALLIES.values(), ids=BAD_TALLIES)
 def test_a_bad_state_is_a_plain_error(spoil):
-    tally = Tally(INFO, *(np.zeros(3, np.int64) for _ in range(3)), np.zeros(3), *(np.zeros(3, np.int64) for _ in range(2)), 1, 1, 1)  # noqa: E501
+    tally = Tally(
+        INFO,
+        *(np.zeros(3, np.int64) for _ in range(3)),
+        np.zeros(3),
+        *(np.zeros(3, np.int64) for _ in range(2)),
+        1,
+        1,
+        1,
+    )
     state = tally.state_dict()
     spoil(state)
     with pytest.raises(StateError, match="saved state of a tally"):

@@ -140,8 +140,8 @@ def test_more_positions_than_a_block_and_than_float32_can_count():
 
 @pytest.mark.parametrize("shape", [(3000, 300), (700, 2, 1000), (2, 600_000), (40, 64, 15, 15)])
 def test_many_blocks(shape):
-    tensor = torch.randn(shape).relu_()
-    for tensor in (tensor, tensor.transpose(0, 1).contiguous().transpose(0, 1)):
+    made = torch.randn(shape).relu_()
+    for tensor in (made, made.transpose(0, 1).contiguous().transpose(0, 1)):
         for axis in range(min(len(shape), 2)):
             assert_counts(tensor, axis)
 

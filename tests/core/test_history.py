@@ -1,4 +1,5 @@
-"""Deaths and revivals at the exact step, who was born dead, and a history that stays bounded and keeps its newest window.
+"""Deaths and revivals at the exact step, who was born dead, and a history that stays bounded and keeps its newest
+window.
 
 The network is a row of gates: unit i fires exactly where input i is positive, so that a test scripts who fires when.
 """
@@ -47,13 +48,13 @@ def watch(units: int, window_steps: int = 4, **options) -> tuple[ns.Scope, nn.Mo
 
 SCRIPT = [
     # step   0   4   8   12  16
-    "####" "####" "####" "####" "####",  # 0: always fires
-    "...." "...." "...." "...." "....",  # 1: born dead
-    "####" "##.." "...." "...." "....",  # 2: fires last at step 5
-    "####" "...." "..#." "####" "####",  # 3: dies at 4, revives at 10
-    "...." "...." "...." ".#.." "....",  # 4: born dead, fires at 13 only, dies again at 14
-    "#..." ".#.." "..#." "...#" "#...",  # 5: sparse, never dead
-    "####" "####" "####" "####" "#...",  # 6: still fires in its last window
+    "####################",  # 0: always fires
+    "....................",  # 1: born dead
+    "######..............",  # 2: fires last at step 5
+    "####......#.########",  # 3: dies at 4, revives at 10
+    ".............#......",  # 4: born dead, fires at 13 only, dies again at 14
+    "#....#....#....##...",  # 5: sparse, never dead
+    "#################...",  # 6: still fires in its last window
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import subprocess
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.errors import NeuronscopeWarning
-from tests.core.setups import MIXED, SETUPS, Encoder, Mixed, Setup, adam, batches, plain
+from tests.core.setups import SETUPS, Encoder, Mixed, Setup, adam, batches
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 
@@ -195,7 +193,7 @@ class Weights(nn.Module):
 
 
 def test_a_leaf_is_left_as_it_was():
-    """A pre-activation that is a leaf (an input that asks for its gradient, a parameter) bears no hook after the step."""
+    """A pre-activation that is a leaf (an input with a gradient, a parameter) bears no hook after the step."""
     model = Weights()
     with ns.watch(model) as scope:
         for _ in range(3):
@@ -305,8 +303,8 @@ def test_a_chunk_whose_sibling_alone_is_used():
 
 @pytest.mark.parametrize("view", ["view", "transpose", "narrow"])
 def test_in_place_on_a_view(view):
-    """Autograd rewrites a view that is changed in place, and its pre-activation gets no gradient of its own: the outputs
-    are counted all the same, and the gradients are unseen, never zero."""
+    """Autograd rewrites a view that is changed in place, and its pre-activation gets no gradient of its own: the
+    outputs are counted all the same, and the gradients are unseen, never zero."""
 
     class Viewed(nn.Module):
         def __init__(self, inplace: bool) -> None:

@@ -93,7 +93,9 @@ def both_train_in_short_windows(rank: int) -> dict[str, Any]:
     return both_train(rank, window_steps=2)
 
 
-TASKS = {task.__name__: task for task in (both_train, both_train_in_short_windows, fire_apart, one_sees_nothing, one_scans)}
+TASKS = {
+    task.__name__: task for task in (both_train, both_train_in_short_windows, fire_apart, one_sees_nothing, one_scans)
+}
 
 
 def main(task: str, rank: str, port: str, folder: str) -> None:

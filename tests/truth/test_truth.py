@@ -1,7 +1,7 @@
 """Counts agree as integers with counts that were made by brute force, elsewhere, on real networks (see data/README.md).
 
-The networks are the hard cases: one in-place ReLU module used twice a block, GELU on NHWC, functional ReLU twice a block
-with option-A shortcuts, activations that see flattened (tokens, features), and MLPs that really died.
+The networks are the hard cases: one in-place ReLU module used twice a block, GELU on NHWC, functional ReLU twice a
+block with option-A shortcuts, activations that see flattened (tokens, features), and MLPs that really died.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def digits(activation: type[nn.Module]) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Basic block of a CIFAR ResNet: functional ReLU twice, and a shortcut without weights (He et al. 2015, option A)."""
+    """Basic block of a CIFAR ResNet: functional ReLU twice, a shortcut without weights (He et al. 2015, option A)."""
 
     def __init__(self, inside: int, outside: int, stride: int) -> None:
         super().__init__()
@@ -150,7 +150,8 @@ def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("name", CASES)
 def test_counts_equal_the_truth(name: str) -> None:
     case = CASES[name]
-    truth = np.load(DATA / f"{name}.npz")
+    with np.load(DATA / f"{name}.npz") as file:
+        truth = dict(file)
     meta = json.loads(str(truth["meta_json"]))
     torch.manual_seed(meta.get("seed", 0))
     model = case.build()
@@ -159,7 +160,8 @@ def test_counts_equal_the_truth(name: str) -> None:
         model.load_state_dict(torch.load(weights, weights_only=True))
     assert sha256(model) == meta["state_sha256"], "the network is not the one that was counted"
     model.train(meta["mode"] == "train")
-    x, y = case.inputs(np.load(DATA / f"{name}_inputs.npz"))
+    with np.load(DATA / f"{name}_inputs.npz") as inputs:
+        x, y = case.inputs(inputs)
 
     with ns.watch(model) as scope:
         for inputs, targets in batches(x, y, meta["batch_size"]):
