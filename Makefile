@@ -111,7 +111,7 @@ wheel: $(VENV)/.torch
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
 bench: $(VENV)/.test
-	$(RUN) python scripts/run_examples.py benchmarks
+	$(RUN) python -m benchmarks.steps
 
 # The lower bounds in pyproject.toml, tried: the oldest Python and the oldest of each dependency. Not part of CI, since
 # there torch's CPU build is at hand for one version only.

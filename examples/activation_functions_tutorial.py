@@ -7,14 +7,16 @@ in memory. :func:`neuronscope.scan` does that for any model in bounded memory, b
 The network is the tutorial's (hidden layers of 512, 256, 256 and 128; Kaiming-uniform weights, SGD with momentum); the
 images are scikit-learn's digits instead of Fashion-MNIST, so that nothing has to be downloaded.
 
-Output (numbers differ a little between machines)::
+Output, before → after training (shortened; numbers differ a little between machines)::
 
                dead by layer, of 512 + 256 + 256 + 128            dormant         zero outputs  accuracy
+    Sigmoid         0 + 0 + 0 + 0 → 0 + 0 + 0 + 0                0 →    0       0.0% →   0.0%     17.9%
     ReLU           5 + 6 + 13 + 4 → 5 + 7 + 2 + 0              126 →  113      52.3% →  56.9%    100.0%
     LeakyReLU       0 + 0 + 0 + 0 → 0 + 0 + 0 + 0                0 →    0       0.0% →   0.0%    100.0%
     Swish           0 + 0 + 0 + 0 → 0 + 0 + 0 + 0                0 →    0       0.0% →   0.0%     99.9%
 
-The sigmoid network kills nobody either, and learns nothing: no neuron need be dead for a network to fail.
+The sigmoid network has no dead neuron either, and learns next to nothing: death is one way to fail of several. The
+accuracy is that on the training images. Run it with::
 
     python examples/activation_functions_tutorial.py
 """

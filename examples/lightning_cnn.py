@@ -1,22 +1,24 @@
 """Watch a Lightning run: one callback, and TensorBoard shows which channels of a CNN die.
 
-A small CNN learns scikit-learn's digits (8 × 8 pixels). Its learning rate is too high on purpose. The callback is the
-only line that a Trainer needs; scalars, pictures and a diagnosis go to its TensorBoard logger, totals to its metrics.
+A small CNN learns scikit-learn's digits (8 × 8 pixels), with a learning rate that is too high on purpose. The callback
+is the only line that a Trainer needs: scalars, pictures and a diagnosis go to its TensorBoard logger, totals to its
+metrics.
 
 Output (shortened; numbers differ a little between machines)::
 
-    Neuronscope · DigitsCNN · train · 360 optimizer steps
-    Verdicts are of the last closed window: steps 300 to 355 (12 observed), 384 examples; a dead neuron may still fi
-    0.78 % of examples (at 95 %).
     47 of 112 neurons (42.0 %) are dead: 10 never fired since watching began (born dead) and 37 fired once and then
-    (died). Hardest hit is features.3, with 17 of 32 dead.
-    2 neurons are dormant: next to no output.
-                                                                      dor-  cut  lin-
-    site        activation  neurons  axis        dead              %  mant  off   ear  worst neurons
-    ────────────────────────────────────────────────────────────────────────────────────────────────
-    features.1  relu             16  1 · conv2d  1 (born)      6.2 %     ·    ·     ·  9
-    features.3  relu             32  1 · conv2d  17 (1 born)  53.1 %     ·    ·     ·  0, 1, 2, 6 …
-    relu()      relu             64  1 · linear  29 (8 born)  45.3 %     2    ·     ·  0, 1, 3, 4 …
+    stopped (died). Hardest hit is features.3, with 17 of 32 dead.
+
+    site        activation  neurons  axis        dead              %  dormant  worst neurons
+    features.1  relu             16  1 · conv2d  1 (born)      6.2 %        ·  9
+    features.3  relu             32  1 · conv2d  17 (1 born)  53.1 %        ·  0, 1, 2, 6 …
+    relu()      relu             64  1 · linear  29 (8 born)  45.3 %        2  0, 1, 3, 4 …
+
+    val_accuracy = 0.98
+    neuronscope/dead_pct = 41.96
+    ...
+
+``relu()`` is the function call in ``forward``. Run it with::
 
     python examples/lightning_cnn.py [--out DIR]
 """

@@ -1,22 +1,25 @@
 """Read a report: what is said of single neurons, how sure that is, when it happened, and how to use it in code.
 
-A ReLU network learns scikit-learn's digits; after some epochs its learning rate jumps for a moment, and neurons die of
-it. The rest of the script reads the report part by part.
+A ReLU network learns scikit-learn's digits; for a moment its learning rate jumps, and neurons die of it. The rest of
+the script reads the report part by part.
 
 Output (shortened; numbers differ a little between machines)::
 
     1. The whole, in one line. Verdicts are of one window: the last that is long enough.
-       57 of 320 neurons dead (17.8 %), window: WindowSpan(name='last', first_step=399, last_step=455, steps=57, lon
+       57 of 320 neurons dead (17.8 %), window: steps 399 to 455
     2. Verdicts: one for each neuron that is not simply alive, with its sample size and how sure it is.
        {'dead': 57, 'dormant': 2}
-       neuron 2 of site '1': silent since step 46; in 1797 examples it did not fire, so it fires in fewer than 0.17%
-       neuron 18 of site '1': silent since step 45; in 1797 examples it did not fire, so it fires in fewer than 0.17
-       neuron 26 of site '1': silent since step 244; in 1797 examples it did not fire, so it fires in fewer than 0.1
+       neuron 26 of site '1': silent since step 244; in 1797 examples it did not fire, so it fires in fewer than 0.17% …
     3. Masks: numpy arrays over the neurons of a site, to prune, to reset or to look into.
        site '9' (relu): dead [0, 7, 8, 9, 14, 22, 28, 31, 34, 35, 36, 37, 42, 54, 55, 59, 61, 62]
-       most often silent of the rest: 81.0% of positions
     4. History: one row a window, and the step at which each neuron died.
-    ...
+       up to step 170: 18 dead,  0 dormant
+       up to step 227:  6 dead, 10 dormant
+       up to step 284: 16 dead,  2 dormant
+       ...
+    5. Files: JSON for programs, markdown for a pull request, HTML for people.
+
+In the middle of the jump (step 227) dead neurons come to life again for a while. Run it with::
 
     python examples/read_a_report.py [--out DIR]
 """
@@ -41,12 +44,12 @@ def train() -> ns.Report:
     pixels, labels = load_digits(return_X_y=True)
     images, digits = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
     model = nn.Sequential()
-    for layer in range(5):
+    for _ in range(5):
         model.append(nn.Linear(64, 64)).append(nn.ReLU())
     model.append(nn.Linear(64, 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     with ns.watch(model, window_steps=57) as scope:
-        for epoch in range(8):
+        for _ in range(8):
             for batch in torch.randperm(len(digits)).split(32):
                 optimizer.param_groups[0]["lr"] = 1e-2 if 200 <= scope.global_step < 250 else 1e-3
                 F.cross_entropy(model(images[batch]), digits[batch]).backward()
@@ -65,7 +68,8 @@ def main() -> None:
     report = train()
 
     print("1. The whole, in one line. Verdicts are of one window: the last that is long enough.")
-    print(f"   {report.dead} of {report.neurons} neurons dead ({report.dead_percent:.1f} %), window: {report.window}")
+    window = f"steps {report.window.first_step} to {report.window.last_step}"
+    print(f"   {report.dead} of {report.neurons} neurons dead ({report.dead_percent:.1f} %), window: {window}")
 
     print("\n2. Verdicts: one for each neuron that is not simply alive, with its sample size and how sure it is.")
     print("  ", dict(Counter(verdict.label for verdict in report.verdicts())))

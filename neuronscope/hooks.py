@@ -30,6 +30,8 @@ _PRODUCTS = frozenset(
     for name in ("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
     if hasattr(home, name)
 )
+#: Packages whose modules measure a network and are no part of it: what they apply is nobody's activation.
+_BYSTANDERS = frozenset({"torchmetrics"})
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -83,6 +85,11 @@ class Tap:
                 self.observer.unseen[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
+            if type(module).__module__.partition(".")[0] in _BYSTANDERS:
+                self._handles.append(module.register_forward_pre_hook(_Mute(self)))
+                self._handles.append(module.register_forward_hook(_Unmute(self), always_call=True))
+                hidden.append(path)
+                continue
             activation = self.registry.of_module(module)
             if activation is not None or path == "" or _may_call_functions(module):
                 self._hook(module, path, activation, is_root=path == "")
@@ -107,6 +114,11 @@ class Tap:
         self._handles = []
         self.observer.close()
 
+    def settle(self) -> None:
+        """After a fault: take everything off as soon as the function mode can be."""
+        if self._handles and not self._mode.handling and not self.observer.frame.owners:
+            self.detach()
+
     def set_observing(self, observing: bool) -> None:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
         self._leave_mode()
@@ -128,6 +140,8 @@ class Tap:
         self._step_open = False
         self._bound(False)
         self._leave_mode()
+        if self.failure is not None:
+            self.settle()
 
     def _bound(self, bounded: bool) -> None:
         self.observer.frame.bounded = bounded
@@ -146,7 +160,12 @@ class Tap:
         """A fault of ours: warn once, detach, and let the training go on."""
         if self.failure is None:
             self.failure = error
-            self.detach()
+            if self._mode.handling:
+                self.observing = (
+                    False  # torch puts a mode back when it has handled a call: the forward's end takes it off
+                )
+            else:
+                self.detach()
             warnings.warn(
                 f"Neuronscope met a fault of its own and stopped watching; training goes on. {error!r}",
                 NeuronscopeWarning,
@@ -211,6 +230,8 @@ class _Enter(InertHook):
                 self.tap.enter(self.path, module, args, kwargs)
             except Exception as error:
                 self.tap.fail(error)
+        elif self.tap.failure is not None:
+            self.tap.observer.frame.owners.append(self.path)
 
 
 class _Leave(InertHook):
@@ -223,6 +244,24 @@ class _Leave(InertHook):
                 self.tap.leave()
             except Exception as error:
                 self.tap.fail(error)
+        elif self.tap.failure is not None:
+            self.tap.observer.frame.leave()
+            self.tap.settle()
+
+
+class _Mute(InertHook):
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.tap.observing:
+            self.tap.running.append(None)
+
+
+class _Unmute(_Mute):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if self.tap.observing and self.tap.running:
+            self.tap.running.pop()
 
 
 class _Before(InertHook):
@@ -257,19 +296,45 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
+def _in_compiled_graph() -> bool:
+    """Whether a graph that was traced before runs now: a debugging back end calls its functions one by one, in Python.
+
+    What they compute was counted by the calls that stand in the graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    for _ in range(4):  # the mode is called by the function, through its dispatcher, and that by the graph's code
+        if frame.f_code.co_filename.startswith("<eval_with_key>"):
+            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
 class _FunctionWatch(TorchFunctionMode):
     """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
 
     def __init__(self, tap: Tap) -> None:
         super().__init__()
         self.tap = tap
+        self.handling = False  # torch has taken the mode off the stack while it handles a call
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return self._see(func, args, kwargs or {})
+        before, self.handling = self.handling, True
+        try:
+            return self._see(func, args, kwargs or {})
+        finally:
+            self.handling = before
+
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tap = self.tap
-        if tap.running or not tap.observing:
+        if tap.running or not tap.observing or (tap.observer.compiled and _in_compiled_graph()):
             return func(*args, **kwargs)
         activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
         if activation is not None:

@@ -62,6 +62,7 @@ class Observer:
         self, *, meters: MeterSource, axes: AxisSource, tolerance: float, fail: Callable[[Exception], None]
     ) -> None:
         self.phase = ""
+        self.compiled = False  # whether any of the model was traced by torch.compile
         self.step = 0
         with torch.inference_mode(False):
             self.clock = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -77,6 +78,7 @@ class Observer:
         self._leaf_handles: list[RemovableHandle] = []
 
         def traced_meter(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
+            self.compiled = True
             return self.meter(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
 
         def traced_axis(name: str) -> int | None:
@@ -140,8 +142,11 @@ class Observer:
         declared = self._traced_axis(key.name) if compiling else self._declared(key.name)
         if declared is None:
             axis, source = frame.flow.of(x)
-        else:
+        elif -x.dim() <= declared < x.dim():
             axis, source = declared % x.dim(), "declared"
+        else:
+            self.unseen.setdefault(key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes")
+            return None
         neurons = x.shape[axis]
         if halved is not None:
             halved = halved % x.dim()

@@ -46,6 +46,10 @@ def scan(
     >>> scan(model, [torch.randn(300, 4)]).neurons
     3
     """
+    try:
+        iterator = iter(data)
+    except TypeError as error:
+        raise UsageError(f"Expected argument `data` to be an iterable of batches, but got {data!r}.") from error
     flags = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -55,7 +59,7 @@ def scan(
     try:
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
-            for batch in data:
+            for batch in iterator:
                 moved = _to(batch, device)
                 for parameter, _ in gradients:
                     parameter.grad = None

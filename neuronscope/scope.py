@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from neuronscope.arguments import checked_policy, positive
 from neuronscope.census import Census, SiteInfo
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
 from neuronscope.hooks import Tap
@@ -51,10 +52,10 @@ class Scope:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
-        self.every_n_steps = _positive("every_n_steps", every_n_steps)
-        self.window_steps = _positive("window_steps", window_steps)
+        self.every_n_steps = positive("every_n_steps", every_n_steps)
+        self.window_steps = positive("window_steps", window_steps)
         self._join = join_of_all_ranks if join_ranks else None
-        self.policy = _checked_policy(policy)
+        self.policy = checked_policy(policy)
         self._selection = Selection(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
@@ -116,8 +117,11 @@ class Scope:
 
         Raises:
             DetachedError: The scope was detached.
+            UsageError: ``step`` is no number of steps.
         """
         self._require_attached("step")
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         closed = False
         if self._tap.observing and self._phase == "train":
             record = self._record("train")
@@ -392,17 +396,3 @@ def watch(
         window_steps=window_steps,
         join_ranks=join_ranks,
     )
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
-    return value
-
-
-def _checked_policy(policy: Any) -> Policy:
-    if policy is None:
-        return Policy()
-    if isinstance(policy, Policy):
-        return policy
-    raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")

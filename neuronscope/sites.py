@@ -199,6 +199,10 @@ class Registry:
     """
 
     def __init__(self, additions: Mapping[Any, Activation | str] | None = None) -> None:
+        if additions is not None and not isinstance(additions, Mapping):
+            raise UsageError(
+                f"Expected argument `activations` to map module classes or functions to activations, but got {additions!r}."
+            )
         self._modules = dict(_TORCH_MODULES)
         self.functions = dict(_FUNCTIONS)
         for target, value in (additions or {}).items():
@@ -214,7 +218,7 @@ class Registry:
     def _resolve(target: Any, value: Activation | str) -> Activation:
         if isinstance(value, Activation):
             return value
-        if value in _BY_NAME:
+        if isinstance(value, str) and value in _BY_NAME:
             return _BY_NAME[value]
         return Activation(getattr(target, "__name__", str(target)).lower(), value)
 

@@ -92,7 +92,7 @@ def _announce(console: Console, variants: list[Variant], seeds: int, recipe: Rec
         f"({len(data.train_y)} images to learn from, {len(data.test_y)} to test) with {len(variants)} set-ups, {seeds} "
         f"seed{'s' if seeds > 1 else ''} each: the same initial weights (He) and batches, Adam "
         f"{recipe.learning_rate:g}, {recipe.epochs} epochs, "
-        f"the learning rate {recipe.spike_factor:g} times as high in epochs {first} to {last}."
+        f"the learning rate {recipe.spike_factor:g} times as high in epochs {first} and {last}."
     )
 
 

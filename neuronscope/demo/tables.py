@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -28,28 +31,32 @@ def main_table(comparison: Comparison, width: int) -> Table:
         width: Of the terminal, in characters; a narrow one gets fewer columns.
     """
     before, after = comparison.around_spike
+    # Heading, number, style where it is large, how soon it is left out for want of room (0: never).
+    columns: list[tuple[str, Number, str, int]] = [
+        ("dead at\nthe start", lambda run: sum(run.start.dead), "", 0),
+        (f"dead after\nepoch {before}", lambda run: sum(run.scans[before].dead), "", 5),
+        (f"dead after\nepoch {after}", lambda run: sum(run.scans[after].dead), "", 3),
+        ("dead at\nthe end", lambda run: sum(run.end.dead), _BAD, 0),
+        ("died in\ntraining", lambda run: run.died, "", 4),
+        ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
+    ]
+    if any(sum(run.end.cut_off) for run in comparison.runs):
+        columns.append(("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 2))
+    for left_out in (6, 5, 4, 3, 2):
+        shown = [column for column in columns if column[3] < left_out]
+        table = _main_table(comparison, shown, zeros=left_out == 6)
+        if _width(table) <= width:
+            break
+    return table
+
+
+def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, int]], *, zeros: bool) -> Table:
     seeds = len(comparison.seeds)
     over = f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"
     table = _table(f"Of {comparison.neurons} neurons, over all training images; {over}")
-    # Heading, number, style where it is large, narrowest terminal that shows it.
-    columns: list[tuple[str, Number, str, int]] = [
-        ("dead at\nthe start", lambda run: sum(run.start.dead), "", 0),
-        (f"dead after\nepoch {before}", lambda run: sum(run.scans[before].dead), "", 110),
-        (f"dead after\nepoch {after}", lambda run: sum(run.scans[after].dead), "", 90),
-        ("dead at\nthe end", lambda run: sum(run.end.dead), _BAD, 0),
-        ("died in\ntraining", lambda run: run.died, "", 100),
-        ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
-        ("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 0),
-    ]
-    anywhere = any(sum(run.end.cut_off) for run in comparison.runs)
-    columns = [column for column in columns if width >= column[3] and (anywhere or column[0] != "cut\noff")]
-    table.add_column("activation", no_wrap=True)
-    for heading, *_ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    zeros = width >= 100
-    if zeros:
-        table.add_column("zero\noutputs", justify="right", no_wrap=True)
-    table.add_column("test\naccuracy", justify="right", no_wrap=True)
+    table.add_column("activation", overflow="fold")
+    for heading in [*(column[0] for column in columns), *(["zero\noutputs"] if zeros else []), "test\naccuracy"]:
+        table.add_column(heading, justify="right", overflow="fold")
     for name, label in comparison.labels.items():
         cells = [_count(comparison.spread(name, of), style, comparison.neurons) for _, of, style, _ in columns]
         if zeros:
@@ -66,24 +73,34 @@ def layer_table(comparison: Comparison, width: int) -> Table:
         comparison: All runs.
         width: Of the terminal, in characters; a narrow one gets the dead alone.
     """
+    table = _layer_table(comparison, dormant=True)
+    return table if _width(table) <= width else _layer_table(comparison, dormant=False)
+
+
+def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
     layers = len(comparison.runs[0].end.dead)
-    both = width >= 96
     size = comparison.neurons / layers
-    table = _table(f"By layer at the end, % of {size:.0f} neurons: dead{' + dormant' if both else ''}")
-    table.add_column("activation", no_wrap=True)
+    table = _table(f"By layer at the end, % of {size:.0f} neurons: dead{' + dormant' if dormant else ''}")
+    table.add_column("activation", overflow="fold")
     for layer in range(1, layers + 1):
-        table.add_column(f"layer {layer}", justify="right", no_wrap=True)
+        table.add_column(f"layer {layer}", justify="right", overflow="fold")
     for name, label in comparison.labels.items():
         dead = comparison.by_layer(name, lambda run: run.end.dead)
-        dormant = comparison.by_layer(name, lambda run: run.end.dormant)
+        weak = comparison.by_layer(name, lambda run: run.end.dormant)
         cells = []
-        for ill, weak in zip(dead, dormant, strict=True):
-            cell = _share(ill / size, _BAD)
-            if both:
-                cell.append(" + ", style=_NONE).append(_share(weak / size, _WARN))
+        for layer in range(layers):
+            cell = _share(dead[layer] / size, _BAD)
+            if dormant:
+                cell.append(" + ", style=_NONE).append(_share(weak[layer] / size, _WARN))
             cells.append(cell)
         table.add_row(Text(label, style="bold"), *cells)
     return table
+
+
+def _width(table: Table) -> int:
+    """How many characters a table takes where there is room for all of it."""
+    roomy = Console(width=500, file=io.StringIO())
+    return Measurement.get(roomy, roomy.options, table).maximum
 
 
 def _table(title: str) -> Table:

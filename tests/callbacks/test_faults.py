@@ -15,6 +15,11 @@ from tests.callbacks.test_no_harm import hooks, weights
 from tests.callbacks.test_publishing import Noting
 
 
+def ours(caught: Any) -> list[Any]:
+    """Ours among the warnings: Lightning has some of its own."""
+    return [warning for warning in caught if issubclass(warning.category, NeuronscopeWarning)]
+
+
 def break_down(*args: Any, **kwargs: Any) -> None:
     raise OSError("the disk is full")
 
@@ -25,12 +30,10 @@ def test_a_fault_in_the_watching_takes_the_hooks_off(monkeypatch: pytest.MonkeyP
     trainer().fit(plain, batches(4), batches(1))
     model, monitor = network(), DeadNeuronMonitor(every_n_steps=1)
     monkeypatch.setattr(Scope, broken, break_down)
-    with pytest.warns(
-        NeuronscopeWarning, match="could not watch this run any longer; .* OSError: the disk is full"
-    ) as one:
-        run = trainer(monitor)
+    run = trainer(monitor)
+    with pytest.warns(NeuronscopeWarning, match="could not watch this run any longer; .* the disk is full") as caught:
         run.fit(model, batches(4), batches(1))
-    assert len(one) == 1
+    assert len(ours(caught)) == 1
     assert run.global_step == 8
     assert hooks(model) == 0
     assert all((value == weights(model)[name]).all() for name, value in weights(plain).items())
@@ -52,9 +55,9 @@ def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
 
     good = Noting()
     monitor = DeadNeuronMonitor(every_n_steps=1)
-    with pytest.warns(NeuronscopeWarning, match="could not write to a logger; .* the disk is full") as one:
+    with pytest.warns(NeuronscopeWarning, match="could not write to a logger; .* the disk is full") as caught:
         trainer(monitor, logger=[Failing(), good], log_every_n_steps=1).fit(network(), batches(4), batches(1))
-    assert len(one) == 1
+    assert len(ours(caught)) == 1
     assert good.steps("neuronscope/val_dead_pct") == [4, 8]
     assert good.steps("neuronscope/dead_pct") == [8]
     assert monitor.census().steps == 8
@@ -62,11 +65,14 @@ def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
 
 def test_faults_keep_in_exceptions_but_no_interrupts() -> None:
     faults = Faults("do anything")
-    with pytest.warns(NeuronscopeWarning, match="could not do anything") as one:
-        for _ in range(3):
-            with faults:
-                raise ValueError("no")
-    assert len(one) == 1
+
+    def fail() -> None:
+        with faults:
+            raise ValueError("no")
+
+    with pytest.warns(NeuronscopeWarning, match="could not do anything"):
+        fail()
+    fail()  # a second warning would be an error here
     assert isinstance(faults.first, ValueError)
     with pytest.raises(KeyboardInterrupt), faults:
         raise KeyboardInterrupt

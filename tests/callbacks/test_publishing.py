@@ -64,7 +64,7 @@ def test_every_window_of_training_and_every_pass_is_logged_once_at_the_trainers_
     assert all(value >= 25.0 for value in values)  # 3 of 12 never fire: 25 %
 
 
-def test_two_monitors_of_one_run_and_a_second_fit_never_log_a_lower_step() -> None:
+def test_fits_one_after_another_never_log_a_lower_step() -> None:
     logger = Noting()
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=3)
     run = trainer(monitor, logger=logger)
@@ -164,9 +164,9 @@ def test_totals_are_there_when_other_callbacks_look_wherever_they_stand() -> Non
 def test_early_stopping_and_checkpoints_can_use_the_totals(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, monitor="neuronscope/dead_pct", filename="{epoch}", every_n_train_steps=2)
     stop = EarlyStopping("neuronscope/val_dead_pct", stopping_threshold=1.0, mode="max", strict=True)
-    monitor = DeadNeuronMonitor(every_n_steps=1)
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
     run = trainer(stop, monitor, keep, max_epochs=5, enable_checkpointing=True)
-    run.fit(network(), batches(8), batches(2))
+    run.fit(network(), batches(8, size=256), batches(2))
     assert run.current_epoch == 1  # 3 of 22 are dead from the start: more than 1 %
     assert keep.best_model_score is not None
     assert keep.best_model_score >= 100 * 3 / 22

@@ -77,7 +77,7 @@ def test_an_unknown_option_is_named():
         ns.scan(net(), [torch.randn(2, 3)], every_n_step=3)
 
 
-@pytest.mark.parametrize("model", [None, "resnet18", [net()], F.relu, nn.Linear], ids=str)
+@pytest.mark.parametrize("model", [None, "resnet18", [net()], F.relu, nn.Linear], ids=["None", "name", "list", "function", "class"])
 def test_no_model(model):
     with pytest.raises(UsageError, match=r"`model` to be a torch.nn.Module, but got"):
         ns.watch(model)
@@ -420,7 +420,7 @@ def test_scan_of_data_that_yields_nothing(data):
 def test_scan_of_no_data(data):
     model = net()
     before = hook_tables(model)
-    with pytest.raises(UsageError, match="`data`"):
+    with pytest.raises(UsageError, match="`data` to be an iterable of batches, but got"):
         ns.scan(model, data)
     assert hook_tables(model) == before
     assert model.training
@@ -470,3 +470,36 @@ def test_scan_within_no_grad_has_gradients_when_asked():
     with torch.no_grad():
         report = ns.scan(net(), [torch.randn(4, 3)], loss=lambda output, batch: output.sum())
     assert report["1"].gradient_positions == 4
+
+
+@pytest.mark.parametrize("place", ["begin", "gradient", "product"])
+def test_a_fault_within_a_step_and_within_a_users_own_mode(place, monkeypatch):
+    """Torch takes a function mode off its stack while it handles a call: ours must not take off another's then."""
+
+    class Users(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            Users.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Linear(3, 4), Doubled())
+    before = hook_tables(model)
+    with Users(), ns.watch(model) as scope:
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("a fault of ours")
+
+        monkeypatch.setattr(scope._tap.observer, place, fail)
+        scope.open_step()
+        with pytest.warns(ns.NeuronscopeWarning, match="a fault of ours"):
+            model(torch.randn(5, 3)).sum().backward()
+        model(torch.randn(5, 3)).sum().backward()
+        scope.close_step()
+        scope.step()
+        assert hook_tables(model) == before
+        assert [type(mode) for mode in torch.overrides._get_current_function_mode_stack()] == [Users]
+        x, calls = torch.ones(1), Users.calls
+        torch.relu(x)
+        assert Users.calls == calls + 1
+    assert torch.overrides._len_torch_function_stack() == 0

@@ -1,0 +1,153 @@
+"""Sentences, tables and picture from numbers made up for the purpose: each says what is so, and only where it is so."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from neuronscope.demo.findings import findings, headline, number
+from neuronscope.demo.picture import talk_picture
+from neuronscope.demo.results import Comparison, Epoch, Moment, Run, Spread
+from neuronscope.demo.tables import layer_table, main_table
+
+
+def moment(step: int = 0, dead: int = 0, **numbers: float) -> Moment:
+    """Two layers of 50 neurons; all the dead are in the first."""
+    fields = {"dormant": 0, "cut_off": 0, "zero_outputs": 0.0, "zero_gradients": 0.0, "not_finite": 0} | numbers
+    return Moment(
+        step=step,
+        dead=(dead, 0),
+        dormant=(int(fields["dormant"]), 0),
+        cut_off=(int(fields["cut_off"]), 0),
+        zero_outputs=float(fields["zero_outputs"]),
+        zero_gradients=float(fields["zero_gradients"]),
+        not_finite=int(fields["not_finite"]),
+    )
+
+
+def run(variant: str, seed: int, dead: int, accuracy: float = 0.9, **numbers: float) -> Run:
+    """Two epochs, the spike in the second."""
+    epochs = (Epoch(10, (0, 0), (0, 0), 1.0, 0.5), Epoch(20, (dead, 0), (0, 0), 0.5, accuracy))
+    scans = (moment(0), moment(10, dead // 2), moment(20, dead, **numbers))
+    return Run(variant, seed, scans, epochs, died=dead, revived=0, recount_agrees=True, seconds=1.0)
+
+
+def comparison(*runs: Run) -> Comparison:
+    recipe = {"spike_epochs": [2, 2], "layers": 2, "width": 50, "images": 100, "spike_factor": 20.0}
+    labels = {each.variant: each.variant for each in runs}
+    return Comparison(recipe=recipe, neurons=100, labels=labels, runs=runs, versions={})
+
+
+def said(*runs: Run) -> str:
+    return "\n".join(findings(comparison(*runs)))
+
+
+def test_spreads() -> None:
+    # Of 2, 4, 9: mean 5, sample variance ((-3)² + (-1)² + 4²) / 2 = 13.
+    assert Spread.of([2, 4, 9]) == Spread(5.0, math.sqrt(13), 2.0, 9.0)
+    assert Spread.of([7]).deviation is None
+    assert number(Spread.of([2, 4, 9])) == "5.0 ± 3.6"
+    assert number(Spread.of([7])) == "7"
+
+
+def test_the_headline_holds_the_shares() -> None:
+    runs = [run("ReLU", 0, 30), run("ReLU", 1, 40), run("GELU", 0, 0), run("GELU", 1, 1), run("SiLU", 0, 0)]
+    assert headline(comparison(*runs)) == "Dead neurons after a spike: 35% with ReLU, 0.5% with GELU, 0% with SiLU"
+
+
+def test_deaths_are_told_by_mean_and_deviation() -> None:
+    text = said(run("ReLU", 0, 30), run("ReLU", 1, 40))
+    assert "ReLU ends with 35.0 ± 7.1 of 100 neurons dead (35%)" in text
+    assert "35.0 ± 7.1 others died in training" in text
+
+
+@pytest.mark.parametrize(
+    ("calm", "blamed"), [(3, "The spike did it: without it, 3 are dead"), (29, "The spike is not the cause")]
+)
+def test_the_spike_is_blamed_only_where_it_was_the_spike(calm: int, blamed: str) -> None:
+    assert blamed in said(run("ReLU", 0, 30), run("ReLU-no-spike", 0, calm))
+
+
+def test_who_has_no_dead_neuron_and_who_has_some() -> None:
+    text = said(run("ReLU", 0, 30), run("GELU", 0, 2), run("SiLU", 0, 0), run("Tanh", 0, 0))
+    assert "No dead neuron at the end: SiLU and Tanh." in text
+    assert "Not quite immune, though no ReLU: GELU 2 dead" in text
+
+
+def test_underflow_is_said_where_it_is_and_not_called_death() -> None:
+    text = said(run("GELU", 0, 0, zero_outputs=0.49), run("SiLU", 0, 0, zero_outputs=0.004))
+    assert "49% of GELU's outputs are exactly zero" in text
+    assert "no neuron is zero for every image" in text
+    assert "SiLU's outputs" not in text
+
+
+def test_dormant_neurons_of_smooth_functions_are_said() -> None:
+    text = said(run("GELU", 0, 0, dormant=30), run("SiLU", 0, 0))
+    assert "Not dead is not healthy" in text
+    assert "GELU 30." in text
+    assert "Not dead is not healthy" not in said(run("GELU", 0, 0), run("SiLU", 0, 0))
+
+
+def test_gradients_gone_and_neurons_cut_off_are_said() -> None:
+    text = said(run("Tanh", 0, 0, zero_gradients=0.02, cut_off=3))
+    assert "by Tanh 2.0%" in text
+    assert "Cut off (they fire, and no image gives them a gradient): Tanh 3." in text
+
+
+def test_accuracy_is_said_not_to_tell_only_where_it_does_not() -> None:
+    near = [
+        run("ReLU", 0, 30, 0.93),
+        run("ReLU", 1, 30, 0.95),
+        run("LeakyReLU", 0, 0, 0.94),
+        run("LeakyReLU", 1, 0, 0.94),
+    ]
+    far = [replace(each, epochs=(*each.epochs[:-1], replace(each.epochs[-1], accuracy=0.99))) for each in near[2:]]
+    assert "Test accuracy does not tell" in said(*near)
+    assert "Test accuracy does not tell" not in said(*near[:2], *far)
+
+
+def test_a_recount_that_disagrees_is_said() -> None:
+    assert "in 1 of 2 runs" in said(run("ReLU", 0, 30), replace(run("ReLU", 1, 30), recount_agrees=False))
+
+
+def test_a_broken_network_is_said_and_its_json_can_be_written() -> None:
+    broken = run("ReLU", 0, 0, not_finite=5)
+    broken = replace(broken, epochs=(*broken.epochs[:-1], replace(broken.epochs[-1], loss=math.nan)))
+    assert "NaN or infinity, and its other numbers mean nothing: ReLU." in said(broken)
+    plain = comparison(broken).as_dict()
+    assert plain["runs"][0]["epochs"][-1]["loss"] is None
+    json.dumps(plain, allow_nan=False)
+
+
+@pytest.mark.parametrize("width", [60, 70, 80, 90, 100, 110, 120, 200])
+def test_tables_drop_columns_rather_than_numbers(width: int) -> None:
+    made = comparison(
+        *(run(name, seed, 30 + seed, dormant=20, cut_off=1) for name in ("ReLU", "LeakyReLU") for seed in range(2))
+    )
+    text = io.StringIO()
+    console = Console(file=text, width=width)
+    console.print(main_table(made, width), layer_table(made, width))
+    lines = text.getvalue().splitlines()
+    first, second = (lines[place] for place, line in enumerate(lines) if line.startswith("ReLU"))
+    # Dead at the start, dead at the end, dormant at the end, accuracy: always there and whole.
+    assert re.findall(r"(?:30.5|20.0|90.0) ± [\d.]+%?", first)[-3:] == ["30.5 ± 0.7", "20.0 ± 0.0", "90.0 ± 0.0%"]
+    assert re.fullmatch(r"ReLU +61.0( \+ 40.0)? +0( \+    0)? *", second)
+    assert "…" not in text.getvalue()
+
+
+def test_a_wide_table_has_all_columns_and_a_narrow_one_those_that_matter() -> None:
+    made = comparison(*(run("ReLU", seed, 30 + seed, dormant=20, cut_off=1) for seed in range(2)))
+    assert [len(main_table(made, width).columns) for width in (120, 60)] == [10, 5]
+
+
+def test_the_picture_shows_one_curve_or_many() -> None:
+    names = ["ReLU", "LeakyReLU", "GELU", "SiLU", "Mish", "Tanh", "Hardswish", "ReLU-BatchNorm", "ReLU-no-spike"]
+    for count in (1, len(names)):
+        made = comparison(*(run(name, seed, 30) for name in names[:count] for seed in range(2)))
+        assert talk_picture(made).shape == (1080, 1920, 3)

@@ -1,0 +1,101 @@
+"""The command line: what it understands, what it calls, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import neuronscope
+from neuronscope import cli
+from neuronscope.errors import MissingExtraError, UsageError
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The demo's calls, instead of the demo."""
+    noted: list[dict[str, Any]] = []
+
+    def run_demo(out: Path, seeds: int, *, quick: bool) -> None:
+        noted.append({"out": out, "seeds": seeds, "quick": quick})
+
+    monkeypatch.setattr("neuronscope.demo.program.run_demo", run_demo)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        ("demo", {"out": Path("runs/demo"), "seeds": 5, "quick": False}),
+        ("demo --out x/y --seeds 3", {"out": Path("x/y"), "seeds": 3, "quick": False}),
+        ("demo --quick", {"out": Path("runs/demo"), "seeds": 5, "quick": True}),
+    ],
+)
+def test_demo_is_called_with_what_was_asked(arguments: str, call: dict[str, Any], calls: list[dict[str, Any]]) -> None:
+    assert cli.main(arguments.split()) == 0
+    assert calls == [call]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ("demo --seeds 0", "at least 1"),
+        ("demo --seeds two", "at least 1"),
+        ("demo --sedes 3", "--sedes"),
+        ("nonsense", "demo"),
+    ],
+)
+def test_bad_use_ends_with_2_and_says_why(
+    arguments: str, word: str, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments.split())
+    assert end.value.code == 2
+    assert word in capsys.readouterr().err
+    assert calls == []
+
+
+def test_no_command_shows_the_help_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MissingExtraError("pip install 'neuronscope[demo]'"), 2),
+        (UsageError("no folder"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_of_ours_are_one_line_and_no_traceback(
+    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("neuronscope.demo.program.run_demo", fail)
+    assert cli.main(["demo"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("neuronscope: ")
+    assert str(error) in lines[0]
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("neuronscope.demo.program.run_demo", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
+
+
+def test_python_m_neuronscope_is_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "neuronscope", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"neuronscope {neuronscope.__version__}\n"
