@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from neuronscope import axes, counting, frames, meters, observer, recomputation, sites
 from neuronscope.errors import NeuronscopeWarning
+from neuronscope.frameskip import skip_frames
 from neuronscope.observer import AxisSource, Call, InertHook, MeterSource, Observer, unwatched
 from neuronscope.sites import Activation, Registry, walk
 
@@ -66,6 +68,7 @@ class Tap:
         self.failure: Exception | None = None
         self._mode = _FunctionWatch(self)
         self._entered: list[_FunctionWatch] = []  # at most one
+        self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
         self._handles: list[RemovableHandle] = []
         self._attach(model)
@@ -104,7 +107,7 @@ class Tap:
             self._handles.append(module.register_forward_pre_hook(_Before(self, path, activation), with_kwargs=True))
             self._handles.append(module.register_forward_hook(_After(self), always_call=True, with_kwargs=True))
         if activation is None or is_root:
-            self._handles.append(module.register_forward_hook(_Leave(self), always_call=True))
+            self._handles.append(module.register_forward_hook(_Leave(self, path), always_call=True))
 
     def detach(self) -> None:
         """Take every hook off; harmless when done before."""
@@ -123,6 +126,7 @@ class Tap:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
         self._leave_mode()
         self.running.clear()
+        self._suspended.clear()
         self.observer.restart()
         self.observing = observing
         if observing and self._step_open:
@@ -181,9 +185,17 @@ class Tap:
             self.set_observing(True)  # a forward that was interrupted left its traces
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
             self._enter_mode()
+        if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
+            # Under a function mode it would not, and give other outputs where the input is padded.
+            self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
+            self._suspended.append(path)
+            self._leave_mode()
 
-    def leave(self) -> None:
+    def leave(self, path: str) -> None:
         """A watched module is done, or failed."""
+        if self._suspended and self._suspended[-1] == path:
+            self._suspended.pop()
+            self._enter_mode()
         if self.observer.frame.leave() and not self._step_open:
             self._leave_mode()
 
@@ -208,6 +220,12 @@ def _may_call_functions(module: nn.Module) -> bool:
         return False
     own = type(module).__module__.startswith("torch.nn.modules.")
     return not own or next(module.children(), None) is not None
+
+
+def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the encoder packs padded input into nested tensors, as it does in evaluation, without gradients."""
+    padded = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
+    return padded is not None and not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor
 
 
 def _calls_itself(module: nn.Module) -> bool:
@@ -235,13 +253,14 @@ class _Enter(InertHook):
 
 
 class _Leave(InertHook):
-    def __init__(self, tap: Tap) -> None:
+    def __init__(self, tap: Tap, path: str) -> None:
         self.tap = tap
+        self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.tap.observing:
             try:
-                self.tap.leave()
+                self.tap.leave(self.path)
             except Exception as error:
                 self.tap.fail(error)
         elif self.tap.failure is not None:
@@ -374,3 +393,6 @@ class _FunctionWatch(TorchFunctionMode):
                     tap.observer.product(args, output)
         except Exception as error:
             tap.fail(error)
+
+
+skip_frames((axes, counting, frames, meters, observer, recomputation, sites, sys.modules[__name__]))

@@ -156,7 +156,7 @@ class Observer:
         if not compiling:
             self._axes[key] = axis
         if meter is not None and x.requires_grad and torch.is_grad_enabled():
-            self._ask_gradient(x, meter, axis, halved)
+            self._ask_gradient(x, (path, function), meter, axis, halved)
         frame.roles.put(x, (False, *key))
         examples = x.shape[0] if loose else frame.examples
         return Call(key, meter, axis, info, examples)
@@ -230,25 +230,31 @@ class Observer:
                 made.gate = self._meters.get((phase, key._replace(gated=False)))
         return self._meters[phase, key]
 
-    def _ask_gradient(self, x: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
+    def _ask_gradient(self, x: Tensor, place: tuple[str, str], meter: Meter, axis: int, halved: int | None) -> None:
         if torch.compiler.is_compiling():
             ask_gradients(x, axis, halved, meter)
             return
-        self._hook(x, _Gradient(self, lambda: (meter, axis), halved))
+        self._hook(x, _Gradient(self, place, lambda: (meter, axis), halved))
 
     def _ask_again(self, x: Tensor, path: str, function: str, halved: int | None) -> None:
         """A checkpoint runs a site again: its output was counted before, but its gradient may come only now."""
-        if not x.requires_grad or not torch.is_grad_enabled():
+        place = (path, function)
+        if not x.requires_grad or not torch.is_grad_enabled() or self._is_asked(x, place):
             return
         recomputation = self.frame.recomputation
-        number = recomputation.again((path, function))
+        number = recomputation.again(place)
 
         def site() -> tuple[Meter | None, int]:
-            call = recomputation.call_of((path, function), number)
+            call = recomputation.call_of(place, number)
             key = SiteKey(path, function, call, False)
             return self._meters.get((self.phase, key)), self._axes.get(key, 0)
 
-        self._hook(x, _Gradient(self, site, halved))
+        self._hook(x, _Gradient(self, place, site, halved))
+
+    def _is_asked(self, x: Tensor, place: tuple[str, str]) -> bool:
+        """Whether the site asked this tensor before: a checkpoint that is not reentrant runs on the very tensor again."""
+        hooks = (x._backward_hooks or {}).values()
+        return any(isinstance(hook, _Gradient) and (hook.observer, hook.place) == (self, place) for hook in hooks)
 
     def _hook(self, x: Tensor, hook: _Gradient) -> None:
         handle = x.register_hook(hook)
@@ -297,8 +303,15 @@ class InertHook:
 class _Gradient(InertHook):
     __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
 
-    def __init__(self, observer: Observer, site: Callable[[], tuple[Meter | None, int]], halved: int | None) -> None:
+    def __init__(
+        self,
+        observer: Observer,
+        place: tuple[str, str],
+        site: Callable[[], tuple[Meter | None, int]],
+        halved: int | None,
+    ) -> None:
         self.observer = observer
+        self.place = place
         self.site = site
         self.halved = halved
 

@@ -201,7 +201,8 @@ class Registry:
     def __init__(self, additions: Mapping[Any, Activation | str] | None = None) -> None:
         if additions is not None and not isinstance(additions, Mapping):
             raise UsageError(
-                f"Expected argument `activations` to map module classes or functions to activations, but got {additions!r}."
+                "Expected argument `activations` to map module classes or functions to activations, "
+                f"but got {additions!r}."
             )
         self._modules = dict(_TORCH_MODULES)
         self.functions = dict(_FUNCTIONS)

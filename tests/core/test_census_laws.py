@@ -116,7 +116,7 @@ def test_a_saved_state_is_a_copy(tally):
 
 
 def test_tallies_of_other_widths_do_not_merge():
-    make = lambda neurons: Tally(
+    make = lambda neurons: Tally(  # noqa: E731
         INFO,
         *(np.zeros(neurons, np.int64) for _ in range(3)),
         np.zeros(neurons),

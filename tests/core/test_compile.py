@@ -21,6 +21,8 @@ pytestmark = [
     # The compiler's own: it warns of its deprecations and of this machine's limits.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    # And it looks at the .grad of a hook's arguments, with a warning that it hides itself where warnings are no errors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
 ]
 
 
@@ -61,7 +63,9 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.Hardswish(), nn.Linear(8, 1))
 
 
-def train(model: nn.Module, run: Callable[[Tensor], Tensor], watcher: Nobody, shape: tuple[int, ...], steps: int) -> None:
+def train(
+    model: nn.Module, run: Callable[[Tensor], Tensor], watcher: Nobody, shape: tuple[int, ...], steps: int
+) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(5)
     for _ in range(steps):

@@ -77,7 +77,9 @@ def test_an_unknown_option_is_named():
         ns.scan(net(), [torch.randn(2, 3)], every_n_step=3)
 
 
-@pytest.mark.parametrize("model", [None, "resnet18", [net()], F.relu, nn.Linear], ids=["None", "name", "list", "function", "class"])
+@pytest.mark.parametrize(
+    "model", [None, "resnet18", [net()], F.relu, nn.Linear], ids=["None", "name", "list", "function", "class"]
+)
 def test_no_model(model):
     with pytest.raises(UsageError, match=r"`model` to be a torch.nn.Module, but got"):
         ns.watch(model)

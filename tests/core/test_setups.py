@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import neuronscope as ns
@@ -209,7 +210,7 @@ def test_a_leaf_is_left_as_it_was():
 
 
 def test_encoder_with_padding_watched_on_some_steps_and_paused():
-    """torch's nested fast path in evaluation: no crash, and the numbers of the unpadded positions are as unwatched."""
+    """torch's nested fast path in evaluation: its outputs, padding included, are as unwatched, and it is not measured."""
     model = Encoder()
     model.eval()
     x = torch.randn(4, 6, 3)
@@ -228,9 +229,12 @@ def test_encoder_with_padding_watched_on_some_steps_and_paused():
                 with scope.paused():
                     torch.testing.assert_close(model(x, padding), padded)
                 scope.step()
-    assert not scope.detached or scope._tap.failure is None
-    assert scope.census("train")["encoder.layers.0.relu()"].positions == 2 * 2 * 4 * 6
-    assert scope.census("val")["encoder.layers.0.relu()"].positions == 3 * 4 * 6
+    assert scope._tap.failure is None
+    # Steps 0 and 2, the pass without padding, of 4 * 6 tokens each
+    assert scope.census("train")["encoder.layers.0.relu()"].positions == 2 * 4 * 6
+    assert not scope.census("val")
+    (missing,) = (item for item in scope.report("val").not_measured if "nested" in item.reason)
+    assert missing.name == "encoder"
 
 
 def test_nested_tensors_are_not_measured_and_do_no_harm():
@@ -514,3 +518,75 @@ def test_fit_twice_on_one_model():
     np.testing.assert_array_equal(
         second.census()["relu"].first_active_step, np.minimum(second.census()["relu"].first_active_step, 2)
     )
+
+
+def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_no_wrong_ones():
+    """It is recomputed inside a backward pass, outside every module: no hook of ours can tell that it runs."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+            self.up = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.utils.checkpoint.checkpoint(lambda x: F.relu(self.up(x)), self.fc(x), use_reentrant=True)
+            return F.relu(x - 0.1)
+
+    model = Bare()
+    with ns.watch(model) as scope:
+        for _ in range(3):
+            model(torch.randn(5, 3)).sum().backward()
+            scope.step()
+    census = scope.census()
+    assert [(name, tally.positions, tally.gradient_positions) for name, tally in census.items()] == [
+        ("relu()", 15, 0),
+        ("relu()#1", 15, 15),
+    ]
+    assert any("No gradients were seen at 1 of 2 sites" in note for note in scope.report().notes)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_that_begins_with_an_activation(reentrant):
+    """A checkpoint that is not reentrant runs again on the very tensor: its gradient is counted once all the same."""
+
+    class Begins(nn.Module):
+        def __init__(self, checkpointing: bool) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(3, 6, 1)
+            self.block = nn.Sequential(nn.ReLU(), nn.Conv1d(6, 6, 1), nn.ReLU())
+            self.checkpointing = checkpointing
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            if not self.checkpointing:
+                return self.block(x)
+            return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=reentrant)
+
+    watched, twin = Watched(), Twin({None: 1})
+    for watcher in (watched, twin):
+        torch.manual_seed(0)
+        model = Begins(watcher is watched)
+        with watcher.attach(model):
+            for _ in range(3):
+                watcher.backward(model(torch.randn(4, 3, 6)).square().sum())  # as many channels as places
+                watcher.step()
+    assert_same(watched.scope.census(), twin.tallies())
+
+
+def test_checkpoint_sequential_called_from_the_loop():
+    """The segments' modules are called without the model: each activation is one site, and its gradients are seen."""
+    watched, twin = Watched(), Twin({None: 1})
+    for watcher in (watched, twin):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.ReLU())
+        with watcher.attach(model):
+            for _ in range(3):
+                x = torch.randn(4, 3, requires_grad=True)
+                if watcher is watched:
+                    out = torch.utils.checkpoint.checkpoint_sequential(model, 2, x, use_reentrant=True)
+                else:
+                    out = model(x)
+                watcher.backward(out.square().sum())
+                watcher.step()
+    assert_same(watched.scope.census(), twin.tallies())
