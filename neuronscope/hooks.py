@@ -165,9 +165,7 @@ class Tap:
         if self.failure is None:
             self.failure = error
             if self._mode.handling:
-                self.observing = (
-                    False  # torch puts a mode back when it has handled a call: the forward's end takes it off
-                )
+                self.observing = False  # torch puts the mode back after the call: the forward's end takes it off
             else:
                 self.detach()
             warnings.warn(

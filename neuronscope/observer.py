@@ -252,7 +252,7 @@ class Observer:
         self._hook(x, _Gradient(self, place, site, halved))
 
     def _is_asked(self, x: Tensor, place: tuple[str, str]) -> bool:
-        """Whether the site asked this tensor before: a checkpoint that is not reentrant runs on the very tensor again."""
+        """Whether the site asked this very tensor before: a checkpoint that is not reentrant runs on it again."""
         hooks = (x._backward_hooks or {}).values()
         return any(isinstance(hook, _Gradient) and (hook.observer, hook.place) == (self, place) for hook in hooks)
 

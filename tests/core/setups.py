@@ -328,7 +328,7 @@ class Encoder(nn.Module):
 
 
 def tokens(model: nn.Module, watcher: Nobody) -> None:
-    """A transformer in training and in evaluation; with a padding mask torch runs it on nested tensors there, uncounted."""
+    """A transformer in training and in evaluation, where torch runs padded input on nested tensors, uncounted."""
     optimizer = adam(model)
     for number, (x, _) in enumerate(batches()):
         x = x.transpose(1, 2)

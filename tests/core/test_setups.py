@@ -37,8 +37,6 @@ def test_census_is_the_twins(setup: Setup):
 
 
 def feed(model: nn.Module, scope: ns.Scope, steps: int = 3, size: int = 4) -> None:
-    plain_watcher = Watched()
-    plain_watcher.scope = scope
     optimizer = adam(model)
     for x, y in batches(steps, size):
         F.cross_entropy(model(x), y).backward()
@@ -210,7 +208,7 @@ def test_a_leaf_is_left_as_it_was():
 
 
 def test_encoder_with_padding_watched_on_some_steps_and_paused():
-    """torch's nested fast path in evaluation: its outputs, padding included, are as unwatched, and it is not measured."""
+    """torch's nested fast path in evaluation: outputs, padding included, are as unwatched, and not measured."""
     model = Encoder()
     model.eval()
     x = torch.randn(4, 6, 3)
