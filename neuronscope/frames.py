@@ -34,6 +34,8 @@ class Frame:
         self.recomputing = False
         self.muted = False
         self.bounded = False
+        self.ran_whole = False  # whether the model's own forward was seen
+        self.ran_in_parts = False  # whether parts of it were called without it, outside of a step that is bounded
         self.recomputation = Recomputation()
         self._graded = True
         self._calls: dict[tuple[str, str], int] = {}
@@ -53,6 +55,10 @@ class Frame:
             self.recomputing = in_backward()
             self.muted = not observable()
             self._graded = torch.is_grad_enabled()
+            if path == "":
+                self.ran_whole = True
+            elif not self.bounded:
+                self.ran_in_parts = True
             if not self._graded and not self.recomputing:
                 self.recomputation.clear()  # no backward pass will come
             tensor = first_tensor((args, kwargs))

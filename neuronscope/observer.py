@@ -88,6 +88,16 @@ class Observer:
         self._traced_meter = torch.compiler.assume_constant_result(traced_meter)
         self._traced_axis = torch.compiler.assume_constant_result(traced_axis)
 
+    def not_seen(self) -> dict[str, str]:
+        """What could not be seen so far, and why."""
+        unseen = dict(self.unseen)
+        if self.frame.ran_in_parts and not self.frame.ran_whole:
+            unseen["(root)"] = (
+                "parts of the model were called, its forward never: functional activations between them are not seen. "
+                "Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
+            )
+        return unseen
+
     def turn_to(self, phase: str, step: int) -> None:
         """Count for this phase and optimizer step from now on."""
         self.phase = phase
@@ -126,6 +136,8 @@ class Observer:
             return None
         compiling = torch.compiler.is_compiling()
         loose = not frame.owners
+        if loose and not frame.bounded:
+            frame.ran_in_parts = True
         recomputing = frame.recomputing
         if loose:
             if not observable():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def scan(
 
     Args:
         model: The model.
-        data: Batches. A tensor is given to the model as it is, a mapping as keyword arguments, and of a tuple or list
-            the first element.
+        data: Batches, or one tensor, which is one batch. Of the batches, a tensor is given to the model as it is, a
+            mapping as keyword arguments, and of a tuple or list the first element.
         loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
         forward: ``forward(model, batch)`` → output, where the model is called in another way.
         **options: As for :func:`watch`.
@@ -47,34 +48,53 @@ def scan(
     3
     """
     try:
-        iterator = iter(data)
+        iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
     except TypeError as error:
         raise UsageError(f"Expected argument `data` to be an iterable of batches, but got {data!r}.") from error
-    flags = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     call = forward or _call
     batches = 0
     scope = watch(model, join_ranks=False, **options)
-    try:
+    with _left_as_it_was(model):
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
+            for parameter in model.parameters():  # so that gradients come to every neuron, frozen or not
+                parameter.requires_grad_(loss is not None and parameter.is_floating_point())
             for batch in iterator:
                 moved = _to(batch, device)
-                for parameter, _ in gradients:
+                for parameter in model.parameters():
                     parameter.grad = None
                 output = call(model, moved)
                 if loss is not None:
                     loss(output, moved).backward()
                 batches += 1
-    finally:
-        for module, training in flags:
-            module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
     if batches == 0:
         raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
     return scope.report("scan")
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model's flags, gradients and buffers are afterwards what they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, gradient, required in parameters:
+            parameter.grad = gradient
+            parameter.requires_grad_(required)
+        with torch.no_grad():
+            for module, name, buffer, values in buffers:
+                module._buffers[name] = buffer.copy_(values)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -89,5 +109,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {name: _to(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch) if not hasattr(batch, "_fields") else batch
+        moved = [_to(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch

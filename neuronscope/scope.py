@@ -267,7 +267,7 @@ class Scope:
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
 
     def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
-        unseen = dict(self._tap.observer.unseen)
+        unseen = self._tap.observer.not_seen()
         ran = {key.path for key in record.keys_met() if not key.function}
         for path in self._tap.module_sites:
             name = SiteKey(path, "", 0, False).name

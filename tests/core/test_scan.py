@@ -1,0 +1,89 @@
+"""A scan leaves the model as it was, sees gradients in a frozen one, and knows how many examples it was given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach()[:1, 0]
+        return F.relu(self.norm(self.fc(x)))
+
+
+def test_flags_gradients_and_buffers_are_what_they_were() -> None:
+    model = Counting()
+    model.fc.bias.requires_grad_(False)
+    model(torch.randn(3, 4)).sum().backward()
+    model.norm.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradient = model.fc.weight.grad.clone()
+    ns.scan(model, [torch.randn(5, 4)] * 2, loss=lambda output, batch: output.sum())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(model.fc.weight.grad, gradient)
+    assert (model.training, model.norm.training) == (True, False)
+    assert (model.fc.weight.requires_grad, model.fc.bias.requires_grad) == (True, False)
+
+
+def test_gradients_of_a_frozen_model_are_seen() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
+    report = ns.scan(model, [torch.randn(10, 4)], loss=lambda output, batch: output.sum())
+    assert report["1"].gradient_positions == report["1"].positions == 10
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tensor_is_one_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    assert ns.scan(model, torch.randn(100, 4))["1"].examples == 100
+
+
+def test_a_named_tuple_is_a_batch_like_any_other() -> None:
+    class Batch(NamedTuple):
+        x: Tensor
+        y: Tensor
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    batch = Batch(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64))
+    report = ns.scan(model, [batch], loss=lambda output, given: F.cross_entropy(output, given.y))
+    assert report["1"].gradient_positions == 6
+
+
+def test_parts_that_run_without_the_whole_are_told() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2)
+
+        def step(self, x: Tensor) -> Tensor:
+            return F.relu(self.head(self.net(x))).sum()
+
+    model = Parts()
+    with ns.watch(model) as scope:
+        model.step(torch.randn(4, 4)).backward()
+        scope.step()
+    assert list(scope.census()) == ["net.1"]
+    (missing,) = scope.report().not_measured
+    assert missing.name == "(root)"
+    assert "open_step" in missing.reason
+    with ns.watch(model) as scope:
+        scope.open_step()
+        model.step(torch.randn(4, 4)).backward()
+        scope.close_step()
+        scope.step()
+    assert list(scope.census()) == ["net.1", "relu()"]
+    assert not scope.report().not_measured
