@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Flow", "Layout", "TensorMap", "assume"]
 
@@ -29,10 +29,12 @@ class Layout(NamedTuple):
     Attributes:
         axis: Dimension of the neurons, counted from the left, ≥ 0.
         source: ``declared``, ``producer (conv2d)``, ``nearest producer (linear)`` or ``assumed (rank)``.
+        mixed: One index stands for other neurons at other positions, as where the weights are a stack of experts.
     """
 
     axis: int
     source: str
+    mixed: bool = False
 
 
 def assume(dimensions: int) -> Layout:
@@ -98,12 +100,13 @@ def _producers() -> dict[Callable[..., Any], _Producer]:
     """Every weighted call of torch; dimension 1 of a convolution is counted from the right, for unbatched input."""
     matrix_products = ("matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
     recurrent = tuple(f"{name}{cell}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
+    grouped = ("grouped_mm", "_grouped_mm")
     last = ("linear", "bilinear", "layer_norm", "rms_norm", "embedding", "embedding_bag", "einsum", *recurrent)
     attention = ("scaled_dot_product_attention", "multi_head_attention_forward")
     places = {
         **{f"{stem}{n}d": n + 1 for stem in ("conv", "conv_transpose") for n in (1, 2, 3)},
         **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), -2),
-        **dict.fromkeys((*last, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
+        **dict.fromkeys((*last, *grouped, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
     }
     return {
         getattr(home, name): _Producer(place, f"producer ({name.strip('_')})")
@@ -114,6 +117,13 @@ def _producers() -> dict[Callable[..., Any], _Producer]:
 
 
 _PRODUCERS = _producers()
+# Products of two tensors, either of which may be the weight; a weight on the left puts neurons on the rows.
+_MATRIX_PRODUCTS = _named((torch, ("matmul", "mm", "bmm")), (Tensor, ("matmul", "mm", "bmm", "__matmul__")))
+# Where the weight may be one of a stack: a matrix for each batch, or for each row, or the one that the data picks.
+_STACKED = _MATRIX_PRODUCTS | _named((torch, ("baddbmm",)), (Tensor, ("baddbmm",)))
+_PICKABLE = _STACKED | _named((F, ("linear",)), (torch, ("einsum",)))
+_PICKS = _named((torch, ("index_select",)), (Tensor, ("__getitem__", "index_select")))
+_GROUPED = _named((F, ("grouped_mm",)), (torch, ("_grouped_mm",)))
 _TRANSPOSES = _named(
     (torch, ("transpose", "swapaxes", "swapdims")),
     (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
@@ -129,6 +139,7 @@ _SHAPED = _named(
     (torch, ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
     (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
 )
+_VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
 
 
 class Flow:
@@ -136,11 +147,13 @@ class Flow:
 
     def __init__(self) -> None:
         self._layouts = TensorMap("layout")
+        self._picked = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, Layout]] = []  # at most one
 
     def clear(self) -> None:
         """Forget everything: a forward begins or is over."""
         self._layouts.clear()
+        self._picked.clear()
         self._nearest.clear()
 
     def of(self, tensor: Tensor) -> Layout:
@@ -149,8 +162,8 @@ class Flow:
         if found is not None:
             return Layout(*found)
         if self._nearest and self._nearest[0][0] == tensor.dim():
-            axis, source = self._nearest[0][1]
-            return Layout(axis, f"nearest {source}")
+            nearest = self._nearest[0][1]
+            return nearest._replace(source=f"nearest {nearest.source}")
         return assume(tensor.dim())
 
     def same(self, source: Tensor, result: Any) -> None:
@@ -172,10 +185,17 @@ class Flow:
         producer = _PRODUCERS.get(function)
         if producer is not None and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0:
             place, rank = producer.from_right, outputs[0].dim()
-            layout = Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), producer.source)
+            if function in _MATRIX_PRODUCTS and _weight_is_left(args):
+                place = 2
+            axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
+            layout = Layout(axis, producer.source, self._mixes(function, args))
             self._layouts.put(outputs[0], tuple(layout))
             self._nearest.clear()
             self._nearest.append((rank, layout))
+            return
+        if self._picks(function, args):
+            for output in outputs:
+                self._picked.put(output, (True,))
             return
         origin = _first_known(args, self._layouts)
         if origin is None:
@@ -184,11 +204,42 @@ class Flow:
         for output in outputs:
             if isinstance(output, Tensor) and output.dim() > 0 and not output.is_nested:
                 try:
-                    axis = _carry(function, args, kwargs, layout.axis, tensor, output)
+                    carried = _carry(function, args, kwargs, layout.axis, tensor, output)
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                    axis = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
-                if axis is not None:
-                    self._layouts.put(output, (axis, layout.source))
+                    carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
+                if carried is not None:
+                    self._layouts.put(output, (carried, layout.source, layout.mixed))
+
+    def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
+        weight = args[0] if args else None
+        if not isinstance(weight, Tensor):
+            return False
+        if function in _PICKS:
+            return isinstance(weight, nn.Parameter) and weight.dim() > 2 and _any_tensor(args[1:])
+        return function in _VIEWS and self._picked.get(weight) is not None
+
+    def _mixes(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether a weighted call applies other weights at other positions."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        return (
+            function in _GROUPED
+            or (function in _PICKABLE and any(self._picked.get(tensor) is not None for tensor in tensors))
+            or (function in _STACKED and any(_is_stack(tensor) for tensor in tensors))
+        )
+
+
+def _is_stack(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.dim() > 2 and math.prod(tensor.shape[:-2]) > 1
+
+
+def _any_tensor(index: tuple[Any, ...]) -> bool:
+    return any(isinstance(part, Tensor) or (isinstance(part, tuple) and _any_tensor(part)) for part in index)
+
+
+def _weight_is_left(args: tuple[Any, ...]) -> bool:
+    left, right = args[:2] if len(args) > 1 else (None, None)
+    return isinstance(left, nn.Parameter) and left.dim() > 1 and not isinstance(right, nn.Parameter)
 
 
 def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Layout] | None:

@@ -153,7 +153,14 @@ class Observer:
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared(key.name)
         if declared is None:
-            axis, source = frame.flow.of(x)
+            axis, source, mixed = frame.flow.of(x)
+            if mixed:
+                self.unseen.setdefault(
+                    key._replace(call=0).name,
+                    "its weights are a stack (experts), so that one index is a neuron of each of them; "
+                    "declare its axis to count those together",
+                )
+                return None
         elif -x.dim() <= declared < x.dim():
             axis, source = declared % x.dim(), "declared"
         else:
