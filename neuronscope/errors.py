@@ -6,6 +6,7 @@ Messages say what was expected, what came, at which site, and what to do.
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "DetachedError",
     "MissingExtraError",
     "NeuronscopeError",
@@ -34,6 +35,10 @@ class DetachedError(NeuronscopeError, RuntimeError):
 
 class StateError(NeuronscopeError, ValueError):
     """A saved census or history does not fit what it is loaded into."""
+
+
+class CheckpointError(NeuronscopeError, ValueError):
+    """A checkpoint cannot be read: it is not there, damaged, foreign, or would have to be unpickled."""
 
 
 class MissingExtraError(NeuronscopeError, ImportError):
