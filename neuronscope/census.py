@@ -75,22 +75,22 @@ class Tally:
     def read(cls, info: SiteInfo, meter: Meter) -> Tally:
         """The counts of a running meter, copied. Waits for the meter's device."""
         positions, gradient_positions, examples = meter.totals()
-        gradient = meter
+        counters = gradients = meter.settle()
         if meter.gate is not None:
-            gradient = meter.gate
-            gradient_positions = gradient.totals()[1]
+            gradients = meter.gate.settle()
+            gradient_positions = meter.gate.totals()[1]
 
         def copied(counter: torch.Tensor) -> Any:
             return counter.detach().to("cpu", copy=True).numpy()
 
         return cls(
             info=info,
-            zero_outputs=copied(meter.zero_outputs),
-            zero_gradients=copied(gradient.zero_gradients),
-            not_finite_outputs=copied(meter.not_finite),
-            abs_sum=copied(meter.abs_sum),
-            last_active_step=copied(meter.last_active),
-            first_active_step=copied(meter.first_active),
+            zero_outputs=copied(counters.zero_outputs),
+            zero_gradients=copied(gradients.zero_gradients),
+            not_finite_outputs=copied(counters.not_finite),
+            abs_sum=copied(counters.abs_sum),
+            last_active_step=copied(counters.last_active),
+            first_active_step=copied(counters.first_active),
             positions=positions,
             gradient_positions=gradient_positions,
             examples=examples,

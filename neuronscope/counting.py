@@ -1,43 +1,31 @@
 """From tensors to per-neuron counts: the only arithmetic on the hot path.
 
 The obvious ``(y == 0).sum(dims)`` costs 14 to 20 passes over a tensor on a CPU. Here a cache-sized block is compared
-into a float buffer, and a product with ones adds it up, at the speed of the matrix product: a block's float32 count is
-exact below 2**24, and is added to int64. On other devices, and where ``torch.compile`` traces, the plain formula
-stands: a compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
+into a float buffer, its magnitudes go into the buffer beside it, and one sum adds up both while they are in the cache:
+a block's float32 count is exact below 2**24. How a tensor of one shape is cut, and the views of the buffer that this
+takes, are a *plan*, made once. On other devices, and where ``torch.compile`` traces, the plain formula stands: a
+compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["OutputCounts", "Scratch", "count_outputs", "count_zeros", "plain_outputs", "plain_zeros"]
+__all__ = ["OutputCounts", "Scratch", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
 
 #: Elements compared at a time: 1 MB of float32, which stays in a core's cache.
 BLOCK = 1 << 18
 #: Largest count that float32 holds exactly.
 _EXACT = 1 << 24
-
-
-class Scratch(threading.local):
-    """A buffer and a vector of ones, made once a thread and reused, so that counting allocates next to nothing."""
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
-        self.ones = torch.empty(0, dtype=torch.float32, device="cpu")
-
-    def take(self, elements: int) -> tuple[Tensor, Tensor]:
-        """A float32 buffer of at least ``elements`` and as many ones."""
-        if self.buffer.numel() < elements:
-            with torch.inference_mode(False):
-                self.buffer = torch.empty(max(elements, BLOCK), dtype=torch.float32, device="cpu")
-                self.ones = torch.ones(max(elements, BLOCK), dtype=torch.float32, device="cpu")
-        return self.buffer, self.ones
+#: Plans kept at once; input of ever new lengths makes ever new ones.
+_PLANS = 256
 
 
 class OutputCounts(NamedTuple):
@@ -80,75 +68,149 @@ def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, 
     )
 
 
-def _blocked(tensor: Tensor) -> bool:
-    """Whether blocks are the quick way for this tensor; otherwise the plain formula is."""
-    return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and tensor.is_floating_point()
-        and type(tensor) is Tensor
-        and tensor.numel() > 0
-    )
+class Scratch(threading.local):
+    """A buffer and plans of its use, made once a thread, so that counting a tensor like one before allocates nothing."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(2, 0, dtype=torch.float32, device="cpu")
+            self.zero = torch.zeros((), dtype=torch.float32, device="cpu")  # quicker to compare with than a number
+        self._plans: dict[tuple[torch.Size, tuple[int, ...], int, int], _Plan] = {}
+
+    def plan(self, tensor: Tensor, axis: int, quantities: int) -> _Plan | None:
+        """How to count this tensor in blocks; ``None`` where the plain formula must do it.
+
+        Args:
+            tensor: On whatever device, of whatever type.
+            axis: The neurons' dimension.
+            quantities: 1 for zeros, 2 for zeros and magnitudes.
+        """
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return None
+        key = (tensor.shape, tensor.stride(), axis, quantities)
+        plan = self._plans.get(key)
+        if plan is None:
+            positions = tensor.numel() // max(tensor.shape[axis], 1)
+            if not tensor.is_floating_point() or not 0 < positions < _EXACT:
+                return None
+            with torch.inference_mode(False):
+                plan = self._make(tensor, axis, quantities)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+    def _make(self, tensor: Tensor, axis: int, quantities: int) -> _Plan:
+        elements = min(tensor.numel(), BLOCK)
+        if self.buffer.shape[1] < elements:
+            self._plans.clear()  # their views are of the old buffer
+            size = BLOCK if elements > BLOCK >> 4 else BLOCK >> 4  # a network of small layers needs no megabytes
+            self.buffer = torch.empty(2, size, dtype=torch.float32, device="cpu")
+        return _Plan(tensor, axis, self.buffer[:quantities], self.zero)
 
 
-class _Blocks:
-    """A tensor laid out as a matrix whose rows or columns are neurons, to be reduced block by block.
+class _Plan:
+    """How tensors of one shape and one order in memory are reduced to their neurons.
 
-    With neurons innermost the matrix is ``(positions, N)`` and its columns are added up; otherwise it is
-    ``(outer × N, inner)``, its rows are added up and then the outer parts.
+    A tensor of up to a block is compared as it is into a part of the buffer that has its shape. A larger one is seen
+    as ``(outer, N, inner)`` and cut along all three.
+
+    Args:
+        tensor: One of these tensors.
+        axis: The neurons' dimension.
+        buffer: ``(quantities, elements)``: for zeros, or for zeros and magnitudes.
+        zero: A tensor of it.
     """
 
-    def __init__(self, tensor: Tensor, axis: int, scratch: Scratch) -> None:
-        self.neurons = tensor.shape[axis]
+    def __init__(self, tensor: Tensor, axis: int, buffer: Tensor, zero: Tensor) -> None:
         strides = tensor.stride()
-        order = sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], dimension))
-        if order != list(range(tensor.dim())):
-            dense = tensor.permute(order)
-            if dense.is_contiguous():  # channels_last, or a transpose: walk memory in its own order
-                tensor, axis = dense, order.index(axis)
-        self.columns = axis == tensor.dim() - 1
-        if self.columns:
-            self.matrix = tensor.reshape(-1, self.neurons)
-        else:
-            self.matrix = tensor.reshape(math.prod(tensor.shape[: axis + 1]), -1)
-        length = self.matrix.shape[1]
-        self.rows_at_once = max(1, BLOCK // length)
-        self.buffer, self.ones = scratch.take(length * min(self.rows_at_once, self.matrix.shape[0]))
-        if self.ones.numel() < self.rows_at_once:
-            self.buffer, self.ones = scratch.take(self.rows_at_once)
+        self._order = sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], dimension))
+        sizes = [tensor.shape[dimension] for dimension in self._order]  # in the order of memory
+        place = self._order.index(axis)
+        self._shape = (math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :]))
+        self._buffer = buffer
+        self._zero = zero
+        self._single = tensor.numel() <= BLOCK
+        if self._single:
+            self._work = buffer[:, : tensor.numel()].view(-1, *self._shape)
+            back = sorted(range(tensor.dim()), key=self._order.__getitem__)
+            self._parts = [part.view(sizes).permute(back) for part in buffer[:, : tensor.numel()]]
 
-    def zeros(self, tolerance: float) -> Tensor:
-        """Zero elements of each neuron, int64 ``(N,)``."""
+    def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
+        """Count zeros, and add up magnitudes where the plan has room for them.
+
+        Args:
+            tensor: The tensor.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(quantities, N)``; magnitudes are not finite where an element is not.
+        """
+        if self._single:
+            self._compare(tensor, tolerance, self._parts)
+            _sum_of_positions(self._work, out)
+            return
+        cube = tensor.permute(self._order).reshape(self._shape)
+        total = torch.zeros(out.shape, dtype=torch.float64, device="cpu")
+        for images, neurons, positions in self._cuts():
+            block = cube[images, neurons, positions]
+            work = self._buffer[:, : block.numel()].view(-1, *block.shape)
+            self._compare(block, tolerance, list(work))
+            part = torch.empty(work.shape[0], work.shape[2], dtype=torch.float32, device="cpu")
+            _sum_of_positions(work, part)
+            total[:, neurons] += part
+        out.copy_(total)
+
+    def _cuts(self) -> Iterator[tuple[slice, slice, slice]]:
+        outer, neurons, inner = self._shape
+        images = min(max(BLOCK // (neurons * inner), 1), outer)
+        some = min(max(BLOCK // inner, 1), neurons)
+        positions = min(BLOCK, inner)
+        yield from itertools.product(_slices(outer, images), _slices(neurons, some), _slices(inner, positions))
+
+    def _compare(self, block: Tensor, tolerance: float, parts: list[Tensor]) -> None:
         if tolerance == 0:
-            return self._reduce(lambda block, out: torch.eq(block, 0, out=out)).long()
-        return self._reduce(lambda block, out: torch.le(block.abs(), tolerance, out=out)).long()
-
-    def abs_sum(self) -> Tensor:
-        """Sum of magnitudes of each neuron, float64 ``(N,)``; not finite where an element is not."""
-        return self._reduce(lambda block, out: out.copy_(block).abs_())
-
-    def _reduce(self, fill: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Fill the buffer from each block, and add up each neuron's part of it, float64 ``(N,)``."""
-        matrix, rows, length = self.matrix, self.matrix.shape[0], self.matrix.shape[1]
-        if self.columns:
-            total = torch.zeros(length, dtype=torch.float64, device="cpu")
-            part = torch.empty(1, length, dtype=torch.float32, device="cpu")
+            torch.eq(block, self._zero, out=parts[0])
         else:
-            parts = torch.empty(rows, dtype=torch.float32, device="cpu")
-        for start in range(0, rows, self.rows_at_once):
-            block = matrix[start : start + self.rows_at_once]
-            height = block.shape[0]
-            work = self.buffer[: height * length].view(height, length)
-            fill(block, work)
-            if self.columns:
-                torch.mm(self.ones[:height].view(1, height), work, out=part)
-                total += part[0]
+            torch.le(block.abs(), tolerance, out=parts[0])
+        if len(parts) > 1:
+            if block.dtype is torch.float32:
+                torch.abs(block, out=parts[1])
             else:
-                torch.mv(work, self.ones[:length], out=parts[start : start + height])
-        if self.columns:
-            return total
-        return parts.view(-1, self.neurons).sum(0, dtype=torch.float64)
+                parts[1].copy_(block).abs_()
+
+
+def _slices(length: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
+
+
+def _sum_of_positions(work: Tensor, out: Tensor) -> None:
+    """``(quantities, outer, N, inner)`` → ``(quantities, N)``; two plain sums are quicker than one over both ends."""
+    outer, inner = work.shape[1], work.shape[3]
+    if inner == 1:
+        torch.sum(work.squeeze(3), 1, out=out)
+    elif outer == 1:
+        torch.sum(work.squeeze(1), 2, out=out)
+    else:
+        torch.sum(work.sum(3), 1, out=out)
+
+
+def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: Tensor) -> bool:
+    """Count a tensor's zeros, and add up its magnitudes where ``out`` has two rows, without allocating.
+
+    Args:
+        tensor: Any shape, neurons along ``axis``; must not require a gradient.
+        axis: The neurons' dimension, ≥ 0.
+        scratch: Reusable buffers.
+        tolerance: ``|x| <= tolerance`` counts as zero.
+        out: float32 ``(1 or 2, N)``: zeros, and the sum of ``|x|``. Exact: no count reaches 2**24.
+
+    Returns:
+        Whether it could be; if not, the plain formula must do it.
+    """
+    plan = scratch.plan(tensor, axis, out.shape[0])
+    if plan is None:
+        return False
+    plan.fill(tensor, tolerance, out)
+    return True
 
 
 def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 0.0) -> Tensor:
@@ -163,8 +225,9 @@ def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 
     Returns:
         int64 ``(N,)`` on the tensor's device.
     """
-    if _blocked(tensor) and tensor.numel() // tensor.shape[axis] < _EXACT:
-        return _Blocks(tensor, axis, scratch).zeros(tolerance)
+    counts = torch.empty(1, tensor.shape[axis], dtype=torch.float32, device="cpu")
+    if measure(tensor, axis, scratch, tolerance, counts):
+        return counts[0].long()
     return plain_zeros(tensor, axis, tolerance)
 
 
@@ -180,10 +243,12 @@ def count_outputs(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float 
     Returns:
         See :class:`OutputCounts`; on the tensor's device.
     """
-    if not _blocked(tensor) or tensor.numel() // tensor.shape[axis] >= _EXACT:
-        return OutputCounts(*plain_outputs(tensor, axis, tolerance))
-    blocks = _Blocks(tensor, axis, scratch)
-    abs_sum = blocks.abs_sum()
-    if math.isfinite(abs_sum.sum().item()):  # on the CPU: no device to wait for
-        return OutputCounts(blocks.zeros(tolerance), None, abs_sum)
+    counts = torch.empty(2, tensor.shape[axis], dtype=torch.float32, device="cpu")
+    if measure(tensor, axis, scratch, tolerance, counts) and is_finite(counts[1]):
+        return OutputCounts(counts[0].long(), None, counts[1].double())
     return OutputCounts(*plain_outputs(tensor, axis, tolerance))
+
+
+def is_finite(magnitudes: Tensor) -> bool:
+    """Whether sums of magnitudes on the CPU are all finite; there is no device to wait for."""
+    return math.isfinite(magnitudes.sum().item())

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from neuronscope.counting import Scratch, count_outputs, count_zeros, plain_outputs, plain_zeros
+from neuronscope.counting import Scratch, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.rows import NEVER, Rows
 
-__all__ = ["NEVER", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
+__all__ = ["NEVER", "Counters", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
 
-#: ``first_active_step`` of a neuron that was not seen to fire.
-NEVER = 1 << 62
+
+class Counters(NamedTuple):
+    """The running counts of one site, ``(N,)`` each, on its device; see :class:`neuronscope.census.Tally`.
+
+    Attributes:
+        zero_outputs: int64.
+        zero_gradients: int64.
+        not_finite: int64.
+        abs_sum: float64.
+        last_active: int64; −1 = never.
+        first_active: int64; ``NEVER`` = never.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs have added.
+    """
+
+    zero_outputs: Tensor
+    zero_gradients: Tensor
+    not_finite: Tensor
+    abs_sum: Tensor
+    last_active: Tensor
+    first_active: Tensor
+    traced: Tensor
 
 
 class Meter:
     """The running counts of one site in one phase, on the site's device, until they are read.
 
-    Counters are updated in place and keep their identity over resets, so that a compiled graph may hold them. What a
-    compiled graph adds to Python's own integers goes through ``traced``. A gated product has no gradient counts of its
-    own: its pre-activation is its gate's, whose meter is ``gate``.
+    ``counters`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
+    it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
+    and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
+    its gate's, whose meter is ``gate``.
 
     Args:
         neurons: ``N``.
@@ -30,29 +53,67 @@ class Meter:
         self.open = True
         self.gate: Meter | None = None
         with torch.inference_mode(False):
-            self.zero_outputs = torch.zeros(neurons, dtype=torch.int64, device=device)
-            self.zero_gradients = torch.zeros(neurons, dtype=torch.int64, device=device)
-            self.not_finite = torch.zeros(neurons, dtype=torch.int64, device=device)
-            self.abs_sum = torch.zeros(neurons, dtype=torch.float64, device=device)
-            self.last_active = torch.full((neurons,), -1, dtype=torch.int64, device=device)
-            self.first_active = torch.full((neurons,), NEVER, dtype=torch.int64, device=device)
-            self.traced = torch.zeros(3, dtype=torch.int64, device=device)
+            long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
+            self.counters = Counters(
+                zero_outputs=long,
+                zero_gradients=long.clone(),
+                not_finite=long.clone(),
+                abs_sum=double,
+                last_active=torch.full((neurons,), -1, dtype=torch.int64, device=device),
+                first_active=torch.full((neurons,), NEVER, dtype=torch.int64, device=device),
+                traced=torch.zeros(3, dtype=torch.int64, device=device),
+            )
+        self.outputs = Rows(2, neurons)
+        self.gradients = Rows(1, neurons)
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
 
+    def settle(self) -> Counters:
+        """Add up what waits; gives the counters, which are whole until the next tensor is counted."""
+        counters = self.counters
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if len(self.outputs):
+                self._add(
+                    self.outputs.zeros(),
+                    self.outputs.magnitudes(),
+                    self.outputs.last_active(),
+                    self.outputs.first_active(),
+                )
+                self.outputs.clear()
+            if len(self.gradients):
+                counters.zero_gradients.add_(self.gradients.zeros())
+                self.gradients.clear()
+        return counters
+
+    def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
+        counters = self.counters
+        counters.zero_outputs.add_(zeros)
+        counters.abs_sum.add_(magnitudes)
+        torch.maximum(counters.last_active, last_active, out=counters.last_active)
+        torch.minimum(counters.first_active, first_active, out=counters.first_active)
+
+    def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
+        """Count one output by the plain formula, as :func:`add_outputs`."""
+        zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
+        fired = zeros + bad < y.numel() // self.neurons
+        self.counters.not_finite.add_(bad)
+        self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
+
     def totals(self) -> tuple[int, int, int]:
         """Positions, gradient positions and examples so far. Waits for the device."""
-        traced = self.traced.tolist()
+        traced = self.counters.traced.tolist()
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:
         """Start again from nothing, in the same tensors."""
+        self.outputs.clear()
+        self.gradients.clear()
         with torch.inference_mode(False), torch.no_grad():
-            for counter in (self.zero_outputs, self.zero_gradients, self.not_finite, self.abs_sum, self.traced):
+            for counter in self.counters:
                 counter.zero_()
-            self.last_active.fill_(-1)
-            self.first_active.fill_(NEVER)
+            self.counters.last_active.fill_(-1)
+            self.counters.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
 
 
@@ -72,29 +133,33 @@ def add_outputs(
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.verdicts.Policy`.
     """
-    if torch.compiler.is_compiling():
-        counters = (meter.zero_outputs, meter.not_finite, meter.abs_sum, meter.last_active, meter.first_active)
-        _add_outputs_in_graph(y, axis, examples, step, tolerance, meter.traced, *counters)
+    if isinstance(step, Tensor):
+        _add_outputs_in_graph(y, axis, examples, step, tolerance, *meter.counters)
         return
+    rows = meter.outputs
+    row = rows.next()
     positions = y.numel() // meter.neurons
-    counts = count_outputs(y, axis, scratch, tolerance)
-    meter.zero_outputs.add_(counts.zeros)
-    meter.abs_sum.add_(counts.abs_sum)
-    idle = counts.zeros
-    if counts.not_finite is not None:
-        meter.not_finite.add_(counts.not_finite)
-        idle = idle + counts.not_finite
-    fired = idle < positions
-    meter.last_active.masked_fill_(fired, step)
-    meter.first_active.masked_fill_(fired.logical_and_(meter.first_active == NEVER), step)
+    if measure(y, axis, scratch, tolerance, row) and is_finite(row[1]):
+        rows.keep(positions=positions, step=step)
+        if rows.full:
+            meter.settle()
+    else:
+        meter.add_plain(y, axis, step, tolerance)
     meter.positions += positions
     meter.examples += examples
 
 
 def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -> None:
     """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
-    meter.zero_gradients.add_(count_zeros(gradient, axis, scratch))
-    meter.gradient_positions += gradient.numel() // meter.neurons
+    rows = meter.gradients
+    positions = gradient.numel() // meter.neurons
+    if measure(gradient, axis, scratch, 0.0, rows.next()):
+        rows.keep(positions=positions, step=0)
+        if rows.full:
+            meter.settle()
+    else:
+        meter.counters.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
+    meter.gradient_positions += positions
 
 
 def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> None:
@@ -106,7 +171,7 @@ def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> Non
         halved: The dimension whose second half is the gate (GLU), else ``None``.
         meter: The site's meter.
     """
-    _ask_gradients_in_graph(x, axis, halved, meter.zero_gradients, meter.traced)
+    _ask_gradients_in_graph(x, axis, halved, meter.counters.zero_gradients, meter.counters.traced)
 
 
 def gate_half(gradient: Tensor, halved: int | None) -> Tensor:
@@ -127,13 +192,9 @@ def _add_outputs_in_graph(
     examples: int,
     step: Tensor,
     tolerance: float,
-    traced: Tensor,
-    zero_outputs: Tensor,
-    not_finite: Tensor,
-    abs_sum: Tensor,
-    last_active: Tensor,
-    first_active: Tensor,
+    *counters: Tensor,
 ) -> None:
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = counters
     zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)

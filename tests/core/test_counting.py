@@ -134,7 +134,7 @@ def test_more_positions_than_a_block_and_than_float32_can_count():
     meter = Meter(1, torch.device("cpu"))
     for _ in range(2):
         add_outputs(meter, tensor, 1, 1, 0, SCRATCH, 0.0)
-    assert meter.zero_outputs.tolist() == [2**25 + 4]
+    assert meter.settle().zero_outputs.tolist() == [2**25 + 4]
     assert meter.totals()[0] == 2**25 + 6
 
 
@@ -200,8 +200,8 @@ def test_surroundings_change_nothing(surroundings):
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-    assert meter.zero_outputs.tolist() == expected[0].tolist()
-    np.testing.assert_allclose(meter.abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
+    assert meter.settle().zero_outputs.tolist() == expected[0].tolist()
+    np.testing.assert_allclose(meter.settle().abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
 
 
 def test_a_meter_step_by_step():
@@ -209,19 +209,19 @@ def test_a_meter_step_by_step():
     add_outputs(meter, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, math.nan]]), 1, 2, 5, SCRATCH, 0.0)
     add_outputs(meter, torch.tensor([[0.0, 0.0, 2.0]]), 1, 1, 8, SCRATCH, 0.0)
     add_gradients(meter, torch.tensor([[0.0, -0.0, 1.0]]), 1, SCRATCH)
-    assert meter.zero_outputs.tolist() == [3, 2, 1]
-    assert meter.not_finite.tolist() == [0, 0, 1]
-    assert meter.abs_sum.tolist() == [0.0, 1.0, 2.0]
-    assert meter.last_active.tolist() == [-1, 5, 8]  # NaN is no firing: neuron 2 fired at step 8 only
-    assert meter.first_active.tolist() == [NEVER, 5, 8]
-    assert meter.zero_gradients.tolist() == [1, 1, 0]
+    assert meter.settle().zero_outputs.tolist() == [3, 2, 1]
+    assert meter.settle().not_finite.tolist() == [0, 0, 1]
+    assert meter.settle().abs_sum.tolist() == [0.0, 1.0, 2.0]
+    assert meter.settle().last_active.tolist() == [-1, 5, 8]  # NaN is no firing: neuron 2 fired at step 8 only
+    assert meter.settle().first_active.tolist() == [NEVER, 5, 8]
+    assert meter.settle().zero_gradients.tolist() == [1, 1, 0]
     assert meter.totals() == (3, 1, 3)
-    identity = id(meter.zero_outputs)
+    identity = id(meter.settle().zero_outputs)
     meter.reset()
-    assert id(meter.zero_outputs) == identity
+    assert id(meter.settle().zero_outputs) == identity
     assert meter.totals() == (0, 0, 0)
-    assert meter.last_active.tolist() == [-1] * 3
-    assert meter.first_active.tolist() == [NEVER] * 3
+    assert meter.settle().last_active.tolist() == [-1] * 3
+    assert meter.settle().first_active.tolist() == [NEVER] * 3
 
 
 def test_no_random_number_is_drawn():
