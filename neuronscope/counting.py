@@ -69,7 +69,7 @@ def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, 
 
 
 class Scratch(threading.local):
-    """A buffer and plans of its use, made once a thread, so that counting a tensor like one before allocates nothing."""
+    """A buffer and plans of its use, made once a thread: counting a tensor like one before allocates nothing."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):

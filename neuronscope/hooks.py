@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from neuronscope import axes, counting, frames, meters, observer, recomputation, sites
+from neuronscope import axes, counting, frames, meters, observer, recomputation, rows, sites
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
+from neuronscope.handles import Handles, compilations
 from neuronscope.observer import AxisSource, Call, InertHook, MeterSource, Observer, unwatched
 from neuronscope.sites import Activation, Registry, walk
 
@@ -70,7 +72,10 @@ class Tap:
         self._entered: list[_FunctionWatch] = []  # at most one
         self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
-        self._handles: list[RemovableHandle] = []
+        self._handles = Handles()
+        self._model = weakref.ref(model)
+        self._compilations = compilations()
+        self._compiles = False  # whether the compiler has anything to do with this process, since we watch
         self._attach(model)
 
     # --- handles ---------------------------------------------------------------------------------------------------
@@ -89,8 +94,8 @@ class Tap:
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if type(module).__module__.partition(".")[0] in _BYSTANDERS:
-                self._handles.append(module.register_forward_pre_hook(_Mute(self)))
-                self._handles.append(module.register_forward_hook(_Unmute(self), always_call=True))
+                self._handles.add(module.register_forward_pre_hook(_Mute(self)))
+                self._handles.add(module.register_forward_hook(_Unmute(self), always_call=True))
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
@@ -102,20 +107,38 @@ class Tap:
 
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
         if activation is None or is_root:
-            self._handles.append(module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True))
+            self._handles.add(module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True))
         if activation is not None:
-            self._handles.append(module.register_forward_pre_hook(_Before(self, path, activation), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_After(self), always_call=True, with_kwargs=True))
+            self._handles.add(module.register_forward_pre_hook(_Before(self, path, activation), with_kwargs=True))
+            self._handles.add(module.register_forward_hook(_After(self), always_call=True, with_kwargs=True))
         if activation is None or is_root:
-            self._handles.append(module.register_forward_hook(_Leave(self, path), always_call=True))
+            self._handles.add(module.register_forward_hook(_Leave(self, path), always_call=True))
 
     def detach(self) -> None:
         """Take every hook off; harmless when done before."""
         self.set_observing(False)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._handles.remove()
         self.observer.close()
+
+    def rest(self) -> None:
+        """Nothing is observed for some steps: take the hooks off, but for a model that the compiler has to do with.
+
+        It traces hooks with the model, and looks at them never again: they stay on until the model has run, and from
+        then on if anything was traced since it is watched, or is to be.
+        """
+        frame, model = self.observer.frame, self._model()
+        ran = frame.ran_whole or frame.ran_in_parts
+        self._compiles |= self.observer.compiled or self._compilations != compilations()
+        if ran and model is not None and not self._compiles and not self._handles.off:
+            self._compiles = any(_is_compiled(module) for module in model.modules())
+            if not self._compiles:
+                self._handles.take_off()
+
+    def _wake(self) -> None:
+        self._handles.put_back()
+        if self._compilations != compilations():
+            self._compiles = True
+            self.observer.suspect()
 
     def settle(self) -> None:
         """After a fault: take everything off as soon as the function mode can be."""
@@ -124,6 +147,8 @@ class Tap:
 
     def set_observing(self, observing: bool) -> None:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
+        if observing and self._handles.off:
+            self._wake()
         self._leave_mode()
         self.running.clear()
         self._suspended.clear()
@@ -210,6 +235,11 @@ class Tap:
         call = self.running.pop() if self.running else None
         if call is not None:
             self.observer.end(call, x, y)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is to be called through ``torch.compile``."""
+    return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -393,4 +423,4 @@ class _FunctionWatch(TorchFunctionMode):
             tap.fail(error)
 
 
-skip_frames((axes, counting, frames, meters, observer, recomputation, sites, sys.modules[__name__]))
+skip_frames((axes, counting, frames, meters, observer, recomputation, rows, sites, sys.modules[__name__]))

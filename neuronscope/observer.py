@@ -76,6 +76,7 @@ class Observer:
         self._make_meter = meters
         self._declared = axes
         self._leaf_handles: list[RemovableHandle] = []
+        self._suspects: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
         def traced_meter(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
             self.compiled = True
@@ -97,6 +98,31 @@ class Observer:
                 "Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
             )
         return unseen
+
+    def suspect(self) -> None:
+        """The compiler traced something while no hook was on: sites not seen in the next step may be part of it."""
+        self._suspects = self._positions()
+
+    def end_step(self) -> None:
+        """An observed step is over: say which sites were missed, if any may have been."""
+        if self._suspects:
+            now = self._positions()
+            for key, positions in self._suspects.items():
+                if now[key] == positions:
+                    self.unseen.setdefault(
+                        key.name,
+                        f"torch.compile ran while nothing was observed, and at step {self.step} this site was not "
+                        "seen: what was traced then is counted no more. Call the compiled model before the first "
+                        "`scope.step()`, or `torch._dynamo.reset()` now",
+                    )
+            self._suspects = {}
+
+    def _positions(self) -> dict[SiteKey, int]:
+        found: dict[SiteKey, int] = {}
+        for (_, key), meter in self._meters.items():
+            if meter is not None:
+                found[key] = found.get(key, 0) + meter.totals()[0]
+        return found
 
     def turn_to(self, phase: str, step: int) -> None:
         """Count for this phase and optimizer step from now on."""

@@ -28,6 +28,8 @@ from neuronscope.windows import WINDOWS, PhaseRecord
 __all__ = ["Scope", "watch"]
 
 _STATE_VERSION = 1
+#: Steps without observation from which on it pays to take the hooks off the model and put them back.
+_REST = 4
 
 
 class Scope:
@@ -126,6 +128,7 @@ class Scope:
         if self._tap.observing and self._phase == "train":
             record = self._record("train")
             record.note_step(self._step)
+            self._tap.observer.end_step()
             self._check_patterns()
         record = self._record("train")
         self._step = self._step + 1 if step is None else step
@@ -209,6 +212,8 @@ class Scope:
             return
         tap.observer.turn_to(self._phase, self._step)
         tap.set_observing(observing)
+        if not observing and not self._pauses and self.every_n_steps - self._step % self.every_n_steps >= _REST:
+            tap.rest()
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""
