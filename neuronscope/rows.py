@@ -36,7 +36,7 @@ class Rows:
         self.room = max(1, min(_ROWS, _NUMBERS // max(quantities * neurons, 1)))
         with torch.inference_mode(False):
             self._rows = torch.empty(self.room, quantities, neurons, dtype=torch.float32, device="cpu")
-            self._each = list(self._rows)  # views, made once
+            self._each: list[Tensor] = list(self._rows)  # views, made once
         self._positions: list[int] = []
         self._steps: list[int] = []
 

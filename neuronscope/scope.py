@@ -125,14 +125,13 @@ class Scope:
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         closed = False
+        record = self._record("train")
         if self._tap.observing and self._phase == "train":
-            record = self._record("train")
             record.note_step(self._step)
             self._tap.observer.end_step()
             self._check_patterns()
-        record = self._record("train")
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps, self._join is None or world_size() == 1):
+        if record.is_due(self._step, self.window_steps, self._counts_alone):
             record.flush(self._join)
             closed = record.is_sure() and record.close()
         self._observe()
@@ -220,6 +219,9 @@ class Scope:
         record = self._records.get("train")
         last = -1 if record is None else record.last_observed_step
         return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
+
+    def _counts_alone(self) -> bool:
+        return self._join is None or world_size() == 1
 
     def _require_attached(self, what: str) -> None:
         if self._detached:

@@ -40,6 +40,7 @@ class PhaseRecord:
         self._steps: list[int] = []
         self._steps_before: list[int] = []
         self._looked_at_step = 0
+        self._news = True  # whether anything was observed since the examples were last counted
         self.closed = Census()
         self.last = Census()
         self.last_sure = Census()
@@ -68,6 +69,7 @@ class PhaseRecord:
         """An optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
+        self._news = True
 
     @property
     def open_steps(self) -> int:
@@ -105,21 +107,24 @@ class PhaseRecord:
             meter.reset()
         self._flushed = self._flushed.merge(running if join is None else join(running))
 
-    def is_due(self, step: int, window_steps: int, alone: bool) -> bool:
+    def is_due(self, step: int, window_steps: int, alone: Callable[[], bool]) -> bool:
         """Whether the open window is to be flushed, ``step`` steps into the run.
 
         Args:
             step: Optimizer steps taken.
             window_steps: Steps of a window at least.
-            alone: No other rank counts along. Otherwise all must answer alike, whatever each has seen: then a window
+            alone: Says whether no other rank counts along. Otherwise all must answer alike, whatever each has seen: then a window
                 that is not sure yet is looked at again after as many steps.
         """
-        if step - self._looked_at_step < window_steps or (alone and not self._has_enough()):
+        if step - self._looked_at_step < window_steps or (alone() and not self._has_enough()):
             return False
         self._looked_at_step = step
         return True
 
     def _has_enough(self) -> bool:
+        if not self._news:
+            return False
+        self._news = False
         flushed, needed = self._flushed.examples, self._policy.min_examples
         return any(flushed + meter.totals()[2] >= needed for _, meter in self._meters.values())
 
@@ -192,4 +197,4 @@ class PhaseRecord:
             meter.reset()
         self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
         self._steps, self._steps_before, self.history = steps, before, history
-        self._looked_at_step = looked_at_step
+        self._looked_at_step, self._news = looked_at_step, True
