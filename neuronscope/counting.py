@@ -132,7 +132,7 @@ class _Plan:
         self._zero = zero
         self._single = tensor.numel() <= BLOCK
         if self._single:
-            self._work = buffer[:, : tensor.numel()].view(-1, *self._shape)
+            self._work = _flat(buffer[:, : tensor.numel()].view(-1, *self._shape))
             back = sorted(range(tensor.dim()), key=self._order.__getitem__)
             self._parts = [part.view(sizes).permute(back) for part in buffer[:, : tensor.numel()]]
 
@@ -146,7 +146,7 @@ class _Plan:
         """
         if self._single:
             self._compare(tensor, tolerance, self._parts)
-            _sum_of_positions(self._work, out)
+            _sum_of_positions(*self._work, out)
             return
         cube = tensor.permute(self._order).reshape(self._shape)
         total = torch.zeros(out.shape, dtype=torch.float64, device="cpu")
@@ -155,7 +155,7 @@ class _Plan:
             work = self._buffer[:, : block.numel()].view(-1, *block.shape)
             self._compare(block, tolerance, list(work))
             part = torch.empty(work.shape[0], work.shape[2], dtype=torch.float32, device="cpu")
-            _sum_of_positions(work, part)
+            _sum_of_positions(*_flat(work), part)
             total[:, neurons] += part
         out.copy_(total)
 
@@ -182,15 +182,21 @@ def _slices(length: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
 
 
-def _sum_of_positions(work: Tensor, out: Tensor) -> None:
-    """``(quantities, outer, N, inner)`` → ``(quantities, N)``; two plain sums are quicker than one over both ends."""
-    outer, inner = work.shape[1], work.shape[3]
-    if inner == 1:
-        torch.sum(work.squeeze(3), 1, out=out)
-    elif outer == 1:
-        torch.sum(work.squeeze(1), 2, out=out)
-    else:
-        torch.sum(work.sum(3), 1, out=out)
+def _flat(work: Tensor) -> tuple[Tensor, int]:
+    """``(quantities, outer, N, inner)`` without the end that is 1, and the dimension that is left beside the neurons;
+    −1 where both are."""
+    if work.shape[3] == 1:
+        return work.squeeze(3), 1
+    if work.shape[1] == 1:
+        return work.squeeze(1), 2
+    return work, -1
+
+
+def _sum_of_positions(work: Tensor, dimension: int, out: Tensor) -> None:
+    """What :func:`_flat` gave → ``(quantities, N)``; two plain sums are quicker than one over both ends."""
+    if dimension < 0:
+        work, dimension = work.sum(3), 1
+    torch.sum(work, dimension, out=out)
 
 
 def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: Tensor) -> bool:
@@ -244,11 +250,11 @@ def count_outputs(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float 
         See :class:`OutputCounts`; on the tensor's device.
     """
     counts = torch.empty(2, tensor.shape[axis], dtype=torch.float32, device="cpu")
-    if measure(tensor, axis, scratch, tolerance, counts) and is_finite(counts[1]):
+    if measure(tensor, axis, scratch, tolerance, counts) and is_finite(counts):
         return OutputCounts(counts[0].long(), None, counts[1].double())
     return OutputCounts(*plain_outputs(tensor, axis, tolerance))
 
 
-def is_finite(magnitudes: Tensor) -> bool:
-    """Whether sums of magnitudes on the CPU are all finite; there is no device to wait for."""
-    return math.isfinite(magnitudes.sum().item())
+def is_finite(counts: Tensor) -> bool:
+    """Whether the magnitudes among counts on the CPU are all finite (zeros always are); no device is waited for."""
+    return math.isfinite(counts.sum().item())

@@ -139,7 +139,7 @@ def add_outputs(
     rows = meter.outputs
     row = rows.next()
     positions = y.numel() // meter.neurons
-    if measure(y, axis, scratch, tolerance, row) and is_finite(row[1]):
+    if measure(y, axis, scratch, tolerance, row) and is_finite(row):
         rows.keep(positions=positions, step=step)
         if rows.full:
             meter.settle()
