@@ -1,7 +1,7 @@
 """What one site costs, in microseconds, for tensors of 1 kB to 1 MB: where small tensors are, hooks are what counts.
 
-A chain of linear layers and ReLUs of one width runs forward and backward, watched and not, interleaved in one process.
-The difference is divided by the number of sites: *whole*. Of it, what counting an output and a gradient of that size
+A chain of linear layers and ReLUs of one width runs forward and backward, watched and not, interleaved in one process;
+times are of this process alone (CPU time), so that others on the machine do not count. The difference is divided by the number of sites: *whole*. Of it, what counting an output and a gradient of that size
 takes is measured alone (*outputs*, *gradients*); the rest is *hooks*: Python, numbering the call, following the
 neurons' axis, asking for the gradient. Medians and, in brackets, minima.
 
@@ -46,10 +46,10 @@ def interleaved(runs: list[Callable[[], object]], repeats: int) -> list[tuple[fl
     times: list[list[float]] = [[] for _ in runs]
     for number in range(repeats + 5):
         for run, kept in zip(runs, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if number >= 5:
-                kept.append(1e6 * (time.perf_counter() - start))
+                kept.append(1e6 * (time.process_time() - start))
     return [(statistics.median(each), min(each)) for each in times]
 
 
@@ -96,8 +96,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for size in SIZES:
         cost = measure(size, arguments.repeats)
-        cells = (cost.whole, cost.outputs, cost.gradients, cost.hooks)
-        print(f"| {size >> 10} | " + " | ".join(f"{median:.1f} ({least:.1f})" for median, least in cells) + " |", flush=True)
+        cells = [f"{median:.1f} ({least:.1f})" for median, least in (*cost, cost.hooks)]
+        print(f"| {size >> 10} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ class TensorMap:
         """Forget everything."""
         self._known.clear()
 
+    def maybe_any(self) -> bool:
+        """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
+        return bool(self._known) or torch.compiler.is_compiling()
+
 
 def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
     return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
@@ -124,6 +128,7 @@ _STACKED = _MATRIX_PRODUCTS | _named((torch, ("baddbmm",)), (Tensor, ("baddbmm",
 _PICKABLE = _STACKED | _named((F, ("linear",)), (torch, ("einsum",)))
 _PICKS = _named((torch, ("index_select",)), (Tensor, ("__getitem__", "index_select")))
 _GROUPED = _named((F, ("grouped_mm",)), (torch, ("_grouped_mm",)))
+_MIXING = _PICKABLE | _GROUPED
 _TRANSPOSES = _named(
     (torch, ("transpose", "swapaxes", "swapdims")),
     (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
@@ -188,12 +193,12 @@ class Flow:
             if function in _MATRIX_PRODUCTS and _weight_is_left(args):
                 place = 2
             axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
-            layout = Layout(axis, producer.source, self._mixes(function, args))
+            layout = Layout(axis, producer.source, function in _MIXING and self._mixes(function, args))
             self._layouts.put(outputs[0], tuple(layout))
             self._nearest.clear()
             self._nearest.append((rank, layout))
             return
-        if self._picks(function, args):
+        if (function in _PICKS or function in _VIEWS) and self._picks(function, args):
             for output in outputs:
                 self._picked.put(output, (True,))
             return
@@ -224,7 +229,7 @@ class Flow:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         return (
             function in _GROUPED
-            or (function in _PICKABLE and any(self._picked.get(tensor) is not None for tensor in tensors))
+            or (self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors))
             or (function in _STACKED and any(_is_stack(tensor) for tensor in tensors))
         )
 

@@ -183,8 +183,7 @@ def _slices(length: int, at_once: int) -> list[slice]:
 
 
 def _flat(work: Tensor) -> tuple[Tensor, int]:
-    """``(quantities, outer, N, inner)`` without the end that is 1, and the dimension that is left beside the neurons;
-    −1 where both are."""
+    """``(quantities, outer, N, inner)`` without an end that is 1, and the dimension to sum; −1 where none is."""
     if work.shape[3] == 1:
         return work.squeeze(3), 1
     if work.shape[1] == 1:

@@ -38,6 +38,7 @@ class Frame:
         self.ran_in_parts = False  # whether parts of it were called without it, outside of a step that is bounded
         self.recomputation = Recomputation()
         self._graded = True
+        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # by place, in the order of calls; made once
         self._calls: dict[tuple[str, str], int] = {}
         self._loose_calls: dict[tuple[str, str], int] = {}
 
@@ -79,15 +80,21 @@ class Frame:
         """The key of the call that begins now."""
         place = (path, function)
         if not self.owners and not self.bounded and not torch.is_grad_enabled():
-            return SiteKey(
-                path, function, 0, False
-            )  # neither a step nor a backward pass will part one forward from another
+            return self._key(place, 0)  # neither a step nor a backward pass will part one forward from another
         calls = self._calls if self.owners else self._loose_calls
         call = calls.get(place, 0)
         calls[place] = call + 1
         if self.owners and self._graded and not torch.is_grad_enabled():
             self.recomputation.hide(place, call)
-        return SiteKey(path, function, call, False)
+        return self._key(place, call)
+
+    def _key(self, place: tuple[str, str], call: int) -> SiteKey:
+        if torch.compiler.is_compiling():
+            return SiteKey(*place, call, False)
+        keys = self._keys.setdefault(place, [])
+        while len(keys) <= call:
+            keys.append(SiteKey(*place, len(keys), False))
+        return keys[call]
 
     def forget(self) -> None:
         """Forget every tensor."""

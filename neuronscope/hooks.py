@@ -11,29 +11,24 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.overrides import TorchFunctionMode
 
-from neuronscope import axes, counting, frames, meters, observer, recomputation, rows, sites
+from neuronscope import axes, counting, frames, functions, gradients, meters, observer, recomputation, rows, sites
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
+from neuronscope.functions import FunctionWatch, first_input
+from neuronscope.gradients import InertHook
 from neuronscope.handles import Handles, compilations
-from neuronscope.observer import AxisSource, Call, InertHook, MeterSource, Observer, unwatched
+from neuronscope.observer import AxisSource, Call, MeterSource, Observer, unwatched
 from neuronscope.sites import Activation, Registry, walk
 
 __all__ = ["Tap"]
 
-_PRODUCTS = frozenset(
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
-    if hasattr(home, name)
-)
 #: Packages whose modules measure a network and are no part of it: what they apply is nobody's activation.
 _BYSTANDERS = frozenset({"torchmetrics"})
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
@@ -68,8 +63,8 @@ class Tap:
         self.running: list[Call | None] = []  # activation modules that are running, one inside another
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
-        self._mode = _FunctionWatch(self)
-        self._entered: list[_FunctionWatch] = []  # at most one
+        self._mode = FunctionWatch(self)
+        self._entered: list[FunctionWatch] = []  # at most one
         self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
         self._handles = Handles()
@@ -321,7 +316,7 @@ class _Before(InertHook):
         if self.tap.observing:
             try:
                 with unwatched():
-                    self.tap.before(self.path, self.activation, module, _input(args, kwargs))
+                    self.tap.before(self.path, self.activation, module, first_input(args, kwargs))
             except Exception as error:
                 self.tap.fail(error)
 
@@ -334,93 +329,11 @@ class _After(InertHook):
         if self.tap.observing:
             try:
                 with unwatched():
-                    self.tap.after(_input(args, kwargs), output)
+                    self.tap.after(first_input(args, kwargs), output)
             except Exception as error:
                 self.tap.fail(error)
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def _in_compiled_graph() -> bool:
-    """Whether a graph that was traced before runs now: a debugging back end calls its functions one by one, in Python.
-
-    What they compute was counted by the calls that stand in the graph.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(2)
-    for _ in range(4):  # the mode is called by the function, through its dispatcher, and that by the graph's code
-        if frame.f_code.co_filename.startswith("<eval_with_key>"):
-            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
-
-
-class _FunctionWatch(TorchFunctionMode):
-    """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
-
-    def __init__(self, tap: Tap) -> None:
-        super().__init__()
-        self.tap = tap
-        self.handling = False  # torch has taken the mode off the stack while it handles a call
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.compiler.is_compiling():
-            return self._see(func, args, kwargs or {})
-        before, self.handling = self.handling, True
-        try:
-            return self._see(func, args, kwargs or {})
-        finally:
-            self.handling = before
-
-    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tap = self.tap
-        if tap.running or not tap.observing or (tap.observer.compiled and _in_compiled_graph()):
-            return func(*args, **kwargs)
-        activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
-        if activation is not None:
-            return self._activation(activation, func, args, kwargs)
-        output = func(*args, **kwargs)
-        if isinstance(output, (Tensor, tuple, list)):
-            self._follow(func, args, kwargs, output)
-        return output
-
-    def _activation(
-        self, activation: Activation, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        tap = self.tap
-        x = _input(args, kwargs)
-        call: Call | None = None
-        try:
-            with unwatched():
-                halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                call = tap.observer.begin(tap.observer.frame.owner, activation.name, activation, x, halved)
-        except Exception as error:
-            tap.fail(error)
-        output = func(*args, **kwargs)
-        if call is not None and tap.observing:
-            try:
-                with unwatched():
-                    tap.observer.end(call, x, output)
-            except Exception as error:
-                tap.fail(error)
-        return output
-
-    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tap = self.tap
-        try:
-            with unwatched():
-                tap.observer.frame.flow.follow(func, args, kwargs, output)
-                if tap.functional and func in _PRODUCTS:
-                    tap.observer.product(args, output)
-        except Exception as error:
-            tap.fail(error)
-
-
-skip_frames((axes, counting, frames, meters, observer, recomputation, rows, sites, sys.modules[__name__]))
+skip_frames(
+    (axes, counting, frames, functions, gradients, meters, observer, recomputation, rows, sites, sys.modules[__name__])
+)

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.census import SiteInfo
 from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
+from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient
 from neuronscope.meters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.sites import Activation, SiteKey
 
-__all__ = ["AxisSource", "Call", "InertHook", "MeterSource", "Observer", "unwatched"]
+__all__ = ["AxisSource", "Call", "MeterSource", "Observer", "unwatched"]
 
 #: Gives the meter for a site, or ``None`` where the site is not wanted: (phase, key, info, neurons, device).
 MeterSource = Callable[[str, SiteKey, SiteInfo, int, torch.device], "Meter | None"]
@@ -37,14 +39,16 @@ class Call(NamedTuple):
         key: The site.
         meter: Where it is counted; ``None`` where it is not wanted.
         axis: The neurons' dimension.
-        info: What the site is.
+        axis_source: How that is known.
+        activation: What is applied.
         examples: Independent examples behind the call.
     """
 
     key: SiteKey
     meter: Meter | None
     axis: int
-    info: SiteInfo
+    axis_source: str
+    activation: Activation
     examples: int
 
 
@@ -75,6 +79,8 @@ class Observer:
         self._axes: dict[SiteKey, int] = {}  # where each site's neurons lay when it was last called
         self._make_meter = meters
         self._declared = axes
+        self._declared_axes: dict[SiteKey, int | None] = {}
+        self._gradient_hooks: dict[tuple[SiteKey, int, int | None], CountedGradient] = {}
         self._leaf_handles: list[RemovableHandle] = []
         self._suspects: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -177,7 +183,7 @@ class Observer:
             kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
             self.unseen.setdefault(key.name, f"{kind} cannot be counted")
             return None
-        declared = self._traced_axis(key.name) if compiling else self._declared(key.name)
+        declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
         if declared is None:
             axis, source, mixed = frame.flow.of(x)
             if mixed:
@@ -196,15 +202,17 @@ class Observer:
         if halved is not None:
             halved = halved % x.dim()
             neurons = neurons // 2 if halved == axis else neurons
-        info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source)
-        meter = self._meter_of(key, info, neurons, x)
+        meter = self._known(key, neurons)
+        if meter is None:
+            info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source)
+            meter = self._meter_of(key, info, neurons, x)
         if not compiling:
             self._axes[key] = axis
         if meter is not None and x.requires_grad and torch.is_grad_enabled():
-            self._ask_gradient(x, (path, function), meter, axis, halved)
+            self._ask_gradient(x, key, meter, axis, halved)
         frame.roles.put(x, (False, *key))
         examples = x.shape[0] if loose else frame.examples
-        return Call(key, meter, axis, info, examples)
+        return Call(key, meter, axis, source, activation, examples)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
         """A site that began has made ``y`` of ``x``: count it."""
@@ -220,7 +228,7 @@ class Observer:
                 )
         if isinstance(x, Tensor):
             self.frame.flow.same(x, y)
-        gate = (call.axis, call.info.axis_source, call.info.activation, call.examples)
+        gate = (call.axis, call.axis_source, call.activation.name, call.examples)
         self.frame.roles.put(y, (True, *call.key, *gate))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
@@ -251,6 +259,18 @@ class Observer:
         step = self.clock if torch.compiler.is_compiling() else self.step
         add_outputs(meter, _local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
 
+    def _declared_axis(self, key: SiteKey) -> int | None:
+        if key not in self._declared_axes:
+            self._declared_axes[key] = self._declared(key.name)
+        return self._declared_axes[key]
+
+    def _known(self, key: SiteKey, neurons: int) -> Meter | None:
+        """The meter of a site that was met before in this phase, in eager mode."""
+        if torch.compiler.is_compiling():
+            return None
+        meter = self._meters.get((self.phase, key))
+        return meter if meter is not None and meter.neurons == neurons else None
+
     def _meter_of(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> Meter | None:
         if torch.compiler.is_compiling():
             traced_info = (info.activation, info.kind, info.linear_when_on, info.axis, info.axis_source)
@@ -275,11 +295,15 @@ class Observer:
                 made.gate = self._meters.get((phase, key._replace(gated=False)))
         return self._meters[phase, key]
 
-    def _ask_gradient(self, x: Tensor, place: tuple[str, str], meter: Meter, axis: int, halved: int | None) -> None:
+    def _ask_gradient(self, x: Tensor, key: SiteKey, meter: Meter, axis: int, halved: int | None) -> None:
         if torch.compiler.is_compiling():
             ask_gradients(x, axis, halved, meter)
             return
-        self._hook(x, _Gradient(self, place, lambda: (meter, axis), halved))
+        hook = self._gradient_hooks.get((key, axis, halved))
+        if hook is None or hook.meter is not meter:
+            hook = CountedGradient(self, (key.path, key.function), halved, meter, axis)
+            self._gradient_hooks[key, axis, halved] = hook
+        self._hook(x, hook)
 
     def _ask_again(self, x: Tensor, path: str, function: str, halved: int | None) -> None:
         """A checkpoint runs a site again: its output was counted before, but its gradient may come only now."""
@@ -294,14 +318,14 @@ class Observer:
             key = SiteKey(path, function, call, False)
             return self._meters.get((self.phase, key)), self._axes.get(key, 0)
 
-        self._hook(x, _Gradient(self, place, site, halved))
+        self._hook(x, RecomputedGradient(self, place, halved, site))
 
     def _is_asked(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the site asked this very tensor before: a checkpoint that is not reentrant runs on it again."""
         hooks = (x._backward_hooks or {}).values()
-        return any(isinstance(hook, _Gradient) and (hook.observer, hook.place) == (self, place) for hook in hooks)
+        return any(isinstance(hook, GradientHook) and (hook.observer, hook.place) == (self, place) for hook in hooks)
 
-    def _hook(self, x: Tensor, hook: _Gradient) -> None:
+    def _hook(self, x: Tensor, hook: GradientHook) -> None:
         handle = x.register_hook(hook)
         if x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step: its hook must not
@@ -314,18 +338,18 @@ class Observer:
 
 def _real(tensor: Tensor) -> bool:
     """Whether a tensor holds numbers that can be counted."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return (
-        tensor.device.type != "meta"
-        and tensor.layout == torch.strided
+        not tensor.is_meta
+        and tensor.layout is torch.strided
         and not tensor.is_nested
-        and not isinstance(tensor, FakeTensor)
+        and (type(tensor) is Tensor or not isinstance(tensor, FakeTensor))
     )
 
 
 def _local(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor that this rank holds; any other tensor as it is."""
+    if type(tensor) is Tensor:
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -333,39 +357,3 @@ def _local(tensor: Tensor) -> Tensor:
 def unwatched() -> Any:
     """A context in which our own arithmetic is seen by no function mode, ours or anybody's."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
-
-
-class InertHook:
-    """A hook that a copied or pickled model carries only as a function of the standard library that does nothing."""
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return contextlib.nullcontext().__exit__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-class _Gradient(InertHook):
-    __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
-
-    def __init__(
-        self,
-        observer: Observer,
-        place: tuple[str, str],
-        site: Callable[[], tuple[Meter | None, int]],
-        halved: int | None,
-    ) -> None:
-        self.observer = observer
-        self.place = place
-        self.site = site
-        self.halved = halved
-
-    def __call__(self, gradient: Tensor | None) -> None:
-        meter, axis = self.site()
-        # No gradient comes where only another part of a split tensor was used.
-        if meter is not None and meter.open and gradient is not None:
-            try:
-                with unwatched():
-                    self.observer.gradient(gradient, meter, axis, self.halved)
-            except Exception as error:
-                self.observer.fail(error)

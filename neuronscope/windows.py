@@ -113,8 +113,8 @@ class PhaseRecord:
         Args:
             step: Optimizer steps taken.
             window_steps: Steps of a window at least.
-            alone: Says whether no other rank counts along. Otherwise all must answer alike, whatever each has seen: then a window
-                that is not sure yet is looked at again after as many steps.
+            alone: Says whether no other rank counts along. Otherwise all must answer alike, whatever each has seen:
+                then a window that is not sure yet is looked at again after as many steps.
         """
         if step - self._looked_at_step < window_steps or (alone() and not self._has_enough()):
             return False
