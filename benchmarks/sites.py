@@ -1,7 +1,8 @@
 """What one site costs, in microseconds, for tensors of 1 kB to 1 MB: where small tensors are, hooks are what counts.
 
 A chain of linear layers and ReLUs of one width runs forward and backward, watched and not, interleaved in one process;
-times are of this process alone (CPU time), so that others on the machine do not count. The difference is divided by the number of sites: *whole*. Of it, what counting an output and a gradient of that size
+times are of this process alone (CPU time), so that others on the machine do not count. The difference is divided by the
+number of sites: *whole*. Of it, what counting an output and a gradient of that size
 takes is measured alone (*outputs*, *gradients*); the rest is *hooks*: Python, numbering the call, following the
 neurons' axis, asking for the gradient. Medians and, in brackets, minima.
 

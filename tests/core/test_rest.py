@@ -1,0 +1,242 @@
+"""Between observed steps the hooks are off the model: it is then as unwatched, and nothing that is counted changes.
+
+What ``torch.compile`` may trace keeps its hooks, and what it traced without them is said to be missed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+from tests.core.slow_twin import Twin, Watched, assert_same, hook_tables
+
+
+class Net(nn.Module):
+    """Module, functional, gated and reused sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.up, self.head = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.relu, self.silu = nn.ReLU(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        x = self.relu(self.second(x))
+        return self.head(F.gelu(self.silu(self.second(x)) * self.up(x)))
+
+
+def step(model: nn.Module, scope: ns.Scope, size: int = 4) -> None:
+    model(torch.randn(size, 3)).sum().backward()
+    scope.step()
+
+
+def bears_hooks(model: nn.Module) -> bool:
+    return any(hooks for tables in hook_tables(model).values() for hooks in tables.values())
+
+
+def test_hooks_are_on_the_model_at_observed_steps_only():
+    model = Net()
+    with ns.watch(model, every_n_steps=5) as scope:
+        seen = []
+        for _ in range(11):
+            seen.append(bears_hooks(model))
+            step(model, scope)
+        # Steps 0, 5 and 10 are observed.
+        assert seen == [number % 5 == 0 for number in range(11)]
+    assert scope.census()["relu"].positions == 3 * 4
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_a_rest_too_short_to_pay_leaves_the_hooks_where_they_are(every):
+    model = Net()
+    with ns.watch(model, every_n_steps=every) as scope:
+        for _ in range(5):
+            step(model, scope)
+            assert bears_hooks(model)
+
+
+def test_hooks_stay_until_the_model_has_run():
+    """A model whose first forward is compiled may not have been called yet when the first steps are told."""
+    model = Net()
+    with ns.watch(model, every_n_steps=10) as scope:
+        with pytest.warns(ns.NeuronscopeWarning, match="No activation of Net was seen"):
+            scope.step()
+        assert bears_hooks(model)
+
+
+def test_counts_over_rests_phases_and_pauses_are_the_twins():
+    watched, twin = Watched(every_n_steps=7), Twin({None: 1}, every=7)
+    for watcher in (watched, twin):
+        torch.manual_seed(0)
+        model = Net()
+        with watcher.attach(model):
+            for number in range(24):
+                watcher.backward(model(torch.randn(5, 3)).square().sum())
+                if number % 4 == 1:
+                    with watcher.phase("val"), torch.no_grad():
+                        model(torch.randn(3, 3))
+                watcher.step()
+    for phase in ("train", "val"):
+        assert_same(watched.scope.census(phase), twin.tallies(phase))
+
+
+def test_hooks_go_back_where_they_stood():
+    """A hook that was there before ours still runs before it, one that came later still after it."""
+    model, order = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), []
+
+    def note(name: str, **options: bool) -> None:
+        model[1].register_forward_pre_hook(lambda module, args: order.append(name), **options)
+
+    note("before")
+    with ns.watch(model, every_n_steps=5) as scope:
+        before = scope._tap.before
+        scope._tap.before = lambda *args: (order.append("ours"), before(*args))[1]
+        note("after")
+        note("first", prepend=True)
+        for number in range(6):
+            step(model, scope)
+            if number == 2:  # while ours are off
+                note("late")
+    assert order[:4] == ["first", "before", "ours", "after"]
+    assert order[4:7] == ["first", "before", "after"]
+    assert order[-5:] == ["first", "before", "ours", "after", "late"]
+
+
+def test_two_scopes_of_different_rests():
+    model = Net()
+    before = hook_tables(model)
+    with ns.watch(model, every_n_steps=5) as one, ns.watch(model, every_n_steps=7) as two:
+        for _ in range(15):
+            model(torch.randn(4, 3)).sum().backward()
+            one.step()
+            two.step()
+    # Steps 0, 5, 10 and steps 0, 7, 14, of 4 examples.
+    assert (one.census()["relu"].positions, two.census()["relu"].positions) == (12, 12)
+    assert hook_tables(model) == before
+
+
+def test_copied_detached_and_failed_while_the_hooks_are_off():
+    model = Net()
+    before = hook_tables(model)
+    with pytest.raises(ZeroDivisionError), ns.watch(model, every_n_steps=50) as scope:
+        step(model, scope)
+        twin = copy.deepcopy(model)
+        assert hook_tables(twin).keys() == before.keys()
+        assert not bears_hooks(twin)
+        raise ZeroDivisionError
+    assert hook_tables(model) == before
+    assert scope.detached
+
+
+def test_a_module_that_is_gone_when_the_hooks_come_back():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
+    with ns.watch(model, every_n_steps=5) as scope:
+        step(model, scope)
+        del model[3]
+        for _ in range(5):
+            step(model, scope)
+    assert scope._tap.failure is None
+    assert scope.census()["1"].positions == 8
+    assert scope.census()["3"].positions == 4
+
+
+# --- torch.compile
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+compiles = [
+    pytest.mark.usefixtures("_fresh_compiler"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+]
+
+
+def with_marks(marks: list) -> object:
+    def mark(test: object) -> object:
+        for each in marks:
+            test = each(test)
+        return test
+
+    return mark
+
+
+@with_marks(compiles)
+@pytest.mark.parametrize("way", ["compile", "in place", "part"])
+def test_a_compiled_model_keeps_its_hooks_and_is_counted(way):
+    model = Net()
+    if way == "part":
+        model.head = torch.compile(model.head, backend="eager")
+    elif way == "in place":
+        model.compile(backend="aot_eager")
+    run = torch.compile(model, backend="aot_eager") if way == "compile" else model
+    with ns.watch(model, every_n_steps=5) as scope:
+        for _ in range(11):
+            run(torch.randn(4, 3)).sum().backward()
+            scope.step()
+            assert bears_hooks(model)
+    # Steps 0, 5 and 10 of 4 examples
+    counts = {name: (tally.positions, tally.gradient_positions) for name, tally in scope.census().items()}
+    assert counts == dict.fromkeys(("relu", "relu#1", "silu", "silu.gated", "gelu()"), (12, 12))
+    assert not scope.report().not_measured
+
+
+@with_marks(compiles)
+@pytest.mark.parametrize("way", ["model", "function"])
+def test_what_is_compiled_while_the_hooks_are_off_is_said_to_be_missed(way):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    run = torch.compile(model if way == "model" else lambda x: model(x), backend="aot_eager")
+    with ns.watch(model, every_n_steps=5) as scope:
+        step(model, scope)
+        for _ in range(10):
+            run(torch.randn(4, 3)).sum().backward()
+            scope.step()
+        assert scope.census()["1"].positions == 4
+        (missing,) = scope.report().not_measured
+        assert missing.name == "1"
+        assert "torch.compile ran while nothing was observed, and at step 5 this site was not seen" in missing.reason
+        torch._dynamo.reset()  # what the reason advises
+        for _ in range(5):
+            run(torch.randn(4, 3)).sum().backward()
+            scope.step()
+        assert scope.census()["1"].positions == 8  # step 15 too
+
+
+@with_marks(compiles)
+def test_a_model_whose_own_hooks_run_outside_of_the_graph_is_traced_again():
+    """They enter our function mode, and that makes the compiler look again at what it traced without it."""
+    model = Net()
+    run = torch.compile(model, backend="aot_eager")
+    with ns.watch(model, every_n_steps=5) as scope:
+        step(model, scope)
+        for _ in range(10):
+            run(torch.randn(4, 3)).sum().backward()
+            scope.step()
+    # Steps 0, 5 and 10 of 4 examples
+    assert {tally.positions for tally in scope.census().values()} == {12}
+    assert not scope.report().not_measured
+
+
+@with_marks(compiles)
+def test_another_model_that_is_compiled_meanwhile_is_no_loss():
+    model, other = Net(), torch.compile(nn.Linear(3, 3), backend="eager")
+    with ns.watch(model, every_n_steps=5) as scope:
+        for number in range(11):
+            step(model, scope)
+            if number == 1:
+                other(torch.randn(2, 3))
+    assert scope.census()["relu"].positions == 12
+    assert not scope.report().not_measured
