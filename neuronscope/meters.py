@@ -74,12 +74,7 @@ class Meter:
         counters = self.counters
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.outputs):
-                self._add(
-                    self.outputs.zeros(),
-                    self.outputs.magnitudes(),
-                    self.outputs.last_active(),
-                    self.outputs.first_active(),
-                )
+                self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
                 self.outputs.clear()
             if len(self.gradients):
                 counters.zero_gradients.add_(self.gradients.zeros())

@@ -28,7 +28,8 @@ class Rows:
     >>> rows = Rows(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
     >>> rows.keep(positions=4, step=7)
-    >>> rows.zeros(), rows.last_active(), rows.first_active().eq(NEVER)
+    >>> last, first = rows.active()
+    >>> rows.zeros(), last, first.eq(NEVER)
     (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
     """
 
@@ -75,19 +76,11 @@ class Rows:
         """Magnitudes of all rows, float64 ``(N,)``."""
         return self._kept(1).sum(0, dtype=torch.float64)
 
-    def last_active(self) -> Tensor:
-        """The last step at which each neuron fired, int64 ``(N,)``; −1 where it never did."""
-        return torch.where(self._fired(), self._steps_column(), -1).amax(0)
-
-    def first_active(self) -> Tensor:
-        """The first such step; ``NEVER`` where it never did."""
-        return torch.where(self._fired(), self._steps_column(), NEVER).amin(0)
+    def active(self) -> tuple[Tensor, Tensor]:
+        """The last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` where none."""
+        positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
+        fired = self._kept(0) < positions
+        return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)
 
     def _kept(self, quantity: int) -> Tensor:
         return self._rows[: len(self), quantity]
-
-    def _fired(self) -> Tensor:
-        return self._kept(0) < torch.tensor(self._positions, dtype=torch.float32, device="cpu")[:, None]
-
-    def _steps_column(self) -> Tensor:
-        return torch.tensor(self._steps, dtype=torch.int64, device="cpu")[:, None]

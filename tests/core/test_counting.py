@@ -225,6 +225,37 @@ def test_a_meter_step_by_step():
     assert meter.settle().first_active.tolist() == [NEVER] * 3
 
 
+@pytest.mark.parametrize("neurons", [1, 7, 3000, 20_000])
+def test_many_calls_of_one_meter(neurons):
+    """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added."""
+    meter = Meter(neurons, torch.device("cpu"))
+    zeros, broken, gradients = (np.zeros(neurons, dtype=np.int64) for _ in range(3))
+    magnitude, last, first = np.zeros(neurons), np.full(neurons, -1), np.full(neurons, NEVER)
+    generator = torch.Generator().manual_seed(neurons)
+    for number in range(150):
+        y = torch.randn(1 + number % 5, neurons, generator=generator).sub_(1).relu_()
+        if number % 40 == 7:
+            y[0, 0] = math.nan
+        step = number // 3 * 2
+        add_outputs(meter, y, 1, len(y), step, SCRATCH, 0.0)
+        add_gradients(meter, y, 1, SCRATCH)
+        counted = plain(y, 1)
+        zeros, broken, magnitude = zeros + counted[0], broken + counted[1], magnitude + counted[2]
+        gradients = gradients + counted[0]
+        fired = counted[0] + counted[1] < len(y)
+        last, first = np.where(fired, step, last), np.where(fired & (first == NEVER), step, first)
+        if number % 60 == 50:
+            meter.settle()
+    counters = meter.settle()
+    assert counters.zero_outputs.tolist() == zeros.tolist()
+    assert counters.zero_gradients.tolist() == gradients.tolist()
+    assert counters.not_finite.tolist() == broken.tolist()
+    assert counters.last_active.tolist() == last.tolist()
+    assert counters.first_active.tolist() == first.tolist()
+    np.testing.assert_allclose(counters.abs_sum.numpy(), magnitude, rtol=1e-5)
+    assert meter.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
+
+
 def test_no_random_number_is_drawn():
     state = torch.get_rng_state()
     assert_counts(torch.ones(500, 40), 1)
