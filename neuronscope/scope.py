@@ -362,7 +362,9 @@ def watch(
         functional: Watch functional activations (``F.relu``) and gated products (``silu(g) * u``) too.
         axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
         policy: The thresholds; see :class:`neuronscope.Policy`.
-        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
+        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind. A
+            function of plain Python is decorated with ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so
+            that its calls are seen.
         window_steps: Optimizer steps of a window at least; it stays open until its examples suffice for the policy.
         join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
             left, with collectives in which every rank takes part. Reading a census or a report never waits for others.
