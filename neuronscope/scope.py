@@ -314,7 +314,7 @@ class Scope:
         return self._records[phase]
 
     def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._selection.wants(key.name):
+        if not self._selection.meets(key.name):
             return None
         return self._record(phase).add_meter(key, info, neurons, device)
 
@@ -323,20 +323,8 @@ class Scope:
         if self._checked:
             return
         self._checked = True
-        names = list(self._record("train").census("open"))
-        shown = ", ".join(names[:8]) or "none"
-        for pattern in self._selection.unmatched:
-            warnings.warn(
-                f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {shown}.",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
-        if not names:
-            warnings.warn(
-                f"No activation of {self._model_name} was seen in the first observed step; nothing is being measured.",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
+        for message in self._selection.complaints(self._model_name):
+            warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 
 def watch(

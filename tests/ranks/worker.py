@@ -1,4 +1,4 @@
-"""What each of two ranks runs: ``python -m tests.ranks.worker TASK RANK PORT FOLDER``; the result is saved in FOLDER."""
+"""What each of two ranks runs: ``python -m tests.ranks.worker TASK RANK PORT FOLDER``; its result goes to FOLDER."""
 
 from __future__ import annotations
 
