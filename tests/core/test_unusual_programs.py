@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -289,6 +290,49 @@ def test_a_forward_in_another_thread_is_counted():
     for name, tally in here.scope.census().items():
         assert watched.scope.census()[name].zero_outputs.tolist() == tally.zero_outputs.tolist()
         assert watched.scope.census()[name].gradient_positions == tally.gradient_positions == 5 * STEPS
+
+
+def test_forwards_in_several_threads_at_once_are_left_alone_and_it_is_said():
+    """Each thread has a stack of function modes of its own: what is on it is what the user put there, before and after.
+
+    Two threads meet in the middle of a forward; the first is counted, the second runs as if nobody watched.
+    """
+    meeting = threading.Barrier(2, timeout=60)
+
+    class Meeting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            meeting.wait()
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), Meeting(), nn.Linear(6, 6), Rectifying())
+    before = hook_tables(model)
+
+    def forward(number: int) -> tuple[Tensor, list[str]]:
+        with torch.device("cpu"):
+            y = model(data(number, 5, 4))
+            return y, [type(mode).__name__ for mode in torch.overrides._get_current_function_mode_stack()]
+
+    expected = [model[4](model[3](model[1](model[0](data(number, 5, 4))))) for number in range(2)]
+    with ns.watch(model) as scope:
+        for _ in range(10):
+            with concurrent.futures.ThreadPoolExecutor(2) as pool:
+                found = list(pool.map(forward, range(2)))
+            for (y, modes), wanted in zip(found, expected):
+                assert y.equal(wanted)
+                assert modes == ["DeviceContext"]
+            sum(y for y, _ in found).sum().backward()
+            scope.step()
+    assert scope._tap.failure is None
+    assert hook_tables(model) == before
+    assert torch.overrides._len_torch_function_stack() == 0
+    assert scope.census()["1"].positions == 10 * 5
+    (missing,) = scope.report().not_measured
+    assert (missing.name, "several threads at once" in missing.reason) == ("(root)", True)
+
+
+class Rectifying(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
 
 
 def test_data_parallel_without_a_device_has_plain_names():
