@@ -62,8 +62,8 @@ random numbers are bit for bit those of the run that nobody watched, and every h
 LIGHTNING_INTRODUCTION = """\
 ### Lightning's Trainer
 
-Rows of `tests/callbacks/networks.py`, each of 20 steps at least: the counts are those of the module's own record
-(`test_counts.py`), and weights, random numbers and hook tables those of the run without us (`test_no_harm.py`).
+Rows of `tests/callbacks/networks.py`: the counts are those of the module's own record (`test_counts.py`), and over 20
+steps and more, weights, random numbers and hook tables are those of the run without us (`test_no_harm.py`).
 """
 TESTS = {
     "Other set-ups": "tests/core/test_setups.py",
@@ -76,6 +76,7 @@ TESTS = {
     "Bad input": "tests/core/test_scope_usage.py",
     "What breaks other tools": "tests/core/test_peers_table.py",
     "Activations × layouts": "tests/core/test_activations_table.py",
+    "The neuron axis": "tests/core/test_axis_shown.py",
     "Activation classes, and those of one's own": "tests/core/test_registration.py",
     "Activation classes of transformers and timm": "tests/networks/test_activation_classes.py",
     "Weights in other places": "tests/networks/test_weights.py",

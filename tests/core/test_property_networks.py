@@ -121,14 +121,16 @@ def programs(draw: st.DrawFn) -> Program:
     if checkpointing == "reentrant":  # a bare function in a recomputed segment is unseen; see test_setups.py
         segment = [("functional" if kind == "root" else kind, act) for kind, act in operations[start:stop]]
         operations[start:stop] = segment
+    layout = draw(st.sampled_from(sorted(LAYOUTS)))
     return Program(
-        layout=draw(st.sampled_from(sorted(LAYOUTS))),
+        layout=layout,
         operations=tuple(operations),
         segment=(start, stop),
         checkpointing=checkpointing,
         shared=draw(st.sampled_from(IN_PLACE)),
         shared_in_place=draw(st.booleans()),
-        autocast=draw(st.booleans()),
+        # Torch's own 3-d convolutions in bfloat16 give other bits from run to run, watched or not.
+        autocast=draw(st.booleans()) and layout not in ("BCDHW", "BDHWC"),
         accumulate=draw(st.integers(1, 2)),
         twice=draw(st.booleans()),
         window=draw(st.sampled_from([1, 2, 100])),
