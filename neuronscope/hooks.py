@@ -22,9 +22,9 @@ from neuronscope import axes, counting, frames, functions, gradients, meters, ob
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
 from neuronscope.functions import FunctionWatch, first_input
-from neuronscope.gradients import InertHook
+from neuronscope.gradients import InertHook, unwatched
 from neuronscope.handles import Handles, compilations
-from neuronscope.observer import AxisSource, Call, MeterSource, Observer, unwatched
+from neuronscope.observer import AxisSource, Call, MeterSource, Observer
 from neuronscope.sites import Activation, Registry, walk
 
 __all__ = ["Tap"]
