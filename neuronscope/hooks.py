@@ -31,6 +31,8 @@ __all__ = ["Tap"]
 
 #: Packages whose modules measure a network and are no part of it: what they apply is nobody's activation.
 _BYSTANDERS = frozenset({"torchmetrics"})
+#: Steps without observation from which on it pays to take the hooks off the model and put them back.
+_REST = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -115,12 +117,14 @@ class Tap:
         self._handles.remove()
         self.observer.close()
 
-    def rest(self) -> None:
-        """Nothing is observed for some steps: take the hooks off, but for a model that the compiler has to do with.
+    def rest(self, steps: int) -> None:
+        """Nothing is observed for ``steps`` steps: take the hooks off, but for a model that the compiler has to do with.
 
         It traces hooks with the model, and looks at them never again: they stay on until the model has run, and from
         then on if anything was traced since it is watched, or is to be.
         """
+        if steps < _REST:
+            return
         frame, model = self.observer.frame, self._model()
         ran = frame.ran_whole or frame.ran_in_parts
         self._compiles |= self.observer.compiled or self._compilations != compilations()
