@@ -118,7 +118,7 @@ class Tap:
         self.observer.close()
 
     def rest(self, steps: int) -> None:
-        """Nothing is observed for ``steps`` steps: take the hooks off, but for a model that the compiler has to do with.
+        """Nothing is observed for ``steps`` steps: take the hooks off, unless the compiler has to do with the model.
 
         It traces hooks with the model, and looks at them never again: they stay on until the model has run, and from
         then on if anything was traced since it is watched, or is to be.
