@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.observer import Call, Observer, unwatched
+from neuronscope.gradients import unwatched
+from neuronscope.observer import Call, Observer
 from neuronscope.sites import Activation, Registry
 
 __all__ = ["FunctionWatch", "Watch", "first_input"]

@@ -34,9 +34,9 @@ from neuronscope import (
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
 from neuronscope.functions import FunctionWatch, first_input
-from neuronscope.gradients import InertHook
+from neuronscope.gradients import InertHook, unwatched
 from neuronscope.handles import Handles, compilations
-from neuronscope.observer import AxisSource, Call, MeterSource, Observer, unwatched
+from neuronscope.observer import AxisSource, Call, MeterSource, Observer
 from neuronscope.sites import Activation, Registry, walk
 from neuronscope.threads import EnteredMode, Turn
 
@@ -44,6 +44,8 @@ __all__ = ["Tap"]
 
 #: Packages whose modules measure a network and are no part of it: what they apply is nobody's activation.
 _BYSTANDERS = frozenset({"torchmetrics"})
+#: Steps without observation from which on it pays to take the hooks off the model and put them back.
+_REST = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -127,12 +129,14 @@ class Tap:
         self._handles.remove()
         self.observer.close()
 
-    def rest(self) -> None:
-        """Nothing is observed for some steps: take the hooks off, but for a model that the compiler has to do with.
+    def rest(self, steps: int) -> None:
+        """Nothing is observed for ``steps`` steps: take the hooks off, unless the compiler has to do with the model.
 
         It traces hooks with the model, and looks at them never again: they stay on until the model has run, and from
         then on if anything was traced since it is watched, or is to be.
         """
+        if steps < _REST:
+            return
         frame, model = self.observer.frame, self._model()
         ran = frame.ran_whole or frame.ran_in_parts
         self._compiles |= self.observer.compiled or self._compilations != compilations()

@@ -6,7 +6,6 @@ once and for real, such as making a meter, is a constant of the trace.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradi
 from neuronscope.meters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.sites import Activation, SiteKey
 
-__all__ = ["AxisSource", "Call", "MeterSource", "Observer", "unwatched"]
+__all__ = ["AxisSource", "Call", "MeterSource", "Observer"]
 
 #: Gives the meter for a site, or ``None`` where the site is not wanted: (phase, key, info, neurons, device).
 MeterSource = Callable[[str, SiteKey, SiteInfo, int, torch.device], "Meter | None"]
@@ -364,8 +363,3 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
-
-
-def unwatched() -> Any:
-    """A context in which our own arithmetic is seen by no function mode, ours or anybody's."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()

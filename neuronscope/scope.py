@@ -28,8 +28,6 @@ from neuronscope.windows import WINDOWS, PhaseRecord
 __all__ = ["Scope", "watch"]
 
 _STATE_VERSION = 1
-#: Steps without observation from which on it pays to take the hooks off the model and put them back.
-_REST = 4
 
 
 class Scope:
@@ -131,7 +129,7 @@ class Scope:
             self._tap.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps, self._counts_alone):
+        if record.is_due(self._step, self.window_steps, lambda: self._join is None or world_size() == 1):
             record.flush(self._join)
             closed = record.is_sure() and record.close()
         self._observe()
@@ -211,17 +209,14 @@ class Scope:
             return
         tap.observer.turn_to(self._phase, self._step)
         tap.set_observing(observing)
-        if not observing and not self._pauses and self.every_n_steps - self._step % self.every_n_steps >= _REST:
-            tap.rest()
+        if not observing and not self._pauses:
+            tap.rest(self.every_n_steps - self._step % self.every_n_steps)
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""
         record = self._records.get("train")
         last = -1 if record is None else record.last_observed_step
         return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
-
-    def _counts_alone(self) -> bool:
-        return self._join is None or world_size() == 1
 
     def _require_attached(self, what: str) -> None:
         if self._detached:
