@@ -39,7 +39,7 @@ class Turn:
 
 
 class EnteredMode:
-    """A function mode that is entered at most once, and left in the thread that entered it only.
+    """A function mode that is entered at most once in a thread, and left in a thread that entered it only.
 
     Args:
         mode: The mode.
@@ -47,16 +47,22 @@ class EnteredMode:
 
     def __init__(self, mode: TorchFunctionMode) -> None:
         self._mode = mode
-        self._threads: list[int] = []  # at most one; 0 where torch.compile traces
+        self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
 
     def enter(self) -> None:
         """Enter the mode, unless it is entered."""
-        if not self._threads:
-            self._threads.append(0 if torch.compiler.is_compiling() else threading.get_ident())
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here not in self._threads:
+            self._threads.append(here)
             self._mode.__enter__()
 
     def leave(self) -> None:
         """Leave the mode, if this thread entered it: the stack of another is not ours to touch."""
-        if self._threads and (torch.compiler.is_compiling() or self._threads[0] == threading.get_ident()):
-            self._threads.pop()
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here in self._threads:
+            self._threads.remove(here)
             self._mode.__exit__(None, None, None)
+
+
+def _here() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

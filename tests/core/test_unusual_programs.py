@@ -330,6 +330,23 @@ def test_forwards_in_several_threads_at_once_are_left_alone_and_it_is_said():
     assert (missing.name, "several threads at once" in missing.reason) == ("(root)", True)
 
 
+def test_after_an_interrupt_in_another_thread_functions_are_seen_in_this_one():
+    def interrupt(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 6), Rectifying(), nn.Linear(6, 2))
+    handle = model[2].register_forward_pre_hook(interrupt)
+    with ns.watch(model) as scope:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+            pool.submit(plain, model, 0).result()
+        handle.remove()
+        scope.step()
+        plain(model, 1).backward()
+        scope.step()
+    assert scope.census()["1.relu()"].positions == 2 * 5
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
 class Rectifying(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x)
