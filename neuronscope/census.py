@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from neuronscope.errors import StateError
-from neuronscope.meters import Meter
 from neuronscope.verdicts import Counts
 
 __all__ = ["Census", "SiteInfo", "Tally"]
@@ -70,31 +69,6 @@ class Tally:
     positions: int
     gradient_positions: int
     examples: int
-
-    @classmethod
-    def read(cls, info: SiteInfo, meter: Meter) -> Tally:
-        """The counts of a running meter, copied. Waits for the meter's device."""
-        positions, gradient_positions, examples = meter.totals()
-        gradient = meter
-        if meter.gate is not None:
-            gradient = meter.gate
-            gradient_positions = gradient.totals()[1]
-
-        def copied(counter: torch.Tensor) -> Any:
-            return counter.detach().to("cpu", copy=True).numpy()
-
-        return cls(
-            info=info,
-            zero_outputs=copied(meter.zero_outputs),
-            zero_gradients=copied(gradient.zero_gradients),
-            not_finite_outputs=copied(meter.not_finite),
-            abs_sum=copied(meter.abs_sum),
-            last_active_step=copied(meter.last_active),
-            first_active_step=copied(meter.first_active),
-            positions=positions,
-            gradient_positions=gradient_positions,
-            examples=examples,
-        )
 
     @property
     def neurons(self) -> int:

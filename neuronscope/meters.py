@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,9 +43,13 @@ class Meter:
         self.gradient_positions = 0
         self.examples = 0
 
-    def totals(self) -> tuple[int, int, int]:
-        """Positions, gradient positions and examples so far. Waits for the device."""
-        traced = self.traced.tolist()
+    def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
+        """Positions, gradient positions and examples so far.
+
+        Args:
+            traced: What ``self.traced`` holds, from who has read it; else it is read here, which waits for the device.
+        """
+        traced = self.traced.tolist() if traced is None else traced
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:

@@ -228,7 +228,7 @@ class Scope:
     @property
     def phases(self) -> tuple[str, ...]:
         """Phases of which anything was observed."""
-        return tuple(name for name, record in self._records.items() if record.census("all"))
+        return tuple(name for name, record in self._records.items() if not record.empty)
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """The exact counts of one phase over one window.
@@ -323,7 +323,7 @@ class Scope:
         if self._checked:
             return
         self._checked = True
-        names = list(self._record("train").census("open"))
+        names = self._record("train").open_names()
         shown = ", ".join(names[:8]) or "none"
         for pattern in self._selection.unmatched:
             warnings.warn(
