@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks.__main__ import PARTS
+from benchmarks.__main__ import MARK, PARTS, put_into
 from benchmarks.tables import Table
 from benchmarks.turns import Times, take_turns
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -60,6 +63,18 @@ def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit):
         benchmarks.__main__.main()
     assert "no such part: nothing; there are importing, counting" in capsys.readouterr().err
+
+
+def test_figures_replace_those_below_the_mark_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Prose.\n\n{MARK}\n\nold figures\n")
+    for _ in range(2):
+        put_into(page, "new figures\n\n")
+        assert page.read_text() == f"Prose.\n\n{MARK}\n\nnew figures\n"
+    page.write_text("Prose alone.")
+    with pytest.raises(ValueError, match="Expected a page with the line"):
+        put_into(page, "figures")
+    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count(MARK) == 1
 
 
 def test_runs_take_turns_and_warm_ones_do_not_count() -> None:
