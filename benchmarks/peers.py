@@ -90,13 +90,17 @@ def _wandb(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return checked
 
 
+def _zero_share(out: Tensor) -> Tensor:
+    """Share of zeros by neuron: channels of images, else the last axis."""
+    axis = 1 if out.dim() == 4 else out.dim() - 1
+    return (out == 0).float().mean([dimension for dimension in range(out.dim()) if dimension != axis])
+
+
 def _module_monitor(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     monitor = importlib.import_module("torch_module_monitor").ModuleMonitor(monitor_step_fn=lambda _: True)
     names = [name for name, module in model.named_modules() if isinstance(module, _ACTIVATIONS)]
     pattern = "|".join(f"{name.replace('.', '[.]')}$" for name in names)
-    monitor.add_activation_metric(
-        "zeros", lambda out: (out == 0).float().mean([0, *range(2, out.dim())]), metric_regex=pattern
-    )
+    monitor.add_activation_metric("zeros", _zero_share, metric_regex=pattern)
     monitor.add_gradient_metric("norm", lambda gradient: gradient.norm())
     monitor.set_module(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
