@@ -26,13 +26,13 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test coverage lint format types imports doctest examples bench wheel check browser lowest clean distclean
+.PHONY: help demo test coverage lint format types imports doctest examples bench bench-peers wheel check browser lowest clean distclean
 
 help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
 	@echo "make test      run the tests"
 	@echo "make check     all that CI runs: test, coverage, lint, types, imports, doctest, examples, wheel"
-	@echo "make bench     measure the cost of watching"
+	@echo "make bench     measure the cost of watching, in about eight minutes (make bench-peers: of others too)"
 	@echo "make lowest    run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make format    let ruff put the code in order"
 	@echo "make clean     remove what was made, but for .venv (make distclean removes that too)"
@@ -71,6 +71,13 @@ $(VENV)/.dev: $(VENV)/.test
 $(VENV)/.networks: $(VENV)/.test requirements-networks.txt
 	@rm -rf $(VENV)/networks
 	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/networks -r requirements-networks.txt
+	@touch $@
+
+# Tools that benchmarks compare with. Apart from the rest and without their dependencies but for those listed, so that no
+# test meets them and torch stays as it is.
+$(VENV)/.peers: $(VENV)/.test requirements-peers.txt
+	@rm -rf $(VENV)/peers
+	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/peers -r requirements-peers.txt
 	@touch $@
 
 browser:
@@ -115,7 +122,10 @@ wheel: $(VENV)/.torch
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
 bench: $(VENV)/.test
-	$(RUN) python -m benchmarks.steps
+	$(RUN) python -m benchmarks
+
+bench-peers: $(VENV)/.peers
+	$(RUN) python -m benchmarks peers
 
 # The lower bounds in pyproject.toml, tried: the oldest Python and the oldest of each dependency. Not part of CI, since
 # there torch's CPU build is at hand for one version only.

@@ -1,20 +1,14 @@
-"""What watching costs a training step: unwatched, watched at every step, and watched but not observed, interleaved.
+"""What watching costs a training step in a plain loop: at every step, by default, and on a step that is not observed.
 
-The three runs have equal models and take turns, step by step, in one process, so that a change of the machine's speed
-hits all alike. Given are the ratios to the unwatched run, of medians and of minima; the cost of watching every n-th
-step follows as (observed + (n - 1) · unobserved) / n.
-
-Run it with ``python -m benchmarks.steps [--steps 60]``.
+The runs have equal models and take turns, step by step. The default observes every 20th step, so that its cost is
+(observed + 19 · idle) ÷ 20 of the medians; what closing a window costs besides is in :mod:`benchmarks.windows`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,66 +16,73 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 from benchmarks.nets import NETS
+from benchmarks.tables import Table, milliseconds, ratio
+from benchmarks.turns import Times, take_turns
+from neuronscope.callbacks.lightning import DEFAULT_EVERY_N_STEPS
+
+__all__ = ["NEVER", "one_step", "tables", "training"]
 
 NEVER = 10**9
-
-
-class Ratio(NamedTuple):
-    """Cost of a watched step ÷ cost of an unwatched one."""
-
-    observed_median: float
-    observed_minimum: float
-    idle_median: float
-    idle_minimum: float
-    step_ms: float
+ROUNDS = {"small MLP": 400, "MLP": 60, "CNN": 15, "transformer": 15}
 
 
 def one_step(model: nn.Module, x: Tensor, y: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One training step."""
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def measure(build: Callable[[], tuple[nn.Module, Tensor, Tensor]], steps: int) -> Ratio:
-    """Time ``steps`` steps of each run, in turn."""
+def training(model: nn.Module, x: Tensor, y: Tensor, after: Callable[[], Any] | None = None) -> Callable[[], None]:
+    """A training step of a model with an optimizer of its own, to be called again and again.
+
+    Args:
+        model: The model.
+        x: Its input.
+        y: The target.
+        after: Called after each optimizer step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def step() -> None:
+        one_step(model, x, y, optimizer)
+        if after is not None:
+            after()
+
+    return step
+
+
+def measure(build: Callable[[], tuple[nn.Module, Tensor, Tensor]], rounds: int) -> dict[str, Times]:
+    """Time ``rounds`` steps of each run, in turn."""
     torch.manual_seed(0)
     model, x, y = build()
-    models = [copy.deepcopy(model) for _ in range(3)]
-    scopes = [None, ns.watch(models[1], every_n_steps=1), ns.watch(models[2], every_n_steps=NEVER)]
-    optimizers = [torch.optim.AdamW(each.parameters(), 1e-3) for each in models]
-    times: list[list[float]] = [[], [], []]
-    for step in range(steps + 5):
-        for run, (net, scope, optimizer) in enumerate(zip(models, scopes, optimizers, strict=True)):
-            start = time.perf_counter()
-            one_step(net, x, y, optimizer)
-            if scope is not None:
-                scope.step()
-            if step >= 5:
-                times[run].append(time.perf_counter() - start)
-    medians = [statistics.median(each) for each in times]
-    minima = [min(each) for each in times]
-    return Ratio(
-        medians[1] / medians[0], minima[1] / minima[0], medians[2] / medians[0], minima[2] / minima[0], 1e3 * medians[0]
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print("| net | step, ms | observed, median | observed, min | idle, median | idle, min | every 20th, median |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, build in NETS.items():
-        r = measure(build, arguments.steps)
-        every_20 = (r.observed_median + 19 * r.idle_median) / 20
-        print(
-            f"| {name} | {r.step_ms:.1f} | {r.observed_median:.3f} | {r.observed_minimum:.3f} "
-            f"| {r.idle_median:.3f} | {r.idle_minimum:.3f} | {every_20:.3f} |",
-            flush=True,
+    plain, every, idle = (copy.deepcopy(model) for _ in range(3))
+    with ns.watch(every, every_n_steps=1) as observed, ns.watch(idle, every_n_steps=NEVER) as unobserved:
+        return take_turns(
+            {
+                "unwatched": training(plain, x, y),
+                "observed": training(every, x, y, observed.step),
+                "idle": training(idle, x, y, unobserved.step),
+            },
+            rounds=rounds,
+            warm=5,
         )
 
 
-if __name__ == "__main__":
-    main()
+def tables(*, quick: bool = False) -> Iterator[Table]:
+    """One table, a row a network."""
+    table = Table(
+        "A training step in a plain loop",
+        ("net", "unwatched", "observed", "default", "idle", "observed costs"),
+        note="Ratios to the unwatched step: of medians, of minima in brackets. *Default* is every "
+        f"{DEFAULT_EVERY_N_STEPS}th step observed. *Observed costs* is the difference of the medians.",
+    )
+    for name in list(NETS)[: 1 if quick else None]:
+        times = measure(NETS[name], 1 if quick else ROUNDS[name])
+        base, observed, idle = times["unwatched"], times["observed"].over(times["unwatched"]), times["idle"]
+        quiet = idle.over(base)
+        n = DEFAULT_EVERY_N_STEPS
+        default = ((observed[0] + (n - 1) * quiet[0]) / n, (observed[1] + (n - 1) * quiet[1]) / n)
+        more = milliseconds(max(times["observed"].median - base.median, 0.0))
+        table.rows.append((name, milliseconds(base.median), ratio(observed), ratio(default), ratio(quiet), more))
+    yield table

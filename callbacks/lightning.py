@@ -69,8 +69,9 @@ class DeadNeuronMonitor(Callback):
         images: Whether TensorBoard gets pictures.
         text: Whether TensorBoard gets the diagnosis.
         vectors: Whether TensorBoard gets a byte a neuron and window, for Neuronscope's own tab.
-        drawing_share: Largest share of the run's time that pictures, diagnosis and vectors may take; 1 draws them
-            whenever a window closes. The end of a run is always drawn.
+        drawing_share: Largest share of the run's time that pictures, diagnosis and vectors may take, in a thread of
+            their own; 1 draws them whenever a window closes, and lets training wait where drawing cannot keep up. The
+            end of a run is always drawn, and is on the disk before the run returns.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -187,12 +188,19 @@ class DeadNeuronMonitor(Callback):
                 gate.end_training_batch(self._step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Detach, at the end of every run that went well."""
+        """Detach, at the end of every run that went well, and see everything drawn: loggers are closed next."""
         self._runs.detach()
+        self._publisher.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach, at the end of every run that did not."""
+        """Detach, at the end of every run that did not, and show what was seen of training until then."""
+        training = self._runs.gate is not None and _fits(trainer)
         self._runs.detach(join=False)
+        if training:
+            with self._faults:
+                if "train" in self._watched().phases:
+                    self._tell(trainer, "train", final=True)
+        self._publisher.finish()
 
     # --- training --------------------------------------------------------------------------------------------------
 

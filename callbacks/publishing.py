@@ -1,15 +1,20 @@
 """Publishing: a report's numbers to every logger, its pictures to TensorBoard's, its totals to whoever asks.
 
-Never a lower step for a phase than before, and never more of the run's time for drawing than was allowed.
+Never a lower step for a phase than before, and never more of the run's time for drawing than was allowed. Numbers are
+given at once, in the training's own thread, which is the only one that loggers expect. Pictures, text and vectors are
+drawn in another, straight into TensorBoard's event file, which takes events from any thread.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from neuronscope.callbacks.drawing import Drawer
 from neuronscope.callbacks.faults import Faults
 from neuronscope.errors import UsageError
 from neuronscope.report import Report
@@ -47,7 +52,7 @@ def summary(report: Report) -> str:
 
 @dataclass
 class _Mark:
-    """What a logger was given last for a phase: at which step, of which of the report's, and whether it was drawn."""
+    """What a logger was given last for a phase: at which step, of which of the report's, and whether that is drawn."""
 
     step: int
     report_step: int
@@ -74,7 +79,8 @@ class Publisher:
         images: Whether TensorBoard gets pictures.
         text: Whether TensorBoard gets the diagnosis.
         vectors: Whether TensorBoard gets a byte a neuron.
-        drawing_share: Largest share of the run's time that these three may take, each phase for itself.
+        drawing_share: Largest share of the run's time that these three may take, each phase for itself. At 1 every
+            report is drawn, and training waits where drawing cannot keep up.
 
     Raises:
         UsageError: The share is none.
@@ -90,6 +96,7 @@ class Publisher:
         self._rests_until: dict[str, float] = {}
         self._marks: dict[str, _Mark] = {}
         self._faults = Faults("write to a logger")
+        self._drawer = Drawer()
 
     def publish(self, report: Report, loggers: Sequence[Any], step: int, *, final: bool = False) -> None:
         """Give a report to every logger that was not given this step, or a later one, of its phase.
@@ -113,10 +120,24 @@ class Publisher:
             logger.log_metrics(scalars(report, since=since), step)
         if draws and not mark.drawn and _is_tensorboard(logger):
             mark.drawn = True
-            began = time.monotonic()
-            write(report, _Drawings(logger.experiment), mark.step, **self._drawn)
+            if self._share < 1.0:
+                self._rests_until[report.phase] = math.inf  # until this one is drawn
+            self._drawer.draw(partial(self._draw, report, logger.experiment, mark.step))
+
+    def _draw(self, report: Report, writer: Any, step: int) -> None:
+        """Draw a report, in the drawer's thread, and see it on the disk: whatever ends the program cannot lose it."""
+        began = time.monotonic()
+        try:
+            write(report, _Drawings(writer), step, **self._drawn)
+            writer.flush()
+        finally:
             ended = time.monotonic()
             self._rests_until[report.phase] = ended + (ended - began) * (1.0 / self._share - 1.0)
+
+    def finish(self) -> None:
+        """Wait until all that was given is drawn: before loggers are closed."""
+        with self._faults:
+            self._drawer.finish()
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """What was given last: plain data for a checkpoint."""

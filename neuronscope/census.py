@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from neuronscope.errors import StateError
-from neuronscope.meters import Meter
 from neuronscope.verdicts import Counts
 
 __all__ = ["Census", "SiteInfo", "Tally"]
@@ -70,31 +69,6 @@ class Tally:
     positions: int
     gradient_positions: int
     examples: int
-
-    @classmethod
-    def read(cls, info: SiteInfo, meter: Meter) -> Tally:
-        """The counts of a running meter, copied. Waits for the meter's device."""
-        positions, gradient_positions, examples = meter.totals()
-        counters = gradients = meter.settle()
-        if meter.gate is not None:
-            gradients = meter.gate.settle()
-            gradient_positions = meter.gate.totals()[1]
-
-        def copied(counter: torch.Tensor) -> Any:
-            return counter.detach().to("cpu", copy=True).numpy()
-
-        return cls(
-            info=info,
-            zero_outputs=copied(counters.zero_outputs),
-            zero_gradients=copied(gradients.zero_gradients),
-            not_finite_outputs=copied(counters.not_finite),
-            abs_sum=copied(counters.abs_sum),
-            last_active_step=copied(counters.last_active),
-            first_active_step=copied(counters.first_active),
-            positions=positions,
-            gradient_positions=gradient_positions,
-            examples=examples,
-        )
 
     @property
     def neurons(self) -> int:

@@ -40,10 +40,11 @@ ByteArray = npt.NDArray[np.uint8]
 
 def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     """One byte a neuron: its zero-output fraction, or the verdict that outweighs it; uint8 ``(N,)``."""
-    fraction = np.nan_to_num(tally.zero_output_fraction)
-    coded = np.rint(fraction * LEVEL_MAX).astype(np.uint8)
-    coded[(coded == 0) & (fraction > 0)] = 1
-    coded[(coded == LEVEL_MAX) & (fraction < 1)] = LEVEL_MAX - 1
+    zeros, positions = tally.zero_outputs, max(tally.positions, 1)
+    coded: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
+    np.clip(coded, 1, LEVEL_MAX - 1, out=coded)  # only an exact 0 is 0, and only an exact 1 is LEVEL_MAX
+    coded[zeros == 0] = 0
+    coded[zeros == positions] = LEVEL_MAX
     for mask, level in (
         (judgement.dormant, LEVEL_DORMANT),
         (judgement.cut_off, LEVEL_CUT_OFF),
@@ -53,6 +54,40 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     ):
         coded[mask] = level
     return coded
+
+
+class _Rows:
+    """Rows of bytes, one a window, in one array that grows: a report is shown the array itself and copies nothing.
+
+    What was shown stays as it was: rows are added behind it, and where one of its rows would have to change, the rest
+    go on in an array of their own.
+    """
+
+    def __init__(self, neurons: int) -> None:
+        self._array = np.zeros((0, neurons), dtype=np.uint8)
+        self._count = 0
+        self._shown = 0
+
+    def append(self, row: ByteArray) -> None:
+        if self._count == len(self._array) or self._count < self._shown:
+            larger = np.zeros((max(2 * self._count, _MIN_WINDOWS), self._array.shape[1]), dtype=np.uint8)
+            larger[: self._count] = self._array[: self._count]
+            self._array, self._shown = larger, 0
+        self._array[self._count] = row
+        self._count += 1
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drop all rows but some, given by their places, which rise."""
+        if list(places) != [*range(len(places))]:
+            self._array, self._shown = self._array[places], 0
+        self._count = len(places)
+
+    def snapshot(self) -> ByteArray:
+        """All rows, ``(W, N)``, read-only."""
+        self._shown = max(self._shown, self._count)
+        view = self._array[: self._count]
+        view.flags.writeable = False
+        return view
 
 
 class _Trail:
@@ -67,7 +102,7 @@ class _Trail:
         self.dead: list[int] = []
         self.dormant: list[int] = []
         self.cut_off: list[int] = []
-        self.levels: list[ByteArray] = []
+        self._levels = _Rows(neurons)
         self.died_step = np.full(neurons, -1, dtype=np.int64)
         self.revived_step = np.full(neurons, -1, dtype=np.int64)
         self.deaths = np.zeros(neurons, dtype=np.int64)
@@ -98,7 +133,7 @@ class _Trail:
         self.dead.append(int(judgement.dead.sum()))
         self.dormant.append(int(judgement.dormant.sum()))
         self.cut_off.append(int(judgement.cut_off.sum()))
-        self.levels.append(levels(tally, judgement))
+        self._levels.append(levels(tally, judgement))
 
     def thin(self, stride: int) -> None:
         """Drop the windows whose index does not fit the stride, but for the newest."""
@@ -106,17 +141,16 @@ class _Trail:
         self._keep([place for place, index in enumerate(self.indices) if index % stride == 0 or place == newest])
 
     def _keep(self, places: Sequence[int]) -> None:
-        for name in ("indices", *self._LISTS, "levels"):
+        for name in ("indices", *self._LISTS):
             kept = getattr(self, name)
             setattr(self, name, [kept[place] for place in places])
+        self._levels.keep(places)
 
     def snapshot(self) -> SiteHistory:
         """The trail as plain arrays."""
-        neurons = len(self.died_step)
-        stacked = np.stack(self.levels) if self.levels else np.zeros((0, neurons), dtype=np.uint8)
         return SiteHistory(
             **{name: np.asarray(getattr(self, name), dtype=np.int64) for name in self._LISTS},
-            levels=stacked,
+            levels=self._levels.snapshot(),
             **{name: getattr(self, name).copy() for name in self._STEPS},
         )
 
@@ -135,7 +169,8 @@ class _Trail:
             setattr(trail, name, [int(value) for value in state[name]])
         for name in (*cls._STEPS, "is_dead"):
             setattr(trail, name, state[name].cpu().numpy().copy())
-        trail.levels = list(state["levels"].cpu().numpy().copy())
+        for row in state["levels"].cpu().numpy():
+            trail._levels.append(row)
         return trail
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,9 +96,13 @@ class Meter:
         self.counters.not_finite.add_(bad)
         self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 
-    def totals(self) -> tuple[int, int, int]:
-        """Positions, gradient positions and examples so far. Waits for the device."""
-        traced = self.counters.traced.tolist()
+    def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
+        """Positions, gradient positions and examples so far.
+
+        Args:
+            traced: What ``counters.traced`` holds, from who has read it; else it is read here, and waited for.
+        """
+        traced = self.counters.traced.tolist() if traced is None else traced
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:

@@ -230,7 +230,7 @@ class Scope:
     @property
     def phases(self) -> tuple[str, ...]:
         """Phases of which anything was observed."""
-        return tuple(name for name, record in self._records.items() if record.census("all"))
+        return tuple(name for name, record in self._records.items() if not record.empty)
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """The exact counts of one phase over one window.

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.census import Census, SiteInfo
 from neuronscope.errors import StateError, UsageError
 from neuronscope.history import History
 from neuronscope.meters import Meter
+from neuronscope.reading import most_examples, read
 from neuronscope.sites import SiteKey
 from neuronscope.verdicts import Policy
 
@@ -40,7 +41,7 @@ class PhaseRecord:
         self._steps: list[int] = []
         self._steps_before: list[int] = []
         self._looked_at_step = 0
-        self._news = True  # whether anything was observed since the examples were last counted
+        self._wanting_at = -1
         self.closed = Census()
         self.last = Census()
         self.last_sure = Census()
@@ -65,11 +66,15 @@ class PhaseRecord:
         """The sites that were met in this phase since it was last loaded."""
         return iter(self._meters)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever met in this phase; waits for no device."""
+        return not (self.closed or self._flushed or self._meters)
+
     def note_step(self, step: int) -> None:
         """An optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
-        self._news = True
 
     @property
     def open_steps(self) -> int:
@@ -96,13 +101,17 @@ class PhaseRecord:
 
     def open(self) -> Census:
         """The running window so far."""
-        running = {key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()}
-        merged = self._flushed.merge(Census(running))
+        merged = self._flushed.merge(self._running())
         return Census(dict(merged), **self._span())
+
+    def _running(self) -> Census:
+        """What the meters hold."""
+        names = [key.name for key in self._meters]
+        return Census(dict(zip(names, read(list(self._meters.values())), strict=True)))
 
     def flush(self, join: Join | None = None) -> None:
         """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
-        running = Census({key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()})
+        running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
         self._flushed = self._flushed.merge(running if join is None else join(running))
@@ -122,11 +131,14 @@ class PhaseRecord:
         return True
 
     def _has_enough(self) -> bool:
-        if not self._news:
+        """Whether the open window has the examples it needs; asked anew only after another step was observed."""
+        if self._wanting_at == len(self._steps):
             return False
-        self._news = False
-        flushed, needed = self._flushed.examples, self._policy.min_examples
-        return any(flushed + meter.totals()[2] >= needed for _, meter in self._meters.values())
+        wanting = self._policy.min_examples - self._flushed.examples
+        enough = any(meter.examples >= wanting for _, meter in self._meters.values())
+        enough = enough or most_examples(meter for _, meter in self._meters.values()) >= wanting
+        self._wanting_at = -1 if enough else len(self._steps)
+        return enough
 
     def is_sure(self) -> bool:
         """Whether the flushed part of the open window has the examples that the policy asks for."""
@@ -145,6 +157,7 @@ class PhaseRecord:
         self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
+        self._wanting_at = -1
         return True
 
     def census(self, window: str) -> Census:
@@ -197,4 +210,5 @@ class PhaseRecord:
             meter.reset()
         self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
         self._steps, self._steps_before, self.history = steps, before, history
-        self._looked_at_step, self._news = looked_at_step, True
+        self._looked_at_step = looked_at_step
+        self._wanting_at = -1

@@ -1,0 +1,117 @@
+"""What the monitor costs under a Lightning Trainer, with its defaults and a TensorBoard logger.
+
+Whole runs take turns, unwatched and watched. Compared is the time from the first batch to the last one, so that all
+that the monitor does in the loop is in it: hooks, observed steps, closing windows, reports, scalars, and what drawing
+beside the training takes from it. Setting a run up, and its last drawing, are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from benchmarks.nets import NETS
+from benchmarks.tables import Table, milliseconds, ratio
+from neuronscope.callbacks import DeadNeuronMonitor
+
+__all__ = ["tables"]
+
+#: Steps of a run: whole multiples of the default of 20.
+STEPS = {"small MLP": 1000, "MLP": 200, "CNN": 20, "transformer": 20}
+
+
+# ruff: noqa: ARG002  # a hook takes what Lightning gives it
+
+
+class Module(pl.LightningModule):
+    """A network that is trained on one batch again and again."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Clock(pl.Callback):
+    """Notes when batches begin; the first five are not counted."""
+
+    def __init__(self) -> None:
+        self.began: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.began.append(time.perf_counter())
+
+    @property
+    def step(self) -> float:
+        """Seconds a step, on average."""
+        return (self.began[-1] - self.began[5]) / (len(self.began) - 6)
+
+
+class Batches:
+    """The same batch so many times."""
+
+    def __init__(self, batch: Any, count: int) -> None:
+        self.batch, self.count = batch, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.batch] * self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def run(net: nn.Module, batch: Any, steps: int, folder: str, *, watched: bool) -> float:
+    """Train, and give the seconds of a step."""
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=TensorBoardLogger(folder),
+        callbacks=[clock, *([DeadNeuronMonitor()] if watched else [])],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    gc.collect()
+    trainer.fit(Module(net), Batches(batch, steps + 6))
+    return clock.step
+
+
+def tables(*, quick: bool = False) -> Iterator[Table]:
+    """One table, a row a network."""
+    table = Table(
+        "A training step under a Lightning Trainer, the monitor's defaults",
+        ("net", "steps of a run", "unwatched", "watched ÷ unwatched"),
+        note="Means over a run; ratios of the medians of the runs, of their minima in brackets.",
+    )
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in list(NETS)[: 1 if quick else None]:
+            torch.manual_seed(0)
+            net, x, y = NETS[name]()
+            steps = 1 if quick else STEPS[name]
+            means: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(1 if quick else 3):
+                for watched, of in means.items():
+                    of.append(run(copy.deepcopy(net), (x, y), steps, folder, watched=watched))
+            plain, seen = means[False], means[True]
+            pair = statistics.median(seen) / statistics.median(plain), min(seen) / min(plain)
+            table.rows.append((name, str(steps), milliseconds(statistics.median(plain)), ratio(pair)))
+    yield table

@@ -1,0 +1,212 @@
+"""Drawing beside the training: nothing is lost, whatever ends the run, and what fails is told once, where it can be."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from neuronscope.callbacks import DeadNeuronMonitor, drawing, publishing
+from neuronscope.callbacks.drawing import MOST_WAITING, Drawer
+from neuronscope.errors import NeuronscopeWarning
+from tests.callbacks.networks import batches, network, trainer
+from tests.callbacks.test_faults import ours
+from tests.callbacks.test_publishing import events
+
+IMAGE, SCALAR = "neuronscope/overview", "neuronscope/dead_pct"
+
+
+class Held:
+    """A job that waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.free = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.begun.set()
+        assert self.free.wait(30)
+
+
+def drawers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "neuronscope drawing"]
+
+
+def test_jobs_run_in_their_order_in_one_thread_that_ends_with_them() -> None:
+    drawer, done = Drawer(), []
+    for number in range(50):
+        drawer.draw(lambda number=number: done.append((number, threading.current_thread().name)))
+    drawer.finish()
+    assert done == [(number, "neuronscope drawing") for number in range(50)]
+    assert drawers() == []
+
+
+def test_who_brings_a_job_does_not_wait_for_it_unless_many_wait() -> None:
+    drawer, first, done = Drawer(), Held(), []
+    drawer.draw(first)
+    assert first.begun.wait(30)
+    for number in range(MOST_WAITING):
+        drawer.draw(lambda number=number: done.append(number))
+    assert done == []  # all were taken while the first one is at work
+    late = threading.Thread(target=drawer.draw, args=(lambda: done.append("late"),))
+    late.start()
+    late.join(0.1)
+    assert late.is_alive()  # one too many: it waits for room
+    first.free.set()
+    late.join(30)
+    drawer.finish()
+    assert done == [*range(MOST_WAITING), "late"]
+
+
+def test_what_fails_is_told_once_to_who_asks_next_and_the_rest_is_done() -> None:
+    drawer, done = Drawer(), []
+
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    drawer.draw(fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        drawer.finish()
+    drawer.draw(lambda: done.append(1))
+    drawer.finish()
+    assert done == [1]
+
+
+def test_where_no_thread_can_start_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(drawing.threading.Thread, "start", refuse)
+    drawer, done = Drawer(), []
+    drawer.draw(lambda: done.append(threading.current_thread() is threading.main_thread()))
+    assert done == [True]
+    drawer.finish()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda drawer: pickle.loads(pickle.dumps(drawer))])
+def test_a_copy_has_nothing_to_draw_and_works(copied: Any) -> None:
+    drawer, job, done = Drawer(), Held(), []
+    drawer.draw(job)
+    other = copied(drawer)
+    other.draw(lambda: done.append(1))
+    other.finish()
+    assert done == [1]  # while the first one's job is still at work
+    job.free.set()
+    drawer.finish()
+
+
+def test_every_window_is_drawn_when_asked_for_and_all_is_there_when_fit_returns(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1.0)
+    trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(12, size=512), batches(1))
+    assert drawers() == []
+    found = events(board)
+    assert [event.step for event in found.Images(IMAGE)] == list(range(1, 13))
+    assert [event.step for event in found.Scalars(SCALAR)] == list(range(1, 13))
+
+
+def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, steps = Held(), []
+    write = publishing.write
+
+    def slow(report: Any, *args: Any, **kwargs: Any) -> None:
+        steps.append(report.step)
+        if report.step == 1:
+            held()
+        write(report, *args, **kwargs)
+
+    class Releasing(DeadNeuronMonitor):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if trainer.global_step == 4:
+                assert held.begun.wait(30)
+                assert steps == [1]  # windows 2 to 4 closed meanwhile
+                held.free.set()
+
+    monkeypatch.setattr(publishing, "write", slow)
+    board = TensorBoardLogger(tmp_path)
+    monitor = Releasing(every_n_steps=1, window_steps=1, drawing_share=0.5)
+    trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(6, size=512), batches(1))
+    found = events(board)
+    images = [event.step for event in found.Images(IMAGE)]
+    assert images[0] == 1
+    assert images[-1] == 6  # the end is drawn, whatever the share
+    assert not {2, 3} & set(images)  # one drawing of a phase at a time
+    assert [event.step for event in found.Scalars(SCALAR)] == [1, 2, 3, 4, 5, 6]  # numbers of every window
+
+
+@pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_all_that_was_seen_is_on_the_disk(tmp_path: Path, ending: type[BaseException]) -> None:
+    board = TensorBoardLogger(tmp_path)
+    model = network()
+    step = model.training_step
+
+    def failing(batch: Any, batch_idx: int) -> Any:
+        if model.trainer.global_step == 5:
+            raise ending("the user's own")
+        return step(batch, batch_idx)
+
+    model.training_step = failing
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=3, drawing_share=1e-6)
+    run = trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1)
+    with pytest.raises((ending, SystemExit)):
+        run.fit(model, batches(8, size=256), batches(1))
+    assert drawers() == []
+    found = events(board)
+    # The window of steps 0 … 2, then what was seen of the next one: steps 3 and 4.
+    assert [event.step for event in found.Scalars(SCALAR)] == [3, 5]
+    assert [event.step for event in found.Images(IMAGE)] == [3, 5]
+
+
+def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(publishing, "write", fail)
+    board = TensorBoardLogger(tmp_path)
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1.0)
+    run = trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1)
+    with pytest.warns(NeuronscopeWarning, match="could not write to a logger; .* the disk is full") as caught:
+        run.fit(network(), batches(5, size=512), batches(1))
+    assert len(ours(caught)) == 1
+    assert run.global_step == 5
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [1, 2, 3, 4, 5]
+
+
+EXIT = """
+import sys, torch
+from torch.utils.tensorboard import SummaryWriter
+import neuronscope as ns
+from neuronscope.callbacks.publishing import Publisher
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
+with ns.watch(model) as scope:
+    for _ in range(3):
+        model(torch.randn(200, 4)).sum().backward()
+        scope.step()
+class TensorBoardLogger:  # as far as a publisher sees one; Lightning takes seconds to load
+    name, version, experiment = "", "run", SummaryWriter(sys.argv[1])
+    def log_metrics(self, metrics, step): pass
+logger = TensorBoardLogger()
+Publisher(images=True, text=True, vectors=True, drawing_share=0.01).publish(scope.report(), [logger], 3)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise RuntimeError('no')"], ids=["end", "exception"])
+def test_a_program_that_ends_while_it_draws_loses_nothing(tmp_path: Path, end: str) -> None:
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXIT.format(end=end), str(tmp_path)], check=False, capture_output=True
+    )
+    found = events(TensorBoardLogger(tmp_path, name="", version=""))
+    assert [event.step for event in found.Images(IMAGE)] == [3]
+    assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [3]
+    assert [event.step for event in found.Tensors("neuronscope.vectors/1")] == [3]

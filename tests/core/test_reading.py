@@ -1,0 +1,124 @@
+"""Reading counters: few copies whatever the network's size, none on idle steps, and reports that stay as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import neuronscope as ns
+from neuronscope import reading, windows
+from neuronscope.census import SiteInfo
+from neuronscope.meters import Meter
+
+INFO = SiteInfo("relu", "relu-like", True, 1, "declared")
+
+
+def filled(neurons: int, start: int) -> Meter:
+    meter = Meter(neurons, torch.device("cpu"))
+    counters = ("zero_outputs", "zero_gradients", "not_finite", "abs_sum", "last_active", "first_active", "traced")
+    for place, name in enumerate(counters):
+        counter = getattr(meter.counters, name)
+        counter.copy_(torch.arange(len(counter)) + start + 1000 * place)
+    meter.positions, meter.gradient_positions, meter.examples = start, start + 1, start + 2
+    return meter
+
+
+def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
+    meters = [filled(3, 10), filled(5, 50), filled(1, 90)]
+    gated = filled(3, 70)
+    gated.gate = meters[0]
+    tallies = reading.read([(INFO, meter) for meter in [*meters, gated]])
+    for meter, tally in zip([*meters, gated], tallies):
+        asked = meter.gate or meter
+        assert tally.zero_outputs.tolist() == meter.counters.zero_outputs.tolist()
+        assert tally.zero_gradients.tolist() == asked.counters.zero_gradients.tolist()
+        assert tally.not_finite_outputs.tolist() == meter.counters.not_finite.tolist()
+        assert tally.abs_sum.tolist() == meter.counters.abs_sum.tolist()
+        assert tally.last_active_step.tolist() == meter.counters.last_active.tolist()
+        assert tally.first_active_step.tolist() == meter.counters.first_active.tolist()
+        totals = (tally.positions, tally.gradient_positions, tally.examples)
+        assert totals == (meter.totals()[0], asked.totals()[1], meter.totals()[2])
+        assert tally.abs_sum.dtype == np.float64
+        assert {array.dtype for array in (tally.zero_outputs, tally.last_active_step)} == {np.dtype(np.int64)}
+    # The third meter begins at 90, and its traced totals at 6090: 90 + 6090, 91 + 6091, 92 + 6092.
+    assert (tallies[2].positions, tallies[2].gradient_positions, tallies[2].examples) == (6180, 6182, 6184)
+    before = tallies[0].zero_outputs.copy()
+    meters[0].reset()
+    assert (tallies[0].zero_outputs == before).all()
+    assert reading.read([]) == []
+
+
+def test_the_meter_with_most_examples_is_found() -> None:
+    # Of their own 12, 52 and 32; traced 6012, 6052 and 6032.
+    assert reading.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
+    assert reading.most_examples([]) == 0
+
+
+@pytest.mark.parametrize("sites", [2, 20])
+def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
+    model = nn.Sequential(*(layer for _ in range(sites) for layer in (nn.Linear(3, 3), nn.ReLU())))
+    with ns.watch(model) as scope:
+        model(torch.randn(4, 3)).sum().backward()
+        joined: list[int] = []
+        cat = torch.cat
+        monkeypatch.setattr(torch, "cat", lambda tensors: joined.append(len(tensors)) or cat(tensors))
+        assert len(scope.census()) == sites
+    # Six counters of int64 (the traced totals among them) and one of float64 a site.
+    assert sorted(joined[:2]) == [sites, 6 * sites]
+
+
+def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    most_examples = windows.most_examples
+
+    def noting(meters: Any) -> int:
+        asked.append(scope.global_step)
+        return most_examples(meters)
+
+    monkeypatch.setattr(windows, "most_examples", noting)
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    closed = []
+    with ns.watch(model, every_n_steps=10, window_steps=5) as scope:
+        for step in range(60):
+            model(torch.randn(100, 3)).sum().backward()
+            if scope.step():
+                closed.append(step + 1)
+    # 100 examples at steps 0, 10, 20, …: 299 are there after step 20, and again after step 50. A window is due after 5
+    # steps, is asked then, and again after each observed step; the last has enough by Python's own count.
+    assert closed == [21, 51]
+    assert asked == [5, 11, 26, 31, 41, 56]
+
+
+def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with ns.watch(model) as scope:
+        assert scope.phases == ()
+        with scope.phase("val"):
+            model(torch.randn(4, 3))
+        model(torch.randn(4, 3)).sum().backward()
+        monkeypatch.setattr(windows, "read", lambda meters: pytest.fail("counters were read"))
+        assert set(scope.phases) == {"train", "val"}
+        scope.step()
+        monkeypatch.undo()
+
+
+def test_a_report_stays_as_it_was_when_windows_close_and_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neuronscope.history.MAX_WINDOWS", 20)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    kept = []
+    with ns.watch(model, window_steps=1) as scope:
+        for _ in range(90):
+            model(torch.randn(400, 3)).sum().backward()
+            scope.step()
+            history = scope.report().sites[0].history
+            kept.append((history, history.steps.copy(), history.levels.copy()))
+            assert len(history.levels) == len(history.steps) <= 21
+    for history, steps, levels in kept:
+        assert (history.steps == steps).all()
+        assert (history.levels == levels).all()
+        assert not history.levels.flags.writeable
+    assert (kept[-1][2][-1] != kept[0][2][0]).any()  # the windows differ: the above could fail
