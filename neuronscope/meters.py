@@ -28,6 +28,7 @@ class Meter:
     def __init__(self, neurons: int, device: torch.device) -> None:
         self.neurons = neurons
         self.open = True
+        self.in_graph = False  # whether a compiled graph holds it
         self.gate: Meter | None = None
         with torch.inference_mode(False):
             self.zero_outputs = torch.zeros(neurons, dtype=torch.int64, device=device)
@@ -40,6 +41,11 @@ class Meter:
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it certainly holds nothing: what a compiled graph added is not known without waiting for the device."""
+        return not (self.in_graph or self.positions or self.gradient_positions)
 
     def totals(self) -> tuple[int, int, int]:
         """Positions, gradient positions and examples so far. Waits for the device."""

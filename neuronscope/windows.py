@@ -142,6 +142,23 @@ class PhaseRecord:
         self._steps_before, self._steps = self._steps, []
         return True
 
+    def end_pass(self, step: int, join: Join | None, keep: bool) -> None:
+        """A pass of a phase other than training is over: one window of it, or nothing that counts.
+
+        Args:
+            step: Optimizer steps taken.
+            join: As for :meth:`flush`.
+            keep: Whether it counts. Otherwise what the meters hold is forgotten, and no other rank is waited for.
+        """
+        if keep:
+            self.note_step(step)
+            self.flush(join)
+            self.close()
+        else:
+            for _, meter in self._meters.values():
+                if not meter.untouched:
+                    meter.reset()
+
     def census(self, window: str) -> Census:
         """The census of a window: ``all``, ``last`` or ``open``.
 
