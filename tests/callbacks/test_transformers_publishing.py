@@ -17,7 +17,7 @@ from neuronscope.errors import NeuronscopeWarning
 from tests.callbacks.hugging import Noting, gpt2, trainer
 
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite")}
-#: 128 sentences a step would need more data than there is: windows of 4 steps of 24 are made sure by the policy's count.
+#: All 24 sentences in every step, 16 steps.
 STEPS: dict[str, Any] = {"per_device_train_batch_size": 24, "num_train_epochs": 16}
 
 
@@ -128,12 +128,14 @@ def test_early_stopping_and_the_best_model_can_use_the_totals(tmp_path: Path, ou
 
 
 def test_a_network_of_nothing_but_nan_has_no_dead_share(tmp_path: Path) -> None:
-    model, looking = gpt2(), Noting()
+    model, noting = gpt2(), Noting()
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
-    trainer(tmp_path, DeadNeuronCallback(every_n_steps=1), looking, model=model, eval_strategy="epoch").train()
-    evaluation = next(logs for _, logs in looking.given if "eval_runtime" in logs)
-    assert math.isnan(evaluation["eval_neuronscope/dead_pct"]) or "eval_neuronscope/dead_pct" not in evaluation
+    trainer(tmp_path, DeadNeuronCallback(every_n_steps=1), noting, model=model, eval_strategy="epoch").train()
+    evaluation = next(logs for _, logs in noting.given if "eval_runtime" in logs)
+    assert math.isnan(evaluation["eval_neuronscope/dead_pct"])
+    assert evaluation["eval_neuronscope/not_finite_pct"] == evaluation["eval_neuronscope/val_not_finite_pct"] == 100.0
+    assert [logs.get("neuronscope/dead_pct") for step, logs in noting.given if step == 12][-1] is None
 
 
 def test_a_reporter_that_fails_does_not_keep_others_from_their_numbers(tmp_path: Path) -> None:

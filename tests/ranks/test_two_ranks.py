@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 TIME_LIMIT_S = 90
 
 
-def together(folder: Path, task: str) -> list[Any]:
+def together(folder: Path, task: str, script: str = "worker.py") -> list[Any]:
     """What a task gives on each of two ranks; they are killed when time is up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = str(Path(__file__).with_name("worker.py"))
+    path = str(Path(__file__).with_name(script))
     ranks = [
-        subprocess.Popen([sys.executable, script, task, str(rank), str(port), str(folder)], stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, path, task, str(rank), str(port), str(folder)], stderr=subprocess.PIPE)
         for rank in range(2)
     ]
     end = time.monotonic() + TIME_LIMIT_S
