@@ -6,7 +6,6 @@ watched the training to its state, as the ``callbacks`` of a Lightning checkpoin
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
     """
     unfinished = folder / f"{FILE}.part"
     torch.save({**_load(folder), key: state}, unfinished)
-    os.replace(unfinished, folder / FILE)
+    unfinished.replace(folder / FILE)
 
 
 def load_state(folder: Path, key: str) -> dict[str, Any] | None:

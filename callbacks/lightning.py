@@ -31,7 +31,7 @@ else:
 __all__ = ["DeadNeuronMonitor"]
 
 
-class DeadNeuronMonitor(Monitor, Callback):
+class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Callbacks disagree about Trainers
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
 
     Scalars go to every logger, pictures, diagnosis and vectors to TensorBoard's; ``trainer.callback_metrics`` holds

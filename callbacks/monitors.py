@@ -125,9 +125,7 @@ class Monitor:
 
     def _watched(self) -> Scope:
         if self._runs.scope is None:
-            raise UsageError(
-                f"Expected a monitor that has watched a run, but this one has not: {self.used_like}."
-            )
+            raise UsageError(f"Expected a monitor that has watched a run, but this one has not: {self.used_like}.")
         return self._runs.scope
 
     # --- saving ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ The Trainer reports through callbacks: each has an ``on_log``. They are called o
 ``Trainer.log``, which some Trainers extend by numbers of their own that they then start to count anew.
 """
 
+# ruff: noqa: ARG002  # some logs take the step from the event
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -115,4 +117,4 @@ class _Board(_Reporter):
                 writer.add_scalar(tag, value, step)
 
     def event_writer(self) -> Any | None:
-        return self._callback.tb_writer
+        return getattr(self._callback, "tb_writer", None)

@@ -248,6 +248,6 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
 
 
 def _evaluation(metrics: Any) -> str | None:
-    """The prefix of the evaluation that gave these metrics, ``eval`` unless the user chose another; ``None`` for others."""
+    """The prefix of the evaluation that gave these metrics, ``eval`` unless the user chose it; ``None`` for others."""
     keys = (key for key in metrics or () if key.endswith(_RUNTIME) and key != f"train{_RUNTIME}")
     return next((key.removesuffix(_RUNTIME) for key in keys), None)

@@ -1,4 +1,4 @@
-"""Fine-tuning with Hugging Face's Trainer: which feed-forward neurons die, and what the Trainer's own reports say of it.
+"""Fine-tuning with Hugging Face's Trainer: which feed-forward neurons die, as its own reports say it.
 
 A GPT-2 with ReLU, small and made from a config (nothing is downloaded), first learns the letters of Python's reference
 manual (the texts behind ``help()``) and is then fine-tuned on another kind of text, the docstrings of the standard
@@ -21,6 +21,7 @@ import inspect
 import pydoc
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,17 +58,18 @@ def main() -> None:
     torch.manual_seed(0)
     manual = "\n".join(topics[name] for name in sorted(topics))
     alphabet = "".join(sorted(set(manual)))
-    shape = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    config = GPT2Config(
-        **shape,
+    config: Any = GPT2Config(
         vocab_size=len(alphabet),
+        n_positions=CONTEXT,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        activation_function="relu",
         bos_token_id=0,
         eos_token_id=0,
-        activation_function="relu",
-        loss_type="ForCausalLM",
-        use_cache=False,
     )
-    model = GPT2LMHeadModel(config)
+    config.loss_type = "ForCausalLM"
+    model = GPT2LMHeadModel(config)  # type: ignore[no-untyped-call]
 
     for name, text, rate in (("manual", manual, 3e-3), ("docstrings", docstrings(), 3e-2)):
         pieces = examples(text, alphabet)

@@ -44,7 +44,7 @@ class Meter:
 
     @property
     def untouched(self) -> bool:
-        """Whether it certainly holds nothing: what a compiled graph added is not known without waiting for the device."""
+        """Whether it certainly holds nothing; what a compiled graph added cannot be known without waiting."""
         return not (self.in_graph or self.positions or self.gradient_positions)
 
     def totals(self) -> tuple[int, int, int]:

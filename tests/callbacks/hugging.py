@@ -58,7 +58,7 @@ def texts(count: int, seed: int = 1) -> list[dict[str, Tensor]]:
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Arguments of a training that reports to nobody and saves nothing, unless told otherwise. 2 epochs of 6 batches."""
+    """Arguments of a training of 2 epochs of 6 batches that reports to nobody and saves nothing, unless told."""
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,

@@ -17,7 +17,7 @@ from tests.callbacks.test_no_harm import hooks
 from tests.core.slow_twin import assert_same
 
 AXIS: dict[str | None, int] = {None: 2}
-#: 24 sentences, 4 at a time: 6 batches an epoch. By 4, a step has 4 batches, and the epoch's second the 2 that are left.
+#: 24 sentences, 4 at a time: 6 batches an epoch. By 4, a step has 4 of them, and the epoch's second the 2 left.
 ACCUMULATION = {"plain": {}, "accumulation": {"gradient_accumulation_steps": 4}}
 PRECISION = {"float32": {}, "bfloat16": {"bf16": True}}
 #: The twin knows neither: it counts the same numbers without them.

@@ -30,7 +30,9 @@ def assert_same_record(one: DeadNeuronCallback, other: DeadNeuronCallback) -> No
     assert_equal(one.state_dict()["scope"], other.state_dict()["scope"], "scope")
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 4, "save_steps": 3}], ids=["plain", "accumulation"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 4, "save_steps": 3}], ids=["plain", "accumulation"]
+)
 def test_a_resumed_training(tmp_path: Path, options: dict[str, Any]) -> None:
     whole, first, second = (DeadNeuronCallback(**OPTIONS) for _ in range(3))
     unbroken = trained(tmp_path / "whole", whole, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from .worker import BATCH, STEPS, data, disjoint, network, watched_counts
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 TIME_LIMIT_S = 90
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def together(folder: Path, task: str, script: str = "worker.py") -> list[Any]:
@@ -30,8 +32,11 @@ def together(folder: Path, task: str, script: str = "worker.py") -> list[Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = str(Path(__file__).with_name(script))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     ranks = [
-        subprocess.Popen([sys.executable, path, task, str(rank), str(port), str(folder)], stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, path, task, str(rank), str(port), str(folder)], stderr=subprocess.PIPE, env=environment
+        )
         for rank in range(2)
     ]
     end = time.monotonic() + TIME_LIMIT_S

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # in place of this folder
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 import neuronscope as ns
@@ -47,7 +42,7 @@ def trainer_resumes(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def trainer_learns(rank: int, folder: Path) -> dict[str, Any]:
-    """The weights that are learnt with the callback, which stops the training, and those that are learnt without."""
+    """The weights that are learnt with the callback, and those that are learnt without."""
     plain = trainer(folder, max_steps=6, gradient_accumulation_steps=2)
     plain.train()
     watched = trainer(folder, DeadNeuronCallback(every_n_steps=1), max_steps=6, gradient_accumulation_steps=2)
@@ -60,47 +55,34 @@ def counts_of(callback: DeadNeuronCallback, phase: str) -> dict[str, Any]:
     return {name: {field: getattr(tally, field) for field in fields} for name, tally in callback.census(phase).items()}
 
 
-def accelerated(
-    rank: int, folder: Path, *, before: bool = False, precision: str = "no", watches: bool = True
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A plain loop with Accelerate, two batches a step; nothing is learnt unless nobody asks for counts."""
+def accelerate_loops(rank: int, folder: Path) -> dict[str, Any]:
+    """Watched before and after ``prepare``, in float32 and in bfloat16; two batches a step, and nothing is learnt."""
+    return {
+        f"{precision}, {'before' if before else 'after'}": accelerated(rank, precision, before=before)
+        for precision in ("no", "bf16")
+        for before in (True, False)
+    }
+
+
+def accelerated(rank: int, precision: str, *, before: bool) -> dict[str, Any]:
+    AcceleratorState._reset_state()  # it has one precision for the whole process
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    early = ns.watch(model) if watches and before else None
+    early = ns.watch(model) if before else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    scope = early or (ns.watch(prepared) if watches else None)
-    with scope or contextlib.nullcontext():
+    with early or ns.watch(prepared) as scope:
         for x, y in data(rank):
             with accelerator.accumulate(prepared):
                 accelerator.backward(F.cross_entropy(prepared(x), y))
                 optimizer.step()
                 optimizer.zero_grad()
-            if scope is not None and accelerator.sync_gradients:
+            if accelerator.sync_gradients:
                 scope.step()
-    return (watched_counts(scope) if scope is not None else {}), weights(model)
+    return watched_counts(scope)
 
 
-def accelerate_after(rank: int, folder: Path) -> Any:
-    return accelerated(rank, folder)[0]
-
-
-def accelerate_before(rank: int, folder: Path) -> Any:
-    return accelerated(rank, folder, before=True)[0]
-
-
-def accelerate_before_in_bfloat16(rank: int, folder: Path) -> Any:
-    return accelerated(rank, folder, before=True, precision="bf16")[0]
-
-
-TASKS = (
-    trainer_counts,
-    trainer_resumes,
-    trainer_learns,
-    accelerate_after,
-    accelerate_before,
-    accelerate_before_in_bfloat16,
-)
+TASKS = (trainer_counts, trainer_resumes, trainer_learns, accelerate_loops)
 
 
 def main(task: str, rank: str, port: str, folder: str) -> None:
