@@ -6,9 +6,15 @@ library, at a learning rate that is too high. One callback does it all: it needs
 
 Output (shortened; numbers differ a little between machines and versions)::
 
-    {'loss': '2.5', ..., 'epoch': '1'}
-    {'neuronscope/dead_pct': '0', 'neuronscope/dormant_pct': '0', ...}
-    {'eval_loss': '2.4', ..., 'eval_neuronscope/dead_pct': '0', 'eval_neuronscope/val_dead_pct': '0', ...}
+    docstrings: 1062 pieces of 64 letters
+    {'neuronscope/dead_pct': '0.1953', 'neuronscope/dormant_pct': '20.12', ..., 'neuronscope/deaths': '0'}
+    {'loss': '3.359', ..., 'epoch': '0.7407'}
+    {'neuronscope/dead_pct': '23.83', 'neuronscope/dormant_pct': '9.57', ..., 'neuronscope/deaths': '121'}
+    ...
+    {'eval_loss': '2.972', ..., 'eval_neuronscope/dead_pct': '20.51', 'eval_neuronscope/val_dead_pct': '32.42'}
+
+    105 of 512 neurons (20.5 %) are dead: 1 never fired since watching began (born dead) and 104 fired once and then
+    stopped (died). Hardest hit is transformer.h.1.mlp.act, with 105 of 256 dead.
 
 Run it with::
 
@@ -21,7 +27,6 @@ import inspect
 import pydoc
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +63,7 @@ def main() -> None:
     torch.manual_seed(0)
     manual = "\n".join(topics[name] for name in sorted(topics))
     alphabet = "".join(sorted(set(manual)))
-    config: Any = GPT2Config(
+    config = GPT2Config(
         vocab_size=len(alphabet),
         n_positions=CONTEXT,
         n_embd=64,
@@ -68,7 +73,6 @@ def main() -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    config.loss_type = "ForCausalLM"
     model = GPT2LMHeadModel(config)  # type: ignore[no-untyped-call]
 
     for name, text, rate in (("manual", manual, 3e-3), ("docstrings", docstrings(), 3e-2)):

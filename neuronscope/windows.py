@@ -121,7 +121,8 @@ class PhaseRecord:
 
     def _has_enough(self) -> bool:
         flushed, needed = self._flushed.examples, self._policy.min_examples
-        return any(flushed + meter.totals()[2] >= needed for _, meter in self._meters.values())
+        held = (meter.totals()[2] for _, meter in self._meters.values())
+        return flushed >= needed or any(flushed + examples >= needed for examples in held)
 
     def is_sure(self) -> bool:
         """Whether the flushed part of the open window has the examples that the policy asks for."""
