@@ -31,7 +31,9 @@ def assert_same_record(one: DeadNeuronCallback, other: DeadNeuronCallback) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 4, "save_steps": 3}], ids=["plain", "accumulation"]
+    "options",
+    [{}, {"gradient_accumulation_steps": 4, "save_steps": 3, "num_train_epochs": 4}],
+    ids=["plain", "accumulation"],
 )
 def test_a_resumed_training(tmp_path: Path, options: dict[str, Any]) -> None:
     whole, first, second = (DeadNeuronCallback(**OPTIONS) for _ in range(3))
@@ -40,7 +42,7 @@ def test_a_resumed_training(tmp_path: Path, options: dict[str, Any]) -> None:
     # In the middle of the first epoch, or at its end's second step; into another folder, where there is nothing yet.
     saved = tmp_path / "first" / f"checkpoint-{options.get('save_steps', 5)}"
     resumed = trained(tmp_path / "second", second, resume=saved, **options)
-    assert len(whole.report()[ACTS[0]].history.steps) >= (1 if options else 2)
+    assert len(whole.report()[ACTS[0]].history.steps) >= 2
     assert_same_record(second, whole)
     assert_same_weights(weights(resumed.model), weights(unbroken.model))
 
