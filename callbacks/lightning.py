@@ -9,23 +9,15 @@ is counted is :class:`neuronscope.Scope`'s affair, and where it is shown :mod:`n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neuronscope.callbacks.alarms import Alarm
-from neuronscope.callbacks.faults import Faults
-from neuronscope.callbacks.publishing import Publisher, summary, totals
-from neuronscope.callbacks.runs import Runs
-from neuronscope.callbacks.trainers import joined_callback, logger_of
-from neuronscope.census import Census
-from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
+from neuronscope.callbacks.monitors import Monitor
+from neuronscope.callbacks.publishing import summary, totals
+from neuronscope.callbacks.trainers import LightningLog, joined_callback, logger_of
+from neuronscope.errors import NeuronscopeWarning, NothingToWatchError
 from neuronscope.report import Report
-from neuronscope.scope import Scope
-from neuronscope.sites import Activation
-from neuronscope.verdicts import Policy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -36,15 +28,10 @@ if TYPE_CHECKING:
 else:
     Callback = joined_callback()
 
-__all__ = ["DEFAULT_EVERY_N_STEPS", "DeadNeuronMonitor"]
-
-#: Optimizer steps from one observed step to the next, unless the user says otherwise. An observed step of an ordinary
-#: network costs 3 to 5 % more and the others next to nothing (``benchmarks/steps.py``): under 1 % at every 20th. Where
-#: a whole step takes under a millisecond, the fixed cost of hooks shows: 20 % in a Trainer's run of 400 such steps.
-DEFAULT_EVERY_N_STEPS = 20
+__all__ = ["DeadNeuronMonitor"]
 
 
-class DeadNeuronMonitor(Callback):
+class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Callbacks disagree about Trainers
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
 
     Scalars go to every logger, pictures, diagnosis and vectors to TensorBoard's; ``trainer.callback_metrics`` holds
@@ -52,26 +39,6 @@ class DeadNeuronMonitor(Callback):
     ``neuronscope/val_dead_pct`` and so on) for ``EarlyStopping`` and ``ModelCheckpoint``. What was counted is saved in
     checkpoints; a resumed run continues it. Batches of training, validation and test count, each as its own phase;
     sanity checks and predictions do not. Weights come out the same, bit for bit, with the monitor and without.
-
-    Args:
-        every_n_steps: Observe every n-th optimizer step; the others cost next to nothing.
-        window_steps: Optimizer steps of a window at least; a report is logged when a window closes.
-        sites: Glob patterns on site names: only these are counted.
-        exclude: Glob patterns on site names: these are not.
-        functional: Watch functional activations (``F.relu``) and gated products too.
-        axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
-        policy: The thresholds; see :class:`neuronscope.Policy`.
-        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
-        on_dead: What to do when, in a window of training that is long enough to be sure, ``threshold`` percent of the
-            neurons are dead or give NaN: ``log`` nothing more than always, ``warn`` as well, or ``stop`` the training
-            cleanly through the Trainer.
-        threshold: Percent of all observed neurons.
-        images: Whether TensorBoard gets pictures.
-        text: Whether TensorBoard gets the diagnosis.
-        vectors: Whether TensorBoard gets a byte a neuron and window, for Neuronscope's own tab.
-        drawing_share: Largest share of the run's time that pictures, diagnosis and vectors may take, in a thread of
-            their own; 1 draws them whenever a window closes, and lets training wait where drawing cannot keep up. The
-            end of a run is always drawn, and is on the disk before the run returns.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -82,110 +49,26 @@ class DeadNeuronMonitor(Callback):
     >>> # print(monitor.report())
     """
 
-    def __init__(
-        self,
-        *,
-        every_n_steps: int = DEFAULT_EVERY_N_STEPS,
-        window_steps: int = 100,
-        sites: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        functional: bool = True,
-        axes: Mapping[str, int] | None = None,
-        policy: Policy | None = None,
-        activations: Mapping[Any, Activation | str] | None = None,
-        on_dead: str = "log",
-        threshold: float = 50.0,
-        images: bool = True,
-        text: bool = True,
-        vectors: bool = True,
-        drawing_share: float = 0.01,
-    ) -> None:
-        super().__init__()
-        told = {
-            "every_n_steps": every_n_steps,
-            "window_steps": window_steps,
-            "sites": sites,
-            "exclude": exclude,
-            "functional": functional,
-            "axes": axes,
-            "policy": policy,
-        }
-        self._runs = Runs({**told, "activations": activations})
-        self._alarm = Alarm(on_dead, threshold)
-        self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
-        self._faults = Faults("watch this run any longer", partial(self._runs.detach, join=False))
-        self._key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
-        self._window_steps = window_steps
-        self._step = 0
-        self._stop = False
-        self._news = False  # whether training was observed since its totals were told
-
-    # --- what was seen ---------------------------------------------------------------------------------------------
-
-    @property
-    def scope(self) -> Scope | None:
-        """What watches the model, or watched it last; ``None`` before anything ran."""
-        return self._runs.scope
-
-    def report(self, phase: str = "train") -> Report:
-        """What is known of one phase: ``train``, ``val`` or ``test``.
-
-        Raises:
-            UsageError: Nothing was watched yet.
-        """
-        return self._watched().report(phase)
-
-    def census(self, phase: str = "train", window: str = "all") -> Census:
-        """The exact counts of one phase over one window; see :meth:`neuronscope.Scope.census`.
-
-        Raises:
-            UsageError: Nothing was watched yet.
-        """
-        return self._watched().census(phase, window)
-
-    def _watched(self) -> Scope:
-        if self._runs.scope is None:
-            raise UsageError(
-                "Expected a monitor that has watched a run, but this one has not: give it to a Trainer "
-                "(`Trainer(callbacks=[monitor])`) and fit, validate or test a model that has activations."
-            )
-        return self._runs.scope
-
-    @property
-    def state_key(self) -> str:
-        """Tells monitors of different options apart in a checkpoint."""
-        return self._generate_state_key(**self._key)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives."""
-        counted = self._runs.state_dict()
-        return {**counted, "published": self._publisher.state_dict()} if counted else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue what was counted. Lightning calls this before a run starts; tuners may while it runs."""
-        with Faults("take up what was saved"):
-            self._runs.load_state_dict(state_dict)
-            self._publisher.load_state_dict(state_dict["published"])
+    step_is_model = True
+    used_like = (
+        "give it to a Trainer (`Trainer(callbacks=[monitor])`) and fit, validate or test a model that has activations"
+    )
+    _step = 0
+    _stop = False
+    _news = False  # whether training was observed since its totals were told
 
     # --- on and off ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: the strategy is set up, and nothing has run yet. The step is known later, if the run is resumed."""
         self._news = False
-        with self._faults:
-            try:
-                self._runs.begin_fit(pl_module, trainer.global_step)
-            except NothingToWatchError as error:
-                warnings.warn(str(error), NeuronscopeWarning, stacklevel=2)
+        self._begin_training(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take over the Trainer's step, where counting begins in the middle of a run."""
         self._step = trainer.global_step
         self._stop = False
-        gate = self._runs.gate
-        if gate is not None and gate.scope.global_step != self._step:
-            with self._faults:
-                gate.end_training_batch(self._step)
+        self._move_to(self._step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach, at the end of every run that went well, and see everything drawn: loggers are closed next."""
@@ -215,14 +98,7 @@ class DeadNeuronMonitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """What runs until the next batch does not count; a report is due when a window closed."""
         before, self._step = self._step, trainer.global_step
-        gate = self._runs.gate
-        alarm = None
-        if gate is not None:
-            with self._faults:
-                if gate.end_training_batch(self._step):
-                    alarm = self._alarm.hear(self._tell(trainer, "train"))
-        if alarm is not None:
-            self._raise_alarm(trainer, alarm)
+        self._end_training_batch(trainer, self._step)
         if self._alarm.action == "stop":
             self._stop_together(trainer, before)
 
@@ -244,15 +120,9 @@ class DeadNeuronMonitor(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, which closes the last window if it is sure, and say how it ended."""
-        if self._runs.gate is None:
-            return
-        with self._faults:
-            self._runs.detach()
-            for phase in ("val", "train"):
-                if phase in self._watched().phases:
-                    report = self._tell(trainer, phase, final=True)
-            if trainer.is_global_zero and "train" in self._watched().phases:
-                logger_of(trainer).info(summary(report))
+        report = self._end_training(trainer)
+        if report is not None and trainer.is_global_zero:
+            logger_of(trainer).info(summary(report))
 
     # --- validation and test ---------------------------------------------------------------------------------------
 
@@ -323,12 +193,13 @@ class DeadNeuronMonitor(Callback):
 
     # --- telling ---------------------------------------------------------------------------------------------------
 
-    def _tell(self, trainer: Any, phase: str, *, final: bool = False) -> Report:
+    def _tell(self, run: Any, phase: str, *, final: bool = False) -> Report:
         """Give a phase's report to the loggers, and its totals to the other callbacks."""
         report = self._watched().report(phase)
-        self._offer(trainer, report)
-        if trainer.is_global_zero:
-            self._publisher.publish(report, trainer.loggers, trainer.global_step, final=final)
+        self._offer(run, report)
+        if run.is_global_zero:
+            logs = [LightningLog(place, logger) for place, logger in enumerate(run.loggers)]
+            self._publisher.publish(report, logs, run.global_step, final=final)
         return report
 
     def _renew(self, trainer: Any) -> None:
@@ -340,16 +211,13 @@ class DeadNeuronMonitor(Callback):
         self._news = self._news and report.phase != "train"
         device = trainer.strategy.root_device
         trainer.callback_metrics.update(
-            {tag: torch.tensor(value, device=device) for tag, value in totals(report).items()}
+            {tag: torch.tensor(value, device=device) for tag, value in totals(report, report.phase).items()}
         )
 
-    def _raise_alarm(self, trainer: Any, alarm: str) -> None:
-        if self._alarm.action == "warn":
-            warnings.warn(alarm, NeuronscopeWarning, stacklevel=3)
-        elif self._alarm.action == "stop":
-            self._stop = True
-            if trainer.is_global_zero:
-                logger_of(trainer).info("Neuronscope stops the training: %s", alarm)
+    def _stop_training(self, run: Any, alarm: str) -> None:
+        self._stop = True
+        if run.is_global_zero:
+            logger_of(run).info("Neuronscope stops the training: %s", alarm)
 
 
 def _fits(trainer: Any) -> bool:

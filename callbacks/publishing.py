@@ -1,4 +1,4 @@
-"""Publishing: a report's numbers to every logger, its pictures to TensorBoard's, its totals to whoever asks.
+"""Publishing: a report's numbers to every log, its pictures to TensorBoard's, its totals to whoever asks.
 
 Never a lower step for a phase than before, and never more of the run's time for drawing than was allowed. Numbers are
 given at once, in the training's own thread, which is the only one that loggers expect. Pictures, text and vectors are
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from neuronscope.callbacks.drawing import Drawer
 from neuronscope.callbacks.faults import Faults
@@ -21,19 +21,34 @@ from neuronscope.report import Report
 from neuronscope.writers.tensorboard import scalars, write
 from neuronscope.writers.tensorboard.tags import metric
 
-__all__ = ["Publisher", "summary", "totals"]
+__all__ = ["Log", "Publisher", "summary", "totals"]
 
 _TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
 
 
-def totals(report: Report) -> dict[str, float]:
+class Log(Protocol):
+    """Where a framework writes a run's numbers: what each callback makes of its own framework's loggers."""
+
+    @property
+    def key(self) -> str:
+        """Tells it from the run's other logs, in a resumed run too."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
+        """Write numbers by tag."""
+
+    def event_writer(self) -> Any | None:
+        """The ``SummaryWriter`` behind it, for pictures; ``None`` where it is not TensorBoard's."""
+
+
+def totals(report: Report | None, phase: str) -> dict[str, float]:
     """The network's totals by tag, ``neuronscope/dead_pct`` and the like; NaN where there is no telling.
 
     Args:
-        report: The report; phases other than ``train`` have their name before the metric's.
+        report: The phase's report; ``None`` where nothing is watched.
+        phase: The phase; others than ``train`` have their name before the metric's.
     """
-    known = scalars(report, per_site=False)
-    tags = [f"neuronscope/{metric(name, report.phase)}" for name in _TOTALS]
+    known = {} if report is None else scalars(report, per_site=False)
+    tags = [f"neuronscope/{metric(name, phase)}" for name in _TOTALS]
     return {tag: known.get(tag, float("nan")) for tag in tags}
 
 
@@ -52,7 +67,7 @@ def summary(report: Report) -> str:
 
 @dataclass
 class _Mark:
-    """What a logger was given last for a phase: at which step, of which of the report's, and whether that is drawn."""
+    """What a log was given last for a phase: at which step, of which of the report's, and whether that is drawn."""
 
     step: int
     report_step: int
@@ -60,7 +75,7 @@ class _Mark:
 
 
 class _Drawings:
-    """A TensorBoard writer that leaves scalars out: those go through the logger itself, as all its metrics do."""
+    """A TensorBoard writer that leaves scalars out: those go through the log itself, as all its metrics do."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
@@ -73,7 +88,7 @@ class _Drawings:
 
 
 class Publisher:
-    """Hands reports to loggers.
+    """Hands reports to logs.
 
     Args:
         images: Whether TensorBoard gets pictures.
@@ -98,31 +113,32 @@ class Publisher:
         self._faults = Faults("write to a logger")
         self._drawer = Drawer()
 
-    def publish(self, report: Report, loggers: Sequence[Any], step: int, *, final: bool = False) -> None:
-        """Give a report to every logger that was not given this step, or a later one, of its phase.
+    def publish(self, report: Report, logs: Sequence[Log], step: int, *, final: bool = False) -> None:
+        """Give a report to every log that was not given this step, or a later one, of its phase.
 
         Args:
             report: The report.
-            loggers: Lightning's loggers.
+            logs: The run's logs.
             step: The trainer's step.
             final: Whether no other report of this phase is to be expected: then it is drawn, whatever the time.
         """
         draws = any(self._drawn.values()) and (final or time.monotonic() >= self._rests_until.get(report.phase, 0.0))
-        for place, logger in enumerate(loggers):
+        for log in logs:
             with self._faults:
-                self._give(report, logger, step, _key(place, logger, report.phase), draws=draws)
+                self._give(report, log, step, f"{report.phase}:{log.key}", draws=draws)
 
-    def _give(self, report: Report, logger: Any, step: int, key: str, *, draws: bool) -> None:
+    def _give(self, report: Report, log: Log, step: int, key: str, *, draws: bool) -> None:
         mark = self._marks.get(key)
         if mark is None or step > mark.step:
             since = None if mark is None else mark.report_step
             mark = self._marks[key] = _Mark(step, report.step, drawn=False)
-            logger.log_metrics(scalars(report, since=since), step)
-        if draws and not mark.drawn and _is_tensorboard(logger):
+            log.log_metrics(scalars(report, since=since), step)
+        writer = log.event_writer() if draws and not mark.drawn else None
+        if writer is not None:
             mark.drawn = True
             if self._share < 1.0:
                 self._rests_until[report.phase] = math.inf  # until this one is drawn
-            self._drawer.draw(partial(self._draw, report, logger.experiment, mark.step))
+            self._drawer.draw(partial(self._draw, report, writer, mark.step))
 
     def _draw(self, report: Report, writer: Any, step: int) -> None:
         """Draw a report, in the drawer's thread, and see it on the disk: whatever ends the program cannot lose it."""
@@ -146,13 +162,3 @@ class Publisher:
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Go on where a saved run stopped."""
         self._marks = {key: _Mark(int(saved["step"]), int(saved["report_step"]), True) for key, saved in state.items()}
-
-
-def _key(place: int, logger: Any, phase: str) -> str:
-    """A logger's log is told by its place in the Trainer's list, its kind, name and version."""
-    return f"{phase}:{place}:{type(logger).__name__}:{logger.name}:{logger.version}"
-
-
-def _is_tensorboard(logger: Any) -> bool:
-    """Whether a logger's experiment is a ``SummaryWriter``; there is one such class in each framework."""
-    return any(kind.__name__ == "TensorBoardLogger" for kind in type(logger).__mro__)

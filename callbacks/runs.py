@@ -26,14 +26,16 @@ class Runs:
 
     Args:
         options: Of :func:`neuronscope.watch`.
+        step_is_model: See :class:`neuronscope.callbacks.stages.Gate`.
 
     Attributes:
         scope: What watches the model now, or watched it last.
         gate: The scope's gate while it is attached.
     """
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], *, step_is_model: bool = True) -> None:
         self._options = dict(options)
+        self._step_is_model = step_is_model
         self._trial()  # bad options are met here, and not when training starts
         self.scope: Scope | None = None
         self.gate: Gate | None = None
@@ -79,7 +81,7 @@ class Runs:
         self.detach()
         self._loaded = None
         scope = Scope(model, **self._options)
-        self.scope, self.gate = scope, Gate(scope)
+        self.scope, self.gate = scope, Gate(scope, step_is_model=self._step_is_model)
         known, self._model = self._model, type(model).__qualname__
         if state is not None and state.get("model") == self._model:
             self._take_up(state)

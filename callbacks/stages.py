@@ -18,18 +18,23 @@ class Gate:
 
     Args:
         scope: What watches the model.
+        step_is_model: Whether what a step calls outside of any module is the model's own, as in Lightning's
+            ``training_step``; otherwise it is a loss, or somebody else's affair.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, *, step_is_model: bool = True) -> None:
         self.scope = scope
+        self._step_is_model = step_is_model
+        self._keeps = True
         self._pause = ExitStack()
         self._phase = ExitStack()
         self.shut()
 
     def open(self) -> None:
-        """A batch begins; its functional calls outside of any module are seen too."""
+        """A batch begins."""
         self._pause.close()
-        self.scope.open_step()
+        if self._step_is_model:
+            self.scope.open_step()
 
     def shut(self) -> None:
         """Nothing is counted until a batch begins; harmless when done before."""
@@ -54,12 +59,18 @@ class Gate:
     def enter(self, phase: str) -> None:
         """A pass of another phase begins."""
         self.leave()
-        self._phase.enter_context(self.scope.phase(phase, join=True))
+        self._phase.enter_context(self.scope.phase(phase, join=True, keep=lambda: self._keeps))
         self.shut()
 
-    def leave(self) -> None:
-        """That pass is over; harmless when there was none."""
+    def leave(self, *, keep: bool = True) -> None:
+        """That pass is over; harmless when there was none.
+
+        Args:
+            keep: Whether it turned out to be one; what ran in it is forgotten otherwise.
+        """
+        self._keeps = keep
         self._phase.close()
+        self._keeps = True
         self.shut()
 
     def detach(self, *, join: bool) -> None:

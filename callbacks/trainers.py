@@ -1,8 +1,8 @@
-"""Which callback class a Trainer expects: ``pytorch_lightning`` and ``lightning.pytorch`` each have one of their own.
+"""Lightning's Trainers: which callback class they expect, and where they log.
 
-The two packages hold the same code under two names, so that a callback can be a true subclass of both. All that are
-installed are joined, whichever is imported first, and however late: they share torch and most of what else they load,
-so that the second costs about a tenth of a second.
+``pytorch_lightning`` and ``lightning.pytorch`` hold the same code under two names, so that a callback can be a true
+subclass of both. All that are installed are joined, whichever is imported first, and however late: they share torch and
+most of what else they load, so that the second costs about a tenth of a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from neuronscope.errors import MissingExtraError
 
-__all__ = ["FRAMEWORKS", "joined_callback", "logger_of"]
+__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logger_of"]
 
 #: Packages that have a Trainer.
 FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
@@ -51,3 +51,31 @@ def logger_of(trainer: Any) -> logging.Logger:
             if kind.__module__.startswith(f"{name}."):
                 return logging.getLogger(f"{name}.neuronscope")
     return logging.getLogger("neuronscope")
+
+
+class LightningLog:
+    """One of a Trainer's loggers, as the publisher sees it.
+
+    Args:
+        place: Its place in the Trainer's list.
+        logger: The logger.
+    """
+
+    def __init__(self, place: int, logger: Any) -> None:
+        self._logger = logger
+        self._place = place
+
+    @property
+    def key(self) -> str:
+        """Its place, kind, name and version."""
+        logger = self._logger
+        return f"{self._place}:{type(logger).__name__}:{logger.name}:{logger.version}"
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Write numbers by tag."""
+        self._logger.log_metrics(metrics, step)
+
+    def event_writer(self) -> Any | None:
+        """TensorBoard's writer; each framework has a ``TensorBoardLogger`` of its own."""
+        is_board = any(kind.__name__ == "TensorBoardLogger" for kind in type(self._logger).__mro__)
+        return self._logger.experiment if is_board else None

@@ -52,6 +52,7 @@ class Meter:
     def __init__(self, neurons: int, device: torch.device) -> None:
         self.neurons = neurons
         self.open = True
+        self.in_graph = False  # whether a compiled graph holds it
         self.gate: Meter | None = None
         with torch.inference_mode(False):
             long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
@@ -95,6 +96,11 @@ class Meter:
         fired = zeros + bad < y.numel() // self.neurons
         self.counters.not_finite.add_(bad)
         self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it certainly holds nothing; what a compiled graph added cannot be known without waiting."""
+        return not (self.in_graph or self.positions or self.gradient_positions)
 
     def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
         """Positions, gradient positions and examples so far.

@@ -85,7 +85,10 @@ class Observer:
 
         def traced_meter(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
             self.compiled = True
-            return self.meter(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
+            meter = self.meter(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
+            if meter is not None:
+                meter.in_graph = True
+            return meter
 
         def traced_axis(name: str) -> int | None:
             return self._declared(name)

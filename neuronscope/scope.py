@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -136,12 +136,13 @@ class Scope:
         return closed
 
     @contextlib.contextmanager
-    def phase(self, name: str, *, join: bool = False) -> Iterator[Scope]:
+    def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
         """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of it.
 
         Args:
             name: The phase's name.
             join: Every rank of a distributed run is here, and each with its own part of the data: count them together.
+            keep: Asked at the end: whether this was a pass of that phase at all. If not, it is forgotten.
 
         Raises:
             DetachedError: The scope was detached.
@@ -156,10 +157,7 @@ class Scope:
             yield self
         finally:
             if not self._detached and name != "train" and name != before:
-                record = self._record(name)
-                record.note_step(self._step)
-                record.flush(self._join if join else None)
-                record.close()
+                self._record(name).end_pass(self._step, self._join if join else None, keep())
             self._phase = before
             self._observe()
 
@@ -278,6 +276,10 @@ class Scope:
         return unseen
 
     # --- saving ----------------------------------------------------------------------------------------------------
+
+    def gather(self) -> None:
+        """Count the open window of training together with the other ranks, so that one may save it: all must call."""
+        self._record("train").flush(self._join)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything counted so far, as tensors and primitives, fit for any checkpoint."""

@@ -135,7 +135,7 @@ class PhaseRecord:
         if self._wanting_at == len(self._steps):
             return False
         wanting = self._policy.min_examples - self._flushed.examples
-        enough = any(meter.examples >= wanting for _, meter in self._meters.values())
+        enough = wanting <= 0 or any(meter.examples >= wanting for _, meter in self._meters.values())
         enough = enough or most_examples(meter for _, meter in self._meters.values()) >= wanting
         self._wanting_at = -1 if enough else len(self._steps)
         return enough
@@ -159,6 +159,23 @@ class PhaseRecord:
         self._steps_before, self._steps = self._steps, []
         self._wanting_at = -1
         return True
+
+    def end_pass(self, step: int, join: Join | None, keep: bool) -> None:
+        """A pass of a phase other than training is over: one window of it, or nothing that counts.
+
+        Args:
+            step: Optimizer steps taken.
+            join: As for :meth:`flush`.
+            keep: Whether it counts. Otherwise what the meters hold is forgotten, and no other rank is waited for.
+        """
+        if keep:
+            self.note_step(step)
+            self.flush(join)
+            self.close()
+        else:
+            for _, meter in self._meters.values():
+                if not meter.untouched:
+                    meter.reset()
 
     def census(self, window: str) -> Census:
         """The census of a window: ``all``, ``last`` or ``open``.

@@ -22,15 +22,15 @@ from tests.ranks.worker import BATCH, STEPS, adam, data, disjoint, network, watc
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 TIME_LIMIT_S = 90
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def together(folder: Path, task: str) -> list[Any]:
+def together(folder: Path, task: str, script: str = "worker") -> list[Any]:
     """What a task gives on each of two ranks; they are killed when time is up."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    worker = [sys.executable, "-m", "tests.ranks.worker", task]
+    worker = [sys.executable, "-m", f"tests.ranks.{script}", task]
     ranks = [
         subprocess.Popen([*worker, str(rank), str(port), str(folder)], stderr=subprocess.PIPE, cwd=ROOT)
         for rank in range(2)

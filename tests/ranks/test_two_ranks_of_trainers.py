@@ -1,0 +1,80 @@
+"""Hugging Face's Trainer and Accelerate on two gloo processes: counts are those of one process over all the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+import neuronscope as ns
+from tests.callbacks.hugging import ACTS, TwinTrainer, assert_same_weights, gpt2, trainer
+
+from .test_two_ranks import assert_equal_counts, together
+from .trainer_worker import STILL
+from .worker import BATCH, STEPS, data, network, watched_counts
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+SCRIPT = "trainer_worker"
+
+
+def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
+    assert list(found) == list(twin) == ACTS
+    for name, fields in found.items():
+        for field, value in fields.items():
+            np.testing.assert_array_equal(value, twin[name][field], err_msg=f"{name} {field}")
+
+
+def test_a_hugging_face_training(tmp_path: Path) -> None:
+    options = {**STILL, "per_device_train_batch_size": 8}
+    twin = trainer(tmp_path, model=gpt2(0.0), kind=TwinTrainer, **options).counted({None: 2})
+    first, second = together(tmp_path, "trainer_counts", SCRIPT)
+    for found in (first, second):
+        assert_twin(found["train"], twin.tallies("train"))
+        assert_twin(found["val"], twin.tallies("val"))
+    # The first rank reports, and what it finds goes into the metrics of both: they must agree on the best model.
+    assert (first["told"] > 0, second["told"]) == (True, 0)
+    assert first["offered"] == second["offered"] != []
+
+
+def test_a_hugging_face_training_that_is_resumed(tmp_path: Path) -> None:
+    for found in together(tmp_path, "trainer_resumes", SCRIPT):
+        assert_equal_counts(found["second"], found["first"])
+        # 2 epochs of 24 sentences.
+        assert found["second"][ACTS[0]]["examples"] == 48
+
+
+def test_a_hugging_face_training_learns_the_same(tmp_path: Path) -> None:
+    first, second = together(tmp_path, "trainer_learns", SCRIPT)
+    assert_same_weights(first["plain"], first["watched"])
+    assert_same_weights(first["watched"], second["watched"])
+    assert not torch.equal(first["plain"]["lm_head.weight"], gpt2().lm_head.weight)
+
+
+def test_a_plain_loop_with_accelerate(tmp_path: Path) -> None:
+    found = together(tmp_path, "accelerate_loops", SCRIPT)
+    assert list(found[0]) == ["no, before", "no, after", "bf16, before", "bf16, after"]
+    for name in found[0]:
+        wanted = one_process(bfloat16=name.startswith("bf16"))
+        assert wanted["1"]["examples"] == 2 * STEPS * BATCH
+        for rank in found:
+            assert_equal_counts(rank[name], wanted)
+
+
+def one_process(*, bfloat16: bool) -> dict[str, Any]:
+    """The counts over both ranks' data, each batch by itself, two pairs of batches a step."""
+    model = network()
+    with ns.watch(model) as scope:
+        for number, halves in enumerate(zip(data(0), data(1), strict=True), start=1):
+            for x, y in halves:
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                    scores = model(x)
+                F.cross_entropy(scores.float(), y).backward()
+            if number % 2 == 0:
+                scope.step()
+    return watched_counts(scope)
