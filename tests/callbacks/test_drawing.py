@@ -192,11 +192,11 @@ with ns.watch(model) as scope:
     for _ in range(3):
         model(torch.randn(200, 4)).sum().backward()
         scope.step()
-class TensorBoardLogger:  # as far as a publisher sees one; Lightning takes seconds to load
-    name, version, experiment = "", "run", SummaryWriter(sys.argv[1])
+class Log:  # as far as a publisher sees one; Lightning takes seconds to load
+    key, writer = "run", SummaryWriter(sys.argv[1])
     def log_metrics(self, metrics, step): pass
-logger = TensorBoardLogger()
-Publisher(images=True, text=True, vectors=True, drawing_share=0.01).publish(scope.report(), [logger], 3)
+    def event_writer(self): return self.writer
+Publisher(images=True, text=True, vectors=True, drawing_share=0.01).publish(scope.report(), [Log()], 3)
 {end}
 """
 

@@ -67,7 +67,7 @@ def accelerate_loops(rank: int, folder: Path) -> dict[str, Any]:
 def accelerated(rank: int, precision: str, *, before: bool) -> dict[str, Any]:
     AcceleratorState._reset_state()  # it has one precision for the whole process
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    model = network()
+    model = network(dropout=0.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     early = ns.watch(model) if before else None
     prepared, optimizer = accelerator.prepare(model, optimizer)

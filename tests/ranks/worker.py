@@ -19,10 +19,12 @@ STEPS, BATCH = 20, 8
 Data = list[tuple[Tensor, Tensor]]
 
 
-def network() -> nn.Module:
+def network(dropout: float = 0.2) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)]
-    net = nn.Sequential(*layers)
+    net = nn.Sequential(
+        *(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(dropout)),
+        *(nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)),
+    )
     with torch.no_grad():
         net[0].bias[:3] = -100.0
     return net
