@@ -1,0 +1,225 @@
+"""Files: a run of bytes in a regular file, its size known and every read of it held to that size.
+
+Read with ordinary reads and not through a map of memory: pages of a mapped file count as this process's memory, and a
+file that is cut short while it is mapped ends the process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from neuronscope.errors import CheckpointError
+
+__all__ = ["ByteRange", "beside", "parse_json", "read_json", "shown"]
+
+_LONGEST_SHOWN = 80
+
+
+def shown(name: object) -> str:
+    r"""A name from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
+
+    >>> shown("layer\x1b[2J\n1")
+    "'layer\\x1b[2J\\n1'"
+    >>> shown("w" * 1000) == repr("w" * 79 + "…")
+    True
+    """
+    text = str(name)
+    return repr(text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…")
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """``size`` bytes of a regular file from ``start`` on.
+
+    Nothing is held open. Links are followed; what is no regular file (a folder, a pipe, a device) is refused without
+    waiting for it.
+    """
+
+    path: Path
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> ByteRange:
+        """The whole of a file.
+
+        Raises:
+            CheckpointError: It is not there, may not be read, is no regular file, or is empty.
+
+        >>> ByteRange.of(Path("no/such/file"))
+        Traceback (most recent call last):
+            ...
+        neuronscope.errors.CheckpointError: Cannot read 'no/such/file': No such file or directory.
+        """
+        with _opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise CheckpointError(f"Cannot read {shown(path)}: the file is empty.")
+        return cls(path, 0, size)
+
+    def part(self, offset: int, length: int) -> ByteRange:
+        """Some of these bytes.
+
+        Raises:
+            CheckpointError: They are not all within these.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(
+                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, but there "
+                f"are only {self.size}."
+            )
+        return ByteRange(self.path, self.start + offset, length)
+
+    def read(self) -> bytes:
+        """All of these bytes.
+
+        Raises:
+            CheckpointError: The file has become shorter, or may no longer be read.
+        """
+        data = bytearray(self.size)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_into(self, room: memoryview) -> None:
+        """Read as many of these bytes as there is room for.
+
+        Raises:
+            CheckpointError: The file has become shorter, or may no longer be read.
+        """
+        with _opened(self.path) as file:
+            fill(file, self.start, room, self.path)
+
+    def open(self) -> BinaryIO:
+        """These bytes as a file of their own."""
+        return io.BufferedReader(_Window(self), buffer_size=1 << 16)
+
+
+def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
+    """Fill the room with what lies in an open file from a position on."""
+    try:
+        file.seek(position)
+        while room:
+            came = file.readinto(room)
+            if not came:
+                raise CheckpointError(f"{shown(path)} has become shorter while it was read.")
+            room = room[came:]
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
+
+
+def read_json(path: Path, most_bytes: int) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+        most_bytes: A longer one is refused.
+
+    Raises:
+        CheckpointError: It cannot be read, is longer, or is not JSON.
+    """
+    file = ByteRange.of(path)
+    if file.size > most_bytes:
+        raise CheckpointError(
+            f"{shown(path)} has {file.size} bytes, but at most {most_bytes} were expected of such a file."
+        )
+    return parse_json(file.read(), path)
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """What a JSON text says. A key that comes twice is an error: readers would differ in which they take.
+
+    Raises:
+        CheckpointError: It is not JSON, or nested too deeply.
+
+    >>> parse_json(b'{"a": 1, "a": 2}', Path("x.json"))
+    Traceback (most recent call last):
+        ...
+    neuronscope.errors.CheckpointError: 'x.json' is not the JSON that was expected of it: 'a' comes twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise ValueError(f"{shown(key)} comes twice")
+            made[key] = value
+        return made
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise CheckpointError(
+            f"{shown(path)} is not the JSON that was expected of it: it is nested too deeply."
+        ) from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise CheckpointError(f"{shown(path)} is not the JSON that was expected of it: {error}.") from error
+
+
+def beside(folder: Path, name: object) -> Path:
+    """A file that a checkpoint names, which must lie in the same folder.
+
+    Raises:
+        CheckpointError: The name is no plain file name.
+
+    >>> beside(Path("run"), "../secret")
+    Traceback (most recent call last):
+        ...
+    neuronscope.errors.CheckpointError: Expected the name of a file in 'run', but got '../secret'.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
+    if not plain:
+        raise CheckpointError(f"Expected the name of a file in {shown(folder)}, but got {shown(name)}.")
+    return folder / str(name)
+
+
+def _opened(path: Path) -> io.FileIO:
+    """A regular file, open for reading without a buffer. A device is not touched and a pipe is not waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        file = io.FileIO(os.open(path, flags), "rb") if regular else None
+    except (OSError, ValueError) as error:  # ValueError: a path that holds a null character
+        raise CheckpointError(f"Cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    if file is None:
+        raise CheckpointError(f"Cannot read {shown(path)}: a file was expected, not a folder, a pipe or a device.")
+    return file
+
+
+class _Window(io.RawIOBase):
+    """A range of bytes as a file that begins at 0 and ends where the range does."""
+
+    def __init__(self, part: ByteRange) -> None:
+        self._part = part
+        self._file = _opened(part.path)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"position {base + offset} lies before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, room: Any) -> int:
+        left = max(0, min(len(room), self._part.size - self._at))
+        if left:
+            fill(self._file, self._part.start + self._at, memoryview(room)[:left], self._part.path)
+        self._at += left
+        return left
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

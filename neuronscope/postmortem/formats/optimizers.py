@@ -1,0 +1,91 @@
+"""Optimizers in a checkpoint: recognised by what their states hold, wherever a training loop has put them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from neuronscope.postmortem.checkpoint import OptimizerState
+from neuronscope.postmortem.formats.stored import Stored
+
+__all__ = ["find_optimizers", "looks_like_optimizer", "steps_taken"]
+
+
+def looks_like_optimizer(value: Any) -> bool:
+    """Whether it is what ``Optimizer.state_dict()`` gives.
+
+    >>> looks_like_optimizer({"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]})
+    True
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("state"), Mapping):
+        return False
+    groups = value.get("param_groups")
+    return isinstance(groups, list | tuple) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups
+    )
+
+
+def find_optimizers(content: Any, strip: Callable[[str], str] = str) -> tuple[OptimizerState, ...]:
+    """The optimizers in a checkpoint: the whole of it, under a key, or in a list or dictionary under a key.
+
+    Args:
+        content: What lies in the checkpoint.
+        strip: What takes wrappers' parts off the names of parameters.
+    """
+    return tuple(_optimizer(found, strip) for found in _candidates(content, 2, set()))
+
+
+def _candidates(value: Any, deeper: int, seen: set[int]) -> Iterator[Mapping[str, Any]]:
+    """What looks like an optimizer. What is referred to again and again is looked into once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if looks_like_optimizer(value):
+        yield value
+    elif deeper:
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        for item in inner:
+            yield from _candidates(item, deeper - 1, seen)
+
+
+def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> OptimizerState:
+    groups = [{str(name): _plain(value) for name, value in group.items()} for group in found["param_groups"]]
+    numbered = {str(key): key for group in groups for key in group["params"] if type(key) is int}
+
+    def key_of(key: Any) -> int | str:
+        """A key as groups have it: folders of shards keep numbers as text."""
+        return numbered.get(str(key), key if type(key) is int else strip(str(key)))
+
+    for group in groups:
+        group["params"] = [key_of(key) for key in group["params"]]
+        names = group.get("param_names")
+        if isinstance(names, list | tuple):
+            group["param_names"] = [strip(str(name)) for name in names]
+    slots = {
+        key_of(key): {str(name): _plain(value) for name, value in kept.items() if _is_kept(value)}
+        for key, kept in found["state"].items()
+        if isinstance(kept, Mapping)
+    }
+    return OptimizerState(tuple(groups), slots)
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, Stored | int | float)
+
+
+def _plain(value: Any) -> Any:
+    """A tensor of no dimensions as the number that it is; all else as it came."""
+    if isinstance(value, Stored) and value.shape == ():
+        return value.read().item()
+    return value
+
+
+def steps_taken(optimizers: tuple[OptimizerState, ...]) -> int | None:
+    """The most steps that any parameter of the optimizers took, where they count them (as Adam does).
+
+    >>> steps_taken((OptimizerState((), {0: {"step": 3.0}, 1: {"step": 5}}),))
+    5
+    """
+    steps = [slot.get("step") for optimizer in optimizers for slot in optimizer.slots.values()]
+    counted = [int(step) for step in steps if isinstance(step, int | float) and 0 <= step < 2**63]
+    return max(counted, default=None)
