@@ -70,7 +70,7 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
     records = find_records(everything)
     if not (weights or optimizers or records):
         raise CheckpointError(
-            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(map(repr, _WEIGHTS))}."
+            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}."
         )
     if not weights:
         notes.append("It holds no weights of a network.")

@@ -21,7 +21,7 @@ from neuronscope.postmortem.formats.contents import Contents
 from neuronscope.postmortem.formats.files import ByteRange, beside, shown
 from neuronscope.postmortem.formats.pickles import StandIn, Symbol, read_pickle, understood
 from neuronscope.postmortem.formats.singles import read_single
-from neuronscope.postmortem.formats.stored import FileTensor, Stored, is_shape
+from neuronscope.postmortem.formats.stored import FileTensor, Stored, is_shape, room
 from neuronscope.postmortem.formats.symbols import Attributes, find_symbol
 from neuronscope.postmortem.formats.torchfiles import read_zip
 
@@ -33,7 +33,8 @@ METADATA = ".metadata"
 _META = "meta.pt"  # Lightning's: all of a checkpoint but weights and optimizers
 _MOST_PARTS = 4096
 _LONGEST_PLAN = 1 << 28
-_LONGEST_OBJECT = 1 << 26
+_LONGEST_OBJECT = 1 << 20
+_MOST_OBJECTS = 1 << 25  # bytes of all of them
 _DEEPEST = 32
 
 
@@ -63,7 +64,9 @@ class PartedTensor(Stored):
     def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_Part]) -> None:
         super().__init__(dtype, shape)
         self._name, self._parts = name, tuple(parts)
-        if not _tiles(shape, self._parts):
+        if any(math.prod(part.sizes) * dtype.itemsize > part.place.size for part in parts) or not _tiles(
+            shape, self._parts
+        ):
             raise CheckpointError(
                 f"The parts of {shown(name)}, of shape {shown(shape)}, do not make up the whole of it."
             )
@@ -89,9 +92,9 @@ class PartedTensor(Stored):
             if part.sizes == self.shape:
                 return numbers
             if whole is None:
-                whole = torch.empty(self.shape, dtype=self.torch_dtype)
+                whole = room(self.shape, self.torch_dtype)
             whole[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = numbers
-        return torch.empty(self.shape, dtype=self.torch_dtype) if whole is None else whole
+        return room(self.shape, self.torch_dtype) if whole is None else whole
 
 
 def read_distributed(folder: Path, *, trust: bool) -> Contents:
@@ -141,6 +144,7 @@ class _Files:
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
             self._infos[str(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
+        self._object_bytes = 0
         self.opened: dict[str, ByteRange] = {}
 
     def _place(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
@@ -173,8 +177,12 @@ class _Files:
     def object(self, name: Any, notes: list[str]) -> Any:
         """What is no tensor: a number, a list, a setting."""
         place = self._place(str(name), None)
-        if place.size > _LONGEST_OBJECT or place.part(0, min(4, place.size)).read() != b"PK\3\4":
-            notes.append(f"{shown(name)} is kept in a form that is not known, and is left out.")
+        self._object_bytes += place.size
+        if (
+            max(place.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
+            or place.part(0, min(4, place.size)).read() != b"PK\3\4"
+        ):
+            notes.append(f"{shown(name)} is no plain data of a believable size, and is left out.")
             return None
         return read_zip(place)
 

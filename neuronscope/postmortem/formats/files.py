@@ -11,25 +11,34 @@ import json
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from neuronscope.errors import CheckpointError
 
 __all__ = ["ByteRange", "beside", "parse_json", "read_json", "shown"]
 
+#: No tensor of torch has more.
+MOST_DIMENSIONS = 64
+
 _LONGEST_SHOWN = 80
+_LONGEST_READ = 1 << 27
+_LONGEST_JSON = 1 << 25  # a byte of it can take twenty in memory; the index of 100,000 tensors has a third of this
 
 
-def shown(name: object) -> str:
-    r"""A name from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
+def shown(thing: object) -> str:
+    r"""What comes from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
 
-    >>> shown("layer\x1b[2J\n1")
-    "'layer\\x1b[2J\\n1'"
+    >>> print(shown("layer\x1b[2J\n1"), shown((2, 3)), shown([[]]))
+    'layer\x1b[2J\n1' (2, 3) a list
     >>> shown("w" * 1000) == repr("w" * 79 + "…")
     True
     """
-    text = str(name)
+    if isinstance(thing, tuple) and len(thing) <= MOST_DIMENSIONS and all(type(n) is int and n < 2**64 for n in thing):
+        return str(thing)
+    if not isinstance(thing, str | PurePath | Exception):
+        return f"a {type(thing).__name__}"  # its text could be of any length
+    text = str(thing)
     return repr(text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…")
 
 
@@ -71,8 +80,8 @@ class ByteRange:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
-                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, but there "
-                f"are only {self.size}."
+                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, and "
+                f"there are only {self.size}."
             )
         return ByteRange(self.path, self.start + offset, length)
 
@@ -96,8 +105,11 @@ class ByteRange:
             fill(file, self.start, room, self.path)
 
     def open(self) -> BinaryIO:
-        """These bytes as a file of their own."""
-        return io.BufferedReader(_Window(self), buffer_size=1 << 16)
+        """These bytes as a file of their own, which gives no more than a bounded number of them at once.
+
+        What is read with it are lengths and indices that the file itself declares, and not tensors.
+        """
+        return _Bounded(_Window(self), buffer_size=1 << 16)
 
 
 def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
@@ -113,34 +125,20 @@ def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
         raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
 
 
-def read_json(path: Path, most_bytes: int) -> Any:
+def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
-    Args:
-        path: The file.
-        most_bytes: A longer one is refused.
-
     Raises:
-        CheckpointError: It cannot be read, is longer, or is not JSON.
+        CheckpointError: It cannot be read, is too long to be believed, or is not JSON.
     """
-    file = ByteRange.of(path)
-    if file.size > most_bytes:
-        raise CheckpointError(
-            f"{shown(path)} has {file.size} bytes, but at most {most_bytes} were expected of such a file."
-        )
-    return parse_json(file.read(), path)
+    return parse_json(ByteRange.of(path))
 
 
-def parse_json(data: bytes, path: Path) -> Any:
+def parse_json(part: ByteRange) -> Any:
     """What a JSON text says. A key that comes twice is an error: readers would differ in which they take.
 
     Raises:
-        CheckpointError: It is not JSON, or nested too deeply.
-
-    >>> parse_json(b'{"a": 1, "a": 2}', Path("x.json"))
-    Traceback (most recent call last):
-        ...
-    neuronscope.errors.CheckpointError: 'x.json' is not the JSON that was expected of it: 'a' comes twice.
+        CheckpointError: It is not JSON, nested too deeply, or too long to be believed.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,8 +149,12 @@ def parse_json(data: bytes, path: Path) -> Any:
             made[key] = value
         return made
 
+    path = part.path
+    if part.size > _LONGEST_JSON:
+        raise CheckpointError(f"{shown(path)} has {part.size} bytes of JSON, and at most {_LONGEST_JSON} are believed.")
+    text = part.read()
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=once)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise CheckpointError(
             f"{shown(path)} is not the JSON that was expected of it: it is nested too deeply."
@@ -189,6 +191,23 @@ def _opened(path: Path) -> io.FileIO:
     if file is None:
         raise CheckpointError(f"Cannot read {shown(path)}: a file was expected, not a folder, a pipe or a device.")
     return file
+
+
+class _Bounded(io.BufferedReader):
+    """A file that gives no more than so much at once, whatever is asked for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(_LONGEST_READ + 1 if size is None or size < 0 else min(size, _LONGEST_READ + 1))
+        return _believed(data)
+
+    def readline(self, _: int | None = -1, /) -> bytes:
+        return _believed(super().readline(_LONGEST_READ + 1))
+
+
+def _believed(data: bytes) -> bytes:
+    if len(data) > _LONGEST_READ:
+        raise ValueError(f"more than {_LONGEST_READ} bytes are to be read at once")
+    return data
 
 
 class _Window(io.RawIOBase):

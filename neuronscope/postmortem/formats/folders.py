@@ -28,7 +28,6 @@ _WEIGHTS = (
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _FSDP = "pytorch_model_fsdp_0"  # a folder of its own, where a Trainer saves shards; optimizer_0 lies beside it
-_LONGEST_JSON = 100_000_000
 
 
 def read_folder(folder: Path, *, trust: bool) -> Contents:
@@ -46,8 +45,8 @@ def read_folder(folder: Path, *, trust: bool) -> Contents:
     names = sorted(entry.name for entry in folder.iterdir())
     if "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names):
         raise CheckpointError(
-            f"{shown(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
-            "own `zero_to_fp32.py` and give that."
+            f"{shown(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
+            "its own `zero_to_fp32.py` and give that."
         )
     if _FSDP in names:
         contents = read_distributed(folder / _FSDP, trust=trust)
@@ -57,13 +56,13 @@ def read_folder(folder: Path, *, trust: bool) -> Contents:
     else:
         contents = _weights(folder, names, trust=trust)
     if "config.json" in names:
-        config = read_json(folder / "config.json", _LONGEST_JSON)
+        config = read_json(folder / "config.json")
         contents.config = config if isinstance(config, dict) else {}
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
             contents.beside[name.removesuffix(".pt")] = read_single(ByteRange.of(folder / name), trust=trust).data
     if "trainer_state.json" in names:
-        _take_trainer_state(contents, read_json(folder / "trainer_state.json", _LONGEST_JSON))
+        _take_trainer_state(contents, read_json(folder / "trainer_state.json"))
     return contents
 
 

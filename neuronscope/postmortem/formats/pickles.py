@@ -1,8 +1,8 @@
 """Pickles, read and not run: the machine of pickle's opcodes, without the power to import, call or build anything.
 
-What a pickle names is looked up in a table of the caller's (see :mod:`neuronscope.postmortem.formats.symbols`) that gives
-descriptions; a name that is not in it is refused. ``torch.load(weights_only=True)`` goes the same way but makes real
-tensors, sets aside what shapes claim, and had to be mended more than once; this one makes plain data only.
+What a pickle names is looked up in a table of the caller's (see :mod:`neuronscope.postmortem.formats.symbols`) that
+gives descriptions; a name that is not in it is refused. ``torch.load(weights_only=True)`` goes the same way, but calls
+functions of torch that make real tensors of whatever size a file claims; here nothing of torch is called.
 
 The opcodes are taken apart by :mod:`pickletools` of the standard library.
 """
@@ -13,7 +13,7 @@ import pickletools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ __all__ = ["ForeignError", "StandIn", "Symbol", "hashable", "read_pickle", "unde
 # empty container. A checkpoint of 100,000 tensors with both of Adam's averages takes a third of each.
 _MOST_OPCODES = 20_000_000
 _MOST_CONTAINERS = 4_000_000
-_LONGEST_READ = 1 << 26
+_MOST_COPIED = 1 << 26
 
 
 class ForeignError(CheckpointError):
@@ -98,22 +98,6 @@ class Symbol(NamedTuple):
     make: Callable[..., Any]
 
 
-class _Careful:
-    """A file that gives no more than so much at once, whatever an opcode claims to be followed by."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.read, self.readline = self._read, self._readline
-
-    def _read(self, size: int) -> bytes:
-        if size > _LONGEST_READ:
-            raise ValueError(f"an opcode claims to be followed by {size} bytes")
-        return self._file.read(size)
-
-    def _readline(self) -> bytes:
-        return self._file.readline(_LONGEST_READ)
-
-
 def read_pickle(
     file: BinaryIO,
     find: Callable[[str, str], Any],
@@ -123,7 +107,8 @@ def read_pickle(
 
     Args:
         file: The pickle, from where the file stands.
-        find: Gives what a name in a module stands for (a :class:`Symbol` if it can be called), or raises :class:`ForeignError`.
+        find: Gives what a module's name and a name in it stand for, a :class:`Symbol` where it can be called; or
+            raises :class:`ForeignError`.
         persistent: Gives what a persistent id stands for.
 
     Raises:
@@ -137,7 +122,7 @@ def read_pickle(
     machine = _Machine(find, persistent)
     containers = 0
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(BinaryIO, _Careful(file)))):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             name = opcode.name
             containers += name in _MAKES_CONTAINERS
             if count > _MOST_OPCODES or containers > _MOST_CONTAINERS:
@@ -160,6 +145,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.copied = 0
         self.find = find
         self.persistent = persistent
 
@@ -234,6 +220,10 @@ class _Machine:
     def call(self, symbol: Any, arguments: Any) -> None:
         if not isinstance(symbol, Symbol) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that cannot be called")
+        self.copied += sum(16 * len(given) for given in arguments if isinstance(given, set | dict))
+        self.copied += sum(len(given) for given in arguments if isinstance(given, str | bytes | list | tuple))
+        if self.copied > _MOST_COPIED:
+            raise ValueError("it copies something large again and again")
         self.push(symbol.make(*arguments))
 
     def reduce(self) -> None:
@@ -285,7 +275,7 @@ _MAKES_CONTAINERS = frozenset({"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "MARK"})
 
 # What each opcode does. Those that are missing have no place in a checkpoint: extension codes, out-of-band buffers.
 _ACTS: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, _: None),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
     **dict.fromkeys(
         (
             *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),

@@ -27,8 +27,8 @@ _DEEPEST_PART = 16
 def find_records(content: Any) -> dict[str, dict[str, Any]]:
     """The state of every scope in a checkpoint, its tensors read, by the key that it was found under.
 
-    The key is the path to it without ``callbacks`` in front and ``scope`` behind: a monitor's ``state_key``, the name under which a loop
-    saved it, or ``""`` where the state is the whole file.
+    The key is the path to it without ``callbacks`` in front and ``scope`` behind: a monitor's ``state_key``, the name
+    under which a loop saved it, or ``""`` where the state is the whole file.
 
     Raises:
         CheckpointError: One is nested or sized as no record is.

@@ -1,7 +1,7 @@
 """safetensors: a length, a JSON header of names, types, shapes and offsets, then the numbers.
 
-An own reader of the documented layout and not the ``safetensors`` package, which maps the file into memory and so may end the process
-when the file is cut short, and counts as this process's memory every page that was ever read.
+An own reader of the documented layout and not the ``safetensors`` package, which maps the file into memory: such a
+process ends when the file is cut short under it, and every page that was read counts as its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from neuronscope.postmortem.formats.stored import FileTensor, Storage, dtype_nam
 __all__ = ["looks_like_safetensors", "read_safetensors"]
 
 _LENGTH = 8  # bytes that tell the header's length, little end first
-_LONGEST_HEADER = 100_000_000  # the format's own bound
 
 _TYPES = {
     "F64": "float64",
@@ -65,9 +64,9 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor]:
     if part.size < _LENGTH:
         raise damaged(f"it has {part.size} bytes")
     length = int.from_bytes(part.part(0, _LENGTH).read(), "little")
-    if length > min(_LONGEST_HEADER, part.size - _LENGTH):
+    if length > part.size - _LENGTH:
         raise damaged(f"its header is said to have {length} bytes, and it has {part.size} in all")
-    header = parse_json(part.part(_LENGTH, length).read(), part.path)
+    header = parse_json(part.part(_LENGTH, length))
     if not isinstance(header, dict):
         raise damaged("its header is no dictionary")
     data = part.part(_LENGTH + length, part.size - _LENGTH - length)

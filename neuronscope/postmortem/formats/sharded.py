@@ -11,8 +11,6 @@ from neuronscope.postmortem.formats.singles import Single, read_single
 
 __all__ = ["read_index"]
 
-_LONGEST_INDEX = 100_000_000
-
 
 def read_index(path: Path, *, trust: bool) -> Single:
     """The tensors of all files that an index names.
@@ -24,7 +22,7 @@ def read_index(path: Path, *, trust: bool) -> Single:
     Raises:
         CheckpointError: The index is none, names files elsewhere, or a file is missing, damaged or lacks a tensor.
     """
-    index = read_json(path, _LONGEST_INDEX)
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{shown(path)} is no index of a checkpoint: it has no `weight_map`.")
@@ -40,5 +38,5 @@ def read_index(path: Path, *, trust: bool) -> Single:
         if name not in files[file][1]:
             raise CheckpointError(f"{shown(where)} lacks {shown(name)}, which {shown(path.name)} says is in it.")
         tensors[name] = files[file][1][name]
-    formats = " and ".join(sorted({format for format, _ in files.values()}))
+    formats = " and ".join(sorted({kind for kind, _ in files.values()}))
     return Single(f"{formats}, {len(files)} files", tensors)

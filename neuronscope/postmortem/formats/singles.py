@@ -67,15 +67,15 @@ def read_single(part: ByteRange, *, trust: bool) -> Single:
     )
 
 
-def _pickled(part: ByteRange, format: str, read: Callable[[ByteRange], Any], *, trust: bool) -> Single:
+def _pickled(part: ByteRange, kind: str, read: Callable[[ByteRange], Any], *, trust: bool) -> Single:
     try:
-        return Single(format, read(part))
+        return Single(kind, read(part))
     except ForeignError:
         if not trust:
             raise
     from neuronscope.postmortem.formats.trusted import load_trusted
 
-    return Single(f"{format}, unpickled", load_trusted(part.path))
+    return Single(f"{kind}, unpickled", load_trusted(part.path))
 
 
 def _script(part: ByteRange, *, trust: bool) -> Single:

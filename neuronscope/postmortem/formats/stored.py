@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.formats.files import ByteRange, shown
+from neuronscope.postmortem.formats.files import MOST_DIMENSIONS, ByteRange, shown
 
-__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_shape"]
+__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_shape", "room"]
 
 # A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
 # in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
@@ -28,7 +28,7 @@ def dtype_named(name: object) -> torch.dtype | None:
     >>> dtype_named("load") is None
     True
     """
-    found = getattr(torch, name, None) if isinstance(name, str) else None
+    found = vars(torch).get(name) if isinstance(name, str) else None
     return found if isinstance(found, torch.dtype) else None
 
 
@@ -41,7 +41,11 @@ def is_shape(sizes: Any) -> tuple[int, ...]:
     >>> is_shape([2, 3])
     (2, 3)
     """
-    if not isinstance(sizes, tuple | list) or any(type(size) is not int or not 0 <= size <= _LARGEST for size in sizes):
+    if (
+        not isinstance(sizes, tuple | list)
+        or len(sizes) > MOST_DIMENSIONS
+        or any(type(size) is not int or not 0 <= size <= _LARGEST for size in sizes)
+    ):
         raise ValueError(f"{shown(sizes)} was found where sizes were expected")
     return tuple(sizes)
 
@@ -85,6 +89,18 @@ class Stored(ABC):
         Raises:
             CheckpointError: The bytes are not what the file said that they were.
         """
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled.
+
+    Raises:
+        CheckpointError: There is not enough memory for it.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise CheckpointError(f"There is not enough memory for a tensor of shape {shown(shape)}.") from error
 
 
 class Storage:
@@ -161,7 +177,7 @@ class FileTensor(Stored):
             place.size, self._storage.numel * self._storage.dtype.itemsize
         ):
             raise CheckpointError(
-                f"A tensor of shape {shown(self._shape)} and type {self.dtype} reaches beyond the numbers that are stored for it."
+                f"A tensor of shape {shown(self._shape)}, {self.dtype}, is larger than what is stored of it."
             )
         if numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
             raise CheckpointError(
@@ -178,9 +194,9 @@ class FileTensor(Stored):
             CheckpointError: The file is no longer what it was when it was opened.
         """
         place = self._place()
-        data = torch.empty(place.size, dtype=torch.uint8)
+        data = room((place.size,), torch.uint8)
         if place.size:
-            place.read_into(memoryview(data.numpy()))
+            place.read_into(data.numpy().data)
         if self.torch_dtype == torch.bool:
             data.ne_(0).view(torch.bool)  # any other byte is no truth value
         view = data.view(self.torch_dtype).as_strided(self._shape, self._stride)

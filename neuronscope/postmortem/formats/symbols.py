@@ -82,7 +82,7 @@ def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -
     >>> find_symbol("os", "system")
     Traceback (most recent call last):
         ...
-    neuronscope.postmortem.formats.pickles.ForeignError: 'A pickle' names 'os.system', which would have to be imported ...
+    neuronscope.postmortem.formats.pickles.ForeignError: 'A pickle' names 'os.system', which would have to be ...
     """
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
@@ -93,7 +93,7 @@ def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -
     return found
 
 
-def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: torch.dtype | None = None) -> Any:
+def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: torch.dtype | None = None) -> Any:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor is made of something that is no storage")
     tensor = FileTensor(storage, storage.dtype if dtype is None else dtype, size, stride, offset)
@@ -101,15 +101,13 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtyp
     return tensor
 
 
-def _rebuild_typed(
-    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
-) -> Any:
+def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
     if not isinstance(dtype, torch.dtype):
         raise ValueError("a tensor has a type that is none")
     return _rebuild(storage, offset, size, stride, dtype=dtype)
 
 
-def _rebuild_subclass(function: Any, cls: Any, arguments: Any, state: Any = None) -> Any:
+def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
     """A subclass of tensors: read as the plain tensor inside, if it is one of torch's own that adds nothing."""
     if not isinstance(function, Symbol) or not isinstance(arguments, tuple) or not isinstance(cls, Attributes | Symbol):
         raise ValueError("a tensor is made by something that makes none")
@@ -155,10 +153,10 @@ _PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")
 
 
 def _left_out(why: str) -> Callable[..., LeftOut]:
-    return lambda *arguments: LeftOut(why)
+    return lambda *_: LeftOut(why)
 
 
-def _stand_in(*arguments: Any) -> StandIn:
+def _stand_in(*_: Any) -> StandIn:
     return StandIn()
 
 
@@ -181,7 +179,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _pairs,
     "collections.Counter": _pairs,
-    "collections.defaultdict": lambda factory=None, *pairs: _pairs(*pairs),
+    "collections.defaultdict": lambda _=None, *pairs: _pairs(*pairs),
     # torch
     "torch._utils._rebuild_tensor": _rebuild,
     "torch._utils._rebuild_tensor_v2": _rebuild,
