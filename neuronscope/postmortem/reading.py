@@ -22,7 +22,7 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """What lies in a checkpoint, without its numbers: those are read tensor by tensor when they are asked for.
 
     Files of ``torch.save`` (a ``state_dict``, a training checkpoint, Lightning's), safetensors, weights in several
-    files with their index, Hugging Face folders and folders of ``torch.distributed.checkpoint``; see ``docs/checkpoints.md``.
+    files with their index, folders of Hugging Face and ``torch.distributed.checkpoint``: see ``docs/checkpoints.md``.
 
     Args:
         path: A file, or a folder that is a checkpoint.

@@ -119,7 +119,7 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
         else:
             others.append(name)
     for why, names in left_out.items():
-        notes.append(f"{len(names)} {why} tensors are not read: {_listed(names)}.")
+        notes.append(f"Tensors that are {why} are not read: {_listed(names)}.")
     if others:
         notes.append(f"What is no tensor is left out of the weights: {_listed(others)}.")
     return found

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.formats.contents import Contents
-from neuronscope.postmortem.formats.files import ByteRange, beside, shown
+from neuronscope.postmortem.formats.files import ByteRange, beside, counted, shown
 from neuronscope.postmortem.formats.pickles import StandIn, Symbol, read_pickle, understood
 from neuronscope.postmortem.formats.singles import read_single
 from neuronscope.postmortem.formats.stored import FileTensor, Stored, is_shape, room
@@ -123,7 +123,7 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
     if (folder / _META).exists():
         meta = read_single(ByteRange.of(folder / _META), trust=trust).data
         data = {**(meta if isinstance(meta, dict) else {}), **data}
-    return Contents(f"distributed checkpoint, {len(files.opened)} files", data, notes=notes)
+    return Contents(f"distributed checkpoint, {counted(len(files.opened))}", data, notes=notes)
 
 
 class _Files:

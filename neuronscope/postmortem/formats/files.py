@@ -16,12 +16,13 @@ from typing import Any, BinaryIO
 
 from neuronscope.errors import CheckpointError
 
-__all__ = ["ByteRange", "beside", "parse_json", "read_json", "shown"]
+__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "parse_json", "read_json", "shown"]
 
 #: No tensor of torch has more.
 MOST_DIMENSIONS = 64
 
 _LONGEST_SHOWN = 80
+_LONGEST_PATH = 400
 _LONGEST_READ = 1 << 27
 _LONGEST_JSON = 1 << 25  # a byte of it can take twenty in memory; the index of 100,000 tensors has a third of this
 
@@ -38,8 +39,8 @@ def shown(thing: object) -> str:
         return str(thing)
     if not isinstance(thing, str | PurePath | Exception):
         return f"a {type(thing).__name__}"  # its text could be of any length
-    text = str(thing)
-    return repr(text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 1] + "…")
+    text, most = str(thing), _LONGEST_PATH if isinstance(thing, PurePath) else _LONGEST_SHOWN
+    return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,15 @@ def beside(folder: Path, name: object) -> Path:
     if not plain:
         raise CheckpointError(f"Expected the name of a file in {shown(folder)}, but got {shown(name)}.")
     return folder / str(name)
+
+
+def counted(files: int) -> str:
+    """So many files.
+
+    >>> counted(1), counted(2)
+    ('1 file', '2 files')
+    """
+    return f"{files} file" if files == 1 else f"{files} files"
 
 
 def _opened(path: Path) -> io.FileIO:

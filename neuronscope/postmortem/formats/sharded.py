@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.formats.files import ByteRange, beside, read_json, shown
+from neuronscope.postmortem.formats.files import ByteRange, beside, counted, read_json, shown
 from neuronscope.postmortem.formats.singles import Single, read_single
 
 __all__ = ["read_index"]
@@ -39,4 +39,4 @@ def read_index(path: Path, *, trust: bool) -> Single:
             raise CheckpointError(f"{shown(where)} lacks {shown(name)}, which {shown(path.name)} says is in it.")
         tensors[name] = files[file][1][name]
     formats = " and ".join(sorted({kind for kind, _ in files.values()}))
-    return Single(f"{formats}, {len(files)} files", tensors)
+    return Single(f"{formats}, {counted(len(files))}", tensors)

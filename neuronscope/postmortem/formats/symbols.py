@@ -190,7 +190,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_sparse_csr_tensor": _left_out("sparse"),
     "torch._utils._rebuild_qtensor": _left_out("quantised"),
     "torch._utils._rebuild_nested_tensor": _left_out("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers, of the meta device,"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch.Tensor": _stand_in,
     "torch.nn.parameter.Parameter": _stand_in,

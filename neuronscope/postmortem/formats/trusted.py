@@ -62,7 +62,7 @@ def _plain(value: Any, depth: int) -> Any:
         return None
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            return LeftOut("sparse, quantised or meta")
+            return LeftOut("sparse, quantised or without numbers")
         return LoadedTensor(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
