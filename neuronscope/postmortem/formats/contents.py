@@ -65,6 +65,9 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
     lightning = "pytorch-lightning_version" in data
     weights = _weights(data, notes)
     strip = stripper(weights, wrapped=not lightning)
+    tensors = {strip(name): tensor for name, tensor in weights.items()}
+    if len(tensors) < len(weights):
+        raise CheckpointError(f"{shown(path)} is damaged: two of its tensors have the same name.")
     everything = {**data, **contents.beside}
     optimizers = find_optimizers(everything, strip)
     records = find_records(everything)
@@ -77,7 +80,7 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
     return Checkpoint(
         path=path,
         format=contents.format.replace("torch file", "Lightning checkpoint") if lightning else contents.format,
-        tensors={strip(name): tensor for name, tensor in weights.items()},
+        tensors=tensors,
         optimizers=optimizers,
         records=records,
         step=_step(data, contents.step, optimizers),

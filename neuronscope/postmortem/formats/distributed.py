@@ -6,9 +6,9 @@ let in as stand-ins, and no other name; every part of a tensor is a file of ``to
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,8 +110,8 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
     plan = ByteRange.of(folder / METADATA)
     if plan.size > _LONGEST_PLAN:
         raise CheckpointError(f"{shown(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
-    with understood(plan.path), closing(plan.open()) as file:
-        metadata = _state(read_pickle(file, partial(find_symbol, more=_CLASSES)), "Metadata")
+    with understood(plan.path):
+        metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_symbol, more=_CLASSES)), "Metadata")
         files = _Files(folder, metadata["storage_data"])
         paths = metadata.get("planner_data") or {}
         notes: list[str] = []

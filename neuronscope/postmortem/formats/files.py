@@ -10,6 +10,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -143,11 +144,10 @@ def parse_json(part: ByteRange) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in made:
-                raise ValueError(f"{shown(key)} comes twice")
-            made[key] = value
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            again, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{shown(again)} comes twice")
         return made
 
     path = part.path

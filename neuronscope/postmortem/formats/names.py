@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable
 
 from neuronscope.sites import named_sites_path
 
-__all__ = ["stripper"]
+__all__ = ["as_text", "stripper"]
+
+
+def as_text(name: object) -> str:
+    r"""A name as text that can be written anywhere: a half of a surrogate pair, which is no character, is spelled out.
+
+    >>> as_text("a\ud800b")
+    'a\\ud800b'
+    """
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
@@ -25,17 +34,17 @@ def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], s
     >>> stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
     'module.fc.weight'
     """
-    before = list(names)
+    before = set(names)
     depth = 0
     bare = {named_sites_path(name) for name in before}
     while wrapped and bare and all(name.startswith("module.") for name in bare):
         bare = {name.removeprefix("module.") for name in bare}
         depth += 1
-    if len(bare) < len(set(before)):
-        return str
+    if len(bare) < len(before):
+        return as_text
 
     def strip(name: str) -> str:
-        name = named_sites_path(name)
+        name = named_sites_path(as_text(name))
         for _ in range(depth):
             name = name.removeprefix("module.")
         return name

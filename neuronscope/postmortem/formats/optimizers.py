@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from neuronscope.postmortem.checkpoint import OptimizerState
+from neuronscope.postmortem.formats.names import as_text
 from neuronscope.postmortem.formats.stored import Stored
 
 __all__ = ["find_optimizers", "looks_like_optimizer", "steps_taken"]
@@ -25,7 +26,7 @@ def looks_like_optimizer(value: Any) -> bool:
     )
 
 
-def find_optimizers(content: Any, strip: Callable[[str], str] = str) -> tuple[OptimizerState, ...]:
+def find_optimizers(content: Any, strip: Callable[[str], str] = as_text) -> tuple[OptimizerState, ...]:
     """The optimizers in a checkpoint: the whole of it, under a key, or in a list or dictionary under a key.
 
     Args:
@@ -49,7 +50,7 @@ def _candidates(value: Any, deeper: int, seen: set[int]) -> Iterator[Mapping[str
 
 
 def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> OptimizerState:
-    groups = [{str(name): _plain(value) for name, value in group.items()} for group in found["param_groups"]]
+    groups = [{as_text(name): _plain(value) for name, value in group.items()} for group in found["param_groups"]]
     numbered = {str(key): key for group in groups for key in group["params"] if type(key) is int}
 
     def key_of(key: Any) -> int | str:
@@ -62,7 +63,7 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         if isinstance(names, list | tuple):
             group["param_names"] = [strip(str(name)) for name in names]
     slots = {
-        key_of(key): {str(name): _plain(value) for name, value in kept.items() if _is_kept(value)}
+        key_of(key): {as_text(name): _plain(value) for name, value in kept.items() if _is_kept(value)}
         for key, kept in found["state"].items()
         if isinstance(kept, Mapping)
     }

@@ -4,11 +4,12 @@ What a pickle names is looked up in a table of the caller's (see :mod:`neuronsco
 gives descriptions; a name that is not in it is refused. ``torch.load(weights_only=True)`` goes the same way, but calls
 functions of torch that make real tensors of whatever size a file claims; here nothing of torch is called.
 
-The opcodes are taken apart by :mod:`pickletools` of the standard library.
+The opcodes and how their arguments are written come from :mod:`pickletools` of the standard library.
 """
 
 from __future__ import annotations
 
+import pickle
 import pickletools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -119,23 +120,19 @@ def read_pickle(
     >>> read_pickle(io.BytesIO(pickle.dumps({"a": [1, 2.5, None, (True, b"x")]})), find=None)
     {'a': [1, 2.5, None, (True, b'x')]}
     """
-    machine = _Machine(find, persistent)
-    containers = 0
+    machine, read = _Machine(find, persistent), file.read
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            name = opcode.name
-            containers += name in _MAKES_CONTAINERS
-            if count > _MOST_OPCODES or containers > _MOST_CONTAINERS:
-                raise ValueError(f"it has more than {_MOST_OPCODES} opcodes, or {_MOST_CONTAINERS} containers")
-            if name == "STOP":
+        for _ in range(_MOST_OPCODES):
+            code = read(1)
+            if code == pickle.STOP:
                 return machine.pop()
-            act = _ACTS.get(name)
-            if act is None:
-                raise ValueError(f"opcode {name} has no place in a checkpoint")
-            act(machine, argument)
+            act, argument = _ACTS[code]
+            act(machine, None if argument is None else argument(file))
+    except KeyError:
+        raise ValueError(f"it has opcode {code!r}, or ends, where none can be understood") from None
     except IndexError as error:
         raise ValueError("its opcodes take more than there is") from error
-    raise ValueError("it has no end")
+    raise ValueError(f"it has more than {_MOST_OPCODES} opcodes")
 
 
 class _Machine:
@@ -146,6 +143,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.copied = 0
+        self.containers = 0
         self.find = find
         self.persistent = persistent
 
@@ -155,7 +153,16 @@ class _Machine:
     def pop(self) -> Any:
         return self.stack.pop()
 
+    def put_up(self, container: Any) -> None:
+        """Push an empty container."""
+        self.containers += 1
+        if self.containers > _MOST_CONTAINERS:
+            raise ValueError(f"it has more than {_MOST_CONTAINERS} containers")
+        self.stack.append(container)
+
     def mark(self) -> None:
+        self.put_up(None)
+        self.stack.pop()
         self.marks.append(self.stack)
         self.stack = []
 
@@ -271,10 +278,8 @@ def paired(items: Sequence[Any]) -> dict[Any, Any]:
     return {hashable(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
-_MAKES_CONTAINERS = frozenset({"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "MARK"})
-
 # What each opcode does. Those that are missing have no place in a checkpoint: extension codes, out-of-band buffers.
-_ACTS: dict[str, Callable[[_Machine, Any], Any]] = {
+_BY_NAME: dict[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
     **dict.fromkeys(
         (
@@ -287,10 +292,10 @@ _ACTS: dict[str, Callable[[_Machine, Any], Any]] = {
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_LIST": lambda machine, _: machine.push([]),
+    "EMPTY_LIST": lambda machine, _: machine.put_up([]),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_SET": lambda machine, _: machine.push(set()),
+    "EMPTY_DICT": lambda machine, _: machine.put_up({}),
+    "EMPTY_SET": lambda machine, _: machine.put_up(set()),
     "MARK": lambda machine, _: machine.mark(),
     "POP": lambda machine, _: machine.pop() if machine.stack else machine.pop_mark(),
     "POP_MARK": lambda machine, _: machine.pop_mark(),
@@ -318,4 +323,11 @@ _ACTS: dict[str, Callable[[_Machine, Any], Any]] = {
     "BUILD": lambda machine, _: machine.build(),
     "PERSID": _Machine.by_id,
     "BINPERSID": lambda machine, _: machine.by_id(machine.pop()),
+}
+
+# By the byte of an opcode: what it does, and what reads its argument from the file.
+_ACTS: dict[bytes, tuple[Callable[[_Machine, Any], Any], Callable[[Any], Any] | None]] = {
+    opcode.code.encode("latin-1"): (_BY_NAME[opcode.name], opcode.arg.reader if opcode.arg else None)
+    for opcode in pickletools.opcodes
+    if opcode.name in _BY_NAME
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from neuronscope.errors import CheckpointError
+from neuronscope.postmortem.formats.names import as_text
 from neuronscope.postmortem.formats.stored import Stored
 
 __all__ = ["find_records"]
@@ -40,7 +41,7 @@ def find_records(content: Any) -> dict[str, dict[str, Any]]:
     for path, state in _states(content, (), set()):
         path = path[1:] if path[:1] == ("callbacks",) else path
         path = path[:-1] if path[-1:] == ("scope",) else path
-        records[".".join(path)] = _Reading().plain(state, 0)
+        records[as_text(".".join(path))] = _Reading().plain(state, 0)
     return records
 
 

@@ -151,16 +151,10 @@ class FileTensor(Stored):
     def __init__(self, storage: Storage, dtype: torch.dtype, shape: Any, stride: Any = None, offset: Any = 0) -> None:
         super().__init__(dtype, is_shape(shape))
         self._storage = storage
-        self._stride = is_shape(_in_order(self._shape) if stride is None else stride)
+        self._stride = None if stride is None else is_shape(stride)
         (self._offset,) = is_shape((offset,))
-        if len(self._stride) != len(self._shape):
+        if self._stride is not None and len(self._stride) != len(self._shape):
             raise ValueError(f"a tensor has shape {shown(self._shape)} and strides {shown(self._stride)}")
-
-    def _span(self) -> int:
-        """Numbers of the storage from the first that it uses to the last."""
-        if 0 in self._shape:
-            return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
 
     def check(self) -> None:
         """Whether the file holds all of it, without reading.
@@ -171,21 +165,28 @@ class FileTensor(Stored):
         self._place()
 
     def _place(self) -> ByteRange:
-        numel, span, itemsize = math.prod(self._shape), self._span(), self.torch_dtype.itemsize
-        place = self._storage.place
-        if place is None or (self._offset + span) * itemsize > min(
-            place.size, self._storage.numel * self._storage.dtype.itemsize
-        ):
+        """The bytes from the first number that it uses to the last."""
+        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.place
+        if numel == 0 or self._stride is None:
+            span = numel
+        else:
+            span = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
+        begin, length = self._offset * itemsize, span * itemsize
+        if whole is None:
             raise CheckpointError(
-                f"A tensor of shape {shown(self._shape)}, {self.dtype}, is larger than what is stored of it."
+                f"A tensor of shape {shown(self._shape)} is described, and its numbers are not there."
             )
-        if numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
-            raise CheckpointError(
-                f"A tensor of shape {shown(self._shape)} repeats {span} stored numbers beyond measure."
-            )
-        if max(self._shape, default=0) > _LARGEST // itemsize or math.prod(filter(None, self._shape)) > _LARGEST:
-            raise CheckpointError(f"A tensor has shape {shown(self._shape)}, which no tensor can have.")
-        return place.part(self._offset * itemsize, span * itemsize)
+        if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
+            wrong = "is larger than what is stored of it"
+        elif numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
+            wrong = f"repeats {span} stored numbers beyond measure"
+        elif math.prod(size for size in self._shape if size) > _LARGEST // itemsize:
+            wrong = "is larger than any tensor can be"
+        else:
+            return whole.part(begin, length)
+        raise CheckpointError(
+            f"{shown(whole.path)} is damaged: a tensor of shape {shown(self._shape)} of {self.dtype} {wrong}."
+        )
 
     def read(self) -> Tensor:
         """The tensor on the CPU, in its own type; held by nobody but the caller.
@@ -199,8 +200,10 @@ class FileTensor(Stored):
             place.read_into(data.numpy().data)
         if self.torch_dtype == torch.bool:
             data.ne_(0).view(torch.bool)  # any other byte is no truth value
-        view = data.view(self.torch_dtype).as_strided(self._shape, self._stride)
-        return view if self._stride == _in_order(self._shape) else view.contiguous()
+        numbers = data.view(self.torch_dtype)
+        if self._stride is None:
+            return numbers.view(self._shape)
+        return numbers.as_strided(self._shape, self._stride).contiguous()
 
 
 class LoadedTensor(Stored):
@@ -223,13 +226,3 @@ class LoadedTensor(Stored):
         tensor([1., 1.])
         """
         return self._tensor.to("cpu", copy=True)
-
-
-def _in_order(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a tensor of that shape whose numbers are written out in order."""
-    steps: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        steps.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(steps))

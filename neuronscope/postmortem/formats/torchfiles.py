@@ -6,6 +6,7 @@ row with the storages after them. Both are read by the same inert machine; what 
 
 from __future__ import annotations
 
+import io
 import zipfile
 from contextlib import closing
 from typing import Any, BinaryIO
@@ -59,8 +60,7 @@ def read_zip(part: ByteRange) -> Any:
             raise CheckpointError(
                 f"{shown(part.path)} describes its tensors in {place.size} bytes, which is not believed."
             )
-        with closing(place.open()) as stream:
-            content = read_pickle(stream, find_symbol, persistent)
+        content = read_pickle(io.BytesIO(place.read()), find_symbol, persistent)
         for storage in storages.values():
             storage.check_views()
         return content
