@@ -79,7 +79,7 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
         notes.append("It holds no weights of a network.")
     return Checkpoint(
         path=path,
-        format=contents.format.replace("torch file", "Lightning checkpoint") if lightning else contents.format,
+        format=_of_lightning(contents.format) if lightning else contents.format,
         tensors=tensors,
         optimizers=optimizers,
         records=records,
@@ -87,6 +87,13 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
         config=contents.config,
         notes=tuple(notes),
     )
+
+
+def _of_lightning(kind: str) -> str:
+    """What a file or folder of that format is called when Lightning wrote it."""
+    if kind.startswith("torch file"):
+        return kind.replace("torch file", "Lightning checkpoint")
+    return f"Lightning's {kind}"
 
 
 def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:

@@ -19,6 +19,7 @@ __all__ = ["Single", "read_single"]
 _OTHERS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras)",
     b"GGUF": "a GGUF file",
+    b"version https://git-lfs": "a pointer of Git LFS, and the file itself is not there",
     b"\x93NUMPY": "an array of numpy's",
     b"\x1f\x8b": "packed by gzip",
 }
@@ -48,7 +49,7 @@ def read_single(part: ByteRange, *, trust: bool) -> Single:
     Raises:
         CheckpointError: It is of no format that is understood, damaged, or names code and is not trusted.
     """
-    head = part.part(0, min(16, part.size)).read()
+    head = part.part(0, min(32, part.size)).read()
     if head.startswith(_ZIP):
         if is_script(part):
             return _script(part, trust=trust)
