@@ -106,12 +106,21 @@ def test_tensors_that_are_none_of_ours_are_named_and_left_out(tmp_path: Path) ->
     )
 
 
-def test_two_networks_in_one_file_keep_their_names_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("under", [None, "model"])
+def test_two_networks_in_one_file_keep_their_names_apart(under: str | None, tmp_path: Path) -> None:
     weights = {"w": torch.ones(2)}
-    torch.save({"generator": weights, "critic": weights, "epoch": 1}, tmp_path / "gan.pt")
+    both = {"generator": weights, "critic": weights}
+    torch.save({under: both, "epoch": 1} if under else both, tmp_path / "gan.pt")
     checkpoint = open_checkpoint(tmp_path / "gan.pt")
     assert set(checkpoint.tensors) == {"generator.w", "critic.w"}
     assert checkpoint.notes == ("The weights were found under 'generator', 'critic'.",)
+
+
+def test_a_network_that_is_not_looked_at_is_named(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}}, tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    assert checkpoint.tensors["w"].read().tolist() == [1, 1]
+    assert checkpoint.notes == ("The weights are those under 'model'; not looked at: 'ema'.",)
 
 
 def test_a_folder_gives_the_configuration_beside_the_weights(tmp_path: Path) -> None:

@@ -97,23 +97,27 @@ def _of_lightning(kind: str) -> str:
 
 
 def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
-    """The network's tensors by name."""
-    chosen, where = data, ""
+    """The network's tensors by name: of several networks, each with the key of its own in front."""
+    chosen, where = data, []
     for _ in range(_DEEPEST):
         inner = next((key for key in _WEIGHTS if _holds_tensors(chosen.get(key), _DEEPEST)), None)
         if inner is None:
             break
-        chosen, where = chosen[inner], f"{where}.{inner}" if where else inner
-    if not where and not any(isinstance(value, Stored) for value in data.values()):
-        parts = {key: value for key, value in data.items() if _is_network(value)}
-        if parts:
-            notes.append(f"The weights were found under {_listed(parts)}.")
-        return {
-            f"{key}.{name}" if len(parts) > 1 else name: tensor
-            for key, part in parts.items()
-            for name, tensor in _tensors(part, notes).items()
-        }
-    return _tensors(chosen, notes)
+        chosen = chosen[inner]
+        where.append(inner)
+    others = [key for key, value in data.items() if _is_network(value) and key not in where]
+    if any(isinstance(value, Stored | LeftOut) for value in chosen.values()):
+        if others and where:
+            notes.append(f"The weights are those under {shown(where[0])}; not looked at: {_listed(others)}.")
+        return _tensors(chosen, notes)
+    parts = {str(key): value for key, value in chosen.items() if _is_network(value)}
+    if parts:
+        notes.append(f"The weights were found under {_listed(parts)}.")
+    return {
+        f"{key}.{name}" if len(parts) > 1 else name: tensor
+        for key, part in parts.items()
+        for name, tensor in _tensors(part, notes).items()
+    }
 
 
 def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
@@ -136,10 +140,10 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
 
 
 def _holds_tensors(value: Any, deeper: int) -> bool:
-    """Whether it is a dictionary with a tensor in it, or with one of that kind under a known key."""
+    """Whether it is a dictionary with a tensor or a network in it, or with one of that kind under a known key."""
     if not isinstance(value, Mapping) or looks_like_optimizer(value):
         return False
-    if any(isinstance(inner, Stored | LeftOut) for inner in value.values()):
+    if any(isinstance(inner, Stored | LeftOut) or _is_network(inner) for inner in value.values()):
         return True
     return deeper > 0 and any(_holds_tensors(value.get(key), deeper - 1) for key in _WEIGHTS)
 
