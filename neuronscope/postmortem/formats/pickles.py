@@ -216,9 +216,8 @@ class _Machine:
             raise ValueError("it names something by what is no name")
         self.push(self.find(module, name))
 
-    def global_(self, both: str) -> None:
-        module, _, name = both.partition(" ")
-        self.name(module, name)
+    def global_(self, names: tuple[str, str]) -> None:
+        self.name(*names)
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
@@ -278,13 +277,22 @@ def paired(items: Sequence[Any]) -> dict[Any, Any]:
     return {hashable(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
-# What each opcode does. Those that are missing have no place in a checkpoint: extension codes, out-of-band buffers.
+def _two_lines(file: BinaryIO) -> tuple[str, str]:
+    """A module's name and a name in it, as GLOBAL has them."""
+    module, name = file.readline(), file.readline()
+    if module[-1:] != b"\n" or name[-1:] != b"\n":
+        raise ValueError("it ends in the middle of a name")
+    return module[:-1].decode("utf-8"), name[:-1].decode("utf-8")
+
+
+# What each opcode does. Those that are missing have no place in a checkpoint: extension codes, out-of-band buffers,
+# what protocol 0 writes as quoted text and no checkpoint has.
 _BY_NAME: dict[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
     **dict.fromkeys(
         (
             *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-            *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+            *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
             *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
         ),
         _Machine.push,
@@ -321,7 +329,6 @@ _BY_NAME: dict[str, Callable[[_Machine, Any], Any]] = {
     "NEWOBJ": lambda machine, _: machine.reduce(),
     "NEWOBJ_EX": lambda machine, _: machine.new_with_keywords(),
     "BUILD": lambda machine, _: machine.build(),
-    "PERSID": _Machine.by_id,
     "BINPERSID": lambda machine, _: machine.by_id(machine.pop()),
 }
 
@@ -330,4 +337,6 @@ _ACTS: dict[bytes, tuple[Callable[[_Machine, Any], Any], Callable[[Any], Any] | 
     opcode.code.encode("latin-1"): (_BY_NAME[opcode.name], opcode.arg.reader if opcode.arg else None)
     for opcode in pickletools.opcodes
     if opcode.name in _BY_NAME
-}
+} | {
+    pickle.GLOBAL: (_Machine.global_, _two_lines)
+}  # pickletools' reader takes backslashes for escapes, pickle does not
