@@ -9,7 +9,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import subprocess
 import sys
 import zipfile
@@ -24,6 +23,7 @@ from neuronscope.postmortem.reading import open_checkpoint
 from scripts import checkpoint_memory
 from tests.postmortem.test_reading_fuzzed import archive
 
+resource = pytest.importorskip("resource")
 if not sys.platform.startswith("linux"):
     pytest.skip("limits and measures of memory are Linux's", allow_module_level=True)
 
@@ -101,6 +101,11 @@ def _tensor(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0, nu
     return archive(head + storage + rest + b"tRs.")
 
 
+def _stored_as(name: bytes) -> bytes:
+    """A torch file that refers to a storage by what some opcodes make."""
+    return archive(b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\n" + name + b"X\x03\0\0\0cpuK\x10tQ.")
+
+
 def _opcodes(value: object) -> bytes:
     """A value as part of a pickle: without head and end."""
     return pickle.dumps(value, 2)[2:-1]
@@ -132,6 +137,15 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "memo of 2^32": ("w.pt", lambda: archive(b"\x80\x02}r\xff\xff\xff\xff."), "holds no weights"),
     "ten million containers": ("w.pt", lambda: archive(b"\x80\x02(" + b"\x8f" * 10_000_000 + b"l."), "containers"),
     "nested tuples as a key": ("w.pt", lambda: archive(b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns."), "no sense"),
+    "nested tuples as a storage's name": ("w.pt", lambda: _stored_as(b")" + b"\x85" * 1_000_000), "storage's name"),
+    "doubling tuples as a storage's name": ("w.pt", lambda: _stored_as(b")" + b"2\x86" * 60), "storage's name"),
+    "doubling tuples as a type of numpy's": (
+        "w.pt",
+        lambda: archive(
+            b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n)" + b"2\x86" * 60 + b"\x85RC\x01x\x86R."
+        ),
+        "got a StandIn",
+    ),
     "nested lists": ("w.pt", lambda: archive(b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."), "no weights"),
     "copies of a copy": (
         "w.pt",

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.checkpoint import Checkpoint
 from neuronscope.postmortem.reading import open_checkpoint
-from tests.postmortem.files import FORMATS, trained
+from tests.postmortem.files import FORMATS, distributed, trained
 
 
 def examined(path: Path) -> Checkpoint | str:
@@ -101,7 +101,7 @@ FUZZED = (
 
 
 @pytest.mark.parametrize("name", FUZZED)
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data())
 def test_damage_anywhere(
     name: str, written: Callable[[str], tuple[str, dict[str, bytes]]], data: st.DataObject
@@ -270,9 +270,32 @@ def test_nesting_that_doubles_at_every_step(tmp_path: Path) -> None:
     for _ in range(60):
         thing = [thing, thing]
     state = {"version": 1, "step": 1, "phases": {"a": thing}}
-    for name, saved in (("a", {"w": torch.ones(2), "x": thing, "model": thing}), ("b", state), ("c", thing)):
+    group = {"params": [thing], "param_names": [thing], "lr": thing}
+    optimizer = {"state": {0: {"exp_avg": thing}, "1": thing}, "param_groups": [group]}
+    cases = (("a", {"w": torch.ones(2), "x": thing, "model": thing}), ("b", state), ("c", thing), ("d", optimizer))
+    for name, saved in cases:
         (tmp_path / name).write_bytes(archive(pickle.dumps(saved, 2)) if name == "c" else _saved(saved))
         examined(tmp_path / name)
+
+
+def test_objects_of_a_distributed_checkpoint_are_not_walked(tmp_path: Path) -> None:
+    ring: dict[Any, Any] = {0: torch.ones(2)}
+    ring[1] = ring
+    thing: Any = {0: 1}
+    for _ in range(60):
+        thing = {0: thing, 1: thing}
+    room = io.BytesIO()
+    torch.save({"ring": ring, "thing": thing}, room)
+    distributed(tmp_path, trained())
+    (data,) = tmp_path.glob("*.distcp")
+    plan = pickle.loads((tmp_path / ".metadata").read_bytes())
+    info = next(info for index, info in plan.storage_data.items() if index.fqn == "global_step")
+    info.offset, info.length = data.stat().st_size, len(room.getvalue())
+    data.write_bytes(data.read_bytes() + room.getvalue())
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(plan))
+    checkpoint = examined(tmp_path)
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.step == 3  # Adam's own, as the plan's is none
 
 
 def _saved(thing: Any) -> bytes:

@@ -19,7 +19,7 @@ from torch import Tensor
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.formats.contents import Contents
 from neuronscope.postmortem.formats.files import ByteRange, beside, counted, shown
-from neuronscope.postmortem.formats.pickles import StandIn, Symbol, read_pickle, understood
+from neuronscope.postmortem.formats.pickles import StandIn, Symbol, hashable, read_pickle, understood
 from neuronscope.postmortem.formats.singles import read_single
 from neuronscope.postmortem.formats.stored import FileTensor, Stored, is_shape, room
 from neuronscope.postmortem.formats.symbols import Attributes, find_symbol
@@ -115,7 +115,7 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
         files = _Files(folder, metadata["storage_data"])
         paths = metadata.get("planner_data") or {}
         notes: list[str] = []
-        content: dict[Any, Any] = {}
+        content = _Branch()
         for name, entry in metadata["state_dict_metadata"].items():
             value = files.tensor(name, entry) if entry.cls == "TensorStorageMetadata" else files.object(name, notes)
             _put(content, paths.get(name, (name,)), value)
@@ -143,7 +143,7 @@ class _Files:
         for index, info in storage_data.items():
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
-            self._infos[str(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
+            self._infos[_text(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
         self._object_bytes = 0
         self.opened: dict[str, ByteRange] = {}
 
@@ -155,7 +155,7 @@ class _Files:
             raise CheckpointError(
                 f"{shown(self._folder)} holds {shown(name)} transformed (packed or encrypted), which is not read."
             )
-        file = info["relative_path"]
+        file = _text(info["relative_path"])
         if file not in self.opened:
             self.opened[file] = ByteRange.of(beside(self._folder, file))
         return self.opened[file].part(*is_shape((info["offset"], info["length"])))
@@ -221,20 +221,31 @@ def _reaches(one: _Part, other: _Part, dims: slice) -> bool:
     )
 
 
-def _put(content: dict[Any, Any], path: Any, value: Any) -> None:
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} was found where a name was expected")
+    return name
+
+
+class _Branch(dict[Any, Any]):
+    """A dictionary that paths have grown: not one that was saved."""
+
+
+def _put(content: _Branch, path: Any, value: Any) -> None:
     """Put a value where its path leads; dictionaries grow on the way."""
     if not isinstance(path, tuple) or not 1 <= len(path) <= _DEEPEST:
         raise ValueError("the path of a value is none")
-    for key in path[:-1]:
-        content = content.setdefault(key, {})
-        if not isinstance(content, dict):
+    keys = [hashable(key) for key in path]
+    for key in keys[:-1]:
+        content = content.setdefault(key, _Branch())
+        if not isinstance(content, _Branch):
             raise ValueError("a value lies inside of another")
-    content[path[-1]] = value
+    content[keys[-1]] = value
 
 
 def _with_lists(value: Any) -> Any:
     """Lists where the plan counts, in the place of dictionaries of 0, 1, 2 and so on."""
-    if not isinstance(value, dict):
+    if not isinstance(value, _Branch):
         return value
     inner = {key: _with_lists(part) for key, part in value.items()}
     counted = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from neuronscope.postmortem.checkpoint import OptimizerState
+from neuronscope.postmortem.formats.files import shown
 from neuronscope.postmortem.formats.names import as_text
 from neuronscope.postmortem.formats.stored import Stored
 
 __all__ = ["find_optimizers", "looks_like_optimizer", "steps_taken"]
+
+
+_KEYS = ("params", "param_names")  # lists of a group that speak of parameters
+_LONGEST_SETTING = 16
 
 
 def looks_like_optimizer(value: Any) -> bool:
@@ -50,24 +55,32 @@ def _candidates(value: Any, deeper: int, seen: set[int]) -> Iterator[Mapping[str
 
 
 def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> OptimizerState:
-    groups = [{as_text(name): _plain(value) for name, value in group.items()} for group in found["param_groups"]]
-    numbered = {str(key): key for group in groups for key in group["params"] if type(key) is int}
+    numbered = {str(key): key for group in found["param_groups"] for key in group["params"] if type(key) is int}
 
     def key_of(key: Any) -> int | str:
         """A key as groups have it: folders of shards keep numbers as text."""
-        return numbered.get(str(key), key if type(key) is int else strip(str(key)))
+        if isinstance(key, str):
+            return numbered.get(key, strip(key))
+        return key if type(key) is int else shown(key)
 
-    for group in groups:
-        group["params"] = [key_of(key) for key in group["params"]]
-        names = group.get("param_names")
-        if isinstance(names, list | tuple):
-            group["param_names"] = [strip(str(name)) for name in names]
+    groups = tuple(
+        {as_text(name): _plain(value) for name, value in group.items() if _is_setting(value)}
+        | {name: [key_of(key) for key in group[name]] for name in _KEYS if isinstance(group.get(name), list | tuple)}
+        for group in found["param_groups"]
+    )
     slots = {
         key_of(key): {as_text(name): _plain(value) for name, value in kept.items() if _is_kept(value)}
         for key, kept in found["state"].items()
         if isinstance(kept, Mapping)
     }
-    return OptimizerState(tuple(groups), slots)
+    return OptimizerState(groups, slots)
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether it is a hyperparameter: a number, a word, nothing, or a few of them."""
+    if isinstance(value, list | tuple):
+        return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
+    return isinstance(value, int | float | str | None) or (isinstance(value, Stored) and value.shape == ())
 
 
 def _is_kept(value: Any) -> bool:

@@ -144,9 +144,10 @@ def _bytes(content: Any = b"", *_: Any) -> bytes:
 
 def _numpy_scalar(kind: Any, content: Any = b"") -> Any:
     """A number that numpy had, as a plain one."""
-    if not isinstance(kind, _NumpyType) or not isinstance(content, bytes) or not _PLAIN_CODE.fullmatch(str(kind.code)):
+    code = kind.code if isinstance(kind, _NumpyType) else None
+    if not isinstance(code, str) or not isinstance(content, bytes) or not _PLAIN_CODE.fullmatch(code):
         return StandIn()
-    return np.frombuffer(content, dtype=np.dtype(str(kind.code)), count=1)[0].item()
+    return np.frombuffer(content, dtype=np.dtype(code), count=1)[0].item()
 
 
 _PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")

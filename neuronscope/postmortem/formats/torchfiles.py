@@ -87,10 +87,6 @@ def read_legacy(part: ByteRange) -> Any:
     views: list[tuple[str, int, Storage]] = []  # storages that are parts of others: of which, from which number on
 
     def persistent(key: Any) -> Any:
-        if (
-            isinstance(key, tuple) and len(key) == 5 and key[0] == "module"
-        ):  # a module's class and source, beside its data
-            return key[1]
         name, dtype, numel = _storage_id(key)
         storage = storages.setdefault(name, Storage(dtype, numel))
         view = key[5] if len(key) > 5 else None
@@ -110,7 +106,7 @@ def read_legacy(part: ByteRange) -> Any:
             )
         content = read_pickle(file, find_symbol, persistent)
         for name in read_pickle(file, find_symbol):
-            storage = storages[name]
+            storage = storages[_name(name)]
             numel = int.from_bytes(file.read(8), "little")
             storage.place = part.part(file.tell(), numel * storage.dtype.itemsize)
             file.seek(storage.place.size, 1)
@@ -126,7 +122,14 @@ def _storage_id(key: Any) -> tuple[str, Any, int]:
     """Name, type and length of the storage that a persistent id of torch speaks of."""
     if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or not isinstance(key[1], StorageType):
         raise ValueError("it refers to something that is no storage")
-    return str(key[2]), key[1].dtype, _count(key[4])
+    return _name(key[2]), key[1].dtype, _count(key[4])
+
+
+def _name(key: Any) -> str:
+    """The name of a storage: no walk through whatever else stands in its place."""
+    if not isinstance(key, str):
+        raise ValueError(f"{shown(key)} was found where a storage's name was expected")
+    return key
 
 
 def _count(number: Any) -> int:
