@@ -1,0 +1,214 @@
+"""Readings: the optimizer's clock of each layer's rows, or the reason why it cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from neuronscope.postmortem.checkpoint import Checkpoint
+from neuronscope.postmortem.clock import Clock, Reading
+from neuronscope.postmortem.evidence import Abstention
+from neuronscope.postmortem.layers import NEURON_KINDS, Layer
+from neuronscope.postmortem.momentum import Loudness, MomentumClock
+from neuronscope.postmortem.optimizers import Rule, recognise, steps_taken
+from neuronscope.postmortem.ownership import Entry
+
+__all__ = ["LayerReading", "read_clocks"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReading:
+    """The clock of one layer.
+
+    Attributes:
+        layer: The layer.
+        rule: The optimizer.
+        clock: Its clock.
+        reading: What it says of each row.
+        parameters: Which of the layer's tensors it is of.
+        taken: Steps in which the layer was updated, where its optimizer counts them.
+        lag: Steps of its optimizer in which it was not: it was frozen then, or no gradient reached it.
+        step: The checkpoint's step at which this is so; ``None`` where it is not known.
+    """
+
+    layer: Layer
+    rule: Rule
+    clock: Clock | MomentumClock
+    reading: Reading
+    parameters: tuple[str, ...]
+    taken: int | None
+    lag: int
+    step: int | None
+
+
+def read_clocks(
+    checkpoint: Checkpoint, layers: Sequence[Layer], entries: Mapping[str, Entry]
+) -> Iterator[LayerReading | Abstention]:
+    """Read the clock of every layer whose rows are neurons.
+
+    Args:
+        checkpoint: What the file holds.
+        layers: Its layers.
+        entries: Whose state is whose; see :func:`neuronscope.postmortem.ownership.find_owners`.
+    """
+    newest = _newest_steps(entries)
+    decays = _DecayJudge(checkpoint, entries)
+    quiet: dict[tuple[int, float], dict[str, tuple[Layer, Rule, Loudness, tuple[str, ...]]]] = {}
+    for layer in layers:
+        if layer.kind == "experts":
+            yield Abstention(
+                "optimizer state",
+                layer.path,
+                "Several experts are stacked in one tensor; it is not known along which dimension their neurons lie.",
+            )
+        if layer.kind not in NEURON_KINDS:
+            continue
+        known = _known(layer, entries, decays)
+        if isinstance(known, str):
+            yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
+            continue
+        rule, names = known
+        if rule.name == "SGD":
+            loudness = _loudness(layer, entries, names)
+            place = (entries[names[0]].optimizer, rule.betas[0])
+            quiet.setdefault(place, {})[layer.weight] = (layer, rule, loudness, names)
+            continue
+        yield _adam(checkpoint, layer, entries, rule, names, newest)
+    for (_, momentum), found in quiet.items():
+        clock = MomentumClock(momentum)
+        readings = clock.read({name: loudness for name, (_, _, loudness, _) in found.items()})
+        for name, (layer, rule, _, names) in found.items():
+            yield LayerReading(layer, rule, clock, readings[name], names, None, 0, checkpoint.step)
+
+
+def _known(layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge) -> tuple[Rule, tuple[str, ...]] | str:
+    """The optimizer of a layer and its tensors whose state is known; the weight's must be."""
+    weight = entries.get(layer.weight)
+    if weight is None:
+        return "no entry of an optimizer's state could be tied to its weight"
+    if not weight.slots:
+        return "its weight was never updated: it was frozen, or no gradient ever reached the layer"
+    found: dict[str, Rule] = {}
+    for name in layer.incoming:
+        entry = entries.get(name)
+        if entry is None or not entry.slots:
+            continue
+        rule = recognise(entry.group, entry.slots)
+        if isinstance(rule, str):
+            return rule
+        hidden = decays.reason(entry, rule)
+        if hidden and name == layer.weight:
+            return hidden
+        if not hidden:
+            found[name] = rule
+    rule = found[layer.weight]
+    names = tuple(name for name, other in found.items() if (other.name == "SGD") == (rule.name == "SGD"))
+    return rule, names
+
+
+class _DecayJudge:
+    """Whether weight decay hides what is sought, group by group."""
+
+    def __init__(self, checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> None:
+        self._checkpoint = checkpoint
+        self._entries = entries
+        self._decoupled: dict[int, bool] = {}
+
+    def reason(self, entry: Entry, rule: Rule) -> str | None:
+        """Why a parameter's state says nothing of missing gradients; ``None`` where it does."""
+        hides = rule.decay.hides
+        if hides is None and rule.name != "SGD":
+            hides = not self._is_decoupled(entry)
+            unknown = hides
+        else:
+            unknown = False
+        if not hides:
+            return None
+        amount = f"weight decay of {rule.decay.amount:g}"
+        if unknown:
+            return (
+                f"the file does not say whether its {amount} is AdamW's or Adam's, which is part of the gradient and "
+                "hides missing ones"
+            )
+        return (
+            f"the {amount} of its optimizer ({rule.name}) is part of the gradient, so that missing ones cannot be seen"
+        )
+
+    def _is_decoupled(self, entry: Entry) -> bool:
+        """Whether a group's decay cannot be part of the gradient: a weight that is not zero never got any.
+
+        Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` is not lost where ``λ |w|``
+        is at least 1e-15: ``(1 − β2) 1e-30`` is far from the smallest float32.
+        """
+        group = id(entry.group)
+        if group not in self._decoupled:
+            self._decoupled[group] = any(
+                self._proves(name, other) for name, other in self._entries.items() if other.group is entry.group
+            )
+        return self._decoupled[group]
+
+    def _proves(self, name: str, entry: Entry) -> bool:
+        if (
+            not entry.slots
+            or name not in self._checkpoint.tensors
+            or isinstance(recognise(entry.group, entry.slots), str)
+        ):
+            return False
+        untouched = (_read(entry, "exp_avg") == 0) & (_read(entry, "exp_avg_sq") == 0)
+        if not untouched.any():
+            return False
+        weight = self._checkpoint.tensors[name].read()
+        decay = float(entry.group["weight_decay"])
+        return bool((weight.double().abs()[untouched] * decay > 1e-15).any())
+
+
+def _read(entry: Entry, slot: str) -> torch.Tensor:
+    stored = entry.slots[slot]
+    return torch.tensor(stored) if isinstance(stored, (int, float)) else stored.read()
+
+
+def _newest_steps(entries: Mapping[str, Entry]) -> dict[int, int]:
+    """The most steps that any parameter of an optimizer was updated in."""
+    newest: dict[int, int] = {}
+    for entry in entries.values():
+        taken = steps_taken(entry.slots, entry.group)
+        if taken is not None:
+            newest[entry.optimizer] = max(taken, newest.get(entry.optimizer, 0))
+    return newest
+
+
+def _loudness(layer: Layer, entries: Mapping[str, Entry], names: Sequence[str]) -> Loudness:
+    first, *rest = (Loudness.of(layer.rows(_read(entries[name], "momentum_buffer"))) for name in names)
+    for other in rest:
+        first = first.join(other)
+    return first
+
+
+def _adam(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    entries: Mapping[str, Entry],
+    rule: Rule,
+    names: tuple[str, ...],
+    newest: Mapping[int, int],
+) -> LayerReading:
+    reading: Reading | None = None
+    weight = entries[layer.weight]
+    taken = steps_taken(weight.slots, weight.group)
+    clock = Clock(rule.betas[0], rule.betas[1], taken)
+    for name in names:
+        entry = entries[name]
+        own = recognise(entry.group, entry.slots)
+        assert isinstance(own, Rule)
+        ticking = Clock(own.betas[0], own.betas[1], steps_taken(entry.slots, entry.group))
+        mean, square = (layer.rows(_read(entry, slot)) for slot in ("exp_avg", "exp_avg_sq"))
+        part = ticking.read(mean, square)
+        reading = part if reading is None else reading.join(part)
+    assert reading is not None
+    last = newest.get(weight.optimizer)
+    lag = 0 if taken is None or last is None else last - taken
+    alone = len(checkpoint.optimizers) == 1
+    step = checkpoint.step if alone and checkpoint.step is not None else last
+    return LayerReading(layer, rule, clock, reading, names, taken, lag, step)
