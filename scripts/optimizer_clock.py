@@ -46,7 +46,9 @@ class Held:
         return self._tensor.clone()
 
 
-def as_checkpoint(model: nn.Module, *optimizers: torch.optim.Optimizer, step: int | None = None, **more: Any) -> Checkpoint:
+def as_checkpoint(
+    model: nn.Module, *optimizers: torch.optim.Optimizer, step: int | None = None, **more: Any
+) -> Checkpoint:
     """What a reader would make of a file with this model and these optimizers."""
     return Checkpoint(
         path=Path("memory"),

@@ -1,24 +1,28 @@
 r"""The optimizer's clock: how long ago a parameter got its last gradient, read off its two running means.
 
-Adam keeps ``m = Σ (1 − β1) β1^(t−i) g_i`` and ``v = Σ (1 − β2) β2^(t−i) g_i²`` over steps ``i = 1 … t``. By the inequality of Cauchy and Schwarz, with
-``q = β1² / β2 < 1``::
+Adam keeps ``m = Σ (1 − β1) β1^(t−i) g_i`` and ``v = Σ (1 − β2) β2^(t−i) g_i²`` over steps ``i = 1 … t``. By the
+inequality of Cauchy and Schwarz, with ``q = β1² / β2 < 1``::
 
     |m| = (1 − β1) Σ (β1^(t−i) / β2^((t−i)/2)) · (β2^((t−i)/2) |g_i|)
         ≤ (1 − β1) √(Σ q^(t−i)) √(Σ β2^(t−i) g_i²)
         = (1 − β1) / √(1 − β2) · √((1 − q^t) / (1 − q)) · √v
 
-so that ``r = |m| / √v`` is never above ``r_sup``, the factor of ``√v``, whatever the gradients were. (The bias corrections are no part of ``m`` and ``v``.) A
-step without gradient multiplies ``m`` by β1 and ``√v`` by √β2, hence ``r`` by ``β1 / √β2``. If the last ``k`` steps brought none, ``r ≤ r_sup (β1/√β2)^k``, or::
+so that ``r = |m| / √v`` is never above ``r_sup``, the factor of ``√v``, whatever the gradients were. (The bias
+corrections are no part of ``m`` and ``v``.) A step without gradient multiplies ``m`` by β1 and ``√v`` by √β2, hence ``r``
+by ``β1 / √β2``. If the last ``k`` steps brought none, ``r ≤ r_sup (β1/√β2)^k``, or::
 
     k ≤ ln(r_sup / r) / ln(√β2 / β1)
 
-This holds for each number; a row's last gradient is the last of any of its numbers, so a row's largest ``r`` gives its bound. At the defaults ``r_sup`` = 7.27
-and each step is .1049. What it does *not* say is that ``k`` is near its bound: gradients of opposite signs make ``r`` small too. That all numbers of a row do so at once is
-rare, which is what :data:`SILENT_FOLDS` rests on; ``docs/optimizer-clock.md`` has the rates.
+This holds for each number. A row's last gradient is the last of any of its numbers, so a row's largest ``r`` gives its
+bound. At the defaults ``r_sup`` is 7.27 and a step takes .1049 off ``ln r``. What the bound does *not* say is that ``k``
+is near it: gradients of opposite signs make ``r`` small too, and so do gradients that have become far smaller than they
+were. That neither happens to all numbers of a row at once is what :data:`SILENT_FOLDS` rests on;
+``docs/optimizer-clock.md`` has the rates.
 
-Rounding: ``v`` is a sum of positive terms, each rounded a few times a step, so its error is relative; ``m``'s is at most a few roundings of its largest terms,
-which ``r_sup √v`` bounds as well. Both fade as the sums do. :meth:`Clock.bound` adds what that can come to. Numbers near the type's smallest are left out: there
-rounding is absolute, and ``m`` stops at a denormal instead of decaying to zero (``n`` of the smallest denormals times .9 rounds to ``n`` for n ≤ 4).
+Rounding: ``v`` is a sum of positive terms, each rounded a few times a step, so its error is relative; ``m``'s is at most a
+few roundings of its largest terms, which ``r_sup √v`` bounds as well. Both fade as the sums do. :meth:`Clock.bound` adds
+what that can come to. Numbers near the type's smallest are left out: there rounding is absolute, and ``m`` stops at a
+denormal instead of decaying to zero (``n`` of the smallest denormals times .9 rounds to ``n`` for n ≤ 4).
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from torch import Tensor
 
 __all__ = ["SILENT_FOLDS", "Clock", "Reading"]
 
-#: A row is said to get no gradient when ``r`` lies this many e-foldings below its supremum: 80 steps at Adam's defaults.
+#: A row is said to get no gradient when ``r`` lies this many e-foldings below its supremum: 80 steps by default.
 SILENT_FOLDS = 8.4
 
 #: Numbers of a chunk of rows that are worked on at a time, in float64.

@@ -1,8 +1,8 @@
 """SGD's clock: a momentum buffer without weight decay shrinks by the momentum μ a step once gradients stop coming.
 
 Unlike Adam's it has no second mean to be measured by, so that a row's buffer is held against the largest of its layer:
-an estimate, no bound. Living rows of one layer differ by a factor of ten as a rule; a silent one falls by ten in 22 steps at
-μ = .9.
+an estimate, no bound. Living rows of one layer differ by a factor of ten as a rule; a silent one falls by ten in 22
+steps at μ = .9.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class Decay:
 
     Attributes:
         amount: λ.
-        decoupled: Whether it acts on the weights alone (AdamW); ``False`` = it is part of the gradient (L2), so that the
-            state never sees a gradient of zero; ``None`` = the file does not say.
+        decoupled: Whether it acts on the weights alone (AdamW); ``False`` = it is part of the gradient (L2), so that
+            the state never sees a gradient of zero; ``None`` = the file does not say.
     """
 
     amount: float
@@ -96,7 +96,7 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
         return f"its group's betas are {group.get('betas')!r} and its weight decay {group.get('weight_decay')!r}"
-    if not (0 < betas[0] and betas[0] ** 2 < betas[1] < 1):
+    if not (betas[0] > 0 and betas[0] ** 2 < betas[1] < 1):
         return f"with betas of {betas[0]:g} and {betas[1]:g} its clock does not run: 0 < β1 < √β2 < 1 is needed"
     decoupled = True if "correct_bias" in group else group.get("decoupled_weight_decay")
     rate = _number(group.get("lr"))

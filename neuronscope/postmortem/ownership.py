@@ -1,9 +1,9 @@
 """Ownership: which parameter each entry of an optimizer's state belongs to.
 
-torch numbers an optimizer's parameters and saves no names unless it was given some. The numbers run through its groups in
-the order in which the parameters were handed over, which is the model's own order within a group as a rule. So the entries of a
-group are a subsequence of the model's parameters with the same shapes. An entry is tied to a parameter only when every
-such subsequence gives it the same one.
+torch numbers an optimizer's parameters and saves no names unless it was given some. The numbers run through its groups
+in the order in which the parameters were handed over, which is the model's own order within a group as a rule. So the
+entries of a group are a subsequence of the model's parameters with the same shapes. An entry is tied to a parameter only
+when every such subsequence gives it the same one.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def find_owners(
     runs: list[_Run] = []
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.groups:
-            keys, given = _keys(group), group.get("param_names")
+            keys = _keys(group)
+            given: Any = group.get("param_names")
             found = [Entry(number, group, optimizer.slots.get(key, {})) for key in keys]
-            labels = given if _is_names(given, len(keys)) else keys
+            labels: list[Any] = list(given) if _is_names(given, len(keys)) else keys
             if all(isinstance(label, str) for label in labels):
                 abstentions += _take_by_name(labels, found, shapes, entries)
             else:
@@ -136,7 +137,7 @@ class _Run:
         self.shapes = [entry_shape(entry.slots) for entry in entries]
 
     def places(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[str | None] | None:
-        """The only parameter that each entry can belong to; ``None`` for an entry with several; ``None`` if none fit."""
+        """The only parameter that each entry can belong to, ``None`` where there are several; ``None`` if none fit."""
         sizes = [shapes[name] for name in names]
         first = self._leftmost(self.shapes, sizes)
         last = self._leftmost(self.shapes[::-1], sizes[::-1])
@@ -195,7 +196,7 @@ def _take_by_order(runs: Sequence[_Run], shapes: Mapping[str, Shape], entries: d
 def _places_in_a_part(
     run: _Run, runs: Sequence[_Run], free: Sequence[str], shapes: Mapping[str, Shape]
 ) -> list[str | None] | None:
-    """Where each of several optimizers has a part of the network to itself: the one child of the root that fits it whole."""
+    """Where each of several optimizers has a part of the network to itself: the one child of the root that fits it."""
     if sum(other.optimizer == run.optimizer for other in runs) > 1:
         return None
     parts: dict[str, list[str]] = {}
@@ -214,7 +215,7 @@ def _why(unsure: int, run: _Run, fits: bool, gave_up: bool) -> str:
     if gave_up:
         return f"There are too many groups and parameters to tell whose {which} are."
     if not fits:
-        return f"Whose {which} are cannot be told: no selection of the network's parameters has their shapes in their order."
+        return f"Whose {which} are cannot be told: no selection of the network's parameters has their shapes in order."
     return (
         f"Whose {which} are cannot be told: the file has numbers and no names, and parameters of equal shape could be "
         "swapped. Give `model=`, or hand `model.named_parameters()` to the optimizer, so that torch saves the names."

@@ -69,13 +69,13 @@ def read_clocks(
         if isinstance(known, str):
             yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
             continue
-        rule, names = known
+        rule, names = known[layer.weight], tuple(known)
         if rule.name == "SGD":
             loudness = _loudness(layer, entries, names)
             place = (entries[names[0]].optimizer, rule.betas[0])
             quiet.setdefault(place, {})[layer.weight] = (layer, rule, loudness, names)
             continue
-        yield _adam(checkpoint, layer, entries, rule, names, newest)
+        yield _adam(checkpoint, layer, entries, known, newest)
     for (_, momentum), found in quiet.items():
         clock = MomentumClock(momentum)
         readings = clock.read({name: loudness for name, (_, _, loudness, _) in found.items()})
@@ -83,8 +83,8 @@ def read_clocks(
             yield LayerReading(layer, rule, clock, readings[name], names, None, 0, checkpoint.step)
 
 
-def _known(layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge) -> tuple[Rule, tuple[str, ...]] | str:
-    """The optimizer of a layer and its tensors whose state is known; the weight's must be."""
+def _known(layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge) -> dict[str, Rule] | str:
+    """The optimizer of each tensor of a layer whose state is known; the weight's must be."""
     weight = entries.get(layer.weight)
     if weight is None:
         return "no entry of an optimizer's state could be tied to its weight"
@@ -103,9 +103,8 @@ def _known(layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge) -> t
             return hidden
         if not hidden:
             found[name] = rule
-    rule = found[layer.weight]
-    names = tuple(name for name, other in found.items() if (other.name == "SGD") == (rule.name == "SGD"))
-    return rule, names
+    by_momentum = found[layer.weight].name == "SGD"
+    return {name: rule for name, rule in found.items() if (rule.name == "SGD") == by_momentum}
 
 
 class _DecayJudge:
@@ -139,8 +138,8 @@ class _DecayJudge:
     def _is_decoupled(self, entry: Entry) -> bool:
         """Whether a group's decay cannot be part of the gradient: a weight that is not zero never got any.
 
-        Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` is not lost where ``λ |w|``
-        is at least 1e-15: ``(1 − β2) 1e-30`` is far from the smallest float32.
+        Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` is not lost where
+        ``λ |w|`` is at least 1e-15: ``(1 − β2) 1e-30`` is far from the smallest float32.
         """
         group = id(entry.group)
         if group not in self._decoupled:
@@ -186,29 +185,27 @@ def _loudness(layer: Layer, entries: Mapping[str, Entry], names: Sequence[str]) 
     return first
 
 
+def _reading(layer: Layer, entry: Entry, rule: Rule) -> Reading:
+    clock = Clock(rule.betas[0], rule.betas[1], steps_taken(entry.slots, entry.group))
+    return clock.read(*(layer.rows(_read(entry, slot)) for slot in ("exp_avg", "exp_avg_sq")))
+
+
 def _adam(
     checkpoint: Checkpoint,
     layer: Layer,
     entries: Mapping[str, Entry],
-    rule: Rule,
-    names: tuple[str, ...],
+    rules: Mapping[str, Rule],
     newest: Mapping[int, int],
 ) -> LayerReading:
-    reading: Reading | None = None
+    rule = rules[layer.weight]
     weight = entries[layer.weight]
     taken = steps_taken(weight.slots, weight.group)
     clock = Clock(rule.betas[0], rule.betas[1], taken)
-    for name in names:
-        entry = entries[name]
-        own = recognise(entry.group, entry.slots)
-        assert isinstance(own, Rule)
-        ticking = Clock(own.betas[0], own.betas[1], steps_taken(entry.slots, entry.group))
-        mean, square = (layer.rows(_read(entry, slot)) for slot in ("exp_avg", "exp_avg_sq"))
-        part = ticking.read(mean, square)
-        reading = part if reading is None else reading.join(part)
-    assert reading is not None
+    reading, *others = (_reading(layer, entries[name], rules[name]) for name in rules)
+    for other in others:
+        reading = reading.join(other)
     last = newest.get(weight.optimizer)
     lag = 0 if taken is None or last is None else last - taken
     alone = len(checkpoint.optimizers) == 1
     step = checkpoint.step if alone and checkpoint.step is not None else last
-    return LayerReading(layer, rule, clock, reading, names, taken, lag, step)
+    return LayerReading(layer, rule, clock, reading, tuple(rules), taken, lag, step)

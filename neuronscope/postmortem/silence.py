@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from neuronscope.postmortem.clock import SILENT_FOLDS
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.readings import LayerReading
 
@@ -47,8 +46,8 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
         return
     silent = sound & ~never & (reading.steps > limit)
     alive = sound & ~never & ~silent
-    # Nobody in the layer gets a gradient: then it was frozen, or cut off by what follows it, at the latest when its last
-    # rows went silent. Those that were silent well before that fell silent one by one.
+    # Nobody in the layer gets a gradient: then it was frozen, or cut off by what follows it, at the latest when its
+    # last rows went silent. Those that were silent well before that fell silent one by one.
     whole = not bool(alive.any()) and bool((never | silent).all())
     ran_out = silent & torch.isinf(reading.steps)
     timed = silent & ~ran_out
@@ -100,18 +99,18 @@ def _silent(read: LayerReading, mask: Tensor, exact: bool, at_once: bool) -> Ite
     limit = read.clock.silent_steps
     if exact:
         ground = (
-            f"The last gradient came at most as many steps ago, whatever the gradients were; that it came not much later "
-            f"than that is inferred, as it is more than {limit:.0f} steps."
+            "The last gradient came at most as many steps ago, whatever the gradients were. As that is more than "
+            f"{limit:.0f} steps, it is inferred that it did not come much later."
         )
     else:
         ground = (
-            "The momentum buffer is as much smaller than the layer's largest as so many steps without gradient make it; "
-            "an estimate, good to some tens of steps."
+            "The momentum buffer is as much smaller than the layer's largest as so many steps without gradient make "
+            "it: an estimate, good to some tens of steps."
         )
     if at_once:
         ground += (
-            " The whole layer has got no gradient since: it was frozen, or cut off by what follows it, which says nothing "
-            "of these neurons themselves."
+            " The whole layer has got no gradient since: it was frozen, or cut off by what follows it, which says "
+            "nothing of these neurons themselves."
         )
     since = None
     if read.step is not None and not read.lag:
@@ -123,8 +122,8 @@ def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False) -> Iterator[
     if not mask.any():
         return
     text = (
-        "The running mean of gradients has faded below the smallest numbers of its type, where the clock stops: the last "
-        "gradient came about as many steps ago, or more."
+        "The running mean of gradients has faded below the smallest numbers of its type, where the clock stops: the "
+        "last gradient came about as many steps ago, or more."
     )
     if whole:
         text += " This is so for the whole layer: it was frozen, or cut off by what follows it."
@@ -144,8 +143,8 @@ def _caveats(read: LayerReading) -> str:
     said = ""
     if read.lag:
         said += (
-            f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused): steps are those in which "
-            "it was not."
+            f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused): steps are those in "
+            "which it was not."
         )
     if read.layer.bias is not None and read.layer.bias not in read.parameters:
         said += " The bias is not in it."

@@ -1,4 +1,4 @@
-"""Weights: what the numbers of a layer's rows alone say. Rows of zeros, rows that are not finite, neurons that nobody reads."""
+"""Weights: what their numbers alone say. Rows of zeros, rows that are not finite, neurons that nobody reads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                 bad > 0,
                 bad.double(),
                 "incoming weights that are NaN or infinite",
-                "A weight or bias of these neurons is NaN or infinite, so their pre-activation is too, whatever comes in.",
+                "A weight or bias of these neurons is NaN or infinite; so is their pre-activation, whatever comes in.",
             )
         empty &= bad == 0
         if empty.any():
@@ -100,9 +100,9 @@ def unread_columns(
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
     """Pairs of neighbours of one ``Sequential``, as far as names can tell: the later one reads the earlier one.
 
-    Both are called ``path.number``, of one kind, with as many inputs as the earlier one has rows, with nothing but norms
-    and what has no weights between them, and with a number between theirs: layers that follow each other at once may be
-    parallel ones in a list.
+    Both are called ``path.number``, of one kind, with as many inputs as the earlier one has rows, with nothing but
+    norms and what has no weights between them, and with a number between theirs: layers that follow each other at once
+    may be parallel ones in a list.
     """
     pairs = []
     before: dict[str, tuple[int, Layer]] = {}
