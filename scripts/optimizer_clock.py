@@ -1,9 +1,10 @@
-"""How right is the optimizer's clock: networks that die for real reasons, counted exactly, beside what their state says.
+"""How right the optimizer's clock is: networks that die for real reasons, counted, beside what their state says.
 
     python -m scripts.optimizer_clock [--seeds 5]        # prints the tables of docs/optimizer-clock.md
 
-Each network trains on scikit-learn's digits with an ordinary loop. After every backward pass the script notes which rows of
-each layer got a gradient that is not zero; at the end it reads the clock off the optimizer's state and compares.
+Each network trains on scikit-learn's digits with an ordinary loop. After every backward pass the script notes which
+rows of each layer got a gradient that is not zero; at the end it reads the clock off the optimizer's state and
+compares.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ class Held:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Its shape."""
         return tuple(self._tensor.shape)
 
     @property
     def dtype(self) -> str:
+        """Name of its type."""
         return str(self._tensor.dtype).removeprefix("torch.")
 
     def read(self) -> Tensor:
+        """A copy of it."""
         return self._tensor.clone()
 
 
@@ -125,6 +129,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scores of the ten digits, ``(B, 10)``."""
         x = self.embed(x.unflatten(1, (8, 8))) + self.position
         for block in self.blocks:
             x = block(x)
@@ -175,7 +180,7 @@ def spike(base: float, factor: float = 20.0) -> Callable[[int], float]:
 
 def constant(rate: float) -> Callable[[int], float]:
     """The same learning rate all along."""
-    return lambda epoch: rate
+    return lambda _: rate
 
 
 _FEED_FORWARD = ("blocks.0.up", "blocks.1.up")
@@ -201,7 +206,7 @@ class Truth:
     """What was counted while a network trained.
 
     Attributes:
-        last: Step, from 1, at which each row of a layer last got a gradient that is not zero, int64 ``(N,)``; 0 = never.
+        last: Step, from 1, at which each row of a layer last got a gradient that is not zero, int64 ``(N,)``; 0: never.
         steps: Steps taken.
     """
 
@@ -341,8 +346,8 @@ def _lines(seeds: int) -> Iterator[str]:
         got = score(joined(parts), exact)
         low, middle, high = np.percentile(got.errors, [1, 50, 99]) if got.errors.size else [math.nan] * 3
         yield (
-            f"| {case.label} | {got.rows} | {got.silent} | {got.found} | {got.never} | {got.never_found} | {got.living} | "
-            f"{got.false_alarms} | {got.violations if exact else 'no bound'} | {low:+.0f}, {middle:+.0f}, {high:+.0f} |"
+            f"| {case.label} | {got.rows} | {got.silent} | {got.found} | {got.never} | {got.never_found} | "
+            f"{got.living} | {got.false_alarms} | {got.violations if exact else 'no bound'} | {low:+.0f}, {middle:+.0f}, {high:+.0f} |"
         )
 
 

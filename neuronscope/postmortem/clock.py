@@ -8,21 +8,22 @@ inequality of Cauchy and Schwarz, with ``q = β1² / β2 < 1``::
         = (1 − β1) / √(1 − β2) · √((1 − q^t) / (1 − q)) · √v
 
 so that ``r = |m| / √v`` is never above ``r_sup``, the factor of ``√v``, whatever the gradients were. (The bias
-corrections are no part of ``m`` and ``v``.) A step without gradient multiplies ``m`` by β1 and ``√v`` by √β2, hence ``r``
-by ``β1 / √β2``. If the last ``k`` steps brought none, ``r ≤ r_sup (β1/√β2)^k``, or::
+corrections are no part of ``m`` and ``v``.) A step without gradient multiplies ``m`` by β1 and ``√v`` by √β2, hence
+``r`` by ``β1 / √β2``. If the last ``k`` steps brought none, ``r ≤ r_sup (β1/√β2)^k``, or::
 
     k ≤ ln(r_sup / r) / ln(√β2 / β1)
 
-This holds for each number. A row's last gradient is the last of any of its numbers, so a row's largest ``r`` gives its
-bound. At the defaults ``r_sup`` is 7.27 and a step takes .1049 off ``ln r``. What the bound does *not* say is that ``k``
-is near it: gradients of opposite signs make ``r`` small too, and so do gradients that have become far smaller than they
-were. That neither happens to all numbers of a row at once is what :data:`SILENT_FOLDS` rests on;
+This holds for each number. A row's last gradient is the last of any of its numbers, so a row's largest ``r`` gives
+its bound. At the defaults ``r_sup`` is 7.27 and a step takes .1049 off ``ln r``. What the bound does *not* say is
+that ``k`` is near it: gradients of opposite signs make ``r`` small too, and so do gradients that have become far
+smaller than they were. That neither happens to all numbers of a row at once is what :data:`SILENT_FOLDS` rests on;
 ``docs/optimizer-clock.md`` has the rates.
 
-Rounding: ``v`` is a sum of positive terms, each rounded a few times a step, so its error is relative; ``m``'s is at most a
-few roundings of its largest terms, which ``r_sup √v`` bounds as well. Both fade as the sums do. :meth:`Clock.bound` adds
-what that can come to. Numbers near the type's smallest are left out: there rounding is absolute, and ``m`` stops at a
-denormal instead of decaying to zero (``n`` of the smallest denormals times .9 rounds to ``n`` for n ≤ 4).
+Rounding: ``v`` is a sum of positive terms, each rounded a few times a step, so its error is relative; ``m``'s is at
+most a few roundings of its largest terms, which ``r_sup √v`` bounds as well. Both fade as the sums do.
+:meth:`Clock.bound` adds what that can come to. Numbers near the type's smallest are left out: there rounding is
+absolute, and ``m`` stops at a denormal instead of decaying to zero (``n`` of the smallest denormals times .9 rounds
+to ``n`` for n ≤ 4).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Earlier: two checkpoints of one run, compared row by row, say who got no gradient in between and who died there.
 
-Without gradient over Δ steps a row keeps to three laws: ``v₂ = v₁ β2^Δ``, ``m₂ = m₁ β1^Δ``, and its weights move by no more than
-what ``m₁`` still had in it, apart from decoupled weight decay, which shrinks all weights of the row by the same factor
-whatever the learning rates were. A row that keeps to all three got none, as far as this type can show. One whose ``v`` or
-``|m|`` lies above got one for certain, since nothing else raises them.
+Without gradient over Δ steps a row keeps to three laws: ``v₂ = v₁ β2^Δ``, ``m₂ = m₁ β1^Δ``, and its weights move by
+no more than what ``m₁`` still had in it, apart from decoupled weight decay, which shrinks all weights of the row by
+the same factor whatever the learning rates were. A row that keeps to all three got none, as far as this type can
+show. One whose ``v`` or ``|m|`` lies above got one for certain, since nothing else raises them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["compare_with_earlier", "same_run"]
 
 _SOURCE = "two checkpoints"
 
-#: How far a number may be off that decayed over a few steps, and by how much more a step (a rounding, and β as rounded).
+#: How far a number may be off that decayed over a few steps, and by how much more a step (its rounding, and β's).
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
 #: The learning rate in between may have been this many times that of either end.
 _RATE_ROOM = 30.0
@@ -85,7 +85,7 @@ def _steps_between(start: LayerReading | None, end: LayerReading) -> int | str:
     if first is None or last is None:
         return "The two checkpoints do not say how many steps lie between them."
     if last <= first:
-        return f"The layer was not updated in between: it stands at step {first} in the earlier one, at {last} in the later."
+        return f"The layer was not updated in between: it stands at step {first} and then at {last}."
     return last - first
 
 
@@ -141,8 +141,8 @@ class _Pair:
         v1, v2 = self._rows(first["exp_avg_sq"]), self._rows(last["exp_avg_sq"])
         left = v1 * beta2**self._steps * (1 + self._tolerance) + 65536 * tiny
         touched |= (v2 > left).any(dim=1)
-        # Each further step moves a weight by at most lr · r₁ (β1/√β2)^j, and Adam's correction of m in early steps by that
-        # of so few.
+        # Step j moves a weight by at most lr · r₁ (β1/√β2)^j, the sum over all j is a geometric one, and the correction
+        # of m in early steps is at most 1 / (1 − β1).
         shrink = beta / math.sqrt(beta2)
         ratio = torch.where(v1 > 0, m1.abs() / v1.clamp(min=tiny).sqrt(), 0.0)
         return rate * ratio * shrink / (1.0 - shrink) / (1.0 - beta)
@@ -180,8 +180,8 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
             silent,
             torch.full(silent.shape, float(passed), dtype=torch.float64),
             "steps without a gradient, at least",
-            f"Over the {passed} steps between the two checkpoints the optimizer's means and the weights changed just as "
-            "they do without a gradient."
+            f"Over the {passed} steps between the two checkpoints the optimizer's means and the weights changed just "
+            "as they do without a gradient."
             + (
                 " This is so for the whole layer: it was frozen, or cut off by what follows it, which says nothing of "
                 "these neurons themselves."
@@ -204,7 +204,7 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
             died,
             within,
             "steps since the last gradient, at most" if isinstance(end.clock, Clock) else "steps since, about",
-            "It got a gradient after the earlier checkpoint, and none lately by the later one's clock: it died in between.",
+            "It got a gradient after the earlier checkpoint, and none lately by the later one's clock: it died between.",
             since,
         )
     alive = touched & ~died

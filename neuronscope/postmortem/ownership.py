@@ -1,9 +1,9 @@
 """Ownership: which parameter each entry of an optimizer's state belongs to.
 
-torch numbers an optimizer's parameters and saves no names unless it was given some. The numbers run through its groups
-in the order in which the parameters were handed over, which is the model's own order within a group as a rule. So the
-entries of a group are a subsequence of the model's parameters with the same shapes. An entry is tied to a parameter only
-when every such subsequence gives it the same one.
+torch numbers an optimizer's parameters and saves no names unless it was given some. The numbers run through its
+groups in the order in which the parameters were handed over, which is the model's own order within a group as a rule.
+So the entries of a group are a subsequence of the model's parameters with the same shapes. An entry is tied to a
+parameter only when every such subsequence gives it the same one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Entry", "Ownership", "find_owners"]
 _SOURCE = "optimizer state"
 
 #: Comparisons of a parameter with a group after which the search is given up: a damaged file must not hang it.
-_PATIENCE = 50_000_000
+_PATIENCE = 10_000_000
 
 Shape = tuple[int, ...]
 
@@ -164,6 +164,7 @@ def _take_by_order(runs: Sequence[_Run], shapes: Mapping[str, Shape], entries: d
     """Tie entries that were saved by number: what one group surely has, no other can have."""
     owner: dict[str, int] = dict.fromkeys(entries, -1)
     placed: list[list[str | None] | None] = [None] * len(runs)
+    several = len({run.optimizer for run in runs}) > 1
     patience = _PATIENCE
     growing = True
     while growing and patience > 0:
@@ -174,7 +175,7 @@ def _take_by_order(runs: Sequence[_Run], shapes: Mapping[str, Shape], entries: d
                 break
             free = [name for name in shapes if owner.get(name, index) == index]
             names = run.places(free, shapes)
-            if (names is None or None in names) and len({other.optimizer for other in runs}) > 1:
+            if several and (names is None or None in names):
                 names = _places_in_a_part(run, runs, free, shapes) or names
             for name in names or ():
                 if name is not None and name not in owner:
