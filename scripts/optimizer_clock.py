@@ -226,8 +226,12 @@ class Truth:
             last[got.numpy()] = self.steps
 
 
+#: Called after each optimizer step.
+AfterStep = Callable[[nn.Module, torch.optim.Optimizer, Truth], None]
+
+
 def train(
-    case: Case, seed: int, digits: Digits, after_step: Callable[[nn.Module, Truth], None] | None = None
+    case: Case, seed: int, digits: Digits, after_step: AfterStep | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer, Truth]:
     """Train one network, counting."""
     torch.manual_seed(seed)
@@ -244,7 +248,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             if after_step is not None:
-                after_step(model, truth)
+                after_step(model, optimizer, truth)
     return model, optimizer, truth
 
 
@@ -330,29 +334,102 @@ def score(rows: Rows, exact: bool = True) -> Score:
     )
 
 
-def _lines(seeds: int) -> Iterator[str]:
+@dataclass(frozen=True)
+class Between:
+    """One line of the second table: rows, by two checkpoints."""
+
+    silent: int
+    found: int
+    trained: int
+    false_alarms: int
+    died: int
+    died_found: int
+
+
+def compare_two(earlier: Checkpoint, later: Checkpoint, truth: Truth, paths: tuple[str, ...] = ()) -> Between:
+    """What two checkpoints say beside the truth.
+
+    *Silent*: a gradient before the earlier one and none between the two. *Trained*: one in between. *Died*: one in
+    between and none for 100 steps or more.
+    """
+    evidence, _ = examine(later, earlier=earlier)
+    counts = dict.fromkeys(Between.__dataclass_fields__, 0)
+    first = earlier.step or 0
+    for path in paths or tuple(truth.last):
+        last = truth.last[path]
+        kept, fell = np.zeros(len(last), dtype=bool), np.zeros(len(last), dtype=bool)
+        for piece in evidence:
+            if piece.layer == path and piece.source.startswith("two checkpoints") and piece.claim == "no gradient":
+                (kept if piece.measure.endswith("at least") else fell)[piece.neurons] = True
+        silent, trained = (last > 0) & (last <= first), last > first
+        died = trained & (truth.steps - last >= 100)
+        for name, mask in (
+            ("silent", silent),
+            ("found", silent & kept),
+            ("trained", trained),
+            ("false_alarms", trained & kept),
+            ("died", died),
+            ("died_found", died & fell),
+        ):
+            counts[name] += int(mask.sum())
+    return Between(**counts)
+
+
+def _measure(case: Case, seeds: int, digits: Digits) -> tuple[Rows, Between]:
+    """Train a case's networks; a first checkpoint is taken after epoch 6, in the middle of the spike."""
+    parts, between = [], []
+    for seed in range(seeds):
+        kept: list[Checkpoint] = []
+
+        def keep(
+            model: nn.Module, optimizer: torch.optim.Optimizer, truth: Truth, kept: list[Checkpoint] = kept
+        ) -> None:
+            if truth.steps == 6 * 45:
+                kept.append(as_checkpoint(model, optimizer, step=truth.steps))
+
+        model, optimizer, truth = train(case, seed, digits, keep)
+        last = as_checkpoint(model, optimizer, step=truth.steps)
+        parts.append(compare(last, truth, case.layers))
+        between.append(compare_two(kept[0], last, truth, case.layers))
+    names = Between.__dataclass_fields__
+    return joined(parts), Between(**{name: sum(getattr(one, name) for one in between) for name in names})
+
+
+def _tables(seeds: int) -> Iterator[str]:
     digits = load_digits()
-    yield (
-        "| network | rows | silent ≥ 100 steps | found | never trained | found | living | false alarms | "
-        "bound broken | dating error, 1, 50, 99 % |"
-    )
-    yield "| --- |" + " ---: |" * 9
+    first = [
+        "| network | rows | silent | found | never trained | found | living | false alarms | bound broken | error |",
+        "| --- |" + " ---: |" * 9,
+    ]
+    second = [
+        "| network | living | bound > 80 | > 120 | > 200 | > 400 |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    third = [
+        "| network | silent in between | found | trained in between | false alarms | died in between | found |",
+        "| --- |" + " ---: |" * 6,
+    ]
     for case in CASES:
-        parts = []
-        for seed in range(seeds):
-            model, optimizer, truth = train(case, seed, digits)
-            parts.append(compare(as_checkpoint(model, optimizer, step=truth.steps), truth, case.layers))
+        rows, between = _measure(case, seeds, digits)
         exact = "SGD" not in case.label
-        got = score(joined(parts), exact)
+        got = score(rows, exact)
         low, middle, high = np.percentile(got.errors, [1, 50, 99]) if got.errors.size else [math.nan] * 3
-        yield (
+        first.append(
             f"| {case.label} | {got.rows} | {got.silent} | {got.found} | {got.never} | {got.never_found} | "
-            f"{got.living} | {got.false_alarms} | {got.violations if exact else 'no bound'} | {low:+.0f}, {middle:+.0f}, {high:+.0f} |"
+            f"{got.living} | {got.false_alarms} | {got.violations if exact else 'no bound'} | "
+            f"{low:+.0f}, {middle:+.0f}, {high:+.0f} |"
         )
+        said = rows.said[~rows.never & (rows.silence < 45)]
+        shares = " | ".join(f"{(said > limit).mean():.1%}" for limit in (80, 120, 200, 400))
+        second.append(f"| {case.label} | {got.living} | {shares} |")
+        third.append(f"| {case.label} | {' | '.join(str(getattr(between, name)) for name in vars(between))} |")
+    for table in (first, second, third):
+        yield from table
+        yield ""
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    for line in _lines(parser.parse_args().seeds):
+    for line in _tables(parser.parse_args().seeds):
         print(line, flush=True)

@@ -51,7 +51,7 @@ class Reading:
         steps: Steps since the last gradient, at most, float64 ``(N,)``; infinite where there is no bound.
         floor: Where there is none since every ``m`` of the row has faded to nothing: about as many steps ago, or more;
             NaN elsewhere.
-        never: Whether no number of the row ever got a gradient, bool ``(N,)``.
+        never: Whether no number of the row ever got a gradient whose square the type can hold, bool ``(N,)``.
         broken: Whether one is NaN or infinite.
         faint: Whether there is no telling, since every gradient was so small that its square is nothing in this type.
     """

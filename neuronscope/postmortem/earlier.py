@@ -204,7 +204,8 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
             died,
             within,
             "steps since the last gradient, at most" if isinstance(end.clock, Clock) else "steps since, about",
-            "It got a gradient after the earlier checkpoint, and none lately by the later one's clock: it died between.",
+            "It got a gradient after the earlier checkpoint, and by the later one's clock none lately: it fell silent "
+            "in between.",
             since,
         )
     alive = touched & ~died

@@ -16,6 +16,7 @@ from neuronscope.postmortem.checkpoint import StoredTensor
 __all__ = ["Decay", "Rule", "recognise", "steps_taken"]
 
 _EXACT_TYPES = ("float32", "float64")
+_NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def recognise(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     """
     if "exp_avg" in slots and "exp_avg_sq" in slots:
         return _adam(group, slots)
-    if "momentum" in group and "betas" not in group:
+    if "nesterov" in group and set(slots) <= {"momentum_buffer"}:
         return _sgd(group, slots)
+    if not slots:
+        return _NEVER_UPDATED
     kept = ", ".join(map(str, list(slots)[:8])) or "nothing"
     return f"its optimizer keeps {kept}: no optimizer whose clock is known"
 
@@ -112,8 +115,10 @@ def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
     if momentum is None or amount is None or not 0 <= momentum < 1:
         return f"its group's momentum is {group.get('momentum')!r} and its weight decay {group.get('weight_decay')!r}"
-    if momentum == 0 or "momentum_buffer" not in slots:
+    if momentum == 0:
         return "SGD without momentum keeps nothing of past gradients"
+    if not slots:
+        return _NEVER_UPDATED
     half = _inexact(slots, "momentum_buffer")
     if half:
         return half
@@ -137,7 +142,7 @@ def steps_taken(slots: Mapping[str, StoredTensor | float], group: Mapping[str, A
     if step is not None and hasattr(step, "read"):
         step = step.read().double().max().item() if math.prod(step.shape) == 1 else None
     number = _number(step)
-    return int(number) if number is not None and number >= 0 else None
+    return int(number) if number is not None and number >= 1 else None
 
 
 def _number(value: Any) -> float | None:
@@ -145,7 +150,7 @@ def _number(value: Any) -> float | None:
         value = value.read()
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (OverflowError, TypeError, ValueError, RuntimeError):
         return None
     return number if math.isfinite(number) else None
 

@@ -21,7 +21,7 @@ __all__ = ["Entry", "Ownership", "find_owners"]
 _SOURCE = "optimizer state"
 
 #: Comparisons of a parameter with a group after which the search is given up: a damaged file must not hang it.
-_PATIENCE = 10_000_000
+_PATIENCE = 4_000_000
 
 Shape = tuple[int, ...]
 
@@ -92,7 +92,7 @@ def entry_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
 
 def _keys(group: Mapping[str, Any]) -> list[Any]:
     keys = group.get("params", ())
-    return list(keys) if isinstance(keys, (list, tuple)) else []
+    return [key for key in keys if isinstance(key, (int, str))] if isinstance(keys, (list, tuple)) else []
 
 
 def _is_names(given: Any, count: int) -> bool:

@@ -65,7 +65,7 @@ def read_clocks(
             )
         if layer.kind not in NEURON_KINDS:
             continue
-        known = _known(layer, entries, decays)
+        known = _known(checkpoint, layer, entries, decays)
         if isinstance(known, str):
             yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
             continue
@@ -83,28 +83,36 @@ def read_clocks(
             yield LayerReading(layer, rule, clock, readings[name], names, None, 0, checkpoint.step)
 
 
-def _known(layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge) -> dict[str, Rule] | str:
+def _known(
+    checkpoint: Checkpoint, layer: Layer, entries: Mapping[str, Entry], decays: _DecayJudge
+) -> dict[str, Rule] | str:
     """The optimizer of each tensor of a layer whose state is known; the weight's must be."""
     weight = entries.get(layer.weight)
     if weight is None:
         return "no entry of an optimizer's state could be tied to its weight"
-    if not weight.slots:
-        return "its weight was never updated: it was frozen, or no gradient ever reached the layer"
     found: dict[str, Rule] = {}
     for name in layer.incoming:
         entry = entries.get(name)
-        if entry is None or not entry.slots:
+        if entry is None:
             continue
         rule = recognise(entry.group, entry.slots)
-        if isinstance(rule, str):
-            return rule
-        hidden = decays.reason(entry, rule)
-        if hidden and name == layer.weight:
-            return hidden
-        if not hidden:
+        if isinstance(rule, Rule) and not _fits(entry, rule, checkpoint.tensors[name].shape):
+            rule = "its optimizer's state has another shape than it has"
+        reason = rule if isinstance(rule, str) else decays.reason(entry, rule)
+        if reason is not None and name == layer.weight:
+            return reason
+        if reason is None and isinstance(rule, Rule):
             found[name] = rule
     by_momentum = found[layer.weight].name == "SGD"
     return {name: rule for name, rule in found.items() if (rule.name == "SGD") == by_momentum}
+
+
+def _fits(entry: Entry, rule: Rule, shape: tuple[int, ...]) -> bool:
+    return all(tuple(getattr(entry.slots[slot], "shape", ())) == tuple(shape) for slot in _slots(rule))
+
+
+def _slots(rule: Rule) -> tuple[str, ...]:
+    return ("momentum_buffer",) if rule.name == "SGD" else ("exp_avg", "exp_avg_sq")
 
 
 class _DecayJudge:
@@ -149,18 +157,14 @@ class _DecayJudge:
         return self._decoupled[group]
 
     def _proves(self, name: str, entry: Entry) -> bool:
-        if (
-            not entry.slots
-            or name not in self._checkpoint.tensors
-            or isinstance(recognise(entry.group, entry.slots), str)
-        ):
+        rule = recognise(entry.group, entry.slots)
+        tensor = self._checkpoint.tensors[name]
+        if isinstance(rule, str) or rule.name == "SGD" or not _fits(entry, rule, tensor.shape):
             return False
         untouched = (_read(entry, "exp_avg") == 0) & (_read(entry, "exp_avg_sq") == 0)
         if not untouched.any():
             return False
-        weight = self._checkpoint.tensors[name].read()
-        decay = float(entry.group["weight_decay"])
-        return bool((weight.double().abs()[untouched] * decay > 1e-15).any())
+        return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
 
 
 def _read(entry: Entry, slot: str) -> torch.Tensor:
@@ -187,7 +191,7 @@ def _loudness(layer: Layer, entries: Mapping[str, Entry], names: Sequence[str]) 
 
 def _reading(layer: Layer, entry: Entry, rule: Rule) -> Reading:
     clock = Clock(rule.betas[0], rule.betas[1], steps_taken(entry.slots, entry.group))
-    return clock.read(*(layer.rows(_read(entry, slot)) for slot in ("exp_avg", "exp_avg_sq")))
+    return clock.read(*(layer.rows(_read(entry, slot)) for slot in _slots(rule)))
 
 
 def _adam(

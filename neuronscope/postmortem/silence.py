@@ -81,7 +81,8 @@ def _never(read: LayerReading, mask: Tensor, whole: bool) -> Iterator[Evidence]:
     if not mask.any():
         return
     kept = "exp_avg and exp_avg_sq" if read.rule.name != "SGD" else "momentum_buffer"
-    text = f"The optimizer's {kept} of all incoming weights are exactly zero: none ever got a gradient."
+    least = "" if read.rule.name == "SGD" else ", or none whose square this type can hold"
+    text = f"The optimizer's {kept} of all incoming weights are exactly zero: none ever got a gradient{least}."
     if whole:
         text += " This is so for the whole layer: it was cut off from the loss, or multiplied by zero, all along."
     since = torch.full(mask.shape, -1, dtype=torch.int64)
@@ -109,8 +110,8 @@ def _silent(read: LayerReading, mask: Tensor, exact: bool, at_once: bool) -> Ite
         )
     if at_once:
         ground += (
-            " The whole layer has got no gradient since: it was frozen, or cut off by what follows it, which says "
-            "nothing of these neurons themselves."
+            " This is so for the whole layer: it was frozen, or cut off by what follows it, or its gradients became "
+            "far smaller than they were. It says nothing of these neurons themselves."
         )
     since = None
     if read.step is not None and not read.lag:

@@ -36,7 +36,7 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
         bias = torch.zeros(layer.width, dtype=torch.float64)
         for name in layer.incoming:
             tensor = tensors[name].read()
-            rows = layer.rows(tensor)
+            rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 has no comparisons
             bad += (~torch.isfinite(rows)).sum(dim=1)
             if name == layer.bias:
                 bias = rows[:, 0].double()

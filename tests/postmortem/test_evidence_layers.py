@@ -1,4 +1,4 @@
-"""Layers from names and shapes: row i is what leads into neuron i, however the weight is stored; the rest is left out."""
+"""Layers from names and shapes: row i leads into neuron i, however the weight is stored; the rest is left out."""
 
 from __future__ import annotations
 
