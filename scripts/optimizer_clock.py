@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -410,6 +411,7 @@ def _tables(seeds: int) -> Iterator[str]:
         "| --- |" + " ---: |" * 6,
     ]
     for case in CASES:
+        print(f"… {case.label}", file=sys.stderr, flush=True)
         rows, between = _measure(case, seeds, digits)
         exact = "SGD" not in case.label
         got = score(rows, exact)

@@ -116,7 +116,7 @@ def _slots(rule: Rule) -> tuple[str, ...]:
 
 
 class _DecayJudge:
-    """Whether weight decay hides what is sought, group by group."""
+    """Whether weight decay hides what is sought, optimizer by optimizer."""
 
     def __init__(self, checkpoint: Checkpoint, entries: Mapping[str, Entry]) -> None:
         self._checkpoint = checkpoint
@@ -126,15 +126,10 @@ class _DecayJudge:
     def reason(self, entry: Entry, rule: Rule) -> str | None:
         """Why a parameter's state says nothing of missing gradients; ``None`` where it does."""
         hides = rule.decay.hides
-        if hides is None and rule.name != "SGD":
-            hides = not self._is_decoupled(entry)
-            unknown = hides
-        else:
-            unknown = False
-        if not hides:
+        if hides is False or (hides is None and self._is_decoupled(entry.optimizer)):
             return None
         amount = f"weight decay of {rule.decay.amount:g}"
-        if unknown:
+        if hides is None:
             return (
                 f"the file does not say whether its {amount} is AdamW's or Adam's, which is part of the gradient and "
                 "hides missing ones"
@@ -143,18 +138,17 @@ class _DecayJudge:
             f"the {amount} of its optimizer ({rule.name}) is part of the gradient, so that missing ones cannot be seen"
         )
 
-    def _is_decoupled(self, entry: Entry) -> bool:
-        """Whether a group's decay cannot be part of the gradient: a weight that is not zero never got any.
+    def _is_decoupled(self, optimizer: int) -> bool:
+        """Whether an optimizer's decay cannot be part of the gradient: a weight that is not zero never got any.
 
         Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` is not lost where
         ``λ |w|`` is at least 1e-15: ``(1 − β2) 1e-30`` is far from the smallest float32.
         """
-        group = id(entry.group)
-        if group not in self._decoupled:
-            self._decoupled[group] = any(
-                self._proves(name, other) for name, other in self._entries.items() if other.group is entry.group
+        if optimizer not in self._decoupled:
+            self._decoupled[optimizer] = any(
+                self._proves(name, entry) for name, entry in self._entries.items() if entry.optimizer == optimizer
             )
-        return self._decoupled[group]
+        return self._decoupled[optimizer]
 
     def _proves(self, name: str, entry: Entry) -> bool:
         rule = recognise(entry.group, entry.slots)

@@ -1,4 +1,4 @@
-"""A damaged checkpoint, or one made to harm: whatever its state and its names are, there is an answer and no traceback."""
+"""A damaged checkpoint, or one made to harm: whatever its state and names are, there is an answer and no traceback."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ def tensors(draw):
 
 
 NAMES = st.sampled_from(
-    ["0.weight", "0.bias", "2.weight", "2.bias", "weight", "bias", "", ".", "a.experts.weight", "<b>.weight", "\x00.weight",
-     "x.weight_v", "x.weight_g", "parametrizations.weight.original1", "parametrizations.weight.original0", "9" * 400 + ".weight"]
-)  # fmt: skip
+    [
+        *("0.weight", "0.bias", "2.weight", "2.bias", "weight", "bias", "", ".", "a.experts.weight", "<b>.weight"),
+        *("\x00.weight", "x.weight_v", "x.weight_g", "9" * 400 + ".weight"),
+        *("parametrizations.weight.original1", "parametrizations.weight.original0"),
+    ]
+)
 GROUPS = st.fixed_dictionaries(
     {"params": st.one_of(st.lists(st.one_of(st.integers(0, 4), NAMES, st.lists(st.none())), max_size=5), NUMBERS)},
     optional={
