@@ -29,7 +29,7 @@ _WEIGHTS = {
 }
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _EMBEDDING = re.compile(
-    r"(^|[._])(w[tp]e|(tok|pos|token|position|word)?_?(embed|emb|embeddings?|embed_tokens))([._]|$)"
+    r"(^|[._])(w[tp]e|emb|embed|embeddings?|embed_tokens)([._]|$)|(^|\.)(shared|relative_attention_bias)$"
 )
 _ADAPTER = re.compile(r"(^|\.)lora_")
 _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")

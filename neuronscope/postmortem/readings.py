@@ -89,7 +89,7 @@ def _known(
     """The optimizer of each tensor of a layer whose state is known; the weight's must be."""
     weight = entries.get(layer.weight)
     if weight is None:
-        return "no entry of an optimizer's state could be tied to its weight"
+        return "no entry of an optimizer's state could be tied to its weight; it may be shared with another layer"
     found: dict[str, Rule] = {}
     for name in layer.incoming:
         entry = entries.get(name)

@@ -120,6 +120,8 @@ def test_columns_are_the_inputs():
         ("bert.embeddings.word_embeddings.weight", (50, 8), "embedding"),
         ("tok_embeddings.weight", (50, 8), "embedding"),
         ("embedding.weight", (50, 8), "embedding"),
+        ("shared.weight", (50, 8), "embedding"),  # T5's
+        ("block.0.SelfAttention.relative_attention_bias.weight", (32, 8), "embedding"),
         ("lm_head.weight", (50, 8), "linear"),
         ("remember.weight", (50, 8), "linear"),  # "ember" is no embedding
         ("norm.weight", (8,), "norm"),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from neuronscope.postmortem.ownership import find_owners
 from scripts.optimizer_clock import Held, as_checkpoint
@@ -115,6 +116,16 @@ def test_tied_weights_are_in_the_file_twice_and_in_the_optimizer_once():
     assert len(reasons) == 1
     names = [name for name, _ in model.named_parameters()]
     assert check(model, [optimizer], names=names, expected=3) == []
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_language_model_whose_head_shares_its_embedding(groups):
+    """Grouped as by Hugging Face's Trainer: matrices decay, the rest does not. The shared weight is in the file twice."""
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=8, vocab_size=12, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters() if groups == 1 else decay_groups(model))
+    train(model, [optimizer])
+    assert check(model, [optimizer], expected=len(list(model.parameters()))) == []
 
 
 @pytest.mark.parametrize("damage", ["shape", "count", "no group", "wild"])
