@@ -8,7 +8,7 @@ steps at μ = .9.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +71,11 @@ class MomentumClock:
             loudness: By layer.
         """
         peaks = {name: self._peak(layer) for name, layer in loudness.items()}
-        typical = self._median([peak for peak in peaks.values() if peak > 0])
-        # A layer that lies this far below the others is silent as a whole: then it is measured by them.
-        hushed = typical * math.exp(-SILENT_FOLDS)
+        # A layer that lies this far below the loudest is silent as a whole: then it is measured by that one.
+        loudest = max(peaks.values(), default=0.0)
+        hushed = loudest * math.exp(-SILENT_FOLDS)
         return {
-            name: self._read(layer, typical if peaks[name] < hushed else peaks[name])
+            name: self._read(layer, loudest if peaks[name] < hushed else peaks[name])
             for name, layer in loudness.items()
         }
 
@@ -83,10 +83,6 @@ class MomentumClock:
     def _peak(layer: Loudness) -> float:
         sound = layer.rows[torch.isfinite(layer.rows)]
         return float(sound.max()) if sound.numel() else 0.0
-
-    @staticmethod
-    def _median(peaks: Sequence[float]) -> float:
-        return sorted(peaks)[len(peaks) // 2] if peaks else 0.0
 
     def _read(self, layer: Loudness, reference: float) -> Reading:
         told = torch.isfinite(layer.rows) & (layer.rows >= layer.least)

@@ -120,7 +120,7 @@ def test_tied_weights_are_in_the_file_twice_and_in_the_optimizer_once():
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_language_model_whose_head_shares_its_embedding(groups):
-    """Grouped as by Hugging Face's Trainer: matrices decay, the rest does not. The shared weight is in the file twice."""
+    """Grouped as by Hugging Face's Trainer: only matrices decay. The shared weight is in the file twice."""
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=8, vocab_size=12, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters() if groups == 1 else decay_groups(model))
