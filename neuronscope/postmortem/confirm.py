@@ -53,8 +53,8 @@ def measured_evidence(site: SiteReport, confidence: float) -> list[Evidence]:
         confidence: Of the bound on how often a silent neuron may yet fire.
 
     Returns:
-        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; a neuron that was not seen is
-        in none.
+        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; a neuron that was
+        not seen is in none.
     """
     judged = site.judgement
     bound = rate_bound(site.examples, confidence) if site.examples else np.nan
@@ -81,14 +81,10 @@ def measured_evidence(site: SiteReport, confidence: float) -> list[Evidence]:
         ("alive", alive, fires, "share of positions at which it fires", f"Counted {where}."),
     )
     evidence = []
-    for claim, mask, numbers, measure_of, text in said:
-        neurons = np.flatnonzero(mask).astype(np.int64)
-        if neurons.size:
-            evidence.append(
-                Evidence(
-                    site.name, site.neurons, _SOURCE, claim, "measured", neurons, numbers[neurons], measure_of, text
-                )
-            )
+    for claim, mask, numbers, unit, text in said:
+        at = np.flatnonzero(mask).astype(np.int64)
+        if at.size:
+            evidence.append(Evidence(site.name, site.neurons, _SOURCE, claim, "measured", at, numbers[at], unit, text))
     return evidence
 
 
@@ -113,8 +109,8 @@ def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
         wrong = sorted(fired.get(one.layer, set()).intersection(one.neurons.tolist()))
         if wrong:
             faults.append(
-                f"FAULT OF NEURONSCOPE: {one.source} called {len(wrong)} neurons of {one.layer} proved dead that fired on "
-                f"the data (first {wrong[0]}). Either the data lies outside what the proof covers ({one.text}) or the proof is wrong: "
-                "please report it with this network."
+                f"FAULT OF NEURONSCOPE: {one.source} called {len(wrong)} neurons of {one.layer} proved dead that fired "
+                f"on the data (first {wrong[0]}). Either the data lies outside what the proof covers ({one.text}) or "
+                "the proof is wrong: please report it with this network."
             )
     return tuple(faults)

@@ -1,7 +1,8 @@
 """How intervals pass through elementwise functions: activations, sums, products, choices.
 
-Rules as in :mod:`neuronscope.postmortem.weighted`. A function that never falls gives its bounds at the ends. GELU, SiLU, Mish and
-Hardswish fall to one least value and rise from there: their upper bound lies at an end, their lower bound is known.
+Rules as in :mod:`neuronscope.postmortem.weighted`. A function that never falls gives its bounds at the ends. GELU,
+SiLU, Mish and Hardswish fall to one least value and rise from there: their upper bound lies at an end, their lower
+bound is known.
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ def _rising(function: Callable[..., Tensor], *, rounds: bool = True, floor: floa
     return rule
 
 
-def _valley(function: Callable[..., Tensor], least: float, zero_below: float | None) -> Rule:
+def _valley(function: Callable[..., Tensor], least: float, zero_below: float, *, only_short: bool = True) -> Rule:
     """A function that falls from 0 to its least value and rises from there.
 
     Args:
         function: The function.
         least: A number below its least value.
-        zero_below: At and below this it is exactly zero in 16 and 32 bits, however it is computed; ``None``: in any type.
+        zero_below: At and below this it is exactly zero, however it is computed.
+        only_short: That holds in 16 and 32 bits only.
     """
 
     def rule(dtype: torch.dtype, input: Any, *args: Any, **kwargs: Any) -> Interval | None:
@@ -65,7 +67,7 @@ def _valley(function: Callable[..., Tensor], least: float, zero_below: float | N
         tiny = 2 * torch.finfo(dtype).tiny
         low = torch.where(input.low >= 0, found.low - tiny, least)
         high = found.high + tiny
-        if zero_below is not None and (dtype != torch.float64 or zero_below == -3.0):
+        if dtype != torch.float64 or not only_short:
             silent = input.high <= zero_below
             low, high = torch.where(silent, 0.0, low), torch.where(silent, 0.0, high)
         return Interval(low, high, input.shape)
@@ -74,6 +76,7 @@ def _valley(function: Callable[..., Tensor], least: float, zero_below: float | N
 
 
 def _leaky(dtype: torch.dtype, input: Any, slope: Any = 0.01, inplace: bool = False, **named: Any) -> Interval | None:
+    """LeakyReLU with one slope, PReLU with one a channel."""
     slope = named.get("negative_slope", named.get("weight", slope))
     if not isinstance(input, Interval) or isinstance(slope, Interval):
         return None
@@ -211,8 +214,8 @@ def _threshold(
     return Interval(low, high, input.shape)
 
 
-# Where GELU is exactly zero in float32, however it is computed: x·Φ(x) at −15 is 5e-50, less than half the least denormal, 7e-46.
-# x·eˣ, which SiLU and Mish come to, is 2e-46 at −110.
+# Where GELU is exactly zero in float32, however it is computed: x·Φ(x) at −15 is −6e-50, and half the least denormal is
+# 7e-46. x·eˣ, which SiLU and Mish come to, is −2e-46 at −110.
 _GELU_ZERO, _SILU_ZERO = -15.0, -110.0
 
 _RULES: dict[str, Rule] = {
@@ -227,8 +230,6 @@ _RULES: dict[str, Rule] = {
             "clamp_min",
             "clamp_max",
             "hardshrink",
-            "floor",
-            "ceil",
         )
     },
     **{
@@ -242,7 +243,7 @@ _RULES: dict[str, Rule] = {
     "gelu": _valley(F.gelu, -0.1701, _GELU_ZERO),
     "silu": _valley(F.silu, -0.2785, _SILU_ZERO),
     "mish": _valley(F.mish, -0.3089, _SILU_ZERO),
-    "hardswish": _valley(F.hardswish, -0.3751, -3.0),
+    "hardswish": _valley(F.hardswish, -0.3751, -3.0, only_short=False),
     "threshold": _threshold,
     "leaky_relu": _leaky,
     "prelu": _leaky,

@@ -1,8 +1,8 @@
 """Examination: what a network with a checkpoint's weights says of its neurons, with no data.
 
-One forward on an example is traced; bounds that hold for every input, batch norm's parameters and the search for neurons
-that nobody reads are laid over it. What is *proved* holds in evaluation mode for every finite input of the example's shape, however
-many examples a batch has; see ``docs/bounds.md``.
+One forward on an example is traced; bounds that hold for every input, batch norm's parameters and the search for
+neurons that nobody reads are laid over it. What is *proved* holds in evaluation mode for every finite input of the
+example's shape, however many examples a batch has; see ``docs/bounds.md``.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def examine_model(
             Abstention(
                 _SOURCE,
                 "",
-                f"The network's Python code looks at numbers that depend on the input ({', '.join(graph.branches)}), so that another "
-                "input may take another path: nothing is proved of it.",
+                f"The network's Python code looks at numbers that depend on the input ({', '.join(graph.branches)}), "
+                "so that another input may take another path: nothing is proved of it.",
             )
         )
         return Examination(tuple(evidence), tuple(abstentions), ties.sites)
@@ -208,8 +208,8 @@ def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: st
             basis="proved",
             measure="",
             text=(
-                f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that reads it "
-                "is exactly zero, or leads to a neuron that is proved dead or is unread itself."
+                f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
+                "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
             ),
         )
 
@@ -234,8 +234,8 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
             basis="inferred",
             measure="share of a training batch in which it fires, at most",
             text=(
-                "In training at most this share of any batch's values fires, whatever their distribution (Cantelli); in "
-                "evaluation that holds as far as the running statistics are the data's."
+                "In training at most this share of any batch's values fires, whatever their distribution (Cantelli); "
+                "in evaluation that holds as far as the running statistics are the data's."
             ),
         )
         yield from say(
@@ -244,7 +244,7 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
             claim="dead",
             basis="suspected",
             measure="share of values that fire, if they are normal",
-            text="Were its values normal, it would fire in this share of them, Φ(β/|γ|): poor in the tails, so only suspected.",
+            text="Were its values normal, it would fire in this share of them, Φ(β/|γ|): poor in the tails.",
         )
         if positions is not None:
             most = training_maximum(scale, shift, positions).numpy()
@@ -255,9 +255,9 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
                 basis="inferred",
                 measure="pre-activation in training, at most",
                 text=(
-                    f"Proved for training: no batch of {positions} values a channel can make it fire, since none is more than "
-                    f"√({positions} − 1) standard deviations above their mean. In evaluation that holds as far as the "
-                    "running statistics are the data's."
+                    f"Proved for training: no batch of {positions} values a channel can make it fire, since none is "
+                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as far as "
+                    "the running statistics are the data's."
                 ),
             )
 

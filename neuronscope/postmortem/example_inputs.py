@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 __all__ = ["Example", "examples_for"]
 
-# Side of a guessed picture, per number of spatial dimensions: large enough for a stem that halves it five times.
-_SIDES = {1: 1024, 2: 64, 3: 32}
+# Sides to try, by the number of spatial dimensions: the first is large enough for a stem that halves it five times.
+_SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
 
 
 class Example(NamedTuple):
@@ -87,9 +87,7 @@ def _guesses(model: nn.Module) -> Iterator[Example]:
             return
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             spatial = len(module.kernel_size)
-            shapes = [
-                (1, module.in_channels, *([side] * spatial)) for side in (_SIDES[spatial], 224 if spatial == 2 else 96)
-            ]
+            shapes = [(1, module.in_channels, *([side] * spatial)) for side in _SIDES[spatial]]
         elif isinstance(module, nn.Linear):
             shapes = [(1, module.in_features), (1, 8, module.in_features)]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,10 +1,10 @@
 """Intervals: between which two numbers every element of a tensor lies, whatever the input.
 
 Bounds are float64 and outward: an interval holds not only what the network would give in exact arithmetic but what it
-gives in its own, where sums of products may be added up in any order. A computed sum of ``n`` terms is
-``Σ tᵢ(1 + δᵢ)`` with ``|δᵢ| ≤ γ = n·u/(1 − n·u)``, ``u`` the unit roundoff (Higham, *Accuracy and Stability of Numerical
-Algorithms*, 2002, ch. 3), so that each term is widened before it is added. :func:`gamma` takes more than twice that, which pays
-for our own rounding too.
+gives in its own, where sums of products may be added up in any order. A computed sum of ``n`` terms is ``Σ tᵢ(1 +
+δᵢ)`` with ``|δᵢ| ≤ γ = n·u/(1 − n·u)``, ``u`` the unit roundoff (Higham, *Accuracy and Stability of Numerical
+Algorithms*, 2002, ch. 3), so that each term is widened before it is added. :func:`gamma` takes more than twice that,
+which pays for our own rounding too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER_NORM = "layer norm bound"
 
 @dataclass(frozen=True, eq=False)
 class Normed:
-    """An elementwise affine image of rows that were normalised: ``z·scale + shift`` with ``Σz² ≤ d`` over the last axis.
+    """An elementwise affine image of normalised rows: ``z·scale + shift`` with ``Σz² ≤ d`` over the last axis.
 
     Attributes:
         scale: float64 ``(d,)``.

@@ -1,9 +1,9 @@
 """Models: from what the user names to a network that holds the checkpoint's weights.
 
-A network is named as an ``nn.Module``, as ``package.module:name`` (a function, an ``nn.Module`` class without arguments, a
-LightningModule class whose hyperparameters lie in the checkpoint, or a module that is there already), or as a Hugging
-Face folder with a ``config.json``. Wherever it can be, it is built without memory for its weights, and the weights are read into it one
-at a time.
+A network is named as an ``nn.Module``, as ``package.module:name`` (a function, an ``nn.Module`` class without
+arguments, a LightningModule class whose hyperparameters lie in the checkpoint, or a module that is there already), or
+as a Hugging Face folder with a ``config.json``. Wherever it can be, it is built without memory for its weights, and
+the weights are read into it one at a time.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
                     "Expected argument `model` to be `package.module:name`, a torch.nn.Module, or a folder with a "
                     f"`config.json`, but got {named!r}."
                 )
-            model = _hugging_face(json.loads(config.read_text(encoding="utf-8")), checkpoint)
+            model = _hugging_face(json.loads(config.read_text(encoding="utf-8")))
     if not isinstance(model, nn.Module):
         model = _called(model, checkpoint.config.get("hyper_parameters") or {})
     load_weights(model, checkpoint)
@@ -123,32 +123,30 @@ def _called(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
 
 
 def _attempt(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
-    """Build without memory where that works: not where numbers are made that no checkpoint keeps, or are computed with."""
-    for device in ("meta", "cpu"):
-        try:
-            with torch.device(device):
-                built = factory(**arguments)
-            if device == "cpu" or _is_saved_whole(built):
-                return built
-        except Exception as error:
-            if device == "cpu":
-                given = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
-                raise UsageError(
-                    f"Expected `{name}` to build a network{given}, but it gave {type(error).__name__}: {error}. "
-                    "Name a function without arguments that builds it."
-                ) from error
-    return None
+    """Build without memory where that works: not where numbers are made that no checkpoint keeps, or computed with."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        built = factory(**arguments)
+        if _is_saved_whole(built):
+            return built
+    try:
+        return factory(**arguments)
+    except Exception as error:
+        given = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
+        raise UsageError(
+            f"Expected `{name}` to build a network{given}, but it gave {type(error).__name__}: {error}. "
+            "Name a function without arguments that builds it."
+        ) from error
 
 
 def _is_saved_whole(built: Any) -> bool:
-    """Whether a checkpoint keeps all the tensors of a network: no other buffers, no tensors that are mere attributes."""
+    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes."""
     return isinstance(built, nn.Module) and not any(
         module._non_persistent_buffers_set or any(isinstance(value, Tensor) for value in vars(module).values())
         for module in built.modules()
     )
 
 
-def _hugging_face(config: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module:
+def _hugging_face(config: Mapping[str, Any]) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
@@ -164,16 +162,17 @@ def _hugging_face(config: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Modul
             f"Expected `config.json` to name a network of transformers under `architectures`, but got {names}. "
             "Name a function that builds it, as `--model package.module:name`."
         )
-    settings = found.config_class.from_dict(dict(config))
-    built: nn.Module = _attempt(lambda: found(settings), {}, found.__name__)
+    network: Any = found
+    settings = network.config_class.from_dict(dict(config))
+    built: nn.Module = _attempt(lambda: network(settings), {}, network.__name__)
     return built
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
-    Names may differ by a prefix that all share (``model.``, as where a LightningModule holds the network). On a network without memory
-    the tensors themselves become its weights, else they are copied into those that are there.
+    Names may differ by a prefix that all share (``model.``, as where a LightningModule holds the network). On a
+    network without memory the tensors themselves become its weights, else they are copied into those that are there.
 
     Args:
         model: The network.
@@ -249,7 +248,8 @@ def _fill(
                 made[id(tensor)] = new
             else:
                 continue
-            (module._parameters if slot in module._parameters else module._buffers)[slot] = new
+            table: dict[str, Any] = module._parameters if slot in module._parameters else module._buffers
+            table[slot] = new
 
 
 def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -1,13 +1,15 @@
 """Normalisation: what β and γ alone say of the neurons behind a batch norm or a layer norm. Formulas only.
 
-**Batch norm.** A channel's values in a training batch are normalised by their own mean and variance, so that
-``Σz = 0`` and ``Σz² ≤ n`` over its ``n`` values (ε makes it only smaller). With ``c = −β/|γ| > 0`` the neuron fires where
-``z > c`` (or ``z < −c``). By Cantelli's inequality at most ``1/(1 + c²)`` of them do, and none of ``n`` values
-is larger than ``√(n − 1)``, so that none fires where ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normal values the share is ``Φ(−c)``.
+**Batch norm.** A channel's values in a training batch are normalised by their own mean and variance, so that ``Σz =
+0`` and ``Σz² ≤ n`` over its ``n`` values (ε makes it only smaller). With ``c = −β/|γ| > 0`` the neuron fires where
+``z > c`` (or ``z < −c``). By Cantelli's inequality at most ``1/(1 + c²)`` of them do, and none of ``n`` values is
+larger than ``√(n − 1)``, so that none fires where ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normal values the
+share is ``Φ(−c)``.
 
-**Layer norm.** A row is normalised by its own mean and variance: the same two facts, over its ``d`` elements. What a linear row
-``w, b`` makes of it is ``b + w·β + (w⊙γ)·z``, and since ``z`` is orthogonal to 1, by Cauchy–Schwarz at most ``b + w·β + √d‖P(w⊙γ)‖``,
-``P`` removing the mean. It is attained by ``z ∝ P(w⊙γ)``; RMS norm is the same without ``P``.
+**Layer norm.** A row is normalised by its own mean and variance: the same two facts, over its ``d`` elements. What a
+linear row ``w, b`` makes of it is ``b + w·β + (w⊙γ)·z``, and since ``z`` is orthogonal to 1, by Cauchy–Schwarz at
+most ``b + w·β + √d‖P(w⊙γ)‖``, ``P`` removing the mean. It is attained by ``z ∝ P(w⊙γ)``; RMS norm is the same without
+``P``.
 """
 
 from __future__ import annotations
@@ -50,12 +52,14 @@ def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
     tensor([0.1000], dtype=torch.float64)
     """
     c = threshold(scale, shift)
-    return torch.where(c > 0, 1 / (1 + c * c), 1.0)
+    bound: Tensor = torch.where(c > 0, 1 / (1 + c * c), 1.0)
+    return bound
 
 
 def normal_firing_share(scale: Tensor, shift: Tensor) -> Tensor:
     """Share of values in which each neuron fires, were they normal: Φ(β/|γ|), float64 ``(C,)``."""
-    return torch.special.ndtr(-threshold(scale, shift))
+    share: Tensor = torch.special.ndtr(-threshold(scale, shift))
+    return share
 
 
 def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
@@ -64,7 +68,7 @@ def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
     >>> training_maximum(torch.tensor([1.0]), torch.tensor([-9.0]), 65)
     tensor([-1.], dtype=torch.float64)
     """
-    return shift.double() + scale.double().abs() * (values - 1) ** 0.5
+    return shift.double() + scale.double().abs() * float(values - 1) ** 0.5
 
 
 def layer_norm_extremes(
@@ -80,8 +84,8 @@ def layer_norm_extremes(
         centred: ``True`` for layer norm, ``False`` for RMS norm.
 
     Returns:
-        ``b + w·β``, ``√d‖P(w⊙γ)‖`` and ``√d‖w⊙γ‖`` (the size that rounding goes by), float64 ``(N,)``. The extremes are the
-        first plus and minus the second: attained as the input's scale grows, where ε no longer counts.
+        ``b + w·β``, ``√d‖P(w⊙γ)‖`` and ``√d‖w⊙γ‖`` (the size that rounding goes by), float64 ``(N,)``. The extremes
+        are the first plus and minus the second: attained as the input's scale grows, where ε no longer counts.
     """
     weight = weight.double()
     scaled = weight * scale.double()

@@ -1,7 +1,8 @@
 """Ties: which weights lead into which activation site, read off a traced forward.
 
-From a site's pre-activation the way goes back through what only moves or scales elements and through normalisations, to the
-first layer that mixes them. A sum of two branches ends it: a neuron behind a residual sum is no row of one weight alone.
+From a site's pre-activation the way goes back through what only moves or scales elements and through normalisations,
+to the first layer that mixes them. A sum of two branches ends it: a neuron behind a residual sum is no row of one
+weight alone.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ the names that :func:`neuronscope.watch` gives them, and a function mode that wr
 No activation is kept: a tensor is a number in the graph, its shape and its type. What can be kept and looked at is what
 does not depend on the input: parameters, buffers, and what was made of them alone.
 
-A step that we do not see cannot lead to a false statement: a tensor whose maker was not seen, or that was changed behind
-our back (its version says so), is a value of which nothing is known; and where the model looks at its numbers in Python,
-so that another input might take another path, the graph says so in :attr:`Graph.branches`.
+A step that we do not see cannot lead to a false statement: a tensor whose maker was not seen, or that was changed
+behind our back (its version says so), is a value of which nothing is known; and where the model looks at its numbers
+in Python, so that another input might take another path, the graph says so in :attr:`Graph.branches`.
 """
 
 from __future__ import annotations
@@ -323,14 +323,12 @@ class _TracingTap(Tap):
     """The project's tap, whose observer counts nothing and notes where each site begins and ends."""
 
     def __init__(self, model: nn.Module, ledger: _Ledger) -> None:
-        met: list[tuple[SiteKey, SiteInfo, int]] = []
+        met: list[tuple[SiteKey, SiteInfo]] = []
 
-        def meters(phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> None:
-            met.append((key, info, neurons))
+        def meters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
+            met.append((key, info))
 
-        super().__init__(
-            model, registry=Registry(), meters=meters, axes=lambda name: None, functional=True, tolerance=0.0
-        )
+        super().__init__(model, registry=Registry(), meters=meters, axes=lambda _: None, functional=True, tolerance=0.0)
         unseen = self.observer.unseen
         self.observer: Observer = _TracingObserver(ledger, met, meters, self.fail)
         self.observer.unseen = unseen
@@ -340,11 +338,11 @@ class _TracingObserver(Observer):
     def __init__(
         self,
         ledger: _Ledger,
-        met: list[tuple[SiteKey, SiteInfo, int]],
+        met: list[tuple[SiteKey, SiteInfo]],
         meters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
-        super().__init__(meters=meters, axes=lambda name: None, tolerance=0.0, fail=fail)
+        super().__init__(meters=meters, axes=lambda _: None, tolerance=0.0, fail=fail)
         self._ledger = ledger
         self._met = met  # what a meter was asked for; nothing is counted
         self._begun: list[int] = []
@@ -364,7 +362,7 @@ class _TracingObserver(Observer):
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         seen = len(self._met)
         super().product(args, y)
-        for key, info, _ in self._met[seen:]:
+        for key, info in self._met[seen:]:
             gate = key._replace(gated=False).name
             before = next(site.after for site in self._ledger.graph.sites if site.name == gate)
             self._note(key, info, before, y)

@@ -1,8 +1,8 @@
 """Unread: which neurons' outputs can reach the network's output, followed backwards through a traced forward.
 
 A neuron is unread where every weight that reads it is exactly zero, or belongs to a neuron that is proved dead, or to
-one that is unread itself. Backwards, in the reverse of the order in which the calls ran, one pass settles all of them. A
-call that we do not know reads all that it is given.
+one that is unread itself. Backwards, in the reverse of the order in which the calls ran, one pass settles all of
+them. A call that we do not know reads all that it is given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def unread_neurons(graph: Graph, found: list[Interval | None]) -> dict[str, npt.
 
     Args:
         graph: A traced forward, of which every call was seen.
-        found: What :func:`neuronscope.postmortem.bounds.bounds_of` gave for it: a reader whose output is one and the same
+        found: What :func:`neuronscope.postmortem.bounds.bounds_of` gave for it: a reader whose output is one and the
+        same
             number whatever comes in reads nothing.
 
     Returns:
@@ -44,17 +45,13 @@ def unread_neurons(graph: Graph, found: list[Interval | None]) -> dict[str, npt.
             continue
         for number, mask in _reads(graph, step, masks, found):
             shape = graph.values[number].shape
-            known = masks.get(number)
             wide = mask.expand(shape)
-            masks[number] = wide if known is None else known | wide
+            masks[number] = masks[number] | wide if number in masks else wide
     unread = {}
     for site in graph.sites:
-        mask = masks.get(site.after)
         others = [dimension for dimension in range(len(graph.values[site.after].shape)) if dimension != site.info.axis]
-        if mask is None:
-            unread[site.name] = np.ones(site.neurons, dtype=np.bool_)
-        else:
-            unread[site.name] = ~(mask.any(dim=others) if others else mask).numpy()
+        mask = masks.get(site.after, torch.zeros((), dtype=torch.bool)).expand(graph.values[site.after].shape)
+        unread[site.name] = ~(mask.any(dim=others) if others else mask).numpy()
     return unread
 
 
@@ -77,6 +74,7 @@ def _reads(graph: Graph, step: Step, masks: Masks, found: list[Interval | None])
 
 
 def _argument(step: Step, place: int, name: str, default: Any = None) -> Any:
+    """An argument of a step, by its place or by its name."""
     return step.args[place] if len(step.args) > place else step.kwargs.get(name, default)
 
 

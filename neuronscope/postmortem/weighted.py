@@ -45,7 +45,7 @@ def _rounding(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
 
 
 def _combined(low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, terms: int) -> Any:
-    """Bounds of ``x @ weight.T + bias`` for ``x`` in ``[low, high]``, ``(…, d)``, where each product may come out wrong."""
+    """Bounds of ``x @ weight.T + bias`` for ``x`` in ``[low, high]``, ``(…, d)``; each product may come out wrong."""
     low, high = widened(low, high, gamma(terms, dtype))
     ends = []
     for part in _rows(weight):
@@ -140,8 +140,8 @@ def _channels(
         weight = matrix[own].flatten(1)
         taps = matrix.shape[2]
         start = group * inner
-        ends = (bound[start : start + inner].repeat_interleave(taps) for bound in (low, high))
-        sides.append(_combined(*ends, weight, None if bias is None else bias[own], dtype, terms))
+        least, most = (bound[start : start + inner].repeat_interleave(taps) for bound in (low, high))
+        sides.append(_combined(least, most, weight, None if bias is None else bias[own], dtype, terms))
     lows, highs = zip(*sides, strict=True)
     return torch.cat(lows), torch.cat(highs)
 
@@ -354,24 +354,24 @@ def _homes(name: str) -> list[Callable[..., Any]]:
     return [getattr(home, name) for home in (F, torch, Tensor) if callable(getattr(home, name, None))]
 
 
+_BY_NAME: dict[str, Callable[..., Interval | None]] = {
+    **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _transposed(n) for n in (1, 2, 3)},
+    "linear": linear,
+    "matmul": matmul,
+    "mm": matmul,
+    "__matmul__": matmul,
+    "addmm": addmm,
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "instance_norm": instance_norm,
+    "embedding": embedding,
+    "scaled_dot_product_attention": attention,
+}
+
 #: Torch function → the rule that stands for it.
 WEIGHTED_RULES: dict[Callable[..., Any], Callable[..., Interval | None]] = {
-    function: rule
-    for name, rule in {
-        **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
-        **{f"conv_transpose{n}d": _transposed(n) for n in (1, 2, 3)},
-        "linear": linear,
-        "matmul": matmul,
-        "mm": matmul,
-        "__matmul__": matmul,
-        "addmm": addmm,
-        "batch_norm": batch_norm,
-        "layer_norm": layer_norm,
-        "rms_norm": rms_norm,
-        "group_norm": group_norm,
-        "instance_norm": instance_norm,
-        "embedding": embedding,
-        "scaled_dot_product_attention": attention,
-    }.items()
-    for function in _homes(name)
+    function: rule for name, rule in _BY_NAME.items() for function in _homes(name)
 }
