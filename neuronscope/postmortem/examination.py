@@ -256,8 +256,8 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
                 measure="pre-activation in training, at most",
                 text=(
                     f"Proved for training: no batch of {positions} values a channel can make it fire, since none is "
-                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as far as "
-                    "the running statistics are the data's."
+                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as far "
+                    "as the running statistics are the data's."
                 ),
             )
 

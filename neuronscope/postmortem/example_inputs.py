@@ -59,7 +59,11 @@ def examples_for(model: nn.Module, given: Any = None, batch: Any = None) -> Iter
     own = getattr(model, "example_input_array", None)
     if own is not None:
         yield _example(own, "the model's example_input_array")
-    dummies = getattr(model, "dummy_inputs", None) if hasattr(model, "config") else None
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "") == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        picture = torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        yield _example({"pixel_values": picture}, "a picture of the size that the model's config names")
+    dummies = getattr(model, "dummy_inputs", None) if config is not None else None
     if isinstance(dummies, Mapping):
         yield _example(dummies, "the model's dummy_inputs")
     if batch is not None:

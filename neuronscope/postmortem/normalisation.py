@@ -14,6 +14,8 @@ most ``b + w·β + √d‖P(w⊙γ)‖``, ``P`` removing the mean. It is attaine
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
     >>> training_maximum(torch.tensor([1.0]), torch.tensor([-9.0]), 65)
     tensor([-1.], dtype=torch.float64)
     """
-    return shift.double() + scale.double().abs() * float(values - 1) ** 0.5
+    return shift.double() + scale.double().abs() * math.sqrt(values - 1)
 
 
 def layer_norm_extremes(

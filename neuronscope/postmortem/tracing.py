@@ -12,8 +12,8 @@ in Python, so that another input might take another path, the graph says so in :
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +143,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     kwargs = dict(kwargs or {})
     ledger = _Ledger(model)
     tap = _TracingTap(model, ledger)
-    ledger.graph.inputs = tuple(ledger.number(tensor) for tensor in tensors_in((args, kwargs)))
+    ledger.graph.inputs = tuple(ledger.number(tensor) for tensor in _Search().tensors((args, kwargs)))
     with left_as_it_was(model), torch.no_grad():
         model.eval()
         try:
@@ -157,9 +157,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     if tap.failure is not None:
         raise tap.failure
     graph = ledger.graph
-    found = list(tensors_in(output, ledger.unsearched))
-    graph.outputs = tuple(ledger.number(tensor) for tensor in found)
-    graph.opaque = bool(ledger.unsearched)
+    search = _Search()
+    graph.outputs = tuple(ledger.number(tensor) for tensor in search.tensors(output))
+    graph.opaque = search.failed
     graph.hidden = ledger.hidden
     graph.not_seen = tap.observer.not_seen()
     return graph
@@ -171,7 +171,6 @@ class _Ledger:
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
         self.hidden = 0
-        self.unsearched: list[Any] = []
         self._numbers = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, str] = {}
@@ -286,10 +285,10 @@ class _Recorder(TorchFunctionMode):
             luck = torch.random.get_rng_state() if constant else None
         output = func(*args, **kwargs)
         with unwatched():
-            made = list(tensors_in(output)) if not isinstance(output, (int, float, str, bool)) else []
+            made = list(_Search().tensors(output))
             out = kwargs.get("out")
             written = args[0] if output is None and args and isinstance(args[0], Tensor) else out
-            made += [tensor for tensor in tensors_in(written) if all(tensor is not other for other in made)]
+            made += [tensor for tensor in _Search().tensors(written) if all(tensor is not other for other in made)]
             if luck is not None:
                 known = func not in _UNWRITTEN and torch.equal(luck, torch.random.get_rng_state())
                 for tensor in made:
@@ -311,7 +310,10 @@ class _Recorder(TorchFunctionMode):
         picked = masks and func in _PICKS and (func is not torch.where or len(args) == 1)
         getter = getattr(func, "__name__", "") == "__get__"
         plain = (
-            output is not None and not getter and func not in _METADATA and not any(True for _ in tensors_in(output))
+            output is not None
+            and not getter
+            and func not in _METADATA
+            and not any(True for _ in _Search().tensors(output))
         )
         if picked or plain or func in _LEAKS:
             name = getattr(func, "__name__", str(func))
@@ -394,18 +396,37 @@ def references(tree: Any) -> Iterator[int]:
     return iter(found)
 
 
-def tensors_in(tree: Any, unsearched: list[Any] | None = None) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses; what else there is goes to ``unsearched``."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for part in tree.values():
-            yield from tensors_in(part, unsearched)
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from tensors_in(part, unsearched)
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        for part in fields(tree):
-            yield from tensors_in(getattr(tree, part.name), unsearched)
-    elif unsearched is not None and not isinstance(tree, (int, float, str, bool, bytes, type(None))):
-        unsearched.append(tree)
+class _Search:
+    """A search for tensors in what a network was given or returned; objects are taken apart, each once.
+
+    Attributes:
+        failed: Whether something was met that cannot be taken apart.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._met: list[Any] = []  # held, so that no identity is given away again
+
+    def tensors(self, tree: Any) -> Iterator[Tensor]:
+        """Every tensor in nested tuples, lists, mappings and objects."""
+        if isinstance(tree, Tensor):
+            yield tree
+            return
+        if isinstance(tree, _PLAIN) or any(tree is met for met in self._met):
+            return
+        self._met.append(tree)
+        if isinstance(tree, Mapping):
+            yield from self._all(tree.values())
+        elif isinstance(tree, (tuple, list)):
+            yield from self._all(tree)
+        elif hasattr(tree, "__dict__") and not callable(tree):  # a dataclass, a cache of keys and values
+            yield from self._all(vars(tree).values())
+        else:
+            self.failed = True
+
+    def _all(self, parts: Iterable[Any]) -> Iterator[Tensor]:
+        for part in parts:
+            yield from self.tensors(part)
+
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

@@ -79,7 +79,7 @@ def _argument(step: Step, place: int, name: str, default: Any = None) -> Any:
 
 
 def _constant(graph: Graph, argument: Any) -> Tensor:
-    tensor = graph.values[argument.value].constant
+    tensor: Tensor | None = graph.values[argument.value].constant
     if tensor is None:
         raise ValueError("a weight that depends on the input")
     return tensor
