@@ -43,6 +43,7 @@ class SiteBounds:
     dead: npt.NDArray[np.bool_]
 
 
+@torch.no_grad()
 def bounds_of(graph: Graph, box: Box | None = None) -> list[Interval | None]:
     """An interval for every tensor that depends on the input.
 

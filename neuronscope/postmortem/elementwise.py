@@ -8,14 +8,15 @@ bound is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.postmortem.intervals import Interval, nearly, product
+from neuronscope.postmortem.intervals import Interval, gamma, nearly, product, widened
+from neuronscope.postmortem.tracing import substitute
 
 __all__ = ["ELEMENTWISE_RULES"]
 
@@ -27,6 +28,17 @@ def _plain(values: tuple[Any, ...]) -> bool:
     return not any(isinstance(value, Interval) for value in values)
 
 
+def _as_rounded(dtype: torch.dtype, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Arguments as they are written, and as a kernel may hold them: a number that is no float32 becomes one."""
+    yield args, kwargs
+    for rounded in {torch.float32, dtype}:
+
+        def held(leaf: Any, to: torch.dtype = rounded) -> Any:
+            return torch.tensor(leaf, dtype=to).item() if isinstance(leaf, float) else leaf
+
+        yield substitute((args, dict(kwargs)), held)
+
+
 def _rising(function: Callable[..., Tensor], *, rounds: bool = True, floor: float = -math.inf) -> Rule:
     """A function that never falls; ``floor``: a value below which it never comes, however it is rounded."""
 
@@ -34,7 +46,11 @@ def _rising(function: Callable[..., Tensor], *, rounds: bool = True, floor: floa
         if not isinstance(input, Interval) or not _plain((*args, *kwargs.values())):
             return None
         kwargs.pop("inplace", None)
-        low, high = function(input.low, *args, **kwargs), function(input.high, *args, **kwargs)
+        made = [
+            (function(input.low, *given, **named), function(input.high, *given, **named))
+            for given, named in _as_rounded(dtype, args, kwargs)
+        ]
+        low, high = torch.stack([ends[0] for ends in made]).amin(0), torch.stack([ends[1] for ends in made]).amax(0)
         if rounds:
             tiny = 2 * torch.finfo(dtype).tiny
             found = nearly(Interval(low, high, input.shape), dtype)
@@ -94,8 +110,8 @@ def _leaky(dtype: torch.dtype, input: Any, slope: Any = 0.01, inplace: bool = Fa
     return nearly(found, dtype)
 
 
-def _ends(value: Any, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Bounds of an operand, of at least ``rank`` dimensions."""
+def _ends(dtype: torch.dtype, value: Any, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Bounds of an operand as the network holds it, in at least ``rank`` dimensions."""
     if isinstance(value, Interval):
         low, high = value.low, value.high
     elif isinstance(value, Tensor):
@@ -104,13 +120,15 @@ def _ends(value: Any, rank: int) -> tuple[Tensor, Tensor] | None:
         low = high = torch.tensor(float(value), dtype=torch.float64)
     else:
         return None
+    if not isinstance(value, Interval) and not torch.equal(low.to(dtype).double(), low):
+        low, high = widened(low, high, gamma(0, dtype))  # it is rounded before it is used
     missing = (1,) * (rank - low.dim())
-    return low.reshape(*missing, *low.shape), high.reshape(*missing, *high.shape)
+    return low.reshape((*missing, *low.shape)), high.reshape((*missing, *high.shape))
 
 
 def _pair(dtype: torch.dtype, left: Any, right: Any, combine: Callable[..., tuple[Tensor, Tensor]]) -> Interval | None:
     rank = max((len(value.shape) for value in (left, right) if isinstance(value, (Interval, Tensor))), default=0)
-    ends = _ends(left, rank), _ends(right, rank)
+    ends = _ends(dtype, left, rank), _ends(dtype, right, rank)
     if ends[0] is None or ends[1] is None:
         return None
     low, high = combine(*ends[0], *ends[1])
@@ -138,7 +156,7 @@ def _multiply(dtype: torch.dtype, left: Any, right: Any) -> Interval | None:
 
 
 def _divide(dtype: torch.dtype, left: Any, right: Any, *, rounding_mode: str | None = None) -> Interval | None:
-    ends = _ends(right, 0)
+    ends = _ends(dtype, right, 0)
     if rounding_mode is not None or ends is None or not bool(((ends[0] > 0) | (ends[1] < 0)).all()):
         return None  # the divisor may be zero
 
@@ -207,11 +225,18 @@ def _threshold(
 ) -> Interval | None:
     if not isinstance(input, Interval):
         return None
+    found = [_cut(input, *numbers) for numbers, _ in _as_rounded(dtype, (threshold, value), {})]
+    low, high = torch.stack([ends[0] for ends in found]).amin(0), torch.stack([ends[1] for ends in found]).amax(0)
+    return Interval(low, high, input.shape)
+
+
+def _cut(input: Interval, threshold: float, value: float) -> tuple[Tensor, Tensor]:
+    """``x`` where it is above the threshold, else the value."""
     kept_low, kept_high = input.low.clamp_min(threshold), input.high
     some_off, some_on = input.low <= threshold, input.high > threshold
     low = torch.where(some_off, torch.where(some_on, torch.minimum(kept_low, kept_low * 0 + value), value), kept_low)
     high = torch.where(some_on, torch.where(some_off, kept_high.clamp_min(value), kept_high), value)
-    return Interval(low, high, input.shape)
+    return low, high
 
 
 # Where GELU is exactly zero in float32, however it is computed: x·Φ(x) at −15 is −6e-50, and half the least denormal is

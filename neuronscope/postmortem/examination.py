@@ -22,7 +22,7 @@ from neuronscope.postmortem.example_inputs import Example, examples_for
 from neuronscope.postmortem.intervals import LAYER_NORM
 from neuronscope.postmortem.normalisation import firing_share_bound, normal_firing_share, threshold, training_maximum
 from neuronscope.postmortem.ties import producers, through_same, ties_of
-from neuronscope.postmortem.tracing import Graph, Ref, Site, Step, trace
+from neuronscope.postmortem.tracing import ForwardError, Graph, Ref, Site, Step, trace
 from neuronscope.postmortem.unread import unread_neurons
 
 __all__ = ["Examination", "examine_model"]
@@ -135,9 +135,8 @@ def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Exa
     for example in examples_for(model, given, batch):
         try:
             graph = trace(model, example.args, example.kwargs)
-        except Exception as error:  # noqa: BLE001  # a user's network may fail in any way on an input that we made up
-            first = str(error).strip().partition("\n")[0][:200]
-            failures.append(f"{example.origin} ({example.shapes}): {type(error).__name__}: {first}")
+        except ForwardError as error:
+            failures.append(f"{example.origin} ({example.shapes}): {error}")
             continue
         return graph, example, failures
     return None, None, failures
@@ -256,8 +255,8 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
                 measure="pre-activation in training, at most",
                 text=(
                     f"Proved for training: no batch of {positions} values a channel can make it fire, since none is "
-                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as far "
-                    "as the running statistics are the data's."
+                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as "
+                    "far as the running statistics are the data's."
                 ),
             )
 

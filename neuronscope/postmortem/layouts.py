@@ -49,6 +49,7 @@ MOVES = _named(
 # What chooses among elements; and what adds them up, which rounds.
 _CHOICES = _named(
     *("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
     *("amax", "amin", "maximum", "minimum", "max", "min", "cummax"),
 )
 _SUMS = _named(
@@ -80,6 +81,8 @@ def _carried(function: Callable[..., Any], *, rounds: bool) -> Callable[..., Any
             Interval(low, high, tuple(low.shape)) if ground is None else Interval(low, high, tuple(low.shape), ground)
             for low, high in zip(lows, highs, strict=True)
         ]
+        if function is F.pad:  # what is put there is rounded
+            found = [nearly(made, dtype) for made in found]
         if len(given) == 1 and function in MOVES:
             found = [_rows_kept(given[0], made, function) for made in found]
         return found

@@ -12,22 +12,29 @@ in Python, so that another input might take another path, the graph says so in :
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.axes import TensorMap
 from neuronscope.census import SiteInfo
+from neuronscope.errors import NeuronscopeError
 from neuronscope.hooks import Tap
 from neuronscope.observer import Call, Observer, unwatched
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import Activation, Registry, SiteKey, walk
 
-__all__ = ["Graph", "Ref", "Site", "Step", "Value", "references", "substitute", "trace"]
+__all__ = ["ForwardError", "Graph", "Ref", "Site", "Step", "Value", "references", "substitute", "trace"]
+
+
+class ForwardError(NeuronscopeError):
+    """A network failed on an example; the message is the first line of its own."""
 
 
 class Ref(NamedTuple):
@@ -136,6 +143,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     Returns:
         The graph.
 
+    Raises:
+        ForwardError: The model failed on this example.
+
     >>> graph = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), (torch.randn(1, 3),))
     >>> [site.name for site in graph.sites], [step.function.__name__ for step in graph.steps]
     (['1'], ['linear', 'relu'])
@@ -150,7 +160,14 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
             tap.observer.turn_to("trace", 0)
             with _Recorder(ledger):
                 tap.set_observing(True)
-                output = model(*args, **kwargs)
+                chance = _chance()
+                try:
+                    output = model(*args, **kwargs)
+                except Exception as error:
+                    first = str(error).strip().partition("\n")[0][:200]
+                    raise ForwardError(f"{type(error).__name__}: {first}") from error
+                if _chance() != chance:
+                    ledger.graph.branches.append("random")
             ledger.drop_overwritten()
         finally:
             tap.detach()
@@ -165,6 +182,12 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     return graph
 
 
+def _chance() -> tuple[int, ...]:
+    """The state of the random generators whose numbers no torch function is seen to make: Python's and numpy's."""
+    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # the one that a network's code would use
+    return hash(random.getstate()), hash(state["key"].tobytes()), state["pos"]
+
+
 class _Ledger:
     """Gives numbers to tensors while a forward runs."""
 
@@ -173,13 +196,13 @@ class _Ledger:
         self.hidden = 0
         self._numbers = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
-        self._names: dict[int, str] = {}
+        self._names: dict[int, tuple[str, int]] = {}  # parameters and buffers, as they were before the forward
         self._kept: list[Tensor] = []  # so that no identity of a constant is given away again
         for path, module in walk(model):
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is not None:
-                        self._names.setdefault(id(tensor), f"{path}.{name}" if path else name)
+                        self._names.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor._version))
                         self._kept.append(tensor)
         self._running = False
 
@@ -192,8 +215,8 @@ class _Ledger:
         known = self._numbers.get(tensor)
         if known is not None and known[1] == tensor._version:
             return int(known[0])
-        name = self._names.get(id(tensor), "")
-        if name:
+        name, version = self._names.get(id(tensor), ("", 0))
+        if name and version == tensor._version:
             return self.put(tensor, constant=True, name=name)
         self.hidden += self._running
         return self.put(tensor)
@@ -206,6 +229,10 @@ class _Ledger:
         number = len(self.graph.values) - 1
         self._numbers.put(tensor, (number, tensor._version))
         return number
+
+    def is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the network's parameters and buffers."""
+        return id(tensor) in self._names
 
     def constant(self, number: int) -> Tensor | None:
         """The tensor of a constant, unless it was overwritten since it was numbered."""
@@ -291,8 +318,8 @@ class _Recorder(TorchFunctionMode):
             made += [tensor for tensor in _Search().tensors(written) if all(tensor is not other for other in made)]
             if luck is not None:
                 known = func not in _UNWRITTEN and torch.equal(luck, torch.random.get_rng_state())
-                for tensor in made:
-                    ledger.put(tensor, constant=known)
+                for tensor in made:  # a buffer that the forward writes is restored after it
+                    ledger.put(tensor, constant=known and not ledger.is_kept(tensor))
                 return output
             self._escapes(func, args, reads, output)
             if made:

@@ -322,6 +322,7 @@ def embedding(
     padding_idx: Any = None,
     max_norm: Any = None,
     *rest: Any,
+    **options: Any,
 ) -> Interval | None:
     """Whichever row is looked up, each column lies between its least and its greatest."""
     if not isinstance(weight, Tensor) or not isinstance(input, Interval) or max_norm is not None:

@@ -1,7 +1,7 @@
 """Random networks with many dead neurons, and an adversary that tries to make each of their neurons fire.
 
-Nothing here knows of neuronscope: sites are activation modules, named by their path and the count of their calls; what they are given and
-what they give is kept whole.
+Nothing here knows of neuronscope: sites are activation modules, named by their path and the count of their calls; what
+they are given and what they give is kept whole.
 """
 
 from __future__ import annotations
@@ -37,21 +37,69 @@ ACTIVATIONS = {
     "logsigmoid": nn.LogSigmoid,
     "hardtanh": lambda: nn.Hardtanh(-0.5, 2.0),
     "hardsigmoid": nn.Hardsigmoid,
-    "hardshrink": nn.Hardshrink,
+    "hardshrink": lambda: nn.Hardshrink(0.1),
     "softshrink": nn.Softshrink,
-    "threshold": lambda: nn.Threshold(0.3, -0.2),
+    "threshold": lambda: nn.Threshold(0.3, -0.7),
     "threshold at its value": lambda: nn.Threshold(0.0, 0.0),
     "softsign": nn.Softsign,
     "glu": lambda: nn.Sequential(Widen(), nn.GLU(1)),
 }
 ROW_NORMS = ("layer norm", "rms norm", "no affine")
 VECTOR_OPS = (
-    *("linear", "linear", "linear", "no bias", "layer norm", "rms norm", "no affine", "batch norm", "shared", "residual", "cat"),
-    *("gate", "square", "turn", "scale", "divide", "dropout", "softmax", "subtract", "where", "clamp", "twins", "positive"),
+    *(
+        "linear",
+        "linear",
+        "linear",
+        "no bias",
+        "layer norm",
+        "rms norm",
+        "no affine",
+        "batch norm",
+        "shared",
+        "residual",
+        "cat",
+    ),
+    *(
+        "gate",
+        "square",
+        "turn",
+        "scale",
+        "divide",
+        "dropout",
+        "softmax",
+        "subtract",
+        "where",
+        "clamp",
+        "twins",
+        "positive",
+    ),
 )
 PICTURE_OPS = (
-    *("conv", "conv", "conv", "padded", "strided", "dilated", "grouped", "depthwise", "transposed", "reflected", "same"),
-    *("batch norm", "batch norm", "group norm", "instance norm", "max pool", "avg pool", "residual", "cat", "shuffle", "upsample"),
+    *(
+        "conv",
+        "conv",
+        "conv",
+        "padded",
+        "strided",
+        "dilated",
+        "grouped",
+        "depthwise",
+        "transposed",
+        "reflected",
+        "same",
+    ),
+    *(
+        "batch norm",
+        "batch norm",
+        "group norm",
+        "instance norm",
+        "max pool",
+        "avg pool",
+        "residual",
+        "cat",
+        "shuffle",
+        "upsample",
+    ),
     *("shared", "squeeze", "linear over channels", "adaptive", "corner"),
 )
 
@@ -198,7 +246,9 @@ def make_some_dead(network: nn.Module) -> None:
         for module in network.modules():
             weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             if isinstance(weight, nn.Parameter):
-                weight.mul_(torch.empty(()).uniform_(0.3, 2.0)) if weight.dim() > 1 else weight.copy_(torch.randn_like(weight))
+                weight.mul_(torch.empty(()).uniform_(0.3, 2.0)) if weight.dim() > 1 else weight.copy_(
+                    torch.randn_like(weight)
+                )
                 if isinstance(module, nn.PReLU):
                     weight.abs_()
                 weight[torch.rand(weight.shape) < 0.1] = 0

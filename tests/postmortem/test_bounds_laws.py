@@ -1,4 +1,4 @@
-"""Laws: no input whatever leaves its bounds, makes a neuron fire that is proved dead, or reads one that nobody reads."""
+"""Laws: no input leaves its bounds, makes a neuron fire that is proved dead, or depends on one that nobody reads."""
 
 from __future__ import annotations
 
@@ -87,7 +87,9 @@ def test_every_activation(activation: str) -> None:
 @given(networks(), BOXES, st.integers(0, 1000))
 def test_what_is_unread_changes_nothing(network: Network, box: tuple[float, float] | None, seed: int) -> None:
     """Whatever an unread neuron gives of what it can give, the network's output is the same, as near as sums can be."""
-    evidence = [one for one in examine_model(network, example=network.example(), box=box).evidence if one.claim == "unread"]
+    evidence = [
+        one for one in examine_model(network, example=network.example(), box=box).evidence if one.claim == "unread"
+    ]
     unread = {one.layer: torch.from_numpy(one.neurons) for one in evidence}
     graph = trace(network, (network.example(),))
     found = bounds_of(graph, box)
@@ -156,4 +158,4 @@ def test_a_hundred_thousand_inputs(which: str) -> None:
             assert bool((before.amax(1) <= torch.from_numpy(found.highest)).all())
             assert bool((before.amin(1) >= torch.from_numpy(found.lowest)).all())
             assert not bool(seen[name].after[:, torch.from_numpy(found.dead)].any())
-    assert WIDTH == network.example().shape[1]
+    assert network.example().shape[1] == WIDTH
