@@ -140,25 +140,12 @@ def _batch_norm(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> 
 
 
 def _elementwise(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
-    """Where the output is one number whatever comes in, nothing is read; nor is a factor that meets an exact zero."""
+    """Where the output is one number whatever comes in, nothing is read: as by a dead reader, or beside a zero."""
     made = found[step.outputs[0]]
     mask = outputs[0] & ~((made.low == made.high) & made.low.isfinite())
-    operands = [argument for argument in (*step.args, *step.kwargs.values()) if isinstance(argument, Ref)]
-    for operand in operands:
-        if graph.values[operand.value].constant is None:
-            own = mask
-            if step.function in _PRODUCTS:
-                for other in step.args:
-                    own = own & ~_zero(graph, found, other) if other is not operand else own
-            yield operand.value, _folded(own, graph.values[operand.value].shape)
-
-
-def _zero(graph: Graph, found: Any, operand: Any) -> Tensor:
-    """Where a factor is exactly zero whatever comes in."""
-    if not isinstance(operand, Ref):
-        return torch.tensor(operand == 0)
-    constant, interval = graph.values[operand.value].constant, found[operand.value]
-    return constant == 0 if constant is not None else (interval.low == 0) & (interval.high == 0)
+    for operand in (*step.args, *step.kwargs.values()):
+        if isinstance(operand, Ref) and graph.values[operand.value].constant is None:
+            yield operand.value, _folded(mask, graph.values[operand.value].shape)
 
 
 def _folded(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -231,7 +218,6 @@ def _named(*names: str) -> list[Callable[..., Any]]:
     return [function for function in found if callable(function)]
 
 
-_PRODUCTS = frozenset(_named("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__"))
 _POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)]
 # Elementwise by name, but with arguments that decide rather than pass on, or that mix elements of a row.
 _NOT_ELEMENTWISE = frozenset(_named("where", "masked_fill", "masked_fill_", "softmax", "normalize"))

@@ -247,7 +247,7 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
         build_model(tmp_path, checkpoint_of(state))
 
 
-# --- confirming ---------------------------------------------------------------------------------------------------------
+# --- confirming ------------------------------------------------------------------------------------------------------
 
 
 def dying() -> nn.Sequential:

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], tupl
     "permute": (PICTURE, lambda x, w: x.permute(2, 0, 3, 1).mT.movedim(0, 1), (1,)),
     "flatten": (PICTURE, lambda x, w: (x * w[:, None, None]).flatten(1).unflatten(1, (6, 64)), (6,)),
     "roll": (PICTURE, lambda x, w: x.roll(3, -1).flip(1), (1,)),
-    "pad": (LINE, lambda x, w: F.pad(F.pad(x, (1, 2), value=3.0), (2, 2), mode="reflect"), (1,)),
+    "pad": (LINE, lambda x, w: F.pad(F.pad(x, (1, 2), value=0.1), (2, 2), mode="reflect"), (1,)),
     "pixel shuffle": ((2, 8, 3, 3), lambda x, w: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), (1,)),
     "unfold": (LINE, lambda x, w: x.unfold(2, 3, 2), (1,)),
     "avg pool": (CUBE, lambda x, w: F.avg_pool3d(x, 3, 2, 1), (1,)),
