@@ -61,6 +61,16 @@ def _rising(function: Callable[..., Tensor], *, rounds: bool = True, floor: floa
     return rule
 
 
+def _scaled(rule: Rule) -> Rule:
+    """A function that never falls as long as its scales are positive."""
+
+    def checked(dtype: torch.dtype, input: Any, *args: Any, **kwargs: Any) -> Interval | None:
+        scales = [number for number in (*args, *kwargs.values()) if not isinstance(number, bool)]
+        return rule(dtype, input, *args, **kwargs) if all(scale > 0 for scale in scales) else None
+
+    return checked
+
+
 def _valley(function: Callable[..., Tensor], least: float, zero_below: float, *, only_short: bool = True) -> Rule:
     """A function that falls from 0 to its least value and rises from there.
 
@@ -259,12 +269,15 @@ _RULES: dict[str, Rule] = {
     },
     **{
         name: _rising(getattr(F, name, None) or getattr(torch, name), floor=0.0)
-        for name in ("sigmoid", "hardsigmoid", "softplus", "exp")
+        for name in ("sigmoid", "hardsigmoid", "exp")
     },
     **{
         name: _rising(getattr(F, name, None) or getattr(torch, name))
-        for name in ("tanh", "elu", "selu", "celu", "logsigmoid", "softshrink", "expm1", "atan", "erf")
+        for name in ("tanh", "selu", "logsigmoid", "softshrink", "expm1", "atan", "erf")
     },
+    "softplus": _scaled(_rising(F.softplus, floor=0.0)),
+    "elu": _scaled(_rising(F.elu)),
+    "celu": _scaled(_rising(F.celu)),
     "gelu": _valley(F.gelu, -0.1701, _GELU_ZERO),
     "silu": _valley(F.silu, -0.2785, _SILU_ZERO),
     "mish": _valley(F.mish, -0.3089, _SILU_ZERO),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ SAME = _named(
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("dropout_", "alpha_dropout_", "feature_dropout", "feature_dropout_", "requires_grad_"),
 )
+_CASTS = _named("to", "float", "double", "half", "bfloat16", "type_as", "cpu")
 _DROPOUTS = frozenset(function for function in SAME if "dropout" in getattr(function, "__name__", ""))
 
 #: What moves elements to other places, leaves some out, doubles some or puts constants between them.
@@ -43,7 +45,7 @@ MOVES = _named(
     *("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "roll", "flip"),
     *("narrow", "select", "chunk", "split", "tensor_split", "unbind", "index_select", "__getitem__"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "pad"),
-    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "as_strided_copy"),
+    *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
 ) | {getattr(Tensor, name).__get__ for name in ("T", "mT")}
 
 # What chooses among elements; and what adds them up, which rounds.
@@ -64,7 +66,10 @@ def _identity(function: Callable[..., Any]) -> Callable[..., Any]:
         x = args[0] if args else kwargs.get("input")
         if function in _DROPOUTS and (args[2] if len(args) > 2 else kwargs.get("training", True)):
             return None
-        return nearly(x, dtype) if isinstance(x, Interval) else None
+        if not isinstance(x, Interval):
+            return None
+        # What is known of rows counts on the rounding of one type.
+        return nearly(replace(x, normed=None) if function in _CASTS else x, dtype)
 
     return rule
 
@@ -72,6 +77,8 @@ def _identity(function: Callable[..., Any]) -> Callable[..., Any]:
 def _carried(function: Callable[..., Any], *, rounds: bool) -> Callable[..., Any]:
     def rule(dtype: torch.dtype, *args: Any, **kwargs: Any) -> list[Interval] | None:
         kwargs.pop("dtype", None)
+        if any(isinstance(argument, torch.dtype) for argument in args):
+            return None  # a view of the same bits as another type
         given = _intervals((args, kwargs))
         terms = max((math.prod(x.shape[1:]) for x in given), default=0)
         relative = gamma(terms, dtype) if rounds else 0.0
@@ -119,7 +126,7 @@ def _called(
     def end(leaf: Any) -> Any:
         if not isinstance(leaf, Interval):
             return leaf
-        bound = (leaf.full_low, leaf.full_high)[side]
+        bound = (leaf.full_low, leaf.full_high)[side].contiguous()  # as a view may want it
         return widened(bound, bound, relative)[side] if relative else bound
 
     args, kwargs = substitute((args, dict(kwargs)), end)

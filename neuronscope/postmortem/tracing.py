@@ -178,7 +178,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.outputs = tuple(ledger.number(tensor) for tensor in search.tensors(output))
     graph.opaque = search.failed
     graph.hidden = ledger.hidden
-    graph.not_seen = tap.observer.not_seen()
+    ran = {site.name for site in graph.sites}
+    idle = {path or "(root)" for path in tap.module_sites} - ran
+    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **tap.observer.not_seen()}
     return graph
 
 

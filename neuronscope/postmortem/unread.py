@@ -44,9 +44,7 @@ def unread_neurons(graph: Graph, found: list[Interval | None]) -> dict[str, npt.
         if not any(number in masks and bool(masks[number].any()) for number in step.outputs):
             continue
         for number, mask in _reads(graph, step, masks, found):
-            shape = graph.values[number].shape
-            wide = mask.expand(shape)
-            masks[number] = masks[number] | wide if number in masks else wide
+            masks[number] = masks[number] | mask if number in masks else mask
     unread = {}
     for site in graph.sites:
         others = [dimension for dimension in range(len(graph.values[site.after].shape)) if dimension != site.info.axis]
@@ -55,7 +53,7 @@ def unread_neurons(graph: Graph, found: list[Interval | None]) -> dict[str, npt.
     return unread
 
 
-def _reads(graph: Graph, step: Step, masks: Masks, found: list[Interval | None]) -> Iterator[tuple[int, Tensor]]:
+def _reads(graph: Graph, step: Step, masks: Masks, found: list[Interval | None]) -> list[tuple[int, Tensor]]:
     """What a step reads of each tensor that depends on the input, given what is read of what it makes."""
     data = {number for number in step.reads if graph.values[number].constant is None}
     rule = _RULES.get(step.function)
@@ -65,12 +63,12 @@ def _reads(graph: Graph, step: Step, masks: Masks, found: list[Interval | None])
             for number in step.outputs
         ]
         try:
-            yield from list(rule(graph, step, outputs, found))
-            return
+            return [
+                (number, mask.expand(graph.values[number].shape)) for number, mask in rule(graph, step, outputs, found)
+            ]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # called in a way that we do not know
-    for number in data:
-        yield number, torch.ones((), dtype=torch.bool)
+    return [(number, torch.ones(graph.values[number].shape, dtype=torch.bool)) for number in data]
 
 
 def _argument(step: Step, place: int, name: str, default: Any = None) -> Any:
@@ -85,6 +83,13 @@ def _constant(graph: Graph, argument: Any) -> Tensor:
     return tensor
 
 
+def _matrix(graph: Graph, argument: Any) -> Tensor:
+    tensor = _constant(graph, argument)
+    if tensor.dim() != 2:
+        raise ValueError("no matrix, or a stack of them")
+    return tensor
+
+
 def _columns(weight: Tensor, rows: Tensor) -> Tensor:
     """Columns of a matrix in which any of these rows is not zero."""
     read = torch.zeros(weight.shape[1], dtype=torch.bool)
@@ -94,14 +99,14 @@ def _columns(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _linear(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
-    x, weight = _argument(step, 0, "input"), _constant(graph, _argument(step, 1, "weight"))
+    x, weight = _argument(step, 0, "input"), _matrix(graph, _argument(step, 1, "weight"))
     rows = outputs[0].reshape(-1, weight.shape[0]).any(0)
     yield x.value, _columns(weight, rows)
 
 
 def _matmul(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
     first = 1 if getattr(step.function, "__name__", "") == "addmm" else 0
-    x, weight = step.args[first], _constant(graph, step.args[first + 1])
+    x, weight = step.args[first], _matrix(graph, step.args[first + 1])
     if first and graph.values[step.args[0].value].constant is None:
         raise ValueError("a bias that depends on the input")
     rows = outputs[0].reshape(-1, weight.shape[1]).any(0)
@@ -113,6 +118,8 @@ def _convolution(transposed: bool) -> Callable[..., Iterator[tuple[int, Tensor]]
         x, weight = _argument(step, 0, "input"), _constant(graph, _argument(step, 1, "weight"))
         # conv(input, weight, bias, stride, padding, dilation, groups); transposed: …, padding, output_padding, groups.
         groups = _argument(step, 6, "groups", 1)
+        if outputs[0].dim() != weight.dim():
+            raise ValueError("no batch")
         rows = outputs[0].any(0).flatten(1).any(1)  # (O,)
         taps = (weight != 0).flatten(2).any(2)
         parts = []
@@ -193,11 +200,16 @@ def _moved(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Itera
         yield number, read[start : start + math.prod(shape)].view(shape)
 
 
-def _pooled(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
-    """Pooling keeps to its channel."""
-    x = _argument(step, 0, "input").value
-    spatial = len(graph.values[x].shape) - 2
-    yield x, outputs[0].flatten(2).any(2).view(*outputs[0].shape[:2], *(1 for _ in range(spatial)))
+def _pooled(spatial: int) -> Callable[..., Iterator[tuple[int, Tensor]]]:
+    def rule(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
+        """Pooling keeps to its channel."""
+        dims = tuple(range(-spatial, 0))
+        yield (
+            _argument(step, 0, "input").value,
+            outputs[0].any(dim=dims).reshape((*outputs[0].shape[:-spatial], *(1 for _ in dims))),
+        )
+
+    return rule
 
 
 def _reduced(graph: Graph, step: Step, outputs: list[Tensor], found: Any) -> Iterator[tuple[int, Tensor]]:
@@ -218,7 +230,7 @@ def _named(*names: str) -> list[Callable[..., Any]]:
     return [function for function in found if callable(function)]
 
 
-_POOLS = [f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)]
+_POOLS = ("max", "avg", "adaptive_max", "adaptive_avg")
 # Elementwise by name, but with arguments that decide rather than pass on, or that mix elements of a row.
 _NOT_ELEMENTWISE = frozenset(_named("where", "masked_fill", "masked_fill_", "softmax", "normalize"))
 
@@ -231,6 +243,6 @@ _RULES: dict[Callable[..., Any], Callable[..., Iterator[tuple[int, Tensor]]]] = 
     **dict.fromkeys(_named("conv1d", "conv2d", "conv3d"), _convolution(False)),
     **dict.fromkeys(_named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution(True)),
     **dict.fromkeys(_named("batch_norm"), _batch_norm),
-    **dict.fromkeys(_named(*_POOLS), _pooled),
+    **{function: _pooled(n) for n in (1, 2, 3) for function in _named(*(f"{kind}_pool{n}d" for kind in _POOLS))},
     **dict.fromkeys(_named("mean", "sum", "amax", "amin"), _reduced),
 }

@@ -248,7 +248,7 @@ def test_infinite_times_zero_is_zero() -> None:
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_sum_in_another_order_stays_in_its_bounds(biased: bool) -> None:
-    """10,000 terms, and a bias that cancels them: what float32 makes of it depends on the order; the bounds hold all."""
+    """10,000 terms, and a bias that cancels them: float32 depends on their order, and the bounds hold all."""
     n = 10_000
     model = nn.Sequential(nn.Linear(n, 1, bias=biased), nn.ReLU())
     with torch.no_grad():

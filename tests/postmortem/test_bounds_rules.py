@@ -75,6 +75,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], tupl
     "prelu of one": (ROWS, lambda x, w: F.prelu(x, w), (1,)),
     "prelu of channels": (LINE, lambda x, w: F.prelu(x, w), (6,)),
     "leaky in place": (LINE, lambda x, w: F.leaky_relu(x.clone(), -0.3, inplace=True), (1,)),
+    "scaled": (LINE, lambda x, w: F.elu(x, 0.3) + F.softplus(x, 2.0, 5.0) + F.celu(x, 0.7), (1,)),
     "clamp from above": (LINE, lambda x, w: x.clamp_max(0.1).clip(max=0.05).clamp(-0.5, 0.04), (1,)),
 }
 
@@ -106,6 +107,27 @@ def test_a_rule_knows_its_function(name: str, box: tuple[float, float]) -> None:
                 y = model(x).double()
             assert bool((y <= found.high).all())
             assert bool((y >= found.low).all())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.elu(x, -1.0),
+        lambda x: F.softplus(x, -1.0),
+        lambda x: x.view(torch.int32).view(torch.float32),
+        lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+        lambda x: F.dropout(x, 0.5, training=True),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: x / x.mean(),
+    ],
+)
+def test_what_a_rule_cannot_say_is_unknown(function: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    graph = trace(Model(), (torch.rand(PICTURE),))
+    assert not bounds_of(graph, (-1.0, 1.0))[graph.outputs[0]].is_known
 
 
 @pytest.mark.parametrize("name", ["matmul", "conv2d", "slices", "cat", "permute", "avg pool", "where", "square", "pad"])

@@ -304,6 +304,27 @@ def test_a_dead_gate_leaves_the_other_factor_unread() -> None:
     }
 
 
+def test_unbatched_pictures_and_stacks_of_weights_read_all() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.stack = nn.Conv2d(3, 3, 1), nn.Parameter(torch.zeros(3, 5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.conv(F.max_pool2d(F.relu(x), 2))) @ self.stack
+
+    assert claims(Odd(), example=torch.zeros(3, 10, 10)) == {}
+
+
+def test_a_site_that_did_not_run_is_said() -> None:
+    class Idle(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.GELU()
+
+    assert [one.layer for one in examine_model(Idle()).abstentions if "did not run" in one.reason] == ["other"]
+
+
 # --- ties ------------------------------------------------------------------------------------------------------------
 
 
