@@ -62,10 +62,11 @@ class Diagnosis:
 def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
     """Every sign of the table that the facts show, most neurons first.
 
-    >>> layer = LayerFacts("relu", np.array([True] * 6 + [False] * 26), np.array([300, 301, 301, 302, 305, 306] + [-2] * 26))
+    >>> steps = np.array([300, 301, 301, 302, 305, 306, UNDATED, UNDATED])
+    >>> layer = LayerFacts("relu", dead=steps >= 0, since=steps)
     >>> [found.sign for found in diagnose(RunFacts((layer,), step=5000))]
     ['deaths close together in time']
-    >>> diagnose(RunFacts((LayerFacts("relu", np.zeros(32, bool), np.full(32, UNDATED)),), step=5000))
+    >>> diagnose(RunFacts((LayerFacts("relu", dead=steps < -2, since=steps),), step=5000))
     ()
     """
     found = []

@@ -38,11 +38,13 @@ _FIRM = BASES.index("inferred")  # the last basis that is firm
 HOLDS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
 
 
-def assemble(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
-    """Bring evidence to verdicts, layer by layer, in the order in which layers are first named.
+def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
+    """Bring evidence to verdicts, layer by layer.
 
     Args:
         evidence: Of any layers and sources, in any order.
+        widths: Neurons by layer, in the order that the report is to have; a layer of which nothing is said is in the
+            report too, and unknown. Layers that are not in it follow, in the order in which they are first named.
 
     Returns:
         One report a layer.
@@ -54,10 +56,16 @@ def assemble(evidence: Sequence[Evidence]) -> tuple[LayerReport, ...]:
     >>> assemble([one])[0].label_of(1), assemble([one])[0].label_of(0)
     ('dead', 'unknown')
     """
-    layers: dict[str, list[Evidence]] = {}
+    known = dict(widths or {})
+    layers: dict[str, list[Evidence]] = {name: [] for name in known}
     for one in evidence:
         layers.setdefault(one.layer, []).append(one)
-    return tuple(_assemble(name, said) for name, said in layers.items())
+        if known.setdefault(one.layer, one.width) != one.width:
+            raise UsageError(
+                f"Expected all evidence on {one.layer} to be of {known[one.layer]} neurons, but {one.source} has "
+                f"{one.width}."
+            )
+    return tuple(_assemble(name, known[name], said) for name, said in layers.items())
 
 
 def tied(evidence: Sequence[Evidence], ties: Mapping[str, str]) -> list[Evidence]:
@@ -104,15 +112,7 @@ def _measured(layer: LayerReport) -> ByteArray | None:
     return codes
 
 
-def _assemble(name: str, evidence: list[Evidence]) -> LayerReport:
-    width = evidence[0].width
-    unlike = next((one for one in evidence if one.width != width), None)
-    if unlike is not None:
-        first = evidence[0].source
-        raise UsageError(
-            f"Expected all evidence on {name} to be of {width} neurons, as {first} has it, but {unlike.source} has "
-            f"{unlike.width}."
-        )
+def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
     surest = np.full((len(CLAIMS), width), NO_BASIS, dtype=np.uint8)  # basis of each claim
     behind = np.full((len(CLAIMS), width), -1, dtype=np.int64)  # and whose it is
     for index, one in enumerate(evidence):

@@ -28,6 +28,7 @@ __all__ = [
     "NO_BASIS",
     "SCHEMA_VERSION",
     "UNKNOWN",
+    "WHOLE_LAYER",
     "Confirmation",
     "LayerReport",
     "PostmortemReport",
@@ -49,6 +50,9 @@ UNKNOWN = len(CLAIMS)
 GONE = ("dead", "never trained", "no gradient")
 #: Bases that count in totals and shares. What is only suspected never does.
 FIRM = ("proved", "measured", "inferred")
+#: How the source of a claim ends that is of a whole layer alike: it was frozen, or cut off by what follows it. Such a
+#: claim says nothing of the single neurons and is counted apart, as *idle*.
+WHOLE_LAYER = ", whole layer"
 #: Code of the basis where there is none.
 NO_BASIS = 255
 #: What was at hand, by level.
@@ -151,9 +155,15 @@ class LayerReport:
         return np.isin(self.labels, _GONE_CODES)
 
     @cached_property
+    def idle(self) -> BoolArray:
+        """Neurons that get no gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
+        whole = [index for index, one in enumerate(self.evidence) if one.source.endswith(WHOLE_LAYER)]
+        return self.gone & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
+
+    @cached_property
     def dead_mask(self) -> BoolArray:
         """Neurons that are dead, never trained or without gradient, on firm ground, bool ``(N,)``."""
-        return self.gone & (self.basis <= _FIRM_CODES)
+        return self.gone & ~self.idle & (self.basis <= _FIRM_CODES)
 
     @property
     def dead(self) -> int:
@@ -163,7 +173,7 @@ class LayerReport:
     @property
     def suspected(self) -> int:
         """Neurons that are only suspected to be so."""
-        return int(self.gone.sum()) - self.dead
+        return int((self.gone & (self.basis > _FIRM_CODES)).sum())
 
     @property
     def dead_percent(self) -> float:
@@ -172,7 +182,7 @@ class LayerReport:
 
     def dead_by_basis(self) -> dict[str, int]:
         """``dead`` by its basis, surest first."""
-        return {basis: int((self.gone & (self.basis == BASES.index(basis))).sum()) for basis in FIRM}
+        return {basis: int((self.dead_mask & (self.basis == BASES.index(basis))).sum()) for basis in FIRM}
 
     def count(self, label: str) -> int:
         """Neurons that bear a label, on firm ground where it has a basis."""
@@ -214,6 +224,7 @@ class LayerReport:
             "neurons": self.neurons,
             "dead": self.dead,
             "suspected": self.suspected,
+            "idle": int(self.idle.sum()),
             "contested": int(self.contested.sum()),
             "labels": {label: int((self.labels == code).sum()) for code, label in enumerate(LABELS)},
             "dead_by_basis": self.dead_by_basis(),
@@ -275,7 +286,7 @@ class PostmortemReport(Drawn):
 
     @property
     def dead(self) -> int:
-        """Neurons that are dead, never trained or without gradient: proved, measured or inferred."""
+        """Neurons that are dead, never trained or without gradient: proved, measured or inferred; idle ones are not."""
         return sum(layer.dead for layer in self.layers)
 
     @property
@@ -297,6 +308,11 @@ class PostmortemReport(Drawn):
     def unknown(self) -> int:
         """Neurons of which nothing that stands was said."""
         return self.count("unknown")
+
+    @property
+    def idle(self) -> int:
+        """Neurons that get no gradient because their whole layer gets none; not counted as dead."""
+        return sum(int(layer.idle.sum()) for layer in self.layers)
 
     @property
     def contested(self) -> int:
@@ -345,6 +361,7 @@ class PostmortemReport(Drawn):
                 "dead_percent": None if np.isnan(self.dead_percent) else self.dead_percent,
                 "dead_by_basis": self.dead_by_basis(),
                 "suspected": self.suspected,
+                "idle": self.idle,
                 "contested": self.contested,
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,
@@ -359,7 +376,7 @@ class PostmortemReport(Drawn):
 
 
 def _speaks_against(claim: str, label: str) -> bool:
-    return (claim == "alive" and label in GONE) or (claim in GONE and label == "alive")
+    return (claim == "alive" and label in GONE) or (claim in GONE and label in ("alive", "quiet"))
 
 
 def _said(one: Evidence) -> str:
