@@ -16,7 +16,7 @@ import numpy as np
 
 from neuronscope.errors import UsageError
 from neuronscope.postmortem.evidence import BASES, CLAIMS, Evidence
-from neuronscope.postmortem.report import (
+from neuronscope.postmortem.verdicts import (
     GONE,
     NO_BASIS,
     UNKNOWN,

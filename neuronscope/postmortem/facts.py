@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from neuronscope.postmortem.report import LayerReport
+from neuronscope.postmortem.verdicts import LayerReport
 from neuronscope.signs import LayerFacts, RunFacts
 
 __all__ = ["facts_of"]

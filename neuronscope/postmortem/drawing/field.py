@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.postmortem.evidence import CLAIMS
-from neuronscope.postmortem.report import LABELS, UNKNOWN, LayerReport
+from neuronscope.postmortem.verdicts import LABELS, UNKNOWN, LayerReport
 from neuronscope.signs import UNDATED
 
 __all__ = ["IDLE", "MOST_EVIDENCE", "Detail", "Field", "gravity", "pack"]
@@ -57,7 +57,7 @@ class Field:
     """One layer, packed (``N`` neurons, of which ``T`` have more to tell than that they are alive or unknown).
 
     Attributes:
-        runs: ``(label or IDLE, basis, neurons)`` of neighbours that are alike, in order of gravity; they add up to ``N``.
+        runs: ``(label or IDLE, basis, neurons)`` of neighbours that are alike, in order of gravity; ``N`` in all.
         told: ``T``; these come first.
         detail: What was kept.
         data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``detail.neurons``, index

@@ -11,7 +11,8 @@ from neuronscope.postmortem.drawing import words
 from neuronscope.postmortem.drawing.field import MOST_EVIDENCE, Field, pack
 from neuronscope.postmortem.drawing.timeline import timeline
 from neuronscope.postmortem.evidence import BASES
-from neuronscope.postmortem.report import LABELS, LayerReport, PostmortemReport
+from neuronscope.postmortem.report import PostmortemReport
+from neuronscope.postmortem.verdicts import LABELS, LayerReport
 from neuronscope.writers import page, wording
 
 __all__ = ["render"]

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from neuronscope.diagnosis import Diagnosis
 from neuronscope.postmortem.evidence import BASES, CLAIMS
-from neuronscope.postmortem.report import LEVELS, LayerReport, PostmortemReport, PostmortemVerdict
+from neuronscope.postmortem.report import LEVELS, PostmortemReport
+from neuronscope.postmortem.verdicts import LayerReport, PostmortemVerdict
 from neuronscope.signs import UNDATED
 from neuronscope.writers.wording import NONE, UNKNOWN, count, percent, plural, visible
 
@@ -101,8 +102,8 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.idle:
         layers = [layer.name for layer in report.layers if layer.idle.any()]
         said.append(
-            f"{plural(report.idle, 'neuron')} in {_some(layers)} get no gradient as a whole layer: frozen, or cut off by "
-            "what follows; in no total."
+            f"{plural(report.idle, 'neuron')} in {_some(layers)} get no gradient as a whole layer: frozen, or "
+            "cut off by what follows; in no total."
         )
     if report.contested:
         said.append(f"{_are(report.contested)} contested: one source says dead, another alive; the surer one counts.")
