@@ -1,4 +1,4 @@
-"""Verdicts: what is said of each neuron of one layer, on what ground, with all that was said for and against. No torch."""
+"""Verdicts: what is said of each neuron of one layer, on what ground, and all that was said for and against it."""
 
 from __future__ import annotations
 
