@@ -96,6 +96,7 @@ class RunFacts:
         step: Optimizer steps taken; ``None`` = not known.
         learning_rates: Learning rates of the optimizer's groups, as they were last.
         weight_decay: Largest weight decay of a group; 0 = none or not known.
+        clocked: Whether steps are by the optimizer's clock, which tells the earliest step and is up to some 20 early.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the network's input; ``None`` = not known.
     """
 
@@ -103,6 +104,7 @@ class RunFacts:
     step: int | None = None
     learning_rates: tuple[float, ...] = ()
     weight_decay: float = 0.0
+    clocked: bool = False
     input_offset: float | None = None
 
     def dated(self) -> IntArray:
@@ -201,6 +203,8 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
     when = " and ".join(f"steps {first:,} to {last:,}" if first < last else f"step {first:,}" for first, last in spans)
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(facts.learning_rates), reverse=True))
     text = f"{number:,} of {dated.size:,} dated deaths lie at {when}, of {length:,} in all: {said}."
+    if facts.clocked:
+        text += " Steps are by the optimizer's clock: the earliest possible, some 20 too early at most."
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
     return Support(text, number, names, (spans[0][0], spans[-1][1]))

@@ -48,6 +48,7 @@ def facts_of(
         step=step,
         learning_rates=tuple(learning_rates),
         weight_decay=weight_decay,
+        clocked=any(layer.is_clocked for layer in layers),
         input_offset=input_offset,
     )
 

@@ -48,8 +48,8 @@ def postmortem(
 
     Args:
         path: The checkpoint: a file or a folder.
-        model: The network that it is of: a module, a function that makes one, ``pkg.mod:name`` of either, or a Hugging
-            Face folder. Adds names of sites and what can be proved.
+        model: The network that it is of: a module (its weights are replaced by the checkpoint's), a function that makes
+            one, ``pkg.mod:name`` of either, or a Hugging Face folder. Adds names of sites and what can be proved.
         data: Batches as :func:`neuronscope.scan` takes them, a function that makes them, or ``pkg.mod:name`` of either.
             Adds what is measured. Needs ``model``.
         loss: ``loss(output, batch)`` → scalar, or its ``pkg.mod:name``; adds gradients. Needs ``data``.

@@ -166,6 +166,12 @@ class LayerReport:
         """``dead`` in percent of the layer."""
         return 100.0 * self.dead / self.neurons if self.neurons else float("nan")
 
+    @property
+    def is_clocked(self) -> bool:
+        """Whether any step since when a neuron is dead is inferred: the earliest possible, by the optimizer's clock."""
+        dating = {int(index) for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])}
+        return any(self.evidence[index].basis != "measured" for index in dating)
+
     def dead_by_basis(self) -> dict[str, int]:
         """``dead`` by its basis, surest first."""
         return {basis: int((self.dead_mask & (self.basis == BASES.index(basis))).sum()) for basis in FIRM}

@@ -224,6 +224,14 @@ def healthy() -> PostmortemReport:
     return report([*adam("a", 32, [], [], 5000), *adam("b", 32, [], [], 5000)])
 
 
+def idle() -> PostmortemReport:
+    """A layer that was frozen: none of it ever got a gradient."""
+    whole = "adam state, whole layer"
+    text = "This is so for the whole layer: it was cut off from the loss all along."
+    frozen = evidence("frozen", 32, "never trained", "inferred", list(range(32)), source=whole, since=-1, text=text)
+    return report([frozen, *adam("b", 32, [4], [4000], 5000)])
+
+
 def broken() -> PostmortemReport:
     """Weights that have gone NaN."""
     said = [

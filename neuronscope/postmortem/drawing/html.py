@@ -76,7 +76,11 @@ def _cards(report: PostmortemReport) -> list[dict[str, str]]:
     sure = next((basis for basis, number in by_basis.items() if number), wording.NONE)
     top = f"{wording.count(by_basis[sure])} {sure}" if report.dead else wording.NONE
     rest = ", ".join(f"{wording.count(n)} {basis}" for basis, n in by_basis.items() if n and basis != sure)
-    share = wording.UNKNOWN if report.not_finite and not report.dead else wording.percent(report.dead_percent)
+    share = (
+        wording.UNKNOWN
+        if report.not_finite and not report.dead
+        else ("≥ " if report.unknown else "") + wording.percent(report.dead_percent)
+    )
 
     def card(name: str, value: str, below: str, tone: str) -> dict[str, str]:
         return {"name": name, "value": value, "below": below, "tone": tone}

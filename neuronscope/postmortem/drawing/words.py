@@ -91,7 +91,8 @@ def finding(report: PostmortemReport) -> list[str]:
     said.append(_deaths(report))
     if report.dead:
         dated = since([layer.since[layer.dead_mask] for layer in report.layers])
-        said.append(f"Since when: {dated}.")
+        early = ", at the earliest, by the optimizer's clock" if any(one.is_clocked for one in report.layers) else ""
+        said.append(f"Since when{early}: {dated}.")
     if report.suspected:
         said.append(f"{_are(report.suspected, 'more')} only suspected, and in no total.")
     others = [(claim, report.count(claim)) for claim in ("zero row", "unread", "quiet")]
@@ -118,8 +119,9 @@ def _deaths(report: PostmortemReport) -> str:
     sure = ", ".join(f"{count(number)} {basis}" for basis, number in report.dead_by_basis().items() if number)
     worst = max(report.layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
     what = "dead" if report.count("dead") == report.dead else "dead or without gradient"
+    at_least = "at least " if report.unknown else ""
     return (
-        f"{count(report.dead)} of {plural(report.neurons, 'neuron')} ({percent(report.dead_percent)}) "
+        f"{count(report.dead)} of {plural(report.neurons, 'neuron')} ({at_least}{percent(report.dead_percent)}) "
         f"{'is' if report.dead == 1 else 'are'} {what}: {sure}. "
         f"Hardest hit is {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
     )
@@ -169,7 +171,9 @@ class LayerWords:
 
 def layer_words(layer: LayerReport) -> LayerWords:
     """Phrase one layer."""
-    blank, broken = layer.count("unknown") == layer.neurons, layer.count("not finite") > 0
+    unknown = layer.count("unknown")
+    blank, broken = unknown + int(layer.idle.sum()) == layer.neurons, layer.count("not finite") > 0
+    at_least = "≥ " if unknown else ""
     by_basis = [f"{count(some)} {basis}" for basis, some in layer.dead_by_basis().items() if some]
     others = [
         f"{count(some)} {label}"
@@ -185,13 +189,13 @@ def layer_words(layer: LayerReport) -> LayerWords:
         name=visible(layer.name),
         neurons=count(layer.neurons),
         dead=number(layer.dead),
-        dead_share=UNKNOWN if blank or (broken and not layer.dead) else percent(layer.dead_percent),
+        dead_share=UNKNOWN if blank or (broken and not layer.dead) else at_least + percent(layer.dead_percent),
         sure=", ".join(by_basis) or number(0),
         since=since([layer.since[layer.dead_mask]]) or number(0),
         suspected=number(layer.suspected),
         other=", ".join(others) or number(0),
         contested=number(int(layer.contested.sum())),
-        unknown=count(layer.count("unknown")) if layer.count("unknown") else NONE,
+        unknown=count(unknown) if unknown else NONE,
         tone=_tone(layer),
     )
 

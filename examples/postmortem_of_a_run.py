@@ -1,0 +1,80 @@
+"""Post-mortem: nobody watched the run, and all that is left of it is a checkpoint. Which neurons are dead, and why?
+
+A ReLU network learns scikit-learn's digits with AdamW; for a moment its learning rate jumps. Then the last checkpoint is
+examined three times: the file alone, with the model, and with data.
+
+OUTPUT
+
+Run it with::
+
+    python examples/postmortem_of_a_run.py [--out DIR]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+import neuronscope as ns
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(),
+        nn.Linear(64, 64), nn.ReLU(),
+        nn.Linear(64, 64), nn.ReLU(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+
+
+def train(images: torch.Tensor, digits: torch.Tensor, path: Path) -> None:
+    """A run as many are: no monitor, and a checkpoint at the end. The learning rate jumps at steps 300 to 315."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    step = 0
+    for _ in range(11):
+        for batch in torch.randperm(len(digits)).split(32):
+            optimizer.param_groups[0]["lr"] = 3e-2 if 300 <= step < 315 else 1e-3
+            F.cross_entropy(model(images[batch]), digits[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/postmortem_of_a_run"), help="folder for the files")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
+    torch.manual_seed(0)
+    pixels, labels = load_digits(return_X_y=True)
+    images, digits = torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(labels)
+    checkpoint = out / "last.pt"
+    train(images, digits, checkpoint)
+
+    print("1. The file alone: the optimizer's state tells who gets no gradient any more, and since when.\n")
+    print(ns.postmortem(checkpoint))
+
+    print("\n2. The model too: what no input can wake is proved.\n")
+    report = ns.postmortem(checkpoint, network, example=images[:1])
+    print(f"   {report.dead} of {report.neurons} neurons: {report.dead_by_basis()}")
+
+    print("\n3. Data too: every verdict is held against what the neurons really do.\n")
+    batches = list(zip(images.split(256), digits.split(256), strict=True))
+    report = ns.postmortem(checkpoint, network, batches, lambda output, batch: F.cross_entropy(output, batch[1]))
+    print(f"   {report.dead} of {report.neurons} neurons: {report.dead_by_basis()}")
+    for one in report.confirmations:
+        print(f"   {one.claim}, {one.basis} from {one.source}: {one.held} held, {one.refuted} were refuted")
+    for one in report.diagnoses:
+        print(f"\n   {one.sign}: {one.evidence}\n   {one.cause}\n   {one.remedy}")
+    report.to_html(out / "postmortem.html")
+    print(f"\nThe same as a page, with every neuron: {out / 'postmortem.html'}")
+
+
+if __name__ == "__main__":
+    main()
