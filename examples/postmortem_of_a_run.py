@@ -1,10 +1,9 @@
 """Post-mortem: nobody watched the run, and all that is left of it is a checkpoint. Which neurons are dead, and why?
 
-A ReLU network learns scikit-learn's digits with AdamW; for a moment its learning rate jumps. Then the last checkpoint is
-examined three times: the file alone, with the model, and with data.
+A ReLU network learns scikit-learn's digits with AdamW; for a moment its learning rate jumps. Then the last checkpoint
+is examined three times: the file alone, with the model, and with data.
 
 OUTPUT
-
 Run it with::
 
     python examples/postmortem_of_a_run.py [--out DIR]
@@ -23,7 +22,7 @@ import neuronscope as ns
 
 def network() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(),
+        nn.Linear(64, 64), nn.ReLU(),
         nn.Linear(64, 64), nn.ReLU(),
         nn.Linear(64, 64), nn.ReLU(),
         nn.Linear(64, 10),
@@ -31,13 +30,13 @@ def network() -> nn.Module:
 
 
 def train(images: torch.Tensor, digits: torch.Tensor, path: Path) -> None:
-    """A run as many are: no monitor, and a checkpoint at the end. The learning rate jumps at steps 300 to 315."""
+    """A run as many are: no monitor, and a checkpoint at the end. The learning rate jumps at steps 300 to 309."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     step = 0
     for _ in range(11):
         for batch in torch.randperm(len(digits)).split(32):
-            optimizer.param_groups[0]["lr"] = 3e-2 if 300 <= step < 315 else 1e-3
+            optimizer.param_groups[0]["lr"] = 3e-2 if 300 <= step < 310 else 1e-3
             F.cross_entropy(model(images[batch]), digits[batch]).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -61,17 +60,19 @@ def main() -> None:
     print(ns.postmortem(checkpoint))
 
     print("\n2. The model too: what no input can wake is proved.\n")
-    report = ns.postmortem(checkpoint, network, example=images[:1])
+    report = ns.postmortem(checkpoint, network, example=images[:1], box=(0.0, 1.0))  # pixels lie between 0 and 1
     print(f"   {report.dead} of {report.neurons} neurons: {report.dead_by_basis()}")
 
     print("\n3. Data too: every verdict is held against what the neurons really do.\n")
     batches = list(zip(images.split(256), digits.split(256), strict=True))
-    report = ns.postmortem(checkpoint, network, batches, lambda output, batch: F.cross_entropy(output, batch[1]))
+    report = ns.postmortem(
+        checkpoint, network, batches, lambda output, batch: F.cross_entropy(output, batch[1]), box=(0.0, 1.0)
+    )
     print(f"   {report.dead} of {report.neurons} neurons: {report.dead_by_basis()}")
     for one in report.confirmations:
         print(f"   {one.claim}, {one.basis} from {one.source}: {one.held} held, {one.refuted} were refuted")
-    for one in report.diagnoses:
-        print(f"\n   {one.sign}: {one.evidence}\n   {one.cause}\n   {one.remedy}")
+    for sign in report.diagnoses:
+        print(f"\n   {sign.sign}: {sign.evidence}\n   {sign.cause}\n   {sign.remedy}")
     report.to_html(out / "postmortem.html")
     print(f"\nThe same as a page, with every neuron: {out / 'postmortem.html'}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import neuronscope
 from neuronscope.errors import NeuronscopeError
 from neuronscope.postmortem.command import add_postmortem
+from neuronscope.writers.wording import visible
 
 __all__ = ["main"]
 
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NeuronscopeError as error:
         if parsed.debug:
             raise
-        print(f"neuronscope: {error}", file=sys.stderr)
+        # One line, whatever a user's own error or a hostile name in a checkpoint put into it.
+        print(f"neuronscope: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
         print("neuronscope: interrupted", file=sys.stderr)

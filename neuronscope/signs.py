@@ -5,6 +5,7 @@ A test gives the layers, neurons and steps that show its sign, or ``None``: wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,8 @@ DEEP_LAYERS, NARROW_RATIO = 5, 8.0
 COLLAPSED_SHARE = 0.9
 #: The input's mean outweighs its spread by this much.
 OFF_CENTRE = 2.0
-#: Dead rows have shrunk when their middle norm is at most this share of the others'.
+#: Dead rows have shrunk when their middle norm is at most this share of the others', and decay alone accounts for
+#: as much, over the steps since the middle one of them died.
 SHRUNK_SHARE = 0.5
 
 
@@ -95,15 +97,16 @@ class RunFacts:
         layers: Its layers, from the input on.
         step: Optimizer steps taken; ``None`` = not known.
         learning_rates: Learning rates of the optimizer's groups, as they were last.
-        weight_decay: Largest weight decay of a group; 0 = none or not known.
-        clocked: Whether steps are by the optimizer's clock, which tells the earliest step and is up to some 20 early.
+        decay: By what share weight decay shrinks weights a step: the largest ``lr · weight_decay`` of a group, as it
+            was last; 0 = none or not known.
+        clocked: Whether steps are by the optimizer's clock, which tells the earliest step, mostly by some 20 too early.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the network's input; ``None`` = not known.
     """
 
     layers: tuple[LayerFacts, ...]
     step: int | None = None
     learning_rates: tuple[float, ...] = ()
-    weight_decay: float = 0.0
+    decay: float = 0.0
     clocked: bool = False
     input_offset: float | None = None
 
@@ -204,7 +207,7 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(facts.learning_rates), reverse=True))
     text = f"{number:,} of {dated.size:,} dated deaths lie at {when}, of {length:,} in all: {said}."
     if facts.clocked:
-        text += " Steps are by the optimizer's clock: the earliest possible, some 20 too early at most."
+        text += " Steps are by the optimizer's clock: the earliest possible, mostly by some 20 steps too early."
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
     return Support(text, number, names, (spans[0][0], spans[-1][1]))
@@ -296,16 +299,27 @@ def collapsed(facts: RunFacts) -> Support | None:
 
 def shrunk(facts: RunFacts) -> Support | None:
     """Weights of dead neurons that have shrunk under decay."""
-    small = [one for one in facts.layers if one.dead_norm is not None and one.dead_norm <= SHRUNK_SHARE]
-    if not small or facts.weight_decay <= 0:
+    small = [
+        one
+        for one in facts.layers
+        if one.dead_norm is not None and one.dead_norm <= SHRUNK_SHARE and _decayed(one, facts) <= SHRUNK_SHARE
+    ]
+    if not small:
         return None
     said, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in small])
     least = min(layer.dead_norm for layer in small if layer.dead_norm is not None)
     text = (
-        f"The dead neurons' weights have shrunk, down to {100 * least:.2g} % of the others' (weight decay "
-        f"{facts.weight_decay:g}): {said}."
+        f"The dead neurons' weights have shrunk, down to {100 * least:.2g} % of the others'; weight decay takes "
+        f"{100 * facts.decay:.2g} % a step: {said}."
     )
     return Support(text, sum(int(one.dead.sum()) for one in small), names)
+
+
+def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
+    """What decay has left of a row that died with the middle one of the layer's dead; 1 where no death is dated."""
+    since = layer.since[layer.dead & (layer.since >= -1)]
+    age = facts.length() - float(np.median(since)) if since.size else 0.0
+    return math.exp(-facts.decay * age)
 
 
 def not_finite(facts: RunFacts) -> Support | None:

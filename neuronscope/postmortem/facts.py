@@ -17,7 +17,7 @@ def facts_of(
     *,
     step: int | None = None,
     learning_rates: Sequence[float] = (),
-    weight_decay: float = 0.0,
+    decay: float = 0.0,
     dead_norms: Mapping[str, float] | None = None,
     input_offset: float | None = None,
 ) -> RunFacts:
@@ -27,7 +27,7 @@ def facts_of(
         layers: Its layers, from the input on.
         step: Optimizer steps taken, where the checkpoint says so.
         learning_rates: Those of the optimizer's groups, as they were saved.
-        weight_decay: The largest of the optimizer's groups.
+        decay: By what share weight decay shrinks weights a step.
         dead_norms: By layer, the middle norm of dead rows over that of the others.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input.
     """
@@ -47,7 +47,7 @@ def facts_of(
         ),
         step=step,
         learning_rates=tuple(learning_rates),
-        weight_decay=weight_decay,
+        decay=decay,
         clocked=any(layer.is_clocked for layer in layers),
         input_offset=input_offset,
     )

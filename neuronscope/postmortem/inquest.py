@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -112,8 +113,8 @@ def postmortem(
     facts = facts_of(
         said,
         step=checkpoint.step,
-        learning_rates=_numbers(checkpoint, "lr"),
-        weight_decay=max(_numbers(checkpoint, "weight_decay"), default=0.0),
+        learning_rates=[rate for rate, _ in _rates(checkpoint)],
+        decay=_decay(checkpoint),
         dead_norms=_dead_norms(said, layers, sites, checkpoint),
         input_offset=moments.offset(),
     )
@@ -198,10 +199,26 @@ def _named(widths: Mapping[str, int], sites: Mapping[str, str], evidence: Sequen
     return found
 
 
-def _numbers(checkpoint: Checkpoint, key: str) -> list[float]:
-    """A hyperparameter of all the optimizers' groups, where it is a number."""
-    values = [group.get(key) for state in checkpoint.optimizers for group in state.groups]
-    return [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+def _rates(checkpoint: Checkpoint) -> list[tuple[float, float]]:
+    """Learning rate and weight decay of each of the optimizers' groups that has a rate."""
+    groups = [group for state in checkpoint.optimizers for group in state.groups]
+    return [
+        (_number(group.get("lr")), _number(group.get("weight_decay"), 0.0))
+        for group in groups
+        if not math.isnan(_number(group.get("lr")))
+    ]
+
+
+def _number(value: Any, otherwise: float = math.nan) -> float:
+    """A hyperparameter as a number, if it is one; tensors of one number are (``capturable`` optimizers keep such)."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else otherwise
+
+
+def _decay(checkpoint: Checkpoint) -> float:
+    """By what share weight decay shrinks weights a step, at most."""
+    return max((rate * decay for rate, decay in _rates(checkpoint)), default=0.0)
 
 
 def _dead_norms(

@@ -58,9 +58,12 @@ CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
     ("unread", (layer(unread=3),), {}, ["outputs that nothing reads"]),
     ("collapse", (layer(width=10, since=[UNDATED] * 9),), {}, ["a layer nearly all dead"]),
     ("no collapse", (layer(width=10, since=[UNDATED] * 8),), {}, []),
-    ("shrunk", (layer(since=[UNDATED], dead_norm=0.4),), {"weight_decay": 0.1}, ["dead weights shrink"]),
-    ("shrunk without decay", (layer(since=[UNDATED], dead_norm=0.4),), {}, []),
-    ("hardly shrunk", (layer(since=[UNDATED], dead_norm=0.6),), {"weight_decay": 0.1}, []),
+    # Dead for 9,000 of 10,000 steps: a decay of 1e-4 a step leaves e^−0.9 = 41 %, one of 5e-5 64 %.
+    ("shrunk", (layer(since=[1000], dead_norm=0.4),), {"decay": 1e-4}, ["dead weights shrink"]),
+    ("smaller than decay makes them", (layer(since=[1000], dead_norm=0.4),), {"decay": 5e-5}, []),
+    ("shrunk without decay", (layer(since=[1000], dead_norm=0.4),), {}, []),
+    ("shrunk, since when is not known", (layer(since=[UNDATED], dead_norm=0.4),), {"decay": 1e-4}, []),
+    ("hardly shrunk", (layer(since=[1000], dead_norm=0.6),), {"decay": 1e-4}, []),
     ("off centre", (layer(since=[UNDATED]), HEALTHY), {"input_offset": 2.5}, ["an input that is off centre"]),
     ("off centre, no deaths", (HEALTHY, layer(since=[UNDATED])), {"input_offset": 2.5}, []),
     ("centred", (layer(since=[UNDATED]), HEALTHY), {"input_offset": 0.3}, []),
@@ -84,8 +87,8 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
         "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: a (6 of 64), b (2 of 32). Steps are by the "
-        "optimizer's clock: the earliest possible, some 20 too early at most. Learning rate when the checkpoint was "
-        "saved: 0.1, 0.003."
+        "optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
+        "checkpoint was saved: 0.1, 0.003."
     )
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
 

@@ -244,6 +244,17 @@ def test_sentences(report: Callable[[], PostmortemReport], sentence: str) -> Non
     assert any(one.startswith(sentence) for one in words.finding(report())), words.finding(report())
 
 
+def test_one_ground_of_several_layers_says_of_which_it_speaks() -> None:
+    said = [
+        samples.evidence("a", 4, "dead", "measured", [1], source="scan", text="Over 9 positions."),
+        samples.evidence("b", 4, "dead", "measured", [1, 2], source="scan", text="Over 3 positions."),
+        samples.evidence("b", 4, "dead", "measured", [3], source="scan", text="Over 3 positions."),
+        samples.evidence("b", 4, "dead", "measured", [3], source="scan", measure="share", text="Another thing."),
+    ]
+    rows = [(row.neurons, row.layers, row.text) for row in words.grounds(samples.report(said))]
+    assert rows == [(4, 2, "Over 9 positions. (As said of a.)"), (1, 1, "Another thing.")]
+
+
 def test_what_is_only_suspected_is_in_no_total() -> None:
     said = samples.report(
         [samples.evidence("a", 4, "dead", "suspected", [1, 2]), samples.evidence("a", 4, "dead", "proved", [0])]

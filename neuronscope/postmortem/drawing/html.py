@@ -45,6 +45,7 @@ def render(report: PostmortemReport) -> str:
         data=_payload(layers),
         report=report,
         title=words.title(report),
+        name=words.name(report),
         span=words.span(report),
         banner=banner,
         lead=sentences[0],

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.diagnosis import Diagnosis
-from neuronscope.postmortem.evidence import BASES, CLAIMS
+from neuronscope.postmortem.evidence import BASES, CLAIMS, Evidence
 from neuronscope.postmortem.report import LEVELS, PostmortemReport
 from neuronscope.postmortem.verdicts import LayerReport, PostmortemVerdict
 from neuronscope.signs import UNDATED
@@ -28,6 +28,7 @@ __all__ = [
     "grounds",
     "held",
     "layer_words",
+    "name",
     "since",
     "span",
     "title",
@@ -62,8 +63,12 @@ GLOSSARY = (
 def title(report: PostmortemReport) -> str:
     """The checkpoint's name, what it is and, where it says so, how far training had come."""
     steps = "" if report.step is None else f" · {plural(report.step, 'optimizer step')}"
-    name = report.path.replace("\\", "/").rstrip("/").rpartition("/")[2] or report.path
-    return f"{visible(name)} · {visible(report.format)}{steps}"
+    return f"{name(report)} · {visible(report.format)}{steps}"
+
+
+def name(report: PostmortemReport) -> str:
+    """The checkpoint's name, without the folders before it."""
+    return visible(report.path.replace("\\", "/").rstrip("/").rpartition("/")[2] or report.path)
 
 
 def span(report: PostmortemReport) -> str:
@@ -238,18 +243,27 @@ class Ground:
 
 
 def grounds(report: PostmortemReport) -> list[Ground]:
-    """What was said, by source, claim and basis: surest first, and of those the most serious first."""
-    found: dict[tuple[str, str, str], list[tuple[int, str, str]]] = {}
+    """What was said, by source, claim, basis and measure: surest first, and of those the most serious first."""
+    found: dict[tuple[str, str, str, str], list[tuple[str, Evidence]]] = {}
     for layer in report.layers:
         for one in layer.evidence:
             if one.neurons.size:
-                found.setdefault((one.source, one.claim, one.basis), []).append(
-                    (one.neurons.size, one.text, one.measure)
-                )
-    rows = [
-        Ground(*key, neurons=sum(size for size, _, _ in said), layers=len(said), text=said[0][1], measure=said[0][2])
-        for key, said in found.items()
-    ]
+                found.setdefault((one.source, one.claim, one.basis, one.measure), []).append((layer.name, one))
+    rows = []
+    for (source, claim, basis, measure), said in found.items():
+        name, first = said[0]
+        alike = all(one.text == first.text for _, one in said)
+        rows.append(
+            Ground(
+                source=source,
+                claim=claim,
+                basis=basis,
+                neurons=sum(one.neurons.size for _, one in said),
+                layers=len({layer for layer, _ in said}),
+                text=first.text if alike else f"{first.text} (As said of {name}.)",
+                measure=measure,
+            )
+        )
     return sorted(
         rows, key=lambda row: (row.claim == "alive", BASES.index(row.basis), CLAIMS.index(row.claim), row.source)
     )
