@@ -44,6 +44,8 @@ GROUP_LEAST = 5
 GROUP_SHARE = 0.2
 #: … of this many, or of this share of the run, whichever is more. The optimizer's clock is off by about 20 steps.
 SPAN_STEPS, SPAN_SHARE = 25, 0.01
+#: (Where so many distinct steps have a common spacing, deaths were looked for no oftener: no span is shorter than it.)
+GRID_LEAST = 4
 #: … and this many times what an even spread over the run would put there.
 GROUP_EXCESS = 4.0
 #: A group that ends within this share of the run came before training was under way.
@@ -155,7 +157,7 @@ def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
     >>> groups(np.array([10, 400, 401, 402, 402, 405, 900]), 1000)
     [(400, 405)]
     """
-    span = max(SPAN_STEPS, int(SPAN_SHARE * length))
+    span = max(SPAN_STEPS, int(SPAN_SHARE * length), _grid(steps))
     even = steps.size * min((span + 1) / (length + 1), 1.0)
     least = max(GROUP_LEAST, GROUP_SHARE * steps.size, GROUP_EXCESS * even)
     found = []
@@ -170,11 +172,17 @@ def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
     return found
 
 
+def _grid(steps: IntArray) -> int:
+    """Steps between two at which deaths were looked for, as far as that shows: a monitor may look at every 100th."""
+    distinct = np.unique(steps)
+    return int(np.gcd.reduce(np.diff(distinct))) if distinct.size >= GRID_LEAST else 1
+
+
 def _affected(counts: Sequence[tuple[str, int, int]]) -> tuple[str, tuple[str, ...]]:
     """In words and as names: the layers of ``(name, affected, width)`` that are affected at all, the worst first."""
     hit = sorted((one for one in counts if one[1]), key=lambda one: -one[1] / one[2])
     said = ", ".join(f"{name} ({count:,} of {width:,})" for name, count, width in hit[:4])
-    more = f" and {len(hit) - 4:,} more layers" if len(hit) > 4 else ""
+    more = f" and {len(hit) - 4:,} more layer{'s' if len(hit) > 5 else ''}" if len(hit) > 4 else ""
     return said + more, tuple(name for name, _, _ in hit)
 
 

@@ -120,6 +120,9 @@ def test_the_gravest_is_said_first() -> None:
         # Of 10,000 steps, 1 % is more.
         ([100, 150, 160, 199, 200], 10_000, [(100, 200)]),
         ([100] * 6 + [900] * 9, 1000, [(900, 900), (100, 100)]),
+        # Looked at every 250 steps: a quarter of all at each of four steps is an even spread, and no group.
+        ([250] * 9 + [500] * 9 + [750] * 9 + [1000] * 9, 1000, []),
+        ([250] * 2 + [500] * 60 + [750] * 2 + list(range(1000, 10_000, 250)), 10_000, [(250, 500)]),
         # At least a fifth of all: 5 of 30.
         ([100] * 5 + list(range(200, 1000, 32)), 1000, []),
     ],
