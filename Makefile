@@ -26,12 +26,12 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test lint format types imports doctest examples bench wheel check browser lowest clean distclean
+.PHONY: help demo test coverage lint format types imports doctest examples bench wheel check browser lowest clean distclean
 
 help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
 	@echo "make test      run the tests"
-	@echo "make check     all that CI runs: test, lint, types, imports, doctest, examples, wheel"
+	@echo "make check     all that CI runs: test, coverage, lint, types, imports, doctest, examples, wheel"
 	@echo "make bench     measure the cost of watching"
 	@echo "make lowest    run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make format    let ruff put the code in order"
@@ -84,7 +84,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.networks browser
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
-check: test lint types imports doctest examples wheel
+check: test coverage lint types imports doctest examples wheel
+
+# docs/coverage.md: says whether the page is what the networks and the tests are now. `python scripts/coverage.py` writes it.
+coverage: $(VENV)/.test $(VENV)/.networks
+	$(RUN) python scripts/coverage.py --check
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

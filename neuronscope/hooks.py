@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from neuronscope import axes, counting, frames, meters, observer, recomputation, sites
+from neuronscope import axes, counting, frames, meters, observer, recomputation, sites, threads
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
 from neuronscope.observer import AxisSource, Call, InertHook, MeterSource, Observer, unwatched
 from neuronscope.sites import Activation, Registry, walk
+from neuronscope.threads import EnteredMode, Turn
 
 __all__ = ["Tap"]
 
@@ -67,13 +68,12 @@ class Tap:
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
         self._mode = _FunctionWatch(self)
-        self._entered: list[_FunctionWatch] = []  # at most one
+        self._entered = EnteredMode(self._mode)
+        self._turn = Turn()
         self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
         self._handles: list[RemovableHandle] = []
         self._attach(model)
-
-    # --- handles ---------------------------------------------------------------------------------------------------
 
     def _attach(self, model: nn.Module) -> None:
         hidden: list[str] = []  # below these paths nothing is hooked
@@ -124,26 +124,27 @@ class Tap:
 
     def set_observing(self, observing: bool) -> None:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
-        self._leave_mode()
+        self._entered.leave()
+        self._turn.end()
         self.running.clear()
         self._suspended.clear()
         self.observer.restart()
         self.observing = observing
         if observing and self._step_open:
-            self._enter_mode()
+            self._entered.enter()
 
     def open_step(self) -> None:
         """A training step that is not itself a module's forward begins: watch its own functional calls too."""
         self._step_open = True
         self._bound(True)
         if self.observing:
-            self._enter_mode()
+            self._entered.enter()
 
     def close_step(self) -> None:
         """The training step is over."""
         self._step_open = False
         self._bound(False)
-        self._leave_mode()
+        self._entered.leave()
         if self.failure is not None:
             self.settle()
 
@@ -151,14 +152,12 @@ class Tap:
         self.observer.frame.bounded = bounded
         self.observer.frame.end_loose()
 
-    def _enter_mode(self) -> None:
-        if not self._entered:
-            self._entered.append(self._mode)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
-
-    def _leave_mode(self) -> None:
-        if self._entered:
-            self._entered.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def watches_here(self) -> bool:
+        """Whether what runs in this thread is to be counted."""
+        if not self.observing or self._turn.is_ours():
+            return self.observing
+        self.observer.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
+        return False
 
     def fail(self, error: Exception) -> None:
         """A fault of ours: warn once, detach, and let the training go on."""
@@ -182,20 +181,22 @@ class Tap:
         if stale and not _calls_itself(module):
             self.set_observing(True)  # a forward that was interrupted left its traces
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
-            self._enter_mode()
+            self._entered.enter()
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not, and give other outputs where the input is padded.
             self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
-            self._leave_mode()
+            self._entered.leave()
 
     def leave(self, path: str) -> None:
         """A watched module is done, or failed."""
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
-            self._enter_mode()
-        if self.observer.frame.leave() and not self._step_open:
-            self._leave_mode()
+            self._entered.enter()
+        if self.observer.frame.leave():
+            self._turn.end()
+            if not self._step_open:
+                self._entered.leave()
 
     def before(self, path: str, activation: Activation, module: nn.Module, x: Any) -> None:
         """An activation module is about to run on ``x``."""
@@ -210,6 +211,8 @@ class Tap:
         call = self.running.pop() if self.running else None
         if call is not None:
             self.observer.end(call, x, y)
+        if not self.running and not self.observer.frame.owners:
+            self._turn.end()
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -241,7 +244,7 @@ class _Enter(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tap.observing:
+        if self.tap.watches_here():
             try:
                 self.tap.enter(self.path, module, args, kwargs)
             except Exception as error:
@@ -256,7 +259,7 @@ class _Leave(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.tap.observing:
+        if self.tap.watches_here():
             try:
                 self.tap.leave(self.path)
             except Exception as error:
@@ -271,13 +274,13 @@ class _Mute(InertHook):
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.tap.observing:
+        if self.tap.watches_here():
             self.tap.running.append(None)
 
 
 class _Unmute(_Mute):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if self.tap.observing and self.tap.running:
+        if self.tap.watches_here() and self.tap.running:
             self.tap.running.pop()
 
 
@@ -288,7 +291,7 @@ class _Before(InertHook):
         self.activation = activation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tap.observing:
+        if self.tap.watches_here():
             try:
                 with unwatched():
                     self.tap.before(self.path, self.activation, module, _input(args, kwargs))
@@ -301,7 +304,7 @@ class _After(InertHook):
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.tap.observing:
+        if self.tap.watches_here():
             try:
                 with unwatched():
                     self.tap.after(_input(args, kwargs), output)
@@ -393,4 +396,4 @@ class _FunctionWatch(TorchFunctionMode):
             tap.fail(error)
 
 
-skip_frames((axes, counting, frames, meters, observer, recomputation, sites, sys.modules[__name__]))
+skip_frames((axes, counting, frames, meters, observer, recomputation, sites, threads, sys.modules[__name__]))

@@ -132,7 +132,11 @@ class Observer:
             What :meth:`end` needs, or ``None`` where ``x`` is no activation tensor.
         """
         frame = self.frame
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or frame.muted:
+        if frame.muted:
+            return None
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+            if not function and not torch.compiler.is_compiling():  # a function of integers is no activation
+                self.unseen.setdefault(path or "(root)", f"it ran on {_what(x)}, which cannot be counted")
             return None
         compiling = torch.compiler.is_compiling()
         loose = not frame.owners
@@ -296,6 +300,14 @@ def _real(tensor: Tensor) -> bool:
         and not tensor.is_nested
         and not isinstance(tensor, FakeTensor)
     )
+
+
+def _what(x: Any) -> str:
+    """What an activation was given, in words, where it is no activation tensor."""
+    if not isinstance(x, Tensor):
+        return f"an input of type {type(x).__name__}"
+    kind = str(x.dtype).removeprefix("torch.")
+    return f"{kind} tensors" if x.dim() else f"{kind} tensors without dimensions"
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -314,7 +314,7 @@ class Scope:
         return self._records[phase]
 
     def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._selection.wants(key.name):
+        if not self._selection.meets(key.name):
             return None
         return self._record(phase).add_meter(key, info, neurons, device)
 
@@ -323,20 +323,8 @@ class Scope:
         if self._checked:
             return
         self._checked = True
-        names = list(self._record("train").census("open"))
-        shown = ", ".join(names[:8]) or "none"
-        for pattern in self._selection.unmatched:
-            warnings.warn(
-                f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {shown}.",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
-        if not names:
-            warnings.warn(
-                f"No activation of {self._model_name} was seen in the first observed step; nothing is being measured.",
-                NeuronscopeWarning,
-                stacklevel=3,
-            )
+        for message in self._selection.complaints(self._model_name):
+            warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 
 def watch(
@@ -362,7 +350,9 @@ def watch(
         functional: Watch functional activations (``F.relu``) and gated products (``silu(g) * u``) too.
         axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
         policy: The thresholds; see :class:`neuronscope.Policy`.
-        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
+        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind. A
+            function of plain Python is decorated with ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so
+            that its calls are seen.
         window_steps: Optimizer steps of a window at least; it stays open until its examples suffice for the policy.
         join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
             left, with collectives in which every rank takes part. Reading a census or a report never waits for others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +25,10 @@ class Selection:
         UsageError: A pattern is no non-empty string, or an axis no integer.
 
     >>> selection = Selection("layer1.*", None, {"*.mixer": -1})
+    >>> selection.meets("layer1.relu"), selection.meets("fc.relu")
+    (True, False)
+    >>> next(selection.complaints("Net"))
+    "Expected pattern '*.mixer' to match a site, but it matched none of those seen: layer1.relu, fc.relu."
     >>> selection.wants("layer1.relu"), selection.wants("fc.relu"), selection.axis("layer1.mixer")
     (True, False, -1)
     """
@@ -34,11 +38,25 @@ class Selection:
         self._exclude = _patterns("exclude", exclude)
         self._axes = _axes(axes)
         self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
+        self._met: dict[str, None] = {}  # names in the order in which they were met
 
-    @property
-    def unmatched(self) -> list[str]:
-        """Patterns that have matched no site so far, sorted."""
-        return sorted(self._unmatched)
+    def meets(self, name: str) -> bool:
+        """A site of this name ran: says whether it is to be counted."""
+        self._met[name] = None
+        return self.wants(name)
+
+    def complaints(self, model: str, most: int = 8) -> Iterator[str]:
+        """What is to be said once the model has run: patterns that match none of its sites, or that it has none.
+
+        Args:
+            model: The model's name.
+            most: Sites named at most.
+        """
+        seen = ", ".join([*self._met][:most]) or "none"
+        for pattern in sorted(self._unmatched):
+            yield f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {seen}."
+        if not self._met:
+            yield f"No activation of {model} was seen in the first observed step; nothing is being measured."
 
     def wants(self, name: str) -> bool:
         """Whether the site of this name is to be counted."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverloadPacket
 
 from neuronscope.errors import UsageError
 
@@ -197,7 +199,8 @@ class Registry:
             known activation's name as a shorthand.
 
     Raises:
-        UsageError: An addition is neither a module class nor a function, or its activation is unknown.
+        UsageError: An addition is neither a module class nor a function that a function mode can see, or its
+            activation is unknown.
     """
 
     def __init__(self, additions: Mapping[Any, Activation | str] | None = None) -> None:
@@ -212,10 +215,17 @@ class Registry:
             activation = self._resolve(target, value)
             if isinstance(target, type) and issubclass(target, nn.Module):
                 self._modules[target] = activation
-            elif callable(target):
-                self.functions[target] = activation
-            else:
+            elif not callable(target):
                 raise UsageError(f"Expected an activation to be a module class or a function, but got {target!r}.")
+            elif not _is_told_of(target):
+                raise UsageError(
+                    "Expected an activation to be a module class or a function whose calls torch tells of, but got "
+                    f"{target!r}, of which it does not. Decorate a function of your own with "
+                    "`@torch.overrides.wrap_torch_function(lambda x: (x,))`, or register the class of a module that "
+                    "calls it."
+                )
+            else:
+                self.functions[target] = activation
 
     @staticmethod
     def _resolve(target: Any, value: Activation | str) -> Activation:
@@ -253,6 +263,13 @@ class Registry:
         if any(self.of_module(module) is not None for module in modules):
             return False
         return not functional or all(type(module) in _WITHOUT_FUNCTIONS for module in modules)
+
+
+def _is_told_of(function: Callable[..., Any]) -> bool:
+    """Whether a function mode sees the calls of a function: torch's own, and any that follows torch's protocol."""
+    if isinstance(function, FunctionType):
+        return "handle_torch_function" in function.__code__.co_names
+    return isinstance(function, (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, OpOverloadPacket))
 
 
 # Modules that call no activation function of their own.

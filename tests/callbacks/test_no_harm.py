@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import get_ema_avg_fn
 
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.callbacks.runs import Runs
 from tests.callbacks.networks import SETUPS, Setup, batches, network, trainer
+from tests.core.slow_twin import assert_bits, hook_tables, state_of
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -20,30 +25,115 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def hooks(model: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+    """How many hooks a model bears, in all of torch's tables together."""
+    return sum(len(hooks) for tables in hook_tables(model).values() for hooks in tables.values())
 
 
-def fitted(setup: Setup, *callbacks: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    model = network(manual=setup.manual)
-    torch.manual_seed(3)  # dropout draws from here
-    trainer(*callbacks, **setup.options).fit(model, batches(8), batches(3))
-    assert hooks(model) == 0
-    return weights(model), torch.get_rng_state()
+class Left(NamedTuple):
+    """What a run leaves of itself."""
+
+    weights: dict[str, torch.Tensor]
+    random: torch.Tensor
+    tables: dict[str, dict[str, list[int]]]
+
+
+def assert_unharmed(plain: Left, watched: Left) -> None:
+    assert_bits(plain.weights, watched.weights)
+    assert torch.equal(plain.random, watched.random)
+    assert plain.tables == watched.tables
+
+
+def users_hook(*args: Any) -> None:
+    """A hook of the user's own, that must be where it was in the end."""
+
+
+def ready(**options: Any) -> Any:
+    """A network with a hook of the user's, about to draw its dropout."""
+    model = network(**options)
+    model.act.register_forward_hook(users_hook, always_call=True)
+    model.act.register_forward_pre_hook(users_hook, with_kwargs=True)
+    torch.manual_seed(3)
+    return model
+
+
+def monitors(**options: Any) -> list[DeadNeuronMonitor]:
+    """Two of them at once on one model."""
+    return [DeadNeuronMonitor(window_steps=4, **options), DeadNeuronMonitor(every_n_steps=1, sites="act*")]
+
+
+def left(model: nn.Module) -> Left:
+    return Left(state_of(model), torch.get_rng_state(), hook_tables(model))
+
+
+def fitted(setup: Setup, callbacks: list[Any]) -> Left:
+    model = ready(manual=setup.manual)
+    run = trainer(*callbacks, **setup.options, max_epochs=5)
+    run.fit(model, batches(12), batches(3))
+    assert run.global_step >= 20
+    return left(model)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
 def test_weights_and_random_numbers_are_those_of_an_unwatched_run(setup: Setup) -> None:
-    plain, plain_rng = fitted(setup)
-    watched, watched_rng = fitted(
-        setup,
-        DeadNeuronMonitor(every_n_steps=setup.every_n_steps, window_steps=4),
-        DeadNeuronMonitor(every_n_steps=1, sites="act"),
-    )
-    assert plain.keys() == watched.keys()
-    for name, value in plain.items():
-        assert torch.equal(value, watched[name]), name
-    assert torch.equal(plain_rng, watched_rng)
+    assert_unharmed(fitted(setup, []), fitted(setup, monitors(every_n_steps=setup.every_n_steps)))
+
+
+def fitted_twice(callbacks: list[Any]) -> Left:
+    """Between two fits of 12 steps an activation is replaced, as a block of several."""
+    model, run = ready(), trainer(*callbacks, max_epochs=1)
+    run.fit(model, batches(12), batches(2))
+    model.act = nn.Sequential(nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 12), nn.ReLU(inplace=True))
+    run.fit_loop.max_epochs = 2
+    run.fit(model, batches(12), batches(2))
+    assert run.global_step == 24
+    return left(model)
+
+
+def resumed(callbacks: list[Any], folder: Path) -> Left:
+    """A run of 12 steps is saved; a new model and a new trainer go on from there."""
+    run = trainer(*callbacks, max_epochs=1)
+    run.fit(ready(), batches(12), batches(2))
+    run.save_checkpoint(folder / "run.ckpt")
+    again = [DeadNeuronMonitor(window_steps=4, every_n_steps=2)] if callbacks else []
+    model, run = ready(), trainer(*again, max_epochs=2)
+    run.fit(model, batches(12), batches(2), ckpt_path=folder / "run.ckpt", weights_only=True)
+    assert run.global_step == 24
+    return left(model)
+
+
+def averaged(callbacks: list[Any]) -> Left:
+    """Lightning's own moving average, of a copy that it makes of the watched model."""
+    averaging = WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
+    model = ready()
+    trainer(averaging, *callbacks, max_epochs=2).fit(model, batches(12), batches(2))
+    return left(model)
+
+
+def compiled(callbacks: list[Any]) -> Left:
+    torch._dynamo.reset()
+    model = ready()
+    model.act = nn.Sequential(nn.Linear(12, 12), nn.SiLU(), nn.Linear(12, 12), nn.ReLU(inplace=True))
+    model.act.compile(backend="aot_eager")
+    run = trainer(*callbacks, max_epochs=2)
+    run.fit(model, batches(12), batches(2))
+    assert run.global_step == 24
+    return left(model)
+
+
+RUNS = {"fitted twice": fitted_twice, "averaged": averaged, "compiled": compiled}
+
+
+# The compiler's own deprecations, and what it does with the .grad of a graph's inputs.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_so_are_those_of_longer_runs(run: Callable[[list[Any]], Left]) -> None:
+    assert_unharmed(run([]), run(monitors(every_n_steps=2)))
+
+
+def test_so_are_those_of_a_resumed_run(tmp_path: Path) -> None:
+    unwatched = resumed([], tmp_path)
+    assert_unharmed(unwatched, resumed([DeadNeuronMonitor(window_steps=4, every_n_steps=2)], tmp_path))
 
 
 def test_after_a_users_exception_nothing_is_left_on_the_model() -> None:

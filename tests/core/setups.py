@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.core.slow_twin import Nobody
+import neuronscope as ns
+from tests.core.slow_twin import Nobody, Twin
 
 STEPS = 20
-Loop = Callable[[nn.Module, Nobody], None]
+#: Trains a model; gives the one that it ended with, where that is another.
+Loop = Callable[[nn.Module, Nobody], nn.Module | None]
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,13 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain(model: nn.Module, watcher: Nobody, size: int = 4) -> None:
-    optimizer = adam(model)
-    for x, y in batches(size=size):
+    train(model, adam(model), watcher, batches(size=size))
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, watcher: Nobody, data: Iterable[tuple[Tensor, Tensor]]
+) -> None:
+    for x, y in data:
         watcher.backward(F.cross_entropy(model(x), y))
         optimizer.step()
         optimizer.zero_grad()
@@ -219,6 +227,67 @@ def averaging(model: nn.Module, watcher: Nobody) -> None:
             for mean, new in zip(average.parameters(), model.parameters()):
                 mean.lerp_(new, 0.1)
             average(x)
+
+
+def saving(model: nn.Module, watcher: Nobody) -> None:
+    """The whole model is saved while it is watched, and what was saved runs too and is not counted."""
+    optimizer = adam(model)
+    for number, batch in enumerate(batches()):
+        train(model, optimizer, watcher, [batch])
+        if number % 5 == 2 and not isinstance(watcher, Twin):  # whose own hooks cannot be saved
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=False).eval()
+            with torch.no_grad():
+                saved(batch[0])
+
+
+def doubly_watched(model: nn.Module, watcher: Nobody) -> None:
+    """A second scope comes and goes, while the first counts on."""
+    optimizer, data = adam(model), list(batches())
+    train(model, optimizer, watcher, data[:5])
+    with watcher.another(model) as second:
+        for batch in data[5:15]:
+            train(model, optimizer, watcher, [batch])
+            second.step()
+    train(model, optimizer, watcher, data[15:])
+
+
+def fitted_twice(model: nn.Module, watcher: Nobody) -> None:
+    """Two runs over one model, each with an optimizer of its own; the second counts on."""
+    data = list(batches())
+    train(model, adam(model), watcher, data[:10])
+    watcher.attach_anew(model, watcher.state())
+    train(model, adam(model), watcher, data[10:])
+
+
+def rebuilt_between_fits(model: nn.Module, watcher: Nobody) -> None:
+    """Between two runs an activation goes, one comes, and a block of several is put in."""
+    data = list(batches())
+    train(model, adam(model), watcher, data[:10])
+    model.act = nn.Identity()
+    model.drop = nn.Sequential(nn.Linear(12, 12), nn.Mish(), nn.Linear(12, 12), nn.ReLU(inplace=True))
+    watcher.attach_anew(model, watcher.state())
+    train(model, adam(model), watcher, data[10:])
+
+
+def resumed(model: nn.Module, watcher: Nobody) -> nn.Module:
+    """A run ends two steps after it saved a checkpoint; a new model and a new optimizer go on from the checkpoint."""
+    data, optimizer, file = list(batches()), adam(model), io.BytesIO()
+    train(model, optimizer, watcher, data[:9])
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "watcher": watcher.state()}
+    torch.save(saved, file)
+    train(model, optimizer, watcher, data[9:11])
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    model = Mixed()
+    model.load_state_dict(saved["model"])
+    optimizer = adam(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    watcher.attach_anew(model, saved["watcher"])
+    train(model, optimizer, watcher, data[9:])
+    return model
 
 
 def frozen(twin: bool) -> nn.Module:
@@ -371,6 +440,8 @@ class ReusedAcross(nn.Module):
         return self.relu(self.head(x)).mean(2)
 
 
+#: Windows that close every three steps, sure of themselves with the few examples that these set-ups have.
+SHORT = {"window_steps": 3, "policy": ns.Policy(max_rate=0.9)}
 SETUPS = (
     Setup("plain", mixed(), plain, MIXED),
     Setup("evaluation passes", mixed(), evaluating, MIXED, phases=("train", "val")),
@@ -387,6 +458,13 @@ SETUPS = (
     Setup("exceptions", mixed(), failing(Oops), MIXED),
     Setup("keyboard interrupts", mixed(), failing(KeyboardInterrupt), MIXED),
     Setup("moving average", mixed(), averaging, MIXED),
+    Setup("saved while watched", mixed(), saving, MIXED),
+    Setup("two scopes on one model", mixed(), doubly_watched, MIXED),
+    Setup("fit twice", mixed(), fitted_twice, MIXED),
+    Setup("modules that change between fits", mixed(), rebuilt_between_fits, {**MIXED, "drop.1": 2, "drop.3": 2}),
+    Setup("resumed from a checkpoint", mixed(), resumed, MIXED),
+    Setup("resumed, every third step", mixed(), resumed, MIXED, {"every_n_steps": 3}),
+    Setup("resumed, short windows", mixed(), resumed, MIXED, SHORT),
     Setup("NaN and inf", diverging, plain, MIXED),
     Setup("batch size 1", mixed(), lambda model, watcher: plain(model, watcher, size=1), MIXED),
     Setup("empty batches", mixed(), sometimes_empty, MIXED),
@@ -396,5 +474,5 @@ SETUPS = (
     Setup("channels last", images, channels_last),
     Setup("transformer", lambda twin: Encoder(), tokens, {None: 2}, phases=("train", "val")),
     Setup("every third step", mixed(), evaluating, MIXED, {"every_n_steps": 3}, ("train", "val")),
-    Setup("short windows", mixed(), evaluating, MIXED, {"window_steps": 3}, ("train", "val")),
+    Setup("short windows", mixed(), evaluating, MIXED, SHORT, ("train", "val")),
 )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 import neuronscope as ns
 
@@ -89,6 +90,17 @@ class Nobody:
     def phase(self, name: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
+    def state(self) -> Any:
+        """What a checkpoint would hold of what was counted."""
+        return None
+
+    def attach_anew(self, model: nn.Module, state: Any) -> None:
+        """Another run begins, on this model or another, and goes on from a saved state."""
+
+    def another(self, model: nn.Module) -> contextlib.AbstractContextManager[Nobody]:
+        """A second watcher of the model, who counts the steps that it is told of."""
+        return contextlib.nullcontext(Nobody())
+
 
 class Watched(Nobody):
     """The run that Neuronscope watches."""
@@ -98,7 +110,25 @@ class Watched(Nobody):
 
     def attach(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         self.scope = ns.watch(model, **self.options)
-        return self.scope
+        return self
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.scope.__exit__(*error)
+
+    def state(self) -> Any:
+        return self.scope.state_dict()
+
+    def attach_anew(self, model: nn.Module, state: Any) -> None:
+        self.scope.detach()
+        self.attach(model)
+        self.scope.load_state_dict(state)
+
+    def another(self, model: nn.Module) -> contextlib.AbstractContextManager[Nobody]:
+        self.second = Watched(**self.options)
+        return self.second.attach(model)
 
     def step(self) -> None:
         self.scope.step()
@@ -122,22 +152,40 @@ class Twin(Nobody):
         self.pending: list[Call] = []
         self.counter = 0
         self.name = "train"
+        self.handles: list[RemovableHandle] = []
 
     @contextlib.contextmanager
     def attach(self, model: nn.Module) -> Iterator[None]:
-        self.stack: list[tuple[str, nn.Module]] = []
-        self.numbers: dict[tuple[str, str], int] = {}
-        self.mine = set(model.modules())
-        handles = []
-        for path, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave(), always_call=True))
+        self._hook(model)
         try:
             with _Eyes(self):
                 yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._unhook()
+
+    def _hook(self, model: nn.Module) -> None:
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.numbers: dict[tuple[str, str], int] = {}
+        self.mine = set(model.modules())
+        for path, module in model.named_modules():
+            self.handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(self._leave(), always_call=True))
+
+    def _unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def state(self) -> Any:
+        return len(self.calls), self.counter
+
+    def attach_anew(self, model: nn.Module, state: Any) -> None:
+        """What was seen after the state was saved is lost, as it is where a run ends before its next checkpoint."""
+        self._unhook()
+        self._hook(model)
+        kept, self.counter = state
+        del self.calls[kept:]
+        self.pending = []
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

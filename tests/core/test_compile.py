@@ -37,7 +37,7 @@ def _fresh_compiler() -> Iterator[None]:
 class Net(nn.Module):
     """A reused in-place ReLU, a functional GELU, a gated product, two layouts."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(3, 6, 3, padding=1)
         self.conv2 = nn.Conv1d(6, 6, 3, padding=1)
@@ -45,16 +45,18 @@ class Net(nn.Module):
         self.gate = nn.Linear(6, 8)
         self.up = nn.Linear(6, 8)
         self.act = nn.SiLU()
+        self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.conv1(x))
+        x = self.drop(self.relu(self.conv1(x)))
         x = x + self.relu(self.conv2(x))
         x = x.transpose(1, 2)
         x = self.act(self.gate(x)) * self.up(x)
         return self.head(F.gelu(x)).mean(1)
 
 
+STEPS = 20
 AXES = {"relu": 1, "relu#1": 1, None: 2}
 NAMES = ["relu", "relu#1", "act", "act.gated", "gelu()"]
 
@@ -109,29 +111,32 @@ WAYS = [watch_then_compile, compile_then_watch, compile_in_place]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("every", [1, 2])
 def test_counts_and_weights_of_a_compiled_run(way, every):
-    states, graphs = [], []
+    states, numbers, graphs = [], [], []
     watched = Watched(every_n_steps=every)
     for watcher in (Nobody(), watched):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = Net()
-        before = hook_tables(model)
+        model = Net(dropout=0.2)
+        before, drawn = hook_tables(model), torch.get_rng_state()
         backend = Counter("aot_eager")
         run, context = way(model, watcher, backend)
         with context:
-            train(model, run, watcher, (4, 3, 6), 6)
+            train(model, run, watcher, (4, 3, 6), STEPS)
         assert hook_tables(model) == before
         assert torch.overrides._len_torch_function_stack() == 0
         states.append(state_of(model))
+        numbers.append(torch.get_rng_state())
+        assert not numbers[-1].equal(drawn)
         graphs.append(backend.graphs)
     assert_bits(*states)
+    assert numbers[0].equal(numbers[1])
     assert graphs[0] == 1
     assert graphs[1] <= (1 if every == 1 else 2)
     assert watched.scope._tap.failure is None
     torch.manual_seed(0)
-    model, twin = Net(), Twin(AXES, every)
+    model, twin = Net(dropout=0.2), Twin(AXES, every)
     with twin.attach(model):
-        train(model, model, twin, (4, 3, 6), 6)
+        train(model, model, twin, (4, 3, 6), STEPS)
     assert_same(watched.scope.census(), twin.tallies())
     assert list(watched.scope.census()) == NAMES
 
@@ -225,15 +230,17 @@ def test_inductor(build, shape):
         torch._dynamo.reset()
         torch.manual_seed(0)
         model = build()
+        before = hook_tables(model)
         run, context = watch_then_compile(model, watcher, Counter("inductor"))
         with context:
-            train(model, run, watcher, shape, 4)
+            train(model, run, watcher, shape, STEPS)
+        assert hook_tables(model) == before
         states.append(state_of(model))
     assert_bits(*states)
     torch.manual_seed(0)
     model, eager = build(), Watched()
     with eager.attach(model):
-        train(model, model, eager, shape, 4)
+        train(model, model, eager, shape, STEPS)
     compiled, expected = watched.scope.census(), eager.scope.census()
     assert list(compiled) == list(expected)
     for name, tally in expected.items():

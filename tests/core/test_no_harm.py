@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from tests.core.setups import SETUPS, Setup
 from tests.core.slow_twin import Nobody, Watched, assert_bits, hook_tables, state_of
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
+
+
+def users_hook(*args: Any) -> None:
+    """A hook of the user's own, that must be where it was in the end."""
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # torch's own fast path
@@ -16,13 +25,16 @@ def test_weights_and_random_numbers_are_the_same(setup: Setup):
     for watcher in (Nobody(), Watched(**setup.options)):
         torch.manual_seed(0)
         model = setup.build(False)
-        before = hook_tables(model)
-        attributes = {path: sorted(vars(module)) for path, module in model.named_modules()}
+        for module in (model, *(module for module in model.modules() if isinstance(module, ACTIVATIONS))):
+            module.register_forward_pre_hook(users_hook, with_kwargs=True)
+            module.register_forward_hook(users_hook, always_call=True)
         with watcher.attach(model):
-            setup.loop(model, watcher)
-        assert hook_tables(model) == before
-        assert {path: sorted(vars(module)) for path, module in model.named_modules()} == attributes
+            ended_with = setup.loop(model, watcher) or model
         assert torch.overrides._len_torch_function_stack() == 0
-        runs.append((state_of(model), torch.get_rng_state()))
-    assert_bits(runs[0][0], runs[1][0])
-    assert runs[0][1].equal(runs[1][1])
+        tables = [hook_tables(each) for each in (model, ended_with)]
+        attributes = {path: sorted(vars(module)) for path, module in ended_with.named_modules()}
+        runs.append((state_of(ended_with), torch.get_rng_state(), tables, attributes))
+    (unwatched, numbers, *rest), (watched, numbers_when_watched, *rest_when_watched) = runs
+    assert_bits(unwatched, watched)
+    assert numbers.equal(numbers_when_watched)
+    assert rest == rest_when_watched

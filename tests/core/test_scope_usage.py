@@ -132,17 +132,38 @@ def test_patterns(options, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{"sites": ["1", "layer*"]}, {"exclude": "layer*"}, {"axes": {"layer*": 1}}], ids=str
+    ("options", "counted"),
+    [
+        ({"sites": ["1", "layer*"]}, ["1"]),
+        ({"sites": "layer*"}, []),
+        ({"exclude": "layer*"}, ["1", "3"]),
+        ({"exclude": ["3", "layer*"]}, ["1"]),
+        ({"axes": {"layer*": 1}}, ["1", "3"]),
+    ],
+    ids=str,
 )
-def test_a_pattern_that_matches_nothing_warns_once_and_counts_on(options):
+def test_a_pattern_that_matches_nothing_warns_once_and_counts_on(options, counted):
     model = net()
     with ns.watch(model, **options) as scope:
         with pytest.warns(
-            ns.NeuronscopeWarning, match=r"'layer\*' to match a site, but it matched none of those seen: 1"
-        ):
+            ns.NeuronscopeWarning, match=r"'layer\*' to match a site, but it matched none of those seen: 1, 3\."
+        ) as caught:
             step(model, scope)
+        assert len(caught) == 1
         step(model, scope)  # no warning again: warnings are errors here
-    assert scope.census()["1"].positions == 10
+    assert list(scope.census()) == counted
+    assert all(tally.positions == 10 for tally in scope.census().values())
+
+
+def test_a_pattern_that_matched_in_an_earlier_run_only_warns_of_what_is_seen_now():
+    model = net()
+    with ns.watch(model, sites="1") as scope:
+        step(model, scope)
+    model[1] = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with ns.watch(model, sites="1") as second:
+        second.load_state_dict(scope.state_dict())
+        with pytest.warns(ns.NeuronscopeWarning, match=r"'1' to match a site, .* none of those seen: 1\.1, 3\."):
+            step(model, second)
 
 
 def test_a_model_in_which_nothing_was_seen_warns():

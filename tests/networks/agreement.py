@@ -83,7 +83,7 @@ def _belongs(name: str, pattern: str) -> bool:
 
 
 def train(model: nn.Module, watcher: Nobody, network: Network) -> None:
-    """Two steps on random inputs."""
+    """Two steps, on other inputs each."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(STEPS):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.networks.zoo import CHANNELS, EXPERTS, FEATURES, Network, images, tokens, words
+from tests.networks.zoo import CHANNELS, EXPERTS, FEATURES, Network, images, text, tokens, words
 
 
 def transformers(
@@ -31,10 +31,10 @@ def transformers(
     return Network("transformers", name, words(options), build, inputs, axes, gated, unseen or {})
 
 
-_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96}
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
 _LLAMA = {**_SMALL, "intermediate_size": 28, "num_key_value_heads": 1}
 _T5 = {
-    "vocab_size": 96,
+    "vocab_size": 256,
     "d_model": 16,
     "d_kv": 8,
     "d_ff": 28,
@@ -53,7 +53,7 @@ TRANSFORMERS = (
         "GPT2LMHeadModel",
         "GPT2Config",
         _LM,
-        vocab_size=96,
+        vocab_size=256,
         n_embd=16,
         n_layer=2,
         n_head=2,
@@ -62,7 +62,7 @@ TRANSFORMERS = (
         eos_token_id=2,
     ),
     transformers("GPTNeoXForCausalLM", "GPTNeoXConfig", _LM, **_SMALL, intermediate_size=28),
-    transformers("BloomForCausalLM", "BloomConfig", _LM, vocab_size=96, hidden_size=16, n_layer=2, n_head=2),
+    transformers("BloomForCausalLM", "BloomConfig", _LM, vocab_size=256, hidden_size=16, n_layer=2, n_head=2),
     transformers("LlamaForCausalLM", "LlamaConfig", _LM, gated=2, **_LLAMA),
     transformers("MistralForCausalLM", "MistralConfig", _LM, gated=2, **_LLAMA),
     transformers("GemmaForCausalLM", "GemmaConfig", _LM, gated=2, **_LLAMA, head_dim=8),
@@ -74,7 +74,7 @@ TRANSFORMERS = (
     transformers("BertForMaskedLM", "BertConfig", _LM, **_SMALL, intermediate_size=28),
     transformers("BertModel", "BertConfig", tokens(), **_SMALL, intermediate_size=28),
     transformers(
-        "DistilBertForMaskedLM", "DistilBertConfig", _LM, vocab_size=96, dim=16, n_layers=2, n_heads=2, hidden_dim=28
+        "DistilBertForMaskedLM", "DistilBertConfig", _LM, vocab_size=256, dim=16, n_layers=2, n_heads=2, hidden_dim=28
     ),
     transformers("T5ForConditionalGeneration", "T5Config", _LM, note="ReLU", **_T5),
     transformers(
@@ -84,7 +84,7 @@ TRANSFORMERS = (
         "BartForConditionalGeneration",
         "BartConfig",
         _LM,
-        vocab_size=96,
+        vocab_size=256,
         d_model=16,
         encoder_layers=2,
         decoder_layers=2,
@@ -115,8 +115,8 @@ def _sounds(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _spectrograms(generator: torch.Generator) -> dict[str, Any]:
-    ids = torch.randint(3, 90, (2, 6), generator=generator)
-    return {"input_features": torch.randn(2, 20, 40, generator=generator), "decoder_input_ids": ids}
+    sound = torch.randn(2, 20, 40, generator=generator)
+    return {"input_features": sound, "decoder_input_ids": text(generator, 6)}
 
 
 TRANSFORMERS += (
@@ -124,7 +124,7 @@ TRANSFORMERS += (
         "WhisperModel",
         "WhisperConfig",
         _spectrograms,
-        vocab_size=96,
+        vocab_size=256,
         num_mel_bins=20,
         d_model=16,
         encoder_layers=2,
@@ -204,7 +204,7 @@ TRANSFORMERS += (
         "MambaForCausalLM",
         "MambaConfig",
         _LM,
-        vocab_size=96,
+        vocab_size=256,
         hidden_size=16,
         num_hidden_layers=2,
         state_size=4,
@@ -306,7 +306,7 @@ TRANSFORMERS += (
         "RwkvForCausalLM",
         "RwkvConfig",
         _LM,
-        vocab_size=96,
+        vocab_size=256,
         hidden_size=16,
         num_hidden_layers=2,
         attention_hidden_size=16,
@@ -315,7 +315,7 @@ TRANSFORMERS += (
         gated=4,
     ),
     transformers(
-        "FNetModel", "FNetConfig", tokens(), vocab_size=96, hidden_size=16, num_hidden_layers=2, intermediate_size=28
+        "FNetModel", "FNetConfig", tokens(), vocab_size=256, hidden_size=16, num_hidden_layers=2, intermediate_size=28
     ),
     transformers("DebertaV2Model", "DebertaV2Config", tokens(), **_SMALL, intermediate_size=28),
     transformers(
@@ -334,7 +334,7 @@ TRANSFORMERS += (
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         _LM,
-        vocab_size=96,
+        vocab_size=256,
         hidden_size=16,
         intermediate_size=28,
         moe_intermediate_size=20,

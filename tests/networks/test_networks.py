@@ -8,12 +8,16 @@ number of neurons fits what autograd's graph says of the layer before; and the w
 from __future__ import annotations
 
 import fnmatch
+import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.core.slow_twin import assert_same
 from tests.networks.agreement import NETWORKS, assert_agreement, run
-from tests.networks.zoo import Network
+from tests.networks.rows import Row, leave, left, row_of
+from tests.networks.zoo import Network, images, tokens
 
 
 def name_of(network: Network) -> str:
@@ -23,7 +27,9 @@ def name_of(network: Network) -> str:
 @pytest.mark.parametrize("network", NETWORKS, ids=name_of)
 def test_census_is_the_twins(network: Network) -> None:
     pytest.importorskip(network.family, exc_type=ImportError)
-    assert_agreement(network, run(network))
+    result = run(network)
+    assert_agreement(network, result)
+    leave(row_of(network, result))
 
 
 GATED = {
@@ -58,3 +64,34 @@ def test_every_kind_that_the_issue_names_is_tried() -> None:
     vision = "resnet18 mobilenet_v3* convnext_tiny VisionTransformer DenseNet inception_v3 efficientnet_b0"
     wanted = [*vision.split(), "OPT*", "GPT2*", "Llama*", "Bert*", "T5*"]
     assert [pattern for pattern in wanted if not fnmatch.filter(names, pattern)] == []
+
+
+def test_inputs_are_photographs_and_text() -> None:
+    """Each step has others; bytes of text are no network's special tokens; pictures are no noise."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [tokens()(generator)["input_ids"] for _ in range(2)]
+    assert not ids[0].equal(ids[1])
+    assert all(bytes(row.tolist()).decode(errors="strict").isascii() and row.min() >= 10 for row in torch.cat(ids))
+    for size in (32, 64, 224, 299):
+        first, second = (images(size)(generator)["x"] for _ in range(2))
+        assert first.shape == (2, 3, size, size)
+        assert not first.equal(second)
+        # Neighbours in a photograph are alike: of independent pixels, the difference has twice the variance.
+        assert first.diff(dim=-1).var() < first.var()
+
+
+def test_a_row_that_was_left_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, other = NETWORKS[0], NETWORKS[1]
+    row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"linear": 7}, {"a": "b"})
+    monkeypatch.delenv("NEURONSCOPE_NETWORK_ROWS", raising=False)
+    leave(row)
+    assert left(network) is None
+    monkeypatch.setenv("NEURONSCOPE_NETWORK_ROWS", str(tmp_path))
+    leave(row)
+    assert (left(network), left(other)) == (row, None)
+    assert row.sites == 7
+
+
+def test_no_two_networks_are_left_in_one_place() -> None:
+    names = [re.sub(r"[^A-Za-z0-9_]+", "-", name_of(network)) for network in NETWORKS]
+    assert len({*names}) == len(names)

@@ -1,4 +1,4 @@
-"""What a network of the tables in :mod:`vision` and :mod:`language` is: small, with random weights, its neurons known.
+"""What a network of the tables in :mod:`vision` and :mod:`language` is: small, of random weights, with real inputs.
 
 Where the neurons lie is said here by what the network is: of a convolution's map, axis 1; of a linear layer's features,
 the last. Neuronscope is told nothing. See :mod:`tests.networks.agreement` for how a network is held to the twin.
@@ -6,16 +6,20 @@ the last. Neuronscope is told nothing. See :mod:`tests.networks.agreement` for h
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor, nn
 
 EXPERTS = "its weights are a stack (experts)"
 CHANNELS = {"*": 1}
 FEATURES = {"*": -1}
+#: Of the pixels of ImageNet, by colour: torchvision's and timm's networks are given pictures on that scale.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,51 @@ class Network:
     unseen: Mapping[str, str] = field(default_factory=dict)
 
 
-def images(size: int, name: str = "x", batch: int = 2) -> Callable[[torch.Generator], dict[str, Any]]:
-    return lambda generator: {name: torch.randn(batch, 3, size, size, generator=generator)}
+def images(size: int, name: str = "x") -> Callable[[torch.Generator], dict[str, Any]]:
+    """A crop of each of two photographs, ``(2, 3, size, size)``, normalised as is usual for networks of pictures."""
+
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+        crops = [(_crop(photograph, size, generator) - mean) / deviation for photograph in _photographs()]
+        return {name: torch.stack(crops)}
+
+    return make
 
 
 def tokens(length: int = 12, **more: Any) -> Callable[[torch.Generator], dict[str, Any]]:
-    """Token ids, by the keywords of a language model; ``labels=True`` makes the ids the labels too."""
+    """Text as bytes, by the keywords of a language model; ``labels=True`` makes the bytes the labels too."""
 
     def make(generator: torch.Generator) -> dict[str, Any]:
-        ids = torch.randint(3, 90, (2, length), generator=generator)
+        ids = text(generator, length)
         return {"input_ids": ids, **{name: ids if value is True else value for name, value in more.items()}}
 
     return make
+
+
+def text(generator: torch.Generator, length: int, rows: int = 2) -> Tensor:
+    """Pieces of an English text as bytes, ``(rows, length)``; none below 10, where networks have their own tokens."""
+    whole = torch.frombuffer(bytearray(_text(), "utf-8"), dtype=torch.uint8).long()
+    starts = torch.randint(len(whole) - length, (rows,), generator=generator)
+    return torch.stack([whole[start : start + length] for start in starts.tolist()])
+
+
+def _crop(photograph: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A square of a photograph at some place, of every second, third or fourth pixel where it is large enough."""
+    step = min(photograph.shape[1] // size, 4)
+    top, left = (int(torch.randint(side - step * size + 1, (), generator=generator)) for side in photograph.shape[1:])
+    return photograph[:, top : top + step * size : step, left : left + step * size : step]
+
+
+@functools.cache
+def _photographs() -> list[Tensor]:
+    """The two photographs that come with scikit-learn, ``(3, 427, 640)``, from 0 to 1."""
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+
+
+@functools.cache
+def _text() -> str:
+    """What scikit-learn says of its digits, some thousand characters of English."""
+    return load_digits().DESCR
 
 
 def words(options: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.file_alone import examine
-from scripts.optimizer_clock import Held
+from scripts.dying_networks import Held
 
 NUMBERS = st.one_of(
     st.none(),

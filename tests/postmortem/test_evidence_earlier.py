@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neuronscope.postmortem.file_alone import examine
-from scripts.optimizer_clock import as_checkpoint
+from scripts.dying_networks import as_checkpoint
 
 FIRST, LAST = 300, 600
 #: Last step at which each of six neurons gets a gradient; 0 = never.

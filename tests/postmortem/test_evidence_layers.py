@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from neuronscope.postmortem.layers import NEURON_KINDS, find_layers
-from scripts.optimizer_clock import Held
+from scripts.dying_networks import Held
 
 
 class Conv1D(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from neuronscope.postmortem.ownership import find_owners
-from scripts.optimizer_clock import Held, as_checkpoint
+from scripts.dying_networks import Held, as_checkpoint
 
 
 def mlp() -> nn.Sequential:

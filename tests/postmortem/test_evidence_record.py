@@ -12,7 +12,7 @@ import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.postmortem.file_alone import examine
 from neuronscope.postmortem.record import recorded_report
-from scripts.optimizer_clock import as_checkpoint
+from scripts.dying_networks import as_checkpoint
 
 
 def watched() -> tuple[nn.Module, ns.Scope]:

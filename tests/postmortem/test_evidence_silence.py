@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from neuronscope.postmortem.file_alone import examine
-from scripts.optimizer_clock import as_checkpoint
+from scripts.dying_networks import as_checkpoint
 
 STEPS = 200
 #: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on.

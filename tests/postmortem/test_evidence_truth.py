@@ -7,7 +7,8 @@ import numpy as np
 import neuronscope as ns
 from neuronscope.demo.data import load_digits
 from neuronscope.postmortem.file_alone import examine
-from scripts.optimizer_clock import CASES, as_checkpoint, compare, score, train
+from scripts.dying_networks import CASES, as_checkpoint, train
+from scripts.optimizer_clock import compare, score
 
 
 def test_the_clock_of_a_network_that_died():

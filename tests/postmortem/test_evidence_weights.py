@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from neuronscope.postmortem.layers import find_layers
 from neuronscope.postmortem.weights import examine_weights, sequential_readers
-from scripts.optimizer_clock import as_checkpoint
+from scripts.dying_networks import as_checkpoint
 
 
 def examined(model: nn.Module):

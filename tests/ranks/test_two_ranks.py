@@ -7,21 +7,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import neuronscope as ns
-
-from .worker import BATCH, STEPS, data, disjoint, network, watched_counts
+from tests.core.slow_twin import assert_bits, state_of
+from tests.ranks.worker import BATCH, STEPS, adam, data, disjoint, network, watched_counts
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 TIME_LIMIT_S = 90
+ROOT = Path(__file__).parents[2]
 
 
 def together(folder: Path, task: str) -> list[Any]:
@@ -29,9 +30,9 @@ def together(folder: Path, task: str) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = str(Path(__file__).with_name("worker.py"))
+    worker = [sys.executable, "-m", "tests.ranks.worker", task]
     ranks = [
-        subprocess.Popen([sys.executable, script, task, str(rank), str(port), str(folder)], stderr=subprocess.PIPE)
+        subprocess.Popen([*worker, str(rank), str(port), str(folder)], stderr=subprocess.PIPE, cwd=ROOT)
         for rank in range(2)
     ]
     end = time.monotonic() + TIME_LIMIT_S
@@ -53,20 +54,52 @@ def assert_equal_counts(found: dict[str, Any], wanted: dict[str, Any]) -> None:
             np.testing.assert_array_equal(found[name][field], value, err_msg=f"{name} {field}")
 
 
-@pytest.mark.parametrize("task", ["both_train", "both_train_in_short_windows"])
-def test_counts_are_those_of_one_process_over_both_halves(tmp_path: Path, task: str) -> None:
-    # Gradients are of each rank's own loss, so one process sees them by running each half for itself; no step is
-    # taken on the weights, so both halves meet the same network.
+class OneProcess(NamedTuple):
+    """A run of one process over both ranks' data: the two halves of each step one after the other, then the step."""
+
+    counts: dict[str, Any]
+    weights: dict[str, Tensor]
+    random: list[Tensor]  # where each rank's random numbers stand in the end
+
+
+def one_process(**options: Any) -> OneProcess:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks have it: the order of sums is then the same
+    random = [torch.Generator().manual_seed(rank).get_state() for rank in range(2)]
     model = network()
-    with ns.watch(model) as scope:
+    optimizer = adam(model)
+    with ns.watch(model, **options) as scope:
         for halves in zip(data(0), data(1), strict=True):
-            for x, y in halves:
-                nn.functional.cross_entropy(model(x), y).backward()
+            for rank, (x, y) in enumerate(halves):
+                torch.set_rng_state(random[rank])
+                (nn.functional.cross_entropy(model(x), y) / 2).backward()  # DDP gives the mean over the ranks
+                random[rank] = torch.get_rng_state()
+            optimizer.step()
+            optimizer.zero_grad()
             scope.step()
-    wanted = watched_counts(scope)
-    assert wanted["1"]["examples"] == 2 * STEPS * BATCH
-    for found in together(tmp_path, task):
-        assert_equal_counts(found, wanted)
+    torch.set_num_threads(threads)
+    return OneProcess(watched_counts(scope), state_of(model), random)
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("both_train", {}),
+        ("both_train_in_short_windows", {"window_steps": 2}),
+        ("both_train_observed_at_times", {"every_n_steps": 3}),
+    ],
+)
+def test_counts_are_those_of_one_process_over_both_halves(tmp_path: Path, task: str, options: dict[str, Any]) -> None:
+    """And watching changes no bit of the weights and no random number, and leaves the hook tables as they were."""
+    alone = one_process(**options)
+    every = options.get("every_n_steps", 1)
+    assert alone.counts["1"]["examples"] == 2 * BATCH * len(range(0, STEPS, every))
+    for rank, found in enumerate(together(tmp_path, task)):
+        assert_equal_counts(found["counts"], alone.counts)
+        for weights, random in zip(found["weights"], found["random"], strict=True):  # unwatched, watched
+            assert_bits(weights, alone.weights)
+            assert random.equal(alone.random[rank])
+        assert found["hooks"] == [True, True]
 
 
 def test_ranks_that_fire_disjoint_units(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each of two ranks runs, as a script: ``worker.py TASK RANK PORT FOLDER``; what it gives is saved in FOLDER."""
+"""What each of two ranks runs: ``python -m tests.ranks.worker TASK RANK PORT FOLDER``; its result goes to FOLDER."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
+from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
 
-STEPS, BATCH = 6, 8
+STEPS, BATCH = 20, 8
 Data = list[tuple[Tensor, Tensor]]
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3))
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)]
+    net = nn.Sequential(*layers)
     with torch.no_grad():
         net[0].bias[:3] = -100.0
     return net
@@ -54,14 +56,32 @@ def watched_counts(scope: ns.Scope) -> dict[str, dict[str, Any]]:
     }
 
 
-def both_train(rank: int, window_steps: int = 100) -> dict[str, Any]:
-    model = DistributedDataParallel(network())
-    with ns.watch(model, window_steps=window_steps) as scope:
-        for x, y in data(rank):
-            model.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            scope.step()
-    return watched_counts(scope)
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train(model: nn.Module, rank: int, watcher: Nobody) -> None:
+    optimizer = adam(model)
+    for x, y in data(rank):
+        watcher.backward(nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        watcher.step()
+
+
+def both_train(rank: int, **options: Any) -> dict[str, Any]:
+    """Unwatched, and watched: what was counted, and what each run left of itself."""
+    result: dict[str, Any] = {"weights": [], "random": [], "hooks": []}
+    for watcher in (Nobody(), Watched(**options)):
+        model = DistributedDataParallel(network())
+        torch.manual_seed(rank)  # for the dropout
+        before = hook_tables(model)
+        with watcher.attach(model):
+            train(model, rank, watcher)
+        result["weights"].append(state_of(model.module))
+        result["random"].append(torch.get_rng_state())
+        result["hooks"].append(hook_tables(model) == before)
+    return {**result, "counts": watched_counts(watcher.scope)}
 
 
 def fire_apart(rank: int) -> int:
@@ -93,8 +113,20 @@ def both_train_in_short_windows(rank: int) -> dict[str, Any]:
     return both_train(rank, window_steps=2)
 
 
+def both_train_observed_at_times(rank: int) -> dict[str, Any]:
+    return both_train(rank, every_n_steps=3)
+
+
 TASKS = {
-    task.__name__: task for task in (both_train, both_train_in_short_windows, fire_apart, one_sees_nothing, one_scans)
+    task.__name__: task
+    for task in (
+        both_train,
+        both_train_in_short_windows,
+        both_train_observed_at_times,
+        fire_apart,
+        one_sees_nothing,
+        one_scans,
+    )
 }
 
 

@@ -1,0 +1,68 @@
+"""One thread at a time: what a model does in several threads at once cannot be told apart.
+
+Torch keeps a stack of function modes for each thread, and a forward is followed from its first call to its last. So one
+thread has its turn until its forward ends, and what runs in others meanwhile is left alone.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["EnteredMode", "Turn"]
+
+
+class Turn:
+    """Whose forward is watched.
+
+    >>> turn = Turn()
+    >>> turn.is_ours()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def is_ours(self) -> bool:
+        """Whether this thread has the turn; it takes it where nobody has it. A compiled graph is traced in one."""
+        if torch.compiler.is_compiling():
+            return True
+        here = threading.get_ident()
+        return self._taken.setdefault("thread", here) == here
+
+    def end(self) -> None:
+        """The forward is over: the next may come in any thread."""
+        if not torch.compiler.is_compiling():
+            self._taken.clear()
+
+
+class EnteredMode:
+    """A function mode that is entered at most once in a thread, and left in a thread that entered it only.
+
+    Args:
+        mode: The mode.
+    """
+
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self._mode = mode
+        self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
+
+    def enter(self) -> None:
+        """Enter the mode, unless it is entered."""
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here not in self._threads:
+            self._threads.append(here)
+            self._mode.__enter__()
+
+    def leave(self) -> None:
+        """Leave the mode, if this thread entered it: the stack of another is not ours to touch."""
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here in self._threads:
+            self._threads.remove(here)
+            self._mode.__exit__(None, None, None)
+
+
+def _here() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,54 @@
+"""The neuron axis of every site is printed with how it is known, and can be overruled."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+
+class Net(nn.Module):
+    """A map, tokens, a volume, and what no layer made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5), nn.Linear(5, 7)
+        self.volume = nn.Conv3d(1, 4, 1)
+        self.map, self.normed, self.tokens, self.solid, self.raw = (nn.ReLU() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.raw(x)
+        y = self.normed(self.norm(self.map(self.conv(x))))
+        y = self.tokens(self.fc(y.transpose(1, 2)))
+        return y.sum() + self.solid(self.volume(x[:, None, :, :, None])).sum() + raw.sum()
+
+
+def printed(**options: Any) -> dict[str, str]:
+    """What the printed report says of each site's axis."""
+    model = Net()
+    with ns.watch(model, **options) as scope:
+        model(torch.randn(2, 3, 6)).backward()
+        scope.step()
+    rows = (re.split(r"\s{2,}", line.strip()) for line in str(scope.report()).splitlines())
+    return {row[0]: cell for row in rows for cell in row if re.match(r"\d · ", cell)}
+
+
+KNOWN = {
+    "raw": "2 · assumed ?",
+    "map": "1 · conv1d",
+    "normed": "1 · batch_norm",
+    "tokens": "2 · linear",
+    "solid": "1 · conv3d",
+}
+
+
+def test_it_is_printed_how_each_axis_is_known():
+    assert printed() == KNOWN
+
+
+def test_an_axis_that_is_declared_overrules_what_was_found():
+    assert printed(axes={"tokens": 1, "r*": 1}) == {**KNOWN, "tokens": "1 · declared", "raw": "1 · declared"}

@@ -1,0 +1,53 @@
+"""Activations on what is no tensor of real numbers: not measured, said with the reason, and training is unharmed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+
+class Strange(nn.Module):
+    """One activation on ordinary features and one on what ``strange`` makes of them."""
+
+    def __init__(self, act: nn.Module, strange: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.relu, self.act, self.strange = nn.Linear(4, 6), nn.ReLU(), act, strange
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.fc(x))
+        self.act(self.strange(x.detach()))
+        return x
+
+
+class Summed(nn.ReLU):
+    """An activation of one's own that is given a list."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return super().forward(sum(parts))
+
+
+CASES = {
+    "complex": (nn.Tanh(), lambda x: torch.complex(x, x), "complex64 tensors"),
+    "integers": (nn.ReLU(), lambda x: x.round().long(), "int64 tensors"),
+    "quantised": (nn.ReLU(), lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8 tensors"),
+    "a number": (nn.Sigmoid(), lambda x: x.mean(), "float32 tensors without dimensions"),
+    "a list": (Summed(), lambda x: [x, x], "an input of type list"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other")  # torch's own
+@pytest.mark.parametrize(("act", "strange", "what"), CASES.values(), ids=CASES)
+def test_it_is_said_why_an_activation_was_not_measured(act: nn.Module, strange: Callable[[Tensor], Any], what: str):
+    model = Strange(act, strange)
+    with ns.watch(model) as scope:
+        model(torch.randn(5, 4)).sum().backward()
+        scope.step()
+    assert list(scope.census()) == ["relu"]
+    (missing,) = scope.report().not_measured
+    assert (missing.name, missing.reason) == ("act", f"it ran on {what}, which cannot be counted")
