@@ -34,10 +34,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SILENT_FOLDS", "Clock", "Reading"]
+__all__ = ["SILENT_FOLDS", "SURE_FOLDS", "Clock", "Reading"]
 
 #: A row is said to get no gradient when ``r`` lies this many e-foldings below its supremum: 80 steps by default.
 SILENT_FOLDS = 8.4
+#: Below this many that is *suspected*, from here on *inferred*: 200 steps by default.
+SURE_FOLDS = 21.0
 
 #: Numbers of a chunk of rows that are worked on at a time, in float64.
 _CHUNK = 1 << 20
@@ -110,6 +112,11 @@ class Clock:
     def silent_steps(self) -> float:
         """Steps at most from which on a row is said to get no gradient."""
         return SILENT_FOLDS / self.rate
+
+    @property
+    def sure_steps(self) -> float:
+        """Steps at most from which on that is inferred and not only suspected."""
+        return SURE_FOLDS / self.rate
 
     def bound(self, ratio: Tensor, epsilon: float) -> Tensor:
         """Steps since the last gradient, at most.

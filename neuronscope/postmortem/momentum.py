@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuronscope.postmortem.clock import SILENT_FOLDS, Reading
+from neuronscope.postmortem.clock import SILENT_FOLDS, SURE_FOLDS, Reading
 
 __all__ = ["Loudness", "MomentumClock"]
 
@@ -63,6 +63,11 @@ class MomentumClock:
     def silent_steps(self) -> float:
         """Steps from which on a row is said to get no gradient."""
         return SILENT_FOLDS / self.rate
+
+    @property
+    def sure_steps(self) -> float:
+        """Steps from which on that is inferred and not only suspected."""
+        return SURE_FOLDS / self.rate
 
     def read(self, loudness: Mapping[str, Loudness]) -> dict[str, Reading]:
         """Read the clock of all layers of one optimizer.

@@ -57,7 +57,10 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
     elif whole:
         together = ran_out
     yield from _never(read, never, whole=bool(never.all()))
-    yield from _silent(read, timed & ~together, exact, at_once=False)
+    singly = timed & ~together
+    sure = reading.steps > read.clock.sure_steps
+    yield from _silent(read, singly & sure, exact)
+    yield from _silent(read, singly & ~sure, exact, basis="suspected")
     yield from _silent(read, together, exact, at_once=True)
     yield from _ran_out(read, ran_out & ~together)
     if alive.any():
@@ -90,19 +93,23 @@ def _never(read: LayerReading, mask: Tensor, whole: bool) -> Iterator[Evidence]:
     yield _of(read, "never trained", mask, nothing, "", text + _caveats(read), since, whole)
 
 
-def _silent(read: LayerReading, mask: Tensor, exact: bool, at_once: bool) -> Iterator[Evidence]:
+def _silent(
+    read: LayerReading, mask: Tensor, exact: bool, *, at_once: bool = False, basis: str = "inferred"
+) -> Iterator[Evidence]:
     """Rows that the clock dates; ``at_once``: the layer's last ones, that went together."""
     if not mask.any():
         return
     if at_once and torch.isinf(read.reading.steps[mask]).all():
         yield from _ran_out(read, mask, whole=True)
         return
-    limit = read.clock.silent_steps
     if exact:
+        limit, living = (
+            (read.clock.sure_steps, "at most 3 %") if basis == "inferred" else (read.clock.silent_steps, "1 to 22 %")
+        )
         ground = (
             "The last gradient came at most as many steps ago, whatever the gradients were. As that is more than "
-            f"{limit:.0f} steps, it is inferred that none came since. Where this was counted, 1 to 22 % of living "
-            "neurons had such a bound too, and at most 3 % one above 200."
+            f"{limit:.0f} steps, it is {basis} that none came since: where this was counted, {living} of living "
+            "neurons had such a bound too."
         )
     else:
         ground = (
@@ -117,7 +124,9 @@ def _silent(read: LayerReading, mask: Tensor, exact: bool, at_once: bool) -> Ite
     since = None
     if read.step is not None and not read.lag:
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
-    yield _of(read, "no gradient", mask, read.reading.steps, _measure(exact), ground + _caveats(read), since, at_once)
+    yield _of(
+        read, "no gradient", mask, read.reading.steps, _measure(exact), ground + _caveats(read), since, at_once, basis
+    )
 
 
 def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False) -> Iterator[Evidence]:
@@ -164,6 +173,7 @@ def _of(
     text: str,
     since: Tensor | None = None,
     whole: bool = False,
+    basis: str = "inferred",
 ) -> Evidence:
     neurons = torch.nonzero(mask).flatten()
     return Evidence(
@@ -171,7 +181,7 @@ def _of(
         width=read.layer.width,
         source=read.rule.source + (", whole layer" if whole else ""),
         claim=claim,
-        basis="inferred",
+        basis=basis,
         neurons=neurons.numpy(),
         numbers=numbers[neurons].numpy(),
         measure=measure,
