@@ -110,12 +110,13 @@ def postmortem(
         evidence, abstentions = [*evidence, *measured], [*abstentions, *unmeasured]
         notes += contradictions(evidence)
     said = assemble(evidence, _named(widths, sites, evidence))
+    decay = _decay(checkpoint)
     facts = facts_of(
         said,
         step=checkpoint.step,
         learning_rates=[rate for rate, _ in _rates(checkpoint)],
-        decay=_decay(checkpoint),
-        dead_norms=_dead_norms(said, layers, sites, checkpoint),
+        decay=decay,
+        dead_norms=_dead_norms(said, layers, sites, checkpoint) if decay > 0 else {},  # else not worth a second reading
         input_offset=moments.offset(),
     )
     return PostmortemReport(

@@ -30,6 +30,7 @@ def test_twelve_layers_of_4096_neurons_stay_below_300_kb(noise: bool) -> None:
     assert ("To keep this page small" in text) == noise
 
 
+@pytest.mark.slow
 def test_eighty_layers_of_28672_neurons_stay_below_a_megabyte() -> None:
     assert len(samples.wide(80, 28_672).to_html().encode("utf-8")) < 1_000_000
 
