@@ -13,9 +13,9 @@ from torch import Tensor
 
 from neuronscope.errors import UsageError
 from neuronscope.postmortem.elementwise import ELEMENTWISE_RULES
+from neuronscope.postmortem.graph import Graph, Ref, Step, substitute
 from neuronscope.postmortem.intervals import Interval
 from neuronscope.postmortem.layouts import LAYOUT_RULES
-from neuronscope.postmortem.tracing import Graph, Ref, Step, substitute
 from neuronscope.postmortem.weighted import WEIGHTED_RULES
 
 __all__ = ["Box", "SiteBounds", "bounds_of", "site_bounds"]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuronscope.postmortem.graph import substitute
 from neuronscope.postmortem.intervals import Interval, gamma, nearly, product, widened
-from neuronscope.postmortem.tracing import substitute
 
 __all__ = ["ELEMENTWISE_RULES"]
 

@@ -19,10 +19,11 @@ from neuronscope.errors import UsageError
 from neuronscope.postmortem.bounds import Box, SiteBounds, bounds_of, site_bounds
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.example_inputs import Example, examples_for
+from neuronscope.postmortem.graph import Graph, Ref, Site, Step
 from neuronscope.postmortem.intervals import LAYER_NORM
 from neuronscope.postmortem.normalisation import firing_share_bound, normal_firing_share, threshold, training_maximum
 from neuronscope.postmortem.ties import producers, through_same, ties_of
-from neuronscope.postmortem.tracing import ForwardError, Graph, Ref, Site, Step, trace
+from neuronscope.postmortem.tracing import ForwardError, trace
 from neuronscope.postmortem.unread import unread_neurons
 
 __all__ = ["Examination", "examine_model"]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuronscope.postmortem.graph import substitute
 from neuronscope.postmortem.intervals import Interval, gamma, nearly, widened
-from neuronscope.postmortem.tracing import substitute
 
 __all__ = ["LAYOUT_RULES", "MOVES", "SAME"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from neuronscope.postmortem.elementwise import ELEMENTWISE_RULES
+from neuronscope.postmortem.graph import Graph, Ref, Site, Step
 from neuronscope.postmortem.layouts import MOVES, SAME
-from neuronscope.postmortem.tracing import Graph, Ref, Site, Step
 from neuronscope.postmortem.weighted import WEIGHTED_RULES
 
 __all__ = ["Ties", "producers", "through_same", "ties_of"]

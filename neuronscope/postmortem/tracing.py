@@ -7,15 +7,16 @@ does not depend on the input: parameters, buffers, and what was made of them alo
 
 A step that we do not see cannot lead to a false statement: a tensor whose maker was not seen, or that was changed
 behind our back (its version says so), is a value of which nothing is known; and where the model looks at its numbers
-in Python, so that another input might take another path, the graph says so in :attr:`Graph.branches`.
+in Python, so that another input might take another path, the graph says so in
+:attr:`~neuronscope.postmortem.graph.Graph.branches`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,107 +28,15 @@ from neuronscope.census import SiteInfo
 from neuronscope.errors import NeuronscopeError
 from neuronscope.hooks import Tap
 from neuronscope.observer import Call, Observer, unwatched
+from neuronscope.postmortem.graph import Graph, Ref, Site, Step, Value, references, substitute
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import Activation, Registry, SiteKey, walk
 
-__all__ = ["ForwardError", "Graph", "Ref", "Site", "Step", "Value", "references", "substitute", "trace"]
+__all__ = ["ForwardError", "trace"]
 
 
 class ForwardError(NeuronscopeError):
     """A network failed on an example; the message is the first line of its own."""
-
-
-class Ref(NamedTuple):
-    """Stands for a tensor among the arguments of a step.
-
-    Attributes:
-        value: Its number.
-    """
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of the traced forward.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its type.
-        constant: The tensor itself where it does not depend on the input, else ``None``.
-        name: Name of the parameter or buffer that it is, else ``""``.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    constant: Tensor | None = None
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One torch function that was called.
-
-    Attributes:
-        function: The function.
-        args: Its arguments, tensors replaced by :class:`Ref`.
-        kwargs: Its keyword arguments, likewise.
-        outputs: Numbers of the tensors that it gave, in order.
-        reads: Numbers of the tensors that it was given.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    outputs: tuple[int, ...]
-    reads: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Site:
-    """An activation site that ran.
-
-    Attributes:
-        name: Its name, as :func:`neuronscope.watch` gives it.
-        info: What it is.
-        before: Number of its pre-activation; of the gate's output for a gated product.
-        after: Number of its output.
-        neurons: How many neurons it has.
-    """
-
-    name: str
-    info: SiteInfo
-    before: int
-    after: int
-    neurons: int
-
-
-@dataclass
-class Graph:
-    """What one forward did.
-
-    Attributes:
-        values: All tensors, by number.
-        steps: What was called, in order; calls that gave no tensor are left out, and so are those
-            on constants alone, since their results are known.
-        sites: The sites, in the order in which they ran.
-        inputs: Numbers of the tensors that the model was given.
-        outputs: Numbers of the tensors that it returned.
-        branches: Where numbers that depend on the input went into Python, one name of a function each.
-        hidden: How many tensors came from calls that were not seen.
-        opaque: Whether the model returned something that could not be searched for tensors.
-        not_seen: Sites and modules that the tap could not see, and why.
-    """
-
-    values: list[Value] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    branches: list[str] = field(default_factory=list)
-    hidden: int = 0
-    opaque: bool = False
-    not_seen: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
@@ -402,27 +311,6 @@ class _TracingObserver(Observer):
         if y.dim() > info.axis:
             after = self._ledger.number(y)
             self._ledger.graph.sites.append(Site(key.name, info, before, after, y.shape[info.axis]))
-
-
-def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """A tree of tuples, lists, dicts and slices with its leaves changed."""
-    if isinstance(tree, Ref):
-        return change(tree)
-    if isinstance(tree, (tuple, list)):
-        changed = [substitute(part, change) for part in tree]
-        return changed if isinstance(tree, list) else tuple(changed)
-    if isinstance(tree, dict):
-        return {key: substitute(part, change) for key, part in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(substitute(part, change) for part in (tree.start, tree.stop, tree.step)))
-    return change(tree)
-
-
-def references(tree: Any) -> Iterator[int]:
-    """Numbers of the tensors in a tree of arguments."""
-    found: list[int] = []
-    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, Ref) else None)
-    return iter(found)
 
 
 class _Search:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.postmortem.elementwise import ELEMENTWISE_RULES
+from neuronscope.postmortem.graph import Graph, Ref, Step, references, substitute
 from neuronscope.postmortem.intervals import Interval
 from neuronscope.postmortem.layouts import MOVES, SAME
-from neuronscope.postmortem.tracing import Graph, Ref, Step, references, substitute
 
 __all__ = ["unread_neurons"]
 
