@@ -92,7 +92,7 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
                 continue
             codes = measured[one.neurons]
             held = np.isin(codes, [CLAIMS.index(claim) for claim in HOLDS[one.claim]])
-            counts = tally.setdefault((one.source, one.claim, one.basis), [0, 0, 0])
+            counts = tally.setdefault((one.voice, one.claim, one.basis), [0, 0, 0])
             for at, number in enumerate((held.sum(), (codes == _ALIVE).sum(), codes.size)):
                 counts[at] += int(number)
     return tuple(

@@ -191,22 +191,25 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
             since,
             whole,
         )
-    limit = end.clock.silent_steps
     within = after.steps.clamp(max=float(passed))
-    died = touched & (within > limit)
-    if died.any():
+    died = touched & (within > end.clock.silent_steps)
+    sure = within > end.clock.sure_steps
+    for basis, mask in (("inferred", died & sure), ("suspected", died & ~sure)):
+        if not mask.any():
+            continue
         since = None
         if end.step is not None and not end.lag:
             since = (end.step - within).clamp(min=0.0).long()
         yield _of(
             end,
             "no gradient",
-            died,
+            mask,
             within,
             "steps since the last gradient, at most" if isinstance(end.clock, Clock) else "steps since, about",
             "It got a gradient after the earlier checkpoint, and by the later one's clock none lately: it fell silent "
             "in between.",
             since,
+            basis=basis,
         )
     alive = touched & ~died
     if alive.any():
@@ -229,17 +232,19 @@ def _of(
     text: str,
     since: Tensor | None = None,
     whole: bool = False,
+    basis: str = "inferred",
 ) -> Evidence:
     neurons = torch.nonzero(mask).flatten()
     return Evidence(
         layer=read.layer.path,
         width=read.layer.width,
-        source=_SOURCE + (", whole layer" if whole else ""),
+        source=_SOURCE,
         claim=claim,
-        basis="inferred",
+        basis=basis,
         neurons=neurons.numpy(),
         numbers=numbers[neurons].numpy(),
         measure=measure,
         text=text,
         since=None if since is None else since[neurons].numpy(),
+        whole_layer=whole,
     )

@@ -59,9 +59,9 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
     yield from _never(read, never, whole=bool(never.all()))
     singly = timed & ~together
     sure = reading.steps > read.clock.sure_steps
-    yield from _silent(read, singly & sure, exact)
-    yield from _silent(read, singly & ~sure, exact, basis="suspected")
-    yield from _silent(read, together, exact, at_once=True)
+    for at_once, mask in ((False, singly), (True, together)):
+        yield from _silent(read, mask & sure, exact, "inferred", at_once)
+        yield from _silent(read, mask & ~sure, exact, "suspected", at_once)
     yield from _ran_out(read, ran_out & ~together)
     if alive.any():
         yield _of(
@@ -93,19 +93,18 @@ def _never(read: LayerReading, mask: Tensor, whole: bool) -> Iterator[Evidence]:
     yield _of(read, "never trained", mask, nothing, "", text + _caveats(read), since, whole)
 
 
-def _silent(
-    read: LayerReading, mask: Tensor, exact: bool, *, at_once: bool = False, basis: str = "inferred"
-) -> Iterator[Evidence]:
-    """Rows that the clock dates; ``at_once``: the layer's last ones, that went together."""
+def _silent(read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool) -> Iterator[Evidence]:
+    """Rows that the clock dates, on one basis; ``at_once``: the layer's last ones, that went together."""
     if not mask.any():
         return
     if at_once and torch.isinf(read.reading.steps[mask]).all():
         yield from _ran_out(read, mask, whole=True)
         return
     if exact:
-        limit, living = (
-            (read.clock.sure_steps, "at most 3 %") if basis == "inferred" else (read.clock.silent_steps, "1 to 22 %")
-        )
+        limit, living = {
+            "inferred": (read.clock.sure_steps, "at most 3 %"),
+            "suspected": (read.clock.silent_steps, "1 to 22 %"),
+        }[basis]
         ground = (
             "The last gradient came at most as many steps ago, whatever the gradients were. As that is more than "
             f"{limit:.0f} steps, it is {basis} that none came since: where this was counted, {living} of living "
@@ -179,7 +178,7 @@ def _of(
     return Evidence(
         layer=read.layer.path,
         width=read.layer.width,
-        source=read.rule.source + (", whole layer" if whole else ""),
+        source=read.rule.source,
         claim=claim,
         basis=basis,
         neurons=neurons.numpy(),
@@ -187,4 +186,5 @@ def _of(
         measure=measure,
         text=text,
         since=None if since is None else since[neurons].numpy(),
+        whole_layer=whole,
     )

@@ -18,7 +18,6 @@ __all__ = [
     "LABELS",
     "NO_BASIS",
     "UNKNOWN",
-    "WHOLE_LAYER",
     "Confirmation",
     "LayerReport",
     "PostmortemVerdict",
@@ -37,9 +36,6 @@ UNKNOWN = len(CLAIMS)
 GONE = ("dead", "never trained", "no gradient")
 #: Bases that count in totals and shares. What is only suspected never does.
 FIRM = ("proved", "measured", "inferred")
-#: How the source of a claim ends that is of a whole layer alike: it was frozen, or cut off by what follows it. Such a
-#: claim says nothing of the single neurons and is counted apart, as *idle*.
-WHOLE_LAYER = ", whole layer"
 #: Code of the basis where there is none.
 NO_BASIS = 255
 
@@ -142,7 +138,7 @@ class LayerReport:
     @cached_property
     def idle(self) -> BoolArray:
         """Neurons that get no gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
-        whole = [index for index, one in enumerate(self.evidence) if one.source.endswith(WHOLE_LAYER)]
+        whole = [index for index, one in enumerate(self.evidence) if one.whole_layer]
         mask: BoolArray = self.gone & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
         return mask
 
@@ -159,7 +155,7 @@ class LayerReport:
     @property
     def suspected(self) -> int:
         """Neurons that are only suspected to be so."""
-        return int((self.gone & (self.basis > _FIRM_CODES)).sum())
+        return int((self.gone & ~self.idle & (self.basis > _FIRM_CODES)).sum())
 
     @property
     def dead_percent(self) -> float:
@@ -199,11 +195,11 @@ class LayerReport:
             neuron=neuron,
             label=label,
             basis=behind.basis if behind else "",
-            source=behind.source if behind else "",
+            source=behind.voice if behind else "",
             number=None if np.isnan(number) else number,
             measure=behind.measure if behind else "",
             since=None if dating is None else int(self.since[neuron]),
-            since_source=dating.source if dating else "",
+            since_source=dating.voice if dating else "",
             supports=tuple(_said(one) for one in said if one not in against),
             contradictions=tuple(map(_said, against)),
         )
@@ -238,12 +234,13 @@ def _speaks_against(claim: str, label: str) -> bool:
 
 
 def _said(one: Evidence) -> str:
-    return f"{one.claim} · {one.basis} · {one.source}"
+    return f"{one.claim} · {one.basis} · {one.voice}"
 
 
 def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
     return {
         "source": one.source,
+        "whole_layer": one.whole_layer,
         "claim": one.claim,
         "basis": one.basis,
         "measure": one.measure,

@@ -29,6 +29,7 @@ def evidence(
     since: Sequence[int] | int | None = None,
     measure: str = "",
     text: str = "Said by hand.",
+    whole_layer: bool = False,
 ) -> Evidence:
     """One piece of evidence; numbers and steps may be left out, or one step given for all."""
     size = len(neurons)
@@ -44,6 +45,7 @@ def evidence(
         measure=measure,
         text=text,
         since=None if steps is None else np.array(steps, dtype=np.int64),
+        whole_layer=whole_layer,
     )
 
 
@@ -226,9 +228,18 @@ def healthy() -> PostmortemReport:
 
 def idle() -> PostmortemReport:
     """A layer that was frozen: none of it ever got a gradient."""
-    whole = "adam state, whole layer"
     text = "This is so for the whole layer: it was cut off from the loss all along."
-    frozen = evidence("frozen", 32, "never trained", "inferred", list(range(32)), source=whole, since=-1, text=text)
+    frozen = evidence(
+        "frozen",
+        32,
+        "never trained",
+        "inferred",
+        list(range(32)),
+        source="adam state",
+        since=-1,
+        text=text,
+        whole_layer=True,
+    )
     return report([frozen, *adam("b", 32, [4], [4000], 5000)])
 
 

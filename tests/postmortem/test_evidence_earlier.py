@@ -56,15 +56,17 @@ def test_silent_in_between_and_died_in_between(name, schedule):
     rate = (lambda step: 1.0) if schedule == "constant" else (lambda step: 0.5 + 0.5 * math.cos(3.1 * step / LAST))
     found, said = compared(*run(OPTIMIZERS[name], rate=rate))
     assert said == []
-    silent, died, alive = found
+    silent, died, lately, alive = found
     assert (silent.claim, silent.neurons.tolist()) == ("no gradient", [2, 3])  # 1 never trained: told by one alone
     assert silent.numbers.tolist() == [LAST - FIRST] * 2
-    assert (died.claim, died.neurons.tolist()) == ("no gradient", [4, 5])
-    assert "fell silent in between" in died.text
+    # 5 at step 320, longer ago than 200 steps (263 where β2 is .95); 4 at step 450, longer than 80 and less than 200.
+    for piece, neuron, basis in ((died, 5, "inferred"), (lately, 4, "suspected")):
+        assert (piece.claim, piece.neurons.tolist(), piece.basis) == ("no gradient", [neuron], basis)
+        assert "fell silent in between" in piece.text
     assert (alive.claim, alive.neurons.tolist()) == ("alive", [0])
     if name != "SGD":
         # By the earlier clock's bound: no later than the truth, no more than the 48 steps of a row's r before it.
-        for piece, neurons in ((silent, (2, 3)), (died, (4, 5))):
+        for piece, neurons in ((silent, (2, 3)), (died, (5,)), (lately, (4,))):
             for since, neuron in zip(piece.since, neurons):
                 assert UNTIL[neuron] - 48 <= since <= UNTIL[neuron]
 
@@ -83,7 +85,7 @@ def test_faint_gradients_are_seen_where_one_checkpoint_cannot_see_them(name):
 def test_a_layer_that_is_cut_off_is_told_as_a_whole():
     found, _ = compared(*run(OPTIMIZERS["Adam"], until=(FIRST,) * 3))
     (silent,) = found
-    assert silent.source == "two checkpoints, whole layer"
+    assert silent.whole_layer
 
 
 @pytest.mark.parametrize(

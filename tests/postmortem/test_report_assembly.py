@@ -122,15 +122,19 @@ def test_steps_of_another_kind_of_claim_are_not_taken() -> None:
 
 
 def test_a_whole_layer_without_gradient_is_idle_and_not_dead() -> None:
-    whole = "adam state, whole layer"
     layer = assemble(
         [
-            evidence("a", 4, "never trained", "inferred", [0, 1, 2, 3], source=whole, since=-1),
+            evidence(
+                "a", 4, "never trained", "inferred", [0, 1, 2, 3], source="adam state", since=-1, whole_layer=True
+            ),
             evidence("a", 4, "dead", "measured", [3], source="scan"),
         ]
     )[0]
     assert layer.idle.tolist() == [True, True, True, False]
     assert (layer.dead, layer.suspected) == (1, 0)  # the one that was measured
+    only = evidence("a", 4, "no gradient", "suspected", [0, 1, 2, 3], source="adam state", whole_layer=True)
+    layer = assemble([only])[0]
+    assert (int(layer.idle.sum()), layer.dead, layer.suspected) == (4, 0, 0)  # counted once: as idle
 
 
 def test_layers_of_which_nothing_was_said_are_there_and_unknown() -> None:

@@ -248,7 +248,7 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     for layer in report.layers:
         for one in layer.evidence:
             if one.neurons.size:
-                found.setdefault((one.source, one.claim, one.basis, one.measure), []).append((layer.name, one))
+                found.setdefault((one.voice, one.claim, one.basis, one.measure), []).append((layer.name, one))
     rows = []
     for (source, claim, basis, measure), said in found.items():
         name, first = said[0]
