@@ -1,9 +1,9 @@
 """A post-mortem of a network that somebody else trained and published: three questions, each answered with more.
 
-Resemblyzer's speaker encoder (Wan et al. 2018's architecture, trained for 1,564,501 steps; Apache-2.0) lies in its package
-on PyPI as a checkpoint with the state of its optimizer. Its last layer is 256 units with ReLU: what they give is the voice's
-fingerprint. How many of the 256 say anything? The file alone answers first; then the architecture is given, and then 30
-seconds of a real conversation (from pyannote.audio's package; MIT).
+Resemblyzer's speaker encoder (the architecture of Wan et al. 2018, trained for 1,564,501 steps; Apache-2.0) lies in
+its package on PyPI as a checkpoint with the state of its optimizer. Its last layer is 256 units with ReLU: what they
+give is the voice's fingerprint. How many of the 256 say anything? The file alone answers first; then the architecture
+is given, and 30 seconds of a real conversation (from pyannote.audio's package; MIT).
 
 Output (shortened)::
 
@@ -31,7 +31,7 @@ RATE, WINDOW, HOP, BANDS, FRAMES = 16_000, 400, 160, 40, 160
 
 
 class SpeakerEncoder(nn.Module):
-    """Mel spectrograms (B, T, 40) → unit vectors (B, 256): three LSTMs, the last state through a linear layer and ReLU."""
+    """Mel spectrograms (B, T, 40) → unit vectors (B, 256): three LSTMs; the last state, a linear layer, ReLU."""
 
     def __init__(self) -> None:
         super().__init__()

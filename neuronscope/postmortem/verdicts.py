@@ -21,6 +21,7 @@ __all__ = [
     "Confirmation",
     "LayerReport",
     "PostmortemVerdict",
+    "speaks_against",
 ]
 
 BoolArray = npt.NDArray[np.bool_]
@@ -186,7 +187,7 @@ class LayerReport:
         """All that is said of one neuron."""
         label = self.label_of(neuron)
         said = [one for one in self.evidence if neuron in one.neurons[np.searchsorted(one.neurons, neuron) :][:1]]
-        against = [one for one in said if _speaks_against(one.claim, label)]
+        against = [one for one in said if speaks_against(one.claim, label)]
         behind = self.evidence[self.deciding[neuron]] if self.deciding[neuron] >= 0 else None
         dating = self.evidence[self.dating[neuron]] if self.dating[neuron] >= 0 else None
         number = float(self.numbers[neuron])
@@ -229,7 +230,8 @@ class LayerReport:
         }
 
 
-def _speaks_against(claim: str, label: str) -> bool:
+def speaks_against(claim: str, label: str) -> bool:
+    """Whether a claim cannot be true where a label is."""
     return (claim == "alive" and label in GONE) or (claim in GONE and label in ("alive", "quiet"))
 
 

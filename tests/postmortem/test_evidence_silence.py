@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +12,8 @@ from neuronscope.postmortem.file_alone import examine
 from scripts.dying_networks import as_checkpoint
 
 STEPS = 400
-#: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on. Of
-#: the silent ones the first has been so for longer than 200 steps, the second for longer than 80 but less than 200.
+#: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on.
+#: Of the silent ones the first has been so for longer than 200 steps, the second for longer than 80, less than 200.
 LAST = (STEPS, 0, 60, 310, STEPS)
 
 
@@ -68,7 +67,7 @@ def test_silent_never_trained_and_alive(make):
     for piece, last in ((silent, 60), (lately, 310)):
         number, truth = piece.numbers[0], STEPS - last
         if silent.source == "adam state":
-            # A bound. Random signs leave a largest r of four numbers of .05 to 2: ln(7.27 / .05) / .105 = 47 steps above.
+            # A bound. Random signs leave the largest r of four at .05 to 2: ln(7.27 / .05) / .105 = 47 steps more.
             assert truth <= number <= truth + 48
         else:
             assert abs(number - truth) <= 20

@@ -15,8 +15,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from neuronscope.postmortem.contests import contests_of
 from neuronscope.postmortem.drawing import words
+from neuronscope.postmortem.evidence import BASES, CLAIMS
 from neuronscope.postmortem.report import SCHEMA_VERSION, PostmortemReport
 from tests.writers import golden
 
@@ -121,20 +125,74 @@ def test_not_finite_is_loud_and_never_beside_a_calm_zero() -> None:
 def test_what_speaks_against_a_verdict_is_shown() -> None:
     said = " ".join(str(samples.with_data()).split())
     assert re.search(
-        r"net\.0, neuron \d+: alive, measured \(scan\); against it: no gradient · inferred · adam state", said
+        r"net\.0, neurons \d+, \d+: alive, measured \(scan\); against it: no gradient, inferred \(adam state\)", said
     )
-    assert re.search(r"net\.6, neuron 3: quiet, proved \(batch norm\); [^;]*; against it: dead · suspected", said)
+    assert re.search(
+        r"net\.6, neurons 3, 77: quiet, proved \(batch norm\); share .*, at most: 0\.04 to 0\.054; against it: dead, "
+        r"suspected \(batch norm\)",
+        said,
+    )
 
 
-def test_a_list_of_contested_neurons_that_is_cut_says_so() -> None:
+def test_the_contested_neurons_of_a_layer_stand_in_one_line_for_each_way_in_which_sources_differ() -> None:
+    """44 neurons are silent on the data: of 42 the optimizer had gradients lately. 2 fire and were taken for dead."""
     said = samples.report(
         [
-            samples.evidence("a", 30, "dead", "suspected", list(range(30))),
-            samples.evidence("a", 30, "alive", "measured", list(range(30))),
+            samples.evidence("a", 60, "alive", "inferred", list(range(42)), source="adam state"),
+            samples.evidence("a", 60, "no gradient", "inferred", [42, 43, 50, 51], source="adam state"),
+            samples.evidence("a", 60, "unread", "suspected", [7]),  # not what the contest is about
+            samples.evidence(
+                "a", 60, "dead", "measured", list(range(44)), source="scan", numbers=[0.01] * 44, measure="share"
+            ),
+            samples.evidence("a", 60, "alive", "measured", list(range(44, 60)), source="scan"),
         ]
     )
-    assert "- and 20 more" in str(said)
-    assert "- and 10 more" in said.to_markdown()
+    silent = (
+        "a, neurons 0, 1, 2 … (42): dead, measured (scan); share: 0.01; against it: alive, inferred (adam state); as "
+        "they got a gradient lately, most likely silent on this data only"
+    )
+    fires = "a, neurons 50, 51: alive, measured (scan); against it: no gradient, inferred (adam state)"
+    assert words.contested(said, 9, 3) == [silent, fires]
+    assert words.contested(said, 1, 3) == [silent, "and 2 more neurons"]
+    assert (
+        "42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only."
+        in words.finding(said)
+    )
+    assert not any("gradient lately" in sentence for sentence in words.finding(samples.with_data()))
+
+
+CLAIMED = st.lists(
+    st.tuples(st.sampled_from(CLAIMS), st.sampled_from(BASES), st.lists(st.integers(0, 7), unique=True).map(sorted)),
+    max_size=7,
+)
+
+
+@given(CLAIMED)
+def test_each_contested_neuron_is_in_one_contest_with_all_that_speaks_against_its_verdict(
+    pieces: list[tuple[str, str, list[int]]],
+) -> None:
+    report = samples.report([samples.evidence("a", 8, *piece) for piece in pieces])
+    found = contests_of(report.layers)
+    for neuron in range(8 if pieces else 0):
+        mine = [one for one in found if neuron in one.neurons]
+        verdict = report["a"].verdict(neuron)
+        assert len(mine) == bool(report["a"].contested[neuron])
+        for one in mine:
+            assert (one.verdict.claim, one.verdict.basis) == (verdict.label, verdict.basis)
+            assert len(one.against) == len(verdict.contradictions)
+
+
+def test_a_list_of_contests_that_is_cut_says_so() -> None:
+    said = samples.report(
+        [
+            samples.evidence(f"a{layer}", 30, claim, basis, list(range(30)))
+            for layer in range(25)
+            for claim, basis in (("dead", "suspected"), ("alive", "measured"))
+        ]
+    )
+    assert "- and 450 more neurons" in str(said)  # 15 layers of 30
+    assert "- and 150 more neurons" in said.to_markdown()  # 5
+    assert "0, 1, 2, 3, 4, 5, 6, 7 … (30)" in str(said)
 
 
 @pytest.mark.parametrize(("layers", "folded"), [(40, 0), (120, 117)])

@@ -21,8 +21,8 @@ __all__ = ["render"]
 DATA_BUDGET = 180_000
 #: … yet no layer has to make do with fewer than this.
 LAYER_BUDGET = 600
-#: Contested neurons that are listed.
-LISTED = 40
+#: Contests that are listed, and neurons that each names.
+LISTED, NAMED = 40, 64
 
 
 def render(report: PostmortemReport) -> str:
@@ -56,8 +56,7 @@ def render(report: PostmortemReport) -> str:
         layers=layers,
         grounds=words.grounds(report),
         held=words.held(report),
-        contested=words.contested(report, LISTED),
-        verdict=words.verdict,
+        contested=words.contested(report, LISTED, NAMED),
         abstained=words.abstained(report),
         glossary=words.GLOSSARY,
     )

@@ -21,8 +21,8 @@ COLUMNS = (
     ("contested", "contested", "---:"),
     ("unknown", "unknown", "---:"),
 )
-#: Contested neurons that are listed.
-LISTED = 20
+#: Contests that are listed, and neurons that each names.
+LISTED, NAMED = 20, 12
 
 
 def render(report: PostmortemReport) -> str:
@@ -63,10 +63,9 @@ def render(report: PostmortemReport) -> str:
         blocks += ["### What this rests on", _table([*headings, ("ground", ":---")], rows)]
     if report.confirmations:
         blocks += ["### What measuring said of it", _list([plain(line) for line in words.held(report)])]
-    listed, more = words.contested(report, LISTED)
-    if listed:
-        lines = [plain(words.verdict(one)) for one in listed] + ([f"and {wording.count(more)} more"] if more else [])
-        blocks += ["### Contested", _list(lines)]
+    contested = words.contested(report, LISTED, NAMED)
+    if contested:
+        blocks += ["### Contested", _list([plain(line) for line in contested])]
     if report.abstentions:
         rows = [[plain(what), plain(why)] for what, why in words.abstained(report)]
         blocks += ["### Not known, and why", _table([("what", ":---"), ("why", ":---")], rows)]

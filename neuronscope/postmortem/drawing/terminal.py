@@ -28,8 +28,8 @@ COLUMNS = (
 )
 
 STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "magenta", "calm": ""}
-#: Contested neurons that are listed.
-LISTED = 10
+#: Contests that are listed, and neurons that each names.
+LISTED, NAMED = 10, 8
 
 
 def render(report: PostmortemReport) -> str:
@@ -54,9 +54,7 @@ def render(report: PostmortemReport) -> str:
     _diagnoses(page, report)
     page.list("What this rests on", [_ground(row) for row in words.grounds(report)])
     page.list("What measuring said of it", words.held(report))
-    listed, more = words.contested(report, LISTED)
-    lines = [words.verdict(one) for one in listed] + ([f"and {wording.count(more)} more"] if more else [])
-    page.list("Contested", lines)
+    page.list("Contested", words.contested(report, LISTED, NAMED))
     page.list("Not known, and why", [f"{what}: {why}" for what, why in words.abstained(report)])
     page.list("Notes", list(report.notes))
     page.line()

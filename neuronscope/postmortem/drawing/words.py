@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.diagnosis import Diagnosis
+from neuronscope.postmortem.contests import Contest, contests_of
 from neuronscope.postmortem.evidence import BASES, CLAIMS, Evidence
 from neuronscope.postmortem.report import LEVELS, PostmortemReport
-from neuronscope.postmortem.verdicts import LayerReport, PostmortemVerdict
+from neuronscope.postmortem.verdicts import LayerReport
 from neuronscope.signs import UNDATED
 from neuronscope.writers.wording import NONE, UNKNOWN, count, percent, plural, visible
 
@@ -32,7 +33,6 @@ __all__ = [
     "since",
     "span",
     "title",
-    "verdict",
 ]
 
 #: The words of a table in one line.
@@ -113,6 +113,12 @@ def finding(report: PostmortemReport) -> list[str]:
         )
     if report.contested:
         said.append(f"{_are(report.contested)} contested: one source says dead, another alive; the surer one counts.")
+    silent = sum(contest.neurons.size for contest in contests_of(report.layers) if contest.is_silence)
+    if silent:
+        said.append(
+            f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
+            f"{'it is' if silent == 1 else 'they are'} silent on this data only."
+        )
     if report.unknown:
         said.append(f"Nothing is known of {count(report.unknown)} ({percent(_share(report.unknown, report))}).")
     return said
@@ -239,7 +245,6 @@ class Ground:
     neurons: int
     layers: int
     text: str
-    measure: str
 
 
 def grounds(report: PostmortemReport) -> list[Ground]:
@@ -253,6 +258,8 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     for (source, claim, basis, measure), said in found.items():
         name, first = said[0]
         alike = all(one.text == first.text for _, one in said)
+        measured = _measured(measure, np.concatenate([one.numbers for _, one in said]))
+        numbers = f"{measured[0].upper()}{measured[1:]}." if measured else ""
         rows.append(
             Ground(
                 source=source,
@@ -260,8 +267,7 @@ def grounds(report: PostmortemReport) -> list[Ground]:
                 basis=basis,
                 neurons=sum(one.neurons.size for _, one in said),
                 layers=len({layer for layer, _ in said}),
-                text=first.text if alike else f"{first.text} (As said of {name}.)",
-                measure=measure,
+                text=" ".join(filter(None, [first.text if alike else f"{first.text} (As said of {name}.)", numbers])),
             )
         )
     return sorted(
@@ -280,24 +286,44 @@ def held(report: PostmortemReport) -> list[str]:
     return said
 
 
-def contested(report: PostmortemReport, limit: int) -> tuple[list[PostmortemVerdict], int]:
-    """The verdicts on contested neurons, up to a limit, and how many more there are."""
-    found: list[PostmortemVerdict] = []
-    for layer in report.layers:
-        found += map(layer.verdict, np.flatnonzero(layer.contested)[: limit - len(found)].tolist())
-    return found, report.contested - len(found)
+def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
+    """What is contested: a line for the neurons of one layer over which the same sources differ in the same way.
+
+    Args:
+        report: The post-mortem.
+        lines: Most lines; a last one says of how many neurons there would be more.
+        neurons: Most neurons that a line names.
+    """
+    found = contests_of(report.layers)
+    more = sum(contest.neurons.size for contest in found[lines:])
+    return [_contest(one, neurons) for one in found[:lines]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
 
 
-def verdict(one: PostmortemVerdict) -> str:
-    """A verdict in one line: what, how sure, by whom, since when, and what speaks against it."""
-    parts = [one.label if not one.basis else f"{one.label}, {one.basis} ({visible(one.source)})"]
-    if one.number is not None and one.measure:
-        parts.append(f"{visible(one.measure)}: {one.number:.4g}")
-    if one.since is not None:
-        parts.append("since the beginning" if one.since < 0 else f"since step {count(one.since)}")
-    if one.contradictions:
-        parts.append(f"against it: {visible('; '.join(one.contradictions))}")
-    return f"{visible(one.site)}, neuron {one.neuron}: " + "; ".join(parts)
+def _contest(one: Contest, most: int) -> str:
+    """A contest in one line: which neurons, the verdict with its number, what speaks against it, what that means."""
+    named = ", ".join(map(str, one.neurons[:most].tolist()))
+    which = f"neuron{'s' if one.neurons.size > 1 else ''} {named}"
+    which += f" … ({count(one.neurons.size)})" if one.neurons.size > most else ""
+    parts = [_said(one.verdict)]
+    measured = _measured(one.verdict.measure, one.numbers)
+    parts += [visible(measured)] if measured else []
+    parts.append(f"against it: {', '.join(dict.fromkeys(map(_said, one.against)))}")
+    if one.is_silence:
+        parts.append("as they got a gradient lately, most likely silent on this data only")
+    return f"{visible(one.layer)}, {which}: {'; '.join(parts)}"
+
+
+def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
+    """What numbers are, and the least and the largest of those that are known; ``""`` where there is none."""
+    known = numbers[np.isfinite(numbers)]
+    if not known.size or not measure:
+        return ""
+    ends = dict.fromkeys(f"{end:.4g}" for end in (known.min(), known.max()))
+    return f"{measure}: {' to '.join(ends)}"
+
+
+def _said(one: Evidence) -> str:
+    return f"{one.claim}, {one.basis} ({visible(one.voice)})"
 
 
 def abstained(report: PostmortemReport) -> list[tuple[str, str]]:
