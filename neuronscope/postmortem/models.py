@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,8 +78,8 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
     """A network with the checkpoint's weights in it, in evaluation mode.
 
     Args:
-        model: What the user names: see above. A class gets the checkpoint's ``hyper_parameters``, where its ``config``
-            has them, as Lightning's ``load_from_checkpoint`` gives them.
+        model: What the user names: see above. A class gets those of the checkpoint's hyperparameters that it takes,
+            as by Lightning's ``load_from_checkpoint``.
         checkpoint: Where the weights are.
 
     Returns:
@@ -103,7 +104,7 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
                 )
             model = _hugging_face(json.loads(config.read_text(encoding="utf-8")))
     if not isinstance(model, nn.Module):
-        model = _called(model, checkpoint.config.get("hyper_parameters") or {})
+        model = _called(model, checkpoint.hyperparameters)
     load_weights(model, checkpoint)
     return model.eval()
 
@@ -113,13 +114,20 @@ def _called(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
         raise UsageError(
             f"Expected argument `model` to name a function or a class, but got a {type(factory).__name__}."
         )
-    is_class = isinstance(factory, type)
-    arguments = dict(hyperparameters) if is_class and hyperparameters else {}
+    arguments = _taken(factory, hyperparameters) if isinstance(factory, type) else {}
     name = getattr(factory, "__qualname__", repr(factory))
     built = _attempt(factory, arguments, name)
     if not isinstance(built, nn.Module):
         raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave a {type(built).__name__}.")
     return built
+
+
+def _taken(factory: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the hyperparameters that a class takes as arguments."""
+    parameters = inspect.signature(factory).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(hyperparameters)
+    return {each.name: hyperparameters[each.name] for each in parameters if each.name in hyperparameters}
 
 
 def _attempt(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:

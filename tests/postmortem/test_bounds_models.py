@@ -127,12 +127,24 @@ def test_a_factory_builds_without_memory_and_each_tensor_is_read_once() -> None:
 
 def test_hyperparameters_of_the_checkpoint_are_given_to_a_class() -> None:
     state = Built(7).state_dict()
-    model = build_model(Built, checkpoint_of(state, config={"hyper_parameters": {"width": 7}}))
-    assert_holds(model, state)
+    kept = {"width": 7, "_instantiator": "not an argument of it"}
+    assert_holds(build_model(Built, checkpoint_of(state, hyperparameters=kept)), state)
+
+    class Picky(Built):
+        def __init__(self, width: int, depth: int) -> None:
+            super().__init__(width)
+
     with pytest.raises(
-        UsageError, match=r"`Built` to build a network with the checkpoint's hyperparameters \['depth'\]"
+        UsageError, match=r"Picky` to build a network with the checkpoint's hyperparameters \['width'\].*'depth'"
     ):
-        build_model(Built, checkpoint_of(state, config={"hyper_parameters": {"depth": 7}}))
+        build_model(Picky, checkpoint_of(state, hyperparameters=kept))
+
+    class Greedy(Built):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(settings["width"])
+            assert settings == kept
+
+    assert_holds(build_model(Greedy, checkpoint_of(state, hyperparameters=kept)), state)
 
 
 def test_a_network_with_numbers_that_are_not_saved_is_built_with_memory() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState, StoredTensor
 from neuronscope.postmortem.formats.files import shown
+from neuronscope.postmortem.formats.hyperparameters import find_hyperparameters
 from neuronscope.postmortem.formats.names import stripper
 from neuronscope.postmortem.formats.optimizers import find_optimizers, looks_like_optimizer, steps_taken
 from neuronscope.postmortem.formats.records import find_records
@@ -85,6 +86,7 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
         records=records,
         step=_step(data, contents.step, optimizers),
         config=contents.config,
+        hyperparameters=find_hyperparameters(data),
         notes=tuple(notes),
     )
 
