@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuronscope.census import Census, Tally
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
+    from neuronscope.postmortem.inquest import postmortem
+    from neuronscope.postmortem.report import PostmortemReport
     from neuronscope.report import Report
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
@@ -26,6 +28,7 @@ _HOMES = {
     "NeuronscopeError": "neuronscope.errors",
     "NeuronscopeWarning": "neuronscope.errors",
     "Policy": "neuronscope.verdicts",
+    "PostmortemReport": "neuronscope.postmortem.report",
     "Report": "neuronscope.report",
     "Scope": "neuronscope.scope",
     "Tally": "neuronscope.census",
@@ -40,17 +43,21 @@ __all__ = [
     "NeuronscopeError",
     "NeuronscopeWarning",
     "Policy",
+    "PostmortemReport",
     "Report",
     "Scope",
     "Tally",
     "Verdict",
     "__version__",
+    "postmortem",
     "scan",
     "watch",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "postmortem":  # the package itself, which can be called
+        return importlib.import_module("neuronscope.postmortem")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""The command line: parse, call, exit code (0 fine, 2 bad use or unreadable input)."""
+"""The command line: parse, call, exit code (0 fine, 1 a check failed, 2 bad use or unreadable input)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import neuronscope
 from neuronscope.errors import NeuronscopeError
+from neuronscope.postmortem.command import add_postmortem
+from neuronscope.writers.wording import visible
 
 __all__ = ["main"]
 
@@ -40,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return call(parsed)
     except NeuronscopeError as error:
-        print(f"neuronscope: {error}", file=sys.stderr)
+        if parsed.debug:
+            raise
+        # One line, whatever a user's own error or a hostile name in a checkpoint put into it.
+        print(f"neuronscope: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
         print("neuronscope: interrupted", file=sys.stderr)
@@ -50,8 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuronscope", description="Dead-neuron diagnostics for PyTorch.")
     parser.add_argument("--version", action="version", version=f"neuronscope {neuronscope.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
+    add_postmortem(commands)
+    for command in commands.choices.values():  # after the command too, where one thinks of it
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+        )
     return parser
 
 

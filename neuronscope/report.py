@@ -6,15 +6,14 @@ report can be read, drawn and compared where torch is not installed.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.drawn import Drawn
 from neuronscope.verdicts import LABELS, Judgement, Verdict, rate_bound
 
 __all__ = [
@@ -229,7 +228,7 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Drawn):
     """Everything that is known of a watched network in one phase, as plain data.
 
     Printing a report gives a table by site. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown` draw it elsewhere.
@@ -245,6 +244,10 @@ class Report:
         notes: Sentences a reader should know (network has gone NaN, no gradients were seen, …).
         versions: Versions of neuronscope, torch and numpy that made it.
     """
+
+    WRITERS: ClassVar[Mapping[str, str]] = {
+        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html")
+    }
 
     model: str
     phase: str
@@ -357,34 +360,6 @@ class Report:
             "notes": list(self.notes),
             "versions": dict(self.versions),
         }
-
-    def __str__(self) -> str:
-        """A table by site, for a terminal."""
-        return _draw("terminal", self)
-
-    def to_markdown(self) -> str:
-        """The report as markdown."""
-        return _draw("markdown", self)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text; written to ``path`` too when one is given."""
-        return _write(_draw("json", self), path)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one HTML page that needs no network; written to ``path`` too when one is given."""
-        return _write(_draw("html", self), path)
-
-
-def _draw(writer: str, report: Report) -> str:
-    """Text that one of :mod:`neuronscope.writers` draws; looked up by name, since a report knows no writer."""
-    text: str = importlib.import_module(f"neuronscope.writers.{writer}").render(report)
-    return text
-
-
-def _write(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
 
 
 def _plain(values: FloatArray) -> list[float | None]:

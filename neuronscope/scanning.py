@@ -13,7 +13,7 @@ from neuronscope.errors import UsageError
 from neuronscope.report import Report
 from neuronscope.scope import watch
 
-__all__ = ["scan"]
+__all__ = ["left_as_it_was", "scan"]
 
 
 def scan(
@@ -55,7 +55,7 @@ def scan(
     call = forward or _call
     batches = 0
     scope = watch(model, join_ranks=False, **options)
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
             for parameter in model.parameters():  # so that gradients come to every neuron, frozen or not
@@ -74,8 +74,15 @@ def scan(
 
 
 @contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's flags, gradients and buffers are afterwards what they were."""
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model's flags, gradients and buffers are afterwards what they were.
+
+    >>> model = torch.nn.Dropout()
+    >>> with left_as_it_was(model):
+    ...     _ = model.eval()
+    >>> model.training
+    True
+    """
     flags = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [

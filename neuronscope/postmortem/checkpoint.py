@@ -62,6 +62,7 @@ class Checkpoint:
         records: What Neuronscope's own monitor left in it: the state of each, by the key it was found under.
         step: Optimizer steps that had been taken, where the file says.
         config: A network's configuration beside it (a Hugging Face folder's ``config.json``), else empty.
+        hyperparameters: What a LightningModule was built with, as far as it is plain: arguments by name, else empty.
         notes: Sentences that a reader should know.
     """
 
@@ -72,4 +73,5 @@ class Checkpoint:
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

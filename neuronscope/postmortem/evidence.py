@@ -49,6 +49,8 @@ class Evidence:
         text: One sentence for a reader: the ground, its bound and its limits.
         since: Optimizer step from which the claim holds for each of them, int64 ``(K,)``: −1 = since the beginning;
             ``None`` where the source cannot tell.
+        whole_layer: Whether it is said of these neurons only because it is so of their layer as a whole, which was
+            frozen, or cut off by what follows it. That says nothing of the single neurons.
     """
 
     layer: str
@@ -61,6 +63,7 @@ class Evidence:
     measure: str
     text: str
     since: npt.NDArray[np.int64] | None = None
+    whole_layer: bool = False
 
     def __post_init__(self) -> None:
         if self.claim not in CLAIMS or self.basis not in BASES:
@@ -72,6 +75,11 @@ class Evidence:
         inside = self.neurons.size == 0 or (self.neurons[0] >= 0 and self.neurons[-1] < self.width)
         if not inside or (np.diff(self.neurons) <= 0).any():
             raise UsageError(f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}.")
+
+    @property
+    def voice(self) -> str:
+        """Who says so, as it is shown: the source, and whether it speaks of the whole layer."""
+        return f"{self.source}, whole layer" if self.whole_layer else self.source
 
 
 @dataclass(frozen=True)

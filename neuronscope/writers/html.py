@@ -1,26 +1,17 @@
-"""HTML: a report as one page that needs no network, with a map of neurons over steps for each site.
-
-The page's own script and style are the only ones that its content policy lets run, by their hashes; every name goes
-through autoescape, or into JSON that cannot close its element.
-"""
+"""HTML: a report as one page that needs no network, with a map of neurons over steps for each site."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup
 
 from neuronscope import report as levels
 from neuronscope.report import Report, SiteReport
 from neuronscope.verdicts import LABELS
-from neuronscope.writers import findings, wording
+from neuronscope.writers import findings, page, wording
 from neuronscope.writers.packing import Packed, pack
 
 __all__ = ["ranges", "render"]
@@ -52,17 +43,14 @@ def render(report: Report) -> str:
         the page says what and where.
     """
     package = files("neuronscope.writers")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(visible=wording.visible, count=wording.count, plural=wording.plural)
-    template = environment.from_string((package / "report.html.j2").read_text(encoding="utf-8"))
-    style = (package / "assets" / "report.css").read_text(encoding="utf-8")
-    script = (package / "assets" / "report.js").read_text(encoding="utf-8")
     sites = _sites(report)
     sentences = findings.finding(report)
     banner = sentences.pop(0) if report.not_finite else None
-    return template.render(
+    return page.fill(
+        package / "report.html.j2",
+        styles=[package / "assets" / "page.css"],
+        scripts=[package / "assets" / "page.js", package / "assets" / "report.js"],
+        data=_payload(sites),
         report=report,
         title=findings.title(report),
         span=findings.span(report),
@@ -74,11 +62,6 @@ def render(report: Report) -> str:
         deaths=[entry for site in report.sites if (entry := _deaths(site))],
         glossary=findings.glossary(report),
         confidence=wording.confidence(report),
-        data=_inert(_payload(sites)),
-        style=Markup(style),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
-        style_hash=_digest(style),
-        script_hash=_digest(script),
     )
 
 
@@ -238,13 +221,3 @@ def ranges(indices: npt.NDArray[np.int64], limit: int) -> tuple[str, int]:
     runs = np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1) if indices.size else []
     shown = [str(run[0]) if run.size == 1 else f"{run[0]}–{run[-1]}" for run in runs[:limit]]
     return ", ".join(shown), sum(int(run.size) for run in runs[limit:])
-
-
-def _inert(data: dict[str, Any]) -> Markup:
-    """JSON that can stand in a script element: nothing in it can end the element or open a comment."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))  # noqa: S704 - inert
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -1,15 +1,22 @@
-"""JSON: a report's plain data as strict, byte-stable text, described by ``assets/report.schema.json``."""
+"""JSON: a report's plain data as strict, byte-stable text; the schemas lie beside the reports' other assets."""
 
 from __future__ import annotations
 
 import json
+from typing import Any, Protocol
 
-from neuronscope.report import Report
-
-__all__ = ["render"]
+__all__ = ["Plain", "render"]
 
 
-def render(report: Report) -> str:
+class Plain(Protocol):
+    """A report of any kind."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its plain data."""
+        ...
+
+
+def render(report: Plain) -> str:
     """The report as JSON text (RFC 8259: no NaN, no infinity).
 
     Keys are sorted, so that two equal reports give the same bytes. ``schema_version`` says which schema holds.

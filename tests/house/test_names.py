@@ -36,11 +36,13 @@ def test_the_public_names_are_the_agreed_ones() -> None:
         "NeuronscopeError",
         "NeuronscopeWarning",
         "Policy",
+        "PostmortemReport",
         "Report",
         "Scope",
         "Tally",
         "Verdict",
         "__version__",
+        "postmortem",
         "scan",
         "watch",
     }

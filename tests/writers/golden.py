@@ -8,9 +8,9 @@ from pathlib import Path
 GOLDENS = Path(__file__).parent / "goldens"
 
 
-def check(name: str, text: str) -> None:
+def check(name: str, text: str, folder: Path = GOLDENS) -> None:
     """Compare ``text`` with the golden ``name``; with NEURONSCOPE_REWRITE_GOLDENS=1 write it anew instead."""
-    path = GOLDENS / name
+    path = folder / name
     if os.environ.get("NEURONSCOPE_REWRITE_GOLDENS") == "1":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")

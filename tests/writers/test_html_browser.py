@@ -40,16 +40,35 @@ PATIENCE_S = 30.0
 DEAD = {"light": (213, 94, 0), "dark": (255, 122, 41)}
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def started(profile: Path) -> Any:
+    """A browser of its own profile, which keeps what is said on its console."""
     options = webdriver.ChromeOptions()
     options.binary_location = next(
         path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))
     )
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    return webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+
+def open_page(browser: Any, path: Path, theme: str = "light", width: int = 1280) -> Any:
+    """Open a page of ours, in a theme and a width, with everything on it drawn."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+    browser.execute_script("localStorage.clear(); delete document.documentElement.dataset.theme")
+    while waiting := browser.find_elements(By.CSS_SELECTOR, ".map:not([data-drawn])"):
+        browser.execute_script("arguments[0].scrollIntoView()", waiting[0])
+        until(browser, lambda: waiting[0].get_attribute("data-drawn") == "true")
+    return browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    driver = started(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 
@@ -60,16 +79,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def opened(report: Report, theme: str = "light", width: int = 1280) -> Any:
         report.to_html(tmp_path / "report.html")
-        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get((tmp_path / "report.html").as_uri())
-        browser.execute_script("localStorage.clear(); delete document.documentElement.dataset.theme")
-        while waiting := browser.find_elements(By.CSS_SELECTOR, ".map:not([data-drawn])"):
-            browser.execute_script("arguments[0].scrollIntoView()", waiting[0])
-            until(browser, lambda: waiting[0].get_attribute("data-drawn") == "true")
-        return browser
+        return open_page(browser, tmp_path / "report.html", theme, width)
 
     yield opened
     assert browser.get_log("browser") == []
@@ -79,15 +89,20 @@ def until(browser: Any, condition: Callable[[], bool]) -> None:
     WebDriverWait(browser, PATIENCE_S, poll_frequency=0.05).until(lambda _: condition())
 
 
-def pixels(browser: Any, site: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The map of a site as it is on screen, ``(height, width, 4)``."""
+def canvas_pixels(browser: Any, selector: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A canvas as it is on screen, ``(height, width, 4)``."""
     width, height, data = browser.execute_script(
-        """const canvas = document.querySelector(`.map[data-site="${arguments[0]}"] canvas`);
+        """const canvas = document.querySelector(arguments[0]);
         const image = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
         return [canvas.width, canvas.height, Array.from(image.data)];""",
-        site,
+        selector,
     )
     return np.array(data, dtype=np.uint8).reshape(height, width, 4)
+
+
+def pixels(browser: Any, site: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The map of a site as it is on screen, ``(height, width, 4)``."""
+    return canvas_pixels(browser, f'.map[data-site="{site}"] canvas')
 
 
 def is_colour(image: np.ndarray[Any, np.dtype[np.uint8]], colour: tuple[int, int, int]) -> np.ndarray[Any, Any]:

@@ -285,6 +285,11 @@ def test_the_diagnosis_is_the_golden_one() -> None:
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
+def test_causes_are_said_where_there_is_evidence() -> None:
+    assert "**Why, and what to do**" in diagnosis(samples.conv_net())
+    assert "Why, and what to do" not in diagnosis(samples.uniform(100))
+
+
 @pytest.mark.parametrize(
     ("level", "sentence"),
     [

@@ -1,68 +1,8 @@
-// The report page: sorting the table, switching the theme, drawing each site's map of neurons over steps.
+// The report page: each site's map of neurons over steps.
 (() => {
   "use strict";
   const { labels: LABELS, levels: LEVEL, sites: SITES } = JSON.parse(document.getElementById("report-data").textContent);
-  const root = document.documentElement;
-  const number = new Intl.NumberFormat("en");
-  const percent = (share) => {
-    const value = 100 * share;
-    if (value > 0 && value < 0.1) return "< 0.1 %";
-    if (value > 99.9 && value < 100) return "> 99.9 %";
-    return `${value % 100 === 0 ? value : value.toFixed(1)} %`;
-  };
-
-  // --- theme -------------------------------------------------------------------------------------------------------
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const themeButton = document.getElementById("theme");
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : dark.matches);
-  const remembered = (value) => {
-    try {
-      if (value) localStorage.setItem("neuronscope-theme", value);
-      return localStorage.getItem("neuronscope-theme");
-    } catch {
-      return null; // storage is denied: the choice lasts as long as the page
-    }
-  };
-  const showTheme = () => {
-    themeButton.textContent = isDark() ? "Light" : "Dark";
-    themeButton.setAttribute("aria-label", `${themeButton.textContent} theme`);
-    maps.forEach((map) => map.draw());
-  };
-
-  // --- sorting -----------------------------------------------------------------------------------------------------
-  const sortBy = (table, column, heading) => {
-    const numeric = heading.dataset.type === "number";
-    const first = numeric && column > 0 ? "descending" : "ascending";
-    const other = first === "ascending" ? "descending" : "ascending";
-    const direction = heading.getAttribute("aria-sort") === first ? other : first;
-    table.querySelectorAll("th[aria-sort]").forEach((th) => th.removeAttribute("aria-sort"));
-    heading.setAttribute("aria-sort", direction);
-    const sign = direction === "ascending" ? 1 : -1;
-    const key = (row) => (numeric ? row.cells[column].dataset.key : row.cells[column].textContent.trim());
-    const compare = (a, b) => {
-      if (key(a) === "" || key(b) === "") return (key(a) === "") - (key(b) === ""); // not measured stays last
-      return sign * (numeric ? key(a) - key(b) : key(a).localeCompare(key(b), "en", { numeric: true }));
-    };
-    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
-    document.getElementById("sorted").textContent = `Sorted by ${heading.textContent.trim()}, ${direction}.`;
-  };
-
-  // --- maps --------------------------------------------------------------------------------------------------------
-  const inflate = async (text) => {
-    const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Uint8Array(await new Response(stream).arrayBuffer());
-  };
-  const colour = (name) => {
-    const hex = getComputedStyle(root).getPropertyValue(name).trim();
-    return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-  };
-  const mix = (a, b, share) => a.map((value, i) => value + (b[i] - value) * share);
-  const niceStep = (span, most) => {
-    const raw = Math.max(span / most, 1);
-    const power = 10 ** Math.floor(Math.log10(raw));
-    return power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
-  };
+  const { number, percent, inflate, colour, mix, packed, niceStep } = page;
 
   class SiteMap {
     constructor(box, site) {
@@ -117,7 +57,6 @@
       for (const [level, name] of [["dormant", "--warn"], ["cut_off", "--cut"], ["dead", "--dead"], ["unseen", "--unknown"]]) {
         palette[LEVEL[level]] = colour(name);
       }
-      const packed = ([r, g, b]) => (255 << 24 | Math.round(b) << 16 | Math.round(g) << 8 | Math.round(r)) >>> 0;
       const [black, yellow, bare] = [packed([0, 0, 0]), packed([240, 228, 66]), packed(surface)];
       const across = this.edges.map((_, column) => Math.round(this.x(column) * width));
       const thick = Math.floor(height / this.rows) >= 6; // room for a hair line between rows
@@ -259,35 +198,6 @@
     }
   }
 
-  // --- start -------------------------------------------------------------------------------------------------------
   const byId = new Map(SITES.map((site) => [String(site.id), site]));
-  const maps = [...document.querySelectorAll(".map")].map((box) => new SiteMap(box, byId.get(box.dataset.site)));
-  const seen = new IntersectionObserver((entries) => {
-    for (const entry of entries) if (entry.isIntersecting) maps.find((map) => map.box === entry.target).load();
-  }, { rootMargin: "800px" });
-  const resized = new ResizeObserver((entries) => {
-    for (const entry of entries) maps.find((map) => map.box === entry.target).draw();
-  });
-  maps.forEach((map) => { seen.observe(map.box); resized.observe(map.box); });
-  addEventListener("beforeprint", () => maps.forEach((map) => map.load()));
-
-  if (remembered()) root.dataset.theme = remembered();
-  themeButton.hidden = false;
-  themeButton.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    remembered(root.dataset.theme);
-    showTheme();
-  });
-  dark.addEventListener("change", showTheme);
-  showTheme();
-
-  const table = document.getElementById("table");
-  table?.querySelectorAll("thead th").forEach((heading, column) => {
-    heading.querySelector("button")?.addEventListener("click", () => sortBy(table, column, heading));
-  });
-  const only = document.getElementById("only");
-  if (only && document.querySelector("tr.calm") && table.tBodies[0].rows.length > 8) {
-    only.parentElement.hidden = false;
-    only.addEventListener("change", () => document.body.classList.toggle("only-ill", only.checked));
-  }
+  page.show(...[...document.querySelectorAll(".map")].map((box) => new SiteMap(box, byId.get(box.dataset.site))));
 })();

@@ -1,4 +1,4 @@
-"""The diagnosis: a short text in markdown that says which sites have dead neurons, since when, and how sure that is."""
+"""The diagnosis: a short text in markdown: which sites have dead neurons, since when, how sure that is, and why."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from neuronscope.diagnosis import diagnose, facts_of
 from neuronscope.report import Report, SiteReport
 from neuronscope.verdicts import rate_bound
 
@@ -63,10 +64,17 @@ def diagnosis(report: Report) -> str:
         lines += _table(report, ill)
     elif observed:
         lines += ["No site has dead, dormant, cut-off or non-finite neurons.", ""]
+    lines += _causes(report)
     if report.not_measured:
         lines += ["**Not measured** (this is not zero):", ""]
         lines += [f"- {escape(item.name)}: {escape(item.reason)}" for item in report.not_measured]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _causes(report: Report) -> list[str]:
+    found = diagnose(facts_of(report))
+    said = [f"- **{escape(one.sign)}**: {escape(f'{one.evidence} {one.cause} {one.remedy}')}" for one in found]
+    return ["**Why, and what to do**", "", *said, ""] if said else []
 
 
 def _window(report: Report) -> str:

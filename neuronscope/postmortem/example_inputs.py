@@ -1,0 +1,103 @@
+"""Example inputs: what to run a network on once, where the user gives nothing.
+
+In order: what the user gives; ``example_input_array`` of a LightningModule; ``dummy_inputs`` of transformers; the first
+batch of the data; a shape guessed from the first weighted layer. A guess that fails is said, and the next one tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Example", "examples_for"]
+
+# Sides to try, by the number of spatial dimensions: the first is large enough for a stem that halves it five times.
+_SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
+
+
+class Example(NamedTuple):
+    """Arguments to call a network with.
+
+    Attributes:
+        args: By position.
+        kwargs: By name.
+        origin: Where they are from, for a reader.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    origin: str
+
+    @property
+    def shapes(self) -> str:
+        """The tensors' shapes, for a reader.
+
+        >>> Example((torch.zeros(1, 3),), {}, "given").shapes
+        '1 × 3'
+        """
+        tensors = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+        return ", ".join(" × ".join(map(str, tensor.shape)) or "()" for tensor in tensors)
+
+
+def examples_for(model: nn.Module, given: Any = None, batch: Any = None) -> Iterator[Example]:
+    """Examples to try on a network, best first.
+
+    Args:
+        model: The network.
+        given: What the user gave as an example: a tensor, a tuple of arguments, or a mapping of named ones.
+        batch: A batch of the user's data, if there is any.
+
+    >>> [example.shapes for example in examples_for(nn.Sequential(nn.Linear(5, 2), nn.ReLU()))]
+    ['1 × 5', '1 × 8 × 5']
+    """
+    if given is not None:
+        yield _example(given, "the example that was given")
+        return
+    own = getattr(model, "example_input_array", None)
+    if own is not None:
+        yield _example(own, "the model's example_input_array")
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "") == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        picture = torch.zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        yield _example({"pixel_values": picture}, "a picture of the size that the model's config names")
+    dummies = getattr(model, "dummy_inputs", None) if config is not None else None
+    if isinstance(dummies, Mapping):
+        yield _example(dummies, "the model's dummy_inputs")
+    if batch is not None:
+        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        yield _example(first, "the first batch of the data")
+    yield from _guesses(model)
+
+
+def _example(given: Any, origin: str) -> Example:
+    if isinstance(given, Mapping):
+        return Example((), dict(given), origin)
+    return Example(tuple(given) if isinstance(given, (tuple, list)) else (given,), {}, origin)
+
+
+def _guesses(model: nn.Module) -> Iterator[Example]:
+    """Inputs that the first weighted layer would take, in its own type."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            continue
+        origin = f"an input guessed from the first layer, {type(module).__name__}"
+        shapes: list[tuple[int, ...]] = []
+        if isinstance(module, nn.Embedding):
+            yield Example((torch.arange(8).remainder(module.num_embeddings).view(1, 8),), {}, origin)
+            return
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            spatial = len(module.kernel_size)
+            shapes = [(1, module.in_channels, *([side] * spatial)) for side in _SIDES[spatial]]
+        elif isinstance(module, nn.Linear):
+            shapes = [(1, module.in_features), (1, 8, module.in_features)]
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            shapes = [(1, module.num_features), *((1, module.num_features, *([32] * n)) for n in (2, 1, 3))]
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            shapes = [(1, *module.normalized_shape), (1, 8, *module.normalized_shape)]
+        for shape in shapes:
+            yield Example((torch.zeros(shape, dtype=weight.dtype),), {}, origin)
+        return

@@ -1,0 +1,254 @@
+"""Files: a run of bytes in a regular file, its size known and every read of it held to that size.
+
+Read with ordinary reads and not through a map of memory: pages of a mapped file count as this process's memory, and a
+file that is cut short while it is mapped ends the process.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+from neuronscope.errors import CheckpointError
+
+__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "parse_json", "read_json", "shown"]
+
+#: No tensor of torch has more.
+MOST_DIMENSIONS = 64
+
+_LONGEST_SHOWN = 80
+_LONGEST_PATH = 400
+_LONGEST_READ = 1 << 27
+_LONGEST_JSON = 1 << 25  # a byte of it can take twenty in memory; the index of 100,000 tensors has a third of this
+
+
+def shown(thing: object) -> str:
+    r"""What comes from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
+
+    >>> print(shown("layer\x1b[2J\n1"), shown((2, 3)), shown([[]]))
+    'layer\x1b[2J\n1' (2, 3) a list
+    >>> shown("w" * 1000) == repr("w" * 79 + "…")
+    True
+    """
+    if isinstance(thing, tuple) and len(thing) <= MOST_DIMENSIONS and all(type(n) is int and n < 2**64 for n in thing):
+        return str(thing)
+    if not isinstance(thing, str | PurePath | Exception):
+        return f"a {type(thing).__name__}"  # its text could be of any length
+    text, most = str(thing), _LONGEST_PATH if isinstance(thing, PurePath) else _LONGEST_SHOWN
+    return repr(text if len(text) <= most else text[: most - 1] + "…")
+
+
+@dataclass(frozen=True)
+class ByteRange:
+    """``size`` bytes of a regular file from ``start`` on.
+
+    Nothing is held open. Links are followed; what is no regular file (a folder, a pipe, a device) is refused without
+    waiting for it.
+    """
+
+    path: Path
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> ByteRange:
+        """The whole of a file.
+
+        Raises:
+            CheckpointError: It is not there, may not be read, is no regular file, or is empty.
+
+        >>> ByteRange.of(Path("no/such/file"))
+        Traceback (most recent call last):
+            ...
+        neuronscope.errors.CheckpointError: Cannot read 'no/such/file': No such file or directory.
+        """
+        with _opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise CheckpointError(f"Cannot read {shown(path)}: the file is empty.")
+        return cls(path, 0, size)
+
+    def part(self, offset: int, length: int) -> ByteRange:
+        """Some of these bytes.
+
+        Raises:
+            CheckpointError: They are not all within these.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(
+                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, and "
+                f"there are only {self.size}."
+            )
+        return ByteRange(self.path, self.start + offset, length)
+
+    def read(self) -> bytes:
+        """All of these bytes.
+
+        Raises:
+            CheckpointError: The file has become shorter, or may no longer be read.
+        """
+        data = bytearray(self.size)
+        self.read_into(memoryview(data))
+        return bytes(data)
+
+    def read_into(self, room: memoryview) -> None:
+        """Read as many of these bytes as there is room for.
+
+        Raises:
+            CheckpointError: The file has become shorter, or may no longer be read.
+        """
+        with _opened(self.path) as file:
+            fill(file, self.start, room, self.path)
+
+    def open(self) -> BinaryIO:
+        """These bytes as a file of their own, which gives no more than a bounded number of them at once.
+
+        What is read with it are lengths and indices that the file itself declares, and not tensors.
+        """
+        return _Bounded(_Window(self), buffer_size=1 << 16)
+
+
+def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
+    """Fill the room with what lies in an open file from a position on."""
+    try:
+        file.seek(position)
+        while room:
+            came = file.readinto(room)
+            if not came:
+                raise CheckpointError(f"{shown(path)} has become shorter while it was read.")
+            room = room[came:]
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        CheckpointError: It cannot be read, is too long to be believed, or is not JSON.
+    """
+    return parse_json(ByteRange.of(path))
+
+
+def parse_json(part: ByteRange) -> Any:
+    """What a JSON text says. A key that comes twice is an error: readers would differ in which they take.
+
+    Raises:
+        CheckpointError: It is not JSON, nested too deeply, or too long to be believed.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            again, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{shown(again)} comes twice")
+        return made
+
+    path = part.path
+    if part.size > _LONGEST_JSON:
+        raise CheckpointError(f"{shown(path)} has {part.size} bytes of JSON, and at most {_LONGEST_JSON} are believed.")
+    text = part.read()
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError:
+        raise CheckpointError(
+            f"{shown(path)} is not the JSON that was expected of it: it is nested too deeply."
+        ) from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise CheckpointError(f"{shown(path)} is not the JSON that was expected of it: {error}.") from error
+
+
+def beside(folder: Path, name: object) -> Path:
+    """A file that a checkpoint names, which must lie in the same folder.
+
+    Raises:
+        CheckpointError: The name is no plain file name.
+
+    >>> beside(Path("run"), "../secret")
+    Traceback (most recent call last):
+        ...
+    neuronscope.errors.CheckpointError: Expected the name of a file in 'run', but got '../secret'.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
+    if not plain:
+        raise CheckpointError(f"Expected the name of a file in {shown(folder)}, but got {shown(name)}.")
+    return folder / str(name)
+
+
+def counted(files: int) -> str:
+    """So many files.
+
+    >>> counted(1), counted(2)
+    ('1 file', '2 files')
+    """
+    return f"{files} file" if files == 1 else f"{files} files"
+
+
+def _opened(path: Path) -> io.FileIO:
+    """A regular file, open for reading without a buffer. A device is not touched and a pipe is not waited for."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+        file = io.FileIO(os.open(path, flags), "rb") if regular else None
+    except (OSError, ValueError) as error:  # ValueError: a path that holds a null character
+        raise CheckpointError(f"Cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+    if file is None:
+        raise CheckpointError(f"Cannot read {shown(path)}: a file was expected, not a folder, a pipe or a device.")
+    return file
+
+
+class _Bounded(io.BufferedReader):
+    """A file that gives no more than so much at once, whatever is asked for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(_LONGEST_READ + 1 if size is None or size < 0 else min(size, _LONGEST_READ + 1))
+        return _believed(data)
+
+    def readline(self, _: int | None = -1, /) -> bytes:
+        return _believed(super().readline(_LONGEST_READ + 1))
+
+
+def _believed(data: bytes) -> bytes:
+    if len(data) > _LONGEST_READ:
+        raise ValueError(f"more than {_LONGEST_READ} bytes are to be read at once")
+    return data
+
+
+class _Window(io.RawIOBase):
+    """A range of bytes as a file that begins at 0 and ends where the range does."""
+
+    def __init__(self, part: ByteRange) -> None:
+        self._part = part
+        self._file = _opened(part.path)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"position {base + offset} lies before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, room: Any) -> int:
+        left = max(0, min(len(room), self._part.size - self._at))
+        if left:
+            fill(self._file, self._part.start + self._at, memoryview(room)[:left], self._part.path)
+        self._at += left
+        return left
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()

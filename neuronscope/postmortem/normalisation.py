@@ -1,0 +1,99 @@
+"""Normalisation: what β and γ alone say of the neurons behind a batch norm or a layer norm. Formulas only.
+
+**Batch norm.** A channel's values in a training batch are normalised by their own mean and variance, so that ``Σz =
+0`` and ``Σz² ≤ n`` over its ``n`` values (ε makes it only smaller). With ``c = −β/|γ| > 0`` the neuron fires where
+``z > c`` (or ``z < −c``). By Cantelli's inequality at most ``1/(1 + c²)`` of them do, and none of ``n`` values is
+larger than ``√(n − 1)``, so that none fires where ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normal values the
+share is ``Φ(−c)``.
+
+**Layer norm.** A row is normalised by its own mean and variance: the same two facts, over its ``d`` elements. What a
+linear row ``w, b`` makes of it is ``b + w·β + (w⊙γ)·z``, and since ``z`` is orthogonal to 1, by Cauchy–Schwarz at
+most ``b + w·β + √d‖P(w⊙γ)‖``, ``P`` removing the mean. It is attained by ``z ∝ P(w⊙γ)``; RMS norm is the same without
+``P``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["firing_share_bound", "layer_norm_extremes", "normal_firing_share", "threshold", "training_maximum"]
+
+
+def threshold(scale: Tensor, shift: Tensor) -> Tensor:
+    """How many standard deviations above its mean a channel's value must lie for its neuron to fire.
+
+    Args:
+        scale: γ, ``(C,)``.
+        shift: β, ``(C,)``.
+
+    Returns:
+        ``c = −β/|γ|``, float64 ``(C,)``: ∞ where γ = 0 and β ≤ 0, −∞ where γ = 0 and β > 0.
+
+    >>> threshold(torch.tensor([2.0, 0.0]), torch.tensor([-6.0, -1.0]))
+    tensor([3., inf], dtype=torch.float64)
+    """
+    scale, shift = scale.double().abs(), shift.double()
+    constant = torch.where(shift > 0, -torch.inf, torch.inf)
+    return torch.where(scale > 0, -shift / scale.clamp_min(torch.finfo(torch.float64).tiny), constant)
+
+
+def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
+    """Largest share of any training batch's values in which each neuron fires, whatever their distribution.
+
+    Args:
+        scale: γ, ``(C,)``.
+        shift: β, ``(C,)``.
+
+    Returns:
+        ``1/(1 + c²)`` where ``c > 0``, else 1; float64 ``(C,)`` (Cantelli's inequality).
+
+    >>> firing_share_bound(torch.tensor([1.0]), torch.tensor([-3.0]))
+    tensor([0.1000], dtype=torch.float64)
+    """
+    c = threshold(scale, shift)
+    bound: Tensor = torch.where(c > 0, 1 / (1 + c * c), 1.0)
+    return bound
+
+
+def normal_firing_share(scale: Tensor, shift: Tensor) -> Tensor:
+    """Share of values in which each neuron fires, were they normal: Φ(β/|γ|), float64 ``(C,)``."""
+    share: Tensor = torch.special.ndtr(-threshold(scale, shift))
+    return share
+
+
+def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
+    """Largest value of each channel in any training batch of ``values`` values a channel: β + |γ|√(n − 1), float64.
+
+    >>> training_maximum(torch.tensor([1.0]), torch.tensor([-9.0]), 65)
+    tensor([-1.], dtype=torch.float64)
+    """
+    return shift.double() + scale.double().abs() * math.sqrt(values - 1)
+
+
+def layer_norm_extremes(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre and reach of each row of a linear layer over all that a layer norm (or RMS norm) can give it.
+
+    Args:
+        weight: ``(N, d)``.
+        bias: ``(N,)``.
+        scale: γ, ``(d,)``.
+        shift: β, ``(d,)``.
+        centred: ``True`` for layer norm, ``False`` for RMS norm.
+
+    Returns:
+        ``b + w·β``, ``√d‖P(w⊙γ)‖`` and ``√d‖w⊙γ‖`` (the size that rounding goes by), float64 ``(N,)``. The extremes
+        are the first plus and minus the second: attained as the input's scale grows, where ε no longer counts.
+    """
+    weight = weight.double()
+    scaled = weight * scale.double()
+    centre = weight @ shift.double() + (0 if bias is None else bias.double())
+    root = weight.shape[1] ** 0.5
+    size = root * torch.linalg.vector_norm(scaled, dim=1)
+    if centred:
+        scaled = scaled - scaled.mean(1, keepdim=True)
+    return centre, root * torch.linalg.vector_norm(scaled, dim=1), size

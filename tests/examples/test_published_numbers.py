@@ -1,0 +1,47 @@
+"""The published numbers come out again, each within what chance allows."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATH = Path(__file__).resolve().parents[2] / "examples" / "published_numbers.py"
+
+
+Row = tuple[str, float, float]
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    spec = importlib.util.spec_from_file_location("published_numbers", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def rows(module: Any) -> list[Row]:
+    return list(module.rows())
+
+
+def test_every_number_lies_within_five_standard_errors(module: Any, rows: list[Row]) -> None:
+    assert len(rows) == 19
+    for what, published, measured in rows:
+        error = math.sqrt(published * (1 - published) / module.NETS)
+        # Numbers that were simulated for the papers, in some 10,000 nets too, carry as much chance as ours.
+        assert abs(measured - published) <= 5 * math.sqrt(2) * error, what
+
+
+def test_the_networks_are_enough_to_tell_the_numbers_apart(rows: list[Row]) -> None:
+    nine = [row for row in rows if row[0].startswith("Lu 2019: 9 layers")]
+    assert len(nine) == 10
+    for _, published, measured in nine:
+        for _, other, _ in nine:
+            if abs(published - other) > 0.06:
+                assert abs(measured - other) > abs(measured - published)

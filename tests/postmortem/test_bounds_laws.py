@@ -1,0 +1,161 @@
+"""Laws: no input leaves its bounds, makes a neuron fire that is proved dead, or depends on one that nobody reads."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import event, given, settings
+from torch import nn
+
+import neuronscope as ns
+from neuronscope.postmortem.bounds import bounds_of, site_bounds
+from neuronscope.postmortem.examination import examine_model
+from neuronscope.postmortem.tracing import trace
+from tests.postmortem.random_networks import (
+    ACTIVATIONS,
+    PICTURE_OPS,
+    VECTOR_OPS,
+    WIDTH,
+    Network,
+    adversarial_inputs,
+    networks,
+    site_modules,
+    watched,
+)
+
+BOXES = st.sampled_from([None, (0.0, 1.0), (-1.0, 1.0), (-0.1, 3.0), (0.5, 0.5), (-100.0, 0.0)])
+
+
+def check(network: Network, box: tuple[float, float] | None) -> int:
+    """How many neurons were proved dead; fails where one of them fires or leaves its bounds."""
+    graph = trace(network, (network.example(),))
+    assert not graph.branches
+    assert not graph.hidden
+    bounds = site_bounds(graph, bounds_of(graph, box))
+    for x in adversarial_inputs(network, box):
+        with torch.no_grad(), watched(network) as seen:
+            network(x)
+        for name, found in bounds.items():
+            if name.endswith(("()", ".gated")):
+                continue  # in the middle of an operation: what comes of it is looked at further on
+            before, after = (t.double().transpose(0, 1).flatten(1) for t in (seen[name].before, seen[name].after))
+            if not bool(before.isfinite().all()):
+                continue
+            dead = torch.from_numpy(found.dead)
+            assert bool((after[dead] == 0).all()), (name, box)
+            if len(before) == len(found.highest):  # else GLU's two halves
+                assert bool((before.amax(1) <= torch.from_numpy(found.highest)).all()), (name, box)
+                assert bool((before.amin(1) >= torch.from_numpy(found.lowest)).all()), (name, box)
+    return sum(int(found.dead.sum()) for found in bounds.values())
+
+
+@settings(max_examples=60)
+@given(networks(), BOXES)
+def test_no_input_leaves_its_bounds(network: Network, box: tuple[float, float] | None) -> None:
+    event(f"proved dead: {min(check(network, box), 3)}")
+
+
+@pytest.mark.parametrize("operation", [*dict.fromkeys(VECTOR_OPS)])
+def test_every_operation_on_vectors(operation: str) -> None:
+    dead = 0
+    for seed, box in enumerate((None, (0.0, 1.0), (-1.0, 1.0))):
+        program = (("linear", "sigmoid"), (operation, "relu"), ("linear", "relu"))
+        dead += check(Network(program, False, seed), box)
+    assert dead > 0  # a sigmoid bounds what comes after it, whatever the input: knowing nothing would prove nothing
+
+
+@pytest.mark.parametrize("operation", [*dict.fromkeys(PICTURE_OPS)])
+def test_every_operation_on_pictures(operation: str) -> None:
+    dead = 0
+    for seed, box in enumerate((None, (0.0, 1.0), (-1.0, 1.0))):
+        program = (("conv", "sigmoid"), (operation, "relu"), ("conv", "relu"))
+        dead += check(Network(program, True, seed), box)
+    assert dead > 0
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_every_activation(activation: str) -> None:
+    dead = 0
+    for seed in range(4):
+        program = (("linear", activation), ("linear", "relu"), ("linear", "relu"))
+        dead += check(Network(program, False, seed), (-0.5, 0.5))
+    assert dead > 0
+
+
+@settings(max_examples=40)
+@given(networks(), BOXES, st.integers(0, 1000))
+def test_what_is_unread_changes_nothing(network: Network, box: tuple[float, float] | None, seed: int) -> None:
+    """Whatever an unread neuron gives of what it can give, the network's output is the same, as near as sums can be."""
+    evidence = [
+        one for one in examine_model(network, example=network.example(), box=box).evidence if one.claim == "unread"
+    ]
+    unread = {one.layer: torch.from_numpy(one.neurons) for one in evidence}
+    graph = trace(network, (network.example(),))
+    found = bounds_of(graph, box)
+    ends = {site.name: [end.clamp(-10, 10).float() for end in found[site.after].along(1)] for site in graph.sites}
+    event(f"unread: {min(sum(map(len, unread.values())), 3)}")
+    torch.manual_seed(seed)
+    inputs = next(adversarial_inputs(network, box or (-1.0, 1.0)))
+    with torch.no_grad():
+        expected = network(inputs)
+    calls: dict[str, int] = {}
+
+    def disturb(path: str) -> object:
+        def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            calls[path] = calls.get(path, -1) + 1
+            name = f"{path}#{calls[path]}" if calls[path] else path
+            neurons = unread.get(name, torch.zeros(0, dtype=torch.long))
+            low, high = (end[neurons].view(1, -1, *(1 for _ in output.shape[2:])) for end in ends[name])
+            changed = output.clone()
+            changed[:, neurons] = low + (high - low) * torch.rand_like(changed[:, neurons])
+            return changed
+
+        return hook
+
+    handles = [module.register_forward_hook(disturb(path)) for path, module in site_modules(network)]
+    with torch.no_grad():
+        disturbed = network(inputs)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(disturbed, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@settings(max_examples=30)
+@given(networks())
+def test_sites_bear_the_names_of_the_watch(network: Network) -> None:
+    with torch.no_grad(), ns.watch(network) as scope:
+        network(network.example())
+    graph = trace(network, (network.example(),))
+    census = scope.census("train")
+    assert sorted(site.name for site in graph.sites) == sorted(census)
+    assert all(census[site.name].neurons == site.neurons for site in graph.sites)
+    assert all(census[site.name].axis == site.info.axis for site in graph.sites)
+
+
+LARGE = {
+    "vectors": ((("layer norm", "relu"), ("residual", "relu"), ("rms norm", "relu"), ("batch norm", "relu")), False),
+    "pictures": ((("batch norm", "relu"), ("padded", "relu"), ("max pool", "relu"), ("group norm", "relu")), True),
+}
+
+
+@pytest.mark.parametrize("which", LARGE)
+def test_a_hundred_thousand_inputs(which: str) -> None:
+    program, picture = LARGE[which]
+    network = Network(program, picture, seed=3)
+    box = (-1.0, 1.0)
+    graph = trace(network, (network.example(),))
+    bounds = site_bounds(graph, bounds_of(graph, box))
+    assert sum(found.dead.sum() for found in bounds.values()) >= 4
+    shape = (5000, *network.example().shape[1:])
+    for number in range(20):  # 20 × 5000, every other time corners of the box
+        x = torch.empty(shape).uniform_(-1, 1)
+        x = x.sign() if number % 2 else x
+        with torch.no_grad(), watched(network) as seen:
+            network(x)
+        for name, found in bounds.items():
+            before = seen[name].before.double().transpose(0, 1).flatten(1)
+            assert bool((before.amax(1) <= torch.from_numpy(found.highest)).all())
+            assert bool((before.amin(1) >= torch.from_numpy(found.lowest)).all())
+            assert not bool(seen[name].after[:, torch.from_numpy(found.dead)].any())
+    assert network.example().shape[1] == WIDTH

@@ -1,0 +1,185 @@
+"""Diagnosis: each sign is found where its evidence is, says what that is, and is silent where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neuronscope.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.postmortem.facts import facts_of as facts_of_postmortem
+from neuronscope.signs import UNDATED, LayerFacts, RunFacts, groups
+from tests.writers import sample_reports
+
+from . import samples
+
+
+def layer(name: str = "a", width: int = 64, since: Any = (), **facts: Any) -> LayerFacts:
+    """A layer whose first neurons are dead since the given steps."""
+    steps = np.full(width, UNDATED, dtype=np.int64)
+    steps[: len(since)] = since
+    dead = np.arange(width) < len(since)
+    return LayerFacts(name=name, dead=dead, since=steps, **facts)
+
+
+def found(*layers: LayerFacts, **facts: Any) -> list[str]:
+    return [one.sign for one in diagnose(RunFacts(layers, **{"step": 10_000, **facts}))]
+
+
+#: Half of 32 neurons at a step each, from 0 to the end.
+EVENLY = np.linspace(600, 9_900, 32).astype(int).tolist()
+HEALTHY = layer(since=())
+
+CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
+    ("nothing", (HEALTHY,), {}, []),
+    ("no layers", (), {}, []),
+    ("no steps known", (layer(since=[UNDATED] * 9),), {"step": None}, []),
+    ("a spike", (layer(since=[5000 + i for i in range(8)]),), {}, ["deaths close together in time"]),
+    ("four are no group", (layer(since=[5000] * 4),), {}, []),
+    ("a spike at the start", (layer(since=[3, 4, 4, 5, 9, 20]),), {}, ["deaths in the first steps"]),
+    ("an even spread", (layer(since=EVENLY),), {}, ["deaths spread over the run"]),
+    ("an even spread of few", (layer(since=EVENLY[::2]),), {}, []),
+    # Of 100 steps a span of 25 is a quarter: 8 evenly spread deaths are no group, whatever their number.
+    ("a short run", (layer(since=list(range(5, 100, 12))),), {"step": 100}, []),
+    ("born dead", (layer(since=[-1]),), {}, ["dead since the beginning"]),
+    (
+        "born dead, 5 layers of 16",
+        tuple(layer(str(i), 16, [-1]) for i in range(5)),
+        {},
+        ["dead since the beginning, deep and narrow"],
+    ),
+    # 5 layers of 64: 64 > 8 × 5
+    ("born dead, 5 layers of 64", tuple(layer(str(i), 64, [-1]) for i in range(5)), {}, ["dead since the beginning"]),
+    ("a bound", (layer(drifted=2),), {}, ["held below zero"]),
+    ("NaN", (layer(not_finite=1),), {}, ["NaN or infinite numbers"]),
+    ("unread", (layer(unread=3),), {}, ["outputs that nothing reads"]),
+    ("collapse", (layer(width=10, since=[UNDATED] * 9),), {}, ["a layer nearly all dead"]),
+    ("no collapse", (layer(width=10, since=[UNDATED] * 8),), {}, []),
+    # Dead for 9,000 of 10,000 steps: a decay of 1e-4 a step leaves e^−0.9 = 41 %, one of 5e-5 64 %.
+    ("shrunk", (layer(since=[1000], dead_norm=0.4),), {"decay": 1e-4}, ["dead weights shrink"]),
+    ("smaller than decay makes them", (layer(since=[1000], dead_norm=0.4),), {"decay": 5e-5}, []),
+    ("shrunk without decay", (layer(since=[1000], dead_norm=0.4),), {}, []),
+    ("shrunk, since when is not known", (layer(since=[UNDATED], dead_norm=0.4),), {"decay": 1e-4}, []),
+    ("hardly shrunk", (layer(since=[1000], dead_norm=0.6),), {"decay": 1e-4}, []),
+    ("off centre", (layer(since=[UNDATED]), HEALTHY), {"input_offset": 2.5}, ["an input that is off centre"]),
+    ("off centre, no deaths", (HEALTHY, layer(since=[UNDATED])), {"input_offset": 2.5}, []),
+    ("centred", (layer(since=[UNDATED]), HEALTHY), {"input_offset": 0.3}, []),
+    ("deaths, and no reason known", (layer(since=[UNDATED] * 20),), {}, []),
+]
+
+
+@pytest.mark.parametrize(("layers", "facts", "signs"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_signs_are_found_where_their_evidence_is(
+    layers: tuple[LayerFacts, ...], facts: dict[str, Any], signs: list[str]
+) -> None:
+    assert found(*layers, **facts) == signs
+
+
+def test_every_sign_is_found_in_some_case() -> None:
+    assert {sign for case in CASES for sign in case[3]} == {sign.name for sign in SIGNS}
+
+
+def test_the_evidence_is_numbers_layers_and_steps() -> None:
+    two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
+    (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
+    assert one.evidence == (
+        "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: a (6 of 64), b (2 of 32). Steps are by the "
+        "optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
+        "checkpoint was saved: 0.1, 0.003."
+    )
+    assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
+
+
+def test_many_layers_are_named_in_part_and_counted_whole() -> None:
+    (one,) = diagnose(RunFacts(tuple(layer(str(i), 64, [-1] * (i + 1)) for i in range(7)), step=9))
+    assert "6 (7 of 64), 5 (6 of 64), 4 (5 of 64), 3 (4 of 64) and 3 more layers" in one.evidence
+    assert one.layers == tuple("6543210")
+    assert one.neurons == 28  # 1 + 2 + … + 7
+
+
+def test_the_gravest_is_said_first() -> None:
+    assert found(layer(since=[-1], drifted=3), layer("b", since=[5000] * 9)) == [
+        "deaths close together in time",
+        "held below zero",
+        "dead since the beginning",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "length", "spans"),
+    [
+        ([], 1000, []),
+        ([7] * 5, 1000, [(7, 7)]),
+        ([7] * 4, 1000, []),
+        # 25 steps is the span: the last of these is one too far.
+        ([100, 101, 102, 103, 125], 1000, [(100, 125)]),
+        ([100, 101, 102, 103, 126], 1000, []),
+        # Of 10,000 steps, 1 % is more.
+        ([100, 150, 160, 199, 200], 10_000, [(100, 200)]),
+        ([100] * 6 + [900] * 9, 1000, [(900, 900), (100, 100)]),
+        # Looked at every 250 steps: a quarter of all at each of four steps is an even spread, and no group.
+        ([250] * 9 + [500] * 9 + [750] * 9 + [1000] * 9, 1000, []),
+        ([250] * 2 + [500] * 60 + [750] * 2 + list(range(1000, 10_000, 250)), 10_000, [(250, 500)]),
+        # At least a fifth of all: 5 of 30.
+        ([100] * 5 + list(range(200, 1000, 32)), 1000, []),
+    ],
+)
+def test_groups_by_the_rule_that_is_stated(steps: list[int], length: int, spans: list[tuple[int, int]]) -> None:
+    assert groups(np.array(steps, dtype=np.int64), length) == spans
+
+
+@given(st.lists(st.integers(0, 2000), max_size=60), st.integers(2000, 5000))
+def test_groups_are_short_apart_and_large(steps: list[int], length: int) -> None:
+    rising = np.sort(np.array(steps, dtype=np.int64))
+    spans = groups(rising, length)
+    for first, last in spans:
+        assert last - first <= max(25, length // 100)
+        assert ((rising >= first) & (rising <= last)).sum() >= max(5, len(steps) / 5)
+    for (_, end), (begin, _) in zip(sorted(spans), sorted(spans)[1:]):
+        assert end < begin
+
+
+@given(st.integers(1, 400), st.integers(0, 10**6))
+def test_an_even_spread_is_never_called_a_group(number: int, length: int) -> None:
+    steps = np.linspace(0, length, number).astype(np.int64)
+    assert groups(steps, length) == []
+
+
+def test_a_watched_run_is_diagnosed_too() -> None:
+    # In the sample, 24 of 128 neurons of features.4 died, strewn over 2,000 steps, and 14 are dead from the start.
+    report = sample_reports.mixed()
+    signs = {one.sign: one for one in diagnose(facts_of(report))}
+    assert signs["dead since the beginning"].neurons == report.born_dead == 14
+    assert signs["deaths spread over the run"].neurons == report.dead - report.born_dead == 26
+    assert diagnose(facts_of(sample_reports.healthy())) == ()
+    broken = diagnose(facts_of(sample_reports.broken()))
+    assert [(one.sign, one.neurons) for one in broken] == [("NaN or infinite numbers", 24)]
+
+
+def test_a_post_mortem_gives_its_facts() -> None:
+    report = samples.with_model()
+    facts = facts_of_postmortem(report.layers, step=5000, learning_rates=(0.1,), dead_norms={"net.4": 0.2})
+    by_name = {one.name: one for one in facts.layers}
+    assert by_name["net.4"].drifted == 6  # the bounds that lie below zero
+    assert by_name["net.4"].dead_norm == 0.2
+    assert by_name["net.0"].dead_norm is None
+    assert facts.clocked
+    assert facts.born() == 2
+    assert facts.dated().size == 18 + 9 + 14
+    assert facts.length() == 5000
+
+
+def test_what_is_only_suspected_is_no_evidence() -> None:
+    said = samples.report([samples.evidence("a", 16, "dead", "suspected", list(range(16)), since=300)])
+    assert said.diagnoses == ()
+
+
+def test_plain_data() -> None:
+    (one,) = samples.healthy().diagnoses or diagnose(RunFacts((layer(since=[500] * 6),), step=1000))
+    plain = one.as_dict()
+    assert plain["steps"] == [500, 500]
+    assert plain["layers"] == ["a"]
+    assert set(plain) == {"sign", "cause", "remedy", "source", "evidence", "neurons", "layers", "steps"}

@@ -1,0 +1,184 @@
+"""Whose optimizer state is whose: never a wrong tie, all that the file allows, and the reason where it does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from neuronscope.postmortem.ownership import find_owners
+from scripts.dying_networks import Held, as_checkpoint
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def train(model: nn.Module, optimizers) -> None:
+    """Two steps in which every parameter that wants a gradient gets one of its own."""
+    for number in range(2):
+        for place, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, place + 1.0 + number) if parameter.requires_grad else None
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def check(model: nn.Module, optimizers, names=None, expected: int | None = None) -> list[str]:
+    """Every tie is right by the numbers themselves; gives the reasons of the abstentions."""
+    checkpoint = as_checkpoint(model, *optimizers)
+    owners = find_owners(checkpoint.tensors, checkpoint.optimizers, names)
+    parameters = dict(model.named_parameters())
+    for name, entry in owners.entries.items():
+        kept = optimizers[entry.optimizer].state.get(parameters[name], {})
+        assert set(entry.slots) == set(kept), name
+        for slot, value in kept.items():
+            stored = entry.slots[slot]
+            stored = stored.read() if hasattr(stored, "read") else torch.tensor(stored)
+            assert torch.equal(stored, value.detach().float()), (name, slot)
+    if expected is not None:
+        assert len(owners.entries) == expected
+    return [abstention.reason for abstention in owners.abstentions]
+
+
+def decay_groups(model: nn.Module) -> list[dict]:
+    flat = [p for p in model.parameters() if p.dim() > 1]
+    return [{"params": flat, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model[0].requires_grad_(False)
+    return model
+
+
+ALL = 8  # three weights and biases, the norm's two
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda m: torch.optim.Adam(m.parameters()), ALL),
+        (lambda m: torch.optim.AdamW(decay_groups(m)), ALL),
+        (lambda m: torch.optim.AdamW(m.named_parameters()), ALL),
+        (lambda m: torch.optim.SGD(m.parameters(), momentum=0.9), ALL),
+        (
+            lambda m: torch.optim.Adam(frozen(m).parameters()),
+            ALL,
+        ),  # frozen, yet in the optimizer: an entry with no slots
+        # The last layer alone: (3, 6) and (3,) are there once.
+        (lambda m: torch.optim.Adam(m[5].parameters()), 2),
+        # Without the first layer: three of size 6 come before (6, 6) in the file, and two in the optimizer.
+        (lambda m: torch.optim.Adam([p for p in frozen(m).parameters() if p.requires_grad]), 4),
+        (lambda m: torch.optim.Adam([{"params": m[5].parameters()}, {"params": m[0].parameters()}]), 3),
+    ],
+    ids=["one group", "decay or not", "named", "sgd", "frozen", "head alone", "first frozen out", "head and first"],
+)
+def test_each_entry_is_tied_to_its_parameter(make, expected):
+    model = mlp()
+    optimizer = make(model)
+    train(model, [optimizer])
+    reasons = check(model, [optimizer], expected=expected)
+    entries = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert bool(reasons) == (expected < entries)  # what is not tied is said
+
+
+def test_frozen_out_is_sure_where_the_model_says_which_are_left():
+    model = frozen(mlp())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    train(model, [optimizer])
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert check(model, [optimizer], names=names, expected=6) == []
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_two_optimizers_of_a_gan(alike):
+    model = nn.ModuleDict(
+        {
+            "generator": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)),
+            "judge": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8 if alike else 1)),
+        }
+    )
+    optimizers = [torch.optim.Adam(part.parameters()) for part in (model["judge"], model["generator"])]
+    train(model, optimizers)
+    # Alike in every shape, they cannot be told apart.
+    reasons = check(model, optimizers, expected=0 if alike else 8)
+    assert len(reasons) == (2 if alike else 0)
+
+
+def test_tied_weights_are_in_the_file_twice_and_in_the_optimizer_once():
+    model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9, bias=False), nn.Linear(9, 2))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, [optimizer])
+    reasons = check(model, [optimizer], expected=2)  # either name would be right: neither is given
+    assert len(reasons) == 1
+    names = [name for name, _ in model.named_parameters()]
+    assert check(model, [optimizer], names=names, expected=3) == []
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_language_model_whose_head_shares_its_embedding(groups):
+    """Grouped as by Hugging Face's Trainer: only matrices decay. The shared weight is in the file twice."""
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=8, vocab_size=12, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters() if groups == 1 else decay_groups(model))
+    train(model, [optimizer])
+    assert check(model, [optimizer], expected=len(list(model.parameters()))) == []
+
+
+@pytest.mark.parametrize("damage", ["shape", "count", "no group", "wild"])
+def test_a_state_of_another_network_is_tied_to_nothing(damage):
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, [optimizer])
+    (state,) = as_checkpoint(model, optimizer).optimizers
+    tensors = {name: Held(tensor) for name, tensor in model.state_dict().items()}
+    groups = [dict(group) for group in state.groups]
+    if damage == "shape":
+        tensors["0.weight"] = Held(torch.zeros(7, 7))
+    if damage == "count":
+        groups[0]["params"] = list(range(40))
+    if damage == "no group":
+        groups = [{}]
+    if damage == "wild":
+        groups[0]["params"] = "0123"
+    owners = find_owners(tensors, [type(state)(tuple(groups), state.slots)])
+    assert owners.entries == {}
+    assert len(owners.abstentions) == (1 if damage in ("shape", "count") else 0)
+
+
+def test_very_many_groups_do_not_hang_it():
+    tensors = {f"{number}.weight": Held(torch.zeros(2)) for number in range(5_000)}
+    groups = tuple({"params": [number]} for number in range(5_000))
+    slots = {number: {"exp_avg": Held(torch.zeros(2))} for number in range(5_000)}
+    owners = find_owners(
+        tensors, [type(as_checkpoint(mlp(), torch.optim.Adam(mlp().parameters())).optimizers[0])(groups, slots)]
+    )
+    assert owners.entries == {}
+    assert "too many" in owners.abstentions[0].reason
+
+
+SHAPES = st.sampled_from([(2, 3), (3, 2), (2,), (3,), (1,)])
+
+
+@given(st.data())
+def test_no_tie_is_ever_wrong(data):
+    shapes = data.draw(st.lists(SHAPES, min_size=1, max_size=9))
+    model = nn.ParameterDict(
+        {f"{chr(97 + i)}_weight": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(shapes)}
+    )
+    # Each parameter is in one of two groups of one of two optimizers, or in none; some never get a gradient.
+    places = data.draw(
+        st.lists(st.sampled_from([None, (0, 0), (0, 1), (1, 0)]), min_size=len(shapes), max_size=len(shapes))
+    )
+    optimizers = []
+    for number, groups in ((0, (0, 1)), (1, (0,))):
+        chosen = [[p for p, place in zip(model.values(), places) if place == (number, group)] for group in groups]
+        if any(chosen):
+            optimizers.append(torch.optim.Adam([{"params": params} for params in chosen if params]))
+    for parameter in model.values():
+        parameter.requires_grad_(data.draw(st.booleans()))
+    train(model, optimizers)
+    check(model, optimizers)

@@ -1,0 +1,219 @@
+"""What an optimizer's state says of a layer: who is silent, who never learnt, and every reason to say nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from neuronscope.postmortem.file_alone import examine
+from scripts.dying_networks import as_checkpoint
+
+STEPS = 400
+#: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on.
+#: Of the silent ones the first has been so for longer than 200 steps, the second for longer than 80, less than 200.
+LAST = (STEPS, 0, 60, 310, STEPS)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def run(model, optimizer, last=LAST, steps=STEPS, head=True):
+    """Random gradients, but none for the rows of the first layer that have gone silent; gives both back."""
+    random = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
+            if name.startswith("0."):
+                parameter.grad[[step > until for until in last]] = 0
+            elif not head:
+                parameter.grad = None
+        optimizer.step()
+    return model, optimizer
+
+
+def of(found, claim, layer="0"):
+    return [piece for piece in found if piece.claim == claim and piece.layer == layer]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p),
+        lambda p: torch.optim.AdamW(p, weight_decay=0.1),
+        lambda p: torch.optim.NAdam(p, weight_decay=0.1, decoupled_weight_decay=True),
+        lambda p: torch.optim.RAdam(p),
+        lambda p: torch.optim.Adam(p, amsgrad=True, maximize=True),
+        lambda p: torch.optim.Adam(p, capturable=False, foreach=True),
+        lambda p: torch.optim.Adam(list(p), fused=True),
+        lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True),
+    ],
+    ids=["Adam", "AdamW", "NAdam", "RAdam", "amsgrad", "foreach", "fused", "SGD"],
+)
+def test_silent_never_trained_and_alive(make):
+    model = network()
+    found, said = examine(as_checkpoint(*run(model, make(model.parameters())), step=STEPS))
+    assert said == []
+    (never,), (silent, lately), (alive,) = (of(found, claim) for claim in ("never trained", "no gradient", "alive"))
+    assert never.neurons.tolist() == [1]
+    assert never.since.tolist() == [-1]
+    assert (silent.neurons.tolist(), silent.basis) == ([2], "inferred")
+    assert (lately.neurons.tolist(), lately.basis) == ([3], "suspected")
+    assert alive.neurons.tolist() == [0, 4]
+    for piece, last in ((silent, 60), (lately, 310)):
+        number, truth = piece.numbers[0], STEPS - last
+        if silent.source == "adam state":
+            # A bound. Random signs leave the largest r of four at .05 to 2: ln(7.27 / .05) / .105 = 47 steps more.
+            assert truth <= number <= truth + 48
+        else:
+            assert abs(number - truth) <= 20
+        assert piece.since.tolist() == [STEPS - int(number)]
+    assert {piece.basis for piece in found if piece is not lately} == {"inferred"}
+    assert of(found, "alive", "2")[0].neurons.tolist() == [0, 1]
+
+
+def group_of(checkpoint, **changes):
+    """The same checkpoint with other hyperparameters in its groups; ``None`` takes one away."""
+    (state,) = checkpoint.optimizers
+    groups = []
+    for group in state.groups:
+        group = {**group, **changes}
+        groups.append({name: value for name, value in group.items() if value is not None})
+    return type(checkpoint)(**{**vars(checkpoint), "optimizers": (type(state)(tuple(groups), state.slots),)})
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "reason"),
+    [
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "part of the gradient"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "part of the gradient"),
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "part of the gradient"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {"decoupled_weight_decay": None}, "does not say whether"),
+        (lambda p: torch.optim.SGD(p), {}, "without momentum"),
+        (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock does not run"),
+        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock does not run"),
+        (lambda p: torch.optim.Adam(p), {"betas": "0.9"}, "betas are '0.9'"),
+        (lambda p: torch.optim.Adam(p), {"weight_decay": math.nan}, "weight decay nan"),
+        (lambda p: torch.optim.Adam(p), {"amsgrad": None, "decoupled_weight_decay": None}, "not those of Adam"),
+        (lambda p: torch.optim.Adagrad(p), {}, "no optimizer whose clock is known"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "no optimizer whose clock is known"),
+        (lambda p: torch.optim.Adamax(p), {}, "no optimizer whose clock is known"),
+    ],
+)
+def test_every_reason_to_say_nothing(make, changes, reason):
+    model = network()
+    checkpoint = group_of(as_checkpoint(*run(model, make(model.parameters()), last=(STEPS,) * 5)), **changes)
+    found, said = examine(checkpoint)
+    assert found == []
+    assert [piece.layer for piece in said] == ["0", "2"]
+    assert all(reason in piece.reason for piece in said), said
+
+
+def test_half_precision_state_has_no_clock():
+    model = network().to(torch.bfloat16)
+    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()))))
+    assert found == []
+    assert all("bfloat16" in piece.reason for piece in said)
+    assert len(said) == 2
+
+
+def test_old_adamw_is_known_by_a_weight_that_never_got_its_decay_as_a_gradient():
+    """Old torch does not save whether decay is decoupled. Coupled, it would have reached the never-trained row."""
+    model = network()
+    checkpoint = as_checkpoint(*run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)), step=STEPS)
+    found, said = examine(group_of(checkpoint, decoupled_weight_decay=None))
+    assert said == []
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
+
+
+def test_coupled_decay_would_make_the_dead_look_alive():
+    """Why it is abstained from: read as AdamW's, the same state says that neurons silent for 340 steps are alive."""
+    model = network()
+    checkpoint = as_checkpoint(*run(model, torch.optim.Adam(model.parameters(), weight_decay=0.1)), step=STEPS)
+    found, _ = examine(group_of(checkpoint, decoupled_weight_decay=True))
+    assert of(found, "no gradient") == []
+
+
+def test_too_few_steps_say_only_who_never_got_any():
+    model = network()
+    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), steps=81)))
+    assert [(piece.claim, piece.neurons.tolist()) for piece in found] == [("never trained", [1])]
+    assert ["81 times" in piece.reason for piece in said] == [True, True]
+
+
+@pytest.mark.parametrize(("cut", "basis", "beyond"), [(90, "inferred", 200), (290, "suspected", 80)])
+def test_a_layer_that_goes_silent_as_a_whole_is_told_from_neurons_that_die(cut, basis, beyond):
+    """Two die at 20, 1 never learns; then the layer is cut off: that 0 and 4 go silent says nothing of themselves."""
+    model = network()
+    found, said = examine(
+        as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(cut, 0, 20, 20, cut)), step=STEPS)
+    )
+    assert said == []
+    single, together = sorted(of(found, "no gradient"), key=lambda piece: piece.whole_layer)
+    assert (single.whole_layer, single.neurons.tolist(), single.basis) == (False, [2, 3], "inferred")
+    assert (together.whole_layer, together.neurons.tolist(), together.basis) == (True, [0, 4], basis)
+    assert "whole layer" in together.text
+    assert f"more than {beyond} steps" in together.text
+    (never,) = of(found, "never trained")
+    assert never.neurons.tolist() == [1]
+    assert of(found, "alive") == []
+
+
+def test_a_layer_that_never_learnt_is_told_as_a_whole():
+    model = network()
+    found, _ = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(0,) * 5)))
+    (never,) = of(found, "never trained")
+    assert never.whole_layer
+    assert never.neurons.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_frozen_layer_has_no_date():
+    """Its gradient is None from step 100 on: the optimizer leaves it out, and its clock stands still."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    run(model, optimizer, steps=100, last=(100, 0, 10, 10, 100))
+    model[0].requires_grad_(False)
+    for parameter in model[0].parameters():
+        parameter.grad = None
+    for _ in range(50):
+        for parameter in model[2].parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    found, _ = examine(as_checkpoint(model, optimizer, step=150))
+    (silent,) = of(found, "no gradient")
+    assert silent.since is None
+    assert "left out of 50" in silent.text
+
+
+def test_what_was_never_updated_is_not_called_healthy():
+    model = network()
+    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), head=False)))
+    assert {piece.layer for piece in found} == {"0"}
+    assert [(piece.layer, "never updated" in piece.reason) for piece in said] == [("2", True)]
+
+
+def test_state_that_is_not_finite_is_said():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    run(model, optimizer)
+    optimizer.state[model[0].weight]["exp_avg"][2, 1] = math.nan
+    found, said = examine(as_checkpoint(model, optimizer, step=STEPS))
+    assert of(found, "no gradient")[0].neurons.tolist() == [3]
+    assert ["1 neurons is NaN" in piece.reason for piece in said] == [True]
+
+
+def test_without_an_optimizer_that_is_said():
+    found, said = examine(as_checkpoint(network()))
+    assert found == []
+    assert [piece.layer for piece in said] == [""]
+
+
+def test_experts_are_abstained_from():
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.randn(4, 3, 5))
+    _, said = examine(as_checkpoint(model, torch.optim.Adam(model.parameters())))
+    assert ["experts are stacked" in piece.reason for piece in said] == [True]

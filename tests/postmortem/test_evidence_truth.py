@@ -1,0 +1,52 @@
+"""The clock on a network that dies for a real reason, against exact counting; docs/optimizer-clock.md has the table."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import neuronscope as ns
+from neuronscope.demo.data import load_digits
+from neuronscope.postmortem.file_alone import examine
+from scripts.dying_networks import CASES, as_checkpoint, train
+from scripts.optimizer_clock import compare, score
+
+
+def test_the_clock_of_a_network_that_died():
+    """6 × 64 neurons, AdamW, a learning rate twenty times as high in epochs 6 and 7; every step watched and counted."""
+    case, scopes = CASES[1], []
+
+    def after_step(model, optimizer, truth):
+        if not scopes:
+            scopes.append(ns.watch(model, window_steps=45))
+        else:
+            scopes[0].step(truth.steps)
+
+    model, optimizer, truth = train(case, 0, load_digits(), after_step)
+    scopes[0].detach()
+    checkpoint = as_checkpoint(model, optimizer, step=truth.steps)
+
+    # Against the gradients that the rows of each layer got.
+    got = score(compare(checkpoint, truth))
+    assert got.silent > 50  # there is something to find
+    assert got.found == got.silent  # no luck: whoever is silent for 100 steps has a bound of 100 or more
+    assert got.never_found == got.never
+    assert got.violations == 0
+    assert got.false_alarms <= 0.15 * got.living  # docs/optimizer-clock.md: 6 %
+    assert np.percentile(got.errors, 1) >= 0
+    assert np.median(got.errors) <= 30  # docs/optimizer-clock.md: +9
+
+    # Against the monitor, which saw the outputs: who fires no more is found, and nobody of them is called alive.
+    evidence, abstentions = examine(checkpoint)
+    assert abstentions == []
+    dead = 0
+    for number, site in enumerate(scopes[0].report().sites):
+        last = np.maximum(site.last_active_step, 0)
+        gone = set(np.flatnonzero(site.judgement.dead & (truth.steps - last > 120)))
+        said = {claim: set() for claim in ("alive", "no gradient", "never trained")}
+        for piece in evidence:
+            if piece.layer == f"{2 * number}":
+                said[piece.claim] |= set(piece.neurons)
+        dead += len(gone)
+        assert not gone & said["alive"]
+        assert gone <= said["no gradient"] | said["never trained"]
+    assert dead > 50

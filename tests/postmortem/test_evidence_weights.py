@@ -1,0 +1,97 @@
+"""Zero rows, rows that are not finite, neurons that nobody reads; no sound weight is accused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from neuronscope.postmortem.layers import find_layers
+from neuronscope.postmortem.weights import examine_weights, sequential_readers
+from scripts.dying_networks import as_checkpoint
+
+
+def examined(model: nn.Module):
+    tensors = as_checkpoint(model).tensors
+    return {(e.layer, e.claim): e for e in examine_weights(tensors, find_layers(tensors))}
+
+
+def test_sound_weights_say_nothing():
+    assert examined(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))) == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank"), [(nn.Linear(3, 4), 2), (nn.Conv2d(3, 4, 2), 4), (nn.ConvTranspose2d(3, 4, 2), 4)]
+)
+def test_zero_rows_and_rows_that_are_not_finite(layer, rank):
+    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    with torch.no_grad():
+        layer.weight.select(axis, 1).zero_()
+        layer.bias[1] = -2.5
+        layer.weight.select(axis, 2)[0] = math.nan
+        layer.bias[3] = math.inf
+    found = examined(nn.Sequential(layer))
+    assert set(found) == {("0", "zero row"), ("0", "not finite")}
+    zero, broken = found["0", "zero row"], found["0", "not finite"]
+    assert (zero.neurons.tolist(), zero.numbers.tolist(), zero.measure) == ([1], [-2.5], "bias")
+    assert broken.neurons.tolist() == [2, 3]
+    # One input's weights: one of a linear layer, 2 × 2 of a convolution. And a bias.
+    assert broken.numbers.tolist() == [1 if rank == 2 else 4, 1]
+
+
+def test_a_magnitude_of_zero_makes_a_zero_row():
+    layer = parametrizations.weight_norm(nn.Linear(3, 4))
+    layer.parametrizations.weight.original0.data[2] = 0
+    assert examined(nn.Sequential(layer))["0", "zero row"].neurons.tolist() == [2]
+
+
+def test_a_row_of_zeros_with_a_nan_bias_is_not_finite_only():
+    layer = nn.Linear(3, 4)
+    layer.weight.data[0] = 0
+    layer.bias.data[0] = math.nan
+    assert set(examined(nn.Sequential(layer))) == {("0", "not finite")}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)),
+        lambda: nn.Sequential(nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 2)),
+        lambda: nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2))}),
+    ],
+)
+def test_unread_neurons(make):
+    model = make()
+    _, reader = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    reader.weight.data[:, [1, 4]] = 0
+    (evidence,) = examined(model).values()
+    assert (evidence.claim, evidence.basis, evidence.neurons.tolist()) == ("unread", "suspected", [1, 4])
+    assert evidence.width == 5
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),  # parallel, perhaps
+        nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(5, 2)),  # of other sizes
+        nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2)),  # channels are not features
+        nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2)),  # two of the four channels each
+        nn.ModuleDict({"w1": nn.Linear(3, 5), "w2": nn.Linear(5, 3), "w3": nn.Linear(3, 5)}),  # a gated block
+        nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 5)), "b": nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Linear(5, 2))}),
+    ],
+)
+def test_no_reader_is_guessed_where_names_do_not_say(model):
+    assert sequential_readers(find_layers(as_checkpoint(model).tensors)) == []
+
+
+def test_each_tensor_is_read_once_and_none_is_kept():
+    reads: list[str] = []
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    tensors = dict(as_checkpoint(model).tensors)
+    for name, held in tensors.items():
+        held.read = lambda name=name, read=held.read: (reads.append(name), read())[1]
+    list(examine_weights(tensors, find_layers(tensors)))
+    assert sorted(reads) == sorted(tensors)

@@ -1,0 +1,222 @@
+"""Where training loops put things: weights, optimizers, Neuronscope's own records, the step."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import neuronscope as ns
+from neuronscope.callbacks import DeadNeuronMonitor
+from neuronscope.errors import CheckpointError
+from neuronscope.postmortem.formats.distributed import PartedTensor, _Part
+from neuronscope.postmortem.formats.files import ByteRange
+from neuronscope.postmortem.reading import open_checkpoint
+from tests.postmortem.files import distributed, trained, trainer_folder, wrapped
+
+
+class Net(LightningModule):
+    def __init__(self, width: int = 4, where: str = "here") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.module = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return self.module(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])}
+
+
+def test_a_watched_lightning_run(tmp_path: Path) -> None:
+    monitor, model = DeadNeuronMonitor(every_n_steps=1), Net()
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[monitor, ModelCheckpoint(dirpath=tmp_path, save_last=True)],
+    )
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(12, 3)), batch_size=4))
+    checkpoint = open_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint.format == "Lightning checkpoint"
+    assert checkpoint.step == 6  # 12 examples in batches of 4, twice
+    # `module` is an attribute of this network and no wrapper's.
+    assert all(torch.equal(checkpoint.tensors[name].read(), value) for name, value in model.state_dict().items())
+    assert [slot["step"] for slot in checkpoint.optimizers[0].slots.values()] == [6, 6, 6, 6]
+    (key,) = checkpoint.records
+    assert key == monitor.state_key
+    scope = ns.watch(nn.Sequential(nn.ReLU()))
+    scope.load_state_dict(checkpoint.records[key])
+    census, expected = scope.census("train"), monitor.census("train")
+    assert list(census) == list(expected) == ["module.1"]
+    assert census["module.1"].zero_outputs.tolist() == expected["module.1"].zero_outputs.tolist()
+    assert census["module.1"].positions == expected["module.1"].positions == 24
+
+
+def _watched() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    with ns.watch(model) as scope:
+        model(torch.randn(5, 3)).sum().backward()
+        scope.step()
+    return scope.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        (lambda state: {"model": {"w": torch.ones(2)}, "neuronscope": state}, "neuronscope"),
+        (lambda state: {"w": torch.ones(2), "scopes": {"teacher": state}}, "scopes.teacher"),
+        (lambda state: {"state_dict": {"w": torch.ones(2)}, "callbacks": {"Mine": {"scope": state}}}, "Mine"),
+        (lambda state: state, ""),
+    ],
+)
+def test_a_scope_is_found_where_a_loop_has_put_it(place: Any, key: str, tmp_path: Path) -> None:
+    state = _watched()
+    torch.save(place(state), tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    assert list(checkpoint.records) == [key]
+    again = ns.watch(nn.Sequential(nn.ReLU()))
+    again.load_state_dict(checkpoint.records[key])
+    assert again.census("train")["1"].positions == 5
+
+
+def test_a_scope_beside_a_trainers_weights(tmp_path: Path) -> None:
+    torch.save(_watched(), trainer_folder(tmp_path, trained()) / "neuronscope.pt")
+    assert list(open_checkpoint(tmp_path).records) == ["neuronscope"]
+
+
+def test_names_of_wrapped_networks_fit_their_optimizers(tmp_path: Path) -> None:
+    """Fully sharded optimizers name parameters; names lose the same prefixes as the weights."""
+    weights = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}
+    prefix = "module._fsdp_wrapped_module._orig_mod."
+    state = {name: {"exp_avg": value, "step": 4, "odd": None} for name, value in wrapped(weights, prefix).items()}
+    group = {"lr": torch.tensor(0.5), "params": list(state), "param_names": list(state)}
+    torch.save(
+        {"model": wrapped(weights, prefix), "optim": {"state": state, "param_groups": [group]}}, tmp_path / "w.pt"
+    )
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    (optimizer,) = checkpoint.optimizers
+    assert set(checkpoint.tensors) == set(optimizer.slots) == set(weights)
+    assert optimizer.groups[0] == {"lr": 0.5, "params": list(weights), "param_names": list(weights)}
+    assert set(optimizer.slots["fc.weight"]) == {"exp_avg", "step"}
+    assert checkpoint.step == 4
+
+
+def test_a_lightning_folder_of_shards(tmp_path: Path) -> None:
+    saved = trained()
+    distributed(tmp_path, saved)
+    meta = {
+        "pytorch-lightning_version": "2.6.0",
+        "global_step": 11,
+        "callbacks": {"DeadNeuronMonitor{}": {"scope": _watched()}},
+    }
+    torch.save(meta, tmp_path / "meta.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == set(saved.weights)
+    assert list(checkpoint.records) == ["DeadNeuronMonitor{}"]
+    assert checkpoint.format == "Lightning's distributed checkpoint, 1 file"
+
+
+def test_a_trainers_folder_of_shards(tmp_path: Path) -> None:
+    saved = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": saved.weights}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0", no_dist=True)
+        dcp.save({"optimizer": saved.optimizer.state_dict()}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == set(saved.weights)
+    assert len(checkpoint.optimizers) == 1
+    assert checkpoint.step == 3
+
+
+REFUSED = {
+    "DeepSpeed file": (
+        lambda path: torch.save({"module": {"w": torch.ones(2)}, "ds_version": "0.1"}, path),
+        "DeepSpeed",
+    ),
+    "no tensors": (lambda path: torch.save({"epoch": 3}, path), "holds no weights"),
+    "a list": (lambda path: torch.save([torch.ones(2)], path), "a dictionary of tensors was expected, but got a list"),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), "a dictionary of tensors was expected"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps({"w": [1.0]})), "none that torch.save has written"),
+    "numpy": (lambda path: path.write_bytes(b"\x93NUMPY\x01\0"), "it is an array of numpy's"),
+    "Keras": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n"), "HDF5"),
+    "GGUF": (lambda path: path.write_bytes(b"GGUF\x03\0\0\0"), "GGUF"),
+    "text": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_foreign_is_said_in_a_sentence(name: str, tmp_path: Path) -> None:
+    write, sentence = REFUSED[name]
+    write(tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match=sentence):
+        open_checkpoint(tmp_path / "x.bin")
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"give one of them, as 'last\.ckpt'"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "zero_to_fp32.py").write_text("")
+    with pytest.raises(CheckpointError, match="DeepSpeed"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_optimizer_alone_is_a_checkpoint_without_weights(tmp_path: Path) -> None:
+    torch.save(trained().optimizer.state_dict(), tmp_path / "optimizer.pt")
+    checkpoint = open_checkpoint(tmp_path / "optimizer.pt")
+    assert (len(checkpoint.optimizers), dict(checkpoint.tensors), checkpoint.step) == (1, {}, 3)
+    assert checkpoint.notes == ("It holds no weights of a network.",)
+
+
+# Parts of a tensor of 4 × 4: where they begin and their sizes; and whether they make up the whole.
+PARTS = {
+    "one": ([((0, 0), (4, 4))], True),
+    "rows": ([((0, 0), (1, 4)), ((1, 0), (3, 4))], True),
+    "columns": ([((0, 3), (4, 1)), ((0, 0), (4, 3))], True),
+    "four": ([((0, 0), (2, 2)), ((0, 2), (2, 2)), ((2, 0), (2, 2)), ((2, 2), (2, 2))], True),
+    "an empty one": ([((0, 0), (4, 4)), ((4, 0), (0, 4))], True),
+    "none": ([], False),
+    "a hole": ([((0, 0), (3, 4))], False),
+    "overlap as large as the hole": ([((0, 0), (2, 4)), ((1, 0), (2, 4))], False),
+    "crossing": ([((0, 0), (4, 2)), ((0, 1), (2, 4))], False),
+    "beyond": ([((0, 0), (2, 4)), ((3, 0), (2, 4))], False),
+    "twice": ([((0, 0), (2, 4)), ((0, 0), (2, 4))], False),
+    "other dimensions": ([((0,), (16,))], False),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_make_up_a_tensor_or_are_refused(name: str, tmp_path: Path) -> None:
+    told, whole = PARTS[name]
+    expected = torch.arange(16.0).view(4, 4)
+    parts = []
+    for number, (offsets, sizes) in enumerate(told):
+        room = io.BytesIO()
+        part = (
+            expected[tuple(slice(at, at + size) for at, size in zip(offsets, sizes))] if whole else torch.zeros(sizes)
+        )
+        torch.save(part.clone(), room)
+        path = tmp_path / f"{number}.distcp"
+        path.write_bytes(room.getvalue())
+        parts.append(_Part(offsets, sizes, ByteRange.of(path)))
+    if whole:
+        assert torch.equal(PartedTensor("w", torch.float32, (4, 4), parts).read(), expected)
+    else:
+        with pytest.raises(CheckpointError, match="do not make up the whole"):
+            PartedTensor("w", torch.float32, (4, 4), parts)
