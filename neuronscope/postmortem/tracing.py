@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 from neuronscope.axes import TensorMap
 from neuronscope.census import SiteInfo
 from neuronscope.errors import NeuronscopeError
+from neuronscope.gradients import unwatched
 from neuronscope.hooks import Tap
-from neuronscope.observer import Call, Observer, unwatched
+from neuronscope.observer import Call, Observer
 from neuronscope.postmortem.graph import Graph, Ref, Site, Step, Value, references, substitute
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import Activation, Registry, SiteKey, walk
@@ -297,7 +298,9 @@ class _TracingObserver(Observer):
         super().end(call, x, y)
         before = self._begun.pop()
         if isinstance(y, Tensor):
-            self._note(call.key, call.info, before, y)
+            applied = call.activation
+            info = SiteInfo(applied.name, applied.kind, applied.linear_when_on, call.axis, call.axis_source)
+            self._note(call.key, info, before, y)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         seen = len(self._met)
