@@ -80,6 +80,12 @@ $(VENV)/.peers: $(VENV)/.test requirements-peers.txt
 	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/peers -r requirements-peers.txt
 	@touch $@
 
+# Files of others to examine: see requirements-specimens.txt.
+$(VENV)/.specimens: $(VENV)/.made requirements-specimens.txt
+	@rm -rf $(VENV)/specimens
+	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/specimens -r requirements-specimens.txt
+	@touch $@
+
 browser:
 	@scripts/ensure_chromium.sh
 
@@ -88,7 +94,7 @@ browser:
 demo: $(VENV)/.demo
 	$(RUN) neuronscope demo --out $(OUT)
 
-test: $(VENV)/.test $(VENV)/.networks browser
+test: $(VENV)/.test $(VENV)/.networks $(VENV)/.specimens browser
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
 check: test coverage lint types imports doctest examples wheel
@@ -115,8 +121,8 @@ imports: $(VENV)/.dev
 doctest: $(VENV)/.test
 	$(RUN) python -m pytest --doctest-modules -p no:cacheprovider neuronscope
 
-examples: $(VENV)/.test
-	$(RUN) python scripts/run_examples.py
+examples: $(VENV)/.test $(VENV)/.specimens
+	$(RUN) PYTHONPATH="$(abspath $(VENV))/specimens" python scripts/run_examples.py
 
 wheel: $(VENV)/.torch
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python

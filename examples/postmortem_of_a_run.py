@@ -5,18 +5,20 @@ is examined three times: the file alone, with the model, and with data.
 
 Output (shortened; numbers differ a little between machines)::
 
-    34 of 170 neurons (20.0 %) are dead or without gradient: 34 inferred. Hardest hit is 0, with 16 of 32.
+    33 of 170 neurons (19.4 %) are dead or without gradient: 33 inferred. Hardest hit is 0, with 16 of 32.
+    1 more is only suspected, and in no total.
     ...
-    layer  neurons  dead       %  how sure     since
-    0           32    16  50.0 %  16 inferred  16 from step 15 to 299, half by 296
-    2           64    10  15.6 %  10 inferred  10 from step 292 to 480, half by 296
-    4           64     8  12.5 %  8 inferred   8 from step 294 to 311, half by 304
+    layer  neurons  dead       %  how sure     since                                suspected
+    0           32    16  50.0 %  16 inferred  16 from step 15 to 299, half by 296          ·
+    2           64     9  14.1 %  9 inferred   9 from step 292 to 321, half by 296          1
+    4           64     8  12.5 %  8 inferred   8 from step 294 to 311, half by 304          ·
     ...
     2. The model too: what no input can wake is proved.
-       34 of 170 neurons: {'proved': 1, 'measured': 0, 'inferred': 33}
+       33 of 170 neurons: {'proved': 1, 'measured': 0, 'inferred': 32}
     3. Data too: every verdict is held against what the neurons really do.
        33 of 170 neurons: {'proved': 1, 'measured': 32, 'inferred': 0}
-       no gradient, inferred from adam state: 33 held, 1 refuted
+       no gradient, inferred from adam state: 33 held, 0 refuted
+       no gradient, suspected from adam state: 0 held, 1 refuted
        dead, proved from interval bound: 1 held, 0 refuted
        deaths close together in time: 29 of 33 dated deaths lie at steps 292 to 311, of 627 in all: ...
 

@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
         torch.set_num_threads(1)
     _reach_networks()
+    _reach_specimens()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,6 +76,13 @@ def _reach_networks() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _LIBRARIES.append(library)
+
+
+def _reach_specimens() -> None:
+    """Make the files findable that ``make test`` has put into ``specimens/`` of the environment."""
+    folder = Path(sys.prefix) / "specimens"
+    if folder.is_dir():
+        sys.path.append(str(folder))
 
 
 _LIBRARIES: list[torch.library.Library] = []  # a library's schemas go when it is collected

@@ -42,11 +42,13 @@ class Examination(NamedTuple):
         evidence: By site.
         abstentions: What could not be said, and why.
         ties: Path of the module that holds a layer's weights → name of the site that it leads into.
+        searched: Whether it is known of all neurons who reads them.
     """
 
     evidence: tuple[Evidence, ...]
     abstentions: tuple[Abstention, ...]
     ties: Mapping[str, str]
+    searched: bool = False
 
 
 def examine_model(
@@ -128,7 +130,7 @@ def examine_model(
     else:
         where = "for every finite input" if box is None else "for every input in the box"
         evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), ties.sites)
+    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched=not (graph.hidden or graph.opaque))
 
 
 def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:

@@ -81,7 +81,7 @@ def _example(given: Any, origin: str) -> Example:
 def _guesses(model: nn.Module) -> Iterator[Example]:
     """Inputs that the first weighted layer would take, in its own type."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, "weight_ih_l0" if isinstance(module, nn.RNNBase) else "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             continue
         origin = f"an input guessed from the first layer, {type(module).__name__}"
@@ -94,6 +94,8 @@ def _guesses(model: nn.Module) -> Iterator[Example]:
             shapes = [(1, module.in_channels, *([side] * spatial)) for side in _SIDES[spatial]]
         elif isinstance(module, nn.Linear):
             shapes = [(1, module.in_features), (1, 8, module.in_features)]
+        elif isinstance(module, nn.RNNBase):
+            shapes = [(1, 8, module.input_size)]
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             shapes = [(1, module.num_features), *((1, module.num_features, *([32] * n)) for n in (2, 1, 3))]
         elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

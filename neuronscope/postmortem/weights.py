@@ -12,7 +12,7 @@ from neuronscope.postmortem.checkpoint import StoredTensor
 from neuronscope.postmortem.evidence import Evidence
 from neuronscope.postmortem.layers import NEURON_KINDS, Layer
 
-__all__ = ["examine_weights", "sequential_readers", "unread_columns"]
+__all__ = ["examine_weights", "sequential_readers"]
 
 _SOURCE = "weights"
 
@@ -44,7 +44,7 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                 empty &= (rows == 0).all(dim=1)
                 writer = read_by.get(name)
                 if writer is not None:
-                    yield from unread_columns(writer, layer, tensor)
+                    yield from _unread(writer, layer, tensor)
             else:  # weight norm's magnitudes: a magnitude of zero makes a row of zeros
                 empty |= (rows == 0).all(dim=1)
         if bad.any():
@@ -71,29 +71,19 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
             )
 
 
-def unread_columns(
-    writer: Layer, reader: Layer, weight: Tensor, basis: str = "suspected", why: str = ""
-) -> Iterator[Evidence]:
-    """The neurons of a layer whose outgoing weights are all zero.
-
-    Args:
-        writer: The layer whose neurons they are.
-        reader: The only layer that reads them; its inputs are the writer's neurons, one for one.
-        weight: The reader's weight.
-        basis: How sure it is that nobody else reads them.
-        why: Why that is so; a sentence. By default that both stand in one ``Sequential``, which is a guess from names.
-    """
+def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
+    """The neurons of a layer whose outgoing weights are all zero, where one layer alone seems to read them."""
     unread = (reader.columns(weight) == 0).all(dim=1)
     if unread.any():
         yield _of(
             writer,
             "unread",
-            basis,
+            "suspected",
             unread,
             torch.full((writer.width,), torch.nan, dtype=torch.float64),
             "",
-            f"Every weight of {reader.path} that reads these neurons is zero. "
-            + (why or "That nothing else reads them is a guess from their places in one sequence."),
+            f"Every weight of {reader.path} that reads these neurons is zero. That nothing else reads them is a guess "
+            "from their places in one sequence; the model would tell.",
         )
 
 

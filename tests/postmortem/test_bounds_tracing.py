@@ -393,6 +393,20 @@ def test_an_example_is_found(model: nn.Module, options: dict[str, Any], origin: 
     assert origin in dead.text
 
 
+def test_a_recurrent_network_is_run_on_a_sequence() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.fc, self.relu = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.fc(self.rnn(x)[1][-1]))
+
+    found = examine_model(Encoder())
+    assert found.ties == {"fc": "relu"}
+    assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
+
+
 def test_no_example_is_said_with_all_that_was_tried() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

@@ -130,7 +130,7 @@ def test_a_watched_lightning_run_gives_its_own_record(folder: Path) -> None:
     assert [found[neuron] for neuron in (0, 1, 2)] == [("dead", "measured")] * 3
     assert "monitor record" in {one["source"] for layer in plain["layers"] for one in layer["evidence"]}
     layer = next(one for one in plain["layers"] if one["name"] == "net.1")["verdicts"]
-    # Fired last in the forward of step HALF − 1; the push is made after the forward of HALF has begun to be counted.
+    # The push comes in training_step of step HALF: what a count of steps from 0 or from 1 calls that step, or the last.
     assert set(layer["since"][:3]) <= {HALF - 1, HALF, HALF + 1}
 
 

@@ -309,6 +309,37 @@ def test_a_box_proves_what_no_box_does(folder: Path) -> None:
     assert [report["1"].dead for report in (small, large, none)] == [3, 2, 0]
 
 
+class ReadTwice(nn.Module):
+    """The first layer's neurons are read by the second and by a head that no name ties to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        inner = self.net[:2](images)
+        seen: torch.Tensor = self.net[2](inner) + self.head(inner)
+        return seen
+
+
+def test_that_nobody_reads_a_neuron_is_guessed_only_where_the_model_is_not_there_to_tell(folder: Path) -> None:
+    model = ReadTwice()
+    with torch.no_grad():
+        model.net[2].weight[:, [1, 3]] = 0  # type: ignore[index]
+        model.head.weight[:, 3] = 0  # 1 is read by the head; 3 by nobody
+        model.net[0].bias.fill_(9.0)  # type: ignore[union-attr,operator]
+    torch.save(model.state_dict(), "twice.pt")
+    alone, told = ns.postmortem("twice.pt"), ns.postmortem("twice.pt", ReadTwice)
+    found = [
+        (one.neuron, one.label, one.basis)
+        for report, name in ((alone, "net.0"), (told, "net.1"))
+        for one in report.verdicts()
+        if one.site == name
+    ]
+    assert found == [(1, "unread", "suspected"), (3, "unread", "suspected"), (3, "unread", "proved")]
+
+
 def train(model: nn.Module, images: torch.Tensor, steps: range, optimizer: torch.optim.Optimizer) -> None:
     for step in steps:
         if step == 200:  # the last gradient that neurons 0 to 4 ever get is that of step 199
