@@ -16,6 +16,7 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,10 +166,11 @@ class _Large(Plan):
         row = torch.empty(out.shape, dtype=torch.float32, device="cpu")
         for images, neurons, positions in self._cuts():
             part = cube[images, neurons, positions]
-            block = self._blocks.get(part.shape)
+            shape = (part.size(0), part.size(1), part.size(2))
+            block = self._blocks.get(shape)
             if block is None:
                 with torch.inference_mode(False):
-                    block = self._blocks[part.shape] = _Block(part.shape, self._scratch)
+                    block = self._blocks[shape] = _Block(shape, self._scratch)
             self._fill(block, part, tolerance, row[:, neurons])
             total[:, neurons] += row[:, neurons]
         out.copy_(total)
@@ -193,28 +195,32 @@ class _Block:
         self._positions = torch.tensor(float(shape[0] * shape[2]), dtype=torch.float32, device="cpu")
         self._zero = scratch.zero
         self._numbers = scratch.buffer[: math.prod(shape)].view(shape)
-        lanes, left = _lanes(shape)
-        self._lanes = math.prod(lanes) > 0
-        if self._lanes:
-            groups, _, width = lanes
-            flags = scratch.words[: math.prod(lanes)].view(torch.bool)
-            self._flags, self._rest = flags[: math.prod(shape)].view(shape), flags[math.prod(shape) :]
-            self._words = scratch.words[: math.prod(lanes)].view(lanes)
+        self._lanes = lanes = _lanes(shape)
+        if lanes is not None:
+            outer, neurons, inner = shape
+            groups, _, width = lanes.words
+            words = scratch.words[: math.prod(lanes.words)]
+            flags = words.view(torch.bool)
+            used = outer * neurons * lanes.pitch
+            runs = flags[:used].view(outer, neurons, lanes.pitch)
+            self._flags = runs[..., :inner]
+            self._blanks = [blank for blank in (flags[used:], runs[..., inner:]) if blank.numel()]
+            self._words = words.view(lanes.words)
             self._sums = scratch.sums[: groups * width].view(groups, width)
-            self._bytes = self._sums.view(torch.uint8).view(left)
-            self._wide = scratch.buffer[: math.prod(left)].view(left)
+            self._bytes = self._sums.view(torch.uint8).view(lanes.left)
+            self._wide = scratch.buffer[: math.prod(lanes.left)].view(lanes.left)
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
 
     def zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Zeros of each neuron, float32 ``(n,)``."""
-        if not self._lanes or tolerance != 0:
+        if self._lanes is None or tolerance != 0:
             _compare(part, tolerance, self._zero, self._numbers)
-        if not self._lanes:
+        if self._lanes is None:
             _add_up(self._numbers, out)
             return
         self._flags.copy_(part if tolerance == 0 else self._numbers)  # NaN is not zero
-        if self._rest.numel():
-            self._rest.zero_()
+        for blank in self._blanks:
+            blank.zero_()
         torch.sum(self._words, 1, out=self._sums)
         self._wide.copy_(self._bytes)
         _add_up(self._wide, out)
@@ -235,7 +241,9 @@ class _Block:
 def _add_up(numbers: Tensor, out: Tensor) -> None:
     """``(some, n, some)`` → ``(n,)``, in the way that is quickest for the shape."""
     outer, neurons, inner = numbers.shape
-    if outer == 1:
+    if outer * inner == 1:
+        out.copy_(numbers.view(neurons))
+    elif outer == 1:
         torch.sum(numbers.squeeze(0), 1, out=out)
     elif inner >= _INNER:
         torch.sum(numbers.sum(2), 0, out=out)
@@ -247,26 +255,36 @@ def _add_up(numbers: Tensor, out: Tensor) -> None:
             torch.sum(torch.mv(rows, numbers.new_ones(outer)).view(neurons, inner), 1, out=out)
 
 
-def _lanes(shape: Shape) -> tuple[Shape, Shape]:
-    """How the bytes of a block ``(outer, n, inner)`` are added as words; nothing where that does not pay.
+class _Lanes(NamedTuple):
+    """How the bytes of a block ``(outer, n, inner)`` are added as words.
 
-    Returns:
-        ``(groups, r, width)``: words, of which ``r`` are added, 255 at most; and as what the bytes of the sums
-        ``(groups, width)`` are to be seen: ``(…, n, …)``.
+    Attributes:
+        words: ``(groups, r, width)``, of which ``r`` are added, 255 at most.
+        left: ``(…, n, …)``: as what the bytes of the sums ``(groups, width)`` are to be seen.
+        pitch: Bytes from one run of ``inner`` to the next.
     """
+
+    words: Shape
+    left: Shape
+    pitch: int
+
+
+def _lanes(shape: Shape) -> _Lanes | None:
+    """The quickest lanes for a block; ``None`` where none pay."""
     outer, neurons, inner = shape
-    run = next((run for run in range(_LIMIT, _RUN - 1, -1) if inner % (8 * run) == 0), 0)
-    if run:  # words that follow each other in memory belong to one neuron
-        return (math.prod(shape) // (8 * run), run, 1), (outer, neurons, inner // run)
+    groups = -(-inner // (8 * _LIMIT))
+    run = -(-inner // (8 * groups))
+    pitch = 8 * groups * run
+    if run >= _RUN and (pitch == inner or outer < _ROWS):  # words that follow each other belong to one neuron
+        return _Lanes((outer * neurons * groups, run, 1), (outer, neurons, 8 * groups), pitch)
     row = neurons * inner
     fold = 8 // math.gcd(row, 8)  # so many rows are whole words, and long enough to be added to the next so many
     fold *= -(-_ROW // (row * fold))
     rows = -(-outer // fold)
     if rows < 2:
-        return (0, 0, 0), (0, 0, 0)
+        return None
     groups = -(-rows // _LIMIT)
-    rows = -(-rows // groups)
-    return (groups, rows, fold * row // 8), (groups * fold, neurons, inner)
+    return _Lanes((groups, -(-rows // groups), fold * row // 8), (groups * fold, neurons, inner), inner)
 
 
 def _slices(length: int, at_once: int) -> list[slice]:
