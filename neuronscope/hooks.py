@@ -20,6 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from neuronscope import (
     axes,
+    blocks,
     counting,
     frames,
     functions,
@@ -356,6 +357,7 @@ class _After(InertHook):
 skip_frames(
     (
         axes,
+        blocks,
         counting,
         frames,
         functions,
