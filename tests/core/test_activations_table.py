@@ -193,7 +193,7 @@ GLUS = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "first", "dim", "expected"), GLUS, ids=str)
+@pytest.mark.parametrize(("layout", "first", "dim", "expected"), GLUS, ids=[layout.name for layout, *_ in GLUS])
 @pytest.mark.parametrize("functional", [False, True])
 def test_glu(layout, first, dim, expected, functional):
     torch.manual_seed(1)
