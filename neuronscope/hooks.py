@@ -31,6 +31,7 @@ from neuronscope import (
     rows,
     sites,
     threads,
+    waiting,
 )
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
@@ -368,6 +369,7 @@ skip_frames(
         rows,
         sites,
         threads,
+        waiting,
         sys.modules[__name__],
     )
 )

@@ -58,6 +58,12 @@ class Rows:
         self._positions.append(positions)
         self._steps.append(step)
 
+    def extend(self, counts: Tensor, *, positions: int, steps: list[int]) -> None:
+        """Write and keep some rows at once, ``(rows, quantities, N)``, as many as there is room for at most."""
+        self._rows[len(self) : len(self) + len(steps)].copy_(counts)
+        self._positions.extend([positions] * len(steps))
+        self._steps.extend(steps)
+
     def clear(self) -> None:
         """Forget all rows."""
         self._positions.clear()
