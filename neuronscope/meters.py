@@ -75,41 +75,49 @@ class Meter:
     def settle(self) -> Counters:
         """Add up what waits; gives the counters, which are whole until the next tensor is counted."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            self._count_small_outputs()
-            self._count_small_gradients()
+            scratch = Scratch()
+            self._count_small_outputs(scratch)
+            self._count_small_gradients(scratch)
             self._add_rows()
         return self.counters
 
-    def count_small(self) -> None:
-        """Count the small tensors that wait, if there is no room for more."""
-        if self.small_outputs.full or self.small_gradients.full:
-            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-                if self.small_outputs.full:
-                    self._count_small_outputs()
-                if self.small_gradients.full:
-                    self._count_small_gradients()
+    def make_room(self, scratch: Scratch) -> None:
+        """Count the small tensors that wait where there is no room for more."""
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if self.small_outputs.full:
+                self._count_small_outputs(scratch)
+            if self.small_gradients.full:
+                self._count_small_gradients(scratch)
 
-    def _count_small_outputs(self) -> None:
+    def _count_small_outputs(self, scratch: Scratch) -> None:
         small = self.small_outputs
         if len(small):
-            counts, tensors = small.count(), small.tensors()
-            if is_finite(counts):
-                self._keep(self.outputs, counts, tensors[0], small.steps)
+            row = self._rows_for(small, self.outputs, scratch)
+            if is_finite(row):
+                self._keep(small, self.outputs)
             else:
-                for y, step in zip(tensors, small.steps, strict=True):
+                for y, step in zip(small.tensors(), small.steps, strict=True):
                     self.add_plain(y, small.axis, step, small.tolerance)
             small.clear()
 
-    def _count_small_gradients(self) -> None:
+    def _count_small_gradients(self, scratch: Scratch) -> None:
         small = self.small_gradients
         if len(small):
-            self._keep(self.gradients, small.count(), small.tensors()[0], small.steps)
+            self._rows_for(small, self.gradients, scratch)
+            self._keep(small, self.gradients)
             small.clear()
 
-    def _keep(self, rows: Rows, counts: Tensor, like: Tensor, steps: list[int]) -> None:
-        if len(rows) + len(steps) > rows.room:
+    def _rows_for(self, small: Waiting, rows: Rows, scratch: Scratch) -> Tensor:
+        if len(rows) + len(small) > rows.room:
             self._add_rows()
-        rows.extend(counts, positions=like.numel() // self.neurons, steps=steps)
+        counts = rows.some(len(small))
+        small.count(scratch, counts)
+        return counts
+
+    def _keep(self, small: Waiting, rows: Rows) -> None:
+        positions = small.tensors()[0].numel() // self.neurons
+        for step in small.steps:
+            rows.keep(positions=positions, step=step)
         if rows.full:
             self._add_rows()
 
@@ -176,7 +184,7 @@ def add_outputs(
     meter.examples += examples
     if meter.small_outputs.take(y, axis, step, tolerance):
         if meter.small_outputs.full:
-            meter.count_small()
+            meter.make_room(scratch)
         return
     rows = meter.outputs
     row = rows.next()
@@ -194,7 +202,7 @@ def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -
     meter.gradient_positions += positions
     if meter.small_gradients.take(gradient, axis, 0, 0.0):
         if meter.small_gradients.full:
-            meter.count_small()
+            meter.make_room(scratch)
         return
     rows = meter.gradients
     if measure(gradient, axis, scratch, 0.0, rows.next()):

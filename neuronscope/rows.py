@@ -48,6 +48,10 @@ class Rows:
         """The next free row, ``(quantities, N)``, to be written; it does not count until :meth:`keep`."""
         return self._each[len(self._steps)]
 
+    def some(self, number: int) -> Tensor:
+        """As many free rows, ``(number, quantities, N)``, as :meth:`next`; each is to be kept."""
+        return self._rows[len(self._steps) : len(self._steps) + number]
+
     def keep(self, *, positions: int, step: int) -> None:
         """The row that :meth:`next` gave is written.
 
@@ -57,12 +61,6 @@ class Rows:
         """
         self._positions.append(positions)
         self._steps.append(step)
-
-    def extend(self, counts: Tensor, *, positions: int, steps: list[int]) -> None:
-        """Write and keep some rows at once, ``(rows, quantities, N)``, as many as there is room for at most."""
-        self._rows[len(self) : len(self) + len(steps)].copy_(counts)
-        self._positions.extend([positions] * len(steps))
-        self._steps.extend(steps)
 
     def clear(self) -> None:
         """Forget all rows."""

@@ -2,18 +2,22 @@
 
 Counting a tensor of a few kilobytes costs as many torch calls as counting a large one, and the calls are the cost. So
 it is copied, in one call, to others of its kind, and they are counted together when there is no room for more or
-somebody wants to read. The room does not grow: 64 kB a site, whatever the batch; larger tensors are counted at once.
+somebody wants to read. The room does not grow: 128 kB a site, whatever the batch; larger tensors are counted at once.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from neuronscope.blocks import Scratch, compare, magnitudes
 
 __all__ = ["Waiting"]
 
 #: Most numbers that wait, most tensors, and fewest for which it pays.
-_NUMBERS, _MOST, _FEWEST = 1 << 14, 16, 4
+_NUMBERS, _MOST, _FEWEST = 1 << 15, 32, 8
 
 
 class Waiting:
@@ -27,7 +31,9 @@ class Waiting:
     True
     >>> waiting.take(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
     False
-    >>> waiting.count()
+    >>> counts = torch.empty(1, 2, 3)
+    >>> waiting.count(Scratch(), counts)
+    >>> counts
     tensor([[[2., 1., 0.],
              [0., 1., 4.]]])
     """
@@ -62,9 +68,10 @@ class Waiting:
             if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= _NUMBERS // _FEWEST:
                 return False
             with torch.inference_mode(False):
-                room = min(_MOST, _NUMBERS // tensor.numel())
-                self._room = torch.empty(room, *tensor.shape, dtype=tensor.dtype, device="cpu")
-                self._each = list(self._room)
+                shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
+                most = min(_MOST, _NUMBERS // tensor.numel())
+                self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
+                self._each = [each.view(tensor.shape) for each in self._room]
             self._kind = kind
         self._each[len(self.steps)].copy_(tensor)
         self.steps.append(step)
@@ -93,21 +100,19 @@ class Waiting:
         """Forget what waits."""
         self.steps.clear()
 
-    def count(self) -> Tensor:
-        """Zeros of each tensor, and its magnitudes where two quantities are wanted.
+    def count(self, scratch: Scratch, out: Tensor) -> None:
+        """Count zeros of each tensor, and add up its magnitudes where two quantities are wanted.
 
-        Returns:
-            float32 ``(tensors, quantities, N)``; magnitudes are not finite where an element is not.
+        Args:
+            scratch: Reusable buffers.
+            out: float32 ``(tensors, quantities, N)``; magnitudes are not finite where an element is not.
         """
-        waiting = self._room[: len(self.steps)]
-        numbers = waiting.movedim(self.axis + 1, 1).reshape(len(waiting), waiting.shape[self.axis + 1], -1)
-        counts = torch.empty(numbers.shape[0], self._quantities, numbers.shape[1], dtype=torch.float32, device="cpu")
-        work = torch.empty(numbers.shape, dtype=torch.float32, device="cpu")
-        if self.tolerance == 0:
-            torch.eq(numbers, 0, out=work)
-        else:
-            torch.le(numbers.abs(), self.tolerance, out=work)
-        torch.sum(work, 2, out=counts[:, 0])
+        waiting = self._room if self.full else self._room[: len(self.steps)]
+        used = self._quantities * waiting.numel()
+        work = scratch.numbers(used)[:used].view(self._quantities, *waiting.shape)
+        parts = work.unbind()
+        compare(waiting, self.tolerance, scratch.zero, parts[0])
         if self._quantities > 1:
-            torch.sum(work.copy_(numbers).abs_(), 2, out=counts[:, 1])
-        return counts
+            magnitudes(waiting, parts[1])
+        work = work.squeeze(4) if work.shape[4] == 1 else work.sum(4)  # quicker than one sum over both ends
+        torch.sum(work, 2, out=out.transpose(0, 1))
