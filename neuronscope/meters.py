@@ -75,9 +75,10 @@ class Meter:
     def settle(self) -> Counters:
         """Add up what waits; gives the counters, which are whole until the next tensor is counted."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            scratch = Scratch()
-            self._count_small_outputs(scratch)
-            self._count_small_gradients(scratch)
+            if len(self.small_outputs) or len(self.small_gradients):
+                scratch = Scratch()
+                self._count_small_outputs(scratch)
+                self._count_small_gradients(scratch)
             self._add_rows()
         return self.counters
 
