@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["Plan", "Scratch", "compare", "magnitudes"]
 
-#: Elements of a block, of which a byte each is summed: 1 MB.
+#: Elements of a block: 1 MB of bytes.
 _BLOCK = 1 << 20
 #: Elements up to which a tensor is small.
 _SMALL = 1 << 17
@@ -67,7 +67,7 @@ class Scratch(threading.local):
         with torch.inference_mode(False):
             self.zero = torch.zeros((), dtype=torch.float32, device="cpu")  # quicker to compare with than a number
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
-            self.words = torch.zeros(0, dtype=torch.int64, device="cpu")  # a byte is 0 or 1, whatever was counted
+            self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
@@ -107,7 +107,7 @@ class Scratch(threading.local):
         if small:
             return _Small(tensor, axis, buffer, quantities, self.zero)
         if not self.words.numel():
-            self.words = torch.zeros(2 * _BLOCK // 8, dtype=torch.int64, device="cpu")
+            self.words = torch.empty(2 * _BLOCK // 8, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(_BLOCK // 8, dtype=torch.int64, device="cpu")
         return _Large(tensor, axis, quantities, self)
 
@@ -254,11 +254,11 @@ def _add_up(numbers: Tensor, out: Tensor) -> None:
     elif inner >= _INNER:
         torch.sum(numbers.sum(2), 0, out=out)
     else:
-        rows = numbers.view(outer, neurons * inner).t()
-        if inner == 1:
-            torch.mv(rows, numbers.new_ones(outer), out=out)
-        else:
-            torch.sum(torch.mv(rows, numbers.new_ones(outer)).view(neurons, inner), 1, out=out)
+        rows, ones = numbers.view(outer, neurons * inner), numbers.new_ones(outer)
+        sums = out if inner == 1 else numbers.new_empty(neurons * inner)
+        torch.mv(rows.t(), ones, out=sums)  # into something: autocast leaves that alone
+        if inner > 1:
+            torch.sum(sums.view(neurons, inner), 1, out=out)
 
 
 class _Lanes(NamedTuple):
@@ -276,7 +276,10 @@ class _Lanes(NamedTuple):
 
 
 def _lanes(shape: Shape) -> _Lanes | None:
-    """The quickest lanes for a block; ``None`` where none pay."""
+    """The quickest lanes for a block; ``None`` where there are too few rows to add.
+
+    All are shorter than twice the block, and their sums no longer than it.
+    """
     outer, neurons, inner = shape
     groups = -(-inner // (8 * _LIMIT))
     run = -(-inner // (8 * groups))
