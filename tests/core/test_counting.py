@@ -146,7 +146,7 @@ LARGE = [
     (9, 20_001),  # eight rows are whole words: two such, and most of the second blank
     (1, 140_001),  # nothing to add
     (140_001, 1),
-    (256 * 512 + 1, 1),  # 257 rows of words: one too many for a byte
+    (256, 600),  # one row too many for a byte
     (40, 64, 15, 15),
     (40, 64, 8, 17),  # 136 numbers are 17 words that follow each other
     (3, 64, 25, 45),  # 1125 numbers are 140.6 words: some bytes are blank
