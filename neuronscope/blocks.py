@@ -21,14 +21,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "EXACT", "SMALL", "Plan", "Scratch"]
+__all__ = ["Plan", "Scratch", "compare", "magnitudes"]
 
-#: Elements of a block, of which a byte each is summed: 1 MB.
-BLOCK = 1 << 20
+#: Elements of a block: 1 MB of bytes.
+_BLOCK = 1 << 20
 #: Elements up to which a tensor is small.
-SMALL = 1 << 17
+_SMALL = 1 << 17
 #: Numbers that float32 holds exactly are smaller.
-EXACT = 1 << 24
+_EXACT = 1 << 24
 #: Most words whose bytes are added without a carry.
 _LIMIT = 255
 #: Least words worth adding along memory, and least bytes of a row worth adding to another.
@@ -67,7 +67,7 @@ class Scratch(threading.local):
         with torch.inference_mode(False):
             self.zero = torch.zeros((), dtype=torch.float32, device="cpu")  # quicker to compare with than a number
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
-            self.words = torch.zeros(0, dtype=torch.int64, device="cpu")  # a byte is 0 or 1, whatever was counted
+            self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
@@ -84,7 +84,7 @@ class Scratch(threading.local):
         plan = self._plans.get(key)
         if plan is None:
             positions = tensor.numel() // max(tensor.shape[axis], 1)
-            if not tensor.is_floating_point() or not 0 < positions < EXACT:
+            if not tensor.is_floating_point() or not 0 < positions < _EXACT:
                 return None
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
@@ -92,17 +92,23 @@ class Scratch(threading.local):
                 plan = self._plans[key] = self._make(tensor, axis, quantities)
         return plan
 
-    def _make(self, tensor: Tensor, axis: int, quantities: int) -> Plan:
-        small = tensor.numel() <= SMALL
-        size = 2 * SMALL if small else BLOCK
-        if self.buffer.numel() < size:  # a network of small layers needs no megabytes
+    def numbers(self, elements: int) -> Tensor:
+        """The buffer, for so many numbers at least; a network of small layers needs no megabytes."""
+        if self.buffer.numel() < elements:
             self._plans.clear()  # their views are of the old buffer
-            self.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+            size = 2 * _SMALL if elements <= 2 * _SMALL else _BLOCK
+            with torch.inference_mode(False):
+                self.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+        return self.buffer
+
+    def _make(self, tensor: Tensor, axis: int, quantities: int) -> Plan:
+        small = tensor.numel() <= _SMALL
+        buffer = self.numbers(quantities * tensor.numel() if small else _BLOCK)
         if small:
-            return _Small(tensor, axis, self.buffer, quantities, self.zero)
+            return _Small(tensor, axis, buffer, quantities, self.zero)
         if not self.words.numel():
-            self.words = torch.zeros(2 * BLOCK // 8, dtype=torch.int64, device="cpu")
-            self.sums = torch.empty(BLOCK // 8, dtype=torch.int64, device="cpu")
+            self.words = torch.empty(2 * _BLOCK // 8, dtype=torch.int64, device="cpu")
+            self.sums = torch.empty(_BLOCK // 8, dtype=torch.int64, device="cpu")
         return _Large(tensor, axis, quantities, self)
 
 
@@ -137,9 +143,9 @@ class _Small(Plan):
     def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
         if self._order is not None:
             tensor = tensor.permute(self._order)
-        _compare(tensor, tolerance, self._zero, self._parts[0])
+        compare(tensor, tolerance, self._zero, self._parts[0])
         if len(self._parts) > 1:
-            _magnitudes(tensor, self._parts[1])
+            magnitudes(tensor, self._parts[1])
         if self._dimension < 0:
             torch.sum(self._work.sum(3), 1, out=out)
         else:
@@ -154,7 +160,7 @@ class _Large(Plan):
         self._order, self._shape = order.order, order.shape
         self._quantities = quantities
         self._scratch = scratch
-        self._blocks = {self._shape: _Block(self._shape, scratch)} if tensor.numel() <= BLOCK else {}
+        self._blocks = {self._shape: _Block(self._shape, scratch)} if tensor.numel() <= _BLOCK else {}
 
     def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
         cube = tensor.permute(self._order).reshape(self._shape)
@@ -182,9 +188,9 @@ class _Large(Plan):
 
     def _cuts(self) -> Iterator[tuple[slice, slice, slice]]:
         outer, neurons, inner = self._shape
-        some = min(max(BLOCK // (min(outer, _ROWS) * inner), 1), neurons)
-        images = min(max(BLOCK // (some * inner), 1), outer)
-        yield from itertools.product(_slices(outer, images), _slices(neurons, some), _slices(inner, BLOCK))
+        some = min(max(_BLOCK // (min(outer, _ROWS) * inner), 1), neurons)
+        images = min(max(_BLOCK // (some * inner), 1), outer)
+        yield from itertools.product(_slices(outer, images), _slices(neurons, some), _slices(inner, _BLOCK))
 
 
 class _Block:
@@ -214,7 +220,7 @@ class _Block:
     def zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Zeros of each neuron, float32 ``(n,)``."""
         if self._lanes is None or tolerance != 0:
-            _compare(part, tolerance, self._zero, self._numbers)
+            compare(part, tolerance, self._zero, self._numbers)
         if self._lanes is None:
             _add_up(self._numbers, out)
             return
@@ -233,7 +239,7 @@ class _Block:
         sums = torch.empty(len(pieces), self._shape[1], dtype=torch.float32, device="cpu")
         for piece, each in zip(pieces, sums.unbind(), strict=True):
             numbers = self._numbers[: piece.shape[0]]
-            _magnitudes(piece, numbers)
+            magnitudes(piece, numbers)
             _add_up(numbers, each)
         torch.sum(sums, 0, out=out)
 
@@ -248,11 +254,11 @@ def _add_up(numbers: Tensor, out: Tensor) -> None:
     elif inner >= _INNER:
         torch.sum(numbers.sum(2), 0, out=out)
     else:
-        rows = numbers.view(outer, neurons * inner).t()
-        if inner == 1:
-            torch.mv(rows, numbers.new_ones(outer), out=out)
-        else:
-            torch.sum(torch.mv(rows, numbers.new_ones(outer)).view(neurons, inner), 1, out=out)
+        rows, ones = numbers.view(outer, neurons * inner), numbers.new_ones(outer)
+        sums = out if inner == 1 else numbers.new_empty(neurons * inner)
+        torch.mv(rows.t(), ones, out=sums)  # into something: autocast leaves that alone
+        if inner > 1:
+            torch.sum(sums.view(neurons, inner), 1, out=out)
 
 
 class _Lanes(NamedTuple):
@@ -270,7 +276,10 @@ class _Lanes(NamedTuple):
 
 
 def _lanes(shape: Shape) -> _Lanes | None:
-    """The quickest lanes for a block; ``None`` where none pay."""
+    """The quickest lanes for a block; ``None`` where there are too few rows to add.
+
+    All are shorter than twice the block, and their sums no longer than it.
+    """
     outer, neurons, inner = shape
     groups = -(-inner // (8 * _LIMIT))
     run = -(-inner // (8 * groups))
@@ -291,7 +300,7 @@ def _slices(length: int, at_once: int) -> list[slice]:
     return [slice(start, min(start + at_once, length)) for start in range(0, length, at_once)]
 
 
-def _compare(tensor: Tensor, tolerance: float, zero: Tensor, out: Tensor) -> None:
+def compare(tensor: Tensor, tolerance: float, zero: Tensor, out: Tensor) -> None:
     """1 where an element is zero, 0 elsewhere."""
     if tolerance == 0:
         torch.eq(tensor, zero, out=out)
@@ -299,7 +308,8 @@ def _compare(tensor: Tensor, tolerance: float, zero: Tensor, out: Tensor) -> Non
         torch.le(tensor.abs(), tolerance, out=out)
 
 
-def _magnitudes(tensor: Tensor, out: Tensor) -> None:
+def magnitudes(tensor: Tensor, out: Tensor) -> None:
+    """Magnitudes as float32."""
     if tensor.dtype is torch.float32:
         torch.abs(tensor, out=out)
     else:

@@ -1,9 +1,7 @@
 """From tensors to per-neuron counts: the only arithmetic on the hot path.
 
-The obvious ``(y == 0).sum(dims)`` costs 14 to 20 passes over a tensor on a CPU. Here a cache-sized block is compared
-into a float buffer, its magnitudes go into the buffer beside it, and one sum adds up both while they are in the cache:
-a block's float32 count is exact below 2**24. How a tensor of one shape is cut, and the views of the buffer that this
-takes, are a *plan*, made once. On other devices, and where ``torch.compile`` traces, the plain formula stands: a
+The obvious ``(y == 0).sum(dims)`` costs 14 to 20 passes over a tensor on a CPU, blocks that stay in its cache one to
+two (see :mod:`neuronscope.blocks`). On other devices, and where ``torch.compile`` traces, the plain formula stands: a
 compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
 """
 

@@ -31,6 +31,7 @@ from neuronscope import (
     rows,
     sites,
     threads,
+    waiting,
 )
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
@@ -241,11 +242,14 @@ class Tap:
         if not self.running:
             halved = getattr(module, "dim", -1) if activation.halves else None
             call = self.observer.begin(path, "", activation, x, halved)
+            self._entered.suspend()  # what it calls is its own affair
         self.running.append(call)
 
     def after(self, x: Any, y: Any) -> None:
         """An activation module made ``y`` of ``x``; ``None`` where it failed."""
         call = self.running.pop() if self.running else None
+        if not self.running:
+            self._entered.resume()
         if call is not None:
             self.observer.end(call, x, y)
         if not self.running and not self.observer.frame.owners:
@@ -368,6 +372,7 @@ skip_frames(
         rows,
         sites,
         threads,
+        waiting,
         sys.modules[__name__],
     )
 )

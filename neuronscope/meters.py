@@ -10,6 +10,7 @@ from torch import Tensor
 
 from neuronscope.counting import Scratch, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.rows import NEVER, Rows
+from neuronscope.waiting import Waiting
 
 __all__ = ["NEVER", "Counters", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
 
@@ -67,21 +68,69 @@ class Meter:
             )
         self.outputs = Rows(2, neurons)
         self.gradients = Rows(1, neurons)
+        self.small_outputs = Waiting(2)
+        self.small_gradients = Waiting(1)
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
 
     def settle(self) -> Counters:
         """Add up what waits; gives the counters, which are whole until the next tensor is counted."""
-        counters = self.counters
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            if len(self.outputs):
-                self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
-                self.outputs.clear()
-            if len(self.gradients):
-                counters.zero_gradients.add_(self.gradients.zeros())
-                self.gradients.clear()
-        return counters
+            if len(self.small_outputs) or len(self.small_gradients):
+                scratch = Scratch()
+                self._count_small_outputs(scratch)
+                self._count_small_gradients(scratch)
+            self._add_rows()
+        return self.counters
+
+    def make_room(self, scratch: Scratch) -> None:
+        """Count the small tensors that wait where there is no room for more."""
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if self.small_outputs.full:
+                self._count_small_outputs(scratch)
+            if self.small_gradients.full:
+                self._count_small_gradients(scratch)
+
+    def _count_small_outputs(self, scratch: Scratch) -> None:
+        small = self.small_outputs
+        if len(small):
+            row = self._rows_for(small, self.outputs, scratch)
+            if is_finite(row):
+                self._keep(small, self.outputs)
+            else:
+                for y, step in zip(small.tensors(), small.steps, strict=True):
+                    self.add_plain(y, small.axis, step, small.tolerance)
+            small.clear()
+
+    def _count_small_gradients(self, scratch: Scratch) -> None:
+        small = self.small_gradients
+        if len(small):
+            self._rows_for(small, self.gradients, scratch)
+            self._keep(small, self.gradients)
+            small.clear()
+
+    def _rows_for(self, small: Waiting, rows: Rows, scratch: Scratch) -> Tensor:
+        if len(rows) + len(small) > rows.room:
+            self._add_rows()
+        counts = rows.some(len(small))
+        small.count(scratch, counts)
+        return counts
+
+    def _keep(self, small: Waiting, rows: Rows) -> None:
+        positions = small.tensors()[0].numel() // self.neurons
+        for step in small.steps:
+            rows.keep(positions=positions, step=step)
+        if rows.full:
+            self._add_rows()
+
+    def _add_rows(self) -> None:
+        if len(self.outputs):
+            self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
+            self.outputs.clear()
+        if len(self.gradients):
+            self.counters.zero_gradients.add_(self.gradients.zeros())
+            self.gradients.clear()
 
     def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
         counters = self.counters
@@ -113,8 +162,8 @@ class Meter:
 
     def reset(self) -> None:
         """Start again from nothing, in the same tensors."""
-        self.outputs.clear()
-        self.gradients.clear()
+        for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
+            waiting.clear()
         with torch.inference_mode(False), torch.no_grad():
             for counter in self.counters:
                 counter.zero_()
@@ -142,30 +191,38 @@ def add_outputs(
     if isinstance(step, Tensor):
         _add_outputs_in_graph(y, axis, examples, step, tolerance, *meter.counters)
         return
+    positions = y.numel() // meter.neurons
+    meter.positions += positions
+    meter.examples += examples
+    if meter.small_outputs.take(y, axis, step, tolerance):
+        if meter.small_outputs.full:
+            meter.make_room(scratch)
+        return
     rows = meter.outputs
     row = rows.next()
-    positions = y.numel() // meter.neurons
     if measure(y, axis, scratch, tolerance, row) and is_finite(row):
         rows.keep(positions=positions, step=step)
         if rows.full:
             meter.settle()
     else:
         meter.add_plain(y, axis, step, tolerance)
-    meter.positions += positions
-    meter.examples += examples
 
 
 def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -> None:
     """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
-    rows = meter.gradients
     positions = gradient.numel() // meter.neurons
+    meter.gradient_positions += positions
+    if meter.small_gradients.take(gradient, axis, 0, 0.0):
+        if meter.small_gradients.full:
+            meter.make_room(scratch)
+        return
+    rows = meter.gradients
     if measure(gradient, axis, scratch, 0.0, rows.next()):
         rows.keep(positions=positions, step=0)
         if rows.full:
             meter.settle()
     else:
         meter.counters.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
-    meter.gradient_positions += positions
 
 
 def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> None:

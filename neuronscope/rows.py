@@ -48,6 +48,10 @@ class Rows:
         """The next free row, ``(quantities, N)``, to be written; it does not count until :meth:`keep`."""
         return self._each[len(self._steps)]
 
+    def some(self, number: int) -> Tensor:
+        """As many free rows, ``(number, quantities, N)``, as :meth:`next`; each is to be kept."""
+        return self._rows[len(self._steps) : len(self._steps) + number]
+
     def keep(self, *, positions: int, step: int) -> None:
         """The row that :meth:`next` gave is written.
 

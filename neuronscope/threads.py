@@ -48,6 +48,7 @@ class EnteredMode:
     def __init__(self, mode: TorchFunctionMode) -> None:
         self._mode = mode
         self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
+        self._suspended: list[int] = []  # those of them that left it for a while
 
     def enter(self) -> None:
         """Enter the mode, unless it is entered."""
@@ -61,7 +62,25 @@ class EnteredMode:
         here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
         if here in self._threads:
             self._threads.remove(here)
+            if here in self._suspended:
+                self._suspended.remove(here)
+            else:
+                self._mode.__exit__(None, None, None)
+
+    def suspend(self) -> None:
+        """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""
+        if torch.compiler.is_compiling():
+            return
+        here, depth = threading.get_ident(), torch._C._len_torch_function_stack()
+        if here in self._threads and depth and torch._C._get_function_stack_at(depth - 1) is self._mode:
+            self._suspended.append(here)
             self._mode.__exit__(None, None, None)
+
+    def resume(self) -> None:
+        """Enter the mode again, if it was left for a while."""
+        if self._suspended and not torch.compiler.is_compiling() and threading.get_ident() in self._suspended:
+            self._suspended.remove(threading.get_ident())
+            self._mode.__enter__()
 
 
 def _here() -> int:

@@ -138,12 +138,59 @@ def test_more_positions_than_a_block_and_than_float32_can_count():
     assert meter.totals()[0] == 2**25 + 6
 
 
-@pytest.mark.parametrize("shape", [(3000, 300), (700, 2, 1000), (2, 600_000), (40, 64, 15, 15)])
-def test_many_blocks(shape):
-    made = torch.randn(shape).relu_()
+#: Shapes that are cut and added in every way that there is; a byte counts to 255, a block holds 2**20 numbers.
+LARGE = [
+    (3000, 300),
+    (700, 2, 1000),
+    (2, 600_000),  # two rows to add
+    (9, 20_001),  # eight rows are whole words: two such, and most of the second blank
+    (1, 140_001),  # nothing to add
+    (140_001, 1),
+    (256, 600),  # one row too many for a byte
+    (40, 64, 15, 15),
+    (40, 64, 8, 17),  # 136 numbers are 17 words that follow each other
+    (3, 64, 25, 45),  # 1125 numbers are 140.6 words: some bytes are blank
+    (2, 30, 47, 53),  # 2491 numbers are 311.4 words: more than a byte counts
+    (33, 1100, 37),  # more than a block, cut along the neurons
+    (1, 2, 1_100_001),  # and along the positions
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_many_blocks(shape, dtype):
+    made = torch.randn(shape).relu_().to(dtype)
     for tensor in (made, made.transpose(0, 1).contiguous().transpose(0, 1)):
         for axis in range(min(len(shape), 2)):
             assert_counts(tensor, axis)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_full_counters(shape, value):
+    """Every byte counts as far as it goes: what runs over would show in the neighbour."""
+    tensor = torch.full(shape, value)
+    tensor[:, 0] = 1 - tensor[:, 0]
+    zeros, _, _ = plain(tensor, 1)
+    for _ in range(2):  # the second time over what the first left in the buffers
+        assert count_zeros(tensor, 1, SCRATCH).tolist() == zeros.tolist()
+
+
+@pytest.mark.parametrize("shape", [(3000, 50), (50, 3000), (5, 40, 31, 31), (1, 140_001)], ids=str)
+def test_tolerance_of_large_tensors(shape):
+    tensor = torch.randn(shape) / 4
+    tensor[0, 0] = math.nan
+    assert_counts(tensor, 1, tolerance=0.125)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 5), (3000, 50)], ids=str)
+def test_the_smallest_numbers_are_not_zero(shape, dtype):
+    smallest = torch.tensor(1, dtype={8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]).view(dtype)
+    tensor = smallest.expand(shape).clone()
+    tensor[1, :] = -tensor[1, :]
+    tensor[:, 2] = -0.0
+    assert count_zeros(tensor, 1, SCRATCH).tolist() == [shape[0] * (neuron == 2) for neuron in range(shape[1])]
 
 
 @given(data=st.data())
@@ -169,10 +216,11 @@ def test_any_strided_tensor(data):
         assert_counts(tensor, axis, tolerance)
 
 
+@pytest.mark.parametrize("shape", [(300, 7), (300, 70), (40_000, 7), (3000, 40, 2), (9, 16, 40, 40)], ids=str)
 @pytest.mark.parametrize("surroundings", ["autocast", "inference", "deterministic", "no grad", "medium", "float64"])
-def test_surroundings_change_nothing(surroundings):
+def test_surroundings_change_nothing(surroundings, shape):
     """The caller's modes are in force where hooks run; counts are the same in all of them."""
-    tensor = torch.randn(300, 7).relu_()
+    tensor = torch.randn(shape).relu_()
     tensor[tensor > 1] = 1 + 2.0**-20  # not a number of bfloat16
     expected = plain(tensor, 1)
     precision = torch.get_float32_matmul_precision()
@@ -188,7 +236,7 @@ def test_surroundings_change_nothing(surroundings):
             "inference": torch.inference_mode(),
             "no grad": torch.no_grad(),
         }.get(surroundings, torch.enable_grad())
-        meter = Meter(7, torch.device("cpu"))
+        meter = Meter(shape[1], torch.device("cpu"))
         scratch = Scratch()
         with context:
             add_outputs(meter, tensor, 1, 300, 4, scratch, 0.0)
@@ -254,6 +302,49 @@ def test_many_calls_of_one_meter(neurons):
     assert counters.first_active.tolist() == first.tolist()
     np.testing.assert_allclose(counters.abs_sum.numpy(), magnitude, rtol=1e-5)
     assert meter.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
+
+
+def test_small_tensors_of_many_kinds_in_one_meter():
+    """What waits is of one kind at a time; the others are counted at once, and nothing is lost or mistaken."""
+    meter = Meter(6, torch.device("cpu"))
+    kinds = [
+        (torch.float32, (3, 6), 1, 0.0),
+        (torch.float64, (3, 6), 1, 0.0),
+        (torch.bfloat16, (6, 2), 0, 0.0),
+        (torch.float32, (2, 6, 4), 1, 0.0),
+        (torch.float32, (3, 6), 1, 0.5),
+        (torch.float32, (6,), 0, 0.0),
+    ]
+    zeros, broken, magnitude, last, positions = np.zeros(6), np.zeros(6), np.zeros(6), np.full(6, -1), 0
+    generator = torch.Generator().manual_seed(0)
+    for number in range(400):
+        dtype, shape, axis, tolerance = kinds[(number // 37 + (number % 5 == 0)) % len(kinds)]
+        y = torch.randn(shape, generator=generator).sub_(0.5).relu_().to(dtype)
+        if number % 90 == 11:
+            y.view(-1)[0] = math.inf
+        if dtype is torch.float64 and number % 7 == 0:
+            y.view(-1)[1] = 1e-300  # zero as a float32, and not zero
+        add_outputs(meter, y, axis, 1, number, SCRATCH, tolerance)
+        found = plain(y, axis, tolerance)
+        zeros, broken, magnitude = zeros + found[0], broken + found[1], magnitude + found[2]
+        last = np.where(found[0] + found[1] < y.numel() // 6, number, last)
+        positions += y.numel() // 6
+        y.fill_(1)  # what the program does with its tensor afterwards is its own affair
+    counters = meter.settle()
+    assert counters.zero_outputs.tolist() == zeros.tolist()
+    assert counters.not_finite.tolist() == broken.tolist()
+    assert counters.last_active.tolist() == last.tolist()
+    np.testing.assert_allclose(counters.abs_sum.numpy(), magnitude, rtol=1e-5)
+    assert meter.totals()[0] == positions
+
+
+def test_reset_forgets_what_waits():
+    meter = Meter(3, torch.device("cpu"))
+    add_outputs(meter, torch.zeros(2, 3), 1, 2, 0, SCRATCH, 0.0)
+    add_gradients(meter, torch.zeros(2, 3), 1, SCRATCH)
+    meter.reset()
+    assert meter.settle().zero_outputs.tolist() == [0, 0, 0]
+    assert meter.settle().zero_gradients.tolist() == [0, 0, 0]
 
 
 def test_no_random_number_is_drawn():

@@ -1,0 +1,121 @@
+"""While an activation module runs, our function mode is off the stack: nobody else's is, and it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import neuronscope as ns
+
+
+class Names(TorchFunctionMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def modes() -> list[Any]:
+    return [torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack())]
+
+
+class Spying(nn.ReLU):
+    """Notes which modes are on the stack while it runs; fails if it is told to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+        self.modes: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes = modes()
+        if self.fails:
+            raise ArithmeticError
+        return super().forward(x)
+
+
+class Net(nn.Module):
+    """A module, a functional activation after it, and perhaps a mode entered in between."""
+
+    def __init__(self, act: nn.Module, mode: Callable[[], Any] | None = None) -> None:
+        super().__init__()
+        self.fc, self.act, self.mode = nn.Linear(4, 3), act, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.mode is None:
+            x = self.act(x)
+        else:
+            with self.mode():
+                x = self.act(x)
+        return F.relu(x - 0.1)
+
+
+def test_no_mode_of_ours_is_on_the_stack_and_functions_after_it_are_seen():
+    net = Net(Spying())
+    with ns.watch(net) as scope:
+        net(torch.ones(2, 4))
+        scope.step()
+        census = scope.census("train")
+    assert net.act.modes == []
+    assert set(census) == {"act", "relu()"}
+    assert modes() == []
+
+
+def test_a_mode_around_the_model_sees_what_it_always_saw():
+    net, plain = Net(nn.ReLU()), Net(nn.ReLU())
+    with Names() as expected:
+        plain(torch.ones(2, 4))
+    with ns.watch(net), Names() as seen:
+        net(torch.ones(2, 4))
+    sizes = ("dim", "size")  # of the model's input, which we ask for
+    assert [name for name in seen.names if name not in sizes] == expected.names
+
+
+def test_a_mode_entered_in_the_forward_stays_above_ours():
+    inner = Names()
+    net = Net(Spying(), lambda: inner)
+    with ns.watch(net) as scope:
+        net(torch.ones(2, 4))
+        scope.step()
+        assert set(scope.census("train")) == {"act", "relu()"}
+    assert net.act.modes[-1] is inner
+    assert "relu" in inner.names
+    assert modes() == []
+
+
+def test_after_a_fault_of_the_activation_functions_are_seen_again():
+    net = Net(Spying(fails=True))
+    with ns.watch(net) as scope:
+        with pytest.raises(ArithmeticError):
+            net(torch.ones(2, 4))
+        assert modes() == []
+        net.act.fails = False
+        net(torch.ones(2, 4))
+        scope.step()
+        assert scope.census("train")["relu()"].positions == 2
+    assert modes() == []
+
+
+def test_detached_while_an_activation_runs():
+    """Who detaches in a hook of his own finds the stack as he left it."""
+    net = Net(nn.ReLU())
+    scope = ns.watch(net)
+    net.act.register_forward_hook(lambda module, args, output: scope.detach())
+    with Names() as theirs:
+        net(torch.ones(2, 4))
+        assert modes() == [theirs]
+    assert modes() == []
