@@ -117,7 +117,7 @@ def test_what_is_not_known_is_no_zero() -> None:
 
 def test_not_finite_is_loud_and_never_beside_a_calm_zero() -> None:
     text = str(samples.broken())
-    assert "!! NOT FINITE: 7 neurons NaN or infinite, in b." in text
+    assert "!! NOT FINITE: 7 neurons NaN or infinite, in layer b." in text
     row = words.layer_words(samples.broken()["b"])
     assert (row.dead, row.dead_share, row.tone) == ("–", "–", "alarm")
 
@@ -295,7 +295,7 @@ def test_json_holds_every_verdict_and_all_evidence() -> None:
         (samples.with_data, "35 of 352 neurons (9.9 %) are dead: 6 proved, 29 measured."),
         (samples.healthy, "No neuron of 64 is found dead on firm ground."),
         (samples.empty, "No layer could be examined, so nothing can be said of any neuron."),
-        (samples.idle, "32 neurons in frozen get no gradient as a whole layer: frozen, or cut off by what follows"),
+        (samples.idle, "32 neurons in layer frozen get no gradient as a whole layer: frozen, or cut off"),
     ],
 )
 def test_sentences(report: Callable[[], PostmortemReport], sentence: str) -> None:

@@ -88,7 +88,7 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.not_finite:
         where = [layer.name for layer in report.layers if layer.count("not finite")]
         said.append(
-            f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_some(where)}. "
+            f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_layers(where)}. "
             "This network is not healthy, whatever the rest says."
         )
     if not report.neurons:
@@ -108,7 +108,7 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.idle:
         layers = [layer.name for layer in report.layers if layer.idle.any()]
         said.append(
-            f"{plural(report.idle, 'neuron')} in {_some(layers)} get no gradient as a whole layer: frozen, or "
+            f"{plural(report.idle, 'neuron')} in {_layers(layers)} get no gradient as a whole layer: frozen, or "
             "cut off by what follows; in no total."
         )
     if report.contested:
@@ -134,7 +134,7 @@ def _deaths(report: PostmortemReport) -> str:
     return (
         f"{count(report.dead)} of {plural(report.neurons, 'neuron')} ({at_least}{percent(report.dead_percent)}) "
         f"{'is' if report.dead == 1 else 'are'} {what}: {sure}. "
-        f"Hardest hit is {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
+        f"Hardest hit is layer {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
     )
 
 
@@ -338,6 +338,10 @@ def abstained(report: PostmortemReport) -> list[tuple[str, str]]:
         )
         for (source, reason), layers in found.items()
     ]
+
+
+def _layers(names: Sequence[str]) -> str:
+    return f"layer{'s' if len(names) > 1 else ''} {_some(names)}"
 
 
 def _some(names: Sequence[str]) -> str:
