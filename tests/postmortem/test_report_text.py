@@ -202,6 +202,17 @@ def test_layers_without_a_finding_are_folded_beyond_forty(layers: int, folded: i
     assert ("… 117 more layers with nothing to report" in text) == bool(folded)
 
 
+def test_of_very_many_layers_with_a_finding_the_worst_have_a_row() -> None:
+    said = [samples.evidence(f"l{at}", 9, "dead", "proved", list(range(1 + (at % 7 == 0)))) for at in range(700)]
+    text = str(samples.report(said))
+    rows = re.findall(r"^l(\d+) {2}", text, re.MULTILINE)
+    # 100 layers have two dead neurons each; of the others the first 300 fill the rest of 400 rows.
+    assert len(rows) == 400
+    assert {str(at) for at in range(0, 700, 7)} <= set(rows)
+    assert rows == sorted(rows, key=int)
+    assert "… 300 more layers with no more dead than these" in text
+
+
 def test_every_name_in_markdown_is_inert() -> None:
     text = samples.hostile().to_markdown()
     rest = re.sub(r"&#\d+;", "", text)

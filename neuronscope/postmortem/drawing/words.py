@@ -221,12 +221,25 @@ def _tone(layer: LayerReport) -> str:
     return "unknown" if layer.count("unknown") else "calm"
 
 
-def fold(report: PostmortemReport, limit: int = 40) -> tuple[list[LayerReport], int]:
-    """The layers worth a row, and how many without a finding were left out; none is while ``limit`` holds them all."""
+def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[list[LayerReport], list[str]]:
+    """The layers worth a row, and sentences on those left out.
+
+    Args:
+        report: The post-mortem.
+        limit: Up to so many layers all have a row; of more, those with a finding.
+        most: Most rows; where more layers have a finding, those with the most dead neurons, then the first, have one.
+    """
     if len(report.layers) <= limit:
-        return list(report.layers), 0
-    shown = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
-    return shown, len(report.layers) - len(shown)
+        return list(report.layers), []
+    found = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
+    worst = {id(layer) for layer in sorted(found, key=lambda layer: -layer.dead)[:most]}
+    shown = [layer for layer in found if id(layer) in worst]
+    left_out = []
+    if len(found) > len(shown):
+        left_out.append(f"… {plural(len(found) - len(shown), 'more layer')} with no more dead than these")
+    if len(report.layers) > len(found):
+        left_out.append(f"… {plural(len(report.layers) - len(found), 'more layer')} with nothing to report")
+    return shown, left_out
 
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
