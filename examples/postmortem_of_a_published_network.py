@@ -10,12 +10,12 @@ Output (shortened)::
     The file alone, by the state of its optimizer:
 
     Neuronscope post-mortem · pretrained.pt · torch file of the older layout · 1,564,501 optimizer steps
-    5 of 256 neurons (at least 2.0 %) are dead or without gradient: 5 inferred. Hardest hit is linear, with 5 of 256.
+    5 of 256 neurons (at least 2.0 %) are dead or without gradient: 5 inferred. ...
     Nothing is known of 9 (3.5 %).
     ...
     With the network's architecture, and half a minute of speech:
 
-    56 of 256 neurons (21.9 %) are dead: 56 measured. Hardest hit is relu, with 56 of 256.
+    56 of 256 neurons (21.9 %) are dead: 56 measured. ...
     42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only.
     ...
     What measuring said of it

@@ -5,7 +5,7 @@ is examined three times: the file alone, with the model, and with data.
 
 Output (shortened; numbers differ a little between machines)::
 
-    33 of 170 neurons (19.4 %) are dead or without gradient: 33 inferred. Hardest hit is 0, with 16 of 32.
+    33 of 170 neurons (19.4 %) are dead or without gradient: 33 inferred. Hardest hit is layer 0, with 16 of 32.
     1 more is only suspected, and in no total.
     ...
     layer  neurons  dead       %  how sure     since                                suspected

@@ -182,8 +182,8 @@ def _affected(counts: Sequence[tuple[str, int, int]]) -> tuple[str, tuple[str, .
     """In words and as names: the layers of ``(name, affected, width)`` that are affected at all, the worst first."""
     hit = sorted((one for one in counts if one[1]), key=lambda one: -one[1] / one[2])
     said = ", ".join(f"{name} ({count:,} of {width:,})" for name, count, width in hit[:4])
-    more = f" and {len(hit) - 4:,} more layer{'s' if len(hit) > 5 else ''}" if len(hit) > 4 else ""
-    return said + more, tuple(name for name, _, _ in hit)
+    more = f" and {len(hit) - 4:,} more" if len(hit) > 4 else ""
+    return f"layer{'s' if len(hit) > 1 else ''} {said}{more}", tuple(name for name, _, _ in hit)
 
 
 def _count(facts: RunFacts, mask: Callable[[LayerFacts], Any]) -> tuple[int, str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,7 @@ def _run(parsed: argparse.Namespace) -> int:
             trust=parsed.trust,
             progress=progress,
         )
-    print(report)
+    _show(report)
     try:
         if parsed.html is not None:
             report.to_html(parsed.html)
@@ -90,6 +91,15 @@ def _run(parsed: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"Cannot write {error.filename}: {error.strerror}.") from error
     return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)
+
+
+def _show(report: PostmortemReport) -> None:
+    """Print it; a reader that stops early (``| head``) is no fault, and keeps no file from being written."""
+    try:
+        print(report, flush=True)
+    except BrokenPipeError:
+        # What is still in the buffer must go somewhere when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _checked(report: PostmortemReport, limit: float) -> int:

@@ -59,8 +59,8 @@ def measured_evidence(site: SiteReport, confidence: float) -> list[Evidence]:
     judged = site.judgement
     bound = rate_bound(site.examples, confidence) if site.examples else np.nan
     fires = 1.0 - site.zero_output_fraction
-    where = f"over {site.examples} examples, {site.positions} positions"
-    gradients = f" and its gradient at all {site.gradient_positions}" if site.gradient_positions else ""
+    where = f"over {site.examples:,} examples, {site.positions:,} positions"
+    gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
     said: tuple[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
         ("not finite", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),
@@ -68,7 +68,7 @@ def measured_evidence(site: SiteReport, confidence: float) -> list[Evidence]:
             "dead",
             judged.dead,
             np.full(site.neurons, bound),
-            f"share of examples in which it may yet fire, at most, at {confidence:.0%} confidence",
+            f"share of examples in which it may yet fire, at most, at {100 * confidence:g} % confidence",
             f"Its output was exactly zero at every position{gradients}, {where}.",
         ),
         (

@@ -37,16 +37,19 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
         for name in layer.incoming:
             tensor = tensors[name].read()
             rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 has no comparisons
-            bad += (~torch.isfinite(rows)).sum(dim=1)
+            low, high = torch.aminmax(rows, dim=1)  # one pass; NaN wherever there is one
+            broken = ~(torch.isfinite(low) & torch.isfinite(high))
+            bad[broken] += (~torch.isfinite(rows[broken])).sum(dim=1)
+            zero = (low == 0) & (high == 0)
             if name == layer.bias:
                 bias = rows[:, 0].double()
             elif name == layer.weight:
-                empty &= (rows == 0).all(dim=1)
+                empty &= zero
                 writer = read_by.get(name)
                 if writer is not None:
                     yield from _unread(writer, layer, tensor)
             else:  # weight norm's magnitudes: a magnitude of zero makes a row of zeros
-                empty |= (rows == 0).all(dim=1)
+                empty |= zero
         if bad.any():
             yield _of(
                 layer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -278,6 +279,17 @@ def test_ctrl_c_ends_without_a_traceback(folder: Path) -> None:
     _, err = child.communicate(timeout=30)
     assert child.returncode == 130
     assert err == "neuronscope: interrupted\n"
+
+
+def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
+    """As in ``| head``: the pipe is closed before anything is printed; files are written all the same."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "neuronscope", "postmortem", "last.ckpt", "--json", "a.json"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((folder / "a.json").read_text())["step"] == 42
 
 
 # --- in Python -----------------------------------------------------------------------------------------------------

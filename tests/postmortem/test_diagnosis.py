@@ -86,8 +86,8 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
-        "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: a (6 of 64), b (2 of 32). Steps are by the "
-        "optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
+        "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: layers a (6 of 64), b (2 of 32). Steps are "
+        "by the optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
         "checkpoint was saved: 0.1, 0.003."
     )
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
@@ -95,7 +95,7 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
 
 def test_many_layers_are_named_in_part_and_counted_whole() -> None:
     (one,) = diagnose(RunFacts(tuple(layer(str(i), 64, [-1] * (i + 1)) for i in range(7)), step=9))
-    assert "6 (7 of 64), 5 (6 of 64), 4 (5 of 64), 3 (4 of 64) and 3 more layers" in one.evidence
+    assert "layers 6 (7 of 64), 5 (6 of 64), 4 (5 of 64), 3 (4 of 64) and 3 more" in one.evidence
     assert one.layers == tuple("6543210")
     assert one.neurons == 28  # 1 + 2 + … + 7
 

@@ -117,7 +117,7 @@ def test_what_is_not_known_is_no_zero() -> None:
 
 def test_not_finite_is_loud_and_never_beside_a_calm_zero() -> None:
     text = str(samples.broken())
-    assert "!! NOT FINITE: 7 neurons NaN or infinite, in b." in text
+    assert "!! NOT FINITE: 7 neurons NaN or infinite, in layer b." in text
     row = words.layer_words(samples.broken()["b"])
     assert (row.dead, row.dead_share, row.tone) == ("–", "–", "alarm")
 
@@ -200,6 +200,17 @@ def test_layers_without_a_finding_are_folded_beyond_forty(layers: int, folded: i
     text = str(samples.many(layers))
     assert len(re.findall(r"^encoder\.layers\S+ {2}", text, re.MULTILINE)) == layers - folded
     assert ("… 117 more layers with nothing to report" in text) == bool(folded)
+
+
+def test_of_very_many_layers_with_a_finding_the_worst_have_a_row() -> None:
+    said = [samples.evidence(f"l{at}", 9, "dead", "proved", list(range(1 + (at % 7 == 0)))) for at in range(700)]
+    text = str(samples.report(said))
+    rows = re.findall(r"^l(\d+) {2}", text, re.MULTILINE)
+    # 100 layers have two dead neurons each; of the others the first 300 fill the rest of 400 rows.
+    assert len(rows) == 400
+    assert {str(at) for at in range(0, 700, 7)} <= set(rows)
+    assert rows == sorted(rows, key=int)
+    assert "… 300 more layers with no more dead than these" in text
 
 
 def test_every_name_in_markdown_is_inert() -> None:
@@ -295,7 +306,7 @@ def test_json_holds_every_verdict_and_all_evidence() -> None:
         (samples.with_data, "35 of 352 neurons (9.9 %) are dead: 6 proved, 29 measured."),
         (samples.healthy, "No neuron of 64 is found dead on firm ground."),
         (samples.empty, "No layer could be examined, so nothing can be said of any neuron."),
-        (samples.idle, "32 neurons in frozen get no gradient as a whole layer: frozen, or cut off by what follows"),
+        (samples.idle, "32 neurons in layer frozen get no gradient as a whole layer: frozen, or cut off"),
     ],
 )
 def test_sentences(report: Callable[[], PostmortemReport], sentence: str) -> None:

@@ -76,13 +76,13 @@ def render(report: PostmortemReport) -> str:
 
 
 def _layers(report: PostmortemReport) -> str:
-    shown, folded = words.fold(report)
+    shown, left_out = words.fold(report)
     rows = []
     for row in map(words.layer_words, shown):
         cells = [plain(getattr(row, field)) for _, field, _ in COLUMNS]
         rows.append([code(row.name), *cells])
     table = _table([("layer", ":---"), *((heading, rule) for heading, _, rule in COLUMNS)], rows)
-    return f"{table}\n\n… {wording.plural(folded, 'more layer')} with nothing to report." if folded else table
+    return "\n\n".join([table, *(f"{sentence}." for sentence in left_out)])
 
 
 def _table(headings: list[tuple[str, str]], rows: list[list[str]]) -> str:

@@ -81,7 +81,7 @@ def _diagnoses(page: Page, report: PostmortemReport) -> None:
 def _table(page: Page, report: PostmortemReport) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", overflow="fold")
-    shown, folded = words.fold(report)
+    shown, left_out = words.fold(report)
     rows = [words.layer_words(layer) for layer in shown]
     # What no layer has takes no room, but for the columns that answer the first questions.
     empty = {
@@ -97,8 +97,8 @@ def _table(page: Page, report: PostmortemReport) -> None:
         cells = [Text(row.name), *(Text(getattr(row, field)) for _, field, _, _ in columns)]
         table.add_row(*cells, style=STYLES[row.tone])
     page.console.print(table)
-    if folded:
-        page.line(f"… {wording.plural(folded, 'more layer')} with nothing to report", style="dim")
-    left_out = [heading for heading, field, _, narrowest in COLUMNS if page.width < narrowest and field not in empty]
-    if left_out:
-        page.line(f"Too narrow to show: {', '.join(left_out)}.", style="dim")
+    for sentence in left_out:
+        page.line(sentence, style="dim")
+    narrow = [heading for heading, field, _, narrowest in COLUMNS if page.width < narrowest and field not in empty]
+    if narrow:
+        page.line(f"Too narrow to show: {', '.join(narrow)}.", style="dim")

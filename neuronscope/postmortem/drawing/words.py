@@ -88,7 +88,7 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.not_finite:
         where = [layer.name for layer in report.layers if layer.count("not finite")]
         said.append(
-            f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_some(where)}. "
+            f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_layers(where)}. "
             "This network is not healthy, whatever the rest says."
         )
     if not report.neurons:
@@ -108,7 +108,7 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.idle:
         layers = [layer.name for layer in report.layers if layer.idle.any()]
         said.append(
-            f"{plural(report.idle, 'neuron')} in {_some(layers)} get no gradient as a whole layer: frozen, or "
+            f"{plural(report.idle, 'neuron')} in {_layers(layers)} get no gradient as a whole layer: frozen, or "
             "cut off by what follows; in no total."
         )
     if report.contested:
@@ -134,7 +134,7 @@ def _deaths(report: PostmortemReport) -> str:
     return (
         f"{count(report.dead)} of {plural(report.neurons, 'neuron')} ({at_least}{percent(report.dead_percent)}) "
         f"{'is' if report.dead == 1 else 'are'} {what}: {sure}. "
-        f"Hardest hit is {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
+        f"Hardest hit is layer {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
     )
 
 
@@ -221,12 +221,25 @@ def _tone(layer: LayerReport) -> str:
     return "unknown" if layer.count("unknown") else "calm"
 
 
-def fold(report: PostmortemReport, limit: int = 40) -> tuple[list[LayerReport], int]:
-    """The layers worth a row, and how many without a finding were left out; none is while ``limit`` holds them all."""
+def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[list[LayerReport], list[str]]:
+    """The layers worth a row, and sentences on those left out.
+
+    Args:
+        report: The post-mortem.
+        limit: Up to so many layers all have a row; of more, those with a finding.
+        most: Most rows; where more layers have a finding, those with the most dead neurons, then the first, have one.
+    """
     if len(report.layers) <= limit:
-        return list(report.layers), 0
-    shown = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
-    return shown, len(report.layers) - len(shown)
+        return list(report.layers), []
+    found = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
+    worst = {id(layer) for layer in sorted(found, key=lambda layer: -layer.dead)[:most]}
+    shown = [layer for layer in found if id(layer) in worst]
+    left_out = []
+    if len(found) > len(shown):
+        left_out.append(f"… {plural(len(found) - len(shown), 'more layer')} with no more dead than these")
+    if len(report.layers) > len(found):
+        left_out.append(f"… {plural(len(report.layers) - len(found), 'more layer')} with nothing to report")
+    return shown, left_out
 
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
@@ -338,6 +351,10 @@ def abstained(report: PostmortemReport) -> list[tuple[str, str]]:
         )
         for (source, reason), layers in found.items()
     ]
+
+
+def _layers(names: Sequence[str]) -> str:
+    return f"layer{'s' if len(names) > 1 else ''} {_some(names)}"
 
 
 def _some(names: Sequence[str]) -> str:
