@@ -2,7 +2,8 @@
 
 Counting a tensor of a few kilobytes costs as many torch calls as counting a large one, and the calls are the cost. So
 it is copied, in one call, to others of its kind, and they are counted together when there is no room for more or
-somebody wants to read. The room does not grow: 128 kB a site, whatever the batch; larger tensors are counted at once.
+somebody wants to read. The room does not grow: 128 kB a site for outputs and as much for gradients, whatever the batch;
+larger tensors are counted at once. These are copies: no tensor of the network, and no graph, is kept.
 """
 
 from __future__ import annotations
