@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,7 +111,7 @@ class DeadNeuronMonitor(Callback):
         self._runs = Runs({**told, "activations": activations})
         self._alarm = Alarm(on_dead, threshold)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
-        self._faults = Faults("watch this run any longer", partial(self._runs.detach, join=False))
+        self._faults = Faults("watch this run any longer", self._runs.give_up)
         self._key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
         self._window_steps = window_steps
         self._step = 0
@@ -155,10 +154,20 @@ class DeadNeuronMonitor(Callback):
         """Tells monitors of different options apart in a checkpoint."""
         return self._generate_state_key(**self._key)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives."""
-        counted = self._runs.state_dict()
+    def state_dict(self, *, join: bool = False) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives.
+
+        Args:
+            join: Every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
+        """
+        counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lightning makes a checkpoint on every rank, whoever writes it: let it hold what all of them counted."""
+        if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
+            with self._faults:
+                checkpoint["callbacks"][self.state_key] = self.state_dict(join=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue what was counted. Lightning calls this before a run starts; tuners may while it runs."""

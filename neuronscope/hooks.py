@@ -28,6 +28,7 @@ from neuronscope import (
     observer,
     recomputation,
     rows,
+    shards,
     sites,
     threads,
 )
@@ -360,6 +361,7 @@ skip_frames(
         observer,
         recomputation,
         rows,
+        shards,
         sites,
         threads,
         sys.modules[__name__],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +17,7 @@ from neuronscope.census import Census, SiteInfo
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
-from neuronscope.ranks import join as join_of_all_ranks
-from neuronscope.ranks import world_size
+from neuronscope.ranks import Ranks
 from neuronscope.report import Report
 from neuronscope.reporting import make_report
 from neuronscope.selection import Patterns, Selection
@@ -56,13 +56,14 @@ class Scope:
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         self.every_n_steps = positive("every_n_steps", every_n_steps)
         self.window_steps = positive("window_steps", window_steps)
-        self._join = join_of_all_ranks if join_ranks else None
+        self._ranks = Ranks(together=join_ranks)
         self.policy = checked_policy(policy)
         self._selection = Selection(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
         self._detached = False
+        self._retired = False
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
@@ -106,7 +107,7 @@ class Scope:
     @property
     def detached(self) -> bool:
         """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
-        return self._detached or self._tap.failure is not None
+        return self._detached or self._retired or self._tap.failure is not None
 
     def step(self, step: int | None = None) -> bool:
         """One optimizer step is over.
@@ -131,8 +132,8 @@ class Scope:
             self._tap.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps, self._counts_alone):
-            record.flush(self._join)
+        if record.is_due(self._step, self.window_steps, lambda: self._ranks.alone):
+            self._flush("train")
             closed = record.is_sure() and record.close()
         self._observe()
         return closed
@@ -160,7 +161,7 @@ class Scope:
             if not self._detached and name != "train" and name != before:
                 record = self._record(name)
                 record.note_step(self._step)
-                record.flush(self._join if join else None)
+                self._flush(name, join=join)
                 record.close()
             self._phase = before
             self._observe()
@@ -189,17 +190,33 @@ class Scope:
         """Take every hook off the model. Counts stay readable; doing it twice is harmless.
 
         Args:
-            join: In a distributed run, count what is still open together with the other ranks: every rank must detach.
-                ``False`` where this rank alone stops, after an exception.
+            join: In a distributed run, count what is still open together with the other ranks: every rank must detach,
+                and waits for those that have more batches. ``False`` where this rank alone stops, after an exception.
         """
         if self._detached:
             return
         self._tap.detach()
         self._detached = True
-        record = self._record("train")  # of a rank that saw nothing too: the others wait for it
-        record.flush(self._join if join else None)
-        if record.is_sure():
-            record.close()
+        going_on = True
+        while going_on:  # of a rank that saw nothing too: the others wait for it
+            record = self._flush("train", join=join, done=True)
+            if record.is_sure():
+                record.close()
+            going_on = join and not self._ranks.all_done
+
+    def retire(self) -> None:
+        """Take the hooks off the model and count no more, but let other ranks not wait in vain.
+
+        For a caller that met a fault on this rank, perhaps alone: it still calls :meth:`step` and :meth:`detach`.
+        """
+        self._tap.detach()
+        self._retired = True
+
+    def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
+        record = self._record(phase)
+        self._ranks.duplicate = self._tap.observer.frame.flow.duplicate
+        record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
+        return record
 
     def _observe(self) -> None:
         """Decide whether what runs next is counted, and where."""
@@ -219,9 +236,6 @@ class Scope:
         record = self._records.get("train")
         last = -1 if record is None else record.last_observed_step
         return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
-
-    def _counts_alone(self) -> bool:
-        return self._join is None or world_size() == 1
 
     def _require_attached(self, what: str) -> None:
         if self._detached:
@@ -266,6 +280,7 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=self._not_measured(record),
+            exchanges=self._ranks.exchanges,
         )
 
     def _require_phase(self, phase: str) -> None:
@@ -284,8 +299,15 @@ class Scope:
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives, fit for any checkpoint."""
+    def state_dict(self, *, join: bool = False) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives, fit for any checkpoint.
+
+        Args:
+            join: Every rank of a distributed run is here: count what is open together first, so that any number of
+                ranks can go on from any rank's state. Otherwise what is open is this rank's own.
+        """
+        if join:
+            self._flush("train")
         return {
             "version": _STATE_VERSION,
             "step": self._step,

@@ -6,7 +6,7 @@ its steps stays open until it has enough of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,16 +48,16 @@ class PhaseRecord:
 
     def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
         """A new meter for a site of this phase."""
-        self._forget_other_width(key.name, neurons)
+        self._forget_other_width(key.name, {neurons, info.whole or neurons})
         meter = Meter(neurons, device)
         self._meters[key] = (info, meter)
         return meter
 
-    def _forget_other_width(self, name: str, neurons: int) -> None:
+    def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
         """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
         for window in ("_flushed", "closed", "last", "last_sure"):
             census: Census = getattr(self, window)
-            if name in census and census[name].neurons != neurons:
+            if name in census and census[name].neurons not in widths:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
 
@@ -95,17 +95,25 @@ class PhaseRecord:
         }
 
     def open(self) -> Census:
-        """The running window so far."""
+        """The running window so far: what was joined of it, and what this rank counted since.
+
+        Where ranks share a layer's neurons, this rank's part is not laid beside what was joined of all of them.
+        """
+        return Census(dict(_together(self._flushed, self._running())), **self._span())
+
+    def _running(self) -> Census:
         running = {key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()}
-        merged = self._flushed.merge(Census(running))
-        return Census(dict(merged), **self._span())
+        return Census(running, **self._span())
 
     def flush(self, join: Join | None = None) -> None:
         """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
-        running = Census({key.name: Tally.read(info, meter) for key, (info, meter) in self._meters.items()})
+        running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
-        self._flushed = self._flushed.merge(running if join is None else join(running))
+        joined = running if join is None else join(running)
+        self._flushed = _together(self._flushed, joined)
+        if joined.last_step > self.last_observed_step:  # other ranks went on
+            self._steps.append(joined.last_step)
 
     def is_due(self, step: int, window_steps: int, alone: Callable[[], bool]) -> bool:
         """Whether the open window is to be flushed, ``step`` steps into the run.
@@ -136,12 +144,10 @@ class PhaseRecord:
         """Close the open window, flushed before; says whether there was anything in it."""
         if not any(tally.positions for tally in self._flushed.values()):
             return False
-        if not self._steps:  # only other ranks observed anything
-            self._steps = [max(self._looked_at_step - 1, 0)]
         self.last = Census(dict(self._flushed), **self._span())
         if self.is_sure():
             self.last_sure = self.last
-        self.closed = self.closed.merge(self.last)
+        self.closed = _together(self.closed, self.last)
         self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
@@ -154,7 +160,7 @@ class PhaseRecord:
             UsageError: There is no such window.
         """
         if window == "all":
-            return self.closed.merge(self.open())
+            return _together(self.closed, self.open())
         if window == "last":
             return self.last
         if window == "open":
@@ -163,8 +169,9 @@ class PhaseRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """The record as tensors and primitives; the open window goes on when it is loaded."""
+        shared = [name for name, tally in self.open().items() if tally.info.whole > tally.neurons]
         return {
-            "open": self.open().state_dict(),
+            "open": self.open().without(*shared).state_dict(),  # one rank's part of a layer is no part of the layer
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
             "looked_at_step": self._looked_at_step,
@@ -198,3 +205,10 @@ class PhaseRecord:
         self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
         self._steps, self._steps_before, self.history = steps, before, history
         self._looked_at_step, self._news = looked_at_step, True
+
+
+def _together(census: Census, later: Census) -> Census:
+    """Both together; of a site that only one of them has whole, and the other one rank's part of, what is whole."""
+    parts = [name for name in census if name in later and census[name].neurons != later[name].neurons]
+    wider = [name for name in parts if later[name].neurons > census[name].neurons]
+    return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
