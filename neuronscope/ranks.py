@@ -12,6 +12,7 @@ import pickle
 import time
 import warnings
 from dataclasses import replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,14 +117,15 @@ class Ranks:
         mine = (phase, census.state_dict())
         states: list[Any] = [None] * world_size()
         dist.all_gather_object(states, mine)
-        joined = Census()
-        for other, state in states:
-            part = Census.from_state(state)
-            if other == phase:
-                joined = _merged(joined, part)
-            else:
-                self._kept[other] = _merged(self._kept.get(other, Census()), part)
-        return joined, len(pickle.dumps(mine))
+        for other in sorted({other for other, _ in states}):
+            parts = [Census.from_state(state) for place, state in states if place == other]
+            self._kept[other] = _merged(self._kept.get(other, Census()), *parts)
+        return self._kept.pop(phase), len(pickle.dumps(mine))
+
+    def late(self) -> dict[str, Census]:
+        """By phase, what others brought after this rank had joined that phase for the last time; gone once told."""
+        late, self._kept = self._kept, {}
+        return late
 
 
 def contribution(tally: Tally, *, duplicate: bool) -> Tally:
@@ -195,18 +197,21 @@ def _unpacked(like: Census, sums: FloatArray, latest: IntArray) -> Census:
     return Census(tallies, first_step=first_step if first_step < NEVER else -1, last_step=last_step)
 
 
-def _merged(census: Census, other: Census) -> Census:
-    """Both together, but for a site that is not of one width: it cannot be one layer, and counts for neither."""
-    for name, tally in other.items():
-        if name in census and census[name].neurons != tally.neurons:
-            warnings.warn(
-                f"Expected every rank to have as many neurons at site {name}, but got {census[name].neurons} and "
-                f"{tally.neurons}: it is not counted. Exclude it with `exclude=`.",
-                NeuronscopeWarning,
-                stacklevel=2,
-            )
-            census, other = census.without(name), other.without(name)
-    return census.merge(other)
+def _merged(*parts: Census) -> Census:
+    """All together, but for a site that is not of one width: it cannot be one layer, and nobody's counts."""
+    widths: dict[str, set[int]] = {}
+    for part in parts:
+        for name, tally in part.items():
+            widths.setdefault(name, set()).add(tally.neurons)
+    strange = {name: sorted(found) for name, found in widths.items() if len(found) > 1}
+    for name, found in strange.items():
+        warnings.warn(
+            f"Expected every rank to have as many neurons at site {name}, but got {found}: it is not counted. Exclude "
+            "it with `exclude=`, or watch with `join_ranks=False`.",
+            NeuronscopeWarning,
+            stacklevel=2,
+        )
+    return reduce(Census.merge, (part.without(*strange) for part in parts), Census())
 
 
 def _device() -> torch.device:

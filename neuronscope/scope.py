@@ -203,6 +203,10 @@ class Scope:
             if record.is_sure():
                 record.close()
             going_on = join and not self._ranks.all_done
+        for phase, census in self._ranks.late().items():
+            record = self._record(phase)
+            record.take(census)
+            record.close()
 
     def retire(self) -> None:
         """Take the hooks off the model and count no more, but let other ranks not wait in vain.

@@ -110,7 +110,10 @@ class PhaseRecord:
         running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
-        joined = running if join is None else join(running)
+        self.take(running if join is None else join(running))
+
+    def take(self, joined: Census) -> None:
+        """Add what was joined to the open window."""
         self._flushed = _together(self._flushed, joined)
         if joined.last_step > self.last_observed_step:  # other ranks went on
             self._steps.append(joined.last_step)

@@ -10,9 +10,16 @@ import torch.distributed as dist
 
 from tests.ranks.spawning import together
 
-ONE = ("ddp", "fsdp")
-TWO = (*ONE, "tensor", "tensor_distributed")
-FOUR = (*TWO, "both")
+TASKS = {
+    1: ("ddp", "fsdp"),
+    2: (
+        *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
+        "uneven_and_validated",
+        *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
+        *("fire_apart", "one_sees_nothing", "one_scans"),
+    ),
+    4: ("ddp", "fsdp", "tensor_distributed", "both", "elastic", "uneven", "uneven_and_validated", "fault", "retired"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -23,14 +30,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Runs(dict[int, list[dict[str, Any]]]):
-    """What each rank gave, by the number of ranks; started when it is first asked for."""
+    """What each rank gave, by the number of ranks; started once, when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        self.failed: dict[int, BaseException] = {}
 
     def __missing__(self, world: int) -> list[dict[str, Any]]:
-        self[world] = together(self.folder, world, *{1: ONE, 2: TWO, 4: FOUR}[world])
+        if world == 2:
+            _ = self[4]  # what four ranks saved is what two go on from
+        if world in self.failed:
+            raise self.failed[world]
+        try:
+            self[world] = together(self.folder, world, *TASKS[world])
+        except BaseException as error:
+            self.failed[world] = error
+            raise
         return self[world]
 
 

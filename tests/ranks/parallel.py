@@ -78,6 +78,7 @@ class Case:
 
 
 CASES = [Case(*options) for options in product((False, True), (1, 4), (False, True))]
+ENDS = [CASES[0], CASES[-1]]
 
 
 def as_ddp(model: nn.Module, case: Case) -> nn.Module:

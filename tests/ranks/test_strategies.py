@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.parallel import BATCH, CASES, HIDDEN, SPLIT, STEPS, Case
+from tests.ranks.parallel import BATCH, CASES, ENDS, HIDDEN, SPLIT, STEPS, Case
 from tests.ranks.recorded import side_by_side, union
 
 
@@ -38,20 +38,17 @@ def check(given: list[dict[str, Any]], case: Case, parts: int) -> None:
         assert_equal_counts(rank["counted"], wanted)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+WAYS = [
+    *((1, strategy, 1, ENDS) for strategy in ("ddp", "fsdp")),
+    *((2, strategy, parts, CASES) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("tensor", 2))),
+    *((4, strategy, parts, ENDS) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("both", 2))),
+]
+
+
 @pytest.mark.parametrize(
-    ("world", "strategy", "parts"),
-    [
-        (1, "ddp", 1),
-        (1, "fsdp", 1),
-        (2, "ddp", 1),
-        (2, "fsdp", 1),
-        (2, "tensor", 2),
-        (4, "ddp", 1),
-        (4, "fsdp", 1),
-        (4, "tensor", 4),
-        (4, "both", 2),
-    ],
+    ("world", "strategy", "parts", "case"),
+    [(world, strategy, parts, case) for world, strategy, parts, cases in WAYS for case in cases],
+    ids=str,
 )
 def test_counts_are_those_of_the_twin_over_all_ranks(
     runs: dict[int, list[dict[str, Any]]], world: int, strategy: str, parts: int, case: Case

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
-from tests.ranks.parallel import CASES, Case, run
+from tests.ranks.parallel import CASES, ENDS, Case, run
+from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
 Data = list[tuple[Tensor, Tensor]]
@@ -119,9 +121,10 @@ def both_train_observed_at_times(rank: int) -> dict[str, Any]:
 
 
 def spread(rank: int, strategy: str, shares: int | None = None) -> dict[Case, Any]:
-    """Every case of a strategy."""
-    share = rank if shares is None else rank // (dist.get_world_size() // shares)
-    return {case: run(strategy, case, share) for case in CASES}
+    """Every case of a strategy on two ranks; the plainest and the fullest otherwise."""
+    world = dist.get_world_size()
+    share = rank if shares is None else rank // (world // shares)
+    return {case: run(strategy, case, share) for case in (CASES if world == 2 else ENDS)}
 
 
 def ddp(rank: int) -> Any:
@@ -159,6 +162,11 @@ TASKS = {
         tensor,
         tensor_distributed,
         both,
+        uneven,
+        uneven_and_validated,
+        fault,
+        retired,
+        other_widths,
     )
 }
 
@@ -166,8 +174,10 @@ TASKS = {
 def main(rank: str, world: str, folder: str, *tasks: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
-    torch.save({task: TASKS[task](int(rank)) for task in tasks}, Path(folder) / f"{rank}_of_{world}.pt")
-    dist.barrier()
+    known = {**TASKS, **{task.__name__: partial(task, folder=Path(folder)) for task in (elastic, killed)}}
+    torch.save({task: known[task](int(rank)) for task in tasks}, Path(folder) / f"{rank}_of_{world}.pt")
+    if "killed" not in tasks:
+        dist.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
 
 
