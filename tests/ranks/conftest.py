@@ -14,7 +14,7 @@ TASKS = {
     1: ("ddp", "fsdp"),
     2: (
         *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
-        "uneven_and_validated",
+        *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
         *("fire_apart", "one_sees_nothing", "one_scans"),
     ),

@@ -23,17 +23,8 @@ def union_of(recorded: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: union([counts[name] for counts in recorded if counts]) for name in names}
 
 
-@pytest.mark.parametrize(
-    ("world", "task"),
-    [
-        (2, "uneven"),
-        (4, "uneven"),
-        (2, "uneven_and_validated"),
-        (4, "uneven_and_validated"),
-        (4, "fault"),
-        (4, "retired"),
-    ],
-)
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("task", ["uneven", "uneven_and_validated", "fault", "retired"])
 def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) -> None:
     given = [rank[task] for rank in runs[world]]
     wanted = union_of([rank["recorded"] for rank in given])
@@ -44,8 +35,9 @@ def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) ->
 @pytest.mark.parametrize("world", [2, 4])
 def test_uneven_ranks_agree_on_windows(runs: Runs, world: int) -> None:
     first, *others = (rank["uneven"] for rank in runs[world])
-    # The first rank takes 7 steps more than each next one: windows of 3 close at 3, 6, … and in the end.
-    assert first["windows"]["1"] == {2: [2, 5, 6], 4: [2, 5, 8, 11, 14, 17, 20]}[world]
+    # The first rank takes 7 steps more than each next one. Windows of 3 close at 3, 6, … if they have 29 examples: of
+    # two ranks, the seventh step has 20; of four, which give 10 each, three steps of the first rank alone have 30.
+    assert first["windows"]["1"] == {2: [2, 5], 4: [2, 5, 8, 11, 14, 17, 20]}[world]
     for rank in others:
         assert_equal_counts(rank["last"], first["last"])
         assert rank["windows"] == first["windows"]
@@ -60,8 +52,7 @@ def test_ranks_may_validate_while_others_train(runs: Runs, world: int) -> None:
 def test_layers_that_are_not_of_one_width_are_left_out(runs: Runs) -> None:
     # The first layer has 4 neurons on one rank and 5 on the other; the second has 5 on both, of 3 positions each.
     for rank in runs[2]:
-        assert list(rank["other_widths"]) == ["3"]
-        assert rank["other_widths"]["3"]["positions"] == 2 * 3
+        assert {name: counts["positions"] for name, counts in rank["other_widths"].items()} == {"1": 0, "3": 2 * 3}
 
 
 def test_what_four_ranks_saved_goes_on_with_two_and_with_one(runs: Runs, folder: Path) -> None:
