@@ -16,9 +16,12 @@ TASKS = {
         *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
-        *("fire_apart", "one_sees_nothing", "one_scans"),
+        *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp"),
     ),
-    4: ("ddp", "fsdp", "tensor_distributed", "both", "elastic", "uneven", "uneven_and_validated", "fault", "retired"),
+    4: (
+        *("lightning_model_parallel", "ddp", "fsdp", "tensor_distributed", "both", "elastic"),
+        *("uneven", "uneven_and_validated", "fault", "retired"),
+    ),
 }
 
 

@@ -175,6 +175,11 @@ def main(rank: str, world: str, folder: str, *tasks: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
     known = {**TASKS, **{task.__name__: partial(task, folder=Path(folder)) for task in (elastic, killed)}}
+    if any(task.startswith("lightning") for task in tasks):
+        from tests.ranks.lightning_runs import lightning_ddp, lightning_model_parallel
+
+        lightning = (lightning_ddp, lightning_model_parallel)
+        known.update({task.__name__: partial(task, folder=Path(folder)) for task in lightning})
     torch.save({task: known[task](int(rank)) for task in tasks}, Path(folder) / f"{rank}_of_{world}.pt")
     if "killed" not in tasks:
         dist.barrier()
