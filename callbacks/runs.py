@@ -15,6 +15,7 @@ from neuronscope.callbacks.stages import Gate
 from neuronscope.errors import StateError
 from neuronscope.ranks import world_size
 from neuronscope.scope import Scope
+from neuronscope.sites import own_class
 
 __all__ = ["Runs"]
 
@@ -80,7 +81,7 @@ class Runs:
         self._loaded = None
         scope = Scope(model, **self._options)
         self.scope, self.gate = scope, Gate(scope)
-        known, self._model = self._model, type(model).__qualname__
+        known, self._model = self._model, own_class(model).__qualname__
         if state is not None and state.get("model") == self._model:
             self._take_up(state)
         elif known != self._model:

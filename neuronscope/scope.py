@@ -14,7 +14,7 @@ from torch import nn
 
 from neuronscope.arguments import checked_policy, positive
 from neuronscope.census import Census, SiteInfo
-from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
+from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
 from neuronscope.ranks import Ranks
@@ -23,11 +23,10 @@ from neuronscope.reporting import make_report
 from neuronscope.selection import Patterns, Selection
 from neuronscope.sites import Activation, Registry, SiteKey, model_name
 from neuronscope.verdicts import Policy
-from neuronscope.windows import WINDOWS, PhaseRecord
+from neuronscope.windows import PhaseRecord, saved_phases, state_of_phases
 
 __all__ = ["Scope", "watch"]
 
-_STATE_VERSION = 1
 #: Steps without observation from which on it pays to take the hooks off the model and put them back.
 _REST = 4
 
@@ -262,21 +261,17 @@ class Scope:
             phase: ``train``, or a name given to :meth:`phase`.
             window: ``all`` (everything since watching began), ``last`` (the last closed window) or ``open``.
 
+        In a distributed run, what was not joined yet (of ``all`` and ``open``) is this rank's own. Where ranks share a
+        layer's neurons, such a part stands alone, in a tally as narrow as it, or is left out beside what was joined.
+
         Returns:
             A mapping from site names to tallies, in the order in which the sites ran; empty where nothing was seen.
         """
-        if window not in WINDOWS:
-            raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
-        record = self._records.get(phase)
-        if record is None:
-            self._require_phase(phase)
-            return Census()
-        return record.census(window)
+        return self._seen(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
         """What is known of one phase, judged; print it, or draw it with its ``to_…`` methods."""
-        self._require_phase(phase)
-        record = self._records.get(phase) or PhaseRecord(self.policy)
+        record = self._seen(phase)
         return make_report(
             record,
             model=self._model_name,
@@ -287,10 +282,11 @@ class Scope:
             exchanges=self._ranks.exchanges,
         )
 
-    def _require_phase(self, phase: str) -> None:
+    def _seen(self, phase: str) -> PhaseRecord:
         if phase not in self._records and phase not in ("train", "val", "test"):
             known = ", ".join(self._records) or "none"
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
+        return self._records.get(phase) or PhaseRecord(self.policy)
 
     def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
         unseen = self._tap.observer.not_seen()
@@ -312,11 +308,7 @@ class Scope:
         """
         if join:
             self._flush("train")
-        return {
-            "version": _STATE_VERSION,
-            "step": self._step,
-            "phases": {name: record.state_dict() for name, record in self._records.items()},
-        }
+        return state_of_phases(self._step, self._records)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts and the history of a saved scope; the model may have changed.
@@ -324,19 +316,9 @@ class Scope:
         Raises:
             StateError: The state is not one of a scope, or of a later version.
         """
-        try:
-            version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(
-                f"Expected the saved state of a scope, but got {type(state).__name__}: {error}."
-            ) from error
-        if version != _STATE_VERSION:
-            raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
-        for saved in phases.values():
-            PhaseRecord(self.policy).load_state_dict(saved)  # all of it is understood before any of it counts
+        self._step, phases = saved_phases(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
-        self._step = step
         self._observe()
 
     # --- wiring ----------------------------------------------------------------------------------------------------

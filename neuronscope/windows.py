@@ -18,10 +18,12 @@ from neuronscope.meters import Meter
 from neuronscope.sites import SiteKey
 from neuronscope.verdicts import Policy
 
-__all__ = ["WINDOWS", "PhaseRecord"]
+__all__ = ["WINDOWS", "PhaseRecord", "saved_phases", "state_of_phases"]
 
 #: Windows that a census can be asked for.
 WINDOWS = ("all", "last", "open")
+
+_STATE_VERSION = 1
 
 Join = Callable[[Census], Census]
 
@@ -215,3 +217,26 @@ def _together(census: Census, later: Census) -> Census:
     parts = [name for name in census if name in later and census[name].neurons != later[name].neurons]
     wider = [name for name in parts if later[name].neurons > census[name].neurons]
     return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
+
+
+def state_of_phases(step: int, records: Mapping[str, PhaseRecord]) -> dict[str, Any]:
+    """All phases of a watch, ``step`` optimizer steps into the run, as tensors and primitives."""
+    phases = {name: record.state_dict() for name, record in records.items()}
+    return {"version": _STATE_VERSION, "step": step, "phases": phases}
+
+
+def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any]]:
+    """What :func:`state_of_phases` gave: the step, and each phase's state, all of it understood.
+
+    Raises:
+        StateError: The state is not one of a scope, or of a later version.
+    """
+    try:
+        version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
+    if version != _STATE_VERSION:
+        raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
+    for saved in phases.values():
+        PhaseRecord(policy).load_state_dict(saved)  # all of it is understood before any of it counts
+    return step, phases

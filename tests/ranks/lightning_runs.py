@@ -148,7 +148,9 @@ class Tells(Callback):
         self.folder, self.monitor = folder, monitor
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        torch.save(census_of(self.monitor), self.folder / f"spawned_{trainer.global_rank}.pt")
+        path = self.folder / f"spawned_{trainer.global_rank}.pt"
+        torch.save(census_of(self.monitor), path)
+        path.with_suffix(".told").touch()
 
 
 def main(folder: str) -> None:

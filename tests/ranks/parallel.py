@@ -181,5 +181,6 @@ def run(strategy: str, case: Case, share: int) -> dict[str, Any]:
         "same_hooks": hook_tables(watched) == before,
         "unseen": {item.name: item.reason for item in scope.report().not_measured},
         "notes": scope.report().notes,
+        "model": scope.report().model,
         "warned": scope._tap.failure,
     }

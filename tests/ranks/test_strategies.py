@@ -61,6 +61,11 @@ def test_activations_may_be_distributed_tensors(runs: dict[int, list[dict[str, A
     check([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
+def test_a_model_keeps_its_name(runs: dict[int, list[dict[str, Any]]], strategy: str) -> None:
+    assert {rank[strategy][CASES[0]]["model"] for rank in runs[2]} == {"Network"}
+
+
 def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]) -> None:
     # 5 steps in windows of 2: after 2, after 4 and in the end. The network has 6 sites of 6 neurons or 7 of which 4 are
     # of 10: 3 x 6 + 4 x 10 = 58 neurons of 48 bytes, 3 numbers of 8 bytes a site and two steps: 2,968 bytes.
