@@ -208,10 +208,7 @@ class Scope:
             record.close()
 
     def retire(self) -> None:
-        """Take the hooks off the model and count no more, but let other ranks not wait in vain.
-
-        For a caller that met a fault on this rank, perhaps alone: it still calls :meth:`step` and :meth:`detach`.
-        """
+        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`."""
         self._tap.detach()
         self._retired = True
 
