@@ -16,7 +16,7 @@ TASKS = {
         *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
-        *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp"),
+        *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp", "sequence_parallel"),
     ),
     4: (
         *("lightning_model_parallel", "ddp", "fsdp", "tensor_distributed", "both", "elastic"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -184,3 +185,23 @@ def run(strategy: str, case: Case, share: int) -> dict[str, Any]:
         "model": scope.report().model,
         "warned": scope._tap.failure,
     }
+
+
+def sequence_parallel(rank: int) -> dict[str, Any]:
+    """The second activation is a plain tensor, cut along its positions: each rank has all neurons, at its own half."""
+    given: dict[str, Any] = {}
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU())
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1))}
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        recorder = Recorder(model, {"1": ("1", "1"), "3": ("3", "3")})
+        scope = ns.watch(model) if watched else None
+        model(data(0, Case())[0][0][0]).sum().backward()
+        if scope is None:
+            given["recorded"] = recorder.counts()
+        else:
+            scope.step()
+            scope.detach()
+            given["counted"] = counted(scope)
+    return given

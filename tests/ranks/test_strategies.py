@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.parallel import BATCH, CASES, ENDS, HIDDEN, SPLIT, STEPS, Case
+from tests.ranks.parallel import BATCH, CASES, ENDS, HIDDEN, SPLIT, STEPS, WIDTH, Case
 from tests.ranks.recorded import side_by_side, union
 
 
@@ -59,6 +59,17 @@ def test_counts_are_those_of_the_twin_over_all_ranks(
 @pytest.mark.parametrize("world", [2, 4])
 def test_activations_may_be_distributed_tensors(runs: dict[int, list[dict[str, Any]]], world: int) -> None:
     check([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
+
+
+def test_an_activation_that_is_cut_along_its_positions(runs: dict[int, list[dict[str, Any]]]) -> None:
+    given = [rank["sequence_parallel"] for rank in runs[2]]
+    recorded = [rank["recorded"] for rank in given]
+    wanted = {"1": side_by_side([rank["1"] for rank in recorded]), "3": union([rank["3"] for rank in recorded])}
+    # The batch is BATCH x 2 positions: the first layer has them all, and half of its neurons, on each rank.
+    assert [len(recorded[0][name]["zero_outputs"]) for name in ("1", "3")] == [HIDDEN // 2, WIDTH]
+    assert [recorded[0][name]["positions"] for name in ("1", "3")] == [2 * BATCH, BATCH]
+    for rank in given:
+        assert_equal_counts(rank["counted"], wanted)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
