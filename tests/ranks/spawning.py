@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT_S = 150
+TIME_LIMIT_S = 240
 
 
 def together(folder: Path, world: int, *tasks: str, killed: int | None = None) -> list[dict[str, Any]]:
