@@ -57,6 +57,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     _stop = False
     _news = False  # whether training was observed since its totals were told
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Lightning makes a checkpoint on every rank, whoever writes it: let it hold what all of them counted."""
+        if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
+            with self._faults:
+                checkpoint["callbacks"][self.state_key] = self.state_dict(join=True)
+
     # --- on and off ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

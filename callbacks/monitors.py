@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -97,7 +96,7 @@ class Monitor:
         self._runs = Runs({**told, "activations": activations}, step_is_model=self.step_is_model)
         self._alarm = Alarm(on_dead, threshold)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
-        self._faults = Faults("watch this run any longer", partial(self._runs.detach, join=False))
+        self._faults = Faults("watch this run any longer", self._runs.give_up)
         self._key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
         self._window_steps = window_steps
 
@@ -136,9 +135,13 @@ class Monitor:
         """Tells callbacks of different options apart in a checkpoint."""
         return f"{type(self).__qualname__}{self._key!r}"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives; empty before anything ran."""
-        counted = self._runs.state_dict()
+    def state_dict(self, *, join: bool = False) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives; empty before anything ran.
+
+        Args:
+            join: Every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
+        """
+        counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

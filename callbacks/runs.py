@@ -15,6 +15,7 @@ from neuronscope.callbacks.stages import Gate
 from neuronscope.errors import StateError
 from neuronscope.ranks import world_size
 from neuronscope.scope import Scope
+from neuronscope.sites import own_class
 
 __all__ = ["Runs"]
 
@@ -82,7 +83,7 @@ class Runs:
         self._loaded = None
         scope = Scope(model, **self._options)
         self.scope, self.gate = scope, Gate(scope, step_is_model=self._step_is_model)
-        known, self._model = self._model, type(model).__qualname__
+        known, self._model = self._model, own_class(model).__qualname__
         if state is not None and state.get("model") == self._model:
             self._take_up(state)
         elif known != self._model:
@@ -92,7 +93,7 @@ class Runs:
         """Take the hooks off the model.
 
         At the end of training a window that is sure is closed for the report, yet stays open in the state, so that
-        training can go on in it. (Not in a distributed run: there only what was closed is of all ranks.)
+        training can go on in it.
 
         Args:
             join: Every rank is here; ``False`` after an exception, which may be this rank's alone.
@@ -101,15 +102,27 @@ class Runs:
         if gate is None:
             return
         if self._fitting:
-            self._open_window = gate.scope.state_dict()["phases"].get("train") if world_size() == 1 else None
+            whole = join or world_size() == 1  # else what is open is this rank's own
+            self._open_window = gate.scope.state_dict(join=join)["phases"].get("train") if whole else None
         self._fitting = False
         gate.detach(join=join)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives; empty before anything ran."""
+    def give_up(self) -> None:
+        """After a fault, perhaps on this rank alone: count no more, but keep no other rank waiting."""
+        if world_size() == 1:
+            self.detach(join=False)
+        elif self.scope is not None:
+            self.scope.retire()
+
+    def state_dict(self, *, join: bool = False) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives; empty before anything ran.
+
+        Args:
+            join: Every rank saves now: count what is open of a training that runs together first.
+        """
         if self.scope is None:
             return dict(self._loaded or {})
-        counted = self.scope.state_dict()
+        counted = self.scope.state_dict(join=join and self._fitting and self.gate is not None)
         if self._open_window is not None:
             counted["phases"]["train"] = self._open_window
         return {"version": _STATE_VERSION, "model": self._model, "scope": counted}

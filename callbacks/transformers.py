@@ -242,10 +242,10 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
             return  # of a trial no callback knows the folder
         self._stand_by()
         with Faults("save what was counted"):
-            gate.scope.gather()
+            counted = self.state_dict(join=True)
             if args.should_save:
                 folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-                save_state(folder, self.state_key, self.state_dict())
+                save_state(folder, self.state_key, counted)
 
 
 def _evaluation(metrics: Any) -> str | None:

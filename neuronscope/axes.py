@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neuronscope.shards import Part, is_distributed, is_later_part, local, part_of
+
 __all__ = ["Flow", "Layout", "TensorMap", "assume"]
 
 
@@ -30,11 +32,13 @@ class Layout(NamedTuple):
         axis: Dimension of the neurons, counted from the left, ≥ 0.
         source: ``declared``, ``producer (conv2d)``, ``nearest producer (linear)`` or ``assumed (rank)``.
         mixed: One index stands for other neurons at other positions, as where the weights are a stack of experts.
+        part: Which of the layer's neurons this rank holds, where ranks share it (tensor parallelism).
     """
 
     axis: int
     source: str
     mixed: bool = False
+    part: Part = Part()
 
 
 def assume(dimensions: int) -> Layout:
@@ -154,22 +158,46 @@ class Flow:
         self._layouts = TensorMap("layout")
         self._picked = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, Layout]] = []  # at most one
+        self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
+        self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
     def clear(self) -> None:
         """Forget everything: a forward begins or is over."""
         self._layouts.clear()
         self._picked.clear()
         self._nearest.clear()
+        self._shared.clear()
 
     def of(self, tensor: Tensor) -> Layout:
         """The layout of ``tensor``, with its source; never fails."""
         found = self._layouts.get(tensor)
         if found is not None:
             return Layout(*found)
+        layout = assume(tensor.dim())
         if self._nearest and self._nearest[0][0] == tensor.dim():
             nearest = self._nearest[0][1]
-            return nearest._replace(source=f"nearest {nearest.source}")
-        return assume(tensor.dim())
+            layout = nearest._replace(source=f"nearest {nearest.source}")
+        return layout._replace(part=self.part(tensor, layout.axis))
+
+    def part(self, tensor: Tensor, axis: int) -> Part:
+        """Which neurons this rank holds of a tensor whose layout is declared or guessed.
+
+        What ranks share leaves torch's sight where it becomes a plain tensor (``DTensor.to_local``): it is known again
+        by its size.
+        """
+        if torch.compiler.is_compiling() or tensor.dim() <= axis:
+            return Part()
+        if is_distributed(tensor):
+            return part_of(tensor, axis)
+        if not self._shared:
+            return Part()
+        shape, own, part = self._shared[0]
+        neurons = tensor.shape[axis]
+        if neurons == own < part.whole:
+            return part
+        if neurons == part.whole and math.prod(tensor.shape) < math.prod(shape):
+            return Part(0, neurons)  # cut along its positions: this rank's are its own
+        return Part()
 
     def same(self, source: Tensor, result: Any) -> None:
         """``result`` was made elementwise from ``source``."""
@@ -194,8 +222,14 @@ class Flow:
                 place = 2
             axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
             layout = Layout(axis, producer.source, function in _MIXING and self._mixes(function, args))
-            self._layouts.put(outputs[0], tuple(layout))
             self._nearest.clear()
+            self._shared.clear()
+            if not torch.compiler.is_compiling() and is_distributed(outputs[0]):
+                layout = layout._replace(part=part_of(outputs[0], axis))
+                self._shared.append((outputs[0].shape, local(outputs[0]).shape[axis], layout.part))
+                weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
+                self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
+            self._layouts.put(outputs[0], tuple(layout))
             self._nearest.append((rank, layout))
             return
         if (function in _PICKS or function in _VIEWS) and self._picks(function, args):
@@ -213,7 +247,10 @@ class Flow:
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                     carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if carried is not None:
-                    self._layouts.put(output, (carried, layout.source, layout.mixed))
+                    part = layout.part
+                    if not torch.compiler.is_compiling() and is_distributed(output):
+                        part = part_of(output, carried)
+                    self._layouts.put(output, (carried, layout.source, layout.mixed, part))
 
     def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from neuronscope.errors import StateError
+from neuronscope.meters import NEVER
 from neuronscope.verdicts import Counts
 
 __all__ = ["Census", "SiteInfo", "Tally"]
@@ -33,6 +34,9 @@ class SiteInfo:
         linear_when_on: See :class:`neuronscope.sites.Activation`.
         axis: The neurons' dimension at the site's first observed call, ≥ 0.
         axis_source: How the axis is known; see :mod:`neuronscope.axes`.
+        first: Where this rank's neurons begin in the whole layer, if ranks share its neurons; −1 where another rank
+            counts the very same ones at the same positions.
+        whole: Neurons of the whole layer; 0 where it is not known to be shared.
     """
 
     activation: str
@@ -40,6 +44,8 @@ class SiteInfo:
     linear_when_on: bool
     axis: int
     axis_source: str
+    first: int = 0
+    whole: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +75,22 @@ class Tally:
     positions: int
     gradient_positions: int
     examples: int
+
+    @classmethod
+    def nothing(cls, info: SiteInfo, neurons: int) -> Tally:
+        """The counts of a site that was not observed."""
+        return cls(
+            info=info,
+            zero_outputs=np.zeros(neurons, dtype=np.int64),
+            zero_gradients=np.zeros(neurons, dtype=np.int64),
+            not_finite_outputs=np.zeros(neurons, dtype=np.int64),
+            abs_sum=np.zeros(neurons, dtype=np.float64),
+            last_active_step=np.full(neurons, -1, dtype=np.int64),
+            first_active_step=np.full(neurons, NEVER, dtype=np.int64),
+            positions=0,
+            gradient_positions=0,
+            examples=0,
+        )
 
     @property
     def neurons(self) -> int:
@@ -245,9 +267,9 @@ class Census(Mapping[str, Tally]):
             steps=self.steps + other.steps,
         )
 
-    def without(self, name: str) -> Census:
-        """This census but for one site."""
-        kept = {other: tally for other, tally in self.items() if other != name}
+    def without(self, *names: str) -> Census:
+        """This census but for some sites."""
+        kept = {name: tally for name, tally in self.items() if name not in names}
         return Census(kept, first_step=self.first_step, last_step=self.last_step, steps=self.steps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neuronscope.axes import Flow, TensorMap
 from neuronscope.recomputation import Recomputation
+from neuronscope.shards import local
 from neuronscope.sites import SiteKey
 
 __all__ = ["Frame", "first_tensor"]
@@ -63,7 +64,7 @@ class Frame:
             if not self._graded and not self.recomputing:
                 self.recomputation.clear()  # no backward pass will come
             tensor = first_tensor((args, kwargs))
-            self.examples = tensor.size(0) if tensor is not None and tensor.dim() > 0 else 1
+            self.examples = local(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
         self.owners.append(path)
         return outermost
 

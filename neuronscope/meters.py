@@ -43,7 +43,8 @@ class Meter:
     ``counters`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
     it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
     and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
-    its gate's, whose meter is ``gate``.
+    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is cut as ``cut`` says: see
+    :func:`neuronscope.shards.cut`.
 
     Args:
         neurons: ``N``.
@@ -55,6 +56,7 @@ class Meter:
         self.open = True
         self.in_graph = False  # whether a compiled graph holds it
         self.gate: Meter | None = None
+        self.cut: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
             long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
             self.counters = Counters(

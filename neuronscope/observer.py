@@ -19,6 +19,7 @@ from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
 from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient
 from neuronscope.meters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
+from neuronscope.shards import Part, cut, is_partial, local
 from neuronscope.sites import Activation, SiteKey
 
 __all__ = ["AxisSource", "Call", "MeterSource", "Observer"]
@@ -39,6 +40,7 @@ class Call(NamedTuple):
         meter: Where it is counted; ``None`` where it is not wanted.
         axis: The neurons' dimension.
         axis_source: How that is known.
+        part: Which of the layer's neurons they are, where ranks share it.
         activation: What is applied.
         examples: Independent examples behind the call.
     """
@@ -47,6 +49,7 @@ class Call(NamedTuple):
     meter: Meter | None
     axis: int
     axis_source: str
+    part: Part
     activation: Activation
     examples: int
 
@@ -191,7 +194,7 @@ class Observer:
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
         if declared is None:
-            axis, source, mixed = frame.flow.of(x)
+            axis, source, mixed, part = frame.flow.of(x)
             if mixed:
                 self.unseen.setdefault(
                     key._replace(call=0).name,
@@ -201,40 +204,45 @@ class Observer:
                 return None
         elif -x.dim() <= declared < x.dim():
             axis, source = declared % x.dim(), "declared"
+            part = frame.flow.part(x, axis)
         else:
             self.unseen.setdefault(key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes")
             return None
-        neurons = x.shape[axis]
+        neurons = local(x).shape[axis]
         if halved is not None:
             halved = halved % x.dim()
-            neurons = neurons // 2 if halved == axis else neurons
+            if halved == axis:
+                neurons, part = neurons // 2, Part(part.first // 2, part.whole // 2)
         meter = self._known(key, neurons)
         if meter is None:
-            info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source)
+            info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source, *part)
             meter = self._meter_of(key, info, neurons, x)
+            if meter is not None and not compiling:
+                meter.cut = cut(x)
         if not compiling:
             self._axes[key] = axis
         if meter is not None and x.requires_grad and torch.is_grad_enabled():
             self._ask_gradient(x, key, meter, axis, halved)
         frame.roles.put(x, (False, *key))
         examples = x.shape[0] if loose else frame.examples
-        return Call(key, meter, axis, source, activation, examples)
+        return Call(key, meter, axis, source, part, activation, examples)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
         """A site that began has made ``y`` of ``x``: count it."""
         if not isinstance(y, Tensor) or y.dim() <= call.axis:
             return
+        neurons = local(y).shape[call.axis]
         if call.meter is not None:
-            if y.shape[call.axis] == call.meter.neurons:
+            if neurons == call.meter.neurons and (not isinstance(x, Tensor) or cut(x) == cut(y)):
                 self._count(call.meter, y, call.axis, call.examples)
             else:
                 self.unseen.setdefault(
                     call.key.name,
-                    f"its output has {y.shape[call.axis]} neurons where {call.meter.neurons} were expected",
+                    f"its output has {neurons} neurons where {call.meter.neurons} were expected",
                 )
         if isinstance(x, Tensor):
             self.frame.flow.same(x, y)
-        gate = (call.axis, call.axis_source, call.activation.name, call.examples)
+        gate = (call.axis, call.axis_source, call.part, call.activation.name, call.examples)
         self.frame.roles.put(y, (True, *call.key, *gate))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
@@ -254,16 +262,16 @@ class Observer:
             return
 
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
-        path, function, call, axis, source, activation, examples = (*role[1:4], *role[5:])
+        path, function, call, axis, source, part, activation, examples = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
-        info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source)
-        meter = self._meter_of(key, info, y.shape[axis], y)
+        info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *part)
+        meter = self._meter_of(key, info, local(y).shape[axis], y)
         if meter is not None:
             self._count(meter, y, axis, examples)
 
     def _count(self, meter: Meter, y: Tensor, axis: int, examples: int) -> None:
         step = self.clock if torch.compiler.is_compiling() else self.step
-        add_outputs(meter, _local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
+        add_outputs(meter, local(y.detach()), axis, examples, step, self._scratch, self._tolerance)
 
     def _declared_axis(self, key: SiteKey) -> int | None:
         if key not in self._declared_axes:
@@ -338,7 +346,11 @@ class Observer:
 
     def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
         """The gradient at a pre-activation has come: count it."""
-        add_gradients(meter, _local(gate_half(gradient, halved).detach()), axis, self._scratch)
+        if type(gradient) is not Tensor and (is_partial(gradient) or cut(gradient) != meter.cut):
+            name = next(key.name for (_, key), known in self._meters.items() if known is meter)
+            self.unseen.setdefault(name, "its gradient is spread over the ranks in another way than its output")
+            return
+        add_gradients(meter, gate_half(local(gradient.detach()), halved), axis, self._scratch)
         self.frame.end_loose()
 
 
@@ -358,11 +370,3 @@ def _what(x: Any) -> str:
         return f"an input of type {type(x).__name__}"
     kind = str(x.dtype).removeprefix("torch.")
     return f"{kind} tensors" if x.dim() else f"{kind} tensors without dimensions"
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that this rank holds; any other tensor as it is."""
-    if type(tensor) is Tensor:
-        return tensor
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()

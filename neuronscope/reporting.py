@@ -9,6 +9,7 @@ import torch
 
 import neuronscope
 from neuronscope.census import Census, Tally
+from neuronscope.ranks import Exchanges
 from neuronscope.report import NotMeasured, Report, SiteReport, WindowSpan
 from neuronscope.verdicts import Policy, judge
 from neuronscope.windows import PhaseRecord
@@ -17,7 +18,14 @@ __all__ = ["make_report"]
 
 
 def make_report(
-    record: PhaseRecord, *, model: str, phase: str, step: int, policy: Policy, unseen: Mapping[str, str]
+    record: PhaseRecord,
+    *,
+    model: str,
+    phase: str,
+    step: int,
+    policy: Policy,
+    unseen: Mapping[str, str],
+    exchanges: Exchanges,
 ) -> Report:
     """Judge a phase.
 
@@ -28,6 +36,7 @@ def make_report(
         step: Optimizer steps taken.
         policy: The thresholds.
         unseen: What could not be seen, name → reason.
+        exchanges: What joining the counts of several ranks has cost.
 
     Returns:
         The report, of the last closed window that is long enough, or of everything where none is.
@@ -51,7 +60,7 @@ def make_report(
         policy=policy.as_dict(),
         sites=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=_notes(judged, window, policy),
+        notes=(*_notes(judged, window, policy), *_joining(exchanges)),
         versions={
             "neuronscope": neuronscope.__version__,
             "torch": torch.__version__,
@@ -62,7 +71,7 @@ def make_report(
 
 def _site(name: str, tally: Tally | None, everything: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
     if tally is None:  # it ran once, but not in the window that is judged
-        tally = _empty(everything)
+        tally = Tally.nothing(everything.info, everything.neurons)
     return SiteReport(
         name=name,
         activation=tally.activation,
@@ -80,21 +89,6 @@ def _site(name: str, tally: Tally | None, everything: Tally, record: PhaseRecord
         last_active_step=everything.last_active_step,
         judgement=judge(tally.counts(), policy),
         history=record.history.of(name, tally.neurons),
-    )
-
-
-def _empty(like: Tally) -> Tally:
-    return Tally(
-        info=like.info,
-        zero_outputs=np.zeros_like(like.zero_outputs),
-        zero_gradients=np.zeros_like(like.zero_gradients),
-        not_finite_outputs=np.zeros_like(like.not_finite_outputs),
-        abs_sum=np.zeros_like(like.abs_sum),
-        last_active_step=like.last_active_step,
-        first_active_step=like.first_active_step,
-        positions=0,
-        gradient_positions=0,
-        examples=0,
     )
 
 
@@ -120,3 +114,11 @@ def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...
             f"neuron fires in fewer than {policy.max_rate:.1%} of examples at {policy.confidence:.0%} confidence."
         )
     return tuple(notes)
+
+
+def _joining(exchanges: Exchanges) -> tuple[str, ...]:
+    if not exchanges.times:
+        return ()
+    ranks, times, size, seconds = exchanges
+    often = "once" if times == 1 else f"{times} times"
+    return (f"Counts of {ranks} ranks were joined {often}: {size / 1e6:.2g} MB each, {seconds:.2g} s in all.",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,21 +14,18 @@ from torch import nn
 
 from neuronscope.arguments import checked_policy, positive
 from neuronscope.census import Census, SiteInfo
-from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, StateError, UsageError
+from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
-from neuronscope.ranks import join as join_of_all_ranks
-from neuronscope.ranks import world_size
+from neuronscope.ranks import Ranks
 from neuronscope.report import Report
 from neuronscope.reporting import make_report
 from neuronscope.selection import Patterns, Selection
 from neuronscope.sites import Activation, Registry, SiteKey, model_name
 from neuronscope.verdicts import Policy
-from neuronscope.windows import WINDOWS, PhaseRecord
+from neuronscope.windows import PhaseRecord, saved_phases, state_of_phases
 
 __all__ = ["Scope", "watch"]
-
-_STATE_VERSION = 1
 
 
 class Scope:
@@ -54,13 +52,14 @@ class Scope:
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         self.every_n_steps = positive("every_n_steps", every_n_steps)
         self.window_steps = positive("window_steps", window_steps)
-        self._join = join_of_all_ranks if join_ranks else None
+        self._ranks = Ranks(together=join_ranks)
         self.policy = checked_policy(policy)
         self._selection = Selection(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
         self._detached = False
+        self._retired = False
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
@@ -104,7 +103,7 @@ class Scope:
     @property
     def detached(self) -> bool:
         """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
-        return self._detached or self._tap.failure is not None
+        return self._detached or self._retired or self._tap.failure is not None
 
     def step(self, step: int | None = None) -> bool:
         """One optimizer step is over.
@@ -129,8 +128,8 @@ class Scope:
             self._tap.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps, lambda: self._join is None or world_size() == 1):
-            record.flush(self._join)
+        if record.is_due(self._step, self.window_steps, lambda: self._ranks.alone):
+            self._flush("train")
             closed = record.is_sure() and record.close()
         self._observe()
         return closed
@@ -157,7 +156,13 @@ class Scope:
             yield self
         finally:
             if not self._detached and name != "train" and name != before:
-                self._record(name).end_pass(self._step, self._join if join else None, keep())
+                if keep():
+                    record = self._record(name)
+                    record.note_step(self._step)
+                    self._flush(name, join=join)
+                    record.close()
+                else:
+                    self._record(name).forget()
             self._phase = before
             self._observe()
 
@@ -185,17 +190,33 @@ class Scope:
         """Take every hook off the model. Counts stay readable; doing it twice is harmless.
 
         Args:
-            join: In a distributed run, count what is still open together with the other ranks: every rank must detach.
-                ``False`` where this rank alone stops, after an exception.
+            join: In a distributed run, count what is still open together with the other ranks: every rank must detach,
+                and waits for those that have more batches. ``False`` where this rank alone stops, after an exception.
         """
         if self._detached:
             return
         self._tap.detach()
         self._detached = True
-        record = self._record("train")  # of a rank that saw nothing too: the others wait for it
-        record.flush(self._join if join else None)
-        if record.is_sure():
-            record.close()
+        going_on = True
+        while going_on:  # of a rank that saw nothing too: the others wait for it
+            record = self._flush("train", join=join, done=True)
+            if record.is_sure():
+                record.close()
+            going_on = join and not self._ranks.all_done
+        for phase, census in self._ranks.late().items():
+            self._record(phase).take(census)
+            self._record(phase).close()
+
+    def retire(self) -> None:
+        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`."""
+        self._tap.detach()
+        self._retired = True
+
+    def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
+        record = self._record(phase)
+        self._ranks.duplicate = self._tap.observer.frame.flow.duplicate
+        record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
+        return record
 
     def _observe(self) -> None:
         """Decide whether what runs next is counted, and where."""
@@ -237,21 +258,17 @@ class Scope:
             phase: ``train``, or a name given to :meth:`phase`.
             window: ``all`` (everything since watching began), ``last`` (the last closed window) or ``open``.
 
+        In a distributed run, what was not joined yet (of ``all`` and ``open``) is this rank's own. Where ranks share a
+        layer's neurons, such a part stands alone, in a tally as narrow as it, or is left out beside what was joined.
+
         Returns:
             A mapping from site names to tallies, in the order in which the sites ran; empty where nothing was seen.
         """
-        if window not in WINDOWS:
-            raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
-        record = self._records.get(phase)
-        if record is None:
-            self._require_phase(phase)
-            return Census()
-        return record.census(window)
+        return self._seen(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
         """What is known of one phase, judged; print it, or draw it with its ``to_…`` methods."""
-        self._require_phase(phase)
-        record = self._records.get(phase) or PhaseRecord(self.policy)
+        record = self._seen(phase)
         return make_report(
             record,
             model=self._model_name,
@@ -259,12 +276,14 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=self._not_measured(record),
+            exchanges=self._ranks.exchanges,
         )
 
-    def _require_phase(self, phase: str) -> None:
+    def _seen(self, phase: str) -> PhaseRecord:
         if phase not in self._records and phase not in ("train", "val", "test"):
             known = ", ".join(self._records) or "none"
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
+        return self._records.get(phase) or PhaseRecord(self.policy)
 
     def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
         unseen = self._tap.observer.not_seen()
@@ -277,17 +296,16 @@ class Scope:
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
-    def gather(self) -> None:
-        """Count the open window of training together with the other ranks, so that one may save it: all must call."""
-        self._record("train").flush(self._join)
+    def state_dict(self, *, join: bool = False) -> dict[str, Any]:
+        """Everything counted so far, as tensors and primitives, fit for any checkpoint.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives, fit for any checkpoint."""
-        return {
-            "version": _STATE_VERSION,
-            "step": self._step,
-            "phases": {name: record.state_dict() for name, record in self._records.items()},
-        }
+        Args:
+            join: Every rank of a distributed run is here: count what is open together first, so that any number of
+                ranks can go on from any rank's state. Otherwise what is open is this rank's own.
+        """
+        if join:
+            self._flush("train")
+        return state_of_phases(self._step, self._records)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts and the history of a saved scope; the model may have changed.
@@ -295,19 +313,9 @@ class Scope:
         Raises:
             StateError: The state is not one of a scope, or of a later version.
         """
-        try:
-            version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StateError(
-                f"Expected the saved state of a scope, but got {type(state).__name__}: {error}."
-            ) from error
-        if version != _STATE_VERSION:
-            raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
-        for saved in phases.values():
-            PhaseRecord(self.policy).load_state_dict(saved)  # all of it is understood before any of it counts
+        self._step, phases = saved_phases(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
-        self._step = step
         self._observe()
 
     # --- wiring ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,16 @@ from torch._ops import OpOverloadPacket
 
 from neuronscope.errors import UsageError
 
-__all__ = ["KINDS", "Activation", "Registry", "SiteKey", "model_name", "named_sites_path", "walk"]
+__all__ = [
+    "KINDS",
+    "Activation",
+    "Registry",
+    "SiteKey",
+    "model_name",
+    "named_sites_path",
+    "own_class",
+    "walk",
+]
 
 #: What an activation function does to its neurons; see ``docs/definitions.md``.
 KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
@@ -314,4 +323,10 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def model_name(model: nn.Module) -> str:
     """Class name of the model itself, inside its wrappers."""
-    return [type(module).__name__ for path, module in walk(model) if path == ""][-1]
+    return [own_class(module).__name__ for path, module in walk(model) if path == ""][-1]
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module as its author wrote it: ``fully_shard`` gives it another, derived from it."""
+    derived = type(module).__mro__
+    return derived[2] if derived[1].__name__ == "FSDPModule" else derived[0]

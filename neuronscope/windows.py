@@ -6,7 +6,7 @@ its steps stays open until it has enough of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from neuronscope.reading import most_examples, read
 from neuronscope.sites import SiteKey
 from neuronscope.verdicts import Policy
 
-__all__ = ["WINDOWS", "PhaseRecord"]
+__all__ = ["WINDOWS", "PhaseRecord", "saved_phases", "state_of_phases"]
 
 #: Windows that a census can be asked for.
 WINDOWS = ("all", "last", "open")
+
+_STATE_VERSION = 1
 
 Join = Callable[[Census], Census]
 
@@ -49,16 +51,16 @@ class PhaseRecord:
 
     def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
         """A new meter for a site of this phase."""
-        self._forget_other_width(key.name, neurons)
+        self._forget_other_width(key.name, {neurons, info.whole or neurons})
         meter = Meter(neurons, device)
         self._meters[key] = (info, meter)
         return meter
 
-    def _forget_other_width(self, name: str, neurons: int) -> None:
+    def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
         """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
         for window in ("_flushed", "closed", "last", "last_sure"):
             census: Census = getattr(self, window)
-            if name in census and census[name].neurons != neurons:
+            if name in census and census[name].neurons not in widths:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
 
@@ -100,21 +102,29 @@ class PhaseRecord:
         }
 
     def open(self) -> Census:
-        """The running window so far."""
-        merged = self._flushed.merge(self._running())
-        return Census(dict(merged), **self._span())
+        """The running window so far: what was joined of it, and what this rank counted since.
+
+        Where ranks share a layer's neurons, this rank's part is not laid beside what was joined of all of them.
+        """
+        return Census(dict(_together(self._flushed, self._running())), **self._span())
 
     def _running(self) -> Census:
         """What the meters hold."""
         names = [key.name for key in self._meters]
-        return Census(dict(zip(names, read(list(self._meters.values())), strict=True)))
+        return Census(dict(zip(names, read(list(self._meters.values())), strict=True)), **self._span())
 
     def flush(self, join: Join | None = None) -> None:
         """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
         running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
-        self._flushed = self._flushed.merge(running if join is None else join(running))
+        self.take(running if join is None else join(running))
+
+    def take(self, joined: Census) -> None:
+        """Add what was joined to the open window."""
+        self._flushed = _together(self._flushed, joined)
+        if joined.last_step > self.last_observed_step:  # other ranks went on
+            self._steps.append(joined.last_step)
 
     def is_due(self, step: int, window_steps: int, alone: Callable[[], bool]) -> bool:
         """Whether the open window is to be flushed, ``step`` steps into the run.
@@ -148,34 +158,21 @@ class PhaseRecord:
         """Close the open window, flushed before; says whether there was anything in it."""
         if not any(tally.positions for tally in self._flushed.values()):
             return False
-        if not self._steps:  # only other ranks observed anything
-            self._steps = [max(self._looked_at_step - 1, 0)]
         self.last = Census(dict(self._flushed), **self._span())
         if self.is_sure():
             self.last_sure = self.last
-        self.closed = self.closed.merge(self.last)
+        self.closed = _together(self.closed, self.last)
         self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
         self._wanting_at = -1
         return True
 
-    def end_pass(self, step: int, join: Join | None, keep: bool) -> None:
-        """A pass of a phase other than training is over: one window of it, or nothing that counts.
-
-        Args:
-            step: Optimizer steps taken.
-            join: As for :meth:`flush`.
-            keep: Whether it counts. Otherwise what the meters hold is forgotten, and no other rank is waited for.
-        """
-        if keep:
-            self.note_step(step)
-            self.flush(join)
-            self.close()
-        else:
-            for _, meter in self._meters.values():
-                if not meter.untouched:
-                    meter.reset()
+    def forget(self) -> None:
+        """Forget what the meters hold: it was no pass of this phase. No other rank is waited for."""
+        for _, meter in self._meters.values():
+            if not meter.untouched:
+                meter.reset()
 
     def census(self, window: str) -> Census:
         """The census of a window: ``all``, ``last`` or ``open``.
@@ -184,7 +181,7 @@ class PhaseRecord:
             UsageError: There is no such window.
         """
         if window == "all":
-            return self.closed.merge(self.open())
+            return _together(self.closed, self.open())
         if window == "last":
             return self.last
         if window == "open":
@@ -193,8 +190,9 @@ class PhaseRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """The record as tensors and primitives; the open window goes on when it is loaded."""
+        shared = [name for name, tally in self.open().items() if tally.info.whole > tally.neurons]
         return {
-            "open": self.open().state_dict(),
+            "open": self.open().without(*shared).state_dict(),  # one rank's part of a layer is no part of the layer
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
             "looked_at_step": self._looked_at_step,
@@ -229,3 +227,33 @@ class PhaseRecord:
         self._steps, self._steps_before, self.history = steps, before, history
         self._looked_at_step = looked_at_step
         self._wanting_at = -1
+
+
+def _together(census: Census, later: Census) -> Census:
+    """Both together; of a site that only one of them has whole, and the other one rank's part of, what is whole."""
+    parts = [name for name in census if name in later and census[name].neurons != later[name].neurons]
+    wider = [name for name in parts if later[name].neurons > census[name].neurons]
+    return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
+
+
+def state_of_phases(step: int, records: Mapping[str, PhaseRecord]) -> dict[str, Any]:
+    """All phases of a watch, ``step`` optimizer steps into the run, as tensors and primitives."""
+    phases = {name: record.state_dict() for name, record in records.items()}
+    return {"version": _STATE_VERSION, "step": step, "phases": phases}
+
+
+def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any]]:
+    """What :func:`state_of_phases` gave: the step, and each phase's state, all of it understood.
+
+    Raises:
+        StateError: The state is not one of a scope, or of a later version.
+    """
+    try:
+        version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
+    if version != _STATE_VERSION:
+        raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
+    for saved in phases.values():
+        PhaseRecord(policy).load_state_dict(saved)  # all of it is understood before any of it counts
+    return step, phases

@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skips = {"browser": _no_browser(), "gpu": None if torch.cuda.is_available() else "no CUDA device"}
     for item in items:
+        if item.path.parent.name == "ranks":  # its processes are started once, by one worker (pytest -n 2)
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         for marker, reason in skips.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

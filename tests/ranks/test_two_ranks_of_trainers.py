@@ -14,13 +14,19 @@ from torch.nn import functional as F
 import neuronscope as ns
 from tests.callbacks.hugging import ACTS, TwinTrainer, assert_same_weights, gpt2, trainer
 
-from .test_two_ranks import assert_equal_counts, together
+from .assertions import assert_equal_counts
+from .spawning import together
 from .trainer_worker import STILL
 from .worker import BATCH, STEPS, data, network, watched_counts
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 SCRIPT = "trainer_worker"
+
+
+def given(folder: Path, task: str) -> list[Any]:
+    """What a task gives on each of two ranks."""
+    return [rank[task] for rank in together(folder, 2, task, script=SCRIPT)]
 
 
 def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
@@ -33,7 +39,7 @@ def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
 def test_a_hugging_face_training(tmp_path: Path) -> None:
     options = {**STILL, "per_device_train_batch_size": 8}
     twin = trainer(tmp_path, model=gpt2(0.0), kind=TwinTrainer, **options).counted({None: 2})
-    first, second = together(tmp_path, "trainer_counts", SCRIPT)
+    first, second = given(tmp_path, "trainer_counts")
     for found in (first, second):
         assert_twin(found["train"], twin.tallies("train"))
         assert_twin(found["val"], twin.tallies("val"))
@@ -43,21 +49,21 @@ def test_a_hugging_face_training(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_training_that_is_resumed(tmp_path: Path) -> None:
-    for found in together(tmp_path, "trainer_resumes", SCRIPT):
+    for found in given(tmp_path, "trainer_resumes"):
         assert_equal_counts(found["second"], found["first"])
         # 2 epochs of 24 sentences.
         assert found["second"][ACTS[0]]["examples"] == 48
 
 
 def test_a_hugging_face_training_learns_the_same(tmp_path: Path) -> None:
-    first, second = together(tmp_path, "trainer_learns", SCRIPT)
+    first, second = given(tmp_path, "trainer_learns")
     assert_same_weights(first["plain"], first["watched"])
     assert_same_weights(first["watched"], second["watched"])
     assert not torch.equal(first["plain"]["lm_head.weight"], gpt2().lm_head.weight)
 
 
 def test_a_plain_loop_with_accelerate(tmp_path: Path) -> None:
-    found = together(tmp_path, "accelerate_loops", SCRIPT)
+    found = given(tmp_path, "accelerate_loops")
     assert list(found[0]) == ["no, before", "no, after", "bf16, before", "bf16, after"]
     for name in found[0]:
         wanted = one_process(bfloat16=name.startswith("bf16"))

@@ -85,13 +85,13 @@ def accelerated(rank: int, precision: str, *, before: bool) -> dict[str, Any]:
 TASKS = (trainer_counts, trainer_resumes, trainer_learns, accelerate_loops)
 
 
-def main(task: str, rank: str, port: str, folder: str) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+def main(rank: str, world: str, folder: str, *tasks: str) -> None:
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=2)
-    found = {each.__name__: each for each in TASKS}[task](int(rank), Path(folder) / "run")
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
+    known = {each.__name__: each for each in TASKS}
+    found = {task: known[task](int(rank), Path(folder) / task) for task in tasks}
+    torch.save(found, Path(folder) / f"{rank}_of_{world}.pt")
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order

@@ -1,9 +1,10 @@
-"""What each of two ranks runs: ``python -m tests.ranks.worker TASK RANK PORT FOLDER``; its result goes to FOLDER."""
+"""What each rank runs: ``python -m tests.ranks.worker RANK WORLD FOLDER TASK…``; the results go to FOLDER."""
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
+from tests.ranks.parallel import CASES, ENDS, Case, run, sequence_parallel
+from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
 Data = list[tuple[Tensor, Tensor]]
@@ -119,6 +122,34 @@ def both_train_observed_at_times(rank: int) -> dict[str, Any]:
     return both_train(rank, every_n_steps=3)
 
 
+def spread(rank: int, strategy: str, shares: int | None = None) -> dict[Case, Any]:
+    """Every case of a strategy on two ranks; the plainest and the fullest otherwise."""
+    world = dist.get_world_size()
+    share = rank if shares is None else rank // (world // shares)
+    return {case: run(strategy, case, share) for case in (CASES if world == 2 else ENDS)}
+
+
+def ddp(rank: int) -> Any:
+    return spread(rank, "ddp")
+
+
+def fsdp(rank: int) -> Any:
+    return spread(rank, "fsdp")
+
+
+def tensor(rank: int) -> Any:
+    return spread(rank, "tensor", shares=1)
+
+
+def both(rank: int) -> Any:
+    return spread(rank, "both", shares=2)
+
+
+def tensor_distributed(rank: int) -> Any:
+    """Activations that stay distributed tensors."""
+    return run("tensor", Case(local=False), 0)
+
+
 TASKS = {
     task.__name__: task
     for task in (
@@ -128,17 +159,33 @@ TASKS = {
         fire_apart,
         one_sees_nothing,
         one_scans,
+        ddp,
+        fsdp,
+        tensor,
+        tensor_distributed,
+        both,
+        sequence_parallel,
+        uneven,
+        uneven_and_validated,
+        fault,
+        retired,
+        other_widths,
     )
 }
 
 
-def main(task: str, rank: str, port: str, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def main(rank: str, world: str, folder: str, *tasks: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=2)
-    torch.save(TASKS[task](int(rank)), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
+    known = {**TASKS, **{task.__name__: partial(task, folder=Path(folder)) for task in (elastic, killed)}}
+    if any(task.startswith("lightning") for task in tasks):
+        from tests.ranks.lightning_runs import lightning_ddp, lightning_model_parallel
+
+        lightning = (lightning_ddp, lightning_model_parallel)
+        known.update({task.__name__: partial(task, folder=Path(folder)) for task in lightning})
+    torch.save({task: known[task](int(rank)) for task in tasks}, Path(folder) / f"{rank}_of_{world}.pt")
+    if "killed" not in tasks:
+        dist.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
 
 

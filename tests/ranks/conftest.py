@@ -1,0 +1,58 @@
+"""The runs of several processes that the tests of this folder look at: each number of ranks is started once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.ranks.spawning import together
+
+TASKS = {
+    1: ("ddp", "fsdp"),
+    2: (
+        *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
+        *("uneven_and_validated", "fault", "retired"),
+        *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
+        *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp", "sequence_parallel"),
+    ),
+    4: (
+        *("lightning_model_parallel", "ddp", "fsdp", "tensor_distributed", "both", "elastic"),
+        *("uneven", "uneven_and_validated", "fault", "retired"),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    return tmp_path_factory.mktemp("ranks")
+
+
+class Runs(dict[int, list[dict[str, Any]]]):
+    """What each rank gave, by the number of ranks; started once, when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.failed: dict[int, BaseException] = {}
+
+    def __missing__(self, world: int) -> list[dict[str, Any]]:
+        if world == 2:
+            _ = self[4]  # what four ranks saved is what two go on from
+        if world in self.failed:
+            raise self.failed[world]
+        try:
+            self[world] = together(self.folder, world, *TASKS[world])
+        except BaseException as error:
+            self.failed[world] = error
+            raise
+        return self[world]
+
+
+@pytest.fixture(scope="session")
+def runs(folder: Path) -> Runs:
+    return Runs(folder)

@@ -1,0 +1,207 @@
+"""A small gated network, and the ways in which torch spreads it over ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import neuronscope as ns
+from tests.core.slow_twin import hook_tables
+from tests.ranks.recorded import ARRAYS, NUMBERS, Recorder
+
+STEPS, BATCH, WIDTH = 5, 4, 6
+HIDDEN = 10  # over 4 ranks: 3, 3, 3 and 1 neurons
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.act, self.product, self.late = nn.ReLU(), nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.late(self.down(self.product(self.act(self.gate(x)) * self.up(x))))
+
+
+class Network(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.first, self.early = nn.Linear(WIDTH, WIDTH), nn.ReLU()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, 3)
+        with torch.no_grad():
+            self.blocks[0].gate.bias[-1] = -100.0  # a dead neuron, in the last part
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.early(self.first(x))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.head(x)
+
+
+SITES = {
+    "early": ("early", "early"),
+    **{f"blocks.{n}.{name}": (f"blocks.{n}.{name}",) * 2 for n in (0, 1) for name in ("act", "late")},
+    **{f"blocks.{n}.act.gated": (f"blocks.{n}.product", f"blocks.{n}.act") for n in (0, 1)},
+}
+SPLIT = tuple(name for name in SITES if ".act" in name)  # by tensor parallelism
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train.
+
+    Attributes:
+        autocast: To bfloat16.
+        micro_batches: To an optimizer step.
+        checkpointed: Whether the blocks run again in the backward pass.
+        local: Whether activations under tensor parallelism are plain tensors.
+    """
+
+    autocast: bool = False
+    micro_batches: int = 1
+    checkpointed: bool = False
+    local: bool = True
+
+
+CASES = [Case(*options) for options in product((False, True), (1, 4), (False, True))]
+ENDS = [CASES[0], CASES[-1]]
+
+
+def as_ddp(model: nn.Module, case: Case) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def as_fsdp(model: nn.Module, case: Case, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def as_tensor_parallel(model: nn.Module, case: Case, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    split = {"gate": ColwiseParallel(use_local_output=case.local), "up": ColwiseParallel(use_local_output=case.local)}
+    for block in model.blocks:
+        parallelize_module(block, mesh, {**split, "down": RowwiseParallel()})
+    return model
+
+
+def as_both(model: nn.Module, case: Case) -> nn.Module:
+    """Tensor parallel over pairs of ranks, FSDP2 over the pairs."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    return as_fsdp(as_tensor_parallel(model, case, mesh["tensor"]), case, mesh["data"])
+
+
+STRATEGIES = {"ddp": as_ddp, "fsdp": as_fsdp, "tensor": as_tensor_parallel, "both": as_both}
+
+
+def data(share: int, case: Case) -> list[list[tuple[Tensor, Tensor]]]:
+    """The micro-batches of each step that one data-parallel rank gets."""
+    generator = torch.Generator().manual_seed(100 + share)
+    return [
+        [
+            (torch.randn(BATCH, 2, WIDTH, generator=generator), torch.randint(3, (BATCH, 2), generator=generator))
+            for _ in range(case.micro_batches)
+        ]
+        for _ in range(STEPS)
+    ]
+
+
+def without_sync(model: nn.Module, last: bool) -> Any:
+    """Gradients are exchanged at the last micro-batch of a step only."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    elif not last and hasattr(model, "no_sync"):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def train(model: nn.Module, case: Case, share: int, step: Any) -> None:
+    """Train; ``step`` is called after each optimizer step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for micro_batches in data(share, case):
+        for number, (x, y) in enumerate(micro_batches):
+            cast = torch.autocast("cpu", torch.bfloat16, enabled=case.autocast)
+            with without_sync(model, number == len(micro_batches) - 1):
+                with cast:
+                    loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The weights, whole."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        weights[name.removeprefix("module.")] = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return weights
+
+
+def counted(scope: ns.Scope, window: str = "all", phase: str = "train") -> dict[str, dict[str, Any]]:
+    census = scope.census(phase, window)
+    return {name: {key: getattr(tally, key) for key in (*ARRAYS, *NUMBERS)} for name, tally in census.items()}
+
+
+def run(strategy: str, case: Case, share: int) -> dict[str, Any]:
+    """Recorded and not watched, then watched and not recorded."""
+    spread = STRATEGIES[strategy]
+    model = spread(Network(case.checkpointed), case)
+    inner = model.module if strategy == "ddp" else model
+    recorder = Recorder(inner, SITES)
+
+    def next_step() -> None:
+        recorder.step += 1
+
+    train(model, case, share, next_step)
+    watched = spread(Network(case.checkpointed), case)
+    before = hook_tables(watched)
+    with ns.watch(watched, window_steps=2) as scope:
+        train(watched, case, share, scope.step)
+    same = all(mine.equal(theirs) for mine, theirs in zip(whole(model).values(), whole(watched).values(), strict=True))
+    return {
+        "recorded": recorder.counts(),
+        "counted": counted(scope),
+        "same_weights": same,
+        "same_hooks": hook_tables(watched) == before,
+        "unseen": {item.name: item.reason for item in scope.report().not_measured},
+        "notes": scope.report().notes,
+        "model": scope.report().model,
+        "warned": scope._tap.failure,
+    }
+
+
+def sequence_parallel(rank: int) -> dict[str, Any]:
+    """The second activation is a plain tensor, cut along its positions: each rank has all neurons, at its own half."""
+    given: dict[str, Any] = {}
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU())
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1))}
+        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        recorder = Recorder(model, {"1": ("1", "1"), "3": ("3", "3")})
+        scope = ns.watch(model) if watched else None
+        model(data(0, Case())[0][0][0]).sum().backward()
+        if scope is None:
+            given["recorded"] = recorder.counts()
+        else:
+            scope.step()
+            scope.detach()
+            given["counted"] = counted(scope)
+    return given

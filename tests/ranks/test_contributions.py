@@ -1,0 +1,70 @@
+"""What each rank gives: the parts of a layer, its copies, and both, add up to the layer; no process is started."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.meters import NEVER
+from neuronscope.ranks import Exchanges, Ranks, contribution
+
+INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
+LAYER = Tally(
+    info=INFO,
+    zero_outputs=np.array([5, 0, 3, 1, 2]),
+    zero_gradients=np.array([4, 1, 3, 0, 2]),
+    not_finite_outputs=np.array([0, 0, 1, 0, 0]),
+    abs_sum=np.array([0.0, 2.5, 1.0, 4.0, 3.0]),
+    last_active_step=np.array([-1, 7, 6, 7, 2]),
+    first_active_step=np.array([NEVER, 0, 1, 0, 2]),
+    positions=5,
+    gradient_positions=4,
+    examples=3,
+)
+ARRAYS = [name for name, value in vars(LAYER).items() if isinstance(value, np.ndarray)]
+
+
+def part(first: int, neurons: int) -> Tally:
+    """What a rank counts that holds some of the layer's neurons."""
+    arrays = {name: getattr(LAYER, name)[first : first + neurons] for name in ARRAYS}
+    return replace(LAYER, info=replace(INFO, first=first, whole=LAYER.neurons), **arrays)
+
+
+def assert_same(found: Tally, wanted: Tally) -> None:
+    assert (found.info.first, found.info.whole) == (0, 0)
+    for name, value in vars(wanted).items():
+        if name != "info":
+            np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+
+
+@given(st.integers(1, 4))
+def test_two_parts_add_up_to_the_layer(cut: int) -> None:
+    parts = [contribution(part(*place), duplicate=place[0] > 0) for place in ((0, cut), (cut, LAYER.neurons - cut))]
+    assert_same(parts[0].merge(parts[1]), LAYER)
+
+
+@pytest.mark.parametrize(
+    ("info", "duplicate", "counts"),
+    [
+        (INFO, False, True),
+        (INFO, True, False),  # another rank has the same data, and this layer whole
+        (replace(INFO, whole=5), True, True),  # cut along its positions: its own
+        (replace(INFO, first=-1, whole=5), False, False),  # a copy, known to be one
+    ],
+)
+def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool) -> None:
+    given = contribution(replace(LAYER, info=info), duplicate=duplicate)
+    assert_same(given, LAYER if counts else Tally.nothing(INFO, LAYER.neurons))
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    ranks, census = Ranks(), Census({"relu": LAYER})
+    assert ranks.join(census, phase="train", done=True) is census
+    assert ranks.alone
+    assert ranks.all_done
+    assert ranks.exchanges == Exchanges(ranks=1, times=0, bytes=0, seconds=0.0)

@@ -1,0 +1,75 @@
+"""The monitor under Lightning's strategies: DDP, DDP that spawns its ranks, and FSDP2 with tensor parallelism.
+
+Not here, since they refuse to run without an accelerator: ``FSDPStrategy`` and DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neuronscope as ns
+from tests.ranks.assertions import assert_equal_counts
+from tests.ranks.lightning_runs import LIGHTNING_CASES, SAVED_AT
+from tests.ranks.parallel import BATCH, STEPS, Case, Network
+from tests.ranks.spawning import ROOT, TIME_LIMIT_S
+from tests.ranks.test_strategies import check, expected
+
+Runs = dict[int, list[dict[str, Any]]]
+
+
+def check_saved(state: dict[str, Any], examples: int) -> None:
+    """The checkpoint that was saved within a window holds what all ranks had counted by then."""
+    scope = ns.watch(Network())
+    scope.load_state_dict(state)
+    assert {tally.examples for tally in scope.census().values()} == {examples}
+    scope.detach()
+
+
+@pytest.mark.parametrize("case", LIGHTNING_CASES, ids=str)
+def test_ddp(runs: Runs, case: Case) -> None:
+    given = [rank["lightning_ddp"][case] for rank in runs[2]]
+    check(given, case, 1)
+    for rank in given:
+        check_saved(rank["saved"], 2 * SAVED_AT * case.micro_batches * BATCH)
+
+
+def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
+    given = [rank["lightning_model_parallel"] for rank in runs[4]]
+    check(given, Case(), 2)
+    for rank in given:
+        check_saved(rank["saved"], 2 * SAVED_AT * BATCH)
+
+
+def test_ranks_that_lightning_spawns(runs: Runs, tmp_path: Path) -> None:
+    """Each gets what the same run of two ranks counted that were launched otherwise.
+
+    Processes that Lightning spawned over gloo may never end (torch 2.13 on the CPU, watched or not: gloo's threads keep
+    the interpreter from taking itself down). So they are ended here, once they have told what they counted.
+    """
+    command = [sys.executable, "-m", "tests.ranks.lightning_runs", str(tmp_path)]
+    told = [tmp_path / f"spawned_{rank}.told" for rank in (0, 1)]
+    with (tmp_path / "errors.log").open("w") as errors:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors, start_new_session=True)
+    end = time.monotonic() + TIME_LIMIT_S
+    try:
+        while not all(path.exists() for path in told):
+            assert run.poll() in (None, 0), (tmp_path / "errors.log").read_text()[-4000:]
+            assert time.monotonic() < end, "the spawned ranks counted nothing in time"
+            time.sleep(0.2)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    wanted = expected([rank["lightning_ddp"][Case()]["recorded"] for rank in runs[2]], 1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"spawned_{rank}.pt", weights_only=False)
+        assert_equal_counts({name.removeprefix("net."): counts for name, counts in found.items()}, wanted)
+        assert found["net.early"]["examples"] == 2 * STEPS * BATCH

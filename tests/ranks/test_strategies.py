@@ -1,0 +1,86 @@
+"""DDP, FSDP2 and tensor parallelism over gloo: counts are those of the slow twin over all ranks, weights unchanged.
+
+In bfloat16 and float32, with and without gradient accumulation and activation checkpointing, on 1, 2 and 4 ranks. The
+twin is a run of its own that nobody watches: its activations are kept and counted by :mod:`tests.ranks.recorded`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks.assertions import assert_equal_counts
+from tests.ranks.parallel import BATCH, CASES, ENDS, HIDDEN, SPLIT, STEPS, WIDTH, Case
+from tests.ranks.recorded import side_by_side, union
+
+
+def expected(recorded: list[dict[str, Any]], parts: int) -> dict[str, Any]:
+    """The twin's counts of a run in which every ``parts`` ranks hold one copy of the model."""
+    copies = [recorded[first : first + parts] for first in range(0, len(recorded), parts)]
+    sites = {}
+    for name in recorded[0]:
+        together = [side_by_side([part[name] for part in copy]) if name in SPLIT else copy[0][name] for copy in copies]
+        sites[name] = union(together)
+    return sites
+
+
+def check(given: list[dict[str, Any]], case: Case, parts: int) -> None:
+    wanted = expected([rank["recorded"] for rank in given], parts)
+    copies = len(given) // parts
+    assert wanted["early"]["examples"] == copies * STEPS * case.micro_batches * BATCH
+    assert {len(wanted[name]["zero_outputs"]) for name in SPLIT} == {HIDDEN}
+    for rank in given:
+        assert rank["warned"] is None
+        assert rank["unseen"] == {}
+        assert rank["same_weights"]
+        assert rank["same_hooks"]
+        assert_equal_counts(rank["counted"], wanted)
+
+
+WAYS = [
+    *((1, strategy, 1, ENDS) for strategy in ("ddp", "fsdp")),
+    *((2, strategy, parts, CASES) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("tensor", 2))),
+    *((4, strategy, parts, ENDS) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("both", 2))),
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "strategy", "parts", "case"),
+    [(world, strategy, parts, case) for world, strategy, parts, cases in WAYS for case in cases],
+    ids=str,
+)
+def test_counts_are_those_of_the_twin_over_all_ranks(
+    runs: dict[int, list[dict[str, Any]]], world: int, strategy: str, parts: int, case: Case
+) -> None:
+    check([rank[strategy][case] for rank in runs[world]], case, parts)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_activations_may_be_distributed_tensors(runs: dict[int, list[dict[str, Any]]], world: int) -> None:
+    check([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
+
+
+def test_an_activation_that_is_cut_along_its_positions(runs: dict[int, list[dict[str, Any]]]) -> None:
+    given = [rank["sequence_parallel"] for rank in runs[2]]
+    recorded = [rank["recorded"] for rank in given]
+    wanted = {"1": side_by_side([rank["1"] for rank in recorded]), "3": union([rank["3"] for rank in recorded])}
+    # The batch is BATCH x 2 positions: the first layer has them all, and half of its neurons, on each rank.
+    assert [len(recorded[0][name]["zero_outputs"]) for name in ("1", "3")] == [HIDDEN // 2, WIDTH]
+    assert [recorded[0][name]["positions"] for name in ("1", "3")] == [2 * BATCH, BATCH]
+    for rank in given:
+        assert_equal_counts(rank["counted"], wanted)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
+def test_a_model_keeps_its_name(runs: dict[int, list[dict[str, Any]]], strategy: str) -> None:
+    assert {rank[strategy][CASES[0]]["model"] for rank in runs[2]} == {"Network"}
+
+
+def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]) -> None:
+    # 5 steps in windows of 2: after 2, after 4 and in the end. The network has 6 sites of 6 neurons or 7 of which 4 are
+    # of 10: 3 x 6 + 4 x 10 = 58 neurons of 48 bytes, 3 numbers of 8 bytes a site and two steps: 2,968 bytes.
+    for rank in runs[4]:
+        note = rank["ddp"][CASES[0]]["notes"][-1]
+        assert note.startswith("Counts of 4 ranks were joined 3 times: 0.003 MB each, "), note
+    assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])

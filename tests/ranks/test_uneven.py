@@ -1,0 +1,82 @@
+"""Ranks with other numbers of batches, faults on one rank, a rank that dies, and runs that go on with fewer ranks."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neuronscope as ns
+from tests.ranks.assertions import assert_equal_counts
+from tests.ranks.recorded import union
+from tests.ranks.spawning import together
+from tests.ranks.uneven import BATCH, POLICY, STAGES, WINDOW, elastic, recorded, small, steps, windows
+
+Runs = dict[int, list[dict[str, Any]]]
+
+
+def union_of(recorded: list[dict[str, Any]]) -> dict[str, Any]:
+    names = next(counts for counts in recorded if counts)
+    return {name: union([counts[name] for counts in recorded if counts]) for name in names}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("task", ["uneven", "uneven_and_validated", "fault", "retired"])
+def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) -> None:
+    given = [rank[task] for rank in runs[world]]
+    wanted = union_of([rank["recorded"] for rank in given])
+    for rank in given:
+        assert_equal_counts(rank["counted"], wanted)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_uneven_ranks_agree_on_windows(runs: Runs, world: int) -> None:
+    first, *others = (rank["uneven"] for rank in runs[world])
+    # The first rank takes 7 steps more than each next one. Windows of 3 close at 3, 6, … if they have 29 examples: of
+    # two ranks, the seventh step has 20; of four, which give 10 each, three steps of the first rank alone have 30.
+    assert first["windows"]["1"] == {2: [2, 5], 4: [2, 5, 8, 11, 14, 17, 20]}[world]
+    for rank in others:
+        assert_equal_counts(rank["last"], first["last"])
+        assert rank["windows"] == first["windows"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_may_validate_while_others_train(runs: Runs, world: int) -> None:
+    for rank in runs[world]:
+        assert rank["uneven_and_validated"]["validated"]["1"]["positions"] == BATCH
+
+
+def test_layers_that_are_not_of_one_width_are_left_out(runs: Runs) -> None:
+    # The first layer has 4 neurons on one rank and 5 on the other; the second has 5 on both, of 3 positions each.
+    for rank in runs[2]:
+        assert {name: counts["positions"] for name, counts in rank["other_widths"].items()} == {"1": 0, "3": 2 * 3}
+
+
+def test_what_four_ranks_saved_goes_on_with_two_and_with_one(runs: Runs, folder: Path) -> None:
+    """In the middle of a window each time: totals and history are those of one process that saw everything."""
+    stages = [*(rank["elastic"] for rank in (runs[4][0], runs[2][0])), elastic(0, folder)]
+    seen: list[dict[str, Any]] = []
+    alone = ns.watch(model := small(), window_steps=WINDOW, policy=POLICY)
+    for (world, numbers), stage in zip(STAGES.items(), stages, strict=True):
+        seen += [recorded(numbers, share, world) for share in range(world)]
+        assert_equal_counts(stage["counted"], union_of(seen))
+        steps(model, alone, numbers, 0, 1)
+        assert stage["windows"] == windows(alone)
+        assert stage["step"] == numbers.stop == alone.global_step
+    assert stage["counted"]["1"]["positions"] == BATCH * len([*chain(*STAGES.values())])
+    assert stage["windows"]["1"]["died_step"][2] == 5  # silenced while two ranks ran
+    alone.detach()
+
+
+def test_a_rank_that_dies_leaves_torchs_error_and_a_whole_checkpoint(tmp_path: Path) -> None:
+    survivor = together(tmp_path, 2, "killed", killed=1)[0]["killed"]
+    assert survivor["error"] is not None
+    assert survivor["detached"]
+    scope = ns.watch(small())
+    scope.load_state_dict(torch.load(tmp_path / "killed.pt", weights_only=True))
+    early = scope.census()["early"]
+    assert early.examples == early.positions == 3 * BATCH  # three steps of both ranks' halves
+    scope.detach()
