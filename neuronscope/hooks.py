@@ -40,6 +40,7 @@ from neuronscope.functions import FunctionWatch, first_input
 from neuronscope.gradients import InertHook, unwatched
 from neuronscope.handles import Handles, compilations
 from neuronscope.observer import AxisSource, Call, MeterSource, Observer
+from neuronscope.shards import shares_layers
 from neuronscope.sites import Activation, Registry, walk
 from neuronscope.threads import EnteredMode, Turn
 
@@ -88,6 +89,7 @@ class Tap:
         self._step_open = False
         self._handles = Handles()
         self._model = weakref.ref(model)
+        self.observer.shares_layers = lambda: shares_layers(self._model())
         self._compilations = compilations()
         self._compiles = False  # whether the compiler has anything to do with this process, since we watch
         self._attach(model)

@@ -75,6 +75,7 @@ class Observer:
         self.frame = Frame()
         self.unseen: dict[str, str] = {}
         self.fail = fail
+        self.shares_layers: Callable[[], bool] = lambda: False  # whether ranks share the neurons of the model's layers
         self._tolerance = tolerance
         self._scratch = Scratch()
         self._meters: dict[tuple[str, SiteKey], Meter | None] = {}
@@ -88,6 +89,12 @@ class Observer:
 
         def traced_meter(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
             self.compiled = True
+            if self.shares_layers():
+                self.unseen[SiteKey(*key).name] = (
+                    "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the "
+                    "layer's neurons are this rank's: watch the model without compiling it"
+                )
+                return None
             meter = self.meter(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
             if meter is not None:
                 meter.in_graph = True

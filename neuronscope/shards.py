@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Part", "cut", "is_distributed", "is_later_part", "is_partial", "local", "part_of"]
+__all__ = ["Part", "cut", "is_distributed", "is_later_part", "is_partial", "local", "part_of", "shares_layers"]
 
 
 class Part(NamedTuple):
@@ -81,6 +81,18 @@ def is_later_part(weight: Tensor) -> bool:
     return any(
         dimension is not None and place > 0 for dimension, (_, place) in zip(cut(weight), _places(weight), strict=True)
     )
+
+
+def shares_layers(model: nn.Module | None) -> bool:
+    """Whether ranks share the neurons of a model's layers while it runs; FSDP's cut is mended for each run.
+
+    >>> shares_layers(nn.Linear(2, 2))
+    False
+    """
+    if model is None:
+        return False
+    mended = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    return any(len(cut(weight)) - cut(weight).count(None) > mended for weight in model.parameters())
 
 
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:

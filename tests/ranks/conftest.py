@@ -13,7 +13,7 @@ from tests.ranks.spawning import together
 TASKS = {
     1: ("ddp", "fsdp"),
     2: (
-        *("ddp", "fsdp", "tensor", "tensor_distributed", "elastic", "uneven", "other_widths"),
+        *("ddp", "fsdp", "tensor", "tensor_distributed", "tensor_compiled", "elastic", "uneven", "other_widths"),
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
         *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp", "sequence_parallel"),

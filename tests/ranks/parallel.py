@@ -205,3 +205,15 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
             scope.detach()
             given["counted"] = counted(scope)
     return given
+
+
+def tensor_compiled(rank: int) -> Any:
+    """Sites that were counted, and those that were not, of a compiled model whose layers the ranks share."""
+    model = Block()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
+    compiled = torch.compile(model, backend="aot_eager")
+    with ns.watch(compiled) as scope:
+        compiled(torch.ones(2, WIDTH)).sum().backward()
+        scope.step()
+    return list(scope.census()), {item.name: item.reason for item in scope.report().not_measured}

@@ -1,6 +1,6 @@
 """The monitor under Lightning's strategies: DDP, DDP that spawns its ranks, and FSDP2 with tensor parallelism.
 
-Not here, since they refuse to run without an accelerator: ``FSDPStrategy`` and DeepSpeed.
+Not here: ``FSDPStrategy``, whose module refuses to run without an accelerator, and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
 def test_ranks_that_lightning_spawns(runs: Runs, tmp_path: Path) -> None:
     """Each gets what the same run of two ranks counted that were launched otherwise.
 
-    Processes that Lightning spawned over gloo may never end (torch 2.13 on the CPU, watched or not: gloo's threads keep
-    the interpreter from taking itself down). So they are ended here, once they have told what they counted.
+    Processes that Lightning spawned over gloo may never end (seen with torch 2.13 on the CPU, watched or not; why was not
+    found out). So they are ended here, once they have told what they counted.
     """
     command = [sys.executable, "-m", "tests.ranks.lightning_runs", str(tmp_path)]
     told = [tmp_path / f"spawned_{rank}.told" for rank in (0, 1)]

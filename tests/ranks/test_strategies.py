@@ -84,3 +84,11 @@ def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]
         note = rank["ddp"][CASES[0]]["notes"][-1]
         assert note.startswith("Counts of 4 ranks were joined 3 times: 0.003 MB each, "), note
     assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])
+
+
+def test_a_compiled_model_whose_layers_ranks_share_is_not_measured(runs: dict[int, list[dict[str, Any]]]) -> None:
+    for rank in runs[2]:
+        counted, reasons = rank["tensor_compiled"]
+        assert counted == []
+        assert {"act", "late"} <= set(reasons)
+        assert "tensor parallelism" in reasons["act"]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
-from tests.ranks.parallel import CASES, ENDS, Case, run, sequence_parallel
+from tests.ranks.parallel import CASES, ENDS, Case, run, sequence_parallel, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
@@ -163,6 +163,7 @@ TASKS = {
         fsdp,
         tensor,
         tensor_distributed,
+        tensor_compiled,
         both,
         sequence_parallel,
         uneven,
