@@ -101,11 +101,13 @@ class Runs:
         gate, self.gate = self.gate, None
         if gate is None:
             return
-        if self._fitting:
-            whole = join or world_size() == 1  # else what is open is this rank's own
-            self._open_window = gate.scope.state_dict(join=join)["phases"].get("train") if whole else None
-        self._fitting = False
-        gate.detach(join=join)
+        fitting, self._fitting = self._fitting, False
+        try:
+            if fitting:
+                whole = join or world_size() == 1  # else what is open is this rank's own
+                self._open_window = gate.scope.state_dict(join=join)["phases"].get("train") if whole else None
+        finally:  # whatever fails, the hooks go
+            gate.detach(join=join)
 
     def give_up(self) -> None:
         """After a fault, perhaps on this rank alone: count no more, but keep no other rank waiting."""

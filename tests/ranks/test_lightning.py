@@ -52,8 +52,8 @@ def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
 def test_ranks_that_lightning_spawns(runs: Runs, tmp_path: Path) -> None:
     """Each gets what the same run of two ranks counted that were launched otherwise.
 
-    Processes that Lightning spawned over gloo may never end (seen with torch 2.13 on the CPU, watched or not; why was not
-    found out). So they are ended here, once they have told what they counted.
+    Processes that Lightning spawned over gloo may never end (seen with torch 2.13 on the CPU, watched or not; why was
+    not found out). So they are ended here, once they have told what they counted.
     """
     command = [sys.executable, "-m", "tests.ranks.lightning_runs", str(tmp_path)]
     told = [tmp_path / f"spawned_{rank}.told" for rank in (0, 1)]
