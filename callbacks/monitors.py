@@ -27,8 +27,8 @@ from neuronscope.verdicts import Policy
 __all__ = ["DEFAULT_EVERY_N_STEPS", "Monitor"]
 
 #: Optimizer steps from one observed step to the next, unless the user says otherwise. An observed step of an ordinary
-#: network costs 3 to 5 % more and the others next to nothing (``benchmarks/steps.py``): under 1 % at every 20th. Where
-#: a whole step takes under a millisecond, the fixed cost of hooks shows: 20 % in a Trainer's run of 400 such steps.
+#: network costs 3 to 4 % more and the others next to nothing (``benchmarks/steps.py``): under 1 % at every 20th. Where
+#: a whole step takes a millisecond, the fixed cost of hooks shows: half as much again where observed.
 DEFAULT_EVERY_N_STEPS = 20
 
 
