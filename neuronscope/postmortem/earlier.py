@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.layers import Layer
 from neuronscope.postmortem.ownership import Entry, find_owners
 from neuronscope.postmortem.readings import LayerReading, read_clocks
+from neuronscope.postmortem.silence import made_of
 
 __all__ = ["compare_with_earlier", "same_run"]
 
 _SOURCE = "two checkpoints"
+_said = partial(made_of, source=_SOURCE)
 
 #: How far a number may be off that decayed over a few steps, and by how much more a step (its rounding, and β's).
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
@@ -174,7 +177,7 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
         if start.step is not None and not start.lag:
             dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
             since = (start.step - dated).clamp(min=0.0).long()
-        yield _of(
+        yield _said(
             end,
             "no gradient",
             silent,
@@ -200,7 +203,7 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
         since = None
         if end.step is not None and not end.lag:
             since = (end.step - within).clamp(min=0.0).long()
-        yield _of(
+        yield _said(
             end,
             "no gradient",
             mask,
@@ -213,7 +216,7 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
         )
     alive = touched & ~died
     if alive.any():
-        yield _of(
+        yield _said(
             end,
             "alive",
             alive,
@@ -221,30 +224,3 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
             "steps since the last gradient, at most",
             "A running mean of its gradients rose above what decay leaves: it got a gradient in between.",
         )
-
-
-def _of(
-    read: LayerReading,
-    claim: str,
-    mask: Tensor,
-    numbers: Tensor,
-    measure: str,
-    text: str,
-    since: Tensor | None = None,
-    whole: bool = False,
-    basis: str = "inferred",
-) -> Evidence:
-    neurons = torch.nonzero(mask).flatten()
-    return Evidence(
-        layer=read.layer.path,
-        width=read.layer.width,
-        source=_SOURCE,
-        claim=claim,
-        basis=basis,
-        neurons=neurons.numpy(),
-        numbers=numbers[neurons].numpy(),
-        measure=measure,
-        text=text,
-        since=None if since is None else since[neurons].numpy(),
-        whole_layer=whole,
-    )

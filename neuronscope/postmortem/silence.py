@@ -10,7 +10,7 @@ from torch import Tensor
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.readings import LayerReading
 
-__all__ = ["evidence_of_silence"]
+__all__ = ["evidence_of_silence", "made_of"]
 
 #: Steps by which the clocks of rows that went silent at once may differ (measured: docs/optimizer-clock.md).
 _AT_ONCE = 30
@@ -64,7 +64,7 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
         yield from _silent(read, mask & ~sure, exact, "suspected", at_once)
     yield from _ran_out(read, ran_out & ~together)
     if alive.any():
-        yield _of(
+        yield made_of(
             read,
             "alive",
             alive,
@@ -90,7 +90,7 @@ def _never(read: LayerReading, mask: Tensor, whole: bool) -> Iterator[Evidence]:
         text += " This is so for the whole layer: it was cut off from the loss, or multiplied by zero, all along."
     since = torch.full(mask.shape, -1, dtype=torch.int64)
     nothing = torch.full(mask.shape, torch.nan, dtype=torch.float64)
-    yield _of(read, "never trained", mask, nothing, "", text + _caveats(read), since, whole)
+    yield made_of(read, "never trained", mask, nothing, "", text + _caveats(read), since, whole)
 
 
 def _silent(read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool) -> Iterator[Evidence]:
@@ -123,7 +123,7 @@ def _silent(read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: 
     since = None
     if read.step is not None and not read.lag:
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
-    yield _of(
+    yield made_of(
         read, "no gradient", mask, read.reading.steps, _measure(exact), ground + _caveats(read), since, at_once, basis
     )
 
@@ -137,7 +137,7 @@ def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False) -> Iterator[
     )
     if whole:
         text += " This is so for the whole layer: it was frozen, or cut off by what follows it."
-    yield _of(
+    yield made_of(
         read,
         "no gradient",
         mask,
@@ -163,7 +163,7 @@ def _caveats(read: LayerReading) -> str:
     return said
 
 
-def _of(
+def made_of(
     read: LayerReading,
     claim: str,
     mask: Tensor,
@@ -173,12 +173,27 @@ def _of(
     since: Tensor | None = None,
     whole: bool = False,
     basis: str = "inferred",
+    source: str = "",
 ) -> Evidence:
+    """What a layer's clock says of some of its neurons.
+
+    Args:
+        read: The layer's clock.
+        claim: See :class:`Evidence`, as for the rest.
+        mask: Of which neurons, bool ``(N,)``.
+        numbers: Of all neurons, float64 ``(N,)``.
+        measure: What such a number is.
+        text: One sentence for a reader.
+        since: Of all neurons, int64 ``(N,)``.
+        whole: Whether it is said of the layer, and not of its neurons.
+        basis: On what ground.
+        source: Who says so; the optimizer's state where it is not named.
+    """
     neurons = torch.nonzero(mask).flatten()
     return Evidence(
         layer=read.layer.path,
         width=read.layer.width,
-        source=read.rule.source,
+        source=source or read.rule.source,
         claim=claim,
         basis=basis,
         neurons=neurons.numpy(),
