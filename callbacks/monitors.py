@@ -77,8 +77,9 @@ class Monitor:
             text: Whether TensorBoard gets the diagnosis.
             vectors: Whether TensorBoard gets a byte a neuron and window, for Neuronscope's own tab.
             drawing_share: Largest share of the run's time that pictures, diagnosis and vectors may take, in a thread of
-                their own; 1 draws them whenever a window closes, and lets training wait where drawing cannot keep up.
-                The end of a run is always drawn, and is on the disk before the run returns.
+                their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
+                lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
+                before the run returns.
 
         Raises:
             UsageError: An argument is not what is expected.

@@ -24,6 +24,8 @@ from neuronscope.writers.tensorboard.tags import metric
 __all__ = ["Log", "Publisher", "summary", "totals"]
 
 _TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
+#: What a drawing is taken to last until one was made: as long as most do on one core of 2026.
+_USUAL_DRAWING_S = 0.4
 
 
 class Log(Protocol):
@@ -94,8 +96,9 @@ class Publisher:
         images: Whether TensorBoard gets pictures.
         text: Whether TensorBoard gets the diagnosis.
         vectors: Whether TensorBoard gets a byte a neuron.
-        drawing_share: Largest share of the run's time that these three may take, each phase for itself. At 1 every
-            report is drawn, and training waits where drawing cannot keep up.
+        drawing_share: Largest share of the run's time that these three may take, each phase for itself: a run of some
+            seconds is drawn at its end only. At 1 every report is drawn, and training waits where drawing cannot keep
+            up.
 
     Raises:
         UsageError: The share is none.
@@ -109,6 +112,7 @@ class Publisher:
         self._drawn = {"images": images, "text": text, "vectors": vectors}
         self._share = drawing_share
         self._rests_until: dict[str, float] = {}
+        self._first_drawing = time.monotonic() + self._rest(_USUAL_DRAWING_S)
         self._marks: dict[str, _Mark] = {}
         self._faults = Faults("write to a logger")
         self._drawer = Drawer()
@@ -122,7 +126,8 @@ class Publisher:
             step: The trainer's step.
             final: Whether no other report of this phase is to be expected: then it is drawn, whatever the time.
         """
-        draws = any(self._drawn.values()) and (final or time.monotonic() >= self._rests_until.get(report.phase, 0.0))
+        rests_until = self._rests_until.get(report.phase, self._first_drawing)
+        draws = any(self._drawn.values()) and (final or time.monotonic() >= rests_until)
         for log in logs:
             with self._faults:
                 self._give(report, log, step, f"{report.phase}:{log.key}", draws=draws)
@@ -148,7 +153,11 @@ class Publisher:
             writer.flush()
         finally:
             ended = time.monotonic()
-            self._rests_until[report.phase] = ended + (ended - began) * (1.0 / self._share - 1.0)
+            self._rests_until[report.phase] = ended + self._rest(ended - began)
+
+    def _rest(self, drawing: float) -> float:
+        """Seconds without a drawing that make one of so many seconds no more than its share."""
+        return drawing * (1.0 / self._share - 1.0)
 
     def finish(self) -> None:
         """Wait until all that was given is drawn: before loggers are closed."""

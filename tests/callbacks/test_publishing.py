@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from neuronscope.callbacks import DeadNeuronMonitor
+from neuronscope.callbacks import DeadNeuronMonitor, publishing
 from tests.callbacks.networks import batches, network, trainer
 
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite")}
@@ -97,12 +97,22 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     ]
 
 
-def test_drawing_keeps_to_its_share_and_the_end_is_always_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("usual", "drawn"),
+    [
+        (0.0, [1, 5]),  # the first at once; then it would take 10**6 times its own time until the next
+        (0.4, [5]),  # the first after 0.4 s * (10**6 - 1): five days
+    ],
+)
+def test_drawing_keeps_to_its_share_and_the_end_is_always_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual: float, drawn: list[int]
+) -> None:
+    monkeypatch.setattr(publishing, "_USUAL_DRAWING_S", usual)
     board = TensorBoardLogger(tmp_path, prefix="mine")
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1e-6)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(5, size=512), batches(1))
     found = events(board)
-    assert [event.step for event in found.Images("neuronscope/overview")] == [1, 5]
+    assert [event.step for event in found.Images("neuronscope/overview")] == drawn
     assert [event.step for event in found.Scalars("mine-neuronscope/dead_pct")] == [1, 2, 3, 4, 5]
 
 

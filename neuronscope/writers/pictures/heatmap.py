@@ -154,11 +154,13 @@ def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
 def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
     """The pixels: every neuron's own colour where there is room, the mixture of several where there is not."""
     levels = site.history.levels[:, order(site)]
-    first, last = axis.windows_of_columns(site.history.steps)
+    spans = np.stack(axis.windows_of_columns(site.history.steps))
+    (first, last), inverse = np.unique(spans, axis=1, return_inverse=True)  # many columns show the same windows
+    column = inverse.ravel()  # numpy 2.0 alone gives it two dimensions
     low, _, repeat = _layout(site)
 
     def total(values: npt.NDArray[np.generic]) -> FloatArray:
-        """Sum of ``values (W, N)`` over the windows and neurons of each cell, ``(rows, columns)``."""
+        """Sum of ``values (W, N)`` over the windows and neurons of each cell, ``(rows, spans)``."""
         by_row = np.add.reduceat(values, low, axis=1, dtype=np.float64)
         sums = np.concatenate([np.zeros((1, len(low))), np.cumsum(by_row, axis=0)])
         cells: FloatArray = (sums[last] - sums[first]).T
@@ -169,7 +171,7 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
     living = levels <= LEVEL_MAX
     alive = total(living)
     zeros = total(np.where(living, levels, 0)) / np.maximum(alive, 1) / LEVEL_MAX
-    colour = _lerp(np.array(ALIVE_LOW, float), np.array(ALIVE_HIGH, float), zeros)
+    colour = _lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), zeros)
     so_far = alive
     for code, of in (
         (LEVEL_DORMANT, DORMANT),
@@ -177,20 +179,34 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
         (LEVEL_NOT_FINITE, NOT_FINITE),
         (LEVEL_DEAD, DEAD),
     ):
+        if not parts[code].any():
+            continue
         so_far = so_far + parts[code]
         share = parts[code] / np.maximum(so_far, 1)
         if code in (LEVEL_NOT_FINITE, LEVEL_DEAD):
             share = np.where(share > 0, _LEAST_RED + (1 - _LEAST_RED) * share, 0.0)
-        colour = _lerp(colour, np.array(of, float), share)
-    picture = np.rint(colour).astype(np.uint8).repeat(repeat, axis=0)
-    unseen = (seen == 0).repeat(repeat, axis=0)
-    picture[unseen] = stripes(*picture.shape[:2])[unseen]
+        colour = _lerp(colour, _planes(of), share)
+    picture = _pixels(colour)[:, column].repeat(repeat, axis=0)
+    unseen = (seen == 0)[:, column].repeat(repeat, axis=0)
+    if unseen.any():
+        picture[unseen] = stripes(*picture.shape[:2])[unseen]
     return picture
 
 
+def _planes(colour: Colour) -> FloatArray:
+    """A colour as planes of red, green and blue, ``(3, 1, 1)``."""
+    return np.array(colour, float)[:, None, None]
+
+
 def _lerp(low: FloatArray, high: FloatArray, share: FloatArray) -> FloatArray:
-    mixed: FloatArray = low + (high - low) * share[..., None]
+    """``share (h, w)`` of the second planes in the first, ``(3, h, w)``."""
+    mixed: FloatArray = low + (high - low) * share
     return mixed
+
+
+def _pixels(planes: FloatArray) -> ByteArray:
+    """Planes ``(3, h, w)`` as pixels, uint8 ``(h, w, 3)``."""
+    return np.moveaxis(np.rint(planes).astype(np.uint8), 0, -1)
 
 
 def _brackets(canvas: Canvas, site: SiteReport, x: float) -> None:
@@ -213,8 +229,8 @@ def _scale(canvas: Canvas, right: float, baseline: float) -> None:
     """The scale of the living: how often their output is zero."""
     canvas.text((right, baseline), "zeros", _TEXT, MUTED, "rs")
     right -= canvas.text_width("zeros", _TEXT) + 6
-    ramp = _lerp(np.array(ALIVE_LOW, float), np.array(ALIVE_HIGH, float), np.linspace(0, 1, 48)[None].repeat(16, 0))
+    ramp = _pixels(_lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), np.linspace(0, 1, 48)[None].repeat(16, 0)))
     canvas.text((right, baseline), "all", _TEXT, MUTED, "rs")
     right -= canvas.text_width("all", _TEXT) + 6 + ramp.shape[1]
-    canvas.pixels((round(right), round(baseline - 15)), np.rint(ramp).astype(np.uint8))
+    canvas.pixels((round(right), round(baseline - 15)), ramp)
     canvas.text((right - 6, baseline), "no", _TEXT, MUTED, "rs")
