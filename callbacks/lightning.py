@@ -101,6 +101,13 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
                 gate.open()
                 self._news |= gate.scope.observing
 
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """What an optimizer calls is no model's, and it calls a hundred functions a layer: they need not be seen."""
+        gate = self._runs.gate
+        if gate is not None and pl_module.automatic_optimization and _steps_once(optimizer):
+            with self._faults:
+                gate.scope.close_step()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """What runs until the next batch does not count; a report is due when a window closed."""
         before, self._step = self._step, trainer.global_step
@@ -224,6 +231,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self._stop = True
         if run.is_global_zero:
             logger_of(run).info("Neuronscope stops the training: %s", alarm)
+
+
+def _steps_once(optimizer: Any) -> bool:
+    """Whether an optimizer is known to run the model no more than once a step."""
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and not issubclass(kind, torch.optim.LBFGS)
 
 
 def _fits(trainer: Any) -> bool:

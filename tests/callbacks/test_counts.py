@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 
 from neuronscope.callbacks import DeadNeuronMonitor
 from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
@@ -18,6 +22,44 @@ def test_counts_of_a_fit_agree_with_the_record(setup: Setup) -> None:
         assert_counts(monitor.census("train")[site], counted(model.notes, site, "train", setup.steps))
         assert_counts(monitor.census("val")[site], counted(model.notes, site, "validate"))
     assert monitor.census("train").steps == len(setup.steps)
+
+
+class Twice(torch.optim.SGD):
+    """Asks for a second gradient, at the point to which the first one led."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        super().step(closure)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "evaluations"),
+    [(torch.optim.SGD, 1), (Twice, 2), (lambda weights, lr: torch.optim.LBFGS(weights, lr, max_iter=3), 3)],
+    ids=["once", "twice", "LBFGS"],
+)
+def test_each_time_that_an_optimizer_runs_the_model_counts(optimizer: Callable[..., Any], evaluations: int) -> None:
+    model = network()
+    model.configure_optimizers = lambda: optimizer(model.parameters(), lr=0.1)
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    trainer(monitor, max_epochs=1).fit(model, batches(4), batches(1))
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train"))
+        assert monitor.census("train")[site].positions == evaluations * 4 * 8
+
+
+def test_an_optimizer_of_torch_steps_without_a_function_mode() -> None:
+    depths = []
+
+    def note(*_: Any) -> None:
+        depths.append(torch._C._len_torch_function_stack())
+
+    model = network()
+    optimizer = model.configure_optimizers()
+    optimizer.register_step_post_hook(note)  # the forward and the backward pass run within the step
+    model.configure_optimizers = lambda: optimizer
+    trainer(DeadNeuronMonitor(every_n_steps=1), max_epochs=1).fit(model, batches(4), batches(1))
+    assert depths == [0] * 4
 
 
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
