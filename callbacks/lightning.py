@@ -102,7 +102,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
                 self._news |= gate.scope.observing
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """What an optimizer calls is no model's, and it calls a hundred functions a layer: they need not be seen."""
+        """What an optimizer calls is no model's, and that may be twenty functions a weight: they need not be seen."""
         gate = self._runs.gate
         if gate is not None and pl_module.automatic_optimization and _steps_once(optimizer):
             with self._faults:
