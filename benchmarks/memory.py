@@ -92,8 +92,8 @@ for step in range(1, marks[-1] + 1):
 BATCHES, NEURONS, SITES = (64, 512), (1024, 8192, 32_768), 4
 #: Steps of a window there: the least of which the smaller batch has examples enough for a sure verdict.
 SHORT = 5
-#: Steps of a window in the long run, and those at which its memory is read. Windows are so short that the history has to
-#: be thinned twice, at the 257th and at the 513th; at steps 2,500, 5,000 and 10,000 as many are kept.
+#: Steps of a window in the long run, and those at which its memory is read. Windows are so short that the history
+#: has to be thinned twice, at the 257th and at the 513th; at steps 2,500, 5,000 and 10,000 as many are kept.
 WINDOW, MARKS = 10, (100, 1_000, 2_000, 2_500, 5_000, 7_500, 10_000)
 LONG_SITES, LONG_NEURONS, LONG_BATCH = 12, 1024, 32
 
@@ -128,8 +128,8 @@ def _by_size(runs: dict[tuple[int, int], list[Numbers]]) -> Table:
     table = Table(
         f"Memory of a watched run over an unwatched one, {SITES} sites",
         ("neurons", "batch", "activations of a step", "unwatched peak", "peak grows by", "held", "held, a neuron"),
-        note=f"Resident memory, medians of three processes: five unwatched steps, then {SHORT} observed ones, the end of "
-        "a window and a report. *Held* is what stays once all that is free was given back. Activations are what a "
+        note=f"Resident memory, medians of three processes: five unwatched steps, then {SHORT} observed ones, the end "
+        "of a window and a report. *Held* is what stays once all that is free was given back. Activations are what a "
         "library that kept them would hold. Loading modules is in none of these.",
     )
     for (neurons, batch), several in runs.items():
@@ -146,7 +146,7 @@ def _long_run(marks: tuple[int, ...], watched: Numbers, unwatched: Numbers) -> T
         f"Memory over a long run, {LONG_SITES} sites of {LONG_NEURONS:,} neurons, observed at every step",
         ("steps", "windows kept", "their bytes", "resident", "peak", "held", "objects", "held, unwatched"),
         note=f"A window ends every {WINDOW} steps, is judged and reported, and leaves a byte a neuron. What is kept of "
-        "windows is bounded: beyond 256, or 64 MB in all, every second one goes; there is room for up to twice as many, "
+        "windows is bounded: beyond 256, or 64 MB in all, every second one goes; there is room for up to twice as many "
         "and the newest report keeps the bytes that it shows. *Held*: resident once the C library was asked to give "
         "back what is free. *Objects*: those that Python's garbage collector keeps track of.",
     )

@@ -60,7 +60,7 @@ def _parse(page: Path) -> tuple[str, dict[str, str]]:
     stray, *rest = _HEADING.split(below)
     if stray.strip():
         raise ValueError(
-            f"Expected nothing but sections of figures below the mark of {page}, but got {stray.strip()[:60]!r}: move it "
-            "above the mark."
+            f"Expected nothing but sections of figures below the mark of {page}, but got {stray.strip()[:60]!r}: move "
+            "it above the mark."
         )
     return before, {part: f"### {part}{text}" for part, text in zip(rest[::2], rest[1::2], strict=True)}
