@@ -73,11 +73,6 @@ $(VENV)/.networks: $(VENV)/.test requirements-networks.txt
 	$(PIP) install $(PIP_ARGS) --no-deps --target $(VENV)/networks -r requirements-networks.txt
 	@touch $@
 
-# Matplotlib, for the curves of benchmarks alone.
-$(VENV)/.bench: $(VENV)/.test
-	$(INSTALL) -e '.[bench]'
-	@touch $@
-
 # Tools that benchmarks compare with. Apart from the rest and without their dependencies but for those listed, so that no
 # test meets them and torch stays as it is.
 $(VENV)/.peers: $(VENV)/.test requirements-peers.txt
@@ -133,7 +128,7 @@ wheel: $(VENV)/.torch
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
 # docs/performance.md keeps what `python -m benchmarks --into docs/performance.md` prints: all of it, or a part's.
-bench: $(VENV)/.bench
+bench: $(VENV)/.test
 	$(RUN) python -m benchmarks
 
 bench-peers: $(VENV)/.peers

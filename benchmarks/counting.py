@@ -69,6 +69,6 @@ def _row(case: Case, dtype: torch.dtype, *, quick: bool) -> tuple[str, ...]:
         rounds=few,
     )
     read = times["read"]
-    shape = " × ".join(map(str, case.shape))
+    shape = " × ".join(f"{length:,}" if length > 9999 else str(length) for length in case.shape)
     ratios = (ratio(times[name].over(read)) for name in ("outputs", "gradients", "naive"))
     return (case.layout, shape, size(y.nbytes), milliseconds(read.median), *ratios)

@@ -16,7 +16,7 @@ from typing import Any
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.pictures.colours import FRAME, INK, MUTED, PAPER, SERIES, Colour
 
-__all__ = ["Curve", "draw", "load_figure"]
+__all__ = ["Curve", "draw", "draw_panel", "load_figure"]
 
 _INCHES, _DPI = (11.0, 7.6), 110
 
@@ -60,7 +60,7 @@ def draw(curves: Sequence[Curve]) -> bytes:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     panels = figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flat
     for panel, curve in zip(panels, curves, strict=False):
-        _panel(panel, curve)
+        draw_panel(panel, curve)
     for panel in list(panels)[len(curves) :]:
         panel.set_axis_off()
     content = io.BytesIO()
@@ -68,7 +68,8 @@ def draw(curves: Sequence[Curve]) -> bytes:
     return content.getvalue()
 
 
-def _panel(panel: Any, curve: Curve) -> None:
+def draw_panel(panel: Any, curve: Curve) -> None:
+    """One curve, with its guide, on one of matplotlib's ``Axes``."""
     panel.set_facecolor(_hex(PAPER))
     panel.set_title(curve.title, loc="left", color=_hex(INK), fontsize=11)
     panel.set_xlabel(curve.unit, color=_hex(INK))

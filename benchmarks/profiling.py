@@ -22,7 +22,7 @@ from benchmarks.steps import NEVER, training
 from benchmarks.tables import Table
 from benchmarks.turns import take_turns
 
-__all__ = ["tables"]
+__all__ = ["Spent", "tables", "time_of_ours"]
 
 _OPERATORS_SHOWN, _FUNCTIONS_SHOWN = 8, 3
 _OURS = Path(ns.__file__).parent
@@ -105,7 +105,7 @@ def _python_added(name: str, build: Build, steps: int) -> Table:
         profiled = take_turns(
             {"plain": lambda: without.runcall(plain), "watched": lambda: ours.runcall(watched)}, rounds=steps, warm=0
         )
-    functions = _spent(_calls(ours))
+    functions = time_of_ours(_calls(ours))
     modules: dict[str, Spent] = defaultdict(lambda: Spent(0, 0.0, 0.0))
     for (module, _), spent in functions.items():
         modules[module] = modules[module].plus(spent)
@@ -137,7 +137,7 @@ def _calls(profiler: cProfile.Profile) -> dict[_Function, tuple[int, int, float,
     return stats
 
 
-def _spent(calls: dict[_Function, Any]) -> dict[tuple[str, str], Spent]:
+def time_of_ours(calls: dict[_Function, Any]) -> dict[tuple[str, str], Spent]:
     """What each function of ours took, by module and name.
 
     What it calls that is none of ours counts whole, but for what called us to be passed on: a layer's own function,

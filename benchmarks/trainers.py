@@ -114,8 +114,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
     table = Table(
         "A training step under a Lightning Trainer, the monitor's defaults",
         ("net", "steps of a run", "unwatched", "watched ÷ unwatched"),
-        note="Means over a run; ratios of the medians of the runs, of their minima in brackets. A run of some seconds has "
-        "one drawing in it if a window ends, whatever its share of so short a run: no more than one per cent comes after.",
+        note="Means over a run; ratios of the medians of the runs, of their minima in brackets. Where a window ends "
+        "there is one drawing in a run, whatever its share of one so short; `drawing_share` bounds those that follow.",
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
