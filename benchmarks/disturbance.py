@@ -1,8 +1,8 @@
 """What training loses to a drawing: steps undisturbed, steps with a drawing among them, steps with one beside them.
 
-The three take turns, round by round. A drawing costs training the time of so many steps, less what as many take
-undisturbed right before and after; and its longest step is what somebody notices. A thread cannot take less than the
-machine has: with as many threads as cores, training leaves the drawing none of its own.
+The three take turns, round by round. What is lost to a drawing is the time of the steps that it falls into, less what
+as many take undisturbed right before and after; the longest of them is what somebody notices. Where training keeps
+every core busy there is none for the drawing, and a thread saves nothing in all.
 """
 
 from __future__ import annotations
@@ -120,9 +120,8 @@ def _measure(net: str, report: Report, rounds: int) -> Loss:
     with tempfile.TemporaryDirectory() as folder:
         writer = SummaryWriter(Path(folder))
         draw = log_of(report, writer, {part: True for which in PARTS.values() for part in which})
-        draw()
-        drawing, (one, *_) = min(_steps(draw, 1)), _steps(step, 3)[1:]
-        count = max(round(drawing / one), 3)  # as long as a drawing
+        drawing, one = (min(_steps(run, 3)) for run in (draw, step))
+        count = max(round(drawing / one), 3)  # steps that take as long as a drawing
         alone, inside, beside, together = [_steps(step, count)], [], [], []
         for _ in range(rounds):
             inside.append(_steps(step, count, among=draw))
