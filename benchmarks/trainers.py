@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
 #: The networks of the plain loop. The two slow ones have smaller batches here, so that a run has its 20 steps soon.
 CASES = {
-    "small MLP": Case(nets.small, 3000),
+    "small MLP": Case(nets.small, 2000),
     "MLP": Case(nets.mlp, 40),
     "CNN, batch 4": Case(partial(nets.cnn, 4), 20),
     "transformer, batch 2": Case(partial(nets.transformer, 2), 20),
