@@ -32,7 +32,7 @@ help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
 	@echo "make test      run the tests"
 	@echo "make check     all that CI runs: test, coverage, lint, types, imports, doctest, examples, wheel"
-	@echo "make bench     measure the cost of watching, in about eight minutes (make bench-peers: of others too)"
+	@echo "make bench     measure the cost of watching, in less than ten minutes (make bench-peers: of others too)"
 	@echo "make lowest    run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make format    let ruff put the code in order"
 	@echo "make clean     remove what was made, but for .venv (make distclean removes that too)"
@@ -127,6 +127,7 @@ examples: $(VENV)/.test $(VENV)/.specimens
 wheel: $(VENV)/.torch
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
+# docs/performance.md keeps what `python -m benchmarks --into docs/performance.md` prints: all of it, or a part's.
 bench: $(VENV)/.test
 	$(RUN) python -m benchmarks
 

@@ -1,6 +1,7 @@
-"""Print every table: ``python -m benchmarks [PART …] [--into FILE]``, about eight minutes on two quiet cores.
+"""Print every table: ``python -m benchmarks [PART …] [--into FILE]``, below ten minutes on two quiet cores.
 
-``--into docs/performance.md`` puts them into that page as well, in place of those below its last line of prose.
+``--into docs/performance.md`` puts the tables into that page as well, each part as soon as it is measured, in place of
+the same part's tables; what other parts left there stays, with its own date. Pictures go into ``images`` beside it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.pages import check, put_into, section
 from benchmarks.peers import PEERS, missing
+from benchmarks.tables import Picture
 
 #: In the order in which they are printed: modules of this package.
 PARTS = (
@@ -26,42 +28,38 @@ PARTS = (
     *("writing", "growth", "memory", "profiling", "peers"),
 )
 
-
-#: The line of a page below which figures stand.
-MARK = "<!-- below: python -m benchmarks --into docs/performance.md -->"
+#: Torch's threads where nobody says otherwise: what the page's figures are of.
+THREADS = 1
 
 
 def machine() -> str:
     """The machine's class; no names."""
     cores = os.cpu_count() or 1
     device = "CPU only" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
     return (
         f"{datetime.date.today():%Y-%m-%d}, {cores} cores, {platform.machine()}, {platform.system()}, {device}, "
-        f"torch {torch.__version__.partition('+')[0]} with {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__.partition('+')[0]} with {threads} thread{'s' * (threads > 1)}, "
         f"Python {platform.python_version()}"
     )
 
 
-def figures(parts: Sequence[str], *, quick: bool) -> Iterator[str]:
-    """The machine's class and the tables of some parts, one after another."""
-    yield f"Measured {machine()}.\n"
-    for part in parts:
-        began = time.perf_counter()
-        for table in importlib.import_module(f"benchmarks.{part}").tables(quick=quick):
-            yield table.markdown()
-        print(f"({part}: {time.perf_counter() - began:.0f} s)", file=sys.stderr)
-
-
-def put_into(page: Path, text: str) -> None:
-    """Replace what stands below a page's mark.
-
-    Raises:
-        ValueError: There is no mark.
-    """
-    before, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
-    if not mark:
-        raise ValueError(f"Expected a page with the line {MARK!r}, but {page} has none.")
-    page.write_text(f"{before}{mark}\n\n{text.strip()}\n", encoding="utf-8")
+def measure(part: str, *, quick: bool, into: Path | None = None) -> None:
+    """Print a part's tables, and put them into a page where one is given."""
+    began = time.perf_counter()
+    pieces = []
+    print(f"### {part}\n")
+    for piece in importlib.import_module(f"benchmarks.{part}").tables(quick=quick):
+        pieces.append(piece)
+        if not isinstance(piece, Picture):
+            print(piece.markdown(), flush=True)
+        elif into is not None:
+            (into.parent / "images").mkdir(exist_ok=True)
+            (into.parent / "images" / piece.name).write_bytes(piece.draw())
+    took = time.perf_counter() - began
+    if into is not None:
+        put_into(into, part, section(part, f"Measured {machine()}, in {took:.0f} s.", pieces), PARTS)
+    print(f"({part}: {took:.0f} s)", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -69,21 +67,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: does it run at all?")
-    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 2), help="torch's threads")
+    parser.add_argument("--threads", type=int, default=THREADS, help="torch's threads (default: %(default)s)")
     parser.add_argument("--into", type=Path, metavar="FILE", help="a page to put them into as well")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.parts) - set(PARTS))
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    parts = arguments.parts or [part for part in PARTS if part != "peers" or len(missing()) < len(PEERS)]
+    if arguments.into is not None:  # what would fail after minutes fails at once
+        check(arguments.into)
+        if "growth" in parts:
+            importlib.import_module("benchmarks.curves").load_figure()
     torch.set_num_threads(arguments.threads)
     logging.disable(logging.INFO)  # Lightning greets at each run
-    parts = arguments.parts or [part for part in PARTS if part != "peers" or len(missing()) < len(PEERS)]
-    printed = []
-    for text in figures(parts, quick=arguments.quick):
-        print(text, flush=True)
-        printed.append(text)
-    if arguments.into is not None:
-        put_into(arguments.into, "\n".join(printed))
+    print(f"Measured {machine()}.\n")
+    for part in parts:
+        measure(part, quick=arguments.quick, into=arguments.into)
 
 
 if __name__ == "__main__":

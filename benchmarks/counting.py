@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 SHAPES = {
-    "last axis": ((5, 512), (128, 1024), (16, 256, 512), (16, 256, 3072), (4096, 4096)),
+    "last axis": ((5, 512), (128, 1024), (16, 256, 512), (16, 256, 3072), (4096, 4096), (9, 100_003), (3, 1_000_003)),
     "channels": ((1, 32, 9, 9), (4, 64, 28, 28), (32, 256, 14, 14), (64, 64, 56, 56), (84, 64, 56, 56)),
     "channels last": ((1, 32, 9, 9), (4, 64, 28, 28), (32, 256, 14, 14), (64, 64, 56, 56), (84, 64, 56, 56)),
 }
@@ -69,6 +69,6 @@ def _row(case: Case, dtype: torch.dtype, *, quick: bool) -> tuple[str, ...]:
         rounds=few,
     )
     read = times["read"]
-    shape = " × ".join(map(str, case.shape))
+    shape = " × ".join(f"{length:,}" if length > 9999 else str(length) for length in case.shape)
     ratios = (ratio(times[name].over(read)) for name in ("outputs", "gradients", "naive"))
     return (case.layout, shape, size(y.nbytes), milliseconds(read.median), *ratios)

@@ -1,29 +1,33 @@
 """Growth: what an observed step costs by the number of sites, of neurons and of positions, and as a run goes on.
 
 The networks are nothing but activations on one input, so that the difference to the unwatched one is all ours. Given
-is the slope of log cost on log size between neighbours: 1 is linear, 0 is constant.
+is the slope of log cost on log size between neighbours: 1 is linear, 0 is constant. The same curves are drawn.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
-import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from benchmarks.tables import Table
+from benchmarks.curves import Curve, draw
+from benchmarks.tables import Picture, Table, microseconds
 from benchmarks.turns import take_turns
 
-__all__ = ["tables"]
+__all__ = ["chain", "step_of", "tables"]
 
 SITES = (1, 2, 5, 10, 20, 50, 100, 200)
 NEURONS = (64, 256, 1024, 4096, 16384)
 POSITIONS = (16, 64, 256, 1024, 4096, 16384)
-STEPS = 2000
+STEPS, RUN_PARTS = 10_000, 20
+
+#: Sites, positions and neurons.
+Shape = tuple[int, int, int]
 
 
 def chain(sites: int) -> nn.Module:
@@ -37,58 +41,86 @@ def step_of(model: nn.Module, x: Tensor) -> None:
     x.grad = None
 
 
-def cost(sites: int, positions: int, neurons: int, rounds: int) -> float:
-    """Seconds that an observed step takes longer than an unwatched one."""
+def differences(shape: Shape, rounds: int, *, window_steps: int, parts: int = 1) -> list[list[float]]:
+    """Seconds that each observed step takes longer than the unwatched one beside it, part of the run after part."""
+    sites, positions, neurons = shape
     x = torch.randn(positions, neurons, generator=torch.Generator().manual_seed(0)).requires_grad_()
     plain, watched = chain(sites), chain(sites)
-    with ns.watch(watched, window_steps=10**9) as scope:
+    with ns.watch(watched, window_steps=window_steps) as scope:
 
         def observed() -> None:
             step_of(watched, x)
             scope.step()
 
-        times = take_turns({"plain": lambda: step_of(plain, x), "observed": observed}, rounds=rounds)
-    return max(times["observed"].median - times["plain"].median, 1e-9)
+        runs = {"plain": lambda: step_of(plain, x), "observed": observed}
+        all_times = [take_turns(runs, rounds=rounds, warm=0 if part else 3) for part in range(parts)]
+    return [
+        [ours - theirs for ours, theirs in zip(times["observed"].seconds, times["plain"].seconds, strict=True)]
+        for times in all_times
+    ]
 
 
-def curve(title: str, unit: str, sizes: tuple[int, ...], shapes: list[tuple[int, int, int]], *, quick: bool) -> Table:
-    """Cost over one dimension of ``(sites, positions, neurons)``."""
-    table = Table(title, (unit, "an observed step costs", f"per {unit.removesuffix('s')}", "slope from the row above"))
+def cost(shape: Shape, rounds: int) -> float:
+    """The median of what an observed step costs, where no window ends."""
+    (steps,) = differences(shape, rounds, window_steps=10**9)
+    return max(statistics.median(steps), 1e-9)
+
+
+def curve(title: str, unit: str, shapes: dict[int, Shape], *, quick: bool) -> Curve:
+    """Cost over one dimension."""
+    costs = {}
+    for size, shape in list(shapes.items())[: 2 if quick else None]:
+        costs[size] = cost(shape, 2 if quick else 15 if math.prod(shape) > 1 << 21 else 101)
+    return Curve(title, unit, list(costs), {"measured": list(costs.values())}, grows=True)
+
+
+def table_of(line: Curve) -> Table:
+    """A curve's figures, with the slope between neighbours."""
+    one = line.unit.removesuffix("s")
+    table = Table(line.title, (line.unit, "an observed step costs", f"per {one}", "slope from the row above"))
     before: tuple[int, float] | None = None
-    for size, shape in list(zip(sizes, shapes, strict=True))[: 2 if quick else None]:
-        elements = math.prod(shape)
-        took = cost(*shape, 2 if quick else 15 if elements > 1 << 21 else 60)
+    for size, took in zip(line.sizes, line.lines["measured"], strict=True):
         slope = "" if before is None else f"{math.log(took / before[1]) / math.log(size / before[0]):.2f}"
-        table.rows.append((f"{size:,}", f"{1e6 * took:,.0f} µs", f"{1e9 * took / size:,.0f} ns", slope))
+        table.rows.append((f"{size:,}", microseconds(took), f"{1e9 * took / size:,.0f} ns", slope))
         before = size, took
     return table
 
 
-def long_run(steps: int) -> Table:
-    """A run observed at every step, with windows closing as they do, in five parts."""
-    model, x = chain(10), torch.randn(32, 64, requires_grad=True)
-    parts: list[float] = []
-    with ns.watch(model) as scope:
-        for _ in range(5):
-            times = []
-            for _ in range(max(steps // 5, 1)):
-                began = time.perf_counter()
-                step_of(model, x)
-                scope.step()
-                times.append(time.perf_counter() - began)
-            parts.append(statistics.median(times))
-    return Table(
-        f"An observed step as a run of {steps:,} steps goes on (10 sites of 64 neurons)",
-        ("part of the run", "a step, median", "÷ first part"),
-        rows=[(f"{n} of 5", f"{1e6 * each:,.0f} µs", f"{each / parts[0]:.2f}") for n, each in enumerate(parts, 1)],
+def long_run(steps: int, parts: int) -> tuple[Curve, Table]:
+    """A run observed at every step, with windows closing as they do."""
+    each = steps // parts
+    costs = differences((10, 32, 64), each, window_steps=100, parts=parts)
+    medians, means = [statistics.median(part) for part in costs], [statistics.fmean(part) for part in costs]
+    title = f"As a run of {steps:,} steps goes on (10 sites of 64 neurons)"
+    line = Curve(
+        title,
+        "steps taken",
+        [each * (part + 1) for part in range(parts)],
+        {"median": medians, "mean, with the windows' ends": means},
+        grows=False,
     )
+    table = Table(
+        title,
+        ("steps", "an observed step costs, median", "÷ first", "mean, with the windows' ends", "÷ first"),
+        note="Each step less the unwatched one beside it. A window ends, and is judged and kept, every 100 steps.",
+    )
+    for end, median, mean in zip(line.sizes, medians, means, strict=True):
+        first = f"{median / medians[0]:.2f}", f"{mean / means[0]:.2f}"
+        table.rows.append((f"{end - each:,} – {end:,}", microseconds(median), first[0], microseconds(mean), first[1]))
+    return line, table
 
 
-def tables(*, quick: bool = False) -> Iterator[Table]:
-    """Four curves."""
-    yield curve("By sites (batch 32, 64 neurons each)", "sites", SITES, [(n, 32, 64) for n in SITES], quick=quick)
-    yield curve("By neurons (one site, 256 positions)", "neurons", NEURONS, [(1, 256, n) for n in NEURONS], quick=quick)
-    yield curve(
-        "By positions (one site, 256 neurons)", "positions", POSITIONS, [(1, n, 256) for n in POSITIONS], quick=quick
-    )
-    yield long_run(10 if quick else STEPS)
+def tables(*, quick: bool = False) -> Iterator[Table | Picture]:
+    """Four curves, as tables and as a picture."""
+    curves = []
+    for title, unit, shapes in (
+        ("By sites (32 positions, 64 neurons each)", "sites", {n: (n, 32, 64) for n in SITES}),
+        ("By neurons (one site, 256 positions)", "neurons", {n: (1, 256, n) for n in NEURONS}),
+        ("By positions (one site, 256 neurons)", "positions", {n: (1, n, 256) for n in POSITIONS}),
+    ):
+        curves.append(curve(title, unit, shapes, quick=quick))
+        yield table_of(curves[-1])
+    line, table = long_run(20 if quick else STEPS, 2 if quick else RUN_PARTS)
+    yield table
+    says = "What an observed step costs by the number of sites, neurons and positions, and as a run goes on"
+    yield Picture("cost-growth.png", says, functools.partial(draw, [*curves, line]))

@@ -37,12 +37,12 @@ class _Block(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + x)
 
 
-def cnn() -> tuple[nn.Module, Tensor, Tensor]:
-    """Four residual blocks of 64 channels on 32 × 32 images, batch 32."""
+def cnn(batch: int = 32) -> tuple[nn.Module, Tensor, Tensor]:
+    """Four residual blocks of 64 channels on 32 × 32 images."""
     stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
     net = nn.Sequential(*stem, *(_Block(64) for _ in range(4)), *head)
-    return net, torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    return net, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
 
 class _Layer(nn.Module):
@@ -61,10 +61,10 @@ class _Layer(nn.Module):
         return x + self.down(self.act(self.up(self.norm2(x))))
 
 
-def transformer() -> tuple[nn.Module, Tensor, Tensor]:
-    """Four layers of width 256 with GELU, batch 8 of 128 tokens."""
+def transformer(batch: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+    """Four layers of width 256 with GELU, 128 tokens."""
     net = nn.Sequential(nn.Embedding(256, 256), *(_Layer(256) for _ in range(4)), nn.Flatten(0, 1), nn.Linear(256, 256))
-    return net, torch.randint(256, (8, 128)), torch.randint(256, (8 * 128,))
+    return net, torch.randint(256, (batch, 128)), torch.randint(256, (batch * 128,))
 
 
 NETS = {"small MLP": small, "MLP": mlp, "CNN": cnn, "transformer": transformer}

@@ -23,6 +23,7 @@ __all__ = ["tables"]
 SITES = 12
 WIDTH = 64
 STEPS = 64
+ROUNDS, ROUNDS_OF_LARGE, LARGE = 15, 5, 1 << 18
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20)  # bytes of float32
 
 
@@ -36,7 +37,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         "whole less the other two.",
     )
     for each in SIZES[:1] if quick else SIZES:
-        table.rows.append(_row(each, 2 if quick else 15))
+        table.rows.append(_row(each, 2 if quick else ROUNDS if each < LARGE else ROUNDS_OF_LARGE))
     yield table
 
 

@@ -1,11 +1,11 @@
-"""Tables: what a benchmark gives, and how it is printed, as markdown."""
+"""What a benchmark gives: tables, printed as markdown, and pictures that stand beside a page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Table", "milliseconds", "ratio", "size"]
+__all__ = ["Picture", "Table", "microseconds", "milliseconds", "ratio", "size"]
 
 
 @dataclass
@@ -26,10 +26,29 @@ class Table:
 
     def markdown(self) -> str:
         """The table with its title and note."""
-        lines = [f"### {self.title}", ""]
+        lines = [f"#### {self.title}", ""]
         lines += [self.note, ""] if self.note else []
         lines += [_line(self.columns), _line(["---"] * len(self.columns)), *(_line(row) for row in self.rows), ""]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of what stands in the tables before it.
+
+    Attributes:
+        name: Its file's name, in the folder ``images`` beside the page.
+        says: What it shows, for who cannot see it.
+        draw: Gives the file's content.
+    """
+
+    name: str
+    says: str
+    draw: Callable[[], bytes]
+
+    def markdown(self) -> str:
+        """The link that shows it on the page."""
+        return f"![{self.says}](images/{self.name})\n"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -53,6 +72,15 @@ def milliseconds(seconds: float) -> str:
     """
     value = 1e3 * seconds
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.3f} ms"
+
+
+def microseconds(seconds: float) -> str:
+    """A time in whole microseconds.
+
+    >>> microseconds(0.0123456)
+    '12,346 µs'
+    """
+    return f"{1e6 * seconds:,.0f} µs"
 
 
 def size(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks.__main__ import MARK, PARTS, put_into
-from benchmarks.tables import Table
+import neuronscope as ns
+from benchmarks.__main__ import PARTS, THREADS
+from benchmarks.curves import Curve, draw
+from benchmarks.pages import MARK, check, put_into, section
+from benchmarks.profiling import Spent, time_of_ours
+from benchmarks.tables import Picture, Table
 from benchmarks.turns import Times, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_gives_whole_tables(part: str) -> None:
-    tables = list(importlib.import_module(f"benchmarks.{part}").tables(quick=True))
+    pieces = list(importlib.import_module(f"benchmarks.{part}").tables(quick=True))
+    tables = [piece for piece in pieces if not isinstance(piece, Picture)]
     assert tables
+    assert len(pieces) - len(tables) == (part == "growth")
     for table in tables:
         lines = table.markdown().splitlines()
         head = next(place for place, line in enumerate(lines) if line.startswith("|"))
@@ -65,16 +72,113 @@ def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no such part: nothing; there are importing, counting" in capsys.readouterr().err
 
 
-def test_figures_replace_those_below_the_mark_of_a_page(tmp_path: Path) -> None:
+def test_a_part_replaces_its_own_section_of_a_page_and_no_other(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"Prose.\n\n{MARK}\n\nold figures\n")
+    page.write_text(f"Prose.\n\n### memory\n\nMore prose.\n\n{MARK}\n")
+    table = Table("Title", ("a",), [("1",)])
+    once = f"Prose.\n\n### memory\n\nMore prose.\n\n{MARK}\n"
+    put_into(page, "memory", section("memory", "Measured today.", [table]), PARTS)
+    memory = "\n### memory\n\nMeasured today.\n\n#### Title\n\n| a |\n| --- |\n| 1 |\n"
+    assert page.read_text() == once + memory
+    put_into(page, "counting", section("counting", "Measured yesterday.", []), PARTS)
+    counting = "\n### counting\n\nMeasured yesterday.\n"
+    assert page.read_text() == once + counting + memory  # in the order of the parts
     for _ in range(2):
-        put_into(page, "new figures\n\n")
-        assert page.read_text() == f"Prose.\n\n{MARK}\n\nnew figures\n"
-    page.write_text("Prose alone.")
-    with pytest.raises(ValueError, match="Expected a page with the line"):
-        put_into(page, "figures")
-    assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").count(MARK) == 1
+        put_into(page, "counting", section("counting", "Measured tomorrow.", []), PARTS)
+        assert page.read_text() == once + counting.replace("yesterday", "tomorrow") + memory
+    put_into(page, "counting", section("counting", "Measured again.", []), ["counting"])  # there is no other part now
+    assert page.read_text() == once + counting.replace("yesterday", "again").replace("tomorrow", "again")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("Prose alone.", "Expected a page with the line"),
+        (f"Prose.\n\n{MARK}\n\nMore prose.\n", "Expected nothing but sections of figures .* but got 'More prose.'"),
+    ],
+)
+def test_a_page_that_cannot_take_figures_is_refused(tmp_path: Path, text: str, error: str) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(ValueError, match=error):
+        check(page)
+    with pytest.raises(ValueError, match=error):
+        put_into(page, "counting", "figures", PARTS)
+    assert page.read_text() == text
+
+
+def test_the_page_can_take_figures_and_names_every_part() -> None:
+    page = ROOT / "docs" / "performance.md"
+    check(page)
+    prose, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
+    assert mark
+    assert [part for part in PARTS if f"`{part}`" not in prose] == []
+
+
+def test_into_puts_a_part_with_its_machine_and_pictures_beside_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Prose.\n\n{MARK}\n\n### memory\n\nMeasured long ago.\n")
+    pieces = [Table("Title", ("a",), [("1",)]), Picture("p.png", "A curve", lambda: b"drawn")]
+    monkeypatch.setattr("benchmarks.importing.tables", lambda *, quick: iter(pieces))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "importing", "--into", str(page)])
+    before = torch.get_num_threads()
+    try:
+        benchmarks.__main__.main()
+    finally:
+        torch.set_num_threads(before)
+        logging.disable(logging.NOTSET)
+    text = page.read_text()
+    assert text.startswith(f"Prose.\n\n{MARK}\n\n### importing\n\nMeasured ")
+    assert "with 1 thread, Python" in text
+    assert text.endswith("| 1 |\n\n![A curve](images/p.png)\n\n### memory\n\nMeasured long ago.\n")
+    assert (tmp_path / "images" / "p.png").read_bytes() == b"drawn"
+    printed = capsys.readouterr()
+    assert "#### Title" in printed.out
+    assert "![" not in printed.out  # a terminal shows no picture
+    assert "(importing: 0 s)" in printed.err
+    assert THREADS == 1  # what the page says of its figures
+
+
+def test_curves_are_drawn_and_what_is_linear_runs_along_its_guide() -> None:
+    pytest.importorskip("matplotlib", reason="no matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    from benchmarks.curves import draw_panel
+
+    figure = Figure()
+    linear, level = figure.subplots(1, 2)
+    growing = Curve("By sites", "sites", (1, 10, 100), {"measured": (3e-6, 3e-5, 3e-4)}, grows=True)
+    lasting = Curve("A run", "steps", (500, 1000), {"median": (2e-6, 2e-6), "mean": (3e-6, 4e-6)}, grows=False)
+    draw_panel(linear, growing)
+    draw_panel(level, lasting)
+    guide, measured = linear.lines
+    assert (linear.get_xscale(), linear.get_yscale(), level.get_xscale()) == ("log", "log", "linear")
+    # 3 µs a site, and the guide of slope 1 that ends at 100 sites and 300 µs begins at 1 site and 3 µs.
+    assert measured.get_ydata() == pytest.approx([3.0, 30.0, 300.0])
+    assert guide.get_ydata() == pytest.approx([3.0, 300.0])
+    assert [line.get_label() for line in level.lines] == ["constant", "median", "mean"]
+    assert level.lines[0].get_ydata() == pytest.approx([2.0, 2.0])
+    assert level.get_ylim()[0] == 0
+    assert "µs" in linear.get_ylabel()
+    picture = draw([growing, growing, lasting])
+    assert picture.startswith(b"\x89PNG")
+    assert picture == draw([growing, growing, lasting])  # the same figures give the same file
+
+
+def test_python_of_ours_is_told_from_what_it_passes_on() -> None:
+    ours, torchs, layers = (f"{ns.__path__[0]}/hooks.py", 1, "hook"), ("~", 0, "sum"), ("~", 0, "linear")
+    theirs = ("train.py", 9, "step")
+    # (direct calls, all calls, seconds in itself, seconds in all, by caller). `linear` is called by the loop, comes to
+    # us to be passed on, and is called by us: 0.9 s that would be spent in any case. `sum` is called by both.
+    calls = {
+        theirs: (1, 1, 0.1, 2.0, {}),
+        layers: (3, 6, 0.9, 1.5, {theirs: (3, 3, 0.0, 1.5), ours: (3, 3, 0.9, 0.9)}),
+        ours: (4, 4, 0.4, 1.4, {layers: (3, 3, 0.3, 1.3), theirs: (1, 1, 0.1, 0.1)}),
+        torchs: (5, 5, 0.5, 0.5, {ours: (3, 3, 0.3, 0.3), theirs: (2, 2, 0.2, 0.2)}),
+    }
+    assert time_of_ours(calls) == {("hooks", "hook"): Spent(4, 0.4, pytest.approx(0.3))}
 
 
 def test_runs_take_turns_and_warm_ones_do_not_count() -> None:
@@ -87,4 +191,4 @@ def test_runs_take_turns_and_warm_ones_do_not_count() -> None:
 
 def test_a_table_is_markdown() -> None:
     table = Table("Title", ("a", "b"), [("1", "2")], note="How to read it.")
-    assert table.markdown() == "### Title\n\nHow to read it.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    assert table.markdown() == "#### Title\n\nHow to read it.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
