@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,25 @@ class Layout:
         neurons = sum(count for _, count in self.sites.values())
         self.sums = 4 * neurons + len(_NUMBERS) * len(self.sites)
         self.steps = 2 * neurons + _SPAN
-        digest = hashlib.sha256(repr((phase, list(self.sites.items()))).encode()).digest()
-        self.mark = int.from_bytes(digest[:8], "big")  # the same wherever the layout is
+
+    @cached_property
+    def mark(self) -> int:
+        """A number of 64 bits, the same wherever the layout is, and of no other."""
+        digest = hashlib.sha256(repr((self.phase, list(self.sites.items()))).encode()).digest()
+        return int.from_bytes(digest[:8], "big")
 
     @property
     def size(self) -> int:
         """Numbers of both rows."""
         return self.sums + self.steps
 
+    def lacking(self, sites: Sites) -> Sites:
+        """Those sites that it does not have, or not in this width."""
+        return {name: site for name, site in sites.items() if name not in self.sites or self.sites[name][1] != site[1]}
+
     def covering(self, sites: Sites) -> Layout:
-        """This layout, and behind it the sites that it does not have yet in this width."""
-        new = {name: site for name, site in sites.items() if name not in self.sites or self.sites[name][1] != site[1]}
+        """This layout, with the sites that it lacks."""
+        new = self.lacking(sites)
         return Layout(self.phase, {**self.sites, **new}) if new else self
 
     def put_sums(self, census: Census, row: FloatArray, *, duplicate: bool) -> None:

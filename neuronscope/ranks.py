@@ -144,10 +144,14 @@ class Ranks:
         return late
 
     def _layout(self, census: Census, phase: str) -> Layout:
-        """The layout that was agreed on, and behind it what of this census is not in it."""
+        """The layout that was agreed on, with what of this census is not in it."""
         refused = self._refused.get(phase, ())
         own = {name: whole_site(tally) for name, tally in census.items() if name not in refused}
-        return self._agreed.get(phase, Layout(phase, {})).covering(own)
+        return self._common(phase).covering(own)
+
+    def _common(self, phase: str) -> Layout:
+        """The layout that was agreed on; one without sites where none was."""
+        return self._agreed.get(phase, Layout(phase, {}))
 
     def _exchange(self, gift: Gift, collectives: Collectives, *, done: bool) -> dict[str, Census]:
         """What all ranks brought, by phase; in one collective, if their layout is one that was agreed on."""
@@ -175,13 +179,14 @@ class Ranks:
         return self._negotiated(gift, collectives)
 
     def _negotiated(self, gift: Gift, collectives: Collectives) -> dict[str, Census]:
-        """The same after all ranks told their layouts: phase by phase, by a layout that has the sites of all."""
-        mine = (gift.layout.phase, gift.layout.sites, gift.first, gift.last) if gift.full else None
+        """The same after all ranks told what was not agreed on: phase by phase, by a layout with the sites of all."""
+        phase = gift.layout.phase
+        mine = (phase, self._common(phase).lacking(gift.layout.sites), gift.first, gift.last) if gift.full else None
         offers = [offer for offer in collectives.gather(mine) if offer is not None]
         joined, strange = {}, {}
         for phase in sorted({phase for phase, *_ in offers}):
-            layouts, firsts, lasts = zip(*(offer[1:] for offer in offers if offer[0] == phase), strict=True)
-            sites, unlike = _united(layouts)
+            new, firsts, lasts = zip(*(offer[1:] for offer in offers if offer[0] == phase), strict=True)
+            sites, unlike = _united([self._common(phase).covering(each).sites for each in new])
             strange.update(unlike)
             self._refused.setdefault(phase, set()).update(unlike)
             self._agreed[phase] = layout = Layout(phase, sites)
