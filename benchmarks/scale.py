@@ -215,12 +215,12 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
             given, wanted = (
                 ("–", "–") if alone else (megabytes(size) for size in (costs.given, worked_out(sites, neurons)))
             )
-            times = [f"{costs.join_s:.2g} s", f"{costs.join_peak / 1e9:.2f} GB"]
+            times = [f"{costs.join_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
             joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
             if place == 0:
                 expected = f"{megabytes(48 * total)}, {megabytes((225 + WINDOWS) * total)}"
                 memory.rows.append([shape, *map(megabytes, (costs.meters, costs.rows, costs.state)), expected])
-                spent = [f"{costs.close_s:.2g} s", f"{costs.report_s:.2g} s", f"{costs.log_s:.1f} s"]
+                spent = [f"{costs.close_s:.3f} s", f"{costs.report_s:.3f} s", f"{costs.log_s:.1f} s"]
                 logging.rows.append([shape, *spent, f"{costs.log / 1e6:.2g} MB", f"{costs.peak / 1e9:.2f} GB"])
     return [memory, joining, logging]
 

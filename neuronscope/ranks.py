@@ -159,7 +159,8 @@ class Ranks:
         own = StepWords(gift.first, ranks)
         said = _Head.words(gift, own, done=done)
         ahead = len(said)
-        row = np.append(said, np.zeros(max((agreed.size for agreed in self._agreed.values()), default=0)))
+        row = np.zeros(ahead + max((agreed.size for agreed in self._agreed.values()), default=0))
+        row[:ahead] = said
         if gift.full and self._agreed.get(layout.phase) is layout:
             gift.put(layout, row[ahead:], own)
         collectives.add_up(row)
@@ -198,7 +199,7 @@ class Ranks:
                 f"Expected every rank to have as many neurons at site {name}, but got {found}: it is not counted. "
                 "Exclude it with `exclude=`, or watch with `join_ranks=False`.",
                 NeuronscopeWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
         return joined
 
