@@ -127,6 +127,14 @@ def long_window(rank: int) -> dict[str, Any]:
     return run.finish()
 
 
+def unsure_window(rank: int) -> dict[str, Any]:
+    """A window that is looked at three times and never sure: longer in the end than there are powers of two for."""
+    run = Run(rank, window_steps=600, policy=ns.Policy(max_rate=0.001))  # some 3,000 examples
+    for number in range(1800):
+        run.step("" if number % 100 else "ab", event="step" if (number + 1) % 600 else "window")
+    return run.finish()
+
+
 def late_site(rank: int) -> dict[str, Any]:
     """In the second window one rank alone meets another site."""
     run = Run(rank)
@@ -166,4 +174,4 @@ def one_goes_on(rank: int) -> dict[str, Any]:
     return run.finish()
 
 
-EXCHANGES = (steady, apart, long_window, late_site, other_order, mixed_phases, one_goes_on)
+EXCHANGES = (steady, apart, long_window, unsure_window, late_site, other_order, mixed_phases, one_goes_on)

@@ -97,6 +97,12 @@ def test_steps_that_have_no_room_take_another(runs: Runs) -> None:
         assert rank["long_window"]["made"]["detach"] == [sums(AHEAD + BOTH)]
 
 
+def test_steps_of_a_window_that_stays_open_are_counted_from_where_it_was_looked_at(runs: Runs) -> None:
+    for rank in runs[2]:
+        made = rank["unsure_window"]["made"]
+        assert made["window"] == [sums(AHEAD, BOTH), sums(AHEAD + BOTH), sums(AHEAD + BOTH)]
+
+
 def test_a_site_that_one_rank_meets_later_is_agreed_on_once(runs: Runs) -> None:
     for rank in runs[2]:
         first, second, *later = rank["late_site"]["made"]["window"]
