@@ -1,24 +1,26 @@
 """What watching costs a rank as a function of sites, neurons and ranks: memory, joining, state, and what is logged.
 
-Starts gloo ranks as processes of this machine, each with the running counts of made-up sites, and prints a table.
-Nothing is trained: the counts are drawn at random, 1 % of the neurons are dead. A rank needs about 0.25 GB for torch
-and 250 bytes a neuron.
+Starts gloo ranks as processes of this machine, each with the running counts of made-up sites, and prints the tables of
+``docs/scale.md``. Nothing is trained: the counts are drawn at random, 1 % of the neurons are dead. A rank needs about
+0.25 GB for torch and 300 bytes a neuron; the first, which saves and logs as well, twice as much.
 
-Run it with ``python -m benchmarks.scale [--ranks 1 2 4 8] [--sites 80] [--neurons 28672]``.
+Run it with ``python -m benchmarks.scale [--ranks 1 2 4 8] [--sites 80 20 1000] [--neurons 28672 28672 64]``: of so many
+sites so many neurons each.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
-import resource
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,9 @@ import torch.multiprocessing as mp
 from torch.utils.tensorboard import SummaryWriter
 
 import neuronscope as ns
+from benchmarks.tables import Table
 from neuronscope.census import SiteInfo
+from neuronscope.meters import Meter
 from neuronscope.ranks import Ranks
 from neuronscope.reporting import make_report
 from neuronscope.sites import SiteKey
@@ -38,31 +42,50 @@ POSITIONS, WINDOWS = 10_000, 3
 
 
 class Costs(NamedTuple):
-    """Of one rank.
+    """Of the first rank.
 
     Attributes:
-        meter_mb: Running counts.
-        rows_mb: Rows that wait, on the CPU.
-        joined_mb: Given to an exchange.
+        meters: Bytes of running counts.
+        rows: Bytes of rows that wait, on the CPU.
+        given: Bytes given to an exchange.
+        collectives: That the last exchange took.
         join_s: The quickest exchange, reading the counts included.
+        join_peak: Bytes of the process at its largest, when the windows are closed.
         close_s: To judge a window and write it down, the quickest.
-        state_mb: A checkpoint's state, after the windows.
+        state: Bytes of a checkpoint's state, after the windows.
         report_s: To make a report.
         log_s: To write it to TensorBoard, with pictures, diagnosis and a byte a neuron.
-        log_mb: What that wrote.
-        peak_gb: The process at its largest.
+        log: Bytes that wrote.
+        peak: Bytes of the process at its largest, at the end.
     """
 
-    meter_mb: float
-    rows_mb: float
-    joined_mb: float
+    meters: int
+    rows: int
+    given: int
+    collectives: int
     join_s: float
+    join_peak: int
     close_s: float
-    state_mb: float
+    state: int
     report_s: float
     log_s: float
-    log_mb: float
-    peak_gb: float
+    log: int
+    peak: int
+
+
+class Counted(io.RawIOBase):
+    """A file that keeps nothing but its size."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Count the bytes."""
+        self.size += len(data)
+        return len(data)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -71,18 +94,19 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def tensors(record: PhaseRecord) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    for _, meter in record._meters.values():
-        yield list(meter.counters), [meter.outputs._rows, meter.gradients._rows]
+def peak() -> int:
+    """Bytes of this process at its largest: the kernel's own word, for ``ru_maxrss`` begins at what a parent held."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if "VmHWM" in line)
 
 
-def megabytes(parts: Iterator[list[torch.Tensor]]) -> float:
-    return sum(tensor.numel() * tensor.element_size() for part in parts for tensor in part) / 1e6
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count(record: PhaseRecord, step: int) -> None:
+def count(meters: list[Meter], step: int) -> None:
     """As if every site had run."""
-    for _, meter in record._meters.values():
+    for meter in meters:
         zeros = torch.randint(POSITIONS // 2, POSITIONS, (meter.neurons,))
         zeros[: meter.neurons // 100] = POSITIONS
         meter.counters.zero_outputs.copy_(zeros)
@@ -91,70 +115,124 @@ def count(record: PhaseRecord, step: int) -> None:
         meter.counters.last_active.fill_(step)
         meter.counters.first_active.fill_(step)
         meter.positions = meter.gradient_positions = meter.examples = POSITIONS
-    record.note_step(step)
 
 
-def measure(rank: int, sites: int, neurons: int) -> Costs:
+def measure(rank: int, sites: int, neurons: int) -> Costs | None:
+    """The costs, on the first rank; the others only join."""
     torch.manual_seed(rank)
     record, ranks = PhaseRecord(ns.Policy()), Ranks()
-    for number in range(sites):
-        record.add_meter(SiteKey(f"layers.{number}.act", "", 0, False), INFO, neurons, torch.device("cpu"))
-    joins, closes = [], []
+    keys = [SiteKey(f"layers.{number}.act", "", 0, False) for number in range(sites)]
+    meters = [record.add_meter(key, INFO, neurons, torch.device("cpu")) for key in keys]
+    joins, closes, collectives = [], [], [0]
     for window in range(WINDOWS):
-        count(record, window)
+        count(meters, window)
+        record.note_step(window)
         joins.append(seconds(lambda: record.flush(lambda census: ranks.join(census, phase="train"))))
         closes.append(seconds(record.close))
-    saved = io.BytesIO()
+        collectives.append(ranks.exchanges.collectives)
+    join_peak = peak()
+    if rank:
+        return None
+    saved = Counted()
     torch.save(record.state_dict(), saved)
     options = {"model": "Made up", "phase": "train", "step": WINDOWS, "policy": ns.Policy(), "unseen": {}}
     reports = []
     report_s = seconds(lambda: reports.append(make_report(record, exchanges=ranks.exchanges, **options)))
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         log_s = seconds(lambda: (tensorboard.write(reports[0], writer, WINDOWS), writer.flush()))
-        log_mb = sum(path.stat().st_size for path in Path(folder).iterdir()) / 1e6
+        log = sum(path.stat().st_size for path in Path(folder).iterdir())
     return Costs(
-        meter_mb=megabytes(counters for counters, _ in tensors(record)),
-        rows_mb=megabytes(rows for _, rows in tensors(record)),
-        joined_mb=ranks.exchanges.bytes / 1e6,
+        meters=sum(size(list(meter.counters)) for meter in meters),
+        rows=sum(size([rows.some(rows.room)]) for meter in meters for rows in (meter.outputs, meter.gradients)),
+        given=ranks.exchanges.bytes,
+        collectives=collectives[-1] - collectives[-2],
         join_s=min(joins),
+        join_peak=join_peak,
         close_s=min(closes),
-        state_mb=saved.tell() / 1e6,
+        state=saved.size,
         report_s=report_s,
         log_s=log_s,
-        log_mb=log_mb,
-        peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        log=log,
+        peak=peak(),
     )
 
 
-def run_rank(rank: int, world: int, port: int, sites: int, neurons: int) -> None:
+def run_rank(rank: int, world: int, port: int, sites: int, neurons: int, result: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world)
     costs = measure(rank, sites, neurons)
-    if rank == 0:
-        row = " ".join(f"{value:>10.3f}" for value in costs)
-        print(f"{sites:>6} {neurons:>8} {world:>6} {row}", flush=True)
+    if costs is not None:
+        Path(result).write_text(json.dumps(costs))
     dist.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
+
+
+def costs_of(world: int, sites: int, neurons: int) -> Costs:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "costs.json"
+        arguments = (world, port, sites, neurons, str(result))
+        mp.start_processes(run_rank, args=arguments, nprocs=world, start_method="spawn")
+        return Costs(*json.loads(result.read_text()))
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def worked_out(sites: int, neurons: int) -> int:
+    """Bytes that a rank gives to an exchange: of a neuron, of a site, and the 19 words and two steps ahead."""
+    return 48 * sites * neurons + 24 * sites + 168
+
+
+def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
+    memory = Table(
+        "Memory", ["S × N", "running counts", "rows", f"state after {WINDOWS} windows", "worked out: 48 T, 228 T"]
+    )
+    joining = Table(
+        "Joining",
+        [
+            *("S × N", "R", "given by a rank", "worked out", "collectives"),
+            *(f"quickest of {WINDOWS}, reading the counts included", "largest the process was"),
+        ],
+    )
+    logging = Table(
+        "Logging",
+        [
+            *("S × N", "judging a window", "making a report", "TensorBoard, all of it, on one rank", "its size"),
+            "largest the process was, saving included",
+        ],
+    )
+    for sites, neurons in shapes:
+        shape, total = f"{sites:,} × {neurons:,}", sites * neurons
+        for place, world in enumerate(worlds):
+            costs = costs_of(world, sites, neurons)
+            print(f"{shape}, R = {world}: {costs}", file=sys.stderr)
+            alone = world == 1
+            given, wanted = (
+                ("–", "–") if alone else (megabytes(size) for size in (costs.given, worked_out(sites, neurons)))
+            )
+            times = [f"{costs.join_s:.3f} s", f"{costs.join_peak / 1e9:.2f} GB"]
+            joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
+            if place == 0:
+                expected = f"{megabytes(48 * total)}, {megabytes((225 + WINDOWS) * total)}"
+                memory.rows.append([shape, *map(megabytes, (costs.meters, costs.rows, costs.state)), expected])
+                spent = [f"{costs.close_s:.3f} s", f"{costs.report_s:.3f} s", f"{costs.log_s:.1f} s"]
+                logging.rows.append([shape, *spent, f"{costs.log / 1e6:.2g} MB", f"{costs.peak / 1e9:.2f} GB"])
+    return [memory, joining, logging]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--sites", type=int, default=80)
-    parser.add_argument("--neurons", type=int, default=28_672)
+    parser.add_argument("--sites", type=int, nargs="+", default=[80, 20, 1000])
+    parser.add_argument("--neurons", type=int, nargs="+", default=[28_672, 28_672, 64])
     options = parser.parse_args()
-    print(f"{'sites':>6} {'neurons':>8} {'ranks':>6} " + " ".join(f"{name:>10}" for name in Costs._fields))
-    for world in options.ranks:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.start_processes(
-            run_rank,
-            args=(world, port, options.sites, options.neurons),
-            nprocs=world,
-            start_method="spawn",
-        )
+    for table in tables(list(zip(options.sites, options.neurons, strict=True)), options.ranks):
+        print(table.markdown())
 
 
 if __name__ == "__main__":

@@ -1,37 +1,31 @@
 """Census of all ranks: what every process of a distributed run counted, together, exactly.
 
-Only what every rank calls may come here: see :meth:`neuronscope.scope.Scope.step`. Ranks that share a model's data add
-their counts up; ranks that share a layer's neurons (tensor parallelism) lay theirs side by side. Both are one sum: each
-rank puts its neurons where they belong in the whole layer, and nothing where others' are.
+Only what every rank calls may come here: see :meth:`neuronscope.scope.Scope.step`. Ranks have a layout of each phase in
+common, which says where the counts of every site lie: one sum then joins all of them. Where a rank has something that
+is not in the layout, or is in another phase than the rest, that sum says so, and the ranks agree on a new layout first.
 """
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 import time
 import warnings
-from dataclasses import replace
-from functools import reduce
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 
-from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.census import Census
+from neuronscope.collectives import Collectives
 from neuronscope.errors import NeuronscopeWarning
-from neuronscope.meters import NEVER
+from neuronscope.gifts import Gift, joined_by, summed
+from neuronscope.layouts import Layout, Sites, whole_site
+from neuronscope.sums import SAYING, PlainSteps, Steps, StepWords, said_by_all, saying
 
 __all__ = ["Exchanges", "Ranks", "world_size"]
 
-IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
-
-_SUMMED = ("zero_outputs", "zero_gradients", "not_finite_outputs", "abs_sum")
-_LATEST = ("last_active_step", "first_active_step")
-_NUMBERS = ("positions", "gradient_positions", "examples")
 
 
 def world_size() -> int:
@@ -45,14 +39,49 @@ class Exchanges(NamedTuple):
     Attributes:
         ranks: Number of ranks.
         times: How often counts were joined.
-        bytes: Bytes that this rank gave to the last one.
+        collectives: How many collectives that took: one each, and more where ranks agreed on a layout first.
+        bytes: Bytes that this rank gave to the last exchange.
         seconds: Seconds that all of them took, waiting for the slowest rank included.
     """
 
     ranks: int
     times: int
+    collectives: int
     bytes: int
     seconds: float
+
+
+class _Head(NamedTuple):
+    """The first words of the sum: what each rank says, and then what they all said.
+
+    Attributes:
+        busy: Ranks that are not done.
+        givers: Ranks that bring anything.
+        strays: Those whose steps have no room in their :class:`~neuronscope.sums.StepWords`.
+        mark: The givers' layout, by its mark; ``None`` where they have several.
+        base: The givers' first step; ``None`` where they have several.
+    """
+
+    busy: int
+    givers: int
+    strays: int
+    mark: int | None
+    base: int | None
+
+    @staticmethod
+    def words(gift: Gift, steps: StepWords, *, done: bool) -> FloatArray:
+        """What one rank says, ``(19,)``."""
+        if not gift.full:
+            return np.array([not done] + [0] * (2 + 2 * SAYING), dtype=np.float64)
+        stray = not steps.hold(gift.first, gift.last)
+        return np.concatenate([[not done, 1, stray], saying(gift.layout.mark), saying(steps.base)])
+
+    @classmethod
+    def read(cls, sums: FloatArray) -> _Head:
+        """What all of them said, from the sums of their words."""
+        busy, givers, strays = (int(number) for number in sums[:3])
+        mark, base = (said_by_all(part, givers) for part in np.split(sums[3:], 2))
+        return cls(busy, givers, strays, mark, base)
 
 
 class Ranks:
@@ -67,11 +96,13 @@ class Ranks:
 
     def __init__(self, *, together: bool = True) -> None:
         self._together = together
-        self._met: dict[str, dict[str, tuple[SiteInfo, int]]] = {}  # by phase, sites of all ranks and their neurons
+        # By phase. These change only in exchanges, by what all ranks learn there: so they are the same on all of them.
+        self._agreed: dict[str, Layout] = {}
+        self._refused: dict[str, set[str]] = {}  # sites that are not of one width
         self._kept: dict[str, Census] = {}  # by phase, what others brought while this rank was in another phase
         self.duplicate = False  # another rank holds the same data, and counts for both what is not split
         self.all_done = True  # whether, in the last exchange, every rank was done
-        self.exchanges = Exchanges(1, 0, 0, 0.0)
+        self.exchanges = Exchanges(1, 0, 0, 0, 0.0)
 
     @property
     def alone(self) -> bool:
@@ -93,127 +124,98 @@ class Ranks:
             self.all_done = True
             return census
         began = time.perf_counter()
-        given = self._completed(census, phase)
-        agree, self.all_done = _greet(given, phase, done)
-        joined, size = _reduce(given) if agree else self._gather(given, phase)
-        joined = _merged(self._kept.pop(phase, Census()), joined)
-        met = self._met.setdefault(phase, {})
-        met.update((name, (tally.info, tally.neurons)) for name, tally in joined.items())
+        collectives = Collectives()
+        gift = Gift.of(census, self._layout(census, phase), duplicate=self.duplicate)
+        for other, joined in self._exchange(gift, collectives, done=done).items():
+            self._kept[other] = _after(self._kept.get(other, Census()), joined)
         before = self.exchanges
-        seconds = before.seconds + time.perf_counter() - began
-        self.exchanges = Exchanges(world_size(), before.times + 1, size, seconds)
-        return joined
-
-    def _completed(self, census: Census, phase: str) -> Census:
-        """What this rank gives: its part of each site, and nothing of sites that only others met."""
-        own = {name: contribution(tally, duplicate=self.duplicate) for name, tally in census.items()}
-        met = self._met.get(phase, {})
-        silent = {name: Tally.nothing(*site) for name, site in met.items() if name not in own}
-        tallies = {name: own.get(name) or silent[name] for name in (*met, *(name for name in own if name not in met))}
-        return Census(tallies, first_step=census.first_step, last_step=census.last_step)
-
-    def _gather(self, census: Census, phase: str) -> tuple[Census, int]:
-        """The same where ranks brought other sites, or are in other phases: all that each of them has, from all."""
-        mine = (phase, census.state_dict())
-        states: list[Any] = [None] * world_size()
-        dist.all_gather_object(states, mine)
-        for other in sorted({other for other, _ in states}):
-            parts = [Census.from_state(state) for place, state in states if place == other]
-            self._kept[other] = _merged(self._kept.get(other, Census()), *parts)
-        return self._kept.pop(phase), len(pickle.dumps(mine))
+        self.exchanges = Exchanges(
+            ranks=world_size(),
+            times=before.times + 1,
+            collectives=before.collectives + collectives.number,
+            bytes=collectives.bytes,
+            seconds=before.seconds + time.perf_counter() - began,
+        )
+        return self._kept.pop(phase, Census())
 
     def late(self) -> dict[str, Census]:
         """By phase, what others brought after this rank had joined that phase for the last time; gone once told."""
         late, self._kept = self._kept, {}
         return late
 
+    def _layout(self, census: Census, phase: str) -> Layout:
+        """The layout that was agreed on, with what of this census is not in it."""
+        refused = self._refused.get(phase, ())
+        own = {name: whole_site(tally) for name, tally in census.items() if name not in refused}
+        return self._common(phase).covering(own)
 
-def contribution(tally: Tally, *, duplicate: bool) -> Tally:
-    """What one rank's tally adds to the sum over all ranks: its neurons in their places, nothing in the others'.
+    def _common(self, phase: str) -> Layout:
+        """The layout that was agreed on; one without sites where none was."""
+        return self._agreed.get(phase, Layout(phase, {}))
 
-    Args:
-        tally: What the rank counted.
-        duplicate: Another rank holds the same data, and counts for both what is not split.
-    """
-    info = replace(tally.info, first=0, whole=0)
-    first, whole = tally.info.first, tally.info.whole or tally.neurons
-    if first < 0 or (duplicate and tally.info.whole == 0):
-        return Tally.nothing(info, whole)
-    if whole == tally.neurons:
-        return replace(tally, info=info)
-    placed = Tally.nothing(info, whole)
-    for name in (*_SUMMED, *_LATEST):
-        getattr(placed, name)[first : first + tally.neurons] = getattr(tally, name)
-    # The rank of the first part speaks for the positions of all parts.
-    speaks: dict[str, Any] = {} if first else {name: getattr(tally, name) for name in _NUMBERS}
-    return replace(placed, **speaks)
+    def _exchange(self, gift: Gift, collectives: Collectives, *, done: bool) -> dict[str, Census]:
+        """What all ranks brought, by phase; in one collective, if their layout is one that was agreed on."""
+        layout, ranks = gift.layout, world_size()
+        own = StepWords(gift.first, ranks)
+        said = _Head.words(gift, own, done=done)
+        ahead = len(said)
+        row = np.zeros(ahead + max((agreed.size for agreed in self._agreed.values()), default=0))
+        row[:ahead] = said
+        if gift.full and self._agreed.get(layout.phase) is layout:
+            gift.put(layout, row[ahead:], own)
+        collectives.add_up(row)
+        head = _Head.read(row[:ahead])
+        self.all_done = not head.busy
+        if not head.givers:
+            return {}
+        steps: Steps = PlainSteps()
+        if head.base is not None and not head.strays:
+            steps = StepWords(head.base, ranks)
+        for agreed in self._agreed.values():
+            if agreed.mark == head.mark:
+                return {agreed.phase: joined_by(agreed, row[ahead:], steps, gift, collectives)}
+        if head.mark == layout.mark and head.givers == ranks:  # all have the same new one
+            self._agreed[layout.phase] = layout
+            return {layout.phase: summed(layout, steps, gift, collectives)}
+        return self._negotiated(gift, collectives)
 
-
-def _greet(census: Census, phase: str, done: bool) -> tuple[bool, bool]:
-    """Whether all ranks bring the same sites of the same size for the same phase, and whether all are done."""
-    layout = repr((phase, sorted((name, tally.neurons) for name, tally in census.items())))
-    number = int.from_bytes(hashlib.sha256(layout.encode()).digest()[:7], "big")
-    extremes = torch.tensor([number, -number, int(not done)], dtype=torch.int64, device=_device())
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    most, least, any_goes_on = extremes.tolist()
-    return most == -least, not any_goes_on
-
-
-def _reduce(census: Census) -> tuple[Census, int]:
-    """The sums and the latest steps of all ranks, in a flat collective each, and the bytes that this rank gave.
-
-    Sites lie in the order of their names. Counts travel as float64, which holds integers up to 2**53 exactly; those of
-    one window are far below.
-    """
-    sums = [np.zeros(0)]
-    latest = [np.array([census.last_step, -census.first_step if census.first_step >= 0 else -NEVER])]
-    for name in sorted(census):
-        tally = census[name]
-        sums += [getattr(tally, field).astype(np.float64) for field in _SUMMED]
-        sums.append(np.array([getattr(tally, field) for field in _NUMBERS], dtype=np.float64))
-        latest += [tally.last_active_step, -tally.first_active_step]
-    flat = [torch.from_numpy(np.concatenate(parts)).to(_device()) for parts in (sums, latest)]
-    dist.all_reduce(flat[0], op=dist.ReduceOp.SUM)
-    dist.all_reduce(flat[1], op=dist.ReduceOp.MAX)
-    size = sum(part.numel() * part.element_size() for part in flat)
-    return _unpacked(census, *(part.cpu().numpy() for part in flat)), size
-
-
-def _unpacked(like: Census, sums: FloatArray, latest: IntArray) -> Census:
-    """A census of the sites of ``like``, of what :func:`_reduce` laid flat."""
-    last_step, first_step = int(latest[0]), -int(latest[1])
-    latest = latest[2:]
-    tallies = dict(like)
-    for name in sorted(like):
-        tally, count = like[name], like[name].neurons
-        values: dict[str, Any] = {}
-        for field in _SUMMED:
-            part, sums = sums[:count], sums[count:]
-            values[field] = part.astype(getattr(tally, field).dtype)
-        numbers, sums = sums[: len(_NUMBERS)], sums[len(_NUMBERS) :]
-        values.update((field, int(number)) for field, number in zip(_NUMBERS, numbers, strict=True))
-        values.update(last_active_step=latest[:count].copy(), first_active_step=-latest[count : 2 * count])
-        tallies[name], latest = replace(tally, **values), latest[2 * count :]
-    return Census(tallies, first_step=first_step if first_step < NEVER else -1, last_step=last_step)
+    def _negotiated(self, gift: Gift, collectives: Collectives) -> dict[str, Census]:
+        """The same after all ranks told what was not agreed on: phase by phase, by a layout with the sites of all."""
+        phase = gift.layout.phase
+        mine = (phase, self._common(phase).lacking(gift.layout.sites), gift.first, gift.last) if gift.full else None
+        offers = [offer for offer in collectives.gather(mine) if offer is not None]
+        joined, strange = {}, {}
+        for phase in sorted({phase for phase, *_ in offers}):
+            new, firsts, lasts = zip(*(offer[1:] for offer in offers if offer[0] == phase), strict=True)
+            sites, unlike = _united([self._common(phase).covering(each).sites for each in new])
+            strange.update(unlike)
+            self._refused.setdefault(phase, set()).update(unlike)
+            self._agreed[phase] = layout = Layout(phase, sites)
+            words = StepWords(min(firsts), world_size())
+            steps = words if words.hold(min(firsts), max(lasts)) else PlainSteps()
+            joined[phase] = summed(layout, steps, gift, collectives)
+        for name, found in strange.items():
+            warnings.warn(
+                f"Expected every rank to have as many neurons at site {name}, but got {found}: it is not counted. "
+                "Exclude it with `exclude=`, or watch with `join_ranks=False`.",
+                NeuronscopeWarning,
+                stacklevel=2,
+            )
+        return joined
 
 
-def _merged(*parts: Census) -> Census:
-    """All together, but for a site that is not of one width: it cannot be one layer, and nobody's counts."""
+def _united(layouts: Sequence[Sites]) -> tuple[Sites, dict[str, list[int]]]:
+    """The sites of all, and the widths of those that are not of one: they cannot be one layer, and are nobody's."""
     widths: dict[str, set[int]] = {}
-    for part in parts:
-        for name, tally in part.items():
-            widths.setdefault(name, set()).add(tally.neurons)
-    strange = {name: sorted(found) for name, found in widths.items() if len(found) > 1}
-    for name, found in strange.items():
-        warnings.warn(
-            f"Expected every rank to have as many neurons at site {name}, but got {found}: it is not counted. Exclude "
-            "it with `exclude=`, or watch with `join_ranks=False`.",
-            NeuronscopeWarning,
-            stacklevel=2,
-        )
-    return reduce(Census.merge, (part.without(*strange) for part in parts), Census())
+    for layout in layouts:
+        for name, (_, neurons) in layout.items():
+            widths.setdefault(name, set()).add(neurons)
+    unlike = {name: sorted(found) for name, found in widths.items() if len(found) > 1}
+    sites = {name: site for layout in reversed(layouts) for name, site in layout.items()}  # the first to know it says
+    return {name: sites[name] for name in widths if name not in unlike}, unlike
 
 
-def _device() -> torch.device:
-    """Where this process group's tensors must live."""
-    return torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+def _after(kept: Census, joined: Census) -> Census:
+    """What was kept, and what came since; a site of another width is no longer the same site."""
+    changed = [name for name in kept if name in joined and kept[name].neurons != joined[name].neurons]
+    return kept.without(*changed).merge(joined)

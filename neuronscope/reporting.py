@@ -119,6 +119,7 @@ def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...
 def _joining(exchanges: Exchanges) -> tuple[str, ...]:
     if not exchanges.times:
         return ()
-    ranks, times, size, seconds = exchanges
+    ranks, times, collectives, size, seconds = exchanges
     often = "once" if times == 1 else f"{times} times"
-    return (f"Counts of {ranks} ranks were joined {often}: {size / 1e6:.2g} MB each, {seconds:.2g} s in all.",)
+    cost = f"{size / 1e6:.2g} MB each, {collectives} collectives, {seconds:.2g} s in all"
+    return (f"Counts of {ranks} ranks were joined {often}: {cost}.",)

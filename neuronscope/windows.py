@@ -41,6 +41,7 @@ class PhaseRecord:
         self._meters: dict[SiteKey, tuple[SiteInfo, Meter]] = {}
         self._flushed = Census()
         self._steps: list[int] = []
+        self._steps_flushed = 0
         self._steps_before: list[int] = []
         self._looked_at_step = 0
         self._wanting_at = -1
@@ -89,17 +90,10 @@ class PhaseRecord:
         steps = self._steps or self._steps_before
         return steps[-1] if steps else -1
 
-    @property
-    def first_open_step(self) -> int:
-        """First optimizer step observed in the open window; −1 where none was."""
-        return self._steps[0] if self._steps else -1
-
-    def _span(self) -> dict[str, int]:
-        return {
-            "first_step": self.first_open_step,
-            "last_step": self._steps[-1] if self._steps else -1,
-            "steps": len(self._steps),
-        }
+    def _span(self, flushed: int = 0) -> dict[str, int]:
+        """Which steps the open window is of, without some that were flushed."""
+        steps = self._steps[flushed:]
+        return {"first_step": steps[0] if steps else -1, "last_step": steps[-1] if steps else -1, "steps": len(steps)}
 
     def open(self) -> Census:
         """The running window so far: what was joined of it, and what this rank counted since.
@@ -109,9 +103,9 @@ class PhaseRecord:
         return Census(dict(_together(self._flushed, self._running())), **self._span())
 
     def _running(self) -> Census:
-        """What the meters hold."""
-        names = [key.name for key in self._meters]
-        return Census(dict(zip(names, read(list(self._meters.values())), strict=True)), **self._span())
+        """What the meters hold, of the steps since they were last flushed."""
+        tallies = zip((key.name for key in self._meters), read(list(self._meters.values())), strict=True)
+        return Census(dict(tallies), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
         """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
@@ -125,6 +119,7 @@ class PhaseRecord:
         self._flushed = _together(self._flushed, joined)
         if joined.last_step > self.last_observed_step:  # other ranks went on
             self._steps.append(joined.last_step)
+        self._steps_flushed = len(self._steps)
 
     def is_due(self, step: int, window_steps: int, alone: Callable[[], bool]) -> bool:
         """Whether the open window is to be flushed, ``step`` steps into the run.
@@ -165,6 +160,7 @@ class PhaseRecord:
         self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
+        self._steps_flushed = 0
         self._wanting_at = -1
         return True
 
@@ -225,6 +221,7 @@ class PhaseRecord:
             meter.reset()
         self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
         self._steps, self._steps_before, self.history = steps, before, history
+        self._steps_flushed = len(steps)
         self._looked_at_step = looked_at_step
         self._wanting_at = -1
 

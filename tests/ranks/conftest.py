@@ -17,6 +17,7 @@ TASKS = {
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
         *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp", "sequence_parallel"),
+        *("steady", "apart", "long_window", "unsure_window", "late_site", "other_order", "mixed_phases", "one_goes_on"),
     ),
     4: (
         *("lightning_model_parallel", "ddp", "fsdp", "tensor_distributed", "both", "elastic"),

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.layouts import Layout, whole_site
 from neuronscope.meters import NEVER
-from neuronscope.ranks import Exchanges, Ranks, contribution
+from neuronscope.ranks import Exchanges, Ranks
+from neuronscope.sums import PlainSteps, Steps, StepWords
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
 LAYER = Tally(
@@ -42,12 +44,28 @@ def assert_same(found: Tally, wanted: Tally) -> None:
             np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
 
-@given(st.integers(1, 4))
-def test_two_parts_add_up_to_the_layer(cut: int) -> None:
-    parts = [contribution(part(*place), duplicate=place[0] > 0) for place in ((0, cut), (cut, LAYER.neurons - cut))]
-    assert_same(parts[0].merge(parts[1]), LAYER)
+def added_up(*given: tuple[Tally, bool], steps: Steps) -> Tally:
+    """The layer, from what ranks give that are duplicates of others or not."""
+    layout = Layout("train", {"relu": whole_site(given[0][0])})
+    sums = np.zeros(layout.sums)
+    told = np.full(layout.steps, steps.nothing, dtype=np.int64 if isinstance(steps, PlainSteps) else np.float64)
+    for tally, duplicate in given:
+        own_sums, own_steps = np.zeros_like(sums), np.full_like(told, steps.nothing)
+        layout.put_sums(Census({"relu": tally}), own_sums, duplicate=duplicate)
+        layout.put_steps(Census({"relu": tally}), own_steps, steps, duplicate=duplicate)
+        sums += own_sums
+        told = np.maximum(told, own_steps) if isinstance(steps, PlainSteps) else told + own_steps
+    return layout.read(sums, told, steps)["relu"]
 
 
+@pytest.mark.parametrize("steps", [StepWords(0, 2), PlainSteps()], ids=["words", "plain"])
+@given(cut=st.integers(1, 4))
+def test_two_parts_add_up_to_the_layer(steps: Steps, cut: int) -> None:
+    parts = [(part(*place), place[0] > 0) for place in ((0, cut), (cut, LAYER.neurons - cut))]
+    assert_same(added_up(*parts, steps=steps), LAYER)
+
+
+@pytest.mark.parametrize("steps", [StepWords(0, 1), PlainSteps()], ids=["words", "plain"])
 @pytest.mark.parametrize(
     ("info", "duplicate", "counts"),
     [
@@ -57,8 +75,8 @@ def test_two_parts_add_up_to_the_layer(cut: int) -> None:
         (replace(INFO, first=-1, whole=5), False, False),  # a copy, known to be one
     ],
 )
-def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool) -> None:
-    given = contribution(replace(LAYER, info=info), duplicate=duplicate)
+def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool, steps: Steps) -> None:
+    given = added_up((replace(LAYER, info=info), duplicate), steps=steps)
     assert_same(given, LAYER if counts else Tally.nothing(INFO, LAYER.neurons))
 
 
@@ -67,4 +85,4 @@ def test_alone_nothing_is_exchanged() -> None:
     assert ranks.join(census, phase="train", done=True) is census
     assert ranks.alone
     assert ranks.all_done
-    assert ranks.exchanges == Exchanges(ranks=1, times=0, bytes=0, seconds=0.0)
+    assert ranks.exchanges == Exchanges(ranks=1, times=0, collectives=0, bytes=0, seconds=0.0)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
+from tests.ranks.exchanges import EXCHANGES
 from tests.ranks.parallel import CASES, ENDS, Case, run, sequence_parallel, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
@@ -171,6 +172,7 @@ TASKS = {
         fault,
         retired,
         other_widths,
+        *EXCHANGES,
     )
 }
 
