@@ -141,6 +141,19 @@ def test_predictions_and_what_other_callbacks_run_do_not_count(tmp_path: Path) -
                 assert callback.census(phase)[act].positions == expected.census(phase)[act].positions > 0
 
 
+def test_what_a_callback_runs_between_the_batches_of_one_step_counts_with_it(tmp_path: Path) -> None:
+    """The Trainer says that such a batch is over, but not when the next begins; the documentation says so."""
+
+    class Busy(TrainerCallback):
+        def on_substep_end(self, *event: Any, model: Any, **kwargs: Any) -> None:
+            model(torch.zeros(7, 3, dtype=torch.int64))
+
+    callback = DeadNeuronCallback(every_n_steps=1)
+    trainer(tmp_path, callback, Busy(), gradient_accumulation_steps=4).train()
+    # 2 epochs of 6 batches, by 4: steps of 4 and 2 batches, with 3 + 1 ends in between. 48 sentences, and 7 at each.
+    assert callback.census().examples == 48 + 2 * (3 + 1) * 7
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_every_evaluation_in_training_is_a_pass_whoever_asks_for_it(tmp_path: Path, ours_first: bool) -> None:
     class Asking(TrainerCallback):

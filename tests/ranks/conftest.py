@@ -10,18 +10,27 @@ import torch.distributed as dist
 
 from tests.ranks.spawning import together
 
+COMBINED = (
+    *("ddp", "fsdp", "lightning_ddp", "lightning_fsdp", "hugging_ddp", "hugging_fsdp"),
+    *("accelerate_ddp", "accelerate_fsdp"),
+)
 TASKS = {
-    1: ("ddp", "fsdp"),
+    1: COMBINED,
     2: (
-        *("ddp", "fsdp", "tensor", "tensor_distributed", "tensor_compiled", "elastic", "uneven", "other_widths"),
+        *COMBINED,
+        *("tensor", "tensor_distributed", "tensor_compiled", "elastic", "uneven", "other_widths"),
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
-        *("fire_apart", "one_sees_nothing", "one_scans", "lightning_ddp", "sequence_parallel"),
         *("steady", "apart", "long_window", "unsure_window", "late_site", "other_order", "mixed_phases", "one_goes_on"),
+        *("fire_apart", "one_sees_nothing", "one_scans", "sequence_parallel"),
+        *("accelerate_by_hand", "accelerate_before_and_after", "hugging_counts", "hugging_resumes"),
+        *("lightning_fault", "hugging_fault", "sums"),
+        *("accelerate_tried", "hugging_tried", "lightning_tried"),
     ),
     4: (
-        *("lightning_model_parallel", "ddp", "fsdp", "tensor_distributed", "both", "elastic"),
-        *("uneven", "uneven_and_validated", "fault", "retired"),
+        *COMBINED,
+        *("lightning_model_parallel", "tensor_distributed", "both", "elastic"),
+        *("uneven", "uneven_and_validated", "fault", "retired", "sums"),
     ),
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,28 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from neuronscope.callbacks import DeadNeuronMonitor
-from tests.ranks.parallel import SITES, Case, Network, as_fsdp, as_tensor_parallel, data, whole
-from tests.ranks.recorded import ARRAYS, NUMBERS, Recorder
+from tests.core.slow_twin import hook_tables
+from tests.ranks.parallel import (
+    SITES,
+    Case,
+    Network,
+    as_fsdp,
+    as_tensor_parallel,
+    cases_of,
+    counted,
+    data,
+    outcome,
+    tried,
+    whole,
+)
+from tests.ranks.recorded import Recorder
 
 SAVED_AT = 3  # in the middle of a window of 2
+OTHER = 10  # from here on lie the shares of data that nobody trains with
 
 
 class Net(LightningModule):
@@ -32,12 +47,23 @@ class Net(LightningModule):
 
     def configure_model(self) -> None:
         mesh = getattr(self, "device_mesh", None)
-        if mesh is not None:
-            as_fsdp(as_tensor_parallel(self.net, self.case, mesh["tensor_parallel"]), self.case, mesh["data_parallel"])
+        if mesh is None:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            as_tensor_parallel(self.net, self.case, mesh["tensor_parallel"])
+        as_fsdp(self.net, self.case, mesh["data_parallel"])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        share = dist.get_rank() if self.share is None else self.share
+        return self._batches(dist.get_rank() if self.share is None else self.share)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._batches(OTHER + (dist.get_rank() if self.share is None else self.share))
+
+    def _batches(self, share: int) -> DataLoader[Any]:
         return DataLoader([pair for micro in data(share, self.case) for pair in micro], batch_size=None)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -48,31 +74,41 @@ class Net(LightningModule):
 
 
 class Records(Callback):
-    """Attaches a recorder, and tells it of the steps."""
+    """Attaches a recorder when the sanity check is over, and tells it of the steps."""
 
-    def on_fit_start(self, trainer: Any, module: Any) -> None:
-        self.recorder = Recorder(module, {f"net.{n}": (f"net.{a}", f"net.{b}") for n, (a, b) in SITES.items()})
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.recorder = Recorder(module.net, SITES)
 
     def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
         self.recorder.step = trainer.global_step
+
+
+class Tables(Callback):
+    """Looks at the hook tables before anybody watches, and after."""
+
+    def on_fit_start(self, trainer: Any, module: Any) -> None:
+        self.before = hook_tables(module)
+
+    def same(self, module: Any) -> bool:
+        return hook_tables(module) == self.before
 
 
 class Saves(Callback):
     """Saves once, on every rank."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.saved = path, False
 
     def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
-        if trainer.global_step == SAVED_AT and not self.path.exists():
+        if trainer.global_step == SAVED_AT and not self.saved:
+            self.saved = True
             trainer.save_checkpoint(self.path)
 
 
-def fit(module: Net, strategy: Any, folder: Path, *callbacks: Any) -> dict[str, Tensor]:
-    devices = dist.get_world_size() if dist.is_initialized() else 2
+def fit(module: Net, strategy: Any, folder: Path, *callbacks: Any) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
-        devices=devices,
+        devices=dist.get_world_size() if dist.is_initialized() else 2,
         strategy=strategy,
         max_epochs=1,
         callbacks=list(callbacks),
@@ -86,59 +122,80 @@ def fit(module: Net, strategy: Any, folder: Path, *callbacks: Any) -> dict[str, 
         default_root_dir=folder,
     )
     trainer.fit(module)
-    return whole(module) if dist.is_initialized() else {}
-
-
-def census_of(monitor: DeadNeuronMonitor) -> dict[str, dict[str, Any]]:
-    return {
-        name: {field: getattr(tally, field) for field in (*ARRAYS, *NUMBERS)}
-        for name, tally in monitor.census("train").items()
-    }
+    return trainer
 
 
 def run(case: Case, strategy: Any, folder: Path, share: int | None = None) -> dict[str, Any]:
-    records, monitor = Records(), DeadNeuronMonitor(every_n_steps=1, window_steps=2)
-    weights = fit(Net(case, share), strategy(), folder, records)
-    path = folder / f"saved_{case.micro_batches}_{share is None}.ckpt"
-    watched = fit(Net(case, share), strategy(), folder, monitor, Saves(path))
+    records, tables, monitor = Records(), Tables(), DeadNeuronMonitor(every_n_steps=1, window_steps=2)
+    plain, watched = Net(case, share), Net(case, share)
+    fit(plain, strategy(), folder, records)
+    path = folder / "saved.ckpt"
+    fit(watched, strategy(), folder, tables, monitor, Saves(path))
+    weights = (whole(plain.net), whole(watched.net))
+    same_hooks = tables.same(watched)
     return {
-        "recorded": {name.removeprefix("net."): counts for name, counts in records.recorder.counts().items()},
-        "counted": {name.removeprefix("net."): counts for name, counts in census_of(monitor).items()},
-        "same_weights": all(weights[name].equal(watched[name]) for name in weights) and len(weights) > 0,
-        "same_hooks": True,
-        "unseen": {item.name: item.reason for item in monitor.report().not_measured},
-        "warned": monitor._faults.first,
+        **outcome(
+            records.recorder, monitor.scope, weights, same_hooks=same_hooks, phases=("train", "val"), within="net."
+        ),
         "saved": torch.load(path, weights_only=True)["callbacks"][monitor.state_key]["scope"],
     }
 
 
-def as_if_launched(rank: int) -> None:
-    """What a launcher tells Lightning."""
-    world = str(dist.get_world_size())
-    told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update(told, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
-    warnings.simplefilter("ignore")
-
-
-LIGHTNING_CASES = [Case(), Case(autocast=True, micro_batches=4, checkpointed=True)]
+def model_parallel(tensor: int = 1) -> ModelParallelStrategy:
+    """FSDP2, over as many groups of ranks as there are when each group shares the layers."""
+    return ModelParallelStrategy(
+        data_parallel_size=dist.get_world_size() // tensor,
+        tensor_parallel_size=tensor,
+        save_distributed_checkpoint=False,
+    )
 
 
 def lightning_ddp(rank: int, folder: Path) -> dict[Case, Any]:
-    as_if_launched(rank)
-    return {case: run(case, lambda: "ddp", folder) for case in LIGHTNING_CASES}
+    return {case: run(case, lambda: "ddp", folder) for case in cases_of(dist.get_world_size())}
+
+
+def lightning_fsdp(rank: int, folder: Path) -> dict[Case, Any]:
+    return {case: run(case, model_parallel, folder) for case in cases_of(dist.get_world_size())}
+
+
+class After(Callback):
+    """Does something on the last rank, after the third step."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do = do
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+        if trainer.global_step == SAVED_AT and trainer.global_rank == trainer.world_size - 1:
+            self.do()
+
+
+def lightning_fault(rank: int, folder: Path) -> dict[str, Any]:
+    """A fault of ours on the last rank: it counts no more, trains on, and keeps nobody waiting."""
+    records, tables, monitor = Records(), Tables(), DeadNeuronMonitor(every_n_steps=1, window_steps=2)
+    plain, watched = Net(Case()), Net(Case())
+    fit(plain, "ddp", folder, records, After(lambda: records.recorder.stop()))
+    fail = After(lambda: monitor.scope._tap.fail(RuntimeError("a fault of ours")))
+    fit(watched, "ddp", folder, tables, monitor, fail)
+    weights = (whole(plain.net), whole(watched.net))
+    return outcome(
+        records.recorder,
+        monitor.scope,
+        weights,
+        same_hooks=tables.same(watched),
+        phases=("train", "val"),
+        within="net.",
+    )
+
+
+def lightning_tried(rank: int, folder: Path) -> dict[str, str]:
+    return {
+        "Lightning's FSDPStrategy": tried(lambda: Trainer(accelerator="cpu", devices=2, strategy="fsdp")),
+        "FullyShardedDataParallel": tried(lambda: FullyShardedDataParallel(Network())),
+    }
 
 
 def lightning_model_parallel(rank: int, folder: Path) -> dict[str, Any]:
-    as_if_launched(rank)
-    world = dist.get_world_size()
-    return run(
-        Case(),
-        lambda: ModelParallelStrategy(
-            data_parallel_size=world // 2, tensor_parallel_size=2, save_distributed_checkpoint=False
-        ),
-        folder,
-        share=rank // 2,
-    )
+    return run(Case(), partial(model_parallel, tensor=2), folder, share=rank // 2)
 
 
 class Tells(Callback):
@@ -149,7 +206,7 @@ class Tells(Callback):
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         path = self.folder / f"spawned_{trainer.global_rank}.pt"
-        torch.save(census_of(self.monitor), path)
+        torch.save(counted(self.monitor.scope), path)
         path.with_suffix(".told").touch()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -79,7 +80,12 @@ class Case:
 
 
 CASES = [Case(*options) for options in product((False, True), (1, 4), (False, True))]
-ENDS = [CASES[0], CASES[-1]]
+
+
+def cases_of(world: int) -> list[Case]:
+    """All; of four ranks, whose processes cost most, the half in which any two options meet in all four ways."""
+    half = [case for case in CASES if case.autocast ^ (case.micro_batches > 1) ^ case.checkpointed]
+    return CASES if world < 4 else half
 
 
 def as_ddp(model: nn.Module, case: Case) -> nn.Module:
@@ -163,28 +169,75 @@ def run(strategy: str, case: Case, share: int) -> dict[str, Any]:
     """Recorded and not watched, then watched and not recorded."""
     spread = STRATEGIES[strategy]
     model = spread(Network(case.checkpointed), case)
-    inner = model.module if strategy == "ddp" else model
-    recorder = Recorder(inner, SITES)
-
-    def next_step() -> None:
-        recorder.step += 1
-
-    train(model, case, share, next_step)
+    recorder = Recorder(model.module if strategy == "ddp" else model, SITES)
+    train(model, case, share, recorder.next_step)
     watched = spread(Network(case.checkpointed), case)
     before = hook_tables(watched)
     with ns.watch(watched, window_steps=2) as scope:
         train(watched, case, share, scope.step)
-    same = all(mine.equal(theirs) for mine, theirs in zip(whole(model).values(), whole(watched).values(), strict=True))
+    return outcome(recorder, scope, (whole(model), whole(watched)), same_hooks=hook_tables(watched) == before)
+
+
+def outcome(
+    recorder: Recorder,
+    scope: ns.Scope,
+    weights: tuple[dict[str, Tensor], dict[str, Tensor]],
+    *,
+    same_hooks: bool,
+    phases: tuple[str, ...] = ("train",),
+    within: str = "",
+) -> dict[str, Any]:
+    """What one rank gives of two runs, of which the first was recorded and the second watched.
+
+    Args:
+        recorder: Of the first.
+        scope: Of the second.
+        weights: Where each ended.
+        same_hooks: Whether watching left the hook tables as they were.
+        phases: That are compared.
+        within: The path of the recorded network in the watched one, with its dot.
+    """
+    plain, watched = weights
+    report = scope.report()
+    census = {phase: counted(scope, phase=phase) for phase in phases}
     return {
-        "recorded": recorder.counts(),
-        "counted": counted(scope),
-        "same_weights": same,
-        "same_hooks": hook_tables(watched) == before,
-        "unseen": {item.name: item.reason for item in scope.report().not_measured},
-        "notes": scope.report().notes,
-        "model": scope.report().model,
+        "recorded": {phase: recorder.counts(phase) for phase in phases},
+        "counted": {
+            phase: {name.removeprefix(within): found for name, found in sites.items()}
+            for phase, sites in census.items()
+        },
+        "weights": plain,
+        "same_weights": plain.keys() == watched.keys() and all(plain[name].equal(watched[name]) for name in plain),
+        "same_hooks": same_hooks,
+        "unseen": {item.name: item.reason for item in report.not_measured},
+        "notes": report.notes,
+        "model": report.model,
         "warned": scope._tap.failure,
     }
+
+
+def sums(rank: int) -> dict[str, Any]:
+    """Of each neuron, the sum of the magnitudes that all ranks saw together, and of those that this one did."""
+    model = as_ddp(Network(), Case())
+    with ns.watch(model, window_steps=2) as joined, ns.watch(model, window_steps=2, join_ranks=False) as own:
+
+        def step() -> None:
+            joined.step()
+            own.step()
+
+        train(model, Case(), rank, step)
+    return {
+        name: {site: tally.abs_sum for site, tally in scope.census().items()}
+        for name, scope in (("joined", joined), ("own", own))
+    }
+
+
+def tried(build: Callable[[], Any]) -> str:
+    """The class of what comes of it, or the error."""
+    try:
+        return type(build()).__name__
+    except Exception as error:  # noqa: BLE001  # whatever a library says
+        return f"{type(error).__name__}: {error}"
 
 
 def sequence_parallel(rank: int) -> dict[str, Any]:

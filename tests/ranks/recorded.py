@@ -14,10 +14,11 @@ from torch import Tensor, nn
 NUMBERS = ("positions", "gradient_positions", "examples")
 ARRAYS = ("zero_outputs", "zero_gradients", "last_active_step", "first_active_step")
 NEVER = 2**62
+CHECKPOINTED = "_checkpoint_wrapped_module."  # in the paths of modules that torch's wrapper for checkpointing holds
 
 
 class Recorder:
-    """Keeps what some modules are given and give; the neurons lie on the last axis.
+    """Keeps what some modules are given and give, in training and in evaluation; the neurons lie on the last axis.
 
     Args:
         model: The model.
@@ -27,12 +28,18 @@ class Recorder:
     def __init__(self, model: nn.Module, sites: dict[str, tuple[str, str]]) -> None:
         self.sites = sites
         self.step = 0
-        self.outputs: dict[str, list[tuple[int, Tensor]]] = {}
+        self.outputs: dict[tuple[str, bool], list[tuple[int, Tensor]]] = {}  # by path, and whether it trains
         self.gradients: dict[str, list[Tensor]] = {}
-        modules = dict(model.named_modules())
+        modules = {path.replace(CHECKPOINTED, ""): module for path, module in model.named_modules()}
+        self.handles: list[Any] = []
         for path in {path for paths in sites.values() for path in paths}:
-            modules[path].register_forward_pre_hook(self._before(path))
-            modules[path].register_forward_hook(self._after(path))
+            self.handles.append(modules[path].register_forward_pre_hook(self._before(path)))
+            self.handles.append(modules[path].register_forward_hook(self._after(path)))
+
+    def stop(self) -> None:
+        """Keep nothing more."""
+        for handle in self.handles:
+            handle.remove()
 
     def _before(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -44,16 +51,25 @@ class Recorder:
     def _after(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             if not _again():
-                self.outputs.setdefault(path, []).append((self.step, _own(output)))
+                self.outputs.setdefault((path, module.training), []).append((self.step, _own(output)))
 
         return hook
 
-    def counts(self) -> dict[str, dict[str, Any]]:
-        return {name: self._count(*paths) for name, paths in self.sites.items() if paths[0] in self.outputs}
+    def next_step(self) -> None:
+        self.step += 1
 
-    def _count(self, output: str, gradient: str) -> dict[str, Any]:
-        pairs = [(step, _rows(y)) for step, y in self.outputs[output]]
-        gradients = [_rows(grad) for grad in self.gradients.get(gradient, [])]
+    def counts(self, phase: str = "train") -> dict[str, dict[str, Any]]:
+        """By site, of ``train``, or of ``val``: of what ran in evaluation mode."""
+        trains = phase == "train"
+        return {
+            name: self._count(self.outputs[output, trains], self.gradients.get(gradient, []) if trains else [])
+            for name, (output, gradient) in self.sites.items()
+            if (output, trains) in self.outputs
+        }
+
+    def _count(self, outputs: list[tuple[int, Tensor]], grads: list[Tensor]) -> dict[str, Any]:
+        pairs = [(step, _rows(y)) for step, y in outputs]
+        gradients = [_rows(grad) for grad in grads]
         neurons = pairs[0][1].shape[1]
         last, first = np.full(neurons, -1), np.full(neurons, NEVER)
         for step, rows in pairs:
@@ -67,7 +83,7 @@ class Recorder:
             "first_active_step": first,
             "positions": sum(len(rows) for _, rows in pairs),
             "gradient_positions": sum(len(rows) for rows in gradients),
-            "examples": sum(len(y) for _, y in self.outputs[output]),
+            "examples": sum(len(y) for _, y in outputs),
         }
 
 

@@ -13,33 +13,38 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT_S = 240
+TIME_LIMIT_S = 400
 
 
-def together(
-    folder: Path, world: int, *tasks: str, killed: int | None = None, script: str = "worker"
-) -> list[dict[str, Any]]:
+def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torch's launcher tells a rank in its environment."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    told = {name: str(number) for name, number in (places | {"MASTER_PORT": port}).items()}
+    return {**told, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+
+
+def together(folder: Path, world: int, *tasks: str, killed: int | None = None) -> list[dict[str, Any]]:
     """What each task gives on each rank; all of them run in one process a rank, one after another.
 
     Args:
         folder: Where the ranks may write.
         world: Number of ranks.
-        tasks: Names of functions of the script.
+        tasks: Names of functions; see :mod:`tests.ranks.worker`.
         killed: A rank that ends itself, and gives nothing.
-        script: A module of this folder.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    worker = [sys.executable, "-m", f"tests.ranks.{script}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    worker = [sys.executable, "-m", "tests.ranks.worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = [folder / f"rank_{rank}_of_{world}.log" for rank in range(world)]
     ranks = []
     try:
         for rank, log in enumerate(logs):
             with log.open("w") as errors:
                 command = [*worker, str(rank), str(world), str(folder), *tasks]
-                ranks.append(subprocess.Popen(command, stderr=errors, cwd=ROOT, env=environment))
+                told = environment | as_launched(rank, world, port)
+                ranks.append(subprocess.Popen(command, stderr=errors, cwd=ROOT, env=told))
         end = time.monotonic() + TIME_LIMIT_S
         for number, (rank, log) in enumerate(zip(ranks, logs)):
             rank.wait(timeout=max(end - time.monotonic(), 1))

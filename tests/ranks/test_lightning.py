@@ -1,6 +1,6 @@
-"""The monitor under Lightning's strategies: DDP, DDP that spawns its ranks, and FSDP2 with tensor parallelism.
+"""The monitor under Lightning's strategies: what it saves, ranks that Lightning spawns, FSDP2 with tensor parallelism.
 
-Not here: ``FSDPStrategy``, whose module refuses to run without an accelerator, and DeepSpeed.
+DDP and FSDP2 alone: ``test_combinations.py``. Not here: DeepSpeed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 import neuronscope as ns
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.lightning_runs import LIGHTNING_CASES, SAVED_AT
-from tests.ranks.parallel import BATCH, STEPS, Case, Network
+from tests.ranks.lightning_runs import SAVED_AT
+from tests.ranks.parallel import BATCH, STEPS, Case, Network, cases_of
 from tests.ranks.spawning import ROOT, TIME_LIMIT_S
 from tests.ranks.test_strategies import check, expected
 
@@ -34,17 +34,18 @@ def check_saved(state: dict[str, Any], examples: int) -> None:
     scope.detach()
 
 
-@pytest.mark.parametrize("case", LIGHTNING_CASES, ids=str)
-def test_ddp(runs: Runs, case: Case) -> None:
-    given = [rank["lightning_ddp"][case] for rank in runs[2]]
-    check(given, case, 1)
-    for rank in given:
-        check_saved(rank["saved"], 2 * SAVED_AT * case.micro_batches * BATCH)
+@pytest.mark.parametrize("task", ["lightning_ddp", "lightning_fsdp"])
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in cases_of(world)], ids=str)
+def test_a_checkpoint_of_all_ranks(runs: Runs, world: int, case: Case, task: str) -> None:
+    for rank in runs[world]:
+        check_saved(rank[task][case]["saved"], world * SAVED_AT * case.micro_batches * BATCH)
 
 
 def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
     given = [rank["lightning_model_parallel"] for rank in runs[4]]
-    check(given, Case(), 2)
+    # Four ranks are two pairs that share the layers: two shares of data, to train with and to validate.
+    examples = 2 * STEPS * BATCH
+    check(given, 2, Network().state_dict(), {"train": examples, "val": examples})
     for rank in given:
         check_saved(rank["saved"], 2 * SAVED_AT * BATCH)
 
@@ -68,7 +69,7 @@ def test_ranks_that_lightning_spawns(runs: Runs, tmp_path: Path) -> None:
     finally:
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-    wanted = expected([rank["lightning_ddp"][Case()]["recorded"] for rank in runs[2]], 1)
+    wanted = expected([rank["lightning_ddp"][Case()]["recorded"]["train"] for rank in runs[2]], 1)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"spawned_{rank}.pt", weights_only=False)
         assert_equal_counts({name.removeprefix("net."): counts for name, counts in found.items()}, wanted)

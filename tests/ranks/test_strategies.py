@@ -1,7 +1,8 @@
-"""DDP, FSDP2 and tensor parallelism over gloo: counts are those of the slow twin over all ranks, weights unchanged.
+"""Tensor parallelism over gloo, alone and under FSDP2: counts are the slow twin's over all ranks, weights unchanged.
 
-In bfloat16 and float32, with and without gradient accumulation and activation checkpointing, on 1, 2 and 4 ranks. The
-twin is a run of its own that nobody watches: its activations are kept and counted by :mod:`tests.ranks.recorded`.
+In bfloat16 and float32, with and without gradient accumulation and activation checkpointing. The twin is a run of its
+own that nobody watches: its activations are kept and counted by :mod:`tests.ranks.recorded`. Without tensor
+parallelism: ``test_combinations.py``.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.parallel import BATCH, CASES, ENDS, HIDDEN, SPLIT, STEPS, WIDTH, Case
+from tests.ranks.parallel import BATCH, CASES, HIDDEN, SPLIT, STEPS, WIDTH, Case, Network, cases_of
 from tests.ranks.recorded import side_by_side, union
 
 
@@ -25,40 +27,53 @@ def expected(recorded: list[dict[str, Any]], parts: int) -> dict[str, Any]:
     return sites
 
 
-def check(given: list[dict[str, Any]], case: Case, parts: int) -> None:
-    wanted = expected([rank["recorded"] for rank in given], parts)
-    copies = len(given) // parts
-    assert wanted["early"]["examples"] == copies * STEPS * case.micro_batches * BATCH
-    assert {len(wanted[name]["zero_outputs"]) for name in SPLIT} == {HIDDEN}
+def check(given: list[dict[str, Any]], parts: int, start: dict[str, Tensor], examples: dict[str, int]) -> None:
+    """Of one way to train, what every rank gave.
+
+    Args:
+        given: By rank, an outcome; see :func:`tests.ranks.parallel.outcome`.
+        parts: Ranks that hold one copy of the model.
+        start: The weights before.
+        examples: Of all ranks, by phase.
+    """
+    wanted = {phase: expected([rank["recorded"][phase] for rank in given], parts) for phase in examples}
+    for phase, number in examples.items():
+        assert {site["examples"] for site in wanted[phase].values()} == {number}
+    learnt = given[0]["weights"]
+    assert not all(value.equal(start[name]) for name, value in learnt.items())
     for rank in given:
         assert rank["warned"] is None
         assert rank["unseen"] == {}
         assert rank["same_weights"]
+        assert all(value.equal(learnt[name]) for name, value in rank["weights"].items())
         assert rank["same_hooks"]
-        assert_equal_counts(rank["counted"], wanted)
+        assert rank["counted"].keys() == examples.keys()
+        for phase, counts in rank["counted"].items():
+            assert_equal_counts(counts, wanted[phase])
 
 
-WAYS = [
-    *((1, strategy, 1, ENDS) for strategy in ("ddp", "fsdp")),
-    *((2, strategy, parts, CASES) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("tensor", 2))),
-    *((4, strategy, parts, ENDS) for strategy, parts in (("ddp", 1), ("fsdp", 1), ("both", 2))),
-]
+def check_network(given: list[dict[str, Any]], case: Case, parts: int) -> None:
+    """The same of the gated network, every ``parts`` ranks of which were given the same data."""
+    recorded = expected([rank["recorded"]["train"] for rank in given], parts)
+    assert {len(recorded[name]["zero_outputs"]) for name in SPLIT} == {HIDDEN}
+    examples = len(given) // parts * STEPS * case.micro_batches * BATCH
+    check(given, parts, Network().state_dict(), {"train": examples})
 
 
-@pytest.mark.parametrize(
-    ("world", "strategy", "parts", "case"),
-    [(world, strategy, parts, case) for world, strategy, parts, cases in WAYS for case in cases],
-    ids=str,
-)
+TABLE = [(world, strategy, case) for world, strategy in ((2, "tensor"), (4, "both")) for case in cases_of(world)]
+
+
+@pytest.mark.parametrize(("world", "strategy", "case"), TABLE, ids=str)
 def test_counts_are_those_of_the_twin_over_all_ranks(
-    runs: dict[int, list[dict[str, Any]]], world: int, strategy: str, parts: int, case: Case
+    runs: dict[int, list[dict[str, Any]]], world: int, strategy: str, case: Case
 ) -> None:
-    check([rank[strategy][case] for rank in runs[world]], case, parts)
+    """Pairs of ranks share each layer's neurons; of two pairs, with FSDP2 over them."""
+    check_network([rank[strategy][case] for rank in runs[world]], case, 2)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_activations_may_be_distributed_tensors(runs: dict[int, list[dict[str, Any]]], world: int) -> None:
-    check([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
+    check_network([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
 
 
 def test_an_activation_that_is_cut_along_its_positions(runs: dict[int, list[dict[str, Any]]]) -> None:
@@ -82,7 +97,7 @@ def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]
     # neurons of 48 bytes, 3 numbers of 8 bytes a site, two steps, and 19 numbers ahead: 3,120 bytes in one collective.
     # The first time, no layout is known yet: the 19 numbers travel ahead in one of their own.
     for rank in runs[4]:
-        note = rank["ddp"][CASES[0]]["notes"][-1]
+        note = rank["ddp"][cases_of(4)[0]]["notes"][-1]
         assert note.startswith("Counts of 4 ranks were joined 3 times: 0.0031 MB each, 4 collectives, "), note
     assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])
 

@@ -6,27 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 import neuronscope as ns
-from tests.callbacks.hugging import ACTS, TwinTrainer, assert_same_weights, gpt2, trainer
+from tests.callbacks.hugging import ACTS, TwinTrainer, gpt2, trainer
 
 from .assertions import assert_equal_counts
-from .spawning import together
-from .trainer_worker import STILL
+from .hugging_runs import STILL
 from .worker import BATCH, STEPS, data, network, watched_counts
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-
-SCRIPT = "trainer_worker"
-
-
-def given(folder: Path, task: str) -> list[Any]:
-    """What a task gives on each of two ranks."""
-    return [rank[task] for rank in together(folder, 2, task, script=SCRIPT)]
+Runs = dict[int, list[dict[str, Any]]]
 
 
 def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
@@ -36,10 +26,10 @@ def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
             np.testing.assert_array_equal(value, twin[name][field], err_msg=f"{name} {field}")
 
 
-def test_a_hugging_face_training(tmp_path: Path) -> None:
+def test_a_hugging_face_training(runs: Runs, tmp_path: Path) -> None:
     options = {**STILL, "per_device_train_batch_size": 8}
     twin = trainer(tmp_path, model=gpt2(0.0), kind=TwinTrainer, **options).counted({None: 2})
-    first, second = given(tmp_path, "trainer_counts")
+    first, second = (rank["hugging_counts"] for rank in runs[2])
     for found in (first, second):
         assert_twin(found["train"], twin.tallies("train"))
         assert_twin(found["val"], twin.tallies("val"))
@@ -48,22 +38,15 @@ def test_a_hugging_face_training(tmp_path: Path) -> None:
     assert first["offered"] == second["offered"] != []
 
 
-def test_a_hugging_face_training_that_is_resumed(tmp_path: Path) -> None:
-    for found in given(tmp_path, "trainer_resumes"):
+def test_a_hugging_face_training_that_is_resumed(runs: Runs) -> None:
+    for found in (rank["hugging_resumes"] for rank in runs[2]):
         assert_equal_counts(found["second"], found["first"])
         # 2 epochs of 24 sentences.
         assert found["second"][ACTS[0]]["examples"] == 48
 
 
-def test_a_hugging_face_training_learns_the_same(tmp_path: Path) -> None:
-    first, second = given(tmp_path, "trainer_learns")
-    assert_same_weights(first["plain"], first["watched"])
-    assert_same_weights(first["watched"], second["watched"])
-    assert not torch.equal(first["plain"]["lm_head.weight"], gpt2().lm_head.weight)
-
-
-def test_a_plain_loop_with_accelerate(tmp_path: Path) -> None:
-    found = given(tmp_path, "accelerate_loops")
+def test_accelerate_is_watched_before_and_after_it_prepares(runs: Runs) -> None:
+    found = [rank["accelerate_before_and_after"] for rank in runs[2]]
     assert list(found[0]) == ["no, before", "no, after", "bf16, before", "bf16, after"]
     for name in found[0]:
         wanted = one_process(bfloat16=name.startswith("bf16"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +32,41 @@ def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) ->
     wanted = union_of([rank["recorded"] for rank in given])
     for rank in given:
         assert_equal_counts(rank["counted"], wanted)
+
+
+@pytest.mark.parametrize("task", ["lightning_fault", "hugging_fault"])
+def test_a_fault_on_one_rank_of_a_trainer(runs: Runs, task: str) -> None:
+    """The training ends as the one that nobody watches; the other rank's counts are whole."""
+    healthy, broken = given = [rank[task] for rank in runs[2]]
+    assert (healthy["warned"], str(broken["warned"])) == (None, "a fault of ours")
+    for phase in ("train", "val"):
+        wanted = union_of([rank["recorded"][phase] for rank in given])
+        for rank in given:
+            assert_equal_counts(rank["counted"][phase], wanted)
+    seen = [next(iter(rank["recorded"]["train"].values()))["examples"] for rank in given]
+    assert seen[0] > seen[1] > 0
+    for rank in given:
+        assert rank["same_weights"]
+        assert rank["same_hooks"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_magnitudes_are_the_sums_of_the_ranks(runs: Runs, world: int) -> None:
+    """Joined sums depend on the order of ranks, in their last bits only.
+
+    All terms are at least 0, so that each float64 addition is wrong by 2**-53 of the whole at most. Five steps are
+    added up in three windows on each rank (5 additions), ranks in each of three exchanges (3 x world), windows at last
+    (3); the ranks' own, to which they are compared, take 5 + 3 as well.
+    """
+    given = [rank["sums"] for rank in runs[world]]
+    bound = (2 * (5 + 3) + 3 * world) * 2.0**-53
+    for name in given[0]["joined"]:
+        own = np.array([rank["own"][name] for rank in given])
+        wanted = np.array([math.fsum(column) for column in own.T])
+        assert (wanted > 0).any()
+        for rank in given:
+            assert (np.abs(rank["joined"][name] - wanted) <= bound * wanted).all()
+        assert all((rank["joined"][name] == given[0]["joined"][name]).all() for rank in given)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import inspect
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
 from tests.ranks.exchanges import EXCHANGES
-from tests.ranks.parallel import CASES, ENDS, Case, run, sequence_parallel, tensor_compiled
+from tests.ranks.parallel import Case, cases_of, run, sequence_parallel, sums, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
@@ -124,10 +126,8 @@ def both_train_observed_at_times(rank: int) -> dict[str, Any]:
 
 
 def spread(rank: int, strategy: str, shares: int | None = None) -> dict[Case, Any]:
-    """Every case of a strategy on two ranks; the plainest and the fullest otherwise."""
-    world = dist.get_world_size()
-    share = rank if shares is None else rank // (world // shares)
-    return {case: run(strategy, case, share) for case in (CASES if world == 2 else ENDS)}
+    share = rank if shares is None else rank // (dist.get_world_size() // shares)
+    return {case: run(strategy, case, share) for case in cases_of(dist.get_world_size())}
 
 
 def ddp(rank: int) -> Any:
@@ -167,26 +167,38 @@ TASKS = {
         tensor_compiled,
         both,
         sequence_parallel,
+        sums,
         uneven,
         uneven_and_validated,
         fault,
         retired,
         other_widths,
         *EXCHANGES,
+        elastic,
+        killed,
     )
 }
+TRAINERS = ("lightning", "hugging", "accelerate")
+
+
+def task_of(name: str) -> Any:
+    """The function of that name: here, or, of a trainer whose name comes first, in the module of its runs."""
+    trainer = name.partition("_")[0]
+    if trainer in TRAINERS:
+        return getattr(importlib.import_module(f"tests.ranks.{trainer}_runs"), name)
+    return TASKS[name]
 
 
 def main(rank: str, world: str, folder: str, *tasks: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
-    known = {**TASKS, **{task.__name__: partial(task, folder=Path(folder)) for task in (elastic, killed)}}
-    if any(task.startswith("lightning") for task in tasks):
-        from tests.ranks.lightning_runs import lightning_ddp, lightning_model_parallel
-
-        lightning = (lightning_ddp, lightning_model_parallel)
-        known.update({task.__name__: partial(task, folder=Path(folder)) for task in lightning})
-    torch.save({task: known[task](int(rank)) for task in tasks}, Path(folder) / f"{rank}_of_{world}.pt")
+    found = {}
+    for name in tasks:
+        task = task_of(name)
+        gc.freeze()  # imports stay: Accelerate collects garbage in each training, which would take most of its time
+        places = (Path(folder),) if "folder" in inspect.signature(task).parameters else ()
+        found[name] = task(int(rank), *places)
+    torch.save(found, Path(folder) / f"{rank}_of_{world}.pt")
     if "killed" not in tasks:
         dist.barrier()
     os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
