@@ -179,6 +179,10 @@ class Flow:
             layout = nearest._replace(source=f"nearest {nearest.source}")
         return layout._replace(part=self.part(tensor, layout.axis))
 
+    def ground(self, tensor: Tensor) -> tuple[Any, ...]:
+        """All but the tensor's own shape and kind that :meth:`of` and :meth:`part` go by: where it is equal, so are they."""
+        return self._layouts.get(tensor), *self._nearest, *self._shared
+
     def part(self, tensor: Tensor, axis: int) -> Part:
         """Which neurons this rank holds of a tensor whose layout is declared or guessed.
 
