@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,10 @@ def assume(dimensions: int) -> Layout:
     return Layout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
 
 
-class TensorMap:
+Known = TypeVar("Known", bound=tuple[Any, ...])
+
+
+class TensorMap(Generic[Known]):
     """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
 
     While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of
@@ -62,19 +65,20 @@ class TensorMap:
 
     def __init__(self, name: str) -> None:
         self._attribute = f"_neuronscope_{name}"
-        self._known: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
 
-    def put(self, tensor: Tensor, value: tuple[Any, ...]) -> None:
+    def put(self, tensor: Tensor, value: Known) -> None:
         """Remember ``value``, a tuple of primitives, for ``tensor``."""
         if torch.compiler.is_compiling():
             setattr(tensor, self._attribute, value)
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), value)
 
-    def get(self, tensor: Tensor) -> tuple[Any, ...] | None:
+    def get(self, tensor: Tensor) -> Known | None:
         """What was last remembered for ``tensor``, or ``None``."""
         if torch.compiler.is_compiling():
-            return getattr(tensor, self._attribute, None)
+            traced: Known | None = getattr(tensor, self._attribute, None)
+            return traced
         entry = self._known.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
@@ -149,14 +153,15 @@ _SHAPED = _named(
     (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
 )
 _VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
+_CHOOSING = _PICKS | _VIEWS
 
 
 class Flow:
     """The layouts of the tensors of one forward, kept by following every torch function called in it."""
 
     def __init__(self) -> None:
-        self._layouts = TensorMap("layout")
-        self._picked = TensorMap("picked")  # weights that the data picked from a stack
+        self._layouts: TensorMap[Layout] = TensorMap("layout")
+        self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, Layout]] = []  # at most one
         self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
@@ -172,7 +177,7 @@ class Flow:
         """The layout of ``tensor``, with its source; never fails."""
         found = self._layouts.get(tensor)
         if found is not None:
-            return Layout(*found)
+            return found
         layout = assume(tensor.dim())
         if self._nearest and self._nearest[0][0] == tensor.dim():
             nearest = self._nearest[0][1]
@@ -180,7 +185,7 @@ class Flow:
         return layout._replace(part=self.part(tensor, layout.axis))
 
     def ground(self, tensor: Tensor) -> tuple[Any, ...]:
-        """All but the tensor's own shape and kind that :meth:`of` and :meth:`part` go by: where it is equal, so are they."""
+        """What :meth:`of` and :meth:`part` go by besides a plain tensor's shape: where that is equal, so are they."""
         return self._layouts.get(tensor), *self._nearest, *self._shared
 
     def part(self, tensor: Tensor, axis: int) -> Part:
@@ -226,17 +231,16 @@ class Flow:
                 place = 2
             axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
             layout = Layout(axis, producer.source, function in _MIXING and self._mixes(function, args))
-            self._nearest.clear()
             self._shared.clear()
-            if not torch.compiler.is_compiling() and is_distributed(outputs[0]):
+            if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
                 layout = layout._replace(part=part_of(outputs[0], axis))
                 self._shared.append((outputs[0].shape, local(outputs[0]).shape[axis], layout.part))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
                 self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
-            self._layouts.put(outputs[0], tuple(layout))
-            self._nearest.append((rank, layout))
+            self._layouts.put(outputs[0], layout)
+            self._nearest[:] = [(rank, layout)]
             return
-        if (function in _PICKS or function in _VIEWS) and self._picks(function, args):
+        if function in _CHOOSING and self._picks(function, args):
             for output in outputs:
                 self._picked.put(output, (True,))
             return
@@ -251,10 +255,9 @@ class Flow:
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                     carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if carried is not None:
-                    part = layout.part
-                    if not torch.compiler.is_compiling() and is_distributed(output):
-                        part = part_of(output, carried)
-                    self._layouts.put(output, (carried, layout.source, layout.mixed, part))
+                    if is_distributed(output) and not torch.compiler.is_compiling():
+                        layout = layout._replace(part=part_of(output, carried))
+                    self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
 
     def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
@@ -267,12 +270,12 @@ class Flow:
 
     def _mixes(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a weighted call applies other weights at other positions."""
+        if function in _GROUPED:
+            return True
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        return (
-            function in _GROUPED
-            or (self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors))
-            or (function in _STACKED and any(_is_stack(tensor) for tensor in tensors))
-        )
+        if self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors):
+            return True
+        return function in _STACKED and any(_is_stack(tensor) for tensor in tensors)
 
 
 def _is_stack(tensor: Tensor) -> bool:
@@ -288,7 +291,7 @@ def _weight_is_left(args: tuple[Any, ...]) -> bool:
     return isinstance(left, nn.Parameter) and left.dim() > 1 and not isinstance(right, nn.Parameter)
 
 
-def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Layout] | None:
+def _first_known(args: tuple[Any, ...], layouts: TensorMap[Layout]) -> tuple[Tensor, Layout] | None:
     """The argument whose layout carries on: the first known one of the highest rank."""
     best: tuple[Tensor, Layout] | None = None
     for arg in args:
@@ -297,7 +300,7 @@ def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Lay
             if known and (best is None or tensor.dim() > best[0].dim()):
                 layout = layouts.get(tensor)
                 if layout is not None:
-                    best = (tensor, Layout(*layout))
+                    best = (tensor, layout)
     return best
 
 
@@ -319,6 +322,8 @@ def _carry(
 ) -> int | None:
     """The neurons' dimension of ``after``, made from ``before`` whose neurons lie along ``axis``; ``None`` if lost."""
     rank = before.dim()
+    if after.dim() == rank and function not in _VIEWS and getattr(function, "__name__", "") != "__get__":
+        return axis
     if function in _TRANSPOSES:
         a, b = (number % rank for number in _numbers(args, kwargs, "dim0", "dim1", "axis0", "axis1"))
         return b if axis == a else a if axis == b else axis

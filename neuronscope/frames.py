@@ -30,7 +30,7 @@ class Frame:
     def __init__(self) -> None:
         self.owners: list[str] = []
         self.flow = Flow()
-        self.roles = TensorMap("role")
+        self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
         self.examples = 0
         self.recomputing = False
         self.muted = False

@@ -121,9 +121,10 @@ def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
     """
     node = x.grad_fn
     if node is None or x._backward_hooks is not None:
-        return x.register_hook(hook)
-    hooks: OrderedDict[Any, GradientHook] = OrderedDict()
+        handle: RemovableHandle = x.register_hook(hook)
+        return handle
+    hooks: OrderedDict[Any, Any] = OrderedDict()
     x._backward_hooks = hooks
-    node._register_hook_dict(x)  # type: ignore[attr-defined]
-    hooks[hook] = hook  # handles count from 0 on: no key of theirs
+    node._register_hook_dict(x)
+    hooks[hook] = hook  # the keys of handles are numbers: none of them is this one
     return None

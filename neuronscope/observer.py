@@ -39,6 +39,8 @@ class Call(NamedTuple):
         key: The site.
         meter: Where it is counted; ``None`` where it is not wanted.
         axis: The neurons' dimension.
+        axis_source: How that is known.
+        activation: What is applied.
         halved: The dimension along which the input is split in two halves (GLU), else ``None``.
         examples: Independent examples behind the call.
         hook: Counts the gradient of the input; ``None`` where ``torch.compile`` traces.
@@ -49,6 +51,8 @@ class Call(NamedTuple):
     key: SiteKey
     meter: Meter | None
     axis: int
+    axis_source: str
+    activation: Activation
     halved: int | None
     examples: int
     hook: CountedGradient | None
@@ -184,7 +188,6 @@ class Observer:
             if not function and not torch.compiler.is_compiling():  # a function of integers is no activation
                 self.unseen.setdefault(path or "(root)", f"it ran on {_what(x)}, which cannot be counted")
             return None
-        compiling = torch.compiler.is_compiling()
         loose = not frame.owners
         if loose and not frame.bounded:
             frame.ran_in_parts = True
@@ -209,13 +212,11 @@ class Observer:
         frame.roles.put(x, call.input_role)
         return call
 
-    def _call(
-        self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int
-    ) -> Call | None:
+    def _call(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
             return self._new_call(key, activation, x, halved, examples)
-        given = (self.phase, x.shape, x.layout, x.is_meta, halved, examples, activation.name, self.frame.flow.ground(x))
+        given = (self.phase, x.shape, x.layout, x.is_meta, halved, examples, activation, self.frame.flow.ground(x))
         last = self._plain.get(key)
         if last is not None and last[0] == given:
             return last[1]
@@ -265,7 +266,7 @@ class Observer:
         place = (key.path, key.function)
         hook = None if compiling or meter is None else CountedGradient(self, place, halved, meter, axis)
         role = (True, *key, axis, source, part, activation.name, examples)
-        return Call(key, meter, axis, halved, examples, hook, (False, *key), role)
+        return Call(key, meter, axis, source, activation, halved, examples, hook, (False, *key), role)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
         """A site that began has made ``y`` of ``x``: count it."""
@@ -273,7 +274,7 @@ class Observer:
             return
         if call.meter is not None:
             neurons = local(y).shape[call.axis]
-            if neurons == call.meter.neurons and (not isinstance(x, Tensor) or cut(x) == cut(y)):
+            if neurons == call.meter.neurons and (type(y) is type(x) is Tensor or _cut_alike(x, y)):
                 self._count(call.meter, y, call.axis, call.examples)
             else:
                 self.unseen.setdefault(
@@ -379,8 +380,14 @@ class Observer:
             name = next(key.name for (_, key), known in self._meters.items() if known is meter)
             self.unseen.setdefault(name, "its gradient is spread over the ranks in another way than its output")
             return
-        add_gradients(meter, gate_half(local(gradient.detach()), halved), axis, self._scratch)
+        plain = gradient.detach() if gradient.requires_grad else gradient
+        add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
+
+
+def _cut_alike(x: Any, y: Tensor) -> bool:
+    """Whether ranks share an output as they share the input."""
+    return not isinstance(x, Tensor) or cut(x) == cut(y)
 
 
 def _real(tensor: Tensor) -> bool:

@@ -106,7 +106,7 @@ class _Ledger:
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
         self.hidden = 0
-        self._numbers = TensorMap("value")
+        self._numbers: TensorMap[tuple[int, int]] = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # parameters and buffers, as they were before the forward
         self._kept: list[Tensor] = []  # so that no identity of a constant is given away again
