@@ -60,6 +60,13 @@ def test_a_declared_axis_stays_where_it_was_declared():
     assert tally.zero_gradients.tolist() == [8 + 2, 2, 2, 2]
 
 
+def test_an_axis_counted_from_the_right_and_another_rank():
+    net = Net(lambda x, step: x[:, None] if step % 2 else x, nn.ReLU())
+    tally = run(net, 4, axes={"act": -1}).census()["act"]
+    assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
+    assert tally.zero_gradients.tolist() == [16, 0, 0, 0]
+
+
 def test_a_functional_site_whose_neurons_turn():
     class Functional(Net):
         def forward(self, x: Tensor) -> Tensor:
