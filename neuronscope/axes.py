@@ -107,6 +107,11 @@ class _Producer(NamedTuple):
     from_right: int
     source: str
 
+    def layout(self, rank: int) -> Layout:
+        """Of an output with so many dimensions."""
+        place = self.from_right
+        return Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
+
 
 def _producers() -> dict[Callable[..., Any], _Producer]:
     """Every weighted call of torch; dimension 1 of a convolution is counted from the right, for unbatched input."""
@@ -163,6 +168,7 @@ class Flow:
         self._layouts: TensorMap[Layout] = TensorMap("layout")
         self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, Layout]] = []  # at most one
+        self._made: dict[tuple[Callable[..., Any], int], Layout] = {}  # by what weighted call, and of what rank
         self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
@@ -218,6 +224,8 @@ class Flow:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """A torch function was called with ``args`` and gave ``result``: learn the result's layout."""
+        if self._produced(function, result):
+            return
         if isinstance(result, Tensor):
             outputs: tuple[Any, ...] = (result,)
         elif isinstance(result, (tuple, list)):
@@ -226,15 +234,14 @@ class Flow:
             return
         producer = _PRODUCERS.get(function)
         if producer is not None and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0:
-            place, rank = producer.from_right, outputs[0].dim()
+            rank = outputs[0].dim()
             if function in _MATRIX_PRODUCTS and _weight_is_left(args):
-                place = 2
-            axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
-            layout = Layout(axis, producer.source, function in _MIXING and self._mixes(function, args))
+                producer = producer._replace(from_right=2)
+            layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
             self._shared.clear()
             if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
-                layout = layout._replace(part=part_of(outputs[0], axis))
-                self._shared.append((outputs[0].shape, local(outputs[0]).shape[axis], layout.part))
+                layout = layout._replace(part=part_of(outputs[0], layout.axis))
+                self._shared.append((outputs[0].shape, local(outputs[0]).shape[layout.axis], layout.part))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
                 self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
             self._layouts.put(outputs[0], layout)
@@ -258,6 +265,22 @@ class Flow:
                     if is_distributed(output) and not torch.compiler.is_compiling():
                         layout = layout._replace(part=part_of(output, carried))
                     self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
+
+    def _produced(self, function: Callable[..., Any], result: Any) -> bool:
+        """The commonest calls by a short way: a weighted one whose layout follows from its output's rank alone."""
+        if type(result) is not Tensor or torch.compiler.is_compiling() or self._picked.maybe_any():
+            return False
+        rank = result.dim()
+        layout = self._made.get((function, rank))
+        if layout is None:
+            producer = _PRODUCERS.get(function)
+            if producer is None or function in _STACKED or function in _GROUPED or not rank:
+                return False
+            layout = self._made[function, rank] = producer.layout(rank)
+        self._shared.clear()
+        self._layouts.put(result, layout)
+        self._nearest[:] = [(rank, layout)]
+        return True
 
     def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
