@@ -12,17 +12,17 @@ written so that ``torch.compile`` can trace it.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.shards import Part, is_distributed, is_later_part, local, part_of
+from neuronscope.tensormaps import TensorMap
 
-__all__ = ["Flow", "Layout", "TensorMap", "assume"]
+__all__ = ["Flow", "Layout", "assume"]
 
 
 class Layout(NamedTuple):
@@ -48,47 +48,6 @@ def assume(dimensions: int) -> Layout:
     (1, 2)
     """
     return Layout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
-
-
-Known = TypeVar("Known", bound=tuple[Any, ...])
-
-
-class TensorMap(Generic[Known]):
-    """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
-
-    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of
-    the graph: there, what is known is an attribute of the traced tensor, and goes with it.
-
-    Args:
-        name: Of the attribute.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._attribute = f"_neuronscope_{name}"
-        self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
-
-    def put(self, tensor: Tensor, value: Known) -> None:
-        """Remember ``value``, a tuple of primitives, for ``tensor``."""
-        if torch.compiler.is_compiling():
-            setattr(tensor, self._attribute, value)
-        else:
-            self._known[id(tensor)] = (weakref.ref(tensor), value)
-
-    def get(self, tensor: Tensor) -> Known | None:
-        """What was last remembered for ``tensor``, or ``None``."""
-        if torch.compiler.is_compiling():
-            traced: Known | None = getattr(tensor, self._attribute, None)
-            return traced
-        entry = self._known.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known.clear()
-
-    def maybe_any(self) -> bool:
-        """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
-        return bool(self._known) or torch.compiler.is_compiling()
 
 
 def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.axes import Flow, TensorMap
+from neuronscope.axes import Flow
 from neuronscope.recomputation import Recomputation
 from neuronscope.shards import local
 from neuronscope.sites import SiteKey
+from neuronscope.tensormaps import TensorMap
 
 __all__ = ["Frame", "first_tensor"]
 

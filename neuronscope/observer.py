@@ -215,28 +215,25 @@ class Observer:
     def _call(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
-            return self._new_call(key, activation, x, halved, examples)
+            return self._find(key, activation, x, halved, examples)
         given = (self.phase, x.shape, x.layout, x.is_meta, halved, examples, activation, self.frame.flow.ground(x))
         last = self._plain.get(key)
         if last is not None and last[0] == given:
             return last[1]
-        call = self._new_call(key, activation, x, halved, examples)
+        call = self._find(key, activation, x, halved, examples)
         if call is not None:
             self._plain[key] = (given, call)
         return call
 
-    def _new_call(
-        self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int
-    ) -> Call | None:
+    def _find(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         compiling = torch.compiler.is_compiling()
-        flow = self.frame.flow
         if not compiling and not _real(x):
             kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
             self.unseen.setdefault(key.name, f"{kind} cannot be counted")
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
         if declared is None:
-            axis, source, mixed, part = flow.of(x)
+            axis, source, mixed, part = self.frame.flow.of(x)
             if mixed:
                 self.unseen.setdefault(
                     key._replace(call=0).name,
@@ -246,7 +243,7 @@ class Observer:
                 return None
         elif -x.dim() <= declared < x.dim():
             axis, source = declared % x.dim(), "declared"
-            part = flow.part(x, axis)
+            part = self.frame.flow.part(x, axis)
         else:
             self.unseen.setdefault(key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes")
             return None
@@ -274,7 +271,7 @@ class Observer:
             return
         if call.meter is not None:
             neurons = local(y).shape[call.axis]
-            if neurons == call.meter.neurons and (type(y) is type(x) is Tensor or _cut_alike(x, y)):
+            if neurons == call.meter.neurons and (not isinstance(x, Tensor) or cut(x) == cut(y)):
                 self._count(call.meter, y, call.axis, call.examples)
             else:
                 self.unseen.setdefault(
@@ -383,11 +380,6 @@ class Observer:
         plain = gradient.detach() if gradient.requires_grad else gradient
         add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
-
-
-def _cut_alike(x: Any, y: Tensor) -> bool:
-    """Whether ranks share an output as they share the input."""
-    return not isinstance(x, Tensor) or cut(x) == cut(y)
 
 
 def _real(tensor: Tensor) -> bool:
