@@ -21,6 +21,11 @@ class TensorMap(Generic[Known]):
 
     Args:
         name: Of the attribute.
+
+    >>> known, tensor = TensorMap("size"), torch.ones(2)
+    >>> known.put(tensor, (2,))
+    >>> known.get(tensor), known.get(torch.ones(2))
+    ((2,), None)
     """
 
     def __init__(self, name: str) -> None:
