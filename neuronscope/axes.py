@@ -12,7 +12,6 @@ written so that ``torch.compile`` can trace it.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.shards import Part, is_distributed, is_later_part, local, part_of
+from neuronscope.tensormaps import TensorMap
 
-__all__ = ["Flow", "Layout", "TensorMap", "assume"]
+__all__ = ["Flow", "Layout", "assume"]
 
 
 class Layout(NamedTuple):
@@ -50,43 +50,6 @@ def assume(dimensions: int) -> Layout:
     return Layout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
 
 
-class TensorMap:
-    """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
-
-    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of
-    the graph: there, what is known is an attribute of the traced tensor, and goes with it.
-
-    Args:
-        name: Of the attribute.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._attribute = f"_neuronscope_{name}"
-        self._known: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
-
-    def put(self, tensor: Tensor, value: tuple[Any, ...]) -> None:
-        """Remember ``value``, a tuple of primitives, for ``tensor``."""
-        if torch.compiler.is_compiling():
-            setattr(tensor, self._attribute, value)
-        else:
-            self._known[id(tensor)] = (weakref.ref(tensor), value)
-
-    def get(self, tensor: Tensor) -> tuple[Any, ...] | None:
-        """What was last remembered for ``tensor``, or ``None``."""
-        if torch.compiler.is_compiling():
-            return getattr(tensor, self._attribute, None)
-        entry = self._known.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else None
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known.clear()
-
-    def maybe_any(self) -> bool:
-        """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
-        return bool(self._known) or torch.compiler.is_compiling()
-
-
 def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
     return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
 
@@ -102,6 +65,11 @@ class _Producer(NamedTuple):
 
     from_right: int
     source: str
+
+    def layout(self, rank: int) -> Layout:
+        """Of an output with so many dimensions."""
+        place = self.from_right
+        return Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
 
 
 def _producers() -> dict[Callable[..., Any], _Producer]:
@@ -149,15 +117,17 @@ _SHAPED = _named(
     (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
 )
 _VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
+_CHOOSING = _PICKS | _VIEWS
 
 
 class Flow:
     """The layouts of the tensors of one forward, kept by following every torch function called in it."""
 
     def __init__(self) -> None:
-        self._layouts = TensorMap("layout")
-        self._picked = TensorMap("picked")  # weights that the data picked from a stack
+        self._layouts: TensorMap[Layout] = TensorMap("layout")
+        self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, Layout]] = []  # at most one
+        self._made: dict[tuple[Callable[..., Any], int], Layout] = {}  # by what weighted call, and of what rank
         self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
@@ -172,12 +142,16 @@ class Flow:
         """The layout of ``tensor``, with its source; never fails."""
         found = self._layouts.get(tensor)
         if found is not None:
-            return Layout(*found)
+            return found
         layout = assume(tensor.dim())
         if self._nearest and self._nearest[0][0] == tensor.dim():
             nearest = self._nearest[0][1]
             layout = nearest._replace(source=f"nearest {nearest.source}")
         return layout._replace(part=self.part(tensor, layout.axis))
+
+    def ground(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What :meth:`of` and :meth:`part` go by besides a plain tensor's shape: where that is equal, so are they."""
+        return self._layouts.get(tensor), *self._nearest, *self._shared
 
     def part(self, tensor: Tensor, axis: int) -> Part:
         """Which neurons this rank holds of a tensor whose layout is declared or guessed.
@@ -209,6 +183,8 @@ class Flow:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """A torch function was called with ``args`` and gave ``result``: learn the result's layout."""
+        if self._produced(function, result):
+            return
         if isinstance(result, Tensor):
             outputs: tuple[Any, ...] = (result,)
         elif isinstance(result, (tuple, list)):
@@ -217,22 +193,20 @@ class Flow:
             return
         producer = _PRODUCERS.get(function)
         if producer is not None and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0:
-            place, rank = producer.from_right, outputs[0].dim()
+            rank = outputs[0].dim()
             if function in _MATRIX_PRODUCTS and _weight_is_left(args):
-                place = 2
-            axis = max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1)
-            layout = Layout(axis, producer.source, function in _MIXING and self._mixes(function, args))
-            self._nearest.clear()
+                producer = producer._replace(from_right=2)
+            layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
             self._shared.clear()
-            if not torch.compiler.is_compiling() and is_distributed(outputs[0]):
-                layout = layout._replace(part=part_of(outputs[0], axis))
-                self._shared.append((outputs[0].shape, local(outputs[0]).shape[axis], layout.part))
+            if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
+                layout = layout._replace(part=part_of(outputs[0], layout.axis))
+                self._shared.append((outputs[0].shape, local(outputs[0]).shape[layout.axis], layout.part))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
                 self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
-            self._layouts.put(outputs[0], tuple(layout))
-            self._nearest.append((rank, layout))
+            self._layouts.put(outputs[0], layout)
+            self._nearest[:] = [(rank, layout)]
             return
-        if (function in _PICKS or function in _VIEWS) and self._picks(function, args):
+        if function in _CHOOSING and self._picks(function, args):
             for output in outputs:
                 self._picked.put(output, (True,))
             return
@@ -247,10 +221,25 @@ class Flow:
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                     carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if carried is not None:
-                    part = layout.part
-                    if not torch.compiler.is_compiling() and is_distributed(output):
-                        part = part_of(output, carried)
-                    self._layouts.put(output, (carried, layout.source, layout.mixed, part))
+                    if is_distributed(output) and not torch.compiler.is_compiling():
+                        layout = layout._replace(part=part_of(output, carried))
+                    self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
+
+    def _produced(self, function: Callable[..., Any], result: Any) -> bool:
+        """The commonest calls by a short way: a weighted one whose layout follows from its output's rank alone."""
+        if type(result) is not Tensor or torch.compiler.is_compiling() or self._picked.maybe_any():
+            return False
+        rank = result.dim()
+        layout = self._made.get((function, rank))
+        if layout is None:
+            producer = _PRODUCERS.get(function)
+            if producer is None or function in _STACKED or function in _GROUPED or not rank:
+                return False
+            layout = self._made[function, rank] = producer.layout(rank)
+        self._shared.clear()
+        self._layouts.put(result, layout)
+        self._nearest[:] = [(rank, layout)]
+        return True
 
     def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
@@ -263,12 +252,12 @@ class Flow:
 
     def _mixes(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a weighted call applies other weights at other positions."""
+        if function in _GROUPED:
+            return True
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        return (
-            function in _GROUPED
-            or (self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors))
-            or (function in _STACKED and any(_is_stack(tensor) for tensor in tensors))
-        )
+        if self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors):
+            return True
+        return function in _STACKED and any(_is_stack(tensor) for tensor in tensors)
 
 
 def _is_stack(tensor: Tensor) -> bool:
@@ -284,7 +273,7 @@ def _weight_is_left(args: tuple[Any, ...]) -> bool:
     return isinstance(left, nn.Parameter) and left.dim() > 1 and not isinstance(right, nn.Parameter)
 
 
-def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Layout] | None:
+def _first_known(args: tuple[Any, ...], layouts: TensorMap[Layout]) -> tuple[Tensor, Layout] | None:
     """The argument whose layout carries on: the first known one of the highest rank."""
     best: tuple[Tensor, Layout] | None = None
     for arg in args:
@@ -293,7 +282,7 @@ def _first_known(args: tuple[Any, ...], layouts: TensorMap) -> tuple[Tensor, Lay
             if known and (best is None or tensor.dim() > best[0].dim()):
                 layout = layouts.get(tensor)
                 if layout is not None:
-                    best = (tensor, Layout(*layout))
+                    best = (tensor, layout)
     return best
 
 
@@ -315,6 +304,8 @@ def _carry(
 ) -> int | None:
     """The neurons' dimension of ``after``, made from ``before`` whose neurons lie along ``axis``; ``None`` if lost."""
     rank = before.dim()
+    if after.dim() == rank and function not in _VIEWS and getattr(function, "__name__", "") != "__get__":
+        return axis
     if function in _TRANSPOSES:
         a, b = (number % rank for number in _numbers(args, kwargs, "dim0", "dim1", "axis0", "axis1"))
         return b if axis == a else a if axis == b else axis

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.axes import Flow, TensorMap
+from neuronscope.axes import Flow
 from neuronscope.recomputation import Recomputation
 from neuronscope.shards import local
 from neuronscope.sites import SiteKey
+from neuronscope.tensormaps import TensorMap
 
 __all__ = ["Frame", "first_tensor"]
 
@@ -30,7 +31,7 @@ class Frame:
     def __init__(self) -> None:
         self.owners: list[str] = []
         self.flow = Flow()
-        self.roles = TensorMap("role")
+        self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
         self.examples = 0
         self.recomputing = False
         self.muted = False

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from neuronscope.meters import Meter
 
-__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "unwatched"]
+__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register", "unwatched"]
 
 
 class Gradients(Protocol):
@@ -97,3 +99,32 @@ class RecomputedGradient(GradientHook):
     def site(self) -> tuple[Meter | None, int]:
         """As it is found now."""
         return self._find()
+
+
+def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
+    """Put a hook on a tensor that requires a gradient, as ``x.register_hook`` does, but quicker.
+
+    Most of that method's time goes into a handle, which is of no use where the tensor dies with its step.
+
+    Returns:
+        The handle, where it was made: of a leaf, which outlives its step, and of a tensor that bears hooks already.
+
+    >>> seen: list[Tensor] = []
+    >>> class Note(GradientHook):
+    ...     def __call__(self, gradient: Tensor | None) -> None:
+    ...         seen.append(gradient)
+    >>> x = torch.ones(2, requires_grad=True) * 1
+    >>> register(x, Note(None, ("relu", ""), None))
+    >>> (3 * x).sum().backward()
+    >>> seen
+    [tensor([3., 3.])]
+    """
+    node = x.grad_fn
+    if node is None or x._backward_hooks is not None:
+        handle: RemovableHandle = x.register_hook(hook)
+        return handle
+    hooks: OrderedDict[Any, Any] = OrderedDict()
+    x._backward_hooks = hooks
+    node._register_hook_dict(x)
+    hooks[hook] = hook  # the keys of handles are numbers: none of them is this one
+    return None

@@ -31,6 +31,7 @@ from neuronscope import (
     rows,
     shards,
     sites,
+    tensormaps,
     threads,
     waiting,
 )
@@ -375,6 +376,7 @@ skip_frames(
         rows,
         shards,
         sites,
+        tensormaps,
         threads,
         waiting,
         sys.modules[__name__],

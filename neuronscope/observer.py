@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from neuronscope.census import SiteInfo
 from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
-from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient
+from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.meters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.shards import Part, cut, is_partial, local
 from neuronscope.sites import Activation, SiteKey
@@ -40,18 +40,24 @@ class Call(NamedTuple):
         meter: Where it is counted; ``None`` where it is not wanted.
         axis: The neurons' dimension.
         axis_source: How that is known.
-        part: Which of the layer's neurons they are, where ranks share it.
         activation: What is applied.
+        halved: The dimension along which the input is split in two halves (GLU), else ``None``.
         examples: Independent examples behind the call.
+        hook: Counts the gradient of the input; ``None`` where ``torch.compile`` traces.
+        input_role: What a gated product is to know of the input: that it is one, and of which site.
+        output_role: And of the output: that it is one, of which site, and where its neurons lie.
     """
 
     key: SiteKey
     meter: Meter | None
     axis: int
     axis_source: str
-    part: Part
     activation: Activation
+    halved: int | None
     examples: int
+    hook: CountedGradient | None
+    input_role: tuple[Any, ...]
+    output_role: tuple[Any, ...]
 
 
 class Observer:
@@ -83,7 +89,7 @@ class Observer:
         self._make_meter = meters
         self._declared = axes
         self._declared_axes: dict[SiteKey, int | None] = {}
-        self._gradient_hooks: dict[tuple[SiteKey, int, int | None], CountedGradient] = {}
+        self._plain: dict[SiteKey, tuple[tuple[Any, ...], Call]] = {}  # the last call of each site, and what led to it
         self._leaf_handles: list[RemovableHandle] = []
         self._suspects: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -182,7 +188,6 @@ class Observer:
             if not function and not torch.compiler.is_compiling():  # a function of integers is no activation
                 self.unseen.setdefault(path or "(root)", f"it ran on {_what(x)}, which cannot be counted")
             return None
-        compiling = torch.compiler.is_compiling()
         loose = not frame.owners
         if loose and not frame.bounded:
             frame.ran_in_parts = True
@@ -195,13 +200,40 @@ class Observer:
             self._ask_again(x, path, function, halved)
             return None
         key = frame.number(path, function)
+        examples = x.size(0) if loose else frame.examples
+        call = self._call(key, activation, x, halved, examples)
+        if call is None:
+            return None
+        if call.meter is not None and x.requires_grad and torch.is_grad_enabled():
+            if call.hook is not None:
+                self._hook(x, call.hook)
+            else:
+                ask_gradients(x, call.axis, call.halved, call.meter)
+        frame.roles.put(x, call.input_role)
+        return call
+
+    def _call(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
+        """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
+            return self._find(key, activation, x, halved, examples)
+        given = (self.phase, x.shape, x.layout, x.is_meta, halved, examples, activation, self.frame.flow.ground(x))
+        last = self._plain.get(key)
+        if last is not None and last[0] == given:
+            return last[1]
+        call = self._find(key, activation, x, halved, examples)
+        if call is not None:
+            self._plain[key] = (given, call)
+        return call
+
+    def _find(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
+        compiling = torch.compiler.is_compiling()
         if not compiling and not _real(x):
             kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
             self.unseen.setdefault(key.name, f"{kind} cannot be counted")
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
         if declared is None:
-            axis, source, mixed, part = frame.flow.of(x)
+            axis, source, mixed, part = self.frame.flow.of(x)
             if mixed:
                 self.unseen.setdefault(
                     key._replace(call=0).name,
@@ -211,7 +243,7 @@ class Observer:
                 return None
         elif -x.dim() <= declared < x.dim():
             axis, source = declared % x.dim(), "declared"
-            part = frame.flow.part(x, axis)
+            part = self.frame.flow.part(x, axis)
         else:
             self.unseen.setdefault(key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes")
             return None
@@ -228,18 +260,17 @@ class Observer:
                 meter.cut = cut(x)
         if not compiling:
             self._axes[key] = axis
-        if meter is not None and x.requires_grad and torch.is_grad_enabled():
-            self._ask_gradient(x, key, meter, axis, halved)
-        frame.roles.put(x, (False, *key))
-        examples = x.shape[0] if loose else frame.examples
-        return Call(key, meter, axis, source, part, activation, examples)
+        place = (key.path, key.function)
+        hook = None if compiling or meter is None else CountedGradient(self, place, halved, meter, axis)
+        role = (True, *key, axis, source, part, activation.name, examples)
+        return Call(key, meter, axis, source, activation, halved, examples, hook, (False, *key), role)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
         """A site that began has made ``y`` of ``x``: count it."""
         if not isinstance(y, Tensor) or y.dim() <= call.axis:
             return
-        neurons = local(y).shape[call.axis]
         if call.meter is not None:
+            neurons = local(y).shape[call.axis]
             if neurons == call.meter.neurons and (not isinstance(x, Tensor) or cut(x) == cut(y)):
                 self._count(call.meter, y, call.axis, call.examples)
             else:
@@ -249,8 +280,7 @@ class Observer:
                 )
         if isinstance(x, Tensor):
             self.frame.flow.same(x, y)
-        gate = (call.axis, call.axis_source, call.part, call.activation.name, call.examples)
-        self.frame.roles.put(y, (True, *call.key, *gate))
+        self.frame.roles.put(y, call.output_role)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """A product was taken: if one factor is a site's output and the other is not its input, it is a gate."""
@@ -316,16 +346,6 @@ class Observer:
                 made.gate = self._meters.get((phase, key._replace(gated=False)))
         return self._meters[phase, key]
 
-    def _ask_gradient(self, x: Tensor, key: SiteKey, meter: Meter, axis: int, halved: int | None) -> None:
-        if torch.compiler.is_compiling():
-            ask_gradients(x, axis, halved, meter)
-            return
-        hook = self._gradient_hooks.get((key, axis, halved))
-        if hook is None or hook.meter is not meter:
-            hook = CountedGradient(self, (key.path, key.function), halved, meter, axis)
-            self._gradient_hooks[key, axis, halved] = hook
-        self._hook(x, hook)
-
     def _ask_again(self, x: Tensor, path: str, function: str, halved: int | None) -> None:
         """A checkpoint runs a site again: its output was counted before, but its gradient may come only now."""
         place = (path, function)
@@ -347,8 +367,8 @@ class Observer:
         return any(isinstance(hook, GradientHook) and (hook.observer, hook.place) == (self, place) for hook in hooks)
 
     def _hook(self, x: Tensor, hook: GradientHook) -> None:
-        handle = x.register_hook(hook)
-        if x.is_leaf:
+        handle = register(x, hook)
+        if handle is not None and x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step: its hook must not
 
     def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
@@ -357,7 +377,8 @@ class Observer:
             name = next(key.name for (_, key), known in self._meters.items() if known is meter)
             self.unseen.setdefault(name, "its gradient is spread over the ranks in another way than its output")
             return
-        add_gradients(meter, gate_half(local(gradient.detach()), halved), axis, self._scratch)
+        plain = gradient.detach() if gradient.requires_grad else gradient
+        add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
 
 

@@ -71,16 +71,22 @@ class EnteredMode:
         """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""
         if torch.compiler.is_compiling():
             return
-        here, depth = threading.get_ident(), torch._C._len_torch_function_stack()
-        if here in self._threads and depth and torch._C._get_function_stack_at(depth - 1) is self._mode:
-            self._suspended.append(here)
-            self._mode.__exit__(None, None, None)
+        here = threading.get_ident()
+        if here in self._threads and torch._C._len_torch_function_stack():
+            last = torch._C._pop_torch_function_stack()
+            if last is self._mode:
+                self._suspended.append(here)
+            else:
+                torch._C._push_on_torch_function_stack(last)
 
     def resume(self) -> None:
         """Enter the mode again, if it was left for a while."""
-        if self._suspended and not torch.compiler.is_compiling() and threading.get_ident() in self._suspended:
-            self._suspended.remove(threading.get_ident())
-            self._mode.__enter__()
+        if not self._suspended or torch.compiler.is_compiling():
+            return
+        here = threading.get_ident()
+        if here in self._suspended:
+            self._suspended.remove(here)
+            torch._C._push_on_torch_function_stack(self._mode)
 
 
 def _here() -> int:

@@ -45,6 +45,7 @@ class Waiting:
         with torch.inference_mode(False):
             self._room = torch.empty(0, device="cpu")
         self._each: list[Tensor] = []  # views of it, made once
+        self._work: _Work | None = None
         self.steps: list[int] = []
 
     def __len__(self) -> int:
@@ -73,6 +74,7 @@ class Waiting:
                 most = min(_MOST, _NUMBERS // tensor.numel())
                 self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
                 self._each = [each.view(tensor.shape) for each in self._room]
+                self._work = None
             self._kind = kind
         self._each[len(self.steps)].copy_(tensor)
         self.steps.append(step)
@@ -108,12 +110,32 @@ class Waiting:
             scratch: Reusable buffers.
             out: float32 ``(tensors, quantities, N)``; magnitudes are not finite where an element is not.
         """
-        waiting = self._room if self.full else self._room[: len(self.steps)]
-        used = self._quantities * waiting.numel()
-        work = scratch.numbers(used)[:used].view(self._quantities, *waiting.shape)
-        parts = work.unbind()
+        numbers = self._quantities * len(self) * self._each[0].numel()
+        buffer = scratch.numbers(numbers)
+        if self._work is None or self._work.buffer is not buffer or len(self._work.waiting) != len(self):
+            with torch.inference_mode(False):
+                waiting = self._room[: len(self)]
+                self._work = _Work(buffer, waiting, buffer[:numbers].view(self._quantities, *waiting.shape))
+        waiting, parts, work = self._work.waiting, self._work.parts, self._work.whole
         compare(waiting, self.tolerance, scratch.zero, parts[0])
         if self._quantities > 1:
             magnitudes(waiting, parts[1])
-        work = work.squeeze(4) if work.shape[4] == 1 else work.sum(4)  # quicker than one sum over both ends
+        if waiting.shape[3] > 1:
+            work = work.sum(4)  # two plain sums are quicker than one over both ends
         torch.sum(work, 2, out=out.transpose(0, 1))
+
+
+class _Work:
+    """Where so many tensors are counted: views of a buffer, made once.
+
+    Args:
+        buffer: The buffer.
+        waiting: The tensors, ``(tensors, outer, N, inner)``.
+        whole: A part of the buffer, ``(quantities, tensors, outer, N, inner)``.
+    """
+
+    def __init__(self, buffer: Tensor, waiting: Tensor, whole: Tensor) -> None:
+        self.buffer = buffer
+        self.waiting = waiting
+        self.parts = whole.unbind()
+        self.whole = whole.squeeze(4) if waiting.shape[3] == 1 else whole

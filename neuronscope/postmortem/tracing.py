@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.axes import TensorMap
 from neuronscope.census import SiteInfo
 from neuronscope.errors import NeuronscopeError
 from neuronscope.gradients import unwatched
@@ -32,6 +31,7 @@ from neuronscope.observer import Call, Observer
 from neuronscope.postmortem.graph import Graph, Ref, Site, Step, Value, references, substitute
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import Activation, Registry, SiteKey, walk
+from neuronscope.tensormaps import TensorMap
 
 __all__ = ["ForwardError", "trace"]
 
@@ -106,7 +106,7 @@ class _Ledger:
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
         self.hidden = 0
-        self._numbers = TensorMap("value")
+        self._numbers: TensorMap[tuple[int, int]] = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # parameters and buffers, as they were before the forward
         self._kept: list[Tensor] = []  # so that no identity of a constant is given away again

@@ -1,0 +1,130 @@
+"""A hook on a pre-activation is put there by hand, to save a handle: it must be as one that torch registered."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuronscope.gradients import GradientHook, register
+
+
+class Noting(GradientHook):
+    """Keeps what comes."""
+
+    def __init__(self) -> None:
+        super().__init__(None, ("relu", ""), None)  # type: ignore[arg-type]
+        self.seen: list[Tensor | None] = []
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        self.seen.append(None if gradient is None else gradient.clone())
+
+
+def leaf() -> Tensor:
+    return torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]], requires_grad=True)
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of an operation": lambda w: w * 2,
+    "a view": lambda w: (w * 2).t(),
+    "a leaf": lambda w: w,
+    "the first of two outputs": lambda w: (w * 2).sort(dim=1)[0],
+    "the second of two outputs": lambda w: torch.var_mean(w * 2, dim=1)[1],
+    "changed in place": lambda w: (w * 2).mul_(3),
+}
+USES: dict[str, Callable[[Tensor], Tensor]] = {
+    "once": lambda x: (x * x).sum(),
+    "twice": lambda x: (x * x).sum() + x.exp().sum(),
+    "in place": lambda x: (x if not x.is_leaf else x * 1).relu_().square().sum(),
+    "not at all": lambda x: torch.zeros((), requires_grad=True) * 1,
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_it_is_told_what_a_registered_hook_is_told(make: Callable[[Tensor], Tensor], use: Callable[[Tensor], Tensor]):
+    told = []
+    for put in (lambda x, hook: x.register_hook(hook), register):
+        w, hook = leaf(), Noting()
+        x = make(w)
+        put(x, hook)
+        use(x).backward()
+        told.append((hook.seen, w.grad))
+    (expected, grad), (seen, same) = told
+    assert len(seen) == len(expected)
+    assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
+    assert (grad is None and same is None) or torch.equal(grad, same)
+
+
+def test_hooks_of_others_run_before_and_after_it_and_their_handles_leave_it_alone():
+    order: list[str] = []
+
+    class Ordered(Noting):
+        def __call__(self, gradient: Tensor | None) -> None:
+            order.append("ours")
+
+    x = leaf() * 2
+    register(x, Ordered())
+    gone = x.register_hook(lambda _: order.append("gone"))
+    x.register_hook(lambda _: order.append("after"))
+    gone.remove()
+    x.sum().backward()
+    assert order == ["ours", "after"]
+    order.clear()
+    x = leaf() * 2
+    first = x.register_hook(lambda _: order.append("first"))
+    register(x, Ordered())
+    x.sum().backward(retain_graph=True)
+    first.remove()
+    x.sum().backward()
+    assert order == ["first", "ours", "ours"]
+
+
+def test_two_of_ours_on_one_tensor():
+    x, one, two = leaf() * 2, Noting(), Noting()
+    register(x, one)
+    register(x, two)
+    x.sum().backward()
+    assert len(one.seen) == len(two.seen) == 1
+
+
+def test_the_gradient_may_be_kept_and_changed():
+    x, hook = leaf() * 2, Noting()
+    register(x, hook)
+    x.retain_grad()
+    x.register_hook(lambda gradient: gradient * 10)
+    (x * 3).sum().backward()
+    assert torch.equal(hook.seen[0], torch.full((2, 3), 3.0))
+    assert torch.equal(x.grad, torch.full((2, 3), 30.0))
+
+
+def test_a_leaf_gives_a_handle_that_takes_it_off():
+    w, hook = leaf(), Noting()
+    handle = register(w, hook)
+    assert handle is not None
+    handle.remove()
+    w.sum().backward()
+    assert not hook.seen
+    assert register(leaf() * 2, hook) is None
+
+
+def test_a_tensor_that_bears_it_is_saved_without_it_and_without_a_warning():
+    x = leaf() * 2
+    register(x, Noting())
+    restored = pickle.loads(pickle.dumps(x.detach()))
+    assert torch.equal(restored, x)
+    torch.utils.hooks.warn_if_has_hooks(x)  # warnings are errors here
+
+
+def test_it_dies_with_its_tensor():
+    x, hook = leaf() * 2, Noting()
+    dead = weakref.ref(hook)
+    register(x, hook)
+    del x, hook
+    gc.collect()
+    assert dead() is None

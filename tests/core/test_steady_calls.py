@@ -1,0 +1,171 @@
+"""What was found out of a site's last call serves the next one only where everything that it follows from is the same.
+
+Each network here changes one thing from step to step, and keeps the rest: above all the shape at the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+
+class Net(nn.Module):
+    """A linear layer that passes its input on, something done to the outcome, and an activation."""
+
+    def __init__(self, between: Callable[[Tensor, int], Tensor], act: nn.Module) -> None:
+        super().__init__()
+        self.fc, self.act, self.between = nn.Linear(4, 4, bias=False), act, between
+        self.step = 0
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.between(self.fc(x), self.step))
+
+
+#: Of the four columns the first is always off; of the four rows all are on elsewhere.
+X = torch.tensor([[-1.0, 1.0, 1.0, 1.0]]).repeat(4, 1)
+
+
+def turned(x: Tensor, step: int) -> Tensor:
+    return x.t() if step % 2 else x
+
+
+def run(net: Net, steps: int, x: Tensor = X, **options: object) -> ns.Scope:
+    with ns.watch(net, **options) as scope:
+        for net.step in range(steps):
+            net(x).sum().backward()
+            scope.step()
+    return scope
+
+
+def test_the_neurons_lie_along_another_dimension_of_the_same_shape():
+    tally = run(Net(turned, nn.ReLU()), 4).census()["act"]
+    # Turned or not, neuron 0 is off at its 4 positions of each of 4 steps, and the others never.
+    assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
+    assert tally.zero_gradients.tolist() == [16, 0, 0, 0]
+    assert (tally.positions, tally.gradient_positions) == (16, 16)
+
+
+def test_a_declared_axis_stays_where_it_was_declared():
+    tally = run(Net(turned, nn.ReLU()), 4, axes={"act": 1}).census()["act"]
+    # Two steps as they are: neuron 0 off at 4 positions each. Two turned: each neuron off at 1 of its 4 positions.
+    assert tally.zero_outputs.tolist() == [8 + 2, 2, 2, 2]
+    assert tally.zero_gradients.tolist() == [8 + 2, 2, 2, 2]
+
+
+def test_an_axis_counted_from_the_right_and_another_rank():
+    """On tensors of which no layout is known."""
+    net = Net(lambda x, step: (X[:, None] if step % 2 else X).clone().requires_grad_(), nn.ReLU())
+    tally = run(net, 4, axes={"act": -1}).census()["act"]
+    assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
+    assert tally.zero_gradients.tolist() == [16, 0, 0, 0]
+
+
+def test_a_functional_site_whose_neurons_turn():
+    class Functional(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.between(self.fc(x), self.step))
+
+    tally = run(Functional(turned, nn.Identity()), 4).census()["relu()"]
+    assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
+
+
+def test_the_nearest_producer_changes_and_the_shape_does_not():
+    """No layout is known of a tensor made from nothing: its neurons lie as those of the last weighted call do."""
+
+    class Nearest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.conv, self.act, self.step = nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ReLU(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = (self.conv if self.step % 2 else self.fc)(x)
+            made = torch.ones(3, 4, 4)
+            made[(slice(None), 0) if self.step % 2 else (slice(None), slice(None), 0)] = -1.0
+            return y.sum() * 0 + self.act(made).sum()
+
+    net = Nearest()
+    with ns.watch(net) as scope:
+        for net.step in range(4):
+            net(torch.randn(3, 4, 4)).backward()
+            scope.step()
+    # Axis 2 after the linear layer, 1 after the convolution: neuron 0 is off at 3 · 4 positions of each of 4 steps.
+    assert scope.census()["act"].zero_outputs.tolist() == [48, 0, 0, 0]
+
+
+def test_the_half_of_a_gated_linear_unit_turns():
+    net = Net(lambda x, step: x, nn.GLU(1))
+    with torch.no_grad():
+        net.fc.weight.copy_(torch.eye(4))
+    with ns.watch(net, axes={"act": 1}) as scope:
+        for net.step in range(2):
+            net.act.dim = 1 - net.step
+            net(torch.ones(4, 4)).sum().backward()
+            scope.step()
+            if net.step == 0:
+                assert scope.census()["act"].neurons == 2
+    # Step 0: 4 rows of 2 neurons. Step 1 has 4 neurons, of which the two that are known say nothing: it is not counted.
+    assert scope.census()["act"].positions == 4
+    assert "neurons changed from 2 to 4" in scope.report().not_measured[0].reason
+
+
+def test_examples_are_those_of_each_forward():
+    """Latents of one shape, whatever the batch."""
+    net = Net(lambda x, step: x[:2], nn.ReLU())
+    with ns.watch(net) as scope:
+        for size in (2, 7, 3):
+            net(torch.randn(size, 4)).sum().backward()
+            scope.step()
+    tally = scope.census()["act"]
+    assert (tally.positions, tally.examples) == (6, 12)
+
+
+def test_with_and_without_gradients():
+    net = Net(lambda x, step: x, nn.ReLU())
+    with ns.watch(net) as scope:
+        for number in range(6):
+            with torch.set_grad_enabled(number % 2 == 0):
+                y = net(X).sum()
+            if number % 2 == 0:
+                y.backward()
+            scope.step()
+    tally = scope.census()["act"]
+    assert (tally.positions, tally.gradient_positions) == (24, 12)
+
+
+def test_phases_have_meters_of_their_own():
+    net = Net(lambda x, step: x, nn.ReLU())
+    with ns.watch(net) as scope:
+        for _ in range(3):
+            net(X).sum().backward()
+            with scope.phase("val"):
+                net(-X)
+            scope.step()
+    assert scope.census("train")["act"].zero_outputs.tolist() == [12, 0, 0, 0]
+    assert scope.census("val")["act"].zero_outputs.tolist() == [0, 12, 12, 12]
+
+
+def test_a_sparse_tensor_of_the_same_shape_is_not_taken_for_a_dense_one():
+    net = Net(lambda x, step: x.detach().to_sparse() if step == 1 else x, nn.ReLU())
+    with ns.watch(net) as scope:
+        for net.step in range(3):
+            net(X)
+            scope.step()
+    assert scope.census()["act"].positions == 8  # steps 0 and 2
+    (missing,) = scope.report().not_measured
+    assert "cannot be counted" in missing.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_tensor_of_another_type_of_number(dtype: torch.dtype):
+    net = Net(lambda x, step: x.to(dtype) if step % 2 else x, nn.ReLU())
+    tally = run(net, 4).census()["act"]
+    assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
+    assert tally.mean_abs_output.tolist() == [0.0, 1.0, 1.0, 1.0]
