@@ -76,6 +76,7 @@ TESTS = {
     "Training frameworks": "tests/callbacks/test_runs.py",
     "Training frameworks, unharmed": "tests/callbacks/test_no_harm.py",
     "Hugging Face": "tests/callbacks/test_transformers_counts.py",
+    "Trainers × ranks × strategies": "tests/ranks/test_combinations.py",
     "Hugging Face and Accelerate on two ranks": "tests/ranks/test_two_ranks_of_trainers.py",
     "Resuming": "tests/callbacks/test_resume.py",
     "Bad input": "tests/core/test_scope_usage.py",

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 import neuronscope as ns
 from tests.core.slow_twin import hook_tables
-from tests.ranks.parallel import SITES, Case, Network, as_fsdp, cases_of, data, outcome, tried, whole
+from tests.ranks.parallel import CASES, SITES, Case, Network, as_fsdp, data, outcome, tried, whole
 from tests.ranks.recorded import Recorder
 from tests.ranks.worker import data as two_halves
 from tests.ranks.worker import network, watched_counts
@@ -106,15 +105,15 @@ def run(prepare: Any, case: Case, rank: int) -> dict[str, Any]:
 
 
 def accelerate_ddp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(by_ddp, case, rank) for case in cases_of(dist.get_world_size())}
+    return {case: run(by_ddp, case, rank) for case in CASES}
 
 
 def accelerate_fsdp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(by_fsdp, case, rank) for case in cases_of(dist.get_world_size())}
+    return {case: run(by_fsdp, case, rank) for case in CASES}
 
 
 def accelerate_by_hand(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(by_hand, case, rank) for case in cases_of(dist.get_world_size())}
+    return {case: run(by_hand, case, rank) for case in CASES}
 
 
 def accelerate_tried(rank: int, folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from neuronscope.callbacks.transformers import DeadNeuronCallback
 from tests.callbacks.hugging import ACTS, Noting, arguments, gpt2, texts, trainer
 from tests.core.slow_twin import hook_tables
 from tests.ranks.accelerate_runs import afresh, as_on_gpus
-from tests.ranks.parallel import Case, cases_of, outcome, tried, whole
+from tests.ranks.parallel import CASES, Case, outcome, tried, whole
 from tests.ranks.recorded import CHECKPOINTED, Recorder
 
 STEPS, BATCH, EVALUATED = 3, 2, 8
@@ -125,11 +125,11 @@ def weights_of(run: Any) -> dict[str, Tensor]:
 
 
 def hugging_ddp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(case, "ddp", folder) for case in cases_of(dist.get_world_size())}
+    return {case: run(case, "ddp", folder) for case in CASES}
 
 
 def hugging_fsdp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(case, "fsdp", folder) for case in cases_of(dist.get_world_size())}
+    return {case: run(case, "fsdp", folder) for case in CASES}
 
 
 def hugging_tried(rank: int, folder: Path) -> dict[str, str]:

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from neuronscope.callbacks import DeadNeuronMonitor
 from tests.core.slow_twin import hook_tables
 from tests.ranks.parallel import (
+    CASES,
     SITES,
     Case,
     Network,
     as_fsdp,
     as_tensor_parallel,
-    cases_of,
     counted,
     data,
     outcome,
@@ -151,11 +151,11 @@ def model_parallel(tensor: int = 1) -> ModelParallelStrategy:
 
 
 def lightning_ddp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(case, lambda: "ddp", folder) for case in cases_of(dist.get_world_size())}
+    return {case: run(case, lambda: "ddp", folder) for case in CASES}
 
 
 def lightning_fsdp(rank: int, folder: Path) -> dict[Case, Any]:
-    return {case: run(case, model_parallel, folder) for case in cases_of(dist.get_world_size())}
+    return {case: run(case, model_parallel, folder) for case in CASES}
 
 
 class After(Callback):

@@ -82,12 +82,6 @@ class Case:
 CASES = [Case(*options) for options in product((False, True), (1, 4), (False, True))]
 
 
-def cases_of(world: int) -> list[Case]:
-    """All; of four ranks, whose processes cost most, the half in which any two options meet in all four ways."""
-    half = [case for case in CASES if case.autocast ^ (case.micro_batches > 1) ^ case.checkpointed]
-    return CASES if world < 4 else half
-
-
 def as_ddp(model: nn.Module, case: Case) -> nn.Module:
     return DistributedDataParallel(model)
 

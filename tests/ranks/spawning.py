@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TIME_LIMIT_S = 400
+TIME_LIMIT_S = 600
 
 
 def as_launched(rank: int, world: int, port: int) -> dict[str, str]:

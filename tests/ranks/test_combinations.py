@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.callbacks.hugging import gpt2
 from tests.ranks import hugging_runs
-from tests.ranks.parallel import BATCH, STEPS, Case, Network, cases_of
+from tests.ranks.parallel import BATCH, CASES, STEPS, Case, Network
 from tests.ranks.test_strategies import check
 
 Runs = dict[int, list[dict[str, Any]]]
@@ -66,7 +66,7 @@ WAYS = {
 TABLE = [
     (world, way, case)
     for world, way in product(WORLDS, WAYS)
-    for case in cases_of(world)
+    for case in CASES
     if world == 2 or way != "Accelerate, FSDP2 by the user"
 ]
 

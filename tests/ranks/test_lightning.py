@@ -19,7 +19,7 @@ import torch
 import neuronscope as ns
 from tests.ranks.assertions import assert_equal_counts
 from tests.ranks.lightning_runs import SAVED_AT
-from tests.ranks.parallel import BATCH, STEPS, Case, Network, cases_of
+from tests.ranks.parallel import BATCH, CASES, STEPS, Case, Network
 from tests.ranks.spawning import ROOT, TIME_LIMIT_S
 from tests.ranks.test_strategies import check, expected
 
@@ -35,7 +35,7 @@ def check_saved(state: dict[str, Any], examples: int) -> None:
 
 
 @pytest.mark.parametrize("task", ["lightning_ddp", "lightning_fsdp"])
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in cases_of(world)], ids=str)
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in CASES], ids=str)
 def test_a_checkpoint_of_all_ranks(runs: Runs, world: int, case: Case, task: str) -> None:
     for rank in runs[world]:
         check_saved(rank[task][case]["saved"], world * SAVED_AT * case.micro_batches * BATCH)

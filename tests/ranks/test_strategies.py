@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.parallel import BATCH, CASES, HIDDEN, SPLIT, STEPS, WIDTH, Case, Network, cases_of
+from tests.ranks.parallel import BATCH, CASES, HIDDEN, SPLIT, STEPS, WIDTH, Case, Network
 from tests.ranks.recorded import side_by_side, union
 
 
@@ -60,7 +60,7 @@ def check_network(given: list[dict[str, Any]], case: Case, parts: int) -> None:
     check(given, parts, Network().state_dict(), {"train": examples})
 
 
-TABLE = [(world, strategy, case) for world, strategy in ((2, "tensor"), (4, "both")) for case in cases_of(world)]
+TABLE = [(world, strategy, case) for world, strategy in ((2, "tensor"), (4, "both")) for case in CASES]
 
 
 @pytest.mark.parametrize(("world", "strategy", "case"), TABLE, ids=str)
@@ -97,7 +97,7 @@ def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]
     # neurons of 48 bytes, 3 numbers of 8 bytes a site, two steps, and 19 numbers ahead: 3,120 bytes in one collective.
     # The first time, no layout is known yet: the 19 numbers travel ahead in one of their own.
     for rank in runs[4]:
-        note = rank["ddp"][cases_of(4)[0]]["notes"][-1]
+        note = rank["ddp"][CASES[0]]["notes"][-1]
         assert note.startswith("Counts of 4 ranks were joined 3 times: 0.0031 MB each, 4 collectives, "), note
     assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
 from tests.ranks.exchanges import EXCHANGES
-from tests.ranks.parallel import Case, cases_of, run, sequence_parallel, sums, tensor_compiled
+from tests.ranks.parallel import CASES, Case, run, sequence_parallel, sums, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
@@ -127,7 +127,7 @@ def both_train_observed_at_times(rank: int) -> dict[str, Any]:
 
 def spread(rank: int, strategy: str, shares: int | None = None) -> dict[Case, Any]:
     share = rank if shares is None else rank // (dist.get_world_size() // shares)
-    return {case: run(strategy, case, share) for case in cases_of(dist.get_world_size())}
+    return {case: run(strategy, case, share) for case in CASES}
 
 
 def ddp(rank: int) -> Any:
