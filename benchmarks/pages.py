@@ -26,7 +26,7 @@ def section(part: str, measured: str, pieces: Sequence[Table | Picture]) -> str:
 
 
 def check(page: Path) -> None:
-    """See that a page can take figures, before hours of measuring.
+    """See that a page can take figures, before minutes of measuring.
 
     Raises:
         ValueError: It has no mark, or something other than sections below it.

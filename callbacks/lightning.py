@@ -15,7 +15,7 @@ import torch
 
 from neuronscope.callbacks.monitors import Monitor
 from neuronscope.callbacks.publishing import summary, totals
-from neuronscope.callbacks.trainers import LightningLog, joined_callback, logger_of
+from neuronscope.callbacks.trainers import FRAMEWORKS, LightningLog, joined_callback, logger_of
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError
 from neuronscope.report import Report
 
@@ -104,7 +104,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """What an optimizer calls is no model's, and that may be twenty functions a weight: they need not be seen."""
         gate = self._runs.gate
-        if gate is not None and pl_module.automatic_optimization and _steps_once(optimizer):
+        if gate is not None and _runs_once(pl_module, optimizer):
             with self._faults:
                 gate.scope.close_step()
 
@@ -233,10 +233,11 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
             logger_of(run).info("Neuronscope stops the training: %s", alarm)
 
 
-def _steps_once(optimizer: Any) -> bool:
-    """Whether an optimizer is known to run the model no more than once a step."""
-    kind = type(optimizer)
-    return kind.__module__.startswith("torch.optim.") and not issubclass(kind, torch.optim.LBFGS)
+def _runs_once(pl_module: Any, optimizer: Any) -> bool:
+    """Whether an optimizer's step is known to run the model once, and not as often as a user's own code likes."""
+    loop, kind = getattr(pl_module.optimizer_step, "__module__", ""), type(optimizer)
+    usual = pl_module.automatic_optimization and loop.startswith(tuple(f"{name}." for name in FRAMEWORKS))
+    return usual and kind.__module__.startswith("torch.optim.") and not issubclass(kind, torch.optim.LBFGS)
 
 
 def _fits(trainer: Any) -> bool:

@@ -162,6 +162,7 @@ class Monitor:
         """End the training cleanly, and say why."""
 
     def _begin_training(self, model: nn.Module, step: int) -> None:
+        self._publisher.begin()
         with self._faults:
             try:
                 self._runs.begin_fit(model, step)

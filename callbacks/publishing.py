@@ -112,10 +112,15 @@ class Publisher:
         self._drawn = {"images": images, "text": text, "vectors": vectors}
         self._share = drawing_share
         self._rests_until: dict[str, float] = {}
-        self._first_drawing = time.monotonic() + self._rest(_USUAL_DRAWING_S)
+        self._first_drawing = 0.0
         self._marks: dict[str, _Mark] = {}
         self._faults = Faults("write to a logger")
         self._drawer = Drawer()
+
+    def begin(self) -> None:
+        """A run begins: its time is what drawing gets a share of."""
+        self._rests_until.clear()
+        self._first_drawing = time.monotonic() + self._rest(_USUAL_DRAWING_S)
 
     def publish(self, report: Report, logs: Sequence[Log], step: int, *, final: bool = False) -> None:
         """Give a report to every log that was not given this step, or a later one, of its phase.

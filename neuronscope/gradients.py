@@ -104,7 +104,9 @@ class RecomputedGradient(GradientHook):
 def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
     """Put a hook on a tensor that requires a gradient, as ``x.register_hook`` does, but quicker.
 
-    Most of that method's time goes into a handle, which is of no use where the tensor dies with its step.
+    Most of that method's time goes into a handle, which is of no use where the tensor dies with its step. The order
+    matters: a view whose base was changed in place is given a new node when it is asked for one, without the hooks that
+    it had by then. Torch 2.13's own method asks last, and crashes.
 
     Returns:
         The handle, where it was made: of a leaf, which outlives its step, and of a tensor that bears hooks already.
@@ -119,7 +121,7 @@ def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
     >>> seen
     [tensor([3., 3.])]
     """
-    node = x.grad_fn
+    node = x.grad_fn  # before anything else
     if node is None or x._backward_hooks is not None:
         handle: RemovableHandle = x.register_hook(hook)
         return handle

@@ -76,11 +76,15 @@ class Meter:
         self.gradient_positions = 0
         self.examples = 0
 
-    def settle(self) -> Counters:
-        """Add up what waits; gives the counters, which are whole until the next tensor is counted."""
+    def settle(self, scratch: Scratch | None = None) -> Counters:
+        """Add up what waits; gives the counters, which are whole until the next tensor is counted.
+
+        Args:
+            scratch: Buffers, of whoever settles many meters one after another.
+        """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
-                scratch = Scratch()
+                scratch = scratch or Scratch()
                 self._count_small_outputs(scratch)
                 self._count_small_gradients(scratch)
             self._add_rows()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.census import SiteInfo, Tally
+from neuronscope.counting import Scratch
 from neuronscope.meters import Counters, Meter
 
 __all__ = ["most_examples", "read"]
@@ -31,7 +32,8 @@ def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
         A tally each.
     """
     meters = {id(each): each for _, meter in sites for each in (meter, meter.gate) if each is not None}
-    counters = (counter for meter in meters.values() for counter in meter.settle())
+    scratch = Scratch()
+    counters = (counter for meter in meters.values() for counter in meter.settle(scratch))
     copies = iter(_copied(counters))
     counted = {which: [next(copies) for _ in meter.counters] for which, meter in meters.items()}
     return [_tally(info, meter, counted) for info, meter in sites]

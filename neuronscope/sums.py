@@ -83,11 +83,16 @@ class StepWords:
 
     def latest(self, steps: IntArray) -> FloatArray:
         """What a rank gives for its latest steps ``(N,)``, −1 = never."""
-        return self._words[np.where(steps == -1, self.capacity, steps - self.base)]
+        return self._at(np.where(steps == -1, self.capacity, steps - self.base))
 
     def first(self, steps: IntArray) -> FloatArray:
         """What a rank gives for its first steps ``(N,)``, ``NEVER`` = never."""
-        return self._words[np.where(steps == NEVER, self.capacity, self.base + self.capacity - 1 - steps)]
+        return self._at(np.where(steps == NEVER, self.capacity, self.base + self.capacity - 1 - steps))
+
+    def _at(self, places: IntArray) -> FloatArray:
+        if places.min(initial=0) < 0:  # numpy would count it from the end
+            raise IndexError("a step that these words have no room for")
+        return self._words[places]
 
     def read_latest(self, numbers: Numbers) -> IntArray:
         """The latest steps of all ranks ``(N,)``, −1 = never."""

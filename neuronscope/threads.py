@@ -64,8 +64,21 @@ class EnteredMode:
             self._threads.remove(here)
             if here in self._suspended:
                 self._suspended.remove(here)
-            else:
+            elif torch.compiler.is_compiling():
                 self._mode.__exit__(None, None, None)
+            else:
+                self._take_out()
+
+    def _take_out(self) -> None:
+        """Take the mode off this thread's stack; others that were entered since then stay on it."""
+        above = []
+        while torch._C._len_torch_function_stack():
+            mode = torch._C._pop_torch_function_stack()
+            if mode is self._mode:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            torch._C._push_on_torch_function_stack(mode)
 
     def suspend(self) -> None:
         """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""

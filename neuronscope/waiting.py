@@ -9,6 +9,7 @@ larger tensors are counted at once. These are copies: no tensor of the network, 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Waiting:
         with torch.inference_mode(False):
             self._room = torch.empty(0, device="cpu")
         self._each: list[Tensor] = []  # views of it, made once
-        self._work: _Work | None = None
+        self._full: tuple[Tensor, _Views] | None = None  # a buffer, and how a full room is counted in it
         self.steps: list[int] = []
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ class Waiting:
                 most = min(_MOST, _NUMBERS // tensor.numel())
                 self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
                 self._each = [each.view(tensor.shape) for each in self._room]
-                self._work = None
+                self._full = None
             self._kind = kind
         self._each[len(self.steps)].copy_(tensor)
         self.steps.append(step)
@@ -110,13 +111,7 @@ class Waiting:
             scratch: Reusable buffers.
             out: float32 ``(tensors, quantities, N)``; magnitudes are not finite where an element is not.
         """
-        numbers = self._quantities * len(self) * self._each[0].numel()
-        buffer = scratch.numbers(numbers)
-        if self._work is None or self._work.buffer is not buffer or len(self._work.waiting) != len(self):
-            with torch.inference_mode(False):
-                waiting = self._room[: len(self)]
-                self._work = _Work(buffer, waiting, buffer[:numbers].view(self._quantities, *waiting.shape))
-        waiting, parts, work = self._work.waiting, self._work.parts, self._work.whole
+        waiting, parts, work = self._views(scratch)
         compare(waiting, self.tolerance, scratch.zero, parts[0])
         if self._quantities > 1:
             magnitudes(waiting, parts[1])
@@ -124,18 +119,30 @@ class Waiting:
             work = work.sum(4)  # two plain sums are quicker than one over both ends
         torch.sum(work, 2, out=out.transpose(0, 1))
 
+    def _views(self, scratch: Scratch) -> _Views:
+        """Where what waits is counted. Those of a full room, which come again and again, are made once."""
+        numbers = self._quantities * len(self) * self._each[0].numel()
+        buffer = scratch.numbers(numbers)
+        if self.full and self._full is not None and self._full[0] is buffer:
+            return self._full[1]
+        with torch.inference_mode(False):
+            waiting = self._room[: len(self)]
+            whole = buffer[:numbers].view(self._quantities, *waiting.shape)
+            views = _Views(waiting, whole.unbind(), whole.squeeze(4) if waiting.shape[3] == 1 else whole)
+        if self.full:  # a reader's buffer, which is of one reading, must not be kept
+            self._full = buffer, views
+        return views
 
-class _Work:
-    """Where so many tensors are counted: views of a buffer, made once.
 
-    Args:
-        buffer: The buffer.
+class _Views(NamedTuple):
+    """Of what waits, and of the buffer in which it is counted.
+
+    Attributes:
         waiting: The tensors, ``(tensors, outer, N, inner)``.
-        whole: A part of the buffer, ``(quantities, tensors, outer, N, inner)``.
+        parts: Of the buffer, for each quantity as much.
+        whole: All of these, ``(quantities, tensors, outer, N, inner)``, or without the last where it is 1.
     """
 
-    def __init__(self, buffer: Tensor, waiting: Tensor, whole: Tensor) -> None:
-        self.buffer = buffer
-        self.waiting = waiting
-        self.parts = whole.unbind()
-        self.whole = whole.squeeze(4) if waiting.shape[3] == 1 else whole
+    waiting: Tensor
+    parts: tuple[Tensor, ...]
+    whole: Tensor
