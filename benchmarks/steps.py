@@ -75,9 +75,6 @@ def by_default(observed: tuple[float, float], idle: tuple[float, float]) -> tupl
     Args:
         observed: Ratios to the unwatched step, of an observed one; see :meth:`benchmarks.turns.Times.over`.
         idle: The same of a step that is not.
-
-    >>> by_default((1.2, 1.1), (1.0, 1.0))
-    (1.01, 1.005)
     """
     n = DEFAULT_EVERY_N_STEPS
     return (observed[0] + (n - 1) * idle[0]) / n, (observed[1] + (n - 1) * idle[1]) / n
@@ -96,5 +93,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
         base, observed, idle = times["unwatched"], times["observed"].over(times["unwatched"]), times["idle"]
         quiet = idle.over(base)
         more = milliseconds(max(times["observed"].median - base.median, 0.0))
-        table.rows.append((name, milliseconds(base.median), ratio(observed), ratio(by_default(observed, quiet)), ratio(quiet), more))
+        table.rows.append(
+            (name, milliseconds(base.median), ratio(observed), ratio(by_default(observed, quiet)), ratio(quiet), more)
+        )
     yield table
