@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -131,8 +130,8 @@ def _steps(
         left_out = {name: _graphs_left_out(step) for name, step in steps.items()}
         runs = {name: _finished(x, step) for name, step in steps.items()}
         times = take_turns(runs, rounds=rounds, warm=5 if rounds > 1 else 1)
-        waits = _waits(steps, device)
         counted = _counted_steps(observed, len(x))
+        waits = _waits(steps, device)
     base = times["unwatched"]
     more, quiet = times["observed"].over(base), times["idle"].over(base)
     asked = options is not None and options.get("mode") == "reduce-overhead" and device != "cpu"
@@ -232,7 +231,6 @@ def main() -> None:
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("These figures need a GPU, and torch sees none here; --device cpu tries the script in tiny sizes.")
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, tiny sizes: no figures to quote"
-    logging.getLogger("torch").setLevel(logging.ERROR)  # the table says how many CUDA graphs were left out
     print(f"{where}, torch {torch.__version__}\n")
     for table in tables(device, quick=device == "cpu"):
         print(table.markdown(), flush=True)

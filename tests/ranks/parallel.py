@@ -97,7 +97,7 @@ def as_fsdp(model: nn.Module, case: Case, mesh: Any = None) -> nn.Module:
 
 
 def as_fsdp1(model: nn.Module, case: Case) -> nn.Module:
-    """Not told of a device, it wants an accelerator."""
+    """``FullyShardedDataParallel``; where it is not told of a device it wants an accelerator."""
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
     policy = ModuleWrapPolicy({Block})
     return FullyShardedDataParallel(model, device_id=device, auto_wrap_policy=policy, use_orig_params=True)
