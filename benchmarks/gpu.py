@@ -1,9 +1,10 @@
 """The figures that need a GPU: ``python -m benchmarks.gpu``.
 
-Three things: how fast tensors are counted, against a copy of them on the device; what a training step of networks like
-ResNet-50 and GPT-2 costs watched, in bfloat16, eager and compiled; and that an observed step never waits for the device
-(``torch.cuda.set_sync_debug_mode("error")`` raises where one does). ``--device cpu`` runs all of it in tiny sizes, to
-see that the script works: its figures say nothing.
+How fast tensors are counted, against a copy of them on the device; what a training step of networks like ResNet-50 and
+GPT-2 costs watched, in bfloat16, eager, compiled, and compiled with CUDA graphs; that an observed step never waits for
+the device (``torch.cuda.set_sync_debug_mode("error")`` raises where one does), and that every step was counted; and
+what the report says of a step that was captured by hand. ``--device cpu`` runs all of it in tiny sizes, but for the
+waits and the capture, which only CUDA has, to see that the script works: its figures say nothing.
 """
 
 from __future__ import annotations
@@ -11,39 +12,51 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
+from benchmarks.captured import replayed
 from benchmarks.large import gpt, resnet
-from benchmarks.steps import NEVER
+from benchmarks.steps import NEVER, by_default
 from benchmarks.tables import Table, milliseconds, ratio, size
-from benchmarks.turns import Times, take_turns
+from benchmarks.turns import take_turns
+from neuronscope.callbacks.monitors import DEFAULT_EVERY_N_STEPS
 from neuronscope.counting import Scratch, count_outputs, count_zeros
 
-__all__ = ["main", "tables"]
+__all__ = ["MODES", "main", "tables"]
 
 #: Neurons along axis 1 of images, else along the last axis.
 SHAPES = ((4096, 4096), (16, 1024, 3072), (64, 256, 56, 56), (64, 2048, 7, 7))
 TINY_SHAPES = ((8, 16), (2, 4, 3, 3))
+#: Options of ``torch.compile``, by the name in the table; ``None`` is eager.
+MODES: Mapping[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compiled": {},
+    "CUDA graphs": {"mode": "reduce-overhead"},
+}
 
 
-def tables(device: str, *, quick: bool, compiled: bool = True) -> Iterator[Table]:
-    """Bandwidth, steps, waits.
+def tables(device: str, *, quick: bool, modes: Mapping[str, dict[str, Any] | None] = MODES) -> Iterator[Table]:
+    """Bandwidth, steps, a captured step.
 
     Args:
         device: Where.
         quick: Tiny sizes and one round.
-        compiled: Whether to try ``torch.compile`` too.
+        modes: As :data:`MODES`.
     """
     yield _bandwidth(device, quick=quick)
     table = Table(
         "A training step in bfloat16",
-        ("net", "mode", "unwatched", "observed", "idle", "waits of an observed step"),
-        note="Ratios to the unwatched step: of medians, of minima in brackets.",
+        ("net", "mode", "unwatched", "observed", "default", "idle", "waits", "counted", "graphs left out"),
+        note="Ratios to the unwatched step: of medians, of minima in brackets. *Default* is every "
+        f"{DEFAULT_EVERY_N_STEPS}th step observed. *Waits* are those of an observed step for the device. *Counted* is "
+        "of the observed run. *Graphs left out* is how often torch made no CUDA graph, unwatched and observed.",
     )
     small = {"batch": 2, "width": 8}
     nets: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
@@ -51,12 +64,10 @@ def tables(device: str, *, quick: bool, compiled: bool = True) -> Iterator[Table
         "GPT-2-like": lambda: gpt(layers=1, heads=2, time=4, words=16, **small) if quick else gpt(),
     }
     for name, build in nets.items():
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            times, waits = _steps(build, device, compiled=mode == "compiled", rounds=1 if quick else 30)
-            base = times["unwatched"]
-            ratios = (ratio(times[run].over(base)) for run in ("observed", "idle"))
-            table.rows.append((name, mode, milliseconds(base.median), *ratios, waits))
+        for mode, options in modes.items():
+            table.rows.append((name, mode, *_steps(build, device, options, rounds=1 if quick else 30)))
     yield table
+    yield _captured(device)
 
 
 def _bandwidth(device: str, *, quick: bool) -> Table:
@@ -100,33 +111,48 @@ def _finished(y: Tensor, run: Callable[[], object]) -> Callable[[], None]:
 
 
 def _steps(
-    build: Callable[[], tuple[nn.Module, Tensor, Tensor]], device: str, *, compiled: bool, rounds: int
-) -> tuple[dict[str, Times], str]:
+    build: Callable[[], tuple[nn.Module, Tensor, Tensor]],
+    device: str,
+    options: dict[str, Any] | None,
+    rounds: int,
+) -> tuple[str, ...]:
+    """One row, after the names of net and mode."""
+    torch.compiler.reset()  # the compiler gives up on code that it has compiled for many models
     torch.manual_seed(0)
     model, x, y = (part.to(device) for part in build())
     plain, every, idle = (copy.deepcopy(model) for _ in range(3))
     with ns.watch(every, window_steps=NEVER) as observed, ns.watch(idle, every_n_steps=NEVER) as unobserved:
-        idle_step = _training(idle, x, y, compiled=compiled, after=unobserved.step)
-        watched = _training(every, x, y, compiled=compiled, after=observed.step)
-        times = take_turns(
-            {
-                "unwatched": _finished(x, _training(plain, x, y, compiled=compiled, after=lambda: None)),
-                "observed": _finished(x, watched),
-                "idle": _finished(x, idle_step),
-            },
-            rounds=rounds,
-            warm=5 if rounds > 1 else 1,
-        )
-        return times, _waits(watched, device)
+        steps = {
+            "unwatched": _training(plain, x, y, options, lambda: None),
+            "observed": _training(every, x, y, options, observed.step),
+            "idle": _training(idle, x, y, options, unobserved.step),
+        }
+        left_out = {name: _graphs_left_out(step) for name, step in steps.items()}
+        runs = {name: _finished(x, step) for name, step in steps.items()}
+        times = take_turns(runs, rounds=rounds, warm=5 if rounds > 1 else 1)
+        counted = _counted_steps(observed, len(x))
+        waits = _waits(steps, device)
+    base = times["unwatched"]
+    more, quiet = times["observed"].over(base), times["idle"].over(base)
+    asked = options is not None and options.get("mode") == "reduce-overhead" and device != "cpu"
+    graphs = f"{left_out['unwatched']}, {left_out['observed']}" if asked else "not asked"
+    return (
+        milliseconds(base.median),
+        *(ratio(pair) for pair in (more, by_default(more, quiet), quiet)),
+        *(waits, counted, graphs),
+    )
 
 
 def _training(
-    model: nn.Module, x: Tensor, y: Tensor, *, compiled: bool, after: Callable[[], object]
+    model: nn.Module, x: Tensor, y: Tensor, options: dict[str, Any] | None, after: Callable[[], object]
 ) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, foreach=True)
-    forward = torch.compile(model) if compiled else model
+    alone = {"fullgraph": True, "isolate_recompiles": True}  # equal models would be given each other's graphs
+    forward = model if options is None else torch.compile(model, **alone, **options)
 
     def step() -> None:
+        if options is not None:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(x.device.type, torch.bfloat16):
             loss = F.cross_entropy(forward(x), y)
         loss.backward()
@@ -137,19 +163,64 @@ def _training(
     return step
 
 
-def _waits(step: Callable[[], None], device: str) -> str:
-    """Whether a step waits for the device anywhere."""
+def _graphs_left_out(step: Callable[[], None]) -> int:
+    """How often torch's compiler made no CUDA graph of what it was to make one of, in the first steps of a run."""
+    known = torch._dynamo.utils.counters["inductor"]
+    before = known["cudagraph_skips"]
+    for _ in range(3):  # compiled, warmed up, recorded
+        step()
+    return known["cudagraph_skips"] - before
+
+
+def _waits(steps: Mapping[str, Callable[[], None]], device: str) -> str:
+    """Whether an observed step waits for the device anywhere, where an unwatched one does not."""
     if not device.startswith("cuda"):
         return "not asked"
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            step()
-    except RuntimeError as error:
-        return f"yes: {str(error).splitlines()[0]}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for name in ("unwatched", "observed"):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                steps[name]()
+        except RuntimeError as error:
+            return f"{name}: {str(error).splitlines()[0]}"
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     return "none"
+
+
+def _counted_steps(scope: ns.Scope, batch: int) -> str:
+    """Whether every site has all examples of all steps, and a gradient for each output."""
+    census, missing = scope.census(), scope.report().not_measured
+    whole = [
+        name
+        for name, tally in census.items()
+        if tally.examples == scope.global_step * batch and tally.gradient_positions == tally.positions
+    ]
+    said = f"{len(whole)} of {len(census)} sites at each of {scope.global_step} steps"
+    return f"{said}; not measured: {len(missing)}" if missing else said
+
+
+def _captured(device: str) -> Table:
+    """What the report says of a step that was captured by hand."""
+    table = Table(
+        "A step captured with torch.cuda.graph and replayed",
+        ("examples counted before the capture", "sites not measured", "why"),
+        note="Replays run no Python and are not counted: the report must say so of every site.",
+    )
+    if not device.startswith("cuda"):
+        table.rows.append(("not asked", "not asked", "only CUDA has such graphs"))
+        return table
+    batch = 4
+    layers = (nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+    model = nn.Sequential(*layers).to(device)
+    x, y = torch.randn(batch, 16, device=device), torch.randint(4, (batch,), device=device)
+    scope = replayed(model, x, y)
+    missing = scope.report().not_measured
+    examples = sorted({tally.examples for tally in scope.census().values()})
+    reasons = sorted({item.reason for item in missing})
+    said = "; ".join(reasons) or "THE REPORT SAYS NOTHING"
+    table.rows.append((", ".join(map(str, examples)), f"{len(missing)} of {len(scope.census())}", said))
+    return table
 
 
 def main() -> None:

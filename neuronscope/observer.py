@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.census import SiteInfo
+from neuronscope.countable import empty_now, uncountable, what
 from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
 from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient, register
@@ -186,7 +186,7 @@ class Observer:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             if not function and not torch.compiler.is_compiling():  # a function of integers is no activation
-                self.unseen.setdefault(path or "(root)", f"it ran on {_what(x)}, which cannot be counted")
+                self.unseen.setdefault(path or "(root)", f"it ran on {what(x)}, which cannot be counted")
             return None
         loose = not frame.owners
         if loose and not frame.bounded:
@@ -216,7 +216,7 @@ class Observer:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
             return self._find(key, activation, x, halved, examples)
-        given = (self.phase, x.shape, x.layout, x.is_meta, halved, examples, activation, self.frame.flow.ground(x))
+        given = (self.phase, x.shape, x.layout, empty_now(x), halved, examples, activation, self.frame.flow.ground(x))
         last = self._plain.get(key)
         if last is not None and last[0] == given:
             return last[1]
@@ -227,9 +227,8 @@ class Observer:
 
     def _find(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         compiling = torch.compiler.is_compiling()
-        if not compiling and not _real(x):
-            kind = "nested tensors" if x.is_nested else f"tensors of type {type(x).__name__} on {x.device.type}"
-            self.unseen.setdefault(key.name, f"{kind} cannot be counted")
+        if not compiling and (reason := uncountable(x)):
+            self.unseen.setdefault(key.name, reason)
             return None
         declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
         if declared is None:
@@ -380,21 +379,3 @@ class Observer:
         plain = gradient.detach() if gradient.requires_grad else gradient
         add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
-
-
-def _real(tensor: Tensor) -> bool:
-    """Whether a tensor holds numbers that can be counted."""
-    return (
-        not tensor.is_meta
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-        and (type(tensor) is Tensor or not isinstance(tensor, FakeTensor))
-    )
-
-
-def _what(x: Any) -> str:
-    """What an activation was given, in words, where it is no activation tensor."""
-    if not isinstance(x, Tensor):
-        return f"an input of type {type(x).__name__}"
-    kind = str(x.dtype).removeprefix("torch.")
-    return f"{kind} tensors" if x.dim() else f"{kind} tensors without dimensions"

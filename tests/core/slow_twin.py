@@ -266,7 +266,7 @@ class Twin(Nobody):
 
 def _rows(tensor: Tensor, axis: int) -> np.ndarray:
     """``(neurons, positions)`` in float64."""
-    array = np.moveaxis(tensor.detach().to(torch.float64).numpy(), axis, 0)
+    array = np.moveaxis(tensor.detach().cpu().to(torch.float64).numpy(), axis, 0)
     return array.reshape(array.shape[0], int(np.prod(array.shape[1:], dtype=np.int64)))
 
 

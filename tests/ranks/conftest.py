@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.ranks.spawning import together
 
 COMBINED = (
-    *("ddp", "fsdp", "lightning_ddp", "lightning_fsdp", "hugging_ddp", "hugging_fsdp"),
+    *("ddp", "fsdp", "fsdp1", "lightning_ddp", "lightning_fsdp", "hugging_ddp", "hugging_fsdp"),
     *("accelerate_ddp", "accelerate_fsdp"),
 )
 TASKS = {

@@ -15,7 +15,7 @@ from tests.callbacks.hugging import ACTS, Noting, arguments, gpt2, texts, traine
 from tests.core.slow_twin import hook_tables
 from tests.ranks.accelerate_runs import afresh, as_on_gpus
 from tests.ranks.parallel import CASES, Case, outcome, tried, whole
-from tests.ranks.recorded import CHECKPOINTED, Recorder
+from tests.ranks.recorded import WRAPPED, Recorder
 
 STEPS, BATCH, EVALUATED = 3, 2, 8
 
@@ -121,7 +121,7 @@ def hugging_fault(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def weights_of(run: Any) -> dict[str, Tensor]:
-    return {name.replace(CHECKPOINTED, ""): value for name, value in whole(run.model).items()}
+    return {WRAPPED.sub("", name): value for name, value in whole(run.model).items()}
 
 
 def hugging_ddp(rank: int, folder: Path) -> dict[Case, Any]:

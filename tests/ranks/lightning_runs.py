@@ -190,7 +190,7 @@ def lightning_fault(rank: int, folder: Path) -> dict[str, Any]:
 def lightning_tried(rank: int, folder: Path) -> dict[str, str]:
     return {
         "Lightning's FSDPStrategy": tried(lambda: Trainer(accelerator="cpu", devices=2, strategy="fsdp")),
-        "FullyShardedDataParallel": tried(lambda: FullyShardedDataParallel(Network())),
+        "FullyShardedDataParallel, not told of a device": tried(lambda: FullyShardedDataParallel(Network())),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +24,7 @@ import neuronscope as ns
 from tests.core.slow_twin import hook_tables
 from tests.ranks.recorded import ARRAYS, NUMBERS, Recorder
 
+DEVICE = os.environ.get("NEURONSCOPE_RANKS_ON", "cpu")  # see tests.ranks.spawning
 STEPS, BATCH, WIDTH = 5, 4, 6
 HIDDEN = 10  # over 4 ranks: 3, 3, 3 and 1 neurons
 
@@ -87,14 +90,21 @@ def as_ddp(model: nn.Module, case: Case) -> nn.Module:
 
 
 def as_fsdp(model: nn.Module, case: Case, mesh: Any = None) -> nn.Module:
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
+def as_fsdp1(model: nn.Module, case: Case) -> nn.Module:
+    """``FullyShardedDataParallel``; where it is not told of a device it wants an accelerator."""
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    policy = ModuleWrapPolicy({Block})
+    return FullyShardedDataParallel(model, device_id=device, auto_wrap_policy=policy, use_orig_params=True)
+
+
 def as_tensor_parallel(model: nn.Module, case: Case, mesh: Any = None) -> nn.Module:
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or init_device_mesh(DEVICE, (dist.get_world_size(),))
     split = {"gate": ColwiseParallel(use_local_output=case.local), "up": ColwiseParallel(use_local_output=case.local)}
     for block in model.blocks:
         parallelize_module(block, mesh, {**split, "down": RowwiseParallel()})
@@ -103,11 +113,11 @@ def as_tensor_parallel(model: nn.Module, case: Case, mesh: Any = None) -> nn.Mod
 
 def as_both(model: nn.Module, case: Case) -> nn.Module:
     """Tensor parallel over pairs of ranks, FSDP2 over the pairs."""
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2), mesh_dim_names=("data", "tensor"))
     return as_fsdp(as_tensor_parallel(model, case, mesh["tensor"]), case, mesh["data"])
 
 
-STRATEGIES = {"ddp": as_ddp, "fsdp": as_fsdp, "tensor": as_tensor_parallel, "both": as_both}
+STRATEGIES = {"ddp": as_ddp, "fsdp": as_fsdp, "fsdp1": as_fsdp1, "tensor": as_tensor_parallel, "both": as_both}
 
 
 def data(share: int, case: Case) -> list[list[tuple[Tensor, Tensor]]]:
@@ -136,10 +146,10 @@ def train(model: nn.Module, case: Case, share: int, step: Any) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for micro_batches in data(share, case):
         for number, (x, y) in enumerate(micro_batches):
-            cast = torch.autocast("cpu", torch.bfloat16, enabled=case.autocast)
+            cast = torch.autocast(DEVICE, torch.bfloat16, enabled=case.autocast)
             with without_sync(model, number == len(micro_batches) - 1):
                 with cast:
-                    loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+                    loss = nn.functional.cross_entropy(model(x.to(DEVICE)).flatten(0, 1), y.to(DEVICE).flatten())
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -150,7 +160,8 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
     """The weights, whole."""
     weights = {}
     for name, weight in model.state_dict().items():
-        weights[name.removeprefix("module.")] = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        weights[name.removeprefix("module.")] = full.cpu()
     return weights
 
 
@@ -162,10 +173,10 @@ def counted(scope: ns.Scope, window: str = "all", phase: str = "train") -> dict[
 def run(strategy: str, case: Case, share: int) -> dict[str, Any]:
     """Recorded and not watched, then watched and not recorded."""
     spread = STRATEGIES[strategy]
-    model = spread(Network(case.checkpointed), case)
+    model = spread(Network(case.checkpointed).to(DEVICE), case)
     recorder = Recorder(model.module if strategy == "ddp" else model, SITES)
     train(model, case, share, recorder.next_step)
-    watched = spread(Network(case.checkpointed), case)
+    watched = spread(Network(case.checkpointed).to(DEVICE), case)
     before = hook_tables(watched)
     with ns.watch(watched, window_steps=2) as scope:
         train(watched, case, share, scope.step)
@@ -241,7 +252,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU())
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1))}
-        parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+        parallelize_module(model, init_device_mesh(DEVICE, (dist.get_world_size(),)), plan)
         recorder = Recorder(model, {"1": ("1", "1"), "3": ("3", "3")})
         scope = ns.watch(model) if watched else None
         model(data(0, Case())[0][0][0]).sum().backward()
@@ -257,7 +268,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
 def tensor_compiled(rank: int) -> Any:
     """Sites that were counted, and those that were not, of a compiled model whose layers the ranks share."""
     model = Block()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     parallelize_module(model, mesh, {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()})
     compiled = torch.compile(model, backend="aot_eager")
     with ns.watch(compiled) as scope:

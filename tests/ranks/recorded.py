@@ -5,6 +5,7 @@ It sees them by hooks of its own, in a run that Neuronscope does not watch, and 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 NUMBERS = ("positions", "gradient_positions", "examples")
 ARRAYS = ("zero_outputs", "zero_gradients", "last_active_step", "first_active_step")
 NEVER = 2**62
-CHECKPOINTED = "_checkpoint_wrapped_module."  # in the paths of modules that torch's wrapper for checkpointing holds
+#: In the paths of modules that torch's wrappers for checkpointing and for FSDP hold.
+WRAPPED = re.compile(r"_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 
 
 class Recorder:
@@ -30,7 +32,7 @@ class Recorder:
         self.step = 0
         self.outputs: dict[tuple[str, bool], list[tuple[int, Tensor]]] = {}  # by path, and whether it trains
         self.gradients: dict[str, list[Tensor]] = {}
-        modules = {path.replace(CHECKPOINTED, ""): module for path, module in model.named_modules()}
+        modules = {WRAPPED.sub("", path): module for path, module in model.named_modules()}
         self.handles: list[Any] = []
         for path in {path for paths in sites.values() for path in paths}:
             self.handles.append(modules[path].register_forward_pre_hook(self._before(path)))
@@ -98,7 +100,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Any:
-    return tensor.reshape(-1, tensor.shape[-1]).double().numpy()
+    return tensor.reshape(-1, tensor.shape[-1]).cpu().double().numpy()
 
 
 def union(parts: list[dict[str, Any]]) -> dict[str, Any]:

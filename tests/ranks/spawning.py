@@ -1,4 +1,4 @@
-"""Starts the ranks of a gloo run as processes of their own, and ends them when time is up."""
+"""Starts the ranks of a run as processes of their own, and ends them when time is up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def as_launched(rank: int, world: int, port: int) -> dict[str, str]:
     return {**told, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 
 
-def together(folder: Path, world: int, *tasks: str, killed: int | None = None) -> list[dict[str, Any]]:
+def together(
+    folder: Path, world: int, *tasks: str, killed: int | None = None, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """What each task gives on each rank; all of them run in one process a rank, one after another.
 
     Args:
@@ -31,12 +33,13 @@ def together(folder: Path, world: int, *tasks: str, killed: int | None = None) -
         world: Number of ranks.
         tasks: Names of functions; see :mod:`tests.ranks.worker`.
         killed: A rank that ends itself, and gives nothing.
+        device: ``cpu``, over gloo, or ``cuda``, over nccl; of :mod:`tests.ranks.parallel` only.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     worker = [sys.executable, "-m", "tests.ranks.worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NEURONSCOPE_RANKS_ON": device}
     logs = [folder / f"rank_{rank}_of_{world}.log" for rank in range(world)]
     ranks = []
     try:

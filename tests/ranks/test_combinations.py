@@ -53,6 +53,7 @@ def hugging(world: int, case: Case) -> dict[str, int]:
 WAYS = {
     "plain, DDP": Way("ddp", Network, own),
     "plain, FSDP2": Way("fsdp", Network, own),
+    "plain, FSDP1": Way("fsdp1", Network, own),
     "Lightning, DDP": Way("lightning_ddp", Network, and_validated),
     "Lightning, FSDP2": Way("lightning_fsdp", Network, and_validated),
     "Hugging Face, DDP": Way("hugging_ddp", gpt2, hugging),
@@ -89,7 +90,7 @@ def test_the_trainer_spreads_the_model_as_it_was_told(runs: Runs, world: int, wa
 #: Ways that a user may try on CPUs, and what comes of them in torch 2.13, Accelerate 1.15, transformers 5.18 and
 #: Lightning 2.6. A row that fails has begun to exist: then it belongs into the table above.
 ABSENT = {
-    "FullyShardedDataParallel": "RuntimeError: FSDP needs a non-CPU accelerator device",
+    "FullyShardedDataParallel, not told of a device": "RuntimeError: FSDP needs a non-CPU accelerator device",
     "Lightning's FSDPStrategy": "ValueError: The strategy `fsdp` requires a GPU accelerator",
     "a plugin for FSDP2 in Accelerate": "DistributedDataParallel",
     "a model under fully_shard in Accelerator.prepare": "RuntimeError: Cannot flatten unevenly sharded tensor",

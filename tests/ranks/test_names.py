@@ -1,4 +1,4 @@
-"""Sites keep their names in wrappers; ``FullyShardedDataParallel``, which refuses the CPU, by a stand-in."""
+"""Sites keep their names in wrappers, nested ones too; a run under the real ones is in ``test_combinations.py``."""
 
 from __future__ import annotations
 

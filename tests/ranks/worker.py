@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
 from tests.ranks.exchanges import EXCHANGES
-from tests.ranks.parallel import CASES, Case, run, sequence_parallel, sums, tensor_compiled
+from tests.ranks.parallel import CASES, DEVICE, Case, run, sequence_parallel, sums, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
 
 STEPS, BATCH = 20, 8
@@ -138,6 +138,10 @@ def fsdp(rank: int) -> Any:
     return spread(rank, "fsdp")
 
 
+def fsdp1(rank: int) -> Any:
+    return spread(rank, "fsdp1")
+
+
 def tensor(rank: int) -> Any:
     return spread(rank, "tensor", shares=1)
 
@@ -162,6 +166,7 @@ TASKS = {
         one_scans,
         ddp,
         fsdp,
+        fsdp1,
         tensor,
         tensor_distributed,
         tensor_compiled,
@@ -191,7 +196,7 @@ def task_of(name: str) -> Any:
 
 def main(rank: str, world: str, folder: str, *tasks: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=int(rank), world_size=int(world))
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", rank=int(rank), world_size=int(world))
     found = {}
     for name in tasks:
         task = task_of(name)
