@@ -43,7 +43,7 @@ class Call(NamedTuple):
         activation: What is applied.
         halved: The dimension along which the input is split in two halves (GLU), else ``None``.
         examples: Independent examples behind the call.
-        hook: Counts the gradient of the input; ``None`` where ``torch.compile`` traces.
+        hook: Counts the gradient of the input; ``None`` where ``torch.compile`` traces, or nothing is counted.
         input_role: What a gated product is to know of the input: that it is one, and of which site.
         output_role: And of the output: that it is one, of which site, and where its neurons lie.
     """
@@ -85,11 +85,10 @@ class Observer:
         self._tolerance = tolerance
         self._scratch = Scratch()
         self._meters: dict[tuple[str, SiteKey], Meter | None] = {}
-        self._axes: dict[SiteKey, int] = {}  # where each site's neurons lay when it was last called
         self._make_meter = meters
         self._declared = axes
         self._declared_axes: dict[SiteKey, int | None] = {}
-        self._plain: dict[SiteKey, tuple[tuple[Any, ...], Call]] = {}  # the last call of each site, and what led to it
+        self._last_calls: dict[SiteKey, tuple[Any, Call]] = {}  # of each site: what led to its last call, and that
         self._leaf_handles: list[RemovableHandle] = []
         self._suspects: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -214,18 +213,22 @@ class Observer:
 
     def _call(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested:
+        if torch.compiler.is_compiling():
             return self._find(key, activation, x, halved, examples)
-        given = (self.phase, x.shape, x.layout, empty_now(x), halved, examples, activation, self.frame.flow.ground(x))
-        last = self._plain.get(key)
-        if last is not None and last[0] == given:
-            return last[1]
+        given = None  # a tensor of another class is looked at each time
+        if type(x) is Tensor and not x.is_nested:
+            ground = self.frame.flow.ground(x)
+            given = (self.phase, x.shape, x.layout, empty_now(x), halved, examples, activation, ground)
+            last = self._last_calls.get(key)
+            if last is not None and last[0] == given:
+                return last[1]
         call = self._find(key, activation, x, halved, examples)
         if call is not None:
-            self._plain[key] = (given, call)
+            self._last_calls[key] = given, call
         return call
 
     def _find(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
+        """Work out what a call leads to; ``None``, and why, where it cannot be counted."""
         compiling = torch.compiler.is_compiling()
         if not compiling and (reason := uncountable(x)):
             self.unseen.setdefault(key.name, reason)
@@ -257,8 +260,6 @@ class Observer:
             meter = self._meter_of(key, info, neurons, x)
             if meter is not None and not compiling:
                 meter.cut = cut(x)
-        if not compiling:
-            self._axes[key] = axis
         place = (key.path, key.function)
         hook = None if compiling or meter is None else CountedGradient(self, place, halved, meter, axis)
         role = (True, *key, axis, source, part, activation.name, examples)
@@ -356,7 +357,8 @@ class Observer:
         def site() -> tuple[Meter | None, int]:
             call = recomputation.call_of(place, number)
             key = SiteKey(path, function, call, False)
-            return self._meters.get((self.phase, key)), self._axes.get(key, 0)
+            last = self._last_calls.get(key)
+            return self._meters.get((self.phase, key)), 0 if last is None else last[1].axis
 
         self._hook(x, RecomputedGradient(self, place, halved, site))
 

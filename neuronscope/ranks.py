@@ -39,7 +39,8 @@ class Exchanges(NamedTuple):
     Attributes:
         ranks: Number of ranks.
         times: How often counts were joined.
-        collectives: How many collectives that took: one each, and more where ranks agreed on a layout first.
+        collectives: How many collectives that took: one each, and more where ranks had to agree on a layout first, or
+            where steps had no room in the sum.
         bytes: Bytes that this rank gave to the last exchange.
         seconds: Seconds that all of them took, waiting for the slowest rank included.
     """

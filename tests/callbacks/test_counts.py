@@ -48,6 +48,23 @@ def test_each_time_that_an_optimizer_runs_the_model_counts(optimizer: Callable[.
         assert monitor.census("train")[site].positions == evaluations * 4 * 8
 
 
+def test_each_time_that_a_users_own_loop_runs_the_model_counts() -> None:
+    model = network()
+
+    def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        for _ in range(2):
+            with torch.device("meta"):  # a function mode of somebody else's
+                optimizer.step(closure=closure)
+                assert torch.empty(()).is_meta
+
+    model.optimizer_step = optimizer_step
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    trainer(monitor, max_epochs=1).fit(model, batches(4), batches(1))
+    for site in SITES:
+        assert_counts(monitor.census("train")[site], counted(model.notes, site, "train"))
+        assert monitor.census("train")[site].positions == 2 * 4 * 8
+
+
 def test_an_optimizer_of_torch_steps_without_a_function_mode() -> None:
     depths = []
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import neuronscope as ns
 from neuronscope.gradients import GradientHook, register
 
 
@@ -59,6 +60,43 @@ def test_it_is_told_what_a_registered_hook_is_told(make: Callable[[Tensor], Tens
     assert len(seen) == len(expected)
     assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
     assert (grad is None and same is None) or torch.equal(grad, same)
+
+
+class Net(nn.Module):
+    """A view whose base is changed in place before it is activated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.act = nn.Linear(4, 8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc(x)
+        view = hidden[:, :4]
+        hidden.mul_(2)
+        return self.act(view)
+
+
+def test_a_view_whose_base_was_changed_in_place():
+    """Torch 2.13's own ``register_hook`` ends the process here."""
+    model, x = Net(), torch.randn(3, 4)
+    with ns.watch(model) as scope:
+        model(x).sum().backward()
+        scope.step()
+    tally = scope.census()["act"]
+    zero = model.fc(x)[:, :4] * 2 <= 0
+    assert tally.zero_gradients.tolist() == tally.zero_outputs.tolist() == zero.sum(0).tolist()
+    assert tally.gradient_positions == 3
+
+
+@pytest.mark.parametrize("put", [lambda x, hook: x.register_hook(hook), register], ids=["torch's", "ours"])
+def test_second_derivatives_and_partial_ones_come_too(put):
+    w, hook = leaf(), Noting()
+    x = w * 2
+    put(x, hook)
+    (first,) = torch.autograd.grad(x.pow(3).sum(), w, create_graph=True)  # 3 x^2 at x; 24 w^2 at w
+    first.sum().backward()  # through x again: 6 x * 2
+    assert [torch.equal(a, b) for a, b in zip(hook.seen, (3 * x**2, 12 * x), strict=True)] == [True, True]
+    assert torch.equal(w.grad, 48 * w)
 
 
 def test_hooks_of_others_run_before_and_after_it_and_their_handles_leave_it_alone():
@@ -116,7 +154,7 @@ def test_a_leaf_gives_a_handle_that_takes_it_off():
 def test_a_tensor_that_bears_it_is_saved_without_it_and_without_a_warning():
     x = leaf() * 2
     register(x, Noting())
-    restored = pickle.loads(pickle.dumps(x.detach()))
+    restored = pickle.loads(pickle.dumps(x))
     assert torch.equal(restored, x)
     torch.utils.hooks.warn_if_has_hooks(x)  # warnings are errors here
 
