@@ -1,8 +1,8 @@
 """What the monitor costs under a Lightning Trainer, with its defaults and a TensorBoard logger.
 
 Whole runs take turns, unwatched and watched. Compared is the time from the first batch to the last one, so that all
-that the monitor does in the loop is in it: hooks, observed steps, closing windows, reports, scalars, and what drawing
-beside the training takes from it. Setting a run up, and its last drawing, are not.
+that the monitor does in the loop is in it: hooks, observed steps, closing windows, reports and scalars. Setting a run
+up is not, nor is a drawing: the runs are too short for one before their end.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
     table = Table(
         "A training step under a Lightning Trainer, the monitor's defaults",
         ("net", "steps of a run", "unwatched", "watched ÷ unwatched"),
-        note="Means over a run; ratios of the medians of the runs, of their minima in brackets. Where a window ends "
-        "there is one drawing in a run, whatever its share of one so short; `drawing_share` bounds those that follow.",
+        note="Means over a run; ratios of the medians of the runs, of their minima in brackets. Windows "
+        "end every 100 steps; runs as short as these are drawn at their end only, which is not in it.",
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

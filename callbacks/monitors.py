@@ -98,7 +98,8 @@ class Monitor:
         self._alarm = Alarm(on_dead, threshold)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
         self._faults = Faults("watch this run any longer", self._runs.give_up)
-        self._key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
+        key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
+        self._state_key = f"{type(self).__qualname__}{key!r}"  # once: Lightning asks six times a step
         self._window_steps = window_steps
 
     # --- what was seen ---------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ class Monitor:
     @property
     def state_key(self) -> str:
         """Tells callbacks of different options apart in a checkpoint."""
-        return f"{type(self).__qualname__}{self._key!r}"
+        return self._state_key
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
         """Everything counted so far, as tensors and primitives; empty before anything ran.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -136,6 +137,17 @@ def test_the_page_can_take_figures_and_names_every_part() -> None:
     prose, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
     assert mark
     assert [part for part in PARTS if f"`{part}`" not in prose] == []
+
+
+def test_the_pages_prose_points_to_tables_that_are_there() -> None:
+    prose, _, figures = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").partition(MARK)
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]*?)(?: …)?\*(?!\*)", " ".join(prose.split())))
+    headings = re.findall(r"^#### (.*)$", figures, re.MULTILINE)
+    assert len(named) > 5
+    assert [name for name in named if not any(heading.startswith(name) for heading in headings)] == []
+    pictures = re.findall(r"\]\((images/[^)]*)\)", figures)
+    assert pictures
+    assert all((ROOT / "docs" / picture).is_file() for picture in pictures)
 
 
 def test_into_puts_a_part_with_its_machine_and_pictures_beside_the_page(

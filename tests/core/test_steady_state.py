@@ -89,6 +89,27 @@ def test_a_steady_step_keeps_nothing(build: Callable[[], nn.Module], shape: tupl
     assert objects_after - objects_before < 2 * ROUND
 
 
+def test_reading_in_the_middle_of_a_round_keeps_no_buffer():
+    model = modules()
+    with ns.watch(model, window_steps=10**9) as scope:
+        step = training(model, (4, 8), scope)
+        for _ in range(ROUND):
+            step()
+        held = storage()
+        for _ in range(20):  # of 32 that may wait
+            step()
+        assert {tally.positions for tally in scope.census().values()} == {4 * (ROUND + 20)}
+        # One buffer a site would be 64 kB at least.
+        assert storage() - held < 1 << 16
+
+
+def storage() -> int:
+    """Bytes of all tensors that live, each memory once."""
+    gc.collect()
+    living = [each.untyped_storage() for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return sum({each.data_ptr(): each.nbytes() for each in living}.values())
+
+
 @pytest.mark.parametrize("name", ["modules", "functions"])
 def test_what_a_steady_step_copies_and_allocates_for_a_moment(name: str):
     build, shape = NETWORKS[name]
