@@ -7,6 +7,7 @@ thread has its turn until its forward ends, and what runs in others meanwhile is
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -70,13 +71,18 @@ class EnteredMode:
                 self._take_out()
 
     def _take_out(self) -> None:
-        """Take the mode off this thread's stack; others that were entered since then stay on it."""
-        above = []
-        while torch._C._len_torch_function_stack():
-            mode = torch._C._pop_torch_function_stack()
-            if mode is self._mode:
-                break
-            above.append(mode)
+        """Take the mode off this thread's stack; others that were entered since then stay on it.
+
+        Where it is not there, somebody left who takes off whatever is on top, as ``torch.device`` does: after an
+        interrupt that was ours. Then theirs is still there, and goes in its place.
+        """
+        above: list[Any] = []
+        while torch._C._len_torch_function_stack() and self._mode not in above:
+            above.append(torch._C._pop_torch_function_stack())
+        if self._mode in above:
+            above.remove(self._mode)
+        else:
+            del above[:1]
         for mode in reversed(above):
             torch._C._push_on_torch_function_stack(mode)
 
