@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _reach_specimens()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skips = {"browser": _no_browser(), "gpu": None if torch.cuda.is_available() else "no CUDA device"}
     for item in items:
