@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.nets import NETS
 from benchmarks.steps import training
 from benchmarks.tables import Table, milliseconds
+from neuronscope.callbacks.publishing import Drawings
 from neuronscope.report import Report
 from neuronscope.writers.tensorboard import write
 
@@ -40,24 +41,11 @@ CASES = (("small MLP", False), ("MLP", False), ("MLP", True))
 ROUNDS = 5
 
 
-class _NoScalars:
-    """A SummaryWriter that leaves scalars out, as the monitor's does."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        pass
-
-
 def log_of(report: Report, writer: SummaryWriter, which: dict[str, bool]) -> Callable[[], None]:
     """What draws some parts of a report and sees them on the disk."""
 
     def log() -> None:
-        write(report, _NoScalars(writer), report.step, **which)
+        write(report, Drawings(writer), report.step, **which)
         writer.flush()
 
     return log

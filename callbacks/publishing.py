@@ -21,7 +21,7 @@ from neuronscope.report import Report
 from neuronscope.writers.tensorboard import scalars, write
 from neuronscope.writers.tensorboard.tags import metric
 
-__all__ = ["Log", "Publisher", "summary", "totals"]
+__all__ = ["Drawings", "Log", "Publisher", "summary", "totals"]
 
 _TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
 #: What a drawing is taken to last until one was made: as long as most do on one core of 2026.
@@ -76,7 +76,7 @@ class _Mark:
     drawn: bool
 
 
-class _Drawings:
+class Drawings:
     """A TensorBoard writer that leaves scalars out: those go through the log itself, as all its metrics do."""
 
     def __init__(self, writer: Any) -> None:
@@ -154,7 +154,7 @@ class Publisher:
         """Draw a report, in the drawer's thread, and see it on the disk: whatever ends the program cannot lose it."""
         began = time.monotonic()
         try:
-            write(report, _Drawings(writer), step, **self._drawn)
+            write(report, Drawings(writer), step, **self._drawn)
             writer.flush()
         finally:
             ended = time.monotonic()

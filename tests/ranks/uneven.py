@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +94,27 @@ def uneven_and_validated(rank: int) -> dict[str, Any]:
 
 def fault(rank: int) -> dict[str, Any]:
     """A fault of ours on the last rank, in its third step: it counts no more, and keeps nobody waiting."""
-    world = dist.get_world_size()
-    model = small()
-    with ns.watch(model, window_steps=2, policy=POLICY) as scope:
-        steps(model, scope, range(3), rank, world)
-        if rank == world - 1:
-            scope._tap.fail(RuntimeError("a fault of ours"))
-        steps(model, scope, range(3, 6), rank, world)
-    seen = range(3) if rank == world - 1 else range(6)
-    return {"recorded": recorded(seen, rank, world), "counted": counted(scope)}
+    return stopped(rank, lambda scope: scope._tap.fail(RuntimeError("a fault of ours")))
 
 
 def retired(rank: int) -> dict[str, Any]:
     """The same, where the caller met the fault."""
+
+    def retire(scope: ns.Scope) -> None:
+        scope.retire()
+        assert scope.detached
+
+    return stopped(rank, retire)
+
+
+def stopped(rank: int, stop: Callable[[ns.Scope], None]) -> dict[str, Any]:
+    """The last rank is stopped in its third step; all go on for three more."""
     world = dist.get_world_size()
     model = small()
     with ns.watch(model, window_steps=2, policy=POLICY) as scope:
         steps(model, scope, range(3), rank, world)
         if rank == world - 1:
-            scope.retire()
-            assert scope.detached
+            stop(scope)
         steps(model, scope, range(3, 6), rank, world)
     seen = range(3) if rank == world - 1 else range(6)
     return {"recorded": recorded(seen, rank, world), "counted": counted(scope)}
