@@ -18,23 +18,6 @@ import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from neuronscope import (
-    axes,
-    blocks,
-    counting,
-    frames,
-    functions,
-    gradients,
-    meters,
-    observer,
-    recomputation,
-    rows,
-    shards,
-    sites,
-    tensormaps,
-    threads,
-    waiting,
-)
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.frameskip import skip_frames
 from neuronscope.functions import FunctionWatch, first_input
@@ -362,23 +345,5 @@ class _After(InertHook):
                 self.tap.fail(error)
 
 
-skip_frames(
-    (
-        axes,
-        blocks,
-        counting,
-        frames,
-        functions,
-        gradients,
-        meters,
-        observer,
-        recomputation,
-        rows,
-        shards,
-        sites,
-        tensormaps,
-        threads,
-        waiting,
-        sys.modules[__name__],
-    )
-)
+# What is loaded by now is all that a hook can call.
+skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))
