@@ -14,22 +14,19 @@ import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.nets import NETS
 from benchmarks.steps import training
 from benchmarks.tables import Table, milliseconds
-from neuronscope.callbacks.publishing import Drawings
 from neuronscope.report import Report
-from neuronscope.writers.tensorboard import write
+from neuronscope.writers.tensorboard import EventFile, append
 
 __all__ = ["PARTS", "disturbed", "log_of"]
 
-#: What is drawn, as :func:`neuronscope.writers.tensorboard.write` is told.
+#: What is drawn, as :func:`neuronscope.writers.tensorboard.append` is told.
 PARTS: dict[str, dict[str, bool]] = {
     "pictures": {"images": True, "text": False, "vectors": False},
     "text": {"images": False, "text": True, "vectors": False},
@@ -41,12 +38,11 @@ CASES = (("small MLP", False), ("MLP", False), ("MLP", True))
 ROUNDS = 5
 
 
-def log_of(report: Report, writer: SummaryWriter, which: dict[str, bool]) -> Callable[[], None]:
-    """What draws some parts of a report and sees them on the disk."""
+def log_of(report: Report, file: EventFile, which: dict[str, bool]) -> Callable[[], None]:
+    """Return what draws some parts of a report and sees them on the disk."""
 
     def log() -> None:
-        write(report, Drawings(writer), report.step, **which)
-        writer.flush()
+        append(report, file, report.step, **which)
 
     return log
 
@@ -106,8 +102,7 @@ def _measure(net: str, report: Report, rounds: int) -> Loss:
     torch.manual_seed(0)
     step = training(*NETS[net]())
     with tempfile.TemporaryDirectory() as folder:
-        writer = SummaryWriter(Path(folder))
-        draw = log_of(report, writer, {part: True for which in PARTS.values() for part in which})
+        draw = log_of(report, EventFile(folder), {part: True for which in PARTS.values() for part in which})
         drawing, one = (min(_steps(run, 3)) for run in (draw, step))
         count = max(round(drawing / one), 3)  # steps that take as long as a drawing
         alone, inside, beside, together = [_steps(step, count)], [], [], []
@@ -116,7 +111,6 @@ def _measure(net: str, report: Report, rounds: int) -> Loss:
             together.append(_while(step, draw, count))
             beside.append(together[-1][1])
             alone.append(_steps(step, count))
-        writer.close()
     undisturbed = [statistics.fmean(before + after) for before, after in pairwise(alone)]
     return Loss(
         undisturbed,

@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from benchmarks.disturbance import PARTS, disturbed, log_of
 from benchmarks.tables import Table, milliseconds, size
 from benchmarks.turns import take_turns
 from benchmarks.windows import SIZES, watched_run
 from neuronscope.report import Report
+from neuronscope.writers.tensorboard import EventFile
 
 __all__ = ["tables"]
 
@@ -39,10 +38,11 @@ def _parts(reports: dict[str, Report], *, quick: bool) -> Table:
         with tempfile.TemporaryDirectory() as folder:
             column = {}
             for part, which in PARTS.items():
-                writer = SummaryWriter(Path(folder) / part)
-                took = take_turns({part: log_of(report, writer, which)}, rounds=1 if quick else 5, warm=1)[part]
-                writer.close()
-                written = sum(file.stat().st_size for file in (Path(folder) / part).iterdir())
+                run = Path(folder) / part
+                run.mkdir()
+                log = log_of(report, EventFile(str(run)), which)
+                took = take_turns({part: log}, rounds=1 if quick else 5, warm=1)[part]
+                written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
                 column[part] = f"{milliseconds(took.median)}, {size(written // (2 if quick else 6))}"
             columns.append(column)
     table.rows += [(part, *(column[part] for column in columns)) for part in PARTS]

@@ -2,7 +2,7 @@
 
 Never a lower step for a phase than before, and never more of the run's time for drawing than was allowed. Numbers are
 given at once, in the training's own thread, which is the only one that loggers expect. Pictures, text and vectors are
-drawn in another, straight into TensorBoard's event file, which takes events from any thread.
+drawn in another, into an event file of our own: what does not fit on the disk fails there, and not in the training.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from neuronscope.callbacks.drawing import Drawer
 from neuronscope.callbacks.faults import Faults
 from neuronscope.errors import UsageError
 from neuronscope.report import Report
-from neuronscope.writers.tensorboard import scalars, write
+from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
 
-__all__ = ["Drawings", "Log", "Publisher", "summary", "totals"]
+__all__ = ["Log", "Publisher", "summary", "totals"]
 
 _TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
 #: What a drawing is taken to last until one was made: as long as most do on one core of 2026.
@@ -38,8 +38,8 @@ class Log(Protocol):
     def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
         """Write numbers by tag."""
 
-    def event_writer(self) -> Any | None:
-        """The ``SummaryWriter`` behind it, for pictures; ``None`` where it is not TensorBoard's."""
+    def event_folder(self) -> str | None:
+        """Return the folder of its event files, for pictures; ``None`` where it is not TensorBoard's."""
 
 
 def totals(report: Report | None, phase: str) -> dict[str, float]:
@@ -76,19 +76,6 @@ class _Mark:
     drawn: bool
 
 
-class Drawings:
-    """A TensorBoard writer that leaves scalars out: those go through the log itself, as all its metrics do."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Write nothing."""
-
-
 class Publisher:
     """Hands reports to logs.
 
@@ -114,6 +101,7 @@ class Publisher:
         self._rests_until: dict[str, float] = {}
         self._first_drawing = 0.0
         self._marks: dict[str, _Mark] = {}
+        self._files: dict[str, EventFile] = {}  # by the folder of a log
         self._faults = Faults("write to a logger")
         self._drawer = Drawer()
 
@@ -138,24 +126,27 @@ class Publisher:
                 self._give(report, log, step, f"{report.phase}:{log.key}", draws=draws)
 
     def _give(self, report: Report, log: Log, step: int, key: str, *, draws: bool) -> None:
+        folder = log.event_folder()
+        if folder is not None:
+            # A number that cannot be written would break the Trainer's own writer: its next call would raise.
+            require_room(folder)
         mark = self._marks.get(key)
         if mark is None or step > mark.step:
             since = None if mark is None else mark.report_step
             mark = self._marks[key] = _Mark(step, report.step, drawn=False)
             log.log_metrics(scalars(report, since=since), step)
-        writer = log.event_writer() if draws and not mark.drawn else None
-        if writer is not None:
+        if folder is not None and draws and not mark.drawn:
             mark.drawn = True
+            file = self._files.setdefault(folder, EventFile(folder))
             if self._share < 1.0:
                 self._rests_until[report.phase] = math.inf  # until this one is drawn
-            self._drawer.draw(partial(self._draw, report, writer, mark.step))
+            self._drawer.draw(partial(self._draw, report, file, mark.step))
 
-    def _draw(self, report: Report, writer: Any, step: int) -> None:
+    def _draw(self, report: Report, file: EventFile, step: int) -> None:
         """Draw a report, in the drawer's thread, and see it on the disk: whatever ends the program cannot lose it."""
         began = time.monotonic()
         try:
-            write(report, Drawings(writer), step, **self._drawn)
-            writer.flush()
+            append(report, file, step, **self._drawn)
         finally:
             ended = time.monotonic()
             self._rests_until[report.phase] = ended + self._rest(ended - began)

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from neuronscope.callbacks.publishing import Log
+from neuronscope.writers.tensorboard import folder_of
 
 __all__ = ["Event", "reporters"]
 
@@ -74,7 +75,7 @@ class _History:
         place = len(history) - 1 if self._before_last and history else len(history)
         history.insert(place, {**_of_the_network(metrics), "epoch": self._state.epoch, "step": step})
 
-    def event_writer(self) -> None:
+    def event_folder(self) -> None:
         return None
 
 
@@ -103,7 +104,7 @@ class _Reporter:
             eval_dataloader=handler.eval_dataloader,
         )
 
-    def event_writer(self) -> Any | None:
+    def event_folder(self) -> str | None:
         return None
 
 
@@ -111,10 +112,13 @@ class _Board(_Reporter):
     """TensorBoard's: the tags are written as they are, where the Trainer would put ``train/`` before each of them."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        writer = self.event_writer()
+        writer = self._writer()
         if writer is not None:
             for tag, value in metrics.items():
                 writer.add_scalar(tag, value, step)
 
-    def event_writer(self) -> Any | None:
+    def event_folder(self) -> str | None:
+        return folder_of(self._writer())
+
+    def _writer(self) -> Any | None:
         return getattr(self._callback, "tb_writer", None)

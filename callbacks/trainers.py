@@ -12,6 +12,7 @@ import logging
 from typing import Any
 
 from neuronscope.errors import MissingExtraError
+from neuronscope.writers.tensorboard import folder_of
 
 __all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logger_of"]
 
@@ -75,7 +76,7 @@ class LightningLog:
         """Write numbers by tag."""
         self._logger.log_metrics(metrics, step)
 
-    def event_writer(self) -> Any | None:
-        """TensorBoard's writer; each framework has a ``TensorBoardLogger`` of its own."""
+    def event_folder(self) -> str | None:
+        """Return the folder of TensorBoard's writer; each framework has a ``TensorBoardLogger`` of its own."""
         is_board = any(kind.__name__ == "TensorBoardLogger" for kind in type(self._logger).__mro__)
-        return self._logger.experiment if is_board else None
+        return folder_of(self._logger.experiment) if is_board else None

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from neuronscope.demo.results import Epoch, Run
 from neuronscope.report import Report
-from neuronscope.writers.tensorboard import Dashboard
+from neuronscope.writers.tensorboard import EVENT_FOLDER, Dashboard
 
 __all__ = ["VariantLog", "remove_earlier_logs"]
 
@@ -79,10 +79,11 @@ def remove_earlier_logs(folder: Path, variants: Sequence[str]) -> int:
     Returns:
         How many files were removed.
     """
-    found = [path for name in variants for path in (folder / name).glob("events.out.tfevents.*") if path.is_file()]
+    folders = [place for name in variants for place in (folder / name / EVENT_FOLDER, folder / name)]
+    found = [path for place in folders for path in place.glob("events.out.tfevents.*") if path.is_file()]
     for path in found:
         path.unlink()
-    for name in variants:
-        if (folder / name).is_dir() and not any((folder / name).iterdir()):
-            (folder / name).rmdir()
+    for place in folders:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
     return len(found)

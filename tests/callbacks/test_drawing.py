@@ -18,7 +18,7 @@ from neuronscope.callbacks.drawing import MOST_WAITING, Drawer
 from neuronscope.errors import NeuronscopeWarning
 from tests.callbacks.networks import batches, network, trainer
 from tests.callbacks.test_faults import ours
-from tests.callbacks.test_publishing import events
+from tests.callbacks.test_publishing import drawings, events, read
 
 IMAGE, SCALAR = "neuronscope/overview", "neuronscope/dead_pct"
 
@@ -106,20 +106,19 @@ def test_every_window_is_drawn_when_asked_for_and_all_is_there_when_fit_returns(
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1.0)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(12, size=512), batches(1))
     assert drawers() == []
-    found = events(board)
-    assert [event.step for event in found.Images(IMAGE)] == list(range(1, 13))
-    assert [event.step for event in found.Scalars(SCALAR)] == list(range(1, 13))
+    assert [event.step for event in drawings(board).Images(IMAGE)] == list(range(1, 13))
+    assert [event.step for event in events(board).Scalars(SCALAR)] == list(range(1, 13))
 
 
 def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held, steps = Held(), []
-    write = publishing.write
+    append = publishing.append
 
     def slow(report: Any, *args: Any, **kwargs: Any) -> None:
         steps.append(report.step)
         if report.step == 1:
             held()
-        write(report, *args, **kwargs)
+        append(report, *args, **kwargs)
 
     class Releasing(DeadNeuronMonitor):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -129,17 +128,16 @@ def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: p
                 assert steps == [1]  # windows 2 to 4 closed meanwhile
                 held.free.set()
 
-    monkeypatch.setattr(publishing, "write", slow)
+    monkeypatch.setattr(publishing, "append", slow)
     monkeypatch.setattr(publishing, "_USUAL_DRAWING_S", 0.0)  # the first window is drawn
     board = TensorBoardLogger(tmp_path)
     monitor = Releasing(every_n_steps=1, window_steps=1, drawing_share=0.5)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(6, size=512), batches(1))
-    found = events(board)
-    images = [event.step for event in found.Images(IMAGE)]
+    images = [event.step for event in drawings(board).Images(IMAGE)]
     assert images[0] == 1
     assert images[-1] == 6  # the end is drawn, whatever the share
     assert not {2, 3} & set(images)  # one drawing of a phase at a time
-    assert [event.step for event in found.Scalars(SCALAR)] == [1, 2, 3, 4, 5, 6]  # numbers of every window
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [1, 2, 3, 4, 5, 6]  # numbers of every window
 
 
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
@@ -159,10 +157,9 @@ def test_after_an_exception_all_that_was_seen_is_on_the_disk(tmp_path: Path, end
     with pytest.raises((ending, SystemExit)):
         run.fit(model, batches(8, size=256), batches(1))
     assert drawers() == []
-    found = events(board)
     # The window of steps 0 … 2, then what was seen of the next one: steps 3 and 4. A run as short is drawn at its end.
-    assert [event.step for event in found.Scalars(SCALAR)] == [3, 5]
-    assert [event.step for event in found.Images(IMAGE)] == [5]
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [3, 5]
+    assert [event.step for event in drawings(board).Images(IMAGE)] == [5]
 
 
 def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
@@ -171,7 +168,7 @@ def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(publishing, "write", fail)
+    monkeypatch.setattr(publishing, "append", fail)
     board = TensorBoardLogger(tmp_path)
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1.0)
     run = trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1)
@@ -184,7 +181,6 @@ def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
 
 EXIT = """
 import sys, torch
-from torch.utils.tensorboard import SummaryWriter
 import neuronscope as ns
 from neuronscope.callbacks.publishing import Publisher
 
@@ -194,9 +190,9 @@ with ns.watch(model) as scope:
         model(torch.randn(200, 4)).sum().backward()
         scope.step()
 class Log:  # as far as a publisher sees one; Lightning takes seconds to load
-    key, writer = "run", SummaryWriter(sys.argv[1])
+    key = "run"
     def log_metrics(self, metrics, step): pass
-    def event_writer(self): return self.writer
+    def event_folder(self): return sys.argv[1]
 Publisher(images=True, text=True, vectors=True, drawing_share=1.0).publish(scope.report(), [Log()], 3)
 {end}
 """
@@ -207,7 +203,7 @@ def test_a_program_that_ends_while_it_draws_loses_nothing(tmp_path: Path, end: s
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EXIT.format(end=end), str(tmp_path)], check=False, capture_output=True
     )
-    found = events(TensorBoardLogger(tmp_path, name="", version=""))
+    found = read(tmp_path / "neuronscope")
     assert [event.step for event in found.Images(IMAGE)] == [3]
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [3]
     assert [event.step for event in found.Tensors("neuronscope.vectors/1")] == [3]

@@ -42,7 +42,17 @@ class Noting(Logger):
 
 
 def events(logger: TensorBoardLogger) -> EventAccumulator:
-    found = EventAccumulator(str(logger.log_dir), size_guidance={"images": 0, "tensors": 0})
+    """What is in the run's own folder: numbers."""
+    return read(Path(logger.log_dir))
+
+
+def drawings(logger: TensorBoardLogger) -> EventAccumulator:
+    """What is in our event file: pictures, text and vectors."""
+    return read(Path(logger.log_dir) / "neuronscope")
+
+
+def read(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
     found.Reload()
     return found
 
@@ -82,14 +92,16 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=4, drawing_share=1.0)
     run = trainer(monitor, logger=[table, board], log_every_n_steps=1)
     run.fit(network(), batches(8, size=128), batches(3))
-    found = events(board)
-    assert set(found.Tags()["scalars"]) >= TOTALS
+    numbers, found = events(board), drawings(board)
+    assert set(numbers.Tags()["scalars"]) >= TOTALS
+    # The Trainer's own file holds nothing of ours but numbers, and ours holds no numbers.
+    assert (numbers.Tags()["images"], numbers.Tags()["tensors"], found.Tags()["scalars"]) == ([], [], [])
     for tag in ("neuronscope/overview", "neuronscope.neurons/act", "neuronscope.neurons/relu-fn"):
         assert [event.step for event in found.Images(tag)] == [4, 8, 12, 16], tag
     for tag in ("neuronscope/diagnosis/text_summary", "neuronscope.vectors/act"):
         assert [event.step for event in found.Tensors(tag)] == [4, 8, 12, 16], tag
     assert [event.step for event in found.Images("neuronscope/val_overview")] == [8, 16]
-    scalars = [(event.step, event.value) for event in found.Scalars("neuronscope/dead_pct")]
+    scalars = [(event.step, event.value) for event in numbers.Scalars("neuronscope/dead_pct")]
     with (Path(table.log_dir) / "metrics.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["neuronscope/dead_pct"]]
     assert [(int(row["step"]), float(row["neuronscope/dead_pct"])) for row in rows] == [
@@ -111,9 +123,8 @@ def test_drawing_keeps_to_its_share_and_the_end_is_always_drawn(
     board = TensorBoardLogger(tmp_path, prefix="mine")
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1e-6)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(5, size=512), batches(1))
-    found = events(board)
-    assert [event.step for event in found.Images("neuronscope/overview")] == drawn
-    assert [event.step for event in found.Scalars("mine-neuronscope/dead_pct")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in drawings(board).Images("neuronscope/overview")] == drawn
+    assert [event.step for event in events(board).Scalars("mine-neuronscope/dead_pct")] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("left_out", ["images", "text", "vectors"])
@@ -121,7 +132,7 @@ def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str
     board = TensorBoardLogger(tmp_path)
     monitor = DeadNeuronMonitor(every_n_steps=1, **{left_out: False})
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(2), batches(1))
-    tags = events(board).Tags()
+    tags = drawings(board).Tags()
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],

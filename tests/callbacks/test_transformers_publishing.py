@@ -17,12 +17,14 @@ from neuronscope.errors import NeuronscopeWarning
 from tests.callbacks.hugging import Noting, gpt2, trainer
 
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite")}
+DRAWINGS = "*/neuronscope/events*"
 #: All 24 sentences in every step, 16 steps.
 STEPS: dict[str, Any] = {"per_device_train_batch_size": 24, "num_train_epochs": 16}
 
 
-def events(folder: Path) -> EventAccumulator:
-    (found,) = (folder / "runs").glob("*/events*")
+def events(folder: Path, pattern: str = "*/events*") -> EventAccumulator:
+    """What is in the one event file of a training; ``*/neuronscope/events*`` is ours."""
+    (found,) = (folder / "runs").glob(pattern)
     board = EventAccumulator(str(found), size_guidance={"images": 0, "tensors": 0})
     board.Reload()
     return board
@@ -62,16 +64,16 @@ def test_tensorboard_gets_the_tags_that_lightning_has(tmp_path: Path) -> None:
     callback = DeadNeuronCallback(every_n_steps=1, window_steps=3, drawing_share=1.0)
     run = trainer(tmp_path, callback, **STEPS, report_to=["tensorboard"], eval_strategy="steps", eval_steps=8)
     run.train()
-    board = events(tmp_path)
+    board, drawings = events(tmp_path), events(tmp_path, DRAWINGS)
     tags = board.Tags()
     assert set(tags["scalars"]) >= TOTALS | {tag.replace("/", "/val_") for tag in TOTALS}
     assert not any(tag.startswith("train/neuronscope") for tag in tags["scalars"])
     for tag in ("neuronscope/dead_pct", "neuronscope.dead_pct/transformer.h.0.mlp.act"):
         assert [event.step for event in board.Scalars(tag)] == [13, 16], tag
     for tag in ("neuronscope/overview", "neuronscope.neurons/transformer.h.0.mlp.act"):
-        assert [event.step for event in board.Images(tag)] == [13, 16], tag
+        assert [event.step for event in drawings.Images(tag)] == [13, 16], tag
     for tag in ("neuronscope/diagnosis/text_summary", "neuronscope.vectors/transformer.h.0.mlp.act"):
-        assert [event.step for event in board.Tensors(tag)] == [13, 16], tag
+        assert [event.step for event in drawings.Tensors(tag)] == [13, 16], tag
     assert [event.step for event in board.Scalars("neuronscope/val_dead_pct")] == [8, 16]
     assert [event.value for event in board.Scalars("train/loss")]
 
@@ -80,7 +82,7 @@ def test_tensorboard_gets_the_tags_that_lightning_has(tmp_path: Path) -> None:
 def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     callback = DeadNeuronCallback(every_n_steps=1, **{left_out: False})
     trainer(tmp_path, callback, report_to=["tensorboard"], num_train_epochs=1).train()
-    tags = events(tmp_path).Tags()
+    tags = events(tmp_path, DRAWINGS).Tags()
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],

@@ -98,7 +98,9 @@ def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digit
     for path in (*mine, other):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
-    earlier = [tmp_path / "tensorboard" / name / "events.out.tfevents.1.then" for name in ("ReLU", "Tanh")]
+    earlier = [
+        tmp_path / "tensorboard" / name / "events.out.tfevents.1.then" for name in ("ReLU", "Tanh", "Tanh/neuronscope")
+    ]
     for path in earlier:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("earlier")
@@ -107,8 +109,9 @@ def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digit
     assert all(path.read_text() == "mine" for path in (*mine, other))
     assert not any(path.exists() for path in earlier)
     assert not (tmp_path / "tensorboard" / "Tanh").exists()  # an empty folder would be an empty run
-    assert len(list((tmp_path / "tensorboard" / "ReLU").glob("events.*"))) == 1
-    assert re.search(r"Replacing the logs of an earlier demo .*\(2 files\)", " ".join(text.getvalue().split()))
+    for folder in ("ReLU", "ReLU/neuronscope"):
+        assert len(list((tmp_path / "tensorboard" / folder).glob("events.*"))) == 1
+    assert re.search(r"Replacing the logs of an earlier demo .*\(3 files\)", " ".join(text.getvalue().split()))
     assert "±" not in text.getvalue()  # one seed has no deviation
 
 

@@ -5,8 +5,20 @@
 
 from __future__ import annotations
 
-from neuronscope.writers.tensorboard.dashboard import Dashboard, EventWriter, write
+from neuronscope.writers.tensorboard.dashboard import Dashboard, EventWriter, append, write
 from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
 
-__all__ = ["Dashboard", "EventWriter", "diagnosis", "scalars", "write"]
+__all__ = [
+    "EVENT_FOLDER",
+    "Dashboard",
+    "EventFile",
+    "EventWriter",
+    "append",
+    "diagnosis",
+    "folder_of",
+    "require_room",
+    "scalars",
+    "write",
+]

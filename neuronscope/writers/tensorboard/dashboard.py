@@ -5,11 +5,13 @@ Works with the ``SummaryWriter`` of torch and that of tensorboardX alike, which 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
-from neuronscope.errors import UsageError
+from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.report import Report, SiteReport
 from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import metric, safe
 from neuronscope.writers.tensorboard.vectors import summaries
@@ -17,23 +19,27 @@ from neuronscope.writers.tensorboard.vectors import summaries
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-__all__ = ["MOST_HEATMAPS", "Dashboard", "EventWriter", "write"]
+__all__ = ["MOST_HEATMAPS", "Dashboard", "DrawingWriter", "EventWriter", "append", "write"]
 
 #: Heat maps written for one report.
 MOST_HEATMAPS = 8
 
 
-class EventWriter(Protocol):
-    """What is used of a ``SummaryWriter``; torch's and tensorboardX's both have it."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Write one number."""
+class DrawingWriter(Protocol):
+    """What is used of a ``SummaryWriter`` for pictures and text."""
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> Any:
         """Write one picture."""
 
     def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
         """Write one text."""
+
+
+class EventWriter(DrawingWriter, Protocol):
+    """What is used of a ``SummaryWriter``; torch's and tensorboardX's both have it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number."""
 
 
 def write(
@@ -47,7 +53,9 @@ def write(
     vectors: bool = True,
     per_site: bool = True,
 ) -> None:
-    """Write a report to TensorBoard at a step.
+    """Write a report to TensorBoard at a step, all of it through the writer that is given.
+
+    What the writer raises is the caller's: :class:`Dashboard` keeps a full disk from ending a training.
 
     Scalars and text cost milliseconds. Pictures take about 40 ms each, most of it PNG: write them every few windows.
     Vectors go through a checksum in pure Python, 4 to 8 MB a second: write them every 100 to 500 steps.
@@ -66,6 +74,30 @@ def write(
     """
     for tag, value in scalars(report, since=since, per_site=per_site).items():
         writer.add_scalar(tag, value, step)
+    _draw(report, writer, step, images=images, text=text, vectors=vectors)
+
+
+def append(report: Report, file: EventFile, step: int, *, images: bool, text: bool, vectors: bool) -> None:
+    """Append a report's pictures, text and vectors to an event file: all of them, or none.
+
+    Args:
+        report: The report.
+        file: The event file.
+        step: The trainer's step, for the x axis.
+        images: Whether to draw pictures.
+        text: Whether to write the diagnosis.
+        vectors: Whether to write a byte a neuron.
+
+    Raises:
+        OSError: The file cannot be written, or the disk is full.
+    """
+    require_room(file.run)  # before any work is done
+    events = EncodedEvents()
+    _draw(report, events, step, images=images, text=text, vectors=vectors)
+    file.append(events.data)
+
+
+def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, text: bool, vectors: bool) -> None:
     if images:
         from neuronscope.writers.pictures import heatmap, overview  # Pillow, only where pictures are drawn
 
@@ -82,9 +114,12 @@ def write(
 
 
 class Dashboard:
-    """Writes reports to one ``SummaryWriter`` and remembers what it wrote, so that steps never go backwards.
+    """Writes reports beside what one ``SummaryWriter`` writes, and remembers what it wrote.
 
-    TensorBoard's data server drops the earlier history of a tag when a lower step comes.
+    Steps never go backwards: TensorBoard's data server drops the earlier history of a tag when a lower step comes.
+    Scalars go through the writer. Pictures, text and vectors go to an event file in the folder ``neuronscope`` of the
+    writer's folder, so that they cannot end a training whose disk is full: what cannot be written is left out, with
+    one warning.
 
     Args:
         writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
@@ -92,6 +127,9 @@ class Dashboard:
 
     def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
+        folder = folder_of(writer)
+        self._file = None if folder is None else EventFile(folder)
+        self._warned = False
         self._written: dict[str, tuple[int, int]] = {}  # phase → (step written at, report.step)
 
     def write(
@@ -106,6 +144,8 @@ class Dashboard:
     ) -> bool:
         """Write a report, unless its phase was written at this step or a later one; see :func:`write`.
 
+        A disk that is full, or a folder that is gone, warns once and raises nothing.
+
         Args:
             report: The report.
             step: The trainer's step; ``report.step`` where it is not given.
@@ -115,15 +155,35 @@ class Dashboard:
             per_site: Whether to write the scalars of the sites.
 
         Returns:
-            Whether it was written.
+            Whether it was written, all of it.
         """
         step = report.step if step is None else step
         last_step, since = self._written.get(report.phase, (-1, -1))
         if step <= last_step:
             return False
-        write(report, self._writer, step, since=since, images=images, text=text, vectors=vectors, per_site=per_site)
-        self._written[report.phase] = (step, report.step)
+        drawn = {"images": images, "text": text, "vectors": vectors}
+        try:
+            if self._file is not None:
+                require_room(self._file.run)
+            write(report, self._writer, step, since=since, images=False, text=False, vectors=False, per_site=per_site)
+            self._written[report.phase] = (step, report.step)
+            if self._file is None:
+                _draw(report, self._writer, step, **drawn)
+            elif any(drawn.values()):
+                append(report, self._file, step, **drawn)
+        except OSError as error:
+            self._warn(error)
+            return False
         return True
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Neuronscope could not write to TensorBoard; training goes on. {type(error).__name__}: {error}",
+                NeuronscopeWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, list[int]]:
         """What was written last, by phase: plain data for a checkpoint."""

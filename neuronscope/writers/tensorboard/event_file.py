@@ -1,0 +1,203 @@
+"""An event file of Neuronscope's own, so that its pictures never pass through a writer that training depends on.
+
+A ``SummaryWriter`` keeps an error of its writing thread and raises it from the next call, whoever makes it: a picture
+that did not fit on the disk would end the user's ``add_scalar``. Here a report is encoded in memory and appended in one
+go, without a thread; the caller sees the error, and nobody else does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.errors import UsageError
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+__all__ = ["EVENT_FOLDER", "SPARE_BYTES", "EncodedEvents", "EventFile", "folder_of", "require_room"]
+
+#: Folder of the event file, inside the run's folder. TensorBoard shows it as a run of its own, ``<run>/neuronscope``:
+#: its Python loader reads the files of one folder one after the other and never returns to an earlier one, so that a
+#: second file in the run's folder would stop the user's own charts (docs/design.md).
+EVENT_FOLDER = "neuronscope"
+#: Bytes that are left free on the disk, for what the training itself still writes.
+SPARE_BYTES = 4 << 20
+
+
+def folder_of(writer: Any) -> str | None:
+    """Return the folder of a ``SummaryWriter`` of torch or tensorboardX; ``None`` where it names none."""
+    folder = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)
+    return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
+
+
+def require_room(folder: str, size: int = 0) -> None:
+    """Check that a run's folder is there and that its disk has room. Remote folders (``s3://…``) are not checked.
+
+    Args:
+        folder: The folder.
+        size: Bytes that are to be written; :data:`SPARE_BYTES` must be left.
+
+    Raises:
+        OSError: The folder is gone, or the disk is full.
+    """
+    if "://" in folder:
+        return
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(errno.ENOENT, "The log folder is gone", folder)
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < size + SPARE_BYTES:  # some network disks give no sizes
+        raise OSError(errno.ENOSPC, "The disk of the log folder is full", folder)
+
+
+class EncodedEvents:
+    """Encodes what it is given as the records of an event file, in memory; takes the place of a ``SummaryWriter``.
+
+    Attributes:
+        data: The records so far.
+    """
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    @property
+    def file_writer(self) -> EncodedEvents:
+        """What takes protos, as in a ``SummaryWriter``."""
+        return self
+
+    def add_image(self, tag: str, img_tensor: npt.NDArray[np.uint8], global_step: int, *, dataformats: str) -> None:
+        """Add a picture.
+
+        Args:
+            tag: The tag.
+            img_tensor: uint8 ``(H, W, C)``.
+            global_step: The step.
+            dataformats: ``HWC``, the only one.
+
+        Raises:
+            UsageError: It is another one.
+        """
+        if dataformats != "HWC":
+            raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        height, width, channels = img_tensor.shape
+        png = io.BytesIO()
+        Image.fromarray(img_tensor).save(png, format="PNG")
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+
+    def add_text(self, tag: str, text_string: str, global_step: int) -> None:
+        """Add a text.
+
+        Args:
+            tag: The tag, to which ``/text_summary`` is added as a ``SummaryWriter`` does.
+            text_string: Markdown.
+            global_step: The step.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+        from tensorboard.plugins.text.metadata import create_summary_metadata
+
+        tensor = TensorProto(
+            dtype="DT_STRING",
+            string_val=[text_string.encode()],
+            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+        )
+        metadata = create_summary_metadata(display_name="", description="")
+        value = Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)
+        self.add_summary(Summary(value=[value]), global_step)
+
+    def add_summary(self, summary: Summary, global_step: int) -> None:
+        """Add a proto.
+
+        Args:
+            summary: TensorBoard's own.
+            global_step: The step.
+        """
+        self.data += _record(summary=summary, step=global_step)
+
+
+class EventFile:
+    """An event file in the folder ``neuronscope`` of a run. It is open only while something is appended.
+
+    A copy writes a file of its own.
+
+    Args:
+        run: The run's folder. It is never made here: what a user removed stays removed.
+    """
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        now = time.time_ns()
+        place = f"{socket.gethostname()}.{os.getpid()}.{now % 10**9:09d}"
+        self._name = f"events.out.tfevents.{now // 10**9:010d}.{place}.neuronscope"
+        self._remote: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run,)
+
+    def append(self, data: bytes) -> None:
+        """Append records: all of them, or none.
+
+        Args:
+            data: As :class:`EncodedEvents` gives them.
+
+        Raises:
+            OSError: They cannot be written, or would leave too little room on the disk.
+        """
+        if "://" in self.run:
+            self._append_remote(data)
+            return
+        require_room(self.run, len(data))
+        folder = Path(self.run) / EVENT_FOLDER
+        folder.mkdir(exist_ok=True)
+        with (folder / self._name).open("ab", buffering=0) as file:
+            size = file.tell()
+            rest = memoryview(data if size else _header() + data)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # readers stop at half a record, and the space is the training's
+                raise
+
+    def _append_remote(self, data: bytes) -> None:
+        from tensorboard.compat import tf
+
+        if self._remote is None:
+            folder = f"{self.run.rstrip('/')}/{EVENT_FOLDER}"
+            tf.io.gfile.makedirs(folder)
+            self._remote = tf.io.gfile.GFile(f"{folder}/{self._name}", "wb")
+            self._remote.write(_header())
+        self._remote.write(data)
+        self._remote.flush()
+
+
+def _header() -> bytes:
+    from tensorboard.compat.proto.event_pb2 import SourceMetadata
+
+    return _record(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="neuronscope"))
+
+
+def _record(**fields: Any) -> bytes:
+    """Return an event of now, with its length and checksums."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    made = io.BytesIO()
+    RecordWriter(made).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return made.getvalue()
