@@ -87,7 +87,8 @@ def test_tensorboard_gets_a_run_a_variant_and_their_charts_share_tags(shown: Sho
         assert [event.value for event in watched] == pytest.approx(
             [100 * sum(epoch.dead) / 256 for epoch in first.epochs], abs=1e-4
         )
-        assert "neuronscope/overview" in log.Tags()["images"]
+        drawn = event_accumulator.EventAccumulator(str(shown.out / "tensorboard" / name / "neuronscope")).Reload()
+        assert "neuronscope/overview" in drawn.Tags()["images"]
     assert scalars["ReLU"] == scalars["GELU"] == scalars["SiLU"]
     assert "neuronscope.dead_pct/act4" in scalars["ReLU"]
 
