@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import itertools
+import importlib
 import resource
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,8 +46,6 @@ class Outcome(NamedTuple):
 
 def run_lightning(framework: str, folder: Path, harm: Harm, *, watched: bool) -> Outcome:
     """Train with Lightning; the user logs nothing once the folder is harmed."""
-    import importlib
-
     module = importlib.import_module(framework)
     logger = module.loggers.TensorBoardLogger(folder)
 
@@ -65,7 +61,7 @@ def run_lightning(framework: str, folder: Path, harm: Harm, *, watched: bool) ->
     error = None
     try:
         run.fit(model, networks.batches(8, size=512), networks.batches(1))
-    except Exception as caught:
+    except (OSError, ValueError) as caught:
         error = type(caught).__name__
     return Outcome(error, run.global_step, hugging.weights(model))
 
@@ -93,7 +89,7 @@ def run_hugging_face(folder: Path, harm: Harm, *, watched: bool) -> Outcome:
     error = None
     try:
         run.train()
-    except Exception as caught:
+    except (OSError, ValueError) as caught:
         error = type(caught).__name__
     if watched:
         callbacks[0].detach()
@@ -124,7 +120,7 @@ def run_plain_loop(folder: Path, harm: Harm, *, watched: bool) -> Outcome:
                     dashboard.write(scope.report(), steps)
             writer.flush()
             writer.close()
-        except Exception as caught:
+        except (OSError, ValueError) as caught:
             error = type(caught).__name__
     return Outcome(error, steps, hugging.weights(model))
 
@@ -167,18 +163,23 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.fixture(params=["full from the start", "fills in mid-run", "deleted", "replaced by a file", "occupied"])
+#: Bytes of a file. The users' own numbers and Neuronscope's take 8,000 at most, a report's pictures 38,000 at least.
+LIMITS = {"no picture fits": 30_000, "fills in mid-run": 200_000}
+HARMS = {"deleted": delete, "replaced by a file": replace, "occupied": occupy}
+
+
+@pytest.fixture(params=["full from the start", *LIMITS, *HARMS])
 def harm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harm]:
     """What befalls the log folder; it befalls the unwatched run too."""
     if request.param == "full from the start":
         full = shutil._ntuple_diskusage(1 << 30, 1 << 30, 0)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
         yield nothing
-    elif request.param == "fills in mid-run":
-        with largest_file(60_000):
+    elif request.param in LIMITS:
+        with largest_file(LIMITS[request.param]):
             yield nothing
     else:
-        yield {"deleted": delete, "replaced by a file": replace, "occupied": occupy}[request.param]
+        yield HARMS[request.param]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -192,3 +193,49 @@ def test_the_training_ends_as_an_unwatched_one_and_one_warning_is_given(
     assert len(ours(caught)) == 1
     assert (got.error, got.steps) == (plain.error, plain.steps)
     hugging.assert_same_weights(got.weights, plain.weights)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_was_drawn_before_the_disk_was_full_stays(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    with largest_file(LIMITS["fills in mid-run"]), pytest.warns(NeuronscopeWarning, match="File too large"):
+        run(tmp_path, nothing, watched=True)
+    (file,) = tmp_path.rglob("neuronscope/events*")
+    found = read(file.parent)
+    (tag,) = (tag for tag in found.Tags()["images"] if tag == "neuronscope/overview")
+    drawn = [event.step for event in found.Images(tag)]
+    assert drawn[:2] in ([1, 2], [3, 6])  # whole reports, as many as fit
+    assert len(drawn) < 8
+    assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == drawn
+    (numbers,) = (path for path in tmp_path.rglob("events*") if path.parent != file.parent)
+    assert [event.step for event in read(numbers.parent).Scalars("neuronscope/dead_pct")][-1] == 8
+
+
+def test_a_logger_that_raises_anything_for_our_numbers_ends_nothing(tmp_path: Path) -> None:
+    class Strict(TensorBoardLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            if any(tag.startswith("neuronscope") for tag in metrics):
+                raise KeyError("only my own numbers")
+            super().log_metrics(metrics, step)
+
+    run = networks.trainer(DeadNeuronMonitor(**OPTIONS), logger=Strict(tmp_path), max_epochs=1)
+    with pytest.warns(NeuronscopeWarning, match="only my own numbers") as caught:
+        run.fit(networks.network(), networks.batches(4, size=512), networks.batches(1))
+    assert len(ours(caught)) == 1
+    assert run.global_step == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_users_own_number_that_does_not_fit_ends_the_training_all_the_same(tmp_path: Path) -> None:
+    def log(folder: Path, step: int) -> None:
+        if step == 3:
+            shutil.rmtree(folder)
+        if step == 5:
+            writer = SummaryWriter(str(folder))
+            shutil.rmtree(folder)
+            writer.add_scalar("mine", 1.0, step)
+            writer.flush()
+
+    plain = run_pytorch_lightning(tmp_path / "plain", log, watched=False)
+    with pytest.warns(NeuronscopeWarning, match="The log folder is gone"):
+        got = run_pytorch_lightning(tmp_path / "watched", log, watched=True)
+    assert (got.error, got.steps) == (plain.error, plain.steps) == ("FileNotFoundError", 5)

@@ -56,7 +56,7 @@ def summary_writer(kind: str, folder: Path) -> Any:
     return pytest.importorskip("tensorboardX").SummaryWriter(str(folder))
 
 
-def read(folder: Path) -> Any:
+def read(folder: Path | str) -> Any:
     """Everything in an event folder."""
     found = event_accumulator.EventAccumulator(
         str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors"), 0)

@@ -170,7 +170,8 @@ class EventFile:
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
-            except OSError:
+            except OSError as error:
+                error.filename = file.name
                 with contextlib.suppress(OSError):
                     file.truncate(size)  # readers stop at half a record, and the space is the training's
                 raise
