@@ -34,8 +34,9 @@ __all__ = ["DeadNeuronMonitor"]
 class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Callbacks disagree about Trainers
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
 
-    Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's. Values in
-    ``trainer.callback_metrics``: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and ``neuronscope/not_finite_pct`` (of validation:
+    Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's.
+    ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and
+    ``neuronscope/not_finite_pct`` (of validation:
     ``neuronscope/val_dead_pct`` and so on) for ``EarlyStopping`` and ``ModelCheckpoint``. What was counted is saved in
     checkpoints; a resumed run continues it. Batches of training, validation and test count, each as its own phase;
     sanity checks and predictions do not. Weights come out the same, bit for bit, with the monitor and without.

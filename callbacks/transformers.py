@@ -51,7 +51,8 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
 
     Scalars go to every callback that the Trainer reports to, pictures, diagnosis and vectors to a file beside
     TensorBoard's. The metrics of an evaluation hold ``eval_neuronscope/dead_pct`` (of training so far),
-    ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. What was counted is saved in the Trainer's
+    ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. What was
+    counted is saved in the Trainer's
     checkpoints, as ``neuronscope.pt``; a resumed training continues it. Steps of training count, and evaluations in
     training as phase ``val``; predictions, and evaluations before or after training, do not. Weights come out the same,
     bit for bit, with the callback and without.
