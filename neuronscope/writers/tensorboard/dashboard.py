@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import UsageError
 from neuronscope.report import Report, SiteReport
+from neuronscope.writers.findings import caveat
 from neuronscope.writers.tensorboard.diagnosis import diagnosis
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import metric, safe
@@ -72,8 +73,9 @@ def write(
         tag = f"neuronscope/{metric('overview', report.phase)}"
         writer.add_image(tag, overview(report), step, dataformats="HWC")
         for name, site in _heatmaps(report):
+            picture = heatmap(site, report.phase, caveat(report, site.examples))
             tag = f"neuronscope.{metric('neurons', report.phase)}/{name}"
-            writer.add_image(tag, heatmap(site, report.phase), step, dataformats="HWC")
+            writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
     if vectors:
