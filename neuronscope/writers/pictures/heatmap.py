@@ -84,8 +84,7 @@ def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray
     Returns:
         uint8 ``(430, 784, 3)``; 30 higher with a note.
     """
-    height = _TOP + _HEIGHT + _BOTTOM + (30 if note else 0)
-    canvas = Canvas(_WIDTH, height)
+    canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM + (30 if note else 0))
     room = _WIDTH - 2 * _MARGIN
     finding = f": {_finding(site)}"
     name = canvas.fit(site.name, _TITLE, room - canvas.text_width(finding, _TITLE) - 6)
@@ -106,7 +105,7 @@ def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray
         x, y = _MARGIN + width / 2, _TOP + _HEIGHT / 2
         canvas.box((x - 140, y - 16, x + 140, y + 16), PAPER)
         canvas.text((x, y), "no window is closed yet", _TEXT, INK, "mm")
-    canvas.text((_MARGIN, height - 20), canvas.fit(note, _TEXT, room), _TEXT, INK)
+    canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
 

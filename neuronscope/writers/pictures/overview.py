@@ -53,8 +53,7 @@ def overview(report: Report) -> ByteArray:
     bottom = _TOP + max(len(rows), 1) * height
     rare = _rare(rows)
     note = caveat(report, report.examples) if report.observed_neurons else ""
-    below = [bool(rare), bool(note)]
-    canvas = Canvas(_WIDTH, bottom + _BOTTOM + 30 * sum(below))
+    canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0) + (30 if note else 0))
     room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
     canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
     canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, MUTED)
@@ -85,7 +84,7 @@ def overview(report: Report) -> ByteArray:
     x = float(_MARGIN)
     for text, colour in rare:
         x = _swatch(canvas, x, bottom + _BOTTOM + 10, text, colour)
-    canvas.text((_MARGIN, bottom + _BOTTOM - 20 + 30 * sum(below)), canvas.fit(note, _TEXT, room), _TEXT, INK)
+    canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
 

@@ -73,7 +73,7 @@ def write(
         tag = f"neuronscope/{metric('overview', report.phase)}"
         writer.add_image(tag, overview(report), step, dataformats="HWC")
         for name, site in _heatmaps(report):
-            picture = heatmap(site, report.phase, caveat(report, site.examples))
+            picture = heatmap(site, report.phase, caveat(report, site.examples) if site.positions else "")
             tag = f"neuronscope.{metric('neurons', report.phase)}/{name}"
             writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
