@@ -122,7 +122,7 @@ def said(text: str) -> int:
 
 
 def in_terminal(report: Report) -> Shown:
-    text = " ".join(report.to_text().split()) if hasattr(report, "to_text") else " ".join(str(report).split())
+    text = " ".join(str(report).split())
     return Shown(said(text), last_column(report), text)
 
 
@@ -322,7 +322,8 @@ def test_a_site_that_rests_in_the_newest_pass_is_unseen_in_its_maps_last_column_
     assert right.history.steps.tolist() == left.history.steps.tolist()
     assert (right.history.levels[-1] == LEVEL_UNSEEN).all()
     assert (heatmap(right, "val")[88 : 88 + 304, 784 - 16 - 190 - 3] != DEAD).any(axis=1).all()
-    assert overview(report).shape == (490, 784, 3)  # a line for "not observed", one for "provisional"
+    # Two rows of 56, and below them a line for "not observed" and one for "provisional".
+    assert overview(report).shape == (116 + 2 * 56 + 38 + 2 * 30, 784, 3)
 
 
 def test_nan_after_the_newest_window_is_said() -> None:
