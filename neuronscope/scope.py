@@ -269,7 +269,7 @@ class Scope:
         return self._seen(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
-        """What is known of one phase, judged by its newest closed window; print it, or draw it with ``to_…`` methods."""
+        """What is known of one phase, judged by its newest closed window; print it, or draw it by ``to_…`` methods."""
         record = self._seen(phase)
         return make_report(
             record,

@@ -40,15 +40,13 @@ def span(report: Report) -> str:
     numbers = sorted({site.examples for site in report.sites if not is_unseen(site)})
     examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
-    based = f"ased on {examples} {phase}example{'' if numbers == [1] else 's'}{_steps(report)}"
-    sure = (
-        f"A neuron called dead could still fire on up to {up_to(report.examples, report.policy['confidence'])} of inputs "
-        f"({confidence(report)} confidence)."
-    )
+    on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_steps(report)}"
+    bound = up_to(report.examples, report.policy["confidence"])
+    sure = f"A neuron called dead could still fire on up to {bound} of inputs ({confidence(report)} confidence)."
     if not report.provisional:
-        return f"B{based}. {sure}"
+        return f"Based {on}. {sure}"
     needed = f"{count(report.examples_needed)} are needed for a bound of {100.0 * report.policy['max_rate']:g} %"
-    return f"Provisional: b{based} ({needed}). {sure}"
+    return f"Provisional: based {on} ({needed}). {sure}"
 
 
 def _steps(report: Report) -> str:
@@ -69,8 +67,8 @@ def caveat(report: Report, examples: int) -> str:
     """
     if not report.provisional:
         return ""
-    bound = up_to(examples, report.policy["confidence"])
-    return f"Provisional: {count(examples)} of {count(report.examples_needed)} examples; dead ones may fire on up to {bound}"
+    of = f"{count(examples)} of {count(report.examples_needed)} examples"
+    return f"Provisional: {of}; dead ones may fire on up to {up_to(examples, report.policy['confidence'])}"
 
 
 def finding(report: Report) -> list[str]:
