@@ -38,7 +38,7 @@ class Alarm:
         A report whose window is too short to be sure of anything changes nothing.
         """
         observed = report.observed_neurons
-        if not observed or not report.window.long_enough:
+        if not observed or report.provisional:
             return None
         broken = sum(int(site.judgement.not_finite.sum()) for site in report.sites)
         beyond = 100.0 * (report.dead + broken) / observed >= self.threshold

@@ -61,8 +61,8 @@ def summary(report: Report) -> str:
     more = [f"{count} {what}" for count, what in ((report.dormant, "dormant"), (report.cut_off, "cut off")) if count]
     if report.not_finite:
         more.append("NaN or infinite outputs were seen")
-    if not report.window.long_enough:
-        more.append("from too few examples to be sure")
+    if report.provisional:
+        more.append(f"provisional, from {report.examples} of {report.examples_needed} examples")
     share = f"{report.dead} of {report.observed_neurons} neurons dead ({report.dead_percent:.1f} %)"
     return f"Neuronscope: {', '.join([share, *more])}, at step {report.step}."
 

@@ -5,7 +5,7 @@ the script reads the report part by part.
 
 Output (shortened; numbers differ a little between machines)::
 
-    1. The whole, in one line. Verdicts are of one window: the last that is long enough.
+    1. The whole, in one line. Verdicts are of one window: the newest that has closed.
        57 of 320 neurons dead (17.8 %), window: steps 399 to 455
     2. Verdicts: one for each neuron that is not simply alive, with its sample size and how sure it is.
        {'dead': 57, 'dormant': 2}
@@ -67,7 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     report = train()
 
-    print("1. The whole, in one line. Verdicts are of one window: the last that is long enough.")
+    print("1. The whole, in one line. Verdicts are of one window: the newest that has closed.")
     window = f"steps {report.window.first_step} to {report.window.last_step}"
     print(f"   {report.dead} of {report.neurons} neurons dead ({report.dead_percent:.1f} %), window: {window}")
 

@@ -192,21 +192,22 @@ class History:
         return self._windows
 
     def close(self, window: Census, total: Census, observed: Sequence[int]) -> None:
-        """Judge a closed window and write it down.
+        """Judge a closed window and write it down; a site that was seen before and not in this window is unseen in it.
 
         Args:
             window: The closed window.
             total: Everything since watching began, this window included.
             observed: Optimizer steps observed in this window and the one before it, rising.
         """
-        for name, tally in window.items():
-            if tally.positions == 0:
-                continue
+        for name, so_far in total.items():
+            tally = window.get(name) or Tally.nothing(so_far.info, so_far.neurons)
             trail = self._trails.get(name)
             if trail is None:
+                if tally.positions == 0:
+                    continue
                 trail = self._trails[name] = _Trail(tally.neurons)
             judgement = judge(tally.counts(), self._policy)
-            trail.change(window.last_step, tally, judgement, total[name].last_active_step, observed)
+            trail.change(window.last_step, tally, judgement, so_far.last_active_step, observed)
             trail.picture(self._windows, self._stride, window.last_step, tally, judgement)
         self._windows += 1
         neurons = sum(len(trail.died_step) for trail in self._trails.values())

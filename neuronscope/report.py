@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.drawn import Drawn
-from neuronscope.verdicts import LABELS, Judgement, Verdict, rate_bound
+from neuronscope.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -53,8 +53,7 @@ class WindowSpan:
     """The window that verdicts are of.
 
     Attributes:
-        name: ``last`` (the last closed window that is long enough), ``all`` (everything since watching began) or
-            ``open``.
+        name: ``last`` (the newest closed window), or ``all`` (everything since watching began) where none has closed.
         first_step: First optimizer step observed in it; −1 when nothing was.
         last_step: Last optimizer step observed in it; −1 when nothing was.
         steps: Number of optimizer steps observed in it.
@@ -87,7 +86,7 @@ class SiteHistory:
 
     Attributes:
         steps: Last optimizer step of each window, int64 ``(W,)``, rising.
-        dead: Dead neurons in each window, int64 ``(W,)``.
+        dead: Dead neurons in each window, int64 ``(W,)``; none in a window in which the site did not run.
         dormant: Dormant (not dead) neurons in each window, int64 ``(W,)``.
         cut_off: Cut-off neurons in each window, int64 ``(W,)``.
         levels: One byte per window and neuron, uint8 ``(W, N)``: 0 … ``LEVEL_MAX`` is the zero-output fraction,
@@ -132,8 +131,8 @@ class SiteReport:
         zero_output_fraction: float64 ``(N,)``; NaN where unseen.
         zero_gradient_fraction: float64 ``(N,)``; NaN where unseen.
         mean_abs_output: Mean of ``|y|``, float64 ``(N,)``; NaN where unseen.
-        last_active_step: Last observed step at which each neuron fired since watching began, int64 ``(N,)``;
-            −1 = never.
+        last_active_step: Last observed step, up to the end of the window, at which each neuron fired since watching
+            began, int64 ``(N,)``; −1 = never.
         judgement: The masks; see :class:`neuronscope.verdicts.Judgement`.
         history: The site's history; see :class:`SiteHistory`.
     """
@@ -261,6 +260,21 @@ class Report(Drawn):
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def provisional(self) -> bool:
+        """Whether the window has fewer examples than the policy asks for, so that verdicts may yet change."""
+        return not self.window.long_enough
+
+    @property
+    def examples(self) -> int:
+        """Examples behind the verdicts, at the observed site that has fewest of them."""
+        return min((site.examples for site in self.sites if site.unseen < site.neurons), default=0)
+
+    @property
+    def examples_needed(self) -> int:
+        """Examples that the policy asks for."""
+        return Policy(confidence=self.policy["confidence"], max_rate=self.policy["max_rate"]).min_examples
+
+    @property
     def neurons(self) -> int:
         """Neurons of all sites."""
         return sum(site.neurons for site in self.sites)
@@ -343,7 +357,12 @@ class Report(Drawn):
             "model": self.model,
             "phase": self.phase,
             "step": self.step,
-            "window": vars(self.window).copy(),
+            "window": {
+                **vars(self.window),
+                "provisional": self.provisional,
+                "examples": self.examples,
+                "bound": rate_bound(self.examples, self.policy["confidence"]),
+            },
             "policy": dict(self.policy),
             "summary": {
                 "sites": len(self.sites),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -39,19 +39,22 @@ def make_report(
         exchanges: What joining the counts of several ranks has cost.
 
     Returns:
-        The report, of the last closed window that is long enough, or of everything where none is.
+        The report, of the newest closed window, as things stood when it closed; of everything where none has closed.
     """
     everything = record.census("all")
-    sure = len(record.last_sure) > 0
-    judged = record.last_sure if sure else everything
+    closed = len(record.closed) > 0
+    judged, until_then = (record.last, record.closed) if closed else (everything, everything)
     window = WindowSpan(
-        name="last" if sure else "all",
+        name="last" if closed else "all",
         first_step=judged.first_step,
         last_step=judged.last_step,
         steps=judged.steps,
         long_enough=judged.examples >= policy.min_examples,
     )
-    sites = tuple(_site(name, judged.get(name), tally, record, policy) for name, tally in everything.items())
+    nothing = {name: Tally.nothing(tally.info, tally.neurons) for name, tally in everything.items()}
+    seen = {**nothing, **until_then}  # a site may have run since, or not in the window that is judged
+    sites = tuple(_site(name, judged.get(name), seen[name], record, policy) for name in everything)
+    broken_since = [name for name, tally in everything.items() if tally.not_finite > seen[name].not_finite]
     return Report(
         model=model,
         phase=phase,
@@ -60,7 +63,7 @@ def make_report(
         policy=policy.as_dict(),
         sites=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*_notes(judged, window, policy), *_joining(exchanges)),
+        notes=(*_notes(judged, broken_since), *_joining(exchanges)),
         versions={
             "neuronscope": neuronscope.__version__,
             "torch": torch.__version__,
@@ -69,9 +72,9 @@ def make_report(
     )
 
 
-def _site(name: str, tally: Tally | None, everything: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
-    if tally is None:  # it ran once, but not in the window that is judged
-        tally = Tally.nothing(everything.info, everything.neurons)
+def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
+    if tally is None:
+        tally = Tally.nothing(until_then.info, until_then.neurons)
     return SiteReport(
         name=name,
         activation=tally.activation,
@@ -86,13 +89,19 @@ def _site(name: str, tally: Tally | None, everything: Tally, record: PhaseRecord
         zero_output_fraction=tally.zero_output_fraction,
         zero_gradient_fraction=tally.zero_gradient_fraction,
         mean_abs_output=tally.mean_abs_output,
-        last_active_step=everything.last_active_step,
+        last_active_step=until_then.last_active_step,
         judgement=judge(tally.counts(), policy),
         history=record.history.of(name, tally.neurons),
     )
 
 
-def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...]:
+def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
+    """What a reader should know.
+
+    Args:
+        census: The window that is judged.
+        broken_since: Sites that gave NaN or infinity after it closed.
+    """
     notes = []
     if not census:
         notes.append("Nothing was observed: no activation ran while the model was watched in this phase.")
@@ -103,16 +112,16 @@ def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...
             f"The network gave NaN or infinite outputs at {len(broken)} of {len(census)} sites, first at {broken[0]}: "
             "it is broken, whatever its share of dead neurons."
         )
+    if broken_since:
+        notes.append(
+            f"After step {census.last_step} the network gave NaN or infinite outputs at {len(broken_since)} of its "
+            f"sites, first at {next(iter(broken_since))}: it is broken now, whatever it was until then."
+        )
     blind = [name for name, tally in census.items() if tally.positions and not tally.gradient_positions]
     if len(blind) == len(census):
         notes.append("No gradients were seen: neurons are judged by their outputs alone.")
     elif blind:
         notes.append(f"No gradients were seen at {len(blind)} of {len(census)} sites, {blind[0]} among them.")
-    if not window.long_enough:
-        notes.append(
-            f"Only {census.examples} examples were observed; {policy.min_examples} are needed to say that a silent "
-            f"neuron fires in fewer than {policy.max_rate:.1%} of examples at {policy.confidence:.0%} confidence."
-        )
     return tuple(notes)
 
 

@@ -189,6 +189,8 @@ class Scope:
     def detach(self, *, join: bool = True) -> None:
         """Take every hook off the model. Counts stay readable; doing it twice is harmless.
 
+        A window of training that is long enough for the policy by now is closed; a shorter one stays open.
+
         Args:
             join: In a distributed run, count what is still open together with the other ranks: every rank must detach,
                 and waits for those that have more batches. ``False`` where this rank alone stops, after an exception.
@@ -267,7 +269,7 @@ class Scope:
         return self._seen(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
-        """What is known of one phase, judged; print it, or draw it with its ``to_…`` methods."""
+        """What is known of one phase, judged by its newest closed window; print it, or draw it by ``to_…`` methods."""
         record = self._seen(phase)
         return make_report(
             record,
@@ -365,7 +367,8 @@ def watch(
         activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind. A
             function of plain Python is decorated with ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so
             that its calls are seen.
-        window_steps: Optimizer steps of a window at least; it stays open until its examples suffice for the policy.
+        window_steps: Optimizer steps of a window of training at least; it stays open until its examples suffice for the
+            policy.
         join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
             left, with collectives in which every rank takes part. Reading a census or a report never waits for others.
 

@@ -1,7 +1,8 @@
 """Windows of one phase: what is being counted now, what was closed last, and everything together.
 
-A window is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window that has run
-its steps stays open until it has enough of them.
+A window of training is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window
+that has run its steps stays open until it has enough of them. A pass of another phase (validation, test) is one window,
+however few its examples are.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ class PhaseRecord:
         self._wanting_at = -1
         self.closed = Census()
         self.last = Census()
-        self.last_sure = Census()
         self.history = History(policy)
 
     def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
@@ -59,7 +59,7 @@ class PhaseRecord:
 
     def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
         """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
-        for window in ("_flushed", "closed", "last", "last_sure"):
+        for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:
                 setattr(self, window, census.without(name))
@@ -154,8 +154,6 @@ class PhaseRecord:
         if not any(tally.positions for tally in self._flushed.values()):
             return False
         self.last = Census(dict(self._flushed), **self._span())
-        if self.is_sure():
-            self.last_sure = self.last
         self.closed = _together(self.closed, self.last)
         self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
         self._flushed = Census()
@@ -194,7 +192,6 @@ class PhaseRecord:
             "looked_at_step": self._looked_at_step,
             "closed": self.closed.state_dict(),
             "last": self.last.state_dict(),
-            "last_sure": self.last_sure.state_dict(),
             "history": self.history.state_dict(),
         }
 
@@ -204,10 +201,10 @@ class PhaseRecord:
         Raises:
             StateError: The state is not one of a record.
         """
-        names = ("open", "closed", "last", "last_sure")
+        names = ("open", "closed", "last")
         history = History(self._policy)
         try:  # all of it is understood before any of it counts
-            flushed, closed, last, last_sure = (Census.from_state(state[name]) for name in names)
+            flushed, closed, last = (Census.from_state(state[name]) for name in names)
             steps, before = ([int(step) for step in state[name]] for name in ("open_steps", "steps_before"))
             looked_at_step = int(state["looked_at_step"])
             history.load_state_dict(state["history"])
@@ -219,7 +216,7 @@ class PhaseRecord:
             ) from error
         for _, meter in self._meters.values():
             meter.reset()
-        self._flushed, self.closed, self.last, self.last_sure = flushed, closed, last, last_sure
+        self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)
         self._looked_at_step = looked_at_step

@@ -8,17 +8,17 @@ from neuronscope.report import Report
 from neuronscope.writers.wording import (
     NONE,
     UNKNOWN,
-    at_most,
     confidence,
     count,
     is_unseen,
     judged,
     percent,
     plural,
+    up_to,
     visible,
 )
 
-__all__ = ["LEGEND", "finding", "glossary", "span", "title"]
+__all__ = ["LEGEND", "caveat", "finding", "glossary", "span", "title"]
 
 #: The words of a table in one line; :func:`glossary` says them in full.
 LEGEND = (
@@ -33,33 +33,42 @@ def title(report: Report) -> str:
     return f"{visible(report.model)} · {visible(report.phase)}{steps}"
 
 
-def _examples(report: Report) -> str:
-    """How many examples stand behind the verdicts, over all observed sites."""
-    numbers = sorted({site.examples for site in report.sites if not is_unseen(site)})
-    if not numbers:
-        return "no examples"
-    if len(numbers) == 1:
-        return plural(numbers[0], "example")
-    return f"{count(numbers[0])} to {count(numbers[-1])} examples"
-
-
 def span(report: Report) -> str:
-    """Which window the verdicts are of, how many examples it holds, and how sure that makes a dead verdict."""
-    window = report.window
-    names = {"last": "the last closed window", "all": "everything since watching began", "open": "the open window"}
-    name = names.get(window.name, f"window {visible(window.name)}")
+    """What the verdicts are based on: how many examples of which steps, and how sure that makes a dead verdict."""
     if not report.observed_neurons:
-        return f"Verdicts are of {name}: nothing was observed."
+        return "Based on nothing: no neuron was observed."
+    numbers = sorted({site.examples for site in report.sites if not is_unseen(site)})
+    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
+    phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
+    on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_steps(report)}"
+    bound = up_to(report.examples, report.policy["confidence"])
+    sure = f"A neuron called dead could still fire on up to {bound} of inputs ({confidence(report)} confidence)."
+    if not report.provisional:
+        return f"Based {on}. {sure}"
+    needed = f"{count(report.examples_needed)} are needed for a bound of {100.0 * report.policy['max_rate']:g} %"
+    return f"Provisional: based {on} ({needed}). {sure}"
+
+
+def _steps(report: Report) -> str:
+    window = report.window
     if window.last_step < 0 or not report.step:
-        reach = ""  # seen outside any optimizer step: a scan
-    elif window.first_step == window.last_step:
-        reach = f"step {count(window.last_step)}, "
-    else:
-        reach = f"steps {count(window.first_step)} to {count(window.last_step)} ({count(window.steps)} observed), "
-    fewest = min((site.examples for site in report.sites if not is_unseen(site)), default=0)
-    sure = f"a dead neuron may still fire in {at_most(fewest, report.policy['confidence'])} of examples"
-    short = "" if window.long_enough else " Too short for the confidence that the policy asks for: provisional."
-    return f"Verdicts are of {name}: {reach}{_examples(report)}; {sure} (at {confidence(report)}).{short}"
+        return ""  # seen outside any optimizer step: a scan
+    if window.first_step == window.last_step:
+        return f" at step {count(window.last_step)}"
+    return f" from steps {count(window.first_step)}–{count(window.last_step)}"
+
+
+def caveat(report: Report, examples: int) -> str:
+    """What to write below a picture of a window that is too short for the policy; empty where it is long enough.
+
+    Args:
+        report: The report.
+        examples: Examples behind what the picture shows.
+    """
+    if not report.provisional:
+        return ""
+    of = f"{count(examples)} of {count(report.examples_needed)} examples"
+    return f"Provisional: {of}; dead ones may fire on up to {up_to(examples, report.policy['confidence'])}"
 
 
 def finding(report: Report) -> list[str]:

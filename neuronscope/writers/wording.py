@@ -27,6 +27,7 @@ __all__ = [
     "plural",
     "share",
     "site_words",
+    "up_to",
     "visible",
 ]
 
@@ -81,13 +82,20 @@ def at_most(samples: int, level: float) -> str:
     >>> at_most(1000, 0.95), at_most(0, 0.95)
     ('< 0.3 %', '–')
     """
-    if samples <= 0:
-        return UNKNOWN
+    return f"< {up_to(samples, level)}" if samples > 0 else UNKNOWN
+
+
+def up_to(samples: int, level: float) -> str:
+    """The same as a number: the greatest share of examples in which such a neuron may still fire.
+
+    >>> up_to(256, 0.95), up_to(0, 0.95)
+    ('1.2 %', '100 %')
+    """
     value = 100.0 * rate_bound(samples, level)
     digits = 1 - math.floor(math.log10(value))
     scale = 10.0**digits
     text = f"{math.ceil(value * scale - 1e-9) / scale:.{max(digits, 0)}f}"
-    return f"< {text.rstrip('0').rstrip('.') if '.' in text else text} %"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
 def confidence(report: Report) -> str:

@@ -15,9 +15,11 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from neuronscope.callbacks import DeadNeuronMonitor, publishing
-from tests.callbacks.networks import batches, network, trainer
+from neuronscope.writers.pictures.canvas import Canvas
+from tests.callbacks.networks import SITES, batches, network, trainer
 
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite")}
+VAL_DEAD = "neuronscope/val_dead_pct"
 
 
 class Noting(Logger):
@@ -193,6 +195,65 @@ def test_early_stopping_and_checkpoints_can_use_the_totals(tmp_path: Path) -> No
     assert keep.best_model_score >= 100 * 3 / 22
 
 
+class Killing(Callback):
+    """Kills nine neurons of the first layer at the beginning of the third epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 2:
+            with torch.no_grad():
+                pl_module.first.bias[:9] = -1000.0
+
+
+def dead_percent_by_pass(model: Any, stage: str = "validate") -> list[float]:
+    """The share of neurons that gave nothing but zeros in each pass, from the model's own record."""
+    notes = [note for note in model.notes if note.stage == stage]
+    shares = []
+    for step in dict.fromkeys(note.step for note in notes):
+        by_site = [torch.cat([n.y for n in notes if (n.step, n.site) == (step, site)]) for site in SITES]
+        shares.append(100 * sum(int((y == 0).all(0).sum()) for y in by_site) / sum(SITES.values()))
+    return shares
+
+
+@pytest.mark.parametrize("size", [8, 160])
+def test_the_metric_of_validation_is_that_of_the_newest_pass(size: int) -> None:
+    logger = Noting()
+    model = network()
+    run = trainer(DeadNeuronMonitor(every_n_steps=1), Killing(), logger=logger, max_epochs=4)
+    run.fit(model, batches(2), batches(2, size=size))
+    shown = [metrics[VAL_DEAD] for _, metrics in logger.given if VAL_DEAD in metrics]
+    assert shown == pytest.approx(dead_percent_by_pass(model))
+    assert min(shown[2:]) > max(shown[:2])  # 9 are dead that fired in earlier passes
+    assert run.callback_metrics[VAL_DEAD] == pytest.approx(shown[-1])
+
+
+def test_early_stopping_hears_of_deaths_that_short_passes_show() -> None:
+    stop = EarlyStopping(VAL_DEAD, stopping_threshold=100 * 9 / 22 - 0.1, mode="max", patience=100)
+    run = trainer(stop, DeadNeuronMonitor(every_n_steps=1), Killing(), max_epochs=6)
+    run.fit(network(), batches(2), batches(2))
+    assert run.current_epoch == 3  # the first that begins with the nine dead is the last
+
+
+def test_what_is_drawn_of_a_short_pass_is_of_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    whole = Canvas.text
+
+    def text(canvas: Canvas, at: Any, words: str, *more: Any, **options: Any) -> None:
+        texts.append(words)
+        whole(canvas, at, words, *more, **options)
+
+    monkeypatch.setattr(Canvas, "text", text)
+    board, model = TensorBoardLogger(tmp_path), network()
+    monitor = DeadNeuronMonitor(every_n_steps=1, drawing_share=1)
+    trainer(monitor, Killing(), logger=board, max_epochs=3).fit(model, batches(2), batches(2))
+    share = dead_percent_by_pass(model)[-1]
+    assert any(words.startswith(f"{share:.0f}% dead, ") for words in texts)
+    # 16 examples: 1 - .05 ** (1 / 16) = .1707, rounded up
+    assert "Provisional: 16 of 299 examples; dead ones may fire on up to 18 %" in texts
+    (said,) = events(board).Tensors("neuronscope/val_diagnosis/text_summary")[-1].tensor_proto.string_val
+    assert b"Provisional: based on 16 validation examples at step 6 (299 are needed for a bound of 1 %)" in said
+    assert f"({share:.1f} %)**".encode() in said
+
+
 def test_a_network_of_nothing_but_nan_has_no_dead_share() -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1)
     model = network()
@@ -217,4 +278,4 @@ def test_the_end_of_a_fit_says_one_line_where_lightning_says_its_own(framework: 
     ours = [line for line in lines if line.startswith("Neuronscope")]
     assert len(ours) == 1
     assert "of 22 neurons dead" in ours[0]
-    assert "from too few examples to be sure, at step 4." in ours[0]
+    assert "provisional, from 32 of 299 examples, at step 4." in ours[0]

@@ -127,8 +127,8 @@ def test_reports_of_a_run_too_short_say_so():
     scope.detach()
     report = other.report()
     assert report.window.name == "all"
-    assert not report.window.long_enough
-    assert any("examples" in note for note in report.notes)
+    assert report.provisional
+    assert (report.examples, report.examples_needed) == (1, 299)
     (verdict,) = [verdict for verdict in report.verdicts() if verdict.label == "dead"]
     assert verdict.bound == pytest.approx(0.95)  # 1 - .05 ** 1: one example says next to nothing
 
@@ -149,6 +149,34 @@ def test_validation_passes_are_windows_of_their_own():
     assert past.died_step.tolist() == [3, -1, -1]
     assert scope.census("val", "last")["relu"].positions == 4
     assert scope.census("val")["relu"].positions == 24
+
+
+def test_a_resumed_run_judges_the_same_window():
+    model = Gates(2)
+    x = torch.ones(40, 2)
+    with ns.watch(model, window_steps=1) as scope:
+        for examples, sign in ((400, 1.0), (40, -1.0)):  # the second step is too short to close a window of training
+            model(x[:1].expand(examples, -1) * sign).sum().backward()
+            scope.step()
+            with scope.phase("val"), torch.no_grad():
+                model(x * sign)
+    resumed = ns.watch(Gates(2))
+    resumed.load_state_dict(scope.state_dict())
+    resumed.detach()
+    for phase, dead, examples in (("train", 0, 400), ("val", 2, 40)):
+        for report in (scope.report(phase), resumed.report(phase)):
+            assert (report.dead, report.examples, report.provisional) == (dead, examples, examples < 299)
+
+
+def test_what_happens_after_the_newest_window_changes_nothing_that_is_said_of_it():
+    scope, model = watch(2, window_steps=2)
+    play(scope, model, ["##", ".."])
+    before = scope.report()["relu"]
+    play(scope, model, ["#", "#"])  # a unit that never fired until then fires in the window that is open
+    after = scope.report()["relu"]
+    assert (after.born_dead, after.died) == (before.born_dead, before.died) == (1, 0)
+    assert after.last_active_step.tolist() == before.last_active_step.tolist() == [1, -1]
+    assert scope.census()["relu"].last_active_step.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("windows", [10, 256, 257, 600, 2000])

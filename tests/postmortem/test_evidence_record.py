@@ -125,6 +125,22 @@ def test_validation_alone_is_better_than_nothing():
     assert ["phase val" in piece.text for piece in found if piece.claim == "dead"] == [True]
 
 
+def test_a_record_of_short_passes_is_of_the_newest_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model[0].bias.data.fill_(100)
+    with ns.watch(model) as scope:
+        for bias in (100, 100, -100):
+            model[0].bias.data[0] = bias
+            with scope.phase("val"), torch.no_grad():
+                model(torch.ones(200, 2))
+    found, _ = of_record(model, scope.state_dict())
+    (dead,) = [piece for piece in found if piece.claim == "dead"]
+    assert dead.neurons.tolist() == [0]
+    assert "over 200 examples of phase val" in dead.text
+    assert "too few examples" in dead.text
+    assert dead.numbers[0] == pytest.approx(1 - 0.05 ** (1 / 200))
+
+
 def _damaged(state: dict, how: str) -> object:
     phase = state["phases"]["train"]
     site = phase["closed"]["tallies"]["1"]

@@ -79,6 +79,8 @@ def spoil(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("sites.0.kind", "relu"),
         ("summary.dead", -1),
         ("window.long_enough", "yes"),
+        ("window.provisional", "no"),
+        ("window.bound", 1.1),
         ("schema_version", 2),
         ("policy.confidence", 1.0),
         ("not_measured.0.reason", ...),

@@ -141,7 +141,8 @@ def test_sites_with_unlike_examples_say_each_their_own() -> None:
     assert row(str(whole), "few")[-2:] == ["20", "< 14 %"]  # 1 − 0.05^(1/20) = 13.91 %
     assert row(str(whole), "lots")[-2:] == ["1,000", "< 0.3 %"]
     said = str(whole).replace("\n", " ")
-    assert "20 to 1,000 examples; a dead neuron may still fire in < 14 %" in said
+    assert "20 to 1,000 training examples" in said
+    assert "A neuron called dead could still fire on up to 14 % of inputs" in said
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
@@ -155,8 +156,8 @@ def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch
 
 def test_a_window_that_is_too_short_says_so() -> None:
     whole = samples.mixed()
-    assert "provisional" not in str(whole)
-    assert "provisional" in str(replace(whole, window=replace(whole.window, long_enough=False)))
+    assert "Provisional" not in str(whole)
+    assert "Provisional: based on" in str(replace(whole, window=replace(whole.window, long_enough=False)))
 
 
 @pytest.mark.parametrize("at", [-1, 0])
@@ -165,5 +166,5 @@ def test_a_scan_has_no_steps_and_is_not_nothing(at: int) -> None:
     scan = replace(
         whole, phase="scan", step=0, window=replace(whole.window, name="all", first_step=at, last_step=at, steps=at + 1)
     )
-    assert "Verdicts are of everything since watching began: 1,000 examples;" in str(scan)
+    assert "Based on 1,000 examples. A neuron called dead" in str(scan)
     assert str(scan).startswith("Neuronscope · TinyNet · scan\n")

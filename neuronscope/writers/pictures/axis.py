@@ -17,13 +17,13 @@ class StepAxis:
 
     Args:
         first: Step at the left edge.
-        last: Step at the right edge, above ``first``.
+        last: Step at the right edge; one above ``first`` where it is not above it.
         left: Pixel of the left edge.
         width: Pixels across.
     """
 
     def __init__(self, first: float, last: float, left: float, width: int) -> None:
-        self.first, self.last = float(first), float(max(last, first + 1))
+        self.first, self.last = float(first), float(last if last > first else first + 1)
         self.left, self.width = left, width
 
     @classmethod

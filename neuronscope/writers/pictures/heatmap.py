@@ -73,17 +73,18 @@ def order(site: SiteReport) -> IntArray:
     return np.lexsort((np.arange(site.neurons), -np.nan_to_num(site.zero_output_fraction), died, group))
 
 
-def heatmap(site: SiteReport, phase: str = "train") -> ByteArray:
+def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray:
     """Draw every neuron of one site over all its windows.
 
     Args:
         site: The site.
         phase: The phase that the site's report is of, for the title.
+        note: A line to write below the picture.
 
     Returns:
-        uint8 ``(430, 784, 3)``.
+        uint8 ``(430, 784, 3)``; 30 higher with a note.
     """
-    canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM)
+    canvas = Canvas(_WIDTH, _TOP + _HEIGHT + _BOTTOM + (30 if note else 0))
     room = _WIDTH - 2 * _MARGIN
     finding = f": {_finding(site)}"
     name = canvas.fit(site.name, _TITLE, room - canvas.text_width(finding, _TITLE) - 6)
@@ -104,6 +105,7 @@ def heatmap(site: SiteReport, phase: str = "train") -> ByteArray:
         x, y = _MARGIN + width / 2, _TOP + _HEIGHT / 2
         canvas.box((x - 140, y - 16, x + 140, y + 16), PAPER)
         canvas.text((x, y), "no window is closed yet", _TEXT, INK, "mm")
+    canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
 

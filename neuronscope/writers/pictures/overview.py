@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.report import Report
+from neuronscope.writers.findings import caveat
 from neuronscope.writers.grouping import shared_prefix
 from neuronscope.writers.pictures.axis import StepAxis, count, percent
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
@@ -43,14 +44,16 @@ def overview(report: Report) -> ByteArray:
         report: The report.
 
     Returns:
-        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows.
+        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for a line below them where the picture
+        holds more than dead shares, or where the window is too short for the policy.
     """
     rows = rows_of(report, MOST_ROWS)
     height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
     size = 22 if height >= 24 else 20
     bottom = _TOP + max(len(rows), 1) * height
     rare = _rare(rows)
-    canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0))
+    note = caveat(report, report.examples) if report.observed_neurons else ""
+    canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0) + (30 if note else 0))
     room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
     canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
     canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, MUTED)
@@ -81,6 +84,7 @@ def overview(report: Report) -> ByteArray:
     x = float(_MARGIN)
     for text, colour in rare:
         x = _swatch(canvas, x, bottom + _BOTTOM + 10, text, colour)
+    canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.report import Report, SiteReport
+from neuronscope.writers.findings import caveat
 from neuronscope.writers.tensorboard.diagnosis import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
@@ -104,8 +105,9 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
         tag = f"neuronscope/{metric('overview', report.phase)}"
         writer.add_image(tag, overview(report), step, dataformats="HWC")
         for name, site in _heatmaps(report):
+            picture = heatmap(site, report.phase, caveat(report, site.examples) if site.positions else "")
             tag = f"neuronscope.{metric('neurons', report.phase)}/{name}"
-            writer.add_image(tag, heatmap(site, report.phase), step, dataformats="HWC")
+            writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
     if vectors:

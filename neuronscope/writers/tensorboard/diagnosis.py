@@ -8,7 +8,8 @@ import numpy as np
 
 from neuronscope.diagnosis import diagnose, facts_of
 from neuronscope.report import Report, SiteReport
-from neuronscope.verdicts import rate_bound
+from neuronscope.writers.findings import span
+from neuronscope.writers.wording import up_to
 
 __all__ = ["diagnosis", "escape"]
 
@@ -55,7 +56,8 @@ def diagnosis(report: Report) -> str:
             ]
     else:
         lines.append("**No neuron was observed.** Nothing can be said.")
-    lines += ["", _window(report), ""]
+    based = escape(span(report))
+    lines += ["", f"**{based}**" if report.provisional else based, ""]
     lines += [f"- {escape(note)}" for note in report.notes]
     if report.notes:
         lines.append("")
@@ -75,18 +77,6 @@ def _causes(report: Report) -> list[str]:
     found = diagnose(facts_of(report))
     said = [f"- **{escape(one.sign)}**: {escape(f'{one.evidence} {one.cause} {one.remedy}')}" for one in found]
     return ["**Why, and what to do**", "", *said, ""] if said else []
-
-
-def _window(report: Report) -> str:
-    window = report.window
-    if window.first_step < 0:
-        return "No step was observed in the window."
-    which = {"last": "the last closed window", "all": "everything since watching began", "open": "the open window"}
-    name = which.get(window.name, escape(window.name))
-    text = f"Verdicts are of {name}: steps {window.first_step:,} to {window.last_step:,}, {window.steps:,} observed."
-    if not window.long_enough:
-        text += " **It has too few examples for the confidence asked for.**"
-    return text
 
 
 def _table(report: Report, ill: list[SiteReport]) -> list[str]:
@@ -119,7 +109,7 @@ def _table(report: Report, ill: list[SiteReport]) -> list[str]:
 
 def _sample(site: SiteReport, confidence: float) -> str:
     text = f"{site.examples:,} examples"
-    return f"{text}, below {100 * rate_bound(site.examples, confidence):.2g} % of them" if site.dead else text
+    return f"{text}, below {up_to(site.examples, confidence)} of them" if site.dead else text
 
 
 def _since(site: SiteReport) -> str:
