@@ -93,9 +93,7 @@ def _run(parsed: argparse.Namespace) -> int:
                 progress=progress,
             )
         except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
-            raise UsageError(
-                f"Expected the model and the data to be looked at, but their code {told(error)}"
-            ) from error
+            raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
     tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", partial(_show, report))]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _each_written(tasks)
@@ -122,14 +120,17 @@ def _each_written(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> Non
     Raises:
         UsageError: Some could not be written to.
     """
-    failed = []
-    for target, write in tasks:
-        try:
-            write()
-        except OSError as error:
-            failed.append(f"{target}: {error.strerror or error}")
-    if failed:
-        raise UsageError(f"Cannot write {'; '.join(failed)}.")
+    faults = [fault for target, write in tasks if (fault := _fault(target, write)) is not None]
+    if faults:
+        raise UsageError(f"Cannot write {'; '.join(faults)}.")
+
+
+def _fault(target: Path | str, write: Callable[[], None]) -> str | None:
+    try:
+        write()
+    except OSError as error:
+        return f"{target}: {error.strerror or error}"
+    return None
 
 
 def _checked(report: PostmortemReport, limit: float) -> int:

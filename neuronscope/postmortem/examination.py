@@ -141,8 +141,9 @@ def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Exa
         except ForwardError as error:
             if given is not None:
                 raise UsageError(
-                    f"Expected argument `example` to be an input that {type(model).__name__} runs on, but {example.shapes} "
-                    f"gave {error}. Its shape, its type, or how many inputs there are may be wrong."
+                    f"Expected argument `example` to be an input that {type(model).__name__} runs on, but "
+                    f"{example.shapes} gave {error}. Give another shape, type or number of inputs, as in "
+                    "`1x3x224x224,1x16:int64`, or the `package.module:name` of a function that makes the example."
                 ) from error
             failures.append(f"{example.origin} ({example.shapes}): {error}")
             continue

@@ -45,14 +45,14 @@ def batches_of(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -
     found: Any = load_named(data, "data") if isinstance(data, str) else data
     made = callable(found) and not hasattr(found, "__iter__")
     if made:
-        with user_code("Expected `data` to make batches"):
+        with user_code(f"Expected {_named('data', data)} to make batches"):
             found = found()
     if isinstance(found, Tensor):
         return (found,)
     if isinstance(found, (str, bytes)) or not hasattr(found, "__iter__"):
-        returned = " returned by the function that was given" if made else ""
+        came = f"{'it returned' if made else 'got'} {_described(found)}"
         raise UsageError(
-            f"Expected argument `data` to be an iterable of batches, but got {_described(found)}{returned}."
+            f"Expected argument {_named('data', data)} to be batches or a function that returns them, but {came}."
         )
     batches: Iterable[Any] = found
     return batches
@@ -108,18 +108,20 @@ def loss_of(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, A
     """
     if loss is None:
         return None
+    name = _named("loss", loss)
     found: Any = load_named(loss, "loss") if isinstance(loss, str) else loss
     if not callable(found):
-        raise UsageError(f"Expected argument `loss` to be called with (output, batch), but got {_described(found)}.")
+        raise UsageError(f"Expected argument {name} to be called with (output, batch), but got {_described(found)}.")
 
     def checked(output: Any, batch: Any) -> Tensor:
-        with user_code("Expected `loss` to compute a loss"):
+        with user_code(f"Expected {name} to compute a loss"):
             value = found(output, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise UsageError(f"Expected `loss` to return a tensor of one number, but got {_described(value)}.")
+            raise UsageError(f"Expected {name} to return a tensor of one number, but it returned {_described(value)}.")
         if not value.requires_grad:
             raise UsageError(
-                "Expected `loss` to return a tensor that is computed from the output, but got one without gradient."
+                f"Expected {name} to return a tensor that is computed from the output, but it returned one that no "
+                "gradient flows back from."
             )
         return value
 
@@ -148,12 +150,12 @@ def example_of(example: Any, model: nn.Module) -> Any:
             return _zeros(found, model)
         found = load_named(found, "example")
     if callable(found):
-        with user_code("Expected `example` to make an example input"):
+        with user_code(f"Expected {_named('example', example)} to make an example input"):
             found = found()
     if not _holds_input(found):
         raise UsageError(
-            "Expected argument `example` to be a tensor, a tuple of arguments or a mapping of named ones, "
-            f"{EXAMPLE_SPELLINGS}, but got {_described(found)}."
+            f"Expected argument {_named('example', example)} to give a tensor, a tuple of arguments or a mapping of "
+            f"named ones, but it gave {_described(found)}. As text it is {EXAMPLE_SPELLINGS}."
         )
     return found
 
@@ -171,10 +173,16 @@ def _next_of(iterator: Iterator[Any]) -> Any:
     return batch
 
 
+def _named(argument: str, given: Any) -> str:
+    """The argument with what the user gave for it, where that has a name."""
+    name = given if isinstance(given, str) else getattr(given, "__qualname__", None)
+    return f"`{argument}` ({name})" if isinstance(name, str) else f"`{argument}`"
+
+
 def _holds_input(value: Any) -> bool:
-    """Whether a model could be run on it: a tensor with dimensions is in it, or something that is not known here."""
+    """Whether a model could be run on it: it has a tensor with numbers for examples, or something not known here."""
     if isinstance(value, Tensor):
-        return value.dim() > 0
+        return value.dim() > 0 and value.numel() > 0
     if isinstance(value, Mapping):
         return any(map(_holds_input, value.values()))
     if isinstance(value, (tuple, list)):
