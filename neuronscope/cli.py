@@ -9,7 +9,7 @@ from pathlib import Path
 
 import neuronscope
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.output import discard_printed, flush_printed
+from neuronscope.output import discard_printed, print_whole
 from neuronscope.postmortem.command import add_postmortem
 from neuronscope.writers.wording import visible
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _called(arguments)
     finally:
         try:
-            flush_printed()
+            print_whole()  # what is printed by others, as help and the version are
         except OSError as error:
             print(f"neuronscope: Cannot write to standard output: {error.strerror}.", file=sys.stderr)
             sys.exit(BAD_USE)

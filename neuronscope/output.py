@@ -11,7 +11,7 @@ import stat
 import sys
 from pathlib import Path
 
-__all__ = ["check_writable", "discard_printed", "flush_printed", "write_file"]
+__all__ = ["check_writable", "discard_printed", "print_whole", "write_file"]
 
 
 def check_writable(path: str | Path) -> None:
@@ -80,8 +80,10 @@ def _replace(target: Path, data: bytes) -> None:
         raise
 
 
-def flush_printed() -> None:
-    """Write out what was printed; a reader that stops early (``| head``) is no fault.
+def print_whole(text: str = "") -> None:
+    """Print a text, and see that it and all that was printed before arrive.
+
+    A reader that stops early (``| head``) is no fault.
 
     Raises:
         OSError: Standard output takes no more. What is left of what was printed is dropped.
@@ -89,6 +91,7 @@ def flush_printed() -> None:
     if sys.stdout is None:  # closed before the program began
         return
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         discard_printed()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuronscope.errors import UsageError
-from neuronscope.output import check_writable, flush_printed, write_file
+from neuronscope.output import check_writable, print_whole, write_file
 from neuronscope.postmortem.user_code import told
 
 if TYPE_CHECKING:
@@ -94,16 +94,10 @@ def _run(parsed: argparse.Namespace) -> int:
             )
         except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
             raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
-    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", partial(_show, report))]
+    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_whole(f"{report}\n"))]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _each_written(tasks)
     return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)
-
-
-def _show(report: PostmortemReport) -> None:
-    with contextlib.suppress(BrokenPipeError):  # flushing, below, deals with that
-        print(report)
-    flush_printed()
 
 
 def _write(report: PostmortemReport, kind: str, path: Path) -> None:
