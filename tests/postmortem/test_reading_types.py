@@ -34,9 +34,9 @@ SMALL = [
 ]
 
 
-def zeros(dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of 3 × 4 elements of a type, whatever torch can do with it."""
-    return torch.zeros(3, 4 * dtype.itemsize, dtype=torch.uint8).view(dtype)
+def zeros(dtype: torch.dtype, rows: int = 3) -> torch.Tensor:
+    """Rows of 4 elements of a type, whatever torch can do with it."""
+    return torch.zeros(rows, 4 * dtype.itemsize, dtype=torch.uint8).view(dtype)
 
 
 def tensors(odd: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -76,6 +76,8 @@ WAYS = [torch_file, older_file, unpickled_file, distributed_folder]
 def test_a_type_that_cannot_be_read_is_left_out_with_a_note(
     dtype: torch.dtype, write: Callable[..., Path], tmp_path: Path
 ) -> None:
+    if write is distributed_folder and not dtype.is_floating_point:
+        pytest.skip("torch itself cannot write such a folder")
     report = ns.postmortem(write(tensors(zeros(dtype)), tmp_path), trust=write is unpickled_file)
     assert [(layer.name, layer.neurons, layer.count("zero row")) for layer in report.layers] == [("plain", 2, 1)]
     name = str(dtype).removeprefix("torch.")
@@ -158,13 +160,13 @@ def trained() -> tuple[nn.Module, dict[str, Any]]:
 @pytest.mark.parametrize("slot", ["exp_avg", "exp_avg_sq", "step"])
 def test_one_such_tensor_in_an_optimizers_state(dtype: torch.dtype, slot: str, tmp_path: Path) -> None:
     model, state = trained()
-    state["state"][0][slot] = zeros(dtype) if slot != "step" else zeros(dtype).flatten()[0]
+    state["state"][0][slot] = zeros(dtype, 6) if slot != "step" else zeros(dtype).flatten()[0]
     torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "net.pt")
     report = ns.postmortem(tmp_path / "net.pt")
     assert report.neurons == 8
     assert report.step == 3
-    clocked = {piece.layer for layer in report.layers for piece in layer.evidence if piece.source == "adam state"}
-    assert "2" in clocked  # the other layer's state is read as ever
+    # The other layer's state is read as ever: its clock says itself that three steps are too few.
+    assert [one.source for one in report.abstentions if one.layer == "2"] == ["adam state"]
     if dtype in UNREADABLE:
         said = f"Tensors of an optimizer's state that are of type bits8 are not read: '0.{slot}'."
         assert said in report.notes
@@ -172,7 +174,7 @@ def test_one_such_tensor_in_an_optimizers_state(dtype: torch.dtype, slot: str, t
 
 def test_a_file_of_nothing_else_says_what_is_left_out(tmp_path: Path) -> None:
     torch.save({"odd": zeros(torch.bits8)}, tmp_path / "net.pt")
-    with pytest.raises(CheckpointError, match="holds no weights.*type bits8 are not read: 'odd'"):
+    with pytest.raises(CheckpointError, match=r"holds no weights.*type bits8 are not read: 'odd'"):
         open_checkpoint(tmp_path / "net.pt")
 
 

@@ -35,7 +35,7 @@ def dtype_named(name: object) -> torch.dtype | None:
 
 @functools.cache
 def is_readable(dtype: torch.dtype) -> bool:
-    """Return whether torch can turn numbers of this type into float64 on the CPU.
+    """Return whether torch can turn numbers of this type into float64 (or complex128) on the CPU.
 
     It cannot for types that only other devices compute with (packed floats, integers of less than a byte, bare bits).
 
@@ -43,7 +43,8 @@ def is_readable(dtype: torch.dtype) -> bool:
     (True, False)
     """
     try:
-        torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype).to(torch.float64)
+        numbers = torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype)
+        numbers.to(torch.complex128 if dtype.is_complex else torch.float64)
     except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
         return False
     return True
