@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 from neuronscope.postmortem.checkpoint import Checkpoint, StoredTensor
@@ -44,8 +45,8 @@ def load_named(name: str, argument: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"Expected argument `{argument}` to be like `package.module:name`, but got {name!r}.")
-    expected = f"Expected argument `{argument}` to name a module that can be imported, as {module_name!r}"
-    with _current_folder(), user_code(expected):
+    expected = f"Expected argument `{argument}` to name a module that can be imported"
+    with _current_folder(), user_code(expected, subject=repr(module_name)):
         found = importlib.import_module(module_name)
         for part in attribute.split("."):
             if not hasattr(found, part):
@@ -116,7 +117,7 @@ def _called(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
     built = _attempt(factory, arguments, name)
     if not isinstance(built, nn.Module):
         given = "None" if built is None else f"a {type(built).__name__}"
-        raise UsageError(f"Expected `{name}` to return a torch.nn.Module, but it returned {given}.")
+        raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave {given}.")
     return built
 
 
@@ -140,9 +141,14 @@ def _attempt(factory: Callable[..., Any], arguments: dict[str, Any], name: str) 
 
 
 def _is_saved_whole(built: Any) -> bool:
-    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes."""
+    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes.
+
+    A parametrization may register buffers according to the numbers that it finds, so it must find some.
+    """
     return isinstance(built, nn.Module) and not any(
-        module._non_persistent_buffers_set or any(isinstance(value, Tensor) for value in vars(module).values())
+        module._non_persistent_buffers_set
+        or is_parametrized(module)
+        or any(isinstance(value, Tensor) for value in vars(module).values())
         for module in built.modules()
     )
 

@@ -14,7 +14,7 @@ _LONGEST = 500
 
 
 @contextlib.contextmanager
-def user_code(expected: str, advice: str = "") -> Iterator[None]:
+def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[None]:
     """Turn whatever code of the user's raises inside into one error that says what was expected of it.
 
     ``sys.exit`` is among that: a script's own function must not end the command as if all were well. Ctrl-C and errors
@@ -23,6 +23,7 @@ def user_code(expected: str, advice: str = "") -> Iterator[None]:
     Args:
         expected: How the sentence begins: what was expected, and of what.
         advice: A further sentence: what to do.
+        subject: What raised.
 
     Raises:
         UsageError: Something was raised.
@@ -38,7 +39,7 @@ def user_code(expected: str, advice: str = "") -> Iterator[None]:
     except (KeyboardInterrupt, GeneratorExit, NeuronscopeError):
         raise
     except BaseException as came:
-        raise UsageError(f"{expected}, but it {told(came)}{advice and f'. {advice}'}") from came
+        raise UsageError(f"{expected}, but {subject} {told(came)}{advice and f'. {advice}'}") from came
 
 
 def told(error: BaseException) -> str:
@@ -48,9 +49,9 @@ def told(error: BaseException) -> str:
         error: What was raised.
 
     >>> told(KeyError("labels")), told(SystemExit("bye"))
-    ("raised KeyError: 'labels'", "called sys.exit('bye')")
+    ("gave KeyError: 'labels'", "called sys.exit('bye')")
     """
     if isinstance(error, SystemExit):
         return f"called sys.exit({'' if error.code is None else repr(error.code)})"
     text = visible(" ".join(str(error).split())) or "no message"
-    return f"raised {type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}"
+    return f"gave {type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}"

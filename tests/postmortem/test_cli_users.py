@@ -121,7 +121,7 @@ MODEL, DATA, LOSS, EXAMPLE = (
         ("exit_3", "called sys.exit(3)"),
         ("exit_text", "called sys.exit('no data here')"),
         ("exit_bare", "called sys.exit()"),
-        ("stop", "raised Stop: enough"),
+        ("stop", "gave Stop: enough"),
     ],
 )
 def test_functions_that_exit_or_return_nothing_of_use(
@@ -180,8 +180,8 @@ def test_networks_that_exit(folder: Path, network: str, more: str, capsys: pytes
     ("module", "words"),
     [
         ("exits", "called sys.exit(0)"),
-        ("fails", "raised ValueError: no such disk"),
-        ("unfinished", "raised SyntaxError"),
+        ("fails", "gave ValueError: no such disk"),
+        ("unfinished", "gave SyntaxError"),
         ("lazy", "called sys.exit(0)"),
     ],
 )

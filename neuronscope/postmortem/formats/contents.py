@@ -113,7 +113,12 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
         if others and where:
             notes.append(f"The weights are those under {shown(where[0])}; not looked at: {listed(others)}.")
         return _tensors(chosen, notes)
-    parts = {str(key): value for key, value in chosen.items() if _is_network(value)}
+    parts = _networks(chosen) or {
+        f"{key}.{name}": part
+        for key, inner in chosen.items()
+        if isinstance(inner, Mapping) and not looks_like_optimizer(inner) and not looks_like_optimizer(chosen)
+        for name, part in _networks(inner).items()
+    }
     if parts:
         notes.append(f"The weights were found under {listed(parts)}.")
     return {
@@ -159,6 +164,11 @@ def _is_network(value: Any) -> bool:
         and all(isinstance(key, str) for key in value)
         and all(isinstance(inner, Stored | LeftOut) for inner in value.values())
     )
+
+
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """The networks right inside of a dictionary, by their keys."""
+    return {str(key): value for key, value in content.items() if _is_network(value)}
 
 
 def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
