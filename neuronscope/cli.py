@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import neuronscope
-from neuronscope.errors import NeuronscopeError
+from neuronscope.errors import NeuronscopeError, UsageError
+from neuronscope.output import discard_printed, print_whole
 from neuronscope.postmortem.command import add_postmortem
 from neuronscope.writers.wording import visible
 
@@ -30,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Traceback (most recent call last):
     SystemExit: 0
     """
+    try:
+        return _called(arguments)
+    finally:
+        try:
+            print_whole()  # what is printed by others, as help and the version are
+        except OSError as error:
+            print(f"neuronscope: Cannot write to standard output: {error.strerror}.", file=sys.stderr)
+            sys.exit(BAD_USE)
+
+
+def _called(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -92,7 +104,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _demo(parsed: argparse.Namespace) -> int:
     from neuronscope.demo.program import run_demo  # loads torch
 
-    run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
+    try:
+        run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
+    except OSError as error:
+        if error.filename is None:
+            discard_printed()
+        where = error.filename or f"to standard output or into {parsed.out}"
+        raise UsageError(f"Cannot write {where}: {error.strerror or error}.") from error
     return FINE
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from neuronscope.output import write_file
+
 __all__ = ["Drawn"]
 
 
@@ -28,11 +30,11 @@ class Drawn:
         return self._draw("markdown")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text; written to ``path`` too when one is given."""
+        """The report as JSON text; written to ``path`` too when one is given, whole or not at all."""
         return _write(self._draw("json"), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one HTML page that needs no network; written to ``path`` too when one is given."""
+        """The report as one HTML page that needs no network; written to ``path`` too when one is given, as JSON is."""
         return _write(self._draw("html"), path)
 
     def _draw(self, writer: str) -> str:
@@ -42,5 +44,5 @@ class Drawn:
 
 def _write(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_file(path, text)
     return text

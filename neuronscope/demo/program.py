@@ -20,6 +20,7 @@ from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant
 from neuronscope.demo.results import Comparison
 from neuronscope.demo.tables import layer_table, main_table
 from neuronscope.errors import UsageError
+from neuronscope.output import write_file
 from neuronscope.writers.pictures import encode_png
 
 __all__ = ["run_demo"]
@@ -62,8 +63,8 @@ def run_demo(
         result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console)
     finally:
         torch.set_num_threads(threads)
-    (out / RESULTS).write_text(json.dumps(result.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
-    (out / PICTURE).write_bytes(encode_png(talk_picture(result)))
+    write_file(out / RESULTS, json.dumps(result.as_dict(), allow_nan=False) + "\n")
+    write_file(out / PICTURE, encode_png(talk_picture(result)))
     reports["ReLU"].to_html(out / REPORT)
     _conclude(console, result, out)
     return result

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuronscope.errors import UsageError
+from neuronscope.output import check_writable, print_whole, write_file
+from neuronscope.postmortem.user_code import told
 
 if TYPE_CHECKING:
     from neuronscope.postmortem.progress import Progress
@@ -40,6 +42,14 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="the network: a function or class that makes it, or a Hugging Face folder",
     )
     command.add_argument("--data", metavar="PKG.MOD:FACTORY", help="a function that gives batches to run it over")
+    command.add_argument(
+        "--example",
+        metavar="SHAPE|PKG.MOD:FN",
+        help=(
+            "an input to run the network on once, where none can be guessed: a shape, as 1x3x224x224 (several inputs: "
+            "1x3x224x224,1x7; of another type: 1x16:int64), or a function that makes it"
+        ),
+    )
     command.add_argument("--loss", metavar="PKG.MOD:FN", help="loss(output, batch): adds gradients")
     command.add_argument("--earlier", metavar="CKPT", help="an earlier checkpoint of the same run: sharpens since when")
     command.add_argument(
@@ -65,41 +75,56 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _run(parsed: argparse.Namespace) -> int:
     from neuronscope.postmortem.inquest import postmortem  # loads torch
 
-    targets = [path for path in (parsed.html, parsed.json, parsed.markdown) if path is not None]
-    for path in targets:
-        if not path.resolve().parent.is_dir():
-            raise UsageError(f"Cannot write {path}: there is no folder {path.resolve().parent}.")
+    targets: list[tuple[Path, str]] = [
+        (path, kind) for kind in ("html", "json", "markdown") if (path := getattr(parsed, kind)) is not None
+    ]
+    _each_written((path, partial(check_writable, path)) for path, _ in targets)
     with _bars() as progress:
-        report = postmortem(
-            parsed.checkpoint,
-            parsed.model,
-            parsed.data,
-            parsed.loss,
-            earlier=parsed.earlier,
-            box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
-            trust=parsed.trust,
-            progress=progress,
-        )
-    _show(report)
-    try:
-        if parsed.html is not None:
-            report.to_html(parsed.html)
-        if parsed.json is not None:
-            report.to_json(parsed.json)
-        if parsed.markdown is not None:
-            parsed.markdown.write_text(report.to_markdown(), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"Cannot write {error.filename}: {error.strerror}.") from error
+        try:
+            report = postmortem(
+                parsed.checkpoint,
+                parsed.model,
+                parsed.data,
+                parsed.loss,
+                earlier=parsed.earlier,
+                box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
+                example=parsed.example,
+                trust=parsed.trust,
+                progress=progress,
+            )
+        except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
+            raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
+    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_whole(f"{report}\n"))]
+    tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
+    _each_written(tasks)
     return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)
 
 
-def _show(report: PostmortemReport) -> None:
-    """Print it; a reader that stops early (``| head``) is no fault, and keeps no file from being written."""
+def _write(report: PostmortemReport, kind: str, path: Path) -> None:
+    render: Callable[[], str] = getattr(report, f"to_{kind}")
+    write_file(path, render())
+
+
+def _each_written(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
+    """Write to each target, though one before it failed.
+
+    Args:
+        tasks: Targets, as a message names them, and what writes to each.
+
+    Raises:
+        UsageError: Some could not be written to.
+    """
+    faults = [fault for target, write in tasks if (fault := _fault(target, write)) is not None]
+    if faults:
+        raise UsageError(f"Cannot write {'; '.join(faults)}.")
+
+
+def _fault(target: Path | str, write: Callable[[], None]) -> str | None:
     try:
-        print(report, flush=True)
-    except BrokenPipeError:
-        # What is still in the buffer must go somewhere when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        write()
+    except OSError as error:
+        return f"{target}: {error.strerror or error}"
+    return None
 
 
 def _checked(report: PostmortemReport, limit: float) -> int:

@@ -74,7 +74,7 @@ def examine_model(
         Evidence, abstentions and ties.
 
     Raises:
-        UsageError: An argument is not what is expected.
+        UsageError: An argument is not what is expected; or the network fails on the example that was given.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
@@ -139,6 +139,12 @@ def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Exa
         try:
             graph = trace(model, example.args, example.kwargs)
         except ForwardError as error:
+            if given is not None:
+                raise UsageError(
+                    f"Expected argument `example` to be an input that {type(model).__name__} runs on, but "
+                    f"{example.shapes} gave {error}. Give another shape, type or number of inputs, as in "
+                    "`1x3x224x224,1x16:int64`, or the `package.module:name` of a function that makes the example."
+                ) from error
             failures.append(f"{example.origin} ({example.shapes}): {error}")
             continue
         return graph, example, failures

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 import neuronscope
 from neuronscope.diagnosis import diagnose
-from neuronscope.errors import NeuronscopeError, UsageError
+from neuronscope.errors import UsageError
 from neuronscope.postmortem.assembly import assemble, confirmations, tied
 from neuronscope.postmortem.confirm import contradictions, measure
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.examination import examine_model
 from neuronscope.postmortem.facts import facts_of
 from neuronscope.postmortem.file_alone import examine
-from neuronscope.postmortem.givens import batches_of, first_of, loss_of, told
+from neuronscope.postmortem.formats.files import listed
+from neuronscope.postmortem.givens import batches_of, example_of, first_of, loss_of
 from neuronscope.postmortem.inputs import InputMoments
-from neuronscope.postmortem.layers import NEURON_KINDS, find_layers
+from neuronscope.postmortem.layers import NEURON_KINDS, find_layers, unexamined_types
 from neuronscope.postmortem.models import build_model
 from neuronscope.postmortem.progress import Progress, watched_batches, watched_reading
 from neuronscope.postmortem.reading import open_checkpoint
 from neuronscope.postmortem.report import PostmortemReport
 from neuronscope.postmortem.training import dead_norms, decay_of, learning_rates
+from neuronscope.postmortem.user_code import user_code
 
 __all__ = ["postmortem"]
 
@@ -54,7 +56,10 @@ def postmortem(
         loss: ``loss(output, batch)`` → scalar, or its ``pkg.mod:name``; adds gradients. Needs ``data``.
         earlier: An earlier checkpoint of the same run; sharpens since when.
         box: ``(low, high)``: between which numbers every element of the input lies. Proofs then hold there.
-        example: An input to run the model on once, where it cannot be told from the model or the data.
+        example: An input to run the model on once, where it cannot be told from the model or the data: a tensor, a
+            tuple of arguments, a mapping of named ones, or a function that makes one of these; or as text, a shape
+            (``1x3x224x224``; several: ``1x3x224x224,1x7``; of another type: ``1x16:int64``) or the function's
+            ``pkg.mod:name``. Needs ``model``.
         trust: Unpickle what names code, **which runs it**.
         progress: ``progress(what, done, total)``, called while reading and scanning.
 
@@ -88,12 +93,17 @@ def postmortem(
         before = watched_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
     network = None if model is None else build_model(model, checkpoint)
     batches = batches_of(data)
+    measure_loss = loss_of(loss)
+    if network is not None:
+        example = example_of(example, network)
     names = None if network is None else [name for name, _ in network.named_parameters()]
     evidence, abstentions = examine(checkpoint, parameter_names=names, earlier=before)
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
     widths = {layer.path: layer.width for layer in layers}
     sites: Mapping[str, str] = {}
     notes = list(checkpoint.notes)
+    for kind, names in unexamined_types(checkpoint.tensors).items():
+        notes.append(f"Weights and biases of type {kind} are not examined: {listed(names)}.")
     moments = InputMoments()
     if network is not None:
         first, batches = first_of(batches)
@@ -105,7 +115,7 @@ def postmortem(
         abstentions += [*given.abstentions]
     if network is not None and batches is not None:
         measured, unmeasured = _measured(
-            network, watched_batches(batches, "scanning", progress, moments.add), loss_of(loss)
+            network, watched_batches(batches, "scanning", progress, moments.add), measure_loss
         )
         evidence, abstentions = [*evidence, *measured], [*abstentions, *unmeasured]
         notes += contradictions(evidence)
@@ -141,12 +151,8 @@ def postmortem(
 def _measured(
     network: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None
 ) -> tuple[Sequence[Evidence], Sequence[Abstention]]:
-    try:
+    with user_code("Expected the model to run over the data"):
         measured, unmeasured, _ = measure(network, batches, loss)
-    except NeuronscopeError:
-        raise
-    except Exception as error:
-        raise UsageError(f"Running the model over the data failed with {told(error)}") from error
     return measured, unmeasured
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuronscope.postmortem.checkpoint import StoredTensor
 
-__all__ = ["NEURON_KINDS", "Layer", "find_layers", "is_floating", "is_parameter"]
+__all__ = ["NEURON_KINDS", "Layer", "find_layers", "is_floating", "is_parameter", "unexamined_types"]
 
 #: Kinds of layer whose rows are neurons; the others are ``norm``, ``embedding`` and ``experts``.
 NEURON_KINDS = ("linear", "conv")
@@ -117,6 +117,19 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
             if layer is not None:
                 found.append(layer)
     return tuple(found)
+
+
+def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
+    """Return the names of weights and biases that hold no real numbers (integers, complex ones), by their type.
+
+    Args:
+        tensors: By name; see :class:`neuronscope.postmortem.checkpoint.Checkpoint`.
+    """
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
+            found.setdefault(tensor.dtype, []).append(name)
+    return found
 
 
 def _split(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None] | None:

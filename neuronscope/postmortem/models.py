@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 from neuronscope.postmortem.checkpoint import Checkpoint, StoredTensor
+from neuronscope.postmortem.formats.files import read_json
+from neuronscope.postmortem.user_code import user_code
 from neuronscope.sites import walk
 
 __all__ = ["build_model", "load_named", "load_weights"]
@@ -35,7 +37,7 @@ def load_named(name: str, argument: str) -> Any:
         argument: Of the argument that it was given as, for errors.
 
     Raises:
-        UsageError: There is no such module, or no such name in it; or the module fails when it is imported.
+        UsageError: There is no such module, or no such name in it; or the module fails or exits when it is imported.
 
     >>> load_named("math:tau", "model")
     6.283185307179586
@@ -43,20 +45,15 @@ def load_named(name: str, argument: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise UsageError(f"Expected argument `{argument}` to be like `package.module:name`, but got {name!r}.")
-    with _current_folder():
-        try:
-            found = importlib.import_module(module_name)
-        except Exception as error:
-            raise UsageError(
-                f"Expected argument `{argument}` to name a module that can be imported, but {module_name!r} gave "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UsageError(
-                f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
-            )
-        found = getattr(found, part)
+    expected = f"Expected argument `{argument}` to name a module that can be imported"
+    with _current_folder(), user_code(expected, subject=repr(module_name)):
+        found = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise UsageError(
+                    f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
+                )
+            found = getattr(found, part)
     return found
 
 
@@ -102,7 +99,7 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
                     "Expected argument `model` to be `package.module:name`, a torch.nn.Module, or a folder with a "
                     f"`config.json`, but got {named!r}."
                 )
-            model = _hugging_face(json.loads(config.read_text(encoding="utf-8")))
+            model = _hugging_face(read_json(config))
     if not isinstance(model, nn.Module):
         model = _called(model, checkpoint.hyperparameters)
     load_weights(model, checkpoint)
@@ -114,11 +111,13 @@ def _called(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
         raise UsageError(
             f"Expected argument `model` to name a function or a class, but got a {type(factory).__name__}."
         )
-    arguments = _taken(factory, hyperparameters) if isinstance(factory, type) else {}
     name = getattr(factory, "__qualname__", repr(factory))
+    with user_code(f"Expected the arguments of `{name}` to be known"):
+        arguments = _taken(factory, hyperparameters) if isinstance(factory, type) else {}
     built = _attempt(factory, arguments, name)
     if not isinstance(built, nn.Module):
-        raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave a {type(built).__name__}.")
+        given = "None" if built is None else f"a {type(built).__name__}"
+        raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave {given}.")
     return built
 
 
@@ -132,29 +131,29 @@ def _taken(factory: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attempt(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
     """Build without memory where that works: not where numbers are made that no checkpoint keeps, or computed with."""
-    with contextlib.suppress(Exception), torch.device("meta"):
-        built = factory(**arguments)
-        if _is_saved_whole(built):
-            return built
-    try:
+    given = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
+    with user_code(f"Expected `{name}` to build a network{given}", "Name a function without arguments that builds it."):
+        with contextlib.suppress(Exception), torch.device("meta"):
+            built = factory(**arguments)
+            if _is_saved_whole(built):
+                return built
         return factory(**arguments)
-    except Exception as error:
-        given = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
-        raise UsageError(
-            f"Expected `{name}` to build a network{given}, but it gave {type(error).__name__}: {error}. "
-            "Name a function without arguments that builds it."
-        ) from error
 
 
 def _is_saved_whole(built: Any) -> bool:
-    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes."""
+    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes.
+
+    A parametrization may register buffers according to the numbers that it finds, so it must find some.
+    """
     return isinstance(built, nn.Module) and not any(
-        module._non_persistent_buffers_set or any(isinstance(value, Tensor) for value in vars(module).values())
+        module._non_persistent_buffers_set
+        or is_parametrized(module)
+        or any(isinstance(value, Tensor) for value in vars(module).values())
         for module in built.modules()
     )
 
 
-def _hugging_face(config: Mapping[str, Any]) -> nn.Module:
+def _hugging_face(config: Any) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
@@ -162,7 +161,8 @@ def _hugging_face(config: Mapping[str, Any]) -> nn.Module:
             "A Hugging Face folder needs transformers: `pip install transformers`. Or name a function that builds the "
             "network, as `--model package.module:name`."
         ) from error
-    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    names = [name for name in architectures or () if isinstance(name, str)]
     classes = [getattr(transformers, name, None) for name in names]
     found = next((cls for cls in classes if isinstance(cls, type) and issubclass(cls, nn.Module)), None)
     if found is None:
@@ -171,8 +171,7 @@ def _hugging_face(config: Mapping[str, Any]) -> nn.Module:
             "Name a function that builds it, as `--model package.module:name`."
         )
     network: Any = found
-    settings = network.config_class.from_dict(dict(config))
-    built: nn.Module = _attempt(lambda: network(settings), {}, network.__name__)
+    built: nn.Module = _attempt(lambda: network(network.config_class.from_dict(config)), {}, network.__name__)
     return built
 
 
@@ -201,13 +200,24 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         for name, stored in names.items()
         if tuple(wanted[name][2].shape) != tuple(checkpoint.tensors[stored].shape)
     ]
-    for what, found in (("missing", missing), ("unexpected", surplus), ("of another shape", wrong)):
+    lossy = [
+        name
+        for name, stored in names.items()
+        if "complex" in checkpoint.tensors[stored].dtype and not wanted[name][2].is_complex()
+    ]
+    for what, found in (
+        ("missing", missing),
+        ("unexpected", surplus),
+        ("of another shape", wrong),
+        ("complex, where real numbers are wanted", lossy),
+    ):
         if found:
             problems.append(f"{len(found)} {what} ({_few(found)})")
     if problems:
         raise CheckpointError(
             f"Expected the weights of {checkpoint.path} to fit {type(model).__name__}, but there are "
-            f"{'; '.join(problems)}. Is it the network that this checkpoint was saved from?"
+            f"{'; '.join(problems)}. Is it the network that this checkpoint was saved from? "
+            f"{' '.join(checkpoint.notes)}".rstrip()
         )
     _fill(wanted, names, checkpoint.tensors)
     _require_memory(model, checkpoint)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import Any
 
 from torch import Tensor
 
 from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState, StoredTensor
+from neuronscope.postmortem.givens import checked_batches
 
 __all__ = ["Progress", "watched_batches", "watched_reading"]
 
@@ -80,9 +82,9 @@ def watched_batches(
     data: Iterable[Any], what: str, progress: Progress | None, note: Callable[[Any], None]
 ) -> Iterator[Any]:
     """The batches of ``data``, each noted as it passes by, and told to ``progress``."""
-    total = len(data) if isinstance(data, Sized) else None
-    for done, batch in enumerate(data, start=1):
+    total = length_hint(data, -1) if progress is not None else -1
+    for done, batch in enumerate(checked_batches(data), start=1):
         note(batch)
         yield batch
         if progress is not None:
-            progress(what, done, total)
+            progress(what, done, total if total >= 0 else None)

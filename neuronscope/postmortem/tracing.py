@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.census import SiteInfo
-from neuronscope.errors import NeuronscopeError
+from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.gradients import unwatched
 from neuronscope.hooks import Tap
 from neuronscope.observer import Call, Observer
 from neuronscope.postmortem.graph import Graph, Ref, Site, Step, Value, references, substitute
+from neuronscope.postmortem.user_code import told
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import Activation, Registry, SiteKey, walk
 from neuronscope.tensormaps import TensorMap
@@ -55,6 +56,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
 
     Raises:
         ForwardError: The model failed on this example.
+        UsageError: The model ended the program.
 
     >>> graph = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), (torch.randn(1, 3),))
     >>> [site.name for site in graph.sites], [step.function.__name__ for step in graph.steps]
@@ -76,6 +78,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                 except Exception as error:
                     first = str(error).strip().partition("\n")[0][:200]
                     raise ForwardError(f"{type(error).__name__}: {first}") from error
+                except SystemExit as error:
+                    raise UsageError(f"Expected the model to run on an example input, but it {told(error)}") from error
                 if _chance() != chance:
                     ledger.graph.branches.append("random")
             ledger.drop_overwritten()

@@ -191,6 +191,19 @@ def test_weights_that_do_not_fit(change: Any, message: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())  # nothing was changed
 
 
+@pytest.mark.parametrize("parametrization", ["orthogonal", "spectral_norm", "weight_norm"])
+def test_a_factory_of_parametrized_layers_takes_what_torch_takes(parametrization: str) -> None:
+    add = getattr(torch.nn.utils.parametrizations, parametrization)
+
+    def factory() -> nn.Module:
+        return nn.Sequential(add(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 1))
+
+    saved = factory().state_dict()
+    factory().load_state_dict(saved)  # torch finds nothing amiss
+    built = build_model(factory, checkpoint_of(saved))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
+
+
 def test_names_are_looked_for_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks_here.py").write_text(
         "from torch import nn\n"

@@ -94,6 +94,26 @@ def test_a_scope_is_found_where_a_loop_has_put_it(place: Any, key: str, tmp_path
     assert again.census("train")["1"].positions == 5
 
 
+def test_networks_two_levels_deep(tmp_path: Path) -> None:
+    """As an agent keeps them: each with its own name in front, and nothing of the optimizers or a trainer's state."""
+    actor, critic = nn.Linear(4, 2), nn.Linear(4, 1)
+    content = {
+        "agent": {"actor": actor.state_dict(), "critic": critic.state_dict(), "tau": 0.01},
+        "optimizer": trained().optimizer.state_dict(),
+        "step": 7,
+    }
+    torch.save(content, tmp_path / "w.pt")
+    checkpoint = open_checkpoint(tmp_path / "w.pt")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    assert shapes == {
+        "agent.actor.weight": (2, 4),
+        "agent.actor.bias": (2,),
+        "agent.critic.weight": (1, 4),
+        "agent.critic.bias": (1,),
+    }
+    assert (len(checkpoint.optimizers), checkpoint.step) == (1, 7)
+
+
 def test_a_scope_beside_a_trainers_weights(tmp_path: Path) -> None:
     torch.save(_watched(), trainer_folder(tmp_path, trained()) / "neuronscope.pt")
     assert list(open_checkpoint(tmp_path).records) == ["neuronscope"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState, StoredTensor
-from neuronscope.postmortem.formats.files import shown
+from neuronscope.postmortem.formats.files import listed, shown
 from neuronscope.postmortem.formats.hyperparameters import find_hyperparameters
 from neuronscope.postmortem.formats.names import stripper
 from neuronscope.postmortem.formats.optimizers import find_optimizers, looks_like_optimizer, steps_taken
@@ -70,11 +70,12 @@ def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
     if len(tensors) < len(weights):
         raise CheckpointError(f"{shown(path)} is damaged: two of its tensors have the same name.")
     everything = {**data, **contents.beside}
-    optimizers = find_optimizers(everything, strip)
+    optimizers = find_optimizers(everything, strip, notes)
     records = find_records(everything)
     if not (weights or optimizers or records):
         raise CheckpointError(
-            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}."
+            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}. "
+            f"{' '.join(notes)}".rstrip()
         )
     if not weights:
         notes.append("It holds no weights of a network.")
@@ -110,11 +111,16 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     others = [key for key, value in data.items() if _is_network(value) and key not in where]
     if any(isinstance(value, Stored | LeftOut) for value in chosen.values()):
         if others and where:
-            notes.append(f"The weights are those under {shown(where[0])}; not looked at: {_listed(others)}.")
+            notes.append(f"The weights are those under {shown(where[0])}; not looked at: {listed(others)}.")
         return _tensors(chosen, notes)
-    parts = {str(key): value for key, value in chosen.items() if _is_network(value)}
+    parts = _networks(chosen) or {
+        f"{key}.{name}": part
+        for key, inner in chosen.items()
+        if isinstance(inner, Mapping) and not looks_like_optimizer(inner) and not looks_like_optimizer(chosen)
+        for name, part in _networks(inner).items()
+    }
     if parts:
-        notes.append(f"The weights were found under {_listed(parts)}.")
+        notes.append(f"The weights were found under {listed(parts)}.")
     return {
         f"{key}.{name}" if len(parts) > 1 else name: tensor
         for key, part in parts.items()
@@ -135,9 +141,9 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
         else:
             others.append(name)
     for why, names in left_out.items():
-        notes.append(f"Tensors that are {why} are not read: {_listed(names)}.")
+        notes.append(f"Tensors that are {why} are not read: {listed(names)}.")
     if others:
-        notes.append(f"What is no tensor is left out of the weights: {_listed(others)}.")
+        notes.append(f"What is no tensor is left out of the weights: {listed(others)}.")
     return found
 
 
@@ -160,6 +166,11 @@ def _is_network(value: Any) -> bool:
     )
 
 
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """The networks right inside of a dictionary, by their keys."""
+    return {str(key): value for key, value in content.items() if _is_network(value)}
+
+
 def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
     if said is not None:
         return said
@@ -170,9 +181,3 @@ def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[Optimizer
         if type(value) is int and 0 <= value < 2**63:
             return value
     return steps_taken(optimizers)
-
-
-def _listed(names: Any) -> str:
-    """The first few of some names."""
-    first = [shown(name) for name in names][:5]
-    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -22,7 +22,7 @@ from neuronscope.postmortem.formats.files import ByteRange, beside, counted, sho
 from neuronscope.postmortem.formats.pickles import StandIn, Symbol, hashable, read_pickle, understood
 from neuronscope.postmortem.formats.singles import read_single
 from neuronscope.postmortem.formats.stored import FileTensor, Stored, is_shape, room
-from neuronscope.postmortem.formats.symbols import Attributes, find_symbol
+from neuronscope.postmortem.formats.symbols import Attributes, LeftOut, UnknownType, find_symbol, readable_type
 from neuronscope.postmortem.formats.torchfiles import read_zip
 
 __all__ = ["METADATA", "PartedTensor", "read_distributed"]
@@ -160,19 +160,22 @@ class _Files:
             self.opened[file] = ByteRange.of(beside(self._folder, file))
         return self.opened[file].part(*is_shape((info["offset"], info["length"])))
 
-    def tensor(self, name: Any, entry: Any) -> PartedTensor:
-        """The tensor of that name."""
+    def tensor(self, name: Any, entry: Any) -> PartedTensor | LeftOut:
+        """The tensor of that name; left out if it is of a type that cannot be read."""
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
-        if not isinstance(kind, torch.dtype):
+        if not isinstance(kind, torch.dtype | UnknownType):
             raise ValueError(f"{shown(name)} has no type")
+        known = readable_type(kind)
+        if isinstance(known, LeftOut):
+            return known
         parts = []
         for chunk in state["chunks"]:
             where = _state(chunk, "ChunkStorageMetadata")
             offsets, sizes = is_shape(where["offsets"]), is_shape(where["sizes"])
             parts.append(_Part(offsets, sizes, self._place(name, offsets)))
-        return PartedTensor(str(name), kind, is_shape(state["size"]), parts)
+        return PartedTensor(str(name), known, is_shape(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
         """What is no tensor: a number, a list, a setting."""

@@ -11,13 +11,14 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from neuronscope.errors import CheckpointError
 
-__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "parse_json", "read_json", "shown"]
+__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "listed", "parse_json", "read_json", "shown"]
 
 #: No tensor of torch has more.
 MOST_DIMENSIONS = 64
@@ -42,6 +43,16 @@ def shown(thing: object) -> str:
         return f"a {type(thing).__name__}"  # its text could be of any length
     text, most = str(thing), _LONGEST_PATH if isinstance(thing, PurePath) else _LONGEST_SHOWN
     return repr(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def listed(names: Collection[object]) -> str:
+    """The first few of some names, as a message may hold them.
+
+    >>> listed("abcdefg")
+    "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    first = [shown(name) for name in names][:5]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from neuronscope.postmortem.checkpoint import OptimizerState
-from neuronscope.postmortem.formats.files import shown
+from neuronscope.postmortem.formats.files import listed, shown
 from neuronscope.postmortem.formats.names import as_text
 from neuronscope.postmortem.formats.stored import Stored
+from neuronscope.postmortem.formats.symbols import LeftOut
 
 __all__ = ["find_optimizers", "looks_like_optimizer", "steps_taken"]
 
@@ -31,14 +32,27 @@ def looks_like_optimizer(value: Any) -> bool:
     )
 
 
-def find_optimizers(content: Any, strip: Callable[[str], str] = as_text) -> tuple[OptimizerState, ...]:
+def find_optimizers(
+    content: Any, strip: Callable[[str], str] = as_text, notes: list[str] | None = None
+) -> tuple[OptimizerState, ...]:
     """The optimizers in a checkpoint: the whole of it, under a key, or in a list or dictionary under a key.
 
     Args:
         content: What lies in the checkpoint.
         strip: What takes wrappers' parts off the names of parameters.
+        notes: Gets a sentence for each kind of tensor that is not read.
     """
-    return tuple(_optimizer(found, strip) for found in _candidates(content, 2, set()))
+    optimizers = tuple(_candidates(content, 2, set()))
+    left_out: dict[str, list[str]] = {}
+    for found in optimizers:
+        for key, kept in found["state"].items():
+            for name, value in kept.items() if isinstance(kept, Mapping) else ():
+                if isinstance(value, LeftOut):
+                    left_out.setdefault(value.why, []).append(f"{as_text(key)}.{as_text(name)}")
+    if notes is not None:
+        for why, names in left_out.items():
+            notes.append(f"Tensors of an optimizer's state that are {why} are not read: {listed(names)}.")
+    return tuple(_optimizer(found, strip) for found in optimizers)
 
 
 def _candidates(value: Any, deeper: int, seen: set[int]) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.formats.files import ByteRange, parse_json, shown
 from neuronscope.postmortem.formats.stored import FileTensor, Storage, dtype_named
+from neuronscope.postmortem.formats.symbols import LeftOut, readable_type
 
 __all__ = ["looks_like_safetensors", "read_safetensors"]
 
@@ -49,13 +50,13 @@ def looks_like_safetensors(head: bytes) -> bool:
     return head[_LENGTH : _LENGTH + 1] == b"{"
 
 
-def read_safetensors(part: ByteRange) -> dict[str, FileTensor]:
-    """The tensors of a file by name, in the order of its header.
+def read_safetensors(part: ByteRange) -> dict[str, FileTensor | LeftOut]:
+    """The tensors of a file by name, in the order of its header; those of a type that is not known are left out.
 
     The header must account for each byte behind it once, as the format demands.
 
     Raises:
-        CheckpointError: It is damaged, or holds a type that is not known.
+        CheckpointError: It is damaged.
     """
 
     def damaged(what: str) -> CheckpointError:
@@ -70,7 +71,7 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor]:
     if not isinstance(header, dict):
         raise damaged("its header is no dictionary")
     data = part.part(_LENGTH + length, part.size - _LENGTH - length)
-    tensors: dict[str, FileTensor] = {}
+    tensors: dict[str, FileTensor | LeftOut] = {}
     spans = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -82,19 +83,21 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor]:
         numbers: list[Any] = [begin, end, *shape] if isinstance(shape, list) else [None]
         if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
             raise damaged(f"the entry of {shown(name)} has no shape or place")
-        dtype = dtype_named(_TYPES.get(code)) if isinstance(code, str) else None
-        if dtype is None:
-            raise CheckpointError(
-                f"{shown(part.path)} holds {shown(name)} in a type that is not known here: {shown(code)}."
-            )
+        place = data.part(begin, end - begin)
+        spans.append((begin, end))
+        if not isinstance(code, str):
+            raise damaged(f"the type of {shown(name)} is {shown(code)}")
+        dtype = dtype_named(_TYPES.get(code))
+        if dtype is None:  # how many bytes its numbers take is not known
+            tensors[name] = LeftOut(f"of type {shown(code)}")
+            continue
         numel = math.prod(shape)
         if end - begin != numel * dtype.itemsize:
             raise damaged(
                 f"{shown(name)} has {numel} numbers of {dtype.itemsize} bytes, in a place of {end - begin} bytes"
             )
-        place = data.part(begin, end - begin)
-        tensors[name] = FileTensor(Storage(dtype, numel, place), dtype, shape)
-        spans.append((begin, end))
+        known = readable_type(dtype)
+        tensors[name] = known if isinstance(known, LeftOut) else FileTensor(Storage(known, numel, place), known, shape)
     at = 0
     for begin, end in sorted(spans):
         if begin != at:

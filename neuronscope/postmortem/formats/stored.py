@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.formats.files import MOST_DIMENSIONS, ByteRange, shown
 
-__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_shape", "room"]
+__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_readable", "is_shape", "room"]
 
 # A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
 # in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
@@ -30,6 +31,23 @@ def dtype_named(name: object) -> torch.dtype | None:
     """
     found = vars(torch).get(name) if isinstance(name, str) else None
     return found if isinstance(found, torch.dtype) else None
+
+
+@functools.cache
+def is_readable(dtype: torch.dtype) -> bool:
+    """Return whether torch can turn numbers of this type into float64 (or complex128) on the CPU.
+
+    It cannot for types that only other devices compute with (packed floats, integers of less than a byte, bare bits).
+
+    >>> is_readable(torch.float8_e5m2), is_readable(torch.bits8)
+    (True, False)
+    """
+    try:
+        numbers = torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype)
+        numbers.to(torch.complex128 if dtype.is_complex else torch.float64)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
 
 
 def is_shape(sizes: Any) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from neuronscope.postmortem.formats.pickles import ForeignError, StandIn, Symbol, hashable
-from neuronscope.postmortem.formats.stored import FileTensor, Storage, dtype_named
+from neuronscope.postmortem.formats.stored import FileTensor, Storage, dtype_named, is_readable
 
-__all__ = ["Attributes", "LeftOut", "StorageType", "find_symbol"]
+__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_symbol", "readable_type"]
 
 
 class LeftOut(StandIn):
@@ -59,6 +59,28 @@ class StorageType(StandIn):
         self.dtype = dtype
 
 
+class UnknownType(StandIn):
+    """What stands for a type of torch's that the installed torch does not have.
+
+    Args:
+        name: Its name, as in ``float4_e2m1fn_x2``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | LeftOut:
+    """Return the type, or what stands for its tensors if they cannot be read.
+
+    >>> readable_type(torch.float16), readable_type(torch.bits8).why
+    (torch.float16, 'of type bits8')
+    """
+    if isinstance(dtype, UnknownType):
+        return LeftOut(f"of type {dtype.name}")
+    return dtype if is_readable(dtype) else LeftOut(f"of type {str(dtype).removeprefix('torch.')}")
+
+
 class _NumpyType(StandIn):
     """What stands for a type of numpy's: its code, as in ``f8``."""
 
@@ -87,22 +109,27 @@ def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
     if found is None and module == "torch":
-        found = dtype_named(name)
+        found = dtype_named(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
     if found is None:
         raise ForeignError(full)
     return found
 
 
-def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: torch.dtype | None = None) -> Any:
+def _rebuild(
+    storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: torch.dtype | UnknownType | None = None
+) -> Any:
     if not isinstance(storage, Storage):
         raise ValueError("a tensor is made of something that is no storage")
-    tensor = FileTensor(storage, storage.dtype if dtype is None else dtype, size, stride, offset)
+    known = readable_type(storage.dtype if dtype is None else dtype)
+    if isinstance(known, LeftOut):
+        return known
+    tensor = FileTensor(storage, known, size, stride, offset)
     storage.views.append(tensor)
     return tensor
 
 
 def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype | UnknownType):
         raise ValueError("a tensor has a type that is none")
     return _rebuild(storage, offset, size, stride, dtype=dtype)
 
@@ -150,6 +177,8 @@ def _numpy_scalar(kind: Any, content: Any = b"") -> Any:
     return np.frombuffer(content, dtype=np.dtype(code), count=1)[0].item()
 
 
+# Names of types of numbers, as torch forms them.
+_NUMBER_TYPE = re.compile(r"(q?u?int|b?float|complex|bits)\d{1,3}(_?[a-z\d]{1,16}){0,3}")
 _PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")
 
 

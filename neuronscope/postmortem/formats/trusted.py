@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neuronscope.errors import CheckpointError
 from neuronscope.postmortem.formats.files import shown
 from neuronscope.postmortem.formats.stored import LoadedTensor
-from neuronscope.postmortem.formats.symbols import LeftOut
+from neuronscope.postmortem.formats.symbols import LeftOut, readable_type
 
 __all__ = ["load_script", "load_trusted"]
 
@@ -32,7 +32,9 @@ def load_trusted(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # code of anybody runs here
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of anybody runs here, and may call sys.exit
         raise CheckpointError(f"{shown(path)} could not be unpickled: {_told(error)}.") from error
     return _plain(loaded, 0)
 
@@ -47,12 +49,14 @@ def load_script(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch.jit.load(path, map_location="cpu")
-    except Exception as error:  # code of anybody runs here
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of anybody runs here, and may call sys.exit
         raise CheckpointError(f"{shown(path)} could not be loaded as TorchScript: {_told(error)}.") from error
     return _plain(loaded, 0)
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The first line of what an error says."""
     return f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
 
@@ -63,7 +67,8 @@ def _plain(value: Any, depth: int) -> Any:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
             return LeftOut("sparse, quantised or without numbers")
-        return LoadedTensor(value)
+        known = readable_type(value.dtype)
+        return known if isinstance(known, LeftOut) else LoadedTensor(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
     if isinstance(value, Mapping):
