@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
 from neuronscope.postmortem.checkpoint import StoredTensor
 
-__all__ = ["NEURON_KINDS", "Layer", "find_layers", "is_floating", "is_parameter"]
+__all__ = ["NEURON_KINDS", "Layer", "find_layers", "is_floating", "is_parameter", "normalised_layers"]
 
 #: Kinds of layer whose rows are neurons; the others are ``norm``, ``embedding`` and ``experts``.
 NEURON_KINDS = ("linear", "conv")
@@ -117,6 +118,21 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
             if layer is not None:
                 found.append(layer)
     return tuple(found)
+
+
+def normalised_layers(layers: Sequence[Layer]) -> set[str]:
+    """Paths of the layers that have a norm of their size right before or behind them, in the order of the file.
+
+    Args:
+        layers: The checkpoint's layers.
+    """
+    found = set()
+    for first, second in pairwise(layers):
+        if second.kind == "norm" and first.kind in NEURON_KINDS and second.width == first.width:
+            found.add(first.path)
+        if first.kind == "norm" and second.kind in NEURON_KINDS and first.width == second.inputs:
+            found.add(second.path)
+    return found
 
 
 def _split(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None] | None:
