@@ -58,7 +58,7 @@ def independent(site: SiteReport, positions: int | None = None) -> int:
     return min(site.examples, site.positions if positions is None else positions)
 
 
-def silence_basis(examples: int, policy: Policy) -> tuple[str, str]:
+def silence_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[str, str]:
     """Return the basis of a claim that rests on silence, and a sentence on it where the examples are too few.
 
     One example shows that a neuron fires; only many show that it does not.
@@ -66,14 +66,17 @@ def silence_basis(examples: int, policy: Policy) -> tuple[str, str]:
     Args:
         examples: Independent examples.
         policy: Says how many are enough.
+        what: What the neurons are on them, to begin the sentence with.
     """
     if examples >= policy.min_examples:
         return "measured", ""
     seen = f"{examples:,} example{'' if examples == 1 else 's'}"
     return (
         "suspected",
-        f" Silent on {seen} only: fewer than the {policy.min_examples:,} that it takes to say that a silent neuron "
-        f"fires in fewer than {100 * policy.max_rate:g} % of examples.",
+        (
+            f" {what} on {seen} only: fewer than the {policy.min_examples:,} that it takes to say that this is so in "
+            f"all but {100 * policy.max_rate:g} % of examples."
+        ),
     )
 
 
@@ -115,7 +118,7 @@ def measured_evidence(site: SiteReport, policy: Policy, *, whole_layer: bool = F
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
     silent, few = silence_basis(examples, policy)
-    stopped, few_gradients = silence_basis(independent(site, site.gradient_positions), policy)
+    stopped, few_gradients = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
     stops = " The next layer passes none back, which says nothing of these neurons themselves." if whole_layer else ""
     said: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
         ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),
@@ -143,9 +146,7 @@ def measured_evidence(site: SiteReport, policy: Policy, *, whole_layer: bool = F
         if at.size:
             whole = whole_layer and claim == "no gradient"
             evidence.append(
-                Evidence(
-                    site.name, site.neurons, _SOURCE, claim, basis, at, numbers[at], unit, text, whole_layer=whole
-                )
+                Evidence(site.name, site.neurons, _SOURCE, claim, basis, at, numbers[at], unit, text, whole_layer=whole)
             )
     return evidence
 

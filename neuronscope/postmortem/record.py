@@ -124,7 +124,7 @@ def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]
             basis=basis,
         )
     if judged.cut_off.any():
-        basis, few = silence_basis(independent(site, site.gradient_positions), policy)
+        basis, few = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
         stops = " The next layer passes none back, which says nothing of these neurons themselves." if cut_off else ""
         yield _of(
             site,
