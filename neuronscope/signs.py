@@ -25,6 +25,8 @@ __all__ = [
     "early",
     "grouped",
     "groups",
+    "last_deaths",
+    "may_have_collapsed",
     "not_finite",
     "off_centre",
     "shrunk",
@@ -75,6 +77,10 @@ class LayerFacts:
         not_finite: Neurons with NaN or infinite weights or outputs.
         unread: Neurons whose output reaches nothing.
         dead_norm: Middle norm of the dead neurons' incoming weights over that of the others; ``None`` = not known.
+        may_have_collapsed: Whether it gets no gradient as a whole, and has collapsed or was frozen.
+        idle: Neurons that get no gradient only because the whole layer gets none.
+        kind: Kind of its activation (``relu-like``, ``smooth`` …); ``""`` = not known.
+        normalised: Whether a normalisation stands before its activation or its weights; ``False`` = none is known of.
     """
 
     name: str
@@ -84,6 +90,10 @@ class LayerFacts:
     not_finite: int = 0
     unread: int = 0
     dead_norm: float | None = None
+    may_have_collapsed: bool = False
+    idle: int = 0
+    kind: str = ""
+    normalised: bool = False
 
     @property
     def width(self) -> int:
@@ -103,6 +113,8 @@ class RunFacts:
             was last; 0 = none or not known.
         clocked: Whether steps are by the optimizer's clock, which tells the earliest step, mostly by some 20 too early.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the network's input; ``None`` = not known.
+        observed_every: Steps at most between two at which a monitor looked for deaths: so much earlier than its date
+            one may have come.
     """
 
     layers: tuple[LayerFacts, ...]
@@ -111,6 +123,7 @@ class RunFacts:
     decay: float = 0.0
     clocked: bool = False
     input_offset: float | None = None
+    observed_every: int = 1
 
     def dated(self) -> IntArray:
         """Steps of all deaths that have one, rising, int64 ``(D,)``."""
@@ -126,6 +139,12 @@ class RunFacts:
         dated = self.dated()
         return max(self.step or 0, int(dated[-1]) if dated.size else 0, 1)
 
+    def sound_before(self, step: int | None) -> int | None:
+        """The step before which a checkpoint is older than deaths dated to ``step``; ``None`` where there is none."""
+        if step is None or step < self.observed_every:
+            return None
+        return step - self.observed_every + 1
+
 
 @dataclass(frozen=True)
 class Support:
@@ -136,12 +155,33 @@ class Support:
         neurons: How many neurons show it.
         layers: Names of the layers that show it, the most affected first.
         steps: First and last step that it concerns, where it has any.
+        before: Step before which a checkpoint does not have it yet; ``None`` where none is known, or can be.
     """
 
     evidence: str
     neurons: int
     layers: tuple[str, ...]
     steps: tuple[int, int] | None = None
+    before: int | None = None
+
+
+def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
+    """When the last neurons of a layer died: the first step of those within a span of the last.
+
+    Args:
+        dead: Which neurons are dead, bool ``(N,)``.
+        since: Since when, int64 ``(N,)``, as in :class:`LayerFacts`.
+
+    Returns:
+        A step; −1 where all are dead since the beginning, ``None`` where nothing is dated.
+
+    >>> last_deaths(np.array([True, True, True, False]), np.array([20, 300, 310, 400]))
+    300
+    """
+    steps = since[dead & (since >= 0)]
+    if steps.size:
+        return int(steps[steps >= steps.max() - SPAN_STEPS].min())
+    return -1 if dead.any() and bool((since[dead] == -1).all()) else None
 
 
 def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
@@ -218,7 +258,7 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
         text += " Steps are by the optimizer's clock: the earliest possible, mostly by some 20 steps too early."
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
-    return Support(text, number, names, (spans[0][0], spans[-1][1]))
+    return Support(text, number, names, (spans[0][0], spans[-1][1]), facts.sound_before(spans[0][0]))
 
 
 def grouped(facts: RunFacts) -> Support | None:
@@ -302,7 +342,38 @@ def collapsed(facts: RunFacts) -> Support | None:
     if not gone:
         return None
     said, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in gone])
-    return Support(f"Nearly all neurons of a layer are dead: {said}.", sum(int(one.dead.sum()) for one in gone), names)
+    text = f"Nearly all neurons of a layer are dead: {said}."
+    steps = [step for layer in gone if (step := last_deaths(layer.dead, layer.since)) is not None]
+    if steps:
+        when = "since the beginning" if max(steps) < 0 else f"since step {max(min(steps), 0):,}"
+        text += f" That is so {when}{', at the earliest' if facts.clocked and max(steps) >= 0 else ''}."
+    idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
+    if any(count for _, count, _ in idle):
+        text += f" No gradient reaches {_affected(idle)[0]}."
+    return Support(
+        text,
+        sum(int(one.dead.sum()) for one in gone),
+        names,
+        (min(steps), max(steps)) if steps else None,
+        facts.sound_before(min(steps)) if steps else None,
+    )
+
+
+def may_have_collapsed(facts: RunFacts) -> Support | None:
+    """Layers that get no gradient as a whole, where that is a collapse or a way of freezing."""
+    gone = [layer for layer in facts.layers if layer.may_have_collapsed]
+    if not gone:
+        return None
+    said, names = _affected([(layer.name, layer.width, layer.width) for layer in gone])
+    everyone = [last_deaths(np.ones(layer.width, dtype=np.bool_), layer.since) for layer in gone]
+    steps = [step for step in everyone if step is not None]
+    return Support(
+        f"No neuron gets a gradient, though the optimizer goes on: {said}.",
+        sum(layer.width for layer in gone),
+        names,
+        (min(steps), max(steps)) if steps else None,
+        facts.sound_before(min(steps)) if steps else None,
+    )
 
 
 def shrunk(facts: RunFacts) -> Support | None:

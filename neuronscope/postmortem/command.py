@@ -66,7 +66,7 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help=(
             "exit code 1 when more than PCT percent of all neurons are dead, never trained or without gradient on firm "
             "ground (proved, measured, inferred; what is only suspected, and layers that are idle as a whole, do not "
-            "count), or when any neuron is not finite"
+            "count), when a whole layer has collapsed, or when any neuron is not finite"
         ),
     )
     command.set_defaults(call=_run)
@@ -133,6 +133,11 @@ def _checked(report: PostmortemReport, limit: float) -> int:
     said = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) dead on firm ground"
     if report.not_finite:
         print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {said}.", file=sys.stderr)
+        return FAILED
+    if report.collapsed:
+        which = f"layer{'s' if len(report.collapsed) > 1 else ''} {', '.join(report.collapsed[:3])}"
+        more = f" and {len(report.collapsed) - 3} more" if len(report.collapsed) > 3 else ""
+        print(f"neuronscope: failed: {which}{more} collapsed, no neuron is left; {said}.", file=sys.stderr)
         return FAILED
     if math.isnan(dead):
         raise UsageError("Expected neurons to compare with --fail-above, but no layer could be examined.")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.report import Report, SiteReport
 from neuronscope.scanning import scan
-from neuronscope.verdicts import rate_bound
+from neuronscope.verdicts import Policy, rate_bound
 
-__all__ = ["contradictions", "measure", "measured_evidence"]
+__all__ = ["contradictions", "cut_off_by_the_next", "independent", "measure", "measured_evidence", "silence_basis"]
 
 _SOURCE = "scan"
 
@@ -40,51 +40,114 @@ def measure(
     [('dead', [0]), ('alive', [1])]
     """
     report = scan(model, data, loss, **options)
-    evidence = tuple(one for site in report.sites for one in measured_evidence(site, report.policy["confidence"]))
+    policy, cut_off = Policy(**report.policy), cut_off_by_the_next(report.sites)
+    evidence = tuple(
+        one for site in report.sites for one in measured_evidence(site, policy, whole_layer=site.name in cut_off)
+    )
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return evidence, abstentions, report
 
 
-def measured_evidence(site: SiteReport, confidence: float) -> list[Evidence]:
+def independent(site: SiteReport, positions: int | None = None) -> int:
+    """Count the independent examples behind a site's silence: no more than the positions that were seen.
+
+    Args:
+        site: The site.
+        positions: Positions behind the claim; those at which the output was seen where it is left out.
+    """
+    return min(site.examples, site.positions if positions is None else positions)
+
+
+def silence_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[str, str]:
+    """Return the basis of a claim that rests on silence, and a sentence on it where the examples are too few.
+
+    One example shows that a neuron fires; only many show that it does not.
+
+    Args:
+        examples: Independent examples.
+        policy: Says how many are enough.
+        what: What the neurons are on them, to begin the sentence with.
+    """
+    if examples >= policy.min_examples:
+        return "measured", ""
+    seen = f"{examples:,} example{'' if examples == 1 else 's'}"
+    return (
+        "suspected",
+        (
+            f" {what} on {seen} only: fewer than the {policy.min_examples:,} that it takes to say that this is so in "
+            f"all but {100 * policy.max_rate:g} % of examples."
+        ),
+    )
+
+
+def cut_off_by_the_next(sites: Sequence[SiteReport]) -> set[str]:
+    """Find the sites that get no gradient as a whole because the next one passes none back.
+
+    Of several such sites in a row the last is where the gradient stops; those before it may be as healthy as any.
+
+    Args:
+        sites: In the order in which they run.
+
+    Returns:
+        Names of sites.
+    """
+    stopped = []
+    for site in sites:
+        judged = site.judgement
+        stopped.append(bool(site.gradient_positions) and bool((judged.dead | judged.cut_off).all()))
+    return {site.name for site, here, after in zip(sites, stopped, stopped[1:], strict=False) if here and after}
+
+
+def measured_evidence(site: SiteReport, policy: Policy, *, whole_layer: bool = False) -> list[Evidence]:
     """What a scan says of the neurons of one site.
 
     Args:
         site: The site, as the scan reports it.
-        confidence: Of the bound on how often a silent neuron may yet fire.
+        policy: How many examples are enough, and the confidence of the bound on how often a silent neuron may yet fire.
+        whole_layer: Whether the site gets no gradient only because of the next; see :func:`cut_off_by_the_next`.
 
     Returns:
         At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; a neuron that was
-        not seen is in none.
+        not seen is in none. What rests on silence on too few examples is only suspected.
     """
     judged = site.judgement
-    bound = rate_bound(site.examples, confidence) if site.examples else np.nan
+    examples = independent(site)
+    bound = rate_bound(examples, policy.confidence) if examples else np.nan
     fires = 1.0 - site.zero_output_fraction
     where = f"over {site.examples:,} examples, {site.positions:,} positions"
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
-    said: tuple[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
-        ("not finite", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),
+    silent, few = silence_basis(examples, policy)
+    stopped, few_gradients = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
+    stops = " The next layer passes none back, which says nothing of these neurons themselves." if whole_layer else ""
+    said: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
+        ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),
         (
             "dead",
+            silent,
             judged.dead,
             np.full(site.neurons, bound),
-            f"share of examples in which it may yet fire, at most, at {100 * confidence:g} % confidence",
-            f"Its output was exactly zero at every position{gradients}, {where}.",
+            f"share of examples in which it may yet fire, at most, at {100 * policy.confidence:g} % confidence",
+            f"Its output was exactly zero at every position{gradients}, {where}.{few}",
         ),
         (
             "no gradient",
+            stopped,
             judged.cut_off,
             fires,
             "share of positions at which it fires",
-            f"It fires, and its gradient was exactly zero at every position, {where}.",
+            f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{stops}",
         ),
-        ("alive", alive, fires, "share of positions at which it fires", f"Counted {where}."),
+        ("alive", "measured", alive, fires, "share of positions at which it fires", f"Counted {where}."),
     )
     evidence = []
-    for claim, mask, numbers, unit, text in said:
+    for claim, basis, mask, numbers, unit, text in said:
         at = np.flatnonzero(mask).astype(np.int64)
         if at.size:
-            evidence.append(Evidence(site.name, site.neurons, _SOURCE, claim, "measured", at, numbers[at], unit, text))
+            whole = whole_layer and claim == "no gradient"
+            evidence.append(
+                Evidence(site.name, site.neurons, _SOURCE, claim, basis, at, numbers[at], unit, text, whole_layer=whole)
+            )
     return evidence
 
 

@@ -51,6 +51,8 @@ class Evidence:
             ``None`` where the source cannot tell.
         whole_layer: Whether it is said of these neurons only because it is so of their layer as a whole, which was
             frozen, or cut off by what follows it. That says nothing of the single neurons.
+        collapsed: Whether it is said of these neurons because their layer has collapsed: all of them went silent, and
+            nothing passes it any more.
     """
 
     layer: str
@@ -64,6 +66,7 @@ class Evidence:
     text: str
     since: npt.NDArray[np.int64] | None = None
     whole_layer: bool = False
+    collapsed: bool = False
 
     def __post_init__(self) -> None:
         if self.claim not in CLAIMS or self.basis not in BASES:
@@ -79,7 +82,7 @@ class Evidence:
     @property
     def voice(self) -> str:
         """Who says so, as it is shown: the source, and whether it speaks of the whole layer."""
-        return f"{self.source}, whole layer" if self.whole_layer else self.source
+        return f"{self.source}, whole layer" if self.whole_layer or self.collapsed else self.source
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ example's shape, however many examples a batch has; see ``docs/bounds.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from neuronscope.postmortem.example_inputs import Example, examples_for
 from neuronscope.postmortem.graph import Graph, Ref, Site, Step
 from neuronscope.postmortem.intervals import LAYER_NORM
 from neuronscope.postmortem.normalisation import firing_share_bound, normal_firing_share, threshold, training_maximum
-from neuronscope.postmortem.ties import producers, through_same, ties_of
+from neuronscope.postmortem.ties import normalised_sites, producers, through_same, ties_of
 from neuronscope.postmortem.tracing import ForwardError, trace
 from neuronscope.postmortem.unread import unread_neurons
 
@@ -43,12 +44,16 @@ class Examination(NamedTuple):
         abstentions: What could not be said, and why.
         ties: Path of the module that holds a layer's weights → name of the site that it leads into.
         searched: Whether it is known of all neurons who reads them.
+        kinds: Kind of the activation, by site.
+        normalised: Sites before whose activation or weights a normalisation stands.
     """
 
     evidence: tuple[Evidence, ...]
     abstentions: tuple[Abstention, ...]
     ties: Mapping[str, str]
     searched: bool = False
+    kinds: Mapping[str, str] = MappingProxyType({})
+    normalised: Collection[str] = ()
 
 
 def examine_model(
@@ -99,6 +104,7 @@ def examine_model(
         for path, names in ties.shared.items()
     ]
     abstentions += [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
+    kinds, normalised = {site.name: site.info.kind for site in graph.sites}, normalised_sites(graph)
     evidence = list(_batch_norms(graph, batch_positions))
     if graph.branches:
         abstentions.append(
@@ -109,7 +115,7 @@ def examine_model(
                 "so that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), ties.sites)
+        return Examination(tuple(evidence), tuple(abstentions), ties.sites, kinds=kinds, normalised=normalised)
     scope = f"of the shape {used.shapes} ({used.origin}), whatever the batch size"
     free = bounds_of(graph)
     found = bounds_of(graph, box) if box is not None else free
@@ -130,7 +136,8 @@ def examine_model(
     else:
         where = "for every finite input" if box is None else "for every input in the box"
         evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched=not (graph.hidden or graph.opaque))
+    searched = not (graph.hidden or graph.opaque)
+    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched, kinds, normalised)
 
 
 def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +20,9 @@ def facts_of(
     decay: float = 0.0,
     dead_norms: Mapping[str, float] | None = None,
     input_offset: float | None = None,
+    kinds: Mapping[str, str] | None = None,
+    normalised: Collection[str] = (),
+    observed_every: int = 1,
 ) -> RunFacts:
     """The facts of a post-mortem.
 
@@ -30,6 +33,9 @@ def facts_of(
         decay: By what share weight decay shrinks weights a step.
         dead_norms: By layer, the middle norm of dead rows over that of the others.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input.
+        kinds: Kind of each layer's activation, by layer, where it is known.
+        normalised: Layers that are known to have a normalisation before their activation or their weights.
+        observed_every: Steps at most between two at which a monitor looked for deaths.
     """
     norms = dead_norms or {}
     return RunFacts(
@@ -42,6 +48,10 @@ def facts_of(
                 not_finite=layer.count("not finite"),
                 unread=layer.count("unread"),
                 dead_norm=norms.get(layer.name),
+                may_have_collapsed=layer.collapse == "suspected",
+                idle=int(layer.idle.sum()),
+                kind=(kinds or {}).get(layer.name, ""),
+                normalised=layer.name in normalised,
             )
             for layer in layers
         ),
@@ -50,6 +60,7 @@ def facts_of(
         decay=decay,
         clocked=any(layer.is_clocked for layer in layers),
         input_offset=input_offset,
+        observed_every=observed_every,
     )
 
 

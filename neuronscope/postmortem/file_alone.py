@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from neuronscope.postmortem.checkpoint import Checkpoint
+from neuronscope.postmortem.collapse import find_halts
 from neuronscope.postmortem.earlier import compare_with_earlier
 from neuronscope.postmortem.evidence import Abstention, Evidence
-from neuronscope.postmortem.layers import find_layers
+from neuronscope.postmortem.layers import NEURON_KINDS, find_layers
 from neuronscope.postmortem.ownership import find_owners
 from neuronscope.postmortem.readings import LayerReading, read_clocks
 from neuronscope.postmortem.record import examine_records
@@ -37,10 +38,15 @@ def examine(
         owners = find_owners(checkpoint.tensors, checkpoint.optimizers, parameter_names)
         found += owners.abstentions
         clocks = list(read_clocks(checkpoint, layers, owners.entries))
+        read = [clock for clock in clocks if isinstance(clock, LayerReading)]
+        halts = find_halts(layers, read)
         for clock in clocks:
-            found += [clock] if isinstance(clock, Abstention) else evidence_of_silence(clock)
+            if isinstance(clock, Abstention):
+                found.append(clock)
+            elif clock.layer.kind in NEURON_KINDS:
+                found += evidence_of_silence(clock, halts.get(clock.layer.path))
         if earlier is not None:
-            read = [clock for clock in clocks if isinstance(clock, LayerReading)]
+            read = [clock for clock in read if clock.layer.kind in NEURON_KINDS]
             found += compare_with_earlier(earlier, checkpoint, layers, owners.entries, read, parameter_names)
     else:
         found.append(

@@ -11,24 +11,27 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope
-from neuronscope.diagnosis import diagnose
+from neuronscope.diagnosis import diagnose, is_normalised, observed_every
 from neuronscope.errors import UsageError
 from neuronscope.postmortem.assembly import assemble, confirmations, tied
+from neuronscope.postmortem.checkpoint import Checkpoint
 from neuronscope.postmortem.confirm import contradictions, measure
 from neuronscope.postmortem.evidence import Abstention, Evidence
-from neuronscope.postmortem.examination import examine_model
+from neuronscope.postmortem.examination import Examination, examine_model
 from neuronscope.postmortem.facts import facts_of
 from neuronscope.postmortem.file_alone import examine
 from neuronscope.postmortem.formats.files import listed
 from neuronscope.postmortem.givens import batches_of, example_of, first_of, loss_of
 from neuronscope.postmortem.inputs import InputMoments
-from neuronscope.postmortem.layers import NEURON_KINDS, find_layers, unexamined_types
+from neuronscope.postmortem.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
 from neuronscope.postmortem.models import build_model
 from neuronscope.postmortem.progress import Progress, watched_batches, watched_reading
 from neuronscope.postmortem.reading import open_checkpoint
+from neuronscope.postmortem.record import recorded_reports
 from neuronscope.postmortem.report import PostmortemReport
 from neuronscope.postmortem.training import dead_norms, decay_of, learning_rates
 from neuronscope.postmortem.user_code import user_code
+from neuronscope.report import Report
 
 __all__ = ["postmortem"]
 
@@ -101,6 +104,7 @@ def postmortem(
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
     widths = {layer.path: layer.width for layer in layers}
     sites: Mapping[str, str] = {}
+    given = Examination((), (), {})
     notes = list(checkpoint.notes)
     for kind, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {kind} are not examined: {listed(names)}.")
@@ -128,6 +132,7 @@ def postmortem(
         decay=decay,
         dead_norms=dead_norms(said, layers, sites, checkpoint) if decay > 0 else {},  # else not worth a second reading
         input_offset=moments.offset(),
+        **_surroundings(checkpoint, given),
     )
     return PostmortemReport(
         path=str(path),
@@ -154,6 +159,18 @@ def _measured(
     with user_code("Expected the model to run over the data"):
         measured, unmeasured, _ = measure(network, batches, loss)
     return measured, unmeasured
+
+
+def _surroundings(checkpoint: Checkpoint, given: Examination) -> dict[str, Any]:
+    """What is known of the layers besides their neurons: by the model, by a monitor's record, by the file's layers."""
+    records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
+    recorded = [site for report in records for site in report.sites]
+    normalised = {given.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
+    return {
+        "kinds": {**{site.name: site.kind for site in recorded}, **given.kinds},
+        "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *given.normalised},
+        "observed_every": max(map(observed_every, records), default=1),
+    }
 
 
 def _named(widths: Mapping[str, int], sites: Mapping[str, str], evidence: Sequence[Evidence]) -> dict[str, int]:

@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
 from neuronscope.postmortem.checkpoint import StoredTensor
 
-__all__ = ["NEURON_KINDS", "Layer", "find_layers", "is_floating", "is_parameter", "unexamined_types"]
+__all__ = [
+    "NEURON_KINDS",
+    "Layer",
+    "find_layers",
+    "is_floating",
+    "is_parameter",
+    "normalised_layers",
+    "unexamined_types",
+]
 
 #: Kinds of layer whose rows are neurons; the others are ``norm``, ``embedding`` and ``experts``.
 NEURON_KINDS = ("linear", "conv")
@@ -129,6 +138,21 @@ def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]
     for name, tensor in tensors.items():
         if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
             found.setdefault(tensor.dtype, []).append(name)
+    return found
+
+
+def normalised_layers(layers: Sequence[Layer]) -> set[str]:
+    """Paths of the layers that have a norm of their size right before or behind them, in the order of the file.
+
+    Args:
+        layers: The checkpoint's layers.
+    """
+    found = set()
+    for first, second in pairwise(layers):
+        if second.kind == "norm" and first.kind in NEURON_KINDS and second.width == first.width:
+            found.add(first.path)
+        if first.kind == "norm" and second.kind in NEURON_KINDS and first.width == second.inputs:
+            found.add(second.path)
     return found
 
 

@@ -8,7 +8,7 @@ steps at μ = .9.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +75,23 @@ class MomentumClock:
         Args:
             loudness: By layer.
         """
-        peaks = {name: self._peak(layer) for name, layer in loudness.items()}
+        loudest = self.loudest(loudness.values())
+        return {name: self.read_layer(layer, loudest) for name, layer in loudness.items()}
+
+    def loudest(self, layers: Iterable[Loudness]) -> float:
+        """Return the largest number of all layers, by which a layer that is silent as a whole is measured."""
+        return max(map(self._peak, layers), default=0.0)
+
+    def read_layer(self, layer: Loudness, loudest: float) -> Reading:
+        """Read the clock of one layer.
+
+        Args:
+            layer: Its rows.
+            loudest: See :meth:`loudest`.
+        """
+        peak = self._peak(layer)
         # A layer that lies this far below the loudest is silent as a whole: then it is measured by that one.
-        loudest = max(peaks.values(), default=0.0)
-        hushed = loudest * math.exp(-SILENT_FOLDS)
-        return {
-            name: self._read(layer, loudest if peaks[name] < hushed else peaks[name])
-            for name, layer in loudness.items()
-        }
+        return self._read(layer, loudest if peak < loudest * math.exp(-SILENT_FOLDS) else peak)
 
     @staticmethod
     def _peak(layer: Loudness) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -27,6 +28,7 @@ class LayerReading:
         rule: The optimizer.
         clock: Its clock.
         reading: What it says of each row.
+        weights: What it says of each row without its bias: of what multiplies the layer's input.
         parameters: Which of the layer's tensors it is of.
         taken: Steps in which the layer was updated, where its optimizer counts them.
         lag: Steps of its optimizer in which it was not: it was frozen then, or no gradient reached it.
@@ -37,6 +39,7 @@ class LayerReading:
     rule: Rule
     clock: Clock | MomentumClock
     reading: Reading
+    weights: Reading
     parameters: tuple[str, ...]
     taken: int | None
     lag: int
@@ -46,7 +49,7 @@ class LayerReading:
 def read_clocks(
     checkpoint: Checkpoint, layers: Sequence[Layer], entries: Mapping[str, Entry]
 ) -> Iterator[LayerReading | Abstention]:
-    """Read the clock of every layer whose rows are neurons.
+    """Read the clock of every layer whose rows are neurons, and of every norm that has one.
 
     Args:
         checkpoint: What the file holds.
@@ -55,7 +58,7 @@ def read_clocks(
     """
     newest = _newest_steps(entries)
     decays = _DecayJudge(checkpoint, entries)
-    quiet: dict[tuple[int, float], dict[str, tuple[Layer, Rule, Loudness, tuple[str, ...]]]] = {}
+    quiet: dict[tuple[int, float], list[tuple[Layer, Rule, tuple[str, ...]]]] = {}
     for layer in layers:
         if layer.kind == "experts":
             yield Abstention(
@@ -63,24 +66,42 @@ def read_clocks(
                 layer.path,
                 "Several experts are stacked in one tensor; it is not known along which dimension their neurons lie.",
             )
-        if layer.kind not in NEURON_KINDS:
+        if layer.kind not in (*NEURON_KINDS, "norm"):
             continue
         known = _known(checkpoint, layer, entries, decays)
         if isinstance(known, str):
-            yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
+            if layer.kind != "norm":
+                yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
             continue
         rule, names = known[layer.weight], tuple(known)
         if rule.name == "SGD":
-            loudness = _loudness(layer, entries, names)
             place = (entries[names[0]].optimizer, rule.betas[0])
-            quiet.setdefault(place, {})[layer.weight] = (layer, rule, loudness, names)
+            quiet.setdefault(place, []).append((layer, rule, names))
             continue
         yield _adam(checkpoint, layer, entries, known, newest)
     for (_, momentum), found in quiet.items():
-        clock = MomentumClock(momentum)
-        readings = clock.read({name: loudness for name, (_, _, loudness, _) in found.items()})
-        for name, (layer, rule, _, names) in found.items():
-            yield LayerReading(layer, rule, clock, readings[name], names, None, 0, checkpoint.step)
+        yield from _sgd(checkpoint, entries, MomentumClock(momentum), found)
+
+
+def _sgd(
+    checkpoint: Checkpoint,
+    entries: Mapping[str, Entry],
+    clock: MomentumClock,
+    found: Sequence[tuple[Layer, Rule, tuple[str, ...]]],
+) -> Iterator[LayerReading]:
+    """Read the layers of one optimizer, by the loudest of those whose rows are neurons: a norm's numbers are larger."""
+    whole = [_loudness(layer, entries, names) for layer, _, names in found]
+    loudest = clock.loudest(
+        loudness for loudness, (layer, _, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
+    )
+    for loudness, (layer, rule, names) in zip(whole, found, strict=True):
+        weights = _loudness(layer, entries, _without_bias(layer, names))
+        readings = clock.read_layer(loudness, loudest), clock.read_layer(weights, loudest)
+        yield LayerReading(layer, rule, clock, *readings, names, None, 0, checkpoint.step)
+
+
+def _without_bias(layer: Layer, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != layer.bias)
 
 
 def _known(
@@ -199,11 +220,11 @@ def _adam(
     weight = entries[layer.weight]
     taken = steps_taken(weight.slots, weight.group)
     clock = Clock(rule.betas[0], rule.betas[1], taken)
-    reading, *others = (_reading(layer, entries[name], rules[name]) for name in rules)
-    for other in others:
-        reading = reading.join(other)
+    each = {name: _reading(layer, entries[name], rules[name]) for name in rules}
+    weights = reduce(Reading.join, (each[name] for name in _without_bias(layer, tuple(rules))))
+    reading = reduce(Reading.join, each.values())
     last = newest.get(weight.optimizer)
     lag = 0 if taken is None or last is None else last - taken
     alone = len(checkpoint.optimizers) == 1
     step = checkpoint.step if alone and checkpoint.step is not None else last
-    return LayerReading(layer, rule, clock, reading, tuple(rules), taken, lag, step)
+    return LayerReading(layer, rule, clock, reading, weights, tuple(rules), taken, lag, step)

@@ -11,14 +11,25 @@ from torch import nn
 
 from neuronscope.errors import NeuronscopeError
 from neuronscope.postmortem.checkpoint import Checkpoint
+from neuronscope.postmortem.confirm import cut_off_by_the_next, independent, silence_basis
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.report import Report, SiteReport
 from neuronscope.scope import Scope
-from neuronscope.verdicts import rate_bound
+from neuronscope.verdicts import Policy, rate_bound
 
-__all__ = ["examine_records", "recorded_report"]
+__all__ = ["examine_records", "recorded_report", "recorded_reports"]
 
 _SOURCE = "monitor record"
+#: What reading a damaged record may raise.
+_DAMAGED = (
+    NeuronscopeError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def recorded_report(state: Mapping[str, Any]) -> Report | None:
@@ -45,8 +56,8 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
     return scope.report("train" if "train" in phases else phases[0])
 
 
-def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
-    """What the monitors' records in a checkpoint say.
+def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
+    """The reports of the monitors' records in a checkpoint, and why a record gives none.
 
     Args:
         checkpoint: What the file holds.
@@ -54,35 +65,42 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
     for key, state in checkpoint.records.items():
         try:
             report = recorded_report(state)
-            found = [] if report is None else [piece for site in report.sites for piece in _site(site, report)]
-        except (
-            NeuronscopeError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            reason = " ".join(str(error).split())[:300]
-            yield Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
+        except _DAMAGED as error:
+            yield _damaged(key, error)
             continue
-        if report is None:
-            yield Abstention(
-                _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
-            )
-        yield from found
+        yield report or Abstention(
+            _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
+        )
 
 
-def _site(site: SiteReport, report: Report) -> Iterator[Evidence]:
-    judged = site.judgement
-    bound = rate_bound(site.examples, report.policy["confidence"])
+def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
+    """What the monitors' records in a checkpoint say.
+
+    Args:
+        checkpoint: What the file holds.
+    """
+    for report in recorded_reports(checkpoint):
+        if isinstance(report, Abstention):
+            yield report
+            continue
+        cut_off = cut_off_by_the_next(report.sites)
+        for site in report.sites:
+            yield from _site(site, report, site.name in cut_off)
+
+
+def _damaged(key: str, error: BaseException) -> Abstention:
+    reason = " ".join(str(error).split())[:300]
+    return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
+
+
+def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]:
+    judged, policy = site.judgement, Policy(**report.policy)
+    bound = rate_bound(independent(site), policy.confidence)
     born = site.last_active_step < 0
     when = (
         f"over {site.examples} examples of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"
     )
-    short = "" if report.window.long_enough else " These are too few examples to be sure."
     if judged.not_finite.any():
         yield _of(
             site,
@@ -93,24 +111,30 @@ def _site(site: SiteReport, report: Report) -> Iterator[Evidence]:
             f"NaN or infinite outputs were counted {when}.",
         )
     if judged.dead.any():
+        basis, few = silence_basis(independent(site), policy)
         yield _of(
             site,
             "dead",
             judged.dead,
             np.full(site.neurons, bound),
-            f"share of examples it may still fire in, at {report.policy['confidence']:.0%} confidence",
+            f"share of examples it may still fire in, at {policy.confidence:.0%} confidence",
             f"Zero output{' and zero gradient' if site.gradient_positions else ''} at every one of {site.positions} "
-            f"positions, counted {when}.{short}",
-            np.where(born, -1, site.history.died_step),
+            f"positions, counted {when}.{few}",
+            since=np.where(born, -1, site.history.died_step),
+            basis=basis,
         )
     if judged.cut_off.any():
+        basis, few = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
+        stops = " The next layer passes none back, which says nothing of these neurons themselves." if cut_off else ""
         yield _of(
             site,
             "no gradient",
             judged.cut_off,
             np.full(site.neurons, float(site.gradient_positions)),
             "positions at which its gradient was zero",
-            f"It fires, and its gradient was zero at every position, counted {when}.{short}",
+            f"It fires, and its gradient was zero at every position, counted {when}.{few}{stops}",
+            basis=basis,
+            whole_layer=cut_off,
         )
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
     if alive.any():
@@ -131,7 +155,10 @@ def _of(
     numbers: npt.NDArray[np.float64],
     measure: str,
     text: str,
+    *,
     since: npt.NDArray[np.int64] | None = None,
+    basis: str = "measured",
+    whole_layer: bool = False,
 ) -> Evidence:
     neurons = np.flatnonzero(mask).astype(np.int64)
     return Evidence(
@@ -139,10 +166,11 @@ def _of(
         width=site.neurons,
         source=_SOURCE,
         claim=claim,
-        basis="measured",
+        basis=basis,
         neurons=neurons,
         numbers=numbers[neurons],
         measure=measure,
         text=text,
         since=None if since is None else since[neurons],
+        whole_layer=whole_layer,
     )

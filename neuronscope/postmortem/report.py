@@ -100,6 +100,11 @@ class PostmortemReport(Drawn):
         return sum(int(layer.idle.sum()) for layer in self.layers)
 
     @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of layers of which no neuron is left, on firm ground."""
+        return tuple(layer.name for layer in self.layers if layer.collapse == "firm")
+
+    @property
     def contested(self) -> int:
         """Neurons of which both *alive* and its opposite were said."""
         return sum(int(layer.contested.sum()) for layer in self.layers)
@@ -147,6 +152,7 @@ class PostmortemReport(Drawn):
                 "dead_by_basis": self.dead_by_basis(),
                 "suspected": self.suspected,
                 "idle": self.idle,
+                "collapsed": list(self.collapsed),
                 "contested": self.contested,
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,

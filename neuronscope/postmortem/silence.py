@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from neuronscope.postmortem.collapse import Halt
 from neuronscope.postmortem.evidence import Abstention, Evidence
 from neuronscope.postmortem.readings import LayerReading
 
@@ -16,11 +18,12 @@ __all__ = ["evidence_of_silence", "made_of"]
 _AT_ONCE = 30
 
 
-def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
+def evidence_of_silence(read: LayerReading, halt: Halt | None = None) -> Iterator[Evidence | Abstention]:
     """What the clock of one layer says of its neurons.
 
     Args:
         read: The layer's clock.
+        halt: Why the layer gets no gradient as a whole, where it gets none and that is known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
     exact = read.rule.name != "SGD"
@@ -42,7 +45,7 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
             f"The layer was updated {read.taken} times; to tell a pause from silence the clock needs more than "
             f"{limit:.0f} steps.",
         )
-        yield from _never(read, never, whole=bool(never.all()))
+        yield from _never(read, never, bool(never.all()), halt)
         return
     silent = sound & ~never & (reading.steps > limit)
     alive = sound & ~never & ~silent
@@ -56,13 +59,16 @@ def evidence_of_silence(read: LayerReading) -> Iterator[Evidence | Abstention]:
         together = timed & (reading.steps <= reading.steps[timed].min() + _AT_ONCE)
     elif whole:
         together = ran_out
-    yield from _never(read, never, whole=bool(never.all()))
+    if whole and halt is not None and halt.kind != "cut off":
+        together = silent  # whoever went first, the layer has collapsed
+    yield from _never(read, never, bool(never.all()), halt)
     singly = timed & ~together
     sure = reading.steps > read.clock.sure_steps
-    for at_once, mask in ((False, singly), (True, together)):
-        yield from _silent(read, mask & sure, exact, "inferred", at_once)
-        yield from _silent(read, mask & ~sure, exact, "suspected", at_once)
+    for at_once, mask in ((False, singly), (True, together & timed)):
+        yield from _silent(read, mask & sure, exact, "inferred", at_once, halt)
+        yield from _silent(read, mask & ~sure, exact, "suspected", at_once, halt)
     yield from _ran_out(read, ran_out & ~together)
+    yield from _ran_out(read, ran_out & together, True, halt)
     if alive.any():
         yield made_of(
             read,
@@ -80,25 +86,24 @@ def _measure(exact: bool) -> str:
     return "steps since the last gradient, at most" if exact else "steps since the last gradient, about"
 
 
-def _never(read: LayerReading, mask: Tensor, whole: bool) -> Iterator[Evidence]:
+def _never(read: LayerReading, mask: Tensor, whole: bool, halt: Halt | None) -> Iterator[Evidence]:
     if not mask.any():
         return
     kept = "exp_avg and exp_avg_sq" if read.rule.name != "SGD" else "momentum_buffer"
     least = "" if read.rule.name == "SGD" else ", or none whose square this type can hold"
     text = f"The optimizer's {kept} of all incoming weights are exactly zero: none ever got a gradient{least}."
     if whole:
-        text += " This is so for the whole layer: it was cut off from the loss, or multiplied by zero, all along."
+        text += _why(halt, "it was cut off from the loss, or multiplied by zero, all along")
     since = torch.full(mask.shape, -1, dtype=torch.int64)
     nothing = torch.full(mask.shape, torch.nan, dtype=torch.float64)
-    yield made_of(read, "never trained", mask, nothing, "", text + _caveats(read), since, whole)
+    yield _as_halted(made_of(read, "never trained", mask, nothing, "", text + _caveats(read), since), whole, halt)
 
 
-def _silent(read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool) -> Iterator[Evidence]:
+def _silent(
+    read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool, halt: Halt | None
+) -> Iterator[Evidence]:
     """Rows that the clock dates, on one basis; ``at_once``: the layer's last ones, that went together."""
     if not mask.any():
-        return
-    if at_once and torch.isinf(read.reading.steps[mask]).all():
-        yield from _ran_out(read, mask, whole=True)
         return
     if exact:
         limit, living = {
@@ -116,19 +121,19 @@ def _silent(read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: 
             "it: an estimate, good to some tens of steps."
         )
     if at_once:
-        ground += (
-            " This is so for the whole layer: it was frozen, or cut off by what follows it, or its gradients became "
-            "far smaller than they were. It says nothing of these neurons themselves."
+        ground += _why(
+            halt, "it was frozen, or cut off by what follows it, or its gradients became far smaller than they were"
         )
     since = None
-    if read.step is not None and not read.lag:
+    # A collapse is dated by a bound alone: SGD's estimate goes by the loudest layer, which may have come to rest since.
+    if read.step is not None and not read.lag and (exact or not at_once):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
-    yield made_of(
-        read, "no gradient", mask, read.reading.steps, _measure(exact), ground + _caveats(read), since, at_once, basis
-    )
+    text = ground + _caveats(read)
+    said = made_of(read, "no gradient", mask, read.reading.steps, _measure(exact), text, since, basis=basis)
+    yield _as_halted(said, at_once, halt)
 
 
-def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False) -> Iterator[Evidence]:
+def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False, halt: Halt | None = None) -> Iterator[Evidence]:
     if not mask.any():
         return
     text = (
@@ -136,17 +141,36 @@ def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False) -> Iterator[
         "last gradient came about as many steps ago, or more."
     )
     if whole:
-        text += " This is so for the whole layer: it was frozen, or cut off by what follows it."
-    yield made_of(
+        text += _why(halt, "it was frozen, or cut off by what follows it")
+    said = made_of(
         read,
         "no gradient",
         mask,
         read.reading.floor,
         "steps since the last gradient, about or more",
         text + _caveats(read),
-        None,
-        whole,
     )
+    yield _as_halted(said, whole, halt)
+
+
+def _why(halt: Halt | None, unknown: str) -> str:
+    """Why a whole layer gets no gradient, as a sentence; ``unknown`` where that is not known."""
+    if halt is None or halt.kind == "cut off":
+        why = unknown if halt is None else halt.text
+        return f" This is so for the whole layer: {why}. It says nothing of these neurons themselves."
+    return f" This is so for the whole layer, and {halt.text}."
+
+
+def _as_halted(said: Evidence, whole: bool, halt: Halt | None) -> Evidence:
+    """What is said of a layer as a whole: of its neurons too where it has collapsed, and suspected where it may have.
+
+    The reader's clock supports the layer's own, so that a collapse is inferred where each alone would be suspected.
+    """
+    if not whole:
+        return said
+    if halt is None or halt.kind == "cut off":
+        return replace(said, whole_layer=True)
+    return replace(said, collapsed=True, basis="inferred" if halt.kind == "collapsed" else "suspected")
 
 
 def _caveats(read: LayerReading) -> str:

@@ -15,7 +15,7 @@ from neuronscope.postmortem.graph import Graph, Ref, Site, Step
 from neuronscope.postmortem.layouts import MOVES, SAME
 from neuronscope.postmortem.weighted import WEIGHTED_RULES
 
-__all__ = ["Ties", "producers", "through_same", "ties_of"]
+__all__ = ["Ties", "normalised_sites", "producers", "through_same", "ties_of"]
 
 _NORMS = ("batch_norm", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 _SCALINGS = (
@@ -64,6 +64,42 @@ def ties_of(graph: Graph) -> Ties:
                 sites.append(site.name)
     single = {path: names[0] for path, names in found.items() if len(names) == 1}
     return Ties(single, {path: tuple(names) for path, names in found.items() if len(names) > 1})
+
+
+def normalised_sites(graph: Graph) -> set[str]:
+    """Names of the sites before whose activation, or before whose weights, a normalisation stands.
+
+    Args:
+        graph: A traced forward.
+    """
+    made_by = producers(graph)
+    return {site.name for site in graph.sites if _is_normalised(graph, made_by, site)}
+
+
+def _is_normalised(graph: Graph, made_by: Mapping[int, Step], site: Site) -> bool:
+    weights = 0
+    step = made_by.get(site.before)
+    while step is not None and weights < 2:
+        if _name(step) in _NORMS:
+            return True
+        weights += step.function in WEIGHTED_RULES
+        data = [read for read in dict.fromkeys(step.reads) if graph.values[read].constant is None]
+        step = made_by.get(data[0]) if len(data) == 1 and _leads_on(step) else None
+    return False
+
+
+def _leads_on(step: Step) -> bool:
+    """Whether a step mixes, moves or scales elements, and does nothing else to them."""
+    return (
+        step.function in WEIGHTED_RULES
+        or step.function in SAME
+        or step.function in MOVES
+        or (step.function in ELEMENTWISE_RULES and _name(step) in _SCALINGS)
+    )
+
+
+def _name(step: Step) -> str:
+    return str(getattr(step.function, "__name__", "")).rstrip("_")
 
 
 def producers(graph: Graph) -> dict[int, Step]:

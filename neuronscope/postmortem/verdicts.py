@@ -158,6 +158,20 @@ class LayerReport:
         """Neurons that are only suspected to be so."""
         return int((self.gone & ~self.idle & (self.basis > _FIRM_CODES)).sum())
 
+    @cached_property
+    def collapse(self) -> str:
+        """How sure it is that the whole layer has collapsed: ``firm``, ``suspected`` or ``""``.
+
+        Firm where every neuron is dead, never trained or without gradient on firm ground. A layer of one neuron is
+        not called so.
+        """
+        if self.neurons < 2 or not self.gone.all():
+            return ""
+        if self.dead_mask.all():
+            return "firm"
+        told = any(one.collapsed for one in self.evidence)
+        return "suspected" if told and not self.idle.any() else ""
+
     @property
     def dead_percent(self) -> float:
         """``dead`` in percent of the layer."""
@@ -214,6 +228,7 @@ class LayerReport:
             "dead": self.dead,
             "suspected": self.suspected,
             "idle": int(self.idle.sum()),
+            "collapse": self.collapse or None,
             "contested": int(self.contested.sum()),
             "labels": {label: int((self.labels == code).sum()) for code, label in enumerate(LABELS)},
             "dead_by_basis": self.dead_by_basis(),
@@ -243,6 +258,7 @@ def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
     return {
         "source": one.source,
         "whole_layer": one.whole_layer,
+        "collapsed": one.collapsed,
         "claim": one.claim,
         "basis": one.basis,
         "measure": one.measure,

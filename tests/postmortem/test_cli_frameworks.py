@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(0)
-IMAGES = torch.rand(64, 4)
+IMAGES = torch.rand(300, 4)
 
 class Lit(pl.LightningModule):
     def __init__(self, width, depths=(1,), optimizer=None, *, note="", loss=None):

@@ -383,7 +383,7 @@ def test_a_run_that_nobody_watched(folder: Path) -> None:
     assert all(150 <= layer.since[neuron] <= 199 for neuron in range(5)), layer.since[:5]
     born = next(one for one in report.diagnoses if one.sign == "dead since the beginning")
     assert born.neurons == int((layer.since == -1).sum())
-    tested = ns.postmortem("late.pt", model, images)
+    tested = ns.postmortem("late.pt", model, [images] * 5)  # 320 examples: enough to call silence measured
     assert tested["1"].dead == silent.size
     assert tested["1"].dead_by_basis()["measured"] == silent.size
     clock = [one for one in tested.confirmations if one.source == "adam state"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import neuronscope as ns
 from neuronscope.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.postmortem.examination import examine_model
 from neuronscope.postmortem.facts import facts_of as facts_of_postmortem
+from neuronscope.postmortem.layers import find_layers, normalised_layers
+from neuronscope.postmortem.reading import open_checkpoint
 from neuronscope.signs import UNDATED, LayerFacts, RunFacts, groups
 from tests.writers import sample_reports
 
@@ -57,6 +64,12 @@ CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
     ("NaN", (layer(not_finite=1),), {}, ["NaN or infinite numbers"]),
     ("unread", (layer(unread=3),), {}, ["outputs that nothing reads"]),
     ("collapse", (layer(width=10, since=[UNDATED] * 9),), {}, ["a layer nearly all dead"]),
+    (
+        "a collapse, perhaps",
+        (layer(since=(), may_have_collapsed=True),),
+        {},
+        ["a layer that may have collapsed"],
+    ),
     ("no collapse", (layer(width=10, since=[UNDATED] * 8),), {}, []),
     # Dead for 9,000 of 10,000 steps: a decay of 1e-4 a step leaves e^−0.9 = 41 %, one of 5e-5 64 %.
     ("shrunk", (layer(since=[1000], dead_norm=0.4),), {"decay": 1e-4}, ["dead weights shrink"]),
@@ -80,6 +93,97 @@ def test_signs_are_found_where_their_evidence_is(
 
 def test_every_sign_is_found_in_some_case() -> None:
     assert {sign for case in CASES for sign in case[3]} == {sign.name for sign in SIGNS}
+
+
+def remedy(sign: str, *layers: LayerFacts, **facts: Any) -> str:
+    (one,) = [one for one in diagnose(RunFacts(layers, **{"step": 10_000, **facts})) if one.sign == sign]
+    return one.remedy
+
+
+SIGN_OF_COLLAPSE = "a layer nearly all dead"
+
+
+@pytest.mark.parametrize(
+    ("sign", "since", "facts"),
+    [
+        (SIGN_OF_COLLAPSE, [5000] * 64, {}),
+        ("held below zero", [5000] * 9, {"drifted": 3}),
+        ("deaths spread over the run", EVENLY, {}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["smooth", "leaky", "gated"])
+def test_no_activation_is_advised_where_there_is_one_of_its_kind(
+    sign: str, since: list[int], facts: dict[str, Any], kind: str
+) -> None:
+    names = ("GELU", "SiLU", "ELU", "LeakyReLU", "CReLU", "slope")
+    assert any(name in remedy(sign, layer(since=since, kind="relu-like", **facts)) for name in names)
+    assert not any(name in remedy(sign, layer(since=since, kind=kind, **facts)) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("sign", "since"),
+    [(SIGN_OF_COLLAPSE, [5000] * 64), ("dead since the beginning", [-1]), ("deaths spread over the run", EVENLY)],
+)
+def test_no_normalisation_is_advised_where_there_is_one(sign: str, since: list[int]) -> None:
+    assert "Norm" in remedy(sign, layer(since=since))
+    assert "Norm" not in remedy(sign, layer(since=since, normalised=True))
+
+
+def test_an_unknown_activation_is_advised_on_condition() -> None:
+    assert "If the activation is zero for all that is below zero" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
+
+
+@pytest.mark.parametrize("sign", [SIGN_OF_COLLAPSE, "deaths close together in time"])
+def test_the_checkpoint_to_go_back_to_is_named(sign: str) -> None:
+    found = layer(since=[5000] * 63 + [5003])
+    assert remedy(sign, found).startswith("Go back to a checkpoint before step 5,000.")
+    # Looked at every 20 steps: the deaths first seen at 5,000 may have come at 4,981.
+    assert remedy(sign, found, observed_every=20).startswith("Go back to a checkpoint before step 4,981.")
+
+
+def test_where_no_checkpoint_can_be_named_none_is() -> None:
+    undated, born = (layer(since=[step] * 64) for step in (UNDATED, -1))
+    assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to a checkpoint from before it.")
+    assert "checkpoint" not in remedy(SIGN_OF_COLLAPSE, born)
+
+
+def test_a_collapse_is_dated_by_its_last_deaths() -> None:
+    one = layer(since=[20] * 10 + [5000] * 53 + [5010])
+    assert "before step 5,000." in remedy(SIGN_OF_COLLAPSE, one)
+
+
+def test_a_watched_run_knows_its_activations_and_norms() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
+    with ns.watch(model, every_n_steps=5, window_steps=5) as scope:
+        for step in range(40):
+            if step == 22:
+                with torch.no_grad():
+                    model[1].bias[:] = -1000.0
+                    model[3].bias[:] = -1000.0
+            model(torch.randn(320, 4)).sum().backward()
+            scope.step()
+    facts = facts_of(scope.report())
+    assert [(one.kind, one.normalised) for one in facts.layers] == [("smooth", True), ("relu-like", False)]
+    assert facts.observed_every == 5
+    found = next(one for one in diagnose(facts) if one.sign == SIGN_OF_COLLAPSE)
+    # Seen to fire at step 20 and missed at 25.
+    assert found.remedy.startswith("Go back to a checkpoint before step 21.")
+
+
+def test_a_post_mortem_knows_its_activations_and_norms(tmp_path: Path) -> None:
+    """By the model: a norm right before the activation, one before its weights, and none."""
+    model = nn.Sequential(
+        *(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()),
+        *(nn.LayerNorm(8), nn.Linear(8, 8), nn.SiLU()),
+        *(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
+    )
+    given = examine_model(model)
+    assert dict(given.kinds) == {"2": "relu-like", "5": "smooth", "7": "relu-like"}
+    assert set(given.normalised) == {"2", "5"}
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    layers = find_layers(open_checkpoint(tmp_path / "net.pt").tensors)
+    assert normalised_layers(layers) == {"0", "4"}
 
 
 def test_the_evidence_is_numbers_layers_and_steps() -> None:

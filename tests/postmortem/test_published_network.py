@@ -43,7 +43,7 @@ def path(example: ModuleType) -> Path:
 def speech(example: ModuleType) -> Tensor:
     mels = example.spectrogram(example.file_of("pyannote.audio", "pyannote/audio/sample/sample.wav"))
     assert mels.shape == (3001, 40)  # 30 s, a frame each 10 ms
-    return torch.stack([mels[start : start + 160] for start in range(0, 3001 - 160, 16)])
+    return torch.stack([mels[start : start + 160] for start in range(0, 3001 - 160, 8)])
 
 
 @pytest.fixture(scope="module")

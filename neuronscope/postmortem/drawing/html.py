@@ -36,7 +36,7 @@ def render(report: PostmortemReport) -> str:
     """
     ours, shared = files("neuronscope.postmortem.drawing"), files("neuronscope.writers") / "assets"
     sentences = words.finding(report)
-    banner = sentences.pop(0) if report.not_finite else None
+    banner = sentences.pop(0) if words.is_alarm(report) else None
     layers = _layers(report)
     return page.fill(
         ours / "postmortem.html.j2",

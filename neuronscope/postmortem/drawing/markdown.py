@@ -36,7 +36,7 @@ def render(report: PostmortemReport) -> str:
     """
     blocks = [f"## Neuronscope post-mortem: {plain(words.title(report))}", plain(words.span(report))]
     found = [plain(sentence) for sentence in words.finding(report)]
-    if report.not_finite:
+    if words.is_alarm(report):
         found[0] = f"**{found[0]}**"
     blocks.append(_list(found))
     if report.layers:

@@ -46,7 +46,7 @@ def render(report: PostmortemReport) -> str:
     page.line(words.span(report))
     page.line()
     for index, sentence in enumerate(words.finding(report)):
-        loud = index == 0 and report.not_finite > 0
+        loud = index == 0 and words.is_alarm(report)
         page.line(f"!! {sentence}" if loud else sentence, style="bold white on red" if loud else "")
     if report.layers:
         page.line()

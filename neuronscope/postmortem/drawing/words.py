@@ -13,7 +13,7 @@ from neuronscope.postmortem.contests import Contest, contests_of
 from neuronscope.postmortem.evidence import BASES, CLAIMS, Evidence
 from neuronscope.postmortem.report import LEVELS, PostmortemReport
 from neuronscope.postmortem.verdicts import LayerReport
-from neuronscope.signs import UNDATED
+from neuronscope.signs import UNDATED, last_deaths
 from neuronscope.writers.wording import NONE, UNKNOWN, count, percent, plural, visible
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "fold",
     "grounds",
     "held",
+    "is_alarm",
     "layer_words",
     "name",
     "since",
@@ -91,6 +92,7 @@ def finding(report: PostmortemReport) -> list[str]:
             f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_layers(where)}. "
             "This network is not healthy, whatever the rest says."
         )
+    said += _collapses(report)
     if not report.neurons:
         return [*said, "No layer could be examined, so nothing can be said of any neuron."]
     said.append(_deaths(report))
@@ -107,9 +109,10 @@ def finding(report: PostmortemReport) -> list[str]:
         )
     if report.idle:
         layers = [layer.name for layer in report.layers if layer.idle.any()]
+        follows = "that collapse" if report.collapsed else "what follows"
         said.append(
             f"{plural(report.idle, 'neuron')} in {_layers(layers)} get no gradient as a whole layer: frozen, or "
-            "cut off by what follows; in no total."
+            f"cut off by {follows}; in no total."
         )
     if report.contested:
         said.append(f"{_are(report.contested)} contested: one source says dead, another alive; the surer one counts.")
@@ -122,6 +125,38 @@ def finding(report: PostmortemReport) -> list[str]:
     if report.unknown:
         said.append(f"Nothing is known of {count(report.unknown)} ({percent(_share(report.unknown, report))}).")
     return said
+
+
+def is_alarm(report: PostmortemReport) -> bool:
+    """Whether the first sentence of :func:`finding` says that the network does not work at all."""
+    return bool(report.not_finite or report.collapsed)
+
+
+def _collapses(report: PostmortemReport) -> list[str]:
+    """What is said of layers that have collapsed, or may have."""
+    firm, suspected = (
+        [(layer, f"none of its {count(layer.neurons)} neurons") for layer in report.layers if layer.collapse == how]
+        for how in ("firm", "suspected")
+    )
+    tell = "" if report.level == "data" else " Data (--data) would tell."
+    return [
+        *(
+            f"COLLAPSED: layer {visible(layer.name)}: {none} is left{_collapsed_since(layer)}. No signal passes it, "
+            "and what lies before it learns nothing through it."
+            for layer, none in firm
+        ),
+        *(
+            f"Layer {visible(layer.name)} may have collapsed: {none} gets a gradient{_collapsed_since(layer)}.{tell}"
+            for layer, none in suspected
+        ),
+    ]
+
+
+def _collapsed_since(layer: LayerReport) -> str:
+    step = last_deaths(layer.gone, layer.since)
+    if step is None:
+        return ""
+    return " since the beginning" if step < 0 else f", since step {count(step)}{' at the earliest' * layer.is_clocked}"
 
 
 def _deaths(report: PostmortemReport) -> str:
