@@ -24,7 +24,7 @@ from benchmarks.nets import NETS
 from benchmarks.steps import training
 from benchmarks.tables import Table, milliseconds
 from neuronscope.callbacks.publishing import Drawings
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import write
 
 __all__ = ["PARTS", "disturbed", "log_of"]

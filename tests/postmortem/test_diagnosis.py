@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.diagnosis import SIGNS, diagnose, facts_of
-from neuronscope.postmortem.facts import facts_of as facts_of_postmortem
-from neuronscope.signs import UNDATED, LayerFacts, RunFacts, groups
+from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
+from neuronscope.judge.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
 from tests.writers import sample_reports
 
 from . import samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.grouping import shared_prefix
 from neuronscope.writers.pictures.axis import StepAxis, count, percent
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
@@ -19,7 +19,7 @@ from neuronscope.writers.pictures.colours import (
     mix,
     share_colours,
 )
-from neuronscope.writers.pictures.rows import Row, rows_of
+from neuronscope.writers.pictures.site_rows import Row, rows_of
 
 __all__ = ["MOST_ROWS", "overview"]
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from neuronscope.writers.tensorboard.dashboard import Dashboard, EventWriter, write
-from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.scalars import scalars
 
 __all__ = ["Dashboard", "EventWriter", "diagnosis", "scalars", "write"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import UsageError
-from neuronscope.report import Report, SiteReport
-from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.report.report import Report, SiteReport
+from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import metric, safe
 from neuronscope.writers.tensorboard.vectors import summaries
