@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.tables import Table, milliseconds, ratio, size
 from benchmarks.turns import take_turns
-from neuronscope.counting import Scratch, count_outputs, count_zeros
+from neuronscope.count.counting import Scratch, count_outputs, count_zeros
 
 __all__ = ["tables"]
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.nets import NETS
 from benchmarks.steps import training
 from benchmarks.tables import Table, milliseconds
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import EventFile, append
 
 __all__ = ["PARTS", "disturbed", "log_of"]

@@ -26,8 +26,8 @@ from benchmarks.large import gpt, resnet
 from benchmarks.steps import NEVER, by_default
 from benchmarks.tables import Table, milliseconds, ratio, size
 from benchmarks.turns import take_turns
-from neuronscope.callbacks.monitors import DEFAULT_EVERY_N_STEPS
-from neuronscope.counting import Scratch, count_outputs, count_zeros
+from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
+from neuronscope.count.counting import Scratch, count_outputs, count_zeros
 
 __all__ = ["MODES", "main", "tables"]
 

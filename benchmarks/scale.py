@@ -29,12 +29,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 import neuronscope as ns
 from benchmarks.tables import Table
-from neuronscope.census import SiteInfo
-from neuronscope.meters import Meter
-from neuronscope.ranks import Ranks
-from neuronscope.reporting import make_report
-from neuronscope.sites import SiteKey
-from neuronscope.windows import PhaseRecord
+from neuronscope.build_report import make_report
+from neuronscope.count.counters import Meter
+from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.tally.distributed.sync import RankSync
+from neuronscope.tally.phase_record import PhaseRecord
 from neuronscope.writers import tensorboard
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
@@ -120,7 +119,7 @@ def count(meters: list[Meter], step: int) -> None:
 def measure(rank: int, sites: int, neurons: int) -> Costs | None:
     """The costs, on the first rank; the others only join."""
     torch.manual_seed(rank)
-    record, ranks = PhaseRecord(ns.Policy()), Ranks()
+    record, ranks = PhaseRecord(ns.Policy()), RankSync()
     keys = [SiteKey(f"layers.{number}.act", "", 0, False) for number in range(sites)]
     meters = [record.add_meter(key, INFO, neurons, torch.device("cpu")) for key in keys]
     joins, closes, collectives = [], [], [0]

@@ -15,8 +15,8 @@ from torch import nn
 import neuronscope as ns
 from benchmarks.tables import Table, size
 from benchmarks.turns import Times, take_turns
-from neuronscope.counting import Scratch
-from neuronscope.meters import Meter, add_gradients, add_outputs
+from neuronscope.count.counters import Meter, add_gradients, add_outputs
+from neuronscope.count.counting import Scratch
 
 __all__ = ["tables"]
 

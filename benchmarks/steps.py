@@ -18,7 +18,7 @@ import neuronscope as ns
 from benchmarks.nets import NETS
 from benchmarks.tables import Table, milliseconds, ratio
 from benchmarks.turns import Times, take_turns
-from neuronscope.callbacks.monitors import DEFAULT_EVERY_N_STEPS
+from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
 
 __all__ = ["NEVER", "by_default", "one_step", "tables", "training"]
 

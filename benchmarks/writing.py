@@ -10,7 +10,7 @@ from benchmarks.disturbance import PARTS, disturbed, log_of
 from benchmarks.tables import Table, milliseconds, size
 from benchmarks.turns import take_turns
 from benchmarks.windows import SIZES, watched_run
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import EventFile
 
 __all__ = ["tables"]

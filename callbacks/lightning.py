@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neuronscope.callbacks.monitors import Monitor
+from neuronscope.callbacks.lightning_compat import FRAMEWORKS, LightningLog, joined_callback, logger_of
+from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
-from neuronscope.callbacks.trainers import FRAMEWORKS, LightningLog, joined_callback, logger_of
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback

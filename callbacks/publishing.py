@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from neuronscope.callbacks.drawing import Drawer
-from neuronscope.callbacks.faults import Faults
+from neuronscope.callbacks.background import BackgroundDrawer
+from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import UsageError
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
 
@@ -102,8 +102,8 @@ class Publisher:
         self._first_drawing = 0.0
         self._marks: dict[str, _Mark] = {}
         self._files: dict[str, EventFile] = {}  # by the folder of a log
-        self._faults = Faults("write to a logger")
-        self._drawer = Drawer()
+        self._faults = SuppressErrors("write to a logger")
+        self._drawer = BackgroundDrawer()
 
     def begin(self) -> None:
         """A run begins: its time is what drawing gets a share of."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from neuronscope.callbacks.stages import Gate
+from neuronscope.attach.module_paths import own_class
+from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.errors import StateError
-from neuronscope.ranks import world_size
 from neuronscope.scope import Scope
-from neuronscope.sites import own_class
+from neuronscope.tally.distributed.sync import world_size
 
 __all__ = ["Runs"]
 
@@ -27,7 +27,7 @@ class Runs:
 
     Args:
         options: Of :func:`neuronscope.watch`.
-        step_is_model: See :class:`neuronscope.callbacks.stages.Gate`.
+        step_is_model: See :class:`neuronscope.callbacks.phase_gate.PhaseGate`.
 
     Attributes:
         scope: What watches the model now, or watched it last.
@@ -39,7 +39,7 @@ class Runs:
         self._step_is_model = step_is_model
         self._trial()  # bad options are met here, and not when training starts
         self.scope: Scope | None = None
-        self.gate: Gate | None = None
+        self.gate: PhaseGate | None = None
         self._model = ""
         self._loaded: dict[str, Any] | None = None
         self._fitting = False
@@ -82,7 +82,7 @@ class Runs:
         self.detach()
         self._loaded = None
         scope = Scope(model, **self._options)
-        self.scope, self.gate = scope, Gate(scope, step_is_model=self._step_is_model)
+        self.scope, self.gate = scope, PhaseGate(scope, step_is_model=self._step_is_model)
         known, self._model = self._model, own_class(model).__qualname__
         if state is not None and state.get("model") == self._model:
             self._take_up(state)

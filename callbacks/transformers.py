@@ -30,15 +30,15 @@ except ImportError as error:
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from neuronscope.callbacks.callers import handler_calling, resumed_folder
-from neuronscope.callbacks.checkpoints import load_state, save_state
-from neuronscope.callbacks.faults import Faults
-from neuronscope.callbacks.monitors import Monitor
+from neuronscope.callbacks.hf_internals import handler_calling, resumed_folder
+from neuronscope.callbacks.hf_loggers import Event, reporters
+from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
-from neuronscope.callbacks.reporters import Event, reporters
+from neuronscope.callbacks.saved_state import load_state, save_state
+from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import NeuronscopeWarning
-from neuronscope.ranks import world_size
-from neuronscope.report import Report
+from neuronscope.report.report import Report
+from neuronscope.tally.distributed.sync import world_size
 
 __all__ = ["DeadNeuronCallback"]
 
@@ -112,7 +112,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         """Continue what the checkpoint holds that the training is resumed from."""
         folder, saved = resumed_folder(), None
         if folder is not None:
-            with Faults("take up what was saved"):
+            with SuppressErrors("take up what was saved"):
                 saved = load_state(folder, self.state_key)
         elif state.global_step:
             self._warn("could not find the folder that the training is resumed from: it counts from here")
@@ -242,7 +242,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         if gate is None or state.is_hyper_param_search:
             return  # of a trial no callback knows the folder
         self._stand_by()
-        with Faults("save what was counted"):
+        with SuppressErrors("save what was counted"):
             counted = self.state_dict(join=True)
             if args.should_save:
                 folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

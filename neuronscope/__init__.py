@@ -10,29 +10,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuronscope.census import Census, Tally
+    from neuronscope.attach.activations import Activation
+    from neuronscope.checkpoints.postmortem_report import PostmortemReport
+    from neuronscope.checkpoints.run import postmortem
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
-    from neuronscope.postmortem.inquest import postmortem
-    from neuronscope.postmortem.report import PostmortemReport
-    from neuronscope.report import Report
+    from neuronscope.judge.verdicts import Policy, Verdict
+    from neuronscope.report.report import Report
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
-    from neuronscope.sites import Activation
-    from neuronscope.verdicts import Policy, Verdict
+    from neuronscope.tally.census import Census, Tally
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Activation": "neuronscope.sites",
-    "Census": "neuronscope.census",
+    "Activation": "neuronscope.attach.activations",
+    "Census": "neuronscope.tally.census",
     "NeuronscopeError": "neuronscope.errors",
     "NeuronscopeWarning": "neuronscope.errors",
-    "Policy": "neuronscope.verdicts",
-    "PostmortemReport": "neuronscope.postmortem.report",
-    "Report": "neuronscope.report",
+    "Policy": "neuronscope.judge.verdicts",
+    "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
+    "Report": "neuronscope.report.report",
     "Scope": "neuronscope.scope",
-    "Tally": "neuronscope.census",
-    "Verdict": "neuronscope.verdicts",
+    "Tally": "neuronscope.tally.census",
+    "Verdict": "neuronscope.judge.verdicts",
+    "postmortem": "neuronscope.checkpoints.run",
     "scan": "neuronscope.scanning",
     "watch": "neuronscope.scope",
 }
@@ -56,8 +57,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "postmortem":  # the package itself, which can be called
-        return importlib.import_module("neuronscope.postmortem")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import neuronscope
+from neuronscope.checkpoints.command import add_postmortem
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_printed, print_whole
-from neuronscope.postmortem.command import add_postmortem
 from neuronscope.writers.wording import visible
 
 __all__ = ["main"]

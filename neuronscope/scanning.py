@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from neuronscope.errors import UsageError
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.scope import watch
 
 __all__ = ["left_as_it_was", "scan"]

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from neuronscope.arguments import checked_policy, positive
-from neuronscope.census import Census, SiteInfo
+from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.hooks import HookManager
+from neuronscope.attach.module_paths import model_name
+from neuronscope.attach.site_patterns import Patterns, SitePatterns
+from neuronscope.build_report import make_report
+from neuronscope.count.counters import Meter
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.hooks import Tap
-from neuronscope.meters import Meter
-from neuronscope.ranks import Ranks
-from neuronscope.report import Report
-from neuronscope.reporting import make_report
-from neuronscope.selection import Patterns, Selection
-from neuronscope.sites import Activation, Registry, SiteKey, model_name
-from neuronscope.verdicts import Policy
-from neuronscope.windows import PhaseRecord, saved_phases, state_of_phases
+from neuronscope.judge.verdicts import Policy
+from neuronscope.options import checked_policy, positive
+from neuronscope.report.report import Report
+from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.tally.census import Census
+from neuronscope.tally.distributed.sync import RankSync
+from neuronscope.tally.phase_record import PhaseRecord, saved_phases, state_of_phases
 
 __all__ = ["Scope", "watch"]
 
@@ -52,9 +54,9 @@ class Scope:
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         self.every_n_steps = positive("every_n_steps", every_n_steps)
         self.window_steps = positive("window_steps", window_steps)
-        self._ranks = Ranks(together=join_ranks)
+        self._ranks = RankSync(together=join_ranks)
         self.policy = checked_policy(policy)
-        self._selection = Selection(sites, exclude, axes)
+        self._selection = SitePatterns(sites, exclude, axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
@@ -70,7 +72,7 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
-        self._tap = Tap(
+        self._tap = HookManager(
             model,
             registry=registry,
             meters=self._new_meter,

@@ -29,7 +29,7 @@ cd "$work" # nothing of the repository is importable from here
 # shellcheck disable=SC2086
 "$empty/python" -m pip install -q $pip_args --no-warn-conflicts -c "$root/constraints.txt" numpy rich jinja2 pillow
 "$empty/python" -I -W error - <<'PYTHON'
-import neuronscope, neuronscope.callbacks, neuronscope.report, neuronscope.writers.html, neuronscope.writers.terminal
+import neuronscope, neuronscope.callbacks, neuronscope.report.report, neuronscope.writers.html, neuronscope.writers.terminal
 assert "site-packages" in neuronscope.__file__, neuronscope.__file__
 print("without torch: import neuronscope, its callbacks, reports and writers: ok")
 PYTHON

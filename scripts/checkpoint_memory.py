@@ -22,7 +22,7 @@ BYTES = SIDE * SIDE * 4
 
 CHILD = """
 import json, sys, time
-from neuronscope.postmortem.reading import open_checkpoint
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 
 def kilobytes(what):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))

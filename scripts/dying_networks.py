@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuronscope.demo.data import Digits
-from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState
+from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
+from neuronscope.demo.digits import Digits
 
 Ints = npt.NDArray[np.int64]
 

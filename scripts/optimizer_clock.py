@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from neuronscope.demo.data import Digits, load_digits
-from neuronscope.postmortem.checkpoint import Checkpoint
-from neuronscope.postmortem.file_alone import examine
+from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.demo.digits import Digits, load_digits
 from scripts.dying_networks import CASES, Case, Ints, Truth, as_checkpoint, train
 
 # --- the comparison -------------------------------------------------------------------------------------------------

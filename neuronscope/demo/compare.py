@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import neuronscope
-from neuronscope.demo.data import Digits
+from neuronscope.demo.digits import Digits
 from neuronscope.demo.logs import VariantLog
 from neuronscope.demo.recipe import Recipe, Variant
 from neuronscope.demo.results import Comparison, Epoch, Run
 from neuronscope.demo.training import train
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 
 __all__ = ["compare"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from neuronscope.demo.results import Epoch, Run
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import EVENT_FOLDER, Dashboard
 
 __all__ = ["VariantLog", "remove_earlier_logs"]

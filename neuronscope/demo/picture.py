@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.demo.findings import headline
+from neuronscope.demo.conclusions import headline
 from neuronscope.demo.results import Comparison
 from neuronscope.writers.pictures.comparison import Curve, Spike, comparison
 

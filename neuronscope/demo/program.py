@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from neuronscope.demo.compare import compare
-from neuronscope.demo.data import Digits, load_digits
-from neuronscope.demo.findings import findings
+from neuronscope.demo.conclusions import findings
+from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.logs import remove_earlier_logs
 from neuronscope.demo.picture import talk_picture
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from neuronscope.demo.findings import number
+from neuronscope.demo.conclusions import number
 from neuronscope.demo.results import Comparison, Run, Spread
 
 __all__ = ["layer_table", "main_table"]

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.demo.data import Digits
+from neuronscope.demo.digits import Digits
 from neuronscope.demo.recipe import Recipe, Variant, build_network
 from neuronscope.demo.recount import recount_dead
 from neuronscope.demo.results import Epoch, Moment, Run
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 
 __all__ = ["AfterEpoch", "train"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.wording import (
     NONE,
     UNKNOWN,

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope import report as levels
-from neuronscope.report import Report, SiteReport
-from neuronscope.verdicts import LABELS
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report import report as levels
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers import findings, page, wording
 from neuronscope.writers.packing import Packed, pack
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers import findings, wording
 
 __all__ = ["code", "plain", "render"]

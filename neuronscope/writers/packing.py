@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report import (
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
     LEVEL_DORMANT,
@@ -22,7 +23,6 @@ from neuronscope.report import (
     LEVEL_UNSEEN,
     SiteReport,
 )
-from neuronscope.verdicts import LABELS
 
 __all__ = ["Packed", "Resolution", "pack"]
 

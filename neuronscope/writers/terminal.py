@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers import findings, wording
 from neuronscope.writers.console import Page
 

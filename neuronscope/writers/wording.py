@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuronscope.report import Report, SiteReport
-from neuronscope.verdicts import rate_bound
+from neuronscope.judge.verdicts import rate_bound
+from neuronscope.report.report import Report, SiteReport
 
 __all__ = [
     "NONE",

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.callbacks.alarms import Alarm
+from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from tests.callbacks.networks import batches, network, trainer
 
 # 128 examples a step and windows of 3 steps: each is sure. 3 of the net's 22 neurons never fire (13.6 %).
@@ -65,7 +65,7 @@ def report_of(monitor: DeadNeuronMonitor) -> Report:
 def test_an_alarm_speaks_when_the_threshold_is_crossed_and_again_after_it_was_quiet() -> None:
     report = report_of(DeadNeuronMonitor(**OPTIONS))
     none = report_without_deaths(report)
-    alarm = Alarm("warn", 10)
+    alarm = DeadThreshold("warn", 10)
     assert [alarm.hear(each) is not None for each in (none, report, report, none, report)] == [
         False, True, False, False, True,
     ]  # fmt: skip
@@ -84,6 +84,6 @@ def test_neurons_that_give_nan_count_as_lost() -> None:
     first = report.sites[0]
     everybody = torch.ones(first.neurons, dtype=torch.bool).numpy()
     broken = replace(report, sites=(replace(first, judgement=replace(first.judgement, not_finite=everybody)),))
-    message = Alarm("warn", 50).hear(broken)
+    message = DeadThreshold("warn", 50).hear(broken)
     assert message is not None
     assert "and 12 give NaN or infinite outputs" in message

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from neuronscope.callbacks import DeadNeuronMonitor, drawing, publishing
-from neuronscope.callbacks.drawing import MOST_WAITING, Drawer
+from neuronscope.callbacks import DeadNeuronMonitor, background, publishing
+from neuronscope.callbacks.background import MOST_WAITING, BackgroundDrawer
 from neuronscope.errors import NeuronscopeWarning
 from tests.callbacks.networks import batches, network, trainer
 from tests.callbacks.test_faults import ours
@@ -39,7 +39,7 @@ def drawers() -> list[threading.Thread]:
 
 
 def test_jobs_run_in_their_order_in_one_thread_that_ends_with_them() -> None:
-    drawer, done = Drawer(), []
+    drawer, done = BackgroundDrawer(), []
     for number in range(50):
         drawer.draw(lambda number=number: done.append((number, threading.current_thread().name)))
     drawer.finish()
@@ -48,7 +48,7 @@ def test_jobs_run_in_their_order_in_one_thread_that_ends_with_them() -> None:
 
 
 def test_who_brings_a_job_does_not_wait_for_it_unless_many_wait() -> None:
-    drawer, first, done = Drawer(), Held(), []
+    drawer, first, done = BackgroundDrawer(), Held(), []
     drawer.draw(first)
     assert first.begun.wait(30)
     for number in range(MOST_WAITING):
@@ -65,7 +65,7 @@ def test_who_brings_a_job_does_not_wait_for_it_unless_many_wait() -> None:
 
 
 def test_what_fails_is_told_once_to_who_asks_next_and_the_rest_is_done() -> None:
-    drawer, done = Drawer(), []
+    drawer, done = BackgroundDrawer(), []
 
     def fail() -> None:
         raise OSError("the disk is full")
@@ -82,8 +82,8 @@ def test_where_no_thread_can_start_jobs_run_at_once(monkeypatch: pytest.MonkeyPa
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    monkeypatch.setattr(drawing.threading.Thread, "start", refuse)
-    drawer, done = Drawer(), []
+    monkeypatch.setattr(background.threading.Thread, "start", refuse)
+    drawer, done = BackgroundDrawer(), []
     drawer.draw(lambda: done.append(threading.current_thread() is threading.main_thread()))
     assert done == [True]
     drawer.finish()
@@ -91,7 +91,7 @@ def test_where_no_thread_can_start_jobs_run_at_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda drawer: pickle.loads(pickle.dumps(drawer))])
 def test_a_copy_has_nothing_to_draw_and_works(copied: Any) -> None:
-    drawer, job, done = Drawer(), Held(), []
+    drawer, job, done = BackgroundDrawer(), Held(), []
     drawer.draw(job)
     other = copied(drawer)
     other.draw(lambda: done.append(1))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.callbacks.faults import Faults
+from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.scope import Scope
 from tests.callbacks.networks import batches, network, trainer
@@ -64,7 +64,7 @@ def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
 
 
 def test_faults_keep_in_exceptions_but_no_interrupts() -> None:
-    faults = Faults("do anything")
+    faults = SuppressErrors("do anything")
 
     def fail() -> None:
         with faults:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from neuronscope.callbacks.checkpoints import FILE
+from neuronscope.callbacks.saved_state import FILE
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from neuronscope.errors import NeuronscopeWarning
-from neuronscope.verdicts import Policy
+from neuronscope.judge.verdicts import Policy
 from tests.callbacks.hugging import ACTS, assert_same_weights, gpt2, trainer, weights
 from tests.callbacks.test_resume import assert_equal
 

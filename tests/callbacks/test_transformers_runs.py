@@ -15,8 +15,8 @@ from transformers import Trainer
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from neuronscope.errors import NeuronscopeWarning, UsageError
+from neuronscope.judge.verdicts import Policy
 from neuronscope.scope import Scope
-from neuronscope.verdicts import Policy
 from tests.callbacks.hugging import ACTS, assert_same_weights, gpt2, trainer, weights
 from tests.callbacks.test_no_harm import hooks
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.census import Census, SiteInfo, Tally
+from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
-from neuronscope.meters import NEVER
+from neuronscope.sites import SiteInfo
+from neuronscope.tally.census import Census, Tally
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
 COUNTS = st.integers(0, 2**40)

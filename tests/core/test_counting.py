@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from neuronscope.counting import Scratch, count_outputs, count_zeros
-from neuronscope.meters import NEVER, Meter, add_gradients, add_outputs
+from neuronscope.count.counters import NEVER, Meter, add_gradients, add_outputs
+from neuronscope.count.counting import Scratch, count_outputs, count_zeros
 
 SCRATCH = Scratch()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

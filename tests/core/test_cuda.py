@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.countable import empty_now
+from neuronscope.attach.unsupported import empty_now
 from tests.core.setups import MIXED, Mixed, adam, batches
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
@@ -221,8 +221,8 @@ def test_the_report_says_that_a_captured_step_is_not_counted(monkeypatch: pytest
     with ns.watch(model) as scope:
         for number in range(4):
             if number == 3:
-                monkeypatch.setattr("neuronscope.observer.empty_now", lambda x: True)
-                monkeypatch.setattr("neuronscope.countable.empty_now", lambda x: True)
+                monkeypatch.setattr("neuronscope.attach.recorder.empty_now", lambda x: True)
+                monkeypatch.setattr("neuronscope.attach.unsupported.empty_now", lambda x: True)
             model(torch.randn(BATCH, 3)).sum().backward()
             scope.step()
     check_of_a_captured_step(scope, 3 * BATCH)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.gradients import GradientHook, register
+from neuronscope.attach.gradient_hooks import GradientHook, register
 
 
 class Noting(GradientHook):

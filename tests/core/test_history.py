@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope import history as history_module
-from neuronscope.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_UNSEEN
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_UNSEEN
+from neuronscope.tally import history as history_module
 
 #: Two examples make a window sure: .5 ** 2 = .25 < 1 - .7.
 SOON = ns.Policy(confidence=0.7, max_rate=0.5)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import neuronscope as ns
-from neuronscope import reading, windows
-from neuronscope.census import SiteInfo
-from neuronscope.meters import Meter
+from neuronscope.count.counters import Meter
+from neuronscope.sites import SiteInfo
+from neuronscope.tally import collect, phase_record
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "declared")
 
@@ -31,7 +31,7 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     meters = [filled(3, 10), filled(5, 50), filled(1, 90)]
     gated = filled(3, 70)
     gated.gate = meters[0]
-    tallies = reading.read([(INFO, meter) for meter in [*meters, gated]])
+    tallies = collect.read([(INFO, meter) for meter in [*meters, gated]])
     for meter, tally in zip([*meters, gated], tallies):
         asked = meter.gate or meter
         assert tally.zero_outputs.tolist() == meter.counters.zero_outputs.tolist()
@@ -49,13 +49,13 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     before = tallies[0].zero_outputs.copy()
     meters[0].reset()
     assert (tallies[0].zero_outputs == before).all()
-    assert reading.read([]) == []
+    assert collect.read([]) == []
 
 
 def test_the_meter_with_most_examples_is_found() -> None:
     # Of their own 12, 52 and 32; traced 6012, 6052 and 6032.
-    assert reading.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
-    assert reading.most_examples([]) == 0
+    assert collect.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
+    assert collect.most_examples([]) == 0
 
 
 @pytest.mark.parametrize("sites", [2, 20])
@@ -73,13 +73,13 @@ def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, 
 
 def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    most_examples = windows.most_examples
+    most_examples = phase_record.most_examples
 
     def noting(meters: Any) -> int:
         asked.append(scope.global_step)
         return most_examples(meters)
 
-    monkeypatch.setattr(windows, "most_examples", noting)
+    monkeypatch.setattr(phase_record, "most_examples", noting)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     closed = []
     with ns.watch(model, every_n_steps=10, window_steps=5) as scope:
@@ -100,14 +100,14 @@ def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.Monk
         with scope.phase("val"):
             model(torch.randn(4, 3))
         model(torch.randn(4, 3)).sum().backward()
-        monkeypatch.setattr(windows, "read", lambda meters: pytest.fail("counters were read"))
+        monkeypatch.setattr(phase_record, "read", lambda meters: pytest.fail("counters were read"))
         assert set(scope.phases) == {"train", "val"}
         scope.step()
         monkeypatch.undo()
 
 
 def test_a_report_stays_as_it_was_when_windows_close_and_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neuronscope.history.MAX_WINDOWS", 20)
+    monkeypatch.setattr("neuronscope.tally.history.MAX_WINDOWS", 20)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     kept = []
     with ns.watch(model, window_steps=1) as scope:

@@ -14,8 +14,8 @@ from torch.nn.modules import activation
 from torch.overrides import wrap_torch_function
 
 import neuronscope as ns
+from neuronscope.attach.activations import Registry
 from neuronscope.errors import UsageError
-from neuronscope.sites import Registry
 from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
 from tests.networks import twin as twins
 

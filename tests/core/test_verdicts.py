@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neuronscope.errors import UsageError
-from neuronscope.verdicts import LABELS, Counts, Judgement, Policy, judge, rate_bound
+from neuronscope.judge.verdicts import LABELS, Counts, Judgement, Policy, judge, rate_bound
 
 
 def label(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from neuronscope.demo.data import Digits, load_digits
+from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.program import run_demo
 from neuronscope.demo.recipe import Recipe
 from neuronscope.demo.results import Comparison

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from neuronscope.demo.findings import findings, headline, number
+from neuronscope.demo.conclusions import findings, headline, number
 from neuronscope.demo.picture import talk_picture
 from neuronscope.demo.results import Comparison, Epoch, Moment, Run, Spread
 from neuronscope.demo.tables import layer_table, main_table

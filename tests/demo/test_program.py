@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from neuronscope.demo.data import Digits
+from neuronscope.demo.digits import Digits
 from neuronscope.demo.logs import remove_earlier_logs
 from neuronscope.demo.program import run_demo
 from neuronscope.demo.recipe import QUICK, VARIANTS

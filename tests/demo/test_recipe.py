@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuronscope.demo.data import Digits, load_digits
+from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, build_network
 from neuronscope.errors import MissingExtraError
 

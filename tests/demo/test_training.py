@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.demo.data import Digits
+from neuronscope.demo.digits import Digits
 from neuronscope.demo.recipe import VARIANTS, build_network
 from neuronscope.demo.recount import recount_dead
 from neuronscope.demo.training import train

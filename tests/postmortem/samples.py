@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from neuronscope.diagnosis import diagnose
-from neuronscope.postmortem.assembly import assemble, confirmations
-from neuronscope.postmortem.evidence import Abstention, Evidence
-from neuronscope.postmortem.facts import facts_of
-from neuronscope.postmortem.report import PostmortemReport
+from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.verdict.combine import assemble, confirmations
+from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.judge.diagnosis import diagnose
 
 VERSIONS = {"neuronscope": "0.1.0", "torch": "2.13.0", "numpy": "2.0.0"}
 HOSTILE = "<script>alert(1)</script>"

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from neuronscope.postmortem.bounds import bounds_of, site_bounds
-from neuronscope.postmortem.examination import examine_model
-from neuronscope.postmortem.intervals import Interval, gamma, product
-from neuronscope.postmortem.normalisation import (
+from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
     layer_norm_extremes,
     normal_firing_share,
     threshold,
     training_maximum,
 )
-from neuronscope.postmortem.tracing import trace
+from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, product
+from neuronscope.checkpoints.model.bounds.propagate import bounds_of, site_bounds
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.trace import trace
 
 
 def evidence_of(model: nn.Module, **options: object) -> dict[tuple[str, str, str], dict[int, float]]:

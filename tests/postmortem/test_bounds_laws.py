@@ -9,9 +9,9 @@ from hypothesis import event, given, settings
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.postmortem.bounds import bounds_of, site_bounds
-from neuronscope.postmortem.examination import examine_model
-from neuronscope.postmortem.tracing import trace
+from neuronscope.checkpoints.model.bounds.propagate import bounds_of, site_bounds
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.trace import trace
 from tests.postmortem.random_networks import (
     ACTIVATIONS,
     PICTURE_OPS,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.data.measure import contradictions, measure
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.load_model import build_model, load_named
+from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.errors import CheckpointError, UsageError
-from neuronscope.postmortem.checkpoint import Checkpoint
-from neuronscope.postmortem.confirm import contradictions, measure
-from neuronscope.postmortem.evidence import Evidence
-from neuronscope.postmortem.examination import examine_model
-from neuronscope.postmortem.models import build_model, load_named
 
 
 class Stored:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.postmortem.bounds import bounds_of
-from neuronscope.postmortem.tracing import trace
+from neuronscope.checkpoints.model.bounds.propagate import bounds_of
+from neuronscope.checkpoints.model.trace import trace
 
 VECTOR, ROWS, LINE, PICTURE, CUBE = (2, 6), (2, 4, 6), (2, 6, 9), (2, 6, 8, 8), (2, 6, 5, 5, 5)
 

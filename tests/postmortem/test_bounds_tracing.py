@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.postmortem.evidence import Evidence
-from neuronscope.postmortem.examination import examine_model
-from neuronscope.postmortem.example_inputs import examples_for
-from neuronscope.postmortem.ties import ties_of
-from neuronscope.postmortem.tracing import trace
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.example_inputs import examples_for
+from neuronscope.checkpoints.model.layer_to_site import ties_of
+from neuronscope.checkpoints.model.trace import trace
+from neuronscope.checkpoints.verdict.evidence import Evidence
 
 
 class Net(nn.Module):

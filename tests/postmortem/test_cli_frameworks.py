@@ -17,8 +17,8 @@ from lightning.pytorch import Trainer
 import neuronscope as ns
 from neuronscope import cli
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.postmortem.formats.hyperparameters import find_hyperparameters
-from neuronscope.postmortem.reading import open_checkpoint
+from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 
 #: Steps of training; at step HALF the first three neurons of the network are pushed below zero for good.
 STEPS, HALF = 320, 60

@@ -20,8 +20,8 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
+from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.errors import CheckpointError, UsageError
-from neuronscope.postmortem.inputs import InputMoments
 
 THEIRS = """
 import torch
@@ -297,11 +297,11 @@ def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
 
 def test_the_package_is_the_function_though_a_part_of_it_was_imported_first(folder: Path) -> None:
     code = (
-        "import neuronscope.postmortem.evidence\nimport neuronscope as ns\nprint(ns.postmortem('last.ckpt').step)\n"
-        "import neuronscope.postmortem.report as r\nprint(r.__name__)"
+        "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\nprint(ns.postmortem('last.ckpt').step)\n"
+        "import neuronscope.checkpoints.postmortem_report as r\nprint(r.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["42", "neuronscope.postmortem.report"]
+    assert done.stdout.split() == ["42", "neuronscope.checkpoints.postmortem_report"]
 
 
 def test_models_and_data_may_be_given_in_any_form(folder: Path) -> None:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.diagnosis import SIGNS, diagnose, facts_of
-from neuronscope.postmortem.examination import examine_model
-from neuronscope.postmortem.facts import facts_of as facts_of_postmortem
-from neuronscope.postmortem.layers import find_layers, normalised_layers
-from neuronscope.postmortem.reading import open_checkpoint
-from neuronscope.signs import UNDATED, LayerFacts, RunFacts, groups
+from neuronscope.checkpoints.file.layers import find_layers, normalised_layers
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
+from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
+from neuronscope.judge.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
 from tests.writers import sample_reports
 
 from . import samples

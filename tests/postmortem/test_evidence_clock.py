@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.postmortem.clock import SILENT_FOLDS, Clock
-from neuronscope.postmortem.momentum import Loudness, MomentumClock
+from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, AdamClock
+from neuronscope.checkpoints.file.sgd_clock import Loudness, SGDClock
 
 ROWS, COLUMNS = 4, 3
 
@@ -70,7 +70,7 @@ def test_the_bound_is_never_broken(optimizer, betas, seed, steps, tail, sparse, 
     truth = silences(gradients)
     never = (gradients == 0).all(axis=(0, 2))
     for known in (taken, None):
-        reading = Clock(*betas, known).read(mean, square)
+        reading = AdamClock(*betas, known).read(mean, square)
         assert (reading.steps.numpy()[~never] >= truth[~never]).all()
         assert reading.never.numpy()[never].all()
         # A row that got anything is never said to have got nothing, unless its square was too small for float32:
@@ -96,7 +96,7 @@ def test_a_bias_and_a_weight_together(betas, seed, steps, tail):
     readings = []
     for gradients in (weight, bias):
         mean, square, taken = play("Adam", betas, gradients)
-        readings.append(Clock(*betas, taken).read(mean, square))
+        readings.append(AdamClock(*betas, taken).read(mean, square))
     truth = silences(np.concatenate([weight, bias], axis=2))
     assert (readings[0].join(readings[1]).steps.numpy() >= truth).all()
 
@@ -111,12 +111,12 @@ def test_the_bound_is_attained(betas, tail):
     gradients = np.zeros((steps + tail, 1, 1))
     gradients[:steps, 0, 0] = (beta1 / beta2) ** ages
     mean, square, taken = play("Adam", betas, gradients, torch.float64)
-    clock = Clock(beta1, beta2, steps)  # the supremum after as many steps as brought gradients
+    clock = AdamClock(beta1, beta2, steps)  # the supremum after as many steps as brought gradients
     reading = clock.bound(mean.abs() / square.sqrt(), 0.0)
     assert (
         tail - 1 <= float(min(reading, torch.tensor(59.0))) <= tail
     )  # floor() of a number that is tail up to rounding
-    assert float(Clock(beta1, beta2, taken).read(mean, square).steps) >= tail
+    assert float(AdamClock(beta1, beta2, taken).read(mean, square).steps) >= tail
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_bound_is_attained(betas, tail):
     ],
 )
 def test_the_constants(betas, supremum, rate):
-    clock = Clock(*betas)
+    clock = AdamClock(*betas)
     assert clock.supremum == pytest.approx(supremum, rel=1e-4)
     assert clock.rate == pytest.approx(rate, rel=1e-4)
     assert clock.silent_steps == pytest.approx(SILENT_FOLDS / rate, rel=1e-4)
@@ -137,7 +137,7 @@ def test_the_constants(betas, supremum, rate):
 
 def test_after_one_step_the_supremum_is_that_of_one_gradient():
     # |m| / √v = (1 − β1) |g| / √((1 − β2) g²) = .1 / √.001 = 3.1623
-    assert Clock(0.9, 0.999, 1).supremum == pytest.approx(0.1 / math.sqrt(0.001))
+    assert AdamClock(0.9, 0.999, 1).supremum == pytest.approx(0.1 / math.sqrt(0.001))
 
 
 @pytest.mark.parametrize("tail", [900, 2000])
@@ -148,7 +148,7 @@ def test_where_the_mean_has_faded_away_the_clock_says_that_it_has_stopped(tail):
     gradients[:, 1] = 1e-4  # this row goes on
     mean, square, taken = play("Adam", (0.9, 0.999), gradients)
     assert (mean[0] != 0).all()  # it has stopped at a denormal, and would be read for ever as the same small number
-    reading = Clock(0.9, 0.999, taken).read(mean, square)
+    reading = AdamClock(0.9, 0.999, taken).read(mean, square)
     assert reading.steps.tolist()[0] == math.inf
     assert 600 <= reading.floor[0] <= 900
     assert math.isfinite(reading.steps[1])
@@ -158,21 +158,21 @@ def test_where_the_mean_has_faded_away_the_clock_says_that_it_has_stopped(tail):
 def test_gradients_whose_squares_are_lost_are_neither_silent_nor_never():
     gradients = np.full((50, 1, 2), 1e-25, dtype=np.float32)  # squared: 1e-50, below the smallest float32
     mean, square, taken = play("Adam", (0.9, 0.999), gradients)
-    reading = Clock(0.9, 0.999, taken).read(mean, square)
+    reading = AdamClock(0.9, 0.999, taken).read(mean, square)
     assert (bool(reading.faint[0]), bool(reading.never[0])) == (True, False)
 
 
 def test_numbers_that_are_not_finite_are_broken():
     mean = torch.tensor([[1.0, math.nan], [1.0, 1.0], [math.inf, 1.0]])
-    reading = Clock(0.9, 0.999).read(mean, torch.ones(3, 2))
+    reading = AdamClock(0.9, 0.999).read(mean, torch.ones(3, 2))
     assert reading.broken.tolist() == [True, False, True]
 
 
 def test_chunks_make_no_difference(monkeypatch):
     mean, square = torch.randn(50, 7), torch.rand(50, 7)
-    whole = Clock(0.9, 0.999).read(mean, square)
-    monkeypatch.setattr("neuronscope.postmortem.clock._CHUNK", 20)
-    parts = Clock(0.9, 0.999).read(mean, square)
+    whole = AdamClock(0.9, 0.999).read(mean, square)
+    monkeypatch.setattr("neuronscope.checkpoints.file.adam_clock._CHUNK", 20)
+    parts = AdamClock(0.9, 0.999).read(mean, square)
     assert torch.equal(whole.steps, parts.steps)
 
 
@@ -185,7 +185,7 @@ def test_momentum_is_dated_by_the_loudest_row(momentum):
         parameter.grad = torch.tensor([[1.0, 1.0], [float(step < 40)] * 2, [0.0, 0.0]])
         optimizer.step()
     loudness = Loudness.of(optimizer.state[parameter]["momentum_buffer"])
-    reading = MomentumClock(momentum).read({"a": loudness})["a"]
+    reading = SGDClock(momentum).read({"a": loudness})["a"]
     assert reading.never.tolist() == [False, False, True]
     assert reading.steps[0] == 0
     # The first row's buffer has grown by (1 − μ^60) / (1 − μ^40) meanwhile: for μ = .99 that is 1.37, or 31 steps more.
@@ -196,6 +196,6 @@ def test_momentum_is_dated_by_the_loudest_row(momentum):
 def test_a_layer_far_below_the_others_is_measured_by_them():
     loud, hushed = torch.tensor([1.0, 0.9]), torch.tensor([1.0, 0.9]) * 0.9**200
     layers = {name: Loudness(rows.double(), 1e-37) for name, rows in (("a", loud), ("b", loud), ("c", hushed))}
-    readings = MomentumClock(0.9).read(layers)
+    readings = SGDClock(0.9).read(layers)
     assert readings["a"].steps.tolist() == [0, 1]
     assert readings["c"].steps.tolist() == [200, 201]

@@ -14,7 +14,7 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
-from neuronscope.postmortem.report import PostmortemReport
+from neuronscope.checkpoints.postmortem_report import PostmortemReport
 
 STEPS, DEATH = 400, 150
 Make = Callable[..., torch.optim.Optimizer]

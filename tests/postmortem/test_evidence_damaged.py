@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.postmortem.checkpoint import Checkpoint, OptimizerState
-from neuronscope.postmortem.evidence import Abstention, Evidence
-from neuronscope.postmortem.file_alone import examine
+from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
+from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from scripts.dying_networks import Held
 
 NUMBERS = st.one_of(

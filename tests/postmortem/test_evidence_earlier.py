@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuronscope.postmortem.file_alone import examine
+from neuronscope.checkpoints.file.examine_file import examine
 from scripts.dying_networks import as_checkpoint
 
 FIRST, LAST = 300, 600

@@ -11,7 +11,7 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
-from neuronscope.postmortem.report import PostmortemReport
+from neuronscope.checkpoints.postmortem_report import PostmortemReport
 
 #: Examples that it takes by default to say that a silent neuron fires in fewer than 1 % of them, at 95 %.
 ENOUGH = 299

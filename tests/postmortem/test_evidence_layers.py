@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from neuronscope.postmortem.layers import NEURON_KINDS, find_layers
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
 from scripts.dying_networks import Held
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from neuronscope.postmortem.ownership import find_owners
+from neuronscope.checkpoints.file.parameter_matching import find_owners
 from scripts.dying_networks import Held, as_checkpoint
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.postmortem.file_alone import examine
-from neuronscope.postmortem.record import recorded_report
+from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.monitor_record import recorded_report
 from scripts.dying_networks import as_checkpoint
 
 

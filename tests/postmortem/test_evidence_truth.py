@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import neuronscope as ns
-from neuronscope.demo.data import load_digits
-from neuronscope.postmortem.file_alone import examine
+from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.demo.digits import load_digits
 from scripts.dying_networks import CASES, as_checkpoint, train
 from scripts.optimizer_clock import compare, score
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from neuronscope.postmortem.layers import find_layers
-from neuronscope.postmortem.weights import examine_weights, sequential_readers
+from neuronscope.checkpoints.file.layers import find_layers
+from neuronscope.checkpoints.file.weights import examine_weights, sequential_readers
 from scripts.dying_networks import as_checkpoint
 
 

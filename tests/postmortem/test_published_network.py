@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import neuronscope as ns
-from neuronscope.postmortem.report import PostmortemReport
-from neuronscope.postmortem.verdicts import UNKNOWN
+from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.verdict.layer_verdicts import UNKNOWN
 
 SOURCE = Path(__file__).resolve().parents[2] / "examples" / "postmortem_of_a_published_network.py"
 

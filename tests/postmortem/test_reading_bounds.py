@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.reading import open_checkpoint
 from scripts import checkpoint_memory
 from tests.postmortem.test_reading_fuzzed import archive
 
@@ -30,9 +30,9 @@ if not sys.platform.startswith("linux"):
 MEBIBYTE = 1 << 20
 CHILD = """
 import resource, sys
-import neuronscope.postmortem.formats.trusted
+import neuronscope.checkpoints.formats.trusted
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.reading import open_checkpoint
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 
 kilobytes = lambda what: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
 room = kilobytes("VmSize:") * 1024 + int(sys.argv[1])

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
+from neuronscope.checkpoints.formats.byte_range import ByteRange
+from neuronscope.checkpoints.formats.torch_distributed import PartedTensor, _Part
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.formats.distributed import PartedTensor, _Part
-from neuronscope.postmortem.formats.files import ByteRange
-from neuronscope.postmortem.reading import open_checkpoint
 from tests.postmortem.files import distributed, trained, trainer_folder, wrapped
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuronscope.postmortem.formats.files import ByteRange
-from neuronscope.postmortem.reading import open_checkpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from tests.postmortem.files import FORMATS, STEPS, Format, trained
 
 

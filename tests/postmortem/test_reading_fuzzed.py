@@ -18,9 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.checkpoint import Checkpoint
-from neuronscope.postmortem.reading import open_checkpoint
 from tests.postmortem.files import FORMATS, distributed, trained
 
 

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from neuronscope.checkpoints.formats.restricted_pickle import ForeignError, read_pickle
+from neuronscope.checkpoints.formats.safe_globals import find_symbol
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.formats.pickles import ForeignError, read_pickle
-from neuronscope.postmortem.formats.symbols import find_symbol
-from neuronscope.postmortem.reading import open_checkpoint
 from tests.postmortem.files import OLDER, Writes, distributed, pickled, sharded_bin, trained, trainer_folder
 
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
+from neuronscope.checkpoints.formats.safe_globals import find_symbol
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
-from neuronscope.postmortem.formats.symbols import find_symbol
-from neuronscope.postmortem.reading import open_checkpoint
 
 #: Types that torch can store and cannot compute with on a CPU; not every torch has all.
 UNREADABLE = [

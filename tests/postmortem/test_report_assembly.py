@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neuronscope.checkpoints.verdict.combine import assemble, confirmations, tied
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.layer_verdicts import GONE, LABELS
 from neuronscope.errors import UsageError
-from neuronscope.postmortem.assembly import assemble, confirmations, tied
-from neuronscope.postmortem.evidence import BASES, CLAIMS, Evidence
-from neuronscope.postmortem.verdicts import GONE, LABELS
 
 from . import samples
 from .samples import evidence

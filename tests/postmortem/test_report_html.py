@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuronscope.postmortem.drawing.field import IDLE, LADDER, gravity, pack
-from neuronscope.postmortem.drawing.timeline import timeline
-from neuronscope.postmortem.evidence import BASES
-from neuronscope.postmortem.report import PostmortemReport
-from neuronscope.postmortem.verdicts import LABELS
+from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.verdict.evidence import BASES
+from neuronscope.checkpoints.verdict.layer_verdicts import LABELS
+from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, gravity, pack
+from neuronscope.checkpoints.writers.timeline import timeline
 from tests.writers.test_html import Page
 
 from . import samples

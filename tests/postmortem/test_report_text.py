@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.postmortem.contests import contests_of
-from neuronscope.postmortem.drawing import words
-from neuronscope.postmortem.evidence import BASES, CLAIMS
-from neuronscope.postmortem.report import SCHEMA_VERSION, PostmortemReport
+from neuronscope.checkpoints.postmortem_report import SCHEMA_VERSION, PostmortemReport
+from neuronscope.checkpoints.verdict.disagreements import contests_of
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS
+from neuronscope.checkpoints.writers import postmortem_wording
 from tests.writers import golden
 
 from . import samples
@@ -32,7 +32,7 @@ SAMPLES = {
     for name in ("alone", "with_model", "with_data", "healthy", "broken", "empty", "hostile", "many", "idle")
 }
 SCHEMA: dict[str, Any] = json.loads(
-    (files("neuronscope.postmortem.drawing") / "assets" / "postmortem.schema.json").read_text(encoding="utf-8")
+    (files("neuronscope.checkpoints.writers") / "assets" / "postmortem.schema.json").read_text(encoding="utf-8")
 )
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -104,21 +104,21 @@ def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch
 
 def test_what_is_not_known_is_no_zero() -> None:
     blank = samples.report([samples.evidence("a", 9, "dead", "proved", [])])
-    row = words.layer_words(blank["a"])
+    row = postmortem_wording.layer_words(blank["a"])
     assert (row.dead, row.dead_share, row.sure, row.since, row.unknown) == ("–", "–", "–", "–", "9")
-    assert "Nothing is known of 9 (100 %)." in words.finding(blank)
-    assert words.layer_words(samples.idle()["frozen"]).dead_share == "–"
+    assert "Nothing is known of 9 (100 %)." in postmortem_wording.finding(blank)
+    assert postmortem_wording.layer_words(samples.idle()["frozen"]).dead_share == "–"
     partly = samples.report([samples.evidence("a", 8, "dead", "proved", [1])])
-    assert words.layer_words(partly["a"]).dead_share == "≥ 12.5 %"
-    assert words.finding(partly)[0].startswith("1 of 8 neurons (at least 12.5 %) is dead: 1 proved.")
-    alive = words.layer_words(samples.healthy()["a"])
+    assert postmortem_wording.layer_words(partly["a"]).dead_share == "≥ 12.5 %"
+    assert postmortem_wording.finding(partly)[0].startswith("1 of 8 neurons (at least 12.5 %) is dead: 1 proved.")
+    alive = postmortem_wording.layer_words(samples.healthy()["a"])
     assert (alive.dead, alive.dead_share, alive.unknown) == ("·", "0 %", "·")
 
 
 def test_not_finite_is_loud_and_never_beside_a_calm_zero() -> None:
     text = str(samples.broken())
     assert "!! NOT FINITE: 7 neurons NaN or infinite, in layer b." in text
-    row = words.layer_words(samples.broken()["b"])
+    row = postmortem_wording.layer_words(samples.broken()["b"])
     assert (row.dead, row.dead_share, row.tone) == ("–", "–", "alarm")
 
 
@@ -152,13 +152,13 @@ def test_the_contested_neurons_of_a_layer_stand_in_one_line_for_each_way_in_whic
         "they got a gradient lately, most likely silent on this data only"
     )
     fires = "a, neurons 50, 51: alive, measured (scan); against it: no gradient, inferred (adam state)"
-    assert words.contested(said, 9, 3) == [silent, fires]
-    assert words.contested(said, 1, 3) == [silent, "and 2 more neurons"]
+    assert postmortem_wording.contested(said, 9, 3) == [silent, fires]
+    assert postmortem_wording.contested(said, 1, 3) == [silent, "and 2 more neurons"]
     assert (
         "42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only."
-        in words.finding(said)
+        in postmortem_wording.finding(said)
     )
-    assert not any("gradient lately" in sentence for sentence in words.finding(samples.with_data()))
+    assert not any("gradient lately" in sentence for sentence in postmortem_wording.finding(samples.with_data()))
 
 
 CLAIMED = st.lists(
@@ -310,7 +310,9 @@ def test_json_holds_every_verdict_and_all_evidence() -> None:
     ],
 )
 def test_sentences(report: Callable[[], PostmortemReport], sentence: str) -> None:
-    assert any(one.startswith(sentence) for one in words.finding(report())), words.finding(report())
+    assert any(one.startswith(sentence) for one in postmortem_wording.finding(report())), postmortem_wording.finding(
+        report()
+    )
 
 
 def test_one_ground_of_several_layers_says_of_which_it_speaks() -> None:
@@ -320,7 +322,7 @@ def test_one_ground_of_several_layers_says_of_which_it_speaks() -> None:
         samples.evidence("b", 4, "dead", "measured", [3], source="scan", text="Over 3 positions."),
         samples.evidence("b", 4, "dead", "measured", [3], source="scan", measure="share", text="Another thing."),
     ]
-    rows = [(row.neurons, row.layers, row.text) for row in words.grounds(samples.report(said))]
+    rows = [(row.neurons, row.layers, row.text) for row in postmortem_wording.grounds(samples.report(said))]
     assert rows == [(4, 2, "Over 9 positions. (As said of a.)"), (1, 1, "Another thing.")]
 
 
@@ -329,12 +331,12 @@ def test_what_is_only_suspected_is_in_no_total() -> None:
         [samples.evidence("a", 4, "dead", "suspected", [1, 2]), samples.evidence("a", 4, "dead", "proved", [0])]
     )
     assert (said.dead, said.suspected, said.dead_percent) == (1, 2, 25.0)
-    assert "2 more are only suspected, and in no total." in words.finding(said)
+    assert "2 more are only suspected, and in no total." in postmortem_wording.finding(said)
 
 
 def test_a_measured_step_is_no_earliest_step() -> None:
     said = samples.report([samples.evidence("a", 4, "dead", "measured", [1], source="monitor record", since=300)])
-    assert "Since when: 1 from step 300." in words.finding(said)
+    assert "Since when: 1 from step 300." in postmortem_wording.finding(said)
 
 
 def test_the_face_of_a_report(tmp_path: Path) -> None:
@@ -350,4 +352,4 @@ def test_the_face_of_a_report(tmp_path: Path) -> None:
     ):
         assert (tmp_path / name).read_text(encoding="utf-8") == text
     windows = replace(report, path="C:\\runs\\last.ckpt")
-    assert words.title(windows).startswith("last.ckpt · Lightning checkpoint · 5,000 optimizer steps")
+    assert postmortem_wording.title(windows).startswith("last.ckpt · Lightning checkpoint · 5,000 optimizer steps")

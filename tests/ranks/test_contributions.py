@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.census import Census, SiteInfo, Tally
-from neuronscope.layouts import Layout, whole_site
-from neuronscope.meters import NEVER
-from neuronscope.ranks import Exchanges, Ranks
-from neuronscope.sums import PlainSteps, Steps, StepWords
+from neuronscope.count.counters import NEVER
+from neuronscope.sites import SiteInfo
+from neuronscope.tally.census import Census, Tally
+from neuronscope.tally.distributed.reduce_layout import Layout, whole_site
+from neuronscope.tally.distributed.sums import PlainSteps, Steps, StepWords
+from neuronscope.tally.distributed.sync import Exchanges, RankSync
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
 LAYER = Tally(
@@ -81,7 +82,7 @@ def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool, ste
 
 
 def test_alone_nothing_is_exchanged() -> None:
-    ranks, census = Ranks(), Census({"relu": LAYER})
+    ranks, census = RankSync(), Census({"relu": LAYER})
     assert ranks.join(census, phase="train", done=True) is census
     assert ranks.alone
     assert ranks.all_done

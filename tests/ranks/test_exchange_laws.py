@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import neuronscope.ranks
-from neuronscope.census import Census, SiteInfo, Tally
-from neuronscope.meters import NEVER
-from neuronscope.ranks import Ranks
+import neuronscope.tally.distributed.sync
+from neuronscope.count.counters import NEVER
+from neuronscope.sites import SiteInfo
+from neuronscope.tally.census import Census, Tally
+from neuronscope.tally.distributed.sync import RankSync
 from tests.ranks.assertions import assert_equal_counts
 
 WIDTHS = {"a": 1, "b": 3, "c": 2}
@@ -79,7 +80,7 @@ class Meeting:
         return everyone
 
     def collectives(self) -> Any:
-        """In place of :class:`neuronscope.collectives.Collectives`."""
+        """In place of :class:`neuronscope.tally.distributed.collectives.Collectives`."""
         meeting = self
 
         class Collectives:
@@ -115,7 +116,7 @@ class Given(NamedTuple):
 
 def run_rank(events: list[Event], given: dict[int, Given], brought: list[tuple[str, Census]]) -> None:
     """As a scope does it: an exchange for each event, then answering until all are done."""
-    ranks, joined = Ranks(), dict[str, list[Census]]()
+    ranks, joined = RankSync(), dict[str, list[Census]]()
     step = 10**6
     for event in events:
         census = event.census(step)
@@ -137,8 +138,8 @@ def together(runs: list[list[Event]]) -> tuple[list[Given], list[tuple[str, Cens
     brought: list[tuple[str, Census]] = []
     meeting = Meeting(len(runs))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuronscope.ranks, "Collectives", meeting.collectives())
-        patch.setattr(neuronscope.ranks, "world_size", lambda: len(runs))
+        patch.setattr(neuronscope.tally.distributed.sync, "Collectives", meeting.collectives())
+        patch.setattr(neuronscope.tally.distributed.sync, "world_size", lambda: len(runs))
         threads = [
             threading.Thread(target=run_rank, args=(events, given_, brought), name=str(rank), daemon=True)
             for rank, events in enumerate(runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from neuronscope.sites import model_name, named_sites_path, own_class, walk
+from neuronscope.attach.module_paths import model_name, named_sites_path, own_class, walk
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.meters import NEVER
-from neuronscope.sums import StepWords, said_by_all, saying
+from neuronscope.count.counters import NEVER
+from neuronscope.tally.distributed.sums import StepWords, said_by_all, saying
 
 NEURONS = 5
 RANKS = st.one_of(st.integers(1, 8), st.sampled_from([255, 256, 1023, 1024, 4095, 4096]))

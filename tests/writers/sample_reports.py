@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from neuronscope.report import (
+from neuronscope.judge.verdicts import Counts, Policy, judge
+from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
     LEVEL_DORMANT,
@@ -18,7 +19,6 @@ from neuronscope.report import (
     SiteReport,
     WindowSpan,
 )
-from neuronscope.verdicts import Counts, Policy, judge
 
 POLICY = Policy()
 VERSIONS = {"neuronscope": "0.1.0", "torch": "2.13.0", "numpy": "2.0.0"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.html import ranges
 
 from . import sample_reports as samples

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from neuronscope.report import SCHEMA_VERSION, Report
+from neuronscope.report.report import SCHEMA_VERSION, Report
 
 from . import sample_reports as samples
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.report import LEVEL_DEAD, LEVEL_UNSEEN, Report
-from neuronscope.verdicts import rate_bound
+from neuronscope.judge.verdicts import rate_bound
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_UNSEEN, Report
 from neuronscope.writers.packing import Packed, Resolution
 from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.canvas import Canvas

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from neuronscope.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, SiteReport
-from neuronscope.verdicts import LABELS
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, SiteReport
 from neuronscope.writers.packing import LADDER, Packed, pack
 
 from . import sample_reports as samples

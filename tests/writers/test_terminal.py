@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from neuronscope.report import Report, SiteReport
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers import terminal
 
 from . import golden

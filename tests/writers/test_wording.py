@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.verdicts import rate_bound
+from neuronscope.judge.verdicts import rate_bound
 from neuronscope.writers import findings, wording
 
 from . import sample_reports as samples

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report import (
+from neuronscope.judge.verdicts import Judgement, Policy
+from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
     LEVEL_DORMANT,
@@ -23,7 +24,6 @@ from neuronscope.report import (
     SiteReport,
     WindowSpan,
 )
-from neuronscope.verdicts import Judgement, Policy
 from neuronscope.writers.pictures import Curve
 
 Levels = npt.NDArray[np.uint8]

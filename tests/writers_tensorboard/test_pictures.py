@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from neuronscope.errors import UsageError
-from neuronscope.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report
 from neuronscope.writers.grouping import group_sites
 from neuronscope.writers.pictures import Spike, comparison, encode_png, heatmap, overview
 from neuronscope.writers.pictures.axis import StepAxis, percent, spread, ticks
@@ -24,7 +24,7 @@ from neuronscope.writers.pictures.canvas import Canvas, printable
 from neuronscope.writers.pictures.colours import DEAD, NOT_FINITE, PAPER, UNSEEN, ZERO, share_colours
 from neuronscope.writers.pictures.heatmap import order
 from neuronscope.writers.pictures.overview import MOST_ROWS
-from neuronscope.writers.pictures.rows import rows_of
+from neuronscope.writers.pictures.site_rows import rows_of
 
 from . import samples
 

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
-from neuronscope.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, NotMeasured
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, NotMeasured
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
-from neuronscope.writers.tensorboard.diagnosis import escape
+from neuronscope.writers.tensorboard.diagnosis_text import escape
 from neuronscope.writers.tensorboard.scalars import turnover
 from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, groups, safe
 from neuronscope.writers.tensorboard.vectors import CHANNELS, codes

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report import (
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
     LEVEL_DORMANT,
@@ -18,7 +19,6 @@ from neuronscope.report import (
     LEVEL_UNSEEN,
     SiteReport,
 )
-from neuronscope.verdicts import LABELS
 from neuronscope.writers.pictures.axis import StepAxis, count, percent, spread
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
 from neuronscope.writers.pictures.colours import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report import Report
+from neuronscope.report.report import Report
 from neuronscope.writers.findings import caveat
 from neuronscope.writers.grouping import shared_prefix
 from neuronscope.writers.pictures.axis import StepAxis, count, percent
@@ -20,7 +20,7 @@ from neuronscope.writers.pictures.colours import (
     mix,
     share_colours,
 )
-from neuronscope.writers.pictures.rows import Row, rows_of
+from neuronscope.writers.pictures.site_rows import Row, rows_of
 
 __all__ = ["MOST_ROWS", "overview"]
 

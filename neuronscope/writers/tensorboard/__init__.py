@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from neuronscope.writers.tensorboard.dashboard import Dashboard, EventWriter, append, write
-from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
 

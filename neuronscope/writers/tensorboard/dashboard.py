@@ -9,9 +9,9 @@ import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import NeuronscopeWarning, UsageError
-from neuronscope.report import Report, SiteReport
+from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.findings import caveat
-from neuronscope.writers.tensorboard.diagnosis import diagnosis
+from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import metric, safe

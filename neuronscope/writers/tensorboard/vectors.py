@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.errors import MissingExtraError
-from neuronscope.report import (
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
     LEVEL_DORMANT,
@@ -24,7 +25,6 @@ from neuronscope.report import (
     Report,
     SiteReport,
 )
-from neuronscope.verdicts import LABELS
 from neuronscope.writers.tensorboard.tags import metric, safe
 
 if TYPE_CHECKING:

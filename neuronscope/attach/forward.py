@@ -1,0 +1,144 @@
+"""One forward at a time: who is running, the how-manieth call this is, and what each tensor is.
+
+A *frame* is one outermost call of a watched module, normally the model's forward. Calls of a reused module are numbered
+within a frame. Activations that a training step applies outside any module call (a Lightning ``training_step`` that
+writes ``F.relu(self.fc(x))``) are *loose*: they are numbered from one optimizer step or backward pass to the next.
+
+Everything here can be traced by ``torch.compile``; what changes within a forward is kept in lists and dicts, which the
+compiler follows more faithfully than attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronscope.attach.dtensor import local
+from neuronscope.attach.neuron_flow import Flow
+from neuronscope.attach.recomputation import Recomputation
+from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.sites import SiteKey
+
+__all__ = ["ForwardContext", "first_tensor"]
+
+
+class ForwardContext:
+    """State of the forward that is running; one instance serves all forwards of a tap, one after another."""
+
+    def __init__(self) -> None:
+        self.owners: list[str] = []
+        self.flow = Flow()
+        self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
+        self.examples = 0
+        self.recomputing = False
+        self.muted = False
+        self.bounded = False
+        self.ran_whole = False  # whether the model's own forward was seen
+        self.ran_in_parts = False  # whether parts of it were called without it, outside of a step that is bounded
+        self.recomputation = Recomputation()
+        self._graded = True
+        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # by place, in the order of calls; made once
+        self._calls: dict[tuple[str, str], int] = {}
+        self._loose_calls: dict[tuple[str, str], int] = {}
+
+    @property
+    def owner(self) -> str:
+        """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
+        return self.owners[-1] if self.owners else ""
+
+    def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """A watched module begins to run; says whether that began a frame."""
+        outermost = not self.owners
+        if outermost:
+            self.forget()
+            self._calls.clear()
+            self.recomputing = in_backward()
+            self.muted = not observable()
+            self._graded = torch.is_grad_enabled()
+            if path == "":
+                self.ran_whole = True
+            elif not self.bounded:
+                self.ran_in_parts = True
+            if not self._graded and not self.recomputing:
+                self.recomputation.clear()  # no backward pass will come
+            tensor = first_tensor((args, kwargs))
+            self.examples = local(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
+        self.owners.append(path)
+        return outermost
+
+    def leave(self) -> bool:
+        """A watched module is done, or failed; says whether that ended the frame."""
+        if self.owners:
+            self.owners.pop()
+        if self.owners:
+            return False
+        self.forget()
+        return True
+
+    def number(self, path: str, function: str) -> SiteKey:
+        """The key of the call that begins now."""
+        place = (path, function)
+        if not self.owners and not self.bounded and not torch.is_grad_enabled():
+            return self._key(place, 0)  # neither a step nor a backward pass will part one forward from another
+        calls = self._calls if self.owners else self._loose_calls
+        call = calls.get(place, 0)
+        calls[place] = call + 1
+        if self.owners and self._graded and not torch.is_grad_enabled():
+            self.recomputation.hide(place, call)
+        return self._key(place, call)
+
+    def _key(self, place: tuple[str, str], call: int) -> SiteKey:
+        if torch.compiler.is_compiling():
+            return SiteKey(*place, call, False)
+        keys = self._keys.setdefault(place, [])
+        while len(keys) <= call:
+            keys.append(SiteKey(*place, len(keys), False))
+        return keys[call]
+
+    def forget(self) -> None:
+        """Forget every tensor."""
+        self.flow.clear()
+        self.roles.clear()
+
+    def restart(self) -> None:
+        """An optimizer step is over, or a forward never ended: number and remember from scratch."""
+        self.owners.clear()
+        self._calls.clear()
+        self._loose_calls.clear()
+        self.recomputing = False
+        self.muted = False
+        self.recomputation.clear()
+        self.forget()
+
+    def end_loose(self) -> None:
+        """A backward pass ran: what is loose from now on belongs to another forward."""
+        self._loose_calls.clear()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing runs forward again inside it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def observable() -> bool:
+    """Whether tensors are real now: not while a graph is recorded for export, nor inside ``torch.func`` transforms."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and mappings, or ``None``."""
+    if isinstance(values, Tensor):
+        return values
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,125 @@
+"""The function mode that sees what a forward calls: functional activations, gated products, and where neurons go.
+
+It is entered only for a forward, or an open training step, of an observed step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.recorder import Call, SiteRecorder
+
+__all__ = ["ActivationFunctionMode", "Watch", "first_input"]
+
+_PRODUCTS = frozenset(
+    getattr(home, name)
+    for home in (torch, Tensor)
+    for name in ("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
+    if hasattr(home, name)
+)
+
+
+class Watch(Protocol):
+    """For whom functions are seen: a :class:`neuronscope.attach.hooks.HookManager`."""
+
+    observing: bool
+    functional: bool
+    registry: Registry
+    observer: SiteRecorder
+    running: list[Call | None]
+
+    def fail(self, error: Exception) -> None:
+        """Hear of a fault of ours."""
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module or a function was called on: its first argument, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _in_compiled_graph() -> bool:
+    """Whether a graph that was traced before runs now: a debugging back end calls its functions one by one, in Python.
+
+    What they compute was counted by the calls that stand in the graph.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    frame = sys._getframe(2)
+    for _ in range(4):  # the mode is called by the function, through its dispatcher, and that by the graph's code
+        if frame.f_code.co_filename.startswith("<eval_with_key>"):
+            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+class ActivationFunctionMode(TorchFunctionMode):
+    """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
+
+    def __init__(self, tap: Watch) -> None:
+        super().__init__()
+        self.tap = tap
+        self.handling = False  # torch has taken the mode off the stack while it handles a call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return self._see(func, args, kwargs or {})
+        before, self.handling = self.handling, True
+        try:
+            return self._see(func, args, kwargs or {})
+        finally:
+            self.handling = before
+
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tap = self.tap
+        if tap.running or not tap.observing or (tap.observer.compiled and _in_compiled_graph()):
+            return func(*args, **kwargs)
+        activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
+        if activation is not None:
+            return self._activation(activation, func, args, kwargs)
+        output = func(*args, **kwargs)
+        if isinstance(output, (Tensor, tuple, list)):
+            self._follow(func, args, kwargs, output)
+        return output
+
+    def _activation(
+        self, activation: Activation, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        tap = self.tap
+        x = first_input(args, kwargs)
+        call: Call | None = None
+        try:
+            with unwatched():
+                halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
+                call = tap.observer.begin(tap.observer.frame.owner, activation.name, activation, x, halved)
+        except Exception as error:
+            tap.fail(error)
+        output = func(*args, **kwargs)
+        if call is not None and tap.observing:
+            try:
+                with unwatched():
+                    tap.observer.end(call, x, output)
+            except Exception as error:
+                tap.fail(error)
+        return output
+
+    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tap = self.tap
+        try:
+            with unwatched():
+                tap.observer.frame.flow.follow(func, args, kwargs, output)
+                if tap.functional and func in _PRODUCTS:
+                    tap.observer.product(args, output)
+        except Exception as error:
+            tap.fail(error)

@@ -1,0 +1,350 @@
+"""Tap: owns every handle on the model, hands tensors on to meters, and leaves nothing behind.
+
+A forward pre-hook on an activation module sees the pre-activation before an in-place function overwrites it, and asks
+for its gradient; a forward hook sees the output. Functional activations and gated products are seen by a function
+mode that is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at random, and a
+fault in here detaches the tap and lets the training go on.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.compiling import skip_frames
+from neuronscope.attach.dtensor import shares_layers
+from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
+from neuronscope.attach.gradient_hooks import InertHook, unwatched
+from neuronscope.attach.hook_handles import HookHandles, compilations
+from neuronscope.attach.module_paths import walk
+from neuronscope.attach.recorder import AxisSource, Call, MeterSource, SiteRecorder
+from neuronscope.attach.single_thread import EnteredMode, SingleThread
+from neuronscope.errors import NeuronscopeWarning
+
+__all__ = ["HookManager"]
+
+#: Packages whose modules measure a network and are no part of it: what they apply is nobody's activation.
+_BYSTANDERS = frozenset({"torchmetrics"})
+#: Steps without observation from which on it pays to take the hooks off the model and put them back.
+_REST = 4
+_FUSED = (nn.RNNBase, nn.RNNCellBase)
+
+
+class HookManager:
+    """Hooks on one model.
+
+    Args:
+        model: The model to watch.
+        registry: What counts as an activation.
+        meters: Gives the meter of a site; called once a site and phase.
+        axes: Gives the declared axis of a site by name.
+        functional: Whether functional activations and gated products are watched.
+        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        registry: Registry,
+        meters: MeterSource,
+        axes: AxisSource,
+        functional: bool,
+        tolerance: float,
+    ) -> None:
+        self.observing = False
+        self.registry = registry
+        self.functional = functional
+        self.observer = SiteRecorder(meters=meters, axes=axes, tolerance=tolerance, fail=self.fail)
+        self.running: list[Call | None] = []  # activation modules that are running, one inside another
+        self.module_sites: list[str] = []
+        self.failure: Exception | None = None
+        self._mode = ActivationFunctionMode(self)
+        self._entered = EnteredMode(self._mode)
+        self._turn = SingleThread()
+        self._suspended: list[str] = []  # modules for whose run the mode is left
+        self._step_open = False
+        self._handles = HookHandles()
+        self._model = weakref.ref(model)
+        self.observer.shares_layers = lambda: shares_layers(self._model())
+        self._compilations = compilations()
+        self._compiles = False  # whether the compiler has anything to do with this process, since we watch
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        hidden: list[str] = []  # below these paths nothing is hooked
+        for path, module in walk(model):
+            if any(path.startswith(f"{parent}.") for parent in hidden):
+                continue
+            if isinstance(module, torch.jit.ScriptModule):
+                self.observer.unseen[path or "(root)"] = "a scripted module hides its activations from hooks"
+                hidden.append(path)
+                continue
+            if isinstance(module, _FUSED):
+                self.observer.unseen[path or "(root)"] = (
+                    f"{type(module).__name__} applies its activations inside a fused kernel"
+                )
+            if type(module).__module__.partition(".")[0] in _BYSTANDERS:
+                self._handles.add(module.register_forward_pre_hook(_SuspendInside(self)))
+                self._handles.add(module.register_forward_hook(_ResumeInside(self), always_call=True))
+                hidden.append(path)
+                continue
+            activation = self.registry.of_module(module)
+            if activation is not None or path == "" or _may_call_functions(module):
+                self._hook(module, path, activation, is_root=path == "")
+            if activation is not None:
+                self.module_sites.append(path)
+                hidden.append(path)
+
+    def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
+        if activation is None or is_root:
+            self._handles.add(module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True))
+        if activation is not None:
+            self._handles.add(module.register_forward_pre_hook(_Before(self, path, activation), with_kwargs=True))
+            self._handles.add(module.register_forward_hook(_After(self), always_call=True, with_kwargs=True))
+        if activation is None or is_root:
+            self._handles.add(module.register_forward_hook(_Leave(self, path), always_call=True))
+
+    def detach(self) -> None:
+        """Take every hook off; harmless when done before."""
+        self.set_observing(False)
+        self._handles.remove()
+        self.observer.close()
+
+    def rest(self, steps: int) -> None:
+        """Nothing is observed for ``steps`` steps: take the hooks off, unless the compiler has to do with the model.
+
+        It traces hooks with the model, and looks at them never again: they stay on until the model has run, and from
+        then on if anything was traced since it is watched, or is to be.
+        """
+        if steps < _REST:
+            return
+        frame, model = self.observer.frame, self._model()
+        ran = frame.ran_whole or frame.ran_in_parts
+        self._compiles |= self.observer.compiled or self._compilations != compilations()
+        if ran and model is not None and not self._compiles and not self._handles.off:
+            self._compiles = any(_is_compiled(module) for module in model.modules())
+            if not self._compiles:
+                self._handles.take_off()
+
+    def _wake(self) -> None:
+        self._handles.put_back()
+        if self._compilations != compilations():
+            self._compiles = True
+            self.observer.suspect()
+
+    def settle(self) -> None:
+        """After a fault: take everything off as soon as the function mode can be."""
+        if self._handles and not self._mode.handling and not self.observer.frame.owners:
+            self.detach()
+
+    def set_observing(self, observing: bool) -> None:
+        """Begin or cease to count; what was left of an interrupted forward is forgotten."""
+        if observing and self._handles.off:
+            self._wake()
+        self._entered.leave()
+        self._turn.end()
+        self.running.clear()
+        self._suspended.clear()
+        self.observer.restart()
+        self.observing = observing
+        if observing and self._step_open:
+            self._entered.enter()
+
+    def open_step(self) -> None:
+        """A training step that is not itself a module's forward begins: watch its own functional calls too."""
+        self._step_open = True
+        self._bound(True)
+        if self.observing:
+            self._entered.enter()
+
+    def close_step(self) -> None:
+        """The training step is over."""
+        self._step_open = False
+        self._bound(False)
+        self._entered.leave()
+        if self.failure is not None:
+            self.settle()
+
+    def _bound(self, bounded: bool) -> None:
+        self.observer.frame.bounded = bounded
+        self.observer.frame.end_loose()
+
+    def watches_here(self) -> bool:
+        """Whether what runs in this thread is to be counted."""
+        if not self.observing or self._turn.is_ours():
+            return self.observing
+        self.observer.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
+        return False
+
+    def fail(self, error: Exception) -> None:
+        """A fault of ours: warn once, detach, and let the training go on."""
+        if self.failure is None:
+            self.failure = error
+            if self._mode.handling:
+                self.observing = False  # torch puts the mode back after the call: the forward's end takes it off
+            else:
+                self.detach()
+            warnings.warn(
+                f"Neuronscope met a fault of its own and stopped watching; training goes on. {error!r}",
+                NeuronscopeWarning,
+                stacklevel=2,
+            )
+
+    # --- forwards --------------------------------------------------------------------------------------------------
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A watched module begins to run."""
+        stale = path == "" and self.observer.frame.owners and not torch.compiler.is_compiling()
+        if stale and not _calls_itself(module):
+            self.set_observing(True)  # a forward that was interrupted left its traces
+        if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
+            self._entered.enter()
+        if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
+            # Under a function mode it would not, and give other outputs where the input is padded.
+            self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
+            self._suspended.append(path)
+            self._entered.leave()
+
+    def leave(self, path: str) -> None:
+        """A watched module is done, or failed."""
+        if self._suspended and self._suspended[-1] == path:
+            self._suspended.pop()
+            self._entered.enter()
+        if self.observer.frame.leave():
+            self._turn.end()
+            if not self._step_open:
+                self._entered.leave()
+
+    def before(self, path: str, activation: Activation, module: nn.Module, x: Any) -> None:
+        """An activation module is about to run on ``x``."""
+        call = None
+        if not self.running:
+            halved = getattr(module, "dim", -1) if activation.halves else None
+            call = self.observer.begin(path, "", activation, x, halved)
+            self._entered.suspend()  # what it calls is its own affair
+        self.running.append(call)
+
+    def after(self, x: Any, y: Any) -> None:
+        """An activation module made ``y`` of ``x``; ``None`` where it failed."""
+        call = self.running.pop() if self.running else None
+        if not self.running:
+            self._entered.resume()
+        if call is not None:
+            self.observer.end(call, x, y)
+        if not self.running and not self.observer.frame.owners:
+            self._turn.end()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is to be called through ``torch.compile``."""
+    return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+def _may_call_functions(module: nn.Module) -> bool:
+    """Whether a module may apply functions of its own: all but torch's own leaves and mere containers."""
+    if type(module) in (nn.ModuleList, nn.ModuleDict):
+        return False
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return not own or next(module.children(), None) is not None
+
+
+def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the encoder packs padded input into nested tensors, as it does in evaluation, without gradients."""
+    padded = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
+    return padded is not None and not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether the module that begins to run is running already, by the frames of this thread."""
+    frame, runs = sys._getframe(), 0
+    while frame is not None and runs < 2:
+        runs += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return runs > 1
+
+
+class _Enter(InertHook):
+    def __init__(self, tap: HookManager, path: str) -> None:
+        self.tap = tap
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.tap.watches_here():
+            try:
+                self.tap.enter(self.path, module, args, kwargs)
+            except Exception as error:
+                self.tap.fail(error)
+        elif self.tap.failure is not None:
+            self.tap.observer.frame.owners.append(self.path)
+
+
+class _Leave(InertHook):
+    def __init__(self, tap: HookManager, path: str) -> None:
+        self.tap = tap
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.tap.watches_here():
+            try:
+                self.tap.leave(self.path)
+            except Exception as error:
+                self.tap.fail(error)
+        elif self.tap.failure is not None:
+            self.tap.observer.frame.leave()
+            self.tap.settle()
+
+
+class _SuspendInside(InertHook):
+    def __init__(self, tap: HookManager) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.tap.watches_here():
+            self.tap.running.append(None)
+
+
+class _ResumeInside(_SuspendInside):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        if self.tap.watches_here() and self.tap.running:
+            self.tap.running.pop()
+
+
+class _Before(InertHook):
+    def __init__(self, tap: HookManager, path: str, activation: Activation) -> None:
+        self.tap = tap
+        self.path = path
+        self.activation = activation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.tap.watches_here():
+            try:
+                with unwatched():
+                    self.tap.before(self.path, self.activation, module, first_input(args, kwargs))
+            except Exception as error:
+                self.tap.fail(error)
+
+
+class _After(InertHook):
+    def __init__(self, tap: HookManager) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.tap.watches_here():
+            try:
+                with unwatched():
+                    self.tap.after(first_input(args, kwargs), output)
+            except Exception as error:
+                self.tap.fail(error)
+
+
+# What is loaded by now is all that a hook can call.
+skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))

@@ -1,0 +1,368 @@
+"""Which dimension of an activation tensor holds the neurons, and how we know.
+
+In order: *declared* by the user; *producer*, the last weighted call upstream of the activation (a convolution or a
+batch norm puts neurons on axis 1, a linear layer, a layer norm or a matrix product on the last), its axis carried
+through the transposes, views and elementwise operations in between; *nearest*, the last weighted call of the forward
+whatever it fed; and last *assumed* from the rank.
+
+A :class:`Flow` watches one forward and knows the layout of every tensor in it. It draws on nothing but shapes, and is
+written so that ``torch.compile`` can trace it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuronscope.attach.dtensor import Part, is_distributed, is_later_part, local, part_of
+from neuronscope.attach.tensor_map import TensorMap
+
+__all__ = ["Flow", "Layout", "assume"]
+
+
+class Layout(NamedTuple):
+    """Where the neurons of a tensor lie.
+
+    Attributes:
+        axis: Dimension of the neurons, counted from the left, ≥ 0.
+        source: ``declared``, ``producer (conv2d)``, ``nearest producer (linear)`` or ``assumed (rank)``.
+        mixed: One index stands for other neurons at other positions, as where the weights are a stack of experts.
+        part: Which of the layer's neurons this rank holds, where ranks share it (tensor parallelism).
+    """
+
+    axis: int
+    source: str
+    mixed: bool = False
+    part: Part = Part()
+
+
+def assume(dimensions: int) -> Layout:
+    """The layout to assume where no weighted call was seen: 2, 4 and 5 dimensions → 1, otherwise the last.
+
+    >>> assume(4).axis, assume(3).axis
+    (1, 2)
+    """
+    return Layout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
+
+
+def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
+    return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
+
+
+class _Producer(NamedTuple):
+    """A weighted call: where it puts its neurons, and what to call it.
+
+    Attributes:
+        from_right: The neurons' dimension counted from the right (1 = last), or from the left where it is negative
+            (−2 = axis 1).
+        source: As in :class:`Layout`.
+    """
+
+    from_right: int
+    source: str
+
+    def layout(self, rank: int) -> Layout:
+        """Of an output with so many dimensions."""
+        place = self.from_right
+        return Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
+
+
+def _producers() -> dict[Callable[..., Any], _Producer]:
+    """Every weighted call of torch; dimension 1 of a convolution is counted from the right, for unbatched input."""
+    matrix_products = ("matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
+    recurrent = tuple(f"{name}{cell}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
+    grouped = ("grouped_mm", "_grouped_mm")
+    last = ("linear", "bilinear", "layer_norm", "rms_norm", "embedding", "embedding_bag", "einsum", *recurrent)
+    attention = ("scaled_dot_product_attention", "multi_head_attention_forward")
+    places = {
+        **{f"{stem}{n}d": n + 1 for stem in ("conv", "conv_transpose") for n in (1, 2, 3)},
+        **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), -2),
+        **dict.fromkeys((*last, *grouped, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
+    }
+    return {
+        getattr(home, name): _Producer(place, f"producer ({name.strip('_')})")
+        for name, place in places.items()
+        for home in (F, torch, Tensor)
+        if callable(getattr(home, name, None))
+    }
+
+
+_PRODUCERS = _producers()
+# Products of two tensors, either of which may be the weight; a weight on the left puts neurons on the rows.
+_MATRIX_PRODUCTS = _named((torch, ("matmul", "mm", "bmm")), (Tensor, ("matmul", "mm", "bmm", "__matmul__")))
+# Where the weight may be one of a stack: a matrix for each batch, or for each row, or the one that the data picks.
+_STACKED = _MATRIX_PRODUCTS | _named((torch, ("baddbmm",)), (Tensor, ("baddbmm",)))
+_PICKABLE = _STACKED | _named((F, ("linear",)), (torch, ("einsum",)))
+_PICKS = _named((torch, ("index_select",)), (Tensor, ("__getitem__", "index_select")))
+_GROUPED = _named((F, ("grouped_mm",)), (torch, ("_grouped_mm",)))
+_MIXING = _PICKABLE | _GROUPED
+_TRANSPOSES = _named(
+    (torch, ("transpose", "swapaxes", "swapdims")),
+    (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
+)
+_PERMUTES = _named((torch, ("permute",)), (torch.Tensor, ("permute",)))
+_MOVEDIMS = _named((torch, ("movedim", "moveaxis")), (torch.Tensor, ("movedim", "moveaxis")))
+_REVERSALS = _named((torch, ("t",)), (torch.Tensor, ("t", "t_")))
+_DROPPING = _named(
+    (torch, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
+    (torch.Tensor, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
+)
+_SHAPED = _named(
+    (torch, ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
+    (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
+)
+_VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
+_CHOOSING = _PICKS | _VIEWS
+
+
+class Flow:
+    """The layouts of the tensors of one forward, kept by following every torch function called in it."""
+
+    def __init__(self) -> None:
+        self._layouts: TensorMap[Layout] = TensorMap("layout")
+        self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
+        self._nearest: list[tuple[int, Layout]] = []  # at most one
+        self._made: dict[tuple[Callable[..., Any], int], Layout] = {}  # by what weighted call, and of what rank
+        self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
+        self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
+
+    def clear(self) -> None:
+        """Forget everything: a forward begins or is over."""
+        self._layouts.clear()
+        self._picked.clear()
+        self._nearest.clear()
+        self._shared.clear()
+
+    def of(self, tensor: Tensor) -> Layout:
+        """The layout of ``tensor``, with its source; never fails."""
+        found = self._layouts.get(tensor)
+        if found is not None:
+            return found
+        layout = assume(tensor.dim())
+        if self._nearest and self._nearest[0][0] == tensor.dim():
+            nearest = self._nearest[0][1]
+            layout = nearest._replace(source=f"nearest {nearest.source}")
+        return layout._replace(part=self.part(tensor, layout.axis))
+
+    def ground(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What :meth:`of` and :meth:`part` go by besides a plain tensor's shape: where that is equal, so are they."""
+        return self._layouts.get(tensor), *self._nearest, *self._shared
+
+    def part(self, tensor: Tensor, axis: int) -> Part:
+        """Which neurons this rank holds of a tensor whose layout is declared or guessed.
+
+        What ranks share leaves torch's sight where it becomes a plain tensor (``DTensor.to_local``): it is known again
+        by its size.
+        """
+        if torch.compiler.is_compiling() or tensor.dim() <= axis:
+            return Part()
+        if is_distributed(tensor):
+            return part_of(tensor, axis)
+        if not self._shared:
+            return Part()
+        shape, own, part = self._shared[0]
+        neurons = tensor.shape[axis]
+        if neurons == own < part.whole:
+            return part
+        if neurons == part.whole and math.prod(tensor.shape) < math.prod(shape):
+            return Part(0, neurons)  # cut along its positions: this rank's are its own
+        return Part()
+
+    def same(self, source: Tensor, result: Any) -> None:
+        """``result`` was made elementwise from ``source``."""
+        layout = self._layouts.get(source)
+        if layout is not None and isinstance(result, Tensor) and result.dim() == source.dim():
+            self._layouts.put(result, layout)
+
+    def follow(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        """A torch function was called with ``args`` and gave ``result``: learn the result's layout."""
+        if self._produced(function, result):
+            return
+        if isinstance(result, Tensor):
+            outputs: tuple[Any, ...] = (result,)
+        elif isinstance(result, (tuple, list)):
+            outputs = tuple(result)
+        else:
+            return
+        producer = _PRODUCERS.get(function)
+        if producer is not None and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0:
+            rank = outputs[0].dim()
+            if function in _MATRIX_PRODUCTS and _weight_is_left(args):
+                producer = producer._replace(from_right=2)
+            layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
+            self._shared.clear()
+            if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
+                layout = layout._replace(part=part_of(outputs[0], layout.axis))
+                self._shared.append((outputs[0].shape, local(outputs[0]).shape[layout.axis], layout.part))
+                weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
+                self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
+            self._layouts.put(outputs[0], layout)
+            self._nearest[:] = [(rank, layout)]
+            return
+        if function in _CHOOSING and self._picks(function, args):
+            for output in outputs:
+                self._picked.put(output, (True,))
+            return
+        origin = _first_known(args, self._layouts)
+        if origin is None:
+            return
+        tensor, layout = origin
+        for output in outputs:
+            if isinstance(output, Tensor) and output.dim() > 0 and not output.is_nested:
+                try:
+                    carried = _carry(function, args, kwargs, layout.axis, tensor, output)
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                    carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
+                if carried is not None:
+                    if is_distributed(output) and not torch.compiler.is_compiling():
+                        layout = layout._replace(part=part_of(output, carried))
+                    self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
+
+    def _produced(self, function: Callable[..., Any], result: Any) -> bool:
+        """The commonest calls by a short way: a weighted one whose layout follows from its output's rank alone."""
+        if type(result) is not Tensor or torch.compiler.is_compiling() or self._picked.maybe_any():
+            return False
+        rank = result.dim()
+        layout = self._made.get((function, rank))
+        if layout is None:
+            producer = _PRODUCERS.get(function)
+            if producer is None or function in _STACKED or function in _GROUPED or not rank:
+                return False
+            layout = self._made[function, rank] = producer.layout(rank)
+        self._shared.clear()
+        self._layouts.put(result, layout)
+        self._nearest[:] = [(rank, layout)]
+        return True
+
+    def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
+        weight = args[0] if args else None
+        if not isinstance(weight, Tensor):
+            return False
+        if function in _PICKS:
+            return isinstance(weight, nn.Parameter) and weight.dim() > 2 and _any_tensor(args[1:])
+        return function in _VIEWS and self._picked.get(weight) is not None
+
+    def _mixes(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        """Whether a weighted call applies other weights at other positions."""
+        if function in _GROUPED:
+            return True
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if self._picked.maybe_any() and any(self._picked.get(tensor) is not None for tensor in tensors):
+            return True
+        return function in _STACKED and any(_is_stack(tensor) for tensor in tensors)
+
+
+def _is_stack(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and tensor.dim() > 2 and math.prod(tensor.shape[:-2]) > 1
+
+
+def _any_tensor(index: tuple[Any, ...]) -> bool:
+    return any(isinstance(part, Tensor) or (isinstance(part, tuple) and _any_tensor(part)) for part in index)
+
+
+def _weight_is_left(args: tuple[Any, ...]) -> bool:
+    left, right = args[:2] if len(args) > 1 else (None, None)
+    return isinstance(left, nn.Parameter) and left.dim() > 1 and not isinstance(right, nn.Parameter)
+
+
+def _first_known(args: tuple[Any, ...], layouts: TensorMap[Layout]) -> tuple[Tensor, Layout] | None:
+    """The argument whose layout carries on: the first known one of the highest rank."""
+    best: tuple[Tensor, Layout] | None = None
+    for arg in args:
+        for tensor in arg if isinstance(arg, (tuple, list)) else (arg,):
+            known = isinstance(tensor, Tensor) and not tensor.is_nested
+            if known and (best is None or tensor.dim() > best[0].dim()):
+                layout = layouts.get(tensor)
+                if layout is not None:
+                    best = (tensor, layout)
+    return best
+
+
+def _numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> list[int]:
+    """The integers given to a function after its tensor, flat, by position or by name."""
+    flat: list[int] = []
+    for value in (*args[1:], *(kwargs[name] for name in names if name in kwargs)):
+        flat.extend(value if isinstance(value, (tuple, list)) else (value,))
+    return [number for number in flat if isinstance(number, int) and not isinstance(number, bool)]
+
+
+def _carry(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    axis: int,
+    before: Tensor,
+    after: Tensor,
+) -> int | None:
+    """The neurons' dimension of ``after``, made from ``before`` whose neurons lie along ``axis``; ``None`` if lost."""
+    rank = before.dim()
+    if after.dim() == rank and function not in _VIEWS and getattr(function, "__name__", "") != "__get__":
+        return axis
+    if function in _TRANSPOSES:
+        a, b = (number % rank for number in _numbers(args, kwargs, "dim0", "dim1", "axis0", "axis1"))
+        return b if axis == a else a if axis == b else axis
+    if function in _PERMUTES:
+        return [number % rank for number in _numbers(args, kwargs, "dims")].index(axis)
+    if function in _MOVEDIMS:
+        return _moved(args, kwargs, axis, rank)
+    if function in _REVERSALS or getattr(function, "__self__", None) in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH):
+        return {rank - 1: rank - 2, rank - 2: rank - 1}.get(axis, axis) if rank > 1 else axis
+    if function in _SHAPED:
+        return _reshaped(axis, before.shape, after.shape)
+    if after.dim() == rank:
+        return axis
+    if function in _DROPPING:
+        dropped = {number % rank for number in _numbers(args, kwargs, "dim", "axis")[: rank - after.dim()]}
+        return None if axis in dropped else axis - sum(1 for number in dropped if number < axis)
+    return _by_size(axis, before.shape, after.shape)
+
+
+def _moved(args: tuple[Any, ...], kwargs: Mapping[str, Any], axis: int, rank: int) -> int:
+    source = args[1] if len(args) > 1 else kwargs["source"]
+    target = args[2] if len(args) > 2 else kwargs["destination"]
+    sources: list[int] = [s % rank for s in (source if isinstance(source, (tuple, list)) else (source,))]
+    targets: list[int] = [t % rank for t in (target if isinstance(target, (tuple, list)) else (target,))]
+    if axis in sources:
+        return targets[sources.index(axis)]
+    free = [dimension for dimension in range(rank) if dimension not in targets]
+    return free[[dimension for dimension in range(rank) if dimension not in sources].index(axis)]
+
+
+def _reshaped(axis: int, before: torch.Size, after: torch.Size) -> int | None:
+    """The neurons' dimension after a view: the one that starts at the same stride, or that swallowed it.
+
+    Where the neurons' dimension was split, as in (features → heads × head size), the innermost part is taken.
+    """
+    if len(before) == len(after) and before[axis] == after[axis] and before == after:
+        return axis
+    outer, size = math.prod(before[:axis]), before[axis]
+    inner = math.prod(before[axis + 1 :])
+    covered = 1
+    for dimension, length in enumerate(after):
+        rest = math.prod(after[dimension + 1 :])
+        if length == size and covered == outer and rest == inner:
+            return dimension
+        covered *= length
+    for dimension in reversed(range(len(after))):  # the innermost dimension that reaches across the neurons' stride
+        rest = math.prod(after[dimension + 1 :])
+        if after[dimension] > 1 and rest <= inner < rest * after[dimension]:
+            return dimension
+    return None
+
+
+def _by_size(axis: int, before: torch.Size, after: torch.Size) -> int | None:
+    """The neurons' dimension after an operation that changed the rank: of the same size, nearest to its place."""
+    from_right = len(before) - axis
+    for candidate in (len(after) - from_right, axis):
+        if 0 <= candidate < len(after) and after[candidate] == before[axis]:
+            return candidate
+    same = [dimension for dimension, size in enumerate(after) if size == before[axis]]
+    return same[0] if len(same) == 1 else None

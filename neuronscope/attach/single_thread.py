@@ -1,0 +1,112 @@
+"""One thread at a time: what a model does in several threads at once cannot be told apart.
+
+Torch keeps a stack of function modes for each thread, and a forward is followed from its first call to its last. So one
+thread has its turn until its forward ends, and what runs in others meanwhile is left alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["EnteredMode", "SingleThread"]
+
+
+class SingleThread:
+    """Whose forward is watched.
+
+    >>> turn = SingleThread()
+    >>> turn.is_ours()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def is_ours(self) -> bool:
+        """Whether this thread has the turn; it takes it where nobody has it. A compiled graph is traced in one."""
+        if torch.compiler.is_compiling():
+            return True
+        here = threading.get_ident()
+        return self._taken.setdefault("thread", here) == here
+
+    def end(self) -> None:
+        """The forward is over: the next may come in any thread."""
+        if not torch.compiler.is_compiling():
+            self._taken.clear()
+
+
+class EnteredMode:
+    """A function mode that is entered at most once in a thread, and left in a thread that entered it only.
+
+    Args:
+        mode: The mode.
+    """
+
+    def __init__(self, mode: TorchFunctionMode) -> None:
+        self._mode = mode
+        self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
+        self._suspended: list[int] = []  # those of them that left it for a while
+
+    def enter(self) -> None:
+        """Enter the mode, unless it is entered."""
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here not in self._threads:
+            self._threads.append(here)
+            self._mode.__enter__()
+
+    def leave(self) -> None:
+        """Leave the mode, if this thread entered it: the stack of another is not ours to touch."""
+        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        if here in self._threads:
+            self._threads.remove(here)
+            if here in self._suspended:
+                self._suspended.remove(here)
+            elif torch.compiler.is_compiling():
+                self._mode.__exit__(None, None, None)
+            else:
+                self._take_out()
+
+    def _take_out(self) -> None:
+        """Take the mode off this thread's stack; others that were entered since then stay on it.
+
+        Where it is not there, somebody left who takes off whatever is on top, as ``torch.device`` does: after an
+        interrupt that was ours. Then theirs is still there, and goes in its place.
+        """
+        above: list[Any] = []
+        while torch._C._len_torch_function_stack() and self._mode not in above:
+            above.append(torch._C._pop_torch_function_stack())
+        if self._mode in above:
+            above.remove(self._mode)
+        else:
+            del above[:1]
+        for mode in reversed(above):
+            torch._C._push_on_torch_function_stack(mode)
+
+    def suspend(self) -> None:
+        """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""
+        if torch.compiler.is_compiling():
+            return
+        here = threading.get_ident()
+        if here in self._threads and torch._C._len_torch_function_stack():
+            last = torch._C._pop_torch_function_stack()
+            if last is self._mode:
+                self._suspended.append(here)
+            else:
+                torch._C._push_on_torch_function_stack(last)
+
+    def resume(self) -> None:
+        """Enter the mode again, if it was left for a while."""
+        if not self._suspended or torch.compiler.is_compiling():
+            return
+        here = threading.get_ident()
+        if here in self._suspended:
+            self._suspended.remove(here)
+            torch._C._push_on_torch_function_stack(self._mode)
+
+
+def _here() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,0 +1,1 @@
+"""Measure a checkpoint's network on data."""

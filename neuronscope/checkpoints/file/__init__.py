@@ -1,0 +1,1 @@
+"""Examine a checkpoint file alone: weights, optimizer state, the monitor's record."""

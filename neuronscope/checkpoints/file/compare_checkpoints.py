@@ -1,0 +1,226 @@
+"""Earlier: two checkpoints of one run, compared row by row, say who got no gradient in between and who died there.
+
+Without gradient over Δ steps a row keeps to three laws: ``v₂ = v₁ β2^Δ``, ``m₂ = m₁ β1^Δ``, and its weights move by
+no more than what ``m₁`` still had in it, apart from decoupled weight decay, which shrinks all weights of the row by
+the same factor whatever the learning rates were. A row that keeps to all three got none, as far as this type can
+show. One whose ``v`` or ``|m|`` lies above got one for certain, since nothing else raises them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.file.adam_clock import AdamClock
+from neuronscope.checkpoints.file.layer_clocks import LayerReading, read_clocks
+from neuronscope.checkpoints.file.layers import Layer
+from neuronscope.checkpoints.file.parameter_matching import Entry, find_owners
+from neuronscope.checkpoints.file.zero_gradient_rows import made_of
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+
+__all__ = ["compare_with_earlier", "same_run"]
+
+_SOURCE = "two checkpoints"
+_said = partial(made_of, source=_SOURCE)
+
+#: How far a number may be off that decayed over a few steps, and by how much more a step (its rounding, and β's).
+_RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
+#: The learning rate in between may have been this many times that of either end.
+_RATE_ROOM = 30.0
+
+
+def same_run(earlier: Checkpoint, later: Checkpoint) -> str | None:
+    """Why two checkpoints cannot be of one network; ``None`` where they can."""
+    if not earlier.optimizers or not later.optimizers:
+        return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
+    first, second = ({name: tuple(held.shape) for name, held in one.tensors.items()} for one in (earlier, later))
+    if first == second:
+        return None
+    strange = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
+    return f"The earlier checkpoint is of another network: {len(strange)} tensors differ, {strange[0]!r} first."
+
+
+def compare_with_earlier(
+    earlier: Checkpoint,
+    later: Checkpoint,
+    layers: Sequence[Layer],
+    entries: Mapping[str, Entry],
+    readings: Sequence[LayerReading],
+    parameter_names: Sequence[str] | None = None,
+) -> Iterator[Evidence | Abstention]:
+    """What two checkpoints of one run say together.
+
+    Args:
+        earlier: The earlier one.
+        later: The later one.
+        layers: The later one's layers.
+        entries: Whose optimizer state is whose in the later one.
+        readings: The later one's clocks.
+        parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine`.
+    """
+    reason = same_run(earlier, later)
+    if reason is not None:
+        yield Abstention(_SOURCE, "", reason)
+        return
+    before = find_owners(earlier.tensors, earlier.optimizers, parameter_names).entries
+    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerReading)}
+    for read in readings:
+        start = clocks.get(read.layer.path)
+        passed = _steps_between(start, read)
+        if start is None or isinstance(passed, str):
+            yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
+            continue
+        yield from _judge(start, read, passed, *_Pair(earlier, later, before, entries, start, read, passed).tests())
+
+
+def _steps_between(start: LayerReading | None, end: LayerReading) -> int | str:
+    """Steps that a layer was updated in between the two, or why they cannot be compared."""
+    if start is None:
+        return "The earlier checkpoint has no clock for this layer."
+    if start.rule.betas != end.rule.betas:
+        return f"The optimizer's betas were changed in between, from {start.rule.betas} to {end.rule.betas}."
+    first, last = (start.taken, end.taken) if start.taken is not None else (start.step, end.step)
+    if first is None or last is None:
+        return "The two checkpoints do not say how many steps lie between them."
+    if last <= first:
+        return f"The layer was not updated in between: it stands at step {first} and then at {last}."
+    return last - first
+
+
+class _Pair:
+    """One layer in both checkpoints."""
+
+    def __init__(
+        self,
+        earlier: Checkpoint,
+        later: Checkpoint,
+        before: Mapping[str, Entry],
+        after: Mapping[str, Entry],
+        start: LayerReading,
+        end: LayerReading,
+        steps: int,
+    ) -> None:
+        self._tensors = earlier.tensors, later.tensors
+        self._entries = before, after
+        self._layer = end.layer
+        self._names = [name for name in end.parameters if name in start.parameters]
+        self._rules = start.rule, end.rule
+        self._steps = steps
+        self._tolerance = _RELATIVE + _RELATIVE_A_STEP * steps
+
+    def tests(self) -> tuple[Tensor, Tensor]:
+        """Rows that got no gradient as far as can be seen, and rows that got one for certain; bool ``(N,)`` both."""
+        kept = torch.ones(self._layer.width, dtype=torch.bool)
+        touched = torch.zeros(self._layer.width, dtype=torch.bool)
+        for name in self._names:
+            room = self._means(name, touched)
+            self._weights(name, room, kept)
+        return kept & ~touched, touched
+
+    def _rows(self, held: StoredTensor | float) -> Tensor:
+        tensor = torch.tensor(held) if isinstance(held, (int, float)) else held.read()
+        return self._layer.rows(tensor).double()
+
+    def _means(self, name: str, touched: Tensor) -> Tensor:
+        """Test the optimizer's means; gives by how much a weight may have moved without a gradient, ``(N, F)``."""
+        first, last = (entries[name].slots for entries in self._entries)
+        adam = len(self._rules[0].betas) == 2
+        slot = "exp_avg" if adam else "momentum_buffer"
+        beta = self._rules[0].betas[0]
+        tiny = torch.finfo(torch.float32).tiny
+        m1, m2 = self._rows(first[slot]), self._rows(last[slot])
+        left = m1.abs() * beta**self._steps * (1 + self._tolerance) + 4 * tiny
+        touched |= (m2.abs() > left).any(dim=1)
+        rates = [rule.rate for rule in self._rules if math.isfinite(rule.rate)]
+        rate = _RATE_ROOM * max(rates, default=math.inf)
+        if not adam:
+            return rate * m1.abs() * beta / (1.0 - beta)
+        beta2 = self._rules[0].betas[1]
+        v1, v2 = self._rows(first["exp_avg_sq"]), self._rows(last["exp_avg_sq"])
+        left = v1 * beta2**self._steps * (1 + self._tolerance) + 65536 * tiny
+        touched |= (v2 > left).any(dim=1)
+        # Step j moves a weight by at most lr · r₁ (β1/√β2)^j, the sum over all j is a geometric one, and the correction
+        # of m in early steps is at most 1 / (1 − β1).
+        shrink = beta / math.sqrt(beta2)
+        ratio = torch.where(v1 > 0, m1.abs() / v1.clamp(min=tiny).sqrt(), 0.0)
+        return rate * ratio * shrink / (1.0 - shrink) / (1.0 - beta)
+
+    def _weights(self, name: str, room: Tensor, kept: Tensor) -> None:
+        """Test how the weights moved."""
+        w1, w2 = (self._rows(tensors[name]) for tensors in self._tensors)
+        if self._entries[1][name].group.get("weight_decay"):
+            # One factor for the whole row: that of its largest weight.
+            place = w1.abs().argmax(dim=1, keepdim=True)
+            top = w1.gather(1, place)
+            factor = torch.where(top == 0, 1.0, w2.gather(1, place) / torch.where(top == 0, 1.0, top))
+            slack = torch.where(top == 0, 0.0, room.gather(1, place) / torch.where(top == 0, 1.0, top).abs())
+            kept &= ((factor > -slack) & (factor <= 1 + self._tolerance + slack)).flatten()
+            moved = w2 - w1 * factor
+            room = room + room.gather(1, place)
+        else:
+            moved = w2 - w1
+        kept &= (moved.abs() <= room + 2 * self._tolerance * w1.abs()).all(dim=1)
+
+
+def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
+    before, after = start.reading, end.reading
+    sound = ~(before.broken | before.faint | after.broken | after.faint)
+    silent, touched = silent & sound & ~after.never, touched & sound
+    whole = bool((silent | after.never).all())
+    if silent.any():
+        since = None
+        if start.step is not None and not start.lag:
+            dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
+            since = (start.step - dated).clamp(min=0.0).long()
+        yield _said(
+            end,
+            "no gradient",
+            silent,
+            torch.full(silent.shape, float(passed), dtype=torch.float64),
+            "steps without a gradient, at least",
+            f"Over the {passed} steps between the two checkpoints the optimizer's means and the weights changed just "
+            "as they do without a gradient."
+            + (
+                " This is so for the whole layer: it was frozen, or cut off by what follows it, which says nothing of "
+                "these neurons themselves."
+                if whole
+                else ""
+            ),
+            since,
+            whole,
+        )
+    within = after.steps.clamp(max=float(passed))
+    died = touched & (within > end.clock.silent_steps)
+    sure = within > end.clock.sure_steps
+    for basis, mask in (("inferred", died & sure), ("suspected", died & ~sure)):
+        if not mask.any():
+            continue
+        since = None
+        if end.step is not None and not end.lag:
+            since = (end.step - within).clamp(min=0.0).long()
+        yield _said(
+            end,
+            "no gradient",
+            mask,
+            within,
+            "steps since the last gradient, at most" if isinstance(end.clock, AdamClock) else "steps since, about",
+            "It got a gradient after the earlier checkpoint, and by the later one's clock none lately: it fell silent "
+            "in between.",
+            since,
+            basis=basis,
+        )
+    alive = touched & ~died
+    if alive.any():
+        yield _said(
+            end,
+            "alive",
+            alive,
+            within,
+            "steps since the last gradient, at most",
+            "A running mean of its gradients rose above what decay leaves: it got a gradient in between.",
+        )

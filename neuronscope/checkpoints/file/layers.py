@@ -1,0 +1,241 @@
+"""Layers: which of a checkpoint's tensors are whose weight and bias, and along which dimension their neurons lie.
+
+Told from names, shapes and order alone; no number is read. Row ``i`` of a layer is what leads into its neuron ``i``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from neuronscope.checkpoints.checkpoint import StoredTensor
+
+__all__ = [
+    "NEURON_KINDS",
+    "Layer",
+    "find_layers",
+    "is_floating",
+    "is_parameter",
+    "normalised_layers",
+    "unexamined_types",
+]
+
+#: Kinds of layer whose rows are neurons; the others are ``norm``, ``embedding`` and ``experts``.
+NEURON_KINDS = ("linear", "conv")
+
+#: How a weight may be called after its module's path, and how the magnitudes beside it where weight norm splits it.
+_WEIGHTS = {
+    "weight": "",
+    "parametrizations.weight.original1": "parametrizations.weight.original0",
+    "parametrizations.weight.original": "",
+    "weight_v": "weight_g",
+    "weight_orig": "",
+}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_EMBEDDING = re.compile(
+    r"(^|[._])(w[tp]e|emb|embed|embeddings?|embed_tokens)([._]|$)|(^|\.)(shared|relative_attention_bias)$"
+)
+_ADAPTER = re.compile(r"(^|\.)lora_")
+_EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of ``N`` rows.
+
+    Attributes:
+        path: Path of the module that holds the weight.
+        kind: ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor).
+        weight: Name of the weight in the checkpoint.
+        bias: Name of the bias, or ``None``.
+        gain: Name of the magnitudes ``(N, 1, …)`` where weight norm splits them from the weight, or ``None``.
+        width: ``N``.
+        axis: Dimension of the weight along which the rows lie: 0, or 1 where it is stored transposed (the ``Conv1D`` of
+            GPT-2, a transposed convolution).
+        inputs: Size of the weight's other leading dimension: input features, or input channels of a group.
+        sure: Whether shapes alone say which dimension is which; else it is the usual one.
+
+    >>> layer = Layer("fc", "linear", "fc.weight", None, None, width=3, axis=1, inputs=2)
+    >>> import torch
+    >>> layer.rows(torch.arange(6).view(2, 3)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+
+    path: str
+    kind: str
+    weight: str
+    bias: str | None
+    gain: str | None
+    width: int
+    axis: int
+    inputs: int
+    sure: bool = True
+
+    @property
+    def incoming(self) -> tuple[str, ...]:
+        """Names of all tensors that have an entry or more for each row."""
+        return tuple(name for name in (self.weight, self.gain, self.bias) if name is not None)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """A tensor that is shaped like one of :attr:`incoming`, one row a neuron: ``(N, fan-in)``."""
+        if tensor.dim() > 1 and self.axis:
+            tensor = tensor.transpose(0, self.axis)
+        return tensor.reshape(self.width, -1)
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """The weight, one row an input feature or channel: ``(inputs, the rest)``."""
+        return weight.transpose(0, 1 - self.axis).reshape(self.inputs, -1)
+
+
+def is_floating(tensor: StoredTensor) -> bool:
+    """Whether a tensor's type is one of real numbers."""
+    return "float" in tensor.dtype
+
+
+def is_parameter(name: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor may be a parameter, as far as its name and type say: no statistics, no counters."""
+    return is_floating(tensor) and not name.endswith(_STATISTICS)
+
+
+def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
+    """The layers that a network's tensors make up, in the order of the file.
+
+    What is no layer by its name (the stacked gates of a recurrent one, attention's ``in_proj_weight``, adapters) is
+    left out.
+
+    Args:
+        tensors: By name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+    """
+    found = []
+    transposed = _Transposed(tensors)
+    for name, tensor in tensors.items():
+        if not is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
+            continue
+        if _EXPERTS.search(name) and len(tensor.shape) == 3:
+            path = name.removesuffix(".weight")
+            found.append(Layer(path, "experts", name, None, None, tensor.shape[0], 0, tensor.shape[1]))
+            continue
+        parts = _split(name, tensors)
+        if parts is not None:
+            layer = _layer(name, *parts, tensors, transposed)
+            if layer is not None:
+                found.append(layer)
+    return tuple(found)
+
+
+def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
+    """Return the names of weights and biases that hold no real numbers (integers, complex ones), by their type.
+
+    Args:
+        tensors: By name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+    """
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
+            found.setdefault(tensor.dtype, []).append(name)
+    return found
+
+
+def normalised_layers(layers: Sequence[Layer]) -> set[str]:
+    """Paths of the layers that have a norm of their size right before or behind them, in the order of the file.
+
+    Args:
+        layers: The checkpoint's layers.
+    """
+    found = set()
+    for first, second in pairwise(layers):
+        if second.kind == "norm" and first.kind in NEURON_KINDS and second.width == first.width:
+            found.add(first.path)
+        if first.kind == "norm" and second.kind in NEURON_KINDS and first.width == second.inputs:
+            found.add(second.path)
+    return found
+
+
+def _split(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None] | None:
+    """A weight's module path and the name of its magnitudes, or ``None`` for what is no weight."""
+    for leaf, gain in _WEIGHTS.items():
+        if name != leaf and not name.endswith("." + leaf):
+            continue
+        path = name[: -len(leaf)].removesuffix(".")
+        beside = _join(path, gain) if gain else None
+        if beside is not None and beside not in tensors:
+            continue  # `weight_v` without its magnitudes is a buffer of spectral norm
+        return path, beside
+    return None
+
+
+def _join(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
+
+
+def _layer(
+    name: str, path: str, gain: str | None, tensors: Mapping[str, StoredTensor], transposed: _Transposed
+) -> Layer | None:
+    shape = tensors[name].shape
+    bias_name = _join(path, "bias")
+    bias = tensors.get(bias_name)
+    biased = bias is not None and len(bias.shape) == 1 and is_floating(bias)
+    if len(shape) == 1:
+        fits = biased and bias is not None and bias.shape == shape
+        return Layer(path, "norm", name, bias_name if fits else None, None, shape[0], 0, 1)
+    if not 2 <= len(shape) <= 5:
+        return None
+    if len(shape) == 2 and not biased and _EMBEDDING.search(path):
+        return Layer(path, "embedding", name, None, None, shape[0], 0, shape[1])
+    kind = "linear" if len(shape) == 2 else "conv"
+    axis, sure = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
+    if axis is None:
+        return None
+    if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
+        return None
+    fits = biased and bias is not None and bias.shape[0] == shape[axis]
+    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], sure)
+
+
+class _Transposed:
+    """Which weights are stored with their rows along dimension 1: told by the bias, else by the layer's namesakes."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._by_leaf: Counter[tuple[int, str, int]] = Counter()
+        self._by_rank: Counter[tuple[int, int]] = Counter()
+        for name, tensor in tensors.items():
+            path = name.removesuffix("weight").removesuffix(".")
+            bias = tensors.get(_join(path, "bias"))
+            shape = tensor.shape
+            if name.endswith("weight") and len(shape) > 1 and bias is not None and len(bias.shape) == 1:
+                axis = _axis(shape, bias.shape[0])
+                if axis is not None:
+                    self._by_leaf[len(shape), _leaf(path), axis] += 1
+                    self._by_rank[len(shape), axis] += 1
+
+    def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
+        """The rows' dimension and whether it is sure; ``None`` where a bias fits neither."""
+        if bias is not None and bias not in shape[:2]:
+            return None, False
+        known = None if bias is None else _axis(shape, bias)
+        if known is not None:
+            return known, True
+        if bias is None:  # a `Conv1D` has a bias; a convolution without one is the ordinary one as a rule
+            return 0, len(shape) == 2
+        for votes in (
+            [self._by_leaf[len(shape), _leaf(path), axis] for axis in (0, 1)],
+            [self._by_rank[len(shape), axis] for axis in (0, 1)],
+        ):
+            if any(votes) and not all(votes):
+                return int(votes[1] > 0), True
+        return 0, False
+
+
+def _axis(shape: tuple[int, ...], bias: int) -> int | None:
+    """Where the one dimension of a bias's size is, of the first two; ``None`` where both or neither are."""
+    fits = [dimension for dimension in (0, 1) if shape[dimension] == bias]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -1,0 +1,183 @@
+"""Contents: from the plain data in a checkpoint to a :class:`Checkpoint`, by the habits of those who write them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
+from neuronscope.checkpoints.formats.byte_range import listed, shown
+from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
+from neuronscope.checkpoints.formats.lazy_tensor import Stored
+from neuronscope.checkpoints.formats.monitor_state import find_records
+from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, looks_like_optimizer, steps_taken
+from neuronscope.checkpoints.formats.parameter_names import stripper
+from neuronscope.checkpoints.formats.safe_globals import LeftOut
+from neuronscope.errors import CheckpointError
+
+__all__ = ["Contents", "checkpoint_of"]
+
+# Where training loops put the weights, most telling first.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+_STEPS = ("global_step", "step")
+_DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
+_DEEPEST = 3  # a state_dict in a model's entry in a checkpoint
+
+
+@dataclass
+class Contents:
+    """What a format's reader found.
+
+    Attributes:
+        format: What it is, for a reader.
+        data: All of it as plain data, with a :class:`Stored` in the place of every tensor.
+        beside: Plain data of files beside it: an optimizer's, records.
+        config: A network's configuration beside it.
+        step: Optimizer steps, where a file beside it says.
+        notes: Sentences that a reader should know.
+    """
+
+    format: str
+    data: Any
+    beside: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
+    """The checkpoint that these contents are.
+
+    Raises:
+        CheckpointError: There are no weights in it, nor anything else that says something of a network.
+    """
+    data, notes = contents.data, list(contents.notes)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(
+            f"{shown(path)} holds no weights: a dictionary of tensors was expected, but got a {type(data).__name__}."
+        )
+    if not _DEEPSPEED.isdisjoint(data):
+        raise CheckpointError(
+            f"{shown(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
+            "own `zero_to_fp32.py` and give that."
+        )
+    lightning = "pytorch-lightning_version" in data
+    weights = _weights(data, notes)
+    strip = stripper(weights, wrapped=not lightning)
+    tensors = {strip(name): tensor for name, tensor in weights.items()}
+    if len(tensors) < len(weights):
+        raise CheckpointError(f"{shown(path)} is damaged: two of its tensors have the same name.")
+    everything = {**data, **contents.beside}
+    optimizers = find_optimizers(everything, strip, notes)
+    records = find_records(everything)
+    if not (weights or optimizers or records):
+        raise CheckpointError(
+            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}. "
+            f"{' '.join(notes)}".rstrip()
+        )
+    if not weights:
+        notes.append("It holds no weights of a network.")
+    return Checkpoint(
+        path=path,
+        format=_of_lightning(contents.format) if lightning else contents.format,
+        tensors=tensors,
+        optimizers=optimizers,
+        records=records,
+        step=_step(data, contents.step, optimizers),
+        config=contents.config,
+        hyperparameters=find_hyperparameters(data),
+        notes=tuple(notes),
+    )
+
+
+def _of_lightning(kind: str) -> str:
+    """What a file or folder of that format is called when Lightning wrote it."""
+    if kind.startswith("torch file"):
+        return kind.replace("torch file", "Lightning checkpoint")
+    return f"Lightning's {kind}"
+
+
+def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
+    """The network's tensors by name: of several networks, each with the key of its own in front."""
+    chosen, where = data, []
+    for _ in range(_DEEPEST):
+        inner = next((key for key in _WEIGHTS if _holds_tensors(chosen.get(key), _DEEPEST)), None)
+        if inner is None:
+            break
+        chosen = chosen[inner]
+        where.append(inner)
+    others = [key for key, value in data.items() if _is_network(value) and key not in where]
+    if any(isinstance(value, Stored | LeftOut) for value in chosen.values()):
+        if others and where:
+            notes.append(f"The weights are those under {shown(where[0])}; not looked at: {listed(others)}.")
+        return _tensors(chosen, notes)
+    parts = _networks(chosen) or {
+        f"{key}.{name}": part
+        for key, inner in chosen.items()
+        if isinstance(inner, Mapping) and not looks_like_optimizer(inner) and not looks_like_optimizer(chosen)
+        for name, part in _networks(inner).items()
+    }
+    if parts:
+        notes.append(f"The weights were found under {listed(parts)}.")
+    return {
+        f"{key}.{name}" if len(parts) > 1 else name: tensor
+        for key, part in parts.items()
+        for name, tensor in _tensors(part, notes).items()
+    }
+
+
+def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    left_out: dict[str, list[str]] = {}
+    others = []
+    for key, value in part.items():
+        name = key if isinstance(key, str) else str(key)
+        if isinstance(value, Stored):
+            found[name] = value
+        elif isinstance(value, LeftOut):
+            left_out.setdefault(value.why, []).append(name)
+        else:
+            others.append(name)
+    for why, names in left_out.items():
+        notes.append(f"Tensors that are {why} are not read: {listed(names)}.")
+    if others:
+        notes.append(f"What is no tensor is left out of the weights: {listed(others)}.")
+    return found
+
+
+def _holds_tensors(value: Any, deeper: int) -> bool:
+    """Whether it is a dictionary with a tensor or a network in it, or with one of that kind under a known key."""
+    if not isinstance(value, Mapping) or looks_like_optimizer(value):
+        return False
+    if any(isinstance(inner, Stored | LeftOut) or _is_network(inner) for inner in value.values()):
+        return True
+    return deeper > 0 and any(_holds_tensors(value.get(key), deeper - 1) for key in _WEIGHTS)
+
+
+def _is_network(value: Any) -> bool:
+    """Whether it is a dictionary of nothing but named tensors."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) for key in value)
+        and all(isinstance(inner, Stored | LeftOut) for inner in value.values())
+    )
+
+
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """The networks right inside of a dictionary, by their keys."""
+    return {str(key): value for key, value in content.items() if _is_network(value)}
+
+
+def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
+    if said is not None:
+        return said
+    for key in _STEPS:
+        value = data.get(key)
+        if isinstance(value, Stored) and value.shape == () and "int" in value.dtype:
+            value = value.read().item()
+        if type(value) is int and 0 <= value < 2**63:
+            return value
+    return steps_taken(optimizers)

@@ -1,0 +1,109 @@
+"""Folders: Hugging Face's (weights, configuration, a Trainer's optimizer and state) and those of distributed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neuronscope.checkpoints.formats.byte_range import ByteRange, read_json, shown
+from neuronscope.checkpoints.formats.contents import Contents
+from neuronscope.checkpoints.formats.sharded import read_index
+from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
+from neuronscope.errors import CheckpointError
+
+__all__ = ["read_folder"]
+
+# Files of weights, the first that is there; `.index.json` marks weights in several files.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
+_FSDP = "pytorch_model_fsdp_0"  # a folder of its own, where a Trainer saves shards; optimizer_0 lies beside it
+
+
+def read_folder(folder: Path, *, trust: bool) -> Contents:
+    """What lies in a folder that is a checkpoint.
+
+    Args:
+        folder: The folder.
+        trust: Whether a file that names code may run it.
+
+    Raises:
+        CheckpointError: It is no checkpoint, one that is not understood, or a file of it cannot be read.
+    """
+    if (folder / METADATA).exists():
+        return read_distributed(folder, trust=trust)
+    names = sorted(entry.name for entry in folder.iterdir())
+    if "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names):
+        raise CheckpointError(
+            f"{shown(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
+            "its own `zero_to_fp32.py` and give that."
+        )
+    if _FSDP in names:
+        contents = read_distributed(folder / _FSDP, trust=trust)
+        for name in names:
+            if name.startswith("optimizer_") and (folder / name / METADATA).exists():
+                contents.beside[name] = read_distributed(folder / name, trust=trust).data
+    else:
+        contents = _weights(folder, names, trust=trust)
+    if "config.json" in names:
+        config = read_json(folder / "config.json")
+        contents.config = config if isinstance(config, dict) else {}
+    for name in names:
+        if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
+            contents.beside[name.removesuffix(".pt")] = read_single(ByteRange.of(folder / name), trust=trust).data
+    if "trainer_state.json" in names:
+        _take_trainer_state(contents, read_json(folder / "trainer_state.json"))
+    return contents
+
+
+def _weights(folder: Path, names: list[str], *, trust: bool) -> Contents:
+    """The weights of a folder, in one file or several."""
+    weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
+    if weights is None:
+        shards = [name for name in names if name.endswith(".index.json")]
+        weights = shards[0] if len(shards) == 1 else None
+    if weights is None:
+        raise _no_checkpoint(folder, names)
+    if weights.endswith(".index.json"):
+        single = read_index(folder / weights, trust=trust)
+    else:
+        single = read_single(ByteRange.of(folder / weights), trust=trust)
+    return Contents(f"Hugging Face folder, {single.format}", single.data)
+
+
+def _take_trainer_state(contents: Contents, state: Any) -> None:
+    """A Hugging Face Trainer's own state: how far it came, and what its callbacks keep."""
+    if not isinstance(state, Mapping):
+        return
+    step = state.get("global_step")
+    if type(step) is int and step >= 0:
+        contents.step = step
+    contents.beside["callbacks"] = state.get("stateful_callbacks")
+
+
+def _only(names: list[str], ending: str) -> str | None:
+    found = [name for name in names if name.endswith(ending)]
+    return found[0] if len(found) == 1 else None
+
+
+def _no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
+    files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))]
+    if files:
+        return CheckpointError(
+            f"{shown(folder)} is a folder of files and no checkpoint of its own: give one of them, as "
+            f"{', '.join(shown(name) for name in files[:5])}."
+        )
+    return CheckpointError(
+        f"{shown(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` or "
+        "their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
+    )

@@ -1,0 +1,246 @@
+"""Tensors in a file: where the numbers of each lie, checked against the file when it is opened, read when asked for."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, shown
+from neuronscope.errors import CheckpointError
+
+__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_readable", "is_shape", "room"]
+
+# A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
+# in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
+_MOST_REPEATED_BYTES = 1 << 28
+_LARGEST = 2**63 - 1
+
+
+def dtype_named(name: object) -> torch.dtype | None:
+    """The type of that name, if the installed torch has it.
+
+    >>> dtype_named("bfloat16")
+    torch.bfloat16
+    >>> dtype_named("load") is None
+    True
+    """
+    found = vars(torch).get(name) if isinstance(name, str) else None
+    return found if isinstance(found, torch.dtype) else None
+
+
+@functools.cache
+def is_readable(dtype: torch.dtype) -> bool:
+    """Return whether torch can turn numbers of this type into float64 (or complex128) on the CPU.
+
+    It cannot for types that only other devices compute with (packed floats, integers of less than a byte, bare bits).
+
+    >>> is_readable(torch.float8_e5m2), is_readable(torch.bits8)
+    (True, False)
+    """
+    try:
+        numbers = torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype)
+        numbers.to(torch.complex128 if dtype.is_complex else torch.float64)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
+
+
+def is_shape(sizes: Any) -> tuple[int, ...]:
+    """Sizes, strides or offsets, if they are such as a tensor can have.
+
+    Raises:
+        ValueError: They are not.
+
+    >>> is_shape([2, 3])
+    (2, 3)
+    """
+    if (
+        not isinstance(sizes, tuple | list)
+        or len(sizes) > MOST_DIMENSIONS
+        or any(type(size) is not int or not 0 <= size <= _LARGEST for size in sizes)
+    ):
+        raise ValueError(f"{shown(sizes)} was found where sizes were expected")
+    return tuple(sizes)
+
+
+class Stored(ABC):
+    """A tensor of a checkpoint; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+
+    Args:
+        dtype: Type of its numbers.
+        shape: Its shape.
+
+    Attributes:
+        torch_dtype: Type of its numbers.
+    """
+
+    __slots__ = ("_shape", "torch_dtype")
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.torch_dtype = dtype
+        self._shape = shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self._shape
+
+    @property
+    def dtype(self) -> str:
+        """Name of its type."""
+        return str(self.torch_dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it when it is read."""
+        return math.prod(self._shape) * self.torch_dtype.itemsize
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The tensor on the CPU, in its own type; held by nobody but the caller.
+
+        Raises:
+            CheckpointError: The bytes are not what the file said that they were.
+        """
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled.
+
+    Raises:
+        CheckpointError: There is not enough memory for it.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise CheckpointError(f"There is not enough memory for a tensor of shape {shown(shape)}.") from error
+
+
+class Storage:
+    """A run of numbers that tensors are views of.
+
+    Args:
+        dtype: Type of its numbers.
+        numel: How many it is said to hold.
+        place: The bytes; ``None`` while it is not known where they are.
+
+    Attributes:
+        views: Tensors that were made of it and not yet checked.
+    """
+
+    __slots__ = ("dtype", "numel", "place", "views")
+
+    def __init__(self, dtype: torch.dtype, numel: int, place: ByteRange | None = None) -> None:
+        self.dtype, self.numel, self.place = dtype, numel, place
+        self.views: list[FileTensor] = []
+
+    def check_views(self) -> None:
+        """Hold the tensors that were made of it against what it holds.
+
+        Raises:
+            CheckpointError: One does not fit.
+        """
+        for view in self.views:
+            view.check()
+        self.views.clear()
+
+
+class FileTensor(Stored):
+    """A tensor that lies in a file in one piece.
+
+    Args:
+        storage: What it is a view of.
+        dtype: Type of its numbers.
+        shape: Its shape.
+        stride: Numbers of the storage from one index to the next of each dimension; ``None``: written out in order.
+        offset: Numbers of the storage before its first.
+
+    Raises:
+        ValueError: Shape, strides and offset are not those of any tensor.
+    """
+
+    __slots__ = ("_offset", "_storage", "_stride")
+
+    def __init__(self, storage: Storage, dtype: torch.dtype, shape: Any, stride: Any = None, offset: Any = 0) -> None:
+        super().__init__(dtype, is_shape(shape))
+        self._storage = storage
+        self._stride = None if stride is None else is_shape(stride)
+        (self._offset,) = is_shape((offset,))
+        if self._stride is not None and len(self._stride) != len(self._shape):
+            raise ValueError(f"a tensor has shape {shown(self._shape)} and strides {shown(self._stride)}")
+
+    def check(self) -> None:
+        """Whether the file holds all of it, without reading.
+
+        Raises:
+            CheckpointError: It does not, or the tensor repeats a few numbers beyond measure.
+        """
+        self._place()
+
+    def _place(self) -> ByteRange:
+        """The bytes from the first number that it uses to the last."""
+        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.place
+        if numel == 0 or self._stride is None:
+            span = numel
+        else:
+            span = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
+        begin, length = self._offset * itemsize, span * itemsize
+        if whole is None:
+            raise CheckpointError(
+                f"A tensor of shape {shown(self._shape)} is described, and its numbers are not there."
+            )
+        if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
+            wrong = "is larger than what is stored of it"
+        elif numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
+            wrong = f"repeats {span} stored numbers beyond measure"
+        elif math.prod(size for size in self._shape if size) > _LARGEST // itemsize:
+            wrong = "is larger than any tensor can be"
+        else:
+            return whole.part(begin, length)
+        raise CheckpointError(
+            f"{shown(whole.path)} is damaged: a tensor of shape {shown(self._shape)} of {self.dtype} {wrong}."
+        )
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU, in its own type; held by nobody but the caller.
+
+        Raises:
+            CheckpointError: The file is no longer what it was when it was opened.
+        """
+        place = self._place()
+        data = room((place.size,), torch.uint8)
+        if place.size:
+            place.read_into(data.numpy().data)
+        if self.torch_dtype == torch.bool:
+            data.ne_(0).view(torch.bool)  # any other byte is no truth value
+        numbers = data.view(self.torch_dtype)
+        if self._stride is None:
+            return numbers.view(self._shape)
+        return numbers.as_strided(self._shape, self._stride).contiguous()
+
+
+class LoadedTensor(Stored):
+    """A tensor that is in memory already, where a whole file had to be unpickled.
+
+    Args:
+        tensor: The tensor.
+    """
+
+    __slots__ = ("_tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.dtype, tuple(tensor.shape))
+        self._tensor = tensor.detach()
+
+    def read(self) -> Tensor:
+        """A copy of it, on the CPU.
+
+        >>> LoadedTensor(torch.ones(2, requires_grad=True)).read()
+        tensor([1., 1.])
+        """
+        return self._tensor.to("cpu", copy=True)

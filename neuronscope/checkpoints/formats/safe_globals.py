@@ -1,0 +1,275 @@
+"""What the names in a checkpoint's pickle stand for: an exact table of plain data, and nothing of any module.
+
+A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be mere data
+(a path, a random generator's state) become stand-ins. No other name is let in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, dtype_named, is_readable
+from neuronscope.checkpoints.formats.restricted_pickle import ForeignError, Placeholder, SafeGlobal, hashable
+
+__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_symbol", "readable_type"]
+
+
+class LeftOut(Placeholder):
+    """A tensor that is not read.
+
+    Args:
+        why: What it is, as in ``sparse``.
+    """
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+class Attributes(Placeholder):
+    """What stands for an object whose attributes are wanted.
+
+    Attributes:
+        cls: Name of its class.
+        arguments: What it was made with.
+        state: What the pickle says of its attributes.
+    """
+
+    def __init__(self, cls: str, arguments: tuple[Any, ...]) -> None:
+        self.cls, self.arguments = cls, arguments
+        self.state: Any = {}
+
+    def take_state(self, state: Any) -> None:
+        """Keep it."""
+        self.state = state
+
+
+class StorageType(Placeholder):
+    """What stands for a class of storages.
+
+    Args:
+        dtype: Type of their numbers.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+
+class UnknownType(Placeholder):
+    """What stands for a type of torch's that the installed torch does not have.
+
+    Args:
+        name: Its name, as in ``float4_e2m1fn_x2``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | LeftOut:
+    """Return the type, or what stands for its tensors if they cannot be read.
+
+    >>> readable_type(torch.float16), readable_type(torch.bits8).why
+    (torch.float16, 'of type bits8')
+    """
+    if isinstance(dtype, UnknownType):
+        return LeftOut(f"of type {dtype.name}")
+    return dtype if is_readable(dtype) else LeftOut(f"of type {str(dtype).removeprefix('torch.')}")
+
+
+class _NumpyType(Placeholder):
+    """What stands for a type of numpy's: its code, as in ``f8``."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code
+
+
+def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
+    """What a name stands for.
+
+    Args:
+        module: Name of the module.
+        name: The name in it.
+        more: Names of a format of its own, by ``module.name``.
+
+    Raises:
+        ForeignError: It is not in the table.
+
+    >>> find_symbol("torch", "float16")
+    torch.float16
+    >>> find_symbol("os", "system")
+    Traceback (most recent call last):
+        ...
+    neuronscope.checkpoints.formats.restricted_pickle.ForeignError: 'A pickle' names 'os.system', which would have to be ...
+    """
+    full = f"{module}.{name}"
+    found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
+    if found is None and module == "torch":
+        found = dtype_named(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
+    if found is None:
+        raise ForeignError(full)
+    return found
+
+
+def _rebuild(
+    storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: torch.dtype | UnknownType | None = None
+) -> Any:
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor is made of something that is no storage")
+    known = readable_type(storage.dtype if dtype is None else dtype)
+    if isinstance(known, LeftOut):
+        return known
+    tensor = FileTensor(storage, known, size, stride, offset)
+    storage.views.append(tensor)
+    return tensor
+
+
+def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
+    if not isinstance(dtype, torch.dtype | UnknownType):
+        raise ValueError("a tensor has a type that is none")
+    return _rebuild(storage, offset, size, stride, dtype=dtype)
+
+
+def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
+    """A subclass of tensors: read as the plain tensor inside, if it is one of torch's own that adds nothing."""
+    if (
+        not isinstance(function, SafeGlobal)
+        or not isinstance(arguments, tuple)
+        or not isinstance(cls, Attributes | SafeGlobal)
+    ):
+        raise ValueError("a tensor is made by something that makes none")
+    return function.make(*arguments)
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _pairs(*arguments: Any) -> dict[Any, Any]:
+    """A dictionary, from nothing or from pairs."""
+    (pairs,) = arguments if arguments else ((),)
+    pairs = pairs.items() if isinstance(pairs, dict) else pairs
+    return {hashable(key): value for key, value in pairs}
+
+
+def _as_set(items: Any = ()) -> set[Any]:
+    return {hashable(item) for item in items}
+
+
+def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
+    """Bytes, as pickles of protocol 2 have them."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes are written in a way that is not known")
+    return text.encode("latin-1")
+
+
+def _bytes(content: Any = b"", *_: Any) -> bytes:
+    if not isinstance(content, bytes | bytearray):
+        raise ValueError("bytes are made of what are none")
+    return bytes(content)
+
+
+def _numpy_scalar(kind: Any, content: Any = b"") -> Any:
+    """A number that numpy had, as a plain one."""
+    code = kind.code if isinstance(kind, _NumpyType) else None
+    if not isinstance(code, str) or not isinstance(content, bytes) or not _PLAIN_CODE.fullmatch(code):
+        return Placeholder()
+    return np.frombuffer(content, dtype=np.dtype(code), count=1)[0].item()
+
+
+# Names of types of numbers, as torch forms them.
+_NUMBER_TYPE = re.compile(r"(q?u?int|b?float|complex|bits)\d{1,3}(_?[a-z\d]{1,16}){0,3}")
+_PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")
+
+
+def _left_out(why: str) -> Callable[..., LeftOut]:
+    return lambda *_: LeftOut(why)
+
+
+def _stand_in(*_: Any) -> Placeholder:
+    return Placeholder()
+
+
+_RENAMED = {
+    "__builtin__": "builtins",
+    "numpy._core.multiarray": "numpy.core.multiarray",
+    "numpy._core.numeric": "numpy.core.numeric",
+    "torch.cuda": "torch",
+    "pathlib._local": "pathlib",
+}
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "builtins.set": _as_set,
+    "builtins.frozenset": lambda items=(): frozenset(_as_set(items)),
+    "builtins.bytearray": _bytes,
+    "builtins.bytes": _bytes,
+    "builtins.complex": lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
+    "builtins.slice": _stand_in,
+    "builtins.range": _stand_in,
+    "_codecs.encode": _encoded,
+    "collections.OrderedDict": _pairs,
+    "collections.Counter": _pairs,
+    "collections.defaultdict": lambda _=None, *pairs: _pairs(*pairs),
+    # torch
+    "torch._utils._rebuild_tensor": _rebuild,
+    "torch._utils._rebuild_tensor_v2": _rebuild,
+    "torch._utils._rebuild_tensor_v3": _rebuild_typed,
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_sparse_tensor": _left_out("sparse"),
+    "torch._utils._rebuild_sparse_csr_tensor": _left_out("sparse"),
+    "torch._utils._rebuild_qtensor": _left_out("quantised"),
+    "torch._utils._rebuild_nested_tensor": _left_out("nested"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers (of the meta device)"),
+    "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
+    "torch.Tensor": _stand_in,
+    "torch.nn.parameter.Parameter": _stand_in,
+    "torch.nn.parameter.Buffer": _stand_in,
+    "torch.Size": lambda sizes=(): tuple(sizes),
+    "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
+    "torch.serialization._get_layout": _stand_in,
+    # numpy, as in numbers that a run kept and in the states of random generators
+    "numpy.dtype": _NumpyType,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.multiarray._reconstruct": _stand_in,
+    "numpy.core.numeric._frombuffer": _stand_in,
+    "numpy.ndarray": _stand_in,
+    # Mere data that runs keep among their settings
+    **{
+        f"pathlib.{kind}": _stand_in
+        for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+    },
+    "argparse.Namespace": lambda *arguments: Attributes("Namespace", arguments),
+    "datetime.datetime": _stand_in,
+    "datetime.timedelta": _stand_in,
+}
+
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    **{f"{kind}Storage": torch.uint8 for kind in ("QUInt8", "QUInt4x2", "QUInt2x4")},
+    "QInt8Storage": torch.int8,
+    "QInt32Storage": torch.int32,
+}
+
+_TABLE: dict[str, Any] = {
+    **{name: SafeGlobal(name, make) for name, make in _MAKERS.items()},
+    **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
+    "torch.storage.UntypedStorage": StorageType(torch.uint8),
+    **{f"torch.{name}": Placeholder() for name in ("contiguous_format", "preserve_format", "channels_last", "strided")},
+    **{f"torch.per_{name}": Placeholder() for name in ("tensor_affine", "tensor_symmetric", "channel_affine")},
+}

@@ -1,0 +1,290 @@
+"""Folders of ``torch.distributed.checkpoint`` (FSDP, Lightning's sharded ones): tensors in parts, and their plan.
+
+The plan, ``.metadata``, is a pickle itself. It is read by the same inert machine with the eight classes of such plans
+let in as stand-ins, and no other name; every part of a tensor is a file of ``torch.save`` inside a ``.distcp`` file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.formats.byte_range import ByteRange, beside, counted, shown
+from neuronscope.checkpoints.formats.contents import Contents
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Stored, is_shape, room
+from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, hashable, read_pickle, understood
+from neuronscope.checkpoints.formats.safe_globals import Attributes, LeftOut, UnknownType, find_symbol, readable_type
+from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.torch_file import read_zip
+from neuronscope.errors import CheckpointError
+
+__all__ = ["METADATA", "PartedTensor", "read_distributed"]
+
+#: The plan of such a folder.
+METADATA = ".metadata"
+
+_META = "meta.pt"  # Lightning's: all of a checkpoint but weights and optimizers
+_MOST_PARTS = 4096
+_LONGEST_PLAN = 1 << 28
+_LONGEST_OBJECT = 1 << 20
+_MOST_OBJECTS = 1 << 25  # bytes of all of them
+_DEEPEST = 32
+
+
+class _Part(NamedTuple):
+    """A part of a tensor: where it begins in each dimension, its sizes, and its file of ``torch.save``."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: ByteRange
+
+
+class PartedTensor(Stored):
+    """A tensor that lies in parts; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+
+    Args:
+        name: Its name, for messages.
+        dtype: Its type.
+        shape: Its shape.
+        parts: Its parts, which cover it without overlap.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+
+    __slots__ = ("_name", "_parts")
+
+    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_Part]) -> None:
+        super().__init__(dtype, shape)
+        self._name, self._parts = name, tuple(parts)
+        if any(math.prod(part.sizes) * dtype.itemsize > part.place.size for part in parts) or not _tiles(
+            shape, self._parts
+        ):
+            raise CheckpointError(
+                f"The parts of {shown(name)}, of shape {shown(shape)}, do not make up the whole of it."
+            )
+
+    def read(self) -> Tensor:
+        """The tensor on the CPU, put together.
+
+        Raises:
+            CheckpointError: A part is missing, damaged, or not what the plan says.
+        """
+        whole: Tensor | None = None
+        for part in self._parts:
+            stored = read_zip(part.place)
+            if (
+                not isinstance(stored, FileTensor)
+                or stored.shape != part.sizes
+                or stored.torch_dtype != self.torch_dtype
+            ):
+                raise CheckpointError(
+                    f"{shown(part.place.path)} is damaged: a part of {shown(self._name)} is not what was planned."
+                )
+            numbers = stored.read()
+            if part.sizes == self.shape:
+                return numbers
+            if whole is None:
+                whole = room(self.shape, self.torch_dtype)
+            whole[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = numbers
+        return room(self.shape, self.torch_dtype) if whole is None else whole
+
+
+def read_distributed(folder: Path, *, trust: bool) -> Contents:
+    """What lies in a folder of ``torch.distributed.checkpoint``.
+
+    Args:
+        folder: The folder, with its ``.metadata``.
+        trust: Whether Lightning's ``meta.pt`` in it may run the code that it names. The plan never may.
+
+    Raises:
+        CheckpointError: The plan is none or names code, or a file is missing or damaged.
+    """
+    plan = ByteRange.of(folder / METADATA)
+    if plan.size > _LONGEST_PLAN:
+        raise CheckpointError(f"{shown(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
+    with understood(plan.path):
+        metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_symbol, more=_CLASSES)), "Metadata")
+        files = _Files(folder, metadata["storage_data"])
+        paths = metadata.get("planner_data") or {}
+        notes: list[str] = []
+        content = _Branch()
+        for name, entry in metadata["state_dict_metadata"].items():
+            value = files.tensor(name, entry) if entry.cls == "TensorStorageMetadata" else files.object(name, notes)
+            _put(content, paths.get(name, (name,)), value)
+    data: dict[str, Any] = {str(key): _with_lists(value) for key, value in content.items()}
+    if (folder / _META).exists():
+        meta = read_single(ByteRange.of(folder / _META), trust=trust).data
+        data = {**(meta if isinstance(meta, dict) else {}), **data}
+    return Contents(f"distributed checkpoint, {counted(len(files.opened))}", data, notes=notes)
+
+
+class _Files:
+    """The files of a folder, and where in them each part and object lies.
+
+    Args:
+        folder: The folder.
+        storage_data: Of the plan: from index to storage information.
+
+    Attributes:
+        opened: The files by name.
+    """
+
+    def __init__(self, folder: Path, storage_data: Any) -> None:
+        self._folder = folder
+        self._infos = {}
+        for index, info in storage_data.items():
+            key = _state(index, "MetadataIndex")
+            offset = key.get("offset")
+            self._infos[_text(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
+        self._object_bytes = 0
+        self.opened: dict[str, ByteRange] = {}
+
+    def _place(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
+        info = self._infos.get((name, offsets))
+        if info is None:
+            raise CheckpointError(f"{shown(self._folder)} is damaged: its plan does not say where {shown(name)} is.")
+        if info.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{shown(self._folder)} holds {shown(name)} transformed (packed or encrypted), which is not read."
+            )
+        file = _text(info["relative_path"])
+        if file not in self.opened:
+            self.opened[file] = ByteRange.of(beside(self._folder, file))
+        return self.opened[file].part(*is_shape((info["offset"], info["length"])))
+
+    def tensor(self, name: Any, entry: Any) -> PartedTensor | LeftOut:
+        """The tensor of that name; left out if it is of a type that cannot be read."""
+        state = _state(entry, "TensorStorageMetadata")
+        properties = state["properties"]
+        kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
+        if not isinstance(kind, torch.dtype | UnknownType):
+            raise ValueError(f"{shown(name)} has no type")
+        known = readable_type(kind)
+        if isinstance(known, LeftOut):
+            return known
+        parts = []
+        for chunk in state["chunks"]:
+            where = _state(chunk, "ChunkStorageMetadata")
+            offsets, sizes = is_shape(where["offsets"]), is_shape(where["sizes"])
+            parts.append(_Part(offsets, sizes, self._place(name, offsets)))
+        return PartedTensor(str(name), known, is_shape(state["size"]), parts)
+
+    def object(self, name: Any, notes: list[str]) -> Any:
+        """What is no tensor: a number, a list, a setting."""
+        place = self._place(str(name), None)
+        self._object_bytes += place.size
+        if (
+            max(place.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
+            or place.part(0, min(4, place.size)).read() != b"PK\3\4"
+        ):
+            notes.append(f"{shown(name)} is no plain data of a believable size, and is left out.")
+            return None
+        return read_zip(place)
+
+
+def _state(made: Any, cls: str) -> dict[str, Any]:
+    """Attributes of a stand-in of that class."""
+    if not isinstance(made, Attributes) or made.cls != cls or not isinstance(made.state, dict):
+        raise ValueError(f"a {cls} was expected")
+    return made.state
+
+
+def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
+    """Whether parts cover a shape, each index once."""
+    if len(parts) > _MOST_PARTS or sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
+        return False
+    for part in parts:
+        if len(part.offsets) != len(shape) or len(part.sizes) != len(shape):
+            return False
+        if any(at + size > whole for at, size, whole in zip(part.offsets, part.sizes, shape, strict=True)):
+            return False
+    rising = sorted((part for part in parts if 0 not in part.sizes), key=lambda part: part.offsets)
+    open_parts: list[_Part] = []  # those that reach beyond where the next begins in the first dimension
+    for part in rising:
+        open_parts = [other for other in open_parts if _reaches(other, part, slice(0, 1))]
+        if any(_reaches(other, part, slice(None)) and _reaches(part, other, slice(None)) for other in open_parts):
+            return False
+        open_parts.append(part)
+    return True
+
+
+def _reaches(one: _Part, other: _Part, dims: slice) -> bool:
+    """Whether one ends behind the beginning of the other in each of some dimensions."""
+    return all(
+        at + size > begin
+        for at, size, begin in zip(one.offsets[dims], one.sizes[dims], other.offsets[dims], strict=True)
+    )
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"{shown(name)} was found where a name was expected")
+    return name
+
+
+class _Branch(dict[Any, Any]):
+    """A dictionary that paths have grown: not one that was saved."""
+
+
+def _put(content: _Branch, path: Any, value: Any) -> None:
+    """Put a value where its path leads; dictionaries grow on the way."""
+    if not isinstance(path, tuple) or not 1 <= len(path) <= _DEEPEST:
+        raise ValueError("the path of a value is none")
+    keys = [hashable(key) for key in path]
+    for key in keys[:-1]:
+        content = content.setdefault(key, _Branch())
+        if not isinstance(content, _Branch):
+            raise ValueError("a value lies inside of another")
+    content[keys[-1]] = value
+
+
+def _with_lists(value: Any) -> Any:
+    """Lists where the plan counts, in the place of dictionaries of 0, 1, 2 and so on."""
+    if not isinstance(value, _Branch):
+        return value
+    inner = {key: _with_lists(part) for key, part in value.items()}
+    counted = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
+    return [inner[place] for place in range(len(inner))] if counted and inner else inner
+
+
+def _class(path: str) -> SafeGlobal:
+    name = path.rpartition(".")[2]
+    return SafeGlobal(path, lambda *arguments: Attributes(name, arguments))
+
+
+_CLASSES = (
+    {
+        path: _class(path)
+        for path in (
+            *(
+                f"torch.distributed.checkpoint.metadata.{name}"
+                for name in (
+                    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+                    *("TensorProperties", "MetadataIndex", "StorageMeta"),
+                )
+            ),
+            "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+        )
+    }
+    | {
+        f"{module}._MEM_FORMAT_ENCODING": SafeGlobal("_MEM_FORMAT_ENCODING", lambda *_: Placeholder())
+        for module in (
+            "torch.distributed.checkpoint.metadata",
+            "torch.distributed._shard.sharded_tensor.metadata",
+        )
+    }
+    | {
+        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING": SafeGlobal(
+            "MEM_FORMAT_ENCODING", lambda *_: Placeholder()
+        )
+    }
+)

@@ -1,0 +1,1 @@
+"""Examine a checkpoint together with its model."""

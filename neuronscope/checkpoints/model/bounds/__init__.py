@@ -1,0 +1,1 @@
+"""Bound what each neuron can give for any input."""

@@ -1,0 +1,303 @@
+"""Examination: what a network with a checkpoint's weights says of its neurons, with no data.
+
+One forward on an example is traced; bounds that hold for every input, batch norm's parameters and the search for
+neurons that nobody reads are laid over it. What is *proved* holds in evaluation mode for every finite input of the
+example's shape, however many examples a batch has; see ``docs/bounds.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from neuronscope.checkpoints.model.bounds.batchnorm import (
+    firing_share_bound,
+    normal_firing_share,
+    threshold,
+    training_maximum,
+)
+from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
+from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, bounds_of, site_bounds
+from neuronscope.checkpoints.model.example_inputs import Example, examples_for
+from neuronscope.checkpoints.model.layer_to_site import normalised_sites, producers, through_same, ties_of
+from neuronscope.checkpoints.model.trace import ForwardError, trace
+from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step
+from neuronscope.checkpoints.model.unused_outputs import unread_neurons
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.errors import UsageError
+from neuronscope.options import positive
+
+__all__ = ["Examination", "examine_model"]
+
+#: From how many standard deviations on a batch norm's channel is called quiet, and suspected dead.
+_QUIET, _SUSPECTED = 3.0, 4.0
+_SOURCE = "model"
+_BATCH_NORM = "batch norm"
+_READERS = "readers"
+
+
+class Examination(NamedTuple):
+    """What a network said.
+
+    Attributes:
+        evidence: By site.
+        abstentions: What could not be said, and why.
+        ties: Path of the module that holds a layer's weights → name of the site that it leads into.
+        searched: Whether it is known of all neurons who reads them.
+        kinds: Kind of the activation, by site.
+        normalised: Sites before whose activation or weights a normalisation stands.
+    """
+
+    evidence: tuple[Evidence, ...]
+    abstentions: tuple[Abstention, ...]
+    ties: Mapping[str, str]
+    searched: bool = False
+    kinds: Mapping[str, str] = MappingProxyType({})
+    normalised: Collection[str] = ()
+
+
+def examine_model(
+    model: nn.Module,
+    *,
+    example: Any = None,
+    batch: Any = None,
+    box: Box | None = None,
+    batch_positions: int | None = None,
+) -> Examination:
+    """Examine a network that holds a checkpoint's weights.
+
+    Args:
+        model: The network, on the CPU.
+        example: An input to run it on once: a tensor, a tuple of arguments, or a mapping of named ones.
+        batch: A batch of the user's data, used where there is no example.
+        box: Between which numbers every element of the input lies, ``(low, high)``; without it, proofs hold for every
+            input whatsoever.
+        batch_positions: How many values a channel has in a training batch (examples × positions), where the
+            user says: more is proved then of batch norm in training.
+
+    Returns:
+        Evidence, abstentions and ties.
+
+    Raises:
+        UsageError: An argument is not what is expected; or the network fails on the example that was given.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
+    >>> _ = net[2].weight.data.fill_(1), net[2].bias.data.copy_(torch.tensor([-3.5, 0]))
+    >>> [(one.layer, one.claim, one.basis, one.neurons.tolist()) for one in examine_model(net).evidence]
+    [('3', 'dead', 'proved', [0])]
+    """
+    if batch_positions is not None:
+        positive("batch_positions", batch_positions)
+    if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
+        raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
+    graph, used, failures = _traced(model, example, batch)
+    if graph is None or used is None:
+        return Examination((), (_no_forward(failures),), {})
+    ties = ties_of(graph)
+    abstentions = [
+        Abstention(
+            _SOURCE,
+            path,
+            f"This layer leads into several sites ({', '.join(names)}): its rows are of none of them alone.",
+        )
+        for path, names in ties.shared.items()
+    ]
+    abstentions += [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
+    kinds, normalised = {site.name: site.info.kind for site in graph.sites}, normalised_sites(graph)
+    evidence = list(_batch_norms(graph, batch_positions))
+    if graph.branches:
+        abstentions.append(
+            Abstention(
+                _SOURCE,
+                "",
+                f"The network's Python code looks at numbers that depend on the input ({', '.join(graph.branches)}), "
+                "so that another input may take another path: nothing is proved of it.",
+            )
+        )
+        return Examination(tuple(evidence), tuple(abstentions), ties.sites, kinds=kinds, normalised=normalised)
+    scope = f"of the shape {used.shapes} ({used.origin}), whatever the batch size"
+    free = bounds_of(graph)
+    found = bounds_of(graph, box) if box is not None else free
+    evidence += _proved(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
+    if box is not None:
+        known = {one.layer: one.neurons for one in evidence if one.basis == "proved" and one.claim == "dead"}
+        inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
+        evidence += _proved(graph, site_bounds(graph, found), inside, known)
+    if graph.hidden or graph.opaque:
+        what = (
+            "returns what cannot be searched for tensors" if graph.opaque else "computes with calls that were not seen"
+        )
+        abstentions.append(
+            Abstention(
+                _READERS, "", f"The network {what}: who reads which neuron is not known, and none is called unread."
+            )
+        )
+    else:
+        where = "for every finite input" if box is None else "for every input in the box"
+        evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
+    searched = not (graph.hidden or graph.opaque)
+    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched, kinds, normalised)
+
+
+def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
+    failures = []
+    for example in examples_for(model, given, batch):
+        try:
+            graph = trace(model, example.args, example.kwargs)
+        except ForwardError as error:
+            if given is not None:
+                raise UsageError(
+                    f"Expected argument `example` to be an input that {type(model).__name__} runs on, but "
+                    f"{example.shapes} gave {error}. Give another shape, type or number of inputs, as in "
+                    "`1x3x224x224,1x16:int64`, or the `package.module:name` of a function that makes the example."
+                ) from error
+            failures.append(f"{example.origin} ({example.shapes}): {error}")
+            continue
+        return graph, example, failures
+    return None, None, failures
+
+
+def _no_forward(failures: list[str]) -> Abstention:
+    tried = f" Tried: {'; '.join(failures)}." if failures else " No weighted layer to guess an input from."
+    return Abstention(
+        _SOURCE,
+        "",
+        f"The network could not be run once, which ties names to sites.{tried} Give an example input, or data.",
+    )
+
+
+def _end(end: float | Tensor) -> str:
+    if isinstance(end, Tensor):
+        return f"{end.item():g}" if end.numel() == 1 else f"given bounds ({end.min().item():g} to {end.max().item():g})"
+    return f"{end:g}"
+
+
+def _evidence(
+    site: Site,
+    mask: npt.NDArray[np.bool_],
+    numbers: npt.NDArray[np.float64],
+    *,
+    source: str,
+    claim: str,
+    basis: str,
+    measure: str,
+    text: str,
+) -> Iterator[Evidence]:
+    """Evidence on the neurons of a mask, if there are any."""
+    neurons = np.flatnonzero(mask).astype(np.int64)
+    if neurons.size:
+        yield Evidence(site.name, site.neurons, source, claim, basis, neurons, numbers[neurons], measure, text)
+
+
+def _proved(
+    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, known: Mapping[str, npt.NDArray[np.int64]]
+) -> Iterator[Evidence]:
+    for site in graph.sites:
+        found = bounds.get(site.name)
+        if found is None:
+            continue
+        mask = found.dead.copy()
+        mask[known.get(site.name, [])] = False
+        way = "the norm of its weights behind a layer norm" if found.ground == LAYER_NORM else "interval arithmetic"
+        yield from _evidence(
+            site,
+            mask,
+            found.highest,
+            source=found.ground,
+            claim="dead",
+            basis="proved",
+            measure="pre-activation, at most",
+            text=f"In evaluation mode its output is exactly zero {scope}: by {way}, rounding allowed for.",
+        )
+
+
+def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
+    for site in graph.sites:
+        yield from _evidence(
+            site,
+            unread[site.name],
+            np.full(site.neurons, np.nan),
+            source=_READERS,
+            claim="unread",
+            basis="proved",
+            measure="",
+            text=(
+                f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
+                "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
+            ),
+        )
+
+
+def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
+    """What batch norm's parameters say of the neurons right behind it."""
+    made_by = producers(graph)
+    for site in graph.sites:
+        step = through_same(made_by, site.before)
+        parameters = _affine(graph, step) if step is not None else None
+        if parameters is None or site.info.kind != "relu-like" or not site.info.linear_when_on:
+            continue
+        scale, shift = parameters
+        if scale.shape != (site.neurons,) or shift.shape != (site.neurons,):
+            continue
+        c = threshold(scale, shift).numpy()
+        say = _sayer(site)
+        yield from say(
+            (c >= _QUIET),
+            firing_share_bound(scale, shift).numpy(),
+            claim="quiet",
+            basis="inferred",
+            measure="share of a training batch in which it fires, at most",
+            text=(
+                "In training at most this share of any batch's values fires, whatever their distribution (Cantelli); "
+                "in evaluation that holds as far as the running statistics are the data's."
+            ),
+        )
+        yield from say(
+            (c >= _SUSPECTED),
+            normal_firing_share(scale, shift).numpy(),
+            claim="dead",
+            basis="suspected",
+            measure="share of values that fire, if they are normal",
+            text="Were its values normal, it would fire in this share of them, Φ(β/|γ|): poor in the tails.",
+        )
+        if positions is not None:
+            most = training_maximum(scale, shift, positions).numpy()
+            yield from say(
+                (most <= 0) & np.isfinite(c),
+                most,
+                claim="dead",
+                basis="inferred",
+                measure="pre-activation in training, at most",
+                text=(
+                    f"Proved for training: no batch of {positions} values a channel can make it fire, since none is "
+                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as "
+                    "far as the running statistics are the data's."
+                ),
+            )
+
+
+def _sayer(site: Site) -> Callable[..., Iterator[Evidence]]:
+    def say(mask: npt.NDArray[np.bool_], numbers: npt.NDArray[np.float64], **words: str) -> Iterator[Evidence]:
+        return _evidence(site, mask, numbers, source=_BATCH_NORM, **words)
+
+    return say
+
+
+def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
+    """γ and β of a batch norm."""
+    if getattr(step.function, "__name__", "") != "batch_norm":
+        return None
+    found = []
+    for place, name in ((3, "weight"), (4, "bias")):
+        argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
+        tensor = graph.values[argument.value].constant if isinstance(argument, Ref) else None
+        if tensor is None:
+            return None
+        found.append(tensor.detach())
+    return found[0], found[1]

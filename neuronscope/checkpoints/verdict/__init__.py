@@ -1,0 +1,1 @@
+"""Combine the evidence on each neuron into one verdict."""

@@ -1,0 +1,286 @@
+"""Meter: the running counts of one site, updated in place on its device, in eager mode and in compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuronscope.count.counting import Scratch, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.count.pending_counts import NEVER, PendingCounts
+from neuronscope.count.small_tensors import SmallTensors
+
+__all__ = ["NEVER", "Counters", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
+
+
+class Counters(NamedTuple):
+    """The running counts of one site, ``(N,)`` each, on its device; see :class:`neuronscope.tally.census.Tally`.
+
+    Attributes:
+        zero_outputs: int64.
+        zero_gradients: int64.
+        not_finite: int64.
+        abs_sum: float64.
+        last_active: int64; −1 = never.
+        first_active: int64; ``NEVER`` = never.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs have added.
+    """
+
+    zero_outputs: Tensor
+    zero_gradients: Tensor
+    not_finite: Tensor
+    abs_sum: Tensor
+    last_active: Tensor
+    first_active: Tensor
+    traced: Tensor
+
+
+class Meter:
+    """The running counts of one site in one phase, on the site's device, until they are read.
+
+    ``counters`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
+    it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
+    and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
+    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is cut as ``cut`` says: see
+    :func:`neuronscope.attach.dtensor.cut`.
+
+    Args:
+        neurons: ``N``.
+        device: Where the activation lives.
+    """
+
+    def __init__(self, neurons: int, device: torch.device) -> None:
+        self.neurons = neurons
+        self.open = True
+        self.in_graph = False  # whether a compiled graph holds it
+        self.gate: Meter | None = None
+        self.cut: tuple[int | None, ...] = ()
+        with torch.inference_mode(False):
+            long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
+            self.counters = Counters(
+                zero_outputs=long,
+                zero_gradients=long.clone(),
+                not_finite=long.clone(),
+                abs_sum=double,
+                last_active=torch.full((neurons,), -1, dtype=torch.int64, device=device),
+                first_active=torch.full((neurons,), NEVER, dtype=torch.int64, device=device),
+                traced=torch.zeros(3, dtype=torch.int64, device=device),
+            )
+        self.outputs = PendingCounts(2, neurons)
+        self.gradients = PendingCounts(1, neurons)
+        self.small_outputs = SmallTensors(2)
+        self.small_gradients = SmallTensors(1)
+        self.positions = 0
+        self.gradient_positions = 0
+        self.examples = 0
+
+    def settle(self, scratch: Scratch | None = None) -> Counters:
+        """Add up what waits; gives the counters, which are whole until the next tensor is counted.
+
+        Args:
+            scratch: Buffers, of whoever settles many meters one after another.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if len(self.small_outputs) or len(self.small_gradients):
+                scratch = scratch or Scratch()
+                self._count_small_outputs(scratch)
+                self._count_small_gradients(scratch)
+            self._add_rows()
+        return self.counters
+
+    def make_room(self, scratch: Scratch) -> None:
+        """Count the small tensors that wait where there is no room for more."""
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            if self.small_outputs.full:
+                self._count_small_outputs(scratch)
+            if self.small_gradients.full:
+                self._count_small_gradients(scratch)
+
+    def _count_small_outputs(self, scratch: Scratch) -> None:
+        small = self.small_outputs
+        if len(small):
+            row = self._rows_for(small, self.outputs, scratch)
+            if is_finite(row):
+                self._keep(small, self.outputs)
+            else:
+                for y, step in zip(small.tensors(), small.steps, strict=True):
+                    self.add_plain(y, small.axis, step, small.tolerance)
+            small.clear()
+
+    def _count_small_gradients(self, scratch: Scratch) -> None:
+        small = self.small_gradients
+        if len(small):
+            self._rows_for(small, self.gradients, scratch)
+            self._keep(small, self.gradients)
+            small.clear()
+
+    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: Scratch) -> Tensor:
+        if len(rows) + len(small) > rows.room:
+            self._add_rows()
+        counts = rows.some(len(small))
+        small.count(scratch, counts)
+        return counts
+
+    def _keep(self, small: SmallTensors, rows: PendingCounts) -> None:
+        positions = small.tensors()[0].numel() // self.neurons
+        for step in small.steps:
+            rows.keep(positions=positions, step=step)
+        if rows.full:
+            self._add_rows()
+
+    def _add_rows(self) -> None:
+        if len(self.outputs):
+            self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
+            self.outputs.clear()
+        if len(self.gradients):
+            self.counters.zero_gradients.add_(self.gradients.zeros())
+            self.gradients.clear()
+
+    def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
+        counters = self.counters
+        counters.zero_outputs.add_(zeros)
+        counters.abs_sum.add_(magnitudes)
+        torch.maximum(counters.last_active, last_active, out=counters.last_active)
+        torch.minimum(counters.first_active, first_active, out=counters.first_active)
+
+    def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
+        """Count one output by the plain formula, as :func:`add_outputs`."""
+        zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
+        fired = zeros + bad < y.numel() // self.neurons
+        self.counters.not_finite.add_(bad)
+        self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether it certainly holds nothing; what a compiled graph added cannot be known without waiting."""
+        return not (self.in_graph or self.positions or self.gradient_positions)
+
+    def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
+        """Positions, gradient positions and examples so far.
+
+        Args:
+            traced: What ``counters.traced`` holds, from who has read it; else it is read here, and waited for.
+        """
+        traced = self.counters.traced.tolist() if traced is None else traced
+        return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
+
+    def reset(self) -> None:
+        """Start again from nothing, in the same tensors."""
+        for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
+            waiting.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            for counter in self.counters:
+                counter.zero_()
+            self.counters.last_active.fill_(-1)
+            self.counters.first_active.fill_(NEVER)
+        self.positions = self.gradient_positions = self.examples = 0
+
+
+def add_outputs(
+    meter: Meter, y: Tensor, axis: int, examples: int, step: int | Tensor, scratch: Scratch, tolerance: float
+) -> None:
+    """Count one output tensor.
+
+    A function and no method, since ``torch.compile`` traces no method of an object that it holds as a constant.
+
+    Args:
+        meter: The site's meter.
+        y: Output ``(…, N, …)``, detached.
+        axis: The neurons' dimension.
+        examples: Independent examples behind it.
+        step: The optimizer step it belongs to: a tensor where ``torch.compile`` traces, else an integer.
+        scratch: Reusable buffers.
+        tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+    """
+    if isinstance(step, Tensor):
+        _add_outputs_in_graph(y, axis, examples, step, tolerance, *meter.counters)
+        return
+    positions = y.numel() // meter.neurons
+    meter.positions += positions
+    meter.examples += examples
+    if meter.small_outputs.take(y, axis, step, tolerance):
+        if meter.small_outputs.full:
+            meter.make_room(scratch)
+        return
+    rows = meter.outputs
+    row = rows.next()
+    if measure(y, axis, scratch, tolerance, row) and is_finite(row):
+        rows.keep(positions=positions, step=step)
+        if rows.full:
+            meter.settle()
+    else:
+        meter.add_plain(y, axis, step, tolerance)
+
+
+def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -> None:
+    """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
+    positions = gradient.numel() // meter.neurons
+    meter.gradient_positions += positions
+    if meter.small_gradients.take(gradient, axis, 0, 0.0):
+        if meter.small_gradients.full:
+            meter.make_room(scratch)
+        return
+    rows = meter.gradients
+    if measure(gradient, axis, scratch, 0.0, rows.next()):
+        rows.keep(positions=positions, step=0)
+        if rows.full:
+            meter.settle()
+    else:
+        meter.counters.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
+
+
+def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> None:
+    """Count the gradient of ``x`` when it comes, in a graph that ``torch.compile`` traces.
+
+    Args:
+        x: The pre-activation.
+        axis: The neurons' dimension.
+        halved: The dimension whose second half is the gate (GLU), else ``None``.
+        meter: The site's meter.
+    """
+    _ask_gradients_in_graph(x, axis, halved, meter.counters.zero_gradients, meter.counters.traced)
+
+
+def gate_half(gradient: Tensor, halved: int | None) -> Tensor:
+    """The part of a gradient that belongs to the gate: the second half along ``halved``, or all of it."""
+    if halved is None:
+        return gradient
+    half = gradient.shape[halved] // 2
+    return gradient.narrow(halved, half, half)
+
+
+# In a compiled graph these are single calls, that the compiler's back end opens and fuses with what is around them.
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def _add_outputs_in_graph(
+    y: Tensor,
+    axis: int,
+    examples: int,
+    step: Tensor,
+    tolerance: float,
+    *counters: Tensor,
+) -> None:
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = counters
+    zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
+    positions = y.numel() // y.shape[axis]
+    zero_outputs.add_(zeros)
+    not_finite.add_(bad)
+    abs_sum.add_(magnitudes)
+    fired = zeros + bad < positions
+    last_active.copy_(torch.where(fired, step, last_active))
+    first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
+    traced[0].add_(positions)
+    traced[2].add_(examples)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def _ask_gradients_in_graph(x: Tensor, axis: int, halved: int | None, zero_gradients: Tensor, traced: Tensor) -> None:
+    def count(gradient: Tensor) -> None:
+        part = gate_half(gradient, halved).detach()
+        zero_gradients.add_(plain_zeros(part, axis, 0.0))
+        traced[1].add_(part.numel() // part.shape[axis])
+
+    x.register_hook(count)

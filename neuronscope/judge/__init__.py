@@ -1,0 +1,1 @@
+"""Decide what counts mean: verdicts, symptoms and diagnosis, as pure functions without torch."""

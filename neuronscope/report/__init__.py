@@ -1,0 +1,1 @@
+"""Hold what there is to show, as plain data without torch."""

@@ -1,0 +1,1 @@
+"""Add counts up: over calls, windows, phases and ranks."""

@@ -1,0 +1,278 @@
+"""Tally and Census: exact int64 counts that add up, over micro-batches, windows, ranks and resumes.
+
+A :class:`Tally` is the counts of one site; a :class:`Census` is the tallies of all sites for one phase over one window.
+Merging is associative and commutative in every count, so it does not matter who counted what, or in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from neuronscope.count.counters import NEVER
+from neuronscope.errors import StateError
+from neuronscope.judge.verdicts import Counts
+from neuronscope.sites import SiteInfo
+
+__all__ = ["Census", "Tally"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """The exact counts of one site, per neuron (``N`` of them).
+
+    Attributes:
+        info: What the site is.
+        zero_outputs: Positions with zero output, int64 ``(N,)``.
+        zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
+        not_finite_outputs: Positions with NaN or infinite output, int64 ``(N,)``.
+        abs_sum: Sum of ``|y|`` over finite outputs, float64 ``(N,)``.
+        last_active_step: Last optimizer step at which the neuron fired, int64 ``(N,)``; −1 = never.
+        first_active_step: First such step; ``2**62`` = never.
+        positions: Positions at which each neuron's output was observed.
+        gradient_positions: Positions at which each neuron's gradient was observed.
+        examples: Independent examples behind the counts.
+    """
+
+    info: SiteInfo
+    zero_outputs: IntArray
+    zero_gradients: IntArray
+    not_finite_outputs: IntArray
+    abs_sum: FloatArray
+    last_active_step: IntArray
+    first_active_step: IntArray
+    positions: int
+    gradient_positions: int
+    examples: int
+
+    @classmethod
+    def nothing(cls, info: SiteInfo, neurons: int) -> Tally:
+        """The counts of a site that was not observed."""
+        return cls(
+            info=info,
+            zero_outputs=np.zeros(neurons, dtype=np.int64),
+            zero_gradients=np.zeros(neurons, dtype=np.int64),
+            not_finite_outputs=np.zeros(neurons, dtype=np.int64),
+            abs_sum=np.zeros(neurons, dtype=np.float64),
+            last_active_step=np.full(neurons, -1, dtype=np.int64),
+            first_active_step=np.full(neurons, NEVER, dtype=np.int64),
+            positions=0,
+            gradient_positions=0,
+            examples=0,
+        )
+
+    @property
+    def neurons(self) -> int:
+        """``N``."""
+        return len(self.zero_outputs)
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation function."""
+        return self.info.activation
+
+    @property
+    def axis(self) -> int:
+        """The dimension of the activation tensor that holds the neurons."""
+        return self.info.axis
+
+    @property
+    def axis_source(self) -> str:
+        """How the axis is known."""
+        return self.info.axis_source
+
+    @property
+    def not_finite(self) -> int:
+        """NaN and infinite outputs, all neurons together."""
+        return int(self.not_finite_outputs.sum())
+
+    @property
+    def zero_output_fraction(self) -> FloatArray:
+        """Zero outputs ÷ positions, float64 ``(N,)``; NaN where unseen."""
+        return _fraction(self.zero_outputs, self.positions)
+
+    @property
+    def zero_gradient_fraction(self) -> FloatArray:
+        """Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN where no gradient was seen."""
+        return _fraction(self.zero_gradients, self.gradient_positions)
+
+    @property
+    def mean_abs_output(self) -> FloatArray:
+        """Mean of ``|y|`` over positions, float64 ``(N,)``; non-finite outputs count as nothing; NaN where unseen."""
+        return _fraction(self.abs_sum, self.positions)
+
+    def counts(self) -> Counts:
+        """What :func:`neuronscope.judge.verdicts.judge` reads."""
+        return Counts(
+            kind=self.info.kind,
+            linear_when_on=self.info.linear_when_on,
+            zero_outputs=self.zero_outputs,
+            zero_gradients=self.zero_gradients,
+            not_finite=self.not_finite_outputs,
+            mean_abs_output=self.mean_abs_output,
+            positions=self.positions,
+            gradient_positions=self.gradient_positions,
+        )
+
+    def merge(self, other: Tally) -> Tally:
+        """Both tallies together, as if one had counted all.
+
+        Raises:
+            StateError: The tallies are of different numbers of neurons.
+        """
+        if self.neurons != other.neurons:
+            raise StateError(f"Expected tallies of {self.neurons} neurons to merge, but got {other.neurons}.")
+        return replace(
+            self,
+            zero_outputs=self.zero_outputs + other.zero_outputs,
+            zero_gradients=self.zero_gradients + other.zero_gradients,
+            not_finite_outputs=self.not_finite_outputs + other.not_finite_outputs,
+            abs_sum=self.abs_sum + other.abs_sum,
+            last_active_step=np.maximum(self.last_active_step, other.last_active_step),
+            first_active_step=np.minimum(self.first_active_step, other.first_active_step),
+            positions=self.positions + other.positions,
+            gradient_positions=self.gradient_positions + other.gradient_positions,
+            examples=self.examples + other.examples,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tally as tensors and primitives."""
+        state: dict[str, Any] = {"info": vars(self.info).copy()}
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+        return state
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tally:
+        """The tally that :meth:`state_dict` gave.
+
+        Raises:
+            StateError: The state lacks a part or holds one that is not understood.
+        """
+        try:
+            values: dict[str, Any] = {
+                name: value.cpu().numpy().copy() if isinstance(value, torch.Tensor) else int(value)
+                for name, value in state.items()
+                if name != "info"
+            }
+            tally = cls(info=SiteInfo(**state["info"]), **values)
+            tally._check()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            came = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(f"Expected the saved state of a tally, but got {came}: {error}.") from error
+        return tally
+
+    def _check(self) -> None:
+        """Every array is of one width, and of the type that it is said to be."""
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if field.type not in ("IntArray", "FloatArray"):
+                continue
+            wanted = np.dtype(np.float64 if field.type == "FloatArray" else np.int64)
+            if not isinstance(value, np.ndarray) or value.dtype != wanted or value.shape != (self.neurons,):
+                found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                raise ValueError(f"{field.name} is {found} and not {wanted} ({self.neurons},)")
+
+
+class Census(Mapping[str, Tally]):
+    """The tallies of all sites, by site name, in the order in which the sites ran.
+
+    Args:
+        tallies: By site name.
+        first_step: First optimizer step observed; −1 where none was.
+        last_step: Last optimizer step observed; −1 where none was.
+        steps: Number of optimizer steps observed.
+    """
+
+    def __init__(
+        self,
+        tallies: Mapping[str, Tally] | None = None,
+        *,
+        first_step: int = -1,
+        last_step: int = -1,
+        steps: int = 0,
+    ) -> None:
+        self._tallies = dict(tallies or {})
+        self.first_step = first_step
+        self.last_step = last_step
+        self.steps = steps
+
+    def __getitem__(self, name: str) -> Tally:
+        if name not in self._tallies:
+            known = ", ".join(list(self._tallies)[:8]) or "none"
+            raise KeyError(f"{name!r}: no such site was observed; the sites are {known}")
+        return self._tallies[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tallies)
+
+    def __len__(self) -> int:
+        return len(self._tallies)
+
+    def __repr__(self) -> str:
+        return f"Census({len(self)} sites, {self.neurons} neurons, {self.examples} examples)"
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of all sites."""
+        return sum(tally.neurons for tally in self.values())
+
+    @property
+    def examples(self) -> int:
+        """Independent examples seen by the site that saw most."""
+        return max((tally.examples for tally in self.values()), default=0)
+
+    def merge(self, other: Census) -> Census:
+        """This census and a later one together."""
+        tallies = dict(self._tallies)
+        for name, tally in other.items():
+            tallies[name] = tallies[name].merge(tally) if name in tallies else tally
+        first_steps = [step for step in (self.first_step, other.first_step) if step >= 0]
+        return Census(
+            tallies,
+            first_step=min(first_steps, default=-1),
+            last_step=max(self.last_step, other.last_step),
+            steps=self.steps + other.steps,
+        )
+
+    def without(self, *names: str) -> Census:
+        """This census but for some sites."""
+        kept = {name: tally for name, tally in self.items() if name not in names}
+        return Census(kept, first_step=self.first_step, last_step=self.last_step, steps=self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The census as tensors and primitives, fit for any checkpoint."""
+        return {
+            "tallies": {name: tally.state_dict() for name, tally in self.items()},
+            "first_step": self.first_step,
+            "last_step": self.last_step,
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Census:
+        """The census that :meth:`state_dict` gave.
+
+        Raises:
+            StateError: The state is not one of a census.
+        """
+        try:
+            tallies = {name: Tally.from_state(tally) for name, tally in state["tallies"].items()}
+            return cls(tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")})
+        except (KeyError, AttributeError, TypeError) as error:
+            raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
+
+
+def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:
+    if whole == 0:
+        return np.full(part.shape, np.nan, dtype=np.float64)
+    return (part / whole).astype(np.float64)

@@ -1,0 +1,1 @@
+"""Join the counts of all ranks of a distributed run."""

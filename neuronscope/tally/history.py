@@ -1,0 +1,246 @@
+"""Deaths and revivals by optimizer step, window after window, in bounded memory.
+
+One :class:`History` a phase. Each closed window is judged once and leaves one byte a neuron; when the windows outgrow
+their room, every second one is dropped and from then on only every second one kept, so that a run of any length keeps
+an even picture of itself, and its newest window. The steps at which a neuron died and revived are kept apart, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from neuronscope.count.counters import NEVER
+from neuronscope.errors import StateError
+from neuronscope.judge.verdicts import Judgement, Policy, judge
+from neuronscope.report.report import (
+    LEVEL_CUT_OFF,
+    LEVEL_DEAD,
+    LEVEL_DORMANT,
+    LEVEL_MAX,
+    LEVEL_NOT_FINITE,
+    LEVEL_UNSEEN,
+    SiteHistory,
+)
+from neuronscope.tally.census import Census, Tally
+
+__all__ = ["History"]
+
+#: Windows kept at most, and bytes of levels kept at most (one a neuron and window).
+MAX_WINDOWS = 256
+MAX_BYTES = 64 << 20
+_MIN_WINDOWS = 16
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+def levels(tally: Tally, judgement: Judgement) -> ByteArray:
+    """One byte a neuron: its zero-output fraction, or the verdict that outweighs it; uint8 ``(N,)``."""
+    zeros, positions = tally.zero_outputs, max(tally.positions, 1)
+    coded: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
+    np.clip(coded, 1, LEVEL_MAX - 1, out=coded)  # only an exact 0 is 0, and only an exact 1 is LEVEL_MAX
+    coded[zeros == 0] = 0
+    coded[zeros == positions] = LEVEL_MAX
+    for mask, level in (
+        (judgement.dormant, LEVEL_DORMANT),
+        (judgement.cut_off, LEVEL_CUT_OFF),
+        (judgement.dead, LEVEL_DEAD),
+        (judgement.not_finite, LEVEL_NOT_FINITE),
+        (judgement.unseen, LEVEL_UNSEEN),
+    ):
+        coded[mask] = level
+    return coded
+
+
+class _Rows:
+    """Rows of bytes, one a window, in one array that grows: a report is shown the array itself and copies nothing.
+
+    What was shown stays as it was: rows are added behind it, and where one of its rows would have to change, the rest
+    go on in an array of their own.
+    """
+
+    def __init__(self, neurons: int) -> None:
+        self._array = np.zeros((0, neurons), dtype=np.uint8)
+        self._count = 0
+        self._shown = 0
+
+    def append(self, row: ByteArray) -> None:
+        if self._count == len(self._array) or self._count < self._shown:
+            larger = np.zeros((max(2 * self._count, _MIN_WINDOWS), self._array.shape[1]), dtype=np.uint8)
+            larger[: self._count] = self._array[: self._count]
+            self._array, self._shown = larger, 0
+        self._array[self._count] = row
+        self._count += 1
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Drop all rows but some, given by their places, which rise."""
+        if list(places) != [*range(len(places))]:
+            self._array, self._shown = self._array[places], 0
+        self._count = len(places)
+
+    def snapshot(self) -> ByteArray:
+        """All rows, ``(W, N)``, read-only."""
+        self._shown = max(self._shown, self._count)
+        view = self._array[: self._count]
+        view.flags.writeable = False
+        return view
+
+
+class _Trail:
+    """The history of one site."""
+
+    _LISTS = ("steps", "dead", "dormant", "cut_off")
+    _STEPS = ("died_step", "revived_step", "deaths", "revivals")
+
+    def __init__(self, neurons: int) -> None:
+        self.indices: list[int] = []
+        self.steps: list[int] = []
+        self.dead: list[int] = []
+        self.dormant: list[int] = []
+        self.cut_off: list[int] = []
+        self._levels = _Rows(neurons)
+        self.died_step = np.full(neurons, -1, dtype=np.int64)
+        self.revived_step = np.full(neurons, -1, dtype=np.int64)
+        self.deaths = np.zeros(neurons, dtype=np.int64)
+        self.revivals = np.zeros(neurons, dtype=np.int64)
+        self.is_dead = np.zeros(neurons, dtype=np.bool_)
+
+    def change(
+        self, step: int, tally: Tally, judgement: Judgement, last_active: npt.NDArray[np.int64], observed: Sequence[int]
+    ) -> None:
+        """Note who died and who revived in a closed window; see :meth:`History.close`."""
+        died = judgement.dead & ~self.is_dead & (last_active >= 0)
+        if died.any():
+            after = np.searchsorted(np.asarray(observed, dtype=np.int64), last_active[died], side="right")
+            known = np.append(np.asarray(observed, dtype=np.int64), step)
+            self.died_step[died] = known[np.minimum(after, len(observed))]
+            self.deaths[died] += 1
+        revived = self.is_dead & (tally.first_active_step < NEVER)
+        self.revived_step[revived] = tally.first_active_step[revived]
+        self.revivals[revived] += 1
+        self.is_dead = (self.is_dead & ~revived) | judgement.dead
+
+    def picture(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
+        """Keep a closed window's picture; the newest before it was kept for good only if its index fits the stride."""
+        if self.indices and self.indices[-1] % stride:
+            self._keep([*range(len(self.indices) - 1)])
+        self.indices.append(index)
+        self.steps.append(step)
+        self.dead.append(int(judgement.dead.sum()))
+        self.dormant.append(int(judgement.dormant.sum()))
+        self.cut_off.append(int(judgement.cut_off.sum()))
+        self._levels.append(levels(tally, judgement))
+
+    def thin(self, stride: int) -> None:
+        """Drop the windows whose index does not fit the stride, but for the newest."""
+        newest = len(self.indices) - 1
+        self._keep([place for place, index in enumerate(self.indices) if index % stride == 0 or place == newest])
+
+    def _keep(self, places: Sequence[int]) -> None:
+        for name in ("indices", *self._LISTS):
+            kept = getattr(self, name)
+            setattr(self, name, [kept[place] for place in places])
+        self._levels.keep(places)
+
+    def snapshot(self) -> SiteHistory:
+        """The trail as plain arrays."""
+        return SiteHistory(
+            **{name: np.asarray(getattr(self, name), dtype=np.int64) for name in self._LISTS},
+            levels=self._levels.snapshot(),
+            **{name: getattr(self, name).copy() for name in self._STEPS},
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trail as tensors and primitives."""
+        snapshot = self.snapshot()
+        state = {name: torch.from_numpy(getattr(snapshot, name).copy()) for name in snapshot.__dataclass_fields__}
+        indices = torch.tensor(self.indices, dtype=torch.int64)
+        return {**state, "indices": indices, "is_dead": torch.from_numpy(self.is_dead.copy())}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> _Trail:
+        """The trail that :meth:`state_dict` gave."""
+        trail = cls(len(state["died_step"]))
+        for name in ("indices", *cls._LISTS):
+            setattr(trail, name, [int(value) for value in state[name]])
+        for name in (*cls._STEPS, "is_dead"):
+            setattr(trail, name, state[name].cpu().numpy().copy())
+        for row in state["levels"].cpu().numpy():
+            trail._levels.append(row)
+        return trail
+
+
+class History:
+    """The deaths and revivals of every site in one phase.
+
+    Args:
+        policy: The thresholds by which windows are judged.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._trails: dict[str, _Trail] = {}
+        self._windows = 0
+        self._stride = 1
+
+    def __len__(self) -> int:
+        """Windows closed so far, those dropped since included."""
+        return self._windows
+
+    def close(self, window: Census, total: Census, observed: Sequence[int]) -> None:
+        """Judge a closed window and write it down; a site that was seen before and not in this window is unseen in it.
+
+        Args:
+            window: The closed window.
+            total: Everything since watching began, this window included.
+            observed: Optimizer steps observed in this window and the one before it, rising.
+        """
+        for name, so_far in total.items():
+            tally = window.get(name) or Tally.nothing(so_far.info, so_far.neurons)
+            trail = self._trails.get(name)
+            if trail is None:
+                if tally.positions == 0:
+                    continue
+                trail = self._trails[name] = _Trail(tally.neurons)
+            judgement = judge(tally.counts(), self._policy)
+            trail.change(window.last_step, tally, judgement, so_far.last_active_step, observed)
+            trail.picture(self._windows, self._stride, window.last_step, tally, judgement)
+        self._windows += 1
+        neurons = sum(len(trail.died_step) for trail in self._trails.values())
+        room = min(MAX_WINDOWS, max(_MIN_WINDOWS, MAX_BYTES // max(neurons, 1)))
+        if max((len(trail.steps) for trail in self._trails.values()), default=0) > room:
+            self._stride *= 2
+            for trail in self._trails.values():
+                trail.thin(self._stride)
+
+    def forget(self, name: str) -> None:
+        """Forget one site."""
+        self._trails.pop(name, None)
+
+    def of(self, name: str, neurons: int) -> SiteHistory:
+        """The history of one site; empty where no window of it was closed."""
+        return (self._trails.get(name) or _Trail(neurons)).snapshot()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history as tensors and primitives."""
+        return {
+            "windows": self._windows,
+            "stride": self._stride,
+            "trails": {name: trail.state_dict() for name, trail in self._trails.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved history.
+
+        Raises:
+            StateError: The state is not one of a history.
+        """
+        try:
+            self._windows, self._stride = int(state["windows"]), int(state["stride"])
+            self._trails = {name: _Trail.from_state(trail) for name, trail in state["trails"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"Expected the saved state of a history, but got {type(state).__name__}.") from error
