@@ -10,13 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from neuronscope.judge import symptoms
-from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, Support
-from neuronscope.report.report import Report
+from neuronscope.judge.symptoms import RunFacts, Support
 
-__all__ = ["SIGNS", "Diagnosis", "Sign", "diagnose", "facts_of"]
+__all__ = ["SIGNS", "Diagnosis", "Sign", "diagnose"]
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,6 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
         if support is not None:
             found.append(Diagnosis(sign.name, sign.cause, sign.remedy, sign.source, **vars(support)))
     return tuple(sorted(found, key=lambda one: -one.neurons))
-
-
-def facts_of(report: Report) -> RunFacts:
-    """The facts of a watched run."""
-    layers = []
-    for site in report.sites:
-        born = site.last_active_step < 0
-        died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
-        layers.append(
-            LayerFacts(
-                name=site.name,
-                dead=site.judgement.dead,
-                since=np.where(born, -1, died),
-                not_finite=int(site.judgement.not_finite.sum()),
-            )
-        )
-    return RunFacts(tuple(layers), step=report.step or None)
 
 
 #: Signs, causes, remedies. Sources are named where a claim is not arithmetic.

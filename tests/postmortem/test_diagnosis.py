@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
-from neuronscope.judge.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.judge.diagnosis import SIGNS, diagnose
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
+from neuronscope.report.run_facts import facts_of
 from tests.writers import sample_reports
 
 from . import samples

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 
-from neuronscope.judge.diagnosis import diagnose, facts_of
+from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import rate_bound
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.report.run_facts import facts_of
 
 __all__ = ["diagnosis", "escape"]
 
