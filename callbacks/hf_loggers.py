@@ -44,7 +44,7 @@ def reporters(handler: CallbackHandler, own: TrainerCallback, event: Event) -> l
         own: The callback that reports; it is left out.
         event: In which this happens.
     """
-    found: list[Log] = [_History(event.state, before_last=event.is_log)]
+    found: list[Log] = [_TrainerLog(event.state, before_last=event.is_log)]
     for place, callback in enumerate(handler.callbacks):
         if callback is own or type(callback).on_log is TrainerCallback.on_log:
             continue
@@ -58,7 +58,7 @@ def _of_the_network(metrics: Mapping[str, float]) -> dict[str, float]:
     return {tag: value for tag, value in metrics.items() if tag.startswith(("neuronscope/", "neuronscope.more/"))}
 
 
-class _History:
+class _TrainerLog:
     """``TrainerState.log_history``, which the Trainer saves in its checkpoints.
 
     The Trainer's own entry stays the last one of its event: users look for it there.

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from neuronscope.attach.dtensor import Part, is_distributed, is_later_part, local, part_of
 from neuronscope.attach.tensor_map import TensorMap
 
-__all__ = ["Flow", "Layout", "assume"]
+__all__ = ["Flow", "NeuronAxis", "assume"]
 
 
-class Layout(NamedTuple):
+class NeuronAxis(NamedTuple):
     """Where the neurons of a tensor lie.
 
     Attributes:
@@ -41,13 +41,13 @@ class Layout(NamedTuple):
     part: Part = Part()
 
 
-def assume(dimensions: int) -> Layout:
+def assume(dimensions: int) -> NeuronAxis:
     """The layout to assume where no weighted call was seen: 2, 4 and 5 dimensions → 1, otherwise the last.
 
     >>> assume(4).axis, assume(3).axis
     (1, 2)
     """
-    return Layout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
+    return NeuronAxis(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
 
 
 def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
@@ -60,16 +60,16 @@ class _Producer(NamedTuple):
     Attributes:
         from_right: The neurons' dimension counted from the right (1 = last), or from the left where it is negative
             (−2 = axis 1).
-        source: As in :class:`Layout`.
+        source: As in :class:`NeuronAxis`.
     """
 
     from_right: int
     source: str
 
-    def layout(self, rank: int) -> Layout:
+    def layout(self, rank: int) -> NeuronAxis:
         """Of an output with so many dimensions."""
         place = self.from_right
-        return Layout(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
+        return NeuronAxis(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
 
 
 def _producers() -> dict[Callable[..., Any], _Producer]:
@@ -124,10 +124,10 @@ class Flow:
     """The layouts of the tensors of one forward, kept by following every torch function called in it."""
 
     def __init__(self) -> None:
-        self._layouts: TensorMap[Layout] = TensorMap("layout")
+        self._layouts: TensorMap[NeuronAxis] = TensorMap("layout")
         self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
-        self._nearest: list[tuple[int, Layout]] = []  # at most one
-        self._made: dict[tuple[Callable[..., Any], int], Layout] = {}  # by what weighted call, and of what rank
+        self._nearest: list[tuple[int, NeuronAxis]] = []  # at most one
+        self._made: dict[tuple[Callable[..., Any], int], NeuronAxis] = {}  # by what weighted call, and of what rank
         self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
@@ -138,7 +138,7 @@ class Flow:
         self._nearest.clear()
         self._shared.clear()
 
-    def of(self, tensor: Tensor) -> Layout:
+    def of(self, tensor: Tensor) -> NeuronAxis:
         """The layout of ``tensor``, with its source; never fails."""
         found = self._layouts.get(tensor)
         if found is not None:
@@ -273,9 +273,9 @@ def _weight_is_left(args: tuple[Any, ...]) -> bool:
     return isinstance(left, nn.Parameter) and left.dim() > 1 and not isinstance(right, nn.Parameter)
 
 
-def _first_known(args: tuple[Any, ...], layouts: TensorMap[Layout]) -> tuple[Tensor, Layout] | None:
+def _first_known(args: tuple[Any, ...], layouts: TensorMap[NeuronAxis]) -> tuple[Tensor, NeuronAxis] | None:
     """The argument whose layout carries on: the first known one of the highest rank."""
-    best: tuple[Tensor, Layout] | None = None
+    best: tuple[Tensor, NeuronAxis] | None = None
     for arg in args:
         for tensor in arg if isinstance(arg, (tuple, list)) else (arg,):
             known = isinstance(tensor, Tensor) and not tensor.is_nested

@@ -1,7 +1,7 @@
 """Observer: given tensors at a site, finds whose they are and counts them.
 
-It knows nothing of how it came by them (see :mod:`neuronscope.attach.hooks`). ``torch.compile`` can trace it: what must happen
-once and for real, such as making a meter, is a constant of the trace.
+It knows nothing of how it came by them (see :mod:`neuronscope.attach.hooks`). ``torch.compile`` can trace it: what must
+happen once and for real, such as making a meter, is a constant of the trace.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PostmortemReport: the verdicts on a checkpoint's neurons as plain data, with all that was said for and against each.
 
-It has the face of :class:`neuronscope.report.report.Report`, yet holds no counts: a checkpoint has no positions, windows or
-activations, and a verdict on it has one of four bases. No torch here.
+It has the face of :class:`neuronscope.report.report.Report`, yet holds no counts: a checkpoint has no positions,
+windows or activations, and a verdict on it has one of four bases. No torch here.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["Progress", "watched_batches", "watched_reading"]
 Progress = Callable[[str, int, "int | None"], None]
 
 
-class _Reading:
+class _ReadProgress:
     """How many tensors of a checkpoint have been read at least once."""
 
     def __init__(self, what: str, total: int, progress: Progress) -> None:
@@ -36,7 +36,7 @@ class _Watched:
     """A stored tensor that says when it is read for the first time."""
 
     tensor: StoredTensor
-    reading: _Reading
+    reading: _ReadProgress
     seen: bool = False
 
     @property
@@ -65,7 +65,7 @@ def watched_reading(checkpoint: Checkpoint, what: str, progress: Progress | None
         for slots in one.slots.values()
         for held in slots.values()
     )
-    reading = _Reading(what, len(checkpoint.tensors) + stored, progress)
+    reading = _ReadProgress(what, len(checkpoint.tensors) + stored, progress)
 
     def watched(held: StoredTensor | float) -> StoredTensor | float:
         return held if isinstance(held, (int, float)) else _Watched(held, reading)

@@ -30,8 +30,9 @@ from neuronscope.checkpoints.verdict.combine import assemble, confirmations, tie
 from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import UsageError
-from neuronscope.judge.diagnosis import diagnose, is_normalised, observed_every
+from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
+from neuronscope.report.run_facts import is_normalised, observed_every
 
 __all__ = ["postmortem"]
 

@@ -1,8 +1,8 @@
 """From tensors to per-neuron counts: the only arithmetic on the hot path.
 
 The obvious ``(y == 0).sum(dims)`` costs 14 to 20 passes over a tensor on a CPU, blocks that stay in its cache one to
-two (see :mod:`neuronscope.count.cpu_kernels`). On other devices, and where ``torch.compile`` traces, the plain formula stands: a
-compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
+two (see :mod:`neuronscope.count.cpu_kernels`). On other devices, and where ``torch.compile`` traces, the plain formula
+stands: a compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
 """
 
 from __future__ import annotations

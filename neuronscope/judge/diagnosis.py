@@ -10,13 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from neuronscope.judge import symptoms
-from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, Support
-from neuronscope.report.report import Report, SiteReport
+from neuronscope.judge.symptoms import LayerFacts, RunFacts, Support
 
-__all__ = ["SIGNS", "Diagnosis", "Remedy", "Sign", "diagnose", "facts_of", "is_normalised", "observed_every"]
+__all__ = ["SIGNS", "Diagnosis", "Remedy", "Sign", "diagnose"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,8 @@ class Diagnosis:
 def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
     """Every sign of the table that the facts show, most neurons first.
 
+    >>> import numpy as np
+    >>> from neuronscope.judge.symptoms import UNDATED
     >>> steps = np.array([300, 301, 301, 302, 305, 306, UNDATED, UNDATED])
     >>> layer = LayerFacts("relu", dead=steps >= 0, since=steps)
     >>> [found.sign for found in diagnose(RunFacts((layer,), step=5000))]
@@ -133,39 +132,6 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
                 )
             )
     return tuple(sorted(found, key=lambda one: -one.neurons))
-
-
-def facts_of(report: Report) -> RunFacts:
-    """The facts of a watched run."""
-    layers = []
-    for site in report.sites:
-        born = site.last_active_step < 0
-        died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
-        layers.append(
-            LayerFacts(
-                name=site.name,
-                dead=site.judgement.dead,
-                since=np.where(born, -1, died),
-                not_finite=int(site.judgement.not_finite.sum()),
-                kind=site.kind,
-                normalised=is_normalised(site),
-            )
-        )
-    return RunFacts(tuple(layers), step=report.step or None, observed_every=observed_every(report))
-
-
-def is_normalised(site: SiteReport) -> bool:
-    """Whether the last weighted call before a site's activation is known to be a normalisation."""
-    return site.axis_source.startswith("producer (") and site.axis_source.endswith("_norm)")
-
-
-def observed_every(report: Report) -> int:
-    """Steps at most between the last one at which a neuron was seen to fire and the one at which it was missed."""
-    gaps = [
-        (site.history.died_step - site.last_active_step)[site.judgement.dead & (site.history.died_step >= 0)]
-        for site in report.sites
-    ]
-    return max([1, *(int(gap.max()) for gap in gaps if gap.size)])
 
 
 #: Signs, causes, remedies. Sources are named where a claim is not arithmetic.

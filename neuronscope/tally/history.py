@@ -56,7 +56,7 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     return coded
 
 
-class _Rows:
+class _LevelRows:
     """Rows of bytes, one a window, in one array that grows: a report is shown the array itself and copies nothing.
 
     What was shown stays as it was: rows are added behind it, and where one of its rows would have to change, the rest
@@ -102,7 +102,7 @@ class _Trail:
         self.dead: list[int] = []
         self.dormant: list[int] = []
         self.cut_off: list[int] = []
-        self._levels = _Rows(neurons)
+        self._levels = _LevelRows(neurons)
         self.died_step = np.full(neurons, -1, dtype=np.int64)
         self.revived_step = np.full(neurons, -1, dtype=np.int64)
         self.deaths = np.zeros(neurons, dtype=np.int64)

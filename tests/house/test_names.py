@@ -14,11 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "neuronscope").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])
 
 
-# Over 400 lines is a smell. One that is put up with stands here with its reason.
-MOST_LINES = 400
-PUT_UP_WITH: dict[str, str] = {}
-
-
 def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("neuronscope", *parts) if parts[0] == "callbacks" else parts
@@ -78,9 +73,19 @@ def test_a_module_says_what_it_is_and_what_it_exports(name: str, path: Path) -> 
         getattr(module, public)
 
 
-@pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
-def test_a_module_holds_one_idea(name: str, path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    long = lines > MOST_LINES
-    assert long == (name in PUT_UP_WITH), f"{name} has {lines} lines: split it, or say in PUT_UP_WITH why not"
-    assert path.stem not in {"utils", "helpers", "common", "base", "misc"}, f"{path.stem} says nothing of what is in it"
+def test_no_two_modules_have_the_same_name() -> None:
+    names = [path.stem for _, path in MODULES if not path.stem.startswith("__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_module_is_named_for_nothing() -> None:
+    assert {"utils", "helpers", "common", "base", "misc"} & {path.stem for _, path in MODULES} == set()
+
+
+def test_no_two_classes_have_the_same_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name.lstrip("_"), []).append(name)
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

@@ -297,7 +297,8 @@ def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
 
 def test_the_package_is_the_function_though_a_part_of_it_was_imported_first(folder: Path) -> None:
     code = (
-        "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\nprint(ns.postmortem('last.ckpt').step)\n"
+        "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\n"
+        "print(ns.postmortem('last.ckpt').step)\n"
         "import neuronscope.checkpoints.postmortem_report as r\nprint(r.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

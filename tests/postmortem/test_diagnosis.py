@@ -17,8 +17,9 @@ from neuronscope.checkpoints.file.layers import find_layers, normalised_layers
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
-from neuronscope.judge.diagnosis import SIGNS, diagnose, facts_of
+from neuronscope.judge.diagnosis import SIGNS, diagnose
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
+from neuronscope.report.run_facts import facts_of
 from tests.writers import sample_reports
 
 from . import samples

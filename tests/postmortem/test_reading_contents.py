@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.checkpoints.formats.byte_range import ByteRange
-from neuronscope.checkpoints.formats.torch_distributed import PartedTensor, _Part
+from neuronscope.checkpoints.formats.torch_distributed import PartedTensor, _TensorPart
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 from tests.postmortem.files import distributed, trained, trainer_folder, wrapped
@@ -234,7 +234,7 @@ def test_parts_make_up_a_tensor_or_are_refused(name: str, tmp_path: Path) -> Non
         torch.save(part.clone(), room)
         path = tmp_path / f"{number}.distcp"
         path.write_bytes(room.getvalue())
-        parts.append(_Part(offsets, sizes, ByteRange.of(path)))
+        parts.append(_TensorPart(offsets, sizes, ByteRange.of(path)))
     if whole:
         assert torch.equal(PartedTensor("w", torch.float32, (4, 4), parts).read(), expected)
     else:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from neuronscope.count.counters import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.distributed.reduce_layout import Layout, whole_site
+from neuronscope.tally.distributed.reduce_layout import ReduceLayout, whole_site
 from neuronscope.tally.distributed.sums import PlainSteps, Steps, StepWords
 from neuronscope.tally.distributed.sync import Exchanges, RankSync
 
@@ -47,7 +47,7 @@ def assert_same(found: Tally, wanted: Tally) -> None:
 
 def added_up(*given: tuple[Tally, bool], steps: Steps) -> Tally:
     """The layer, from what ranks give that are duplicates of others or not."""
-    layout = Layout("train", {"relu": whole_site(given[0][0])})
+    layout = ReduceLayout("train", {"relu": whole_site(given[0][0])})
     sums = np.zeros(layout.sums)
     told = np.full(layout.steps, steps.nothing, dtype=np.int64 if isinstance(steps, PlainSteps) else np.float64)
     for tally, duplicate in given:

@@ -68,7 +68,7 @@ def find_owners(
     shapes = {name: tuple(tensors[name].shape) for name in names}
     entries: dict[str, Entry] = {}
     abstentions: list[Abstention] = []
-    runs: list[_Run] = []
+    runs: list[_ParameterRun] = []
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.groups:
             keys = _keys(group)
@@ -78,7 +78,7 @@ def find_owners(
             if all(isinstance(label, str) for label in labels):
                 abstentions += _take_by_name(labels, found, shapes, entries)
             else:
-                runs.append(_Run(number, found))
+                runs.append(_ParameterRun(number, found))
     abstentions += _take_by_order(runs, shapes, entries)
     return Ownership(entries, tuple(abstentions))
 
@@ -128,7 +128,7 @@ def _take_by_name(
     return [Abstention(_SOURCE, "", reason) for reason in told]
 
 
-class _Run:
+class _ParameterRun:
     """The entries of one group, in order, and the parameters that each may belong to: a stretch of a list."""
 
     def __init__(self, optimizer: int, entries: list[Entry]) -> None:
@@ -160,7 +160,9 @@ class _Run:
         return found
 
 
-def _take_by_order(runs: Sequence[_Run], shapes: Mapping[str, Shape], entries: dict[str, Entry]) -> list[Abstention]:
+def _take_by_order(
+    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], entries: dict[str, Entry]
+) -> list[Abstention]:
     """Tie entries that were saved by number: what one group surely has, no other can have."""
     owner: dict[str, int] = dict.fromkeys(entries, -1)
     placed: list[list[str | None] | None] = [None] * len(runs)
@@ -195,7 +197,7 @@ def _take_by_order(runs: Sequence[_Run], shapes: Mapping[str, Shape], entries: d
 
 
 def _places_in_a_part(
-    run: _Run, runs: Sequence[_Run], free: Sequence[str], shapes: Mapping[str, Shape]
+    run: _ParameterRun, runs: Sequence[_ParameterRun], free: Sequence[str], shapes: Mapping[str, Shape]
 ) -> list[str | None] | None:
     """Where each of several optimizers has a part of the network to itself: the one child of the root that fits it."""
     if sum(other.optimizer == run.optimizer for other in runs) > 1:
@@ -211,7 +213,7 @@ def _places_in_a_part(
     return run.places(fitting[0], shapes) if len(fitting) == 1 else None
 
 
-def _why(unsure: int, run: _Run, fits: bool, gave_up: bool) -> str:
+def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
     which = f"{unsure} of {len(run.entries)} entries of a parameter group"
     if gave_up:
         return f"There are too many groups and parameters to tell whose {which} are."

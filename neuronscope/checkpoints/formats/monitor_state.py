@@ -41,7 +41,7 @@ def find_records(content: Any) -> dict[str, dict[str, Any]]:
     for path, state in _states(content, (), set()):
         path = path[1:] if path[:1] == ("callbacks",) else path
         path = path[:-1] if path[-1:] == ("scope",) else path
-        records[as_text(".".join(path))] = _Reading().plain(state, 0)
+        records[as_text(".".join(path))] = _StateReader().plain(state, 0)
     return records
 
 
@@ -57,7 +57,7 @@ def _states(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
             yield from _states(inner, (*path, str(key)), seen)
 
 
-class _Reading:
+class _StateReader:
     """One record being read, and what is left of what it may cost."""
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
 """Pickles, read and not run: the machine of pickle's opcodes, without the power to import, call or build anything.
 
-What a pickle names is looked up in a table of the caller's (see :mod:`neuronscope.checkpoints.formats.safe_globals`) that
-gives descriptions; a name that is not in it is refused. ``torch.load(weights_only=True)`` goes the same way, but calls
-functions of torch that make real tensors of whatever size a file claims; here nothing of torch is called.
+What a pickle names is looked up in a table of the caller's (see
+:mod:`neuronscope.checkpoints.formats.safe_globals`) that gives descriptions; a name that is not in it is refused.
+``torch.load(weights_only=True)`` goes the same way, but calls functions of torch that make real tensors of whatever
+size a file claims; here nothing of torch is called.
 
 The opcodes and how their arguments are written come from :mod:`pickletools` of the standard library.
 """

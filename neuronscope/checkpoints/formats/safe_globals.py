@@ -1,7 +1,7 @@
 """What the names in a checkpoint's pickle stand for: an exact table of plain data, and nothing of any module.
 
-A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be mere data
-(a path, a random generator's state) become stand-ins. No other name is let in.
+A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be mere
+data (a path, a random generator's state) become stand-ins. No other name is let in.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -
     >>> find_symbol("os", "system")
     Traceback (most recent call last):
         ...
-    neuronscope.checkpoints.formats.restricted_pickle.ForeignError: 'A pickle' names 'os.system', which would have to be ...
+    neuronscope.checkpoints.formats.restricted_pickle.ForeignError: 'A pickle' names 'os.system', which would have ...
     """
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))

@@ -38,7 +38,7 @@ _MOST_OBJECTS = 1 << 25  # bytes of all of them
 _DEEPEST = 32
 
 
-class _Part(NamedTuple):
+class _TensorPart(NamedTuple):
     """A part of a tensor: where it begins in each dimension, its sizes, and its file of ``torch.save``."""
 
     offsets: tuple[int, ...]
@@ -61,7 +61,7 @@ class PartedTensor(Stored):
 
     __slots__ = ("_name", "_parts")
 
-    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_Part]) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> None:
         super().__init__(dtype, shape)
         self._name, self._parts = name, tuple(parts)
         if any(math.prod(part.sizes) * dtype.itemsize > part.place.size for part in parts) or not _tiles(
@@ -174,7 +174,7 @@ class _Files:
         for chunk in state["chunks"]:
             where = _state(chunk, "ChunkStorageMetadata")
             offsets, sizes = is_shape(where["offsets"]), is_shape(where["sizes"])
-            parts.append(_Part(offsets, sizes, self._place(name, offsets)))
+            parts.append(_TensorPart(offsets, sizes, self._place(name, offsets)))
         return PartedTensor(str(name), known, is_shape(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
@@ -197,7 +197,7 @@ def _state(made: Any, cls: str) -> dict[str, Any]:
     return made.state
 
 
-def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
+def _tiles(shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> bool:
     """Whether parts cover a shape, each index once."""
     if len(parts) > _MOST_PARTS or sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
         return False
@@ -207,7 +207,7 @@ def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
         if any(at + size > whole for at, size, whole in zip(part.offsets, part.sizes, shape, strict=True)):
             return False
     rising = sorted((part for part in parts if 0 not in part.sizes), key=lambda part: part.offsets)
-    open_parts: list[_Part] = []  # those that reach beyond where the next begins in the first dimension
+    open_parts: list[_TensorPart] = []  # those that reach beyond where the next begins in the first dimension
     for part in rising:
         open_parts = [other for other in open_parts if _reaches(other, part, slice(0, 1))]
         if any(_reaches(other, part, slice(None)) and _reaches(part, other, slice(None)) for other in open_parts):
@@ -216,7 +216,7 @@ def _tiles(shape: tuple[int, ...], parts: Sequence[_Part]) -> bool:
     return True
 
 
-def _reaches(one: _Part, other: _Part, dims: slice) -> bool:
+def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
     """Whether one ends behind the beginning of the other in each of some dimensions."""
     return all(
         at + size > begin

@@ -1,6 +1,7 @@
 """Tracing: one forward on an example, written down as a list of steps over numbered values.
 
-Two watchers stand by while the model runs: the project's own :class:`~neuronscope.attach.hooks.HookManager`, so that sites get exactly
+Two watchers stand by while the model runs: the project's own
+:class:`~neuronscope.attach.hooks.HookManager`, so that sites get exactly
 the names that :func:`neuronscope.watch` gives them, and a function mode that writes down every torch function called.
 No activation is kept: a tensor is a number in the graph, its shape and its type. What can be kept and looked at is what
 does not depend on the input: parameters, buffers, and what was made of them alone.

@@ -32,9 +32,8 @@ def unread_neurons(graph: Graph, found: list[Interval | None]) -> dict[str, npt.
 
     Args:
         graph: A traced forward, of which every call was seen.
-        found: What :func:`neuronscope.checkpoints.model.bounds.propagate.bounds_of` gave for it: a reader whose output is one and the
-        same
-            number whatever comes in reads nothing.
+        found: What :func:`~neuronscope.checkpoints.model.bounds.propagate.bounds_of` gave for it: a reader whose output
+            is one and the same number whatever comes in reads nothing.
 
     Returns:
         For each site by name, bool ``(N,)``.

@@ -26,7 +26,7 @@ LISTED, NAMED = 20, 12
 
 
 def render(report: PostmortemReport) -> str:
-    """The post-mortem as markdown: findings, layers, causes, what it rests on, what is not known, and the postmortem_wording.
+    """The post-mortem as markdown: findings, layers, causes, what it rests on, what is not known, and the words.
 
     Args:
         report: What to draw.

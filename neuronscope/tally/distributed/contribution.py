@@ -10,7 +10,7 @@ import numpy.typing as npt
 from neuronscope.count.counters import NEVER
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.collectives import Collectives
-from neuronscope.tally.distributed.reduce_layout import Layout
+from neuronscope.tally.distributed.reduce_layout import ReduceLayout
 from neuronscope.tally.distributed.sums import Steps, StepWords
 
 __all__ = ["Contribution", "joined_by", "summed"]
@@ -30,7 +30,7 @@ class Contribution(NamedTuple):
         full: Whether it brings anything at all. Who does not has no say in what is joined.
     """
 
-    layout: Layout
+    layout: ReduceLayout
     census: Census
     duplicate: bool
     first: int
@@ -38,7 +38,7 @@ class Contribution(NamedTuple):
     full: bool
 
     @classmethod
-    def of(cls, census: Census, layout: Layout, *, duplicate: bool) -> Contribution:
+    def of(cls, census: Census, layout: ReduceLayout, *, duplicate: bool) -> Contribution:
         """What a rank brings that counted a census.
 
         The first step is one that was noted, where any was: then ranks whose neurons first fire at different steps
@@ -52,18 +52,18 @@ class Contribution(NamedTuple):
         full = last >= 0 or any(tally.positions or tally.gradient_positions for tally in tallies)
         return cls(layout, census, duplicate, first, last, full)
 
-    def fits(self, layout: Layout) -> bool:
+    def fits(self, layout: ReduceLayout) -> bool:
         """Whether there is anything to put into a layout: of its phase, and not nothing."""
         return self.full and self.layout.phase == layout.phase
 
-    def put(self, layout: Layout, row: FloatArray, steps: Steps) -> None:
+    def put(self, layout: ReduceLayout, row: FloatArray, steps: Steps) -> None:
         """Write it into a row of zeros; steps that have no room there travel apart."""
         layout.put_sums(self.census, row[: layout.sums], duplicate=self.duplicate)
         if isinstance(steps, StepWords) and steps.hold(self.first, self.last):
             layout.put_steps(self.census, row[layout.sums : layout.size], steps, duplicate=self.duplicate)
 
 
-def summed(layout: Layout, steps: Steps, gift: Contribution, collectives: Collectives) -> Census:
+def summed(layout: ReduceLayout, steps: Steps, gift: Contribution, collectives: Collectives) -> Census:
     """What all ranks bring by one layout. A rank that brings nothing of it learns it too, and takes part.
 
     Args:
@@ -79,7 +79,9 @@ def summed(layout: Layout, steps: Steps, gift: Contribution, collectives: Collec
     return joined_by(layout, row, steps, gift, collectives)
 
 
-def joined_by(layout: Layout, row: FloatArray, steps: Steps, gift: Contribution, collectives: Collectives) -> Census:
+def joined_by(
+    layout: ReduceLayout, row: FloatArray, steps: Steps, gift: Contribution, collectives: Collectives
+) -> Census:
     """The same from a row that was summed already; steps that have no room in it take one collective more."""
     sums = row[: layout.sums]
     if isinstance(steps, StepWords):

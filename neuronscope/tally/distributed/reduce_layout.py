@@ -20,7 +20,7 @@ from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sums import Numbers, Steps
 
-__all__ = ["Layout", "Sites", "whole_site"]
+__all__ = ["ReduceLayout", "Sites", "whole_site"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -32,7 +32,7 @@ _NUMBERS = ("positions", "gradient_positions", "examples")
 _SPAN = 2  # the last step of all, and the first
 
 
-class Layout:
+class ReduceLayout:
     """The sites of one phase, one after another, as float64: integers are exact up to 2**53, far above any window's.
 
     There are two rows. The one of *sums* has, for each site of ``N`` neurons, three counts and the sum of magnitudes,
@@ -66,10 +66,10 @@ class Layout:
         """Those sites that it does not have, or not in this width."""
         return {name: site for name, site in sites.items() if name not in self.sites or self.sites[name][1] != site[1]}
 
-    def covering(self, sites: Sites) -> Layout:
+    def covering(self, sites: Sites) -> ReduceLayout:
         """This layout, with the sites that it lacks."""
         new = self.lacking(sites)
-        return Layout(self.phase, {**self.sites, **new}) if new else self
+        return ReduceLayout(self.phase, {**self.sites, **new}) if new else self
 
     def put_sums(self, census: Census, row: FloatArray, *, duplicate: bool) -> None:
         """Write what a rank adds to the sums, into a row of zeros.

@@ -20,7 +20,7 @@ from neuronscope.errors import NeuronscopeWarning
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.collectives import Collectives
 from neuronscope.tally.distributed.contribution import Contribution, joined_by, summed
-from neuronscope.tally.distributed.reduce_layout import Layout, Sites, whole_site
+from neuronscope.tally.distributed.reduce_layout import ReduceLayout, Sites, whole_site
 from neuronscope.tally.distributed.sums import SAYING, PlainSteps, Steps, StepWords, said_by_all, saying
 
 __all__ = ["Exchanges", "RankSync", "world_size"]
@@ -98,7 +98,7 @@ class RankSync:
     def __init__(self, *, together: bool = True) -> None:
         self._together = together
         # By phase. These change only in exchanges, by what all ranks learn there: so they are the same on all of them.
-        self._agreed: dict[str, Layout] = {}
+        self._agreed: dict[str, ReduceLayout] = {}
         self._refused: dict[str, set[str]] = {}  # sites that are not of one width
         self._kept: dict[str, Census] = {}  # by phase, what others brought while this rank was in another phase
         self.duplicate = False  # another rank holds the same data, and counts for both what is not split
@@ -144,15 +144,15 @@ class RankSync:
         late, self._kept = self._kept, {}
         return late
 
-    def _layout(self, census: Census, phase: str) -> Layout:
+    def _layout(self, census: Census, phase: str) -> ReduceLayout:
         """The layout that was agreed on, with what of this census is not in it."""
         refused = self._refused.get(phase, ())
         own = {name: whole_site(tally) for name, tally in census.items() if name not in refused}
         return self._common(phase).covering(own)
 
-    def _common(self, phase: str) -> Layout:
+    def _common(self, phase: str) -> ReduceLayout:
         """The layout that was agreed on; one without sites where none was."""
-        return self._agreed.get(phase, Layout(phase, {}))
+        return self._agreed.get(phase, ReduceLayout(phase, {}))
 
     def _exchange(self, gift: Contribution, collectives: Collectives, *, done: bool) -> dict[str, Census]:
         """What all ranks brought, by phase; in one collective, if their layout is one that was agreed on."""
@@ -191,7 +191,7 @@ class RankSync:
             sites, unlike = _united([self._common(phase).covering(each).sites for each in new])
             strange.update(unlike)
             self._refused.setdefault(phase, set()).update(unlike)
-            self._agreed[phase] = layout = Layout(phase, sites)
+            self._agreed[phase] = layout = ReduceLayout(phase, sites)
             words = StepWords(min(firsts), world_size())
             steps = words if words.hold(min(firsts), max(lasts)) else PlainSteps()
             joined[phase] = summed(layout, steps, gift, collectives)

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 
-from neuronscope.judge.diagnosis import diagnose, facts_of
+from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.report.run_facts import facts_of
 from neuronscope.writers.findings import span
 from neuronscope.writers.wording import up_to
 

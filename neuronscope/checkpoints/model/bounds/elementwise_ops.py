@@ -1,8 +1,8 @@
 """How intervals pass through elementwise functions: activations, sums, products, choices.
 
-Rules as in :mod:`neuronscope.checkpoints.model.bounds.weighted_ops`. A function that never falls gives its bounds at the ends. GELU,
-SiLU, Mish and Hardswish fall to one least value and rise from there: their upper bound lies at an end, their lower
-bound is known.
+Rules as in :mod:`neuronscope.checkpoints.model.bounds.weighted_ops`. A function that never falls gives its bounds at
+the ends. GELU, SiLU, Mish and Hardswish fall to one least value and rise from there: their upper bound lies at an end,
+their lower bound is known.
 """
 
 from __future__ import annotations

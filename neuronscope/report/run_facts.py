@@ -1,0 +1,43 @@
+"""Take from a report of a watched run what a diagnosis is made from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts
+from neuronscope.report.report import Report, SiteReport
+
+__all__ = ["facts_of", "is_normalised", "observed_every"]
+
+
+def facts_of(report: Report) -> RunFacts:
+    """Return the facts of a watched run, one :class:`LayerFacts` a site."""
+    layers = []
+    for site in report.sites:
+        born = site.last_active_step < 0
+        died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
+        layers.append(
+            LayerFacts(
+                name=site.name,
+                dead=site.judgement.dead,
+                since=np.where(born, -1, died),
+                not_finite=int(site.judgement.not_finite.sum()),
+                kind=site.kind,
+                normalised=is_normalised(site),
+            )
+        )
+    return RunFacts(tuple(layers), step=report.step or None, observed_every=observed_every(report))
+
+
+def is_normalised(site: SiteReport) -> bool:
+    """Whether the last weighted call before a site's activation is known to be a normalisation."""
+    return site.axis_source.startswith("producer (") and site.axis_source.endswith("_norm)")
+
+
+def observed_every(report: Report) -> int:
+    """Steps at most between the last one at which a neuron was seen to fire and the one at which it was missed."""
+    gaps = [
+        (site.history.died_step - site.last_active_step)[site.judgement.dead & (site.history.died_step >= 0)]
+        for site in report.sites
+    ]
+    return max([1, *(int(gap.max()) for gap in gaps if gap.size)])
