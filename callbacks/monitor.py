@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from neuronscope.attach.activations import Activation
 from neuronscope.callbacks.publishing import Publisher
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.judge.verdicts import Policy
+from neuronscope.options import WatchArguments, WatchOptions
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["DEFAULT_EVERY_N_STEPS", "Monitor"]
 
@@ -43,32 +44,17 @@ class Monitor:
     def __init__(
         self,
         *,
-        every_n_steps: int = DEFAULT_EVERY_N_STEPS,
-        window_steps: int = 100,
-        sites: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        functional: bool = True,
-        axes: Mapping[str, int] | None = None,
-        policy: Policy | None = None,
-        activations: Mapping[Any, Activation | str] | None = None,
         on_dead: str = "log",
         threshold: float = 50.0,
         images: bool = True,
         text: bool = True,
         vectors: bool = True,
         drawing_share: float = 0.01,
+        **options: Unpack[WatchArguments],
     ) -> None:
         """Set what is watched, and what is made of it.
 
         Args:
-            every_n_steps: Observe every n-th optimizer step; the others cost next to nothing.
-            window_steps: Optimizer steps of a window at least; a report is logged when a window closes.
-            sites: Glob patterns on site names: only these are counted.
-            exclude: Glob patterns on site names: these are not.
-            functional: Watch functional activations (``F.relu``) and gated products too.
-            axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
-            policy: The thresholds; see :class:`neuronscope.Policy`.
-            activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind.
             on_dead: What to do when, in a window of training that is long enough to be sure, ``threshold`` percent of
                 the neurons are dead or give NaN: ``log`` nothing more than always, ``warn`` as well, or ``stop`` the
                 training cleanly through the framework.
@@ -80,27 +66,23 @@ class Monitor:
                 their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
                 lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
                 before the run returns.
+            **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given.
 
         Raises:
             UsageError: An argument is not what is expected.
         """
         super().__init__()
-        told = {
-            "every_n_steps": every_n_steps,
-            "window_steps": window_steps,
-            "sites": sites,
-            "exclude": exclude,
-            "functional": functional,
-            "axes": axes,
-            "policy": policy,
-        }
-        self._runs = Runs({**told, "activations": activations}, step_is_model=self.step_is_model)
+        options.setdefault("every_n_steps", DEFAULT_EVERY_N_STEPS)
+        watched = WatchOptions(**options)
+        self._runs = Runs(watched, step_is_model=self.step_is_model)
         self._alarm = DeadThreshold(on_dead, threshold)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
         self._faults = SuppressErrors("watch this run any longer", self._runs.give_up)
-        key = {**told, "on_dead": on_dead, "threshold": self._alarm.threshold}
-        self._state_key = f"{type(self).__qualname__}{key!r}"  # once: Lightning asks six times a step
-        self._window_steps = window_steps
+        # Computed once: Lightning asks for it six times a step.
+        self._state_key = (
+            f"{type(self).__qualname__}({watched}, on_dead={on_dead!r}, threshold={self._alarm.threshold})"
+        )
+        self._window_steps = watched.window_steps
 
     # --- what was seen ---------------------------------------------------------------------------------------------
 

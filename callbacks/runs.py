@@ -14,6 +14,7 @@ from torch import nn
 from neuronscope.attach.module_paths import own_class
 from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.errors import StateError
+from neuronscope.options import WatchOptions
 from neuronscope.scope import Scope
 from neuronscope.tally.distributed.sync import world_size
 
@@ -26,7 +27,7 @@ class Runs:
     """The scopes of one monitor, one after another.
 
     Args:
-        options: Of :func:`neuronscope.watch`.
+        options: What is watched, and how often.
         step_is_model: See :class:`neuronscope.callbacks.phase_gate.PhaseGate`.
 
     Attributes:
@@ -34,8 +35,8 @@ class Runs:
         gate: The scope's gate while it is attached.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, step_is_model: bool = True) -> None:
-        self._options = dict(options)
+    def __init__(self, options: WatchOptions, *, step_is_model: bool = True) -> None:
+        self._options = options
         self._step_is_model = step_is_model
         self._trial()  # bad options are met here, and not when training starts
         self.scope: Scope | None = None
@@ -46,7 +47,7 @@ class Runs:
         self._open_window: dict[str, Any] | None = None  # training as it was before the end of fit closed its window
 
     def _trial(self) -> Scope:
-        scope = Scope(nn.ReLU(), **self._options)
+        scope = Scope(nn.ReLU(), self._options)
         scope.detach(join=False)
         return scope
 
@@ -81,7 +82,7 @@ class Runs:
     def _attach(self, model: nn.Module, state: Mapping[str, Any] | None) -> None:
         self.detach()
         self._loaded = None
-        scope = Scope(model, **self._options)
+        scope = Scope(model, self._options)
         self.scope, self.gate = scope, PhaseGate(scope, step_is_model=self._step_is_model)
         known, self._model = self._model, own_class(model).__qualname__
         if state is not None and state.get("model") == self._model:

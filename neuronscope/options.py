@@ -1,26 +1,87 @@
-"""Checks of what a user gives: the argument as it is meant, or one plain error."""
+"""The options of a watch, in one place: ``watch``, ``scan``, ``Scope`` and the callbacks all take them from here."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy
 
-__all__ = ["checked_policy", "positive"]
+if TYPE_CHECKING:
+    from neuronscope.attach.activations import Activation
+
+__all__ = ["Patterns", "ScanArguments", "WatchArguments", "WatchOptions", "positive_integer"]
+
+#: One glob pattern or several; ``None`` where there is none.
+Patterns = str | Sequence[str] | None
 
 
-def positive(name: str, value: Any) -> int:
-    """An integer of at least 1."""
+class ScanArguments(TypedDict, total=False):
+    """Keyword arguments that apply to one pass over data; see :func:`neuronscope.watch`."""
+
+    sites: Patterns
+    exclude: Patterns
+    functional: bool
+    axes: Mapping[str, int] | None
+    policy: Policy | None
+    activations: Mapping[Any, Activation | str] | None
+
+
+class WatchArguments(ScanArguments, total=False):
+    """Keyword arguments that apply to a watched training; see :func:`neuronscope.watch`."""
+
+    every_n_steps: int
+    window_steps: int
+    join_ranks: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """The options of one watch, checked. The attributes are the arguments of :func:`neuronscope.watch`.
+
+    Raises:
+        UsageError: An option is not what is expected.
+
+    >>> WatchOptions(every_n_steps=5).window_steps
+    100
+    """
+
+    every_n_steps: int = 1
+    sites: Patterns = None
+    exclude: Patterns = None
+    functional: bool = True
+    axes: Mapping[str, int] | None = None
+    policy: Policy | None = None
+    #: Left out of ``repr``, which callbacks use to tell their saved states apart: functions print an address.
+    activations: Mapping[Any, Activation | str] | None = field(default=None, repr=False)
+    window_steps: int = 100
+    join_ranks: bool = True
+
+    def __post_init__(self) -> None:
+        positive_integer("every_n_steps", self.every_n_steps)
+        positive_integer("window_steps", self.window_steps)
+        policy: Any = self.policy
+        if policy is not None and not isinstance(policy, Policy):
+            raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")
+
+    @property
+    def thresholds(self) -> Policy:
+        """The policy that was given, or the default one."""
+        return self.policy or Policy()
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Return ``value`` if it is an integer of at least 1.
+
+    Args:
+        name: The argument's name, for the error.
+        value: What the user gave.
+
+    Raises:
+        UsageError: It is something else.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")
     return value
-
-
-def checked_policy(policy: Any) -> Policy:
-    """A policy; the default one for ``None``."""
-    if policy is None:
-        return Policy()
-    if isinstance(policy, Policy):
-        return policy
-    raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")

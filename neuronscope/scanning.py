@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from neuronscope.errors import UsageError
+from neuronscope.options import ScanArguments, WatchArguments, WatchOptions
 from neuronscope.report.report import Report
-from neuronscope.scope import watch
+from neuronscope.scope import Scope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["left_as_it_was", "scan"]
 
@@ -22,7 +26,7 @@ def scan(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[ScanArguments],
 ) -> Report:
     """Run a trained model over data and report on its neurons.
 
@@ -34,7 +38,8 @@ def scan(
             mapping as keyword arguments, and of a tuple or list the first element.
         loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
         forward: ``forward(model, batch)`` → output, where the model is called in another way.
-        **options: As for :func:`watch`.
+        **options: ``sites``, ``exclude``, ``functional``, ``axes``, ``policy`` and ``activations``, as for
+            :func:`watch`.
 
     Returns:
         A report of phase ``scan``.
@@ -47,6 +52,8 @@ def scan(
     >>> scan(model, [torch.randn(300, 4)]).neurons
     3
     """
+    for name in options.keys() & WatchArguments.__annotations__.keys() - ScanArguments.__annotations__.keys():
+        raise UsageError(f"Expected options of a scan, but got `{name}`, which is of training only: leave it out.")
     try:
         iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
     except TypeError as error:
@@ -54,7 +61,7 @@ def scan(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     call = forward or _call
     batches = 0
-    scope = watch(model, join_ranks=False, **options)
+    scope = Scope(model, WatchOptions(**options, join_ranks=False))
     with left_as_it_was(model):
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):

@@ -15,12 +15,12 @@ from torch import nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
-from neuronscope.attach.site_patterns import Patterns, SitePatterns
+from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import make_report
 from neuronscope.count.counters import Meter
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import checked_policy, positive
+from neuronscope.options import Patterns, WatchOptions
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
@@ -31,32 +31,19 @@ __all__ = ["Scope", "watch"]
 
 
 class Scope:
-    """A model that is being watched. Made by :func:`watch`; see there for the arguments.
+    """A model that is being watched. Made by :func:`watch`.
 
     A scope is a context manager: leaving it detaches it. What was counted stays readable afterwards.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        every_n_steps: int = 1,
-        sites: Patterns = None,
-        exclude: Patterns = None,
-        functional: bool = True,
-        axes: Mapping[str, int] | None = None,
-        policy: Policy | None = None,
-        activations: Mapping[Any, Activation | str] | None = None,
-        window_steps: int = 100,
-        join_ranks: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: WatchOptions) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
-        self.every_n_steps = positive("every_n_steps", every_n_steps)
-        self.window_steps = positive("window_steps", window_steps)
-        self._ranks = RankSync(together=join_ranks)
-        self.policy = checked_policy(policy)
-        self._selection = SitePatterns(sites, exclude, axes)
+        self.every_n_steps = options.every_n_steps
+        self.window_steps = options.window_steps
+        self.policy = options.thresholds
+        self._ranks = RankSync(together=options.join_ranks)
+        self._selection = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
@@ -65,8 +52,8 @@ class Scope:
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
-        registry = Registry(activations)
-        if registry.finds_nothing(model, functional):
+        registry = Registry(options.activations)
+        if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
                 f"Expected a model with at least one activation, but found none in {self._model_name}: "
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
@@ -77,7 +64,7 @@ class Scope:
             registry=registry,
             meters=self._new_meter,
             axes=self._selection.axis,
-            functional=functional,
+            functional=options.functional,
             tolerance=self.policy.tolerance,
         )
         self._observe()
@@ -391,8 +378,7 @@ def watch(
     >>> scope.census("train")["1"].zero_output_fraction.tolist()
     [1.0, 0.0, 0.0]
     """
-    return Scope(
-        model,
+    options = WatchOptions(
         every_n_steps=every_n_steps,
         sites=sites,
         exclude=exclude,
@@ -403,3 +389,4 @@ def watch(
         window_steps=window_steps,
         join_ranks=join_ranks,
     )
+    return Scope(model, options)

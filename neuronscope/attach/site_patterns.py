@@ -7,10 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from neuronscope.errors import UsageError
+from neuronscope.options import Patterns
 
-__all__ = ["Patterns", "SitePatterns"]
-
-Patterns = str | Sequence[str] | None
+__all__ = ["SitePatterns"]
 
 
 class SitePatterns:

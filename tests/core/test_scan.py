@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -87,3 +88,14 @@ def test_parts_that_run_without_the_whole_are_told() -> None:
         scope.step()
     assert list(scope.census()) == ["net.1", "relu()"]
     assert not scope.report().not_measured
+
+
+@pytest.mark.parametrize("option", ["every_n_steps", "window_steps", "join_ranks"])
+def test_a_scan_refuses_options_of_training(option: str) -> None:
+    with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which is of training only"):
+        ns.scan(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), [torch.randn(2, 3)], **{option: 1})
+
+
+def test_a_scan_refuses_an_option_that_does_not_exist() -> None:
+    with pytest.raises(TypeError, match="sights"):
+        ns.scan(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), [torch.randn(2, 3)], sights="1")

@@ -14,6 +14,7 @@ from neuronscope.checkpoints.data.measure import cut_off_by_the_next, independen
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import NeuronscopeError
 from neuronscope.judge.verdicts import Policy, rate_bound
+from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scope import Scope
 
@@ -47,7 +48,7 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
         StateError: The state is neither, or of a later version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
-    scope = Scope(nn.ReLU(), every_n_steps=1)  # what it watches does not matter: it reads its own state back
+    scope = Scope(nn.ReLU(), WatchOptions())  # what it watches does not matter: it reads its own state back
     scope.detach(join=False)
     scope.load_state_dict(inner)
     phases = scope.phases

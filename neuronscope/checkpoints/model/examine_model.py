@@ -30,7 +30,7 @@ from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import UsageError
-from neuronscope.options import positive
+from neuronscope.options import positive_integer
 
 __all__ = ["Examination", "examine_model"]
 
@@ -93,7 +93,7 @@ def examine_model(
     [('3', 'dead', 'proved', [0])]
     """
     if batch_positions is not None:
-        positive("batch_positions", batch_positions)
+        positive_integer("batch_positions", batch_positions)
     if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, used, failures = _traced(model, example, batch)
