@@ -1,7 +1,7 @@
 """Tell whether a model is trained in torch's ``Join``, where ranks may run out of data at different steps.
 
-There a rank that has no data left repeats the collectives of ``DistributedDataParallel`` until no rank has any, and does
-nothing else. A rank that waited for it inside the training loop would wait for ever.
+There a rank that has no data left repeats the collectives of ``DistributedDataParallel`` until no rank has any left,
+and does nothing else. A rank that waited for it inside the training loop would wait for ever.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ class UnevenInputs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._models = {weakref.ref(model)}
+        self._model = self._wrapper = weakref.ref(model)
 
     def note_wrapper(self) -> None:
         """Note the ``DistributedDataParallel`` whose forward is running, if there is one."""
         wrapper: Any = nn.parallel.DistributedDataParallel._get_active_ddp_module()
         if wrapper is not None:
-            self._models.add(weakref.ref(wrapper))
+            self._wrapper = weakref.ref(wrapper)
 
     @property
     def expected(self) -> bool:
         """True from the time when ``Join`` was first used with the model."""
-        models = [model for reference in self._models if (model := reference()) is not None]
+        models = [model for model in (self._model(), self._wrapper()) if model is not None]
         return any(_uses_join(module) for model in models for module in model.modules())
 
 
 def _uses_join(module: nn.Module) -> bool:
     """Return True if ``Join`` configured this module; torch has no public way to ask, and keeps the answer for good."""
-    return getattr(getattr(module, "_join_config", None), "enable", False)
+    return getattr(vars(module).get("_join_config"), "enable", False)

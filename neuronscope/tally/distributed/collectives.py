@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -70,8 +70,7 @@ class Collectives:
 
 def _own_group() -> dist.ProcessGroup:
     """Return the library's own group of all ranks. The first call makes it, so every rank must make that call."""
-    default = dist.group.WORLD
-    assert default is not None
+    default = cast(dist.ProcessGroup, dist.group.WORLD)
     if default not in _own_groups:
         _own_groups[default] = dist.new_group(
             timeout=_time_limit(default), backend=_own_backend(), group_desc="neuronscope"

@@ -1,8 +1,8 @@
 """Lay out the counts of a phase in arrays that are reduced over ranks.
 
 Ranks that hold copies of a model count the same neurons on different data, and their counts are added up. Ranks that
-share a layer (tensor parallelism) each count a part of its neurons. One reduction does both: each rank writes its counts
-at the places of its neurons in the whole layer, and leaves the other places empty.
+share a layer (tensor parallelism) each count a part of its neurons. One reduction does both: each rank writes its
+counts at the places of its neurons in the whole layer, and leaves the other places empty.
 """
 
 from __future__ import annotations
