@@ -117,7 +117,8 @@ class Scope:
             self._tap.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
-        if record.is_due(self._step, self.window_steps, lambda: self._ranks.alone):
+        due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
+        if due and (self._ranks.alone or not self._tap.uneven_inputs.expected):
             self._flush("train")
             closed = record.is_sure() and record.close()
         self._observe()
@@ -194,7 +195,7 @@ class Scope:
             if record.is_sure():
                 record.close()
             going_on = join and not self._ranks.all_done
-        for phase, census in self._ranks.late().items():
+        for phase, census in self._ranks.pop_late().items():
             self._record(phase).take(census)
             self._record(phase).close()
 
@@ -360,6 +361,7 @@ def watch(
             policy.
         join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
             left, with collectives in which every rank takes part. Reading a census or a report never waits for others.
+            In torch's ``Join``, where ranks run out of data one after another, only when the scope is left.
 
     Returns:
         A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step; leave it (``with``) or

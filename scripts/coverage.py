@@ -71,6 +71,7 @@ TESTS = {
     "Several processes": "tests/ranks/test_two_ranks.py",
     "DDP, FSDP2 and tensor parallelism": "tests/ranks/test_strategies.py",
     "Uneven, failing and elastic ranks": "tests/ranks/test_uneven.py",
+    "Ranks beside a trainer's own collectives": "tests/ranks/test_own_group.py",
     "Lightning's strategies": "tests/ranks/test_lightning.py",
     "Encoders with padding": "tests/core/test_padded_encoder.py",
     "Training frameworks": "tests/callbacks/test_runs.py",

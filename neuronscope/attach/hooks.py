@@ -27,6 +27,7 @@ from neuronscope.attach.hook_handles import HookHandles, compilations
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import AxisSource, Call, MeterSource, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
+from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
 
 __all__ = ["HookManager"]
@@ -74,6 +75,7 @@ class HookManager:
         self._step_open = False
         self._handles = HookHandles()
         self._model = weakref.ref(model)
+        self.uneven_inputs = UnevenInputs(model)
         self.observer.shares_layers = lambda: shares_layers(self._model())
         self._compilations = compilations()
         self._compiles = False  # whether the compiler has anything to do with this process, since we watch
@@ -206,6 +208,8 @@ class HookManager:
         stale = path == "" and self.observer.frame.owners and not torch.compiler.is_compiling()
         if stale and not _calls_itself(module):
             self.set_observing(True)  # a forward that was interrupted left its traces
+        if path == "" and not torch.compiler.is_compiling():
+            self.uneven_inputs.note_wrapper()
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
             self._entered.enter()
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):

@@ -21,7 +21,7 @@ TASKS = {
         *("tensor", "tensor_distributed", "tensor_compiled", "elastic", "uneven", "other_widths"),
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
-        *("steady", "apart", "long_window", "unsure_window", "late_site", "other_order", "mixed_phases", "one_goes_on"),
+        *("steady", "apart", "unsure_window", "late_site", "other_order", "mixed_phases", "one_goes_on"),
         *("fire_apart", "one_sees_nothing", "one_scans", "sequence_parallel"),
         *("accelerate_by_hand", "accelerate_before_and_after", "hugging_counts", "hugging_resumes"),
         *("lightning_fault", "hugging_fault", "sums"),

@@ -1,4 +1,4 @@
-"""How many collectives watching takes, and of what size: none in a step, one a window; and no count is lost by it."""
+"""How many collectives watching takes, and of what size: none in a step, four a window; and no count is lost by it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from torch import nn
 
 import neuronscope as ns
 from tests.ranks.assertions import assert_equal_counts
-from tests.ranks.exchanges import EXCHANGES, Noted
+from tests.ranks.exchanges import BRANCHES, EXCHANGES, Noted
 from tests.ranks.recorded import union
 from tests.ranks.uneven import WIDTH
 
 Runs = dict[int, list[dict[str, Any]]]
 
-# Ahead of the counts: 3 numbers, and 8 words each for the layout and the base. A site of N neurons gives 4 sums and 2
-# steps of N each and 3 numbers; the steps of all are 2. Site a has 7 neurons and b 9: 6 x 16 + 2 x 3 + 2.
-AHEAD, ONE, BOTH = 19, 6 * 7 + 3 + 2, 6 * 16 + 2 * 3 + 2
-STEPS_APART = 2 * 16 + 2
-
 Made = list[tuple[str, int]]
 
+# What a rank says of itself, and whether it is done.
+HEADER = [("allreduce_", 4)]
+# The names and widths of sites that are new: the sizes of the messages, then the messages.
+GATHERED = ["allgather_", "allgather_"]
 
-def sums(*sizes: int) -> Made:
-    return [("allreduce_", size) for size in sizes]
+
+def reduced(*neurons: int) -> Made:
+    """The collectives for sites of so many neurons: two sums, each of its dtype, and a maximum."""
+    n = sum(neurons)
+    return [("allreduce_", 3 * n + 3 * len(neurons)), ("allreduce_", n), ("allreduce_", 2 * n + 2)]
+
+
+ONE, BOTH = reduced(BRANCHES["a"]), reduced(*BRANCHES.values())
 
 
 def kinds(made: Made) -> list[str]:
     return [kind for kind, _ in made]
-
-
-NEGOTIATED = ["allreduce_", "allgather_", "allgather_", "allreduce_"]
 
 
 @pytest.mark.parametrize("task", [task.__name__ for task in EXCHANGES])
@@ -56,15 +58,16 @@ def test_the_report_counts_them(runs: Runs, task: str) -> None:
         assert rank[task]["exchanges"].collectives == sum(map(len, made))
 
 
-def test_one_a_window(runs: Runs) -> None:
-    """The first time nobody knows the sites yet, and all say that theirs are the same."""
+def test_a_header_two_sums_and_a_maximum_a_window(runs: Runs) -> None:
+    """The first time, ranks tell each other the names and widths of the sites."""
     for rank in runs[2]:
         made = rank["steady"]["made"]
-        assert made["window"] == [sums(AHEAD, BOTH), sums(AHEAD + BOTH), sums(AHEAD + BOTH)]
-        assert made["val"] == [sums(AHEAD + BOTH, BOTH), sums(AHEAD + BOTH), sums(AHEAD + BOTH)]
-        assert made["detach"] == [sums(AHEAD + BOTH)]
+        for first, *later in (made["window"], made["val"]):
+            assert kinds(first) == [*kinds(HEADER), *GATHERED, *kinds(BOTH)]
+            assert [first[0], *first[3:]] == later[0] == later[1] == HEADER + BOTH
+        assert made["detach"] == [HEADER + BOTH]
         assert rank["steady"]["exchanges"].times == 7
-        assert rank["steady"]["exchanges"].bytes == 8 * (AHEAD + BOTH)
+        assert rank["steady"]["exchanges"].bytes == 8 * sum(size for _, size in HEADER + BOTH)
 
 
 def test_none_where_each_rank_counts_for_itself(runs: Runs) -> None:
@@ -87,49 +90,42 @@ def test_none_without_a_process_group() -> None:
     assert scope.census()["1"].positions == 4 * 3
 
 
-def test_steps_that_have_no_room_take_another(runs: Runs) -> None:
-    """Two ranks have room for 1023 steps, and a window has 1100. What is left in the end is nothing, and fits."""
+def test_a_window_that_stays_open_is_joined_each_time_it_is_looked_at(runs: Runs) -> None:
     for rank in runs[2]:
-        assert rank["long_window"]["made"]["window"] == [
-            sums(AHEAD, BOTH, STEPS_APART),
-            sums(AHEAD + BOTH, STEPS_APART),
-        ]
-        assert rank["long_window"]["made"]["detach"] == [sums(AHEAD + BOTH)]
+        first, *later = rank["unsure_window"]["made"]["window"]
+        assert first[3:] == BOTH
+        assert later == [HEADER + BOTH] * 2
 
 
-def test_steps_of_a_window_that_stays_open_are_counted_from_where_it_was_looked_at(runs: Runs) -> None:
-    for rank in runs[2]:
-        made = rank["unsure_window"]["made"]
-        assert made["window"] == [sums(AHEAD, BOTH), sums(AHEAD + BOTH), sums(AHEAD + BOTH)]
-
-
-def test_a_site_that_one_rank_meets_later_is_agreed_on_once(runs: Runs) -> None:
+def test_a_site_that_one_rank_meets_later_is_gathered_once(runs: Runs) -> None:
     for rank in runs[2]:
         first, second, *later = rank["late_site"]["made"]["window"]
-        assert first == sums(AHEAD, ONE)
-        assert kinds(second) == NEGOTIATED
-        assert [second[0], second[-1]] == sums(AHEAD + ONE, BOTH)
-        assert later == [sums(AHEAD + BOTH)] * 2
+        assert first[3:] == ONE
+        assert kinds(second[1:3]) == GATHERED
+        assert second[3:] == BOTH
+        assert later == [HEADER + BOTH] * 2
 
 
-def test_sites_in_another_order_are_agreed_on_once(runs: Runs) -> None:
+def test_sites_in_another_order_are_gathered_once(runs: Runs) -> None:
     for rank in runs[2]:
         first, second = rank["other_order"]["made"]["window"]
-        assert kinds(first) == NEGOTIATED
-        assert second == sums(AHEAD + BOTH)
+        assert kinds(first[1:3]) == GATHERED
+        assert second == HEADER + BOTH
         assert list(rank["other_order"]["counted"]["train"]) == ["a.1", "b.1"]  # as on the first rank
 
 
-def test_ranks_in_two_phases_add_up_each(runs: Runs) -> None:
+def test_ranks_in_two_phases_reduce_each(runs: Runs) -> None:
     for rank in runs[2]:
         made = rank["mixed_phases"]["made"]
         for event in (*made["window"], *made["val"]):
-            assert kinds(event) == [*NEGOTIATED, "allreduce_"]
-        assert made["detach"] == [sums(AHEAD + BOTH)]
+            assert kinds(event[1:3]) == GATHERED
+            assert event[3:] == BOTH + BOTH
+        assert made["detach"] == [HEADER]
 
 
 def test_a_rank_that_is_done_costs_no_more_than_one_that_is_not(runs: Runs) -> None:
-    """It has nothing to give, hence no say in the phase: two windows, two validations and the end of the other rank."""
+    """It does not influence the layout: two windows, two validations and the end of the other rank, as always."""
     goes_on, done = (rank["one_goes_on"]["made"] for rank in runs[2])
-    assert [*goes_on["window"][1:], *goes_on["val"][1:], *goes_on["detach"]] == [sums(AHEAD + BOTH)] * 5
-    assert done["detach"] == [sums(*[AHEAD + BOTH] * 5)]
+    assert [*goes_on["window"][1:], *goes_on["val"][1:]] == [HEADER + BOTH] * 4
+    assert goes_on["detach"] == [HEADER]
+    assert done["detach"] == [(HEADER + BOTH) * 4 + HEADER]

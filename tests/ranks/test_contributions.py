@@ -1,4 +1,4 @@
-"""What each rank gives: the parts of a layer, its copies, and both, add up to the layer; no process is started."""
+"""What each rank gives: parts of a layer are laid side by side, copies of it are added up; no process is started."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from neuronscope.count.counters import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.distributed.reduce_layout import ReduceLayout, whole_site
-from neuronscope.tally.distributed.sums import PlainSteps, Steps, StepWords
 from neuronscope.tally.distributed.sync import Exchanges, RankSync
+from tests.ranks.meeting import on_each_rank
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
 LAYER = Tally(
@@ -45,28 +44,26 @@ def assert_same(found: Tally, wanted: Tally) -> None:
             np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
 
-def added_up(*given: tuple[Tally, bool], steps: Steps) -> Tally:
-    """The layer, from what ranks give that are duplicates of others or not."""
-    layout = ReduceLayout("train", {"relu": whole_site(given[0][0])})
-    sums = np.zeros(layout.sums)
-    told = np.full(layout.steps, steps.nothing, dtype=np.int64 if isinstance(steps, PlainSteps) else np.float64)
-    for tally, duplicate in given:
-        own_sums, own_steps = np.zeros_like(sums), np.full_like(told, steps.nothing)
-        layout.put_sums(Census({"relu": tally}), own_sums, duplicate=duplicate)
-        layout.put_steps(Census({"relu": tally}), own_steps, steps, duplicate=duplicate)
-        sums += own_sums
-        told = np.maximum(told, own_steps) if isinstance(steps, PlainSteps) else told + own_steps
-    return layout.read(sums, told, steps)["relu"]
+def joined(*given: tuple[Tally, bool]) -> Tally:
+    """The layer, of ranks whose tallies are duplicates of others or not."""
+
+    def work(rank: int) -> Tally:
+        ranks = RankSync()
+        tally, ranks.duplicate = given[rank]
+        return ranks.join(Census({"relu": tally}), phase="train")["relu"]
+
+    layer, *others = on_each_rank(len(given), work)
+    for other in others:
+        assert_same(other, layer)
+    return layer
 
 
-@pytest.mark.parametrize("steps", [StepWords(0, 2), PlainSteps()], ids=["words", "plain"])
 @given(cut=st.integers(1, 4))
-def test_two_parts_add_up_to_the_layer(steps: Steps, cut: int) -> None:
+def test_two_parts_are_laid_side_by_side(cut: int) -> None:
     parts = [(part(*place), place[0] > 0) for place in ((0, cut), (cut, LAYER.neurons - cut))]
-    assert_same(added_up(*parts, steps=steps), LAYER)
+    assert_same(joined(*parts), LAYER)
 
 
-@pytest.mark.parametrize("steps", [StepWords(0, 1), PlainSteps()], ids=["words", "plain"])
 @pytest.mark.parametrize(
     ("info", "duplicate", "counts"),
     [
@@ -76,9 +73,9 @@ def test_two_parts_add_up_to_the_layer(steps: Steps, cut: int) -> None:
         (replace(INFO, first=-1, whole=5), False, False),  # a copy, known to be one
     ],
 )
-def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool, steps: Steps) -> None:
-    given = added_up((replace(LAYER, info=info), duplicate), steps=steps)
-    assert_same(given, LAYER if counts else Tally.nothing(INFO, LAYER.neurons))
+def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool) -> None:
+    copies = [(LAYER, False), (replace(LAYER, info=info), duplicate)]
+    assert_same(joined(*copies), LAYER.merge(LAYER) if counts else LAYER)
 
 
 def test_alone_nothing_is_exchanged() -> None:

@@ -94,11 +94,11 @@ def test_a_model_keeps_its_name(runs: dict[int, list[dict[str, Any]]], strategy:
 
 def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]) -> None:
     # 5 steps in windows of 2: after 2, after 4 and in the end. The network has 7 sites, 3 of 6 neurons and 4 of 10: 58
-    # neurons of 48 bytes, 3 numbers of 8 bytes a site, two steps, and 19 numbers ahead: 3,120 bytes in one collective.
-    # The first time, no layout is known yet: the 19 numbers travel ahead in one of their own.
+    # neurons of 48 bytes, 3 numbers of 8 bytes a site, two steps and a header of 4 numbers: 3,000 bytes in four
+    # collectives. The first time, the names and widths of the sites are gathered in two more.
     for rank in runs[4]:
         note = rank["ddp"][CASES[0]]["notes"][-1]
-        assert note.startswith("Counts of 4 ranks were joined 3 times: 0.0031 MB each, 4 collectives, "), note
+        assert note.startswith("Counts of 4 ranks were joined 3 times: 0.003 MB each, 14 collectives, "), note
     assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])
 
 

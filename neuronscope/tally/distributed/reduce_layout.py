@@ -1,7 +1,8 @@
-"""Layouts: where each site's counts lie in the one row of numbers that ranks add up.
+"""Lay out the counts of a phase in arrays that are reduced over ranks.
 
-Ranks that share a model's data add their counts up; ranks that share a layer's neurons (tensor parallelism) lay theirs
-side by side. Both are one sum: each rank puts its neurons where they belong in the whole layer, and nothing elsewhere.
+Ranks that hold copies of a model count the same neurons on different data, and their counts are added up. Ranks that
+share a layer (tensor parallelism) each count a part of its neurons. One reduction does both: each rank writes its
+counts at the places of its neurons in the whole layer, and leaves the other places empty.
 """
 
 from __future__ import annotations
@@ -13,31 +14,23 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from neuronscope.count.counters import NEVER
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
-from neuronscope.tally.distributed.sums import Numbers, Steps
+from neuronscope.tally.distributed.collectives import Collectives
 
 __all__ = ["ReduceLayout", "Sites", "whole_site"]
 
-FloatArray = npt.NDArray[np.float64]
-
-#: Sites by name, in the order in which they lie: what each is, and the neurons of its whole layer.
+#: Sites by name, in the order in which they are laid out: what each is, and the number of neurons of the whole layer.
 Sites = Mapping[str, tuple[SiteInfo, int]]
 
 _COUNTS = ("zero_outputs", "zero_gradients", "not_finite_outputs")
-_NUMBERS = ("positions", "gradient_positions", "examples")
-_SPAN = 2  # the last step of all, and the first
+_TOTALS = ("positions", "gradient_positions", "examples")
 
 
 class ReduceLayout:
-    """The sites of one phase, one after another, as float64: integers are exact up to 2**53, far above any window's.
-
-    There are two rows. The one of *sums* has, for each site of ``N`` neurons, three counts and the sum of magnitudes,
-    ``N`` each, and three numbers. The one of *steps* has the last and the first step of all, and for each site the
-    latest and the first step, ``N`` each. What a rank does not give is not written.
+    """The sites of one phase, whose ``T`` neurons lie one after another. It must be the same on all ranks.
 
     Args:
         phase: The phase.
@@ -47,96 +40,70 @@ class ReduceLayout:
     def __init__(self, phase: str, sites: Sites) -> None:
         self.phase = phase
         self.sites = dict(sites)
-        neurons = sum(count for _, count in self.sites.values())
-        self.sums = 4 * neurons + len(_NUMBERS) * len(self.sites)
-        self.steps = 2 * neurons + _SPAN
+        self._slices: dict[str, slice] = {}
+        self._neurons = 0
+        for name, (_, neurons) in self.sites.items():
+            self._slices[name] = slice(self._neurons, self._neurons + neurons)
+            self._neurons += neurons
 
     @cached_property
-    def mark(self) -> int:
-        """A number of 64 bits, the same wherever the layout is, and of no other."""
+    def signature(self) -> int:
+        """A number below ``2**62`` that is the same for equal layouts, and different for others."""
         digest = hashlib.sha256(repr((self.phase, list(self.sites.items()))).encode()).digest()
-        return int.from_bytes(digest[:8], "big")
-
-    @property
-    def size(self) -> int:
-        """Numbers of both rows."""
-        return self.sums + self.steps
+        return int.from_bytes(digest[:8], "big") >> 2
 
     def lacking(self, sites: Sites) -> Sites:
-        """Those sites that it does not have, or not in this width."""
+        """Return those of some sites that it does not have, or not with as many neurons."""
         return {name: site for name, site in sites.items() if name not in self.sites or self.sites[name][1] != site[1]}
 
     def covering(self, sites: Sites) -> ReduceLayout:
-        """This layout, with the sites that it lacks."""
-        new = self.lacking(sites)
-        return ReduceLayout(self.phase, {**self.sites, **new}) if new else self
+        """Return this layout with the sites that it lacks."""
+        lacking = self.lacking(sites)
+        return ReduceLayout(self.phase, {**self.sites, **lacking}) if lacking else self
 
-    def put_sums(self, census: Census, row: FloatArray, *, duplicate: bool) -> None:
-        """Write what a rank adds to the sums, into a row of zeros.
+    def reduce(self, census: Census, collectives: Collectives, *, duplicate: bool) -> Census:
+        """Return the counts of all ranks, in three collectives.
+
+        They are a sum of the int64 counts, a sum of the float64 magnitudes (each dtype has its own, so that counts are
+        exact whatever their size), and a maximum of the steps. A first step is a minimum, so it is sent negated.
 
         Args:
-            census: What the rank counted.
-            row: The row of sums.
-            duplicate: Another rank holds the same data, and counts for both what is not split.
+            census: What this rank counted; empty where it has nothing of this phase.
+            collectives: Those of this exchange.
+            duplicate: Another rank has the same data, and counts for both what is not split.
         """
-        end = 0
-        for name, (_, neurons) in self.sites.items():
-            start, end = end, end + 4 * neurons + len(_NUMBERS)
-            place = _place(census.get(name), duplicate)
-            if place is not None:
-                tally, site = census[name], row[start:end]
-                for number, field in enumerate((*_COUNTS, "abs_sum")):
-                    site[number * neurons : (number + 1) * neurons][place] = getattr(tally, field)
-                if place.start == 0:  # the rank of the first part speaks for the positions of all parts
-                    site[4 * neurons :] = [getattr(tally, field) for field in _NUMBERS]
-
-    def put_steps(self, census: Census, row: Numbers, steps: Steps, *, duplicate: bool) -> None:
-        """Write what a rank knows of steps, into a row of nothing; see :meth:`put_sums`."""
-        first_step = census.first_step if census.first_step >= 0 else NEVER
-        row[:1], row[1:_SPAN] = steps.latest(np.array([census.last_step])), steps.first(np.array([first_step]))
-        end = _SPAN
-        for name, (_, neurons) in self.sites.items():
-            start, end = end, end + 2 * neurons
-            place = _place(census.get(name), duplicate)
-            if place is not None:
-                tally = census[name]
-                row[start : start + neurons][place] = steps.latest(tally.last_active_step)
-                row[start + neurons : end][place] = steps.first(tally.first_active_step)
-
-    def read(self, sums: FloatArray, row: Numbers, steps: Steps) -> Census:
-        """The census of all ranks, from the rows that they added up. Its arrays take the place of the rows'."""
-        first_step, last_step = int(steps.read_first(row[1:_SPAN])[0]), int(steps.read_latest(row[:1])[0])
-        row = row[_SPAN:]
+        integers = np.zeros(len(_COUNTS) * self._neurons + len(_TOTALS) * len(self.sites), dtype=np.int64)
+        counts = integers[: len(_COUNTS) * self._neurons].reshape(len(_COUNTS), self._neurons)
+        totals = integers[counts.size :].reshape(len(self.sites), len(_TOTALS))
+        abs_sum = np.zeros(self._neurons)
+        steps = np.full(2 + 2 * self._neurons, -NEVER)
+        last, first = steps[2:].reshape(2, self._neurons)
+        steps[:2] = census.last_step, -census.first_step if census.first_step >= 0 else -NEVER
+        for number, (name, layer) in enumerate(self._slices.items()):
+            tally = census.get(name)
+            if tally is None or tally.info.first < 0 or (duplicate and not tally.info.whole):
+                continue
+            own = slice(layer.start + tally.info.first, layer.start + tally.info.first + tally.neurons)
+            counts[:, own] = [getattr(tally, field) for field in _COUNTS]
+            abs_sum[own] = tally.abs_sum
+            last[own] = tally.last_active_step
+            first[own] = -tally.first_active_step
+            if tally.info.first == 0:  # the positions are the same for all parts of a layer: one rank counts them
+                totals[number] = [getattr(tally, field) for field in _TOTALS]
+        collectives.sum(integers)
+        collectives.sum(abs_sum)
+        collectives.max(steps)
+        np.maximum(last, -1, out=last)
+        np.negative(first, out=first)
         tallies = {}
-        for name, (info, neurons) in self.sites.items():
-            values: dict[str, Any] = {}
-            for field in _COUNTS:
-                values[field], sums = _stored(sums[:neurons].astype(np.int64), sums[:neurons]), sums[neurons:]
-            values["abs_sum"], sums = sums[:neurons], sums[neurons:]
-            values.update((field, int(number)) for field, number in zip(_NUMBERS, sums[: len(_NUMBERS)], strict=True))
-            sums = sums[len(_NUMBERS) :]
-            values["last_active_step"] = _stored(steps.read_latest(row[:neurons]), row[:neurons])
-            row = row[neurons:]
-            values["first_active_step"] = _stored(steps.read_first(row[:neurons]), row[:neurons])
-            row = row[neurons:]
-            tallies[name] = Tally(info=info, **values)
+        for name, layer, total in zip(self._slices, self._slices.values(), totals.tolist(), strict=True):
+            values: dict[str, Any] = dict(zip((*_COUNTS, *_TOTALS), (*counts[:, layer], *total), strict=True))
+            values.update(abs_sum=abs_sum[layer], last_active_step=last[layer], first_active_step=first[layer])
+            tallies[name] = Tally(info=self.sites[name][0], **values)
+        last_step, first_step = steps[0].item(), -steps[1].item()
         return Census(tallies, first_step=first_step if first_step < NEVER else -1, last_step=last_step)
 
 
 def whole_site(tally: Tally) -> tuple[SiteInfo, int]:
-    """The layer of which a rank counted a part, or all: what it is, and its neurons."""
+    """Return what the layer is of which a rank counted all neurons or a part, and how many neurons it has."""
     return replace(tally.info, first=0, whole=0), tally.info.whole or tally.neurons
-
-
-def _place(tally: Tally | None, duplicate: bool) -> slice | None:
-    """Where in the layer a rank's neurons lie; ``None`` where it counts none, or another counts them for it."""
-    if tally is None or tally.info.first < 0 or (duplicate and tally.info.whole == 0):
-        return None
-    return slice(tally.info.first, tally.info.first + tally.neurons)
-
-
-def _stored(values: npt.NDArray[np.int64], where: Numbers) -> npt.NDArray[np.int64]:
-    """Integers, in the memory of the numbers that they were read from: a row is as large as a census."""
-    stored = where.view(np.int64)
-    stored[:] = values
-    return stored

@@ -1,8 +1,8 @@
-"""Census of all ranks: what every process of a distributed run counted, together, exactly.
+"""Join the counts of all ranks of a distributed run, exactly.
 
-Only what every rank calls may come here: see :meth:`neuronscope.scope.Scope.step`. Ranks have a layout of each phase in
-common, which says where the counts of every site lie: one sum then joins all of them. Where a rank has something that
-is not in the layout, or is in another phase than the rest, that sum says so, and the ranks agree on a new layout first.
+Every rank must call this equally often: see :meth:`neuronscope.scope.Scope.step`. Ranks have agreed on a layout of each
+phase, which says where the counts of every site lie in the arrays that are reduced. A header of four numbers tells
+whether all ranks bring counts of one such layout. If not, the ranks tell each other the sites that are new first.
 """
 
 from __future__ import annotations
@@ -13,24 +13,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch.distributed as dist
 
+from neuronscope.count.counters import NEVER
 from neuronscope.errors import NeuronscopeWarning
+from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census
-from neuronscope.tally.distributed.collectives import Collectives
-from neuronscope.tally.distributed.contribution import Contribution, joined_by, summed
+from neuronscope.tally.distributed.collectives import Collectives, world_size
 from neuronscope.tally.distributed.reduce_layout import ReduceLayout, Sites, whole_site
-from neuronscope.tally.distributed.sums import SAYING, PlainSteps, Steps, StepWords, said_by_all, saying
 
 __all__ = ["Exchanges", "RankSync", "world_size"]
-
-FloatArray = npt.NDArray[np.float64]
-
-
-def world_size() -> int:
-    """Number of ranks; 1 where nothing is distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class Exchanges(NamedTuple):
@@ -39,8 +30,8 @@ class Exchanges(NamedTuple):
     Attributes:
         ranks: Number of ranks.
         times: How often counts were joined.
-        collectives: How many collectives that took: one each, and more where ranks had to agree on a layout first, or
-            where steps had no room in the sum.
+        collectives: How many collectives that took: four each, two more where ranks told each other of new sites, and
+            three more for each further phase. An exchange to which no rank brings anything takes one.
         bytes: Bytes that this rank gave to the last exchange.
         seconds: Seconds that all of them took, waiting for the slowest rank included.
     """
@@ -52,44 +43,25 @@ class Exchanges(NamedTuple):
     seconds: float
 
 
-class _Head(NamedTuple):
-    """The first words of the sum: what each rank says, and then what they all said.
+class Contribution(NamedTuple):
+    """What one rank brings to an exchange.
 
     Attributes:
-        busy: Ranks that are not done.
-        givers: Ranks that bring anything.
-        strays: Those whose steps have no room in their :class:`~neuronscope.tally.distributed.sums.StepWords`.
-        mark: The givers' layout, by its mark; ``None`` where they have several.
-        base: The givers' first step; ``None`` where they have several.
+        census: What it counted.
+        layout: The layout that was agreed on for its phase, with the sites of the census that are not in it.
+        active: False if it brings no counts; then it does not influence the layout.
     """
 
-    busy: int
-    givers: int
-    strays: int
-    mark: int | None
-    base: int | None
-
-    @staticmethod
-    def words(gift: Contribution, steps: StepWords, *, done: bool) -> FloatArray:
-        """What one rank says, ``(19,)``."""
-        if not gift.full:
-            return np.array([not done] + [0] * (2 + 2 * SAYING), dtype=np.float64)
-        stray = not steps.hold(gift.first, gift.last)
-        return np.concatenate([[not done, 1, stray], saying(gift.layout.mark), saying(steps.base)])
-
-    @classmethod
-    def read(cls, sums: FloatArray) -> _Head:
-        """What all of them said, from the sums of their words."""
-        busy, givers, strays = (int(number) for number in sums[:3])
-        mark, base = (said_by_all(part, givers) for part in np.split(sums[3:], 2))
-        return cls(busy, givers, strays, mark, base)
+    census: Census
+    layout: ReduceLayout
+    active: bool
 
 
 class RankSync:
-    """The ranks of a distributed run, as one of them meets the others; one instance a scope.
+    """The exchanges of this rank with the others; one instance a scope.
 
-    Each exchange takes whatever each rank brings and puts it where it belongs: ranks with more batches than others, or
-    none, keep nobody waiting for ever and lose no count. A rank that is done goes on answering until all are.
+    Ranks may have more batches than others, or none, and be in different phases: no count is lost. A rank that is done
+    goes on answering until all are.
 
     Args:
         together: Whether counts are joined at all.
@@ -97,25 +69,25 @@ class RankSync:
 
     def __init__(self, *, together: bool = True) -> None:
         self._together = together
-        # By phase. These change only in exchanges, by what all ranks learn there: so they are the same on all of them.
+        # By phase. These change only in exchanges, by what all ranks learn there, so they are the same on all ranks.
         self._agreed: dict[str, ReduceLayout] = {}
-        self._refused: dict[str, set[str]] = {}  # sites that are not of one width
+        self._refused: dict[str, set[str]] = {}  # sites whose ranks differ in their numbers of neurons
         self._kept: dict[str, Census] = {}  # by phase, what others brought while this rank was in another phase
-        self.duplicate = False  # another rank holds the same data, and counts for both what is not split
-        self.all_done = True  # whether, in the last exchange, every rank was done
+        self.duplicate = False  # another rank has the same data, and counts for both what is not split
+        self.all_done = True  # whether every rank was done in the last exchange
         self.exchanges = Exchanges(1, 0, 0, 0, 0.0)
 
     @property
     def alone(self) -> bool:
-        """Whether no other rank counts along."""
+        """True if no other rank counts along."""
         return not self._together or world_size() == 1
 
     def join(self, census: Census, *, phase: str, done: bool = False) -> Census:
-        """What all ranks counted since they last joined. Every rank must call this equally often, or be done.
+        """Return what all ranks counted since they last joined. Every rank must call this equally often, or be done.
 
         Args:
             census: What this rank counted, and in which steps.
-            phase: Of this rank.
+            phase: The phase of this rank.
             done: This rank will not call again, unless :attr:`all_done` stays false: then it must.
 
         Returns:
@@ -126,8 +98,7 @@ class RankSync:
             return census
         began = time.perf_counter()
         collectives = Collectives()
-        gift = Contribution.of(census, self._layout(census, phase), duplicate=self.duplicate)
-        for other, joined in self._exchange(gift, collectives, done=done).items():
+        for other, joined in self._exchange(self._contribution(census, phase), collectives, done=done).items():
             self._kept[other] = _after(self._kept.get(other, Census()), joined)
         before = self.exchanges
         self.exchanges = Exchanges(
@@ -139,84 +110,80 @@ class RankSync:
         )
         return self._kept.pop(phase, Census())
 
-    def late(self) -> dict[str, Census]:
-        """By phase, what others brought after this rank had joined that phase for the last time; gone once told."""
+    def pop_late(self) -> dict[str, Census]:
+        """Return and forget, by phase, what others brought after this rank had joined that phase for the last time."""
         late, self._kept = self._kept, {}
         return late
 
-    def _layout(self, census: Census, phase: str) -> ReduceLayout:
-        """The layout that was agreed on, with what of this census is not in it."""
+    def _contribution(self, census: Census, phase: str) -> Contribution:
         refused = self._refused.get(phase, ())
-        own = {name: whole_site(tally) for name, tally in census.items() if name not in refused}
-        return self._common(phase).covering(own)
+        sites = {name: whole_site(tally) for name, tally in census.items() if name not in refused}
+        counted = any(tally.positions or tally.gradient_positions for tally in census.values())
+        return Contribution(census, self._layout(phase).covering(sites), active=census.last_step >= 0 or counted)
 
-    def _common(self, phase: str) -> ReduceLayout:
-        """The layout that was agreed on; one without sites where none was."""
+    def _layout(self, phase: str) -> ReduceLayout:
+        """Return the layout that was agreed on; one without sites where none was."""
         return self._agreed.get(phase, ReduceLayout(phase, {}))
 
-    def _exchange(self, gift: Contribution, collectives: Collectives, *, done: bool) -> dict[str, Census]:
-        """What all ranks brought, by phase; in one collective, if their layout is one that was agreed on."""
-        layout, ranks = gift.layout, world_size()
-        own = StepWords(gift.first, ranks)
-        said = _Head.words(gift, own, done=done)
-        ahead = len(said)
-        row = np.zeros(ahead + max((agreed.size for agreed in self._agreed.values()), default=0))
-        row[:ahead] = said
-        if gift.full and self._agreed.get(layout.phase) is layout:
-            gift.put(layout, row[ahead:], own)
-        collectives.add_up(row)
-        head = _Head.read(row[:ahead])
-        self.all_done = not head.busy
-        if not head.givers:
+    def _exchange(self, own: Contribution, collectives: Collectives, *, done: bool) -> dict[str, Census]:
+        """Return what all ranks brought, by phase."""
+        signature = own.layout.signature if own.active else None
+        largest_and_smallest = (-NEVER, -NEVER) if signature is None else (signature, -signature)
+        header = np.array([not done, own.active, *largest_and_smallest], dtype=np.int64)
+        collectives.max(header)
+        busy, active, largest, negated_smallest = header.tolist()
+        self.all_done = not busy
+        if not active:
             return {}
-        steps: Steps = PlainSteps()
-        if head.base is not None and not head.strays:
-            steps = StepWords(head.base, ranks)
-        for agreed in self._agreed.values():
-            if agreed.mark == head.mark:
-                return {agreed.phase: joined_by(agreed, row[ahead:], steps, gift, collectives)}
-        if head.mark == layout.mark and head.givers == ranks:  # all have the same new one
-            self._agreed[layout.phase] = layout
-            return {layout.phase: summed(layout, steps, gift, collectives)}
-        return self._negotiated(gift, collectives)
-
-    def _negotiated(self, gift: Contribution, collectives: Collectives) -> dict[str, Census]:
-        """The same after all ranks told what was not agreed on: phase by phase, by a layout with the sites of all."""
-        phase = gift.layout.phase
-        mine = (phase, self._common(phase).lacking(gift.layout.sites), gift.first, gift.last) if gift.full else None
-        offers = [offer for offer in collectives.gather(mine) if offer is not None]
-        joined, strange = {}, {}
-        for phase in sorted({phase for phase, *_ in offers}):
-            new, firsts, lasts = zip(*(offer[1:] for offer in offers if offer[0] == phase), strict=True)
-            sites, unlike = _united([self._common(phase).covering(each).sites for each in new])
-            strange.update(unlike)
-            self._refused.setdefault(phase, set()).update(unlike)
-            self._agreed[phase] = layout = ReduceLayout(phase, sites)
-            words = StepWords(min(firsts), world_size())
-            steps = words if words.hold(min(firsts), max(lasts)) else PlainSteps()
-            joined[phase] = summed(layout, steps, gift, collectives)
-        for name, found in strange.items():
+        refused: dict[str, list[int]] = {}
+        layouts = [each for each in self._agreed.values() if each.signature == largest == -negated_smallest]
+        if not layouts:
+            layouts, refused = self._agree(own, collectives)
+        joined = {}
+        for layout in layouts:
+            brought = own.census if own.active and own.layout.phase == layout.phase else Census()
+            joined[layout.phase] = layout.reduce(brought, collectives, duplicate=self.duplicate)
+        for name, widths in refused.items():
             warnings.warn(
-                f"Expected every rank to have as many neurons at site {name}, but got {found}: it is not counted. "
+                f"Expected every rank to have as many neurons at site {name}, but got {widths}: it is not counted. "
                 "Exclude it with `exclude=`, or watch with `join_ranks=False`.",
                 NeuronscopeWarning,
                 stacklevel=2,
             )
         return joined
 
+    def _agree(self, own: Contribution, collectives: Collectives) -> tuple[list[ReduceLayout], dict[str, list[int]]]:
+        """Return a layout of each phase that any rank is in, and the sites that are newly refused, with their widths.
 
-def _united(layouts: Sequence[Sites]) -> tuple[Sites, dict[str, list[int]]]:
-    """The sites of all, and the widths of those that are not of one: they cannot be one layer, and are nobody's."""
+        Each rank tells the names and widths of the sites that were not agreed on yet.
+        """
+        phase = own.layout.phase
+        new = (phase, self._layout(phase).lacking(own.layout.sites)) if own.active else None
+        offers = [offer for offer in collectives.gather(new) if offer is not None]
+        layouts, all_refused = [], {}
+        for phase in sorted({phase for phase, _ in offers}):
+            common = self._layout(phase)
+            sites, refused = _united([common.covering(sites).sites for other, sites in offers if other == phase])
+            self._agreed[phase] = ReduceLayout(phase, sites)
+            self._refused.setdefault(phase, set()).update(refused)
+            layouts.append(self._agreed[phase])
+            all_refused.update(refused)
+        return layouts, all_refused
+
+
+def _united(offers: Sequence[Sites]) -> tuple[Sites, dict[str, list[int]]]:
+    """Return the sites of all ranks, and the widths of those that differ between ranks: these are not one layer."""
+    sites: dict[str, tuple[SiteInfo, int]] = {}
     widths: dict[str, set[int]] = {}
-    for layout in layouts:
-        for name, (_, neurons) in layout.items():
-            widths.setdefault(name, set()).add(neurons)
-    unlike = {name: sorted(found) for name, found in widths.items() if len(found) > 1}
-    sites = {name: site for layout in reversed(layouts) for name, site in layout.items()}  # the first to know it says
-    return {name: sites[name] for name in widths if name not in unlike}, unlike
+    for offer in offers:
+        for name, site in offer.items():
+            sites.setdefault(name, site)
+            widths.setdefault(name, set()).add(site[1])
+    refused = {name: sorted(found) for name, found in widths.items() if len(found) > 1}
+    return {name: site for name, site in sites.items() if name not in refused}, refused
 
 
 def _after(kept: Census, joined: Census) -> Census:
-    """What was kept, and what came since; a site of another width is no longer the same site."""
+    """Return what was kept and what came since; a site of another width is no longer the same site."""
     changed = [name for name in kept if name in joined and kept[name].neurons != joined[name].neurons]
     return kept.without(*changed).merge(joined)
