@@ -43,6 +43,8 @@ _SHOWN = {
     "ReLU-BatchNorm": "ReLU + BN",
     "ReLU-no-spike": "no spike",
 }
+#: The same colour for a variant in every picture, whichever others are shown.
+_COLOURS = dict(zip(_SHOWN, SERIES, strict=False))
 
 _INCHES, _DPI = (12.8, 7.2), 150
 _LABEL_POINTS = 14.5  # least distance of the labels at the lines' ends
@@ -164,14 +166,14 @@ def _draw_shares(
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
     ends: list[tuple[float, str, str]] = []
-    for index, name in enumerate(names):
+    for name in names:
         shares = np.array([[100 * sum(counts(scan)) / result.neurons for scan in run.scans] for run in result.of(name)])
         mean, deviation = shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else 0.0
-        colour = _hex(SERIES[index])
+        colour = _hex(_COLOURS[name])
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
         panel.plot(steps, mean, style, color=colour, label=_SHOWN[name], clip_on=False)
-        ends.append((float(mean[-1]), f"{_SHOWN[name]}  {percent(mean[-1] / 100)}", _text_colour(index)))
+        ends.append((float(mean[-1]), f"{_SHOWN[name]}  {percent(mean[-1] / 100)}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
     panel.yaxis.set_major_formatter("{x:g}%")
@@ -199,21 +201,21 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
 
 def _draw_accuracy(panel: Axes, result: Comparison, names: list[str]) -> None:
     """Draw the test accuracy of each variant as a dot with its deviation, and write it beside."""
-    panel.set_title("Test accuracy", x=-0.36, pad=14)
+    panel.set_title("Test accuracy, %", x=-0.36, pad=14)
     panel.grid(axis="y", visible=False)
     for index, name in enumerate(names):
         accuracy = result.spread(name, lambda run: 100 * run.accuracy)
         panel.errorbar(
-            accuracy.mean, index, xerr=accuracy.deviation, fmt="o", color=_hex(SERIES[index]), markersize=7,
-            elinewidth=2.6, ecolor=_hex(mix(SERIES[index], PAPER, 0.35)),
+            accuracy.mean, index, xerr=accuracy.deviation, fmt="o", color=_hex(_COLOURS[name]), markersize=7,
+            elinewidth=2.6, ecolor=_hex(mix(_COLOURS[name], PAPER, 0.35)),
         )  # fmt: skip
-        text = f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}") + "%"
+        text = f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}")
         panel.annotate(text, (1, index), xycoords=("axes fraction", "data"), ha="right", va="center_baseline")
-    panel.xaxis.set_major_formatter("{x:g}%")
     panel.margins(x=0.1)
     low, high = panel.get_xlim()
-    panel.set_xlim(low, high + 0.85 * (high - low))  # room for the texts
-    panel.set_xticks(ticks(low, high, 4))
+    panel.set_xlim(low, high + 0.6 * (high - low))  # room for the texts
+    panel.set_xticks(ticks(low, high, 3))
+    panel.xaxis.set_major_formatter("{x:g}")
     _name_rows(panel, names)
 
 
@@ -245,9 +247,9 @@ def _name_rows(panel: Axes, names: list[str]) -> None:
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_yticks(range(len(names)), [_SHOWN[name] for name in names])
     panel.tick_params(axis="y", pad=0)
-    for index, label in enumerate(panel.get_yticklabels()):
-        label.set(color=_text_colour(index), ha="left", x=-0.36)
+    for name, label in zip(names, panel.get_yticklabels(), strict=True):
+        label.set(color=_text_colour(name), ha="left", x=-0.36)
 
 
-def _text_colour(index: int) -> str:
-    return _hex(mix(SERIES[index], INK, 0.2))
+def _text_colour(name: str) -> str:
+    return _hex(mix(_COLOURS[name], INK, 0.2))

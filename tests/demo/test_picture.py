@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,12 @@ def test_the_lines_are_named_at_their_ends_and_no_name_lies_on_another() -> None
             assert 0 <= box.y0 <= box.y1 <= height
 
 
+def test_a_variant_has_the_same_colour_whichever_others_are_shown() -> None:
+    whole = comparison()
+    part = replace(whole, labels={"GELU": "GELU"}, runs=tuple(whole.of("GELU")))
+    assert draw_comparison(part).axes[0].lines[0].get_color() == draw_comparison(whole).axes[0].lines[1].get_color()
+
+
 def test_the_spike_is_shaded_and_named() -> None:
     for panel in draw_comparison(comparison()).axes[:2]:
         (shade,) = panel.patches
@@ -76,7 +83,7 @@ def test_the_spike_is_shaded_and_named() -> None:
 
 def test_accuracies_and_layers_are_written_as_numbers() -> None:
     _, _, accuracy, layers = draw_comparison(comparison()).axes
-    assert [text.get_text() for text in accuracy.texts] == ["91.0 ± 1.0%"] * 3
+    assert [text.get_text() for text in accuracy.texts] == ["91.0 ± 1.0"] * 3
     assert [text.get_text() for text in layers.texts] == ["62", "0", "4.0", "0", "10", "0"]  # of 50 neurons a layer
     for panel in (accuracy, layers):
         assert [label.get_text() for label in panel.get_yticklabels()] == ["ReLU", "GELU", "no spike"]
@@ -86,7 +93,7 @@ def test_accuracies_and_layers_are_written_as_numbers() -> None:
 def test_one_seed_has_no_deviation() -> None:
     figure = draw_comparison(comparison(seeds=1))
     assert "one seed: no deviation is known" in [text.get_text() for text in figure.texts]
-    assert figure.axes[2].texts[0].get_text() == "90.0%"
+    assert figure.axes[2].texts[0].get_text() == "90.0"
     assert comparison_png(comparison(seeds=1)).startswith(b"\x89PNG")
 
 
