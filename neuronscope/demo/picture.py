@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,8 +85,8 @@ def import_matplotlib() -> None:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        import matplotlib.figure
-        import matplotlib.style  # noqa: F401
+        importlib.import_module("matplotlib.figure")
+        importlib.import_module("matplotlib.style")
     except ImportError as error:
         raise MissingExtraError(
             "Expected matplotlib for the demo's picture, but it is not installed: pip install 'neuronscope[demo]'"
