@@ -15,13 +15,12 @@ from neuronscope.demo.compare import compare
 from neuronscope.demo.conclusions import findings
 from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.logs import remove_earlier_logs
-from neuronscope.demo.picture import talk_picture
+from neuronscope.demo.picture import comparison_png, import_matplotlib
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant
 from neuronscope.demo.results import Comparison
 from neuronscope.demo.tables import layer_table, main_table
 from neuronscope.errors import UsageError
 from neuronscope.output import write_file
-from neuronscope.writers.pictures import encode_png
 
 __all__ = ["run_demo"]
 
@@ -44,7 +43,7 @@ def run_demo(
         console: Where to print; standard output where it is not given.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: scikit-learn or matplotlib is not installed.
         UsageError: ``out`` is no folder that can be written to, or ``seeds`` is below 1.
     """
     if seeds < 1:
@@ -52,6 +51,7 @@ def run_demo(
     recipe = recipe or Recipe()
     console = console or _console()
     data = load_digits()
+    import_matplotlib()
     removed = _prepare(out)
     variants = [variant for variant in VARIANTS if not quick or variant.name in QUICK]
     _announce(console, variants, seeds, recipe, data)
@@ -64,7 +64,7 @@ def run_demo(
     finally:
         torch.set_num_threads(threads)
     write_file(out / RESULTS, json.dumps(result.as_dict(), allow_nan=False) + "\n")
-    write_file(out / PICTURE, encode_png(talk_picture(result)))
+    write_file(out / PICTURE, comparison_png(result))
     reports["ReLU"].to_html(out / REPORT)
     _conclude(console, result, out)
     return result

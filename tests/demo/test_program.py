@@ -31,7 +31,7 @@ def test_the_files_are_there(shown: Shown) -> None:
         "tensorboard",
     ]
     with Image.open(shown.out / "comparison.png") as picture:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape == (1080, 1920, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # something is drawn
     html = (shown.out / "report-ReLU.html").read_text(encoding="utf-8")

@@ -144,7 +144,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: archive(
             b"\x80\x02cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n)" + b"2\x86" * 60 + b"\x85RC\x01x\x86R."
         ),
-        "got a StandIn",
+        "got a Placeholder",
     ),
     "nested lists": ("w.pt", lambda: archive(b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."), "no weights"),
     "copies of a copy": (

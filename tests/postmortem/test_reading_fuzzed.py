@@ -159,7 +159,7 @@ with zipfile.ZipFile(_WHOLE) as _opened:
 @settings(max_examples=400)
 @given(st.integers(0, len(PICKLE)), st.binary(max_size=6), st.integers(0, 6))
 def test_damage_in_the_pickle_alone(at: int, new: bytes, dropped: int) -> None:
-    """The archive around it is whole, so that the damage gets as far as the machine."""
+    """The archive around it is whole, so that the damage gets as far as the unpickler."""
     with folder_of({"w.pt": archive(PICKLE[:at] + new + PICKLE[at + dropped :])}) as folder:
         examined(folder / "w.pt")
 

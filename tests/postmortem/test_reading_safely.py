@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import io
 import json
 import os
@@ -19,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from neuronscope.checkpoints.formats.restricted_pickle import ForeignError, read_pickle
-from neuronscope.checkpoints.formats.safe_globals import find_symbol
+from neuronscope.checkpoints.formats.lazy_tensor import Storage
+from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
+from neuronscope.checkpoints.formats.safe_globals import Attributes, find_safe_global
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 from tests.postmortem.files import OLDER, Writes, distributed, pickled, sharded_bin, trained, trainer_folder
@@ -145,7 +147,7 @@ def test_a_part_of_a_distributed_tensor_cannot_hide_one(tmp_path: Path) -> None:
     torch.save(Writes(written), part)
     data.write_bytes(_padded(part.getvalue(), size))
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(ForeignError):
+    with pytest.raises(UnsafeGlobalError):
         checkpoint.tensors["w"].read()
     assert not written.exists()
 
@@ -253,8 +255,50 @@ FOREIGN = [
 @pytest.mark.parametrize("name", FOREIGN)
 def test_names_of_code_are_foreign(name: str) -> None:
     module, _, attribute = name.rpartition(".")
-    with pytest.raises(ForeignError, match=f"'{name}'"):
-        find_symbol(module, attribute)
+    with pytest.raises(UnsafeGlobalError, match=f"'{name}'"):
+        find_safe_global(module, attribute)
+
+
+ACTING = {
+    "an extension code": b"\x82\x01.",
+    "an extension code of two bytes": b"\x83\x01\0.",
+    "an extension code of four bytes": b"\x84\x01\0\0\0.",
+    "an instance by its class's name": b"(iargparse\nNamespace\n.",
+    "an instance of a class on the stack": b"(cargparse\nNamespace\no.",
+    "a persistent id in text": b"P0\n.",
+    "a persistent id where none is expected": b"NQ.",
+    "a buffer outside the pickle": b"\x97.",
+    "a call of a type": b"ctorch\nfloat32\n)R.",
+    "an object of a type": b"ctorch\nfloat32\n)\x81.",
+    "a call of a placeholder": b"ctorch\nFloatStorage\n)R.",
+    "a call with keywords": b"cargparse\nNamespace\n)}K\x01K\x01s\x92.",
+    "a call with a list": b"cbuiltins\nset\n]R.",
+    "attributes of a type": b"ctorch\nfloat32\n}X\x01\0\0\0aK\x01sb.",
+    "slots of a tensor": b"ctorch._utils\n_rebuild_tensor_v2\n(K\0QK\0))tRN}X\x08\0\0\0_storageK\x01s\x86b.",
+    "attributes of a function": b"ccollections\nOrderedDict\nN}X\x04\0\0\0makeK\x01s\x86b.",
+}
+
+
+@pytest.mark.parametrize("pickled", ACTING.values(), ids=ACTING)
+def test_opcodes_that_act_on_objects_are_refused(pickled: bytes) -> None:
+    storage = None if b"NQ" in pickled else lambda _: Storage(torch.float32, 1)
+    copyreg.add_extension("torch", "float32", 1)
+    try:
+        with pytest.raises(ValueError):
+            read_pickle(io.BytesIO(b"\x80\x02" + pickled), find_safe_global, storage)
+    finally:
+        copyreg.remove_extension("torch", "float32", 1)
+
+
+def test_the_state_of_a_placeholder_sets_no_attribute() -> None:
+    state = pickle.dumps({"cls": "a", "set_state": 1, "__class__": 2, "__setstate__": 3}, 2)[2:-1]
+    made = read_pickle(io.BytesIO(b"\x80\x02cargparse\nNamespace\n)R" + state + b"b."), find_safe_global)
+    assert type(made) is Attributes
+    assert made.cls == "Namespace"
+    assert made.state == {"cls": "a", "set_state": 1, "__class__": 2, "__setstate__": 3}
+    assert set(vars(made)) == {"cls", "arguments", "state"}
+    ignored = read_pickle(io.BytesIO(b"\x80\x02cpathlib\nPath\n)R" + state + b"b."), find_safe_global)
+    assert vars(ignored) == {}
 
 
 # What plain pickles can hold. Keys are such as dictionaries of checkpoints have.
@@ -275,7 +319,7 @@ PLAIN = st.recursive(
 
 @given(PLAIN, st.integers(0, pickle.HIGHEST_PROTOCOL))
 def test_plain_data_comes_out_as_pickle_has_it(value: Any, protocol: int) -> None:
-    read = read_pickle(io.BytesIO(pickle.dumps(value, protocol)), find_symbol)
+    read = read_pickle(io.BytesIO(pickle.dumps(value, protocol)), find_safe_global)
     expected = pickle.loads(pickle.dumps(value, protocol))
     assert _comparable(read) == _comparable(expected)
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope import cli
-from neuronscope.checkpoints.formats.safe_globals import find_symbol
+from neuronscope.checkpoints.formats.safe_globals import find_safe_global
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 
@@ -126,7 +126,7 @@ def test_types_of_a_later_torch_are_left_out(tmp_path: Path) -> None:
 def test_only_names_of_types_are_taken_for_types(name: str) -> None:
     if not isinstance(getattr(torch, name, None), torch.dtype):
         with pytest.raises(CheckpointError, match="would have to be imported"):
-            find_symbol("torch", name)
+            find_safe_global("torch", name)
 
 
 @pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F99"])

@@ -24,7 +24,6 @@ from neuronscope.report.report import (
     SiteReport,
     WindowSpan,
 )
-from neuronscope.writers.pictures import Curve
 
 Levels = npt.NDArray[np.uint8]
 Steps = npt.NDArray[np.int64]
@@ -211,34 +210,3 @@ def _last_where(mask: npt.NDArray[np.bool_], steps: Steps) -> Steps:
         return np.full(mask.shape[1], -1, np.int64)
     last: Steps = np.where(mask, steps[:, None], -1).max(axis=0)
     return last
-
-
-def activation_curves(seeds: int = 3, layers: int = 6) -> list[Curve]:
-    """Six activation functions under a learning-rate spike at steps 1000 to 1200, as the demo finds them."""
-    rng = np.random.default_rng(7)
-    steps = np.arange(0, 4001, 50, dtype=np.int64)
-    after = 1 / (1 + np.exp(-(steps - 1100) / 40.0))
-    found = {
-        "ReLU": (4.0, 43.0, 2.0, 95.1),
-        "LeakyReLU": (0.0, 0.0, 3.5, 97.4),
-        "GELU": (0.0, 1.2, 21.0, 97.2),
-        "SiLU": (0.0, 0.0, 9.0, 97.5),
-        "Tanh": (0.0, 0.0, 0.6, 96.8),
-        "Mish": (0.0, 0.1, 6.0, 97.6),
-    }
-    curves = []
-    for label, (born, dead, dormant, accuracy) in found.items():
-        by_layer = np.clip((born + dead) * np.linspace(0.2, 1.8, layers), 0, 100)
-        scale = rng.normal(1.0, 0.1, (seeds, 1))
-        curves.append(
-            Curve(
-                label=label,
-                steps=steps,
-                dead_percent=np.clip((born + dead * after) * scale, 0, 100),
-                dormant_percent=np.clip(dormant * after * scale + 0.3 * scale, 0, 100),
-                accuracy=accuracy + rng.normal(0, 0.25, seeds),
-                dead_by_layer=np.clip(by_layer * scale, 0, 100),
-                layers=tuple(f"fc{i + 1}" for i in range(layers)),
-            )
-        )
-    return curves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +12,10 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from neuronscope.errors import UsageError
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report
 from neuronscope.writers.grouping import group_sites
-from neuronscope.writers.pictures import Spike, comparison, encode_png, heatmap, overview
+from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.axis import StepAxis, percent, spread, ticks
 from neuronscope.writers.pictures.canvas import Canvas, printable
 from neuronscope.writers.pictures.colours import DEAD, NOT_FINITE, PAPER, UNSEEN, ZERO, share_colours
@@ -186,43 +183,6 @@ def test_every_site_is_in_exactly_one_of_few_enough_groups(names: list[str], mos
 )
 def test_groups_have_plain_labels(names: list[str], most: int, labels: list[str]) -> None:
     assert [group.label for group in group_sites(names, most)] == labels
-
-
-def test_the_comparison_is_a_full_screen_with_its_spike_shaded() -> None:
-    curves = samples.activation_curves()
-    plain = comparison(curves, title="A finding")
-    shaded = comparison(curves, title="A finding", spike=Spike(1000, 1200, "learning rate x 30"))
-    assert plain.shape == (1080, 1920, 3)
-    changed = np.flatnonzero((plain != shaded).any(axis=(0, 2)))
-    # Steps run from 0 to 4000 over 850 pixels from 132: 1000 lies at 344.5, 1200 at 387. The label is wider.
-    assert 240 < changed.min() <= 345
-    assert 386 <= changed.max() < 520
-
-
-def test_the_comparison_takes_what_was_not_measured() -> None:
-    curve = samples.activation_curves(1)[0]
-    unknown = replace(
-        curve,
-        dormant_percent=curve.dormant_percent * np.nan,
-        accuracy=np.array([np.nan]),
-        dead_by_layer=curve.dead_by_layer * np.nan,
-    )
-    picture = comparison([unknown], title="A title that is far too long for one line and even for two of them " * 4)
-    assert has(picture, UNSEEN, 4) > 1_000
-    assert (picture[:, -20:] == PAPER).all()
-
-
-def test_a_curve_of_the_wrong_shape_is_refused_by_name() -> None:
-    curve = samples.activation_curves()[0]
-    with pytest.raises(UsageError, match=r"`dead_percent` of curve 'ReLU' to have shape \(3, 81\), but got \(3, 80\)"):
-        replace(curve, dead_percent=curve.dead_percent[:, :-1])
-    with pytest.raises(UsageError, match="1 to 10 curves, but got 0"):
-        comparison([], title="")
-
-
-def test_a_png_holds_the_same_pixels() -> None:
-    picture = overview(samples.conv_net())
-    assert (np.asarray(Image.open(io.BytesIO(encode_png(picture)))) == picture).all()
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=10).map(sorted))

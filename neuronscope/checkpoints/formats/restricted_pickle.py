@@ -1,11 +1,13 @@
-"""Pickles, read and not run: the machine of pickle's opcodes, without the power to import, call or build anything.
+"""Read pickles without running them: the standard library's unpickler, limited to plain data.
 
-What a pickle names is looked up in a table of the caller's (see
-:mod:`neuronscope.checkpoints.formats.safe_globals`) that gives descriptions; a name that is not in it is refused.
-``torch.load(weights_only=True)`` goes the same way, but calls functions of torch that make real tensors of whatever
-size a file claims; here nothing of torch is called.
+A name in a pickle is looked up in the caller's table (see :mod:`neuronscope.checkpoints.formats.safe_globals`), which
+gives pure functions and placeholders; any other name is refused. ``torch.load(weights_only=True)`` works the same way,
+but calls functions of torch that allocate real tensors of whatever size a file claims; here nothing of torch is called.
 
-The opcodes and how their arguments are written come from :mod:`pickletools` of the standard library.
+The unpickler is :class:`pickle._Unpickler`, the standard library's in Python, and not the one in C, which
+:class:`pickle.Unpickler` is. Three things in C cannot be limited from outside: the memo is an array as long as the
+largest index in the file (``r`` and four bytes 0xff: 64 GiB); keys are hashed without a question (a tuple nested a
+million times overflows the C stack and ends the process); and BUILD sets attributes on any object.
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ import pickletools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 
 from neuronscope.checkpoints.formats.byte_range import shown
 from neuronscope.errors import CheckpointError
 
-__all__ = ["ForeignError", "Placeholder", "SafeGlobal", "hashable", "read_pickle", "understood"]
+__all__ = ["Placeholder", "SafeGlobal", "UnsafeGlobalError", "as_checkpoint_error", "read_pickle", "safe_key"]
 
-# Bounds on what a pickle may cost in memory: an opcode of one byte makes up to 56 of them, or 216 where it makes an
-# empty container. A checkpoint of 100,000 tensors with both of Adam's averages takes a third of each.
-_MOST_OPCODES = 20_000_000
-_MOST_CONTAINERS = 4_000_000
-_MOST_COPIED = 1 << 26
+# Limits on the memory that a pickle can take: an opcode of one byte makes up to 56 bytes, or 216 if it makes an empty
+# container. A checkpoint of 100,000 tensors with both of Adam's averages needs a third of each limit.
+_MAX_OPCODES = 20_000_000
+_MAX_CONTAINERS = 4_000_000
+_MAX_COPIED = 1 << 26  # bytes or items that calls may copy from their arguments, in all
+
+# Opcodes that no checkpoint has: extension codes, out-of-band buffers, quoted text and instances of protocol 0.
+_REFUSED = {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID", "STRING", "INST", "OBJ"}
 
 
-class ForeignError(CheckpointError):
-    """A pickle names something that is not in the table: it could be anything, and loading it would run it.
+class UnsafeGlobalError(CheckpointError):
+    """A pickle names something that is not in the table of safe globals; loading it could run any code.
 
     Args:
-        name: What it names.
+        name: The name in the pickle.
         path: The file.
     """
 
@@ -48,14 +53,14 @@ class ForeignError(CheckpointError):
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """What goes wrong while a pickle is read and its content taken apart becomes one sentence about the file.
+def as_checkpoint_error(path: Path) -> Iterator[None]:
+    """Turn any error inside the block into a :class:`CheckpointError` of one sentence about the file.
 
     Raises:
-        ForeignError: The pickle names code.
-        CheckpointError: It is damaged.
+        UnsafeGlobalError: The pickle names code.
+        CheckpointError: The file is damaged.
 
-    >>> with understood(Path("last.ckpt")):
+    >>> with as_checkpoint_error(Path("last.ckpt")):
     ...     {}["state_dict"]
     Traceback (most recent call last):
         ...
@@ -63,281 +68,215 @@ def understood(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ForeignError as error:
-        raise ForeignError(error.name, path) from error
+    except UnsafeGlobalError as error:
+        raise UnsafeGlobalError(error.name, path) from error
     except CheckpointError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        AssertionError,
-        RecursionError,
-    ) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{shown(path)} is damaged: what it describes makes no sense ({shown(error)})."
         ) from error
 
 
 class Placeholder:
-    """What stands here for an object of a class: nothing of that class, and equal to itself only."""
+    """Stands for an object of a class that is not built. It is equal to itself only."""
 
-    def take_state(self, state: Any) -> None:
-        """Take what the pickle says of the object's attributes; here: let it go."""
+    def set_state(self, state: Any) -> None:
+        """Ignore the attributes that the pickle gives the object."""
 
 
 class SafeGlobal(NamedTuple):
-    """What a name in a pickle stands for here.
+    """Stands for a class or function that a pickle names.
 
     Attributes:
-        name: As the pickle has it.
-        make: What calling it gives: a pure function, from plain data to plain data.
+        name: The name in the pickle.
+        make: What is called in its place: a pure function from plain data to plain data.
     """
 
     name: str
     make: Callable[..., Any]
 
 
-def read_pickle(
-    file: BinaryIO,
-    find: Callable[[str, str], Any],
-    persistent: Callable[[Any], Any] | None = None,
-) -> Any:
-    """The plain data that a pickle describes. The file is left behind the pickle's last byte.
+def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None = None) -> Any:
+    """Return the plain data in a pickle. Leaves the file right after the pickle's last byte.
 
     Args:
-        file: The pickle, from where the file stands.
-        find: Gives what a module's name and a name in it stand for, a :class:`SafeGlobal` where it can be called; or
-            raises :class:`ForeignError`.
-        persistent: Gives what a persistent id stands for.
+        file: A file that can seek, at the pickle's first byte.
+        find: Returns what a module name and a name in that module stand for, a :class:`SafeGlobal` if it can be called;
+            or raises :class:`UnsafeGlobalError`.
+        persistent: Returns what a persistent id stands for.
 
     Raises:
-        ForeignError: ``find`` raised it.
-        ValueError, TypeError, LookupError: It is no pickle, or a damaged one.
+        CheckpointError: ``find`` or ``persistent`` raised it.
+        ValueError: It is not a pickle, is damaged, or exceeds a limit.
 
     >>> import io, pickle
     >>> read_pickle(io.BytesIO(pickle.dumps({"a": [1, 2.5, None, (True, b"x")]})), find=None)
     {'a': [1, 2.5, None, (True, b'x')]}
     """
-    machine, read = _Machine(find, persistent), file.read
     try:
-        for _ in range(_MOST_OPCODES):
-            code = read(1)
-            if code == pickle.STOP:
-                return machine.pop()
-            act, argument = _ACTS[code]
-            act(machine, None if argument is None else argument(file))
-    except KeyError:
-        raise ValueError(f"it has opcode {code!r}, or ends, where none can be understood") from None
-    except IndexError as error:
-        raise ValueError("its opcodes take more than there is") from error
-    raise ValueError(f"it has more than {_MOST_OPCODES} opcodes")
+        _check_opcodes(file)
+        return _RestrictedUnpickler(file, find, persistent).load()
+    except (CheckpointError, ValueError):
+        raise
+    except Exception as error:  # the unpickler raises whatever a wrong stack leads to
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
-class _Machine:
-    """The stack and the memo of a pickle that is being read."""
+def safe_key(key: Any, *, inside: bool = False) -> Any:
+    """Return a key if hashing it takes bounded time: a scalar or a flat tuple of scalars.
 
-    def __init__(self, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None) -> None:
-        self.stack: list[Any] = []
-        self.marks: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
-        self.containers = 0
-        self.find = find
-        self.persistent = persistent
+    Args:
+        key: The key of a dictionary, or an item of a set.
+        inside: Whether it is an item of a key that is a tuple; it cannot be another tuple then.
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def pop(self) -> Any:
-        return self.stack.pop()
-
-    def put_up(self, container: Any) -> None:
-        """Push an empty container."""
-        self.containers += 1
-        if self.containers > _MOST_CONTAINERS:
-            raise ValueError(f"it has more than {_MOST_CONTAINERS} containers")
-        self.stack.append(container)
-
-    def mark(self) -> None:
-        self.put_up(None)
-        self.stack.pop()
-        self.marks.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marks.pop()
-        return items
-
-    def put(self, place: int) -> None:
-        self.memo[place] = self.stack[-1]
-
-    def memoize(self) -> None:
-        self.put(len(self.memo))
-
-    def get(self, place: int) -> None:
-        if place not in self.memo:
-            raise ValueError("it refers to something that was not before it")
-        self.push(self.memo[place])
-
-    def last(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise ValueError(
-                f"something is put into a {type(self.stack[-1]).__name__} that belongs into a {kind.__name__}"
-            )
-        return self.stack[-1]
-
-    def extend(self, items: list[Any]) -> None:
-        self.last(list).extend(items)
-
-    def append(self) -> None:
-        self.extend([self.pop()])
-
-    def update(self, items: list[Any]) -> None:
-        self.last(dict).update(paired(items))
-
-    def set_item(self) -> None:
-        value, key = self.pop(), self.pop()
-        self.update([key, value])
-
-    def add(self, items: list[Any]) -> None:
-        self.last(set).update(hashable(item) for item in items)
-
-    def take(self, count: int) -> tuple[Any, ...]:
-        if len(self.stack) < count:
-            raise IndexError
-        items = tuple(self.stack[-count:])
-        del self.stack[-count:]
-        return items
-
-    def name(self, module: Any, name: Any) -> None:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("it names something by what is no name")
-        self.push(self.find(module, name))
-
-    def global_(self, names: tuple[str, str]) -> None:
-        self.name(*names)
-
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
-        self.name(module, name)
-
-    def call(self, symbol: Any, arguments: Any) -> None:
-        if not isinstance(symbol, SafeGlobal) or not isinstance(arguments, tuple):
-            raise ValueError("it calls something that cannot be called")
-        self.copied += sum(16 * len(given) for given in arguments if isinstance(given, set | dict))
-        self.copied += sum(len(given) for given in arguments if isinstance(given, str | bytes | list | tuple))
-        if self.copied > _MOST_COPIED:
-            raise ValueError("it copies something large again and again")
-        self.push(symbol.make(*arguments))
-
-    def reduce(self) -> None:
-        arguments, symbol = self.pop(), self.pop()
-        self.call(symbol, arguments)
-
-    def new_with_keywords(self) -> None:
-        keywords, arguments, symbol = self.pop(), self.pop(), self.pop()
-        if keywords:
-            raise ValueError("it calls something with keywords")
-        self.call(symbol, arguments)
-
-    def build(self) -> None:
-        state, made = self.pop(), self.stack[-1]
-        if isinstance(made, Placeholder):
-            made.take_state(state)
-        elif not isinstance(made, dict):  # attributes of an OrderedDict (a state_dict's `_metadata`) are left out
-            raise ValueError("it gives a state to something that has none")
-
-    def by_id(self, key: Any) -> None:
-        if self.persistent is None:
-            raise ValueError("it refers to something that lies outside of it")
-        self.push(self.persistent(key))
-
-
-def hashable(key: Any, *, inside: bool = False) -> Any:
-    """A key that hashing cannot make us walk through, or a ValueError."""
+    Raises:
+        ValueError: It is anything else.
+    """
     if isinstance(key, tuple) and not inside:
-        return tuple(hashable(part, inside=True) for part in key)
-    if key is None or isinstance(key, (str, bytes, float)):
-        return key
+        return tuple(safe_key(part, inside=True) for part in key)
     if isinstance(key, int):
         if -(2**63) <= key < 2**64:
             return key
         raise ValueError("a key is an integer out of bounds")
-    if isinstance(key, (Placeholder, torch.dtype)):
+    if key is None or isinstance(key, (str, bytes, float, Placeholder, torch.dtype)):
         return key
     raise ValueError(f"a key is a {type(key).__name__}")
 
 
-def paired(items: Sequence[Any]) -> dict[Any, Any]:
-    """A dictionary of keys and values in turn."""
-    if len(items) % 2:
-        raise ValueError("a key has no value")
-    return {hashable(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
-
-
-def _two_lines(file: BinaryIO) -> tuple[str, str]:
-    """A module's name and a name in it, as GLOBAL has them."""
-    module, name = file.readline(), file.readline()
-    if module[-1:] != b"\n" or name[-1:] != b"\n":
+def _skip_global(file: BinaryIO) -> None:
+    """Skip two lines. The reader of :mod:`pickletools` takes backslashes for escapes, which pickle does not."""
+    if file.readline()[-1:] != b"\n" or file.readline()[-1:] != b"\n":
         raise ValueError("it ends in the middle of a name")
-    return module[:-1].decode("utf-8"), name[:-1].decode("utf-8")
 
 
-# What each opcode does. Those that are missing have no place in a checkpoint: extension codes, out-of-band buffers,
-# what protocol 0 writes as quoted text and no checkpoint has.
-_BY_NAME: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(("PROTO", "FRAME"), lambda *_: None),
-    **dict.fromkeys(
-        (
-            *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-            *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-            *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-        ),
-        _Machine.push,
-    ),
-    "NONE": lambda machine, _: machine.push(None),
-    "NEWTRUE": lambda machine, _: machine.push(True),
-    "NEWFALSE": lambda machine, _: machine.push(False),
-    "EMPTY_LIST": lambda machine, _: machine.put_up([]),
-    "EMPTY_TUPLE": lambda machine, _: machine.push(()),
-    "EMPTY_DICT": lambda machine, _: machine.put_up({}),
-    "EMPTY_SET": lambda machine, _: machine.put_up(set()),
-    "MARK": lambda machine, _: machine.mark(),
-    "POP": lambda machine, _: machine.pop() if machine.stack else machine.pop_mark(),
-    "POP_MARK": lambda machine, _: machine.pop_mark(),
-    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "MEMOIZE": lambda machine, _: machine.memoize(),
-    "LIST": lambda machine, _: machine.push(machine.pop_mark()),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_mark())),
-    "DICT": lambda machine, _: machine.push(paired(machine.pop_mark())),
-    "FROZENSET": lambda machine, _: machine.push(frozenset(map(hashable, machine.pop_mark()))),
-    "TUPLE1": lambda machine, _: machine.push(machine.take(1)),
-    "TUPLE2": lambda machine, _: machine.push(machine.take(2)),
-    "TUPLE3": lambda machine, _: machine.push(machine.take(3)),
-    "APPEND": lambda machine, _: machine.append(),
-    "APPENDS": lambda machine, _: machine.extend(machine.pop_mark()),
-    "SETITEM": lambda machine, _: machine.set_item(),
-    "SETITEMS": lambda machine, _: machine.update(machine.pop_mark()),
-    "ADDITEMS": lambda machine, _: machine.add(machine.pop_mark()),
-    "GLOBAL": _Machine.global_,
-    "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
-    "REDUCE": lambda machine, _: machine.reduce(),
-    "NEWOBJ": lambda machine, _: machine.reduce(),
-    "NEWOBJ_EX": lambda machine, _: machine.new_with_keywords(),
-    "BUILD": lambda machine, _: machine.build(),
-    "BINPERSID": lambda machine, _: machine.by_id(machine.pop()),
-}
-
-# By the byte of an opcode: what it does, and what reads its argument from the file.
-_ACTS: dict[bytes, tuple[Callable[[_Machine, Any], Any], Callable[[Any], Any] | None]] = {
-    opcode.code.encode("latin-1"): (_BY_NAME[opcode.name], opcode.arg.reader if opcode.arg else None)
+# The opcodes that may occur, and what reads the argument of each.
+_ARGUMENTS: dict[bytes, Callable[[Any], Any] | None] = {
+    opcode.code.encode("latin-1"): opcode.arg.reader if opcode.arg else None
     for opcode in pickletools.opcodes
-    if opcode.name in _BY_NAME
-} | {
-    pickle.GLOBAL: (_Machine.global_, _two_lines)
-}  # pickletools' reader takes backslashes for escapes, pickle does not
+    if opcode.proto <= 5 and opcode.name not in _REFUSED
+} | {pickle.GLOBAL: _skip_global}
+
+_CONTAINERS = {pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.MARK}
+
+
+def _check_opcodes(file: BinaryIO) -> None:
+    """Read a pickle's opcodes without acting on them, and go back to its first byte.
+
+    An argument that claims to be longer than the rest of the file is found here, before any memory is set aside for it.
+
+    Raises:
+        ValueError: An opcode may not occur, an argument is cut short, or there are too many of them.
+    """
+    start, containers = file.tell(), 0
+    for _ in range(_MAX_OPCODES):
+        code = file.read(1)
+        if code not in _ARGUMENTS:
+            raise ValueError(f"it has {code!r} in the place of an opcode" if code else "it ends before its last opcode")
+        containers += code in _CONTAINERS
+        if containers > _MAX_CONTAINERS:
+            raise ValueError(f"it has more than {_MAX_CONTAINERS} containers")
+        read_argument = _ARGUMENTS[code]
+        if read_argument is not None:
+            read_argument(file)
+        if code == pickle.STOP:
+            file.seek(start)
+            return
+    raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
+
+
+class _RestrictedUnpickler(pickle._Unpickler):
+    """Builds plain data, and calls nothing but the functions of :class:`SafeGlobal`.
+
+    The opcodes that hash, call, or set attributes are replaced; the others only move plain data.
+
+    Args:
+        file: A pickle that :func:`_check_opcodes` has passed.
+        find: As in :func:`read_pickle`.
+        persistent: As in :func:`read_pickle`.
+    """
+
+    # Attributes of the standard library's class
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(
+        self, file: BinaryIO, find: Callable[[str, str], Any], persistent: Callable[[Any], Any] | None
+    ) -> None:
+        super().__init__(file, encoding="latin-1")
+        self._find, self._persistent = find, persistent
+        self._copied = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._find(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self._persistent is None:
+            raise ValueError("it refers to something outside of it")
+        return self._persistent(pid)
+
+    def _set_items(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise ValueError(f"keys and values of a {type(target).__name__} do not match")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[safe_key(key)] = value
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def load_frozenset(self) -> None:
+        items = self.pop_mark()
+        self.append(frozenset(map(safe_key, items)))
+
+    def load_additems(self) -> None:
+        items, target = self.pop_mark(), self.stack[-1]
+        if not isinstance(target, set):
+            raise ValueError(f"items are added to a {type(target).__name__} as to a set")
+        target.update(map(safe_key, items))
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, SafeGlobal) or not isinstance(arguments, tuple):
+            raise ValueError("it calls something that cannot be called")
+        self._copied += sum(16 * len(given) for given in arguments if isinstance(given, set | dict))
+        self._copied += sum(len(given) for given in arguments if isinstance(given, str | bytes | list | tuple))
+        if self._copied > _MAX_COPIED:
+            raise ValueError("it copies something large again and again")
+        self.append(function.make(*arguments))
+
+    def load_newobj_ex(self) -> None:
+        if self.stack.pop():
+            raise ValueError("it calls something with keyword arguments")
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Placeholder):
+            target.set_state(state)
+        elif not isinstance(target, dict):  # the attributes of an OrderedDict (`_metadata`) are left out
+            raise ValueError(f"it sets attributes of a {type(target).__name__}")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) in _ARGUMENTS
+    } | {
+        pickle.DICT[0]: load_dict,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_reduce,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.BUILD[0]: load_build,
+    }

@@ -1,7 +1,7 @@
-"""What the names in a checkpoint's pickle stand for: an exact table of plain data, and nothing of any module.
+"""The table of names that a checkpoint's pickle may use, each with a function of ours that takes its place.
 
-A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be mere
-data (a path, a random generator's state) become stand-ins. No other name is let in.
+A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be plain
+data (a path, a random generator's state) become placeholders. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, dtype_named, is_readable
-from neuronscope.checkpoints.formats.restricted_pickle import ForeignError, Placeholder, SafeGlobal, hashable
+from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, UnsafeGlobalError, safe_key
 
-__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_symbol", "readable_type"]
+__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
 
 
 class LeftOut(Placeholder):
@@ -43,7 +43,7 @@ class Attributes(Placeholder):
         self.cls, self.arguments = cls, arguments
         self.state: Any = {}
 
-    def take_state(self, state: Any) -> None:
+    def set_state(self, state: Any) -> None:
         """Keep it."""
         self.state = state
 
@@ -88,7 +88,7 @@ class _NumpyType(Placeholder):
         self.code = code
 
 
-def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
+def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
     """What a name stands for.
 
     Args:
@@ -97,21 +97,21 @@ def find_symbol(module: str, name: str, more: Mapping[str, Any] | None = None) -
         more: Names of a format of its own, by ``module.name``.
 
     Raises:
-        ForeignError: It is not in the table.
+        UnsafeGlobalError: It is not in the table.
 
-    >>> find_symbol("torch", "float16")
+    >>> find_safe_global("torch", "float16")
     torch.float16
-    >>> find_symbol("os", "system")
+    >>> find_safe_global("os", "system")
     Traceback (most recent call last):
         ...
-    neuronscope.checkpoints.formats.restricted_pickle.ForeignError: 'A pickle' names 'os.system', which would have ...
+    neuronscope.checkpoints.formats.restricted_pickle.UnsafeGlobalError: 'A pickle' names 'os.system', which would ...
     """
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
     if found is None and module == "torch":
         found = dtype_named(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
     if found is None:
-        raise ForeignError(full)
+        raise UnsafeGlobalError(full)
     return found
 
 
@@ -153,11 +153,11 @@ def _pairs(*arguments: Any) -> dict[Any, Any]:
     """A dictionary, from nothing or from pairs."""
     (pairs,) = arguments if arguments else ((),)
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
-    return {hashable(key): value for key, value in pairs}
+    return {safe_key(key): value for key, value in pairs}
 
 
 def _as_set(items: Any = ()) -> set[Any]:
-    return {hashable(item) for item in items}
+    return {safe_key(item) for item in items}
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
@@ -190,7 +190,7 @@ def _left_out(why: str) -> Callable[..., LeftOut]:
     return lambda *_: LeftOut(why)
 
 
-def _stand_in(*_: Any) -> Placeholder:
+def _placeholder(*_: Any) -> Placeholder:
     return Placeholder()
 
 
@@ -208,8 +208,8 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "builtins.bytearray": _bytes,
     "builtins.bytes": _bytes,
     "builtins.complex": lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
-    "builtins.slice": _stand_in,
-    "builtins.range": _stand_in,
+    "builtins.slice": _placeholder,
+    "builtins.range": _placeholder,
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _pairs,
     "collections.Counter": _pairs,
@@ -226,26 +226,26 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_nested_tensor": _left_out("nested"),
     "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
-    "torch.Tensor": _stand_in,
-    "torch.nn.parameter.Parameter": _stand_in,
-    "torch.nn.parameter.Buffer": _stand_in,
+    "torch.Tensor": _placeholder,
+    "torch.nn.parameter.Parameter": _placeholder,
+    "torch.nn.parameter.Buffer": _placeholder,
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
-    "torch.serialization._get_layout": _stand_in,
+    "torch.serialization._get_layout": _placeholder,
     # numpy, as in numbers that a run kept and in the states of random generators
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy.core.multiarray._reconstruct": _stand_in,
-    "numpy.core.numeric._frombuffer": _stand_in,
-    "numpy.ndarray": _stand_in,
+    "numpy.core.multiarray._reconstruct": _placeholder,
+    "numpy.core.numeric._frombuffer": _placeholder,
+    "numpy.ndarray": _placeholder,
     # Mere data that runs keep among their settings
     **{
-        f"pathlib.{kind}": _stand_in
+        f"pathlib.{kind}": _placeholder
         for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     "argparse.Namespace": lambda *arguments: Attributes("Namespace", arguments),
-    "datetime.datetime": _stand_in,
-    "datetime.timedelta": _stand_in,
+    "datetime.datetime": _placeholder,
+    "datetime.timedelta": _placeholder,
 }
 
 _STORAGES = {

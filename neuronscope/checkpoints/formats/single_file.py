@@ -7,8 +7,8 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
-from neuronscope.checkpoints.formats.restricted_pickle import ForeignError, read_pickle
-from neuronscope.checkpoints.formats.safe_globals import find_symbol
+from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
+from neuronscope.checkpoints.formats.safe_globals import find_safe_global
 from neuronscope.checkpoints.formats.safetensors import looks_like_safetensors, read_safetensors
 from neuronscope.checkpoints.formats.torch_file import LEGACY_MAGIC, is_script, read_legacy, read_zip
 from neuronscope.errors import CheckpointError
@@ -71,7 +71,7 @@ def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
 def _pickled(part: ByteRange, kind: str, read: Callable[[ByteRange], Any], *, trust: bool) -> SingleFile:
     try:
         return SingleFile(kind, read(part))
-    except ForeignError:
+    except UnsafeGlobalError:
         if not trust:
             raise
     from neuronscope.checkpoints.formats.trusted import load_trusted
@@ -93,6 +93,6 @@ def _script(part: ByteRange, *, trust: bool) -> SingleFile:
 def _is_legacy(part: ByteRange) -> bool:
     try:
         with closing(part.open()) as file:
-            return bool(read_pickle(file, find_symbol) == LEGACY_MAGIC)
-    except (ForeignError, ValueError, TypeError, LookupError):
+            return bool(read_pickle(file, find_safe_global) == LEGACY_MAGIC)
+    except ValueError:
         return False

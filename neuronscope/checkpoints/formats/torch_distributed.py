@@ -1,7 +1,7 @@
 """Folders of ``torch.distributed.checkpoint`` (FSDP, Lightning's sharded ones): tensors in parts, and their plan.
 
-The plan, ``.metadata``, is a pickle itself. It is read by the same inert machine with the eight classes of such plans
-let in as stand-ins, and no other name; every part of a tensor is a file of ``torch.save`` inside a ``.distcp`` file.
+The plan, ``.metadata``, is a pickle itself. It is read by the same restricted unpickler, with the eight classes of such
+plans as the only further names; every part of a tensor is a file of ``torch.save`` inside a ``.distcp`` file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,20 @@ from torch import Tensor
 from neuronscope.checkpoints.formats.byte_range import ByteRange, beside, counted, shown
 from neuronscope.checkpoints.formats.contents import Contents
 from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Stored, is_shape, room
-from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, hashable, read_pickle, understood
-from neuronscope.checkpoints.formats.safe_globals import Attributes, LeftOut, UnknownType, find_symbol, readable_type
+from neuronscope.checkpoints.formats.restricted_pickle import (
+    Placeholder,
+    SafeGlobal,
+    as_checkpoint_error,
+    read_pickle,
+    safe_key,
+)
+from neuronscope.checkpoints.formats.safe_globals import (
+    Attributes,
+    LeftOut,
+    UnknownType,
+    find_safe_global,
+    readable_type,
+)
 from neuronscope.checkpoints.formats.single_file import read_single
 from neuronscope.checkpoints.formats.torch_file import read_zip
 from neuronscope.errors import CheckpointError
@@ -110,8 +122,8 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
     plan = ByteRange.of(folder / METADATA)
     if plan.size > _LONGEST_PLAN:
         raise CheckpointError(f"{shown(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
-    with understood(plan.path):
-        metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_symbol, more=_CLASSES)), "Metadata")
+    with as_checkpoint_error(plan.path):
+        metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_safe_global, more=_CLASSES)), "Metadata")
         files = _Files(folder, metadata["storage_data"])
         paths = metadata.get("planner_data") or {}
         notes: list[str] = []
@@ -191,7 +203,7 @@ class _Files:
 
 
 def _state(made: Any, cls: str) -> dict[str, Any]:
-    """Attributes of a stand-in of that class."""
+    """Return the attributes of a placeholder of that class."""
     if not isinstance(made, Attributes) or made.cls != cls or not isinstance(made.state, dict):
         raise ValueError(f"a {cls} was expected")
     return made.state
@@ -238,7 +250,7 @@ def _put(content: _Branch, path: Any, value: Any) -> None:
     """Put a value where its path leads; dictionaries grow on the way."""
     if not isinstance(path, tuple) or not 1 <= len(path) <= _DEEPEST:
         raise ValueError("the path of a value is none")
-    keys = [hashable(key) for key in path]
+    keys = [safe_key(key) for key in path]
     for key in keys[:-1]:
         content = content.setdefault(key, _Branch())
         if not isinstance(content, _Branch):

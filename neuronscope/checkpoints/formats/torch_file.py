@@ -1,7 +1,7 @@
 """Files of ``torch.save``: what lies in one as plain data, with a description in the place of every tensor.
 
 Two layouts: a zip archive (torch 1.6 and later), whose entries hold one storage each, and the older one of pickles in a
-row with the storages after them. Both are read by the same inert machine; what names code is refused.
+row with the storages after them. Both are read by the same restricted unpickler; a pickle that names code is refused.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
 from neuronscope.checkpoints.formats.lazy_tensor import Storage
-from neuronscope.checkpoints.formats.restricted_pickle import read_pickle, understood
-from neuronscope.checkpoints.formats.safe_globals import StorageType, find_symbol
+from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
+from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
 from neuronscope.errors import CheckpointError
 
 __all__ = ["LEGACY_MAGIC", "is_script", "read_legacy", "read_zip"]
@@ -32,9 +32,9 @@ def read_zip(part: ByteRange) -> Any:
 
     Raises:
         CheckpointError: It is no such archive, or damaged.
-        ForeignError: Its pickle names code.
+        UnsafeGlobalError: Its pickle names code.
     """
-    with understood(part.path), closing(part.open()) as file:
+    with as_checkpoint_error(part.path), closing(part.open()) as file:
         entries = _entries(part, file)
         top, pickled = _pickle_entry(part, entries)
         order = entries.get(f"{top}byteorder")
@@ -60,7 +60,7 @@ def read_zip(part: ByteRange) -> Any:
             raise CheckpointError(
                 f"{shown(part.path)} describes its tensors in {place.size} bytes, which is not believed."
             )
-        content = read_pickle(io.BytesIO(place.read()), find_symbol, persistent)
+        content = read_pickle(io.BytesIO(place.read()), find_safe_global, persistent)
         for storage in storages.values():
             storage.check_views()
         return content
@@ -81,7 +81,7 @@ def read_legacy(part: ByteRange) -> Any:
 
     Raises:
         CheckpointError: It is damaged.
-        ForeignError: Its pickle names code.
+        UnsafeGlobalError: Its pickle names code.
     """
     storages: dict[str, Storage] = {}
     views: list[tuple[str, int, Storage]] = []  # storages that are parts of others: of which, from which number on
@@ -96,16 +96,16 @@ def read_legacy(part: ByteRange) -> Any:
         views.append((name, _count(offset), Storage(dtype, _count(size))))
         return views[-1][2]
 
-    with understood(part.path), closing(part.open()) as file:
-        magic, _, system = (read_pickle(file, find_symbol) for _ in range(3))
+    with as_checkpoint_error(part.path), closing(part.open()) as file:
+        magic, _, system = (read_pickle(file, find_safe_global) for _ in range(3))
         if magic != LEGACY_MAGIC:
             raise CheckpointError(f"{shown(part.path)} is no file of torch.save.")
         if not isinstance(system, dict) or not system.get("little_endian", True):
             raise CheckpointError(
                 f"{shown(part.path)} was written on a machine of the other byte order, which is not read."
             )
-        content = read_pickle(file, find_symbol, persistent)
-        for name in read_pickle(file, find_symbol):
+        content = read_pickle(file, find_safe_global, persistent)
+        for name in read_pickle(file, find_safe_global):
             storage = storages[_name(name)]
             numel = int.from_bytes(file.read(8), "little")
             storage.place = part.part(file.tell(), numel * storage.dtype.itemsize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +19,7 @@ except ImportError as error:
         "Expected Pillow for drawing pictures, but it is not installed: pip install pillow"
     ) from error
 
-__all__ = ["Canvas", "draw_steps", "encode_png", "printable", "stripes"]
+__all__ = ["Canvas", "draw_steps", "printable", "stripes"]
 
 ByteArray = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
@@ -47,49 +46,36 @@ def printable(text: str) -> str:
     return "".join(c if " " <= c <= "~" or c in _EXTRA_GLYPHS else _SPELT.get(c, "?") for c in text)
 
 
-def encode_png(picture: ByteArray) -> bytes:
-    """A picture ``(H, W, 3)`` as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
 class Canvas:
-    """A sheet of ``width x height`` pixels, drawn ``scale`` times as large and brought down smoothly at the end.
+    """A sheet of paper to draw on.
 
     Args:
-        width: Width of the finished picture in pixels.
-        height: Its height.
-        scale: How many pixels are drawn for each finished one, each way; 1 draws it as it is.
+        width: Its width in pixels.
+        height: Its height in pixels.
     """
 
-    def __init__(self, width: int, height: int, scale: int = 1) -> None:
-        self.width, self.height, self.scale = width, height, scale
-        self._image = Image.new("RGB", (width * scale, height * scale), PAPER)
+    def __init__(self, width: int, height: int) -> None:
+        self.height = height
+        self._image = Image.new("RGB", (width, height), PAPER)
         self._draw = ImageDraw.Draw(self._image)
         # TensorBoard shrinks pictures by leaving out pixels: strokes a little thicker survive that.
-        self._weight = 0.4 if scale == 1 and _FINE_STROKES else 0
+        self._weight = 0.4 if _FINE_STROKES else 0
         self._fonts: dict[int, ImageFont.FreeTypeFont | ImageFont.ImageFont] = {}
 
     def array(self) -> ByteArray:
         """The finished picture, uint8 ``(height, width, 3)``."""
-        image = self._image
-        if self.scale > 1:
-            image = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8).copy()
+        return np.asarray(self._image, dtype=np.uint8).copy()
 
     def text(
         self, at: Point, text: str, size: int, colour: Colour = INK, anchor: str = "ls", *, bold: bool = False
     ) -> None:
         """Text at a point. ``anchor`` is Pillow's: l/m/r across, then a/m/s (top, middle, baseline)."""
-        stroke = max(1, round(size * self.scale / 40)) if bold else self._weight
-        self._draw.text(
-            self._scaled(at), printable(text), colour, self._font(size), anchor, stroke_width=stroke, stroke_fill=colour
-        )
+        stroke = max(1, round(size / 40)) if bold else self._weight
+        self._draw.text(at, printable(text), colour, self._font(size), anchor, stroke_width=stroke, stroke_fill=colour)
 
     def text_width(self, text: str, size: int) -> float:
-        """Width of ``text`` in pixels of the finished picture."""
-        return float(self._font(size).getlength(printable(text))) / self.scale
+        """Width of ``text`` in pixels."""
+        return float(self._font(size).getlength(printable(text)))
 
     def fit(self, text: str, size: int, width: float) -> str:
         """``text``, its middle replaced by an ellipsis where it is wider than ``width``."""
@@ -105,67 +91,33 @@ class Canvas:
                 high = middle - 1
         return _shortened(text, low)
 
-    def wrap(self, text: str, size: int, width: float, lines: int) -> list[str]:
-        """``text`` broken at spaces into at most ``lines`` lines of at most ``width``; the last is shortened to fit."""
-        done: list[str] = []
-        words = printable(text).split()
-        while words and len(done) < lines - 1:
-            count = len(words)
-            while count > 1 and self.text_width(" ".join(words[:count]), size) > width:
-                count -= 1
-            done.append(self.fit(" ".join(words[:count]), size, width))
-            words = words[count:]
-        return [*done, self.fit(" ".join(words), size, width)] if words else done
-
     def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: int = 1) -> None:
         """A filled or framed rectangle; the right and bottom edges are outside."""
-        left, top, right, bottom = (round(value * self.scale) for value in box)
+        left, top, right, bottom = (round(value) for value in box)
         if right > left and bottom > top:
-            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline, width * self.scale)
+            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline, width)
 
     def hatch(self, box: Box) -> None:
         """A striped rectangle: *not observed*."""
-        left, top, right, bottom = (round(value * self.scale) for value in box)
+        left, top, right, bottom = (round(value) for value in box)
         if right <= left or bottom <= top:
             return
-        tile = stripes(bottom - top, right - left, self.scale)
+        tile = stripes(bottom - top, right - left)
         self._image.paste(Image.fromarray(tile), (left, top))
 
     def line(self, points: Sequence[Point], colour: Colour = FRAME, width: float = 1.0) -> None:
         """A line through points."""
         if len(points) > 1:
-            scaled = [self._scaled(point) for point in points]
-            self._draw.line(scaled, colour, max(1, round(width * self.scale)), joint="curve")
-
-    def dot(self, at: Point, radius: float, colour: Colour) -> None:
-        """A disc, with a rim of paper that parts it from what lies below."""
-        for size, fill in ((radius * 1.35, PAPER), (radius, colour)):
-            (x, y), r = self._scaled(at), size * self.scale
-            self._draw.ellipse((x - r, y - r, x + r, y + r), fill)
-
-    def area(self, points: Sequence[Point], colour: Colour, strength: float = 0.2) -> None:
-        """A see-through polygon: ``strength`` of ``colour`` over what is there."""
-        if len(points) < 3:
-            return
-        mask = Image.new("L", self._image.size, 0)
-        ImageDraw.Draw(mask).polygon([self._scaled(point) for point in points], fill=round(255 * strength))
-        self._image.paste(Image.new("RGB", self._image.size, colour), (0, 0), mask)
+            self._draw.line(list(points), colour, max(1, round(width)), joint="curve")
 
     def pixels(self, at: Point, picture: ByteArray) -> None:
-        """An array of finished pixels, ``(h, w, 3)``, with its top left corner at a point."""
-        image = Image.fromarray(picture)
-        if self.scale > 1:
-            image = image.resize((image.width * self.scale, image.height * self.scale), Image.Resampling.NEAREST)
-        x, y = self._scaled(at)
-        self._image.paste(image, (round(x), round(y)))
+        """Paste an array of pixels, uint8 ``(h, w, 3)``, with its top left corner at a point."""
+        self._image.paste(Image.fromarray(picture), (round(at[0]), round(at[1])))
 
     def _font(self, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         if size not in self._fonts:
-            self._fonts[size] = ImageFont.load_default(size * self.scale)
+            self._fonts[size] = ImageFont.load_default(size)
         return self._fonts[size]
-
-    def _scaled(self, point: Point) -> Point:
-        return point[0] * self.scale, point[1] * self.scale
 
 
 def draw_steps(canvas: Canvas, axis: StepAxis, top: float, size: int) -> None:
@@ -182,10 +134,10 @@ def _rightmost(canvas: Canvas, axis: StepAxis, step: int, size: int) -> float:
     return axis.left + axis.width - canvas.text_width(count(step), size) / 2
 
 
-def stripes(height: int, width: int, scale: int = 1) -> ByteArray:
+def stripes(height: int, width: int) -> ByteArray:
     """Slanted stripes that stand for *not observed*, uint8 ``(height, width, 3)``."""
     rows, columns = np.ogrid[:height, :width]
-    on = (rows + columns) // (3 * scale) % 3 == 0
+    on = (rows + columns) // 3 % 3 == 0
     stripe = mix(UNSEEN, UNSEEN_STRIPE, 0.8)
     return np.where(on[..., None], np.array(stripe, np.uint8), np.array(UNSEEN, np.uint8))
 
