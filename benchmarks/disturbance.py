@@ -42,7 +42,7 @@ def log_of(report: Report, file: EventFile, which: dict[str, bool]) -> Callable[
     """Return what draws some parts of a report and sees them on the disk."""
 
     def log() -> None:
-        append(report, file, report.step, **which)
+        append(report, file, report.global_step, **which)
 
     return log
 

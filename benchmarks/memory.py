@@ -80,7 +80,7 @@ for step in range(1, marks[-1] + 1):
         if step % window == 0:
             report = scope.report()  # as a monitor does; the newest is kept
     if step in marks:
-        kept = [] if report is None else [site.history for site in report.sites]
+        kept = [] if report is None else [site.history for site in report.layers]
         resident = memory("VmRSS")
         peak = max(memory("VmHWM"), resident)  # the kernel brings the peak up to date now and then
         give_back()

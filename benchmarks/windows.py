@@ -70,14 +70,14 @@ def _costs(scope: Scope, observe: Callable[[], None], rounds: int) -> dict[str, 
         writer = SummaryWriter(Path(folder))
 
         def log() -> None:
-            for tag, value in scalars(report, since=report.step).items():
-                writer.add_scalar(tag, value, report.step)
+            for tag, value in scalars(report, since=report.global_step).items():
+                writer.add_scalar(tag, value, report.global_step)
 
         parts: dict[str, Callable[[], object]] = {
             "read the counters (`scope.census(window='open')`)": lambda: scope.census(window="open"),
             "close the window (reading included)": close,
             "judge it (`scope.report()`, reading included)": scope.report,
-            "make the scalars": lambda: scalars(report, since=report.step),
+            "make the scalars": lambda: scalars(report, since=report.global_step),
             "hand them to a SummaryWriter (making included)": log,
         }
         turns: dict[str, Callable[[], object]] = {}

@@ -64,7 +64,7 @@ def summary(report: Report) -> str:
     if report.provisional:
         more.append(f"provisional, from {report.examples} of {report.examples_needed} examples")
     share = f"{report.dead} of {report.observed_neurons} neurons dead ({report.dead_percent:.1f} %)"
-    return f"Neuronscope: {', '.join([share, *more])}, at step {report.step}."
+    return f"Neuronscope: {', '.join([share, *more])}, at step {report.global_step}."
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Publisher:
         mark = self._marks.get(key)
         if mark is None or step > mark.step:
             since = None if mark is None else mark.report_step
-            mark = self._marks[key] = _Mark(step, report.step, drawn=False)
+            mark = self._marks[key] = _Mark(step, report.global_step, drawn=False)
             log.log_metrics(scalars(report, since=since), step)
         if folder is not None and draws and not mark.drawn:
             mark.drawn = True

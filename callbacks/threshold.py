@@ -40,14 +40,14 @@ class DeadThreshold:
         observed = report.observed_neurons
         if not observed or report.provisional:
             return None
-        broken = sum(int(site.judgement.not_finite.sum()) for site in report.sites)
+        broken = sum(int(site.judgement.not_finite.sum()) for site in report.layers)
         beyond = 100.0 * (report.dead + broken) / observed >= self.threshold
         new, self._beyond = beyond and not self._beyond, beyond
         if not new:
             return None
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
-        worst = max(report.sites, key=lambda site: (site.dead + int(site.judgement.not_finite.sum())) / site.neurons)
+        worst = max(report.layers, key=lambda site: (site.dead + int(site.judgement.not_finite.sum())) / site.neurons)
         return (
-            f"{report.dead} of {observed} neurons are dead ({report.dead_percent:.1f} %){nan} at step {report.step}; "
-            f"the threshold is {self.threshold:g} %. Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
+            f"{report.dead} of {observed} neurons are dead ({report.dead_percent:.1f} %){nan} "
+            f"at step {report.global_step}; the threshold is {self.threshold:g} %. Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
         )

@@ -62,12 +62,12 @@ def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def layers(report: ns.Report) -> str:
     """The dead neurons of each layer."""
-    return " + ".join(str(site.dead) for site in report.sites)
+    return " + ".join(str(site.dead) for site in report.layers)
 
 
 def zeros(report: ns.Report) -> float:
     """Share of outputs that are exactly zero: of a healthy ReLU about half, which is not death."""
-    return float(sum(site.zero_output_fraction.sum() for site in report.sites) / report.neurons)
+    return float(sum(site.zero_output_fraction.sum() for site in report.layers) / report.neurons)
 
 
 def main() -> None:

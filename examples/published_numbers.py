@@ -82,7 +82,7 @@ def dead_share(widths: list[int], inputs: Tensor, draw: Callable[[int, int], tup
     """Share of networks in which some layer is zero for every row of ``inputs``."""
     net = Stack([draw(*sizes) for sizes in zip([inputs.shape[1], *widths], widths, strict=False)])
     report = ns.scan(net, inputs[:, None].expand(-1, NETS, -1), axes={"*": 1})
-    dead = torch.stack([torch.from_numpy(site.judgement.dead) for site in report.sites]).any(dim=0)
+    dead = torch.stack([torch.from_numpy(site.judgement.dead) for site in report.layers]).any(dim=0)
     return float(dead.double().mean())
 
 
@@ -104,7 +104,7 @@ def rows() -> Iterator[tuple[str, float, float]]:
         born = 2.0 ** -(n1 + 1) if n1 <= n0 else (2**n0 + 1) / 4 ** (n0 + 1)
         far = torch.randn(1000, n0) * 10 ** torch.empty(1000, 1).uniform_(-1, 3)
         last = ns.scan(Stack([symmetric(n0, n1), symmetric(n1, 1)]), far[:, None].expand(-1, NETS, -1), axes={"*": 1})
-        measured = float(last.sites[1].judgement.dead.mean())
+        measured = float(last.layers[1].judgement.dead.mean())
         yield f"2412.06829: unit over {n1} over {n0}, all of R^{n0}", born, measured
     # From here on neurons are neurons, and a share is one of them.
     scale = torch.logspace(-4, 0, NETS)  # E|relu(scale · N(0, 1))| is in proportion to the scale

@@ -81,7 +81,7 @@ def main() -> None:
         )
 
     print("\n3. Masks: numpy arrays over the neurons of a site, to prune, to reset or to look into.")
-    site = max(report.sites, key=lambda site: site.dead)
+    site = max(report.layers, key=lambda site: site.dead)
     print(f"   site {site.name!r} ({site.activation}): dead {site.judgement.dead.nonzero()[0].tolist()}")
     print(f"   most often silent of the rest: {site.zero_output_fraction[~site.judgement.dead].max():.1%} of positions")
 

@@ -100,7 +100,7 @@ def main() -> None:
                 scope.step()
         report = scope.report()
         print(f"\n{kind}: loss {loss.item():.2f} after {steps} steps; {report.dead} of {report.neurons} neurons dead")
-        for site in report.sites:
+        for site in report.layers:
             zeros = site.zero_output_fraction.mean()
             print(
                 f"  {site.name:20} {site.activation:8} axis {site.axis}  dead {site.dead:3}  dormant {site.dormant:3}"

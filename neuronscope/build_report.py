@@ -58,10 +58,10 @@ def make_report(
     return Report(
         model=model,
         phase=phase,
-        step=step,
+        global_step=step,
         window=window,
-        policy=policy.as_dict(),
-        sites=sites,
+        policy=policy.to_dict(),
+        layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
         notes=(*_notes(judged, broken_since), *_joining(exchanges)),
         versions={

@@ -20,8 +20,8 @@ from neuronscope.report.report import NotMeasured
 
 __all__ = ["LEVELS", "SCHEMA_VERSION", "PostmortemReport"]
 
-#: Version of the plain data that :meth:`PostmortemReport.as_dict` gives. Raised when a field is renamed or removed.
-SCHEMA_VERSION = 1
+#: Version of the plain data that :meth:`PostmortemReport.to_dict` gives. Raised when a field is renamed or removed.
+SCHEMA_VERSION = 2
 #: What was at hand, by level.
 LEVELS = {"file": "the checkpoint alone", "model": "the checkpoint and the model", "data": "the model over data"}
 
@@ -35,7 +35,7 @@ class PostmortemReport(Renderable):
     Attributes:
         path: Where the checkpoint is.
         format: What it is: ``Lightning checkpoint`` …
-        step: Optimizer steps that had been taken; ``None`` = the file does not say.
+        global_step: Optimizer steps that had been taken; ``None`` = the file does not say.
         level: What was at hand, a key of :data:`LEVELS`.
         model: Class name of the model; ``""`` where none was given.
         layers: One :class:`LayerReport` a layer.
@@ -53,7 +53,7 @@ class PostmortemReport(Renderable):
 
     path: str
     format: str
-    step: int | None
+    global_step: int | None
     level: str
     model: str
     layers: tuple[LayerReport, ...]
@@ -135,13 +135,13 @@ class PostmortemReport(Renderable):
             for neuron in np.flatnonzero(layer.contested | (layer.labels < CLAIMS.index("alive"))).tolist():
                 yield layer.verdict(neuron)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The whole report as plain data: dicts, lists, strings and numbers; what is not known is ``None``."""
         return {
             "schema_version": self.schema_version,
             "path": self.path,
             "format": self.format,
-            "step": self.step,
+            "global_step": self.global_step,
             "level": self.level,
             "model": self.model,
             "summary": {
@@ -157,8 +157,8 @@ class PostmortemReport(Renderable):
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,
             },
-            "layers": [layer.as_dict() for layer in self.layers],
-            "diagnoses": [one.as_dict() for one in self.diagnoses],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "diagnoses": [one.to_dict() for one in self.diagnoses],
             "confirmations": [asdict(one) for one in self.confirmations],
             "abstentions": [asdict(one) for one in self.abstentions],
             "notes": list(self.notes),

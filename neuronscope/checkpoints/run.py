@@ -138,7 +138,7 @@ def postmortem(
     return PostmortemReport(
         path=str(path),
         format=checkpoint.format,
-        step=checkpoint.step,
+        global_step=checkpoint.step,
         level="file" if network is None else "model" if batches is None else "data",
         model="" if network is None else type(network).__name__,
         layers=said,
@@ -165,7 +165,7 @@ def _measured(
 def _surroundings(checkpoint: Checkpoint, given: Examination) -> dict[str, Any]:
     """What is known of the layers besides their neurons: by the model, by a monitor's record, by the file's layers."""
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
-    recorded = [site for report in records for site in report.sites]
+    recorded = [site for report in records for site in report.layers]
     normalised = {given.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
     return {
         "kinds": {**{site.name: site.kind for site in recorded}, **given.kinds},

@@ -63,7 +63,7 @@ def run_demo(
         result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console)
     finally:
         torch.set_num_threads(threads)
-    write_file(out / RESULTS, json.dumps(result.as_dict(), allow_nan=False) + "\n")
+    write_file(out / RESULTS, json.dumps(result.to_dict(), allow_nan=False) + "\n")
     write_file(out / PICTURE, comparison_png(result))
     reports["ReLU"].to_html(out / REPORT)
     _conclude(console, result, out)

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["Comparison", "Epoch", "Moment", "Run", "Spread"]
 
-#: Version of the JSON that :meth:`Comparison.as_dict` gives.
+#: Version of the JSON that :meth:`Comparison.to_dict` gives.
 _SCHEMA_VERSION = 1
 
 
@@ -165,7 +165,7 @@ class Comparison:
         """Mean counts over the seeds of a variant, by layer, ``(L,)``."""
         return [statistics.fmean(layer) for layer in zip(*(counts(run) for run in self.of(variant)), strict=True)]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, fit for JSON."""
         return {
             "schema_version": _SCHEMA_VERSION,

@@ -100,15 +100,15 @@ def _accuracy(network: torch.nn.Module, data: Digits) -> float:
 
 
 def _dead(report: Report) -> tuple[int, ...]:
-    return tuple(site.dead for site in report.sites)
+    return tuple(site.dead for site in report.layers)
 
 
 def _dormant(report: Report) -> tuple[int, ...]:
-    return tuple(site.dormant for site in report.sites)
+    return tuple(site.dormant for site in report.layers)
 
 
 def _dead_mask(report: Report) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    return np.concatenate([site.judgement.dead for site in report.sites])
+    return np.concatenate([site.judgement.dead for site in report.layers])
 
 
 def _moment(step: int, report: Report) -> Moment:
@@ -116,8 +116,8 @@ def _moment(step: int, report: Report) -> Moment:
         step=step,
         dead=_dead(report),
         dormant=_dormant(report),
-        cut_off=tuple(site.cut_off for site in report.sites),
-        zero_outputs=float(np.mean([site.zero_output_fraction for site in report.sites])),
-        zero_gradients=float(np.mean([site.zero_gradient_fraction for site in report.sites])),
+        cut_off=tuple(site.cut_off for site in report.layers),
+        zero_outputs=float(np.mean([site.zero_output_fraction for site in report.layers])),
+        zero_gradients=float(np.mean([site.zero_gradient_fraction for site in report.layers])),
         not_finite=report.not_finite,
     )

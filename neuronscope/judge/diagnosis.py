@@ -95,7 +95,7 @@ class Diagnosis:
     layers: tuple[str, ...]
     steps: tuple[int, int] | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain data."""
         plain = asdict(self)
         plain["layers"] = list(self.layers)

@@ -61,7 +61,7 @@ class Policy:
         """Independent examples a window needs before its verdicts are as sure as the policy asks."""
         return math.ceil(math.log(1.0 - self.confidence) / math.log1p(-self.max_rate))
 
-    def as_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """The thresholds as plain data, for a report."""
         return asdict(self)
 
@@ -196,6 +196,6 @@ class Verdict:
     bound: float | None
     since: int | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The verdict as plain data."""
         return asdict(self)

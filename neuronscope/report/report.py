@@ -31,8 +31,8 @@ __all__ = [
     "WindowSpan",
 ]
 
-#: Version of the plain data that :meth:`Report.as_dict` gives. Raised when a field is renamed, moved or removed.
-SCHEMA_VERSION = 1
+#: Version of the plain data that :meth:`Report.to_dict` gives. Raised when a field is renamed, moved or removed.
+SCHEMA_VERSION = 2
 
 # One byte a neuron and window in a history. 0 … LEVEL_MAX is the zero-output fraction (0 = exactly never zero,
 # LEVEL_MAX = always zero, yet not dead: gradient still comes); the rest are verdicts.
@@ -108,7 +108,7 @@ class SiteHistory:
     deaths: IntArray
     revivals: IntArray
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The history as plain lists."""
         return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
 
@@ -196,7 +196,7 @@ class SiteReport:
         ill = [int(i) for i in order if LABELS[labels[i]] not in ("alive", "linear", "unseen")]
         return ill[:count]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The site as plain data; NaN becomes ``None``."""
         labels = self.judgement.labels()
         return {
@@ -222,7 +222,7 @@ class SiteReport:
             "zero_gradient_fraction": _plain(self.zero_gradient_fraction),
             "mean_abs_output": _plain(self.mean_abs_output),
             "last_active_step": self.last_active_step.tolist(),
-            "history": self.history.as_dict(),
+            "history": self.history.to_dict(),
         }
 
 
@@ -235,10 +235,10 @@ class Report(Renderable):
     Attributes:
         model: Class name of the watched model.
         phase: ``train``, ``val``, ``test`` or ``scan``.
-        step: Optimizer steps taken since watching began.
+        global_step: Optimizer steps taken since watching began.
         window: The window that the verdicts are of.
         policy: The thresholds, as plain data.
-        sites: One :class:`SiteReport` a site, in the order in which the sites ran.
+        layers: One :class:`SiteReport` a site, in the order in which the sites ran.
         not_measured: What could not be seen.
         notes: Sentences a reader should know (network has gone NaN, no gradients were seen, …).
         versions: Versions of neuronscope, torch and numpy that made it.
@@ -250,10 +250,10 @@ class Report(Renderable):
 
     model: str
     phase: str
-    step: int
+    global_step: int
     window: WindowSpan
     policy: dict[str, float]
-    sites: tuple[SiteReport, ...]
+    layers: tuple[SiteReport, ...]
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -267,7 +267,7 @@ class Report(Renderable):
     @property
     def examples(self) -> int:
         """Examples behind the verdicts, at the observed site that has fewest of them."""
-        return min((site.examples for site in self.sites if site.unseen < site.neurons), default=0)
+        return min((site.examples for site in self.layers if site.unseen < site.neurons), default=0)
 
     @property
     def examples_needed(self) -> int:
@@ -277,42 +277,42 @@ class Report(Renderable):
     @property
     def neurons(self) -> int:
         """Neurons of all sites."""
-        return sum(site.neurons for site in self.sites)
+        return sum(site.neurons for site in self.layers)
 
     @property
     def dead(self) -> int:
         """Dead neurons of all sites."""
-        return sum(site.dead for site in self.sites)
+        return sum(site.dead for site in self.layers)
 
     @property
     def born_dead(self) -> int:
         """Dead neurons that never fired since watching began."""
-        return sum(site.born_dead for site in self.sites)
+        return sum(site.born_dead for site in self.layers)
 
     @property
     def dormant(self) -> int:
         """Dormant neurons that are not dead."""
-        return sum(site.dormant for site in self.sites)
+        return sum(site.dormant for site in self.layers)
 
     @property
     def cut_off(self) -> int:
         """Neurons that fire and get no gradient."""
-        return sum(site.cut_off for site in self.sites)
+        return sum(site.cut_off for site in self.layers)
 
     @property
     def not_finite(self) -> int:
         """NaN and infinite outputs seen."""
-        return sum(site.not_finite for site in self.sites)
+        return sum(site.not_finite for site in self.layers)
 
     @property
     def observed_neurons(self) -> int:
         """Neurons that were observed at least once in the window."""
-        return sum(site.neurons - site.unseen for site in self.sites)
+        return sum(site.neurons - site.unseen for site in self.layers)
 
     @property
     def judged_neurons(self) -> int:
         """Neurons that were observed in the window and gave finite outputs only."""
-        return sum(site.neurons - site.unseen - int(site.judgement.not_finite.sum()) for site in self.sites)
+        return sum(site.neurons - site.unseen - int(site.judgement.not_finite.sum()) for site in self.layers)
 
     @property
     def dead_percent(self) -> float:
@@ -326,14 +326,14 @@ class Report(Renderable):
 
     def __getitem__(self, name: str) -> SiteReport:
         """The site called ``name``."""
-        for site in self.sites:
+        for site in self.layers:
             if site.name == name:
                 return site
         raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
         """Every neuron that is dead, cut off, dormant, not finite or unseen, site by site."""
-        for site in self.sites:
+        for site in self.layers:
             labels = site.judgement.labels()
             bound = rate_bound(site.examples, self.policy["confidence"])
             for neuron in np.flatnonzero(labels < LABELS.index("linear")):
@@ -350,13 +350,13 @@ class Report(Renderable):
                     since=(-1 if born else int(site.history.died_step[neuron])) if dead else None,
                 )
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The whole report as plain data: dicts, lists, strings and numbers; NaN becomes ``None``."""
         return {
             "schema_version": self.schema_version,
             "model": self.model,
             "phase": self.phase,
-            "step": self.step,
+            "global_step": self.global_step,
             "window": {
                 **vars(self.window),
                 "provisional": self.provisional,
@@ -365,7 +365,7 @@ class Report(Renderable):
             },
             "policy": dict(self.policy),
             "summary": {
-                "sites": len(self.sites),
+                "layers": len(self.layers),
                 "neurons": self.neurons,
                 "dead": self.dead,
                 "born_dead": self.born_dead,
@@ -374,7 +374,7 @@ class Report(Renderable):
                 "not_finite": self.not_finite,
                 "dead_percent": _plain(np.array([self.dead_percent]))[0],
             },
-            "sites": [site.as_dict() for site in self.sites],
+            "layers": [site.to_dict() for site in self.layers],
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "versions": dict(self.versions),

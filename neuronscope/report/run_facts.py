@@ -13,7 +13,7 @@ __all__ = ["facts_of", "is_normalised", "observed_every"]
 def facts_of(report: Report) -> RunFacts:
     """Return the facts of a watched run, one :class:`LayerFacts` a site."""
     layers = []
-    for site in report.sites:
+    for site in report.layers:
         born = site.last_active_step < 0
         died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
         layers.append(
@@ -26,7 +26,7 @@ def facts_of(report: Report) -> RunFacts:
                 normalised=is_normalised(site),
             )
         )
-    return RunFacts(tuple(layers), step=report.step or None, observed_every=observed_every(report))
+    return RunFacts(tuple(layers), step=report.global_step or None, observed_every=observed_every(report))
 
 
 def is_normalised(site: SiteReport) -> bool:
@@ -38,6 +38,6 @@ def observed_every(report: Report) -> int:
     """Steps at most between the last one at which a neuron was seen to fire and the one at which it was missed."""
     gaps = [
         (site.history.died_step - site.last_active_step)[site.judgement.dead & (site.history.died_step >= 0)]
-        for site in report.sites
+        for site in report.layers
     ]
     return max([1, *(int(gap.max()) for gap in gaps if gap.size)])

@@ -29,7 +29,7 @@ LEGEND = (
 
 def title(report: Report) -> str:
     """Model, phase and, where there were any, steps."""
-    steps = f" · {plural(report.step, 'optimizer step')}" if report.step else ""
+    steps = f" · {plural(report.global_step, 'optimizer step')}" if report.global_step else ""
     return f"{visible(report.model)} · {visible(report.phase)}{steps}"
 
 
@@ -37,7 +37,7 @@ def span(report: Report) -> str:
     """What the verdicts are based on: how many examples of which steps, and how sure that makes a dead verdict."""
     if not report.observed_neurons:
         return "Based on nothing: no neuron was observed."
-    numbers = sorted({site.examples for site in report.sites if not is_unseen(site)})
+    numbers = sorted({site.examples for site in report.layers if not is_unseen(site)})
     examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
     on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_steps(report)}"
@@ -51,7 +51,7 @@ def span(report: Report) -> str:
 
 def _steps(report: Report) -> str:
     window = report.window
-    if window.last_step < 0 or not report.step:
+    if window.last_step < 0 or not report.global_step:
         return ""  # seen outside any optimizer step: a scan
     if window.first_step == window.last_step:
         return f" at step {count(window.last_step)}"
@@ -73,9 +73,9 @@ def caveat(report: Report, examples: int) -> str:
 
 def finding(report: Report) -> list[str]:
     """What was found, in plain sentences, gravest first."""
-    seen = [site for site in report.sites if not is_unseen(site)]
+    seen = [site for site in report.layers if not is_unseen(site)]
     said: list[str] = []
-    broken = [site for site in report.sites if site.not_finite]
+    broken = [site for site in report.layers if site.not_finite]
     if broken:
         where = ", ".join(visible(site.name) for site in broken[:3]) + (" …" if len(broken) > 3 else "")
         said.append(
@@ -93,8 +93,8 @@ def finding(report: Report) -> list[str]:
     if blind:
         where = ", so" if blind == len(seen) else f" at {count(blind)} of {count(len(seen))} sites: there,"
         said.append(f"Gradients were not seen{where} dead means zero output alone, and cut off is not known.")
-    if len(seen) < len(report.sites):
-        said.append(f"{plural(len(report.sites) - len(seen), 'site')} never ran in this window (unseen).")
+    if len(seen) < len(report.layers):
+        said.append(f"{plural(len(report.layers) - len(seen), 'site')} never ran in this window (unseen).")
     return said
 
 
@@ -107,7 +107,7 @@ def _deaths(report: Report) -> str:
     died = report.dead - report.born_dead
     parts = [f"{count(report.born_dead)} never fired since watching began (born dead)"] if report.born_dead else []
     parts += [f"{count(died)} fired once and then stopped (died)"] if died else []
-    worst = max(report.sites, key=lambda site: site.dead / max(judged(site), 1))
+    worst = max(report.layers, key=lambda site: site.dead / max(judged(site), 1))
     return (
         f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} ({percent(report.dead_percent)}) "
         f"{_be(report.dead)} dead: {' and '.join(parts)}. "

@@ -59,7 +59,7 @@ def render(report: Report) -> str:
         cards=_cards(report),
         counts=COUNTS,
         sites=sites,
-        deaths=[entry for site in report.sites if (entry := _deaths(site))],
+        deaths=[entry for site in report.layers if (entry := _deaths(site))],
         glossary=findings.glossary(report),
         confidence=wording.confidence(report),
     )
@@ -67,7 +67,7 @@ def render(report: Report) -> str:
 
 def _cards(report: Report) -> list[dict[str, str]]:
     """The headline numbers; each with its name, value, a line below it, and a tone."""
-    seen = [site for site in report.sites if not wording.is_unseen(site)]
+    seen = [site for site in report.layers if not wording.is_unseen(site)]
     gradients = any(site.gradient_positions for site in seen)
     judged = report.judged_neurons
     among = f"of {wording.count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
@@ -77,7 +77,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
         return {"name": name, "value": value, "below": below, "tone": tone if number and measured else "calm"}
 
     born = f"{wording.count(report.born_dead)} born dead, {wording.count(report.dead - report.born_dead)} died"
-    where = f"at {wording.plural(len(report.sites), 'site')}"
+    where = f"at {wording.plural(len(report.layers), 'site')}"
     unseen = report.neurons - report.observed_neurons
     share = wording.UNKNOWN if report.not_finite and not report.dead else wording.percent(report.dead_percent)
     return [
@@ -99,14 +99,14 @@ def _sites(report: Report) -> list[dict[str, Any]]:
     """One entry a site: its words, the keys its columns sort by, and its packed map."""
     entries = []
     left = DATA_BUDGET
-    smallest_first = sorted(range(len(report.sites)), key=lambda index: report.sites[index].neurons)
+    smallest_first = sorted(range(len(report.layers)), key=lambda index: report.layers[index].neurons)
     packed: dict[int, Packed] = {}
     for turn, index in enumerate(smallest_first):
-        site = report.sites[index]
+        site = report.layers[index]
         if site.neurons and not (wording.is_unseen(site) and not site.history.steps.size):
-            packed[index] = pack(site, max(left // (len(report.sites) - turn), SITE_BUDGET), report.window.last_step)
+            packed[index] = pack(site, max(left // (len(report.layers) - turn), SITE_BUDGET), report.window.last_step)
             left -= len(packed[index].data)
-    for index, site in enumerate(report.sites):
+    for index, site in enumerate(report.layers):
         unseen = wording.is_unseen(site)
         judged = wording.judged(site)
         percent = 100.0 * site.dead / judged if judged else None

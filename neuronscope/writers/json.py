@@ -11,7 +11,7 @@ __all__ = ["Plain", "render"]
 class Plain(Protocol):
     """A report of any kind."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Its plain data."""
         ...
 
@@ -30,5 +30,5 @@ def render(report: Plain) -> str:
     Raises:
         ValueError: The report holds a number that is not finite where its contract allows none.
     """
-    plain = report.as_dict()
+    plain = report.to_dict()
     return json.dumps(plain, allow_nan=False, sort_keys=True, ensure_ascii=True, separators=(",", ":")) + "\n"

@@ -46,7 +46,7 @@ def render(report: Report) -> str:
     if report.not_finite:
         found[0] = f"**{found[0]}**"
     blocks.append("\n".join(f"- {sentence}" for sentence in found))
-    if report.sites:
+    if report.layers:
         blocks.append(_table(report))
     if report.not_measured:
         rows = "\n".join(f"| {code(item.name)} | {plain(item.reason)} |" for item in report.not_measured)
@@ -58,7 +58,7 @@ def render(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    shown, folded = wording.fold(report.sites)
+    shown, folded = wording.fold(report.layers)
     lines = [
         "| " + " | ".join(["site", "activation", *(heading for heading, _, _ in COLUMNS)]) + " |",
         "| " + " | ".join([":---", ":---", *(rule for _, _, rule in COLUMNS)]) + " |",

@@ -48,7 +48,7 @@ def render(report: Report) -> str:
     for index, sentence in enumerate(findings.finding(report)):
         loud = index == 0 and report.not_finite > 0
         page.line(f"!! {sentence}" if loud else sentence, style="bold white on red" if loud else "")
-    if report.sites:
+    if report.layers:
         page.line()
         _table(page, report)
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
@@ -63,7 +63,7 @@ def _table(page: Page, report: Report) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("site", overflow="fold")
     # Where all sites have the same examples behind them, the heading has said so, and names get the room.
-    alike = len({site.examples for site in report.sites if not wording.is_unseen(site)}) < 2
+    alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
     columns = [column for column in COLUMNS if width >= column[3] and not (alike and column[1] in _SAID_ABOVE)]
     if report.not_finite:
         columns.insert(-1, ("not\nfinite", "not_finite", "right", 0))
@@ -71,7 +71,7 @@ def _table(page: Page, report: Report) -> None:
         right = justify == "right"
         whole = right or field == "activation"  # these keep their width; the others fold
         table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=whole)
-    shown, folded = wording.fold(report.sites)
+    shown, folded = wording.fold(report.layers)
     for site in shown:
         words = wording.site_words(site, report.policy["confidence"])
         cells = [Text(words.name), *(Text(getattr(words, field)) for _, field, _, _ in columns)]

@@ -73,7 +73,7 @@ def test_an_alarm_speaks_when_the_threshold_is_crossed_and_again_after_it_was_qu
 
 def report_without_deaths(report: Report) -> Report:
     sites = []
-    for site in report.sites:
+    for site in report.layers:
         nobody = torch.zeros(site.neurons, dtype=torch.bool).numpy()
         sites.append(replace(site, judgement=replace(site.judgement, dead=nobody)))
     return replace(report, sites=tuple(sites))
@@ -81,7 +81,7 @@ def report_without_deaths(report: Report) -> Report:
 
 def test_neurons_that_give_nan_count_as_lost() -> None:
     report = report_without_deaths(report_of(DeadNeuronMonitor(**OPTIONS)))
-    first = report.sites[0]
+    first = report.layers[0]
     everybody = torch.ones(first.neurons, dtype=torch.bool).numpy()
     broken = replace(report, sites=(replace(first, judgement=replace(first.judgement, not_finite=everybody)),))
     message = DeadThreshold("warn", 50).hear(broken)

@@ -115,8 +115,8 @@ def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: p
     append = publishing.append
 
     def slow(report: Any, *args: Any, **kwargs: Any) -> None:
-        steps.append(report.step)
-        if report.step == 1:
+        steps.append(report.global_step)
+        if report.global_step == 1:
             held()
         append(report, *args, **kwargs)
 

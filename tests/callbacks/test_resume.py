@@ -23,8 +23,8 @@ def assert_same(one: DeadNeuronMonitor, other: DeadNeuronMonitor) -> None:
     state, other_state = one.state_dict()["scope"], other.state_dict()["scope"]
     assert_equal(state, other_state, "scope")
     for phase in ("train", "val"):
-        for site, report in enumerate(one.report(phase).sites):
-            assert report.as_dict() == other.report(phase).sites[site].as_dict()
+        for site, report in enumerate(one.report(phase).layers):
+            assert report.to_dict() == other.report(phase).layers[site].to_dict()
 
 
 def assert_equal(one: Any, other: Any, path: str) -> None:

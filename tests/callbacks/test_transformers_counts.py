@@ -171,7 +171,7 @@ def test_every_evaluation_in_training_is_a_pass_whoever_asks_for_it(tmp_path: Pa
     run.train()
     # At the start and after step 1: 8 + 4 sentences; 12 by itself. Each set is a window of its own.
     assert callback.census("val").examples == 2 * (8 + 4) + 12
-    assert callback.report("val").step == 12
+    assert callback.report("val").global_step == 12
     assert callback.census("train").examples == 48
     assert callback.census("val", "last").examples == 12
 

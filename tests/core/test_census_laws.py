@@ -209,7 +209,7 @@ def test_a_run_that_is_saved_and_resumed_is_the_run_that_was_not(at):
         run(second, model, range(at, 10))
     for window in ("all", "last", "open"):
         assert contents(second.census(window=window)) == contents(whole.census(window=window)), window
-    assert second.report().as_dict()["sites"] == whole.report().as_dict()["sites"]
+    assert second.report().to_dict()["layers"] == whole.report().to_dict()["layers"]
 
 
 BAD_TALLIES = {

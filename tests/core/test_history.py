@@ -225,8 +225,8 @@ def test_state_goes_through_a_safe_checkpoint():
     whole, model = watch(len(SCRIPT))
     with whole:
         play(whole, model, SCRIPT)
-    assert resumed.report().as_dict() == whole.report().as_dict() or (
-        resumed.report()["relu"].as_dict() == whole.report()["relu"].as_dict()
+    assert resumed.report().to_dict() == whole.report().to_dict() or (
+        resumed.report()["relu"].to_dict() == whole.report()["relu"].to_dict()
     )
 
 

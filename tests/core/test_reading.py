@@ -114,7 +114,7 @@ def test_a_report_stays_as_it_was_when_windows_close_and_are_thinned(monkeypatch
         for _ in range(90):
             model(torch.randn(400, 3)).sum().backward()
             scope.step()
-            history = scope.report().sites[0].history
+            history = scope.report().layers[0].history
             kept.append((history, history.steps.copy(), history.levels.copy()))
             assert len(history.levels) == len(history.steps) <= 21
     for history, steps, levels in kept:

@@ -120,7 +120,7 @@ def test_a_broken_network_is_said_and_its_json_can_be_written() -> None:
     broken = run("ReLU", 0, 0, not_finite=5)
     broken = replace(broken, epochs=(*broken.epochs[:-1], replace(broken.epochs[-1], loss=math.nan)))
     assert "NaN or infinity, and its other numbers mean nothing: ReLU." in said(broken)
-    plain = comparison(broken).as_dict()
+    plain = comparison(broken).to_dict()
     assert plain["runs"][0]["epochs"][-1]["loss"] is None
     json.dumps(plain, allow_nan=False)
 

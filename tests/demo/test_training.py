@@ -54,14 +54,14 @@ def test_the_recount_can_disagree(digits: Digits) -> None:
     # Where the recount sees a neuron silenced after the scan, it must say so: otherwise the check above shows nothing.
     network = build_network(VARIANT["ReLU"], MINIATURE, seed=0)
     whole = [(digits.train_x, digits.train_y)]
-    scanned = [site.judgement.dead.tolist() for site in ns.scan(network, whole, loss=loss_of).sites]
+    scanned = [site.judgement.dead.tolist() for site in ns.scan(network, whole, loss=loss_of).layers]
     assert recount_dead(network, *whole[0]) == scanned
     alive = scanned[1].index(False)
     with torch.no_grad():
         network.linear2.bias[alive] = -1e4
     assert recount_dead(network, *whole[0])[1][alive]
     assert recount_dead(network, *whole[0]) == [
-        site.judgement.dead.tolist() for site in ns.scan(network, whole, loss=loss_of).sites
+        site.judgement.dead.tolist() for site in ns.scan(network, whole, loss=loss_of).layers
     ]
 
 
@@ -92,7 +92,7 @@ def test_watching_changes_nothing(name: str, digits: Digits, monkeypatch: pytest
 def test_a_window_is_an_epoch_and_the_last_one_agrees_with_the_scan(shown: Shown, digits: Digits) -> None:
     run, report = train(VARIANT["ReLU"], 0, digits, MINIATURE)
     assert (report.window.first_step, report.window.last_step, report.window.long_enough) == (180, 224, True)
-    assert report.sites[0].examples == 1437
+    assert report.layers[0].examples == 1437
     assert abs(report.dead - sum(run.end.dead)) <= 10  # weights move while an epoch is watched
     # The same seed gives the same run.
     (same,) = [other for other in shown.result.of("ReLU") if other.seed == 0]

@@ -103,7 +103,7 @@ def report(
     return PostmortemReport(
         path=path,
         format=form,
-        step=step,
+        global_step=step,
         level=level,
         model=model,
         layers=layers,

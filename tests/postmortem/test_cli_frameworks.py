@@ -111,7 +111,7 @@ def test_a_lightning_module_is_built_from_its_own_checkpoint(folder: Path, capsy
         "note": "a run",
     }
     plain = report_of("last.ckpt --model lit:Lit --data lit:batches")
-    assert (plain["model"], plain["step"], plain["format"]) == ("Lit", STEPS, "Lightning checkpoint")
+    assert (plain["model"], plain["global_step"], plain["format"]) == ("Lit", STEPS, "Lightning checkpoint")
     found = verdicts(plain, "net.1")
     silent = (model.net[:2](lit.IMAGES) == 0).all(dim=0).nonzero().flatten().tolist()
     assert {neuron for neuron, (label, _) in found.items() if label == "dead"} == set(silent) >= {0, 1, 2}
@@ -205,5 +205,5 @@ def test_a_folder_of_shards_with_a_model_of_the_users(folder: Path) -> None:
         warnings.simplefilter("ignore")  # torch: no process group, a single process is meant
         dcp.save({"model": network.state_dict(), "step": 12}, checkpoint_id="shards", no_dist=True)
     plain = report_of("shards --model nets:network")
-    assert (plain["step"], plain["format"]) == (12, "distributed checkpoint, 1 file")
+    assert (plain["global_step"], plain["format"]) == (12, "distributed checkpoint, 1 file")
     assert verdicts(plain, "3") == {3: ("dead", "proved")}

@@ -289,7 +289,7 @@ def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads((folder / "a.json").read_text())["step"] == 42
+    assert json.loads((folder / "a.json").read_text())["global_step"] == 42
 
 
 # --- in Python -----------------------------------------------------------------------------------------------------

@@ -284,7 +284,7 @@ def test_what_is_only_suspected_is_no_evidence() -> None:
 
 def test_plain_data() -> None:
     (one,) = samples.healthy().diagnoses or diagnose(RunFacts((layer(since=[500] * 6),), step=1000))
-    plain = one.as_dict()
+    plain = one.to_dict()
     assert plain["steps"] == [500, 500]
     assert plain["layers"] == ["a"]
     assert set(plain) == {"sign", "cause", "remedy", "source", "evidence", "neurons", "layers", "steps"}

@@ -101,7 +101,7 @@ def test_the_monitors_own_state_is_understood(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     (state,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
     report = recorded_report(state)
-    assert (report.dead, report["net.1"].examples, report.step) == (1, 400, 10)
+    assert (report.dead, report["net.1"].examples, report.global_step) == (1, 400, 10)
 
 
 def test_a_short_record_says_so():

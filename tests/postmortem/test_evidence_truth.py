@@ -39,7 +39,7 @@ def test_the_clock_of_a_network_that_died():
     evidence, abstentions = examine(checkpoint)
     assert abstentions == []
     dead = 0
-    for number, site in enumerate(scopes[0].report().sites):
+    for number, site in enumerate(scopes[0].report().layers):
         last = np.maximum(site.last_active_step, 0)
         gone = set(np.flatnonzero(site.judgement.dead & (truth.steps - last > 120)))
         said = {claim: set() for claim in ("alive", "no gradient", "never trained")}

@@ -164,7 +164,7 @@ def test_one_such_tensor_in_an_optimizers_state(dtype: torch.dtype, slot: str, t
     torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "net.pt")
     report = ns.postmortem(tmp_path / "net.pt")
     assert report.neurons == 8
-    assert report.step == 3
+    assert report.global_step == 3
     # The other layer's state is read as ever: its clock says itself that three steps are too few.
     assert [one.source for one in report.abstentions if one.layer == "2"] == ["adam state"]
     if dtype in UNREADABLE:

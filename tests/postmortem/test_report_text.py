@@ -231,7 +231,7 @@ def test_json_is_valid_and_comes_back_whole(name: str) -> None:
     text = SAMPLES[name]().to_json()
     plain = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     VALIDATOR.validate(plain)
-    assert plain == SAMPLES[name]().as_dict()
+    assert plain == SAMPLES[name]().to_dict()
     assert text == SAMPLES[name]().to_json()
 
 
@@ -256,7 +256,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 
 
 def test_every_field_is_described_and_no_other() -> None:
-    assert list(undescribed(samples.with_data().as_dict(), SCHEMA)) == []
+    assert list(undescribed(samples.with_data().to_dict(), SCHEMA)) == []
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def recorded(numbers: range, share: int, shares: int) -> dict[str, Any]:
 
 def windows(scope: ns.Scope, phase: str = "train") -> dict[str, Any]:
     """All that a report tells of each site's past, as lists."""
-    sites = scope.report(phase).sites
+    sites = scope.report(phase).layers
     return {
         site.name: {name: getattr(site.history, name).tolist() for name in site.history.__dataclass_fields__}
         for site in sites

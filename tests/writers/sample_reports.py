@@ -143,10 +143,10 @@ def report(*sites: SiteReport, notes: tuple[str, ...] = (), not_measured: tuple[
     return Report(
         model="TinyNet",
         phase="train",
-        step=last,
+        global_step=last,
         window=WindowSpan("last", last - 99 if last else -1, last if last else -1, 100 if last else 0, True),
-        policy=POLICY.as_dict(),
-        sites=sites,
+        policy=POLICY.to_dict(),
+        layers=sites,
         not_measured=not_measured,
         notes=notes,
         versions=VERSIONS,

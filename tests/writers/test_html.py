@@ -108,7 +108,7 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
     plain = Page(samples.report(*(samples.site("x", 8, samples.Fate(born=2, died=1)) for _ in range(6))).to_html())
     page = Page(samples.hostile().to_html())
     words = "".join(page.words)
-    for site in samples.hostile().sites[:3]:
+    for site in samples.hostile().layers[:3]:
         assert words.count(site.name) >= 3  # table, map, list of the dead
     assert "\\x1b[31mred\\n| x |" in words
     # The same report but for its names has the same elements, but for those of the extra sections and line breaks.

@@ -114,7 +114,7 @@ def is_colour(image: np.ndarray[Any, np.dtype[np.uint8]], colour: tuple[int, int
 def test_maps_are_drawn_with_the_dead_in_their_own_colour(show: Callable[..., Any], theme: str) -> None:
     report = samples.mixed()
     browser = show(report, theme)
-    for index, site in enumerate(report.sites):
+    for index, site in enumerate(report.layers):
         if site.name == "never.ran":
             continue
         image = pixels(browser, index)

@@ -32,7 +32,7 @@ def test_a_report_is_valid_and_comes_back_whole(sample: Callable[[], Report]) ->
     text = sample().to_json()
     plain = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     VALIDATOR.validate(plain)
-    assert plain == sample().as_dict()
+    assert plain == sample().to_dict()
 
 
 def resolve(schema: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 
 
 def test_every_field_is_described_and_no_other() -> None:
-    assert list(undescribed(samples.mixed().as_dict(), SCHEMA)) == []
+    assert list(undescribed(samples.mixed().to_dict(), SCHEMA)) == []
 
 
 def spoil(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -105,7 +105,7 @@ def test_equal_reports_give_equal_bytes_whatever_the_order_of_their_dicts() -> N
 def test_what_was_not_measured_is_null_and_not_zero() -> None:
     plain = json.loads(samples.unwatched().to_json())
     assert plain["summary"]["dead_percent"] is None
-    assert set(plain["sites"][0]["zero_output_fraction"]) == {None}
+    assert set(plain["layers"][0]["zero_output_fraction"]) == {None}
 
 
 def test_a_number_that_is_not_finite_is_refused_where_none_may_stand() -> None:
@@ -118,4 +118,4 @@ def test_text_is_ascii_and_names_survive() -> None:
     name = "réseau.層.\ud800"
     text = samples.report(samples.site(name, 4)).to_json()
     assert text.isascii()
-    assert json.loads(text)["sites"][0]["name"] == name
+    assert json.loads(text)["layers"][0]["name"] == name

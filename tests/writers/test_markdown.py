@@ -13,7 +13,7 @@ from neuronscope.writers import markdown, wording
 from . import golden
 from . import sample_reports as samples
 
-NAMES = [site.name for site in samples.hostile().sites]
+NAMES = [site.name for site in samples.hostile().layers]
 
 
 def github(text: str) -> str:

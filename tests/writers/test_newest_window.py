@@ -108,7 +108,7 @@ def expected(story: str, phase: str) -> tuple[int, int, bool]:
 
 def last_column(report: Report) -> int | None:
     """Dead neurons in the newest window that the report's history holds; ``None`` where it holds none."""
-    (site,) = report.sites
+    (site,) = report.layers
     return int((site.history.levels[-1] == LEVEL_DEAD).sum()) if len(site.history.steps) else None
 
 
@@ -133,7 +133,7 @@ def in_markdown(report: Report) -> Shown:
 
 def in_json(report: Report) -> Shown:
     plain = json.loads(report.to_json())
-    (site,) = plain["sites"]
+    (site,) = plain["layers"]
     levels = site["history"]["levels"]
     column = levels[-1].count(LEVEL_DEAD) if levels else None
     assert site["labels"].count("dead") == site["dead"] == plain["summary"]["dead"]
@@ -164,7 +164,7 @@ def in_diagnosis(report: Report) -> Shown:
 
 
 def in_vectors(report: Report) -> Shown:
-    (site,) = report.sites
+    (site,) = report.layers
     return Shown(int((codes(site)[0] == LEVEL_DEAD).sum()), last_column(report), "")
 
 

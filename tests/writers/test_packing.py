@@ -148,7 +148,7 @@ def test_a_dead_neuron_never_vanishes(neurons: int, windows: int, rows: int, gre
 
 @pytest.mark.parametrize("budget", [2_000, 4_000, 16_000, 60_000])
 def test_a_budget_is_kept_with_the_finest_rung_that_fits(budget: int) -> None:
-    site = samples.noisy(sites=1, neurons=4096, windows=200).sites[0]
+    site = samples.noisy(sites=1, neurons=4096, windows=200).layers[0]
     packed = pack(site, budget, 0)
     assert len(packed.data) <= budget
     finer = LADDER[: LADDER.index(packed.resolution)]

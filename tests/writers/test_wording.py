@@ -96,10 +96,10 @@ def test_the_hardest_hit_site_is_that_with_the_largest_share() -> None:
 
 def test_neurons_that_are_not_finite_are_neither_dead_nor_alive() -> None:
     whole = samples.report(samples.site("relu", 20, samples.Fate(born=4, not_finite=10)))
-    assert wording.site_words(whole.sites[0], 0.95).dead_share == "40.0 %"  # 4 of the 10 with finite outputs
+    assert wording.site_words(whole.layers[0], 0.95).dead_share == "40.0 %"  # 4 of the 10 with finite outputs
     assert "4 of 10 neurons (40.0 %) are dead" in " ".join(findings.finding(whole))
     gone = samples.report(samples.site("relu", 20, samples.Fate(not_finite=20)))
-    assert wording.site_words(gone.sites[0], 0.95).dead_share == "–"
+    assert wording.site_words(gone.layers[0], 0.95).dead_share == "–"
     said = findings.finding(gone)
     assert said[0].startswith("NOT FINITE: 140 outputs")  # 20 neurons × 7
     assert said[1].startswith("No neuron gave finite outputs alone")

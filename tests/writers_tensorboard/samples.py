@@ -139,10 +139,10 @@ def report_of(
     return Report(
         model=model,
         phase=phase,
-        step=last,
+        global_step=last,
         window=WindowSpan("last", max(last - 99, 0), last, 100, True),
-        policy=Policy().as_dict(),
-        sites=tuple(sites),
+        policy=Policy().to_dict(),
+        layers=tuple(sites),
         not_measured=tuple(not_measured),
         notes=tuple(notes),
         versions={"neuronscope": "0.1.0"},

@@ -41,7 +41,7 @@ REPORTS: dict[str, Callable[[], Report]] = {
     "no site": lambda: samples.report_of([]),
     "one neuron": lambda: samples.uniform(LEVEL_DEAD, sites=1, neurons=1),
     "long and odd names": lambda: samples.report_of(
-        [replace(site, name=LONG + "\n\x00中") for site in samples.conv_net().sites[:1]], model="M" * 300
+        [replace(site, name=LONG + "\n\x00中") for site in samples.conv_net().layers[:1]], model="M" * 300
     ),
 }
 
@@ -54,7 +54,7 @@ def has(picture: Picture, colour: tuple[int, int, int], near: int = 0) -> int:
 @pytest.mark.parametrize("name", REPORTS)
 def test_nothing_reaches_the_edge_of_a_picture(name: str) -> None:
     report = REPORTS[name]()
-    for picture in (overview(report), *(heatmap(site, report.phase) for site in report.sites[:2])):
+    for picture in (overview(report), *(heatmap(site, report.phase) for site in report.layers[:2])):
         assert picture.dtype == np.uint8
         assert picture.shape[1:] == (784, 3)
         edges = np.concatenate(
@@ -67,7 +67,7 @@ def test_nothing_reaches_the_edge_of_a_picture(name: str) -> None:
 def test_a_small_network_fits_a_card_twice_its_size() -> None:
     # The time-series page shows 215 pixels of height and leaves out every other of 430.
     assert overview(samples.conv_net()).shape == (430, 784, 3)
-    assert all(heatmap(site, "train").shape == (430, 784, 3) for site in samples.conv_net().sites)
+    assert all(heatmap(site, "train").shape == (430, 784, 3) for site in samples.conv_net().layers)
 
 
 def test_one_dead_neuron_of_4096_shows_in_both_pictures() -> None:
@@ -79,9 +79,9 @@ def test_one_dead_neuron_of_4096_shows_in_both_pictures() -> None:
     dead = samples.report_of([samples.site_of("act", levels, steps)])
     assert has(overview(alive), ZERO) > 10_000
     assert has(overview(dead), ZERO) < 1_000  # the swatch of the legend is left
-    red = heatmap(dead.sites[0], "train")[:, :550]
+    red = heatmap(dead.layers[0], "train")[:, :550]
     assert has(red, DEAD, 8) > 3 * 500, "three rows of pixels, however many neurons there are"
-    assert has(heatmap(alive.sites[0], "train"), DEAD, 8) == 0
+    assert has(heatmap(alive.layers[0], "train"), DEAD, 8) == 0
 
 
 def test_a_window_narrower_than_a_pixel_still_shows() -> None:
@@ -112,7 +112,7 @@ def test_a_network_of_nan_does_not_look_healthy() -> None:
     body = overview(report)[116:]
     assert has(body, NOT_FINITE) > 10_000
     assert has(body, ZERO) == 0
-    assert has(heatmap(report.sites[0], "train"), NOT_FINITE) > 10_000
+    assert has(heatmap(report.layers[0], "train"), NOT_FINITE) > 10_000
 
 
 def test_what_was_not_seen_is_striped_and_not_zero() -> None:
@@ -147,7 +147,7 @@ def test_many_sites_are_put_together_and_the_dead_add_up() -> None:
 
 
 def test_neurons_are_sorted_dead_first_by_the_step_of_their_death() -> None:
-    site = samples.conv_net().sites[-1]
+    site = samples.conv_net().layers[-1]
     labels = site.judgement.labels()[order(site)]
     assert (np.diff(labels.astype(int)) >= 0)[: site.dead + site.cut_off + site.dormant - 1].all()
     dead = order(site)[: site.dead]

@@ -87,7 +87,7 @@ def test_vectors_carry_their_codes_and_their_place(kind: str, tmp_path: Path) ->
     with summary_writer(kind, tmp_path) as writer:
         write(report, writer, 4000, images=False, text=False)
     found = read(tmp_path)
-    for order, site in enumerate(report.sites):
+    for order, site in enumerate(report.layers):
         tag = f"neuronscope.vectors/{site.name}"
         (event,) = found.Tensors(tag)
         assert (tensor_util.make_ndarray(event.tensor_proto) == codes(site)).all()
@@ -106,7 +106,7 @@ def test_codes_keep_exact_zero_and_exact_one_apart_from_the_rest() -> None:
     # Never zero is 0 and always zero LEVEL_MAX; one position off either is not.
     wanted = [0, 1, LEVEL_MAX // 2, LEVEL_MAX - 1, LEVEL_MAX, LEVEL_UNSEEN]
     assert codes(site).tolist() == [wanted, wanted]
-    dead = samples.uniform(LEVEL_DEAD).sites[0]
+    dead = samples.uniform(LEVEL_DEAD).layers[0]
     assert set(codes(dead)[0].tolist()) == {LEVEL_DEAD}
 
 
@@ -136,7 +136,7 @@ def test_the_values_are_the_reports() -> None:
 def test_what_was_not_seen_has_no_value() -> None:
     found = scalars(samples.uniform(LEVEL_UNSEEN))
     assert [tag for tag in found if tag.rpartition("/")[2].endswith("pct") or "_pct/" in tag] == []
-    mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).sites[0], samples.conv_net().sites[5]])
+    mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).layers[0], samples.conv_net().layers[5]])
     assert [tag for tag in scalars(mixed) if tag.startswith("neuronscope.dead_pct/")] == [
         "neuronscope.dead_pct/features.16"
     ]
@@ -151,9 +151,9 @@ def test_a_network_of_nan_has_no_dead_share() -> None:
 
 def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: Path) -> None:
     early = samples.many_sites()
-    late = replace(early, step=2400, sites=tuple(replace(site, name=other.name) for site, other in zip(
-        early.sites, reversed(early.sites), strict=True))[::-1])  # fmt: skip
-    assert [site.name for site in late.sites] == [site.name for site in early.sites]
+    late = replace(early, global_step=2400, layers=tuple(replace(site, name=other.name) for site, other in zip(
+        early.layers, reversed(early.layers), strict=True))[::-1])  # fmt: skip
+    assert [site.name for site in late.layers] == [site.name for site in early.layers]
     with summary_writer("torch", tmp_path) as writer:
         write(early, writer, 1200, vectors=False)
         first = read(tmp_path).Tags()
@@ -171,7 +171,7 @@ def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: 
 def test_charts_of_groups_pool_their_neurons() -> None:
     report = samples.many_sites()
     found = scalars(report)
-    group = groups([site.name for site in report.sites])[-1]
+    group = groups([site.name for site in report.layers])[-1]
     sites = [report[name] for name in group.sites]
     assert len(sites) > 1
     expected = 100 * sum(site.dead for site in sites) / sum(site.neurons for site in sites)
@@ -189,7 +189,9 @@ def test_deaths_between_logs_are_all_counted_once(tmp_path: Path) -> None:
         events = found.Scalars(f"neuronscope/{tag}")
         assert [event.step for event in events] == [upto * 100 for upto in logged]
         # Every neuron was seen in every window, so the history's own count is the sum over the logs.
-        assert sum(event.value for event in events) == sum(int(getattr(s.history, name).sum()) for s in whole.sites) > 0
+        assert (
+            sum(event.value for event in events) == sum(int(getattr(s.history, name).sum()) for s in whole.layers) > 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_escaped_text_shows_as_it_is_in_tensorboard(text: str) -> None:
 
 def test_the_diagnosis_escapes_every_name() -> None:
     evil = "x|<script>alert(1)</script>[a](javascript:b)*_`\n# heading"
-    site = replace(samples.conv_net().sites[5], name=evil, activation=evil)
+    site = replace(samples.conv_net().layers[5], name=evil, activation=evil)
     report = samples.report_of([site], model=evil, phase=evil, not_measured=[NotMeasured(evil, evil)], notes=[evil])
     text = diagnosis(report)
     assert not set("<>[]`|_#") & set(re.sub(r"^### |&#\d+;|^\|.*\|$", "", text, flags=re.MULTILINE))

@@ -40,9 +40,9 @@ def measure(
     [('dead', [0]), ('alive', [1])]
     """
     report = scan(model, data, loss, **options)
-    policy, cut_off = Policy(**report.policy), cut_off_by_the_next(report.sites)
+    policy, cut_off = Policy(**report.policy), cut_off_by_the_next(report.layers)
     evidence = tuple(
-        one for site in report.sites for one in measured_evidence(site, policy, whole_layer=site.name in cut_off)
+        one for site in report.layers for one in measured_evidence(site, policy, whole_layer=site.name in cut_off)
     )
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return evidence, abstentions, report

@@ -84,8 +84,8 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
         if isinstance(report, Abstention):
             yield report
             continue
-        cut_off = cut_off_by_the_next(report.sites)
-        for site in report.sites:
+        cut_off = cut_off_by_the_next(report.layers)
+        for site in report.layers:
             yield from _site(site, report, site.name in cut_off)
 
 

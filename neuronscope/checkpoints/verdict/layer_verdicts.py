@@ -74,7 +74,7 @@ class PostmortemVerdict:
     supports: tuple[str, ...]
     contradictions: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The verdict as plain data."""
         return {**asdict(self), "supports": list(self.supports), "contradictions": list(self.contradictions)}
 
@@ -219,7 +219,7 @@ class LayerReport:
             contradictions=tuple(map(_said, against)),
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The layer as plain data: what is not plainly alive or unknown neuron by neuron, and all evidence."""
         told = np.flatnonzero(self.contested | (self.labels < CLAIMS.index("alive")))
         return {

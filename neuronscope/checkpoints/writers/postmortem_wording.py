@@ -63,7 +63,7 @@ GLOSSARY = (
 
 def title(report: PostmortemReport) -> str:
     """The checkpoint's name, what it is and, where it says so, how far training had come."""
-    steps = "" if report.step is None else f" · {plural(report.step, 'optimizer step')}"
+    steps = "" if report.global_step is None else f" · {plural(report.global_step, 'optimizer step')}"
     return f"{name(report)} · {visible(report.format)}{steps}"
 
 

@@ -47,7 +47,7 @@ def timeline(report: PostmortemReport) -> Timeline | None:
     }
     if not dated:
         return None
-    last = max(report.step or 0, *(int(steps.max()) for steps in dated.values()))
+    last = max(report.global_step or 0, *(int(steps.max()) for steps in dated.values()))
     bins = min(BINS, last + 1)
     counts = {index: np.histogram(steps, bins=bins, range=(0, last + 1))[0] for index, steps in dated.items()}
     total = np.sum(list(counts.values()), axis=0)

@@ -90,8 +90,8 @@ def overview(report: Report) -> ByteArray:
 
 def _headline(report: Report) -> str:
     observed = report.observed_neurons
-    broken = sum(int(site.judgement.not_finite.sum()) for site in report.sites)
-    if not report.sites:
+    broken = sum(int(site.judgement.not_finite.sum()) for site in report.layers)
+    if not report.layers:
         return "Nothing was watched"
     if not observed:
         return "No neuron has been observed yet"
@@ -103,9 +103,9 @@ def _headline(report: Report) -> str:
 
 
 def _subtitle(report: Report, rows: list[Row]) -> str:
-    parts = [report.model, report.phase, f"step {count(report.step)}", f"{count(report.neurons)} neurons"]
-    if len(rows) < len(report.sites):
-        parts.append(f"{count(len(report.sites))} sites in {len(rows)} groups")
+    parts = [report.model, report.phase, f"step {count(report.global_step)}", f"{count(report.neurons)} neurons"]
+    if len(rows) < len(report.layers):
+        parts.append(f"{count(len(report.layers))} sites in {len(rows)} groups")
     return " · ".join(parts)
 
 

@@ -55,7 +55,7 @@ class Row:
 
 def rows_of(report: Report, most: int) -> list[Row]:
     """The rows that show a report's sites, at most ``most``, in the order in which the sites ran."""
-    by_name = {site.name: site for site in report.sites}
+    by_name = {site.name: site for site in report.layers}
     return [_row(group, [by_name[name] for name in group.sites]) for group in group_sites(list(by_name), most)]
 
 

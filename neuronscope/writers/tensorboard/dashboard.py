@@ -65,7 +65,8 @@ def write(
         report: The report.
         writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
         step: The trainer's step, for the x axis. Must never fall for a phase; :class:`Dashboard` sees to that.
-        since: ``report.step`` of the report written before, so that no death falls between two; see :func:`scalars`.
+        since: ``report.global_step`` of the report written before, so that no death falls between two; see
+            :func:`scalars`.
         images: Whether to draw the overview (``neuronscope/overview``) and heat maps (``neuronscope.neurons/<site>``).
             A network of more than :data:`MOST_HEATMAPS` sites gets ``neuronscope.neurons/worst-1`` … ``worst-8``, each
             naming its site in the picture, so that the tags stay the same while the worst sites change.
@@ -132,7 +133,7 @@ class Dashboard:
         folder = folder_of(writer)
         self._file = None if folder is None else EventFile(folder)
         self._warned = False
-        self._written: dict[str, tuple[int, int]] = {}  # phase → (step written at, report.step)
+        self._written: dict[str, tuple[int, int]] = {}  # phase → (step written at, report.global_step)
 
     def write(
         self,
@@ -150,7 +151,7 @@ class Dashboard:
 
         Args:
             report: The report.
-            step: The trainer's step; ``report.step`` where it is not given.
+            step: The trainer's step; ``report.global_step`` where it is not given.
             images: Whether to draw pictures.
             text: Whether to write the diagnosis.
             vectors: Whether to write a byte a neuron.
@@ -159,7 +160,7 @@ class Dashboard:
         Returns:
             Whether it was written, all of it.
         """
-        step = report.step if step is None else step
+        step = report.global_step if step is None else step
         last_step, since = self._written.get(report.phase, (-1, -1))
         if step <= last_step:
             return False
@@ -168,7 +169,7 @@ class Dashboard:
             if self._file is not None:
                 require_room(self._file.run)
             write(report, self._writer, step, since=since, images=False, text=False, vectors=False, per_site=per_site)
-            self._written[report.phase] = (step, report.step)
+            self._written[report.phase] = (step, report.global_step)
             if self._file is None:
                 _draw(report, self._writer, step, **drawn)
             elif any(drawn.values()):
@@ -207,9 +208,9 @@ class Dashboard:
 
 def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """The sites that get a heat map, each under a name that stays."""
-    if len(report.sites) <= MOST_HEATMAPS:
-        return [(safe(site.name), site) for site in report.sites]
-    worst = sorted(report.sites, key=_severity)[:MOST_HEATMAPS]  # a stable sort: ties in the order of the network
+    if len(report.layers) <= MOST_HEATMAPS:
+        return [(safe(site.name), site) for site in report.layers]
+    worst = sorted(report.layers, key=_severity)[:MOST_HEATMAPS]  # a stable sort: ties in the order of the network
     return [(f"worst-{rank}", site) for rank, site in enumerate(worst, 1)]
 
 

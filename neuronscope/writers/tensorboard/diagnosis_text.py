@@ -37,8 +37,8 @@ def diagnosis(report: Report) -> str:
         Markdown; every name in it is escaped.
     """
     observed = report.observed_neurons
-    gradients = any(site.gradient_positions for site in report.sites)
-    lines = [f"### {escape(report.model)}, {escape(report.phase)}, step {report.step:,}", ""]
+    gradients = any(site.gradient_positions for site in report.layers)
+    lines = [f"### {escape(report.model)}, {escape(report.phase)}, step {report.global_step:,}", ""]
     if observed:
         lines.append(
             f"**{report.dead:,} of {observed:,} observed neurons are dead ({_percent(report.dead, observed)})**; "
@@ -49,7 +49,7 @@ def diagnosis(report: Report) -> str:
                 else "No gradients were seen, so none can be called cut off."
             )
         )
-        broken = sum(int(site.judgement.not_finite.sum()) for site in report.sites)
+        broken = sum(int(site.judgement.not_finite.sum()) for site in report.layers)
         if broken:
             lines += [
                 "",
@@ -62,7 +62,7 @@ def diagnosis(report: Report) -> str:
     lines += [f"- {escape(note)}" for note in report.notes]
     if report.notes:
         lines.append("")
-    ill = sorted((site for site in report.sites if _ill(site)), key=_severity)
+    ill = sorted((site for site in report.layers if _ill(site)), key=_severity)
     if ill:
         lines += _table(report, ill)
     elif observed:

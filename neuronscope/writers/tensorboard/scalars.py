@@ -36,14 +36,14 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 
     Args:
         report: The report.
-        since: Step of the report that was logged before this one (its own ``report.step``), so that no death falls
-            between two logs; ``None`` counts the last window alone.
+        since: Step of the report that was logged before this one (its own ``report.global_step``), so that no death
+            falls between two logs; ``None`` counts the last window alone.
         per_site: Whether to give the numbers of the sites too.
 
     Returns:
         Finite floats by tag, in a stable order.
     """
-    sites = report.sites
+    sites = report.layers
     found = dict(_shares(sites))
     with_gradient = [site for site in sites if site.gradient_positions > 0]
     if observed := _observed(with_gradient):

@@ -76,7 +76,7 @@ def summaries(report: Report) -> list[Summary]:
             "Expected TensorBoard for writing vectors, but it is not installed: pip install tensorboard"
         ) from error
     made = []
-    for order, site in enumerate(report.sites):
+    for order, site in enumerate(report.layers):
         plugin = summary_pb2.SummaryMetadata.PluginData(
             plugin_name=PLUGIN_NAME, content=json.dumps(_content(report, site, order)).encode("ascii")
         )
