@@ -49,5 +49,6 @@ class DeadThreshold:
         worst = max(report.layers, key=lambda site: (site.dead + int(site.judgement.not_finite.sum())) / site.neurons)
         return (
             f"{report.dead} of {observed} neurons are dead ({report.dead_percent:.1f} %){nan} "
-            f"at step {report.global_step}; the threshold is {self.threshold:g} %. Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
+            f"at step {report.global_step}; the threshold is {self.threshold:g} %. "
+            f"Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
         )

@@ -76,14 +76,14 @@ def report_without_deaths(report: Report) -> Report:
     for site in report.layers:
         nobody = torch.zeros(site.neurons, dtype=torch.bool).numpy()
         sites.append(replace(site, judgement=replace(site.judgement, dead=nobody)))
-    return replace(report, sites=tuple(sites))
+    return replace(report, layers=tuple(sites))
 
 
 def test_neurons_that_give_nan_count_as_lost() -> None:
     report = report_without_deaths(report_of(DeadNeuronMonitor(**OPTIONS)))
     first = report.layers[0]
     everybody = torch.ones(first.neurons, dtype=torch.bool).numpy()
-    broken = replace(report, sites=(replace(first, judgement=replace(first.judgement, not_finite=everybody)),))
+    broken = replace(report, layers=(replace(first, judgement=replace(first.judgement, not_finite=everybody)),))
     message = DeadThreshold("warn", 50).hear(broken)
     assert message is not None
     assert "and 12 give NaN or infinite outputs" in message

@@ -138,7 +138,8 @@ def test_a_record_of_short_passes_is_of_the_newest_one():
     (dead,) = [piece for piece in found if piece.claim == "dead"]
     assert dead.neurons.tolist() == [0]
     assert "over 200 examples of phase val" in dead.text
-    assert "too few examples" in dead.text
+    assert dead.basis == "suspected"
+    assert "Silent on 200 examples only" in dead.text
     assert dead.numbers[0] == pytest.approx(1 - 0.05 ** (1 / 200))
 
 

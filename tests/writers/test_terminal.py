@@ -164,7 +164,10 @@ def test_a_window_that_is_too_short_says_so() -> None:
 def test_a_scan_has_no_steps_and_is_not_nothing(at: int) -> None:
     whole = samples.mixed()
     scan = replace(
-        whole, phase="scan", step=0, window=replace(whole.window, name="all", first_step=at, last_step=at, steps=at + 1)
+        whole,
+        phase="scan",
+        global_step=0,
+        window=replace(whole.window, name="all", first_step=at, last_step=at, steps=at + 1),
     )
     assert "Based on 1,000 examples. A neuron called dead" in str(scan)
     assert str(scan).startswith("Neuronscope · TinyNet · scan\n")
