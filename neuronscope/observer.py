@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.census import SiteInfo
-from neuronscope.countable import empty_now, uncountable, what
+from neuronscope.countable import BATCHED_GRADIENT, IN_TRANSFORM, empty_now, in_transform, uncountable, what
 from neuronscope.counting import Scratch
 from neuronscope.frames import Frame, in_backward, observable
 from neuronscope.gradients import CountedGradient, GradientHook, RecomputedGradient, register
@@ -195,10 +195,15 @@ class Observer:
             if not observable():
                 return None
             recomputing = in_backward()
+        transformed = not torch.compiler.is_compiling() and in_transform(x)
         if recomputing:
-            self._ask_again(x, path, function, halved)
+            if not transformed:
+                self._ask_again(x, path, function, halved)
             return None
         key = frame.number(path, function)
+        if transformed:
+            self.unseen.setdefault(key.name, IN_TRANSFORM)
+            return None
         examples = x.size(0) if loose else frame.examples
         call = self._call(key, activation, x, halved, examples)
         if call is None:
@@ -301,6 +306,9 @@ class Observer:
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
         path, function, call, axis, source, part, activation, examples = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
+        if not torch.compiler.is_compiling() and in_transform(y):
+            self.unseen.setdefault(key.name, IN_TRANSFORM)
+            return
         info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *part)
         meter = self._meter_of(key, info, local(y).shape[axis], y)
         if meter is not None:
@@ -374,10 +382,15 @@ class Observer:
 
     def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
         """The gradient at a pre-activation has come: count it."""
-        if type(gradient) is not Tensor and (is_partial(gradient) or cut(gradient) != meter.cut):
-            name = next(key.name for (_, key), known in self._meters.items() if known is meter)
-            self.unseen.setdefault(name, "its gradient is spread over the ranks in another way than its output")
-            return
-        plain = gradient.detach() if gradient.requires_grad else gradient
-        add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
+        if in_transform(gradient):
+            self._gradient_unseen(meter, BATCHED_GRADIENT)
+        elif type(gradient) is not Tensor and (is_partial(gradient) or cut(gradient) != meter.cut):
+            self._gradient_unseen(meter, "its gradient is spread over the ranks in another way than its output")
+        else:
+            plain = gradient.detach() if gradient.requires_grad else gradient
+            add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
+
+    def _gradient_unseen(self, meter: Meter, reason: str) -> None:
+        name = next(key.name for (_, key), known in self._meters.items() if known is meter)
+        self.unseen.setdefault(name, reason)
