@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,12 @@ class Watch(Protocol):
     registry: Registry
     observer: Observer
     running: list[Call | None]
+
+    def runs(self, caller: FrameType) -> bool:
+        """Return whether anything that is watched runs in this thread, around ``caller``."""
+
+    def take_off_next(self) -> None:
+        """Take the mode off the stack after the call that it handles."""
 
     def fail(self, error: Exception) -> None:
         """Hear of a fault of ours."""
@@ -77,7 +84,12 @@ class FunctionWatch(TorchFunctionMode):
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
-            return self._see(func, args, kwargs or {})
+            if self.tap.runs(sys._getframe(1)):
+                return self._see(func, args, kwargs or {})
+            try:  # an interrupt ended what ran, and this is somebody else's
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.tap.take_off_next()
         finally:
             self.handling = before
 
