@@ -12,8 +12,8 @@ __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "empty_now", "in_transform", "unc
 
 #: Why calls in a function transform are not measured.
 IN_TRANSFORM = (
-    "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were not "
-    "counted, and any others were"
+    "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
+    "not counted, and any others were"
 )
 #: Why gradients that are batched tensors are not measured.
 BATCHED_GRADIENT = (
@@ -39,7 +39,7 @@ def empty_now(tensor: Tensor) -> bool:
 def in_transform(tensor: Tensor) -> bool:
     """Return whether a function transform runs, or left this tensor batched, so that its numbers cannot be read.
 
-    Transforms are ``torch.vmap`` and those of ``torch.func``. Tensors are batched outside of them, too, where a gradient
+    Transforms are ``torch.vmap`` and those of ``torch.func``. Tensors are batched outside of them too, where a gradient
     is taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:

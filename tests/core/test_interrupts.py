@@ -106,7 +106,9 @@ def counted(scope: ns.Scope) -> dict[str, tuple[int, int]]:
 def expected(**positions: int) -> dict[str, tuple[int, int]]:
     """Sites of ``Net`` with as many positions each: of ``all``, and other numbers by name."""
     every = positions.pop("all")
-    return {name: (neurons, positions.get(name.partition(".")[0].strip("()"), every)) for name, neurons in SITES.items()}
+    return {
+        name: (neurons, positions.get(name.partition(".")[0].strip("()"), every)) for name, neurons in SITES.items()
+    }
 
 
 @pytest.mark.parametrize("error", ERRORS)
