@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.gradients import unwatched
+from neuronscope.interrupts import CallStack
 from neuronscope.observer import Call, Observer
 from neuronscope.sites import Activation, Registry
+from neuronscope.threads import EnteredMode
 
 __all__ = ["FunctionWatch", "Watch", "first_input"]
 
@@ -36,12 +38,11 @@ class Watch(Protocol):
     registry: Registry
     observer: Observer
     running: list[Call | None]
+    callers: CallStack
+    entered: EnteredMode
 
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, around ``caller``."""
-
-    def take_off_next(self) -> None:
-        """Take the mode off the stack after the call that it handles."""
 
     def fail(self, error: Exception) -> None:
         """Hear of a fault of ours."""
@@ -84,12 +85,12 @@ class FunctionWatch(TorchFunctionMode):
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
-            if self.tap.runs(sys._getframe(1)):
+            if self.tap.callers.runs(id(func)) or self.tap.runs(sys._getframe(1)):
                 return self._see(func, args, kwargs or {})
             try:  # an interrupt ended what ran, and this is somebody else's
                 return func(*args, **(kwargs or {}))
             finally:
-                self.tap.take_off_next()
+                self.tap.entered.take_off_next()
         finally:
             self.handling = before
 

@@ -24,7 +24,7 @@ from neuronscope.frameskip import skip_frames
 from neuronscope.functions import FunctionWatch, first_input
 from neuronscope.gradients import InertHook, unwatched
 from neuronscope.handles import Handles, compilations
-from neuronscope.interrupts import CallStack
+from neuronscope.interrupts import CallStack, is_on_stack
 from neuronscope.observer import AxisSource, Call, MeterSource, Observer
 from neuronscope.shards import shares_layers
 from neuronscope.sites import Activation, Registry, walk
@@ -69,10 +69,10 @@ class Tap:
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
         self._mode = FunctionWatch(self)
-        self._entered = EnteredMode(self._mode)
+        self.entered = EnteredMode(self._mode)
         self._turn = Turn()
-        self._owners = CallStack()  # of the modules in ``observer.frame.owners``
-        self._activations = CallStack()  # of those that are running
+        self.callers = CallStack()  # of the modules in ``observer.frame.owners``
+        self._activation: FrameType | None = None  # what called the outermost of those that are running
         self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
         self._handles = Handles()
@@ -154,24 +154,24 @@ class Tap:
         if observing and self._handles.off:
             self._wake()
         self.observer.restart()
-        self._entered.leave(handling=self._mode.handling)
+        self.entered.leave(handling=self._mode.handling)
         self._end()
         self.observing = observing
         if observing and self._step_open:
-            self._entered.enter(handling=self._mode.handling)
+            self.entered.enter(handling=self._mode.handling)
 
     def open_step(self) -> None:
         """A training step that is not itself a module's forward begins: watch its own functional calls too."""
         self._step_open = True
         self._bound(True)
         if self.observing:
-            self._entered.enter(handling=self._mode.handling)
+            self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """The training step is over."""
         self._step_open = False
         self._bound(False)
-        self._entered.leave(handling=self._mode.handling)
+        self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
             self.settle()
 
@@ -197,31 +197,26 @@ class Tap:
             caller: The frame that called a hook, or a torch function.
         """
         owners = self.observer.frame.owners
-        if self._turn.is_taken_here():
-            if self.running:
-                del self.running[self._activations.depth(len(self.running), caller) :]
-                if not self.running:
-                    self._entered.resume()
-            if owners:
-                del owners[self._owners.depth(len(owners), caller) :]
-                if not owners:
-                    self.observer.frame.forget()
-                    self._end()
+        if owners and self._turn.is_taken_here():
+            del owners[self.callers.running(len(owners), caller) :]
+            if not owners:
+                self.observer.frame.forget()
+                self._end()
+        if self._activation is not None and not is_on_stack(self._activation, caller):
+            self._activation = None
+            self.running.clear()
+            self.entered.resume()
         return bool(owners) or self._step_open
-
-    def take_off_next(self) -> None:
-        """Take the function mode off the stack after the call that it handles."""
-        self._entered.take_off_next()
 
     def _end(self) -> None:
         """Nothing runs any more: leave the function mode, unless a step is open."""
-        self._owners.cut(0)
-        self._activations.cut(0)
+        self.callers.cut(0)
+        self._activation = None
         self.running.clear()
         self._suspended.clear()
         self._turn.end()
         if not self._step_open:
-            self._entered.leave(handling=self._mode.handling)
+            self.entered.leave(handling=self._mode.handling)
 
     def fail(self, error: Exception) -> None:
         """A fault of ours: warn once, detach, and let the training go on."""
@@ -245,51 +240,56 @@ class Tap:
         """A watched module begins to run, called by ``caller`` (``None`` where ``torch.compile`` traces)."""
         owners = self.observer.frame.owners
         if caller is not None:
-            self.runs(caller)
-            if path == "" and owners and not self._owners:
+            self._look(module, caller)
+            if path == "" and owners and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward that failed left its traces
-            self._owners.begin(len(owners), caller)
+            self.callers.begin(len(owners), caller)
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
-            self._entered.enter(handling=self._mode.handling)
+            self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not, and give other outputs where the input is padded.
             self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
-            self._entered.leave(handling=self._mode.handling)
+            self.entered.leave(handling=self._mode.handling)
 
     def leave(self, path: str) -> None:
         """A watched module is done, or failed."""
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
-            self._entered.enter(handling=self._mode.handling)
+            self.entered.enter(handling=self._mode.handling)
         if self.observer.frame.leave():
             self._end()
         else:
-            self._owners.cut(len(self.observer.frame.owners))
+            self.callers.cut(len(self.observer.frame.owners))
+
+    def _look(self, module: nn.Module, caller: FrameType) -> None:
+        """A hook of a module is called by ``caller``: forget what an interrupt ended."""
+        if self._activation is not None or (self.observer.frame.owners and not self.callers.runs(id(module))):
+            self.runs(caller)
 
     def begin_activation(self, call: Call | None, caller: FrameType | None) -> None:
         """A module runs whose own calls are its own affair."""
-        if caller is not None:
-            self._activations.begin(len(self.running), caller)
+        if not self.running:
+            self._activation = caller
         self.running.append(call)
 
     def before(self, path: str, activation: Activation, module: nn.Module, x: Any, caller: FrameType | None) -> None:
         """An activation module is about to run on ``x``, called by ``caller``."""
         call = None
         if caller is not None:
-            self.runs(caller)
+            self._look(module, caller)
         if not self.running:
             halved = getattr(module, "dim", -1) if activation.halves else None
             call = self.observer.begin(path, "", activation, x, halved)
-            self._entered.suspend()  # what it calls is its own affair
+            self.entered.suspend()  # what it calls is its own affair
         self.begin_activation(call, caller)
 
     def after(self, x: Any, y: Any) -> None:
         """An activation module made ``y`` of ``x``; ``None`` where it failed."""
         call = self.running.pop() if self.running else None
         if not self.running:
-            self._activations.cut(0)
-            self._entered.resume()
+            self._activation = None
+            self.entered.resume()
         if call is not None:
             self.observer.end(call, x, y)
         if not self.running and not self.observer.frame.owners:
@@ -363,7 +363,7 @@ class _Mute(InertHook):
 class _Unmute(_Mute):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         if self.tap.watches_here() and self.tap.running:
-            self.tap.running.pop()
+            self.tap.after(None, None)
 
 
 class _Before(InertHook):

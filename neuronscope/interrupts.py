@@ -7,9 +7,10 @@ first hook is kept until its last one: while that frame is on the thread's stack
 
 from __future__ import annotations
 
+import sys
 from types import FrameType
 
-__all__ = ["CallStack"]
+__all__ = ["CallStack", "is_on_stack"]
 
 
 class CallStack:
@@ -17,20 +18,24 @@ class CallStack:
 
     A module that ``torch.compile`` traced has no frame here. It counts as running as long as those around it do.
 
+    Attributes:
+        innermost: The frame of the innermost module; ``None`` where there is none.
+
     >>> import sys
-    >>> def forward(stack: CallStack) -> int:
+    >>> def forward(stack: CallStack) -> tuple[bool, int]:
     ...     stack.begin(0, sys._getframe())
-    ...     return stack.depth(1, sys._getframe())
+    ...     return stack.runs(0), stack.running(1, sys._getframe())
     >>> stack = CallStack()
-    >>> forward(stack), stack.depth(1, sys._getframe())
-    (1, 0)
+    >>> forward(stack), stack.runs(0), stack.running(1, sys._getframe())
+    ((True, 1), False, 0)
     """
 
-    def __init__(self) -> None:
-        self._frames: list[tuple[int, FrameType]] = []  # each with the number of modules around it
+    MOST_PLACES = 4096
 
-    def __bool__(self) -> bool:
-        return bool(self._frames)
+    def __init__(self) -> None:
+        self.innermost: FrameType | None = None
+        self._distances: dict[int, int] = {}  # of each place that asked, how many frames above it the innermost was
+        self._frames: list[tuple[int, FrameType]] = []  # each with the number of modules around it
 
     def begin(self, depth: int, frame: FrameType) -> None:
         """A module begins to run.
@@ -39,33 +44,66 @@ class CallStack:
             depth: How many modules run around it.
             frame: The frame that calls its hooks and its forward.
         """
-        self.cut(depth)
+        if self._frames and self._frames[-1][0] >= depth:
+            self.cut(depth)
         self._frames.append((depth, frame))
+        self.innermost = frame
 
     def cut(self, depth: int) -> None:
         """Forget the frames of all but the ``depth`` outermost modules: the others have ended."""
-        while self._frames and self._frames[-1][0] >= depth:
-            self._frames.pop()
+        frames = self._frames
+        while frames and frames[-1][0] >= depth:
+            frames.pop()
+        self.innermost = frames[-1][1] if frames else None
 
-    def depth(self, depth: int, frame: FrameType | None) -> int:
+    def runs(self, place: int) -> bool:
+        """Return whether the innermost module runs, around the function that calls this.
+
+        Python makes an object of each frame that is looked at. So the one is looked at first that was right last time.
+
+        Args:
+            place: Who asks: a number that is the same where the distance from the innermost module is likely to be.
+        """
+        innermost = self.innermost
+        try:
+            if sys._getframe(self._distances.get(place, 1)) is innermost:
+                return True
+        except ValueError:  # so many frames there are not
+            pass
+        if innermost is None:
+            return False
+        distance, frame = 1, sys._getframe(1)
+        while frame is not innermost:
+            if frame.f_back is None:
+                return False
+            distance, frame = distance + 1, frame.f_back
+        if len(self._distances) >= self.MOST_PLACES:
+            self._distances.clear()
+        self._distances[place] = distance
+        return True
+
+    def running(self, depth: int, frame: FrameType) -> int:
         """Return how many modules still run, and forget the frames of the others.
 
         Args:
             depth: How many ran when last heard of.
-            frame: A frame that is running in their thread, called by the innermost of them if that still runs.
+            frame: A frame that runs in their thread, and inside the innermost of them that does.
         """
         self.cut(depth)
-        if not self._frames:
-            return depth
-        innermost, above = self._frames[-1][1], frame
-        while above is not None:
-            if above is innermost:
-                return depth
-            above = above.f_back
-        running = set()
-        while frame is not None:
-            running.add(frame)
-            frame = frame.f_back
-        while self._frames and self._frames[-1][1] not in running:
-            depth = self._frames.pop()[0]
+        while self.innermost is not None and not is_on_stack(self.innermost, frame):
+            depth = self._frames[-1][0]
+            self.cut(depth)
         return depth
+
+
+def is_on_stack(sought: FrameType, frame: FrameType) -> bool:
+    """Return whether a frame still runs: whether another one that runs is it, or was called by it.
+
+    Args:
+        sought: The frame that may have ended.
+        frame: One that runs.
+    """
+    above: FrameType | None = frame
+    while above is not None and above is not sought:
+        above = above.f_back
+    return above is not None

@@ -95,7 +95,7 @@ def _site(name: str, tally: Tally | None, everything: Tally, record: PhaseRecord
 def _notes(census: Census, window: WindowSpan, policy: Policy) -> tuple[str, ...]:
     notes = []
     if not census:
-        notes.append("Nothing was observed: no activation ran while the model was watched in this phase.")
+        notes.append("Nothing was observed: no activation was measured in this phase.")
         return tuple(notes)
     broken = [name for name, tally in census.items() if tally.not_finite]
     if broken:
