@@ -15,11 +15,12 @@ from torch import nn
 from neuronscope.arguments import checked_policy, positive
 from neuronscope.census import Census, SiteInfo
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
+from neuronscope.fault import Fault
 from neuronscope.hooks import Tap
 from neuronscope.meters import Meter
 from neuronscope.ranks import Ranks
 from neuronscope.report import Report
-from neuronscope.reporting import make_report
+from neuronscope.reporting import make_report, not_measured
 from neuronscope.selection import Patterns, Selection
 from neuronscope.sites import Activation, Registry, SiteKey, model_name
 from neuronscope.verdicts import Policy
@@ -60,6 +61,7 @@ class Scope:
         self._step = 0
         self._detached = False
         self._retired = False
+        self._fault: Fault | None = None
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
@@ -207,8 +209,14 @@ class Scope:
             self._record(phase).take(census)
             self._record(phase).close()
 
-    def retire(self) -> None:
-        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`."""
+    def retire(self, fault: Exception | None = None) -> None:
+        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`.
+
+        Args:
+            fault: What went wrong, if anything did: every later report begins with it.
+        """
+        if fault is not None and (self._fault is None or self._fault.earlier):
+            self._fault = Fault.of(fault, self._step)
         self._tap.detach()
         self._retired = True
 
@@ -275,8 +283,9 @@ class Scope:
             phase=phase,
             step=self._step,
             policy=self.policy,
-            unseen=self._not_measured(record),
+            unseen=not_measured(self._tap.observer.not_seen(), self._tap.module_sites, record, self._selection.wants),
             exchanges=self._ranks.exchanges,
+            fault=self._fault_met(),
         )
 
     def _seen(self, phase: str) -> PhaseRecord:
@@ -285,14 +294,9 @@ class Scope:
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
         return self._records.get(phase) or PhaseRecord(self.policy)
 
-    def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
-        unseen = self._tap.observer.not_seen()
-        ran = {key.path for key in record.keys_met() if not key.function}
-        for path in self._tap.module_sites:
-            name = SiteKey(path, "", 0, False).name
-            if path not in ran and name not in unseen and self._selection.wants(name):
-                unseen[name] = "this module did not run while it was watched"
-        return unseen
+    def _fault_met(self) -> Fault | None:
+        failure = self._tap.failure
+        return self._fault if failure is None else Fault.of(failure, self._tap.observer.step)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -305,7 +309,7 @@ class Scope:
         """
         if join:
             self._flush("train")
-        return state_of_phases(self._step, self._records)
+        return state_of_phases(self._step, self._records, self._fault_met())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts and the history of a saved scope; the model may have changed.
@@ -313,7 +317,7 @@ class Scope:
         Raises:
             StateError: The state is not one of a scope, or of a later version.
         """
-        self._step, phases = saved_phases(state, self.policy)
+        self._step, phases, self._fault = saved_phases(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._observe()
