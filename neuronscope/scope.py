@@ -210,11 +210,7 @@ class Scope:
             self._record(phase).close()
 
     def retire(self, fault: Exception | None = None) -> None:
-        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`.
-
-        Args:
-            fault: What went wrong, if anything did: every later report begins with it.
-        """
+        """Count no more, after a fault of ours; ``step`` and ``detach`` are still due, so that no other rank waits."""
         if fault is not None and (self._fault is None or self._fault.earlier):
             self._fault = Fault.of(fault, self._step)
         self._tap.detach()
