@@ -43,7 +43,7 @@ def in_transform(tensor: Tensor) -> bool:
     is taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:
-        tensor: Not one that ``torch.compile`` traces.
+        tensor: Any; only of one that ``torch.compile`` traces it is not known whether it was batched before.
 
     >>> in_transform(torch.zeros(2))
     False
@@ -52,8 +52,17 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(tensor)
+    if _transforms() > 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _count_transforms() -> int:
+    """Return how many function transforms run, one inside another."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+_transforms = torch.compiler.assume_constant_result(_count_transforms)  # run for real where a graph is traced
 
 
 def uncountable(tensor: Tensor) -> str:

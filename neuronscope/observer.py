@@ -195,7 +195,7 @@ class Observer:
             if not observable():
                 return None
             recomputing = in_backward()
-        transformed = not torch.compiler.is_compiling() and in_transform(x)
+        transformed = in_transform(x)
         if recomputing:
             if not transformed:
                 self._ask_again(x, path, function, halved)
@@ -306,7 +306,7 @@ class Observer:
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
         path, function, call, axis, source, part, activation, examples = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
-        if not torch.compiler.is_compiling() and in_transform(y):
+        if in_transform(y):
             self.unseen.setdefault(key.name, IN_TRANSFORM)
             return
         info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *part)

@@ -56,7 +56,7 @@ class Selection:
         for pattern in sorted(self._unmatched):
             yield f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {seen}."
         if not self._met:
-            yield f"No activation of {model} was measured in the first observed step."
+            yield f"No activation of {model} was seen in the first observed step; nothing is being measured."
 
     def wants(self, name: str) -> bool:
         """Whether the site of this name is to be counted."""

@@ -152,6 +152,26 @@ def test_vmap_inside_a_forward(inside: Callable[[Tensor, Tensor], Tensor], missi
     assert [item.name for item in scope.report().not_measured] == missing
 
 
+def test_vmap_inside_a_compiled_forward() -> None:
+    torch._dynamo.reset()
+    outputs = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        net = Critics(lambda w, h: F.relu(h @ w))
+        run = torch.compile(net, backend="aot_eager", fullgraph=True)
+        scope = ns.watch(net) if watched else None
+        for _ in range(3):
+            outputs.append(run(torch.randn(7, 4)))
+            outputs[-1].sum().backward()
+            if scope is not None:
+                scope.step()
+    assert all(torch.equal(*pair) for pair in zip(outputs[:3], outputs[3:], strict=True))
+    assert scope is not None
+    assert {name: tally.positions for name, tally in scope.census().items()} == {"body.1": 21, "tanh()": 21}
+    assert [item.name for item in scope.report().not_measured] == ["relu()"]
+    scope.detach()
+
+
 def test_calls_after_one_in_a_transform_keep_their_numbers() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -171,7 +191,7 @@ def test_calls_after_one_in_a_transform_keep_their_numbers() -> None:
 
 def test_a_model_that_runs_in_transforms_alone_is_not_said_never_to_have_run() -> None:
     net = Net()
-    with ns.watch(net) as scope, pytest.warns(ns.NeuronscopeWarning, match="was measured in the first observed step"):
+    with ns.watch(net) as scope, pytest.warns(ns.NeuronscopeWarning, match="nothing is being measured"):
         ensemble(net, torch.ones(3, 4))
         scope.step()
     report = scope.report()
