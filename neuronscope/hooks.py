@@ -183,7 +183,7 @@ class Tap:
         """Whether what runs in this thread is to be counted."""
         if not self.observing or self._turn.is_ours():
             return self.observing
-        if self._turn.is_taken_by_none():
+        if self._turn.free():
             self.observer.frame.restart()
             self._end()
             return self._turn.is_ours()

@@ -38,9 +38,10 @@ class Turn:
         """Whether this thread took the turn."""
         return self._taken.get("thread") == threading.get_ident()
 
-    def is_taken_by_none(self) -> bool:
-        """Whether the thread that took the turn has ended."""
-        return self._taken.get("thread") not in sys._current_frames()
+    def free(self) -> bool:
+        """Take the turn from a thread that has ended, and say whether there was one."""
+        owner = self._taken.get("thread")
+        return owner is not None and owner not in sys._current_frames() and self._taken.pop("thread", None) == owner
 
     def end(self) -> None:
         """The forward is over: the next may come in any thread."""
