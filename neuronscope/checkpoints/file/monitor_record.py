@@ -71,6 +71,8 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
             yield Abstention(
                 _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
             )
+        elif report.fault:
+            yield Abstention(_SOURCE, "", f"The record {key!r} is not of the whole run: {report.fault}")
         yield from found
 
 

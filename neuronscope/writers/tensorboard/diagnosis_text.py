@@ -36,7 +36,8 @@ def diagnosis(report: Report) -> str:
     """
     observed = report.observed_neurons
     gradients = any(site.gradient_positions for site in report.sites)
-    lines = [f"### {escape(report.model)}, {escape(report.phase)}, step {report.step:,}", ""]
+    lines = [f"**{escape(report.fault)}**", ""] if report.fault else []
+    lines += [f"### {escape(report.model)}, {escape(report.phase)}, step {report.step:,}", ""]
     if observed:
         lines.append(
             f"**{report.dead:,} of {observed:,} observed neurons are dead ({_percent(report.dead, observed)})**; "
@@ -56,8 +57,8 @@ def diagnosis(report: Report) -> str:
     else:
         lines.append("**No neuron was observed.** Nothing can be said.")
     lines += ["", _window(report), ""]
-    lines += [f"- {escape(note)}" for note in report.notes]
-    if report.notes:
+    lines += [f"- {escape(note)}" for note in report.other_notes]
+    if report.other_notes:
         lines.append("")
     ill = sorted((site for site in report.sites if _ill(site)), key=_severity)
     if ill:
