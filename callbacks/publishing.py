@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -56,6 +56,8 @@ def totals(report: Report | None, phase: str) -> dict[str, float]:
 
 def summary(report: Report) -> str:
     """One line for a log."""
+    if report.fault:
+        return f"{report.fault} {summary(replace(report, fault=''))}"
     if not report.observed_neurons:
         return "Neuronscope: no activation was observed."
     more = [f"{count} {what}" for count, what in ((report.dormant, "dormant"), (report.cut_off, "cut off")) if count]

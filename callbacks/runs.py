@@ -110,12 +110,16 @@ class Runs:
         finally:  # whatever fails, the hooks go
             gate.detach(join=join)
 
-    def give_up(self) -> None:
-        """After a fault, perhaps on this rank alone: count no more, but keep no other rank waiting."""
+    def give_up(self, fault: Exception) -> None:
+        """After a fault, perhaps on this rank alone: count no more, but keep no other rank waiting.
+
+        Args:
+            fault: What went wrong: every later report begins with it.
+        """
+        if self.scope is not None:
+            self.scope.retire(fault)
         if world_size() == 1:
             self.detach(join=False)
-        elif self.scope is not None:
-            self.scope.retire()
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
         """Everything counted so far, as tensors and primitives; empty before anything ran.

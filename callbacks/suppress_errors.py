@@ -16,10 +16,10 @@ class SuppressErrors:
 
     Args:
         what: What is not done when it fails, for the warning.
-        then: Called after a fault.
+        then: Called with what went wrong.
     """
 
-    def __init__(self, what: str, then: Callable[[], None] | None = None) -> None:
+    def __init__(self, what: str, then: Callable[[Exception], None] | None = None) -> None:
         self._what = what
         self._then = then
         self.first: Exception | None = None
@@ -34,7 +34,7 @@ class SuppressErrors:
             return False
         known, self.first = self.first, self.first or error
         if self._then is not None:
-            self._then()
+            self._then(error)
         if known is None:
             warnings.warn(
                 f"Neuronscope could not {self._what}; training goes on. {type(error).__name__}: {error}",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 import torch
 
 import neuronscope
 from neuronscope.judge.verdicts import Policy, judge
+from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
+from neuronscope.sites import SiteKey
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord
 
-__all__ = ["make_report"]
+__all__ = ["make_report", "not_measured"]
 
 
 def make_report(
@@ -26,6 +28,7 @@ def make_report(
     policy: Policy,
     unseen: Mapping[str, str],
     exchanges: Exchanges,
+    fault: Fault | None = None,
 ) -> Report:
     """Judge a phase.
 
@@ -37,6 +40,7 @@ def make_report(
         policy: The thresholds.
         unseen: What could not be seen, name → reason.
         exchanges: What joining the counts of several ranks has cost.
+        fault: What ended the watch, if a fault of ours did.
 
     Returns:
         The report, of the newest closed window, as things stood when it closed; of everything where none has closed.
@@ -51,6 +55,7 @@ def make_report(
         steps=judged.steps,
         long_enough=judged.examples >= policy.min_examples,
     )
+    said = "" if fault is None else str(fault)
     nothing = {name: Tally.nothing(tally.info, tally.neurons) for name, tally in everything.items()}
     seen = {**nothing, **until_then}  # a site may have run since, or not in the window that is judged
     sites = tuple(_site(name, judged.get(name), seen[name], record, policy) for name in everything)
@@ -63,13 +68,34 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*_notes(judged, broken_since), *_joining(exchanges)),
+        notes=(*([said] if said else []), *_notes(judged, broken_since), *_joining(exchanges)),
+        fault=said,
         versions={
             "neuronscope": neuronscope.__version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
     )
+
+
+def not_measured(
+    unseen: Mapping[str, str], modules: Iterable[str], record: PhaseRecord, wants: Callable[[str], bool]
+) -> dict[str, str]:
+    """Return what could not be seen with the reasons, activation modules of which nothing was heard included.
+
+    Args:
+        unseen: What is known not to be seen, name → reason.
+        modules: Paths of the activation modules that are watched.
+        record: What was counted.
+        wants: Says whether the site of a name is to be counted.
+    """
+    found = dict(unseen)
+    ran = {key.path for key in record.keys_met() if not key.function}
+    for path in modules:
+        name = SiteKey(path, "", 0, False).name
+        if path not in ran and name not in found and wants(name):
+            found[name] = "this module did not run while it was watched"
+    return found
 
 
 def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
@@ -104,7 +130,7 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
     """
     notes = []
     if not census:
-        notes.append("Nothing was observed: no activation ran while the model was watched in this phase.")
+        notes.append("Nothing was observed: no activation was measured in this phase.")
         return tuple(notes)
     broken = [name for name, tally in census.items() if tally.not_finite]
     if broken:

@@ -16,11 +16,12 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.site_patterns import SitePatterns
-from neuronscope.build_report import make_report
+from neuronscope.build_report import make_report, not_measured
 from neuronscope.count.counters import Meter
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Patterns, WatchOptions
+from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
@@ -49,6 +50,7 @@ class Scope:
         self._step = 0
         self._detached = False
         self._retired = False
+        self._fault: Fault | None = None
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
@@ -199,8 +201,10 @@ class Scope:
             self._record(phase).take(census)
             self._record(phase).close()
 
-    def retire(self) -> None:
-        """Count no more, but keep no other rank waiting: the caller still calls :meth:`step` and :meth:`detach`."""
+    def retire(self, fault: Exception | None = None) -> None:
+        """Count no more, after a fault of ours; ``step`` and ``detach`` are still due, so that no other rank waits."""
+        if fault is not None and (self._fault is None or self._fault.earlier):
+            self._fault = Fault.of(fault, self._step)
         self._tap.detach()
         self._retired = True
 
@@ -267,8 +271,9 @@ class Scope:
             phase=phase,
             step=self._step,
             policy=self.policy,
-            unseen=self._not_measured(record),
+            unseen=not_measured(self._tap.observer.not_seen(), self._tap.module_sites, record, self._selection.wants),
             exchanges=self._ranks.exchanges,
+            fault=self._fault_met(),
         )
 
     def _seen(self, phase: str) -> PhaseRecord:
@@ -277,14 +282,9 @@ class Scope:
             raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
         return self._records.get(phase) or PhaseRecord(self.policy)
 
-    def _not_measured(self, record: PhaseRecord) -> dict[str, str]:
-        unseen = self._tap.observer.not_seen()
-        ran = {key.path for key in record.keys_met() if not key.function}
-        for path in self._tap.module_sites:
-            name = SiteKey(path, "", 0, False).name
-            if path not in ran and name not in unseen and self._selection.wants(name):
-                unseen[name] = "this module did not run while it was watched"
-        return unseen
+    def _fault_met(self) -> Fault | None:
+        failure = self._tap.failure
+        return self._fault if failure is None else Fault.of(failure, self._tap.observer.step)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Scope:
         """
         if join:
             self._flush("train")
-        return state_of_phases(self._step, self._records)
+        return state_of_phases(self._step, self._records, self._fault_met())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the counts and the history of a saved scope; the model may have changed.
@@ -305,7 +305,7 @@ class Scope:
         Raises:
             StateError: The state is not one of a scope, or of a later version.
         """
-        self._step, phases = saved_phases(state, self.policy)
+        self._step, phases, self._fault = saved_phases(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._observe()

@@ -124,10 +124,10 @@ def in_backward() -> bool:
 
 
 def observable() -> bool:
-    """Whether tensors are real now: not while a graph is recorded for export, nor inside ``torch.func`` transforms."""
+    """Whether tensors are real now: not while a graph is recorded for export."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None and torch._C._functorch.peek_interpreter_stack() is None
+    return torch._C._get_tracing_state() is None
 
 
 def first_tensor(values: Any) -> Tensor | None:

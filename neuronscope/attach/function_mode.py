@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.recorder import Call, SiteRecorder
+from neuronscope.attach.single_thread import EnteredMode
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
@@ -35,6 +38,11 @@ class Watch(Protocol):
     registry: Registry
     observer: SiteRecorder
     running: list[Call | None]
+    callers: CallStack
+    entered: EnteredMode
+
+    def runs(self, caller: FrameType) -> bool:
+        """Return whether anything that is watched runs in this thread, around ``caller``."""
 
     def fail(self, error: Exception) -> None:
         """Hear of a fault of ours."""
@@ -77,7 +85,12 @@ class ActivationFunctionMode(TorchFunctionMode):
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
-            return self._see(func, args, kwargs or {})
+            if self.tap.callers.runs(id(func)) or self.tap.runs(sys._getframe(1)):
+                return self._see(func, args, kwargs or {})
+            try:  # an interrupt ended what ran, and this is somebody else's
+                return func(*args, **(kwargs or {}))
+            finally:
+                self.tap.entered.take_off_next()
         finally:
             self.handling = before
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from neuronscope.attach.dtensor import shares_layers
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.gradient_hooks import InertHook, unwatched
 from neuronscope.attach.hook_handles import HookHandles, compilations
+from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import AxisSource, Call, MeterSource, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
@@ -69,8 +71,10 @@ class HookManager:
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
         self._mode = ActivationFunctionMode(self)
-        self._entered = EnteredMode(self._mode)
+        self.entered = EnteredMode(self._mode)
         self._turn = SingleThread()
+        self.callers = CallStack()  # of the modules in ``observer.frame.owners``
+        self._activation: FrameType | None = None  # what called the outermost of those that are running
         self._suspended: list[str] = []  # modules for whose run the mode is left
         self._step_open = False
         self._handles = HookHandles()
@@ -152,27 +156,25 @@ class HookManager:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
         if observing and self._handles.off:
             self._wake()
-        self._entered.leave()
-        self._turn.end()
-        self.running.clear()
-        self._suspended.clear()
         self.observer.restart()
+        self.entered.leave(handling=self._mode.handling)
+        self._end()
         self.observing = observing
         if observing and self._step_open:
-            self._entered.enter()
+            self.entered.enter(handling=self._mode.handling)
 
     def open_step(self) -> None:
         """A training step that is not itself a module's forward begins: watch its own functional calls too."""
         self._step_open = True
         self._bound(True)
         if self.observing:
-            self._entered.enter()
+            self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """The training step is over."""
         self._step_open = False
         self._bound(False)
-        self._entered.leave()
+        self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
             self.settle()
 
@@ -184,8 +186,40 @@ class HookManager:
         """Whether what runs in this thread is to be counted."""
         if not self.observing or self._turn.is_ours():
             return self.observing
+        if self._turn.free():
+            self.observer.frame.restart()
+            self._end()
+            return self._turn.is_ours()
         self.observer.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
         return False
+
+    def runs(self, caller: FrameType) -> bool:
+        """Return whether anything that is watched runs in this thread, and forget what an interrupt ended.
+
+        Args:
+            caller: The frame that called a hook, or a torch function.
+        """
+        owners = self.observer.frame.owners
+        if owners and self._turn.is_taken_here():
+            del owners[self.callers.running(len(owners), caller) :]
+            if not owners:
+                self.observer.frame.forget()
+                self._end()
+        if self._activation is not None and not is_on_stack(self._activation, caller):
+            self._activation = None
+            self.running.clear()
+            self.entered.resume()
+        return bool(owners) or self._step_open
+
+    def _end(self) -> None:
+        """Nothing runs any more: leave the function mode, unless a step is open."""
+        self.callers.cut(0)
+        self._activation = None
+        self.running.clear()
+        self._suspended.clear()
+        self._turn.end()
+        if not self._step_open:
+            self.entered.leave(handling=self._mode.handling)
 
     def fail(self, error: Exception) -> None:
         """A fault of ours: warn once, detach, and let the training go on."""
@@ -203,45 +237,64 @@ class HookManager:
 
     # --- forwards --------------------------------------------------------------------------------------------------
 
-    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A watched module begins to run."""
-        stale = path == "" and self.observer.frame.owners and not torch.compiler.is_compiling()
-        if stale and not _calls_itself(module):
-            self.set_observing(True)  # a forward that was interrupted left its traces
+    def enter(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType | None
+    ) -> None:
+        """A watched module begins to run, called by ``caller`` (``None`` where ``torch.compile`` traces)."""
+        owners = self.observer.frame.owners
+        if caller is not None:
+            self._look(module, caller)
+            if path == "" and owners and self.callers.innermost is None:
+                self.set_observing(True)  # a compiled forward that failed left its traces
+            self.callers.begin(len(owners), caller)
         if path == "" and not torch.compiler.is_compiling():
             self.uneven_inputs.note_wrapper()
         if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
-            self._entered.enter()
+            self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not, and give other outputs where the input is padded.
             self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
-            self._entered.leave()
+            self.entered.leave(handling=self._mode.handling)
 
     def leave(self, path: str) -> None:
         """A watched module is done, or failed."""
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
-            self._entered.enter()
+            self.entered.enter(handling=self._mode.handling)
         if self.observer.frame.leave():
-            self._turn.end()
-            if not self._step_open:
-                self._entered.leave()
+            self._end()
+        else:
+            self.callers.cut(len(self.observer.frame.owners))
 
-    def before(self, path: str, activation: Activation, module: nn.Module, x: Any) -> None:
-        """An activation module is about to run on ``x``."""
+    def _look(self, module: nn.Module, caller: FrameType) -> None:
+        """A hook of a module is called by ``caller``: forget what an interrupt ended."""
+        if self._activation is not None or (self.observer.frame.owners and not self.callers.runs(id(module))):
+            self.runs(caller)
+
+    def begin_activation(self, call: Call | None, caller: FrameType | None) -> None:
+        """A module runs whose own calls are its own affair."""
+        if not self.running:
+            self._activation = caller
+        self.running.append(call)
+
+    def before(self, path: str, activation: Activation, module: nn.Module, x: Any, caller: FrameType | None) -> None:
+        """An activation module is about to run on ``x``, called by ``caller``."""
         call = None
+        if caller is not None:
+            self._look(module, caller)
         if not self.running:
             halved = getattr(module, "dim", -1) if activation.halves else None
             call = self.observer.begin(path, "", activation, x, halved)
-            self._entered.suspend()  # what it calls is its own affair
-        self.running.append(call)
+            self.entered.suspend()  # what it calls is its own affair
+        self.begin_activation(call, caller)
 
     def after(self, x: Any, y: Any) -> None:
         """An activation module made ``y`` of ``x``; ``None`` where it failed."""
         call = self.running.pop() if self.running else None
         if not self.running:
-            self._entered.resume()
+            self._activation = None
+            self.entered.resume()
         if call is not None:
             self.observer.end(call, x, y)
         if not self.running and not self.observer.frame.owners:
@@ -267,13 +320,9 @@ def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: 
     return padded is not None and not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor
 
 
-def _calls_itself(module: nn.Module) -> bool:
-    """Whether the module that begins to run is running already, by the frames of this thread."""
-    frame, runs = sys._getframe(), 0
-    while frame is not None and runs < 2:
-        runs += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
-        frame = frame.f_back  # type: ignore[assignment]
-    return runs > 1
+def _caller() -> FrameType | None:
+    """The frame that called the hook which asks; ``None`` where ``torch.compile`` traces it."""
+    return None if torch.compiler.is_compiling() else sys._getframe(2)
 
 
 class _Enter(InertHook):
@@ -284,7 +333,7 @@ class _Enter(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.tap.watches_here():
             try:
-                self.tap.enter(self.path, module, args, kwargs)
+                self.tap.enter(self.path, module, args, kwargs, _caller())
             except Exception as error:
                 self.tap.fail(error)
         elif self.tap.failure is not None:
@@ -313,13 +362,13 @@ class _SuspendInside(InertHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.tap.watches_here():
-            self.tap.running.append(None)
+            self.tap.begin_activation(None, _caller())
 
 
 class _ResumeInside(_SuspendInside):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         if self.tap.watches_here() and self.tap.running:
-            self.tap.running.pop()
+            self.tap.after(None, None)
 
 
 class _Before(InertHook):
@@ -332,7 +381,7 @@ class _Before(InertHook):
         if self.tap.watches_here():
             try:
                 with unwatched():
-                    self.tap.before(self.path, self.activation, module, first_input(args, kwargs))
+                    self.tap.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
             except Exception as error:
                 self.tap.fail(error)
 

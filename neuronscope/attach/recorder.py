@@ -17,7 +17,7 @@ from neuronscope.attach.activations import Activation
 from neuronscope.attach.dtensor import Part, cut, is_partial, local
 from neuronscope.attach.forward import ForwardContext, in_backward, observable
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
-from neuronscope.attach.unsupported import empty_now, uncountable, what
+from neuronscope.attach.unsupported import BATCHED_GRADIENT, IN_TRANSFORM, empty_now, in_transform, uncountable, what
 from neuronscope.count.counters import Meter, add_gradients, add_outputs, ask_gradients, gate_half
 from neuronscope.count.counting import Scratch
 from neuronscope.sites import SiteInfo, SiteKey
@@ -195,10 +195,15 @@ class SiteRecorder:
             if not observable():
                 return None
             recomputing = in_backward()
+        transformed = in_transform(x)
         if recomputing:
-            self._ask_again(x, path, function, halved)
+            if not transformed:
+                self._ask_again(x, path, function, halved)
             return None
         key = frame.number(path, function)
+        if transformed:
+            self.unseen.setdefault(key.name, IN_TRANSFORM)
+            return None
         examples = x.size(0) if loose else frame.examples
         call = self._call(key, activation, x, halved, examples)
         if call is None:
@@ -301,6 +306,9 @@ class SiteRecorder:
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
         path, function, call, axis, source, part, activation, examples = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
+        if in_transform(y):
+            self.unseen.setdefault(key.name, IN_TRANSFORM)
+            return
         info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *part)
         meter = self._meter_of(key, info, local(y).shape[axis], y)
         if meter is not None:
@@ -374,10 +382,15 @@ class SiteRecorder:
 
     def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
         """The gradient at a pre-activation has come: count it."""
-        if type(gradient) is not Tensor and (is_partial(gradient) or cut(gradient) != meter.cut):
-            name = next(key.name for (_, key), known in self._meters.items() if known is meter)
-            self.unseen.setdefault(name, "its gradient is spread over the ranks in another way than its output")
-            return
-        plain = gradient.detach() if gradient.requires_grad else gradient
-        add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
         self.frame.end_loose()
+        if in_transform(gradient):
+            self._gradient_unseen(meter, BATCHED_GRADIENT)
+        elif type(gradient) is not Tensor and (is_partial(gradient) or cut(gradient) != meter.cut):
+            self._gradient_unseen(meter, "its gradient is spread over the ranks in another way than its output")
+        else:
+            plain = gradient.detach() if gradient.requires_grad else gradient
+            add_gradients(meter, gate_half(local(plain), halved), axis, self._scratch)
+
+    def _gradient_unseen(self, meter: Meter, reason: str) -> None:
+        name = next(key.name for (_, key), known in self._meters.items() if known is meter)
+        self.unseen.setdefault(name, reason)

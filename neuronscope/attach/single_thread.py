@@ -6,6 +6,7 @@ thread has its turn until its forward ends, and what runs in others meanwhile is
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -33,6 +34,15 @@ class SingleThread:
         here = threading.get_ident()
         return self._taken.setdefault("thread", here) == here
 
+    def is_taken_here(self) -> bool:
+        """Whether this thread took the turn."""
+        return self._taken.get("thread") == threading.get_ident()
+
+    def free(self) -> bool:
+        """Take the turn from a thread that has ended, and say whether there was one."""
+        owner = self._taken.get("thread")
+        return owner is not None and owner not in sys._current_frames() and self._taken.pop("thread", None) == owner
+
     def end(self) -> None:
         """The forward is over: the next may come in any thread."""
         if not torch.compiler.is_compiling():
@@ -51,15 +61,30 @@ class EnteredMode:
         self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
         self._suspended: list[int] = []  # those of them that left it for a while
 
-    def enter(self) -> None:
-        """Enter the mode, unless it is entered."""
+    def enter(self, *, handling: bool) -> None:
+        """Enter the mode, unless it is entered.
+
+        Args:
+            handling: See :meth:`leave`.
+        """
         here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
         if here not in self._threads:
             self._threads.append(here)
             self._mode.__enter__()
+        elif not (torch.compiler.is_compiling() or handling or self._is_on_stack()):
+            self._mode.__enter__()  # a thread of that number was ended by an interrupt, and the mode with it
 
-    def leave(self) -> None:
-        """Leave the mode, if this thread entered it: the stack of another is not ours to touch."""
+    def _is_on_stack(self) -> bool:
+        depth = torch._C._len_torch_function_stack()
+        return any(torch._C._get_function_stack_at(place) is self._mode for place in range(depth))
+
+    def leave(self, *, handling: bool) -> None:
+        """Leave the mode, if this thread entered it: the stack of another is not ours to touch.
+
+        Args:
+            handling: Whether the mode handles a call. Then torch has taken it off the stack and puts it back after the
+                call: :meth:`take_off_next` is for that.
+        """
         here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
         if here in self._threads:
             self._threads.remove(here)
@@ -67,8 +92,24 @@ class EnteredMode:
                 self._suspended.remove(here)
             elif torch.compiler.is_compiling():
                 self._mode.__exit__(None, None, None)
-            else:
+            elif not handling:
                 self._take_out()
+
+    def take_off_next(self) -> None:
+        """Take the mode off this thread's stack as soon as torch has put it back there, after the call that it handles.
+
+        Nothing of ours runs then. But Python tells a profile function of whatever is called or returns next, and that
+        takes the mode off, and itself. Where a profiler is at work it is left alone: the mode stays, and passes on
+        what it is given, until this is called without one.
+        """
+        if sys.getprofile() is None:
+            sys.setprofile(self._take_off)
+
+    def _take_off(self, *_: Any) -> None:
+        last = torch._C._len_torch_function_stack() - 1
+        if last >= 0 and torch._C._get_function_stack_at(last) is self._mode:
+            torch._C._pop_torch_function_stack()
+            sys.setprofile(None)
 
     def _take_out(self) -> None:
         """Take the mode off this thread's stack; others that were entered since then stay on it.

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["empty_now", "uncountable", "what"]
+__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "empty_now", "in_transform", "uncountable", "what"]
+
+#: Why calls in a function transform are not measured.
+IN_TRANSFORM = (
+    "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
+    "not counted, and any others were"
+)
+#: Why gradients that are batched tensors are not measured.
+BATCHED_GRADIENT = (
+    "its gradients came in batches (`is_grads_batched=True`, `vectorize=True`, `torch.vmap`), whose tensors cannot be "
+    "read: these were not counted, and any others were"
+)
 
 
 def empty_now(tensor: Tensor) -> bool:
@@ -23,6 +34,35 @@ def empty_now(tensor: Tensor) -> bool:
     (False, True)
     """
     return tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def in_transform(tensor: Tensor) -> bool:
+    """Return whether a function transform runs, or left this tensor batched, so that its numbers cannot be read.
+
+    Transforms are ``torch.vmap`` and those of ``torch.func``. Tensors are batched outside of them too, where a gradient
+    is taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
+
+    Args:
+        tensor: Any; only of one that ``torch.compile`` traces it is not known whether it was batched before.
+
+    >>> in_transform(torch.zeros(2))
+    False
+    >>> seen = []
+    >>> _ = torch.vmap(lambda row: seen.append(in_transform(row)) or row)(torch.zeros(3, 2))
+    >>> seen
+    [True]
+    """
+    if _transforms() > 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _count_transforms() -> int:
+    """Return how many function transforms run, one inside another."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+_transforms = torch.compiler.assume_constant_result(_count_transforms)  # run for real where a graph is traced
 
 
 def uncountable(tensor: Tensor) -> str:

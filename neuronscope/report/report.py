@@ -240,7 +240,9 @@ class Report(Renderable):
         policy: The thresholds, as plain data.
         layers: One :class:`SiteReport` a site, in the order in which the sites ran.
         not_measured: What could not be seen.
-        notes: Sentences a reader should know (network has gone NaN, no gradients were seen, …).
+        notes: Sentences a reader should know (network has gone NaN, no gradients were seen, …). The first is ``fault``
+            where there was one.
+        fault: How a fault of Neuronscope's own ended the watch; ``""`` where none did.
         versions: Versions of neuronscope, torch and numpy that made it.
     """
 
@@ -256,6 +258,7 @@ class Report(Renderable):
     layers: tuple[SiteReport, ...]
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
+    fault: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -273,6 +276,11 @@ class Report(Renderable):
     def examples_needed(self) -> int:
         """Examples that the policy asks for."""
         return Policy(confidence=self.policy["confidence"], max_rate=self.policy["max_rate"]).min_examples
+
+    @property
+    def other_notes(self) -> tuple[str, ...]:
+        """The notes without ``fault``, which writers show before anything else."""
+        return tuple(note for note in self.notes if note != self.fault)
 
     @property
     def neurons(self) -> int:

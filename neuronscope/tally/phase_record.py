@@ -15,6 +15,7 @@ import torch
 from neuronscope.count.counters import Meter
 from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
+from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.collect import most_examples, read
@@ -230,14 +231,15 @@ def _together(census: Census, later: Census) -> Census:
     return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
 
 
-def state_of_phases(step: int, records: Mapping[str, PhaseRecord]) -> dict[str, Any]:
-    """All phases of a watch, ``step`` optimizer steps into the run, as tensors and primitives."""
+def state_of_phases(step: int, records: Mapping[str, PhaseRecord], fault: Fault | None) -> dict[str, Any]:
+    """All phases of a watch, ``step`` optimizer steps into the run, and what ended it, as tensors and primitives."""
     phases = {name: record.state_dict() for name, record in records.items()}
-    return {"version": _STATE_VERSION, "step": step, "phases": phases}
+    state = {"version": _STATE_VERSION, "step": step, "phases": phases}
+    return state if fault is None else {**state, "fault": fault.state_dict()}
 
 
-def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any]]:
-    """What :func:`state_of_phases` gave: the step, and each phase's state, all of it understood.
+def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None]:
+    """What :func:`state_of_phases` gave: the step, each phase's state and the fault, all of it understood.
 
     Raises:
         StateError: The state is not one of a scope, or of a later version.
@@ -250,4 +252,4 @@ def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[st
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
     for saved in phases.values():
         PhaseRecord(policy).load_state_dict(saved)  # all of it is understood before any of it counts
-    return step, phases
+    return step, phases, Fault.from_state(state.get("fault"))

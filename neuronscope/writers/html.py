@@ -45,7 +45,8 @@ def render(report: Report) -> str:
     package = files("neuronscope.writers")
     sites = _sites(report)
     sentences = findings.finding(report)
-    banner = sentences.pop(0) if report.not_finite else None
+    banners = [report.fault] if report.fault else []
+    banners += [sentences.pop(0)] if report.not_finite else []
     return page.fill(
         package / "report.html.j2",
         styles=[package / "assets" / "page.css"],
@@ -54,7 +55,7 @@ def render(report: Report) -> str:
         report=report,
         title=findings.title(report),
         span=findings.span(report),
-        banner=banner,
+        banners=banners,
         sentences=sentences,
         cards=_cards(report),
         counts=COUNTS,

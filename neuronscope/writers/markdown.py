@@ -41,7 +41,8 @@ def render(report: Report) -> str:
     Returns:
         Markdown that ends with a line end.
     """
-    blocks = [f"## Neuronscope: {plain(findings.title(report))}", plain(findings.span(report))]
+    blocks = [f"**{plain(report.fault)}**"] if report.fault else []
+    blocks += [f"## Neuronscope: {plain(findings.title(report))}", plain(findings.span(report))]
     found = [plain(sentence) for sentence in findings.finding(report)]
     if report.not_finite:
         found[0] = f"**{found[0]}**"
@@ -51,8 +52,8 @@ def render(report: Report) -> str:
     if report.not_measured:
         rows = "\n".join(f"| {code(item.name)} | {plain(item.reason)} |" for item in report.not_measured)
         blocks += ["### Not measured", f"| what | why |\n| :--- | :--- |\n{rows}"]
-    if report.notes:
-        blocks += ["### Notes", "\n".join(f"- {plain(note)}" for note in report.notes)]
+    if report.other_notes:
+        blocks += ["### Notes", "\n".join(f"- {plain(note)}" for note in report.other_notes)]
     words = "\n".join(f"- **{word}**: {plain(meaning)}" for word, meaning in findings.glossary(report))
     return "\n\n".join([*blocks, "### Words", words]) + "\n"
 

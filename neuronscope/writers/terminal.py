@@ -29,6 +29,7 @@ COLUMNS = (
 
 _SAID_ABOVE = ("examples", "bound")
 
+LOUD = "bold white on red"
 STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "magenta", "calm": ""}
 
 
@@ -42,17 +43,19 @@ def render(report: Report) -> str:
         Lines of text, without a line end at the end. What the terminal's encoding lacks is replaced by ``?``.
     """
     page = Page()
+    if report.fault:
+        page.line(f"!! {wording.visible(report.fault)}", style=LOUD)
     page.line("Neuronscope · " + findings.title(report), style="bold")
     page.line(findings.span(report))
     page.line()
     for index, sentence in enumerate(findings.finding(report)):
         loud = index == 0 and report.not_finite > 0
-        page.line(f"!! {sentence}" if loud else sentence, style="bold white on red" if loud else "")
+        page.line(f"!! {sentence}" if loud else sentence, style=LOUD if loud else "")
     if report.layers:
         page.line()
         _table(page, report)
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
-    page.list("Notes", list(report.notes))
+    page.list("Notes", list(report.other_notes))
     page.line()
     page.line(findings.LEGEND, style="dim")
     return page.text()

@@ -70,6 +70,10 @@ def test_a_fault_of_ours_never_ends_a_training(tmp_path: Path, monkeypatch: pyte
         assert run.train().global_step == 12
     assert hooks(run.model) == 0
     assert_same_weights(weights(run.model), weights(plain.model))
+    monkeypatch.undo()
+    if broken in ("step", "phase"):
+        assert callback.report().notes[0].startswith("Neuronscope stopped watching at step ")
+        assert callback.report().notes[0].endswith("later steps are not counted. OSError: the disk is full")
 
 
 def test_after_a_users_exception_the_hooks_go_with_the_context(tmp_path: Path) -> None:

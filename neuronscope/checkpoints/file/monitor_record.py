@@ -69,6 +69,8 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
         except _DAMAGED as error:
             yield _damaged(key, error)
             continue
+        if report is not None and report.fault:
+            yield Abstention(_SOURCE, "", f"The record {key!r} is not of the whole run: {report.fault}")
         yield report or Abstention(
             _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
         )

@@ -38,7 +38,8 @@ def diagnosis(report: Report) -> str:
     """
     observed = report.observed_neurons
     gradients = any(site.gradient_positions for site in report.layers)
-    lines = [f"### {escape(report.model)}, {escape(report.phase)}, step {report.global_step:,}", ""]
+    lines = [f"**{escape(report.fault)}**", ""] if report.fault else []
+    lines += [f"### {escape(report.model)}, {escape(report.phase)}, step {report.global_step:,}", ""]
     if observed:
         lines.append(
             f"**{report.dead:,} of {observed:,} observed neurons are dead ({_percent(report.dead, observed)})**; "
@@ -59,8 +60,8 @@ def diagnosis(report: Report) -> str:
         lines.append("**No neuron was observed.** Nothing can be said.")
     based = escape(span(report))
     lines += ["", f"**{based}**" if report.provisional else based, ""]
-    lines += [f"- {escape(note)}" for note in report.notes]
-    if report.notes:
+    lines += [f"- {escape(note)}" for note in report.other_notes]
+    if report.other_notes:
         lines.append("")
     ill = sorted((site for site in report.layers if _ill(site)), key=_severity)
     if ill:
