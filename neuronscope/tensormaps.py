@@ -33,20 +33,36 @@ class TensorMap(Generic[Known]):
     """
 
     def __init__(self, name: str) -> None:
-        self._attribute = f"_neuronscope_{name}"
         self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        attribute = f"_neuronscope_{name}"
+        read_last: list[Any] = []
+
+        def write(context: ComptimeContext) -> None:
+            value = _one(context.get_local("value").as_python_constant())
+            setattr(context.get_local("tensor").as_fake(), attribute, value)
+
+        def read(context: ComptimeContext) -> None:
+            read_last[:] = [getattr(context.get_local("tensor").as_fake(), attribute, None)]
+
+        def neuronscope_known() -> Any:
+            return read_last.pop() if read_last else None  # nothing was read: a graph is recorded without the compiler
+
+        # These run for real while torch.compile traces: the first two on the locals of the function that names them.
+        self._write, self._read = write, read
+        self._constant = torch.compiler.assume_constant_result(neuronscope_known)
 
     def put(self, tensor: Tensor, value: Known) -> None:
         """Remember ``value``, a tuple of primitives, for ``tensor``."""
         if torch.compiler.is_compiling():
-            _put_traced(tensor, self._attribute, value)
+            comptime(self._write)
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), value)
 
     def get(self, tensor: Tensor) -> Known | None:
         """What was last remembered for ``tensor``, or ``None``."""
         if torch.compiler.is_compiling():
-            traced: Known | None = _get_traced(tensor, self._attribute)
+            comptime(self._read)
+            traced: Known | None = self._constant()
             return traced
         entry = self._known.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
@@ -60,38 +76,7 @@ class TensorMap(Generic[Known]):
         return bool(self._known) or torch.compiler.is_compiling()
 
 
-def _put_traced(tensor: Tensor, attribute: str, value: tuple[Any, ...]) -> None:
-    """Remember ``value`` for a traced tensor; :func:`_write` reads these arguments by their names."""
-    comptime(_write)
-
-
-def _get_traced(tensor: Tensor, attribute: str) -> Any:
-    """Return what is known of a traced tensor; :func:`_read` reads these arguments by their names."""
-    comptime(_read)
-    return neuronscope_known()
-
-
-_found: list[Any] = []  # what was read last
-
-
-def _write(context: ComptimeContext) -> None:
-    fake = context.get_local("tensor").as_fake()
-    attribute = context.get_local("attribute").as_python_constant()
-    setattr(fake, attribute, _one(context.get_local("value").as_python_constant()))
-
-
-def _read(context: ComptimeContext) -> None:
-    fake = context.get_local("tensor").as_fake()
-    _found[:] = [getattr(fake, context.get_local("attribute").as_python_constant(), None)]
-
-
-@torch.compiler.assume_constant_result
-def neuronscope_known() -> Any:
-    """Return what was read last; the compiler makes it a constant of the trace, of this name."""
-    return _found.pop()
-
-
 @functools.lru_cache(maxsize=1024, typed=True)
 def _one(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the first tuple that was equal to this one: the compiler keeps a name for each object, not for each value."""
+    """Return the first tuple that was equal to this one: the compiler keeps a name for each object that it is given."""
     return value
