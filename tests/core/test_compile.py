@@ -1,7 +1,7 @@
-"""Watched and compiled: one graph, the same counts as eager, and the same weights as the unwatched compiled run.
+"""Watched and compiled: one graph, the same counts as eager, and the weights of the unwatched compiled run.
 
-``aot_eager`` computes what eager computes, so its counts are held to the slow twin; Inductor, which is slow to
-compile, runs on two small networks and is held to eager's counts.
+``aot_eager`` computes what eager computes, bit for bit, so its counts are held to the slow twin; Inductor, which is slow
+to compile, runs on a few small networks and is held to eager's counts, and to the same function.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def test_inductor(build, shape):
             train(model, run, watcher, shape, STEPS)
         assert hook_tables(model) == before
         states.append(state_of(model))
-    assert_bits(*states)
+    torch.testing.assert_close(*states)  # not bit for bit: with the counting in it, it is another compilation
     torch.manual_seed(0)
     model, eager = build(), Watched()
     with eager.attach(model):
