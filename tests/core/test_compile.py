@@ -1,7 +1,7 @@
 """Watched and compiled: one graph, the same counts as eager, and the weights of the unwatched compiled run.
 
-``aot_eager`` computes what eager computes, bit for bit, so its counts are held to the slow twin; Inductor, slow to compile,
-runs on a few small networks and is held to the counts of eager, and to the same function.
+``aot_eager`` computes what eager computes, bit for bit, so its counts are held to the slow twin; Inductor, slow to
+compile, runs on a few small networks and is held to the counts of eager, and to the same function.
 """
 
 from __future__ import annotations
