@@ -39,7 +39,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     ``neuronscope/not_finite_pct`` (of validation:
     ``neuronscope/val_dead_pct`` and so on) for ``EarlyStopping`` and ``ModelCheckpoint``. What was counted is saved in
     checkpoints; a resumed run continues it. Batches of training, validation and test count, each as its own phase;
-    sanity checks and predictions do not. Weights come out the same, bit for bit, with the monitor and without.
+    sanity checks and predictions do not. In eager mode weights come out the same, bit for bit, with the monitor and
+    without.
 
     Raises:
         UsageError: An argument is not what is expected.

@@ -54,8 +54,8 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. What was
     counted is saved in the Trainer's
     checkpoints, as ``neuronscope.pt``; a resumed training continues it. Steps of training count, and evaluations in
-    training as phase ``val``; predictions, and evaluations before or after training, do not. Weights come out the same,
-    bit for bit, with the callback and without.
+    training as phase ``val``; predictions, and evaluations before or after training, do not. In eager mode weights come
+    out the same, bit for bit, with the callback and without.
 
     The Trainer tells nobody when a training ends in an exception. The hooks then stay on the model until the next
     training begins, the callback is collected, or :meth:`detach` is called; as a context manager it calls that itself.

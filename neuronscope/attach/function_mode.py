@@ -82,6 +82,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if torch.compiler.is_compiling():
+            if func is Tensor.unflatten:
+                func = torch.unflatten  # the same; torch.compile cannot trace the method where a function mode is on
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:

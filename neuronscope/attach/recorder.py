@@ -204,8 +204,7 @@ class SiteRecorder:
         if transformed:
             self.unseen.setdefault(key.name, IN_TRANSFORM)
             return None
-        examples = x.size(0) if loose else frame.examples
-        call = self._call(key, activation, x, halved, examples)
+        call = self._call(key, activation, x, halved, self._examples(x))
         if call is None:
             return None
         if call.meter is not None and x.requires_grad and torch.is_grad_enabled():
@@ -215,6 +214,10 @@ class SiteRecorder:
                 ask_gradients(x, call.axis, call.halved, call.meter)
         frame.roles.put(x, call.input_role)
         return call
+
+    def _examples(self, tensor: Tensor) -> int:
+        """Return how many independent examples are behind a tensor: those of the forward, outside of one its length."""
+        return self.frame.examples if self.frame.owners else tensor.size(0)
 
     def _call(self, key: SiteKey, activation: Activation, x: Tensor, halved: int | None, examples: int) -> Call | None:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
@@ -267,7 +270,7 @@ class SiteRecorder:
                 meter.cut = cut(x)
         place = (key.path, key.function)
         hook = None if compiling or meter is None else CountedGradient(self, place, halved, meter, axis)
-        role = (True, *key, axis, source, part, activation.name, examples)
+        role = (True, *key, axis, source, part, activation.name)
         return Call(key, meter, axis, source, activation, halved, examples, hook, (False, *key), role)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
@@ -304,7 +307,7 @@ class SiteRecorder:
             return
 
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
-        path, function, call, axis, source, part, activation, examples = (*role[1:4], *role[5:])
+        path, function, call, axis, source, part, activation = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
         if in_transform(y):
             self.unseen.setdefault(key.name, IN_TRANSFORM)
@@ -312,7 +315,7 @@ class SiteRecorder:
         info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *part)
         meter = self._meter_of(key, info, local(y).shape[axis], y)
         if meter is not None:
-            self._count(meter, y, axis, examples)
+            self._count(meter, y, axis, self._examples(y))
 
     def _count(self, meter: Meter, y: Tensor, axis: int, examples: int) -> None:
         step = self.clock if torch.compiler.is_compiling() else self.step

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.comptime import ComptimeContext, comptime
 
 __all__ = ["TensorMap"]
 
@@ -16,8 +18,10 @@ Known = TypeVar("Known", bound=tuple[Any, ...])
 class TensorMap(Generic[Known]):
     """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
 
-    While ``torch.compile`` traces there are no weak references, and a list would make every tensor in it an output of
-    the graph: there, what is known is an attribute of the traced tensor, and goes with it.
+    While ``torch.compile`` traces, what is known is an attribute of the fake tensor that stands for a traced one. It is
+    written and read by functions that the compiler runs instead of tracing them, so that the graph holds nothing of it.
+    Traced Python cannot do the same: an attribute cannot be set on a member of a traced tuple, and stays on the real
+    tensors that a graph returns; a list would make every tensor in it an output of the graph.
 
     Args:
         name: Of the attribute.
@@ -29,20 +33,36 @@ class TensorMap(Generic[Known]):
     """
 
     def __init__(self, name: str) -> None:
-        self._attribute = f"_neuronscope_{name}"
         self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        attribute = f"_neuronscope_{name}"
+        read_last: list[Any] = []
+
+        def write(context: ComptimeContext) -> None:
+            value = _one(context.get_local("value").as_python_constant())
+            setattr(context.get_local("tensor").as_fake(), attribute, value)
+
+        def read(context: ComptimeContext) -> None:
+            read_last[:] = [getattr(context.get_local("tensor").as_fake(), attribute, None)]
+
+        def neuronscope_known() -> Any:
+            return read_last.pop() if read_last else None  # nothing was read: a graph is recorded without the compiler
+
+        # These run for real while torch.compile traces: the first two on the locals of the function that names them.
+        self._write, self._read = write, read
+        self._constant = torch.compiler.assume_constant_result(neuronscope_known)
 
     def put(self, tensor: Tensor, value: Known) -> None:
         """Remember ``value``, a tuple of primitives, for ``tensor``."""
         if torch.compiler.is_compiling():
-            setattr(tensor, self._attribute, value)
+            comptime(self._write)
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), value)
 
     def get(self, tensor: Tensor) -> Known | None:
         """What was last remembered for ``tensor``, or ``None``."""
         if torch.compiler.is_compiling():
-            traced: Known | None = getattr(tensor, self._attribute, None)
+            comptime(self._read)
+            traced: Known | None = self._constant()
             return traced
         entry = self._known.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
@@ -54,3 +74,9 @@ class TensorMap(Generic[Known]):
     def maybe_any(self) -> bool:
         """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
         return bool(self._known) or torch.compiler.is_compiling()
+
+
+@functools.lru_cache(maxsize=1024, typed=True)
+def _one(value: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the first tuple that was equal to this one: the compiler keeps a name for each object that it is given."""
+    return value
