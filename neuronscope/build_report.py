@@ -56,7 +56,7 @@ def make_report(
         long_enough=judged.examples >= policy.min_examples,
     )
     said = "" if fault is None else str(fault)
-    nothing = {name: Tally.nothing(tally.info, tally.neurons) for name, tally in everything.items()}
+    nothing = {name: Tally.empty(tally.info, tally.neurons) for name, tally in everything.items()}
     seen = {**nothing, **until_then}  # a site may have run since, or not in the window that is judged
     sites = tuple(_site(name, judged.get(name), seen[name], record, policy) for name in everything)
     broken_since = [name for name, tally in everything.items() if tally.not_finite > seen[name].not_finite]
@@ -90,7 +90,7 @@ def not_measured(
         wants: Says whether the site of a name is to be counted.
     """
     found = dict(unseen)
-    ran = {key.path for key in record.keys_met() if not key.function}
+    ran = {key.path for key in record.site_keys() if not key.function}
     for path in modules:
         name = SiteKey(path, "", 0, False).name
         if path not in ran and name not in found and wants(name):
@@ -100,11 +100,11 @@ def not_measured(
 
 def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
     if tally is None:
-        tally = Tally.nothing(until_then.info, until_then.neurons)
+        tally = Tally.empty(until_then.info, until_then.neurons)
     return SiteReport(
         name=name,
         activation=tally.activation,
-        kind=tally.info.kind,
+        kind=tally.kind,
         neurons=tally.neurons,
         axis=tally.axis,
         axis_source=tally.axis_source,
@@ -116,7 +116,7 @@ def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord
         zero_gradient_fraction=tally.zero_gradient_fraction,
         mean_abs_output=tally.mean_abs_output,
         last_active_step=until_then.last_active_step,
-        judgement=judge(tally.counts(), policy),
+        judgement=judge(tally, policy),
         history=record.history.of(name, tally.neurons),
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.output import discard_printed, print_whole
+from neuronscope.output import discard_output, print_and_flush
 from neuronscope.writers.wording import visible
 
 __all__ = ["main"]
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _called(arguments)
     finally:
         try:
-            print_whole()  # what is printed by others, as help and the version are
+            print_and_flush()  # what is printed by others, as help and the version are
         except OSError as error:
             print(f"neuronscope: Cannot write to standard output: {error.strerror}.", file=sys.stderr)
             sys.exit(BAD_USE)
@@ -108,7 +108,7 @@ def _demo(parsed: argparse.Namespace) -> int:
         run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
     except OSError as error:
         if error.filename is None:
-            discard_printed()
+            discard_output()
         where = error.filename or f"to standard output or into {parsed.out}"
         raise UsageError(f"Cannot write {where}: {error.strerror or error}.") from error
     return FINE

@@ -11,7 +11,7 @@ import stat
 import sys
 from pathlib import Path
 
-__all__ = ["check_writable", "discard_printed", "print_whole", "write_file"]
+__all__ = ["check_writable", "discard_output", "print_and_flush", "write_file"]
 
 
 def check_writable(path: str | Path) -> None:
@@ -80,7 +80,7 @@ def _replace(target: Path, data: bytes) -> None:
         raise
 
 
-def print_whole(text: str = "") -> None:
+def print_and_flush(text: str = "") -> None:
     """Print a text, and see that it and all that was printed before arrive.
 
     A reader that stops early (``| head``) is no fault.
@@ -94,13 +94,13 @@ def print_whole(text: str = "") -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_printed()
+        discard_output()
     except OSError:
-        discard_printed()
+        discard_output()
         raise
 
 
-def discard_printed() -> None:
+def discard_output() -> None:
     """Drop what was printed and cannot be written, and all that follows: the interpreter would try once more."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())

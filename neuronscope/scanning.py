@@ -17,7 +17,7 @@ from neuronscope.scope import Scope
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["left_as_it_was", "scan"]
+__all__ = ["model_state_restored", "scan"]
 
 
 def scan(
@@ -62,7 +62,7 @@ def scan(
     call = forward or _call
     batches = 0
     scope = Scope(model, WatchOptions(**options, join_ranks=False))
-    with left_as_it_was(model):
+    with model_state_restored(model):
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
             for parameter in model.parameters():  # so that gradients come to every neuron, frozen or not
@@ -81,11 +81,11 @@ def scan(
 
 
 @contextlib.contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
+def model_state_restored(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's flags, gradients and buffers are afterwards what they were.
 
     >>> model = torch.nn.Dropout()
-    >>> with left_as_it_was(model):
+    >>> with model_state_restored(model):
     ...     _ = model.eval()
     >>> model.training
     True

@@ -61,7 +61,7 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
-        self._tap = HookManager(
+        self._hooks = HookManager(
             model,
             registry=registry,
             meters=self._new_meter,
@@ -89,12 +89,12 @@ class Scope:
     @property
     def observing(self) -> bool:
         """Whether the step that is running is observed."""
-        return self._tap.observing
+        return self._hooks.observing
 
     @property
     def detached(self) -> bool:
         """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
-        return self._detached or self._retired or self._tap.failure is not None
+        return self._detached or self._retired or self._hooks.failure is not None
 
     def step(self, step: int | None = None) -> bool:
         """One optimizer step is over.
@@ -114,15 +114,15 @@ class Scope:
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         closed = False
         record = self._record("train")
-        if self._tap.observing and self._phase == "train":
+        if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
-            self._tap.observer.end_step()
+            self._hooks.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
-        if due and (self._ranks.alone or not self._tap.uneven_inputs.expected):
+        if due and (self._ranks.alone or not self._hooks.uneven_inputs.expected):
             self._flush("train")
-            closed = record.is_sure() and record.close()
+            closed = record.has_enough_examples() and record.close()
         self._observe()
         return closed
 
@@ -172,11 +172,11 @@ class Scope:
     def open_step(self) -> None:
         """A training step that is no module's forward begins (Lightning's): watch its own functional calls too."""
         if not self.detached:
-            self._tap.open_step()
+            self._hooks.open_step()
 
     def close_step(self) -> None:
         """That training step is over."""
-        self._tap.close_step()
+        self._hooks.close_step()
 
     def detach(self, *, join: bool = True) -> None:
         """Take every hook off the model. Counts stay readable; doing it twice is harmless.
@@ -189,28 +189,28 @@ class Scope:
         """
         if self._detached:
             return
-        self._tap.detach()
+        self._hooks.detach()
         self._detached = True
         going_on = True
         while going_on:  # of a rank that saw nothing too: the others wait for it
             record = self._flush("train", join=join, done=True)
-            if record.is_sure():
+            if record.has_enough_examples():
                 record.close()
             going_on = join and not self._ranks.all_done
         for phase, census in self._ranks.pop_late().items():
-            self._record(phase).take(census)
+            self._record(phase).add_joined(census)
             self._record(phase).close()
 
     def retire(self, fault: Exception | None = None) -> None:
         """Count no more, after a fault of ours; ``step`` and ``detach`` are still due, so that no other rank waits."""
         if fault is not None and (self._fault is None or self._fault.earlier):
-            self._fault = Fault.of(fault, self._step)
-        self._tap.detach()
+            self._fault = Fault.from_error(fault, self._step)
+        self._hooks.detach()
         self._retired = True
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         record = self._record(phase)
-        self._ranks.duplicate = self._tap.observer.frame.flow.duplicate
+        self._ranks.duplicate = self._hooks.observer.frame.flow.duplicate
         record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
         return record
 
@@ -219,7 +219,7 @@ class Scope:
         if self.detached:
             return
         observing = not self._pauses and (self._phase != "train" or self._is_due())
-        tap = self._tap
+        tap = self._hooks
         if not observing and not tap.observing:
             return
         tap.observer.turn_to(self._phase, self._step)
@@ -271,7 +271,9 @@ class Scope:
             phase=phase,
             step=self._step,
             policy=self.policy,
-            unseen=not_measured(self._tap.observer.not_seen(), self._tap.module_sites, record, self._selection.wants),
+            unseen=not_measured(
+                self._hooks.observer.not_seen(), self._hooks.module_sites, record, self._selection.wants
+            ),
             exchanges=self._ranks.exchanges,
             fault=self._fault_met(),
         )
@@ -283,8 +285,8 @@ class Scope:
         return self._records.get(phase) or PhaseRecord(self.policy)
 
     def _fault_met(self) -> Fault | None:
-        failure = self._tap.failure
-        return self._fault if failure is None else Fault.of(failure, self._tap.observer.step)
+        failure = self._hooks.failure
+        return self._fault if failure is None else Fault.from_error(failure, self._hooks.observer.step)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 

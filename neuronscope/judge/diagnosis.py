@@ -13,7 +13,7 @@ from typing import Any
 from neuronscope.judge import symptoms
 from neuronscope.judge.symptoms import LayerFacts, RunFacts, Support
 
-__all__ = ["SIGNS", "Diagnosis", "Remedy", "Sign", "diagnose"]
+__all__ = ["SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _NORMALISE = Remedy("Normalise before the activation.", normalises=True)
 
 
 @dataclass(frozen=True)
-class Sign:
+class Symptom:
     """One row of the table.
 
     Attributes:
@@ -116,7 +116,7 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
     ()
     """
     found = []
-    for sign in SIGNS:
+    for sign in SYMPTOMS:
         support = sign.test(facts)
         if support is not None:
             found.append(
@@ -135,8 +135,8 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
 
 
 #: Signs, causes, remedies. Sources are named where a claim is not arithmetic.
-SIGNS = (
-    Sign(
+SYMPTOMS = (
+    Symptom(
         "NaN or infinite numbers",
         "The weights overflowed: a learning rate too high, an exploding gradient, or a half-precision overflow.",
         (
@@ -148,7 +148,7 @@ SIGNS = (
         "",
         symptoms.not_finite,
     ),
-    Sign(
+    Symptom(
         "deaths close together in time",
         "A spike: the learning rate was too high then, or one batch gave a gradient that threw biases far below zero.",
         (
@@ -161,14 +161,14 @@ SIGNS = (
         "CS231n, notes on neural networks 1; Anthropic, notes on training sparse autoencoders",
         symptoms.grouped,
     ),
-    Sign(
+    Symptom(
         "deaths in the first steps",
         "The learning rate was too high before training was under way: no warm-up, or one too short.",
         (Remedy("Start again: warm the learning rate up, lower it, clip gradients."),),
         "CS231n, notes on neural networks 1; Anthropic, notes on training sparse autoencoders",
         symptoms.early,
     ),
-    Sign(
+    Symptom(
         "deaths spread over the run",
         "Loss of plasticity: neurons go one by one and none come back, as when the task or the data change.",
         (
@@ -179,7 +179,7 @@ SIGNS = (
         "Sokar et al. 2023; Dohare et al. 2024; Abbas et al. 2023",
         symptoms.spread,
     ),
-    Sign(
+    Symptom(
         "dead since the beginning, deep and narrow",
         "Born dead: the deeper and narrower a ReLU network, the likelier that initialisation leaves neurons silent.",
         (
@@ -189,7 +189,7 @@ SIGNS = (
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_deep,
     ),
-    Sign(
+    Symptom(
         "dead since the beginning",
         "Born dead: the initialisation, or the input's scale, left these neurons silent before the first step.",
         (
@@ -199,7 +199,7 @@ SIGNS = (
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_plain,
     ),
-    Sign(
+    Symptom(
         "held below zero",
         "The bias has drifted so far down that no input can lift the neuron above zero.",
         (
@@ -210,14 +210,14 @@ SIGNS = (
         "",
         symptoms.drifted,
     ),
-    Sign(
+    Symptom(
         "an input that is off centre",
         "The input was not standardised: a common offset drives whole neurons of the first layer below zero.",
         (Remedy("Subtract the mean of the input and divide by its standard deviation."),),
         "Schoop et al. 2021 (UMLAUT)",
         symptoms.off_centre,
     ),
-    Sign(
+    Symptom(
         "a layer nearly all dead",
         "The layer has collapsed: next to no signal passes it, and nothing below it learns through it.",
         (
@@ -237,7 +237,7 @@ SIGNS = (
         "Zhang et al. 2021 (AutoTrainer)",
         symptoms.collapsed,
     ),
-    Sign(
+    Symptom(
         "a layer that may have collapsed",
         "The layer has collapsed, or was frozen in a way that leaves gradients of zero, or the loss gives no gradient "
         "any more: the optimizer's state alone does not tell.",
@@ -249,14 +249,14 @@ SIGNS = (
         "",
         symptoms.may_have_collapsed,
     ),
-    Sign(
+    Symptom(
         "dead weights shrink",
         "Weight decay goes on where no gradient comes any more.",
         (Remedy("Recycle these neurons, or leave them: they take no part."),),
         "",
         symptoms.shrunk,
     ),
-    Sign(
+    Symptom(
         "outputs that nothing reads",
         "Every weight that reads these neurons is zero, or its reader is dead: pruning, decay, or deaths further on.",
         (Remedy("Remove them: the network computes the same without them."),),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from neuronscope.errors import UsageError
 
-__all__ = ["LABELS", "Counts", "Judgement", "Policy", "Verdict", "judge", "rate_bound"]
+__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "judge", "rate_bound"]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -90,29 +90,43 @@ def rate_bound(examples: int, confidence: float = 0.95) -> float:
     return -math.expm1(math.log(1.0 - confidence) / examples)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What :func:`judge` needs to know of one site: plain arrays over its ``N`` neurons.
+class SiteCounts(Protocol):
+    """The counts of one site that :func:`judge` reads: plain arrays over its ``N`` neurons.
 
-    Attributes:
-        kind: The activation's kind (``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``).
-        linear_when_on: Whether the activation is the identity wherever its output is not zero (ReLU).
-        zero_outputs: Positions with zero output, int64 ``(N,)``.
-        zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
-        not_finite: Positions with NaN or infinite output, int64 ``(N,)``.
-        mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
-        positions: Positions each neuron's output was seen at.
-        gradient_positions: Positions each neuron's gradient was seen at.
+    A :class:`neuronscope.tally.census.Tally` has them all.
     """
 
-    kind: str
-    linear_when_on: bool
-    zero_outputs: IntArray
-    zero_gradients: IntArray
-    not_finite: IntArray
-    mean_abs_output: FloatArray
-    positions: int
-    gradient_positions: int
+    @property
+    def kind(self) -> str:
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+
+    @property
+    def linear_when_on(self) -> bool:
+        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
+
+    @property
+    def zero_outputs(self) -> IntArray:
+        """Positions with zero output, int64 ``(N,)``."""
+
+    @property
+    def zero_gradients(self) -> IntArray:
+        """Positions with zero gradient at the pre-activation, int64 ``(N,)``."""
+
+    @property
+    def not_finite_outputs(self) -> IntArray:
+        """Positions with NaN or infinite output, int64 ``(N,)``."""
+
+    @property
+    def mean_abs_output(self) -> FloatArray:
+        """Mean of ``|y|`` over positions, float64 ``(N,)``."""
+
+    @property
+    def positions(self) -> int:
+        """Positions at which each neuron's output was observed."""
+
+    @property
+    def gradient_positions(self) -> int:
+        """Positions at which each neuron's gradient was observed."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +151,11 @@ class Judgement:
         return codes
 
 
-def judge(counts: Counts, policy: Policy) -> Judgement:
+def judge(counts: SiteCounts, policy: Policy) -> Judgement:
     """Judge every neuron of one site by its counts over one window.
 
     Args:
-        counts: The site's counts; see :class:`Counts`.
+        counts: The site's counts; see :class:`SiteCounts`.
         policy: The thresholds.
 
     Returns:
@@ -151,7 +165,7 @@ def judge(counts: Counts, policy: Policy) -> Judgement:
     if counts.positions == 0:
         no = np.zeros(shape, dtype=np.bool_)
         return Judgement(no, no, no, no, no, np.ones(shape, dtype=np.bool_))
-    not_finite = counts.not_finite > 0
+    not_finite = counts.not_finite_outputs > 0
     silent = counts.zero_outputs == counts.positions
     seen_gradients = counts.gradient_positions > 0
     no_gradient = (

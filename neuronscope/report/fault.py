@@ -20,7 +20,7 @@ class Fault(NamedTuple):
         error: What went wrong, in one line.
         earlier: Whether it ended an earlier run, whose counts were saved and loaded since.
 
-    >>> str(Fault.of(ValueError("no"), 12))
+    >>> str(Fault.from_error(ValueError("no"), 12))
     'Neuronscope stopped watching at step 12 by a fault of its own; later steps are not counted. ValueError: no'
     """
 
@@ -29,7 +29,7 @@ class Fault(NamedTuple):
     earlier: bool = False
 
     @classmethod
-    def of(cls, error: Exception, step: int) -> Fault:
+    def from_error(cls, error: Exception, step: int) -> Fault:
         """Describe an exception that was raised when ``step`` optimizer steps were taken."""
         return cls(step, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST])
 

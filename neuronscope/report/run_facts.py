@@ -7,10 +7,10 @@ import numpy as np
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts
 from neuronscope.report.report import Report, SiteReport
 
-__all__ = ["facts_of", "is_normalised", "observed_every"]
+__all__ = ["facts_from_report", "is_normalised", "observed_every"]
 
 
-def facts_of(report: Report) -> RunFacts:
+def facts_from_report(report: Report) -> RunFacts:
     """Return the facts of a watched run, one :class:`LayerFacts` a site."""
     layers = []
     for site in report.layers:

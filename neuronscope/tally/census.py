@@ -16,7 +16,6 @@ import torch
 
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
-from neuronscope.judge.verdicts import Counts
 from neuronscope.sites import SiteInfo
 
 __all__ = ["Census", "Tally"]
@@ -54,7 +53,7 @@ class Tally:
     examples: int
 
     @classmethod
-    def nothing(cls, info: SiteInfo, neurons: int) -> Tally:
+    def empty(cls, info: SiteInfo, neurons: int) -> Tally:
         """The counts of a site that was not observed."""
         return cls(
             info=info,
@@ -78,6 +77,16 @@ class Tally:
     def activation(self) -> str:
         """Name of the activation function."""
         return self.info.activation
+
+    @property
+    def kind(self) -> str:
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+        return self.info.kind
+
+    @property
+    def linear_when_on(self) -> bool:
+        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
+        return self.info.linear_when_on
 
     @property
     def axis(self) -> int:
@@ -108,19 +117,6 @@ class Tally:
     def mean_abs_output(self) -> FloatArray:
         """Mean of ``|y|`` over positions, float64 ``(N,)``; non-finite outputs count as nothing; NaN where unseen."""
         return _fraction(self.abs_sum, self.positions)
-
-    def counts(self) -> Counts:
-        """What :func:`neuronscope.judge.verdicts.judge` reads."""
-        return Counts(
-            kind=self.info.kind,
-            linear_when_on=self.info.linear_when_on,
-            zero_outputs=self.zero_outputs,
-            zero_gradients=self.zero_gradients,
-            not_finite=self.not_finite_outputs,
-            mean_abs_output=self.mean_abs_output,
-            positions=self.positions,
-            gradient_positions=self.gradient_positions,
-        )
 
     def merge(self, other: Tally) -> Tally:
         """Both tallies together, as if one had counted all.

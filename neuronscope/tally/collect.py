@@ -18,12 +18,12 @@ from neuronscope.count.counting import Scratch
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 
-__all__ = ["most_examples", "read"]
+__all__ = ["most_examples", "read_tallies"]
 
 AnyArray = npt.NDArray[np.generic]
 
 
-def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
+def read_tallies(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
     """The counts of running meters, copied. Waits for their devices.
 
     Args:

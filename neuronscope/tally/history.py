@@ -200,13 +200,13 @@ class History:
             observed: Optimizer steps observed in this window and the one before it, rising.
         """
         for name, so_far in total.items():
-            tally = window.get(name) or Tally.nothing(so_far.info, so_far.neurons)
+            tally = window.get(name) or Tally.empty(so_far.info, so_far.neurons)
             trail = self._trails.get(name)
             if trail is None:
                 if tally.positions == 0:
                     continue
                 trail = self._trails[name] = _Trail(tally.neurons)
-            judgement = judge(tally.counts(), self._policy)
+            judgement = judge(tally, self._policy)
             trail.change(window.last_step, tally, judgement, so_far.last_active_step, observed)
             trail.picture(self._windows, self._stride, window.last_step, tally, judgement)
         self._windows += 1

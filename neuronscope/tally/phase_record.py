@@ -18,7 +18,7 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
-from neuronscope.tally.collect import most_examples, read
+from neuronscope.tally.collect import most_examples, read_tallies
 from neuronscope.tally.history import History
 
 __all__ = ["WINDOWS", "PhaseRecord", "saved_phases", "state_of_phases"]
@@ -66,7 +66,7 @@ class PhaseRecord:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
 
-    def keys_met(self) -> Iterator[SiteKey]:
+    def site_keys(self) -> Iterator[SiteKey]:
         """The sites that were met in this phase since it was last loaded."""
         return iter(self._meters)
 
@@ -105,7 +105,7 @@ class PhaseRecord:
 
     def _running(self) -> Census:
         """What the meters hold, of the steps since they were last flushed."""
-        tallies = zip((key.name for key in self._meters), read(list(self._meters.values())), strict=True)
+        tallies = zip((key.name for key in self._meters), read_tallies(list(self._meters.values())), strict=True)
         return Census(dict(tallies), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
@@ -113,9 +113,9 @@ class PhaseRecord:
         running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
-        self.take(running if join is None else join(running))
+        self.add_joined(running if join is None else join(running))
 
-    def take(self, joined: Census) -> None:
+    def add_joined(self, joined: Census) -> None:
         """Add what was joined to the open window."""
         self._flushed = _together(self._flushed, joined)
         if joined.last_step > self.last_observed_step:  # other ranks went on
@@ -146,7 +146,7 @@ class PhaseRecord:
         self._wanting_at = -1 if enough else len(self._steps)
         return enough
 
-    def is_sure(self) -> bool:
+    def has_enough_examples(self) -> bool:
         """Whether the flushed part of the open window has the examples that the policy asks for."""
         return self._flushed.examples >= self._policy.min_examples
 
