@@ -98,7 +98,11 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="output folder (default: %(default)s); only files of an earlier demo are replaced in it",
     )
     demo.add_argument(
-        "--seeds", type=_positive, default=5, metavar="N", help="training runs per activation function (default: %(default)s)"
+        "--seeds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="training runs per activation function (default: %(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
     demo.set_defaults(call=_demo)

@@ -54,7 +54,7 @@ class WatchOptions:
     functional: bool = True
     axes: Mapping[str, int] | None = None
     policy: Policy | None = None
-    #: Not in ``repr``: a function prints its address there, and callbacks compare ``repr`` to recognise their own state.
+    #: Left out of ``repr``, by which callbacks recognise their own saved state: a function prints its address.
     activations: Mapping[Any, Activation | str] | None = field(default=None, repr=False)
     window_steps: int = 100
     join_ranks: bool = True

@@ -15,8 +15,8 @@ class SiteKey(NamedTuple):
     """Identify a site by its place, its function, the index of the call, and whether it is a gated product.
 
     Attributes:
-        path: Module path without wrapper prefixes. For a functional site, the path of the module that calls the function.
-            ``""`` is the root.
+        path: Module path without wrapper prefixes; ``""`` is the root. For a functional site, the path of the module
+            that calls the function.
         function: Function name of a functional site, else ``""``.
         call: Index of the call within one forward pass: 0 for the first.
         gated: Whether the site is the product of this activation's output with another tensor.

@@ -541,7 +541,7 @@ def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_n
         ("relu()", 15, 0),
         ("relu()#1", 15, 15),
     ]
-    assert any("No gradients were seen at 1 of 2 sites" in note for note in scope.report().notes)
+    assert any("No gradients were seen at 1 of 2 layers" in note for note in scope.report().notes)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
