@@ -121,7 +121,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         mean_abs_output=tally.mean_abs_output,
         last_active_step=total.last_active_step,
         judgement=judge(tally, policy),
-        history=record.history.of(name, tally.neurons),
+        history=record.history.for_site(name, tally.neurons),
     )
 
 

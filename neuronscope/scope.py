@@ -26,7 +26,7 @@ from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
-from neuronscope.tally.phase_record import PhaseRecord, saved_phases, state_of_phases
+from neuronscope.tally.phase_record import PhaseRecord, scope_state, split_scope_state
 
 __all__ = ["Scope", "watch"]
 
@@ -163,7 +163,7 @@ class Scope:
                     self._flush(name, join=join)
                     record.close()
                 else:
-                    self._record(name).forget()
+                    self._record(name).discard_running()
             self._phase = before
             self._observe()
 
@@ -329,7 +329,7 @@ class Scope:
         """
         if join:
             self._flush("train")
-        return state_of_phases(self._step, self._records, self._current_fault())
+        return scope_state(self._step, self._records, self._current_fault())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
@@ -337,7 +337,7 @@ class Scope:
         Raises:
             StateError: The state is not that of a scope, or has another version.
         """
-        self._step, phases, self._fault = saved_phases(state, self.policy)
+        self._step, phases, self._fault = split_scope_state(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._observe()

@@ -131,7 +131,7 @@ def test_no_normalisation_is_advised_where_there_is_one(sign: str, since: list[i
 
 
 def test_an_unknown_activation_is_advised_on_condition() -> None:
-    assert "If the activation is zero for all that is below zero" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
+    assert "If the activation is zero for all negative inputs" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
 
 
 @pytest.mark.parametrize("sign", [SIGN_OF_COLLAPSE, "deaths close together in time"])
@@ -144,7 +144,7 @@ def test_the_checkpoint_to_go_back_to_is_named(sign: str) -> None:
 
 def test_where_no_checkpoint_can_be_named_none_is() -> None:
     undated, born = (layer(since=[step] * 64) for step in (UNDATED, -1))
-    assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to a checkpoint from before it.")
+    assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to an earlier checkpoint that does not show this.")
     assert "checkpoint" not in remedy(SIGN_OF_COLLAPSE, born)
 
 
@@ -191,9 +191,9 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
-        "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: layers a (6 of 64), b (2 of 32). Steps are "
-        "by the optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
-        "checkpoint was saved: 0.1, 0.003."
+        "8 of 9 dated deaths are at steps 5,000 to 5,003 of 10,000: layers a (6 of 64), b (2 of 32). Steps come from the "
+        "optimizer's state: the earliest possible, usually about 20 steps too early. Learning rate when the checkpoint "
+        "was saved: 0.1, 0.003."
     )
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
 
