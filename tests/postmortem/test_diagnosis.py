@@ -191,9 +191,9 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
-        "8 of 9 dated deaths are at steps 5,000 to 5,003 of 10,000: layers a (6 of 64), b (2 of 32). Steps come from the "
-        "optimizer's state: the earliest possible, usually about 20 steps too early. Learning rate when the checkpoint "
-        "was saved: 0.1, 0.003."
+        "8 of 9 dated deaths are at steps 5,000 to 5,003 of 10,000: layers a (6 of 64), b (2 of 32). Steps come from "
+        "the optimizer's state: the earliest possible, usually about 20 steps too early. Learning rate when the "
+        "checkpoint was saved: 0.1, 0.003."
     )
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
 
