@@ -20,7 +20,7 @@ Output (shortened; numbers differ a little between machines)::
        no gradient, inferred from adam state: 33 held, 0 refuted
        no gradient, suspected from adam state: 0 held, 1 refuted
        dead, proved from interval bound: 1 held, 0 refuted
-       deaths close together in time: 29 of 33 dated deaths lie at steps 292 to 311, of 627 in all: ...
+       deaths close together in time: 29 of 33 dated deaths are at steps 292 to 311 of 627: ...
 
 The learning rate jumped at step 300, which the optimizer's state still knows. Run it with::
 

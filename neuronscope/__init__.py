@@ -1,7 +1,7 @@
-"""Neuronscope: which neurons of a PyTorch network are dead, since when, how sure that is, why, and what to do.
+"""Neuronscope finds dead neurons in PyTorch networks: which, since when, how certain that is, why, and what to do.
 
-Public names are bound lazily (PEP 562): ``import neuronscope`` loads no torch, so that TensorBoard and command lines
-that only read reports stay quick.
+Public names are imported when they are first used (PEP 562). ``import neuronscope`` itself does not load torch, so
+TensorBoard and command lines that only read reports start quickly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULE_OF = {
     "Activation": "neuronscope.attach.activations",
     "Census": "neuronscope.tally.census",
     "NeuronscopeError": "neuronscope.errors",
@@ -57,8 +57,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

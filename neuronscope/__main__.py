@@ -1,4 +1,4 @@
-"""``python -m neuronscope``: the command line, where the script is not on the path."""
+"""Run the command line as ``python -m neuronscope``, for when the script is not on the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a phase's record to a report: which window is judged, what each site earned, and what a reader should know."""
+"""Make a report from a phase's record: choose the window, judge each site, and write the notes for the reader."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ def make_report(
     exchanges: Exchanges,
     fault: Fault | None = None,
 ) -> Report:
-    """Judge a phase.
+    """Judge a phase and return its report.
 
     Args:
-        record: What was counted.
+        record: The counts of the phase.
         model: Class name of the watched model.
         phase: The phase's name.
-        step: Optimizer steps taken.
+        step: Number of optimizer steps taken.
         policy: The thresholds.
-        unseen: What could not be seen, name → reason.
-        exchanges: What joining the counts of several ranks has cost.
-        fault: What ended the watch, if a fault of ours did.
+        unseen: Reasons why something was not measured, by name.
+        exchanges: The cost of joining the counts of several ranks.
+        fault: The error inside Neuronscope that ended the watch, if there was one.
 
     Returns:
-        The report, of the newest closed window, as things stood when it closed; of everything where none has closed.
+        The report on the newest closed window, in the state at its end. If no window has closed, the report is on
+        everything that was counted.
     """
     everything = record.census("all")
     closed = len(record.closed) > 0
-    judged, until_then = (record.last, record.closed) if closed else (everything, everything)
+    judged, total = (record.last, record.closed) if closed else (everything, everything)
     window = WindowSpan(
         name="last" if closed else "all",
         first_step=judged.first_step,
@@ -55,11 +56,11 @@ def make_report(
         steps=judged.steps,
         long_enough=judged.examples >= policy.min_examples,
     )
-    said = "" if fault is None else str(fault)
-    nothing = {name: Tally.nothing(tally.info, tally.neurons) for name, tally in everything.items()}
-    seen = {**nothing, **until_then}  # a site may have run since, or not in the window that is judged
-    sites = tuple(_site(name, judged.get(name), seen[name], record, policy) for name in everything)
-    broken_since = [name for name, tally in everything.items() if tally.not_finite > seen[name].not_finite]
+    fault_text = "" if fault is None else str(fault)
+    empty = {name: Tally.empty(tally.info, tally.neurons) for name, tally in everything.items()}
+    totals = {**empty, **total}  # a site may have run for the first time after the judged window
+    sites = tuple(_site(name, judged.get(name), totals[name], record, policy) for name in everything)
+    broken_since = [name for name, tally in everything.items() if tally.not_finite > totals[name].not_finite]
     return Report(
         model=model,
         phase=phase,
@@ -68,8 +69,8 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*([said] if said else []), *_notes(judged, broken_since), *_joining(exchanges)),
-        fault=said,
+        notes=(*([fault_text] if fault_text else []), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
+        fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,
             "torch": torch.__version__,
@@ -79,32 +80,35 @@ def make_report(
 
 
 def not_measured(
-    unseen: Mapping[str, str], modules: Iterable[str], record: PhaseRecord, wants: Callable[[str], bool]
+    unseen: Mapping[str, str], modules: Iterable[str], record: PhaseRecord, wanted: Callable[[str], bool]
 ) -> dict[str, str]:
-    """Return what could not be seen with the reasons, activation modules of which nothing was heard included.
+    """Add the activation modules that did not run to what was not measured.
 
     Args:
-        unseen: What is known not to be seen, name → reason.
-        modules: Paths of the activation modules that are watched.
-        record: What was counted.
-        wants: Says whether the site of a name is to be counted.
+        unseen: Reasons why something was not measured, by name.
+        modules: Paths of the watched activation modules.
+        record: The counts of the phase.
+        wanted: A function that returns whether the site of a given name should be counted.
+
+    Returns:
+        All reasons, by name.
     """
-    found = dict(unseen)
-    ran = {key.path for key in record.keys_met() if not key.function}
+    reasons = dict(unseen)
+    ran = {key.path for key in record.site_keys() if not key.function}
     for path in modules:
         name = SiteKey(path, "", 0, False).name
-        if path not in ran and name not in found and wants(name):
-            found[name] = "this module did not run while it was watched"
-    return found
+        if path not in ran and name not in reasons and wanted(name):
+            reasons[name] = "this module did not run while it was watched"
+    return reasons
 
 
-def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
-    if tally is None:
-        tally = Tally.nothing(until_then.info, until_then.neurons)
+def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, policy: Policy) -> SiteReport:
+    if tally is None:  # the site did not run in the judged window
+        tally = Tally.empty(total.info, total.neurons)
     return SiteReport(
         name=name,
         activation=tally.activation,
-        kind=tally.info.kind,
+        kind=tally.kind,
         neurons=tally.neurons,
         axis=tally.axis,
         axis_source=tally.axis_source,
@@ -115,46 +119,47 @@ def _site(name: str, tally: Tally | None, until_then: Tally, record: PhaseRecord
         zero_output_fraction=tally.zero_output_fraction,
         zero_gradient_fraction=tally.zero_gradient_fraction,
         mean_abs_output=tally.mean_abs_output,
-        last_active_step=until_then.last_active_step,
-        judgement=judge(tally.counts(), policy),
-        history=record.history.of(name, tally.neurons),
+        last_active_step=total.last_active_step,
+        judgement=judge(tally, policy),
+        history=record.history.for_site(name, tally.neurons),
     )
 
 
 def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
-    """What a reader should know.
+    """Return the notes on NaN, infinity and missing gradients.
 
     Args:
-        census: The window that is judged.
-        broken_since: Sites that gave NaN or infinity after it closed.
+        census: The judged window.
+        broken_since: Names of sites that gave NaN or infinity after it closed.
     """
-    notes = []
     if not census:
-        notes.append("Nothing was observed: no activation was measured in this phase.")
-        return tuple(notes)
+        return ("Nothing was observed: no activation was measured in this phase.",)
+    notes = []
     broken = [name for name, tally in census.items() if tally.not_finite]
     if broken:
         notes.append(
-            f"The network gave NaN or infinite outputs at {len(broken)} of {len(census)} sites, first at {broken[0]}: "
-            "it is broken, whatever its share of dead neurons."
+            f"The network gave NaN or infinite outputs at {len(broken)} of {len(census)} layers, first at {broken[0]}: "
+            "it is broken, whatever its percentage of dead neurons is."
         )
     if broken_since:
         notes.append(
             f"After step {census.last_step} the network gave NaN or infinite outputs at {len(broken_since)} of its "
-            f"sites, first at {next(iter(broken_since))}: it is broken now, whatever it was until then."
+            f"layers, first at {next(iter(broken_since))}: it is broken now, even if it was healthy until then."
         )
-    blind = [name for name, tally in census.items() if tally.positions and not tally.gradient_positions]
-    if len(blind) == len(census):
-        notes.append("No gradients were seen: neurons are judged by their outputs alone.")
-    elif blind:
-        notes.append(f"No gradients were seen at {len(blind)} of {len(census)} sites, {blind[0]} among them.")
+    without_gradients = [name for name, tally in census.items() if tally.positions and not tally.gradient_positions]
+    if len(without_gradients) == len(census):
+        notes.append("No gradients were seen, so neurons are judged by their outputs only.")
+    elif without_gradients:
+        some = f"{len(without_gradients)} of {len(census)} layers, for example {without_gradients[0]}"
+        notes.append(f"No gradients were seen at {some}.")
     return tuple(notes)
 
 
-def _joining(exchanges: Exchanges) -> tuple[str, ...]:
+def _exchange_notes(exchanges: Exchanges) -> tuple[str, ...]:
+    """Return the note on how often the counts of several ranks were joined and what it cost, if they were."""
     if not exchanges.times:
         return ()
     ranks, times, collectives, size, seconds = exchanges
     often = "once" if times == 1 else f"{times} times"
-    cost = f"{size / 1e6:.2g} MB each, {collectives} collectives, {seconds:.2g} s in all"
+    cost = f"{size / 1e6:.2g} MB each, {collectives} collectives, {seconds:.2g} s in total"
     return (f"Counts of {ranks} ranks were joined {often}: {cost}.",)

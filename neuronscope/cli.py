@@ -1,4 +1,7 @@
-"""The command line: parse, call, exit code (0 fine, 1 a check failed, 2 bad use or unreadable input)."""
+"""The command line: parse the arguments, run the command, return an exit code.
+
+Exit codes: 0 = fine, 1 = a check failed, 2 = wrong use or unreadable input, 130 = interrupted.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,19 @@ from pathlib import Path
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.output import discard_printed, print_whole
+from neuronscope.output import discard_output, print_and_flush
 from neuronscope.writers.wording import visible
 
 __all__ = ["main"]
 
-FINE, BAD_USE, INTERRUPTED = 0, 2, 130
+OK, WRONG_USE, INTERRUPTED = 0, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``neuronscope`` as from a shell.
+    """Run the ``neuronscope`` command.
 
     Args:
-        arguments: What follows the command's name; ``sys.argv`` where it is not given.
+        arguments: The arguments after the command's name; taken from ``sys.argv`` if not given.
 
     Returns:
         The exit code.
@@ -32,33 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SystemExit: 0
     """
     try:
-        return _called(arguments)
+        return _run(arguments)
     finally:
         try:
-            print_whole()  # what is printed by others, as help and the version are
+            print_and_flush()  # argparse prints help and the version without flushing
         except OSError as error:
             print(f"neuronscope: Cannot write to standard output: {error.strerror}.", file=sys.stderr)
-            sys.exit(BAD_USE)
+            sys.exit(WRONG_USE)
 
 
-def _called(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a "±" must not end a run on a console that lacks it
-    call: Callable[[argparse.Namespace], int] | None = getattr(parsed, "call", None)
-    if call is None:
+            stream.reconfigure(errors="replace")  # a console that cannot show "±" must not end a run
+    command: Callable[[argparse.Namespace], int] | None = getattr(parsed, "call", None)
+    if command is None:
         parser.print_help(sys.stderr)
-        return BAD_USE
+        return WRONG_USE
     try:
-        return call(parsed)
+        return command(parsed)
     except NeuronscopeError as error:
         if parsed.debug:
             raise
-        # One line, whatever a user's own error or a hostile name in a checkpoint put into it.
+        # One line, even if a user's own error or a hostile name in a checkpoint contains several.
         print(f"neuronscope: {visible(' '.join(str(error).split()))}", file=sys.stderr)
-        return BAD_USE
+        return WRONG_USE
     except KeyboardInterrupt:
         print("neuronscope: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -67,13 +70,13 @@ def _called(arguments: Sequence[str] | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="neuronscope", description="Dead-neuron diagnostics for PyTorch.")
     parser.add_argument("--version", action="version", version=f"neuronscope {neuronscope.__version__}")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     add_postmortem(commands)
-    for command in commands.choices.values():  # after the command too, where one thinks of it
+    for command in commands.choices.values():  # `--debug` is accepted after the command too
         command.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
         )
     return parser
 
@@ -81,10 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
-        help="train the activation comparison on real data",
+        help="compare activation functions on real data",
         description=(
             "Trains the same network on scikit-learn's digits with ReLU, LeakyReLU, GELU, SiLU and others, and watches "
-            "which neurons die. Ends with a table, a picture, TensorBoard logs and an HTML report, in a minute or two."
+            "which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report in a minute or two."
         ),
     )
     demo.add_argument(
@@ -92,10 +95,14 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         type=Path,
         default=Path("runs/demo"),
         metavar="DIR",
-        help="folder for what it makes (default: %(default)s); only an earlier demo's own files in it are replaced",
+        help="output folder (default: %(default)s); only files of an earlier demo are replaced in it",
     )
     demo.add_argument(
-        "--seeds", type=_positive, default=5, metavar="N", help="training runs of each set-up (default: %(default)s)"
+        "--seeds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="training runs per activation function (default: %(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
     demo.set_defaults(call=_demo)
@@ -108,10 +115,10 @@ def _demo(parsed: argparse.Namespace) -> int:
         run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
     except OSError as error:
         if error.filename is None:
-            discard_printed()
-        where = error.filename or f"to standard output or into {parsed.out}"
-        raise UsageError(f"Cannot write {where}: {error.strerror or error}.") from error
-    return FINE
+            discard_output()
+        target = error.filename or f"to standard output or into {parsed.out}"
+        raise UsageError(f"Cannot write {target}: {error.strerror or error}.") from error
+    return OK
 
 
 def _positive(text: str) -> int:

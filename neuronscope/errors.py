@@ -1,6 +1,6 @@
-"""The one tree of errors and warnings that Neuronscope raises on purpose.
+"""All errors and warnings that Neuronscope raises on purpose.
 
-Messages say what was expected, what came, at which site, and what to do.
+Each message says what was expected, what was given, at which site, and what to do.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ class NeuronscopeError(Exception):
 
 
 class UsageError(NeuronscopeError, ValueError):
-    """An argument is not what the function takes."""
+    """An argument has a wrong type or value."""
 
 
 class NothingToWatchError(UsageError):
-    """The model has no activation site, or the patterns leave none."""
+    """The model has no activation that can be watched, or the patterns exclude all of them."""
 
 
 class DetachedError(NeuronscopeError, RuntimeError):
-    """A scope was told to go on watching after it was detached."""
+    """A scope was used for watching after it was detached."""
 
 
 class StateError(NeuronscopeError, ValueError):
-    """A saved census or history does not fit what it is loaded into."""
+    """A saved state is damaged, or does not fit the object that loads it."""
 
 
 class CheckpointError(NeuronscopeError, ValueError):
-    """A checkpoint cannot be read: it is not there, damaged, foreign, or would have to be unpickled."""
+    """A checkpoint cannot be read: it is missing, damaged, of an unknown format, or needs full unpickling."""
 
 
 class MissingExtraError(NeuronscopeError, ImportError):
-    """An optional package is needed; the message names the pip command."""
+    """An optional package is missing; the message names the pip command."""
 
 
 class NeuronscopeWarning(UserWarning):
-    """Something is wrong with the watching, and training goes on."""
+    """Something is wrong with the watching; training continues."""

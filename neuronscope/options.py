@@ -1,4 +1,4 @@
-"""The options of a watch, in one place: ``watch``, ``scan``, ``Scope`` and the callbacks all take them from here."""
+"""The options of a watch, defined once for ``watch``, ``scan``, ``Scope`` and the callbacks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Patterns", "ScanArguments", "WatchArguments", "WatchOptions", "positive_integer"]
 
-#: One glob pattern or several; ``None`` where there is none.
+#: One glob pattern, several, or ``None``.
 Patterns = str | Sequence[str] | None
 
 
 class ScanArguments(TypedDict, total=False):
-    """Keyword arguments that apply to one pass over data; see :func:`neuronscope.watch`."""
+    """Keyword arguments that apply to a scan, which is one pass over data; see :func:`neuronscope.watch`."""
 
     sites: Patterns
     exclude: Patterns
@@ -30,7 +30,7 @@ class ScanArguments(TypedDict, total=False):
 
 
 class WatchArguments(ScanArguments, total=False):
-    """Keyword arguments that apply to a watched training; see :func:`neuronscope.watch`."""
+    """Keyword arguments that apply to watching a training run; see :func:`neuronscope.watch`."""
 
     every_n_steps: int
     window_steps: int
@@ -39,10 +39,10 @@ class WatchArguments(ScanArguments, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchOptions:
-    """The options of one watch, checked. The attributes are the arguments of :func:`neuronscope.watch`.
+    """Hold and check the options of one watch. The attributes are the arguments of :func:`neuronscope.watch`.
 
     Raises:
-        UsageError: An option is not what is expected.
+        UsageError: An option has a wrong type or value.
 
     >>> WatchOptions(every_n_steps=5).window_steps
     100
@@ -54,7 +54,7 @@ class WatchOptions:
     functional: bool = True
     axes: Mapping[str, int] | None = None
     policy: Policy | None = None
-    #: Left out of ``repr``, which callbacks use to tell their saved states apart: functions print an address.
+    #: Left out of ``repr``, by which callbacks recognise their own saved state: a function prints its address.
     activations: Mapping[Any, Activation | str] | None = field(default=None, repr=False)
     window_steps: int = 100
     join_ranks: bool = True
@@ -68,7 +68,7 @@ class WatchOptions:
 
     @property
     def thresholds(self) -> Policy:
-        """The policy that was given, or the default one."""
+        """The given policy, or the default one."""
         return self.policy or Policy()
 
 
@@ -76,11 +76,11 @@ def positive_integer(name: str, value: Any) -> int:
     """Return ``value`` if it is an integer of at least 1.
 
     Args:
-        name: The argument's name, for the error.
-        value: What the user gave.
+        name: The argument's name, for the error message.
+        value: The value that the user gave.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: ``value`` is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"Expected argument `{name}` to be an integer of at least 1, but got {value!r}.")

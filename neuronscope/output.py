@@ -1,4 +1,4 @@
-"""Output: a file lies in its place whole or not at all; what is printed arrives, or an error says that it did not."""
+"""Write files and standard output: each write is complete, or an error says that it failed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import stat
 import sys
 from pathlib import Path
 
-__all__ = ["check_writable", "discard_printed", "print_whole", "write_file"]
+__all__ = ["check_writable", "discard_output", "print_and_flush", "write_file"]
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise now what :func:`write_file` would raise later, as far as it can be known without writing.
+    """Raise early what :func:`write_file` would raise later, as far as that is known without writing.
 
     Args:
-        path: The file.
+        path: Where the file will be written.
 
     Raises:
-        OSError: It is a folder, lies in no folder, or may not be written.
+        OSError: ``path`` is a folder, its folder does not exist, or writing is not permitted.
     """
     path = Path(path)
     folder = Path(os.path.realpath(path)).parent
@@ -29,27 +29,27 @@ def check_writable(path: str | Path) -> None:
         raise FileNotFoundError(errno.ENOENT, f"there is no folder {folder}", str(path))
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # A file is replaced and not written into, so both must be allowed: what is protected against writing stays.
-    needed = [path] if path.exists() else []
-    if not needed or path.is_file():
-        needed.append(folder)
-    for one in needed:
-        if not os.access(one, os.W_OK):
+    # A file is replaced by a new one, so its folder must be writable; a write-protected file is respected as well.
+    writable = [path] if path.exists() else []
+    if not writable or path.is_file():
+        writable.append(folder)
+    for place in writable:
+        if not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file so that a failure leaves what was there before, and nothing half-written.
+    """Write a file completely; if that fails, keep the previous file and leave no partial one.
 
-    The content goes to a file beside it, which then takes its place. What is no ordinary file (a device, a pipe) is
-    written into as it is.
+    The content is written to a temporary file in the same folder, which then replaces the target. A device or a pipe
+    is written to directly.
 
     Args:
-        path: The file; a link is followed.
-        content: What is to be in it; text is written as UTF-8.
+        path: The file; links are followed.
+        content: The new content; text is encoded as UTF-8.
 
     Raises:
-        OSError: It cannot be written; the error names ``path``.
+        OSError: The file cannot be written; the error names ``path``.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
@@ -63,30 +63,30 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether it is there and is no ordinary file; ``/dev/stdout`` is none, whatever it leads to."""
+    """Whether the path exists and is not a regular file; everything under ``/dev`` counts as special."""
     return path.exists() and (not stat.S_ISREG(path.stat().st_mode) or path.is_relative_to("/dev"))
 
 
 def _replace(target: Path, data: bytes) -> None:
-    beside = target.with_name(f".neuronscope-{secrets.token_hex(8)}.part")
+    part = target.with_name(f".neuronscope-{secrets.token_hex(8)}.part")
     try:
-        beside.write_bytes(data)
+        part.write_bytes(data)
         if target.exists():
-            shutil.copymode(target, beside)
-        beside.replace(target)
+            shutil.copymode(target, part)
+        part.replace(target)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink()
+            part.unlink()
         raise
 
 
-def print_whole(text: str = "") -> None:
-    """Print a text, and see that it and all that was printed before arrive.
+def print_and_flush(text: str = "") -> None:
+    """Print a text and flush standard output.
 
-    A reader that stops early (``| head``) is no fault.
+    A reader that stops early (``| head``) is not an error.
 
     Raises:
-        OSError: Standard output takes no more. What is left of what was printed is dropped.
+        OSError: Standard output cannot be written to. Output that was not written yet is dropped.
     """
     if sys.stdout is None:  # closed before the program began
         return
@@ -94,14 +94,14 @@ def print_whole(text: str = "") -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        discard_printed()
+        discard_output()
     except OSError:
-        discard_printed()
+        discard_output()
         raise
 
 
-def discard_printed() -> None:
-    """Drop what was printed and cannot be written, and all that follows: the interpreter would try once more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+def discard_output() -> None:
+    """Send standard output to the null device; otherwise the interpreter tries to write the rest again at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

@@ -1,4 +1,4 @@
-"""scan(): a trained model over data, and what its neurons do there."""
+"""Run a trained model over data and report on its neurons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neuronscope.scope import Scope
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["left_as_it_was", "scan"]
+__all__ = ["model_state_restored", "scan"]
 
 
 def scan(
@@ -30,22 +30,24 @@ def scan(
 ) -> Report:
     """Run a trained model over data and report on its neurons.
 
-    The model runs in evaluation mode and is left as it was: training flags, gradients and buffers included.
+    The model runs in evaluation mode. Its training flags, gradients and buffers are restored afterwards.
 
     Args:
         model: The model.
-        data: Batches, or one tensor, which is one batch. Of the batches, a tensor is given to the model as it is, a
-            mapping as keyword arguments, and of a tuple or list the first element.
-        loss: ``loss(output, batch)`` → scalar; with it, gradients are counted too.
-        forward: ``forward(model, batch)`` → output, where the model is called in another way.
+        data: An iterable of batches, or one tensor as the only batch; tensors of shape ``(B, …)``, ``B`` examples
+            each. The model is called with a batch that is a tensor, with the first element of a tuple or list, and
+            with a mapping as keyword arguments.
+        loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are counted too.
+        forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.
         **options: ``sites``, ``exclude``, ``functional``, ``axes``, ``policy`` and ``activations``, as for
             :func:`watch`.
 
     Returns:
-        A report of phase ``scan``.
+        A report on phase ``scan``.
 
     Raises:
-        UsageError: ``data`` yields nothing, or an argument is not what is expected.
+        UsageError: ``data`` has no batch, or an argument has a wrong type or value.
+        NothingToWatchError: The model has no activation.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
@@ -53,7 +55,7 @@ def scan(
     3
     """
     for name in options.keys() & WatchArguments.__annotations__.keys() - ScanArguments.__annotations__.keys():
-        raise UsageError(f"Expected options of a scan, but got `{name}`, which is of training only: leave it out.")
+        raise UsageError(f"Expected options of a scan, but got `{name}`, which applies to training only: leave it out.")
     try:
         iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
     except TypeError as error:
@@ -62,18 +64,18 @@ def scan(
     call = forward or _call
     batches = 0
     scope = Scope(model, WatchOptions(**options, join_ranks=False))
-    with left_as_it_was(model):
+    with model_state_restored(model):
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
-            for parameter in model.parameters():  # so that gradients come to every neuron, frozen or not
+            for parameter in model.parameters():  # so that gradients reach every neuron, also in frozen layers
                 parameter.requires_grad_(loss is not None and parameter.is_floating_point())
             for batch in iterator:
-                moved = _to(batch, device)
+                batch = _to_device(batch, device)
                 for parameter in model.parameters():
                     parameter.grad = None
-                output = call(model, moved)
+                output = call(model, batch)
                 if loss is not None:
-                    loss(output, moved).backward()
+                    loss(output, batch).backward()
                 batches += 1
     if batches == 0:
         raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
@@ -81,11 +83,11 @@ def scan(
 
 
 @contextlib.contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's flags, gradients and buffers are afterwards what they were.
+def model_state_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the model's training flags, gradients, ``requires_grad`` and buffers on exit.
 
     >>> model = torch.nn.Dropout()
-    >>> with left_as_it_was(model):
+    >>> with model_state_restored(model):
     ...     _ = model.eval()
     >>> model.training
     True
@@ -117,12 +119,12 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, torch.Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
+        return {name: _to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        moved = [_to(value, device) for value in batch]
+        moved = [_to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch

@@ -1,4 +1,4 @@
-"""Scope and watch(): the one place that wires attach → count → tally → judge → report."""
+"""Watch a model: connects attach → count → tally → judge → report. Nothing else knows all of them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,23 @@ from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
-from neuronscope.tally.phase_record import PhaseRecord, saved_phases, state_of_phases
+from neuronscope.tally.phase_record import PhaseRecord, scope_state, split_scope_state
 
 __all__ = ["Scope", "watch"]
 
 
 class Scope:
-    """A model that is being watched. Made by :func:`watch`.
+    """Watch one model. :func:`watch` makes a scope.
 
-    A scope is a context manager: leaving it detaches it. What was counted stays readable afterwards.
+    A scope is a context manager that detaches itself on exit. Its counts stay readable afterwards.
+
+    Args:
+        model: The model.
+        options: The options, as of :func:`watch`.
+
+    Raises:
+        UsageError: ``model`` is not a module.
+        NothingToWatchError: The model has no activation.
     """
 
     def __init__(self, model: nn.Module, options: WatchOptions) -> None:
@@ -44,7 +52,7 @@ class Scope:
         self.window_steps = options.window_steps
         self.policy = options.thresholds
         self._ranks = RankSync(together=options.join_ranks)
-        self._selection = SitePatterns(options.sites, options.exclude, options.axes)
+        self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
         self._step = 0
@@ -61,17 +69,15 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
-        self._tap = HookManager(
+        self._hooks = HookManager(
             model,
             registry=registry,
             meters=self._new_meter,
-            axes=self._selection.axis,
+            axes=self._patterns.axis,
             functional=options.functional,
             tolerance=self.policy.tolerance,
         )
         self._observe()
-
-    # --- the loop --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Scope:
         return self
@@ -88,55 +94,58 @@ class Scope:
 
     @property
     def observing(self) -> bool:
-        """Whether the step that is running is observed."""
-        return self._tap.observing
+        """Whether the current step is observed."""
+        return self._hooks.observing
 
     @property
     def detached(self) -> bool:
-        """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
-        return self._detached or self._retired or self._tap.failure is not None
+        """Whether the hooks are off the model, because of :meth:`detach` or after an error inside Neuronscope."""
+        return self._detached or self._retired or self._hooks.failure is not None
 
     def step(self, step: int | None = None) -> bool:
-        """One optimizer step is over.
+        """Count one optimizer step; call this after each one.
 
         Args:
-            step: Optimizer steps taken so far, where the caller counts them; by default one more than before.
+            step: Number of optimizer steps taken so far, if the caller counts them; by default one more than before.
 
         Returns:
-            Whether that closed a window.
+            Whether this closed a window.
 
         Raises:
             DetachedError: The scope was detached.
-            UsageError: ``step`` is no number of steps.
+            UsageError: ``step`` is not an integer of at least 0.
         """
         self._require_attached("step")
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         closed = False
         record = self._record("train")
-        if self._tap.observing and self._phase == "train":
+        if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
-            self._tap.observer.end_step()
+            self._hooks.observer.end_step()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
-        if due and (self._ranks.alone or not self._tap.uneven_inputs.expected):
+        if due and (self._ranks.alone or not self._hooks.uneven_inputs.expected):
             self._flush("train")
-            closed = record.is_sure() and record.close()
+            closed = record.has_enough_examples() and record.close()
         self._observe()
         return closed
 
     @contextlib.contextmanager
     def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
-        """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of it.
+        """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of that phase.
 
         Args:
             name: The phase's name.
-            join: Every rank of a distributed run is here, and each with its own part of the data: count them together.
-            keep: Asked at the end: whether this was a pass of that phase at all. If not, it is forgotten.
+            join: Add up the counts of all ranks at the end. Every rank of the distributed run must then run this phase
+                on its own part of the data. For callbacks that know this from their trainer.
+            keep: Called at the end; if it returns ``False``, the counts of this pass are discarded. For callbacks that
+                only know afterwards whether this was a complete pass, such as Lightning's sanity check.
 
         Raises:
             DetachedError: The scope was detached.
+            UsageError: ``name`` is not a non-empty string.
         """
         self._require_attached("phase")
         if not isinstance(name, str) or not name:
@@ -154,13 +163,16 @@ class Scope:
                     self._flush(name, join=join)
                     record.close()
                 else:
-                    self._record(name).forget()
+                    self._record(name).discard_running()
             self._phase = before
             self._observe()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Scope]:
-        """Count nothing that runs inside."""
+        """Count nothing that runs inside: a context manager for forward passes that are not training.
+
+        Callbacks use it too, around calls of the model that belong to no phase.
+        """
         self._pauses += 1
         self._observe()
         try:
@@ -170,147 +182,165 @@ class Scope:
             self._observe()
 
     def open_step(self) -> None:
-        """A training step that is no module's forward begins (Lightning's): watch its own functional calls too."""
+        """Start to watch functional activations that a training step calls outside any module's forward.
+
+        For the Lightning callback: a ``LightningModule.training_step`` is not a forward, but may call ``F.relu``.
+        """
         if not self.detached:
-            self._tap.open_step()
+            self._hooks.open_step()
 
     def close_step(self) -> None:
-        """That training step is over."""
-        self._tap.close_step()
+        """End the training step that :meth:`open_step` began. For the Lightning callback."""
+        self._hooks.close_step()
 
     def detach(self, *, join: bool = True) -> None:
-        """Take every hook off the model. Counts stay readable; doing it twice is harmless.
+        """Remove every hook from the model. Counts stay readable; a second call does nothing.
 
-        A window of training that is long enough for the policy by now is closed; a shorter one stays open.
+        The open window of training is closed if it has enough examples for the policy; otherwise it stays open.
 
         Args:
-            join: In a distributed run, count what is still open together with the other ranks: every rank must detach,
-                and waits for those that have more batches. ``False`` where this rank alone stops, after an exception.
+            join: In a distributed run, add up the open counts of all ranks. Every rank must then detach, and each waits
+                for the ranks that have more batches. ``False`` if only this rank stops, for example after an exception.
         """
         if self._detached:
             return
-        self._tap.detach()
+        self._hooks.detach()
         self._detached = True
-        going_on = True
-        while going_on:  # of a rank that saw nothing too: the others wait for it
+        joining = True
+        while joining:  # also on a rank that saw nothing, since the others wait for it
             record = self._flush("train", join=join, done=True)
-            if record.is_sure():
+            if record.has_enough_examples():
                 record.close()
-            going_on = join and not self._ranks.all_done
+            joining = join and not self._ranks.all_done
         for phase, census in self._ranks.pop_late().items():
-            self._record(phase).take(census)
+            self._record(phase).add_joined(census)
             self._record(phase).close()
 
     def retire(self, fault: Exception | None = None) -> None:
-        """Count no more, after a fault of ours; ``step`` and ``detach`` are still due, so that no other rank waits."""
+        """Stop counting for good, but stay usable. For callbacks, after an error inside Neuronscope or in the callback.
+
+        The callback must still call :meth:`step` and :meth:`detach`, so that no other rank waits for this one.
+
+        Args:
+            fault: The error; every later report shows it.
+        """
         if fault is not None and (self._fault is None or self._fault.earlier):
-            self._fault = Fault.of(fault, self._step)
-        self._tap.detach()
+            self._fault = Fault.from_error(fault, self._step)
+        self._hooks.detach()
         self._retired = True
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         record = self._record(phase)
-        self._ranks.duplicate = self._tap.observer.frame.flow.duplicate
+        self._ranks.duplicate = self._hooks.observer.frame.flow.duplicate
         record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
         return record
 
     def _observe(self) -> None:
-        """Decide whether what runs next is counted, and where."""
+        """Decide whether the next forward passes are counted, and in which phase and step."""
         if self.detached:
             return
         observing = not self._pauses and (self._phase != "train" or self._is_due())
-        tap = self._tap
-        if not observing and not tap.observing:
+        hooks = self._hooks
+        if not observing and not hooks.observing:
             return
-        tap.observer.turn_to(self._phase, self._step)
-        tap.set_observing(observing)
+        hooks.observer.turn_to(self._phase, self._step)
+        hooks.set_observing(observing)
         if not observing and not self._pauses:
-            tap.rest(self.every_n_steps - self._step % self.every_n_steps)
+            hooks.rest(self.every_n_steps - self._step % self.every_n_steps)
 
     def _is_due(self) -> bool:
-        """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""
+        """Whether a multiple of ``every_n_steps`` was reached since the last observed step.
+
+        The step count may jump over the multiple itself, if the caller counts the steps.
+        """
         record = self._records.get("train")
         last = -1 if record is None else record.last_observed_step
         return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
 
-    def _require_attached(self, what: str) -> None:
+    def _require_attached(self, method: str) -> None:
         if self._detached:
             raise DetachedError(
-                f"Expected a scope that is attached for `{what}()`, but this one was detached. "
+                f"Expected a scope that is attached for `{method}()`, but this one was detached. "
                 "Call `neuronscope.watch(model)` again."
             )
 
-    # --- what was seen ---------------------------------------------------------------------------------------------
-
     @property
     def phases(self) -> tuple[str, ...]:
-        """Phases of which anything was observed."""
+        """Names of the phases in which anything was observed."""
         return tuple(name for name, record in self._records.items() if not record.empty)
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
-        """The exact counts of one phase over one window.
+        """Return the exact counts of one phase over one window.
+
+        In a distributed run, ``all`` and ``open`` contain counts that are not joined yet; these are of this rank only.
+        If ranks share a layer's neurons, such counts cover this rank's neurons only. They are then left out, unless
+        nothing was joined for that layer yet; in that case its tally has only this rank's neurons.
 
         Args:
             phase: ``train``, or a name given to :meth:`phase`.
-            window: ``all`` (everything since watching began), ``last`` (the last closed window) or ``open``.
-
-        In a distributed run, what was not joined yet (of ``all`` and ``open``) is this rank's own. Where ranks share a
-        layer's neurons, such a part stands alone, in a tally as narrow as it, or is left out beside what was joined.
+            window: ``all`` (everything since watching began), ``last`` (the newest closed window) or ``open`` (the
+                window that is running).
 
         Returns:
-            A mapping from site names to tallies, in the order in which the sites ran; empty where nothing was seen.
+            A mapping from site names to tallies, in the order in which the sites first ran; empty if nothing was
+            observed.
+
+        Raises:
+            UsageError: No such phase was observed, or there is no such window.
         """
-        return self._seen(phase).census(window)
+        return self._observed_record(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
-        """What is known of one phase, judged by its newest closed window; print it, or draw it by ``to_…`` methods."""
-        record = self._seen(phase)
+        """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
+
+        Raises:
+            UsageError: No such phase was observed.
+        """
+        record = self._observed_record(phase)
         return make_report(
             record,
             model=self._model_name,
             phase=phase,
             step=self._step,
             policy=self.policy,
-            unseen=not_measured(self._tap.observer.not_seen(), self._tap.module_sites, record, self._selection.wants),
+            unseen=not_measured(
+                self._hooks.observer.not_seen(), self._hooks.module_sites, record, self._patterns.wants
+            ),
             exchanges=self._ranks.exchanges,
-            fault=self._fault_met(),
+            fault=self._current_fault(),
         )
 
-    def _seen(self, phase: str) -> PhaseRecord:
+    def _observed_record(self, phase: str) -> PhaseRecord:
         if phase not in self._records and phase not in ("train", "val", "test"):
             known = ", ".join(self._records) or "none"
-            raise UsageError(f"Expected `phase` to be one that was observed ({known}), but got {phase!r}.")
+            raise UsageError(f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.")
         return self._records.get(phase) or PhaseRecord(self.policy)
 
-    def _fault_met(self) -> Fault | None:
-        failure = self._tap.failure
-        return self._fault if failure is None else Fault.of(failure, self._tap.observer.step)
-
-    # --- saving ----------------------------------------------------------------------------------------------------
+    def _current_fault(self) -> Fault | None:
+        failure = self._hooks.failure
+        return self._fault if failure is None else Fault.from_error(failure, self._hooks.observer.step)
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives, fit for any checkpoint.
+        """Return everything counted so far as tensors and primitives, which any checkpoint can hold.
 
         Args:
-            join: Every rank of a distributed run is here: count what is open together first, so that any number of
-                ranks can go on from any rank's state. Otherwise what is open is this rank's own.
+            join: First add up the open counts of all ranks of a distributed run, which all must call this. Then any
+                number of ranks can resume from any rank's state. Otherwise the open counts are this rank's only.
         """
         if join:
             self._flush("train")
-        return state_of_phases(self._step, self._records, self._fault_met())
+        return scope_state(self._step, self._records, self._current_fault())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the counts and the history of a saved scope; the model may have changed.
+        """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
 
         Raises:
-            StateError: The state is not one of a scope, or of a later version.
+            StateError: The state is not that of a scope, or has another version.
         """
-        self._step, phases, self._fault = saved_phases(state, self.policy)
+        self._step, phases, self._fault = split_scope_state(state, self.policy)
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._observe()
-
-    # --- wiring ----------------------------------------------------------------------------------------------------
 
     def _record(self, phase: str) -> PhaseRecord:
         if phase not in self._records:
@@ -318,16 +348,16 @@ class Scope:
         return self._records[phase]
 
     def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._selection.meets(key.name):
+        if not self._patterns.meets(key.name):
             return None
         return self._record(phase).add_meter(key, info, neurons, device)
 
     def _check_patterns(self) -> None:
-        """After the first observed step: patterns that matched nothing, or a model in which nothing was seen."""
+        """Warn after the first observed step about patterns that match no site."""
         if self._checked:
             return
         self._checked = True
-        for message in self._selection.complaints(self._model_name):
+        for message in self._patterns.complaints(self._model_name):
             warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 
@@ -344,31 +374,32 @@ def watch(
     window_steps: int = 100,
     join_ranks: bool = True,
 ) -> Scope:
-    """Watch a model while it trains, in any PyTorch loop.
+    """Count zero outputs and zero gradients of a model's neurons while it trains, in any PyTorch loop.
 
     Args:
-        model: The model; wrapped (DDP, ``torch.compile``) or not.
-        every_n_steps: Observe every n-th optimizer step; the others cost nothing.
-        sites: Glob patterns on site names: only these are counted.
-        exclude: Glob patterns on site names: these are not.
-        functional: Watch functional activations (``F.relu``) and gated products (``silu(g) * u``) too.
-        axes: Glob patterns on site names → the dimension of the neurons, where it is not what was inferred.
+        model: The model, wrapped (DDP, ``torch.compile``) or not.
+        every_n_steps: Observe every n-th optimizer step; the other steps cost nothing.
+        sites: Glob patterns on site names; only matching sites are counted.
+        exclude: Glob patterns on site names; matching sites are not counted.
+        functional: Also watch functional activations (``F.relu``) and gated products (``silu(g) * u``).
+        axes: A mapping from glob patterns on site names to the dimension that indexes the neurons, for sites where it
+            was inferred wrongly.
         policy: The thresholds; see :class:`neuronscope.Policy`.
-        activations: Activation classes or functions of your own → their :class:`neuronscope.Activation` or kind. A
-            function of plain Python is decorated with ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so
-            that its calls are seen.
-        window_steps: Optimizer steps of a window of training at least; it stays open until its examples suffice for the
-            policy.
-        join_ranks: In a distributed run, count all ranks together: at the end of each window and when the scope is
-            left, with collectives in which every rank takes part. Reading a census or a report never waits for others.
-            In torch's ``Join``, where ranks run out of data one after another, only when the scope is left.
+        activations: A mapping from your own activation classes or functions to their :class:`neuronscope.Activation`
+            or kind. Decorate a function written in Python with
+            ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so that its calls are seen.
+        window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until it has
+            enough examples for the policy.
+        join_ranks: In a distributed run, add up the counts of all ranks at the end of each window and when the scope
+            detaches, with collectives that every rank takes part in. Reading a census or a report never waits for other
+            ranks. Under torch's ``Join``, where some ranks run out of data earlier, only when the scope detaches.
 
     Returns:
-        A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step; leave it (``with``) or
-        :meth:`Scope.detach` it when done.
+        A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step. When done, leave its ``with`` block or call
+        :meth:`Scope.detach`.
 
     Raises:
-        UsageError: An argument is not what is expected.
+        UsageError: An argument has a wrong type or value.
         NothingToWatchError: The model has no activation.
 
     >>> import torch

@@ -1,6 +1,6 @@
-"""What a site is: its key, its name, and what is known of it apart from its counts.
+"""Identify and describe a site: its key, its name, and its properties other than counts.
 
-A site is known by a :class:`SiteKey`, whose name is built here and nowhere else.
+A site is a place in the network where an activation is observed. Its name is built by :class:`SiteKey` only.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ __all__ = ["SiteInfo", "SiteKey"]
 
 
 class SiteKey(NamedTuple):
-    """Identity of a site: where, by which function, the how-manieth call of a forward, and whether a gated product.
+    """Identify a site by its place, its function, the index of the call, and whether it is a gated product.
 
     Attributes:
-        path: Module path without wrapper prefixes; the owner's path for a functional site; ``""`` for the root.
-        function: Function name for a functional site, else ``""``.
-        call: 0 for the first call in a forward, then 1, 2, …
-        gated: The product of this site's output with another tensor.
+        path: Module path without wrapper prefixes; ``""`` is the root. For a functional site, the path of the module
+            that calls the function.
+        function: Function name of a functional site, else ``""``.
+        call: Index of the call within one forward pass: 0 for the first.
+        gated: Whether the site is the product of this activation's output with another tensor.
 
     >>> SiteKey("layer1.0.relu", "", 1, False).name
     'layer1.0.relu#1'
@@ -33,7 +34,7 @@ class SiteKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The site's name, as it is shown and as patterns match it."""
+        """The site's name, as reports show it and patterns match it."""
         if self.function:
             base = f"{self.path}.{self.function}()" if self.path else f"{self.function}()"
         else:
@@ -43,17 +44,17 @@ class SiteKey(NamedTuple):
 
 @dataclass(frozen=True)
 class SiteInfo:
-    """What a site is, apart from its counts.
+    """Describe a site: all that is known about it except its counts.
 
     Attributes:
         activation: Name of the activation function.
         kind: See :data:`neuronscope.attach.activations.KINDS`.
         linear_when_on: See :class:`neuronscope.attach.activations.Activation`.
-        axis: The neurons' dimension at the site's first observed call, ≥ 0.
-        axis_source: How the axis is known; see :mod:`neuronscope.attach.neuron_flow`.
-        first: Where this rank's neurons begin in the whole layer, if ranks share its neurons; −1 where another rank
-            counts the very same ones at the same positions.
-        whole: Neurons of the whole layer; 0 where it is not known to be shared.
+        axis: The dimension of the activation tensor that indexes the neurons, at the first observed call; ≥ 0.
+        axis_source: How the axis was found; see :mod:`neuronscope.attach.neuron_flow`.
+        first: If ranks share a layer's neurons, the index of this rank's first neuron in the whole layer; −1 if another
+            rank counts the same neurons at the same positions.
+        whole: Number of neurons in the whole layer; 0 if the layer is not known to be shared between ranks.
     """
 
     activation: str

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from neuronscope.checkpoints.data.user_code import told
 from neuronscope.errors import UsageError
-from neuronscope.output import check_writable, print_whole, write_file
+from neuronscope.output import check_writable, print_and_flush, write_file
 
 if TYPE_CHECKING:
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -94,7 +94,9 @@ def _run(parsed: argparse.Namespace) -> int:
             )
         except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
             raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
-    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_whole(f"{report}\n"))]
+    tasks: list[tuple[Path | str, Callable[[], None]]] = [
+        ("to standard output", lambda: print_and_flush(f"{report}\n"))
+    ]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _each_written(tasks)
     return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)

@@ -1,1 +1,1 @@
-"""The demonstration behind ``neuronscope demo``: ReLU dies where GELU and SiLU do not, on scikit-learn's digits."""
+"""Run ``neuronscope demo``: show on scikit-learn's digits that neurons die with ReLU but not with GELU and SiLU."""

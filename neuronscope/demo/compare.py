@@ -1,4 +1,4 @@
-"""The comparison: every variant trained from every seed and watched, with a progress bar and a TensorBoard log each."""
+"""Train and watch every variant from every seed, with a progress bar and one TensorBoard log per variant."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def compare(
     """Train every variant from every seed.
 
     Args:
-        variants: Which activations.
-        seeds: Which seeds.
+        variants: The variants to compare.
+        seeds: The seeds for each variant.
         data: The digits.
-        recipe: All the rest.
-        logs: Folder for TensorBoard; one run a variant.
-        console: Where the progress bar goes.
+        recipe: The settings that all runs share.
+        logs: Folder for TensorBoard logs; each variant is one run in it.
+        console: Where to show the progress bar.
 
     Returns:
-        All numbers, and each variant's report of its first seed, by name.
+        All numbers, and the final report on the first seed of each variant, by variant name.
     """
     runs: list[Run] = []
     reports: dict[str, Report] = {}

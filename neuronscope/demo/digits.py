@@ -1,4 +1,4 @@
-"""The data: scikit-learn's 1797 handwritten digits, 8 × 8 pixels each, which come with the package itself."""
+"""Load the data: 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from neuronscope.errors import MissingExtraError
 
 __all__ = ["Digits", "load_digits"]
 
-#: Every fifth image is held back for testing; the split is the same for every run.
+#: One image in five is for testing; the split is the same for every run.
 _TRAIN_SHARE = 0.8
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Digits:
-    """The images as rows of pixels, standardised, and what they show.
+    """Hold the images, as rows of standardised pixels, and the digits that they show.
 
     Attributes:
         train_x: float32 ``(1437, 64)``.
@@ -35,9 +35,9 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """The digits, split into training and test images.
+    """Load the digits, split into training and test images.
 
-    Pixels are standardised by one mean and one deviation, those of the training images.
+    All pixels are standardised by the mean and the deviation over all training images.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -1,7 +1,7 @@
-"""The TensorBoard logs of the demo: one run a variant, so that its charts lay ReLU, GELU and SiLU over each other.
+"""Write the TensorBoard logs of the demo: one run per variant, so that charts show ReLU, GELU and SiLU together.
 
-A run shows the network of the first seed as any watched network is shown, and, in a group of its own that comes first,
-the means over all seeds.
+Each run shows the network of the first seed like any watched network, and the means over all seeds in a group of their
+own.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from neuronscope.writers.tensorboard import EVENT_FOLDER, Dashboard
 
 __all__ = ["VariantLog", "remove_earlier_logs"]
 
-#: Pictures and text are written every so many epochs: they show all epochs before them anyway.
+#: Pictures and text are written every this many epochs; they show all earlier epochs anyway.
 _PICTURES_EVERY = 5
 
 
 class VariantLog:
-    """The log of one variant; a context manager that closes its file.
+    """Write the log of one variant. A context manager that closes the file.
 
     Args:
-        folder: The folder of the run.
-        neurons: Hidden neurons of a network.
+        folder: Folder of the run.
+        neurons: Number of hidden neurons of the network.
     """
 
     def __init__(self, folder: Path, neurons: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second, and only needed here
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second to import
 
         self._writer = SummaryWriter(str(folder))
         self._dashboard = Dashboard(self._writer)
@@ -46,18 +46,23 @@ class VariantLog:
         self._writer.close()
 
     def epoch(self, epoch: Epoch, report: Report) -> None:
-        """Write an epoch of the first seed."""
+        """Write an epoch of the first seed.
+
+        Args:
+            epoch: The numbers of the epoch.
+            report: The report at its end.
+        """
         self._epochs += 1
-        drawn = self._epochs % _PICTURES_EVERY == 0
-        self._dashboard.write(report, epoch.step, images=drawn, text=drawn)
+        pictures = self._epochs % _PICTURES_EVERY == 0
+        self._dashboard.write(report, epoch.step, images=pictures, text=pictures)
         self._writer.add_scalar("training/loss", epoch.loss, epoch.step)
         self._writer.add_scalar("training/test_accuracy", epoch.accuracy, epoch.step)
 
     def means(self, runs: Sequence[Run]) -> None:
-        """Write the means over the seeds: what scans between the epochs saw, beginning before the first step.
+        """Write the means over the seeds, from the scans before the first and after each epoch.
 
         Args:
-            runs: The variant's runs.
+            runs: The runs of the variant, one per seed.
         """
         group = f"mean_of_{len(runs)}_seeds" if len(runs) > 1 else "one_seed"
         for moments in zip(*(run.scans for run in runs), strict=True):
@@ -70,14 +75,14 @@ class VariantLog:
 
 
 def remove_earlier_logs(folder: Path, variants: Sequence[str]) -> int:
-    """Remove the event files that an earlier demo left in its variants' folders, and nothing else.
+    """Remove the event files of an earlier demo and nothing else.
 
     Args:
-        folder: The folder of all runs.
-        variants: Names of all variants, also of those that will not be trained now.
+        folder: Folder of all runs.
+        variants: Names of all variants, including those that will not be trained now.
 
     Returns:
-        How many files were removed.
+        Number of removed files.
     """
     folders = [place for name in variants for place in (folder / name / EVENT_FOLDER, folder / name)]
     found = [path for place in folders for path in place.glob("events.out.tfevents.*") if path.is_file()]

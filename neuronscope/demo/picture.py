@@ -1,4 +1,4 @@
-"""The demo's picture, drawn by matplotlib: dead and dormant shares over time, test accuracy, dead share by layer."""
+"""Draw the demo's picture with matplotlib: dead and dormant neurons over time, test accuracy, dead neurons by layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_png", "draw_comparison", "import_matplotlib"]
 
-#: The variants in the picture and their short names; nobody can tell more curves than these apart.
+#: The variants in the picture and their short names; more curves could not be told apart.
 _SHOWN = {
     "ReLU": "ReLU",
     "LeakyReLU": "LeakyReLU",
@@ -44,11 +44,11 @@ _SHOWN = {
     "ReLU-BatchNorm": "ReLU + BN",
     "ReLU-no-spike": "no spike",
 }
-#: The same colour for a variant in every picture, whichever others are shown.
+#: Each variant has the same colour in every picture.
 _COLOURS = dict(zip(_SHOWN, SERIES, strict=False))
 
 _INCHES, _DPI = (12.8, 7.2), 150
-_LABEL_POINTS = 14.5  # least distance of the labels at the lines' ends
+_LABEL_POINTS = 14.5  # minimum distance between the labels at the ends of lines
 
 
 def _hex(colour: Colour) -> str:
@@ -79,7 +79,7 @@ _STYLE: dict[str, Any] = {
 
 
 def import_matplotlib() -> None:
-    """Import matplotlib, so that the demo can say before it trains that matplotlib is missing.
+    """Import matplotlib. The demo calls this first, so that it fails before training if matplotlib is missing.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -95,7 +95,7 @@ def import_matplotlib() -> None:
 
 @contextmanager
 def _house_style() -> Iterator[None]:
-    """Draw with our settings in the place of the user's, and give theirs back."""
+    """Use our matplotlib settings inside, and restore the user's on exit."""
     import_matplotlib()
     from matplotlib.style import context
 
@@ -118,7 +118,7 @@ def comparison_png(result: Comparison) -> bytes:
 
 @_house_style()
 def draw_comparison(result: Comparison) -> Figure:
-    """Draw a comparison: lines are means over the seeds, bands and whiskers one standard deviation each way.
+    """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -146,7 +146,7 @@ def draw_comparison(result: Comparison) -> Figure:
     _draw_accuracy(figure.add_subplot(tables[0]), result, names)
     _draw_layers(figure.add_subplot(tables[1]), result, names)
     seeds = len(result.seeds)
-    note = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed: no deviation is known"
+    note = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
     figure.text(0.975, 0.028, note, ha="right", color=_hex(MUTED))
     return figure
 
@@ -162,7 +162,15 @@ def _subtitle(result: Comparison) -> str:
 def _draw_shares(
     panel: Axes, result: Comparison, names: list[str], title: str, counts: Callable[[Moment], tuple[int, ...]]
 ) -> None:
-    """Draw one share of the neurons over the steps, and name each line where it ends."""
+    """Draw one fraction of the neurons over the steps, and name each line at its end.
+
+    Args:
+        panel: The axes.
+        result: The comparison.
+        names: Names of the variants to draw.
+        title: Title of the panel.
+        counts: A function that returns the affected neurons in each layer at a moment.
+    """
     panel.set_title(title, x=-0.083, pad=14)
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
@@ -183,12 +191,12 @@ def _draw_shares(
 
 
 def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> None:
-    """Write the labels right of the lines' ends, far enough apart to be read.
+    """Write a label to the right of each line's end, with enough distance between labels to read them.
 
     Args:
         panel: The axes.
         step: The last step.
-        ends: Value, label and colour of each line, rising by value.
+        ends: Value, label and colour of each line, ascending by value.
     """
     height = panel.get_position().height * _INCHES[1] * 72
     most = panel.get_ylim()[1]
@@ -201,7 +209,7 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
 
 
 def _draw_accuracy(panel: Axes, result: Comparison, names: list[str]) -> None:
-    """Draw the test accuracy of each variant as a dot with its deviation, and write it beside."""
+    """Draw the test accuracy of each variant as a dot with its deviation, and write the numbers next to it."""
     panel.set_title("Test accuracy, %", x=-0.36, pad=14)
     panel.grid(axis="y", visible=False)
     for index, name in enumerate(names):
@@ -221,7 +229,7 @@ def _draw_accuracy(panel: Axes, result: Comparison, names: list[str]) -> None:
 
 
 def _draw_layers(panel: Axes, result: Comparison, names: list[str]) -> None:
-    """Draw a table: the dead share of each layer at the end, in percent, each cell in the colour of its share."""
+    """Draw a table of the percentage of dead neurons in each layer at the end, with cells coloured by value."""
     panel.set_title("Dead by layer at the end, %", x=-0.36, pad=10)
     panel.grid(visible=False)
     width = result.recipe["width"]
@@ -244,7 +252,7 @@ def _draw_layers(panel: Axes, result: Comparison, names: list[str]) -> None:
 
 
 def _name_rows(panel: Axes, names: list[str]) -> None:
-    """Name the rows of a table in the colours of the lines, the first at the top."""
+    """Label the rows in the colours of the lines, the first at the top."""
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_yticks(range(len(names)), [_SHOWN[name] for name in names])
     panel.tick_params(axis="y", pad=0)

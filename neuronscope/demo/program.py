@@ -1,4 +1,4 @@
-"""The demo from its first line to its last: trains the comparison, prints it, and leaves its files in a folder."""
+"""Run the whole demo: train the comparison, print the results and write them to a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from neuronscope.output import write_file
 
 __all__ = ["run_demo"]
 
-#: What the demo writes into its folder, and replaces when it is run again.
+#: Names of what the demo writes to its folder; these are replaced when it runs again.
 LOGS, RESULTS, PICTURE, REPORT = "tensorboard", "results.json", "comparison.png", "report-ReLU.html"
 
 _PIPE_WIDTH = 120
@@ -33,18 +33,18 @@ _PIPE_WIDTH = 120
 def run_demo(
     out: Path, seeds: int = 5, *, quick: bool = False, recipe: Recipe | None = None, console: Console | None = None
 ) -> Comparison:
-    """Train the comparison and show it.
+    """Train all variants, show the comparison and return it.
 
     Args:
-        out: Folder for what it makes; of what lies there, only an earlier demo's own files are replaced.
-        seeds: Training runs of each variant.
+        out: Output folder; only files of an earlier demo are replaced in it.
+        seeds: Number of training runs per variant.
         quick: Whether to train ReLU, GELU and SiLU only.
-        recipe: What all runs share.
-        console: Where to print; standard output where it is not given.
+        recipe: The settings that all runs share; by default those of :class:`Recipe`.
+        console: Where to print; standard output by default.
 
     Raises:
         MissingExtraError: scikit-learn or matplotlib is not installed.
-        UsageError: ``out`` is no folder that can be written to, or ``seeds`` is below 1.
+        UsageError: ``out`` is not a writable folder, or ``seeds`` is below 1.
     """
     if seeds < 1:
         raise UsageError(f"Expected the number of seeds to be at least 1, but got {seeds}.")
@@ -58,7 +58,7 @@ def run_demo(
     if removed:
         console.print(f"Replacing the logs of an earlier demo in {out / LOGS} ({removed} files).", style="dim")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small lose time to every further thread
+    torch.set_num_threads(1)  # with matrices this small, more threads are slower
     try:
         result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console)
     finally:
@@ -71,13 +71,13 @@ def run_demo(
 
 
 def _console() -> Console:
-    """Standard output; as wide as the terminal, or wide enough for the tables where there is none."""
+    """Return a console on standard output, as wide as the terminal; without one, wide enough for the tables."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def _prepare(out: Path) -> int:
-    """Make the folder, and clear away the logs of an earlier demo; says how many files."""
+    """Make the folder, remove the logs of an earlier demo, and return the number of removed files."""
     try:
         (out / LOGS).mkdir(parents=True, exist_ok=True)
         return remove_earlier_logs(out / LOGS, [variant.name for variant in VARIANTS])
@@ -90,7 +90,7 @@ def _announce(console: Console, variants: list[Variant], seeds: int, recipe: Rec
     console.print(Text("Neuronscope demo: which activation functions die?", style="bold"))
     console.print(
         f"The same network ({recipe.layers} layers of {recipe.width} neurons) learns scikit-learn's digits "
-        f"({len(data.train_y)} images to learn from, {len(data.test_y)} to test) with {len(variants)} set-ups, {seeds} "
+        f"({len(data.train_y)} training images, {len(data.test_y)} test images) with {len(variants)} set-ups, {seeds} "
         f"seed{'s' if seeds > 1 else ''} each: the same initial weights (He) and batches, Adam "
         f"{recipe.learning_rate:g}, {recipe.epochs} epochs, "
         f"the learning rate {recipe.spike_factor:g} times as high in epochs {first} and {last}."
@@ -103,10 +103,10 @@ def _conclude(console: Console, result: Comparison, out: Path) -> None:
         console.print(table)
     console.print()
     console.print(Text("What this shows", style="bold"))
-    said = Table.grid(padding=(0, 1))
-    for sentence in findings(result):
-        said.add_row("-", Text(sentence))
-    console.print(said)
+    paragraphs = Table.grid(padding=(0, 1))
+    for paragraph in findings(result):
+        paragraphs.add_row("-", Text(paragraph))
+    console.print(paragraphs)
     console.print()
     for what, name in (("picture", PICTURE), ("report of the ReLU run", REPORT), ("all numbers", RESULTS)):
         console.print(Text(f"{what + ':':24}{out / name}"), soft_wrap=True)

@@ -1,7 +1,7 @@
-"""The experiment as data: one network, one optimizer, one learning-rate spike, and the activations that are compared.
+"""Define the experiment: one network, one optimizer, one spike of the learning rate, and the activations to compare.
 
-All variants of a seed begin with the same weights and see the same batches. No unit is planted: the dying comes from
-training alone, from two epochs at twenty times the learning rate, in a deep network without normalisation.
+All variants of a seed start with the same weights and see the same batches. No neuron is made dead on purpose: neurons
+die in training, in two epochs at twenty times the learning rate, in a deep network without normalisation.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _PIXELS, _DIGITS = 64, 10
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all runs share.
+    """Hold the settings that all runs share.
 
     Attributes:
-        layers: Hidden layers.
-        width: Neurons of each.
-        epochs: Passes over the training images.
-        batch_size: Images of a batch.
-        learning_rate: Of Adam.
-        spike_factor: How many times the learning rate in the spike's epochs.
+        layers: Number of hidden layers.
+        width: Number of neurons in each.
+        epochs: Number of passes over the training images.
+        batch_size: Number of images in a batch.
+        learning_rate: Learning rate of Adam.
+        spike_factor: Factor on the learning rate in the epochs of the spike.
         spike_epochs: First and last epoch of the spike, counted from 1.
     """
 
@@ -42,25 +42,30 @@ class Recipe:
 
     @property
     def neurons(self) -> int:
-        """Hidden neurons of a network."""
+        """Number of hidden neurons of a network."""
         return self.layers * self.width
 
     def rate(self, epoch: int, *, spike: bool) -> float:
-        """The learning rate of an epoch, counted from 1."""
+        """Return the learning rate of an epoch.
+
+        Args:
+            epoch: Number of the epoch, counted from 1.
+            spike: Whether the run has the spike.
+        """
         first, last = self.spike_epochs
         return self.learning_rate * (self.spike_factor if spike and first <= epoch <= last else 1.0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the comparison.
+    """Describe one variant of the comparison.
 
     Attributes:
-        name: For folders and JSON.
-        label: For people.
-        activation: Makes an activation module.
+        name: Name in folders and JSON.
+        label: Name in tables and sentences.
+        activation: A function that makes an activation module.
         batch_norm: Whether each layer is normalised over the batch before its activation.
-        spike: Whether the learning rate jumps.
+        spike: Whether the learning rate has the spike.
     """
 
     name: str
@@ -87,14 +92,14 @@ QUICK = ("ReLU", "GELU", "SiLU")
 
 
 def build_network(variant: Variant, recipe: Recipe, seed: int) -> nn.Sequential:
-    """The network of a variant: linear layers, He-initialised and biases at zero; activations ``act1`` … ``act6``.
+    """Build the network of a variant: linear layers with He initialisation and zero biases, activations ``act1``, ….
 
-    Networks of one seed have the same weights, whatever their activation. The global random numbers are left alone.
+    Networks of the same seed have the same weights for every activation. The global random state does not change.
 
     Args:
-        variant: Which activation.
-        recipe: How deep and wide.
-        seed: For the weights.
+        variant: The variant.
+        recipe: The settings that all runs share.
+        seed: Seed of the weights.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with torch.random.fork_rng(devices=[]):

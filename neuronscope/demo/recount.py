@@ -1,6 +1,6 @@
-"""A second opinion: dead neurons counted the slow and obvious way, with none of the library's code.
+"""Count dead neurons in a slow and simple way, without any of the library's code, as a check.
 
-Every activation is kept whole, and its gradient too. The demo compares each run's last scan with this.
+All activations and their gradients are kept in memory. The demo compares the last scan of each run with this.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ __all__ = ["recount_dead"]
 
 
 def recount_dead(network: nn.Sequential, images: Tensor, digits: Tensor) -> list[list[bool]]:
-    """Which neurons give zero, and get zero gradient at their pre-activation, for every image.
+    """Return which neurons have zero output and zero gradient at the pre-activation for every image.
 
     Args:
-        network: Its activations are the children called ``act…``. In evaluation mode while this runs.
-        images: ``(B, pixels)``.
-        digits: ``(B,)``.
+        network: The network; its activations are the children named ``act…``. It runs in evaluation mode.
+        images: float32 ``(B, 64)``.
+        digits: int64 ``(B,)``.
 
     Returns:
-        One list of neurons a layer.
+        For each layer, whether each of its neurons is dead.
     """
     training = network.training
     network.eval()

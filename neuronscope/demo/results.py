@@ -1,4 +1,4 @@
-"""The results as plain numbers: what one run gave, and what the runs of a variant have in common. No torch here."""
+"""Hold the results as plain numbers, for single runs and over the seeds of a variant, without torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 __all__ = ["Comparison", "Epoch", "Moment", "Run", "Spread"]
 
-#: Version of the JSON that :meth:`Comparison.to_dict` gives.
+#: Version of the data that :meth:`Comparison.to_dict` returns.
 _SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A network between two epochs, its weights fixed, scanned over the whole training set (``L`` layers).
+    """Hold the numbers of a scan between two epochs, over the whole training set with fixed weights (``L`` layers).
 
     Attributes:
-        step: Optimizer steps taken.
-        dead: Dead neurons by layer, ``(L,)``.
-        dormant: Dormant (not dead) neurons by layer, ``(L,)``.
-        cut_off: Neurons by layer that fire and get no gradient, ``(L,)``.
-        zero_outputs: Share of all outputs that are exactly zero.
-        zero_gradients: Share of all gradients at the pre-activations that are exactly zero.
-        not_finite: NaN and infinite outputs.
+        step: Number of optimizer steps taken.
+        dead: Dead neurons in each layer, ``(L,)``.
+        dormant: Dormant (not dead) neurons in each layer, ``(L,)``.
+        cut_off: Neurons in each layer that fire but get no gradient, ``(L,)``.
+        zero_outputs: Fraction of all outputs that are exactly zero.
+        zero_gradients: Fraction of all gradients at the pre-activations that are exactly zero.
+        not_finite: Number of NaN and infinite outputs.
     """
 
     step: int
@@ -39,14 +39,14 @@ class Moment:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch as it was watched while the weights moved: a window of its own (``L`` layers).
+    """Hold the numbers of one epoch, watched during training as one window (``L`` layers).
 
     Attributes:
-        step: Optimizer steps taken at its end.
-        dead: Neurons by layer that were dead throughout the epoch, ``(L,)``.
-        dormant: Dormant (not dead) neurons by layer, ``(L,)``.
+        step: Number of optimizer steps taken at its end.
+        dead: Neurons in each layer that were dead during the whole epoch, ``(L,)``.
+        dormant: Dormant (not dead) neurons in each layer, ``(L,)``.
         loss: Mean training loss.
-        accuracy: Share of the test images named right after it.
+        accuracy: Fraction of the test images classified correctly at its end.
     """
 
     step: int
@@ -58,17 +58,17 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """Hold the numbers of one training run.
 
     Attributes:
         variant: The variant's name.
         seed: The seed.
-        scans: Before the first epoch and after each, one more than epochs.
-        epochs: What was watched, epoch by epoch.
+        scans: Scans before the first epoch and after each one.
+        epochs: The epochs.
         died: Neurons dead at the end that were not dead at the start.
         revived: Neurons dead at the start that were not dead at the end.
-        recount_agrees: Whether the slow recount names the same dead neurons at the end as the library.
-        seconds: How long it took.
+        recount_agrees: Whether the slow recount finds the same dead neurons at the end as the library.
+        seconds: Duration of the run.
     """
 
     variant: str
@@ -82,29 +82,29 @@ class Run:
 
     @property
     def start(self) -> Moment:
-        """Before the first step."""
+        """The scan before the first step."""
         return self.scans[0]
 
     @property
     def end(self) -> Moment:
-        """After the last epoch."""
+        """The scan after the last epoch."""
         return self.scans[-1]
 
     @property
     def accuracy(self) -> float:
-        """Share of the test images named right at the end."""
+        """Fraction of the test images classified correctly at the end."""
         return self.epochs[-1].accuracy
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over the seeds.
+    """Summarize a number over the seeds.
 
     Attributes:
-        mean: Its mean.
-        deviation: Its sample standard deviation; ``None`` where there is only one seed.
-        least: The least.
-        most: The most.
+        mean: The mean.
+        deviation: The sample standard deviation; ``None`` if there is only one seed.
+        least: The minimum.
+        most: The maximum.
     """
 
     mean: float
@@ -114,26 +114,26 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of some values, at least one.
+        """Summarize one value or several.
 
         >>> Spread.of([1, 2, 3])
         Spread(mean=2.0, deviation=1.0, least=1.0, most=3.0)
         """
-        listed = [float(value) for value in values]
-        deviation = statistics.stdev(listed) if len(listed) > 1 else None
-        return cls(statistics.fmean(listed), deviation, min(listed), max(listed))
+        numbers = [float(value) for value in values]
+        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+        return cls(statistics.fmean(numbers), deviation, min(numbers), max(numbers))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs.
+    """Hold all runs of the comparison.
 
     Attributes:
-        recipe: What they share, as plain data.
-        neurons: Hidden neurons of a network.
-        labels: Variant's name → its label, in the order in which they are shown.
+        recipe: The settings that all runs share, as plain data.
+        neurons: Number of hidden neurons of a network.
+        labels: Labels by variant name, in the order in which variants are shown.
         runs: The runs, variant by variant.
-        versions: Versions of what made them.
+        versions: Versions of the software that made them.
     """
 
     recipe: dict[str, Any]
@@ -144,29 +144,39 @@ class Comparison:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, rising."""
+        """The seeds, ascending."""
         return sorted({run.seed for run in self.runs})
 
     @property
     def around_spike(self) -> tuple[int, int]:
-        """The last epoch before the learning rate's spike, and the last of the spike; they are also places in scans."""
+        """The last epoch before the spike and the last epoch of the spike, which are also indices into ``scans``."""
         first, last = self.recipe["spike_epochs"]
         return first - 1, last
 
     def of(self, variant: str) -> list[Run]:
-        """The runs of a variant."""
+        """Return the runs of a variant."""
         return [run for run in self.runs if run.variant == variant]
 
     def spread(self, variant: str, number: Callable[[Run], float]) -> Spread:
-        """A number over the seeds of a variant."""
+        """Summarize a number over the seeds of a variant.
+
+        Args:
+            variant: Name of the variant.
+            number: A function that returns the number of a run.
+        """
         return Spread.of(number(run) for run in self.of(variant))
 
     def by_layer(self, variant: str, counts: Callable[[Run], tuple[int, ...]]) -> list[float]:
-        """Mean counts over the seeds of a variant, by layer, ``(L,)``."""
+        """Return the mean count in each layer over the seeds of a variant.
+
+        Args:
+            variant: Name of the variant.
+            counts: A function that returns the counts of a run, ``(L,)``.
+        """
         return [statistics.fmean(layer) for layer in zip(*(counts(run) for run in self.of(variant)), strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, fit for JSON."""
+        """Return everything as plain data for JSON."""
         return {
             "schema_version": _SCHEMA_VERSION,
             "recipe": self.recipe,
@@ -201,7 +211,7 @@ class Comparison:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` fit for JSON: tuples as lists, and numbers that are not finite as ``None``."""
+    """Return ``value`` in a form for JSON: tuples as lists, numbers that are not finite as ``None``."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The tables of the comparison, for a terminal."""
+"""Make the tables of the comparison for a terminal."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from neuronscope.demo.results import Comparison, Run, Spread
 __all__ = ["layer_table", "main_table"]
 
 _BAD, _WARN, _NONE = "bold red", "yellow", "dim"
-#: Share of the neurons from which on a number is coloured.
+#: Fraction of the neurons from which on a number is coloured.
 _MANY = 0.1
 
 Number = Callable[[Run], float]
 
 
 def main_table(comparison: Comparison, width: int) -> Table:
-    """A row a variant: dead at four moments, dormant, cut off, accuracy; mean ± deviation over the seeds.
+    """Return a table with one row per variant: dead at four moments, dormant, cut off, accuracy; mean ± deviation.
 
     Args:
         comparison: All runs.
-        width: Of the terminal, in characters; a narrow one gets fewer columns.
+        width: Width of the terminal in characters; narrow terminals get fewer columns.
     """
     before, after = comparison.around_spike
-    # Heading, number, style where it is large, how soon it is left out for want of room (0: never).
+    # Heading, number, style if it is large, priority: higher ones are left out first in narrow terminals, 0 never.
     columns: list[tuple[str, Number, str, int]] = [
         ("dead at\nthe start", lambda run: sum(run.start.dead), "", 0),
         (f"dead after\nepoch {before}", lambda run: sum(run.scans[before].dead), "", 5),
@@ -67,11 +67,11 @@ def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, in
 
 
 def layer_table(comparison: Comparison, width: int) -> Table:
-    """A row a variant: share of dead and of dormant neurons in each layer at the end, means over the seeds.
+    """Return a table with one row per variant: percentage of dead and dormant neurons in each layer at the end.
 
     Args:
         comparison: All runs.
-        width: Of the terminal, in characters; a narrow one gets the dead alone.
+        width: Width of the terminal in characters; narrow terminals get dead neurons only.
     """
     table = _layer_table(comparison, dormant=True)
     return table if _width(table) <= width else _layer_table(comparison, dormant=False)
@@ -86,21 +86,21 @@ def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
         table.add_column(f"layer {layer}", justify="right", overflow="fold")
     for name, label in comparison.labels.items():
         dead = comparison.by_layer(name, lambda run: run.end.dead)
-        weak = comparison.by_layer(name, lambda run: run.end.dormant)
+        dormant_counts = comparison.by_layer(name, lambda run: run.end.dormant)
         cells = []
         for layer in range(layers):
             cell = _share(dead[layer] / size, _BAD)
             if dormant:
-                cell.append(" + ", style=_NONE).append(_share(weak[layer] / size, _WARN))
+                cell.append(" + ", style=_NONE).append(_share(dormant_counts[layer] / size, _WARN))
             cells.append(cell)
         table.add_row(Text(label, style="bold"), *cells)
     return table
 
 
 def _width(table: Table) -> int:
-    """How many characters a table takes where there is room for all of it."""
-    roomy = Console(width=500, file=io.StringIO())
-    return Measurement.get(roomy, roomy.options, table).maximum
+    """Return the width of a table in characters if space is unlimited."""
+    console = Console(width=500, file=io.StringIO())
+    return Measurement.get(console, console.options, table).maximum
 
 
 def _table(title: str) -> Table:
@@ -122,6 +122,6 @@ def _count(spread: Spread, style: str, neurons: int) -> Text:
 
 
 def _share(share: float, style: str) -> Text:
-    """A share in percent, four characters wide, without the sign."""
+    """Return a fraction in percent, four characters wide, without the sign."""
     shown = "0" if share == 0 else f"{100 * share:.1f}"
     return Text(f"{shown:>4}", style=style if share >= _MANY else "" if share else _NONE)

@@ -1,4 +1,4 @@
-"""One training run, watched: an ordinary PyTorch loop and the four lines that Neuronscope adds to it."""
+"""Train and watch one network: an ordinary PyTorch loop plus the four lines that Neuronscope adds."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from neuronscope.report.report import Report
 
 __all__ = ["AfterEpoch", "train"]
 
-#: Called after each epoch with what was watched in it.
+#: A function that is called after each epoch, with its numbers and the report at its end.
 AfterEpoch = Callable[[Epoch, Report], None]
 
 
 def train(
     variant: Variant, seed: int, data: Digits, recipe: Recipe, after_epoch: AfterEpoch | None = None
 ) -> tuple[Run, Report]:
-    """Train one network from scratch and watch it, an epoch a window.
+    """Train one network from scratch and watch it; each epoch is one window.
 
     Args:
-        variant: Which activation.
-        seed: For the weights and the order of the images.
+        variant: The variant.
+        seed: Seed of the weights and of the order of the images.
         data: The digits.
-        recipe: All the rest.
+        recipe: The settings that all runs share.
         after_epoch: Called after each epoch.
 
     Returns:
-        The run's numbers, and its report as it stood at the end.
+        The numbers of the run, and the report at its end.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     network = build_network(variant, recipe, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
     order = torch.Generator().manual_seed(seed)
@@ -82,7 +82,7 @@ def train(
         died=int((dead_at_end & ~dead_at_start).sum()),
         revived=int((dead_at_start & ~dead_at_end).sum()),
         recount_agrees=bool((dead_at_end == np.concatenate(recounted)).all()),
-        seconds=time.monotonic() - began,
+        seconds=time.monotonic() - start,
     )
     return run, report
 

@@ -1,7 +1,8 @@
-"""Diagnosis: signs → cause → remedy, as a table of data, each sign with a test on what is known of a run.
+"""Find the likely causes of dead neurons: a table of symptoms, each with a test, a cause and remedies.
 
-A sign that has no evidence says nothing. What is said comes with the layers, neurons and steps that it rests on. No
-torch here; :func:`facts_of` takes the facts from a report of a watched run, a post-mortem brings its own.
+A symptom is reported only if its test finds evidence, together with the layers, neurons and steps that show it. The
+facts come from :func:`neuronscope.report.run_facts.facts_from_report` for a watched run, or from a post-mortem. This
+module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Any
 from neuronscope.judge import symptoms
 from neuronscope.judge.symptoms import LayerFacts, RunFacts, Support
 
-__all__ = ["SIGNS", "Diagnosis", "Remedy", "Sign", "diagnose"]
+__all__ = ["SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose"]
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """One piece of advice, and where it fits.
+    """Hold one piece of advice and the conditions under which it applies.
 
     Attributes:
-        text: A sentence; ``{before}`` stands for the step before which a checkpoint does not show the sign yet.
-        dated: Fits only where such a step is known (``True``), or where nothing is dated (``False``).
-        kinds: Fits only where a layer's activation is known to be of one of these kinds; ``unknown`` = no layer's is.
-        normalises: Fits only where some layer is not known to be normalised already.
+        text: A sentence. ``{before}`` is replaced by the step before which checkpoints do not show the symptom yet.
+        dated: ``True``: applies only if that step is known. ``False``: applies only if no step is known at all.
+            ``None``: always applies.
+        kinds: Applies only if some layer's activation is of one of these kinds; ``unknown`` = no layer's kind is known.
+            Empty: always applies.
+        normalises: Applies only if some layer is not known to be normalised already.
     """
 
     text: str
@@ -32,37 +35,37 @@ class Remedy:
     kinds: tuple[str, ...] = ()
     normalises: bool = False
 
-    def fits(self, support: Support, layers: Sequence[LayerFacts]) -> bool:
-        """Whether the advice fits.
+    def applies(self, support: Support, layers: Sequence[LayerFacts]) -> bool:
+        """Whether the advice applies.
 
         Args:
-            support: What the sign rests on.
+            support: The evidence for the symptom.
             layers: The layers that show it.
         """
         if self.dated is not None and (support.before is None if self.dated else support.steps is not None):
             return False
         if self.normalises and layers and all(layer.normalised for layer in layers):
             return False
-        known = {layer.kind for layer in layers if layer.kind} or {"unknown"}
-        return not self.kinds or not known.isdisjoint(self.kinds)
+        found = {layer.kind for layer in layers if layer.kind} or {"unknown"}
+        return not self.kinds or not found.isdisjoint(self.kinds)
 
 
 _GO_BACK = Remedy("Go back to a checkpoint before step {before:,}.", dated=True)
-_GO_BACK_UNDATED = Remedy("Go back to a checkpoint from before it.", dated=False)
-_SLOPE = Remedy("If the activation is zero for all that is below zero, give it a slope there.", kinds=("unknown",))
+_GO_BACK_UNDATED = Remedy("Go back to an earlier checkpoint that does not show this.", dated=False)
+_SLOPE = Remedy("If the activation is zero for all negative inputs, use one with a slope there.", kinds=("unknown",))
 _NORMALISE = Remedy("Normalise before the activation.", normalises=True)
 
 
 @dataclass(frozen=True)
-class Sign:
-    """One row of the table.
+class Symptom:
+    """Hold one row of the table.
 
     Attributes:
-        name: The sign in a few words.
-        cause: What is likely behind it, as a sentence.
-        remedies: What to do; of these, what fits is said.
-        source: Where that is from; ``""`` for arithmetic.
-        test: Tells from the facts what supports it, or ``None`` where nothing does.
+        name: The symptom in a few words.
+        cause: The likely cause, as a sentence.
+        remedies: What to do; only the remedies that apply are shown.
+        source: Source of this knowledge; ``""`` if it is arithmetic.
+        test: A function that returns the evidence in the facts, or ``None`` if there is none.
     """
 
     name: str
@@ -72,19 +75,32 @@ class Sign:
     test: Callable[[RunFacts], Support | None]
 
     def remedy(self, support: Support, facts: RunFacts) -> str:
-        """What to do, as far as it fits what is known.
+        """Return the remedies that apply, as one text.
 
         Args:
-            support: What the sign rests on.
-            facts: What is known of the run.
+            support: The evidence for the symptom.
+            facts: The facts about the run.
         """
         layers = [layer for layer in facts.layers if layer.name in support.layers]
-        return " ".join(one.text.format(before=support.before) for one in self.remedies if one.fits(support, layers))
+        return " ".join(
+            each.text.format(before=support.before) for each in self.remedies if each.applies(support, layers)
+        )
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A sign that was found, with its cause, what to do and what supports it; fields as in the classes above."""
+    """Hold a symptom that was found, with its cause, remedy and evidence.
+
+    Attributes:
+        sign: Name of the symptom.
+        cause: See :class:`Symptom`.
+        remedy: The remedies that apply, as one text.
+        source: See :class:`Symptom`.
+        evidence: See :class:`neuronscope.judge.symptoms.Support`, as the fields that follow.
+        neurons: Number of neurons that show it.
+        layers: Names of the layers that show it, the most affected first.
+        steps: First and last step that it concerns; ``None`` if no step is known.
+    """
 
     sign: str
     cause: str
@@ -96,7 +112,7 @@ class Diagnosis:
     steps: tuple[int, int] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnosis as plain data."""
+        """Return the diagnosis as plain data."""
         plain = asdict(self)
         plain["layers"] = list(self.layers)
         plain["steps"] = list(self.steps) if self.steps else None
@@ -104,7 +120,7 @@ class Diagnosis:
 
 
 def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
-    """Every sign of the table that the facts show, most neurons first.
+    """Return every symptom of the table that the facts show, the one with the most neurons first.
 
     >>> import numpy as np
     >>> from neuronscope.judge.symptoms import UNDATED
@@ -116,61 +132,61 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
     ()
     """
     found = []
-    for sign in SIGNS:
-        support = sign.test(facts)
+    for symptom in SYMPTOMS:
+        support = symptom.test(facts)
         if support is not None:
             found.append(
                 Diagnosis(
-                    sign.name,
-                    sign.cause,
-                    sign.remedy(support, facts),
-                    sign.source,
-                    support.evidence,
-                    support.neurons,
-                    support.layers,
-                    support.steps,
+                    sign=symptom.name,
+                    cause=symptom.cause,
+                    remedy=symptom.remedy(support, facts),
+                    source=symptom.source,
+                    evidence=support.evidence,
+                    neurons=support.neurons,
+                    layers=support.layers,
+                    steps=support.steps,
                 )
             )
-    return tuple(sorted(found, key=lambda one: -one.neurons))
+    return tuple(sorted(found, key=lambda each: -each.neurons))
 
 
-#: Signs, causes, remedies. Sources are named where a claim is not arithmetic.
-SIGNS = (
-    Sign(
+#: Symptoms, causes and remedies. Each claim that is not arithmetic names its source.
+SYMPTOMS = (
+    Symptom(
         "NaN or infinite numbers",
-        "The weights overflowed: a learning rate too high, an exploding gradient, or a half-precision overflow.",
+        "The weights overflowed: the learning rate was too high, a gradient exploded, or half precision overflowed.",
         (
             Remedy(
-                "Go back to a checkpoint from before it; lower the learning rate, clip gradients, scale the loss or "
-                "use bfloat16."
+                "Go back to an earlier checkpoint without NaN. Lower the learning rate, clip gradients, scale the loss "
+                "or use bfloat16."
             ),
         ),
         "",
         symptoms.not_finite,
     ),
-    Sign(
+    Symptom(
         "deaths close together in time",
-        "A spike: the learning rate was too high then, or one batch gave a gradient that threw biases far below zero.",
+        "A spike: the learning rate was too high then, or the gradient of one batch pushed biases far below zero.",
         (
             _GO_BACK,
             Remedy(
-                "Lower the learning rate there, warm up after a change of it, clip gradients; look at the loss at "
-                "those steps."
+                "Lower the learning rate at those steps, warm it up after every change, clip gradients, and look at "
+                "the loss there."
             ),
         ),
         "CS231n, notes on neural networks 1; Anthropic, notes on training sparse autoencoders",
         symptoms.grouped,
     ),
-    Sign(
+    Symptom(
         "deaths in the first steps",
-        "The learning rate was too high before training was under way: no warm-up, or one too short.",
-        (Remedy("Start again: warm the learning rate up, lower it, clip gradients."),),
+        "The learning rate was too high at the start of training: there was no warm-up, or it was too short.",
+        (Remedy("Start again with a lower learning rate or a longer warm-up, and clip gradients."),),
         "CS231n, notes on neural networks 1; Anthropic, notes on training sparse autoencoders",
         symptoms.early,
     ),
-    Sign(
+    Symptom(
         "deaths spread over the run",
-        "Loss of plasticity: neurons go one by one and none come back, as when the task or the data change.",
+        "Loss of plasticity: neurons die one by one and stay dead, for example when the task or the data change.",
         (
             Remedy("Recycle dormant neurons (ReDo), or use continual backprop."),
             Remedy("Replace the activation by CReLU.", kinds=("relu-like",)),
@@ -179,19 +195,21 @@ SIGNS = (
         "Sokar et al. 2023; Dohare et al. 2024; Abbas et al. 2023",
         symptoms.spread,
     ),
-    Sign(
+    Symptom(
         "dead since the beginning, deep and narrow",
-        "Born dead: the deeper and narrower a ReLU network, the likelier that initialisation leaves neurons silent.",
+        "Born dead: the deeper and narrower a ReLU network is, the more likely its initialisation makes neurons dead.",
         (
-            Remedy("Use wider layers, residual connections, a randomised asymmetric (RAI) or He initialisation."),
+            Remedy(
+                "Use wider layers, residual connections, or another initialisation: He, or randomised asymmetric (RAI)."
+            ),
             _NORMALISE,
         ),
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_deep,
     ),
-    Sign(
+    Symptom(
         "dead since the beginning",
-        "Born dead: the initialisation, or the input's scale, left these neurons silent before the first step.",
+        "Born dead: the initialisation or the scale of the input made these neurons dead before the first step.",
         (
             Remedy("Use He initialisation with small positive biases, and standardise the input."),
             _NORMALISE,
@@ -199,9 +217,9 @@ SIGNS = (
         "Lu et al. 2019, Dying ReLU and Initialization",
         symptoms.born_plain,
     ),
-    Sign(
+    Symptom(
         "held below zero",
-        "The bias has drifted so far down that no input can lift the neuron above zero.",
+        "The bias has become so negative that no input brings the pre-activation above zero.",
         (
             Remedy("Reset these biases."),
             Remedy("Or give the activation a slope below zero (LeakyReLU, ELU, GELU).", kinds=("relu-like",)),
@@ -210,16 +228,16 @@ SIGNS = (
         "",
         symptoms.drifted,
     ),
-    Sign(
+    Symptom(
         "an input that is off centre",
-        "The input was not standardised: a common offset drives whole neurons of the first layer below zero.",
+        "The input was not standardised: its offset keeps neurons of the first layer below zero for every example.",
         (Remedy("Subtract the mean of the input and divide by its standard deviation."),),
         "Schoop et al. 2021 (UMLAUT)",
         symptoms.off_centre,
     ),
-    Sign(
+    Symptom(
         "a layer nearly all dead",
-        "The layer has collapsed: next to no signal passes it, and nothing below it learns through it.",
+        "The layer has collapsed: almost no signal passes through it, and no earlier layer learns through it.",
         (
             _GO_BACK,
             _GO_BACK_UNDATED,
@@ -232,33 +250,34 @@ SIGNS = (
             ),
             _SLOPE,
             _NORMALISE,
-            Remedy("Lead a residual connection around the layer."),
+            Remedy("Add a residual connection around the layer."),
         ),
         "Zhang et al. 2021 (AutoTrainer)",
         symptoms.collapsed,
     ),
-    Sign(
+    Symptom(
         "a layer that may have collapsed",
-        "The layer has collapsed, or was frozen in a way that leaves gradients of zero, or the loss gives no gradient "
-        "any more: the optimizer's state alone does not tell.",
+        "The layer has collapsed, or it was frozen in a way that leaves gradients of zero, or the loss no longer gives "
+        "gradients. The optimizer's state alone does not show which.",
         (
-            Remedy("Run it over data (--data) to tell."),
+            Remedy("Run the network over data (--data) to find out."),
             Remedy("If it was not frozen, go back to a checkpoint before step {before:,}.", dated=True),
-            Remedy("If it was not frozen, go back to a checkpoint from before it.", dated=False),
+            Remedy("If it was not frozen, go back to an earlier checkpoint that does not show this.", dated=False),
         ),
         "",
         symptoms.may_have_collapsed,
     ),
-    Sign(
+    Symptom(
         "dead weights shrink",
-        "Weight decay goes on where no gradient comes any more.",
-        (Remedy("Recycle these neurons, or leave them: they take no part."),),
+        "Weight decay continues to shrink weights that no longer get gradients.",
+        (Remedy("Recycle these neurons, or leave them: they contribute nothing."),),
         "",
         symptoms.shrunk,
     ),
-    Sign(
+    Symptom(
         "outputs that nothing reads",
-        "Every weight that reads these neurons is zero, or its reader is dead: pruning, decay, or deaths further on.",
+        "Every weight that reads these neurons is zero or belongs to a dead neuron, by pruning, weight decay or deaths "
+        "in later layers.",
         (Remedy("Remove them: the network computes the same without them."),),
         "",
         symptoms.unread,

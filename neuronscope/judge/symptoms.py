@@ -1,6 +1,6 @@
-"""Signs: the tests behind the diagnosis, each on what is known of a run; the thresholds are stated and are few.
+"""Test the facts about a run for symptoms; the tests behind the diagnosis, with all their thresholds.
 
-A test gives the layers, neurons and steps that show its sign, or ``None``: where there is no evidence, nothing is said.
+Each test returns the layers, neurons and steps that show its symptom, or ``None`` if there is no evidence.
 """
 
 from __future__ import annotations
@@ -37,50 +37,50 @@ __all__ = [
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
-#: Where a step would stand, and none is known.
+#: Stands for a step that is not known.
 UNDATED = -2
 
-#: A group of deaths: at least this many of them …
+#: Deaths form a group if they are at least this many …
 GROUP_LEAST = 5
-#: … and at least this share of all that are dated, within a span of steps …
+#: … and at least this fraction of all deaths with a known step, within a span of steps …
 GROUP_SHARE = 0.2
-#: … of this many, or of this share of the run, whichever is more. The optimizer's clock is off by about 20 steps.
+#: … of this many, or of this fraction of the run, whichever is more. The optimizer's clock is off by about 20 steps.
 SPAN_STEPS, SPAN_SHARE = 25, 0.01
-#: (Where so many distinct steps have a common spacing, deaths were looked for no oftener: no span is shorter than it.)
-GRID_LEAST = 4
-#: … and this many times what an even spread over the run would put there.
+#: If this many distinct steps have a common spacing, deaths were looked for at that spacing; no span is shorter.
+SPACING_LEAST = 4
+#: A group also has at least this many times the deaths that an even spread over the run would put in the span.
 GROUP_EXCESS = 4.0
-#: A group that ends within this share of the run came before training was under way.
+#: A group that ends within this fraction of the run belongs to the start of training.
 EARLY_SHARE = 0.05
-#: Deaths spread over the run: this many are dated, and between their quartiles lies this share of it.
+#: Deaths are spread over the run if this many have a known step and their quartiles are this fraction of it apart.
 SPREAD_LEAST, SPREAD_SHARE = 20, 1 / 3
-#: Deep and narrow: as many layers, of which the middle one is at most so many times as wide as there are layers.
+#: A network is deep and narrow if it has this many layers and its median width is at most this many times their number.
 DEEP_LAYERS, NARROW_RATIO = 5, 8.0
-#: A layer has collapsed when this share of it is dead.
+#: A layer has collapsed if this fraction of it is dead.
 COLLAPSED_SHARE = 0.9
-#: The input's mean outweighs its spread by this much.
+#: An input is off centre if the norm of its mean is this many times that of its standard deviation.
 OFF_CENTRE = 2.0
-#: Dead rows have shrunk when their middle norm is at most this share of the others', and decay alone accounts for
-#: as much, over the steps since the middle one of them died.
+#: Dead rows have shrunk if their median norm is at most this fraction of the others', and weight decay alone explains
+#: that, over the steps since the median death.
 SHRUNK_SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFacts:
-    """What the signs are tested on, of one layer of ``N`` neurons.
+    """Hold the facts about one layer of ``N`` neurons that symptoms are tested on.
 
     Attributes:
-        name: Its name.
-        dead: Neurons that are dead or get no gradient, on firm ground, bool ``(N,)``.
-        since: Step from which on, int64 ``(N,)``: −1 = since the beginning, :data:`UNDATED` = not known.
-        drifted: Neurons whose pre-activation lies below zero by a bound, whatever the input.
-        not_finite: Neurons with NaN or infinite weights or outputs.
-        unread: Neurons whose output reaches nothing.
-        dead_norm: Middle norm of the dead neurons' incoming weights over that of the others; ``None`` = not known.
-        may_have_collapsed: Whether it gets no gradient as a whole, and has collapsed or was frozen.
-        idle: Neurons that get no gradient only because the whole layer gets none.
-        kind: Kind of its activation (``relu-like``, ``smooth`` …); ``""`` = not known.
-        normalised: Whether a normalisation stands before its activation or its weights; ``False`` = none is known of.
+        name: Name of the layer.
+        dead: Neurons that are certainly dead or get no gradient, bool ``(N,)``.
+        since: Step of each neuron's death, int64 ``(N,)``: −1 = dead from the start, :data:`UNDATED` = not known.
+        drifted: Number of neurons whose pre-activation is proved to be below zero for every input.
+        not_finite: Number of neurons with NaN or infinite weights or outputs.
+        unread: Number of neurons whose output nothing reads.
+        dead_norm: Median norm of the dead neurons' incoming weights ÷ that of the others; ``None`` = not known.
+        may_have_collapsed: Whether the whole layer gets no gradient, because it collapsed or was frozen.
+        idle: Number of neurons that get no gradient only because the whole layer gets none.
+        kind: Kind of the activation (``relu-like``, ``smooth`` …); ``""`` = not known.
+        normalised: Whether a normalisation is known to come before the activation or the weights.
     """
 
     name: str
@@ -103,18 +103,19 @@ class LayerFacts:
 
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """What the signs are tested on, of the whole run.
+    """Hold the facts about a whole run that symptoms are tested on.
 
     Attributes:
-        layers: Its layers, from the input on.
-        step: Optimizer steps taken; ``None`` = not known.
-        learning_rates: Learning rates of the optimizer's groups, as they were last.
-        decay: By what share weight decay shrinks weights a step: the largest ``lr · weight_decay`` of a group, as it
-            was last; 0 = none or not known.
-        clocked: Whether steps are by the optimizer's clock, which tells the earliest step, mostly by some 20 too early.
-        input_offset: ‖mean‖ / ‖standard deviation‖ of the network's input; ``None`` = not known.
-        observed_every: Steps at most between two at which a monitor looked for deaths: so much earlier than its date
-            one may have come.
+        layers: The layers, starting at the input.
+        step: Number of optimizer steps taken; ``None`` = not known.
+        learning_rates: Last known learning rates of the optimizer's parameter groups.
+        decay: Fraction by which weight decay shrinks weights per step: the largest last known ``lr · weight_decay`` of
+            a group; 0 = none or not known.
+        clocked: Whether steps were derived from the optimizer's state. They are then the earliest possible steps,
+            usually about 20 steps too early.
+        input_offset: ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known.
+        observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
+            this many steps before its date.
     """
 
     layers: tuple[LayerFacts, ...]
@@ -126,21 +127,21 @@ class RunFacts:
     observed_every: int = 1
 
     def dated(self) -> IntArray:
-        """Steps of all deaths that have one, rising, int64 ``(D,)``."""
+        """Return the known steps of deaths, ascending, int64 ``(D,)``."""
         steps = [layer.since[layer.dead & (layer.since >= 0)] for layer in self.layers]
         return np.sort(np.concatenate(steps)) if steps else np.zeros(0, dtype=np.int64)
 
     def born(self) -> int:
-        """Neurons that are dead since the beginning."""
+        """Return the number of neurons that were dead from the start."""
         return sum(int((layer.dead & (layer.since == -1)).sum()) for layer in self.layers)
 
     def length(self) -> int:
-        """Steps of the run: those taken, or else up to the last death."""
+        """Return the length of the run in steps: those taken, or up to the last death if that is not known."""
         dated = self.dated()
         return max(self.step or 0, int(dated[-1]) if dated.size else 0, 1)
 
-    def sound_before(self, step: int | None) -> int | None:
-        """The step before which a checkpoint is older than deaths dated to ``step``; ``None`` where there is none."""
+    def healthy_before(self, step: int | None) -> int | None:
+        """Return the step before which a checkpoint is older than deaths dated to ``step``, or ``None``."""
         if step is None or step < self.observed_every:
             return None
         return step - self.observed_every + 1
@@ -148,14 +149,14 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Support:
-    """What a sign rests on where it was found.
+    """Hold the evidence for a symptom.
 
     Attributes:
         evidence: One or two sentences: how many neurons, in which layers, at which steps.
-        neurons: How many neurons show it.
+        neurons: Number of neurons that show the symptom.
         layers: Names of the layers that show it, the most affected first.
-        steps: First and last step that it concerns, where it has any.
-        before: Step before which a checkpoint does not have it yet; ``None`` where none is known, or can be.
+        steps: First and last step that it concerns; ``None`` if no step is known.
+        before: The step before which checkpoints do not show it yet; ``None`` if not known or if there is none.
     """
 
     evidence: str
@@ -166,14 +167,16 @@ class Support:
 
 
 def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
-    """When the last neurons of a layer died: the first step of those within a span of the last.
+    """Return the step at which the last group of a layer's deaths began.
+
+    The group is the deaths within ``SPAN_STEPS`` of the last one.
 
     Args:
         dead: Which neurons are dead, bool ``(N,)``.
-        since: Since when, int64 ``(N,)``, as in :class:`LayerFacts`.
+        since: Steps of their deaths, int64 ``(N,)``, as in :class:`LayerFacts`.
 
     Returns:
-        A step; −1 where all are dead since the beginning, ``None`` where nothing is dated.
+        A step; −1 if all were dead from the start, ``None`` if no step is known.
 
     >>> last_deaths(np.array([True, True, True, False]), np.array([20, 300, 310, 400]))
     300
@@ -185,11 +188,11 @@ def last_deaths(dead: BoolArray, since: IntArray) -> int | None:
 
 
 def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
-    """Spans of steps in which deaths crowd, by the rule at the head of this module; largest group first.
+    """Find groups of deaths close together in time, by the thresholds at the top of this module; largest group first.
 
     Args:
-        steps: Steps of deaths, rising, ``(D,)``.
-        length: Steps of the whole run.
+        steps: Steps of deaths, ascending, int64 ``(D,)``.
+        length: Number of steps of the whole run.
 
     Returns:
         First and last step of each group.
@@ -197,7 +200,7 @@ def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
     >>> groups(np.array([10, 400, 401, 402, 402, 405, 900]), 1000)
     [(400, 405)]
     """
-    span = max(SPAN_STEPS, int(SPAN_SHARE * length), _grid(steps))
+    span = max(SPAN_STEPS, int(SPAN_SHARE * length), _spacing(steps))
     even = steps.size * min((span + 1) / (length + 1), 1.0)
     least = max(GROUP_LEAST, GROUP_SHARE * steps.size, GROUP_EXCESS * even)
     found = []
@@ -212,28 +215,38 @@ def groups(steps: IntArray, length: int) -> list[tuple[int, int]]:
     return found
 
 
-def _grid(steps: IntArray) -> int:
-    """Steps between two at which deaths were looked for, as far as that shows: a monitor may look at every 100th."""
+def _spacing(steps: IntArray) -> int:
+    """Return the common spacing of the steps at which deaths were found: a monitor may look at every 100th only."""
     distinct = np.unique(steps)
-    return int(np.gcd.reduce(np.diff(distinct))) if distinct.size >= GRID_LEAST else 1
+    return int(np.gcd.reduce(np.diff(distinct))) if distinct.size >= SPACING_LEAST else 1
 
 
 def _affected(counts: Sequence[tuple[str, int, int]]) -> tuple[str, tuple[str, ...]]:
-    """In words and as names: the layers of ``(name, affected, width)`` that are affected at all, the worst first."""
-    hit = sorted((one for one in counts if one[1]), key=lambda one: -one[1] / one[2])
-    said = ", ".join(f"{name} ({count:,} of {width:,})" for name, count, width in hit[:4])
-    more = f" and {len(hit) - 4:,} more" if len(hit) > 4 else ""
-    return f"layer{'s' if len(hit) > 1 else ''} {said}{more}", tuple(name for name, _, _ in hit)
+    """Return the affected layers, the worst first, as text and as names.
+
+    Args:
+        counts: Name, number of affected neurons and width of each layer.
+    """
+    affected = sorted((count for count in counts if count[1]), key=lambda count: -count[1] / count[2])
+    shown = ", ".join(f"{name} ({count:,} of {width:,})" for name, count, width in affected[:4])
+    more = f" and {len(affected) - 4:,} more" if len(affected) > 4 else ""
+    return f"layer{'s' if len(affected) > 1 else ''} {shown}{more}", tuple(name for name, _, _ in affected)
 
 
 def _count(facts: RunFacts, mask: Callable[[LayerFacts], Any]) -> tuple[int, str, tuple[str, ...]]:
+    """Return the number of affected neurons and the affected layers, as text and as names.
+
+    Args:
+        facts: The facts about the run.
+        mask: A function that returns the affected neurons of a layer, as a mask or as their number.
+    """
     counts = [(layer.name, int(np.sum(mask(layer))), layer.width) for layer in facts.layers]
-    said, names = _affected(counts)
-    return sum(count for _, count, _ in counts), said, names
+    layers, names = _affected(counts)
+    return sum(count for _, count, _ in counts), layers, names
 
 
 def _neurons(number: int, verb: tuple[str, str]) -> str:
-    """``1 neuron dies``, ``2 neurons die``."""
+    """Return ``1 neuron dies`` or ``2 neurons die``, given the two forms of the verb."""
     return f"{number:,} neuron{'' if number == 1 else 's'} {verb[0] if number == 1 else verb[1]}"
 
 
@@ -250,39 +263,39 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
             inside |= (layer.since >= first) & (layer.since <= last)
         return inside & layer.dead
 
-    number, said, names = _count(facts, mask)
+    number, layers, names = _count(facts, mask)
     when = " and ".join(f"steps {first:,} to {last:,}" if first < last else f"step {first:,}" for first, last in spans)
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(facts.learning_rates), reverse=True))
-    text = f"{number:,} of {dated.size:,} dated deaths lie at {when}, of {length:,} in all: {said}."
+    text = f"{number:,} of {dated.size:,} dated deaths are at {when} of {length:,}: {layers}."
     if facts.clocked:
-        text += " Steps are by the optimizer's clock: the earliest possible, mostly by some 20 steps too early."
+        text += " Steps come from the optimizer's state: the earliest possible, usually about 20 steps too early."
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
-    return Support(text, number, names, (spans[0][0], spans[-1][1]), facts.sound_before(spans[0][0]))
+    return Support(text, number, names, (spans[0][0], spans[-1][1]), facts.healthy_before(spans[0][0]))
 
 
 def grouped(facts: RunFacts) -> Support | None:
-    """Deaths that crowd after training was under way."""
+    """Test for groups of deaths after the start of training."""
     return _in_group(facts, early=False)
 
 
 def early(facts: RunFacts) -> Support | None:
-    """Deaths that crowd in the first steps."""
+    """Test for groups of deaths in the first steps."""
     return _in_group(facts, early=True)
 
 
 def spread(facts: RunFacts) -> Support | None:
-    """Deaths all over the run, and none that crowd."""
+    """Test for deaths over the whole run without groups."""
     dated, length = facts.dated(), facts.length()
     if dated.size < SPREAD_LEAST or groups(dated, length):
         return None
     low, high = np.quantile(dated, (0.25, 0.75))
     if high - low < SPREAD_SHARE * length:
         return None
-    number, said, names = _count(facts, lambda layer: layer.dead & (layer.since >= 0))
+    number, layers, names = _count(facts, lambda layer: layer.dead & (layer.since >= 0))
     text = (
-        f"{number:,} dated deaths, half of them between steps {low:,.0f} and {high:,.0f} of {length:,}, and no step at "
-        f"which they crowd: {said}."
+        f"{number:,} dated deaths, half of them between steps {low:,.0f} and {high:,.0f} of {length:,}, and nowhere "
+        f"close together: {layers}."
     )
     return Support(text, number, names, (int(dated[0]), int(dated[-1])))
 
@@ -293,91 +306,93 @@ def _is_deep_and_narrow(facts: RunFacts) -> bool:
 
 
 def _born(facts: RunFacts, deep: bool) -> Support | None:
-    number, said, names = _count(facts, lambda layer: layer.dead & (layer.since == -1))
+    number, layers, names = _count(facts, lambda layer: layer.dead & (layer.since == -1))
     if not number or _is_deep_and_narrow(facts) != deep:
         return None
     widths = [layer.width for layer in facts.layers]
     shape = (
-        f" The network has {len(widths)} such layers; the middle one is {np.median(widths):,.0f} wide." if deep else ""
+        f" The network has {len(widths)} such layers; their median width is {np.median(widths):,.0f}." if deep else ""
     )
-    text = f"{_neurons(number, ('is', 'are'))} dead since the beginning: {said}.{shape}"
+    text = f"{_neurons(number, ('is', 'are'))} dead since the beginning: {layers}.{shape}"
     return Support(text, number, names, (-1, -1))
 
 
 def born_deep(facts: RunFacts) -> Support | None:
-    """Neurons dead since the beginning, in a network that is deep and narrow."""
+    """Test for neurons dead since the beginning in a deep and narrow network."""
     return _born(facts, deep=True)
 
 
 def born_plain(facts: RunFacts) -> Support | None:
-    """Neurons dead since the beginning, in any other network."""
+    """Test for neurons dead since the beginning in any other network."""
     return _born(facts, deep=False)
 
 
 def drifted(facts: RunFacts) -> Support | None:
-    """Neurons that a bound keeps below zero."""
-    number, said, names = _count(facts, lambda layer: layer.drifted)
+    """Test for neurons that are proved to stay below zero."""
+    number, layers, names = _count(facts, lambda layer: layer.drifted)
     if not number:
         return None
-    return Support(f"{_neurons(number, ('stays', 'stay'))} below zero by a bound on the input: {said}.", number, names)
+    return Support(
+        f"{_neurons(number, ('stays', 'stay'))} below zero for every possible input: {layers}.", number, names
+    )
 
 
 def off_centre(facts: RunFacts) -> Support | None:
-    """An input whose mean outweighs its spread, and a first layer that is hit hardest."""
+    """Test for an input that is off centre, if the first layer has the largest fraction of dead neurons."""
     if facts.input_offset is None or facts.input_offset < OFF_CENTRE or not facts.layers:
         return None
     first, dead = facts.layers[0], int(facts.layers[0].dead.sum())
     if not dead or dead / first.width < max(layer.dead.mean() for layer in facts.layers):
         return None
     text = (
-        f"The input's mean outweighs its spread {facts.input_offset:.3g} times, and the first layer is hit hardest: "
+        f"The input's mean is {facts.input_offset:.3g} times its standard deviation, and the worst layer is the first: "
         f"{first.name} ({dead:,} of {first.width:,})."
     )
     return Support(text, dead, (first.name,))
 
 
 def collapsed(facts: RunFacts) -> Support | None:
-    """Layers of which nearly all is dead."""
-    gone = [layer for layer in facts.layers if layer.width > 1 and layer.dead.mean() >= COLLAPSED_SHARE]
-    if not gone:
+    """Test for layers in which nearly all neurons are dead."""
+    found = [layer for layer in facts.layers if layer.width > 1 and layer.dead.mean() >= COLLAPSED_SHARE]
+    if not found:
         return None
-    said, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in gone])
-    text = f"Nearly all neurons of a layer are dead: {said}."
-    steps = [step for layer in gone if (step := last_deaths(layer.dead, layer.since)) is not None]
+    layers, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in found])
+    text = f"Nearly all neurons of a layer are dead: {layers}."
+    steps = [step for layer in found if (step := last_deaths(layer.dead, layer.since)) is not None]
     if steps:
         when = "since the beginning" if max(steps) < 0 else f"since step {max(min(steps), 0):,}"
-        text += f" That is so {when}{', at the earliest' if facts.clocked and max(steps) >= 0 else ''}."
+        text += f" They have been dead {when}{' at the earliest' if facts.clocked and max(steps) >= 0 else ''}."
     idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
     if any(count for _, count, _ in idle):
         text += f" No gradient reaches {_affected(idle)[0]}."
     return Support(
         text,
-        sum(int(one.dead.sum()) for one in gone),
+        sum(int(one.dead.sum()) for one in found),
         names,
         (min(steps), max(steps)) if steps else None,
-        facts.sound_before(min(steps)) if steps else None,
+        facts.healthy_before(min(steps)) if steps else None,
     )
 
 
 def may_have_collapsed(facts: RunFacts) -> Support | None:
-    """Layers that get no gradient as a whole, where that is a collapse or a way of freezing."""
-    gone = [layer for layer in facts.layers if layer.may_have_collapsed]
-    if not gone:
+    """Test for layers that get no gradient at all, because they collapsed or were frozen."""
+    found = [layer for layer in facts.layers if layer.may_have_collapsed]
+    if not found:
         return None
-    said, names = _affected([(layer.name, layer.width, layer.width) for layer in gone])
-    everyone = [last_deaths(np.ones(layer.width, dtype=np.bool_), layer.since) for layer in gone]
-    steps = [step for step in everyone if step is not None]
+    layers, names = _affected([(layer.name, layer.width, layer.width) for layer in found])
+    last_steps = [last_deaths(np.ones(layer.width, dtype=np.bool_), layer.since) for layer in found]
+    steps = [step for step in last_steps if step is not None]
     return Support(
-        f"No neuron gets a gradient, though the optimizer goes on: {said}.",
-        sum(layer.width for layer in gone),
+        f"No neuron gets a gradient, although the optimizer continues: {layers}.",
+        sum(layer.width for layer in found),
         names,
         (min(steps), max(steps)) if steps else None,
-        facts.sound_before(min(steps)) if steps else None,
+        facts.healthy_before(min(steps)) if steps else None,
     )
 
 
 def shrunk(facts: RunFacts) -> Support | None:
-    """Weights of dead neurons that have shrunk under decay."""
+    """Test for weights of dead neurons that have shrunk by weight decay."""
     small = [
         one
         for one in facts.layers
@@ -385,33 +400,33 @@ def shrunk(facts: RunFacts) -> Support | None:
     ]
     if not small:
         return None
-    said, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in small])
+    layers, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in small])
     least = min(layer.dead_norm for layer in small if layer.dead_norm is not None)
     text = (
-        f"The dead neurons' weights have shrunk, down to {100 * least:.2g} % of the others'; weight decay takes "
-        f"{100 * facts.decay:.2g} % a step: {said}."
+        f"The dead neurons' weights have shrunk to as little as {100 * least:.2g} % of the others'; weight decay takes "
+        f"{100 * facts.decay:.2g} % per step: {layers}."
     )
     return Support(text, sum(int(one.dead.sum()) for one in small), names)
 
 
 def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
-    """What decay has left of a row that died with the middle one of the layer's dead; 1 where no death is dated."""
+    """Return what weight decay has left of a row that died at the median death; 1 if no step is known."""
     since = layer.since[layer.dead & (layer.since >= -1)]
     age = facts.length() - float(np.median(since)) if since.size else 0.0
     return math.exp(-facts.decay * age)
 
 
 def not_finite(facts: RunFacts) -> Support | None:
-    """NaN and infinite numbers."""
-    number, said, names = _count(facts, lambda layer: layer.not_finite)
-    return Support(f"{_neurons(number, ('is', 'are'))} NaN or infinite: {said}.", number, names) if number else None
+    """Test for NaN and infinite numbers."""
+    number, layers, names = _count(facts, lambda layer: layer.not_finite)
+    return Support(f"{_neurons(number, ('is', 'are'))} NaN or infinite: {layers}.", number, names) if number else None
 
 
 def unread(facts: RunFacts) -> Support | None:
-    """Neurons that nothing reads."""
-    number, said, names = _count(facts, lambda layer: layer.unread)
+    """Test for neurons whose output nothing reads."""
+    number, layers, names = _count(facts, lambda layer: layer.unread)
     return (
-        Support(f"The output of {_neurons(number, ('reaches', 'reach'))} nothing: {said}.", number, names)
+        Support(f"Nothing reads the output of {number:,} neuron{'' if number == 1 else 's'}: {layers}.", number, names)
         if number
         else None
     )

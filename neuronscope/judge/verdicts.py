@@ -1,41 +1,44 @@
-"""What is said of a neuron: policy as data, and judging as pure functions on arrays.
+"""Decide which neurons are dead, dormant, cut off or linear, from counts alone.
 
-Nothing here knows torch, hooks or reports. :func:`judge` takes counts and returns masks; :func:`rate_bound` says how
-sure a "never fired" is.
+:func:`judge` takes the counts of a site and a policy and returns one mask per verdict. :func:`rate_bound` returns how
+often a neuron that never fired may still fire. Nothing here imports torch or knows hooks or reports.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from neuronscope.errors import UsageError
 
-__all__ = ["LABELS", "Counts", "Judgement", "Policy", "Verdict", "judge", "rate_bound"]
+__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "judge", "rate_bound"]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-#: Every label a neuron can bear, most serious first. A neuron that earns several bears the first.
+#: Every label of a neuron, most serious first. A neuron that meets the criteria of several gets the first of them.
 LABELS = ("unseen", "not finite", "dead", "cut off", "dormant", "linear", "alive")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The thresholds, as data.
+    """Hold the thresholds for verdicts.
 
     Attributes:
-        tolerance: An output counts as zero when ``|y| <= tolerance``; 0 is exact. Applied while counting.
-        dormant_tau: A neuron is dormant when its score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` is at most this
+        tolerance: An output counts as zero if ``|y| <= tolerance``; 0 is exact. Applied while counting.
+        dormant_tau: A neuron is dormant if its score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` is at most this
             (Sokar et al. 2023, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning").
-        confidence: Level of the bound that every dead verdict carries.
-        max_rate: A window is long enough for a verdict when a neuron that never fired in it fires in fewer than this
-            share of examples, at ``confidence``.
+        confidence: Confidence level of the bound that comes with every dead verdict.
+        max_rate: A window is long enough if a neuron that never fired in it fires in less than this fraction of
+            examples, at the level ``confidence``.
+
+    Raises:
+        UsageError: A threshold is out of range.
 
     >>> Policy().min_examples
     299
@@ -58,11 +61,11 @@ class Policy:
 
     @property
     def min_examples(self) -> int:
-        """Independent examples a window needs before its verdicts are as sure as the policy asks."""
+        """Number of independent examples that a window needs for verdicts as certain as the policy asks for."""
         return math.ceil(math.log(1.0 - self.confidence) / math.log1p(-self.max_rate))
 
     def to_dict(self) -> dict[str, float]:
-        """The thresholds as plain data, for a report."""
+        """Return the thresholds as plain data."""
         return asdict(self)
 
 
@@ -71,16 +74,16 @@ def _is_number(value: Any) -> bool:
 
 
 def rate_bound(examples: int, confidence: float = 0.95) -> float:
-    """Upper bound on how often a neuron fires that fired in none of ``examples`` independent examples.
+    """Return an upper bound on how often a neuron fires that never fired in ``examples`` independent examples.
 
     ``1 - (1 - confidence) ** (1 / examples)``: the exact (Clopper-Pearson) one-sided bound for 0 of n.
 
     Args:
         examples: Number of independent examples, ≥ 0.
-        confidence: Level of the bound.
+        confidence: Confidence level of the bound.
 
     Returns:
-        A share of examples in [0, 1]; 1.0 when nothing was observed.
+        A fraction of examples in [0, 1]; 1.0 if nothing was observed.
 
     >>> round(rate_bound(1000), 6)
     0.002991
@@ -90,34 +93,48 @@ def rate_bound(examples: int, confidence: float = 0.95) -> float:
     return -math.expm1(math.log(1.0 - confidence) / examples)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What :func:`judge` needs to know of one site: plain arrays over its ``N`` neurons.
+class SiteCounts(Protocol):
+    """List what :func:`judge` reads of one site with ``N`` neurons.
 
-    Attributes:
-        kind: The activation's kind (``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``).
-        linear_when_on: Whether the activation is the identity wherever its output is not zero (ReLU).
-        zero_outputs: Positions with zero output, int64 ``(N,)``.
-        zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
-        not_finite: Positions with NaN or infinite output, int64 ``(N,)``.
-        mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
-        positions: Positions each neuron's output was seen at.
-        gradient_positions: Positions each neuron's gradient was seen at.
+    A :class:`neuronscope.tally.census.Tally` has them all.
     """
 
-    kind: str
-    linear_when_on: bool
-    zero_outputs: IntArray
-    zero_gradients: IntArray
-    not_finite: IntArray
-    mean_abs_output: FloatArray
-    positions: int
-    gradient_positions: int
+    @property
+    def kind(self) -> str:
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+
+    @property
+    def linear_when_on(self) -> bool:
+        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
+
+    @property
+    def zero_outputs(self) -> IntArray:
+        """Positions with zero output, int64 ``(N,)``."""
+
+    @property
+    def zero_gradients(self) -> IntArray:
+        """Positions with zero gradient at the pre-activation, int64 ``(N,)``."""
+
+    @property
+    def not_finite_outputs(self) -> IntArray:
+        """Positions with NaN or infinite output, int64 ``(N,)``."""
+
+    @property
+    def mean_abs_output(self) -> FloatArray:
+        """Mean of ``|y|`` over positions, float64 ``(N,)``."""
+
+    @property
+    def positions(self) -> int:
+        """Positions at which each neuron's output was observed."""
+
+    @property
+    def gradient_positions(self) -> int:
+        """Positions at which each neuron's gradient was observed."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Masks over the ``N`` neurons of one site.
+    """Hold one mask per verdict over the ``N`` neurons of one site, each bool ``(N,)``.
 
     ``dormant``, ``cut_off`` and ``linear`` never include dead neurons; ``dormant`` and ``cut_off`` may overlap.
     """
@@ -130,41 +147,41 @@ class Judgement:
     unseen: BoolArray
 
     def labels(self) -> npt.NDArray[np.uint8]:
-        """Index into :data:`LABELS` for each neuron, the most serious label that it earned, uint8 ``(N,)``."""
+        """Return the index into :data:`LABELS` of each neuron's most serious label, uint8 ``(N,)``."""
         codes = np.full(self.dead.shape, LABELS.index("alive"), dtype=np.uint8)
         for name in reversed(LABELS[:-1]):
             codes[getattr(self, name.replace(" ", "_"))] = LABELS.index(name)
         return codes
 
 
-def judge(counts: Counts, policy: Policy) -> Judgement:
+def judge(counts: SiteCounts, policy: Policy) -> Judgement:
     """Judge every neuron of one site by its counts over one window.
 
     Args:
-        counts: The site's counts; see :class:`Counts`.
+        counts: The site's counts, usually a :class:`neuronscope.tally.census.Tally`.
         policy: The thresholds.
 
     Returns:
-        One mask per verdict, each ``(N,)``.
+        One mask per verdict, each bool ``(N,)``.
     """
     shape = counts.zero_outputs.shape
     if counts.positions == 0:
-        no = np.zeros(shape, dtype=np.bool_)
-        return Judgement(no, no, no, no, no, np.ones(shape, dtype=np.bool_))
-    not_finite = counts.not_finite > 0
-    silent = counts.zero_outputs == counts.positions
+        none = np.zeros(shape, dtype=np.bool_)
+        return Judgement(none, none, none, none, none, np.ones(shape, dtype=np.bool_))
+    not_finite = counts.not_finite_outputs > 0
+    never_fired = counts.zero_outputs == counts.positions
     seen_gradients = counts.gradient_positions > 0
     no_gradient = (
         counts.zero_gradients == counts.gradient_positions if seen_gradients else np.zeros(shape, dtype=np.bool_)
     )
-    if counts.kind == "leaky":  # never dead by output: its slope lets gradient through wherever it is
+    if counts.kind == "leaky":  # never dead by output: its slope lets gradient through everywhere
         dead = np.zeros(shape, dtype=np.bool_)
     else:
-        dead = silent & no_gradient if seen_gradients else silent
-    sound = counts.mean_abs_output[~not_finite]
-    score = counts.mean_abs_output / ((sound.mean() if sound.size else 0.0) + 1e-9)
+        dead = never_fired & no_gradient if seen_gradients else never_fired
+    finite = counts.mean_abs_output[~not_finite]
+    score = counts.mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
     dormant = (score <= policy.dormant_tau) & ~dead & ~not_finite
-    # "Fires, and no gradient comes back". A leaky unit is never dead, so it need not fire to be cut off.
+    # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
     linear = np.zeros(shape, dtype=np.bool_)
     if counts.linear_when_on:
@@ -175,17 +192,18 @@ def judge(counts: Counts, policy: Policy) -> Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one neuron, with its basis and its sample size.
+    """Hold the verdict on one neuron, with its basis and its sample size.
 
     Attributes:
         site: Name of the site.
         neuron: Index along the site's neuron axis.
         label: One of :data:`LABELS`.
         basis: ``measured``, ``proved`` or ``inferred``.
-        examples: Independent examples behind the verdict.
-        bound: For a dead neuron, the share of examples it may still fire in, at the policy's confidence; else ``None``.
-        since: Optimizer step at which a dead neuron was first observed not to fire; −1 when it never fired since
-            watching began ("born dead"); ``None`` for labels other than dead.
+        examples: Number of independent examples that the verdict is based on.
+        bound: For a dead neuron, the fraction of examples in which it may still fire, at the policy's confidence; else
+            ``None``.
+        since: For a dead neuron, the optimizer step at which it was first observed not to fire; −1 if it never fired
+            since watching began ("born dead"). ``None`` for other labels.
     """
 
     site: str
@@ -197,5 +215,5 @@ class Verdict:
     since: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as plain data."""
+        """Return the verdict as plain data."""
         return asdict(self)

@@ -1,1 +1,1 @@
-"""Hold what there is to show, as plain data without torch."""
+"""Hold the results of a watch as plain data, without torch."""

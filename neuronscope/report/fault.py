@@ -1,4 +1,4 @@
-"""Fault: what ended a watch before its time, in one sentence, and as plain data that a checkpoint can hold."""
+"""Describe an error inside Neuronscope that ended a watch early, as a sentence and as data for a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from neuronscope.errors import StateError
 
 __all__ = ["Fault"]
 
-_LONGEST = 300
+_MAX_LENGTH = 300
 
 
 class Fault(NamedTuple):
-    """A fault of Neuronscope's own that ended a watch.
+    """Describe an error inside Neuronscope that ended a watch.
 
     Attributes:
-        step: Optimizer steps taken when it happened.
-        error: What went wrong, in one line.
-        earlier: Whether it ended an earlier run, whose counts were saved and loaded since.
+        step: Number of optimizer steps taken when it happened.
+        error: Type and message of the exception, in one line.
+        earlier: Whether it ended an earlier run, whose saved counts were loaded into this one.
 
-    >>> str(Fault.of(ValueError("no"), 12))
-    'Neuronscope stopped watching at step 12 by a fault of its own; later steps are not counted. ValueError: no'
+    >>> str(Fault.from_error(ValueError("no"), 12))
+    'Neuronscope stopped watching at step 12 because of an internal error; later steps are not counted. ValueError: no'
     """
 
     step: int
@@ -29,16 +29,21 @@ class Fault(NamedTuple):
     earlier: bool = False
 
     @classmethod
-    def of(cls, error: Exception, step: int) -> Fault:
-        """Describe an exception that was raised when ``step`` optimizer steps were taken."""
-        return cls(step, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST])
+    def from_error(cls, error: Exception, step: int) -> Fault:
+        """Describe an exception.
+
+        Args:
+            error: The exception.
+            step: Number of optimizer steps taken when it was raised.
+        """
+        return cls(step, f"{type(error).__name__}: {' '.join(str(error).split())}"[:_MAX_LENGTH])
 
     @classmethod
     def from_state(cls, state: Any) -> Fault | None:
-        """Return the fault that :meth:`state_dict` described; ``None`` for ``None``.
+        """Return the fault that :meth:`state_dict` saved; ``None`` for ``None``.
 
         Raises:
-            StateError: The state is not one of a fault.
+            StateError: The state is not that of a fault.
         """
         if state is None:
             return None
@@ -47,12 +52,10 @@ class Fault(NamedTuple):
         return cls(int(state["step"]), str(state["error"]), earlier=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The fault as primitives."""
+        """Return the fault as primitives."""
         return {"step": self.step, "error": self.error}
 
     def __str__(self) -> str:
         missing = "later steps of that run" if self.earlier else "later steps"
-        return (
-            f"Neuronscope stopped watching at step {self.step} by a fault of its own; {missing} are not counted. "
-            f"{self.error}"
-        )
+        stopped = f"Neuronscope stopped watching at step {self.step} because of an internal error"
+        return f"{stopped}; {missing} are not counted. {self.error}"

@@ -1,7 +1,7 @@
-"""Drawn: the public face that every report has: printed, or as HTML, JSON and markdown.
+"""Give every report the same output methods: printing, HTML, JSON and markdown.
 
-A report knows its writers by name alone and looks them up when it is drawn, so that no import leads from what is known
-up to what shows it.
+A report names the modules of its writers and imports them only when it is shown, so that reports do not depend on
+writers.
 """
 
 from __future__ import annotations
@@ -17,27 +17,39 @@ __all__ = ["Renderable"]
 
 
 class Renderable:
-    """Base of what can be drawn; a subclass names the module of each of its writers, whose ``render`` draws it."""
+    """Base class of reports. A subclass names the module of each of its writers, which has a function ``render``.
+
+    Attributes:
+        WRITERS: Names of the writers' modules, by format.
+    """
 
     WRITERS: ClassVar[Mapping[str, str]]
 
     def __str__(self) -> str:
-        """A table, for a terminal."""
-        return self._draw("terminal")
+        """Return the report as a table for a terminal."""
+        return self._render("terminal")
 
     def to_markdown(self) -> str:
-        """The report as markdown."""
-        return self._draw("markdown")
+        """Return the report as markdown."""
+        return self._render("markdown")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text; written to ``path`` too when one is given, whole or not at all."""
-        return _write(self._draw("json"), path)
+        """Return the report as JSON text, and write it to ``path`` if given.
+
+        Raises:
+            OSError: The file cannot be written; an existing file is then unchanged.
+        """
+        return _write(self._render("json"), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """The report as one HTML page that needs no network; written to ``path`` too when one is given, as JSON is."""
-        return _write(self._draw("html"), path)
+        """Return the report as one HTML page without external resources, and write it to ``path`` if given.
 
-    def _draw(self, writer: str) -> str:
+        Raises:
+            OSError: The file cannot be written; an existing file is then unchanged.
+        """
+        return _write(self._render("html"), path)
+
+    def _render(self, writer: str) -> str:
         text: str = importlib.import_module(self.WRITERS[writer]).render(self)
         return text
 

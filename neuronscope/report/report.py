@@ -1,7 +1,7 @@
-"""Report: plain data made from a census, its judgements and its history.
+"""Hold the results on a watched network as plain data: counts, verdicts and history of each site.
 
-Everything that is shown to a person is drawn from a report by one of :mod:`neuronscope.writers`. No torch here: a
-report can be read, drawn and compared where torch is not installed.
+Everything that a person sees is made from a report by one of :mod:`neuronscope.writers`. This module does not import
+torch, so reports can be read, shown and compared where torch is not installed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = [
     "WindowSpan",
 ]
 
-#: Version of the plain data that :meth:`Report.to_dict` gives. Raised when a field is renamed, moved or removed.
+#: Version of the data that :meth:`Report.to_dict` returns. Increased when a field is renamed, moved or removed.
 SCHEMA_VERSION = 2
 
-# One byte a neuron and window in a history. 0 … LEVEL_MAX is the zero-output fraction (0 = exactly never zero,
-# LEVEL_MAX = always zero, yet not dead: gradient still comes); the rest are verdicts.
+# A history has one byte per neuron and window. 0 … LEVEL_MAX is the zero-output fraction (0 = never zero, LEVEL_MAX =
+# always zero, but not dead, because it still gets gradient). The other values are verdicts.
 LEVEL_MAX = 250
 LEVEL_UNSEEN = 251
 LEVEL_DORMANT = 252
@@ -50,14 +50,14 @@ ByteArray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class WindowSpan:
-    """The window that verdicts are of.
+    """Describe the window that verdicts are based on.
 
     Attributes:
-        name: ``last`` (the newest closed window), or ``all`` (everything since watching began) where none has closed.
-        first_step: First optimizer step observed in it; −1 when nothing was.
-        last_step: Last optimizer step observed in it; −1 when nothing was.
+        name: ``last`` (the newest closed window), or ``all`` (everything since watching began) if none has closed.
+        first_step: First optimizer step observed in it; −1 if none was.
+        last_step: Last optimizer step observed in it; −1 if none was.
         steps: Number of optimizer steps observed in it.
-        long_enough: Whether its examples suffice for the policy's confidence.
+        long_enough: Whether it has enough examples for the policy's confidence.
     """
 
     name: str
@@ -69,7 +69,7 @@ class WindowSpan:
 
 @dataclass(frozen=True)
 class NotMeasured:
-    """Something that could not be seen, and why. Not measured is never written as zero.
+    """Name something that could not be measured, and the reason. It is never reported as zero.
 
     Attributes:
         name: Module path or site name.
@@ -82,18 +82,19 @@ class NotMeasured:
 
 @dataclass(frozen=True)
 class SiteHistory:
-    """How one site fared over all windows of a phase, oldest first (``W`` windows, ``N`` neurons).
+    """Hold the verdicts on one site over all windows of a phase, oldest first (``W`` windows, ``N`` neurons).
 
     Attributes:
-        steps: Last optimizer step of each window, int64 ``(W,)``, rising.
-        dead: Dead neurons in each window, int64 ``(W,)``; none in a window in which the site did not run.
+        steps: Last optimizer step of each window, int64 ``(W,)``, ascending.
+        dead: Dead neurons in each window, int64 ``(W,)``; 0 for a window in which the site did not run.
         dormant: Dormant (not dead) neurons in each window, int64 ``(W,)``.
         cut_off: Cut-off neurons in each window, int64 ``(W,)``.
         levels: One byte per window and neuron, uint8 ``(W, N)``: 0 … ``LEVEL_MAX`` is the zero-output fraction,
-            above it the ``LEVEL_*`` verdicts.
-        died_step: Step at which each neuron was first observed not to fire, for its latest death; −1 = it never died
-            while watched, or was dead from the start. int64 ``(N,)``.
-        revived_step: Step at which each neuron was observed to fire again, for its latest revival; −1 = never.
+            higher values are the ``LEVEL_*`` verdicts.
+        died_step: Step of each neuron's latest death: the first step at which it was observed not to fire. −1 = it did
+            not die while it was watched, or it was dead from the start. int64 ``(N,)``.
+        revived_step: Step of each neuron's latest revival: the step at which it was observed to fire again; −1 = never.
+            int64 ``(N,)``.
         deaths: Number of deaths of each neuron, int64 ``(N,)``.
         revivals: Number of revivals of each neuron, int64 ``(N,)``.
     """
@@ -109,31 +110,31 @@ class SiteHistory:
     revivals: IntArray
 
     def to_dict(self) -> dict[str, Any]:
-        """The history as plain lists."""
+        """Return the history as plain lists."""
         return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What is known of one site over the report's window (``N`` neurons).
+    """Hold the results on one site over the report's window (``N`` neurons).
 
     Attributes:
         name: The site's name.
         activation: The activation function's name (``relu``, ``gelu``, …).
         kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
         neurons: ``N``.
-        axis: The dimension of the activation tensor that holds the neurons, as seen (≥ 0).
-        axis_source: How the axis is known: ``declared``, ``producer (conv2d)`` …, or ``assumed (rank)``.
+        axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
+        axis_source: How the axis was found: ``declared``, ``producer (conv2d)`` …, or ``assumed (rank)``.
         positions: Positions at which each neuron's output was observed.
-        gradient_positions: Positions at which each neuron's gradient was observed; 0 = gradients unseen.
-        examples: Independent examples (rows of the network's input) behind this.
-        not_finite: NaN and infinite outputs, all neurons together.
-        zero_output_fraction: float64 ``(N,)``; NaN where unseen.
-        zero_gradient_fraction: float64 ``(N,)``; NaN where unseen.
-        mean_abs_output: Mean of ``|y|``, float64 ``(N,)``; NaN where unseen.
-        last_active_step: Last observed step, up to the end of the window, at which each neuron fired since watching
-            began, int64 ``(N,)``; −1 = never.
-        judgement: The masks; see :class:`neuronscope.judge.verdicts.Judgement`.
+        gradient_positions: Positions at which each neuron's gradient was observed; 0 = no gradient was observed.
+        examples: Independent examples (rows of the network's input) in the counts.
+        not_finite: Number of NaN and infinite outputs of all neurons.
+        zero_output_fraction: Zero outputs ÷ positions, float64 ``(N,)``; NaN if unseen.
+        zero_gradient_fraction: Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN if unseen.
+        mean_abs_output: Mean of ``|y|``, float64 ``(N,)``; NaN if unseen.
+        last_active_step: Last observed step at which each neuron fired, from the start of watching to the end of the
+            window, int64 ``(N,)``; −1 = never.
+        judgement: One mask per verdict; see :class:`neuronscope.judge.verdicts.Judgement`.
         history: The site's history; see :class:`SiteHistory`.
     """
 
@@ -166,7 +167,7 @@ class SiteReport:
 
     @property
     def died(self) -> int:
-        """Number of dead neurons that fired once and then stopped."""
+        """Number of dead neurons that worked and then died."""
         return self.dead - self.born_dead
 
     @property
@@ -176,7 +177,7 @@ class SiteReport:
 
     @property
     def cut_off(self) -> int:
-        """Number of neurons that fire and get no gradient at any position."""
+        """Number of neurons that fire but get no gradient at any position."""
         return int(self.judgement.cut_off.sum())
 
     @property
@@ -190,14 +191,21 @@ class SiteReport:
         return int(self.judgement.unseen.sum())
 
     def worst(self, count: int = 5) -> list[int]:
-        """Indices of up to ``count`` neurons that are not alive, most serious label first, then lowest output."""
+        """Return the neurons that are not alive, the most serious label first, then the lowest output.
+
+        Args:
+            count: Maximum number of neurons.
+
+        Returns:
+            Their indices along the site's neuron axis.
+        """
         labels = self.judgement.labels()
         order = np.lexsort((np.arange(self.neurons), np.nan_to_num(self.mean_abs_output), labels))
-        ill = [int(i) for i in order if LABELS[labels[i]] not in ("alive", "linear", "unseen")]
-        return ill[:count]
+        unhealthy = [int(i) for i in order if LABELS[labels[i]] not in ("alive", "linear", "unseen")]
+        return unhealthy[:count]
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as plain data; NaN becomes ``None``."""
+        """Return the site as plain data; NaN becomes ``None``."""
         labels = self.judgement.labels()
         return {
             "name": self.name,
@@ -228,22 +236,24 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report(Renderable):
-    """Everything that is known of a watched network in one phase, as plain data.
+    """Hold the results on a watched network in one phase, as plain data.
 
-    Printing a report gives a table by site. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown` draw it elsewhere.
+    Printing a report shows a table with one row per site. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown`
+    return it in other formats.
 
     Attributes:
         model: Class name of the watched model.
         phase: ``train``, ``val``, ``test`` or ``scan``.
-        global_step: Optimizer steps taken since watching began.
-        window: The window that the verdicts are of.
+        global_step: Number of optimizer steps taken since watching began.
+        window: The window that the verdicts are based on.
         policy: The thresholds, as plain data.
-        layers: One :class:`SiteReport` a site, in the order in which the sites ran.
-        not_measured: What could not be seen.
-        notes: Sentences a reader should know (network has gone NaN, no gradients were seen, …). The first is ``fault``
-            where there was one.
-        fault: How a fault of Neuronscope's own ended the watch; ``""`` where none did.
-        versions: Versions of neuronscope, torch and numpy that made it.
+        layers: One :class:`SiteReport` per site, in the order in which the sites first ran.
+        not_measured: What could not be measured, and why.
+        notes: Sentences that a reader should know (the network gave NaN, no gradients were seen, …). If there is a
+            ``fault``, it comes first.
+        fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
+        versions: Versions of neuronscope, torch and numpy that made the report.
+        schema_version: Version of the data that :meth:`to_dict` returns.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
@@ -264,102 +274,106 @@ class Report(Renderable):
 
     @property
     def provisional(self) -> bool:
-        """Whether the window has fewer examples than the policy asks for, so that verdicts may yet change."""
+        """Whether the window has fewer examples than the policy asks for, so that verdicts may still change."""
         return not self.window.long_enough
 
     @property
     def examples(self) -> int:
-        """Examples behind the verdicts, at the observed site that has fewest of them."""
+        """Number of examples that the verdicts are based on: that of the observed site with the fewest."""
         return min((site.examples for site in self.layers if site.unseen < site.neurons), default=0)
 
     @property
     def examples_needed(self) -> int:
-        """Examples that the policy asks for."""
+        """Number of examples that the policy asks for."""
         return Policy(confidence=self.policy["confidence"], max_rate=self.policy["max_rate"]).min_examples
 
     @property
     def other_notes(self) -> tuple[str, ...]:
-        """The notes without ``fault``, which writers show before anything else."""
+        """The notes without ``fault``, which writers show first."""
         return tuple(note for note in self.notes if note != self.fault)
 
     @property
     def neurons(self) -> int:
-        """Neurons of all sites."""
+        """Number of neurons at all sites."""
         return sum(site.neurons for site in self.layers)
 
     @property
     def dead(self) -> int:
-        """Dead neurons of all sites."""
+        """Number of dead neurons at all sites."""
         return sum(site.dead for site in self.layers)
 
     @property
     def born_dead(self) -> int:
-        """Dead neurons that never fired since watching began."""
+        """Number of dead neurons that never fired since watching began."""
         return sum(site.born_dead for site in self.layers)
 
     @property
     def dormant(self) -> int:
-        """Dormant neurons that are not dead."""
+        """Number of dormant neurons that are not dead."""
         return sum(site.dormant for site in self.layers)
 
     @property
     def cut_off(self) -> int:
-        """Neurons that fire and get no gradient."""
+        """Number of neurons that fire but get no gradient."""
         return sum(site.cut_off for site in self.layers)
 
     @property
     def not_finite(self) -> int:
-        """NaN and infinite outputs seen."""
+        """Number of NaN and infinite outputs."""
         return sum(site.not_finite for site in self.layers)
 
     @property
     def observed_neurons(self) -> int:
-        """Neurons that were observed at least once in the window."""
+        """Number of neurons that were observed at least once in the window."""
         return sum(site.neurons - site.unseen for site in self.layers)
 
     @property
     def judged_neurons(self) -> int:
-        """Neurons that were observed in the window and gave finite outputs only."""
+        """Number of neurons that were observed in the window and gave only finite outputs."""
         return sum(site.neurons - site.unseen - int(site.judgement.not_finite.sum()) for site in self.layers)
 
     @property
     def dead_percent(self) -> float:
-        """Dead neurons in percent of the judged ones; NaN when none was: a broken network has no healthy share."""
+        """Dead neurons in percent of the judged ones; NaN if none was judged, since a network of NaN is not healthy."""
         return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
 
     @property
     def dormant_percent(self) -> float:
-        """Dormant (not dead) neurons in percent of the judged ones; NaN when none was."""
+        """Dormant (not dead) neurons in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.dormant / self.judged_neurons if self.judged_neurons else float("nan")
 
     def __getitem__(self, name: str) -> SiteReport:
-        """The site called ``name``."""
+        """Return the site with this name.
+
+        Raises:
+            KeyError: There is no such site.
+        """
         for site in self.layers:
             if site.name == name:
                 return site
         raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
-        """Every neuron that is dead, cut off, dormant, not finite or unseen, site by site."""
+        """Yield a verdict for every neuron that is dead, cut off, dormant, not finite or unseen, site by site."""
         for site in self.layers:
             labels = site.judgement.labels()
             bound = rate_bound(site.examples, self.policy["confidence"])
             for neuron in np.flatnonzero(labels < LABELS.index("linear")):
                 label = LABELS[labels[neuron]]
-                dead = label == "dead"
-                born = bool(site.last_active_step[neuron] < 0)
+                is_dead = label == "dead"
+                born_dead = bool(site.last_active_step[neuron] < 0)
                 yield Verdict(
                     site=site.name,
                     neuron=int(neuron),
                     label=label,
                     basis="measured",
                     examples=site.examples,
-                    bound=bound if dead else None,
-                    since=(-1 if born else int(site.history.died_step[neuron])) if dead else None,
+                    bound=bound if is_dead else None,
+                    since=(-1 if born_dead else int(site.history.died_step[neuron])) if is_dead else None,
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report as plain data: dicts, lists, strings and numbers; NaN becomes ``None``."""
+        """Return the report as plain data: dicts, lists, strings and numbers; NaN becomes ``None``."""
         return {
             "schema_version": self.schema_version,
             "model": self.model,

@@ -1,4 +1,4 @@
-"""Take from a report of a watched run what a diagnosis is made from."""
+"""Extract the facts for a diagnosis from the report of a watched run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts
 from neuronscope.report.report import Report, SiteReport
 
-__all__ = ["facts_of", "is_normalised", "observed_every"]
+__all__ = ["facts_from_report", "is_normalised", "observed_every"]
 
 
-def facts_of(report: Report) -> RunFacts:
-    """Return the facts of a watched run, one :class:`LayerFacts` a site."""
+def facts_from_report(report: Report) -> RunFacts:
+    """Return the facts about a watched run, one :class:`LayerFacts` per site."""
     layers = []
     for site in report.layers:
         born = site.last_active_step < 0
@@ -30,12 +30,12 @@ def facts_of(report: Report) -> RunFacts:
 
 
 def is_normalised(site: SiteReport) -> bool:
-    """Whether the last weighted call before a site's activation is known to be a normalisation."""
+    """Whether the last layer with weights before a site's activation is known to be a normalisation."""
     return site.axis_source.startswith("producer (") and site.axis_source.endswith("_norm)")
 
 
 def observed_every(report: Report) -> int:
-    """Steps at most between the last one at which a neuron was seen to fire and the one at which it was missed."""
+    """Return the longest gap, in steps, between the last time a dead neuron was seen to fire and its observed death."""
     gaps = [
         (site.history.died_step - site.last_active_step)[site.judgement.dead & (site.history.died_step >= 0)]
         for site in report.layers

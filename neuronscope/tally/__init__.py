@@ -1,1 +1,1 @@
-"""Add counts up: over calls, windows, phases and ranks."""
+"""Add up counts over calls, windows, phases and ranks."""

@@ -1,7 +1,8 @@
-"""Tally and Census: exact int64 counts that add up, over micro-batches, windows, ranks and resumes.
+"""Hold exact int64 counts that add up over micro-batches, windows, ranks and resumes.
 
-A :class:`Tally` is the counts of one site; a :class:`Census` is the tallies of all sites for one phase over one window.
-Merging is associative and commutative in every count, so it does not matter who counted what, or in which order.
+A :class:`Tally` has the counts of one site. A :class:`Census` has the tallies of all sites for one phase over one
+window. Merging is associative and commutative in every count, so the result does not depend on which rank counted
+what, or in which order counts are added.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
-from neuronscope.judge.verdicts import Counts
 from neuronscope.sites import SiteInfo
 
 __all__ = ["Census", "Tally"]
@@ -27,19 +27,19 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """The exact counts of one site, per neuron (``N`` of them).
+    """Hold the exact counts of one site, for each of its ``N`` neurons.
 
     Attributes:
-        info: What the site is.
+        info: Description of the site.
         zero_outputs: Positions with zero output, int64 ``(N,)``.
         zero_gradients: Positions with zero gradient at the pre-activation, int64 ``(N,)``.
         not_finite_outputs: Positions with NaN or infinite output, int64 ``(N,)``.
         abs_sum: Sum of ``|y|`` over finite outputs, float64 ``(N,)``.
         last_active_step: Last optimizer step at which the neuron fired, int64 ``(N,)``; −1 = never.
-        first_active_step: First such step; ``2**62`` = never.
-        positions: Positions at which each neuron's output was observed.
-        gradient_positions: Positions at which each neuron's gradient was observed.
-        examples: Independent examples behind the counts.
+        first_active_step: First optimizer step at which the neuron fired, int64 ``(N,)``; ``2**62`` = never.
+        positions: Number of positions at which each neuron's output was observed.
+        gradient_positions: Number of positions at which each neuron's gradient was observed.
+        examples: Number of independent examples in the counts.
     """
 
     info: SiteInfo
@@ -54,8 +54,13 @@ class Tally:
     examples: int
 
     @classmethod
-    def nothing(cls, info: SiteInfo, neurons: int) -> Tally:
-        """The counts of a site that was not observed."""
+    def empty(cls, info: SiteInfo, neurons: int) -> Tally:
+        """Return the counts of a site that was not observed.
+
+        Args:
+            info: Description of the site.
+            neurons: ``N``.
+        """
         return cls(
             info=info,
             zero_outputs=np.zeros(neurons, dtype=np.int64),
@@ -71,7 +76,7 @@ class Tally:
 
     @property
     def neurons(self) -> int:
-        """``N``."""
+        """Number of neurons, ``N``."""
         return len(self.zero_outputs)
 
     @property
@@ -80,53 +85,50 @@ class Tally:
         return self.info.activation
 
     @property
+    def kind(self) -> str:
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+        return self.info.kind
+
+    @property
+    def linear_when_on(self) -> bool:
+        """Whether the activation is the identity wherever its output is not zero (ReLU)."""
+        return self.info.linear_when_on
+
+    @property
     def axis(self) -> int:
-        """The dimension of the activation tensor that holds the neurons."""
+        """The dimension of the activation tensor that indexes the neurons."""
         return self.info.axis
 
     @property
     def axis_source(self) -> str:
-        """How the axis is known."""
+        """How the axis was found."""
         return self.info.axis_source
 
     @property
     def not_finite(self) -> int:
-        """NaN and infinite outputs, all neurons together."""
+        """Number of NaN and infinite outputs of all neurons."""
         return int(self.not_finite_outputs.sum())
 
     @property
     def zero_output_fraction(self) -> FloatArray:
-        """Zero outputs ÷ positions, float64 ``(N,)``; NaN where unseen."""
+        """Zero outputs ÷ positions, float64 ``(N,)``; NaN if unseen."""
         return _fraction(self.zero_outputs, self.positions)
 
     @property
     def zero_gradient_fraction(self) -> FloatArray:
-        """Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN where no gradient was seen."""
+        """Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN if no gradient was seen."""
         return _fraction(self.zero_gradients, self.gradient_positions)
 
     @property
     def mean_abs_output(self) -> FloatArray:
-        """Mean of ``|y|`` over positions, float64 ``(N,)``; non-finite outputs count as nothing; NaN where unseen."""
+        """Mean of ``|y|`` over positions, float64 ``(N,)``; non-finite outputs add 0; NaN if unseen."""
         return _fraction(self.abs_sum, self.positions)
 
-    def counts(self) -> Counts:
-        """What :func:`neuronscope.judge.verdicts.judge` reads."""
-        return Counts(
-            kind=self.info.kind,
-            linear_when_on=self.info.linear_when_on,
-            zero_outputs=self.zero_outputs,
-            zero_gradients=self.zero_gradients,
-            not_finite=self.not_finite_outputs,
-            mean_abs_output=self.mean_abs_output,
-            positions=self.positions,
-            gradient_positions=self.gradient_positions,
-        )
-
     def merge(self, other: Tally) -> Tally:
-        """Both tallies together, as if one had counted all.
+        """Return the sum of both tallies, equal to counting everything in one.
 
         Raises:
-            StateError: The tallies are of different numbers of neurons.
+            StateError: The tallies have different numbers of neurons.
         """
         if self.neurons != other.neurons:
             raise StateError(f"Expected tallies of {self.neurons} neurons to merge, but got {other.neurons}.")
@@ -144,7 +146,7 @@ class Tally:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The tally as tensors and primitives."""
+        """Return the tally as tensors and primitives."""
         state: dict[str, Any] = {"info": vars(self.info).copy()}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
@@ -153,10 +155,10 @@ class Tally:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
-        """The tally that :meth:`state_dict` gave.
+        """Return the tally that :meth:`state_dict` saved.
 
         Raises:
-            StateError: The state lacks a part or holds one that is not understood.
+            StateError: A part of the state is missing, unknown or of a wrong type or shape.
         """
         try:
             values: dict[str, Any] = {
@@ -167,29 +169,33 @@ class Tally:
             tally = cls(info=SiteInfo(**state["info"]), **values)
             tally._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            came = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise StateError(f"Expected the saved state of a tally, but got {came}: {error}.") from error
+            given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise StateError(f"Expected the saved state of a tally, but got {given}: {error}.") from error
         return tally
 
     def _check(self) -> None:
-        """Every array is of one width, and of the type that it is said to be."""
+        """Check that every array has the annotated type and the shape ``(N,)``.
+
+        Raises:
+            ValueError: One of them has not.
+        """
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if field.type not in ("IntArray", "FloatArray"):
                 continue
-            wanted = np.dtype(np.float64 if field.type == "FloatArray" else np.int64)
-            if not isinstance(value, np.ndarray) or value.dtype != wanted or value.shape != (self.neurons,):
+            expected = np.dtype(np.float64 if field.type == "FloatArray" else np.int64)
+            if not isinstance(value, np.ndarray) or value.dtype != expected or value.shape != (self.neurons,):
                 found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-                raise ValueError(f"{field.name} is {found} and not {wanted} ({self.neurons},)")
+                raise ValueError(f"{field.name} is {found} and not {expected} ({self.neurons},)")
 
 
 class Census(Mapping[str, Tally]):
-    """The tallies of all sites, by site name, in the order in which the sites ran.
+    """Map site names to tallies, in the order in which the sites first ran.
 
     Args:
-        tallies: By site name.
-        first_step: First optimizer step observed; −1 where none was.
-        last_step: Last optimizer step observed; −1 where none was.
+        tallies: Tallies by site name.
+        first_step: First optimizer step observed; −1 if none was.
+        last_step: Last optimizer step observed; −1 if none was.
         steps: Number of optimizer steps observed.
     """
 
@@ -223,16 +229,16 @@ class Census(Mapping[str, Tally]):
 
     @property
     def neurons(self) -> int:
-        """Neurons of all sites."""
+        """Number of neurons at all sites."""
         return sum(tally.neurons for tally in self.values())
 
     @property
     def examples(self) -> int:
-        """Independent examples seen by the site that saw most."""
+        """Number of independent examples at the site that saw the most."""
         return max((tally.examples for tally in self.values()), default=0)
 
     def merge(self, other: Census) -> Census:
-        """This census and a later one together."""
+        """Return the sum of this census and a later one."""
         tallies = dict(self._tallies)
         for name, tally in other.items():
             tallies[name] = tallies[name].merge(tally) if name in tallies else tally
@@ -245,12 +251,12 @@ class Census(Mapping[str, Tally]):
         )
 
     def without(self, *names: str) -> Census:
-        """This census but for some sites."""
+        """Return this census without the named sites."""
         kept = {name: tally for name, tally in self.items() if name not in names}
         return Census(kept, first_step=self.first_step, last_step=self.last_step, steps=self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The census as tensors and primitives, fit for any checkpoint."""
+        """Return the census as tensors and primitives, which any checkpoint can hold."""
         return {
             "tallies": {name: tally.state_dict() for name, tally in self.items()},
             "first_step": self.first_step,
@@ -260,10 +266,10 @@ class Census(Mapping[str, Tally]):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Census:
-        """The census that :meth:`state_dict` gave.
+        """Return the census that :meth:`state_dict` saved.
 
         Raises:
-            StateError: The state is not one of a census.
+            StateError: The state is not that of a census.
         """
         try:
             tallies = {name: Tally.from_state(tally) for name, tally in state["tallies"].items()}

@@ -1,7 +1,7 @@
-"""Reading: from running meters to tallies, with one copy a device and type of number.
+"""Copy running counters to the host and return them as tallies, with one copy per device and dtype.
 
-A meter's counters are seven small tensors, and a network of 200 sites has 1400 of them. Copied one by one they cost a
-wait for the device each; laid end to end on the device first, two copies bring them all.
+A site has seven small tensors of counters, so a network of 200 sites has 1400. Copied one by one, each would wait for
+the device. They are concatenated on the device first, so that two copies are enough.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ from neuronscope.count.counting import Scratch
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 
-__all__ = ["most_examples", "read"]
+__all__ = ["most_examples", "read_tallies"]
 
 AnyArray = npt.NDArray[np.generic]
 
 
-def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
-    """The counts of running meters, copied. Waits for their devices.
+def read_tallies(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
+    """Return a tally for each site, copied from its running counters. Synchronizes with their devices.
 
     Args:
-        sites: What each site is, and its meter.
-
-    Returns:
-        A tally each.
+        sites: Description and counters of each site.
     """
     meters = {id(each): each for _, meter in sites for each in (meter, meter.gate) if each is not None}
     scratch = Scratch()
@@ -41,15 +38,15 @@ def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
 
 
 def most_examples(meters: Iterable[Meter]) -> int:
-    """Examples of the meter that has most of them. Waits for the meters' devices."""
-    known = list(meters)
-    traced = _copied(meter.counters.traced for meter in known)
-    return max((meter.totals(each.tolist())[2] for meter, each in zip(known, traced, strict=True)), default=0)
+    """Return the largest number of examples counted at any site. Synchronizes with the devices of the counters."""
+    meters = list(meters)
+    traced = _copied(meter.counters.traced for meter in meters)
+    return max((meter.totals(each.tolist())[2] for meter, each in zip(meters, traced, strict=True)), default=0)
 
 
 def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> Tally:
-    asked = meter if meter.gate is None else meter.gate  # whose pre-activation the gradients are of
-    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, asked))
+    gradient_meter = meter if meter.gate is None else meter.gate  # a gated product has its gate's pre-activation
+    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, gradient_meter))
     positions, _, examples = meter.totals(own["traced"].tolist())
     return Tally(
         info=info,
@@ -60,23 +57,23 @@ def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> 
         last_active_step=own["last_active"].astype(np.int64, copy=False),
         first_active_step=own["first_active"].astype(np.int64, copy=False),
         positions=positions,
-        gradient_positions=asked.totals(gate["traced"].tolist())[1],
+        gradient_positions=gradient_meter.totals(gate["traced"].tolist())[1],
         examples=examples,
     )
 
 
 def _copied(tensors: Iterable[Tensor]) -> list[AnyArray]:
-    """Copies of vectors in main memory, in their order."""
+    """Return copies of vectors of any length in host memory, in the same order."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
     count = 0
-    for place, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append((place, tensor))
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append((index, tensor))
         count += 1
     copies: list[AnyArray] = [np.empty(0)] * count
     for group in groups.values():
         joined = torch.cat([tensor for _, tensor in group]).to("cpu").numpy()
         end = 0
-        for place, tensor in group:
+        for index, tensor in group:
             start, end = end, end + len(tensor)
-            copies[place] = joined[start:end]
+            copies[index] = joined[start:end]
     return copies

@@ -1,8 +1,9 @@
-"""Deaths and revivals by optimizer step, window after window, in bounded memory.
+"""Record deaths and revivals by optimizer step, window after window, in bounded memory.
 
-One :class:`History` a phase. Each closed window is judged once and leaves one byte a neuron; when the windows outgrow
-their room, every second one is dropped and from then on only every second one kept, so that a run of any length keeps
-an even picture of itself, and its newest window. The steps at which a neuron died and revived are kept apart, exactly.
+Each phase has one :class:`History`. Each closed window is judged once and stored as one byte per neuron. When there are
+too many windows, every second one is dropped, and from then on only every second new one is kept. So a run of any
+length keeps evenly spaced windows and always the newest one. The steps at which neurons died and revived are stored
+separately and are exact.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from neuronscope.tally.census import Census, Tally
 
 __all__ = ["History"]
 
-#: Windows kept at most, and bytes of levels kept at most (one a neuron and window).
+#: Maximum number of windows, and maximum bytes of levels (one per neuron and window).
 MAX_WINDOWS = 256
 MAX_BYTES = 64 << 20
 _MIN_WINDOWS = 16
@@ -39,12 +40,17 @@ ByteArray = npt.NDArray[np.uint8]
 
 
 def levels(tally: Tally, judgement: Judgement) -> ByteArray:
-    """One byte a neuron: its zero-output fraction, or the verdict that outweighs it; uint8 ``(N,)``."""
+    """Return one byte per neuron: its zero-output fraction, or its verdict if it has one; uint8 ``(N,)``.
+
+    Args:
+        tally: The counts of a window.
+        judgement: The verdicts on it.
+    """
     zeros, positions = tally.zero_outputs, max(tally.positions, 1)
-    coded: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
-    np.clip(coded, 1, LEVEL_MAX - 1, out=coded)  # only an exact 0 is 0, and only an exact 1 is LEVEL_MAX
-    coded[zeros == 0] = 0
-    coded[zeros == positions] = LEVEL_MAX
+    codes: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
+    np.clip(codes, 1, LEVEL_MAX - 1, out=codes)  # 0 and LEVEL_MAX are for exactly 0 and exactly 1
+    codes[zeros == 0] = 0
+    codes[zeros == positions] = LEVEL_MAX
     for mask, level in (
         (judgement.dormant, LEVEL_DORMANT),
         (judgement.cut_off, LEVEL_CUT_OFF),
@@ -52,46 +58,54 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
         (judgement.not_finite, LEVEL_NOT_FINITE),
         (judgement.unseen, LEVEL_UNSEEN),
     ):
-        coded[mask] = level
-    return coded
+        codes[mask] = level
+    return codes
 
 
 class _LevelRows:
-    """Rows of bytes, one a window, in one array that grows: a report is shown the array itself and copies nothing.
+    """Store one row of bytes per window in an array that grows.
 
-    What was shown stays as it was: rows are added behind it, and where one of its rows would have to change, the rest
-    go on in an array of their own.
+    Reports get a view of the array, without a copy. The rows of a view never change: new rows are written behind them,
+    and if an existing row must change, the rows move to a new array first.
+
+    Args:
+        neurons: Length of a row.
     """
 
     def __init__(self, neurons: int) -> None:
         self._array = np.zeros((0, neurons), dtype=np.uint8)
         self._count = 0
-        self._shown = 0
+        self._viewed = 0
 
     def append(self, row: ByteArray) -> None:
-        if self._count == len(self._array) or self._count < self._shown:
+        """Add a row, ``(N,)``."""
+        if self._count == len(self._array) or self._count < self._viewed:
             larger = np.zeros((max(2 * self._count, _MIN_WINDOWS), self._array.shape[1]), dtype=np.uint8)
             larger[: self._count] = self._array[: self._count]
-            self._array, self._shown = larger, 0
+            self._array, self._viewed = larger, 0
         self._array[self._count] = row
         self._count += 1
 
     def keep(self, places: Sequence[int]) -> None:
-        """Drop all rows but some, given by their places, which rise."""
+        """Keep only some rows.
+
+        Args:
+            places: Their indices, ascending.
+        """
         if list(places) != [*range(len(places))]:
-            self._array, self._shown = self._array[places], 0
+            self._array, self._viewed = self._array[places], 0
         self._count = len(places)
 
     def snapshot(self) -> ByteArray:
-        """All rows, ``(W, N)``, read-only."""
-        self._shown = max(self._shown, self._count)
+        """Return a read-only view of all rows, uint8 ``(W, N)``."""
+        self._viewed = max(self._viewed, self._count)
         view = self._array[: self._count]
         view.flags.writeable = False
         return view
 
 
 class _Trail:
-    """The history of one site."""
+    """Record the history of one site with ``N`` neurons."""
 
     _LISTS = ("steps", "dead", "dormant", "cut_off")
     _STEPS = ("died_step", "revived_step", "deaths", "revivals")
@@ -109,23 +123,41 @@ class _Trail:
         self.revivals = np.zeros(neurons, dtype=np.int64)
         self.is_dead = np.zeros(neurons, dtype=np.bool_)
 
-    def change(
+    def note_changes(
         self, step: int, tally: Tally, judgement: Judgement, last_active: npt.NDArray[np.int64], observed: Sequence[int]
     ) -> None:
-        """Note who died and who revived in a closed window; see :meth:`History.close`."""
+        """Record which neurons died and which revived in a closed window.
+
+        Args:
+            step: Last step of the window.
+            tally: The counts of the window.
+            judgement: The verdicts on it.
+            last_active: Last step at which each neuron fired, int64 ``(N,)``.
+            observed: Steps observed in this window and the one before it, ascending.
+        """
         died = judgement.dead & ~self.is_dead & (last_active >= 0)
         if died.any():
             after = np.searchsorted(np.asarray(observed, dtype=np.int64), last_active[died], side="right")
-            known = np.append(np.asarray(observed, dtype=np.int64), step)
-            self.died_step[died] = known[np.minimum(after, len(observed))]
+            steps = np.append(np.asarray(observed, dtype=np.int64), step)
+            self.died_step[died] = steps[np.minimum(after, len(observed))]
             self.deaths[died] += 1
         revived = self.is_dead & (tally.first_active_step < NEVER)
         self.revived_step[revived] = tally.first_active_step[revived]
         self.revivals[revived] += 1
         self.is_dead = (self.is_dead & ~revived) | judgement.dead
 
-    def picture(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
-        """Keep a closed window's picture; the newest before it was kept for good only if its index fits the stride."""
+    def add_window(self, index: int, stride: int, step: int, tally: Tally, judgement: Judgement) -> None:
+        """Store the levels and totals of a closed window.
+
+        The previous window was stored as the newest; it is dropped now unless its index is a multiple of the stride.
+
+        Args:
+            index: Number of windows closed before this one.
+            stride: Every how many windows one is kept.
+            step: Last step of the window.
+            tally: The counts of the window.
+            judgement: The verdicts on it.
+        """
         if self.indices and self.indices[-1] % stride:
             self._keep([*range(len(self.indices) - 1)])
         self.indices.append(index)
@@ -136,7 +168,7 @@ class _Trail:
         self._levels.append(levels(tally, judgement))
 
     def thin(self, stride: int) -> None:
-        """Drop the windows whose index does not fit the stride, but for the newest."""
+        """Drop the windows whose index is not a multiple of the stride, except the newest one."""
         newest = len(self.indices) - 1
         self._keep([place for place, index in enumerate(self.indices) if index % stride == 0 or place == newest])
 
@@ -147,7 +179,7 @@ class _Trail:
         self._levels.keep(places)
 
     def snapshot(self) -> SiteHistory:
-        """The trail as plain arrays."""
+        """Return the history as plain arrays."""
         return SiteHistory(
             **{name: np.asarray(getattr(self, name), dtype=np.int64) for name in self._LISTS},
             levels=self._levels.snapshot(),
@@ -155,7 +187,7 @@ class _Trail:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The trail as tensors and primitives."""
+        """Return the history as tensors and primitives."""
         snapshot = self.snapshot()
         state = {name: torch.from_numpy(getattr(snapshot, name).copy()) for name in snapshot.__dataclass_fields__}
         indices = torch.tensor(self.indices, dtype=torch.int64)
@@ -163,7 +195,7 @@ class _Trail:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Trail:
-        """The trail that :meth:`state_dict` gave."""
+        """Return the history that :meth:`state_dict` saved."""
         trail = cls(len(state["died_step"]))
         for name in ("indices", *cls._LISTS):
             setattr(trail, name, [int(value) for value in state[name]])
@@ -175,10 +207,10 @@ class _Trail:
 
 
 class History:
-    """The deaths and revivals of every site in one phase.
+    """Record the deaths and revivals at every site in one phase.
 
     Args:
-        policy: The thresholds by which windows are judged.
+        policy: The thresholds for judging windows.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -188,27 +220,27 @@ class History:
         self._stride = 1
 
     def __len__(self) -> int:
-        """Windows closed so far, those dropped since included."""
+        """Return the number of windows closed so far, including dropped ones."""
         return self._windows
 
     def close(self, window: Census, total: Census, observed: Sequence[int]) -> None:
-        """Judge a closed window and write it down; a site that was seen before and not in this window is unseen in it.
+        """Judge a closed window and record it. A site that did not run in it, but did before, is recorded as unseen.
 
         Args:
             window: The closed window.
-            total: Everything since watching began, this window included.
-            observed: Optimizer steps observed in this window and the one before it, rising.
+            total: Everything since watching began, including this window.
+            observed: Optimizer steps observed in this window and the one before it, ascending.
         """
         for name, so_far in total.items():
-            tally = window.get(name) or Tally.nothing(so_far.info, so_far.neurons)
+            tally = window.get(name) or Tally.empty(so_far.info, so_far.neurons)
             trail = self._trails.get(name)
             if trail is None:
                 if tally.positions == 0:
                     continue
                 trail = self._trails[name] = _Trail(tally.neurons)
-            judgement = judge(tally.counts(), self._policy)
-            trail.change(window.last_step, tally, judgement, so_far.last_active_step, observed)
-            trail.picture(self._windows, self._stride, window.last_step, tally, judgement)
+            judgement = judge(tally, self._policy)
+            trail.note_changes(window.last_step, tally, judgement, so_far.last_active_step, observed)
+            trail.add_window(self._windows, self._stride, window.last_step, tally, judgement)
         self._windows += 1
         neurons = sum(len(trail.died_step) for trail in self._trails.values())
         room = min(MAX_WINDOWS, max(_MIN_WINDOWS, MAX_BYTES // max(neurons, 1)))
@@ -218,15 +250,20 @@ class History:
                 trail.thin(self._stride)
 
     def forget(self, name: str) -> None:
-        """Forget one site."""
+        """Remove the history of one site."""
         self._trails.pop(name, None)
 
-    def of(self, name: str, neurons: int) -> SiteHistory:
-        """The history of one site; empty where no window of it was closed."""
+    def for_site(self, name: str, neurons: int) -> SiteHistory:
+        """Return the history of one site; empty if no window with it was closed.
+
+        Args:
+            name: Name of the site.
+            neurons: ``N``.
+        """
         return (self._trails.get(name) or _Trail(neurons)).snapshot()
 
     def state_dict(self) -> dict[str, Any]:
-        """The history as tensors and primitives."""
+        """Return the history as tensors and primitives."""
         return {
             "windows": self._windows,
             "stride": self._stride,
@@ -237,7 +274,7 @@ class History:
         """Continue a saved history.
 
         Raises:
-            StateError: The state is not one of a history.
+            StateError: The state is not that of a history.
         """
         try:
             self._windows, self._stride = int(state["windows"]), int(state["stride"])

@@ -1,8 +1,8 @@
-"""Windows of one phase: what is being counted now, what was closed last, and everything together.
+"""Record the windows of one phase: the open window, the newest closed one, and the sum of all closed ones.
 
-A window of training is a run of optimizer steps. Its verdicts are only as sure as its examples are many, so a window
-that has run its steps stays open until it has enough of them. A pass of another phase (validation, test) is one window,
-however few its examples are.
+A window of training is a number of consecutive optimizer steps. Its verdicts are more certain the more examples it has,
+so after its steps a window stays open until it has enough examples. One pass of another phase (validation, test) is one
+window, even if it has few examples.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
-from neuronscope.tally.collect import most_examples, read
+from neuronscope.tally.collect import most_examples, read_tallies
 from neuronscope.tally.history import History
 
-__all__ = ["WINDOWS", "PhaseRecord", "saved_phases", "state_of_phases"]
+__all__ = ["WINDOWS", "PhaseRecord", "scope_state", "split_scope_state"]
 
-#: Windows that a census can be asked for.
+#: Names of the windows that a census can cover.
 WINDOWS = ("all", "last", "open")
 
 _STATE_VERSION = 1
@@ -32,7 +32,12 @@ Join = Callable[[Census], Census]
 
 
 class PhaseRecord:
-    """All that is known of one phase.
+    """Hold the counters, censuses and history of one phase.
+
+    Attributes:
+        closed: The sum of all closed windows.
+        last: The newest closed window.
+        history: Deaths and revivals by site.
 
     Args:
         policy: The thresholds.
@@ -45,113 +50,131 @@ class PhaseRecord:
         self._steps: list[int] = []
         self._steps_flushed = 0
         self._steps_before: list[int] = []
-        self._looked_at_step = 0
-        self._wanting_at = -1
+        self._checked_step = 0
+        self._short_at = -1
         self.closed = Census()
         self.last = Census()
         self.history = History(policy)
 
     def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
-        """A new meter for a site of this phase."""
+        """Create and return the counters of a site.
+
+        Args:
+            key: Identity of the site.
+            info: Description of the site.
+            neurons: ``N``.
+            device: Device of the activation.
+        """
         self._forget_other_width(key.name, {neurons, info.whole or neurons})
         meter = Meter(neurons, device)
         self._meters[key] = (info, meter)
         return meter
 
     def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
-        """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
+        """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
+
+        Args:
+            name: Name of the site.
+            widths: The numbers of neurons that still fit.
+        """
         for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
 
-    def keys_met(self) -> Iterator[SiteKey]:
-        """The sites that were met in this phase since it was last loaded."""
+    def site_keys(self) -> Iterator[SiteKey]:
+        """Iterate over the sites that have run in this phase since it was last loaded."""
         return iter(self._meters)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was ever met in this phase; waits for no device."""
+        """Whether nothing was ever observed in this phase. Does not synchronize."""
         return not (self.closed or self._flushed or self._meters)
 
     def note_step(self, step: int) -> None:
-        """An optimizer step was observed."""
+        """Record that an optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
 
     @property
     def open_steps(self) -> int:
-        """Optimizer steps observed in the open window."""
+        """Number of optimizer steps observed in the open window."""
         return len(self._steps)
 
     @property
     def last_observed_step(self) -> int:
-        """The newest optimizer step that was observed; −1 where none was."""
+        """The newest observed optimizer step; −1 if none was."""
         steps = self._steps or self._steps_before
         return steps[-1] if steps else -1
 
     def _span(self, flushed: int = 0) -> dict[str, int]:
-        """Which steps the open window is of, without some that were flushed."""
+        """Return the steps of the open window as arguments of :class:`Census`, without the first ``flushed`` ones."""
         steps = self._steps[flushed:]
         return {"first_step": steps[0] if steps else -1, "last_step": steps[-1] if steps else -1, "steps": len(steps)}
 
     def open(self) -> Census:
-        """The running window so far: what was joined of it, and what this rank counted since.
+        """Return the open window: the part that was flushed, plus what this rank has counted since.
 
-        Where ranks share a layer's neurons, this rank's part is not laid beside what was joined of all of them.
+        If ranks share a layer's neurons and counts for the whole layer were flushed, this rank's counts since then are
+        left out, because they cover only its own neurons.
         """
         return Census(dict(_together(self._flushed, self._running())), **self._span())
 
     def _running(self) -> Census:
-        """What the meters hold, of the steps since they were last flushed."""
-        tallies = zip((key.name for key in self._meters), read(list(self._meters.values())), strict=True)
+        """Return what was counted since the last flush."""
+        tallies = zip((key.name for key in self._meters), read_tallies(list(self._meters.values())), strict=True)
         return Census(dict(tallies), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
-        """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
+        """Move the running counts into the census of the open window.
+
+        Args:
+            join: A function that adds up the counts of all ranks; ``None`` = keep those of this rank.
+        """
         running = self._running()
         for _, meter in self._meters.values():
             meter.reset()
-        self.take(running if join is None else join(running))
+        self.add_joined(running if join is None else join(running))
 
-    def take(self, joined: Census) -> None:
-        """Add what was joined to the open window."""
+    def add_joined(self, joined: Census) -> None:
+        """Add counts of one or all ranks to the open window."""
         self._flushed = _together(self._flushed, joined)
-        if joined.last_step > self.last_observed_step:  # other ranks went on
+        if joined.last_step > self.last_observed_step:  # other ranks took more steps
             self._steps.append(joined.last_step)
         self._steps_flushed = len(self._steps)
 
     def is_due(self, step: int, window_steps: int, alone: Callable[[], bool]) -> bool:
-        """Whether the open window is to be flushed, ``step`` steps into the run.
+        """Whether the open window should be flushed now.
 
         Args:
-            step: Optimizer steps taken.
-            window_steps: Steps of a window at least.
-            alone: Says whether no other rank counts along. Otherwise all must answer alike, whatever each has seen:
-                then a window that is not sure yet is looked at again after as many steps.
+            step: Number of optimizer steps taken.
+            window_steps: Minimum number of steps in a window.
+            alone: A function that returns whether this is the only rank. With several ranks, all must return the same
+                here although each has seen different examples. A window without enough examples is then checked again
+                only after another ``window_steps`` steps.
         """
-        if step - self._looked_at_step < window_steps or (alone() and not self._has_enough()):
+        if step - self._checked_step < window_steps or (alone() and not self._can_close()):
             return False
-        self._looked_at_step = step
+        self._checked_step = step
         return True
 
-    def _has_enough(self) -> bool:
-        """Whether the open window has the examples it needs; asked anew only after another step was observed."""
-        if self._wanting_at == len(self._steps):
+    def _can_close(self) -> bool:
+        """Whether the open window has enough examples; a "no" holds until another step is observed."""
+        if self._short_at == len(self._steps):
             return False
-        wanting = self._policy.min_examples - self._flushed.examples
-        enough = wanting <= 0 or any(meter.examples >= wanting for _, meter in self._meters.values())
-        enough = enough or most_examples(meter for _, meter in self._meters.values()) >= wanting
-        self._wanting_at = -1 if enough else len(self._steps)
+        missing = self._policy.min_examples - self._flushed.examples
+        enough = missing <= 0 or any(meter.examples >= missing for _, meter in self._meters.values())
+        enough = enough or most_examples(meter for _, meter in self._meters.values()) >= missing
+        self._short_at = -1 if enough else len(self._steps)
         return enough
 
-    def is_sure(self) -> bool:
-        """Whether the flushed part of the open window has the examples that the policy asks for."""
+    def has_enough_examples(self) -> bool:
+        """Whether the flushed part of the open window has enough examples for the policy."""
         return self._flushed.examples >= self._policy.min_examples
 
     def close(self) -> bool:
-        """Close the open window, flushed before; says whether there was anything in it."""
+        """Close the open window, which was flushed before. Return ``False`` if there was nothing in it."""
         if not any(tally.positions for tally in self._flushed.values()):
             return False
         self.last = Census(dict(self._flushed), **self._span())
@@ -160,17 +183,20 @@ class PhaseRecord:
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
         self._steps_flushed = 0
-        self._wanting_at = -1
+        self._short_at = -1
         return True
 
-    def forget(self) -> None:
-        """Forget what the meters hold: it was no pass of this phase. No other rank is waited for."""
+    def discard_running(self) -> None:
+        """Discard what was counted since the last flush, without waiting for other ranks."""
         for _, meter in self._meters.values():
             if not meter.untouched:
                 meter.reset()
 
     def census(self, window: str) -> Census:
-        """The census of a window: ``all``, ``last`` or ``open``.
+        """Return the census of a window.
+
+        Args:
+            window: ``all``, ``last`` or ``open``.
 
         Raises:
             UsageError: There is no such window.
@@ -184,13 +210,13 @@ class PhaseRecord:
         raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The record as tensors and primitives; the open window goes on when it is loaded."""
+        """Return the record as tensors and primitives, including the open window."""
         shared = [name for name, tally in self.open().items() if tally.info.whole > tally.neurons]
         return {
-            "open": self.open().without(*shared).state_dict(),  # one rank's part of a layer is no part of the layer
+            "open": self.open().without(*shared).state_dict(),  # one rank's neurons are not the layer
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
-            "looked_at_step": self._looked_at_step,
+            "looked_at_step": self._checked_step,
             "closed": self.closed.state_dict(),
             "last": self.last.state_dict(),
             "history": self.history.state_dict(),
@@ -200,11 +226,11 @@ class PhaseRecord:
         """Continue a saved record.
 
         Raises:
-            StateError: The state is not one of a record.
+            StateError: The state is not that of a record.
         """
         names = ("open", "closed", "last")
         history = History(self._policy)
-        try:  # all of it is understood before any of it counts
+        try:  # read everything before changing anything
             flushed, closed, last = (Census.from_state(state[name]) for name in names)
             steps, before = ([int(step) for step in state[name]] for name in ("open_steps", "steps_before"))
             looked_at_step = int(state["looked_at_step"])
@@ -220,29 +246,42 @@ class PhaseRecord:
         self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)
-        self._looked_at_step = looked_at_step
-        self._wanting_at = -1
+        self._checked_step = looked_at_step
+        self._short_at = -1
 
 
 def _together(census: Census, later: Census) -> Census:
-    """Both together; of a site that only one of them has whole, and the other one rank's part of, what is whole."""
+    """Return the sum of both. For a site that only one of them has whole, return the whole one instead."""
     parts = [name for name in census if name in later and census[name].neurons != later[name].neurons]
     wider = [name for name in parts if later[name].neurons > census[name].neurons]
     return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
 
 
-def state_of_phases(step: int, records: Mapping[str, PhaseRecord], fault: Fault | None) -> dict[str, Any]:
-    """All phases of a watch, ``step`` optimizer steps into the run, and what ended it, as tensors and primitives."""
+def scope_state(step: int, records: Mapping[str, PhaseRecord], fault: Fault | None) -> dict[str, Any]:
+    """Return the state of a watch as tensors and primitives.
+
+    Args:
+        step: Number of optimizer steps taken.
+        records: Records by phase.
+        fault: The error inside Neuronscope that ended the watch, if there was one.
+    """
     phases = {name: record.state_dict() for name, record in records.items()}
     state = {"version": _STATE_VERSION, "step": step, "phases": phases}
     return state if fault is None else {**state, "fault": fault.state_dict()}
 
 
-def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None]:
-    """What :func:`state_of_phases` gave: the step, each phase's state and the fault, all of it understood.
+def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None]:
+    """Check and split what :func:`scope_state` returned.
+
+    Args:
+        state: The saved state.
+        policy: The thresholds.
+
+    Returns:
+        Number of optimizer steps taken, the state of each phase's record, and the fault.
 
     Raises:
-        StateError: The state is not one of a scope, or of a later version.
+        StateError: The state is not that of a scope, or has another version.
     """
     try:
         version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
@@ -251,5 +290,5 @@ def saved_phases(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[st
     if version != _STATE_VERSION:
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
     for saved in phases.values():
-        PhaseRecord(policy).load_state_dict(saved)  # all of it is understood before any of it counts
+        PhaseRecord(policy).load_state_dict(saved)  # raises if it cannot be loaded
     return step, phases, Fault.from_state(state.get("fault"))

@@ -39,7 +39,7 @@ def test_a_fault_in_the_watching_takes_the_hooks_off(monkeypatch: pytest.MonkeyP
     assert all((value == weights(model)[name]).all() for name, value in weights(plain).items())
     monkeypatch.undo()
     step = {"step": 0, "report": 4, "open_step": 0, "phase": 4}[broken]
-    said = f"Neuronscope stopped watching at step {step} by a fault of its own; later steps are not counted. "
+    said = f"Neuronscope stopped watching at step {step} because of an internal error; later steps are not counted. "
     assert monitor.report().notes[0] == said + "OSError: the disk is full"
     assert str(monitor.report("val")).startswith(f"!! Neuronscope stopped watching at step {step}")
 

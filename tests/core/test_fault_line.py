@@ -18,7 +18,7 @@ from neuronscope.report.fault import Fault
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 
 SAID = (
-    "Neuronscope stopped watching at step 2 by a fault of its own; later steps are not counted. "
+    "Neuronscope stopped watching at step 2 because of an internal error; later steps are not counted. "
     "RuntimeError: a fault <b>of</b> ours"
 )
 
@@ -33,7 +33,7 @@ def ended(place: str, monkeypatch: pytest.MonkeyPatch) -> ns.Scope:
     with ns.watch(net) as scope:
         for step in range(5):
             if step == 2:
-                monkeypatch.setattr(scope._tap.observer, place, fail)
+                monkeypatch.setattr(scope._hooks.observer, place, fail)
                 with pytest.warns(ns.NeuronscopeWarning, match="a fault"):
                     net(torch.ones(2, 3)).sum().backward()
             else:
@@ -51,17 +51,17 @@ def test_every_writer_begins_with_it(place: str, monkeypatch: pytest.MonkeyPatch
     assert json.loads(report.to_json())["notes"][0] == SAID
     shown = str(report)
     assert " ".join(shown.split("Neuronscope ·")[0].split()) == f"!! {SAID}"
-    assert shown.count("by a fault") == 1
+    assert shown.count("internal error") == 1
     for markdown in (report.to_markdown(), diagnosis(report)):
         first = markdown.splitlines()[0]
-        assert first.startswith("**Neuronscope stopped watching at step 2 by a fault of its own")
+        assert first.startswith("**Neuronscope stopped watching at step 2 because of an internal error")
         assert first.endswith("ours**")
         assert "<b>" not in markdown
-        assert markdown.count("by a fault") == 1
+        assert markdown.count("internal error") == 1
     page = report.to_html()
     body = re.sub(r"<[^>]+>", "", page.partition("<main>")[2]).strip()
     assert body.splitlines()[0] == SAID.replace("<", "&lt;").replace(">", "&gt;")
-    assert page.count("by a fault") == 1
+    assert page.count("internal error") == 1
     assert summary(report).startswith(SAID)
     assert scope.report("val").notes[0] == SAID
 
@@ -97,7 +97,7 @@ def test_only_the_first_fault_counts() -> None:
     scope.step()
     scope.retire(ValueError("second"))
     assert scope.report().fault.endswith(
-        "at step 0 by a fault of its own; later steps are not counted. ValueError: first"
+        "at step 0 because of an internal error; later steps are not counted. ValueError: first"
     )
 
 

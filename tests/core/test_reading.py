@@ -31,7 +31,7 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     meters = [filled(3, 10), filled(5, 50), filled(1, 90)]
     gated = filled(3, 70)
     gated.gate = meters[0]
-    tallies = collect.read([(INFO, meter) for meter in [*meters, gated]])
+    tallies = collect.read_tallies([(INFO, meter) for meter in [*meters, gated]])
     for meter, tally in zip([*meters, gated], tallies):
         asked = meter.gate or meter
         assert tally.zero_outputs.tolist() == meter.counters.zero_outputs.tolist()
@@ -49,7 +49,7 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     before = tallies[0].zero_outputs.copy()
     meters[0].reset()
     assert (tallies[0].zero_outputs == before).all()
-    assert collect.read([]) == []
+    assert collect.read_tallies([]) == []
 
 
 def test_the_meter_with_most_examples_is_found() -> None:
@@ -100,7 +100,7 @@ def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.Monk
         with scope.phase("val"):
             model(torch.randn(4, 3))
         model(torch.randn(4, 3)).sum().backward()
-        monkeypatch.setattr(phase_record, "read", lambda meters: pytest.fail("counters were read"))
+        monkeypatch.setattr(phase_record, "read_tallies", lambda meters: pytest.fail("counters were read"))
         assert set(scope.phases) == {"train", "val"}
         scope.step()
         monkeypatch.undo()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from neuronscope.errors import UsageError
-from neuronscope.judge.verdicts import LABELS, Counts, Judgement, Policy, judge, rate_bound
+from neuronscope.judge.verdicts import LABELS, Judgement, Policy, judge, rate_bound
 
 
 def label(
@@ -23,12 +25,12 @@ def label(
 ) -> str:
     """The label of neuron 0 beside a healthy neuron 1 whose mean output is 1."""
     judgement = judge(
-        Counts(
+        SimpleNamespace(
             kind=kind,
             linear_when_on=linear,
             zero_outputs=np.array([zeros, 50 * positions // 100]),
             zero_gradients=np.array([gradient_zeros, 50 * gradient_positions // 100]),
-            not_finite=np.array([not_finite, 0]),
+            not_finite_outputs=np.array([not_finite, 0]),
             mean_abs_output=np.array([mean, 1.0]),
             positions=positions,
             gradient_positions=gradient_positions,
@@ -91,7 +93,16 @@ def test_label(expected, counts):
 
 def test_verdicts_of_a_whole_layer_that_is_silent():
     """All dead: the layer's mean is 0, and 0 / (0 + 1e-9) is a number."""
-    counts = Counts("relu-like", True, *(np.full(4, 10) for _ in range(2)), np.zeros(4, int), np.zeros(4), 10, 10)
+    counts = SimpleNamespace(
+        kind="relu-like",
+        linear_when_on=True,
+        zero_outputs=np.full(4, 10),
+        zero_gradients=np.full(4, 10),
+        not_finite_outputs=np.zeros(4, int),
+        mean_abs_output=np.zeros(4),
+        positions=10,
+        gradient_positions=10,
+    )
     judgement = judge(counts, Policy())
     assert judgement.dead.all()
     assert not (judgement.dormant | judgement.cut_off | judgement.linear | judgement.unseen).any()
@@ -101,15 +112,15 @@ def test_masks_never_say_dead_and_alive_at_once():
     rng = np.random.default_rng(0)
     for _ in range(300):
         positions, gradient_positions = (int(n) for n in rng.integers(0, 4, 2))
-        counts = Counts(
-            str(rng.choice(["relu-like", "smooth", "leaky", "saturating", "gated"])),
-            bool(rng.integers(2)),
-            rng.integers(0, positions + 1, 6),
-            rng.integers(0, gradient_positions + 1, 6),
-            np.zeros(6, dtype=np.int64),
-            rng.random(6),
-            positions,
-            gradient_positions,
+        counts = SimpleNamespace(
+            kind=str(rng.choice(["relu-like", "smooth", "leaky", "saturating", "gated"])),
+            linear_when_on=bool(rng.integers(2)),
+            zero_outputs=rng.integers(0, positions + 1, 6),
+            zero_gradients=rng.integers(0, gradient_positions + 1, 6),
+            not_finite_outputs=np.zeros(6, dtype=np.int64),
+            mean_abs_output=rng.random(6),
+            positions=positions,
+            gradient_positions=gradient_positions,
         )
         judgement = judge(counts, Policy())
         for name in ("dormant", "cut_off", "linear", "unseen"):

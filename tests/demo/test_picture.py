@@ -92,7 +92,7 @@ def test_accuracies_and_layers_are_written_as_numbers() -> None:
 
 def test_one_seed_has_no_deviation() -> None:
     figure = draw_comparison(comparison(seeds=1))
-    assert "one seed: no deviation is known" in [text.get_text() for text in figure.texts]
+    assert "one seed, so no deviation" in [text.get_text() for text in figure.texts]
     assert figure.axes[2].texts[0].get_text() == "90.0"
     assert comparison_png(comparison(seeds=1)).startswith(b"\x89PNG")
 

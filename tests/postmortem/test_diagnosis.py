@@ -17,9 +17,9 @@ from neuronscope.checkpoints.file.layers import find_layers, normalised_layers
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
-from neuronscope.judge.diagnosis import SIGNS, diagnose
+from neuronscope.judge.diagnosis import SYMPTOMS, diagnose
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
-from neuronscope.report.run_facts import facts_of
+from neuronscope.report.run_facts import facts_from_report
 from tests.writers import sample_reports
 
 from . import samples
@@ -93,7 +93,7 @@ def test_signs_are_found_where_their_evidence_is(
 
 
 def test_every_sign_is_found_in_some_case() -> None:
-    assert {sign for case in CASES for sign in case[3]} == {sign.name for sign in SIGNS}
+    assert {sign for case in CASES for sign in case[3]} == {sign.name for sign in SYMPTOMS}
 
 
 def remedy(sign: str, *layers: LayerFacts, **facts: Any) -> str:
@@ -131,7 +131,7 @@ def test_no_normalisation_is_advised_where_there_is_one(sign: str, since: list[i
 
 
 def test_an_unknown_activation_is_advised_on_condition() -> None:
-    assert "If the activation is zero for all that is below zero" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
+    assert "If the activation is zero for all negative inputs" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
 
 
 @pytest.mark.parametrize("sign", [SIGN_OF_COLLAPSE, "deaths close together in time"])
@@ -144,7 +144,7 @@ def test_the_checkpoint_to_go_back_to_is_named(sign: str) -> None:
 
 def test_where_no_checkpoint_can_be_named_none_is() -> None:
     undated, born = (layer(since=[step] * 64) for step in (UNDATED, -1))
-    assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to a checkpoint from before it.")
+    assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to an earlier checkpoint that does not show this.")
     assert "checkpoint" not in remedy(SIGN_OF_COLLAPSE, born)
 
 
@@ -164,7 +164,7 @@ def test_a_watched_run_knows_its_activations_and_norms() -> None:
                     model[3].bias[:] = -1000.0
             model(torch.randn(320, 4)).sum().backward()
             scope.step()
-    facts = facts_of(scope.report())
+    facts = facts_from_report(scope.report())
     assert [(one.kind, one.normalised) for one in facts.layers] == [("smooth", True), ("relu-like", False)]
     assert facts.observed_every == 5
     found = next(one for one in diagnose(facts) if one.sign == SIGN_OF_COLLAPSE)
@@ -191,8 +191,8 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
-        "8 of 9 dated deaths lie at steps 5,000 to 5,003, of 10,000 in all: layers a (6 of 64), b (2 of 32). Steps are "
-        "by the optimizer's clock: the earliest possible, mostly by some 20 steps too early. Learning rate when the "
+        "8 of 9 dated deaths are at steps 5,000 to 5,003 of 10,000: layers a (6 of 64), b (2 of 32). Steps come from "
+        "the optimizer's state: the earliest possible, usually about 20 steps too early. Learning rate when the "
         "checkpoint was saved: 0.1, 0.003."
     )
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
@@ -256,11 +256,11 @@ def test_an_even_spread_is_never_called_a_group(number: int, length: int) -> Non
 def test_a_watched_run_is_diagnosed_too() -> None:
     # In the sample, 24 of 128 neurons of features.4 died, strewn over 2,000 steps, and 14 are dead from the start.
     report = sample_reports.mixed()
-    signs = {one.sign: one for one in diagnose(facts_of(report))}
+    signs = {one.sign: one for one in diagnose(facts_from_report(report))}
     assert signs["dead since the beginning"].neurons == report.born_dead == 14
     assert signs["deaths spread over the run"].neurons == report.dead - report.born_dead == 26
-    assert diagnose(facts_of(sample_reports.healthy())) == ()
-    broken = diagnose(facts_of(sample_reports.broken()))
+    assert diagnose(facts_from_report(sample_reports.healthy())) == ()
+    broken = diagnose(facts_from_report(sample_reports.broken()))
     assert [(one.sign, one.neurons) for one in broken] == [("NaN or infinite numbers", 24)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 
-from neuronscope.judge.verdicts import Counts, Policy, judge
+from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
@@ -94,12 +95,12 @@ def site(
     bad = np.zeros(neurons, dtype=np.int64)
     bad[broken] = 7
     judgement = judge(
-        Counts(
+        SimpleNamespace(
             kind=kind,
             linear_when_on=kind == "relu-like",
             zero_outputs=zero,
             zero_gradients=zero_gradients,
-            not_finite=bad,
+            not_finite_outputs=bad,
             mean_abs_output=mean,
             positions=positions,
             gradient_positions=positions if gradients else 0,

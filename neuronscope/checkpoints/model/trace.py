@@ -33,7 +33,7 @@ from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.checkpoints.data.user_code import told
 from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step, Value, references, substitute
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.scanning import left_as_it_was
+from neuronscope.scanning import model_state_restored
 from neuronscope.sites import SiteInfo, SiteKey
 
 __all__ = ["ForwardError", "trace"]
@@ -68,7 +68,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     ledger = _Ledger(model)
     tap = _TracingHookManager(model, ledger)
     ledger.graph.inputs = tuple(ledger.number(tensor) for tensor in _Search().tensors((args, kwargs)))
-    with left_as_it_was(model), torch.no_grad():
+    with model_state_restored(model), torch.no_grad():
         model.eval()
         try:
             tap.observer.turn_to("trace", 0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.report.run_facts import facts_of
+from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers.findings import span
 from neuronscope.writers.wording import up_to
 
@@ -76,7 +76,7 @@ def diagnosis(report: Report) -> str:
 
 
 def _causes(report: Report) -> list[str]:
-    found = diagnose(facts_of(report))
+    found = diagnose(facts_from_report(report))
     said = [f"- **{escape(one.sign)}**: {escape(f'{one.evidence} {one.cause} {one.remedy}')}" for one in found]
     return ["**Why, and what to do**", "", *said, ""] if said else []
 
