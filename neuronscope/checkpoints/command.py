@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuronscope.checkpoints.data.user_code import told
+from neuronscope.checkpoints.data.user_code import describe_exception
 from neuronscope.errors import UsageError
 from neuronscope.output import check_writable, print_whole, write_file
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_postmortem"]
 
-FINE, FAILED = 0, 1
+EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -93,11 +93,13 @@ def _run(parsed: argparse.Namespace) -> int:
                 progress=progress,
             )
         except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
-            raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
+            raise UsageError(
+                f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
+            ) from error
     tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_whole(f"{report}\n"))]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _each_written(tasks)
-    return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)
+    return EXIT_OK if parsed.fail_above is None else _checked(report, parsed.fail_above)
 
 
 def _write(report: PostmortemReport, kind: str, path: Path) -> None:
@@ -133,18 +135,18 @@ def _checked(report: PostmortemReport, limit: float) -> int:
     said = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) dead on firm ground"
     if report.not_finite:
         print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {said}.", file=sys.stderr)
-        return FAILED
+        return EXIT_FAILED
     if report.collapsed:
         which = f"layer{'s' if len(report.collapsed) > 1 else ''} {', '.join(report.collapsed[:3])}"
         more = f" and {len(report.collapsed) - 3} more" if len(report.collapsed) > 3 else ""
         print(f"neuronscope: failed: {which}{more} collapsed, no neuron is left; {said}.", file=sys.stderr)
-        return FAILED
+        return EXIT_FAILED
     if math.isnan(dead):
         raise UsageError("Expected neurons to compare with --fail-above, but no layer could be examined.")
     if dead > limit:
         print(f"neuronscope: failed: {said}, more than {limit:g} %.", file=sys.stderr)
-        return FAILED
-    return FINE
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 @contextlib.contextmanager

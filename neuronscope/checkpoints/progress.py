@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
-from neuronscope.checkpoints.data.user_arguments import checked_batches
+from neuronscope.checkpoints.data.user_arguments import check_batches
 
-__all__ = ["Progress", "watched_batches", "watched_reading"]
+__all__ = ["Progress", "track_batches", "track_reading"]
 
 #: ``progress(what, done, total)``: of ``what``, ``done`` is done; ``total`` is ``None`` where it is not known.
 Progress = Callable[[str, int, "int | None"], None]
@@ -55,7 +55,7 @@ class _Watched:
         return read
 
 
-def watched_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
+def track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
     """The checkpoint, whose tensors tell ``progress`` when they are read."""
     if progress is None:
         return checkpoint
@@ -78,12 +78,12 @@ def watched_reading(checkpoint: Checkpoint, what: str, progress: Progress | None
     return replace(checkpoint, tensors=tensors, optimizers=tuple(map(state, checkpoint.optimizers)))
 
 
-def watched_batches(
+def track_batches(
     data: Iterable[Any], what: str, progress: Progress | None, note: Callable[[Any], None]
 ) -> Iterator[Any]:
     """The batches of ``data``, each noted as it passes by, and told to ``progress``."""
     total = length_hint(data, -1) if progress is not None else -1
-    for done, batch in enumerate(checked_batches(data), start=1):
+    for done, batch in enumerate(check_batches(data), start=1):
         note(batch)
         yield batch
         if progress is not None:

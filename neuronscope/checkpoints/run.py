@@ -14,20 +14,20 @@ import neuronscope
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
-from neuronscope.checkpoints.data.user_arguments import batches_of, example_of, first_of, loss_of
+from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
-from neuronscope.checkpoints.file.training_settings import dead_norms, decay_of, learning_rates
+from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import listed
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.progress import Progress, watched_batches, watched_reading
-from neuronscope.checkpoints.verdict.combine import assemble, confirmations, tied
-from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of
+from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
+from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import diagnose
@@ -91,17 +91,17 @@ def postmortem(
     ):
         if value is not None and not present:
             raise UsageError(f"Expected argument `{needed}` with `{name}`: without it there is nothing to use it on.")
-    checkpoint = watched_reading(open_checkpoint(path, trust=trust), "reading", progress)
+    checkpoint = track_reading(open_checkpoint(path, trust=trust), "reading", progress)
     before = None
     if earlier is not None:
-        before = watched_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
+        before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
     network = None if model is None else build_model(model, checkpoint)
-    batches = batches_of(data)
-    measure_loss = loss_of(loss)
+    batches = resolve_batches(data)
+    measure_loss = resolve_loss(loss)
     if network is not None:
-        example = example_of(example, network)
+        example = resolve_example(example, network)
     names = None if network is None else [name for name, _ in network.named_parameters()]
-    evidence, abstentions = examine(checkpoint, parameter_names=names, earlier=before)
+    evidence, abstentions = examine_file(checkpoint, parameter_names=names, earlier=before)
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
     widths = {layer.path: layer.width for layer in layers}
     sites: Mapping[str, str] = {}
@@ -111,27 +111,29 @@ def postmortem(
         notes.append(f"Weights and biases of type {kind} are not examined: {listed(names)}.")
     moments = InputMoments()
     if network is not None:
-        first, batches = first_of(batches)
+        first, batches = first_batch(batches)
         given = examine_model(network, example=example, batch=first, box=box)
         sites = given.ties
         if given.searched:  # then who reads which neuron is known, and need not be guessed from names
             evidence = [one for one in evidence if one.claim != "unread"]
-        evidence = [*tied(evidence, sites), *given.evidence]
+        evidence = [*name_by_site(evidence, sites), *given.evidence]
         abstentions += [*given.abstentions]
     if network is not None and batches is not None:
         measured, unmeasured = _measured(
-            network, watched_batches(batches, "scanning", progress, moments.add), measure_loss
+            network, track_batches(batches, "scanning", progress, moments.add), measure_loss
         )
         evidence, abstentions = [*evidence, *measured], [*abstentions, *unmeasured]
         notes += contradictions(evidence)
-    said = assemble(evidence, _named(widths, sites, evidence))
-    decay = decay_of(checkpoint)
-    facts = facts_of(
+    said = combine_evidence(evidence, _named(widths, sites, evidence))
+    decay = weight_decay_per_step(checkpoint)
+    facts = postmortem_facts(
         said,
         step=checkpoint.step,
         learning_rates=learning_rates(checkpoint),
         decay=decay,
-        dead_norms=dead_norms(said, layers, sites, checkpoint) if decay > 0 else {},  # else not worth a second reading
+        dead_norm_ratios=dead_norm_ratios(said, layers, sites, checkpoint)
+        if decay > 0
+        else {},  # else not worth a second reading
         input_offset=moments.offset(),
         **_surroundings(checkpoint, given),
     )

@@ -14,7 +14,14 @@ from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
 
-__all__ = ["contradictions", "cut_off_by_the_next", "independent", "measure", "measured_evidence", "silence_basis"]
+__all__ = [
+    "blocked_by_next_layer",
+    "contradictions",
+    "independent_examples",
+    "measure",
+    "measured_evidence",
+    "zero_count_basis",
+]
 
 _SOURCE = "scan"
 
@@ -40,7 +47,7 @@ def measure(
     [('dead', [0]), ('alive', [1])]
     """
     report = scan(model, data, loss, **options)
-    policy, cut_off = Policy(**report.policy), cut_off_by_the_next(report.layers)
+    policy, cut_off = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence = tuple(
         one for site in report.layers for one in measured_evidence(site, policy, whole_layer=site.name in cut_off)
     )
@@ -48,7 +55,7 @@ def measure(
     return evidence, abstentions, report
 
 
-def independent(site: SiteReport, positions: int | None = None) -> int:
+def independent_examples(site: SiteReport, positions: int | None = None) -> int:
     """Count the independent examples behind a site's silence: no more than the positions that were seen.
 
     Args:
@@ -58,7 +65,7 @@ def independent(site: SiteReport, positions: int | None = None) -> int:
     return min(site.examples, site.positions if positions is None else positions)
 
 
-def silence_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[str, str]:
+def zero_count_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[str, str]:
     """Return the basis of a claim that rests on silence, and a sentence on it where the examples are too few.
 
     One example shows that a neuron fires; only many show that it does not.
@@ -80,7 +87,7 @@ def silence_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[
     )
 
 
-def cut_off_by_the_next(sites: Sequence[SiteReport]) -> set[str]:
+def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
     """Find the sites that get no gradient as a whole because the next one passes none back.
 
     Of several such sites in a row the last is where the gradient stops; those before it may be as healthy as any.
@@ -104,21 +111,23 @@ def measured_evidence(site: SiteReport, policy: Policy, *, whole_layer: bool = F
     Args:
         site: The site, as the scan reports it.
         policy: How many examples are enough, and the confidence of the bound on how often a silent neuron may yet fire.
-        whole_layer: Whether the site gets no gradient only because of the next; see :func:`cut_off_by_the_next`.
+        whole_layer: Whether the site gets no gradient only because of the next; see :func:`blocked_by_next_layer`.
 
     Returns:
         At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; a neuron that was
         not seen is in none. What rests on silence on too few examples is only suspected.
     """
     judged = site.judgement
-    examples = independent(site)
+    examples = independent_examples(site)
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
     fires = 1.0 - site.zero_output_fraction
     where = f"over {site.examples:,} examples, {site.positions:,} positions"
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
-    silent, few = silence_basis(examples, policy)
-    stopped, few_gradients = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
+    silent, few = zero_count_basis(examples, policy)
+    stopped, few_gradients = zero_count_basis(
+        independent_examples(site, site.gradient_positions), policy, "Without gradient"
+    )
     stops = " The next layer passes none back, which says nothing of these neurons themselves." if whole_layer else ""
     said: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
         ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),

@@ -15,10 +15,10 @@ from neuronscope.checkpoints.formats.lazy_tensor import dtype_named
 from neuronscope.checkpoints.model.load_model import load_named
 from neuronscope.errors import UsageError
 
-__all__ = ["EXAMPLE_SPELLINGS", "batches_of", "checked_batches", "example_of", "first_of", "loss_of"]
+__all__ = ["EXAMPLE_FORMATS", "check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
 
 #: The two ways to write an example as text, for messages.
-EXAMPLE_SPELLINGS = (
+EXAMPLE_FORMATS = (
     "a shape, as `1x3x224x224` (several inputs: `1x3x224x224,1x7`; of another type: `1x16:int64`), or the "
     "`package.module:name` of a function that makes the example"
 )
@@ -28,7 +28,7 @@ _END = object()
 _SHAPE = re.compile(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?")
 
 
-def batches_of(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
+def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
     """The user's batches, made where they are still to be made.
 
     Args:
@@ -37,7 +37,7 @@ def batches_of(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -
     Raises:
         UsageError: It is nothing of the kind, or the function fails.
 
-    >>> list(batches_of(lambda: [1, 2]))
+    >>> list(resolve_batches(lambda: [1, 2]))
     [1, 2]
     """
     if data is None:
@@ -58,7 +58,7 @@ def batches_of(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -
     return batches
 
 
-def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
+def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """Go through the user's batches, each of which must be one.
 
     Args:
@@ -73,7 +73,7 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def first_of(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     """The first batch, and batches that still begin with it, also where they can be gone through but once.
 
     Args:
@@ -82,7 +82,7 @@ def first_of(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     Raises:
         UsageError: There is none in them, or the first one fails or is no batch.
 
-    >>> first, every = first_of(iter([torch.zeros(1), torch.ones(1)]))
+    >>> first, every = first_batch(iter([torch.zeros(1), torch.ones(1)]))
     >>> first, list(every)
     (tensor([0.]), [tensor([0.]), tensor([1.])])
     """
@@ -97,7 +97,7 @@ def first_of(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
         return first, (batches if iter(batches) is not iterator else chain([first], iterator))
 
 
-def loss_of(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
+def resolve_loss(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
     """The user's loss, looked up where it is named; it raises where it gives no loss.
 
     Args:
@@ -128,18 +128,18 @@ def loss_of(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, A
     return checked
 
 
-def example_of(example: Any, model: nn.Module) -> Any:
+def resolve_example(example: Any, model: nn.Module) -> Any:
     """The user's example input, made where it is still to be made.
 
     Args:
         example: A tensor, a tuple of arguments, a mapping of named ones, a function that makes one of these, or text:
-            see :data:`EXAMPLE_SPELLINGS`; or ``None``.
+            see :data:`EXAMPLE_FORMATS`; or ``None``.
         model: The network that it is for; tensors made from a shape are of its parameters' type.
 
     Raises:
         UsageError: It is nothing of the kind, or the function fails.
 
-    >>> [tensor.dtype for tensor in example_of("1x3,2x5x5:int64", nn.Linear(3, 1))]
+    >>> [tensor.dtype for tensor in resolve_example("1x3,2x5x5:int64", nn.Linear(3, 1))]
     [torch.float32, torch.int64]
     """
     if example is None:
@@ -155,7 +155,7 @@ def example_of(example: Any, model: nn.Module) -> Any:
     if not _holds_input(found):
         raise UsageError(
             f"Expected argument {_named('example', example)} to give a tensor, a tuple of arguments or a mapping of "
-            f"named ones, but it gave {_described(found)}. As text it is {EXAMPLE_SPELLINGS}."
+            f"named ones, but it gave {_described(found)}. As text it is {EXAMPLE_FORMATS}."
         )
     return found
 
@@ -210,12 +210,12 @@ def _zeros(text: str, model: nn.Module) -> tuple[Tensor, ...]:
         read = _SHAPE.fullmatch(part.strip())
         dtype = own if read is None or read[2] is None else dtype_named(read[2])
         if read is None or dtype is None:
-            raise UsageError(f"Expected argument `example` to be {EXAMPLE_SPELLINGS}, but got {text!r}.")
+            raise UsageError(f"Expected argument `example` to be {EXAMPLE_FORMATS}, but got {text!r}.")
         try:
             tensors.append(torch.zeros([int(size) for size in read[1].split("x")], dtype=dtype))
         except (RuntimeError, TypeError, OverflowError) as error:
             first = str(error).partition("\n")[0]
             raise UsageError(
-                f"Expected argument `example` to be {EXAMPLE_SPELLINGS}, but torch cannot make {text!r}: {first}"
+                f"Expected argument `example` to be {EXAMPLE_FORMATS}, but torch cannot make {text!r}: {first}"
             ) from error
     return tuple(tensors)

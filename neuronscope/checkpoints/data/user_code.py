@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.writers.wording import visible
 
-__all__ = ["told", "user_code"]
+__all__ = ["describe_exception", "user_code"]
 
 _LONGEST = 500
 
@@ -39,16 +39,16 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
     except (KeyboardInterrupt, GeneratorExit, NeuronscopeError):
         raise
     except BaseException as came:
-        raise UsageError(f"{expected}, but {subject} {told(came)}{advice and f'. {advice}'}") from came
+        raise UsageError(f"{expected}, but {subject} {describe_exception(came)}{advice and f'. {advice}'}") from came
 
 
-def told(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """Say in one line what code did that raised an error.
 
     Args:
         error: What was raised.
 
-    >>> told(KeyError("labels")), told(SystemExit("bye"))
+    >>> describe_exception(KeyError("labels")), describe_exception(SystemExit("bye"))
     ("gave KeyError: 'labels'", "called sys.exit('bye')")
     """
     if isinstance(error, SystemExit):

@@ -61,8 +61,8 @@ class ClockReading:
     steps: Tensor
     floor: Tensor
     never: Tensor
-    broken: Tensor
-    faint: Tensor
+    not_finite: Tensor
+    underflowed: Tensor
 
     def join(self, other: ClockReading) -> ClockReading:
         """The reading of rows together with other numbers of theirs (a weight's rows and the bias)."""
@@ -73,8 +73,10 @@ class ClockReading:
             steps=torch.minimum(self.steps, other.steps),
             floor=torch.where(finite | torch.isinf(floor), torch.nan, floor),
             never=self.never & other.never,
-            broken=self.broken | other.broken,
-            faint=(self.faint | self.never) & (other.faint | other.never) & ~(self.never & other.never),
+            not_finite=self.not_finite | other.not_finite,
+            underflowed=(self.underflowed | self.never)
+            & (other.underflowed | other.never)
+            & ~(self.never & other.never),
         )
 
 
@@ -164,5 +166,5 @@ class AdamClock:
         faded = (ratio == 0) & (loudest > 0)
         floor = torch.where(faded, (torch.log(loudest.sqrt() / least_m) / self.rate).floor(), torch.nan)
         never = ((m == 0) & (v == 0)).all(dim=1)
-        broken = ~(torch.isfinite(m) & torch.isfinite(v)).all(dim=1)
-        return ClockReading(steps, floor, never, broken, (loudest == 0) & ~never & ~broken)
+        not_finite = ~(torch.isfinite(m) & torch.isfinite(v)).all(dim=1)
+        return ClockReading(steps, floor, never, not_finite, (loudest == 0) & ~never & ~not_finite)

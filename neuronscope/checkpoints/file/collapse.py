@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.file.adam_clock import ClockReading
-from neuronscope.checkpoints.file.layer_clocks import LayerReading
+from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 
-__all__ = ["Halt", "find_halts"]
+__all__ = ["NoGradientCause", "find_no_gradient_causes"]
 
 
 @dataclass(frozen=True)
-class Halt:
+class NoGradientCause:
     """Why a layer gets no gradient as a whole.
 
     Attributes:
@@ -61,7 +61,7 @@ class _Unit:
         return self.silent and self.layer.kind in NEURON_KINDS
 
 
-def find_halts(layers: Sequence[Layer], readings: Sequence[LayerReading]) -> dict[str, Halt]:
+def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClock]) -> dict[str, NoGradientCause]:
     """Find out why layers get no gradient as a whole, where the clocks of their neighbours tell.
 
     Args:
@@ -72,20 +72,20 @@ def find_halts(layers: Sequence[Layer], readings: Sequence[LayerReading]) -> dic
         By the layer's path; a layer that is missing here was frozen, or cut off, for all that is known.
     """
     units = list(_units(layers, {read.layer.path: read for read in readings}))
-    found: dict[str, Halt] = {}
+    found: dict[str, NoGradientCause] = {}
     for place, unit in enumerate(units):
         if unit.starved:
             at = _read_by(units, place)
             if at is not None:
                 idle = f"what it reads is zero since the collapse of {units[at].layer.path}: its bias alone learnt on"
-                found.setdefault(unit.layer.path, Halt("cut off", idle))
+                found.setdefault(unit.layer.path, NoGradientCause("cut off", idle))
                 text = (
                     f"the weights of {unit.layer.path}, which reads it, got none either while its bias still did: what "
                     "it reads is zero. The layer has collapsed"
                 )
-                found[units[at].layer.path] = Halt("collapsed", text)
+                found[units[at].layer.path] = NoGradientCause("collapsed", text)
     for at, text in _unsure(units):
-        found.setdefault(units[at].layer.path, Halt("unsure", text))
+        found.setdefault(units[at].layer.path, NoGradientCause("unsure", text))
     for last, unit in enumerate(units):
         if unit.layer.path in found and found[unit.layer.path].kind == "collapsed":
             for before in reversed(units[:last]):
@@ -93,11 +93,11 @@ def find_halts(layers: Sequence[Layer], readings: Sequence[LayerReading]) -> dic
                     break
                 if before.halted:
                     text = f"it is cut off by the collapse of {unit.layer.path}"
-                    found.setdefault(before.layer.path, Halt("cut off", text))
+                    found.setdefault(before.layer.path, NoGradientCause("cut off", text))
     return found
 
 
-def _units(layers: Sequence[Layer], clocks: Mapping[str, LayerReading]) -> Iterator[_Unit]:
+def _units(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> Iterator[_Unit]:
     after: list[Layer | None] = [*layers, None][1:]
     norm_of_last = False
     for layer, behind in zip(layers, after, strict=True):
@@ -120,7 +120,7 @@ def _units(layers: Sequence[Layer], clocks: Mapping[str, LayerReading]) -> Itera
         yield _Unit(layer, biased, silent, starved, stepped)
 
 
-def _starved(parts: Sequence[LayerReading]) -> bool:
+def _starved(parts: Sequence[LayerClock]) -> bool:
     """Whether what multiplies the input had been silent for long when the bias last got a gradient for certain.
 
     The bias may have come to rest since: then all is silent now, and yet the two fell silent one after the other.
@@ -129,7 +129,7 @@ def _starved(parts: Sequence[LayerReading]) -> bool:
     return math.isfinite(lately) and all(bool(_silent(part, part.weights, lately).all()) for part in parts)
 
 
-def _silent(read: LayerReading, reading: ClockReading, ago: float = 0.0) -> Tensor:
+def _silent(read: LayerClock, reading: ClockReading, ago: float = 0.0) -> Tensor:
     """Rows that had no gradient for longer than a pause, or never any, so many steps ago; bool ``(N,)``."""
     limit = read.clock.silent_steps
     silent = reading.never
@@ -139,7 +139,7 @@ def _silent(read: LayerReading, reading: ClockReading, ago: float = 0.0) -> Tens
 
 
 def _sound(reading: ClockReading) -> Tensor:
-    return ~reading.broken & ~reading.faint
+    return ~reading.not_finite & ~reading.underflowed
 
 
 def _read_by(units: Sequence[_Unit], place: int) -> int | None:

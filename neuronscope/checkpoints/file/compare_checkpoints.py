@@ -17,16 +17,16 @@ from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.adam_clock import AdamClock
-from neuronscope.checkpoints.file.layer_clocks import LayerReading, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import Layer
-from neuronscope.checkpoints.file.parameter_matching import Entry, find_owners
-from neuronscope.checkpoints.file.zero_gradient_rows import made_of
+from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
+from neuronscope.checkpoints.file.zero_gradient_rows import clock_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["compare_with_earlier", "same_run"]
+__all__ = ["compare_with_earlier", "why_not_comparable"]
 
 _SOURCE = "two checkpoints"
-_said = partial(made_of, source=_SOURCE)
+_said = partial(clock_evidence, source=_SOURCE)
 
 #: How far a number may be off that decayed over a few steps, and by how much more a step (its rounding, and β's).
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
@@ -34,7 +34,7 @@ _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
 _RATE_ROOM = 30.0
 
 
-def same_run(earlier: Checkpoint, later: Checkpoint) -> str | None:
+def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
     """Why two checkpoints cannot be of one network; ``None`` where they can."""
     if not earlier.optimizers or not later.optimizers:
         return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
@@ -49,8 +49,8 @@ def compare_with_earlier(
     earlier: Checkpoint,
     later: Checkpoint,
     layers: Sequence[Layer],
-    entries: Mapping[str, Entry],
-    readings: Sequence[LayerReading],
+    states: Mapping[str, ParameterState],
+    readings: Sequence[LayerClock],
     parameter_names: Sequence[str] | None = None,
 ) -> Iterator[Evidence | Abstention]:
     """What two checkpoints of one run say together.
@@ -59,26 +59,26 @@ def compare_with_earlier(
         earlier: The earlier one.
         later: The later one.
         layers: The later one's layers.
-        entries: Whose optimizer state is whose in the later one.
+        states: Whose optimizer state is whose in the later one.
         readings: The later one's clocks.
-        parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine`.
+        parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine_file`.
     """
-    reason = same_run(earlier, later)
+    reason = why_not_comparable(earlier, later)
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
-    before = find_owners(earlier.tensors, earlier.optimizers, parameter_names).entries
-    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerReading)}
+    before = match_parameters(earlier.tensors, earlier.optimizers, parameter_names).states
+    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
     for read in readings:
         start = clocks.get(read.layer.path)
         passed = _steps_between(start, read)
         if start is None or isinstance(passed, str):
             yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
             continue
-        yield from _judge(start, read, passed, *_Pair(earlier, later, before, entries, start, read, passed).tests())
+        yield from _judge(start, read, passed, *_Pair(earlier, later, before, states, start, read, passed).tests())
 
 
-def _steps_between(start: LayerReading | None, end: LayerReading) -> int | str:
+def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
     """Steps that a layer was updated in between the two, or why they cannot be compared."""
     if start is None:
         return "The earlier checkpoint has no clock for this layer."
@@ -99,10 +99,10 @@ class _Pair:
         self,
         earlier: Checkpoint,
         later: Checkpoint,
-        before: Mapping[str, Entry],
-        after: Mapping[str, Entry],
-        start: LayerReading,
-        end: LayerReading,
+        before: Mapping[str, ParameterState],
+        after: Mapping[str, ParameterState],
+        start: LayerClock,
+        end: LayerClock,
         steps: int,
     ) -> None:
         self._tensors = earlier.tensors, later.tensors
@@ -128,7 +128,7 @@ class _Pair:
 
     def _means(self, name: str, touched: Tensor) -> Tensor:
         """Test the optimizer's means; gives by how much a weight may have moved without a gradient, ``(N, F)``."""
-        first, last = (entries[name].slots for entries in self._entries)
+        first, last = (states[name].slots for states in self._entries)
         adam = len(self._rules[0].betas) == 2
         slot = "exp_avg" if adam else "momentum_buffer"
         beta = self._rules[0].betas[0]
@@ -167,9 +167,9 @@ class _Pair:
         kept &= (moved.abs() <= room + 2 * self._tolerance * w1.abs()).all(dim=1)
 
 
-def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
+def _judge(start: LayerClock, end: LayerClock, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
     before, after = start.reading, end.reading
-    sound = ~(before.broken | before.faint | after.broken | after.faint)
+    sound = ~(before.not_finite | before.underflowed | after.not_finite | after.underflowed)
     silent, touched = silent & sound & ~after.never, touched & sound
     whole = bool((silent | after.never).all())
     if silent.any():

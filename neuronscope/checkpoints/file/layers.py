@@ -74,7 +74,7 @@ class Layer:
     width: int
     axis: int
     inputs: int
-    sure: bool = True
+    axis_known: bool = True
 
     @property
     def incoming(self) -> tuple[str, ...]:
@@ -188,13 +188,13 @@ def _layer(
     if len(shape) == 2 and not biased and _EMBEDDING.search(path):
         return Layer(path, "embedding", name, None, None, shape[0], 0, shape[1])
     kind = "linear" if len(shape) == 2 else "conv"
-    axis, sure = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
+    axis, axis_known = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
     if axis is None:
         return None
     if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
         return None
     fits = biased and bias is not None and bias.shape[0] == shape[axis]
-    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], sure)
+    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
 
 
 class _Transposed:

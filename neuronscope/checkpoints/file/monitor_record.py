@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.data.measure import cut_off_by_the_next, independent, silence_basis
+from neuronscope.checkpoints.data.measure import blocked_by_next_layer, independent_examples, zero_count_basis
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import NeuronscopeError
 from neuronscope.judge.verdicts import Policy, rate_bound
@@ -86,7 +86,7 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
         if isinstance(report, Abstention):
             yield report
             continue
-        cut_off = cut_off_by_the_next(report.layers)
+        cut_off = blocked_by_next_layer(report.layers)
         for site in report.layers:
             yield from _site(site, report, site.name in cut_off)
 
@@ -98,7 +98,7 @@ def _damaged(key: str, error: BaseException) -> Abstention:
 
 def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]:
     judged, policy = site.judgement, Policy(**report.policy)
-    bound = rate_bound(independent(site), policy.confidence)
+    bound = rate_bound(independent_examples(site), policy.confidence)
     born = site.last_active_step < 0
     when = (
         f"over {site.examples} examples of phase {report.phase}, steps {report.window.first_step} to "
@@ -114,7 +114,7 @@ def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]
             f"NaN or infinite outputs were counted {when}.",
         )
     if judged.dead.any():
-        basis, few = silence_basis(independent(site), policy)
+        basis, few = zero_count_basis(independent_examples(site), policy)
         yield _of(
             site,
             "dead",
@@ -127,7 +127,7 @@ def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]
             basis=basis,
         )
     if judged.cut_off.any():
-        basis, few = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
+        basis, few = zero_count_basis(independent_examples(site, site.gradient_positions), policy, "Without gradient")
         stops = " The next layer passes none back, which says nothing of these neurons themselves." if cut_off else ""
         yield _of(
             site,

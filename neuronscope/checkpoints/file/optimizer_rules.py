@@ -13,14 +13,14 @@ from typing import Any
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
 
-__all__ = ["Decay", "Rule", "recognise", "steps_taken"]
+__all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
 
 _EXACT_TYPES = ("float32", "float64")
 _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
 
 
 @dataclass(frozen=True)
-class Decay:
+class WeightDecay:
     """How a group's weight decay acts.
 
     Attributes:
@@ -33,7 +33,7 @@ class Decay:
     decoupled: bool | None
 
     @property
-    def hides(self) -> bool | None:
+    def hides_zero_gradients(self) -> bool | None:
         """Whether it keeps rows without gradient from being seen; ``None`` = nobody knows."""
         if self.amount == 0:
             return False
@@ -41,7 +41,7 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Rule:
+class OptimizerRule:
     """The optimizer that one parameter's state is of.
 
     Attributes:
@@ -53,7 +53,7 @@ class Rule:
 
     name: str
     betas: tuple[float, ...]
-    decay: Decay
+    decay: WeightDecay
     rate: float
 
     @property
@@ -62,7 +62,7 @@ class Rule:
         return "sgd state" if self.name == "SGD" else "adam state"
 
 
-def recognise(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
+def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
     """The optimizer of a parameter, or the reason why its state says nothing.
 
     Args:
@@ -79,7 +79,7 @@ def recognise(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     return f"its optimizer keeps {kept}: no optimizer whose clock is known"
 
 
-def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
+def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
     if "momentum_decay" in group:
         name = "NAdam"
     elif "amsgrad" in group:
@@ -103,15 +103,15 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
         return f"with betas of {betas[0]:g} and {betas[1]:g} its clock does not run: 0 < β1 < √β2 < 1 is needed"
     decoupled = True if "correct_bias" in group else group.get("decoupled_weight_decay")
     rate = _number(group.get("lr"))
-    return Rule(
+    return OptimizerRule(
         name,
         betas,
-        Decay(amount, decoupled if isinstance(decoupled, bool) else None),
+        WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),
         math.nan if rate is None else rate,
     )
 
 
-def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
+def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
     if momentum is None or amount is None or not 0 <= momentum < 1:
         return f"its group's momentum is {group.get('momentum')!r} and its weight decay {group.get('weight_decay')!r}"
@@ -123,7 +123,7 @@ def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     if half:
         return half
     rate = _number(group.get("lr"))
-    return Rule("SGD", (momentum,), Decay(amount, False), math.nan if rate is None else rate)
+    return OptimizerRule("SGD", (momentum,), WeightDecay(amount, False), math.nan if rate is None else rate)
 
 
 def _inexact(slots: Mapping[str, Any], *names: str) -> str | None:

@@ -16,7 +16,7 @@ from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
 from neuronscope.checkpoints.file.layers import is_parameter
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["Entry", "Ownership", "find_owners"]
+__all__ = ["ParameterMatches", "ParameterState", "match_parameters"]
 
 _SOURCE = "optimizer state"
 
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
+class ParameterState:
     """The state of one parameter.
 
     Attributes:
@@ -42,18 +42,18 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Ownership:
+class ParameterMatches:
     """Entries by the name of their parameter, and what could not be told."""
 
-    entries: Mapping[str, Entry]
+    states: Mapping[str, ParameterState]
     abstentions: tuple[Abstention, ...]
 
 
-def find_owners(
+def match_parameters(
     tensors: Mapping[str, StoredTensor],
     optimizers: Sequence[OptimizerState],
     parameter_names: Sequence[str] | None = None,
-) -> Ownership:
+) -> ParameterMatches:
     """Tie the entries of all optimizers to parameters.
 
     Args:
@@ -66,24 +66,24 @@ def find_owners(
     if parameter_names is not None:
         names = [name for name in parameter_names if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in names}
-    entries: dict[str, Entry] = {}
+    states: dict[str, ParameterState] = {}
     abstentions: list[Abstention] = []
     runs: list[_ParameterRun] = []
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.groups:
             keys = _keys(group)
             given: Any = group.get("param_names")
-            found = [Entry(number, group, optimizer.slots.get(key, {})) for key in keys]
+            found = [ParameterState(number, group, optimizer.slots.get(key, {})) for key in keys]
             labels: list[Any] = list(given) if _is_names(given, len(keys)) else keys
             if all(isinstance(label, str) for label in labels):
-                abstentions += _take_by_name(labels, found, shapes, entries)
+                abstentions += _take_by_name(labels, found, shapes, states)
             else:
                 runs.append(_ParameterRun(number, found))
-    abstentions += _take_by_order(runs, shapes, entries)
-    return Ownership(entries, tuple(abstentions))
+    abstentions += _take_by_order(runs, shapes, states)
+    return ParameterMatches(states, tuple(abstentions))
 
 
-def entry_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
+def state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
     """Shape of the parameter that some slots are of, as far as they say: that of their largest tensor."""
     kept = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
     kept = [shape for shape in kept if shape]
@@ -103,21 +103,24 @@ _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_
 
 
 def _take_by_name(
-    labels: Sequence[str], found: Sequence[Entry], shapes: Mapping[str, Shape], entries: dict[str, Entry]
+    labels: Sequence[str],
+    found: Sequence[ParameterState],
+    shapes: Mapping[str, Shape],
+    states: dict[str, ParameterState],
 ) -> list[Abstention]:
     """Tie entries whose parameters were saved by name."""
     strangers, misfits = [], []
-    for label, entry in zip(labels, found, strict=True):
+    for label, state in zip(labels, found, strict=True):
         name = label
         while name not in shapes and name.startswith(_PREFIXES):
             name = name.partition(".")[2]
-        shape = entry_shape(entry.slots)
+        shape = state_shape(state.slots)
         if name not in shapes:
             strangers.append(label)
         elif shape is not None and shape != shapes[name]:
             misfits.append(label)
         else:
-            entries[name] = entry
+            states[name] = state
     told = []
     if strangers:
         told.append(
@@ -131,10 +134,10 @@ def _take_by_name(
 class _ParameterRun:
     """The entries of one group, in order, and the parameters that each may belong to: a stretch of a list."""
 
-    def __init__(self, optimizer: int, entries: list[Entry]) -> None:
+    def __init__(self, optimizer: int, states: list[ParameterState]) -> None:
         self.optimizer = optimizer
-        self.entries = entries
-        self.shapes = [entry_shape(entry.slots) for entry in entries]
+        self.states = states
+        self.shapes = [state_shape(state.slots) for state in states]
 
     def places(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[str | None] | None:
         """The only parameter that each entry can belong to, ``None`` where there are several; ``None`` if none fit."""
@@ -161,10 +164,10 @@ class _ParameterRun:
 
 
 def _take_by_order(
-    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], entries: dict[str, Entry]
+    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], states: dict[str, ParameterState]
 ) -> list[Abstention]:
     """Tie entries that were saved by number: what one group surely has, no other can have."""
-    owner: dict[str, int] = dict.fromkeys(entries, -1)
+    owner: dict[str, int] = dict.fromkeys(states, -1)
     placed: list[list[str | None] | None] = [None] * len(runs)
     several = len({run.optimizer for run in runs}) > 1
     patience = _PATIENCE
@@ -186,11 +189,11 @@ def _take_by_order(
     abstentions = []
     for run, names in zip(runs, placed, strict=True):
         unsure = 0
-        for entry, name in zip(run.entries, names or [None] * len(run.entries), strict=True):
+        for state, name in zip(run.states, names or [None] * len(run.states), strict=True):
             if name is None:
                 unsure += 1
             else:
-                entries[name] = entry
+                states[name] = state
         if unsure:
             abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, names is not None, patience <= 0)))
     return abstentions
@@ -214,7 +217,7 @@ def _places_in_a_part(
 
 
 def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
-    which = f"{unsure} of {len(run.entries)} entries of a parameter group"
+    which = f"{unsure} of {len(run.states)} entries of a parameter group"
     if gave_up:
         return f"There are too many groups and parameters to tell whose {which} are."
     if not fits:

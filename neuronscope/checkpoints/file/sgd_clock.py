@@ -16,11 +16,11 @@ from torch import Tensor
 
 from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SURE_FOLDS, ClockReading
 
-__all__ = ["Loudness", "SGDClock"]
+__all__ = ["BufferPeaks", "SGDClock"]
 
 
 @dataclass(frozen=True)
-class Loudness:
+class BufferPeaks:
     """The largest number of each row's momentum buffer.
 
     Attributes:
@@ -32,13 +32,13 @@ class Loudness:
     least: float
 
     @classmethod
-    def of(cls, buffer: Tensor) -> Loudness:
+    def of(cls, buffer: Tensor) -> BufferPeaks:
         """Of a buffer by rows, ``(N, F)``."""
         return cls(buffer.abs().amax(dim=1).double(), 2.0 * torch.finfo(buffer.dtype).tiny)
 
-    def join(self, other: Loudness) -> Loudness:
+    def join(self, other: BufferPeaks) -> BufferPeaks:
         """Of the same rows together with other numbers of theirs (a weight's rows and the bias)."""
-        return Loudness(torch.maximum(self.rows, other.rows), max(self.least, other.least))
+        return BufferPeaks(torch.maximum(self.rows, other.rows), max(self.least, other.least))
 
 
 @dataclass(frozen=True)
@@ -69,41 +69,41 @@ class SGDClock:
         """Steps from which on that is inferred and not only suspected."""
         return SURE_FOLDS / self.rate
 
-    def read(self, loudness: Mapping[str, Loudness]) -> dict[str, ClockReading]:
+    def read(self, peaks: Mapping[str, BufferPeaks]) -> dict[str, ClockReading]:
         """Read the clock of all layers of one optimizer.
 
         Args:
-            loudness: By layer.
+            peaks: By layer.
         """
-        loudest = self.loudest(loudness.values())
-        return {name: self.read_layer(layer, loudest) for name, layer in loudness.items()}
+        largest = self.largest(peaks.values())
+        return {name: self.read_layer(layer, largest) for name, layer in peaks.items()}
 
-    def loudest(self, layers: Iterable[Loudness]) -> float:
+    def largest(self, layers: Iterable[BufferPeaks]) -> float:
         """Return the largest number of all layers, by which a layer that is silent as a whole is measured."""
         return max(map(self._peak, layers), default=0.0)
 
-    def read_layer(self, layer: Loudness, loudest: float) -> ClockReading:
+    def read_layer(self, layer: BufferPeaks, largest: float) -> ClockReading:
         """Read the clock of one layer.
 
         Args:
             layer: Its rows.
-            loudest: See :meth:`loudest`.
+            largest: See :meth:`largest`.
         """
         peak = self._peak(layer)
         # A layer that lies this far below the loudest is silent as a whole: then it is measured by that one.
-        return self._read(layer, loudest if peak < loudest * math.exp(-SILENT_FOLDS) else peak)
+        return self._read(layer, largest if peak < largest * math.exp(-SILENT_FOLDS) else peak)
 
     @staticmethod
-    def _peak(layer: Loudness) -> float:
+    def _peak(layer: BufferPeaks) -> float:
         sound = layer.rows[torch.isfinite(layer.rows)]
         return float(sound.max()) if sound.numel() else 0.0
 
-    def _read(self, layer: Loudness, reference: float) -> ClockReading:
+    def _read(self, layer: BufferPeaks, reference: float) -> ClockReading:
         told = torch.isfinite(layer.rows) & (layer.rows >= layer.least)
         steps = torch.where(told, torch.log(reference / layer.rows) / self.rate, torch.inf).round().clamp(min=0.0)
         never = layer.rows == 0
-        broken = ~torch.isfinite(layer.rows)
-        faded = ~told & ~never & ~broken
+        not_finite = ~torch.isfinite(layer.rows)
+        faded = ~told & ~never & ~not_finite
         end = math.floor(math.log(max(reference, layer.least) / layer.least) / self.rate)
         floor = torch.where(faded, float(end), torch.nan)
-        return ClockReading(steps, floor, never, broken, torch.zeros_like(never))
+        return ClockReading(steps, floor, never, not_finite, torch.zeros_like(never))

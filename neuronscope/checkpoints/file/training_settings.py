@@ -13,7 +13,7 @@ from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 
-__all__ = ["dead_norms", "decay_of", "learning_rates"]
+__all__ = ["dead_norm_ratios", "learning_rates", "weight_decay_per_step"]
 
 
 def learning_rates(checkpoint: Checkpoint) -> list[float]:
@@ -25,7 +25,7 @@ def learning_rates(checkpoint: Checkpoint) -> list[float]:
     return [rate for rate, _ in _rates(checkpoint)]
 
 
-def decay_of(checkpoint: Checkpoint) -> float:
+def weight_decay_per_step(checkpoint: Checkpoint) -> float:
     """By what share weight decay shrinks weights a step, at most.
 
     Args:
@@ -34,7 +34,7 @@ def decay_of(checkpoint: Checkpoint) -> float:
     return max((rate * decay for rate, decay in _rates(checkpoint)), default=0.0)
 
 
-def dead_norms(
+def dead_norm_ratios(
     said: Sequence[LayerReport], layers: Sequence[Layer], sites: Mapping[str, str], checkpoint: Checkpoint
 ) -> dict[str, float]:
     """By layer, the middle norm of the dead neurons' incoming weights over that of the others.

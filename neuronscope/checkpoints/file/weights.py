@@ -111,7 +111,7 @@ def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
             and layer.kind in NEURON_KINDS
             and layer.inputs == earlier.width
             and layer.gain is None
-            and layer.sure
+            and layer.axis_known
         ):
             pairs.append((earlier, layer))
         before[parent] = number, layer

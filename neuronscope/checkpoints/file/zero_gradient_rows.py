@@ -8,34 +8,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.collapse import Halt
-from neuronscope.checkpoints.file.layer_clocks import LayerReading
+from neuronscope.checkpoints.file.collapse import NoGradientCause
+from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["evidence_of_silence", "made_of"]
+__all__ = ["clock_evidence", "zero_gradient_evidence"]
 
 #: Steps by which the clocks of rows that went silent at once may differ (measured: docs/optimizer-clock.md).
 _AT_ONCE = 30
 
 
-def evidence_of_silence(read: LayerReading, halt: Halt | None = None) -> Iterator[Evidence | Abstention]:
+def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = None) -> Iterator[Evidence | Abstention]:
     """What the clock of one layer says of its neurons.
 
     Args:
         read: The layer's clock.
-        halt: Why the layer gets no gradient as a whole, where it gets none and that is known.
+        cause: Why the layer gets no gradient as a whole, where it gets none and that is known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
     exact = read.rule.name != "SGD"
-    if reading.broken.any():
-        count = int(reading.broken.sum())
+    if reading.not_finite.any():
+        count = int(reading.not_finite.sum())
         yield Abstention(source, path, f"The optimizer's state of {count} neurons is NaN or infinite.")
-    if reading.faint.any():
-        count = int((reading.faint & ~reading.broken).sum())
+    if reading.underflowed.any():
+        count = int((reading.underflowed & ~reading.not_finite).sum())
         yield Abstention(
             source, path, f"The gradients of {count} neurons were so small that their squares are lost in this type."
         )
-    sound = ~reading.broken & ~reading.faint
+    sound = ~reading.not_finite & ~reading.underflowed
     never = reading.never & sound
     limit = read.clock.silent_steps
     if read.taken is not None and read.taken - 1 <= limit:
@@ -45,7 +45,7 @@ def evidence_of_silence(read: LayerReading, halt: Halt | None = None) -> Iterato
             f"The layer was updated {read.taken} times; to tell a pause from silence the clock needs more than "
             f"{limit:.0f} steps.",
         )
-        yield from _never(read, never, bool(never.all()), halt)
+        yield from _never(read, never, bool(never.all()), cause)
         return
     silent = sound & ~never & (reading.steps > limit)
     alive = sound & ~never & ~silent
@@ -59,18 +59,18 @@ def evidence_of_silence(read: LayerReading, halt: Halt | None = None) -> Iterato
         together = timed & (reading.steps <= reading.steps[timed].min() + _AT_ONCE)
     elif whole:
         together = ran_out
-    if whole and halt is not None and halt.kind != "cut off":
+    if whole and cause is not None and cause.kind != "cut off":
         together = silent  # whoever went first, the layer has collapsed
-    yield from _never(read, never, bool(never.all()), halt)
+    yield from _never(read, never, bool(never.all()), cause)
     singly = timed & ~together
     sure = reading.steps > read.clock.sure_steps
     for at_once, mask in ((False, singly), (True, together & timed)):
-        yield from _silent(read, mask & sure, exact, "inferred", at_once, halt)
-        yield from _silent(read, mask & ~sure, exact, "suspected", at_once, halt)
+        yield from _silent(read, mask & sure, exact, "inferred", at_once, cause)
+        yield from _silent(read, mask & ~sure, exact, "suspected", at_once, cause)
     yield from _ran_out(read, ran_out & ~together)
-    yield from _ran_out(read, ran_out & together, True, halt)
+    yield from _ran_out(read, ran_out & together, True, cause)
     if alive.any():
-        yield made_of(
+        yield clock_evidence(
             read,
             "alive",
             alive,
@@ -86,21 +86,23 @@ def _measure(exact: bool) -> str:
     return "steps since the last gradient, at most" if exact else "steps since the last gradient, about"
 
 
-def _never(read: LayerReading, mask: Tensor, whole: bool, halt: Halt | None) -> Iterator[Evidence]:
+def _never(read: LayerClock, mask: Tensor, whole: bool, cause: NoGradientCause | None) -> Iterator[Evidence]:
     if not mask.any():
         return
     kept = "exp_avg and exp_avg_sq" if read.rule.name != "SGD" else "momentum_buffer"
     least = "" if read.rule.name == "SGD" else ", or none whose square this type can hold"
     text = f"The optimizer's {kept} of all incoming weights are exactly zero: none ever got a gradient{least}."
     if whole:
-        text += _why(halt, "it was cut off from the loss, or multiplied by zero, all along")
+        text += _why(cause, "it was cut off from the loss, or multiplied by zero, all along")
     since = torch.full(mask.shape, -1, dtype=torch.int64)
     nothing = torch.full(mask.shape, torch.nan, dtype=torch.float64)
-    yield _as_halted(made_of(read, "never trained", mask, nothing, "", text + _caveats(read), since), whole, halt)
+    yield _as_halted(
+        clock_evidence(read, "never trained", mask, nothing, "", text + _caveats(read), since), whole, cause
+    )
 
 
 def _silent(
-    read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool, halt: Halt | None
+    read: LayerClock, mask: Tensor, exact: bool, basis: str, at_once: bool, cause: NoGradientCause | None
 ) -> Iterator[Evidence]:
     """Rows that the clock dates, on one basis; ``at_once``: the layer's last ones, that went together."""
     if not mask.any():
@@ -122,18 +124,20 @@ def _silent(
         )
     if at_once:
         ground += _why(
-            halt, "it was frozen, or cut off by what follows it, or its gradients became far smaller than they were"
+            cause, "it was frozen, or cut off by what follows it, or its gradients became far smaller than they were"
         )
     since = None
     # A collapse is dated by a bound alone: SGD's estimate goes by the loudest layer, which may have come to rest since.
     if read.step is not None and not read.lag and (exact or not at_once):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
     text = ground + _caveats(read)
-    said = made_of(read, "no gradient", mask, read.reading.steps, _measure(exact), text, since, basis=basis)
-    yield _as_halted(said, at_once, halt)
+    said = clock_evidence(read, "no gradient", mask, read.reading.steps, _measure(exact), text, since, basis=basis)
+    yield _as_halted(said, at_once, cause)
 
 
-def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False, halt: Halt | None = None) -> Iterator[Evidence]:
+def _ran_out(
+    read: LayerClock, mask: Tensor, whole: bool = False, cause: NoGradientCause | None = None
+) -> Iterator[Evidence]:
     if not mask.any():
         return
     text = (
@@ -141,8 +145,8 @@ def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False, halt: Halt |
         "last gradient came about as many steps ago, or more."
     )
     if whole:
-        text += _why(halt, "it was frozen, or cut off by what follows it")
-    said = made_of(
+        text += _why(cause, "it was frozen, or cut off by what follows it")
+    said = clock_evidence(
         read,
         "no gradient",
         mask,
@@ -150,30 +154,30 @@ def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False, halt: Halt |
         "steps since the last gradient, about or more",
         text + _caveats(read),
     )
-    yield _as_halted(said, whole, halt)
+    yield _as_halted(said, whole, cause)
 
 
-def _why(halt: Halt | None, unknown: str) -> str:
+def _why(cause: NoGradientCause | None, unknown: str) -> str:
     """Why a whole layer gets no gradient, as a sentence; ``unknown`` where that is not known."""
-    if halt is None or halt.kind == "cut off":
-        why = unknown if halt is None else halt.text
+    if cause is None or cause.kind == "cut off":
+        why = unknown if cause is None else cause.text
         return f" This is so for the whole layer: {why}. It says nothing of these neurons themselves."
-    return f" This is so for the whole layer, and {halt.text}."
+    return f" This is so for the whole layer, and {cause.text}."
 
 
-def _as_halted(said: Evidence, whole: bool, halt: Halt | None) -> Evidence:
+def _as_halted(said: Evidence, whole: bool, cause: NoGradientCause | None) -> Evidence:
     """What is said of a layer as a whole: of its neurons too where it has collapsed, and suspected where it may have.
 
     The reader's clock supports the layer's own, so that a collapse is inferred where each alone would be suspected.
     """
     if not whole:
         return said
-    if halt is None or halt.kind == "cut off":
+    if cause is None or cause.kind == "cut off":
         return replace(said, whole_layer=True)
-    return replace(said, collapsed=True, basis="inferred" if halt.kind == "collapsed" else "suspected")
+    return replace(said, collapsed=True, basis="inferred" if cause.kind == "collapsed" else "suspected")
 
 
-def _caveats(read: LayerReading) -> str:
+def _caveats(read: LayerClock) -> str:
     said = ""
     if read.lag:
         said += (
@@ -182,13 +186,13 @@ def _caveats(read: LayerReading) -> str:
         )
     if read.layer.bias is not None and read.layer.bias not in read.parameters:
         said += " The bias is not in it."
-    if not read.layer.sure:
+    if not read.layer.axis_known:
         said += " Which dimension of the weight is which is the usual guess."
     return said
 
 
-def made_of(
-    read: LayerReading,
+def clock_evidence(
+    read: LayerClock,
     claim: str,
     mask: Tensor,
     numbers: Tensor,

@@ -16,7 +16,7 @@ import numpy as np
 
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.layer_verdicts import (
-    GONE,
+    DEAD_CLAIMS,
     NO_BASIS,
     UNKNOWN,
     BoolArray,
@@ -28,17 +28,17 @@ from neuronscope.checkpoints.verdict.layer_verdicts import (
 from neuronscope.errors import UsageError
 from neuronscope.judge.symptoms import UNDATED
 
-__all__ = ["assemble", "confirmations", "tied"]
+__all__ = ["combine_evidence", "confirmations", "name_by_site"]
 
 _ALIVE = CLAIMS.index("alive")
-_GONE = [CLAIMS.index(claim) for claim in GONE]
+_DEAD = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
 _FIRM = BASES.index("inferred")  # the last basis that is firm
 
 #: What measuring must say of a neuron for a claim of it to have held.
 HOLDS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
 
 
-def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
+def combine_evidence(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
     """Bring evidence to verdicts, layer by layer.
 
     Args:
@@ -53,7 +53,7 @@ def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = No
         UsageError: Two sources give one layer different widths.
 
     >>> one = Evidence("relu", 3, "weights", "dead", "proved", np.array([1]), np.array([np.nan]), "", "Zero row.")
-    >>> assemble([one])[0].label_of(1), assemble([one])[0].label_of(0)
+    >>> combine_evidence([one])[0].label_of(1), combine_evidence([one])[0].label_of(0)
     ('dead', 'unknown')
     """
     known = dict(widths or {})
@@ -65,10 +65,10 @@ def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = No
                 f"Expected all evidence on {one.layer} to be of {known[one.layer]} neurons, but {one.source} has "
                 f"{one.width}."
             )
-    return tuple(_assemble(name, known[name], said) for name, said in layers.items())
+    return tuple(_combine_layer(name, known[name], said) for name, said in layers.items())
 
 
-def tied(evidence: Sequence[Evidence], ties: Mapping[str, str]) -> list[Evidence]:
+def name_by_site(evidence: Sequence[Evidence], ties: Mapping[str, str]) -> list[Evidence]:
     """Evidence under the names of sites, where a module's path is tied to one of the same width.
 
     Args:
@@ -92,7 +92,7 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
                 continue
             codes = measured[one.neurons]
             held = np.isin(codes, [CLAIMS.index(claim) for claim in HOLDS[one.claim]])
-            counts = tally.setdefault((one.voice, one.claim, one.basis), [0, 0, 0])
+            counts = tally.setdefault((one.source_label, one.claim, one.basis), [0, 0, 0])
             for at, number in enumerate((held.sum(), (codes == _ALIVE).sum(), codes.size)):
                 counts[at] += int(number)
     return tuple(
@@ -112,7 +112,7 @@ def _measured(layer: LayerReport) -> ByteArray | None:
     return codes
 
 
-def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
+def _combine_layer(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
     surest = np.full((len(CLAIMS), width), NO_BASIS, dtype=np.uint8)  # basis of each claim
     behind = np.full((len(CLAIMS), width), -1, dtype=np.int64)  # and whose it is
     for index, one in enumerate(evidence):
@@ -120,12 +120,12 @@ def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
         better = one.neurons[surest[claim, one.neurons] > basis]
         surest[claim, better], behind[claim, better] = basis, index
     alive = surest[_ALIVE]
-    contested = (alive != NO_BASIS) & (surest[_GONE] != NO_BASIS).any(axis=0)
+    contested = (alive != NO_BASIS) & (surest[_DEAD] != NO_BASIS).any(axis=0)
     standing = surest.copy()
-    for claim in _GONE:
+    for claim in _DEAD:
         standing[claim, alive < surest[claim]] = NO_BASIS
-    firm = _gravest(standing <= _FIRM)
-    labels = np.where(firm == UNKNOWN, _gravest(standing != NO_BASIS), firm)
+    firm = _most_serious(standing <= _FIRM)
+    labels = np.where(firm == UNKNOWN, _most_serious(standing != NO_BASIS), firm)
     known = labels != UNKNOWN
     at = np.where(known, labels, 0), np.arange(width)
     deciding = np.where(known, behind[at], -1).astype(np.int64)
@@ -147,7 +147,7 @@ def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
     )
 
 
-def _gravest(stands: BoolArray) -> ByteArray:
+def _most_serious(stands: BoolArray) -> ByteArray:
     """The most serious claim that stands of each neuron, ``(N,)`` from ``(claims, N)``; UNKNOWN where none does."""
     return np.where(stands.any(axis=0), stands.argmax(axis=0), UNKNOWN).astype(np.uint8)
 
@@ -161,7 +161,7 @@ def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntAr
         if one.since is None:
             continue
         claim = CLAIMS.index(one.claim)
-        alike = _GONE if claim in _GONE else [claim]
+        alike = _DEAD if claim in _DEAD else [claim]
         fits = np.isin(labels[one.neurons], alike) & (dating[one.neurons] < 0) & (one.since >= -1)
         since[one.neurons[fits]], dating[one.neurons[fits]] = one.since[fits], index
     return since, dating

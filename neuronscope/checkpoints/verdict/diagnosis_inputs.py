@@ -9,16 +9,16 @@ import numpy as np
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.judge.symptoms import LayerFacts, RunFacts
 
-__all__ = ["facts_of"]
+__all__ = ["postmortem_facts"]
 
 
-def facts_of(
+def postmortem_facts(
     layers: Sequence[LayerReport],
     *,
     step: int | None = None,
     learning_rates: Sequence[float] = (),
     decay: float = 0.0,
-    dead_norms: Mapping[str, float] | None = None,
+    dead_norm_ratios: Mapping[str, float] | None = None,
     input_offset: float | None = None,
     kinds: Mapping[str, str] | None = None,
     normalised: Collection[str] = (),
@@ -31,13 +31,13 @@ def facts_of(
         step: Optimizer steps taken, where the checkpoint says so.
         learning_rates: Those of the optimizer's groups, as they were saved.
         decay: By what share weight decay shrinks weights a step.
-        dead_norms: By layer, the middle norm of dead rows over that of the others.
+        dead_norm_ratios: By layer, the middle norm of dead rows over that of the others.
         input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input.
         kinds: Kind of each layer's activation, by layer, where it is known.
         normalised: Layers that are known to have a normalisation before their activation or their weights.
         observed_every: Steps at most between two at which a monitor looked for deaths.
     """
-    norms = dead_norms or {}
+    norms = dead_norm_ratios or {}
     return RunFacts(
         layers=tuple(
             LayerFacts(

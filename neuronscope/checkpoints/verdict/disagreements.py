@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Evidence
-from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport, speaks_against
+from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport, contradicts
 
-__all__ = ["Disagreement", "contests_of"]
+__all__ = ["Disagreement", "find_disagreements"]
 
 #: Which claim speaks against which label, bool ``(claims, labels)``.
-_AGAINST = np.array([[speaks_against(claim, label) for label in LABELS] for claim in CLAIMS])
+_AGAINST = np.array([[contradicts(claim, label) for label in LABELS] for claim in CLAIMS])
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Disagreement:
     against: tuple[Evidence, ...]
 
     @property
-    def is_silence(self) -> bool:
+    def silent_on_data(self) -> bool:
         """Whether they were silent on the data, while the optimizer had gradients for them lately.
 
         Such neurons most likely fire for other inputs. (They may also have died in the last steps.)
@@ -45,7 +45,7 @@ class Disagreement:
         return counted and any(one.claim == "alive" and one.basis == "inferred" for one in self.against)
 
 
-def contests_of(layers: Iterable[LayerReport]) -> list[Disagreement]:
+def find_disagreements(layers: Iterable[LayerReport]) -> list[Disagreement]:
     """All contests, layer by layer; each contested neuron is in one of them.
 
     Args:

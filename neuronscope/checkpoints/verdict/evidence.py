@@ -80,7 +80,7 @@ class Evidence:
             raise UsageError(f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}.")
 
     @property
-    def voice(self) -> str:
+    def source_label(self) -> str:
         """Who says so, as it is shown: the source, and whether it speaks of the whole layer."""
         return f"{self.source}, whole layer" if self.whole_layer or self.collapsed else self.source
 

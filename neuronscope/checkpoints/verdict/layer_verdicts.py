@@ -13,15 +13,15 @@ from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.judge.symptoms import UNDATED
 
 __all__ = [
+    "DEAD_CLAIMS",
     "FIRM",
-    "GONE",
     "LABELS",
     "NO_BASIS",
     "UNKNOWN",
     "Confirmation",
     "LayerReport",
     "PostmortemVerdict",
-    "speaks_against",
+    "contradicts",
 ]
 
 BoolArray = npt.NDArray[np.bool_]
@@ -34,14 +34,14 @@ LABELS = (*CLAIMS, "unknown")
 #: Code of *unknown*: no source said anything that stands. This is not *alive*.
 UNKNOWN = len(CLAIMS)
 #: Claims that are counted as dead in totals and shares: it gives nothing, or learns nothing.
-GONE = ("dead", "never trained", "no gradient")
+DEAD_CLAIMS = ("dead", "never trained", "no gradient")
 #: Bases that count in totals and shares. What is only suspected never does.
 FIRM = ("proved", "measured", "inferred")
 #: Code of the basis where there is none.
 NO_BASIS = 255
 
 _FIRM_CODES = BASES.index(FIRM[-1])
-_GONE_CODES = [CLAIMS.index(claim) for claim in GONE]
+_GONE_CODES = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class LayerReport:
         return int(self.labels.size)
 
     @cached_property
-    def gone(self) -> BoolArray:
+    def dead_or_suspected(self) -> BoolArray:
         """Neurons that are dead, never trained or without gradient, on whatever ground, bool ``(N,)``."""
         return np.isin(self.labels, _GONE_CODES)
 
@@ -140,13 +140,13 @@ class LayerReport:
     def idle(self) -> BoolArray:
         """Neurons that get no gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
         whole = [index for index, one in enumerate(self.evidence) if one.whole_layer]
-        mask: BoolArray = self.gone & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
+        mask: BoolArray = self.dead_or_suspected & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
         return mask
 
     @cached_property
     def dead_mask(self) -> BoolArray:
         """Neurons that are dead, never trained or without gradient, on firm ground, bool ``(N,)``."""
-        return self.gone & ~self.idle & (self.basis <= _FIRM_CODES)
+        return self.dead_or_suspected & ~self.idle & (self.basis <= _FIRM_CODES)
 
     @property
     def dead(self) -> int:
@@ -156,7 +156,7 @@ class LayerReport:
     @property
     def suspected(self) -> int:
         """Neurons that are only suspected to be so."""
-        return int((self.gone & ~self.idle & (self.basis > _FIRM_CODES)).sum())
+        return int((self.dead_or_suspected & ~self.idle & (self.basis > _FIRM_CODES)).sum())
 
     @cached_property
     def collapse(self) -> str:
@@ -165,7 +165,7 @@ class LayerReport:
         Firm where every neuron is dead, never trained or without gradient on firm ground. A layer of one neuron is
         not called so.
         """
-        if self.neurons < 2 or not self.gone.all():
+        if self.neurons < 2 or not self.dead_or_suspected.all():
             return ""
         if self.dead_mask.all():
             return "firm"
@@ -201,7 +201,7 @@ class LayerReport:
         """All that is said of one neuron."""
         label = self.label_of(neuron)
         said = [one for one in self.evidence if neuron in one.neurons[np.searchsorted(one.neurons, neuron) :][:1]]
-        against = [one for one in said if speaks_against(one.claim, label)]
+        against = [one for one in said if contradicts(one.claim, label)]
         behind = self.evidence[self.deciding[neuron]] if self.deciding[neuron] >= 0 else None
         dating = self.evidence[self.dating[neuron]] if self.dating[neuron] >= 0 else None
         number = float(self.numbers[neuron])
@@ -210,11 +210,11 @@ class LayerReport:
             neuron=neuron,
             label=label,
             basis=behind.basis if behind else "",
-            source=behind.voice if behind else "",
+            source=behind.source_label if behind else "",
             number=None if np.isnan(number) else number,
             measure=behind.measure if behind else "",
             since=None if dating is None else int(self.since[neuron]),
-            since_source=dating.voice if dating else "",
+            since_source=dating.source_label if dating else "",
             supports=tuple(_said(one) for one in said if one not in against),
             contradictions=tuple(map(_said, against)),
         )
@@ -245,13 +245,13 @@ class LayerReport:
         }
 
 
-def speaks_against(claim: str, label: str) -> bool:
+def contradicts(claim: str, label: str) -> bool:
     """Whether a claim cannot be true where a label is."""
-    return (claim == "alive" and label in GONE) or (claim in GONE and label in ("alive", "quiet"))
+    return (claim == "alive" and label in DEAD_CLAIMS) or (claim in DEAD_CLAIMS and label in ("alive", "quiet"))
 
 
 def _said(one: Evidence) -> str:
-    return f"{one.claim} · {one.basis} · {one.voice}"
+    return f"{one.claim} · {one.basis} · {one.source_label}"
 
 
 def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
