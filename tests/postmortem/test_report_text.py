@@ -269,7 +269,7 @@ def test_every_field_is_described_and_no_other() -> None:
         ("summary.dead_percent", 101),
         ("summary.dead_by_basis.suspected", 3),
         ("level", "all"),
-        ("schema_version", 2),
+        ("schema_version", SCHEMA_VERSION + 1),
         ("confirmations.0.held", None),
     ],
 )
