@@ -128,20 +128,24 @@ def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
     Raises:
         UsageError: Some targets cannot be written to.
     """
-    failures = []
-    for target, write in tasks:
-        try:
-            write()
-        except OSError as error:
-            failures.append(f"{target}: {error.strerror or error}")
+    failures = [failure for target, write in tasks if (failure := _try_write(target, write)) is not None]
     if failures:
         raise UsageError(f"Cannot write {'; '.join(failures)}.")
+
+
+def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
+    """Write to one target, and return why it failed, or ``None``."""
+    try:
+        write()
+    except OSError as error:
+        return f"{target}: {error.strerror or error}"
+    return None
 
 
 def _check(report: PostmortemReport, limit: float) -> int:
     """Return the exit code of ``--fail-above``, and print to standard error why the check failed."""
     dead = report.dead_percent
-    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead (proved, measured or inferred)"
+    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead"
     if report.not_finite:
         print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {counted}.", file=sys.stderr)
         return EXIT_FAILED
