@@ -138,7 +138,7 @@ class LayerReport:
 
     @cached_property
     def idle(self) -> BoolArray:
-        """True for neurons that get no gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
+        """True for neurons without gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
         whole = [index for index, one in enumerate(self.evidence) if one.whole_layer]
         mask: BoolArray = self.dead_or_suspected & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
         return mask
@@ -179,7 +179,7 @@ class LayerReport:
 
     @property
     def is_clocked(self) -> bool:
-        """Whether ``since`` of any dead neuron comes from the optimizer's clock: then it is the earliest possible step."""
+        """Whether ``since`` of any dead neuron is from the optimizer's clock, and so the earliest possible step."""
         dating = {int(index) for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])}
         return any(self.evidence[index].basis != "measured" for index in dating)
 
