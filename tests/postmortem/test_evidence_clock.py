@@ -150,9 +150,9 @@ def test_where_the_mean_has_faded_away_the_clock_says_that_it_has_stopped(tail):
     assert (mean[0] != 0).all()  # it has stopped at a denormal, and would be read for ever as the same small number
     reading = AdamClock(0.9, 0.999, taken).read(mean, square)
     assert reading.steps.tolist()[0] == math.inf
-    assert 600 <= reading.floor[0] <= 900
+    assert 600 <= reading.least_steps[0] <= 900
     assert math.isfinite(reading.steps[1])
-    assert math.isnan(reading.floor[1])
+    assert math.isnan(reading.least_steps[1])
 
 
 def test_gradients_whose_squares_are_lost_are_neither_silent_nor_never():

@@ -159,13 +159,11 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
     """
     if examples >= policy.min_examples:
         return "measured", ""
-    return (
-        "suspected",
-        (
-            f" {observed} on {plural(examples, 'example')} only: fewer than the {policy.min_examples:,} that are needed to conclude this for "
-            f"all but {100 * policy.max_rate:g} % of examples."
-        ),
+    few = (
+        f" {observed} on {plural(examples, 'example')} only: fewer than the {policy.min_examples:,} that are needed to "
+        f"conclude this for all but {100 * policy.max_rate:g} % of examples."
     )
+    return "suspected", few
 
 
 def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:

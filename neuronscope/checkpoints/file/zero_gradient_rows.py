@@ -150,7 +150,7 @@ def _ran_out(
         read,
         "no gradient",
         mask,
-        read.reading.floor,
+        read.reading.least_steps,
         "steps since the last gradient, about or more",
         text + _caveats(read),
     )
