@@ -47,15 +47,15 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class ClockReading:
-    """What the clock says of ``N`` rows.
+    """What a clock shows for ``N`` rows.
 
     Attributes:
-        steps: Steps since the last gradient, at most, float64 ``(N,)``; infinite where there is no bound.
-        floor: Where there is none since every ``m`` of the row has faded to nothing: about as many steps ago, or more;
-            NaN elsewhere.
-        never: Whether no number of the row ever got a gradient whose square the type can hold, bool ``(N,)``.
-        broken: Whether one is NaN or infinite.
-        faint: Whether there is no telling, since every gradient was so small that its square is nothing in this type.
+        steps: Upper bound on the steps since the last gradient, float64 ``(N,)``; infinite = no bound.
+        least_steps: If there is no bound because every ``m`` of the row decayed to nothing: the last gradient came
+            about this many steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
+        never: True if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``.
+        not_finite: True if an element of the state is NaN or infinite, bool ``(N,)``.
+        underflowed: True if nothing is known because the squares of all gradients underflowed, bool ``(N,)``.
     """
 
     steps: Tensor
