@@ -62,7 +62,7 @@ def test_silent_in_between_and_died_in_between(name, schedule):
     # 5 at step 320, longer ago than 200 steps (263 where β2 is .95); 4 at step 450, longer than 80 and less than 200.
     for piece, neuron, basis in ((died, 5, "inferred"), (lately, 4, "suspected")):
         assert (piece.claim, piece.neurons.tolist(), piece.basis) == ("no gradient", [neuron], basis)
-        assert "fell silent in between" in piece.text
+        assert "stopped in between" in piece.text
     assert (alive.claim, alive.neurons.tolist()) == ("alive", [0])
     if name != "SGD":
         # By the earlier clock's bound: no later than the truth, no more than the 48 steps of a row's r before it.

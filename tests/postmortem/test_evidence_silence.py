@@ -89,19 +89,19 @@ def group_of(checkpoint, **changes):
 @pytest.mark.parametrize(
     ("make", "changes", "reason"),
     [
-        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "part of the gradient"),
-        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "part of the gradient"),
-        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "part of the gradient"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "added to the gradient"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "added to the gradient"),
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "added to the gradient"),
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), {"decoupled_weight_decay": None}, "does not say whether"),
         (lambda p: torch.optim.SGD(p), {}, "without momentum"),
-        (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock does not run"),
-        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock does not run"),
+        (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock cannot be read"),
+        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock cannot be read"),
         (lambda p: torch.optim.Adam(p), {"betas": "0.9"}, "betas are '0.9'"),
         (lambda p: torch.optim.Adam(p), {"weight_decay": math.nan}, "weight decay nan"),
         (lambda p: torch.optim.Adam(p), {"amsgrad": None, "decoupled_weight_decay": None}, "not those of Adam"),
-        (lambda p: torch.optim.Adagrad(p), {}, "no optimizer whose clock is known"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "no optimizer whose clock is known"),
-        (lambda p: torch.optim.Adamax(p), {}, "no optimizer whose clock is known"),
+        (lambda p: torch.optim.Adagrad(p), {}, "clock of such an optimizer is not known"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "clock of such an optimizer is not known"),
+        (lambda p: torch.optim.Adamax(p), {}, "clock of such an optimizer is not known"),
     ],
 )
 def test_every_reason_to_say_nothing(make, changes, reason):

@@ -1,4 +1,4 @@
-"""Readings: the optimizer's clock of each layer's rows, or the reason why it cannot be read."""
+"""Read the optimizer's clock for the rows of each layer, or report why it cannot be read."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["LayerClock", "read_clocks"]
 
 @dataclass(frozen=True, eq=False)
 class LayerClock:
-    """The clock of one layer.
+    """The optimizer's clock, read for one layer.
 
     Attributes:
         layer: The layer.
-        rule: The optimizer.
-        clock: Its clock.
-        reading: What it says of each row.
-        weights: What it says of each row without its bias: of what multiplies the layer's input.
-        parameters: Which of the layer's tensors it is of.
-        taken: Steps in which the layer was updated, where its optimizer counts them.
-        lag: Steps of its optimizer in which it was not: it was frozen then, or no gradient reached it.
-        step: The checkpoint's step at which this is so; ``None`` where it is not known.
+        rule: The optimizer that updates its weight.
+        clock: The clock of that optimizer.
+        reading: What the clock shows for each row.
+        weights: What it shows for each row without the bias, that is, for the parameters that multiply the input.
+        parameters: Names of the layer's tensors that were read.
+        taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
+        lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
+        step: The training step of the checkpoint; ``None`` = not known.
     """
 
     layer: Layer
@@ -45,51 +45,60 @@ class LayerClock:
     lag: int
     step: int | None
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the clock's steps are an upper bound (Adam and its variants), and not an estimate (SGD)."""
+        return isinstance(self.clock, AdamClock)
+
 
 def read_clocks(
     checkpoint: Checkpoint, layers: Sequence[Layer], states: Mapping[str, ParameterState]
 ) -> Iterator[LayerClock | Abstention]:
-    """Read the clock of every layer whose rows are neurons, and of every norm that has one.
+    """Yield the clock of every layer whose rows are neurons and of every norm, or why a layer has none.
 
     Args:
-        checkpoint: What the file holds.
+        checkpoint: The opened checkpoint.
         layers: Its layers.
-        states: Whose state is whose; see :func:`neuronscope.checkpoints.file.parameter_matching.match_parameters`.
+        states: The optimizer state of each parameter; see
+            :func:`neuronscope.checkpoints.file.parameter_matching.match_parameters`.
     """
     newest = _newest_steps(states)
-    decays = _DecayJudge(checkpoint, states)
-    quiet: dict[tuple[int, float], list[tuple[Layer, OptimizerRule, tuple[str, ...]]]] = {}
+    decay_check = _DecayCheck(checkpoint, states)
+    sgd_layers: dict[tuple[int, float], list[tuple[Layer, OptimizerRule, tuple[str, ...]]]] = {}
     for layer in layers:
         if layer.kind == "experts":
             yield Abstention(
                 "optimizer state",
                 layer.path,
-                "Several experts are stacked in one tensor; it is not known along which dimension their neurons lie.",
+                "Several experts are stacked in one tensor; along which dimension their neurons lie is not known.",
             )
         if layer.kind not in (*NEURON_KINDS, "norm"):
             continue
-        known = _known(checkpoint, layer, states, decays)
+        known = _find_rules(checkpoint, layer, states, decay_check)
         if isinstance(known, str):
             if layer.kind != "norm":
                 yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
             continue
         rule, names = known[layer.weight], tuple(known)
         if rule.name == "SGD":
-            place = (states[names[0]].optimizer, rule.betas[0])
-            quiet.setdefault(place, []).append((layer, rule, names))
+            key = (states[names[0]].optimizer, rule.betas[0])
+            sgd_layers.setdefault(key, []).append((layer, rule, names))
             continue
-        yield _adam(checkpoint, layer, states, known, newest)
-    for (_, momentum), found in quiet.items():
-        yield from _sgd(checkpoint, states, SGDClock(momentum), found)
+        yield _read_adam(checkpoint, layer, states, known, newest)
+    for (_, momentum), found in sgd_layers.items():
+        yield from _read_sgd(checkpoint, states, SGDClock(momentum), found)
 
 
-def _sgd(
+def _read_sgd(
     checkpoint: Checkpoint,
     states: Mapping[str, ParameterState],
     clock: SGDClock,
     found: Sequence[tuple[Layer, OptimizerRule, tuple[str, ...]]],
 ) -> Iterator[LayerClock]:
-    """Read the layers of one optimizer, by the loudest of those whose rows are neurons: a norm's numbers are larger."""
+    """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
+
+    Norms are left out of the comparison because their buffers are larger.
+    """
     whole = [_peaks(layer, states, names) for layer, _, names in found]
     largest = clock.largest(
         peaks for peaks, (layer, _, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
@@ -104,13 +113,13 @@ def _without_bias(layer: Layer, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name != layer.bias)
 
 
-def _known(
-    checkpoint: Checkpoint, layer: Layer, states: Mapping[str, ParameterState], decays: _DecayJudge
+def _find_rules(
+    checkpoint: Checkpoint, layer: Layer, states: Mapping[str, ParameterState], decay_check: _DecayCheck
 ) -> dict[str, OptimizerRule] | str:
-    """The optimizer of each tensor of a layer whose state is known; the weight's must be."""
+    """Return the optimizer of each of a layer's tensors that can be read, or why the weight cannot be read."""
     weight = states.get(layer.weight)
     if weight is None:
-        return "no entry of an optimizer's state could be tied to its weight; it may be shared with another layer"
+        return "no entry of an optimizer's state could be matched to its weight; it may be shared with another layer"
     found: dict[str, OptimizerRule] = {}
     for name in layer.incoming:
         state = states.get(name)
@@ -118,8 +127,8 @@ def _known(
             continue
         rule = recognize_optimizer(state.group, state.slots)
         if isinstance(rule, OptimizerRule) and not _fits(state, rule, checkpoint.tensors[name].shape):
-            rule = "its optimizer's state has another shape than it has"
-        reason = rule if isinstance(rule, str) else decays.reason(state, rule)
+            rule = "its optimizer's state has another shape"
+        reason = rule if isinstance(rule, str) else decay_check.reason(state, rule)
         if reason is not None and name == layer.weight:
             return reason
         if reason is None and isinstance(rule, OptimizerRule):
@@ -136,8 +145,8 @@ def _slots(rule: OptimizerRule) -> tuple[str, ...]:
     return ("momentum_buffer",) if rule.name == "SGD" else ("exp_avg", "exp_avg_sq")
 
 
-class _DecayJudge:
-    """Whether weight decay hides what is sought, optimizer by optimizer."""
+class _DecayCheck:
+    """Checks for each optimizer whether weight decay hides missing gradients."""
 
     def __init__(self, checkpoint: Checkpoint, states: Mapping[str, ParameterState]) -> None:
         self._checkpoint = checkpoint
@@ -145,25 +154,26 @@ class _DecayJudge:
         self._decoupled: dict[int, bool] = {}
 
     def reason(self, state: ParameterState, rule: OptimizerRule) -> str | None:
-        """Why a parameter's state says nothing of missing gradients; ``None`` where it does."""
+        """Return why a parameter's state cannot show missing gradients; ``None`` if it can."""
         hides_zero_gradients = rule.decay.hides_zero_gradients
         if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
             return None
         amount = f"weight decay of {rule.decay.amount:g}"
         if hides_zero_gradients is None:
             return (
-                f"the file does not say whether its {amount} is AdamW's or Adam's, which is part of the gradient and "
-                "hides missing ones"
+                f"the file does not say whether its {amount} is AdamW's or Adam's; Adam's is added to the gradient, so "
+                "that missing gradients cannot be seen"
             )
         return (
-            f"the {amount} of its optimizer ({rule.name}) is part of the gradient, so that missing ones cannot be seen"
+            f"the {amount} of its optimizer ({rule.name}) is added to the gradient, so that missing gradients cannot "
+            "be seen"
         )
 
     def _is_decoupled(self, optimizer: int) -> bool:
-        """Whether an optimizer's decay cannot be part of the gradient: a weight that is not zero never got any.
+        """Whether an optimizer's decay is certainly not added to the gradient: a nonzero weight never got a gradient.
 
-        Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` is not lost where
-        ``λ |w|`` is at least 1e-15: ``(1 − β2) 1e-30`` is far from the smallest float32.
+        Coupled decay gives a weight ``w`` the gradient ``λw`` at least once. Its square in ``v`` does not underflow if
+        ``λ |w|`` is at least 1e-15: ``(1 − β2) 1e-30`` is far above the smallest float32.
         """
         if optimizer not in self._decoupled:
             self._decoupled[optimizer] = any(
@@ -188,7 +198,7 @@ def _read(state: ParameterState, slot: str) -> torch.Tensor:
 
 
 def _newest_steps(states: Mapping[str, ParameterState]) -> dict[int, int]:
-    """The most steps that any parameter of an optimizer was updated in."""
+    """Return the largest number of updates of any parameter, by optimizer."""
     newest: dict[int, int] = {}
     for state in states.values():
         taken = steps_taken(state.slots, state.group)
@@ -209,7 +219,7 @@ def _reading(layer: Layer, state: ParameterState, rule: OptimizerRule) -> ClockR
     return clock.read(*(layer.rows(_read(state, slot)) for slot in _slots(rule)))
 
 
-def _adam(
+def _read_adam(
     checkpoint: Checkpoint,
     layer: Layer,
     states: Mapping[str, ParameterState],

@@ -58,7 +58,7 @@ class Layer:
         axis: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of
             GPT-2, a transposed convolution).
         inputs: Size of the weight's other leading dimension: input features, or input channels of a group.
-        sure: Whether shapes alone say which dimension is which; else it is the usual one.
+        axis_known: True if shapes determine ``axis``; else it is the usual one.
 
     >>> layer = Layer("fc", "linear", "fc.weight", None, None, width=3, axis=1, inputs=2)
     >>> import torch

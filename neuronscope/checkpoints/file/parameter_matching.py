@@ -239,5 +239,6 @@ def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
         )
     return (
         f"The parameters of {which} are not known: the file has numbers and no names, and parameters of equal shape "
-        "could be swapped. Give `model=`, or pass `model.named_parameters()` to the optimizer, so that torch saves the names."
+        "could be swapped. Give `model=`, or pass `model.named_parameters()` to the optimizer, so that torch saves the "
+        "names."
     )
