@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.demo.digits import Digits, load_digits
 from scripts.dying_networks import CASES, Case, Ints, Truth, as_checkpoint, train
 
@@ -48,7 +48,7 @@ class Rows:
 
 def compare(checkpoint: Checkpoint, truth: Truth, paths: tuple[str, ...] = ()) -> Rows:
     """The clock of a checkpoint beside the truth, row by row."""
-    evidence, _ = examine(checkpoint)
+    evidence, _ = examine_file(checkpoint)
     parts = []
     for path in paths or tuple(truth.last):
         last = truth.last[path]
@@ -124,7 +124,7 @@ def compare_two(earlier: Checkpoint, later: Checkpoint, truth: Truth, paths: tup
     *Silent*: a gradient before the earlier one and none between the two. *Trained*: one in between. *Died*: one in
     between and none for 100 steps or more.
     """
-    evidence, _ = examine(later, earlier=earlier)
+    evidence, _ = examine_file(later, earlier=earlier)
     counts = dict.fromkeys(Between.__dataclass_fields__, 0)
     first = earlier.step or 0
     for path in paths or tuple(truth.last):

@@ -1,4 +1,4 @@
-"""Checkpoint: what every reader makes of a file or a folder, whatever its format. Tensors are read one at a time."""
+"""The contents of a checkpoint, the same for every file format. Tensors are read one at a time."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ __all__ = ["Checkpoint", "OptimizerState", "StoredTensor"]
 
 
 class StoredTensor(Protocol):
-    """A tensor that lies in a checkpoint and has not been read: its shape and type are known, its numbers are not."""
+    """A tensor in a checkpoint that is not in memory: its shape and dtype are known, its values are not."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The tensor's shape."""
         ...
 
     @property
     def dtype(self) -> str:
-        """Name of its type, as in ``float32``."""
+        """Name of the tensor's dtype, such as ``float32``."""
         ...
 
     def read(self) -> Tensor:
-        """The tensor on the CPU, in its own type; held by nobody but the caller.
+        """Read the tensor to the CPU, in its own shape and dtype. No reference to it is kept.
 
         Raises:
-            CheckpointError: The bytes are not what the file says that they are.
+            CheckpointError: The bytes differ from what the file declares.
         """
         ...
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """The state of one optimizer, as it was saved; which parameter is whose is not decided here.
+    """The saved state of one optimizer. It is not yet matched to the network's parameters.
 
     Attributes:
         groups: The parameter groups in order: hyperparameters as they were saved (``lr``, ``betas``, ``weight_decay``,
-            …), ``params`` a list of keys into ``slots``, and ``param_names`` where torch saved them.
-        slots: By key (a number, or the parameter's name), what is kept of each parameter: ``exp_avg``, ``exp_avg_sq``,
-            ``momentum_buffer`` … as a :class:`StoredTensor`; ``step`` and other numbers as a number.
+            …), ``params`` as a list of keys into ``slots``, and ``param_names`` if torch saved them.
+        slots: The state of each parameter by its key (a number, or the parameter's name): ``exp_avg``,
+            ``exp_avg_sq``, ``momentum_buffer`` … as a :class:`StoredTensor`; ``step`` and other numbers as a number.
     """
 
     groups: tuple[Mapping[str, Any], ...]
@@ -51,19 +51,19 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What lies in a checkpoint.
+    """The contents of a checkpoint.
 
     Attributes:
-        path: Where it is.
-        format: What it is, for a reader: ``Lightning checkpoint``, ``safetensors, 4 files`` …
-        tensors: Parameters and buffers of the network by name, in the order of the file; wrappers' prefixes are taken
-            off the names (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``).
-        optimizers: The states of its optimizers.
-        records: What Neuronscope's own monitor left in it: the state of each, by the key it was found under.
-        step: Optimizer steps that had been taken, where the file says.
-        config: A network's configuration beside it (a Hugging Face folder's ``config.json``), else empty.
-        hyperparameters: What a LightningModule was built with, as far as it is plain: arguments by name, else empty.
-        notes: Sentences that a reader should know.
+        path: The file or folder.
+        format: The format, as shown to a reader: ``Lightning checkpoint``, ``safetensors, 4 files`` …
+        tensors: Parameters and buffers of the network by name, in the order of the file. Prefixes of wrappers
+            (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``) are removed from the names.
+        optimizers: The states of the optimizers.
+        records: The states of Neuronscope's own monitors, by the key under which each was found.
+        step: Number of optimizer steps taken; ``None`` if the file does not hold it.
+        config: The network's configuration (``config.json`` of a Hugging Face folder); empty if there is none.
+        hyperparameters: Arguments that a LightningModule was created with, by name, if they are plain data.
+        notes: Sentences that the report shows to the reader.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""The command ``neuronscope postmortem``: its arguments, progress bars on a terminal, files to write, exit code."""
+"""The command ``neuronscope postmortem``: its arguments, progress bars, output files and exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuronscope.checkpoints.data.user_code import told
+from neuronscope.checkpoints.data.user_code import describe_exception
 from neuronscope.errors import UsageError
 from neuronscope.output import check_writable, print_and_flush, write_file
 
@@ -21,52 +21,64 @@ if TYPE_CHECKING:
 
 __all__ = ["add_postmortem"]
 
-FINE, FAILED = 0, 1
+EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to a command line; its ``call`` gives the exit code."""
+    """Add the command to a parser; its default ``call`` runs it and returns the exit code."""
     command = commands.add_parser(
         "postmortem",
         help="find out from a checkpoint which neurons are dead, since when, how sure that is, and why",
         description=(
-            "Reads a checkpoint and says which neurons are dead, since when, how sure that is, and why. The file alone "
-            "will do; a model adds proofs, data exact counts. Exit code 0: fine; 1: --fail-above; 2: bad use, or a "
-            "checkpoint that cannot be read."
+            "Reads a checkpoint and reports which neurons are dead, since when, how sure that is, and why. The file "
+            "alone is enough; a model adds proofs, and data adds exact counts. Exit codes: 0: fine; 1: the check of "
+            "--fail-above failed; 2: wrong usage, or a checkpoint that cannot be read."
         ),
     )
     command.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a file or a folder")
     command.add_argument(
         "--model",
         metavar="PKG.MOD:FACTORY",
-        help="the network: a function or class that makes it, or a Hugging Face folder",
+        help="the network: a function or class that creates it, or a Hugging Face folder",
     )
-    command.add_argument("--data", metavar="PKG.MOD:FACTORY", help="a function that gives batches to run it over")
+    command.add_argument(
+        "--data", metavar="PKG.MOD:FACTORY", help="a function that returns batches to run the network on"
+    )
     command.add_argument(
         "--example",
         metavar="SHAPE|PKG.MOD:FN",
         help=(
-            "an input to run the network on once, where none can be guessed: a shape, as 1x3x224x224 (several inputs: "
-            "1x3x224x224,1x7; of another type: 1x16:int64), or a function that makes it"
+            "an input for one forward pass, needed if none can be guessed: a shape such as 1x3x224x224 (several "
+            "inputs: 1x3x224x224,1x7; another dtype: 1x16:int64), or a function that returns the input"
         ),
     )
-    command.add_argument("--loss", metavar="PKG.MOD:FN", help="loss(output, batch): adds gradients")
-    command.add_argument("--earlier", metavar="CKPT", help="an earlier checkpoint of the same run: sharpens since when")
+    command.add_argument("--loss", metavar="PKG.MOD:FN", help="a function loss(output, batch); adds gradients")
     command.add_argument(
-        "--box", nargs=2, type=float, metavar=("LOW", "HIGH"), help="every element of the input lies between these"
+        "--earlier", metavar="CKPT", help="an earlier checkpoint of the same run; narrows down when neurons died"
     )
-    command.add_argument("--trust", action="store_true", help="unpickle what names code: this runs the file's code")
-    command.add_argument("--html", type=Path, metavar="F", help="write a page to look at")
-    command.add_argument("--json", type=Path, metavar="F", help="write everything, for programs")
-    command.add_argument("--markdown", type=Path, metavar="F", help="write markdown")
+    command.add_argument(
+        "--box",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="bounds of every element of the input; proofs then hold within them",
+    )
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="allow full unpickling; this runs code in the file, so only for files that you trust",
+    )
+    command.add_argument("--html", type=Path, metavar="F", help="write an HTML page")
+    command.add_argument("--json", type=Path, metavar="F", help="write the whole report as JSON")
+    command.add_argument("--markdown", type=Path, metavar="F", help="write Markdown")
     command.add_argument(
         "--fail-above",
         type=_percentage,
         metavar="PCT",
         help=(
-            "exit code 1 when more than PCT percent of all neurons are dead, never trained or without gradient on firm "
-            "ground (proved, measured, inferred; what is only suspected, and layers that are idle as a whole, do not "
-            "count), when a whole layer has collapsed, or when any neuron is not finite"
+            "exit with code 1 if more than PCT percent of all neurons are dead, never trained or without gradient, if "
+            "a whole layer has collapsed, or if any neuron is NaN or infinite. Proved, measured and inferred verdicts "
+            "count; suspected ones and layers that get no gradient as a whole do not"
         ),
     )
     command.set_defaults(call=_run)
@@ -78,8 +90,8 @@ def _run(parsed: argparse.Namespace) -> int:
     targets: list[tuple[Path, str]] = [
         (path, kind) for kind in ("html", "json", "markdown") if (path := getattr(parsed, kind)) is not None
     ]
-    _each_written((path, partial(check_writable, path)) for path, _ in targets)
-    with _bars() as progress:
+    _write_all((path, partial(check_writable, path)) for path, _ in targets)  # before the long work begins
+    with _progress_bars() as progress:
         try:
             report = postmortem(
                 parsed.checkpoint,
@@ -92,14 +104,14 @@ def _run(parsed: argparse.Namespace) -> int:
                 trust=parsed.trust,
                 progress=progress,
             )
-        except SystemExit as error:  # of the model's or the data's own methods, wherever they are called
-            raise UsageError(f"Expected the model and the data to be usable, but their code {told(error)}") from error
-    tasks: list[tuple[Path | str, Callable[[], None]]] = [
-        ("to standard output", lambda: print_and_flush(f"{report}\n"))
-    ]
+        except SystemExit as error:  # raised by a method of the model or the data, wherever it is called
+            raise UsageError(
+                f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
+            ) from error
+    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_and_flush(f"{report}\n"))]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
-    _each_written(tasks)
-    return FINE if parsed.fail_above is None else _checked(report, parsed.fail_above)
+    _write_all(tasks)
+    return EXIT_OK if parsed.fail_above is None else _check(report, parsed.fail_above)
 
 
 def _write(report: PostmortemReport, kind: str, path: Path) -> None:
@@ -107,21 +119,22 @@ def _write(report: PostmortemReport, kind: str, path: Path) -> None:
     write_file(path, render())
 
 
-def _each_written(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
-    """Write to each target, though one before it failed.
+def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
+    """Write to every target, even if one before it failed.
 
     Args:
-        tasks: Targets, as a message names them, and what writes to each.
+        tasks: The name of each target for messages, and a function that writes to it.
 
     Raises:
-        UsageError: Some could not be written to.
+        UsageError: Some targets cannot be written to.
     """
-    faults = [fault for target, write in tasks if (fault := _fault(target, write)) is not None]
-    if faults:
-        raise UsageError(f"Cannot write {'; '.join(faults)}.")
+    failures = [failure for target, write in tasks if (failure := _try_write(target, write)) is not None]
+    if failures:
+        raise UsageError(f"Cannot write {'; '.join(failures)}.")
 
 
-def _fault(target: Path | str, write: Callable[[], None]) -> str | None:
+def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
+    """Write to one target, and return why it failed, or ``None``."""
     try:
         write()
     except OSError as error:
@@ -129,29 +142,29 @@ def _fault(target: Path | str, write: Callable[[], None]) -> str | None:
     return None
 
 
-def _checked(report: PostmortemReport, limit: float) -> int:
-    """The exit code of ``--fail-above``; says on standard error what was compared."""
+def _check(report: PostmortemReport, limit: float) -> int:
+    """Return the exit code of ``--fail-above``, and print to standard error why the check failed."""
     dead = report.dead_percent
-    said = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) dead on firm ground"
+    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead"
     if report.not_finite:
-        print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {said}.", file=sys.stderr)
-        return FAILED
+        print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {counted}.", file=sys.stderr)
+        return EXIT_FAILED
     if report.collapsed:
         which = f"layer{'s' if len(report.collapsed) > 1 else ''} {', '.join(report.collapsed[:3])}"
         more = f" and {len(report.collapsed) - 3} more" if len(report.collapsed) > 3 else ""
-        print(f"neuronscope: failed: {which}{more} collapsed, no neuron is left; {said}.", file=sys.stderr)
-        return FAILED
+        print(f"neuronscope: failed: {which}{more} collapsed, no neuron is left; {counted}.", file=sys.stderr)
+        return EXIT_FAILED
     if math.isnan(dead):
-        raise UsageError("Expected neurons to compare with --fail-above, but no layer could be examined.")
+        raise UsageError("Expected neurons to compare with --fail-above, but no layer was examined.")
     if dead > limit:
-        print(f"neuronscope: failed: {said}, more than {limit:g} %.", file=sys.stderr)
-        return FAILED
-    return FINE
+        print(f"neuronscope: failed: {counted}, more than {limit:g} %.", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Progress | None]:
-    """Progress bars on standard error; none where that is no terminal."""
+def _progress_bars() -> Iterator[Progress | None]:
+    """Show progress bars on standard error; yield ``None`` if standard error is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

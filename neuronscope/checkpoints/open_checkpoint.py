@@ -1,6 +1,6 @@
-"""Reading: from a path to a :class:`~neuronscope.checkpoints.checkpoint.Checkpoint`, whatever is there.
+"""Open a checkpoint of any supported format as a :class:`~neuronscope.checkpoints.checkpoint.Checkpoint`.
 
-Formats are told by content. Nothing that a checkpoint names is imported or run unless the user says that it is trusted.
+The format is recognised by the content. No code that a checkpoint names is imported or run, unless the user trusts it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ __all__ = ["open_checkpoint"]
 
 
 def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
-    """What lies in a checkpoint, without its numbers: those are read tensor by tensor when they are asked for.
+    """Open a checkpoint without loading its tensors; each tensor is read when it is needed.
 
-    Files of ``torch.save`` (a ``state_dict``, a training checkpoint, Lightning's), safetensors, weights in several
-    files with their index, folders of Hugging Face and ``torch.distributed.checkpoint``: see ``docs/checkpoints.md``.
+    Supported are files of ``torch.save`` (a ``state_dict``, a training checkpoint, Lightning's), safetensors, sharded
+    weights with an index file, folders of Hugging Face and of ``torch.distributed.checkpoint``: see
+    ``docs/checkpoints.md``.
 
     Args:
-        path: A file, or a folder that is a checkpoint.
-        trust: Unpickle what names code, **which runs it**. Without it such a file is refused.
+        path: The checkpoint file or folder.
+        trust: Allow full unpickling. **This runs code in the file.** Without it, a file that needs this is refused.
 
     Raises:
-        CheckpointError: It is not there, damaged, foreign, or would have to be unpickled; in one sentence or two.
+        CheckpointError: The checkpoint does not exist, is damaged, has an unknown format, or needs full unpickling.
 
     >>> import tempfile, torch
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""PostmortemReport: the verdicts on a checkpoint's neurons as plain data, with all that was said for and against each.
+"""PostmortemReport: the verdicts on a checkpoint's neurons as plain data, with the evidence for and against each.
 
-It has the face of :class:`neuronscope.report.report.Report`, yet holds no counts: a checkpoint has no positions,
-windows or activations, and a verdict on it has one of four bases. No torch here.
+It has the same interface as :class:`neuronscope.report.report.Report`, but no counts: a checkpoint has no positions,
+windows or activations. Each verdict names its basis: proved, measured, inferred or suspected. No torch here.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ from neuronscope.report.report import NotMeasured
 
 __all__ = ["LEVELS", "SCHEMA_VERSION", "PostmortemReport"]
 
-#: Version of the plain data that :meth:`PostmortemReport.to_dict` gives. Raised when a field is renamed or removed.
+#: Version of what :meth:`PostmortemReport.to_dict` returns. It is raised when a field is renamed, moved or removed.
 SCHEMA_VERSION = 2
-#: What was at hand, by level.
+#: What the post-mortem had to work with, by level.
 LEVELS = {"file": "the checkpoint alone", "model": "the checkpoint and the model", "data": "the model over data"}
 
 
 @dataclass(frozen=True, eq=False)
 class PostmortemReport(Renderable):
-    """What a checkpoint says of the neurons of its network: which are dead, since when, how sure that is, and why.
+    """Which neurons of a checkpoint are dead, since when, how sure that is, and why.
 
-    Printing it gives a table by layer. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown` draw it elsewhere.
+    Printing it shows a table of the layers. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown` return it in
+    other formats.
 
     Attributes:
-        path: Where the checkpoint is.
-        format: What it is: ``Lightning checkpoint`` …
-        global_step: Optimizer steps that had been taken; ``None`` = the file does not say.
-        level: What was at hand, a key of :data:`LEVELS`.
-        model: Class name of the model; ``""`` where none was given.
-        layers: One :class:`LayerReport` a layer.
-        abstentions: Sources that could say nothing, and why.
-        diagnoses: Signs that were found, with cause and remedy.
-        confirmations: How what was not measured fared where it was.
+        path: The checkpoint file or folder.
+        format: Its format: ``Lightning checkpoint`` …
+        global_step: Number of optimizer steps taken; ``None`` if the file does not hold it.
+        level: What the post-mortem had to work with, a key of :data:`LEVELS`.
+        model: Class name of the model; ``""`` if none was given.
+        layers: One :class:`LayerReport` per layer.
+        abstentions: What could not be examined, and why.
+        diagnoses: Symptoms that were found, with cause and remedy.
+        confirmations: How often measurements agreed with claims that rest on something else.
         notes: Sentences that a reader should know.
-        versions: Versions of neuronscope, torch and numpy that made it.
+        versions: Versions of neuronscope, torch and numpy that made the report.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
@@ -66,77 +67,80 @@ class PostmortemReport(Renderable):
 
     @property
     def neurons(self) -> int:
-        """Neurons of all layers."""
+        """Number of neurons in all layers."""
         return sum(layer.neurons for layer in self.layers)
 
     @property
     def dead(self) -> int:
-        """Neurons that are dead, never trained or without gradient: proved, measured or inferred; idle ones are not."""
+        """Number of neurons that are dead, never trained or without gradient (proved, measured or inferred).
+
+        Suspected and idle neurons are not included.
+        """
         return sum(layer.dead for layer in self.layers)
 
     @property
     def suspected(self) -> int:
-        """Neurons that are only suspected to be so; in no total and no share."""
+        """Number of neurons that may be dead; not included in any total or percentage."""
         return sum(layer.suspected for layer in self.layers)
 
     @property
     def dead_percent(self) -> float:
-        """``dead`` in percent of all neurons, unknown ones too: at least so many; NaN where there are none."""
+        """``dead`` in percent of all neurons, unknown ones included, thus a lower bound; NaN without neurons."""
         return 100.0 * self.dead / self.neurons if self.neurons else float("nan")
 
     @property
     def not_finite(self) -> int:
-        """Neurons with NaN or infinite weights or outputs."""
+        """Number of neurons with NaN or infinite weights or outputs."""
         return self.count("not finite")
 
     @property
     def unknown(self) -> int:
-        """Neurons of which nothing that stands was said."""
+        """Number of neurons without any valid evidence."""
         return self.count("unknown")
 
     @property
     def idle(self) -> int:
-        """Neurons that get no gradient because their whole layer gets none; not counted as dead."""
+        """Number of neurons that get no gradient because their whole layer gets none; not counted as dead."""
         return sum(int(layer.idle.sum()) for layer in self.layers)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
-        """Names of layers of which no neuron is left, on firm ground."""
+        """Names of the layers in which every neuron is dead (proved, measured or inferred)."""
         return tuple(layer.name for layer in self.layers if layer.collapse == "firm")
 
     @property
     def contested(self) -> int:
-        """Neurons of which both *alive* and its opposite were said."""
+        """Number of neurons for which there is evidence of both *alive* and its opposite."""
         return sum(int(layer.contested.sum()) for layer in self.layers)
 
     @property
     def not_measured(self) -> tuple[NotMeasured, ...]:
-        """The abstentions, as in a report of a watched run."""
+        """The abstentions in the form that a report on a training run uses."""
         return tuple(NotMeasured(one.layer or one.source, f"{one.source}: {one.reason}") for one in self.abstentions)
 
     def count(self, label: str) -> int:
-        """Neurons that bear a label on firm ground."""
+        """Return the number of neurons with a label (proved, measured or inferred)."""
         return sum(layer.count(label) for layer in self.layers)
 
     def dead_by_basis(self) -> dict[str, int]:
-        """``dead`` by its basis, surest first."""
+        """Return the number of dead neurons by basis, the surest basis first."""
         return {basis: sum(layer.dead_by_basis()[basis] for layer in self.layers) for basis in FIRM}
 
     def __getitem__(self, name: str) -> LayerReport:
-        """The layer called ``name``."""
+        """Return the layer called ``name``."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise KeyError(name)
 
     def verdicts(self) -> Iterator[PostmortemVerdict]:
-        """Every neuron that is not plainly alive or unknown, and every contested one, layer by layer."""
+        """Yield a verdict for every neuron that is neither alive nor unknown, and for every contested one."""
         for layer in self.layers:
             for neuron in np.flatnonzero(layer.contested | (layer.labels < CLAIMS.index("alive"))).tolist():
                 yield layer.verdict(neuron)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report as plain data: dicts, lists, strings and numbers; what is not known is ``None``."""
+        """Return the report as plain data: dicts, lists, strings and numbers; ``None`` = not known."""
         return {
             "schema_version": self.schema_version,
             "path": self.path,

@@ -1,4 +1,4 @@
-"""Progress: how far long reading and scanning have come, for whoever wants to show it; and what passes by, noted."""
+"""Report the progress of reading a checkpoint and of scanning batches."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
-from neuronscope.checkpoints.data.user_arguments import checked_batches
+from neuronscope.checkpoints.data.user_arguments import check_batches
 
-__all__ = ["Progress", "watched_batches", "watched_reading"]
+__all__ = ["Progress", "track_batches", "track_reading"]
 
-#: ``progress(what, done, total)``: of ``what``, ``done`` is done; ``total`` is ``None`` where it is not known.
+#: ``progress(what, done, total)``: the task, how many of its items are done, and of how many (``None`` = not known).
 Progress = Callable[[str, int, "int | None"], None]
 
 
 class _ReadProgress:
-    """How many tensors of a checkpoint have been read at least once."""
+    """Counts the tensors of a checkpoint that were read at least once."""
 
     def __init__(self, what: str, total: int, progress: Progress) -> None:
         self._what, self._total, self._progress = what, total, progress
         self._done = 0
         progress(what, 0, total)
 
-    def one_more(self) -> None:
+    def count_one(self) -> None:
         self._done += 1
         self._progress(self._what, self._done, self._total)
 
 
 @dataclass
-class _Watched:
-    """A stored tensor that says when it is read for the first time."""
+class _TrackedTensor:
+    """A stored tensor that is counted when it is read for the first time."""
 
     tensor: StoredTensor
-    reading: _ReadProgress
-    seen: bool = False
+    read_progress: _ReadProgress
+    was_read: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,43 +48,58 @@ class _Watched:
         return self.tensor.dtype
 
     def read(self) -> Tensor:
-        read = self.tensor.read()
-        if not self.seen:
-            self.seen = True
-            self.reading.one_more()
-        return read
+        values = self.tensor.read()
+        if not self.was_read:
+            self.was_read = True
+            self.read_progress.count_one()
+        return values
 
 
-def watched_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
-    """The checkpoint, whose tensors tell ``progress`` when they are read."""
+def track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
+    """Return the checkpoint with tensors that report to ``progress`` when they are read.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        what: Name of the task, passed to ``progress``.
+        progress: The function to call; with ``None`` the checkpoint is returned unchanged.
+    """
     if progress is None:
         return checkpoint
-    stored = sum(
-        not isinstance(held, (int, float))
-        for one in checkpoint.optimizers
-        for slots in one.slots.values()
-        for held in slots.values()
+    in_slots = sum(
+        not isinstance(value, (int, float))
+        for optimizer in checkpoint.optimizers
+        for slots in optimizer.slots.values()
+        for value in slots.values()
     )
-    reading = _ReadProgress(what, len(checkpoint.tensors) + stored, progress)
+    read_progress = _ReadProgress(what, len(checkpoint.tensors) + in_slots, progress)
 
-    def watched(held: StoredTensor | float) -> StoredTensor | float:
-        return held if isinstance(held, (int, float)) else _Watched(held, reading)
+    def track(value: StoredTensor | float) -> StoredTensor | float:
+        return value if isinstance(value, (int, float)) else _TrackedTensor(value, read_progress)
 
-    def state(one: OptimizerState) -> OptimizerState:
-        slots = {key: {name: watched(held) for name, held in kept.items()} for key, kept in one.slots.items()}
-        return replace(one, slots=slots)
+    def track_optimizer(optimizer: OptimizerState) -> OptimizerState:
+        slots = {key: {name: track(value) for name, value in kept.items()} for key, kept in optimizer.slots.items()}
+        return replace(optimizer, slots=slots)
 
-    tensors: Mapping[str, StoredTensor] = {name: _Watched(held, reading) for name, held in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, optimizers=tuple(map(state, checkpoint.optimizers)))
+    tensors: Mapping[str, StoredTensor] = {
+        name: _TrackedTensor(tensor, read_progress) for name, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors, optimizers=tuple(map(track_optimizer, checkpoint.optimizers)))
 
 
-def watched_batches(
-    data: Iterable[Any], what: str, progress: Progress | None, note: Callable[[Any], None]
+def track_batches(
+    data: Iterable[Any], what: str, progress: Progress | None, on_batch: Callable[[Any], None]
 ) -> Iterator[Any]:
-    """The batches of ``data``, each noted as it passes by, and told to ``progress``."""
+    """Yield the batches of ``data``, and report each one to ``progress`` after it was used.
+
+    Args:
+        data: The user's batches; each is checked to be one.
+        what: Name of the task, passed to ``progress``.
+        progress: The function to call, or ``None``.
+        on_batch: Called with each batch before it is yielded.
+    """
     total = length_hint(data, -1) if progress is not None else -1
-    for done, batch in enumerate(checked_batches(data), start=1):
-        note(batch)
+    for done, batch in enumerate(check_batches(data), start=1):
+        on_batch(batch)
         yield batch
         if progress is not None:
             progress(what, done, total if total >= 0 else None)

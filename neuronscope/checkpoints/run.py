@@ -1,4 +1,4 @@
-"""Inquest: opens a checkpoint, hears every examiner that there is something for, and brings it all to a report."""
+"""Run a post-mortem: open a checkpoint, examine it in every way that the arguments allow, and report the verdicts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import neuronscope
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
-from neuronscope.checkpoints.data.user_arguments import batches_of, example_of, first_of, loss_of
+from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
-from neuronscope.checkpoints.file.examine_file import examine
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
+from neuronscope.checkpoints.file.examine_file import examine_file
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers, normalised_layers, unexamined_types
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
-from neuronscope.checkpoints.file.training_settings import dead_norms, decay_of, learning_rates
+from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import listed
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.progress import Progress, watched_batches, watched_reading
-from neuronscope.checkpoints.verdict.combine import assemble, confirmations, tied
-from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
+from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
+from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
@@ -49,30 +49,34 @@ def postmortem(
     trust: bool = False,
     progress: Progress | None = None,
 ) -> PostmortemReport:
-    """Find out from a checkpoint which neurons are dead, since when, how sure that is, and why.
+    """Report which neurons of a checkpoint are dead, since when, how sure that is, and why.
+
+    The checkpoint alone is enough: its weights, its optimizer state and the records of Neuronscope's monitor are
+    examined. A model adds proofs and the names of sites; data adds exact counts.
 
     Args:
         path: The checkpoint: a file or a folder.
-        model: The network that it is of: a module (its weights are replaced by the checkpoint's), a function that makes
-            one, ``pkg.mod:name`` of either, or a Hugging Face folder. Adds names of sites and what can be proved.
-        data: Batches as :func:`neuronscope.scan` takes them, a function that makes them, or ``pkg.mod:name`` of either.
-            Adds what is measured. Needs ``model``.
-        loss: ``loss(output, batch)`` → scalar, or its ``pkg.mod:name``; adds gradients. Needs ``data``.
-        earlier: An earlier checkpoint of the same run; sharpens since when.
-        box: ``(low, high)``: between which numbers every element of the input lies. Proofs then hold there.
-        example: An input to run the model on once, where it cannot be told from the model or the data: a tensor, a
-            tuple of arguments, a mapping of named ones, or a function that makes one of these; or as text, a shape
-            (``1x3x224x224``; several: ``1x3x224x224,1x7``; of another type: ``1x16:int64``) or the function's
-            ``pkg.mod:name``. Needs ``model``.
-        trust: Unpickle what names code, **which runs it**.
-        progress: ``progress(what, done, total)``, called while reading and scanning.
+        model: The network of the checkpoint: a module (its weights are replaced by the checkpoint's), a function that
+            returns one, ``pkg.mod:name`` of either, or a Hugging Face folder. Adds the names of sites and proofs.
+        data: Batches as :func:`neuronscope.scan` takes them, a function that returns them, or ``pkg.mod:name`` of
+            either. Adds measurements. Needs ``model``.
+        loss: ``loss(output, batch)`` → scalar tensor, or its ``pkg.mod:name``. Adds gradients. Needs ``data``.
+        earlier: An earlier checkpoint of the same run. It narrows down when neurons died.
+        box: ``(low, high)``: bounds of every element of the input. Proofs then hold for inputs within these bounds.
+            Needs ``model``.
+        example: An input for one forward pass, if neither the model nor the data shows what an input looks like: a
+            tensor, a tuple of positional arguments, a mapping of named arguments, or a function that returns one of
+            these. As text: a shape (``1x3x224x224``; several inputs: ``1x3x224x224,1x7``; another dtype:
+            ``1x16:int64``) or the function's ``pkg.mod:name``. Needs ``model``.
+        trust: Allow full unpickling. **This runs code in the file**, so only for files that you trust.
+        progress: ``progress(what, done, total)``, called while tensors are read and batches are scanned.
 
     Returns:
-        A report that can be printed and drawn.
+        The report. It can be printed and written as HTML, JSON and Markdown.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit the model.
-        UsageError: An argument is not what is expected, or a function of the user's fails.
+        UsageError: An argument has the wrong type or value, or a function of the user fails.
 
     >>> import tempfile, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
@@ -90,50 +94,58 @@ def postmortem(
         ("example", example, "model", model is not None),
     ):
         if value is not None and not present:
-            raise UsageError(f"Expected argument `{needed}` with `{name}`: without it there is nothing to use it on.")
-    checkpoint = watched_reading(open_checkpoint(path, trust=trust), "reading", progress)
+            raise UsageError(f"Expected argument `{needed}` with `{name}`: `{name}` is used only together with it.")
+
+    # Open the checkpoint, and resolve what the user passed as text or as functions.
+    checkpoint = track_reading(open_checkpoint(path, trust=trust), "reading", progress)
     before = None
     if earlier is not None:
-        before = watched_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
+        before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
     network = None if model is None else build_model(model, checkpoint)
-    batches = batches_of(data)
-    measure_loss = loss_of(loss)
-    if network is not None:
-        example = example_of(example, network)
-    names = None if network is None else [name for name, _ in network.named_parameters()]
-    evidence, abstentions = examine(checkpoint, parameter_names=names, earlier=before)
+    batches = resolve_batches(data)
+    loss_function = resolve_loss(loss)
+    example_input = None if network is None else resolve_example(example, network)
+
+    # Examine the file: the weights, the optimizer state, the records of a monitor.
+    parameter_names = None if network is None else [name for name, _ in network.named_parameters()]
+    evidence, abstentions = examine_file(checkpoint, parameter_names=parameter_names, earlier=before)
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
-    widths = {layer.path: layer.width for layer in layers}
-    sites: Mapping[str, str] = {}
-    given = Examination((), (), {})
     notes = list(checkpoint.notes)
-    for kind, names in unexamined_types(checkpoint.tensors).items():
-        notes.append(f"Weights and biases of type {kind} are not examined: {listed(names)}.")
-    moments = InputMoments()
+    for dtype, names in unexamined_types(checkpoint.tensors).items():
+        notes.append(f"Weights and biases of type {dtype} are not examined: {listed(names)}.")
+
+    # Examine the model: which site each layer leads to, which neurons provably never fire, which ones nothing reads.
+    examination = Examination((), (), {})
     if network is not None:
-        first, batches = first_of(batches)
-        given = examine_model(network, example=example, batch=first, box=box)
-        sites = given.ties
-        if given.searched:  # then who reads which neuron is known, and need not be guessed from names
+        first, batches = first_batch(batches)
+        examination = examine_model(network, example=example_input, batch=first, box=box)
+        if examination.searched:  # The trace shows what reads each neuron; guesses from names are no longer needed.
             evidence = [one for one in evidence if one.claim != "unread"]
-        evidence = [*tied(evidence, sites), *given.evidence]
-        abstentions += [*given.abstentions]
+        evidence = [*name_by_site(evidence, examination.ties), *examination.evidence]
+        abstentions += examination.abstentions
+
+    # Measure: run the network over the data, and check that no proof is contradicted.
+    moments = InputMoments()
     if network is not None and batches is not None:
-        measured, unmeasured = _measured(
-            network, watched_batches(batches, "scanning", progress, moments.add), measure_loss
-        )
-        evidence, abstentions = [*evidence, *measured], [*abstentions, *unmeasured]
+        batches = track_batches(batches, "scanning", progress, moments.add)
+        with user_code("Expected the model to run over the data"):
+            measured, unmeasured, _ = measure(network, batches, loss_function)
+        evidence = [*evidence, *measured]
+        abstentions += unmeasured
         notes += contradictions(evidence)
-    said = assemble(evidence, _named(widths, sites, evidence))
-    decay = decay_of(checkpoint)
-    facts = facts_of(
-        said,
+
+    # Combine all evidence on a neuron into one verdict, then look for the causes of death.
+    verdicts = combine_evidence(evidence, _widths_by_name(layers, examination.ties, evidence))
+    decay = weight_decay_per_step(checkpoint)
+    facts = postmortem_facts(
+        verdicts,
         step=checkpoint.step,
         learning_rates=learning_rates(checkpoint),
         decay=decay,
-        dead_norms=dead_norms(said, layers, sites, checkpoint) if decay > 0 else {},  # else not worth a second reading
+        # Reads each weight once more, which only weight decay makes worth while.
+        dead_norm_ratios=dead_norm_ratios(verdicts, layers, examination.ties, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
-        **_surroundings(checkpoint, given),
+        **_layer_facts(checkpoint, examination),
     )
     return PostmortemReport(
         path=str(path),
@@ -141,44 +153,34 @@ def postmortem(
         global_step=checkpoint.step,
         level="file" if network is None else "model" if batches is None else "data",
         model="" if network is None else type(network).__name__,
-        layers=said,
+        layers=verdicts,
         abstentions=tuple(abstentions),
         diagnoses=diagnose(facts),
-        confirmations=confirmations(said),
+        confirmations=confirmations(verdicts),
         notes=tuple(notes),
-        versions={
-            "neuronscope": neuronscope.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
 
 
-def _measured(
-    network: nn.Module, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None
-) -> tuple[Sequence[Evidence], Sequence[Abstention]]:
-    with user_code("Expected the model to run over the data"):
-        measured, unmeasured, _ = measure(network, batches, loss)
-    return measured, unmeasured
+def _widths_by_name(
+    layers: Sequence[Layer], layer_to_site: Mapping[str, str], evidence: Sequence[Evidence]
+) -> dict[str, int]:
+    """Return the width of each layer by its name in the evidence: its site, if that is as wide, else its path."""
+    widths = {one.layer: one.width for one in evidence}
+    found: dict[str, int] = {}
+    for layer in layers:
+        site = layer_to_site.get(layer.path, layer.path)
+        found[site if widths.get(site, layer.width) == layer.width else layer.path] = layer.width
+    return found
 
 
-def _surroundings(checkpoint: Checkpoint, given: Examination) -> dict[str, Any]:
-    """What is known of the layers besides their neurons: by the model, by a monitor's record, by the file's layers."""
+def _layer_facts(checkpoint: Checkpoint, examination: Examination) -> dict[str, Any]:
+    """Return the kinds and norms of layers as the model, the monitor's records and the file's layers show them."""
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
-    normalised = {given.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
+    normalised = {examination.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
     return {
-        "kinds": {**{site.name: site.kind for site in recorded}, **given.kinds},
-        "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *given.normalised},
+        "kinds": {**{site.name: site.kind for site in recorded}, **examination.kinds},
+        "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *examination.normalised},
         "observed_every": max(map(observed_every, records), default=1),
     }
-
-
-def _named(widths: Mapping[str, int], sites: Mapping[str, str], evidence: Sequence[Evidence]) -> dict[str, int]:
-    """Widths by the names that evidence is under: a tied layer's site, where the two are equally wide."""
-    seen = {one.layer: one.width for one in evidence}
-    found: dict[str, int] = {}
-    for path, width in widths.items():
-        site = sites.get(path, path)
-        found[site if seen.get(site, width) == width else path] = width
-    return found

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.verdict.combine import assemble, confirmations
-from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
+from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.judge.diagnosis import diagnose
 
@@ -98,8 +98,8 @@ def report(
     rates: tuple[float, ...] = (),
 ) -> PostmortemReport:
     """Evidence brought to a report, with its diagnosis."""
-    layers = assemble(said)
-    facts = facts_of(layers, step=step, learning_rates=rates)
+    layers = combine_evidence(said)
+    facts = postmortem_facts(layers, step=step, learning_rates=rates)
     return PostmortemReport(
         path=path,
         format=form,

@@ -145,7 +145,7 @@ def test_fail_above(folder: Path, limit: str, code: int, capsys: pytest.CaptureF
     ended, out, err = run(f"last.ckpt --model theirs:network --box 0 1 --fail-above {limit}", capsys)
     assert ended == code
     assert "2 of 11 neurons" in out
-    wanted = f"neuronscope: failed: 2 of 11 neurons (18.18 %) dead on firm ground, more than {limit} %."
+    wanted = f"neuronscope: failed: 2 of 11 neurons (18.18 %) are dead, more than {limit} %."
     assert err == ([wanted] if code else [])
 
 
@@ -170,7 +170,7 @@ def test_fail_above_fails_where_weights_are_not_finite(folder: Path, capsys: pyt
     torch.save(broken.state_dict(), "nan.pt")
     code, out, err = run("nan.pt --fail-above 100", capsys)
     assert code == 1
-    assert err == ["neuronscope: failed: 1 neurons are NaN or infinite; 0 of 11 neurons (0 %) dead on firm ground."]
+    assert err == ["neuronscope: failed: 1 neurons are NaN or infinite; 0 of 11 neurons (0 %) are dead."]
     assert "!! NOT FINITE" in out
     assert run("nan.pt", capsys)[0] == 0
 

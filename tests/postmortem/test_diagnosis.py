@@ -16,7 +16,7 @@ import neuronscope as ns
 from neuronscope.checkpoints.file.layers import find_layers, normalised_layers
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
-from neuronscope.checkpoints.verdict.diagnosis_inputs import facts_of as facts_of_postmortem
+from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.judge.diagnosis import SYMPTOMS, diagnose
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
 from neuronscope.report.run_facts import facts_from_report
@@ -266,7 +266,7 @@ def test_a_watched_run_is_diagnosed_too() -> None:
 
 def test_a_post_mortem_gives_its_facts() -> None:
     report = samples.with_model()
-    facts = facts_of_postmortem(report.layers, step=5000, learning_rates=(0.1,), dead_norms={"net.4": 0.2})
+    facts = postmortem_facts(report.layers, step=5000, learning_rates=(0.1,), dead_norm_ratios={"net.4": 0.2})
     by_name = {one.name: one for one in facts.layers}
     assert by_name["net.4"].drifted == 6  # the bounds that lie below zero
     assert by_name["net.4"].dead_norm == 0.2

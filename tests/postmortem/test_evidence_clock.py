@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, AdamClock
-from neuronscope.checkpoints.file.sgd_clock import Loudness, SGDClock
+from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 
 ROWS, COLUMNS = 4, 3
 
@@ -150,22 +150,22 @@ def test_where_the_mean_has_faded_away_the_clock_says_that_it_has_stopped(tail):
     assert (mean[0] != 0).all()  # it has stopped at a denormal, and would be read for ever as the same small number
     reading = AdamClock(0.9, 0.999, taken).read(mean, square)
     assert reading.steps.tolist()[0] == math.inf
-    assert 600 <= reading.floor[0] <= 900
+    assert 600 <= reading.least_steps[0] <= 900
     assert math.isfinite(reading.steps[1])
-    assert math.isnan(reading.floor[1])
+    assert math.isnan(reading.least_steps[1])
 
 
 def test_gradients_whose_squares_are_lost_are_neither_silent_nor_never():
     gradients = np.full((50, 1, 2), 1e-25, dtype=np.float32)  # squared: 1e-50, below the smallest float32
     mean, square, taken = play("Adam", (0.9, 0.999), gradients)
     reading = AdamClock(0.9, 0.999, taken).read(mean, square)
-    assert (bool(reading.faint[0]), bool(reading.never[0])) == (True, False)
+    assert (bool(reading.underflowed[0]), bool(reading.never[0])) == (True, False)
 
 
 def test_numbers_that_are_not_finite_are_broken():
     mean = torch.tensor([[1.0, math.nan], [1.0, 1.0], [math.inf, 1.0]])
     reading = AdamClock(0.9, 0.999).read(mean, torch.ones(3, 2))
-    assert reading.broken.tolist() == [True, False, True]
+    assert reading.not_finite.tolist() == [True, False, True]
 
 
 def test_chunks_make_no_difference(monkeypatch):
@@ -184,8 +184,8 @@ def test_momentum_is_dated_by_the_loudest_row(momentum):
     for step in range(60):
         parameter.grad = torch.tensor([[1.0, 1.0], [float(step < 40)] * 2, [0.0, 0.0]])
         optimizer.step()
-    loudness = Loudness.of(optimizer.state[parameter]["momentum_buffer"])
-    reading = SGDClock(momentum).read({"a": loudness})["a"]
+    peaks = BufferPeaks.of(optimizer.state[parameter]["momentum_buffer"])
+    reading = SGDClock(momentum).read({"a": peaks})["a"]
     assert reading.never.tolist() == [False, False, True]
     assert reading.steps[0] == 0
     # The first row's buffer has grown by (1 − μ^60) / (1 − μ^40) meanwhile: for μ = .99 that is 1.37, or 31 steps more.
@@ -195,7 +195,7 @@ def test_momentum_is_dated_by_the_loudest_row(momentum):
 
 def test_a_layer_far_below_the_others_is_measured_by_them():
     loud, hushed = torch.tensor([1.0, 0.9]), torch.tensor([1.0, 0.9]) * 0.9**200
-    layers = {name: Loudness(rows.double(), 1e-37) for name, rows in (("a", loud), ("b", loud), ("c", hushed))}
+    layers = {name: BufferPeaks(rows.double(), 1e-37) for name, rows in (("a", loud), ("b", loud), ("c", hushed))}
     readings = SGDClock(0.9).read(layers)
     assert readings["a"].steps.tolist() == [0, 1]
     assert readings["c"].steps.tolist() == [200, 201]

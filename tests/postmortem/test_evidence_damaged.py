@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from scripts.dying_networks import Held
 
@@ -80,12 +80,12 @@ CHECKPOINTS = st.builds(
 
 @given(CHECKPOINTS, st.one_of(st.none(), CHECKPOINTS), st.one_of(st.none(), st.lists(NAMES, max_size=4)))
 def test_there_is_always_an_answer(checkpoint, earlier, names):
-    found, said = examine(checkpoint, parameter_names=names, earlier=earlier)
+    found, said = examine_file(checkpoint, parameter_names=names, earlier=earlier)
     assert all(isinstance(piece, Evidence) for piece in found)  # whose own checks hold: rising indices within the layer
     assert all(isinstance(piece, Abstention) and piece.reason for piece in said)
 
 
 @given(CHECKPOINTS)
 def test_a_checkpoint_beside_itself(checkpoint):
-    found, _ = examine(checkpoint, earlier=checkpoint)
+    found, _ = examine_file(checkpoint, earlier=checkpoint)
     assert not [piece for piece in found if piece.source.startswith("two checkpoints")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from scripts.dying_networks import as_checkpoint
 
 FIRST, LAST = 300, 600
@@ -43,7 +43,7 @@ def run(make, until=UNTIL, scale=lambda step: 1.0, rate=lambda step: 1.0):
 
 
 def compared(earlier, later):
-    evidence, abstentions = examine(later, earlier=earlier)
+    evidence, abstentions = examine_file(later, earlier=earlier)
     return (
         [piece for piece in evidence if piece.source.startswith("two checkpoints") and piece.layer == "0"],
         [piece for piece in abstentions if piece.source == "two checkpoints"],
@@ -62,7 +62,7 @@ def test_silent_in_between_and_died_in_between(name, schedule):
     # 5 at step 320, longer ago than 200 steps (263 where β2 is .95); 4 at step 450, longer than 80 and less than 200.
     for piece, neuron, basis in ((died, 5, "inferred"), (lately, 4, "suspected")):
         assert (piece.claim, piece.neurons.tolist(), piece.basis) == ("no gradient", [neuron], basis)
-        assert "fell silent in between" in piece.text
+        assert "stopped in between" in piece.text
     assert (alive.claim, alive.neurons.tolist()) == ("alive", [0])
     if name != "SGD":
         # By the earlier clock's bound: no later than the truth, no more than the 48 steps of a row's r before it.
@@ -75,7 +75,7 @@ def test_silent_in_between_and_died_in_between(name, schedule):
 def test_faint_gradients_are_seen_where_one_checkpoint_cannot_see_them(name):
     """From step 250 on gradients are a ten-thousandth of before: one checkpoint takes the living for silent."""
     earlier, later = run(OPTIMIZERS[name], scale=lambda step: 1.0 if step < 250 else 1e-4)
-    alone, _ = examine(later)
+    alone, _ = examine_file(later)
     if name in ("Adam", "AdamW"):  # v still remembers the loud gradients; with β2 = .95 it has forgotten them
         assert any(0 in piece.neurons for piece in alone if (piece.layer, piece.claim) == ("0", "no gradient"))
     found, _ = compared(earlier, later)

@@ -92,12 +92,12 @@ def test_a_square_weight_goes_by_its_namesakes():
         ("mlp.c_fc", 1, 24, 6),
         ("mlp.c_proj", 1, 6, 24),
     ]
-    assert all(layer.sure for layer in found.values())
+    assert all(layer.axis_known for layer in found.values())
 
 
 def test_without_a_namesake_a_square_weight_is_taken_as_usual_and_said_to_be_unsure():
     (layer,) = find_layers(held(nn.Sequential(nn.Linear(4, 4))))
-    assert (layer.axis, layer.sure) == (0, False)
+    assert (layer.axis, layer.axis_known) == (0, False)
 
 
 def test_columns_are_the_inputs():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from neuronscope.checkpoints.file.parameter_matching import find_owners
+from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from scripts.dying_networks import Held, as_checkpoint
 
 
@@ -29,9 +29,9 @@ def train(model: nn.Module, optimizers) -> None:
 def check(model: nn.Module, optimizers, names=None, expected: int | None = None) -> list[str]:
     """Every tie is right by the numbers themselves; gives the reasons of the abstentions."""
     checkpoint = as_checkpoint(model, *optimizers)
-    owners = find_owners(checkpoint.tensors, checkpoint.optimizers, names)
+    owners = match_parameters(checkpoint.tensors, checkpoint.optimizers, names)
     parameters = dict(model.named_parameters())
-    for name, entry in owners.entries.items():
+    for name, entry in owners.states.items():
         kept = optimizers[entry.optimizer].state.get(parameters[name], {})
         assert set(entry.slots) == set(kept), name
         for slot, value in kept.items():
@@ -39,7 +39,7 @@ def check(model: nn.Module, optimizers, names=None, expected: int | None = None)
             stored = stored.read() if hasattr(stored, "read") else torch.tensor(stored)
             assert torch.equal(stored, value.detach().float()), (name, slot)
     if expected is not None:
-        assert len(owners.entries) == expected
+        assert len(owners.states) == expected
     return [abstention.reason for abstention in owners.abstentions]
 
 
@@ -80,8 +80,8 @@ def test_each_entry_is_tied_to_its_parameter(make, expected):
     optimizer = make(model)
     train(model, [optimizer])
     reasons = check(model, [optimizer], expected=expected)
-    entries = sum(len(group["params"]) for group in optimizer.param_groups)
-    assert bool(reasons) == (expected < entries)  # what is not tied is said
+    states = sum(len(group["params"]) for group in optimizer.param_groups)
+    assert bool(reasons) == (expected < states)  # what is not tied is said
 
 
 def test_frozen_out_is_sure_where_the_model_says_which_are_left():
@@ -144,8 +144,8 @@ def test_a_state_of_another_network_is_tied_to_nothing(damage):
         groups = [{}]
     if damage == "wild":
         groups[0]["params"] = "0123"
-    owners = find_owners(tensors, [type(state)(tuple(groups), state.slots)])
-    assert owners.entries == {}
+    owners = match_parameters(tensors, [type(state)(tuple(groups), state.slots)])
+    assert owners.states == {}
     assert len(owners.abstentions) == (1 if damage in ("shape", "count") else 0)
 
 
@@ -153,10 +153,10 @@ def test_very_many_groups_do_not_hang_it():
     tensors = {f"{number}.weight": Held(torch.zeros(2)) for number in range(5_000)}
     groups = tuple({"params": [number]} for number in range(5_000))
     slots = {number: {"exp_avg": Held(torch.zeros(2))} for number in range(5_000)}
-    owners = find_owners(
+    owners = match_parameters(
         tensors, [type(as_checkpoint(mlp(), torch.optim.Adam(mlp().parameters())).optimizers[0])(groups, slots)]
     )
-    assert owners.entries == {}
+    assert owners.states == {}
     assert "too many" in owners.abstentions[0].reason
 
 

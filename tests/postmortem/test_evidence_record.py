@@ -10,7 +10,7 @@ from torch import nn
 
 import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.monitor_record import recorded_report
 from scripts.dying_networks import as_checkpoint
 
@@ -56,7 +56,7 @@ def run() -> tuple[nn.Module, ns.Scope]:
 
 def of_record(model, state):
     """Evidence and abstentions of the record alone."""
-    answers = examine(as_checkpoint(model, records={"DeadNeuronMonitor{}": state}))
+    answers = examine_file(as_checkpoint(model, records={"DeadNeuronMonitor{}": state}))
     return tuple([piece for piece in answer if piece.source == "monitor record"] for answer in answers)
 
 

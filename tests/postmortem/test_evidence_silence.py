@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from scripts.dying_networks import as_checkpoint
 
 STEPS = 400
@@ -56,7 +56,7 @@ def of(found, claim, layer="0"):
 )
 def test_silent_never_trained_and_alive(make):
     model = network()
-    found, said = examine(as_checkpoint(*run(model, make(model.parameters())), step=STEPS))
+    found, said = examine_file(as_checkpoint(*run(model, make(model.parameters())), step=STEPS))
     assert said == []
     (never,), (silent, lately), (alive,) = (of(found, claim) for claim in ("never trained", "no gradient", "alive"))
     assert never.neurons.tolist() == [1]
@@ -89,25 +89,25 @@ def group_of(checkpoint, **changes):
 @pytest.mark.parametrize(
     ("make", "changes", "reason"),
     [
-        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "part of the gradient"),
-        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "part of the gradient"),
-        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "part of the gradient"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "added to the gradient"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "added to the gradient"),
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "added to the gradient"),
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), {"decoupled_weight_decay": None}, "does not say whether"),
         (lambda p: torch.optim.SGD(p), {}, "without momentum"),
-        (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock does not run"),
-        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock does not run"),
+        (lambda p: torch.optim.Adam(p, betas=(0.9, 0.8)), {}, "clock cannot be read"),
+        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {}, "clock cannot be read"),
         (lambda p: torch.optim.Adam(p), {"betas": "0.9"}, "betas are '0.9'"),
         (lambda p: torch.optim.Adam(p), {"weight_decay": math.nan}, "weight decay nan"),
         (lambda p: torch.optim.Adam(p), {"amsgrad": None, "decoupled_weight_decay": None}, "not those of Adam"),
-        (lambda p: torch.optim.Adagrad(p), {}, "no optimizer whose clock is known"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "no optimizer whose clock is known"),
-        (lambda p: torch.optim.Adamax(p), {}, "no optimizer whose clock is known"),
+        (lambda p: torch.optim.Adagrad(p), {}, "clock of such an optimizer is not known"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "clock of such an optimizer is not known"),
+        (lambda p: torch.optim.Adamax(p), {}, "clock of such an optimizer is not known"),
     ],
 )
 def test_every_reason_to_say_nothing(make, changes, reason):
     model = network()
     checkpoint = group_of(as_checkpoint(*run(model, make(model.parameters()), last=(STEPS,) * 5)), **changes)
-    found, said = examine(checkpoint)
+    found, said = examine_file(checkpoint)
     assert found == []
     assert [piece.layer for piece in said] == ["0", "2"]
     assert all(reason in piece.reason for piece in said), said
@@ -115,7 +115,7 @@ def test_every_reason_to_say_nothing(make, changes, reason):
 
 def test_half_precision_state_has_no_clock():
     model = network().to(torch.bfloat16)
-    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()))))
+    found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()))))
     assert found == []
     assert all("bfloat16" in piece.reason for piece in said)
     assert len(said) == 2
@@ -125,7 +125,7 @@ def test_old_adamw_is_known_by_a_weight_that_never_got_its_decay_as_a_gradient()
     """Old torch does not save whether decay is decoupled. Coupled, it would have reached the never-trained row."""
     model = network()
     checkpoint = as_checkpoint(*run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)), step=STEPS)
-    found, said = examine(group_of(checkpoint, decoupled_weight_decay=None))
+    found, said = examine_file(group_of(checkpoint, decoupled_weight_decay=None))
     assert said == []
     assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
 
@@ -134,13 +134,13 @@ def test_coupled_decay_would_make_the_dead_look_alive():
     """Why it is abstained from: read as AdamW's, the same state says that neurons silent for 340 steps are alive."""
     model = network()
     checkpoint = as_checkpoint(*run(model, torch.optim.Adam(model.parameters(), weight_decay=0.1)), step=STEPS)
-    found, _ = examine(group_of(checkpoint, decoupled_weight_decay=True))
+    found, _ = examine_file(group_of(checkpoint, decoupled_weight_decay=True))
     assert of(found, "no gradient") == []
 
 
 def test_too_few_steps_say_only_who_never_got_any():
     model = network()
-    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), steps=81)))
+    found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), steps=81)))
     assert [(piece.claim, piece.neurons.tolist()) for piece in found] == [("never trained", [1])]
     assert ["81 times" in piece.reason for piece in said] == [True, True]
 
@@ -149,7 +149,7 @@ def test_too_few_steps_say_only_who_never_got_any():
 def test_a_layer_that_goes_silent_as_a_whole_is_told_from_neurons_that_die(cut, basis, beyond):
     """Two die at 20, 1 never learns; then the layer is cut off: that 0 and 4 go silent says nothing of themselves."""
     model = network()
-    found, said = examine(
+    found, said = examine_file(
         as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(cut, 0, 20, 20, cut)), step=STEPS)
     )
     assert said == []
@@ -165,7 +165,7 @@ def test_a_layer_that_goes_silent_as_a_whole_is_told_from_neurons_that_die(cut, 
 
 def test_a_layer_that_never_learnt_is_told_as_a_whole():
     model = network()
-    found, _ = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(0,) * 5)))
+    found, _ = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(0,) * 5)))
     (never,) = of(found, "never trained")
     assert never.whole_layer
     assert never.neurons.tolist() == [0, 1, 2, 3, 4]
@@ -183,7 +183,7 @@ def test_a_frozen_layer_has_no_date():
         for parameter in model[2].parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-    found, _ = examine(as_checkpoint(model, optimizer, step=150))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=150))
     (silent,) = of(found, "no gradient")
     assert silent.since is None
     assert "left out of 50" in silent.text
@@ -191,7 +191,7 @@ def test_a_frozen_layer_has_no_date():
 
 def test_what_was_never_updated_is_not_called_healthy():
     model = network()
-    found, said = examine(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), head=False)))
+    found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), head=False)))
     assert {piece.layer for piece in found} == {"0"}
     assert [(piece.layer, "never updated" in piece.reason) for piece in said] == [("2", True)]
 
@@ -201,13 +201,13 @@ def test_state_that_is_not_finite_is_said():
     optimizer = torch.optim.Adam(model.parameters())
     run(model, optimizer)
     optimizer.state[model[0].weight]["exp_avg"][2, 1] = math.nan
-    found, said = examine(as_checkpoint(model, optimizer, step=STEPS))
+    found, said = examine_file(as_checkpoint(model, optimizer, step=STEPS))
     assert of(found, "no gradient")[0].neurons.tolist() == [3]
     assert ["1 neurons is NaN" in piece.reason for piece in said] == [True]
 
 
 def test_without_an_optimizer_that_is_said():
-    found, said = examine(as_checkpoint(network()))
+    found, said = examine_file(as_checkpoint(network()))
     assert found == []
     assert [piece.layer for piece in said] == [""]
 
@@ -215,5 +215,5 @@ def test_without_an_optimizer_that_is_said():
 def test_experts_are_abstained_from():
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(4, 3, 5))
-    _, said = examine(as_checkpoint(model, torch.optim.Adam(model.parameters())))
+    _, said = examine_file(as_checkpoint(model, torch.optim.Adam(model.parameters())))
     assert ["experts are stacked" in piece.reason for piece in said] == [True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import neuronscope as ns
-from neuronscope.checkpoints.file.examine_file import examine
+from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.demo.digits import load_digits
 from scripts.dying_networks import CASES, as_checkpoint, train
 from scripts.optimizer_clock import compare, score
@@ -36,7 +36,7 @@ def test_the_clock_of_a_network_that_died():
     assert np.median(got.errors) <= 30  # docs/optimizer-clock.md: +9
 
     # Against the monitor, which saw the outputs: who fires no more is found, and nobody of them is called alive.
-    evidence, abstentions = examine(checkpoint)
+    evidence, abstentions = examine_file(checkpoint)
     assert abstentions == []
     dead = 0
     for number, site in enumerate(scopes[0].report().layers):

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.checkpoints.verdict.combine import assemble, confirmations, tied
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
-from neuronscope.checkpoints.verdict.layer_verdicts import GONE, LABELS
+from neuronscope.checkpoints.verdict.layer_verdicts import DEAD_CLAIMS, LABELS
 from neuronscope.errors import UsageError
 
 from . import samples
@@ -23,8 +23,8 @@ Said = tuple[str, str]
 def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     """The slow twin: label, basis and whether contested, of one neuron of which this was said."""
     alive = min((BASES.index(basis) for claim, basis in said if claim == "alive"), default=9)
-    opposed = [(claim, basis) for claim, basis in said if claim in GONE]
-    standing = [one for one in said if one[0] not in GONE or BASES.index(one[1]) <= alive]
+    opposed = [(claim, basis) for claim, basis in said if claim in DEAD_CLAIMS]
+    standing = [one for one in said if one[0] not in DEAD_CLAIMS or BASES.index(one[1]) <= alive]
     firm = [one for one in standing if one[1] != "suspected"]
     best = min(firm or standing, key=lambda one: (CLAIMS.index(one[0]), BASES.index(one[1])), default=("unknown", ""))
     return (*best, alive < 9 and bool(opposed))
@@ -53,7 +53,7 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     ],
 )
 def test_the_verdict_on_one_neuron(said: list[Said], verdict: tuple[str, str, bool]) -> None:
-    layer = assemble([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": 3})[0]
+    layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": 3})[0]
     found = layer.verdict(1)
     assert (found.label, found.basis, bool(layer.contested[1])) == verdict
     assert decided(said) == verdict
@@ -68,7 +68,7 @@ PIECES = st.lists(
 
 @given(PIECES)
 def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str, str, list[int]]]) -> None:
-    layer = assemble([evidence("a", 12, *piece) for piece in pieces], {"a": 12})[0]
+    layer = combine_evidence([evidence("a", 12, *piece) for piece in pieces], {"a": 12})[0]
     dead = 0
     for neuron in range(12):
         said = [(claim, basis) for claim, basis, neurons in pieces if neuron in neurons]
@@ -76,7 +76,7 @@ def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str,
         found = layer.verdict(neuron)
         assert (found.label, found.basis, bool(layer.contested[neuron])) == (label, basis, contested)
         assert len(found.supports) + len(found.contradictions) == len(said)  # nothing that was said is hidden
-        dead += label in GONE and basis in ("proved", "measured", "inferred")
+        dead += label in DEAD_CLAIMS and basis in ("proved", "measured", "inferred")
     assert layer.dead == dead
     assert sum(layer.dead_by_basis().values()) == dead
 
@@ -86,7 +86,7 @@ def test_the_order_of_evidence_does_not_matter(pieces: list[tuple[str, str, list
     said = [evidence("a", 12, *piece) for piece in pieces]
     turned = list(said)
     random.shuffle(turned)  # type: ignore[attr-defined]
-    one, other = (assemble(order, {"a": 12})[0] for order in (said, turned))
+    one, other = (combine_evidence(order, {"a": 12})[0] for order in (said, turned))
     for name in ("labels", "basis", "contested", "since"):
         assert (getattr(one, name) == getattr(other, name)).all(), name
 
@@ -99,7 +99,7 @@ def test_number_source_and_step_come_from_who_knows_best() -> None:
         evidence("a", 4, "dead", "measured", [2, 3], source="scan", numbers=[0.1, 0.2], measure="share"),
         evidence("a", 4, "dead", "measured", [3], source="record", numbers=[0.3], since=[7], measure="share"),
     ]
-    layer = assemble(said)[0]
+    layer = combine_evidence(said)[0]
     found = [layer.verdict(neuron) for neuron in range(4)]
     assert [(one.label, one.source, one.number, one.measure) for one in found] == [
         ("unknown", "", None, ""),
@@ -117,12 +117,12 @@ def test_steps_of_another_kind_of_claim_are_not_taken() -> None:
         evidence("a", 2, "unread", "proved", [0, 1], since=[3, 3]),
         evidence("a", 2, "no gradient", "inferred", [0], since=[8]),
     ]
-    layer = assemble(said)[0]
+    layer = combine_evidence(said)[0]
     assert [layer.verdict(neuron).since for neuron in (0, 1)] == [8, 3]
 
 
 def test_a_whole_layer_without_gradient_is_idle_and_not_dead() -> None:
-    layer = assemble(
+    layer = combine_evidence(
         [
             evidence(
                 "a", 4, "never trained", "inferred", [0, 1, 2, 3], source="adam state", since=-1, whole_layer=True
@@ -133,12 +133,12 @@ def test_a_whole_layer_without_gradient_is_idle_and_not_dead() -> None:
     assert layer.idle.tolist() == [True, True, True, False]
     assert (layer.dead, layer.suspected) == (1, 0)  # the one that was measured
     only = evidence("a", 4, "no gradient", "suspected", [0, 1, 2, 3], source="adam state", whole_layer=True)
-    layer = assemble([only])[0]
+    layer = combine_evidence([only])[0]
     assert (int(layer.idle.sum()), layer.dead, layer.suspected) == (4, 0, 0)  # counted once: as idle
 
 
 def test_layers_of_which_nothing_was_said_are_there_and_unknown() -> None:
-    layers = assemble(
+    layers = combine_evidence(
         [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": 3, "b": 2}
     )
     assert [layer.name for layer in layers] == ["a", "b", "z"]
@@ -147,7 +147,9 @@ def test_layers_of_which_nothing_was_said_are_there_and_unknown() -> None:
 
 def test_unlike_widths_are_refused_by_name() -> None:
     with pytest.raises(UsageError, match=r"Expected all evidence on a to be of 3 neurons, but scan has 4\."):
-        assemble([evidence("a", 3, "dead", "proved", [0]), evidence("a", 4, "dead", "proved", [0], source="scan")])
+        combine_evidence(
+            [evidence("a", 3, "dead", "proved", [0]), evidence("a", 4, "dead", "proved", [0], source="scan")]
+        )
 
 
 def test_a_tie_holds_only_between_layers_that_are_equally_wide() -> None:
@@ -155,12 +157,12 @@ def test_a_tie_holds_only_between_layers_that_are_equally_wide() -> None:
         evidence(name, width, "dead", "proved", []) for name, width in (("fc", 4), ("relu", 4), ("conv", 4), ("glu", 2))
     ]
     ties = {"fc": "relu", "conv": "glu", "gone": "nowhere"}
-    assert [one.layer for one in tied(said, ties)] == ["relu", "relu", "conv", "glu"]
-    assert [one.layer for one in tied(said[:1], ties)] == ["relu"]
+    assert [one.layer for one in name_by_site(said, ties)] == ["relu", "relu", "conv", "glu"]
+    assert [one.layer for one in name_by_site(said[:1], ties)] == ["relu"]
 
 
 def test_the_tally_of_what_held() -> None:
-    layers = assemble(
+    layers = combine_evidence(
         [
             evidence("a", 6, "no gradient", "inferred", [0, 1, 2, 3], source="adam"),
             evidence("a", 6, "dead", "suspected", [3, 4], source="batch norm"),
@@ -189,7 +191,7 @@ def test_eighty_layers_of_28672_neurons_are_arrays_and_not_objects() -> None:
                     f"l{index}", width, "adam", claim, "inferred", neurons, numbers, "age", "", numbers.astype(int)
                 )
             )
-    layers = assemble(said)
+    layers = combine_evidence(said)
     # labels and basis 1 byte each, contested 1, deciding, numbers, since and dating 8 each: 35 a neuron
     held = sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, np.ndarray))
     assert held == 35 * 80 * width
@@ -200,6 +202,6 @@ def test_eighty_layers_of_28672_neurons_are_arrays_and_not_objects() -> None:
 def test_verdicts_are_those_of_the_arrays(sample: object) -> None:
     report = sample()  # type: ignore[operator]
     found = list(report.verdicts())
-    assert sum(one.label in GONE and one.basis != "suspected" for one in found) == report.dead + report.idle
+    assert sum(one.label in DEAD_CLAIMS and one.basis != "suspected" for one in found) == report.dead + report.idle
     assert {one.label for one in found} <= set(LABELS)
     assert sum(bool(one.contradictions) for one in found) == report.contested

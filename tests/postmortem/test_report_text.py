@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.postmortem_report import SCHEMA_VERSION, PostmortemReport
-from neuronscope.checkpoints.verdict.disagreements import contests_of
+from neuronscope.checkpoints.verdict.disagreements import find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS
 from neuronscope.checkpoints.writers import postmortem_wording
 from tests.writers import golden
@@ -172,7 +172,7 @@ def test_each_contested_neuron_is_in_one_contest_with_all_that_speaks_against_it
     pieces: list[tuple[str, str, list[int]]],
 ) -> None:
     report = samples.report([samples.evidence("a", 8, *piece) for piece in pieces])
-    found = contests_of(report.layers)
+    found = find_disagreements(report.layers)
     for neuron in range(8 if pieces else 0):
         mine = [one for one in found if neuron in one.neurons]
         verdict = report["a"].verdict(neuron)
@@ -269,7 +269,7 @@ def test_every_field_is_described_and_no_other() -> None:
         ("summary.dead_percent", 101),
         ("summary.dead_by_basis.suspected", 3),
         ("level", "all"),
-        ("schema_version", 2),
+        ("schema_version", SCHEMA_VERSION + 1),
         ("confirmations.0.held", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Inputs: whether the network's input is centred, added up batch by batch."""
+"""Compute mean and standard deviation of the network's input, batch by batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["InputMoments"]
 
 
 class InputMoments:
-    """Mean and spread of the first tensor of each batch, per feature, over its first dimension.
+    """Mean and standard deviation of each feature of the first tensor ``(B, …)`` in each batch, over all examples.
 
     >>> moments = InputMoments()
     >>> moments.add(torch.tensor([[3.0, 9.0], [5.0, 11.0]]))
@@ -27,7 +27,11 @@ class InputMoments:
         self._count = 0
 
     def add(self, batch: Any) -> None:
-        """Note a batch; one whose input holds no real numbers, or is of another shape than the first, is left out."""
+        """Add a batch. Skip it if its input is not floating-point or has another shape than the first batch's.
+
+        Args:
+            batch: A tensor ``(B, …)``, a tuple or list that begins with one, or a mapping that contains one.
+        """
         tensor = batch
         if isinstance(batch, Mapping):
             tensor = next((value for value in batch.values() if isinstance(value, Tensor)), None)
@@ -45,7 +49,7 @@ class InputMoments:
         self._count += len(values)
 
     def offset(self) -> float | None:
-        """‖mean‖ / ‖standard deviation‖ over the features; ``None`` where nothing was noted, or it is not finite."""
+        """Return ‖mean‖ / ‖standard deviation‖ over the features; ``None`` without batches, or if it is not finite."""
         if self._sum is None or self._squares is None or not self._count:
             return None
         mean = self._sum / self._count

@@ -1,4 +1,4 @@
-"""Confirming: what the network's neurons really do over data, and which claims that contradicts."""
+"""Measure a network's neurons on data, and check which claims the measurement contradicts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
+from neuronscope.writers.wording import plural
 
-__all__ = ["contradictions", "cut_off_by_the_next", "independent", "measure", "measured_evidence", "silence_basis"]
+__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "measure"]
 
 _SOURCE = "scan"
 
@@ -22,16 +23,16 @@ _SOURCE = "scan"
 def measure(
     model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None, **options: Any
 ) -> tuple[tuple[Evidence, ...], tuple[Abstention, ...], Report]:
-    """Run a network over data and say what each neuron did there.
+    """Run a network on data and return what its neurons did there.
 
     Args:
         model: The network, with the checkpoint's weights.
         data: Batches, as :func:`neuronscope.scan` takes them.
-        loss: ``loss(output, batch)`` → scalar; with it, gradients are seen too.
+        loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
         **options: As for :func:`neuronscope.scan`.
 
     Returns:
-        Measured evidence, what could not be measured, and the scan's own report.
+        The measured evidence, what could not be measured, and the scan's own report.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -40,125 +41,139 @@ def measure(
     [('dead', [0]), ('alive', [1])]
     """
     report = scan(model, data, loss, **options)
-    policy, cut_off = Policy(**report.policy), cut_off_by_the_next(report.layers)
-    evidence = tuple(
-        one for site in report.layers for one in measured_evidence(site, policy, whole_layer=site.name in cut_off)
-    )
+    policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
+    evidence: list[Evidence] = []
+    for site in report.layers:
+        where = f"over {site.examples:,} examples, {site.positions:,} positions"
+        evidence += counted_evidence(site, policy, source=_SOURCE, where=where, blocked=site.name in blocked)
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
-    return evidence, abstentions, report
+    return tuple(evidence), abstentions, report
 
 
-def independent(site: SiteReport, positions: int | None = None) -> int:
-    """Count the independent examples behind a site's silence: no more than the positions that were seen.
+def blocked_by_next_layer(sites: Sequence[SiteReport]) -> set[str]:
+    """Return the names of sites that get no gradient at all because the next site passes none back.
 
-    Args:
-        site: The site.
-        positions: Positions behind the claim; those at which the output was seen where it is left out.
-    """
-    return min(site.examples, site.positions if positions is None else positions)
-
-
-def silence_basis(examples: int, policy: Policy, what: str = "Silent") -> tuple[str, str]:
-    """Return the basis of a claim that rests on silence, and a sentence on it where the examples are too few.
-
-    One example shows that a neuron fires; only many show that it does not.
+    In a row of such sites the gradient stops at the last one; the neurons of those before it may be healthy.
 
     Args:
-        examples: Independent examples.
-        policy: Says how many are enough.
-        what: What the neurons are on them, to begin the sentence with.
-    """
-    if examples >= policy.min_examples:
-        return "measured", ""
-    seen = f"{examples:,} example{'' if examples == 1 else 's'}"
-    return (
-        "suspected",
-        (
-            f" {what} on {seen} only: fewer than the {policy.min_examples:,} that it takes to say that this is so in "
-            f"all but {100 * policy.max_rate:g} % of examples."
-        ),
-    )
-
-
-def cut_off_by_the_next(sites: Sequence[SiteReport]) -> set[str]:
-    """Find the sites that get no gradient as a whole because the next one passes none back.
-
-    Of several such sites in a row the last is where the gradient stops; those before it may be as healthy as any.
-
-    Args:
-        sites: In the order in which they run.
-
-    Returns:
-        Names of sites.
+        sites: The sites in the order of the forward pass.
     """
     stopped = []
     for site in sites:
         judged = site.judgement
         stopped.append(bool(site.gradient_positions) and bool((judged.dead | judged.cut_off).all()))
-    return {site.name for site, here, after in zip(sites, stopped, stopped[1:], strict=False) if here and after}
+    return {site.name for site, here, next_ in zip(sites, stopped, stopped[1:], strict=False) if here and next_}
 
 
-def measured_evidence(site: SiteReport, policy: Policy, *, whole_layer: bool = False) -> list[Evidence]:
-    """What a scan says of the neurons of one site.
+def counted_evidence(
+    site: SiteReport,
+    policy: Policy,
+    *,
+    source: str,
+    where: str,
+    blocked: bool = False,
+    since: npt.NDArray[np.int64] | None = None,
+) -> list[Evidence]:
+    """Return what exact counts show about the ``N`` neurons of one site.
 
     Args:
-        site: The site, as the scan reports it.
-        policy: How many examples are enough, and the confidence of the bound on how often a silent neuron may yet fire.
-        whole_layer: Whether the site gets no gradient only because of the next; see :func:`cut_off_by_the_next`.
+        site: The counts, with the judgement on each neuron.
+        policy: How many examples are enough, and the confidence of the bound on how often a dead neuron may still fire.
+        source: Who counted.
+        where: What was counted, to end a sentence with: ``over 300 examples``.
+        blocked: Whether the site gets no gradient only because of the next one; see :func:`blocked_by_next_layer`.
+        since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
 
     Returns:
-        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; a neuron that was
-        not seen is in none. What rests on silence on too few examples is only suspected.
+        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; none contains a
+        neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
     """
     judged = site.judgement
-    examples = independent(site)
+    examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
     fires = 1.0 - site.zero_output_fraction
-    where = f"over {site.examples:,} examples, {site.positions:,} positions"
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
     alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
-    silent, few = silence_basis(examples, policy)
-    stopped, few_gradients = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
-    stops = " The next layer passes none back, which says nothing of these neurons themselves." if whole_layer else ""
-    said: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
-        ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"It gave NaN or infinite outputs {where}."),
+    dead_basis, few = _basis_of_zeros(examples, policy, "Silent")
+    gradient_examples = min(site.examples, site.gradient_positions)
+    gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
+    reason = " The next layer passes none back, which says nothing about these neurons themselves." if blocked else ""
+    claims: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
+        ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"Its output was NaN or infinite, {where}."),
         (
             "dead",
-            silent,
+            dead_basis,
             judged.dead,
             np.full(site.neurons, bound),
-            f"share of examples in which it may yet fire, at most, at {100 * policy.confidence:g} % confidence",
+            f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence",
             f"Its output was exactly zero at every position{gradients}, {where}.{few}",
         ),
         (
             "no gradient",
-            stopped,
+            gradient_basis,
             judged.cut_off,
             fires,
             "share of positions at which it fires",
-            f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{stops}",
+            f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
         ),
-        ("alive", "measured", alive, fires, "share of positions at which it fires", f"Counted {where}."),
+        (
+            "alive",
+            "measured",
+            alive,
+            fires,
+            "share of positions at which it fires",
+            f"It fired, or got a gradient, {where}.",
+        ),
     )
     evidence = []
-    for claim, basis, mask, numbers, unit, text in said:
-        at = np.flatnonzero(mask).astype(np.int64)
-        if at.size:
-            whole = whole_layer and claim == "no gradient"
+    for claim, basis, mask, numbers, unit, text in claims:
+        neurons = np.flatnonzero(mask).astype(np.int64)
+        if neurons.size:
             evidence.append(
-                Evidence(site.name, site.neurons, _SOURCE, claim, basis, at, numbers[at], unit, text, whole_layer=whole)
+                Evidence(
+                    layer=site.name,
+                    width=site.neurons,
+                    source=source,
+                    claim=claim,
+                    basis=basis,
+                    neurons=neurons,
+                    numbers=numbers[neurons],
+                    measure=unit,
+                    text=text,
+                    since=since[neurons] if since is not None and claim == "dead" else None,
+                    whole_layer=blocked and claim == "no gradient",
+                )
             )
     return evidence
 
 
-def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
-    """Claims of death that were called proved, of neurons that were measured alive: each is a fault of ours.
+def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, str]:
+    """Return the basis of a claim that rests on zeros alone, and a sentence if there are too few examples.
+
+    One example shows that a neuron fires; only many show that it does not.
 
     Args:
-        evidence: Of any sources, proved and measured among them.
+        examples: Number of independent examples.
+        policy: Says how many are enough.
+        observed: What was observed in all of them; the sentence begins with it.
+    """
+    if examples >= policy.min_examples:
+        return "measured", ""
+    few = (
+        f" {observed} on {plural(examples, 'example')} only: fewer than the {policy.min_examples:,} that are needed to "
+        f"conclude this for all but {100 * policy.max_rate:g} % of examples."
+    )
+    return "suspected", few
+
+
+def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
+    """Report proofs of death that the measurement refutes: a fault of Neuronscope, or data outside the box.
+
+    Args:
+        evidence: Evidence from all sources, proved and measured.
 
     Returns:
-        One sentence a source and layer; none, as it should be, where proofs hold.
+        One sentence for each source and layer; none if all proofs hold.
     """
     fired: dict[str, set[int]] = {}
     for one in evidence:

@@ -1,4 +1,4 @@
-"""Givens: what the user hands over to be called or gone through, made ready; its faults told in one sentence."""
+"""Resolve the arguments `data`, `loss` and `example` of a post-mortem, and check them with errors of one sentence."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from neuronscope.checkpoints.formats.lazy_tensor import dtype_named
 from neuronscope.checkpoints.model.load_model import load_named
 from neuronscope.errors import UsageError
 
-__all__ = ["EXAMPLE_SPELLINGS", "batches_of", "checked_batches", "example_of", "first_of", "loss_of"]
+__all__ = ["EXAMPLE_FORMATS", "check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
 
-#: The two ways to write an example as text, for messages.
-EXAMPLE_SPELLINGS = (
-    "a shape, as `1x3x224x224` (several inputs: `1x3x224x224,1x7`; of another type: `1x16:int64`), or the "
-    "`package.module:name` of a function that makes the example"
+#: The two ways to write an example input as text, for messages.
+EXAMPLE_FORMATS = (
+    "a shape such as `1x3x224x224` (several inputs: `1x3x224x224,1x7`; another dtype: `1x16:int64`), or the "
+    "`package.module:name` of a function that returns the example"
 )
 
 _GIVES_BATCHES = "Expected `data` to give batches"
@@ -28,44 +28,44 @@ _END = object()
 _SHAPE = re.compile(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?")
 
 
-def batches_of(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
-    """The user's batches, made where they are still to be made.
+def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
+    """Return the user's batches; import and call what has to be imported and called.
 
     Args:
-        data: Batches, a function that makes them, ``pkg.mod:name`` of either, or ``None``.
+        data: Batches, a function that returns them, ``pkg.mod:name`` of either, or ``None``.
 
     Raises:
-        UsageError: It is nothing of the kind, or the function fails.
+        UsageError: ``data`` is none of these, or the function fails.
 
-    >>> list(batches_of(lambda: [1, 2]))
+    >>> list(resolve_batches(lambda: [1, 2]))
     [1, 2]
     """
     if data is None:
         return None
     found: Any = load_named(data, "data") if isinstance(data, str) else data
-    made = callable(found) and not hasattr(found, "__iter__")
-    if made:
+    is_factory = callable(found) and not hasattr(found, "__iter__")
+    if is_factory:
         with user_code(f"Expected {_named('data', data)} to make batches"):
             found = found()
     if isinstance(found, Tensor):
         return (found,)
     if isinstance(found, (str, bytes)) or not hasattr(found, "__iter__"):
-        came = f"{'it returned' if made else 'got'} {_described(found)}"
+        got = f"{'it returned' if is_factory else 'got'} {_describe(found)}"
         raise UsageError(
-            f"Expected argument {_named('data', data)} to be batches or a function that returns them, but {came}."
+            f"Expected argument {_named('data', data)} to be batches or a function that returns them, but {got}."
         )
     batches: Iterable[Any] = found
     return batches
 
 
-def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Go through the user's batches, each of which must be one.
+def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the user's batches, and check each one.
 
     Args:
         batches: Any batches.
 
     Raises:
-        UsageError: One is no batch, or making one fails.
+        UsageError: An item is not a batch, or the user's code fails.
     """
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
@@ -73,16 +73,16 @@ def checked_batches(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
 
 
-def first_of(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
-    """The first batch, and batches that still begin with it, also where they can be gone through but once.
+def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """Return the first batch, and batches that still start with it even if they can be iterated only once.
 
     Args:
-        batches: Any batches; where there are none at all (``None``), there is no first one.
+        batches: Any batches, or ``None``; then both results are ``None``.
 
     Raises:
-        UsageError: There is none in them, or the first one fails or is no batch.
+        UsageError: There is no batch, the first item is not a batch, or the user's code fails.
 
-    >>> first, every = first_of(iter([torch.zeros(1), torch.ones(1)]))
+    >>> first, every = first_batch(iter([torch.zeros(1), torch.ones(1)]))
     >>> first, list(every)
     (tensor([0.]), [tensor([0.]), tensor([1.])])
     """
@@ -97,49 +97,49 @@ def first_of(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
         return first, (batches if iter(batches) is not iterator else chain([first], iterator))
 
 
-def loss_of(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
-    """The user's loss, looked up where it is named; it raises where it gives no loss.
+def resolve_loss(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
+    """Return the user's loss function, with a check of what it returns.
 
     Args:
         loss: The function, its ``pkg.mod:name``, or ``None``.
 
     Raises:
-        UsageError: It cannot be called.
+        UsageError: ``loss`` is not callable.
     """
     if loss is None:
         return None
     name = _named("loss", loss)
     found: Any = load_named(loss, "loss") if isinstance(loss, str) else loss
     if not callable(found):
-        raise UsageError(f"Expected argument {name} to be called with (output, batch), but got {_described(found)}.")
+        raise UsageError(f"Expected argument {name} to be a function of (output, batch), but got {_describe(found)}.")
 
     def checked(output: Any, batch: Any) -> Tensor:
         with user_code(f"Expected {name} to compute a loss"):
             value = found(output, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise UsageError(f"Expected {name} to return a tensor of one number, but it returned {_described(value)}.")
+            raise UsageError(f"Expected {name} to return a tensor of one number, but it returned {_describe(value)}.")
         if not value.requires_grad:
             raise UsageError(
-                f"Expected {name} to return a tensor that is computed from the output, but it returned one that no "
-                "gradient flows back from."
+                f"Expected {name} to return a tensor that is computed from the output, but no gradient flows back from "
+                "what it returned."
             )
         return value
 
     return checked
 
 
-def example_of(example: Any, model: nn.Module) -> Any:
-    """The user's example input, made where it is still to be made.
+def resolve_example(example: Any, model: nn.Module) -> Any:
+    """Return the user's example input; create it if the user gave a shape or a function.
 
     Args:
-        example: A tensor, a tuple of arguments, a mapping of named ones, a function that makes one of these, or text:
-            see :data:`EXAMPLE_SPELLINGS`; or ``None``.
-        model: The network that it is for; tensors made from a shape are of its parameters' type.
+        example: A tensor, a tuple of positional arguments, a mapping of named arguments, a function that returns one
+            of these, text (see :data:`EXAMPLE_FORMATS`), or ``None``.
+        model: The network. Tensors that are created from a shape get the dtype of its parameters.
 
     Raises:
-        UsageError: It is nothing of the kind, or the function fails.
+        UsageError: ``example`` is none of these, or the function fails.
 
-    >>> [tensor.dtype for tensor in example_of("1x3,2x5x5:int64", nn.Linear(3, 1))]
+    >>> [tensor.dtype for tensor in resolve_example("1x3,2x5x5:int64", nn.Linear(3, 1))]
     [torch.float32, torch.int64]
     """
     if example is None:
@@ -155,32 +155,32 @@ def example_of(example: Any, model: nn.Module) -> Any:
     if not _holds_input(found):
         raise UsageError(
             f"Expected argument {_named('example', example)} to give a tensor, a tuple of arguments or a mapping of "
-            f"named ones, but it gave {_described(found)}. As text it is {EXAMPLE_SPELLINGS}."
+            f"named ones, but it gave {_describe(found)}. As text, it is {EXAMPLE_FORMATS}."
         )
     return found
 
 
 def _next_of(iterator: Iterator[Any]) -> Any:
-    """The next batch; ``_END`` behind the last."""
+    """Return the next batch, or ``_END`` after the last one."""
     with user_code(_GIVES_BATCHES):
         batch = next(iterator, _END)
-    given = batch[:1] if isinstance(batch, (tuple, list)) else batch
-    if batch is not _END and not _holds_input(given):
+    inputs = batch[:1] if isinstance(batch, (tuple, list)) else batch
+    if batch is not _END and not _holds_input(inputs):
         raise UsageError(
             "Expected each batch of `data` to be a tensor, a tuple or list that begins with the model's input, or a "
-            f"mapping of the model's arguments, but got {_described(batch)}."
+            f"mapping of the model's arguments, but got {_describe(batch)}."
         )
     return batch
 
 
-def _named(argument: str, given: Any) -> str:
-    """The argument with what the user gave for it, where that has a name."""
-    name = given if isinstance(given, str) else getattr(given, "__qualname__", None)
+def _named(argument: str, value: Any) -> str:
+    """Return the name of an argument, with the name of its value if that has one."""
+    name = value if isinstance(value, str) else getattr(value, "__qualname__", None)
     return f"`{argument}` ({name})" if isinstance(name, str) else f"`{argument}`"
 
 
 def _holds_input(value: Any) -> bool:
-    """Whether a model could be run on it: it has a tensor with numbers for examples, or something not known here."""
+    """Whether a model could take the value: it contains a non-empty tensor, or an object of an unknown type."""
     if isinstance(value, Tensor):
         return value.dim() > 0 and value.numel() > 0
     if isinstance(value, Mapping):
@@ -190,32 +190,32 @@ def _holds_input(value: Any) -> bool:
     return not isinstance(value, (str, bytes, int, float, complex, type(None), type, nn.Module))
 
 
-def _described(value: Any) -> str:
-    """What it is, in a few words."""
+def _describe(value: Any) -> str:
+    """Describe a value in a few words, for messages."""
     if value is None:
         return "None"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list, Mapping)) and not value:
         return f"an empty {type(value).__name__}"
-    begins = f" that begins with {_described(value[0])}" if isinstance(value, (tuple, list)) else ""
+    begins = f" that begins with {_describe(value[0])}" if isinstance(value, (tuple, list)) else ""
     return f"{type(value).__name__}{begins}"
 
 
 def _zeros(text: str, model: nn.Module) -> tuple[Tensor, ...]:
-    """Zeros of the shapes and types that a text names."""
-    own = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.get_default_dtype())
+    """Return zeros of the shapes and dtypes that a text names, such as ``1x3,1x16:int64``."""
+    default = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.get_default_dtype())
     tensors = []
     for part in text.split(","):
-        read = _SHAPE.fullmatch(part.strip())
-        dtype = own if read is None or read[2] is None else dtype_named(read[2])
-        if read is None or dtype is None:
-            raise UsageError(f"Expected argument `example` to be {EXAMPLE_SPELLINGS}, but got {text!r}.")
+        match = _SHAPE.fullmatch(part.strip())
+        dtype = default if match is None or match[2] is None else dtype_named(match[2])
+        if match is None or dtype is None:
+            raise UsageError(f"Expected argument `example` to be {EXAMPLE_FORMATS}, but got {text!r}.")
         try:
-            tensors.append(torch.zeros([int(size) for size in read[1].split("x")], dtype=dtype))
+            tensors.append(torch.zeros([int(size) for size in match[1].split("x")], dtype=dtype))
         except (RuntimeError, TypeError, OverflowError) as error:
             first = str(error).partition("\n")[0]
             raise UsageError(
-                f"Expected argument `example` to be {EXAMPLE_SPELLINGS}, but torch cannot make {text!r}: {first}"
+                f"Expected argument `example` to be {EXAMPLE_FORMATS}, but torch cannot create {text!r}: {first}"
             ) from error
     return tuple(tensors)

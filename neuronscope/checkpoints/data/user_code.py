@@ -1,4 +1,4 @@
-"""User code: what the user's own functions raise becomes one sentence, also where they end the program."""
+"""Run code of the user, and turn what it raises into an error of one sentence."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterator
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.writers.wording import visible
 
-__all__ = ["told", "user_code"]
+__all__ = ["describe_exception", "user_code"]
 
 _LONGEST = 500
 
 
 @contextlib.contextmanager
 def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[None]:
-    """Turn whatever code of the user's raises inside into one error that says what was expected of it.
+    """Context manager that turns any exception of the user's code into one error that says what was expected.
 
-    ``sys.exit`` is among that: a script's own function must not end the command as if all were well. Ctrl-C and errors
-    of Neuronscope's go through as they are.
+    This includes ``sys.exit``: the user's function must not end the command with a success code. Ctrl-C and
+    Neuronscope's own errors pass unchanged.
 
     Args:
-        expected: How the sentence begins: what was expected, and of what.
-        advice: A further sentence: what to do.
-        subject: What raised.
+        expected: The beginning of the sentence: what was expected.
+        advice: A further sentence that says what to do.
+        subject: What raised the exception.
 
     Raises:
-        UsageError: Something was raised.
+        UsageError: The code raised an exception.
 
     >>> with user_code("Expected `data` to make batches"):
     ...     raise SystemExit(0)
@@ -39,16 +39,16 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
     except (KeyboardInterrupt, GeneratorExit, NeuronscopeError):
         raise
     except BaseException as came:
-        raise UsageError(f"{expected}, but {subject} {told(came)}{advice and f'. {advice}'}") from came
+        raise UsageError(f"{expected}, but {subject} {describe_exception(came)}{advice and f'. {advice}'}") from came
 
 
-def told(error: BaseException) -> str:
-    """Say in one line what code did that raised an error.
+def describe_exception(error: BaseException) -> str:
+    """Describe an exception in one line that follows a subject.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
-    >>> told(KeyError("labels")), told(SystemExit("bye"))
+    >>> describe_exception(KeyError("labels")), describe_exception(SystemExit("bye"))
     ("gave KeyError: 'labels'", "called sys.exit('bye')")
     """
     if isinstance(error, SystemExit):

@@ -1,11 +1,11 @@
-"""Collapse: which layers went silent as a whole because nothing passes them any more, and which were only cut off.
+"""Find out why a whole layer gets no gradient: it collapsed, or it was only cut off by a later layer, or frozen.
 
-A layer that gets no gradient at all was frozen, or cut off by what follows it, or has collapsed: all of its neurons
-give zero. The optimizer's state tells these apart by the layer that reads it. Where the reader's weights get no
-gradient while its bias does, the loss still reaches the reader, and what it reads is zero: its input has collapsed.
-A frozen layer goes on giving numbers, so that its reader's weights learn.
+A layer has collapsed if all its neurons output zero. The optimizer's state shows this at the next layer, which reads
+the output. If the next layer's weights get no gradient while its bias does, the loss still reaches the next layer, and
+its input must be zero: the layer before it has collapsed. A frozen layer still outputs numbers, so the weights of the
+next layer get gradients.
 
-Layers are taken in the order of the file, which is the order in which a network's modules were made.
+Layers are taken in the order of the file, which is the order in which the network's modules were created.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.file.adam_clock import ClockReading
-from neuronscope.checkpoints.file.layer_clocks import LayerReading
+from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 
-__all__ = ["Halt", "find_halts"]
+__all__ = ["NoGradientCause", "find_no_gradient_causes"]
 
 
 @dataclass(frozen=True)
-class Halt:
-    """Why a layer gets no gradient as a whole.
+class NoGradientCause:
+    """Why a whole layer gets no gradient.
 
     Attributes:
-        kind: ``collapsed``; ``unsure`` where it may have been frozen too; ``cut off`` by a layer that has collapsed.
-        text: A sentence for a reader: how that is known.
+        kind: ``collapsed``; ``unsure`` = collapsed or frozen; ``cut off`` = by a layer that has collapsed.
+        text: How this is known, as a clause for the reader.
     """
 
     kind: str
@@ -38,141 +38,145 @@ class Halt:
 
 
 @dataclass(frozen=True, eq=False)
-class _Unit:
-    """A layer, with the norm behind it where that takes the place of its bias.
+class _LayerState:
+    """What the clocks show about a layer, together with the norm after it if the norm replaces its bias.
 
     Attributes:
         layer: The layer.
-        biased: Whether it adds something that does not depend on its input.
-        silent: Whether none of its parameters gets a gradient.
-        starved: Whether its bias got gradients after those parameters that multiply its input got none any more.
-        stepped: Whether its optimizer went on updating it, as far as the file says.
+        has_bias: Whether it adds a term that does not depend on its input.
+        no_gradient: Whether none of its parameters gets a gradient.
+        input_is_zero: Whether its bias still got gradients when the parameters that multiply its input got none.
+        still_updated: Whether its optimizer continued to update it, as far as the file shows.
     """
 
     layer: Layer
-    biased: bool
-    silent: bool
-    starved: bool
-    stepped: bool
+    has_bias: bool
+    no_gradient: bool
+    input_is_zero: bool
+    still_updated: bool
 
     @property
-    def halted(self) -> bool:
-        """Whether it is silent, and its rows are neurons."""
-        return self.silent and self.layer.kind in NEURON_KINDS
+    def may_have_collapsed(self) -> bool:
+        """Whether it gets no gradient, and its rows are neurons."""
+        return self.no_gradient and self.layer.kind in NEURON_KINDS
 
 
-def find_halts(layers: Sequence[Layer], readings: Sequence[LayerReading]) -> dict[str, Halt]:
-    """Find out why layers get no gradient as a whole, where the clocks of their neighbours tell.
+def find_no_gradient_causes(layers: Sequence[Layer], readings: Sequence[LayerClock]) -> dict[str, NoGradientCause]:
+    """Find out why whole layers get no gradient, as far as the clocks of the layers around them show it.
 
     Args:
         layers: The checkpoint's layers, in the order of the file.
-        readings: The clocks of those that have one.
+        readings: The clocks of the layers that have one.
 
     Returns:
-        By the layer's path; a layer that is missing here was frozen, or cut off, for all that is known.
+        The cause by the layer's path. A layer that is missing here was frozen or cut off, as far as is known.
     """
-    units = list(_units(layers, {read.layer.path: read for read in readings}))
-    found: dict[str, Halt] = {}
-    for place, unit in enumerate(units):
-        if unit.starved:
-            at = _read_by(units, place)
-            if at is not None:
-                idle = f"what it reads is zero since the collapse of {units[at].layer.path}: its bias alone learnt on"
-                found.setdefault(unit.layer.path, Halt("cut off", idle))
-                text = (
-                    f"the weights of {unit.layer.path}, which reads it, got none either while its bias still did: what "
-                    "it reads is zero. The layer has collapsed"
-                )
-                found[units[at].layer.path] = Halt("collapsed", text)
-    for at, text in _unsure(units):
-        found.setdefault(units[at].layer.path, Halt("unsure", text))
-    for last, unit in enumerate(units):
-        if unit.layer.path in found and found[unit.layer.path].kind == "collapsed":
-            for before in reversed(units[:last]):
-                if not before.silent:
+    states = list(_layer_states(layers, {read.layer.path: read for read in readings}))
+    causes: dict[str, NoGradientCause] = {}
+    for index, state in enumerate(states):
+        source = _input_layer(states, index) if state.input_is_zero else None
+        if source is None:
+            continue
+        text = f"its input is zero since the collapse of {source.path}, and only its bias got gradients"
+        causes.setdefault(state.layer.path, NoGradientCause("cut off", text))
+        text = (
+            f"the weights of {state.layer.path}, which reads it, got none either while its bias still did: the input "
+            "there is zero. The layer has collapsed"
+        )
+        causes[source.path] = NoGradientCause("collapsed", text)
+    for layer, text in _unsure(states):
+        causes.setdefault(layer.path, NoGradientCause("unsure", text))
+    for index, state in enumerate(states):
+        if state.layer.path in causes and causes[state.layer.path].kind == "collapsed":
+            for before in reversed(states[:index]):
+                if not before.no_gradient:
                     break
-                if before.halted:
-                    text = f"it is cut off by the collapse of {unit.layer.path}"
-                    found.setdefault(before.layer.path, Halt("cut off", text))
-    return found
+                if before.may_have_collapsed:
+                    text = f"it is cut off by the collapse of {state.layer.path}"
+                    causes.setdefault(before.layer.path, NoGradientCause("cut off", text))
+    return causes
 
 
-def _units(layers: Sequence[Layer], clocks: Mapping[str, LayerReading]) -> Iterator[_Unit]:
-    after: list[Layer | None] = [*layers, None][1:]
-    norm_of_last = False
-    for layer, behind in zip(layers, after, strict=True):
-        if norm_of_last:
-            norm_of_last = False
+def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> Iterator[_LayerState]:
+    following: list[Layer | None] = [*layers, None][1:]
+    is_merged = False  # whether the layer is a norm that was merged into the layer before it
+    for layer, next_layer in zip(layers, following, strict=True):
+        if is_merged:
+            is_merged = False
             continue
         own = clocks.get(layer.path)
         if own is None:
             continue
         parts = [own]
-        biased = layer.bias is not None
-        if not biased and behind is not None and behind.kind == "norm" and behind.width == layer.width:
-            shift = clocks.get(behind.path)
-            if shift is not None:
-                parts.append(shift)
-                biased, norm_of_last = behind.bias is not None, True
-        starved = _starved(parts)
-        silent = not starved and all(bool(_silent(part, part.reading).all()) for part in parts)
-        stepped = all(part.lag == 0 and (part.taken is not None or part.rule.name == "SGD") for part in parts)
-        yield _Unit(layer, biased, silent, starved, stepped)
+        has_bias = layer.bias is not None
+        if not has_bias and next_layer is not None and next_layer.kind == "norm" and next_layer.width == layer.width:
+            norm = clocks.get(next_layer.path)
+            if norm is not None:
+                parts.append(norm)
+                has_bias, is_merged = next_layer.bias is not None, True
+        input_is_zero = _input_is_zero(parts)
+        no_gradient = not input_is_zero and all(bool(_without_gradient(part, part.reading).all()) for part in parts)
+        still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.name == "SGD") for part in parts)
+        yield _LayerState(layer, has_bias, no_gradient, input_is_zero, still_updated)
 
 
-def _starved(parts: Sequence[LayerReading]) -> bool:
-    """Whether what multiplies the input had been silent for long when the bias last got a gradient for certain.
+def _input_is_zero(parts: Sequence[LayerClock]) -> bool:
+    """Whether the parameters that multiply the input had no gradient for long when the bias got its last one.
 
-    The bias may have come to rest since: then all is silent now, and yet the two fell silent one after the other.
+    The bias may have stopped since. Then nothing gets a gradient now, but the weights stopped well before the bias.
     """
-    lately = min(float(torch.where(_sound(part.reading), part.reading.steps, torch.inf).min()) for part in parts)
-    return math.isfinite(lately) and all(bool(_silent(part, part.weights, lately).all()) for part in parts)
+    last = min(float(torch.where(_is_readable(part.reading), part.reading.steps, torch.inf).min()) for part in parts)
+    return math.isfinite(last) and all(bool(_without_gradient(part, part.weights, last).all()) for part in parts)
 
 
-def _silent(read: LayerReading, reading: ClockReading, ago: float = 0.0) -> Tensor:
-    """Rows that had no gradient for longer than a pause, or never any, so many steps ago; bool ``(N,)``."""
+def _without_gradient(read: LayerClock, reading: ClockReading, steps_ago: float = 0.0) -> Tensor:
+    """Whether each row, some steps ago, had got no gradient for longer than a pause, or never any; bool ``(N,)``."""
     limit = read.clock.silent_steps
-    silent = reading.never
+    stopped = reading.never
     if read.taken is None or read.taken - 1 > limit:
-        silent = silent | (reading.steps - ago > limit)
-    return silent & _sound(reading)
+        stopped = stopped | (reading.steps - steps_ago > limit)
+    return stopped & _is_readable(reading)
 
 
-def _sound(reading: ClockReading) -> Tensor:
-    return ~reading.broken & ~reading.faint
+def _is_readable(reading: ClockReading) -> Tensor:
+    return ~reading.not_finite & ~reading.underflowed
 
 
-def _read_by(units: Sequence[_Unit], place: int) -> int | None:
-    """Which layer the starved unit at a place reads: the nearest silent one before it that has a fitting width."""
-    reader = units[place].layer
-    for at in range(place - 1, -1, -1):
-        width = units[at].layer.width
+def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:
+    """Return the layer that another one reads: the nearest one before it without gradient and with a fitting width."""
+    reader = states[index].layer
+    for state in reversed(states[:index]):
+        width = state.layer.width
         fits = width == reader.width if reader.kind == "norm" else not (reader.inputs % width and width % reader.inputs)
-        if units[at].halted and fits:
-            return at
+        if state.may_have_collapsed and fits:
+            return state.layer
     return None
 
 
-def _unsure(units: Sequence[_Unit]) -> Iterator[tuple[int, str]]:
-    """Where a run of silent layers ends in one without a bias to tell by, or nothing in the network learns."""
+def _unsure(states: Sequence[_LayerState]) -> Iterator[tuple[Layer, str]]:
+    """Yield layers that have collapsed or were frozen, with the reason.
+
+    That is open if consecutive layers without gradient end in one without a bias that could show which it is, or if
+    no layer of the network gets a gradient.
+    """
     begin = 0
-    while begin < len(units):
+    while begin < len(states):
         end = begin
-        while end < len(units) and units[end].silent and units[end].stepped:
+        while end < len(states) and states[end].no_gradient and states[end].still_updated:
             end += 1
-        halted = [at for at in range(begin, end) if units[at].halted]
-        everything, last = (begin, end) == (0, len(units)), units[end - 1]
-        blind = len(halted) > 1 and not units[halted[-1]].biased and not last.starved
-        if halted and everything:
+        candidates = [state for state in states[begin:end] if state.may_have_collapsed]
+        whole_network = (begin, end) == (0, len(states))
+        no_bias_at_end = len(candidates) > 1 and not candidates[-1].has_bias and not states[end - 1].input_is_zero
+        if candidates and whole_network:
             text = (
-                "nothing in the network gets a gradient although the optimizer goes on: this layer or one near it has "
-                "collapsed, or the loss gives no gradient any more"
+                "nothing in the network gets a gradient although the optimizer continues: this layer or one near it "
+                "has collapsed, or the loss gives no gradient any more"
             )
-            yield halted[-2 if blind else -1], text
-        elif blind and begin > 0 and not (end < len(units) and units[end].starved):
+            yield candidates[-2 if no_bias_at_end else -1].layer, text
+        elif no_bias_at_end and begin > 0 and not (end < len(states) and states[end].input_is_zero):
             text = (
-                f"so is {units[halted[-1]].layer.path}, which reads it, although the optimizer goes on: the layer has "
-                "collapsed, or both were frozen in a way that leaves gradients of zero"
+                f"neither does {candidates[-1].layer.path}, which reads it, although the optimizer continues: the "
+                "layer has collapsed, or both were frozen in a way that leaves gradients of zero"
             )
-            yield halted[-2], text
+            yield candidates[-2].layer, text
         begin = end + 1

@@ -1,9 +1,9 @@
-"""Earlier: two checkpoints of one run, compared row by row, say who got no gradient in between and who died there.
+"""Compare two checkpoints of one run row by row: which neurons got no gradient in between, and which died there.
 
-Without gradient over Δ steps a row keeps to three laws: ``v₂ = v₁ β2^Δ``, ``m₂ = m₁ β1^Δ``, and its weights move by
-no more than what ``m₁`` still had in it, apart from decoupled weight decay, which shrinks all weights of the row by
-the same factor whatever the learning rates were. A row that keeps to all three got none, as far as this type can
-show. One whose ``v`` or ``|m|`` lies above got one for certain, since nothing else raises them.
+Three laws hold for a row that gets no gradient over Δ steps: ``v₂ = v₁ β2^Δ``; ``m₂ = m₁ β1^Δ``; and its weights move
+by no more than ``m₁`` can still cause, apart from decoupled weight decay, which shrinks all weights of the row by the
+same factor for any learning rates. A row that satisfies all three got no gradient, as far as this dtype can show. A
+row whose ``v`` or ``|m|`` is larger certainly got one, since nothing else increases them.
 """
 
 from __future__ import annotations
@@ -16,26 +16,30 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.adam_clock import AdamClock
-from neuronscope.checkpoints.file.layer_clocks import LayerReading, read_clocks
+from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import Layer
-from neuronscope.checkpoints.file.parameter_matching import Entry, find_owners
-from neuronscope.checkpoints.file.zero_gradient_rows import made_of
+from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
+from neuronscope.checkpoints.file.zero_gradient_rows import clock_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["compare_with_earlier", "same_run"]
+__all__ = ["compare_with_earlier", "why_not_comparable"]
 
 _SOURCE = "two checkpoints"
-_said = partial(made_of, source=_SOURCE)
+_evidence = partial(clock_evidence, source=_SOURCE)
 
-#: How far a number may be off that decayed over a few steps, and by how much more a step (its rounding, and β's).
+#: Relative error allowed for a decayed number, and what each step adds to it (rounding of the number, and of β).
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
-#: The learning rate in between may have been this many times that of either end.
-_RATE_ROOM = 30.0
+#: The learning rate in between may have been this many times that of either checkpoint.
+_RATE_FACTOR = 30.0
 
 
-def same_run(earlier: Checkpoint, later: Checkpoint) -> str | None:
-    """Why two checkpoints cannot be of one network; ``None`` where they can."""
+def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
+    """Return why two checkpoints cannot be compared; ``None`` if they can.
+
+    Args:
+        earlier: The earlier checkpoint.
+        later: The later checkpoint.
+    """
     if not earlier.optimizers or not later.optimizers:
         return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
     first, second = ({name: tuple(held.shape) for name, held in one.tensors.items()} for one in (earlier, later))
@@ -49,37 +53,37 @@ def compare_with_earlier(
     earlier: Checkpoint,
     later: Checkpoint,
     layers: Sequence[Layer],
-    entries: Mapping[str, Entry],
-    readings: Sequence[LayerReading],
+    states: Mapping[str, ParameterState],
+    readings: Sequence[LayerClock],
     parameter_names: Sequence[str] | None = None,
 ) -> Iterator[Evidence | Abstention]:
-    """What two checkpoints of one run say together.
+    """Yield what two checkpoints of one run show together.
 
     Args:
-        earlier: The earlier one.
-        later: The later one.
-        layers: The later one's layers.
-        entries: Whose optimizer state is whose in the later one.
-        readings: The later one's clocks.
-        parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine`.
+        earlier: The earlier checkpoint.
+        later: The later checkpoint.
+        layers: The layers of the later one.
+        states: The optimizer state of each parameter in the later one.
+        readings: The clocks of the later one.
+        parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine_file`.
     """
-    reason = same_run(earlier, later)
+    reason = why_not_comparable(earlier, later)
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
-    before = find_owners(earlier.tensors, earlier.optimizers, parameter_names).entries
-    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerReading)}
+    before = match_parameters(earlier.tensors, earlier.optimizers, parameter_names).states
+    clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
     for read in readings:
         start = clocks.get(read.layer.path)
         passed = _steps_between(start, read)
         if start is None or isinstance(passed, str):
             yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
             continue
-        yield from _judge(start, read, passed, *_Pair(earlier, later, before, entries, start, read, passed).tests())
+        yield from _judge(start, read, passed, *_Pair(earlier, later, before, states, start, read, passed).tests())
 
 
-def _steps_between(start: LayerReading | None, end: LayerReading) -> int | str:
-    """Steps that a layer was updated in between the two, or why they cannot be compared."""
+def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
+    """Return the number of updates of a layer between the two checkpoints, or why they cannot be compared."""
     if start is None:
         return "The earlier checkpoint has no clock for this layer."
     if start.rule.betas != end.rule.betas:
@@ -88,7 +92,7 @@ def _steps_between(start: LayerReading | None, end: LayerReading) -> int | str:
     if first is None or last is None:
         return "The two checkpoints do not say how many steps lie between them."
     if last <= first:
-        return f"The layer was not updated in between: it stands at step {first} and then at {last}."
+        return f"The layer was not updated in between: its step is {first} and then {last}."
     return last - first
 
 
@@ -99,10 +103,10 @@ class _Pair:
         self,
         earlier: Checkpoint,
         later: Checkpoint,
-        before: Mapping[str, Entry],
-        after: Mapping[str, Entry],
-        start: LayerReading,
-        end: LayerReading,
+        before: Mapping[str, ParameterState],
+        after: Mapping[str, ParameterState],
+        start: LayerClock,
+        end: LayerClock,
         steps: int,
     ) -> None:
         self._tensors = earlier.tensors, later.tensors
@@ -114,7 +118,7 @@ class _Pair:
         self._tolerance = _RELATIVE + _RELATIVE_A_STEP * steps
 
     def tests(self) -> tuple[Tensor, Tensor]:
-        """Rows that got no gradient as far as can be seen, and rows that got one for certain; bool ``(N,)`` both."""
+        """Return which rows got no gradient as far as can be seen, and which certainly got one, both bool ``(N,)``."""
         kept = torch.ones(self._layer.width, dtype=torch.bool)
         touched = torch.zeros(self._layer.width, dtype=torch.bool)
         for name in self._names:
@@ -127,8 +131,13 @@ class _Pair:
         return self._layer.rows(tensor).double()
 
     def _means(self, name: str, touched: Tensor) -> Tensor:
-        """Test the optimizer's means; gives by how much a weight may have moved without a gradient, ``(N, F)``."""
-        first, last = (entries[name].slots for entries in self._entries)
+        """Mark rows whose means grew, and return how far each weight can move without a gradient, ``(N, F)``.
+
+        Args:
+            name: The parameter.
+            touched: Rows that certainly got a gradient, bool ``(N,)``; changed in place.
+        """
+        first, last = (states[name].slots for states in self._entries)
         adam = len(self._rules[0].betas) == 2
         slot = "exp_avg" if adam else "momentum_buffer"
         beta = self._rules[0].betas[0]
@@ -137,24 +146,30 @@ class _Pair:
         left = m1.abs() * beta**self._steps * (1 + self._tolerance) + 4 * tiny
         touched |= (m2.abs() > left).any(dim=1)
         rates = [rule.rate for rule in self._rules if math.isfinite(rule.rate)]
-        rate = _RATE_ROOM * max(rates, default=math.inf)
+        rate = _RATE_FACTOR * max(rates, default=math.inf)
         if not adam:
             return rate * m1.abs() * beta / (1.0 - beta)
         beta2 = self._rules[0].betas[1]
         v1, v2 = self._rows(first["exp_avg_sq"]), self._rows(last["exp_avg_sq"])
         left = v1 * beta2**self._steps * (1 + self._tolerance) + 65536 * tiny
         touched |= (v2 > left).any(dim=1)
-        # Step j moves a weight by at most lr · r₁ (β1/√β2)^j, the sum over all j is a geometric one, and the correction
+        # Step j moves a weight by at most lr · r₁ (β1/√β2)^j. The sum over all j is geometric, and the bias correction
         # of m in early steps is at most 1 / (1 − β1).
         shrink = beta / math.sqrt(beta2)
         ratio = torch.where(v1 > 0, m1.abs() / v1.clamp(min=tiny).sqrt(), 0.0)
         return rate * ratio * shrink / (1.0 - shrink) / (1.0 - beta)
 
     def _weights(self, name: str, room: Tensor, kept: Tensor) -> None:
-        """Test how the weights moved."""
+        """Unmark rows whose weights moved farther than they can without a gradient.
+
+        Args:
+            name: The parameter.
+            room: How far each weight can move without a gradient, ``(N, F)``.
+            kept: Rows that may have got no gradient, bool ``(N,)``; changed in place.
+        """
         w1, w2 = (self._rows(tensors[name]) for tensors in self._tensors)
         if self._entries[1][name].group.get("weight_decay"):
-            # One factor for the whole row: that of its largest weight.
+            # Decay shrinks the whole row by one factor: that of its largest weight.
             place = w1.abs().argmax(dim=1, keepdim=True)
             top = w1.gather(1, place)
             factor = torch.where(top == 0, 1.0, w2.gather(1, place) / torch.where(top == 0, 1.0, top))
@@ -167,27 +182,36 @@ class _Pair:
         kept &= (moved.abs() <= room + 2 * self._tolerance * w1.abs()).all(dim=1)
 
 
-def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
+def _judge(start: LayerClock, end: LayerClock, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
+    """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one.
+
+    Args:
+        start: The layer's clock in the earlier checkpoint.
+        end: The layer's clock in the later one.
+        passed: Steps in between.
+        silent: Rows that got no gradient in between, bool ``(N,)``.
+        touched: Rows that certainly got one, bool ``(N,)``.
+    """
     before, after = start.reading, end.reading
-    sound = ~(before.broken | before.faint | after.broken | after.faint)
-    silent, touched = silent & sound & ~after.never, touched & sound
+    readable = ~(before.not_finite | before.underflowed | after.not_finite | after.underflowed)
+    silent, touched = silent & readable & ~after.never, touched & readable
     whole = bool((silent | after.never).all())
     if silent.any():
         since = None
         if start.step is not None and not start.lag:
             dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
             since = (start.step - dated).clamp(min=0.0).long()
-        yield _said(
+        yield _evidence(
             end,
             "no gradient",
             silent,
             torch.full(silent.shape, float(passed), dtype=torch.float64),
             "steps without a gradient, at least",
-            f"Over the {passed} steps between the two checkpoints the optimizer's means and the weights changed just "
-            "as they do without a gradient."
+            f"Over the {passed} steps between the two checkpoints, the optimizer's means and the weights changed "
+            "exactly as they do without a gradient."
             + (
-                " This is so for the whole layer: it was frozen, or cut off by what follows it, which says nothing of "
-                "these neurons themselves."
+                " The whole layer got none: it was frozen, or cut off by a later layer. This says nothing about these "
+                "neurons themselves."
                 if whole
                 else ""
             ),
@@ -203,24 +227,24 @@ def _judge(start: LayerReading, end: LayerReading, passed: int, silent: Tensor, 
         since = None
         if end.step is not None and not end.lag:
             since = (end.step - within).clamp(min=0.0).long()
-        yield _said(
+        yield _evidence(
             end,
             "no gradient",
             mask,
             within,
-            "steps since the last gradient, at most" if isinstance(end.clock, AdamClock) else "steps since, about",
-            "It got a gradient after the earlier checkpoint, and by the later one's clock none lately: it fell silent "
-            "in between.",
+            "steps since the last gradient, at most" if end.is_bound else "steps since the last gradient, about",
+            "It got a gradient after the earlier checkpoint, and none recently by the later one's clock: its gradient "
+            "stopped in between.",
             since,
             basis=basis,
         )
     alive = touched & ~died
     if alive.any():
-        yield _said(
+        yield _evidence(
             end,
             "alive",
             alive,
             within,
             "steps since the last gradient, at most",
-            "A running mean of its gradients rose above what decay leaves: it got a gradient in between.",
+            "A running mean of its gradients is larger than decay alone leaves it: it got a gradient in between.",
         )

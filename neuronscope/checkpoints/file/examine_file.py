@@ -1,56 +1,63 @@
-"""The file alone: everything that a checkpoint says of its neurons with neither model nor data."""
+"""Examine a checkpoint alone, with neither model nor data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.collapse import find_halts
+from neuronscope.checkpoints.file.collapse import find_no_gradient_causes
 from neuronscope.checkpoints.file.compare_checkpoints import compare_with_earlier
-from neuronscope.checkpoints.file.layer_clocks import LayerReading, read_clocks
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
+from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
 from neuronscope.checkpoints.file.monitor_record import examine_records
-from neuronscope.checkpoints.file.parameter_matching import find_owners
+from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from neuronscope.checkpoints.file.weights import examine_weights
-from neuronscope.checkpoints.file.zero_gradient_rows import evidence_of_silence
+from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["examine"]
+__all__ = ["examine_file"]
 
 
-def examine(
+def examine_file(
     checkpoint: Checkpoint, *, parameter_names: Sequence[str] | None = None, earlier: Checkpoint | None = None
 ) -> tuple[list[Evidence], list[Abstention]]:
-    """Examine a checkpoint with what it holds itself: a monitor's record, the optimizer's state, the weights.
+    """Examine what a checkpoint contains: a monitor's records, the weights, the optimizer's state.
 
     Args:
-        checkpoint: What the file holds.
-        parameter_names: Names of ``model.named_parameters()``, in order, where the model is known: then the entries of
-            an optimizer's state are tied to parameters more surely.
+        checkpoint: The opened checkpoint.
+        parameter_names: Names of ``model.named_parameters()`` in order, if the model is known. With them, more entries
+            of the optimizer's state can be matched to parameters.
         earlier: An earlier checkpoint of the same run.
 
     Returns:
-        The evidence, and what could not be said.
+        The evidence, and what could not be examined.
     """
     layers = find_layers(checkpoint.tensors)
     found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(checkpoint.tensors, layers)]
     if checkpoint.optimizers:
-        owners = find_owners(checkpoint.tensors, checkpoint.optimizers, parameter_names)
-        found += owners.abstentions
-        clocks = list(read_clocks(checkpoint, layers, owners.entries))
-        read = [clock for clock in clocks if isinstance(clock, LayerReading)]
-        halts = find_halts(layers, read)
-        for clock in clocks:
-            if isinstance(clock, Abstention):
-                found.append(clock)
-            elif clock.layer.kind in NEURON_KINDS:
-                found += evidence_of_silence(clock, halts.get(clock.layer.path))
-        if earlier is not None:
-            read = [clock for clock in read if clock.layer.kind in NEURON_KINDS]
-            found += compare_with_earlier(earlier, checkpoint, layers, owners.entries, read, parameter_names)
+        found += _examine_optimizers(checkpoint, layers, parameter_names, earlier)
     else:
         found.append(
-            Abstention("optimizer state", "", "The file holds no optimizer's state, hence nothing of past gradients.")
+            Abstention("optimizer state", "", "The file holds no optimizer state, so past gradients are not known.")
         )
-    evidence = [piece for piece in found if isinstance(piece, Evidence)]
-    return evidence, [piece for piece in found if isinstance(piece, Abstention)]
+    evidence = [one for one in found if isinstance(one, Evidence)]
+    return evidence, [one for one in found if isinstance(one, Abstention)]
+
+
+def _examine_optimizers(
+    checkpoint: Checkpoint, layers: Sequence[Layer], parameter_names: Sequence[str] | None, earlier: Checkpoint | None
+) -> Iterator[Evidence | Abstention]:
+    """Yield which neurons got no gradient, by the state of the optimizers."""
+    matches = match_parameters(checkpoint.tensors, checkpoint.optimizers, parameter_names)
+    yield from matches.abstentions
+    readings = list(read_clocks(checkpoint, layers, matches.states))
+    clocks = [reading for reading in readings if isinstance(reading, LayerClock)]
+    causes = find_no_gradient_causes(layers, clocks)
+    for reading in readings:
+        if isinstance(reading, Abstention):
+            yield reading
+        elif reading.layer.kind in NEURON_KINDS:
+            yield from zero_gradient_evidence(reading, causes.get(reading.layer.path))
+    if earlier is not None:
+        clocks = [clock for clock in clocks if clock.layer.kind in NEURON_KINDS]
+        yield from compare_with_earlier(earlier, checkpoint, layers, matches.states, clocks, parameter_names)

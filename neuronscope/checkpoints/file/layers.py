@@ -1,6 +1,6 @@
-"""Layers: which of a checkpoint's tensors are whose weight and bias, and along which dimension their neurons lie.
+"""Find the layers of a checkpoint: which tensors are weight and bias of a layer, and along which axis its neurons lie.
 
-Told from names, shapes and order alone; no number is read. Row ``i`` of a layer is what leads into its neuron ``i``.
+Only names, shapes and order are used; no tensor is read. Row ``i`` of a layer holds the weights into its neuron ``i``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = [
     "unexamined_types",
 ]
 
-#: Kinds of layer whose rows are neurons; the others are ``norm``, ``embedding`` and ``experts``.
+#: Kinds of layers whose rows are neurons; the other kinds are ``norm``, ``embedding`` and ``experts``.
 NEURON_KINDS = ("linear", "conv")
 
-#: How a weight may be called after its module's path, and how the magnitudes beside it where weight norm splits it.
+#: Possible names of a weight in its module; and if weight norm splits the weight, the name of the magnitudes.
 _WEIGHTS = {
     "weight": "",
     "parametrizations.weight.original1": "parametrizations.weight.original0",
@@ -46,19 +46,19 @@ _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of ``N`` rows.
+    """A layer of ``N`` rows.
 
     Attributes:
         path: Path of the module that holds the weight.
         kind: ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor).
         weight: Name of the weight in the checkpoint.
-        bias: Name of the bias, or ``None``.
-        gain: Name of the magnitudes ``(N, 1, …)`` where weight norm splits them from the weight, or ``None``.
+        bias: Name of the bias ``(N,)``, or ``None``.
+        gain: Name of the magnitudes ``(N, 1, …)`` if weight norm splits them from the weight, else ``None``.
         width: ``N``.
-        axis: Dimension of the weight along which the rows lie: 0, or 1 where it is stored transposed (the ``Conv1D`` of
+        axis: Dimension of the weight along which the rows lie: 0, or 1 if it is stored transposed (the ``Conv1D`` of
             GPT-2, a transposed convolution).
         inputs: Size of the weight's other leading dimension: input features, or input channels of a group.
-        sure: Whether shapes alone say which dimension is which; else it is the usual one.
+        axis_known: True if shapes determine ``axis``; else it is the usual one.
 
     >>> layer = Layer("fc", "linear", "fc.weight", None, None, width=3, axis=1, inputs=2)
     >>> import torch
@@ -74,42 +74,47 @@ class Layer:
     width: int
     axis: int
     inputs: int
-    sure: bool = True
+    axis_known: bool = True
 
     @property
     def incoming(self) -> tuple[str, ...]:
-        """Names of all tensors that have an entry or more for each row."""
+        """Names of the tensors that belong to the rows: weight, magnitudes and bias."""
         return tuple(name for name in (self.weight, self.gain, self.bias) if name is not None)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """A tensor that is shaped like one of :attr:`incoming`, one row a neuron: ``(N, fan-in)``."""
+        """Reshape one of the :attr:`incoming` tensors to one row per neuron: ``(N, fan-in)``."""
         if tensor.dim() > 1 and self.axis:
             tensor = tensor.transpose(0, self.axis)
         return tensor.reshape(self.width, -1)
 
     def columns(self, weight: Tensor) -> Tensor:
-        """The weight, one row an input feature or channel: ``(inputs, the rest)``."""
+        """Reshape the weight to one row per input feature or channel: ``(inputs, the rest)``."""
         return weight.transpose(0, 1 - self.axis).reshape(self.inputs, -1)
 
 
 def is_floating(tensor: StoredTensor) -> bool:
-    """Whether a tensor's type is one of real numbers."""
+    """Whether a tensor's dtype is a floating-point one."""
     return "float" in tensor.dtype
 
 
 def is_parameter(name: str, tensor: StoredTensor) -> bool:
-    """Whether a tensor may be a parameter, as far as its name and type say: no statistics, no counters."""
+    """Whether a tensor may be a parameter by its name and dtype: it is not a running statistic or a counter.
+
+    Args:
+        name: Its name in the checkpoint.
+        tensor: The tensor.
+    """
     return is_floating(tensor) and not name.endswith(_STATISTICS)
 
 
 def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
-    """The layers that a network's tensors make up, in the order of the file.
+    """Return the layers of a network in the order of the file.
 
-    What is no layer by its name (the stacked gates of a recurrent one, attention's ``in_proj_weight``, adapters) is
-    left out.
+    Weights that do not have the name of a layer's weight are left out: the stacked gates of a recurrent layer,
+    attention's ``in_proj_weight``, adapters.
 
     Args:
-        tensors: By name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
     """
     found = []
     transposed = _Transposed(tensors)
@@ -129,10 +134,10 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
 
 
 def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    """Return the names of weights and biases that hold no real numbers (integers, complex ones), by their type.
+    """Return the names of weights and biases that are not floating-point (integer or complex), by dtype.
 
     Args:
-        tensors: By name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
+        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
     """
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -142,7 +147,7 @@ def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]
 
 
 def normalised_layers(layers: Sequence[Layer]) -> set[str]:
-    """Paths of the layers that have a norm of their size right before or behind them, in the order of the file.
+    """Return the paths of layers with a norm of their size directly before or after them in the file.
 
     Args:
         layers: The checkpoint's layers.
@@ -157,15 +162,15 @@ def normalised_layers(layers: Sequence[Layer]) -> set[str]:
 
 
 def _split(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str | None] | None:
-    """A weight's module path and the name of its magnitudes, or ``None`` for what is no weight."""
+    """Return a weight's module path and the name of its magnitudes; ``None`` if the tensor is not a weight."""
     for leaf, gain in _WEIGHTS.items():
         if name != leaf and not name.endswith("." + leaf):
             continue
         path = name[: -len(leaf)].removesuffix(".")
-        beside = _join(path, gain) if gain else None
-        if beside is not None and beside not in tensors:
+        magnitudes = _join(path, gain) if gain else None
+        if magnitudes is not None and magnitudes not in tensors:
             continue  # `weight_v` without its magnitudes is a buffer of spectral norm
-        return path, beside
+        return path, magnitudes
     return None
 
 
@@ -188,17 +193,17 @@ def _layer(
     if len(shape) == 2 and not biased and _EMBEDDING.search(path):
         return Layer(path, "embedding", name, None, None, shape[0], 0, shape[1])
     kind = "linear" if len(shape) == 2 else "conv"
-    axis, sure = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
+    axis, axis_known = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
     if axis is None:
         return None
     if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
         return None
     fits = biased and bias is not None and bias.shape[0] == shape[axis]
-    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], sure)
+    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
 
 
 class _Transposed:
-    """Which weights are stored with their rows along dimension 1: told by the bias, else by the layer's namesakes."""
+    """Decides which weights are stored transposed: by the bias's size, else by layers of the same name or rank."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._by_leaf: Counter[tuple[int, str, int]] = Counter()
@@ -214,13 +219,19 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """The rows' dimension and whether it is sure; ``None`` where a bias fits neither."""
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
+
+        Args:
+            path: Path of the module.
+            shape: Shape of the weight.
+            bias: Size of the bias, or ``None``.
+        """
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)
         if known is not None:
             return known, True
-        if bias is None:  # a `Conv1D` has a bias; a convolution without one is the ordinary one as a rule
+        if bias is None:  # a `Conv1D` has a bias; a convolution without bias is rarely transposed
             return 0, len(shape) == 2
         for votes in (
             [self._by_leaf[len(shape), _leaf(path), axis] for axis in (0, 1)],
@@ -232,7 +243,7 @@ class _Transposed:
 
 
 def _axis(shape: tuple[int, ...], bias: int) -> int | None:
-    """Where the one dimension of a bias's size is, of the first two; ``None`` where both or neither are."""
+    """Return which of the first two dimensions has the bias's size; ``None`` if both or neither have it."""
     fits = [dimension for dimension in (0, 1) if shape[dimension] == bias]
     return fits[0] if len(fits) == 1 else None
 

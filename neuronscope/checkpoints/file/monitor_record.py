@@ -1,19 +1,19 @@
-"""Record: what the run's own monitor counted, where the run was watched. It knows when each neuron died."""
+"""Read what Neuronscope's own monitor counted during training. It knows when each neuron died."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.data.measure import cut_off_by_the_next, independent, silence_basis
+from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import NeuronscopeError
-from neuronscope.judge.verdicts import Policy, rate_bound
+from neuronscope.judge.verdicts import Policy
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scope import Scope
@@ -21,7 +21,7 @@ from neuronscope.scope import Scope
 __all__ = ["examine_records", "recorded_report", "recorded_reports"]
 
 _SOURCE = "monitor record"
-#: What reading a damaged record may raise.
+#: Exceptions that a damaged record may cause.
 _DAMAGED = (
     NeuronscopeError,
     ArithmeticError,
@@ -34,21 +34,21 @@ _DAMAGED = (
 
 
 def recorded_report(state: Mapping[str, Any]) -> Report | None:
-    """The report of what a monitor counted: of training, else of the first phase of which it counted anything.
+    """Return the report on what a monitor counted in training, or else in the first phase with any counts.
 
-    The thresholds are the default ones; a monitor does not save its own.
+    The thresholds are the defaults, since a monitor does not save its own.
 
     Args:
-        state: A monitor's state, or that of a :class:`neuronscope.Scope`.
+        state: The state of a monitor or of a :class:`neuronscope.Scope`.
 
     Returns:
-        The report, or ``None`` where nothing was counted.
+        The report, or ``None`` if nothing was counted.
 
     Raises:
-        StateError: The state is neither, or of a later version.
+        StateError: The state is neither of them, or was written by a later version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
-    scope = Scope(nn.ReLU(), WatchOptions())  # what it watches does not matter: it reads its own state back
+    scope = Scope(nn.ReLU(), WatchOptions())  # the model does not matter: only the state is read
     scope.detach(join=False)
     scope.load_state_dict(inner)
     phases = scope.phases
@@ -58,10 +58,10 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
 
 
 def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
-    """The reports of the monitors' records in a checkpoint, and why a record gives none.
+    """Yield the report of each monitor's record in a checkpoint, or why there is none.
 
     Args:
-        checkpoint: What the file holds.
+        checkpoint: The opened checkpoint.
     """
     for key, state in checkpoint.records.items():
         try:
@@ -70,25 +70,25 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
             yield _damaged(key, error)
             continue
         if report is not None and report.fault:
-            yield Abstention(_SOURCE, "", f"The record {key!r} is not of the whole run: {report.fault}")
+            yield Abstention(_SOURCE, "", f"The record {key!r} does not cover the whole run: {report.fault}")
         yield report or Abstention(
             _SOURCE, "", f"The record {key!r} is empty: nothing was counted before the file was written."
         )
 
 
 def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
-    """What the monitors' records in a checkpoint say.
+    """Yield the evidence in the monitors' records of a checkpoint.
 
     Args:
-        checkpoint: What the file holds.
+        checkpoint: The opened checkpoint.
     """
     for report in recorded_reports(checkpoint):
         if isinstance(report, Abstention):
             yield report
             continue
-        cut_off = cut_off_by_the_next(report.layers)
+        blocked = blocked_by_next_layer(report.layers)
         for site in report.layers:
-            yield from _site(site, report, site.name in cut_off)
+            yield from _examine_site(site, report, site.name in blocked)
 
 
 def _damaged(key: str, error: BaseException) -> Abstention:
@@ -96,84 +96,16 @@ def _damaged(key: str, error: BaseException) -> Abstention:
     return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
 
 
-def _site(site: SiteReport, report: Report, cut_off: bool) -> Iterator[Evidence]:
-    judged, policy = site.judgement, Policy(**report.policy)
-    bound = rate_bound(independent(site), policy.confidence)
-    born = site.last_active_step < 0
-    when = (
-        f"over {site.examples} examples of phase {report.phase}, steps {report.window.first_step} to "
+def _examine_site(site: SiteReport, report: Report, blocked: bool) -> Iterator[Evidence]:
+    where = (
+        f"over {site.examples:,} examples of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"
     )
-    if judged.not_finite.any():
-        yield _of(
-            site,
-            "not finite",
-            judged.not_finite,
-            np.full(site.neurons, np.nan),
-            "",
-            f"NaN or infinite outputs were counted {when}.",
-        )
-    if judged.dead.any():
-        basis, few = silence_basis(independent(site), policy)
-        yield _of(
-            site,
-            "dead",
-            judged.dead,
-            np.full(site.neurons, bound),
-            f"share of examples it may still fire in, at {policy.confidence:.0%} confidence",
-            f"Zero output{' and zero gradient' if site.gradient_positions else ''} at every one of {site.positions} "
-            f"positions, counted {when}.{few}",
-            since=np.where(born, -1, site.history.died_step),
-            basis=basis,
-        )
-    if judged.cut_off.any():
-        basis, few = silence_basis(independent(site, site.gradient_positions), policy, "Without gradient")
-        stops = " The next layer passes none back, which says nothing of these neurons themselves." if cut_off else ""
-        yield _of(
-            site,
-            "no gradient",
-            judged.cut_off,
-            np.full(site.neurons, float(site.gradient_positions)),
-            "positions at which its gradient was zero",
-            f"It fires, and its gradient was zero at every position, counted {when}.{few}{stops}",
-            basis=basis,
-            whole_layer=cut_off,
-        )
-    alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
-    if alive.any():
-        yield _of(
-            site,
-            "alive",
-            alive,
-            1.0 - site.zero_output_fraction,
-            "share of positions at which it fired",
-            f"It fired, or got a gradient, counted {when}.",
-        )
-
-
-def _of(
-    site: SiteReport,
-    claim: str,
-    mask: npt.NDArray[np.bool_],
-    numbers: npt.NDArray[np.float64],
-    measure: str,
-    text: str,
-    *,
-    since: npt.NDArray[np.int64] | None = None,
-    basis: str = "measured",
-    whole_layer: bool = False,
-) -> Evidence:
-    neurons = np.flatnonzero(mask).astype(np.int64)
-    return Evidence(
-        layer=site.name,
-        width=site.neurons,
-        source=_SOURCE,
-        claim=claim,
-        basis=basis,
-        neurons=neurons,
-        numbers=numbers[neurons],
-        measure=measure,
-        text=text,
-        since=None if since is None else since[neurons],
-        whole_layer=whole_layer,
-    )
+    since = np.where(site.last_active_step < 0, -1, site.history.died_step)
+    policy = Policy(**report.policy)
+    for one in counted_evidence(site, policy, source=_SOURCE, where=where, blocked=blocked, since=since):
+        if one.claim == "no gradient":
+            positions = np.full(one.neurons.shape, float(site.gradient_positions))
+            yield replace(one, numbers=positions, measure="positions at which its gradient was zero")
+        else:
+            yield one

@@ -1,7 +1,7 @@
-"""Optimizers: which one left a parameter's state, told by what it kept and by its group, and what its clock needs.
+"""Recognise the optimizer of a parameter from its saved state and group, and collect what the clock needs.
 
-Several optimizers keep slots of the same names. Only those are read that are known to keep the running means that the
-clock supposes; of the others the reason is given.
+Several optimizers use the same names in their state. Only optimizers that are known to keep the running means that the
+clock assumes are read; for all others the reason is reported.
 """
 
 from __future__ import annotations
@@ -13,61 +13,61 @@ from typing import Any
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
 
-__all__ = ["Decay", "Rule", "recognise", "steps_taken"]
+__all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
 
 _EXACT_TYPES = ("float32", "float64")
 _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
 
 
 @dataclass(frozen=True)
-class Decay:
-    """How a group's weight decay acts.
+class WeightDecay:
+    """The weight decay of a parameter group.
 
     Attributes:
         amount: λ.
-        decoupled: Whether it acts on the weights alone (AdamW); ``False`` = it is part of the gradient (L2), so that
-            the state never sees a gradient of zero; ``None`` = the file does not say.
+        decoupled: True if it acts on the weights only (AdamW); ``False`` = it is added to the gradient (L2), so that
+            the optimizer never sees a gradient of zero; ``None`` = the file does not say.
     """
 
     amount: float
     decoupled: bool | None
 
     @property
-    def hides(self) -> bool | None:
-        """Whether it keeps rows without gradient from being seen; ``None`` = nobody knows."""
+    def hides_zero_gradients(self) -> bool | None:
+        """Whether it makes rows without gradient look as if they had one; ``None`` = not known."""
         if self.amount == 0:
             return False
         return None if self.decoupled is None else not self.decoupled
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The optimizer that one parameter's state is of.
+class OptimizerRule:
+    """The optimizer of one parameter.
 
     Attributes:
         name: ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD`` …
-        betas: Decays of its running means: two for Adam's family, SGD's momentum alone.
-        decay: Its weight decay.
-        rate: The learning rate at the time of saving; NaN where none was kept.
+        betas: Decays of the running means: two for Adam and its variants, the momentum for SGD.
+        decay: The weight decay.
+        rate: The learning rate at the time of saving; NaN if the file has none.
     """
 
     name: str
     betas: tuple[float, ...]
-    decay: Decay
+    decay: WeightDecay
     rate: float
 
     @property
     def source(self) -> str:
-        """What evidence from it is said to come from."""
+        """The source that evidence from this state names."""
         return "sgd state" if self.name == "SGD" else "adam state"
 
 
-def recognise(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
-    """The optimizer of a parameter, or the reason why its state says nothing.
+def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
+    """Return the optimizer of a parameter, or the reason why its state shows nothing.
 
     Args:
         group: The hyperparameters of the parameter's group.
-        slots: What was kept of the parameter.
+        slots: The saved state of the parameter.
     """
     if "exp_avg" in slots and "exp_avg_sq" in slots:
         return _adam(group, slots)
@@ -76,16 +76,16 @@ def recognise(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
     if not slots:
         return _NEVER_UPDATED
     kept = ", ".join(map(str, list(slots)[:8])) or "nothing"
-    return f"its optimizer keeps {kept}: no optimizer whose clock is known"
+    return f"its optimizer keeps {kept}: the clock of such an optimizer is not known"
 
 
-def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
+def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
     if "momentum_decay" in group:
         name = "NAdam"
     elif "amsgrad" in group:
         name = "AdamW" if group.get("decoupled_weight_decay") is True else "Adam"
     elif "correct_bias" in group:
-        name = "AdamW"  # of transformers before 5, always decoupled
+        name = "AdamW"  # transformers before 5; always decoupled
     elif "decoupled_weight_decay" in group:
         name = "RAdam"
     else:
@@ -93,25 +93,25 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
             "its optimizer keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, AdamW, NAdam or RAdam: "
             f"they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
         )
-    half = _inexact(slots, "exp_avg", "exp_avg_sq")
-    if half:
-        return half
+    reason = _unsupported_dtype(slots, "exp_avg", "exp_avg_sq")
+    if reason:
+        return reason
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
         return f"its group's betas are {group.get('betas')!r} and its weight decay {group.get('weight_decay')!r}"
     if not (betas[0] > 0 and betas[0] ** 2 < betas[1] < 1):
-        return f"with betas of {betas[0]:g} and {betas[1]:g} its clock does not run: 0 < β1 < √β2 < 1 is needed"
+        return f"with betas of {betas[0]:g} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
     decoupled = True if "correct_bias" in group else group.get("decoupled_weight_decay")
     rate = _number(group.get("lr"))
-    return Rule(
+    return OptimizerRule(
         name,
         betas,
-        Decay(amount, decoupled if isinstance(decoupled, bool) else None),
+        WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),
         math.nan if rate is None else rate,
     )
 
 
-def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
+def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
     if momentum is None or amount is None or not 0 <= momentum < 1:
         return f"its group's momentum is {group.get('momentum')!r} and its weight decay {group.get('weight_decay')!r}"
@@ -119,25 +119,30 @@ def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> Rule | str:
         return "SGD without momentum keeps nothing of past gradients"
     if not slots:
         return _NEVER_UPDATED
-    half = _inexact(slots, "momentum_buffer")
-    if half:
-        return half
+    reason = _unsupported_dtype(slots, "momentum_buffer")
+    if reason:
+        return reason
     rate = _number(group.get("lr"))
-    return Rule("SGD", (momentum,), Decay(amount, False), math.nan if rate is None else rate)
+    return OptimizerRule("SGD", (momentum,), WeightDecay(amount, False), math.nan if rate is None else rate)
 
 
-def _inexact(slots: Mapping[str, Any], *names: str) -> str | None:
+def _unsupported_dtype(slots: Mapping[str, Any], *names: str) -> str | None:
     types = {getattr(slots[name], "dtype", "no tensor") for name in names}
     if len(types) == 1 and types <= set(_EXACT_TYPES):
         return None
     return (
         f"its optimizer's state is kept in {' and '.join(sorted(types))}, where small numbers stop decaying: "
-        "its clock runs in float32 or float64 only"
+        "its clock can be read in float32 and float64 only"
     )
 
 
 def steps_taken(slots: Mapping[str, StoredTensor | float], group: Mapping[str, Any]) -> int | None:
-    """Steps in which a parameter was updated, where its optimizer counts them."""
+    """Return the number of steps in which a parameter was updated; ``None`` if its optimizer does not count them.
+
+    Args:
+        slots: The saved state of the parameter.
+        group: The hyperparameters of its group.
+    """
     step: Any = slots.get("step", group.get("step"))
     if step is not None and hasattr(step, "read"):
         step = step.read().double().max().item() if math.prod(step.shape) == 1 else None

@@ -1,9 +1,9 @@
-"""Ownership: which parameter each entry of an optimizer's state belongs to.
+"""Match the entries of an optimizer's state to the network's parameters.
 
-torch numbers an optimizer's parameters and saves no names unless it was given some. The numbers run through its
-groups in the order in which the parameters were handed over, which is the model's own order within a group as a rule.
-So the entries of a group are a subsequence of the model's parameters with the same shapes. An entry is tied to a
-parameter only when every such subsequence gives it the same one.
+torch numbers the parameters of an optimizer and saves their names only if it was given names. The numbers follow the
+order in which the parameters were passed to the optimizer. Within a group this is usually the model's own order, so the
+entries of a group are a subsequence of the model's parameters with the same shapes. An entry is matched to a parameter
+only if every such subsequence matches it to the same one.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
 from neuronscope.checkpoints.file.layers import is_parameter
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["Entry", "Ownership", "find_owners"]
+__all__ = ["ParameterMatches", "ParameterState", "match_parameters"]
 
 _SOURCE = "optimizer state"
 
-#: Comparisons of a parameter with a group after which the search is given up: a damaged file must not hang it.
-_PATIENCE = 4_000_000
+#: Number of comparisons after which the search is given up, so that a damaged file cannot make it hang.
+_MAX_COMPARISONS = 4_000_000
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Entry:
-    """The state of one parameter.
+class ParameterState:
+    """The optimizer state of one parameter.
 
     Attributes:
-        optimizer: Which of the checkpoint's optimizers.
-        group: The hyperparameters of its group.
-        slots: What was kept of it; empty where it was never updated.
+        optimizer: Index of the optimizer in the checkpoint.
+        group: The hyperparameters of the parameter's group.
+        slots: The saved state by name; empty if the parameter was never updated.
     """
 
     optimizer: int
@@ -42,52 +42,56 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Ownership:
-    """Entries by the name of their parameter, and what could not be told."""
+class ParameterMatches:
+    """The result of :func:`match_parameters`.
 
-    entries: Mapping[str, Entry]
+    Attributes:
+        states: The optimizer state of each matched parameter, by the parameter's name.
+        abstentions: What could not be matched, and why.
+    """
+
+    states: Mapping[str, ParameterState]
     abstentions: tuple[Abstention, ...]
 
 
-def find_owners(
+def match_parameters(
     tensors: Mapping[str, StoredTensor],
     optimizers: Sequence[OptimizerState],
     parameter_names: Sequence[str] | None = None,
-) -> Ownership:
-    """Tie the entries of all optimizers to parameters.
+) -> ParameterMatches:
+    """Match the entries of all optimizers to parameters.
 
     Args:
-        tensors: The network's, by name, in the order of the file.
-        optimizers: Their states.
-        parameter_names: The names of ``model.named_parameters()`` where the model is known; by default all tensors that
-            may be parameters by their name and type.
+        tensors: The network's tensors by name, in the order of the file.
+        optimizers: The saved states of the optimizers.
+        parameter_names: The names of ``model.named_parameters()`` if the model is known; by default all tensors that
+            may be parameters by their name and dtype.
     """
     names = [name for name in tensors if is_parameter(name, tensors[name])]
     if parameter_names is not None:
         names = [name for name in parameter_names if name in tensors]
     shapes = {name: tuple(tensors[name].shape) for name in names}
-    entries: dict[str, Entry] = {}
+    states: dict[str, ParameterState] = {}
     abstentions: list[Abstention] = []
     runs: list[_ParameterRun] = []
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.groups:
             keys = _keys(group)
-            given: Any = group.get("param_names")
-            found = [Entry(number, group, optimizer.slots.get(key, {})) for key in keys]
-            labels: list[Any] = list(given) if _is_names(given, len(keys)) else keys
+            saved_names: Any = group.get("param_names")
+            found = [ParameterState(number, group, optimizer.slots.get(key, {})) for key in keys]
+            labels: list[Any] = list(saved_names) if _is_names(saved_names, len(keys)) else keys
             if all(isinstance(label, str) for label in labels):
-                abstentions += _take_by_name(labels, found, shapes, entries)
+                abstentions += _match_by_name(labels, found, shapes, states)
             else:
                 runs.append(_ParameterRun(number, found))
-    abstentions += _take_by_order(runs, shapes, entries)
-    return Ownership(entries, tuple(abstentions))
+    abstentions += _match_by_order(runs, shapes, states)
+    return ParameterMatches(states, tuple(abstentions))
 
 
-def entry_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
-    """Shape of the parameter that some slots are of, as far as they say: that of their largest tensor."""
-    kept = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
-    kept = [shape for shape in kept if shape]
-    return max(kept, key=len) if kept else None
+def state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
+    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions."""
+    shapes = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
+    return max((shape for shape in shapes if shape), key=len, default=None)
 
 
 def _keys(group: Mapping[str, Any]) -> list[Any]:
@@ -95,49 +99,59 @@ def _keys(group: Mapping[str, Any]) -> list[Any]:
     return [key for key in keys if isinstance(key, (int, str))] if isinstance(keys, (list, tuple)) else []
 
 
-def _is_names(given: Any, count: int) -> bool:
-    return isinstance(given, (list, tuple)) and len(given) == count and all(isinstance(name, str) for name in given)
+def _is_names(value: Any, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count and all(isinstance(name, str) for name in value)
 
 
 _PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.", "state_dict.")
 
 
-def _take_by_name(
-    labels: Sequence[str], found: Sequence[Entry], shapes: Mapping[str, Shape], entries: dict[str, Entry]
+def _match_by_name(
+    labels: Sequence[str],
+    found: Sequence[ParameterState],
+    shapes: Mapping[str, Shape],
+    states: dict[str, ParameterState],
 ) -> list[Abstention]:
-    """Tie entries whose parameters were saved by name."""
-    strangers, misfits = [], []
-    for label, entry in zip(labels, found, strict=True):
+    """Match entries that were saved with the name of their parameter."""
+    unknown, misshapen = [], []
+    for label, state in zip(labels, found, strict=True):
         name = label
         while name not in shapes and name.startswith(_PREFIXES):
             name = name.partition(".")[2]
-        shape = entry_shape(entry.slots)
+        shape = state_shape(state.slots)
         if name not in shapes:
-            strangers.append(label)
+            unknown.append(label)
         elif shape is not None and shape != shapes[name]:
-            misfits.append(label)
+            misshapen.append(label)
         else:
-            entries[name] = entry
-    told = []
-    if strangers:
-        told.append(
-            f"The optimizer names {len(strangers)} parameters that the network does not have, {strangers[0]!r} first."
+            states[name] = state
+    reasons = []
+    if unknown:
+        reasons.append(
+            f"The optimizer names {len(unknown)} parameters that the network does not have, {unknown[0]!r} first."
         )
-    if misfits:
-        told.append(f"The optimizer's state of {len(misfits)} parameters has another shape, {misfits[0]!r} first.")
-    return [Abstention(_SOURCE, "", reason) for reason in told]
+    if misshapen:
+        reasons.append(
+            f"The optimizer's state of {len(misshapen)} parameters has another shape, {misshapen[0]!r} first."
+        )
+    return [Abstention(_SOURCE, "", reason) for reason in reasons]
 
 
 class _ParameterRun:
-    """The entries of one group, in order, and the parameters that each may belong to: a stretch of a list."""
+    """The entries of one parameter group, in order."""
 
-    def __init__(self, optimizer: int, entries: list[Entry]) -> None:
+    def __init__(self, optimizer: int, states: list[ParameterState]) -> None:
         self.optimizer = optimizer
-        self.entries = entries
-        self.shapes = [entry_shape(entry.slots) for entry in entries]
+        self.states = states
+        self.shapes = [state_shape(state.slots) for state in states]
 
     def places(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[str | None] | None:
-        """The only parameter that each entry can belong to, ``None`` where there are several; ``None`` if none fit."""
+        """Return the parameter of each entry, ``None`` for an entry with several candidates; ``None`` if nothing fits.
+
+        Args:
+            names: The candidates, in the model's order.
+            shapes: Their shapes by name.
+        """
         sizes = [shapes[name] for name in names]
         first = self._leftmost(self.shapes, sizes)
         last = self._leftmost(self.shapes[::-1], sizes[::-1])
@@ -148,7 +162,7 @@ class _ParameterRun:
 
     @staticmethod
     def _leftmost(wanted: Sequence[Shape | None], sizes: Sequence[Shape]) -> list[int] | None:
-        """Where a subsequence lies that begins as early as can be; an entry without a shape fits any."""
+        """Return the earliest positions of a subsequence with the wanted shapes; an entry without a shape fits any."""
         found, place = [], 0
         for shape in wanted:
             while place < len(sizes) and shape is not None and sizes[place] != shape:
@@ -160,20 +174,20 @@ class _ParameterRun:
         return found
 
 
-def _take_by_order(
-    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], entries: dict[str, Entry]
+def _match_by_order(
+    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], states: dict[str, ParameterState]
 ) -> list[Abstention]:
-    """Tie entries that were saved by number: what one group surely has, no other can have."""
-    owner: dict[str, int] = dict.fromkeys(entries, -1)
+    """Match entries that were saved by number; a parameter that one group certainly has is no candidate for another."""
+    owner: dict[str, int] = dict.fromkeys(states, -1)
     placed: list[list[str | None] | None] = [None] * len(runs)
     several = len({run.optimizer for run in runs}) > 1
-    patience = _PATIENCE
+    comparisons_left = _MAX_COMPARISONS
     growing = True
-    while growing and patience > 0:
+    while growing and comparisons_left > 0:
         growing = False
         for index, run in enumerate(runs):
-            patience -= len(shapes)
-            if patience <= 0:
+            comparisons_left -= len(shapes)
+            if comparisons_left <= 0:
                 break
             free = [name for name in shapes if owner.get(name, index) == index]
             names = run.places(free, shapes)
@@ -186,20 +200,20 @@ def _take_by_order(
     abstentions = []
     for run, names in zip(runs, placed, strict=True):
         unsure = 0
-        for entry, name in zip(run.entries, names or [None] * len(run.entries), strict=True):
+        for state, name in zip(run.states, names or [None] * len(run.states), strict=True):
             if name is None:
                 unsure += 1
             else:
-                entries[name] = entry
+                states[name] = state
         if unsure:
-            abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, names is not None, patience <= 0)))
+            abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, names is not None, comparisons_left <= 0)))
     return abstentions
 
 
 def _places_in_a_part(
     run: _ParameterRun, runs: Sequence[_ParameterRun], free: Sequence[str], shapes: Mapping[str, Shape]
 ) -> list[str | None] | None:
-    """Where each of several optimizers has a part of the network to itself: the one child of the root that fits it."""
+    """Match a group to the only submodule of the root that it fits, if each optimizer trains a submodule of its own."""
     if sum(other.optimizer == run.optimizer for other in runs) > 1:
         return None
     parts: dict[str, list[str]] = {}
@@ -214,12 +228,17 @@ def _places_in_a_part(
 
 
 def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
-    which = f"{unsure} of {len(run.entries)} entries of a parameter group"
+    """Return why some entries of a group could not be matched."""
+    which = f"{unsure} of {len(run.states)} entries of a parameter group"
     if gave_up:
-        return f"There are too many groups and parameters to tell whose {which} are."
+        return f"There are too many groups and parameters to find the parameters of {which}."
     if not fits:
-        return f"Whose {which} are cannot be told: no selection of the network's parameters has their shapes in order."
+        return (
+            f"The parameters of {which} are not known: no selection of the network's parameters has their shapes in "
+            "this order."
+        )
     return (
-        f"Whose {which} are cannot be told: the file has numbers and no names, and parameters of equal shape could be "
-        "swapped. Give `model=`, or hand `model.named_parameters()` to the optimizer, so that torch saves the names."
+        f"The parameters of {which} are not known: the file has numbers and no names, and parameters of equal shape "
+        "could be swapped. Give `model=`, or pass `model.named_parameters()` to the optimizer, so that torch saves the "
+        "names."
     )

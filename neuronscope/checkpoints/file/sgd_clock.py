@@ -1,8 +1,9 @@
-"""SGD's clock: a momentum buffer without weight decay shrinks by the momentum μ a step once gradients stop coming.
+"""Estimate how many steps ago a row got its last gradient, from SGD's momentum buffer.
 
-Unlike Adam's it has no second mean to be measured by, so that a row's buffer is held against the largest of its layer:
-an estimate, no bound. Living rows of one layer differ by a factor of ten as a rule; a silent one falls by ten in 22
-steps at μ = .9.
+Without gradients and weight decay, a momentum buffer shrinks by the factor μ (the momentum) per step. Unlike Adam, SGD
+keeps no second mean to compare it with. A row's buffer is therefore compared with the largest of its layer: this gives
+an estimate, not a bound. Living rows of one layer usually differ by a factor of ten; a row without gradient shrinks by
+ten in 22 steps at μ = .9.
 """
 
 from __future__ import annotations
@@ -16,34 +17,34 @@ from torch import Tensor
 
 from neuronscope.checkpoints.file.adam_clock import SILENT_FOLDS, SURE_FOLDS, ClockReading
 
-__all__ = ["Loudness", "SGDClock"]
+__all__ = ["BufferPeaks", "SGDClock"]
 
 
 @dataclass(frozen=True)
-class Loudness:
-    """The largest number of each row's momentum buffer.
+class BufferPeaks:
+    """The largest absolute value in each row of a momentum buffer.
 
     Attributes:
-        rows: ``max |buffer|`` a row, float64 ``(N,)``; NaN or infinite where one is.
-        least: The smallest number of the buffer's type that still decays as it should.
+        rows: ``max |buffer|`` of each row, float64 ``(N,)``; NaN or infinite if the row contains such an element.
+        least: The smallest number of the buffer's dtype that still decays by the full factor.
     """
 
     rows: Tensor
     least: float
 
     @classmethod
-    def of(cls, buffer: Tensor) -> Loudness:
-        """Of a buffer by rows, ``(N, F)``."""
+    def of(cls, buffer: Tensor) -> BufferPeaks:
+        """Return the peaks of a buffer ``(N, F)``."""
         return cls(buffer.abs().amax(dim=1).double(), 2.0 * torch.finfo(buffer.dtype).tiny)
 
-    def join(self, other: Loudness) -> Loudness:
-        """Of the same rows together with other numbers of theirs (a weight's rows and the bias)."""
-        return Loudness(torch.maximum(self.rows, other.rows), max(self.least, other.least))
+    def join(self, other: BufferPeaks) -> BufferPeaks:
+        """Return the peaks of the same rows with further elements (a weight's rows and the bias)."""
+        return BufferPeaks(torch.maximum(self.rows, other.rows), max(self.least, other.least))
 
 
 @dataclass(frozen=True)
 class SGDClock:
-    """SGD's clock.
+    """Estimates the steps since the last gradient of parameters that SGD with momentum updates.
 
     Args:
         momentum: μ, in (0, 1).
@@ -56,54 +57,54 @@ class SGDClock:
 
     @property
     def rate(self) -> float:
-        """By how many e-foldings a buffer falls a step without gradient."""
+        """The number of e-foldings by which a buffer shrinks in a step without gradient."""
         return -math.log(self.momentum)
 
     @property
     def silent_steps(self) -> float:
-        """Steps from which on a row is said to get no gradient."""
+        """The estimate above which a row counts as without gradient, in steps."""
         return SILENT_FOLDS / self.rate
 
     @property
     def sure_steps(self) -> float:
-        """Steps from which on that is inferred and not only suspected."""
+        """The estimate above which this is inferred and not only suspected, in steps."""
         return SURE_FOLDS / self.rate
 
-    def read(self, loudness: Mapping[str, Loudness]) -> dict[str, ClockReading]:
+    def read(self, peaks: Mapping[str, BufferPeaks]) -> dict[str, ClockReading]:
         """Read the clock of all layers of one optimizer.
 
         Args:
-            loudness: By layer.
+            peaks: The peaks of each layer's rows, by layer.
         """
-        loudest = self.loudest(loudness.values())
-        return {name: self.read_layer(layer, loudest) for name, layer in loudness.items()}
+        largest = self.largest(peaks.values())
+        return {name: self.read_layer(layer, largest) for name, layer in peaks.items()}
 
-    def loudest(self, layers: Iterable[Loudness]) -> float:
-        """Return the largest number of all layers, by which a layer that is silent as a whole is measured."""
+    def largest(self, layers: Iterable[BufferPeaks]) -> float:
+        """Return the largest peak of all layers, with which a layer without any gradient is compared."""
         return max(map(self._peak, layers), default=0.0)
 
-    def read_layer(self, layer: Loudness, loudest: float) -> ClockReading:
+    def read_layer(self, layer: BufferPeaks, largest: float) -> ClockReading:
         """Read the clock of one layer.
 
         Args:
-            layer: Its rows.
-            loudest: See :meth:`loudest`.
+            layer: The peaks of its rows.
+            largest: See :meth:`largest`.
         """
         peak = self._peak(layer)
-        # A layer that lies this far below the loudest is silent as a whole: then it is measured by that one.
-        return self._read(layer, loudest if peak < loudest * math.exp(-SILENT_FOLDS) else peak)
+        # A layer this far below the largest peak gets no gradient as a whole; it is compared with that peak.
+        return self._read(layer, largest if peak < largest * math.exp(-SILENT_FOLDS) else peak)
 
     @staticmethod
-    def _peak(layer: Loudness) -> float:
-        sound = layer.rows[torch.isfinite(layer.rows)]
-        return float(sound.max()) if sound.numel() else 0.0
+    def _peak(layer: BufferPeaks) -> float:
+        finite = layer.rows[torch.isfinite(layer.rows)]
+        return float(finite.max()) if finite.numel() else 0.0
 
-    def _read(self, layer: Loudness, reference: float) -> ClockReading:
-        told = torch.isfinite(layer.rows) & (layer.rows >= layer.least)
-        steps = torch.where(told, torch.log(reference / layer.rows) / self.rate, torch.inf).round().clamp(min=0.0)
+    def _read(self, layer: BufferPeaks, reference: float) -> ClockReading:
+        decaying = torch.isfinite(layer.rows) & (layer.rows >= layer.least)
+        steps = torch.where(decaying, torch.log(reference / layer.rows) / self.rate, torch.inf).round().clamp(min=0.0)
         never = layer.rows == 0
-        broken = ~torch.isfinite(layer.rows)
-        faded = ~told & ~never & ~broken
+        not_finite = ~torch.isfinite(layer.rows)
+        faded = ~decaying & ~never & ~not_finite
         end = math.floor(math.log(max(reference, layer.least) / layer.least) / self.rate)
-        floor = torch.where(faded, float(end), torch.nan)
-        return ClockReading(steps, floor, never, broken, torch.zeros_like(never))
+        least_steps = torch.where(faded, float(end), torch.nan)
+        return ClockReading(steps, least_steps, never, not_finite, torch.zeros_like(never))

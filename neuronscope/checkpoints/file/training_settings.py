@@ -1,4 +1,4 @@
-"""Training: what a checkpoint says of how the network was trained, and of what weight decay did to dead rows."""
+"""Read from a checkpoint how the network was trained, and what weight decay did to the weights of dead neurons."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 
-__all__ = ["dead_norms", "decay_of", "learning_rates"]
+__all__ = ["dead_norm_ratios", "learning_rates", "weight_decay_per_step"]
 
 
 def learning_rates(checkpoint: Checkpoint) -> list[float]:
-    """Learning rates of the optimizers' groups, as they were saved.
+    """Return the saved learning rates of the optimizers' groups.
 
     Args:
-        checkpoint: What the file holds.
+        checkpoint: The opened checkpoint.
     """
     return [rate for rate, _ in _rates(checkpoint)]
 
 
-def decay_of(checkpoint: Checkpoint) -> float:
-    """By what share weight decay shrinks weights a step, at most.
+def weight_decay_per_step(checkpoint: Checkpoint) -> float:
+    """Return the largest fraction by which weight decay shrinks weights per step.
 
     Args:
-        checkpoint: What the file holds.
+        checkpoint: The opened checkpoint.
     """
     return max((rate * decay for rate, decay in _rates(checkpoint)), default=0.0)
 
 
-def dead_norms(
-    said: Sequence[LayerReport], layers: Sequence[Layer], sites: Mapping[str, str], checkpoint: Checkpoint
+def dead_norm_ratios(
+    verdicts: Sequence[LayerReport], layers: Sequence[Layer], layer_to_site: Mapping[str, str], checkpoint: Checkpoint
 ) -> dict[str, float]:
-    """By layer, the middle norm of the dead neurons' incoming weights over that of the others.
+    """Return the median norm of the dead neurons' incoming weights over that of the others, by layer.
 
     Args:
-        said: The verdicts.
+        verdicts: The verdicts.
         layers: The checkpoint's layers.
-        sites: Name in the verdicts by a layer's path, where it is another.
-        checkpoint: Where the weights are; each weight is read once more.
+        layer_to_site: Name in the verdicts by a layer's path, if it differs from the path.
+        checkpoint: The opened checkpoint; each weight is read once more.
     """
-    reports = {layer.name: layer for layer in said}
+    reports = {layer.name: layer for layer in verdicts}
     found = {}
     for layer in layers:
-        report = reports.get(sites.get(layer.path, layer.path))
+        report = reports.get(layer_to_site.get(layer.path, layer.path))
         if report is None or report.neurons != layer.width or not 0 < report.dead < report.neurons:
             continue
         norms = torch.linalg.vector_norm(layer.rows(checkpoint.tensors[layer.weight].read()).double(), dim=1)
         dead = torch.from_numpy(report.dead_mask)
-        middle = float(norms[~dead].median())
-        if middle > 0:
-            found[report.name] = float(norms[dead].median()) / middle
+        living_norm = float(norms[~dead].median())
+        if living_norm > 0:
+            found[report.name] = float(norms[dead].median()) / living_norm
     return found
 
 
 def _rates(checkpoint: Checkpoint) -> list[tuple[float, float]]:
-    """Learning rate and weight decay of each of the optimizers' groups that has a rate."""
+    """Return learning rate and weight decay of each group that has a learning rate."""
     groups = [group for state in checkpoint.optimizers for group in state.groups]
     return [
         (_number(group.get("lr")), _number(group.get("weight_decay"), 0.0))
@@ -69,8 +69,8 @@ def _rates(checkpoint: Checkpoint) -> list[tuple[float, float]]:
     ]
 
 
-def _number(value: Any, otherwise: float = math.nan) -> float:
-    """A hyperparameter as a number, if it is one; tensors of one number are (``capturable`` optimizers keep such)."""
+def _number(value: Any, default: float = math.nan) -> float:
+    """Return a hyperparameter as a number; tensors of one element count (``capturable`` optimizers have such)."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else otherwise
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else default

@@ -1,4 +1,4 @@
-"""Weights: what their numbers alone say. Rows of zeros, rows that are not finite, neurons that nobody reads."""
+"""Examine the weights alone: rows of zeros, rows that are not finite, neurons that no layer reads."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SOURCE = "weights"
 
 
 def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]) -> Iterator[Evidence]:
-    """Zero rows, rows that are not finite, and neurons that no later layer of their ``Sequential`` reads.
+    """Yield zero rows, rows that are not finite, and neurons that the next layer of their ``Sequential`` does not read.
 
-    Each tensor is read once and let go.
+    Each tensor is read once and then released.
 
     Args:
-        tensors: The network's.
+        tensors: The network's tensors by name.
         layers: Its layers; see :func:`neuronscope.checkpoints.file.layers.find_layers`.
     """
     readers = sequential_readers(layers)
@@ -31,54 +31,54 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
     for layer in layers:
         if layer.kind not in NEURON_KINDS:
             continue
-        bad = torch.zeros(layer.width, dtype=torch.int64)
-        empty = torch.ones(layer.width, dtype=torch.bool)
+        not_finite = torch.zeros(layer.width, dtype=torch.int64)  # number of such weights of each row
+        all_zero = torch.ones(layer.width, dtype=torch.bool)
         bias = torch.zeros(layer.width, dtype=torch.float64)
         for name in layer.incoming:
             tensor = tensors[name].read()
-            rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 has no comparisons
-            low, high = torch.aminmax(rows, dim=1)  # one pass; NaN wherever there is one
-            broken = ~(torch.isfinite(low) & torch.isfinite(high))
-            bad[broken] += (~torch.isfinite(rows[broken])).sum(dim=1)
+            rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 cannot be compared
+            low, high = torch.aminmax(rows, dim=1)  # one pass; NaN if the row contains one
+            affected = ~(torch.isfinite(low) & torch.isfinite(high))
+            not_finite[affected] += (~torch.isfinite(rows[affected])).sum(dim=1)
             zero = (low == 0) & (high == 0)
             if name == layer.bias:
                 bias = rows[:, 0].double()
             elif name == layer.weight:
-                empty &= zero
+                all_zero &= zero
                 writer = read_by.get(name)
                 if writer is not None:
                     yield from _unread(writer, layer, tensor)
             else:  # weight norm's magnitudes: a magnitude of zero makes a row of zeros
-                empty |= zero
-        if bad.any():
-            yield _of(
+                all_zero |= zero
+        if not_finite.any():
+            yield _evidence(
                 layer,
                 "not finite",
                 "inferred",
-                bad > 0,
-                bad.double(),
+                not_finite > 0,
+                not_finite.double(),
                 "incoming weights that are NaN or infinite",
                 "A weight or bias of these neurons is NaN or infinite; so is their pre-activation, whatever comes in.",
             )
-        empty &= bad == 0
-        if empty.any():
-            yield _of(
+        all_zero &= not_finite == 0
+        if all_zero.any():
+            yield _evidence(
                 layer,
                 "zero row",
                 "inferred",
-                empty,
+                all_zero,
                 bias,
                 "bias",
-                "All incoming weights are zero: the pre-activation is the bias, the same for every input. Pruning and "
-                "zero initialisation do this too.",
+                "All incoming weights are zero: the pre-activation is the bias for every input. Pruning and zero "
+                "initialisation cause this too.",
             )
 
 
 def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
-    """The neurons of a layer whose outgoing weights are all zero, where one layer alone seems to read them."""
+    """Yield the neurons whose outgoing weights are all zero, if only one layer seems to read them."""
     unread = (reader.columns(weight) == 0).all(dim=1)
     if unread.any():
-        yield _of(
+        yield _evidence(
             writer,
             "unread",
             "suspected",
@@ -86,24 +86,27 @@ def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
             torch.full((writer.width,), torch.nan, dtype=torch.float64),
             "",
             f"Every weight of {reader.path} that reads these neurons is zero. That nothing else reads them is a guess "
-            "from their places in one sequence; the model would tell.",
+            "from their places in one sequence; with `model=` it is known.",
         )
 
 
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
-    """Pairs of neighbours of one ``Sequential``, as far as names can tell: the later one reads the earlier one.
+    """Return pairs ``(earlier, later)`` of layers of one ``Sequential`` in which the later one reads the earlier one.
 
-    Both are called ``path.number``, of one kind, with as many inputs as the earlier one has rows, with nothing but
-    norms and what has no weights between them, and with a number between theirs: layers that follow each other at once
-    may be parallel ones in a list.
+    This is a guess from names. Both layers are called ``path.number``, have the same kind, and the later one has as many
+    inputs as the earlier one has rows. Only norms and modules without weights lie between them, and at least one:
+    layers with consecutive numbers may be parallel ones in a list.
+
+    Args:
+        layers: The layers in the order of the file.
     """
     pairs = []
     before: dict[str, tuple[int, Layer]] = {}
     for layer in layers:
-        place = re.fullmatch(r"(.*\.)?(\d{1,6})", layer.path)
-        if place is None or layer.kind == "norm":
+        match = re.fullmatch(r"(.*\.)?(\d{1,6})", layer.path)
+        if match is None or layer.kind == "norm":
             continue
-        parent, number = place[1] or "", int(place[2])
+        parent, number = match[1] or "", int(match[2])
         earlier_number, earlier = before.get(parent, (number, layer))
         if (
             number - earlier_number > 1
@@ -111,14 +114,14 @@ def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
             and layer.kind in NEURON_KINDS
             and layer.inputs == earlier.width
             and layer.gain is None
-            and layer.sure
+            and layer.axis_known
         ):
             pairs.append((earlier, layer))
         before[parent] = number, layer
     return pairs
 
 
-def _of(layer: Layer, claim: str, basis: str, mask: Tensor, numbers: Tensor, measure: str, text: str) -> Evidence:
+def _evidence(layer: Layer, claim: str, basis: str, mask: Tensor, numbers: Tensor, measure: str, text: str) -> Evidence:
     neurons = torch.nonzero(mask).flatten()
     return Evidence(
         layer=layer.path,

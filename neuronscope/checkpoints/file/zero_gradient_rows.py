@@ -1,4 +1,4 @@
-"""Silence: which neurons got no gradient lately, or ever, by the optimizer's clock; and which did."""
+"""Report which neurons got no gradient recently, or never, by the optimizer's clock, and which did."""
 
 from __future__ import annotations
 
@@ -8,187 +8,188 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.collapse import Halt
-from neuronscope.checkpoints.file.layer_clocks import LayerReading
+from neuronscope.checkpoints.file.collapse import NoGradientCause
+from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["evidence_of_silence", "made_of"]
+__all__ = ["clock_evidence", "zero_gradient_evidence"]
 
-#: Steps by which the clocks of rows that went silent at once may differ (measured: docs/optimizer-clock.md).
-_AT_ONCE = 30
+#: Steps by which the clocks of rows that stopped together may differ (measured: docs/optimizer-clock.md).
+_TOGETHER = 30
 
 
-def evidence_of_silence(read: LayerReading, halt: Halt | None = None) -> Iterator[Evidence | Abstention]:
-    """What the clock of one layer says of its neurons.
+def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = None) -> Iterator[Evidence | Abstention]:
+    """Yield what the clock of one layer shows about its neurons.
 
     Args:
         read: The layer's clock.
-        halt: Why the layer gets no gradient as a whole, where it gets none and that is known.
+        cause: Why the whole layer gets no gradient; ``None`` if it gets one, or the cause is not known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
-    exact = read.rule.name != "SGD"
-    if reading.broken.any():
-        count = int(reading.broken.sum())
+    if reading.not_finite.any():
+        count = int(reading.not_finite.sum())
         yield Abstention(source, path, f"The optimizer's state of {count} neurons is NaN or infinite.")
-    if reading.faint.any():
-        count = int((reading.faint & ~reading.broken).sum())
+    if reading.underflowed.any():
+        count = int((reading.underflowed & ~reading.not_finite).sum())
         yield Abstention(
-            source, path, f"The gradients of {count} neurons were so small that their squares are lost in this type."
+            source, path, f"The gradients of {count} neurons were so small that their squares underflowed."
         )
-    sound = ~reading.broken & ~reading.faint
-    never = reading.never & sound
+    readable = ~reading.not_finite & ~reading.underflowed
+    never = reading.never & readable
     limit = read.clock.silent_steps
     if read.taken is not None and read.taken - 1 <= limit:
         yield Abstention(
             source,
             path,
-            f"The layer was updated {read.taken} times; to tell a pause from silence the clock needs more than "
-            f"{limit:.0f} steps.",
+            f"The layer was updated {read.taken} times; the clock needs more than {limit:.0f} steps to tell a pause "
+            "from the end of gradients.",
         )
-        yield from _never(read, never, bool(never.all()), halt)
+        yield from _never(read, never, bool(never.all()), cause)
         return
-    silent = sound & ~never & (reading.steps > limit)
-    alive = sound & ~never & ~silent
-    # Nobody in the layer gets a gradient: then it was frozen, or cut off by what follows it, at the latest when its
-    # last rows went silent. Those that were silent well before that fell silent one by one.
-    whole = not bool(alive.any()) and bool((never | silent).all())
-    ran_out = silent & torch.isinf(reading.steps)
-    timed = silent & ~ran_out
-    together = torch.zeros_like(silent)
-    if whole and timed.any():
-        together = timed & (reading.steps <= reading.steps[timed].min() + _AT_ONCE)
+    stopped = readable & ~never & (reading.steps > limit)
+    alive = readable & ~never & ~stopped
+    # If no row of the layer gets a gradient, the layer was frozen or cut off by a later layer, at the latest when its
+    # last rows stopped. Rows that stopped well before that did so one by one.
+    whole = not bool(alive.any()) and bool((never | stopped).all())
+    undated = stopped & torch.isinf(reading.steps)
+    dated = stopped & ~undated
+    together = torch.zeros_like(stopped)
+    if whole and dated.any():
+        together = dated & (reading.steps <= reading.steps[dated].min() + _TOGETHER)
     elif whole:
-        together = ran_out
-    if whole and halt is not None and halt.kind != "cut off":
-        together = silent  # whoever went first, the layer has collapsed
-    yield from _never(read, never, bool(never.all()), halt)
-    singly = timed & ~together
+        together = undated
+    if whole and cause is not None and cause.kind != "cut off":
+        together = stopped  # the layer has collapsed, whichever rows stopped first
+    yield from _never(read, never, bool(never.all()), cause)
     sure = reading.steps > read.clock.sure_steps
-    for at_once, mask in ((False, singly), (True, together & timed)):
-        yield from _silent(read, mask & sure, exact, "inferred", at_once, halt)
-        yield from _silent(read, mask & ~sure, exact, "suspected", at_once, halt)
-    yield from _ran_out(read, ran_out & ~together)
-    yield from _ran_out(read, ran_out & together, True, halt)
+    for as_whole, mask in ((False, dated & ~together), (True, dated & together)):
+        yield from _stopped(read, mask & sure, "inferred", as_whole, cause)
+        yield from _stopped(read, mask & ~sure, "suspected", as_whole, cause)
+    yield from _undated(read, undated & ~together)
+    yield from _undated(read, undated & together, True, cause)
     if alive.any():
-        yield made_of(
+        yield clock_evidence(
             read,
             "alive",
             alive,
             reading.steps,
-            _measure(exact),
-            "The optimizer's running means show a gradient within as many steps"
-            + (", whatever the gradients were." if exact else ", by comparison with the layer's largest.")
+            _measure(read),
+            "The optimizer's running means show a gradient within this many steps"
+            + (", for any gradients." if read.is_bound else ", by comparison with the layer's largest.")
             + _caveats(read),
         )
 
 
-def _measure(exact: bool) -> str:
-    return "steps since the last gradient, at most" if exact else "steps since the last gradient, about"
+def _measure(read: LayerClock) -> str:
+    return "steps since the last gradient, at most" if read.is_bound else "steps since the last gradient, about"
 
 
-def _never(read: LayerReading, mask: Tensor, whole: bool, halt: Halt | None) -> Iterator[Evidence]:
+def _never(read: LayerClock, mask: Tensor, whole: bool, cause: NoGradientCause | None) -> Iterator[Evidence]:
     if not mask.any():
         return
-    kept = "exp_avg and exp_avg_sq" if read.rule.name != "SGD" else "momentum_buffer"
-    least = "" if read.rule.name == "SGD" else ", or none whose square this type can hold"
+    kept = "exp_avg and exp_avg_sq" if read.is_bound else "momentum_buffer"
+    least = ", or none whose square this dtype can hold" if read.is_bound else ""
     text = f"The optimizer's {kept} of all incoming weights are exactly zero: none ever got a gradient{least}."
     if whole:
-        text += _why(halt, "it was cut off from the loss, or multiplied by zero, all along")
+        text += _why(cause, "it was cut off from the loss, or multiplied by zero, from the start")
     since = torch.full(mask.shape, -1, dtype=torch.int64)
-    nothing = torch.full(mask.shape, torch.nan, dtype=torch.float64)
-    yield _as_halted(made_of(read, "never trained", mask, nothing, "", text + _caveats(read), since), whole, halt)
+    no_numbers = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+    yield _for_whole_layer(
+        clock_evidence(read, "never trained", mask, no_numbers, "", text + _caveats(read), since), whole, cause
+    )
 
 
-def _silent(
-    read: LayerReading, mask: Tensor, exact: bool, basis: str, at_once: bool, halt: Halt | None
+def _stopped(
+    read: LayerClock, mask: Tensor, basis: str, as_whole: bool, cause: NoGradientCause | None
 ) -> Iterator[Evidence]:
-    """Rows that the clock dates, on one basis; ``at_once``: the layer's last ones, that went together."""
+    """Yield evidence on rows that the clock dates; ``as_whole``: the last rows of the layer, which stopped together."""
     if not mask.any():
         return
-    if exact:
+    if read.is_bound:
         limit, living = {
             "inferred": (read.clock.sure_steps, "at most 3 %"),
             "suspected": (read.clock.silent_steps, "1 to 22 %"),
         }[basis]
-        ground = (
-            "The last gradient came at most as many steps ago, whatever the gradients were. As that is more than "
-            f"{limit:.0f} steps, it is {basis} that none came since: where this was counted, {living} of living "
-            "neurons had such a bound too."
+        text = (
+            "The last gradient came at most this many steps ago, for any gradients. Since that is more than "
+            f"{limit:.0f} steps, it is {basis} that none came since: in our measurements, {living} of living neurons "
+            "had such a bound too."
         )
     else:
-        ground = (
-            "The momentum buffer is as much smaller than the layer's largest as so many steps without gradient make "
-            "it: an estimate, good to some tens of steps."
+        text = (
+            "The momentum buffer is smaller than the layer's largest by as much as this many steps without gradient "
+            "make it: an estimate, accurate to some tens of steps."
         )
-    if at_once:
-        ground += _why(
-            halt, "it was frozen, or cut off by what follows it, or its gradients became far smaller than they were"
-        )
+    if as_whole:
+        text += _why(cause, "it was frozen, or cut off by a later layer, or its gradients became far smaller")
     since = None
-    # A collapse is dated by a bound alone: SGD's estimate goes by the loudest layer, which may have come to rest since.
-    if read.step is not None and not read.lag and (exact or not at_once):
+    # Only a bound dates a whole layer: SGD's estimate compares with the largest layer, which may have stopped since.
+    if read.step is not None and not read.lag and (read.is_bound or not as_whole):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
-    text = ground + _caveats(read)
-    said = made_of(read, "no gradient", mask, read.reading.steps, _measure(exact), text, since, basis=basis)
-    yield _as_halted(said, at_once, halt)
+    text += _caveats(read)
+    found = clock_evidence(read, "no gradient", mask, read.reading.steps, _measure(read), text, since, basis=basis)
+    yield _for_whole_layer(found, as_whole, cause)
 
 
-def _ran_out(read: LayerReading, mask: Tensor, whole: bool = False, halt: Halt | None = None) -> Iterator[Evidence]:
+def _undated(
+    read: LayerClock, mask: Tensor, whole: bool = False, cause: NoGradientCause | None = None
+) -> Iterator[Evidence]:
     if not mask.any():
         return
     text = (
-        "The running mean of gradients has faded below the smallest numbers of its type, where the clock stops: the "
-        "last gradient came about as many steps ago, or more."
+        "The running mean of gradients has decayed below the smallest numbers of its dtype, where the clock ends: the "
+        "last gradient came about this many steps ago, or earlier."
     )
     if whole:
-        text += _why(halt, "it was frozen, or cut off by what follows it")
-    said = made_of(
+        text += _why(cause, "it was frozen, or cut off by a later layer")
+    found = clock_evidence(
         read,
         "no gradient",
         mask,
-        read.reading.floor,
+        read.reading.least_steps,
         "steps since the last gradient, about or more",
         text + _caveats(read),
     )
-    yield _as_halted(said, whole, halt)
+    yield _for_whole_layer(found, whole, cause)
 
 
-def _why(halt: Halt | None, unknown: str) -> str:
-    """Why a whole layer gets no gradient, as a sentence; ``unknown`` where that is not known."""
-    if halt is None or halt.kind == "cut off":
-        why = unknown if halt is None else halt.text
-        return f" This is so for the whole layer: {why}. It says nothing of these neurons themselves."
-    return f" This is so for the whole layer, and {halt.text}."
+def _why(cause: NoGradientCause | None, unknown: str) -> str:
+    """Return why a whole layer gets no gradient, as a sentence; with the clause ``unknown`` if that is not known."""
+    if cause is None or cause.kind == "cut off":
+        why = unknown if cause is None else cause.text
+        return f" The whole layer gets none: {why}. This says nothing about these neurons themselves."
+    return f" The whole layer gets none, and {cause.text}."
 
 
-def _as_halted(said: Evidence, whole: bool, halt: Halt | None) -> Evidence:
-    """What is said of a layer as a whole: of its neurons too where it has collapsed, and suspected where it may have.
+def _for_whole_layer(evidence: Evidence, whole: bool, cause: NoGradientCause | None) -> Evidence:
+    """Mark evidence on a whole layer: about its neurons too if the layer has collapsed, else about the layer only.
 
-    The reader's clock supports the layer's own, so that a collapse is inferred where each alone would be suspected.
+    The next layer's clock supports the layer's own. Thus a collapse is inferred even if each alone is only suspected.
     """
     if not whole:
-        return said
-    if halt is None or halt.kind == "cut off":
-        return replace(said, whole_layer=True)
-    return replace(said, collapsed=True, basis="inferred" if halt.kind == "collapsed" else "suspected")
+        return evidence
+    if cause is None or cause.kind == "cut off":
+        return replace(evidence, whole_layer=True)
+    return replace(evidence, collapsed=True, basis="inferred" if cause.kind == "collapsed" else "suspected")
 
 
-def _caveats(read: LayerReading) -> str:
-    said = ""
+def _caveats(read: LayerClock) -> str:
+    """Return the sentences that limit what a layer's clock shows."""
+    text = ""
     if read.lag:
-        said += (
-            f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused): steps are those in "
-            "which it was not."
+        text += (
+            f" The layer was left out of {read.lag} of its optimizer's steps (frozen, or unused); only the other steps "
+            "are counted."
         )
     if read.layer.bias is not None and read.layer.bias not in read.parameters:
-        said += " The bias is not in it."
-    if not read.layer.sure:
-        said += " Which dimension of the weight is which is the usual guess."
-    return said
+        text += " The bias is not included."
+    if not read.layer.axis_known:
+        text += " The neuron axis of the weight is the usual one; the file does not confirm it."
+    return text
 
 
-def made_of(
-    read: LayerReading,
+def clock_evidence(
+    read: LayerClock,
     claim: str,
     mask: Tensor,
     numbers: Tensor,
@@ -199,19 +200,19 @@ def made_of(
     basis: str = "inferred",
     source: str = "",
 ) -> Evidence:
-    """What a layer's clock says of some of its neurons.
+    """Return evidence from a layer's clock about some of its ``N`` neurons; see :class:`Evidence` for the fields.
 
     Args:
         read: The layer's clock.
-        claim: See :class:`Evidence`, as for the rest.
-        mask: Of which neurons, bool ``(N,)``.
-        numbers: Of all neurons, float64 ``(N,)``.
-        measure: What such a number is.
-        text: One sentence for a reader.
-        since: Of all neurons, int64 ``(N,)``.
-        whole: Whether it is said of the layer, and not of its neurons.
-        basis: On what ground.
-        source: Who says so; the optimizer's state where it is not named.
+        claim: The claim.
+        mask: The neurons that it is about, bool ``(N,)``.
+        numbers: The number for each neuron of the layer, float64 ``(N,)``.
+        measure: The meaning of the numbers.
+        text: An explanation for the reader.
+        since: The step from which the claim holds for each neuron of the layer, int64 ``(N,)``.
+        whole: Whether the claim is about the layer only, and not about its single neurons.
+        basis: The basis.
+        source: The source; by default the optimizer's state.
     """
     neurons = torch.nonzero(mask).flatten()
     return Evidence(

@@ -30,7 +30,7 @@ from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
-from neuronscope.checkpoints.data.user_code import told
+from neuronscope.checkpoints.data.user_code import describe_exception
 from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step, Value, references, substitute
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.scanning import model_state_restored
@@ -81,7 +81,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                     first = str(error).strip().partition("\n")[0][:200]
                     raise ForwardError(f"{type(error).__name__}: {first}") from error
                 except SystemExit as error:
-                    raise UsageError(f"Expected the model to run on an example input, but it {told(error)}") from error
+                    raise UsageError(
+                        f"Expected the model to run on an example input, but it {describe_exception(error)}"
+                    ) from error
                 if _chance() != chance:
                     ledger.graph.branches.append("random")
             ledger.drop_overwritten()

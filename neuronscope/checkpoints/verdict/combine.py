@@ -1,10 +1,11 @@
-"""Assembly: what all sources say of the neurons of a layer, brought to one verdict each, contradictions kept.
+"""Combine the evidence of all sources into one verdict per neuron, and keep the contradictions.
 
-1. *alive* speaks against *dead*, *never trained* and *no gradient*: a claim is **refuted** where *alive* stands on a
-   surer basis, and **contested** where both were said at all. The other claims are true of a neuron that fires too.
-2. A claim that is not refuted stands. Of what stands on firm ground (proved, measured, inferred) the most serious
-   claim is the verdict, on the surest basis that it has; what is only suspected counts where nothing else stands.
-3. Where nothing stands, the neuron is *unknown*, which is not *alive*.
+1. *alive* contradicts *dead*, *never trained* and *no gradient*. Such a claim is **refuted** if *alive* has a surer
+   basis, and **contested** if there is any evidence of *alive*. The other claims can be true of a neuron that fires.
+2. A claim that is not refuted is **valid**. The verdict is the most serious valid claim with a firm basis (proved,
+   measured or inferred), on the surest basis that it has. A suspected claim is the verdict only if no valid claim has
+   a firm basis.
+3. Without a valid claim the neuron is *unknown*, which is not *alive*.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.layer_verdicts import (
-    GONE,
+    DEAD_CLAIMS,
     NO_BASIS,
     UNKNOWN,
     BoolArray,
@@ -28,32 +29,32 @@ from neuronscope.checkpoints.verdict.layer_verdicts import (
 from neuronscope.errors import UsageError
 from neuronscope.judge.symptoms import UNDATED
 
-__all__ = ["assemble", "confirmations", "tied"]
+__all__ = ["combine_evidence", "confirmations", "name_by_site"]
 
 _ALIVE = CLAIMS.index("alive")
-_GONE = [CLAIMS.index(claim) for claim in GONE]
+_DEAD = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
 _FIRM = BASES.index("inferred")  # the last basis that is firm
 
-#: What measuring must say of a neuron for a claim of it to have held.
+#: For each claim, the measured claims that agree with it.
 HOLDS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
 
 
-def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
-    """Bring evidence to verdicts, layer by layer.
+def combine_evidence(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
+    """Combine evidence into verdicts, layer by layer.
 
     Args:
-        evidence: Of any layers and sources, in any order.
-        widths: Neurons by layer, in the order that the report is to have; a layer of which nothing is said is in the
-            report too, and unknown. Layers that are not in it follow, in the order in which they are first named.
+        evidence: Evidence on any layers from any sources, in any order.
+        widths: Number of neurons by layer, in the order of the report. A layer without evidence is included, as
+            unknown. Layers that are missing here follow in the order in which the evidence names them.
 
     Returns:
-        One report a layer.
+        One report per layer.
 
     Raises:
-        UsageError: Two sources give one layer different widths.
+        UsageError: Two sources disagree on the width of a layer.
 
     >>> one = Evidence("relu", 3, "weights", "dead", "proved", np.array([1]), np.array([np.nan]), "", "Zero row.")
-    >>> assemble([one])[0].label_of(1), assemble([one])[0].label_of(0)
+    >>> combine_evidence([one])[0].label_of(1), combine_evidence([one])[0].label_of(0)
     ('dead', 'unknown')
     """
     known = dict(widths or {})
@@ -65,23 +66,27 @@ def assemble(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = No
                 f"Expected all evidence on {one.layer} to be of {known[one.layer]} neurons, but {one.source} has "
                 f"{one.width}."
             )
-    return tuple(_assemble(name, known[name], said) for name, said in layers.items())
+    return tuple(_combine_layer(name, known[name], found) for name, found in layers.items())
 
 
-def tied(evidence: Sequence[Evidence], ties: Mapping[str, str]) -> list[Evidence]:
-    """Evidence under the names of sites, where a module's path is tied to one of the same width.
+def name_by_site(evidence: Sequence[Evidence], layer_to_site: Mapping[str, str]) -> list[Evidence]:
+    """Return the evidence with module paths replaced by the names of their sites, if both are equally wide.
 
     Args:
-        evidence: From any source.
-        ties: Site by the path of the module that holds its incoming weights.
+        evidence: Evidence from any source.
+        layer_to_site: Name of the site by the path of the module that holds its incoming weights.
     """
     widths = {one.layer: one.width for one in evidence}
-    fits = {module: site for module, site in ties.items() if widths.get(module) == widths.get(site, widths.get(module))}
-    return [replace(one, layer=fits.get(one.layer, one.layer)) for one in evidence]
+    names = {
+        module: site
+        for module, site in layer_to_site.items()
+        if widths.get(module) == widths.get(site, widths.get(module))
+    }
+    return [replace(one, layer=names.get(one.layer, one.layer)) for one in evidence]
 
 
 def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
-    """How the claims that were not measured fared where they were: by source, claim and basis."""
+    """Count how often measurements agree with all other claims, by source, claim and basis."""
     tally: dict[tuple[str, str, str], list[int]] = {}
     for layer in layers:
         measured = _measured(layer)
@@ -92,7 +97,7 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
                 continue
             codes = measured[one.neurons]
             held = np.isin(codes, [CLAIMS.index(claim) for claim in HOLDS[one.claim]])
-            counts = tally.setdefault((one.voice, one.claim, one.basis), [0, 0, 0])
+            counts = tally.setdefault((one.source_label, one.claim, one.basis), [0, 0, 0])
             for at, number in enumerate((held.sum(), (codes == _ALIVE).sum(), codes.size)):
                 counts[at] += int(number)
     return tuple(
@@ -102,42 +107,45 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
 
 
 def _measured(layer: LayerReport) -> ByteArray | None:
-    """The most serious claim measured of each neuron, code into :data:`CLAIMS`; ``None`` where nothing was measured."""
-    said = [one for one in layer.evidence if one.basis == "measured"]
-    if not said:
+    """Return the most serious measured claim on each neuron as an index into :data:`CLAIMS`, uint8 ``(N,)``.
+
+    ``None`` if the layer was not measured.
+    """
+    evidence = [one for one in layer.evidence if one.basis == "measured"]
+    if not evidence:
         return None
     codes = np.full(layer.neurons, UNKNOWN, dtype=np.uint8)
-    for one in sorted(said, key=lambda one: -CLAIMS.index(one.claim)):
+    for one in sorted(evidence, key=lambda one: -CLAIMS.index(one.claim)):
         codes[one.neurons] = CLAIMS.index(one.claim)
     return codes
 
 
-def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
-    surest = np.full((len(CLAIMS), width), NO_BASIS, dtype=np.uint8)  # basis of each claim
-    behind = np.full((len(CLAIMS), width), -1, dtype=np.int64)  # and whose it is
+def _combine_layer(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
+    surest = np.full((len(CLAIMS), width), NO_BASIS, dtype=np.uint8)  # the surest basis of each claim
+    surest_evidence = np.full((len(CLAIMS), width), -1, dtype=np.int64)  # the evidence that has it
     for index, one in enumerate(evidence):
         claim, basis = CLAIMS.index(one.claim), BASES.index(one.basis)
         better = one.neurons[surest[claim, one.neurons] > basis]
-        surest[claim, better], behind[claim, better] = basis, index
+        surest[claim, better], surest_evidence[claim, better] = basis, index
     alive = surest[_ALIVE]
-    contested = (alive != NO_BASIS) & (surest[_GONE] != NO_BASIS).any(axis=0)
-    standing = surest.copy()
-    for claim in _GONE:
-        standing[claim, alive < surest[claim]] = NO_BASIS
-    firm = _gravest(standing <= _FIRM)
-    labels = np.where(firm == UNKNOWN, _gravest(standing != NO_BASIS), firm)
+    contested = (alive != NO_BASIS) & (surest[_DEAD] != NO_BASIS).any(axis=0)
+    valid = surest.copy()  # the basis of each claim that is not refuted
+    for claim in _DEAD:
+        valid[claim, alive < surest[claim]] = NO_BASIS
+    firm = _most_serious(valid <= _FIRM)
+    labels = np.where(firm == UNKNOWN, _most_serious(valid != NO_BASIS), firm)
     known = labels != UNKNOWN
     at = np.where(known, labels, 0), np.arange(width)
-    deciding = np.where(known, behind[at], -1).astype(np.int64)
+    deciding = np.where(known, surest_evidence[at], -1).astype(np.int64)
     numbers = np.full(width, np.nan)
     for index, one in enumerate(evidence):
-        mine = deciding[one.neurons] == index
-        numbers[one.neurons[mine]] = one.numbers[mine]
+        decided = deciding[one.neurons] == index
+        numbers[one.neurons[decided]] = one.numbers[decided]
     since, dating = _since(labels, evidence)
     return LayerReport(
         name=name,
         labels=labels,
-        basis=np.where(known, standing[at], NO_BASIS).astype(np.uint8),
+        basis=np.where(known, valid[at], NO_BASIS).astype(np.uint8),
         deciding=deciding,
         numbers=numbers,
         since=since,
@@ -147,13 +155,16 @@ def _assemble(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
     )
 
 
-def _gravest(stands: BoolArray) -> ByteArray:
-    """The most serious claim that stands of each neuron, ``(N,)`` from ``(claims, N)``; UNKNOWN where none does."""
-    return np.where(stands.any(axis=0), stands.argmax(axis=0), UNKNOWN).astype(np.uint8)
+def _most_serious(valid: BoolArray) -> ByteArray:
+    """Return the most serious valid claim on each neuron, ``(N,)`` from ``(claims, N)``; UNKNOWN if there is none."""
+    return np.where(valid.any(axis=0), valid.argmax(axis=0), UNKNOWN).astype(np.uint8)
 
 
 def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntArray]:
-    """Since when each verdict holds, by the surest source that can tell, and which source that is (−1 = none)."""
+    """Return the step from which each verdict holds, by the surest evidence that has one, and the evidence's index.
+
+    Both are int64 ``(N,)``; the index is −1 if no evidence has a step.
+    """
     since = np.full(labels.size, UNDATED, dtype=np.int64)
     dating = np.full(labels.size, -1, dtype=np.int64)
     for index in sorted(range(len(evidence)), key=lambda index: BASES.index(evidence[index].basis)):
@@ -161,7 +172,7 @@ def _since(labels: ByteArray, evidence: list[Evidence]) -> tuple[IntArray, IntAr
         if one.since is None:
             continue
         claim = CLAIMS.index(one.claim)
-        alike = _GONE if claim in _GONE else [claim]
-        fits = np.isin(labels[one.neurons], alike) & (dating[one.neurons] < 0) & (one.since >= -1)
+        same_kind = _DEAD if claim in _DEAD else [claim]
+        fits = np.isin(labels[one.neurons], same_kind) & (dating[one.neurons] < 0) & (one.since >= -1)
         since[one.neurons[fits]], dating[one.neurons[fits]] = one.since[fits], index
     return since, dating

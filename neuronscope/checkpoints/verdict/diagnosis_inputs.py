@@ -1,4 +1,4 @@
-"""Facts: what the diagnosis is tested on, taken from the layers of a post-mortem."""
+"""Collect the facts of a post-mortem from which the diagnosis is made."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import numpy as np
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.judge.symptoms import LayerFacts, RunFacts
 
-__all__ = ["facts_of"]
+__all__ = ["postmortem_facts"]
 
 
-def facts_of(
+def postmortem_facts(
     layers: Sequence[LayerReport],
     *,
     step: int | None = None,
     learning_rates: Sequence[float] = (),
     decay: float = 0.0,
-    dead_norms: Mapping[str, float] | None = None,
+    dead_norm_ratios: Mapping[str, float] | None = None,
     input_offset: float | None = None,
     kinds: Mapping[str, str] | None = None,
     normalised: Collection[str] = (),
     observed_every: int = 1,
 ) -> RunFacts:
-    """The facts of a post-mortem.
+    """Return the facts of a post-mortem in the form that :func:`neuronscope.judge.diagnosis.diagnose` takes.
 
     Args:
-        layers: Its layers, from the input on.
-        step: Optimizer steps taken, where the checkpoint says so.
-        learning_rates: Those of the optimizer's groups, as they were saved.
-        decay: By what share weight decay shrinks weights a step.
-        dead_norms: By layer, the middle norm of dead rows over that of the others.
-        input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input.
-        kinds: Kind of each layer's activation, by layer, where it is known.
+        layers: The verdicts, from the input to the output.
+        step: Number of optimizer steps taken; ``None`` = not known.
+        learning_rates: The saved learning rates of the optimizer's groups.
+        decay: The fraction by which weight decay shrinks weights per step.
+        dead_norm_ratios: By layer, the median norm of the dead neurons' weights over that of the others.
+        input_offset: ‖mean‖ / ‖standard deviation‖ of the model's input; ``None`` = not known.
+        kinds: Kind of each layer's activation by layer, as far as known.
         normalised: Layers that are known to have a normalisation before their activation or their weights.
-        observed_every: Steps at most between two at which a monitor looked for deaths.
+        observed_every: The largest number of steps between two observations of a monitor.
     """
-    norms = dead_norms or {}
+    ratios = dead_norm_ratios or {}
     return RunFacts(
         layers=tuple(
             LayerFacts(
@@ -47,7 +47,7 @@ def facts_of(
                 drifted=_drifted(layer),
                 not_finite=layer.count("not finite"),
                 unread=layer.count("unread"),
-                dead_norm=norms.get(layer.name),
+                dead_norm=ratios.get(layer.name),
                 may_have_collapsed=layer.collapse == "suspected",
                 idle=int(layer.idle.sum()),
                 kind=(kinds or {}).get(layer.name, ""),
@@ -65,7 +65,7 @@ def facts_of(
 
 
 def _drifted(layer: LayerReport) -> int:
-    """Neurons proved dead by a bound on their pre-activation: one that is below zero."""
+    """Count the neurons that are proved dead by an upper bound of their pre-activation that is below zero."""
     below = np.zeros(layer.neurons, dtype=np.bool_)
     for one in layer.evidence:
         if one.claim == "dead" and one.basis == "proved":

@@ -1,4 +1,4 @@
-"""Contests: where sources differ over whether neurons are dead, brought together by layer and by who says what."""
+"""Find disagreements: groups of neurons of which some evidence says that they are dead and some that they are alive."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Evidence
-from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport, speaks_against
+from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport, contradicts
 
-__all__ = ["Disagreement", "contests_of"]
+__all__ = ["Disagreement", "find_disagreements"]
 
-#: Which claim speaks against which label, bool ``(claims, labels)``.
-_AGAINST = np.array([[speaks_against(claim, label) for label in LABELS] for claim in CLAIMS])
+#: Whether a claim contradicts a label, bool ``(claims, labels)``.
+_CONTRADICTS = np.array([[contradicts(claim, label) for label in LABELS] for claim in CLAIMS])
 
 
 @dataclass(frozen=True, eq=False)
 class Disagreement:
-    """Neurons of one layer over which the same sources differ in the same way.
+    """A group of ``K`` neurons of one layer on which the same sources disagree in the same way.
 
     Attributes:
         layer: The layer's name.
-        neurons: Their indices, int64 ``(K,)``, rising.
-        verdict: What the verdict on them rests on.
-        numbers: The number behind each verdict, float64 ``(K,)``; NaN = none.
-        against: What was said against it.
+        neurons: Indices of the neurons, int64 ``(K,)``, increasing.
+        verdict: The evidence that decides the verdict on them.
+        numbers: The number that supports each verdict, float64 ``(K,)``; NaN = none.
+        against: The evidence that contradicts the verdict.
     """
 
     layer: str
@@ -36,8 +36,8 @@ class Disagreement:
     against: tuple[Evidence, ...]
 
     @property
-    def is_silence(self) -> bool:
-        """Whether they were silent on the data, while the optimizer had gradients for them lately.
+    def silent_on_data(self) -> bool:
+        """Whether the neurons never fired on the data, although they got gradients in recent training steps.
 
         Such neurons most likely fire for other inputs. (They may also have died in the last steps.)
         """
@@ -45,26 +45,26 @@ class Disagreement:
         return counted and any(one.claim == "alive" and one.basis == "inferred" for one in self.against)
 
 
-def contests_of(layers: Iterable[LayerReport]) -> list[Disagreement]:
-    """All contests, layer by layer; each contested neuron is in one of them.
+def find_disagreements(layers: Iterable[LayerReport]) -> list[Disagreement]:
+    """Return all disagreements, layer by layer; each contested neuron is in exactly one of them.
 
     Args:
         layers: The layers of a post-mortem.
     """
-    return [contest for layer in layers for contest in _of_layer(layer)]
+    return [disagreement for layer in layers for disagreement in _in_layer(layer)]
 
 
-def _of_layer(layer: LayerReport) -> list[Disagreement]:
+def _in_layer(layer: LayerReport) -> list[Disagreement]:
     neurons = np.flatnonzero(layer.contested)
     if not neurons.size:
         return []
     claims = np.array([CLAIMS.index(one.claim) for one in layer.evidence])
-    said = np.array([np.isin(neurons, one.neurons) for one in layer.evidence])  # (evidence, contested)
-    said &= _AGAINST[claims[:, None], layer.labels[neurons]]
-    kinds, which = np.unique(np.vstack([layer.deciding[neurons], said]), axis=1, return_inverse=True)
+    against = np.array([np.isin(neurons, one.neurons) for one in layer.evidence])  # (evidence, contested)
+    against &= _CONTRADICTS[claims[:, None], layer.labels[neurons]]
+    groups, group_of = np.unique(np.vstack([layer.deciding[neurons], against]), axis=1, return_inverse=True)
     found = []
-    for kind, (deciding, *against) in enumerate(kinds.T):
-        mine = neurons[which.reshape(-1) == kind]
-        others = tuple(one for one, speaks in zip(layer.evidence, against, strict=True) if speaks)
-        found.append(Disagreement(layer.name, mine, layer.evidence[deciding], layer.numbers[mine], others))
-    return sorted(found, key=lambda contest: int(contest.neurons[0]))
+    for group, (deciding, *is_against) in enumerate(groups.T):
+        members = neurons[group_of.reshape(-1) == group]
+        contradicting = tuple(one for one, flag in zip(layer.evidence, is_against, strict=True) if flag)
+        found.append(Disagreement(layer.name, members, layer.evidence[deciding], layer.numbers[members], contradicting))
+    return sorted(found, key=lambda disagreement: int(disagreement.neurons[0]))

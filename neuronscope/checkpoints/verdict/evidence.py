@@ -1,7 +1,7 @@
-"""Evidence: what one source says of the neurons of one layer, as arrays, and on what ground.
+"""Evidence: a claim of one source about neurons of one layer, as arrays, with the basis of the claim.
 
-Everything that examines a checkpoint gives :class:`Evidence` and :class:`Abstention`; what they come to together is
-decided elsewhere. No torch here.
+Everything that examines a checkpoint returns :class:`Evidence` and :class:`Abstention`. :mod:`.combine` turns them
+into verdicts. No torch here.
 """
 
 from __future__ import annotations
@@ -15,44 +15,47 @@ from neuronscope.errors import UsageError
 
 __all__ = ["BASES", "CLAIMS", "Abstention", "Evidence"]
 
-#: What may be said of a neuron, most serious first.
+#: The possible claims about a neuron, most serious first.
 CLAIMS = (
-    "not finite",  # a weight or bias of it is NaN or infinite
-    "dead",  # its output is zero, always or at every position that was seen
+    "not finite",  # one of its weights, its bias or its output is NaN or infinite
+    "dead",  # its output is always zero, or was zero at every position that was counted
     "never trained",  # none of its incoming weights ever got a gradient
-    "no gradient",  # its incoming weights got none lately
+    "no gradient",  # none of its incoming weights got a gradient recently
     "zero row",  # all of its incoming weights are zero
-    "unread",  # its output cannot reach the network's output: every weight that reads it is zero, or its reader is dead
-    "quiet",  # it fires, but seldom at most
-    "alive",  # it fires, or gets a gradient: speaks against the rest
+    "unread",  # its output cannot reach the network's output: all its outgoing weights are zero or lead to dead neurons
+    "quiet",  # it fires rarely, if at all
+    "alive",  # it fires, or gets a gradient; contradicts "dead", "never trained" and "no gradient"
 )
 
-#: On what ground, surest first. *proved*: holds for every input (of the declared box, where one is named); *measured*:
-#: counted exactly on data that was seen; *inferred*: follows from what the optimizer or the weights hold; *suspected*:
-#: likely under an assumption that is named.
+#: The possible bases of a claim, surest first. *proved*: true for every input (of the box, if one was given);
+#: *measured*: counted exactly on data; *inferred*: follows from the optimizer state or the weights; *suspected*: likely
+#: under an assumption that the text names.
 BASES = ("proved", "measured", "inferred", "suspected")
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one source says of some of the ``N`` neurons of one layer (``K`` of them).
+    """One claim of one source about ``K`` of the ``N`` neurons of a layer.
 
     Attributes:
-        layer: Site name where the site is known, else the path of the module that holds the incoming weights.
+        layer: Name of the site if it is known, else the path of the module that holds the incoming weights.
         width: ``N``.
-        source: Who says so, in a word or two: ``monitor record``, ``adam state``, ``weights``, ``batch norm`` …
+        source: Where the claim comes from: ``monitor record``, ``adam state``, ``weights``, ``batch norm`` …
         claim: One of :data:`CLAIMS`.
         basis: One of :data:`BASES`.
-        neurons: Indices along the layer's neuron axis, int64 ``(K,)``, rising, each once.
-        numbers: The number behind the claim for each of them, float64 ``(K,)``; NaN where there is none.
-        measure: What such a number is, with its unit: ``steps since its last gradient, at most``.
-        text: One sentence for a reader: the ground, its bound and its limits.
-        since: Optimizer step from which the claim holds for each of them, int64 ``(K,)``: −1 = since the beginning;
-            ``None`` where the source cannot tell.
-        whole_layer: Whether it is said of these neurons only because it is so of their layer as a whole, which was
-            frozen, or cut off by what follows it. That says nothing of the single neurons.
-        collapsed: Whether it is said of these neurons because their layer has collapsed: all of them went silent, and
-            nothing passes it any more.
+        neurons: Indices along the layer's neuron axis, int64 ``(K,)``, strictly increasing.
+        numbers: A number that supports the claim for each neuron, float64 ``(K,)``; NaN = none.
+        measure: The meaning of the numbers, with their unit: ``steps since its last gradient, at most``.
+        text: An explanation for the reader: the reason, its bound and its limits.
+        since: Optimizer step from which the claim holds for each neuron, int64 ``(K,)``: −1 = from the start; ``None``
+            if the source does not know.
+        whole_layer: True if the claim holds only because the whole layer was frozen, or cut off by a later layer. It
+            then says nothing about the single neurons.
+        collapsed: True if the claim holds because the layer has collapsed: all its neurons output zero, and nothing
+            passes it.
+
+    Raises:
+        UsageError: A claim or basis is unknown, shapes differ, or ``neurons`` is not increasing within the width.
     """
 
     layer: str
@@ -80,19 +83,19 @@ class Evidence:
             raise UsageError(f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}.")
 
     @property
-    def voice(self) -> str:
-        """Who says so, as it is shown: the source, and whether it speaks of the whole layer."""
+    def source_label(self) -> str:
+        """The source as reports show it: with "whole layer" if the claim is about the layer as a whole."""
         return f"{self.source}, whole layer" if self.whole_layer or self.collapsed else self.source
 
 
 @dataclass(frozen=True)
 class Abstention:
-    """A source that could say nothing, and why. Not known is never written as healthy.
+    """A source that could not examine a layer, and why. An unknown neuron is never reported as healthy.
 
     Attributes:
         source: As in :class:`Evidence`.
-        layer: The layer it concerns; ``""`` for the whole checkpoint.
-        reason: One sentence, with what to do about it where something can be done.
+        layer: The layer concerned; ``""`` for the whole checkpoint.
+        reason: One sentence, with a remedy if there is one.
     """
 
     source: str

@@ -138,7 +138,7 @@ def _payload(layers: list[dict[str, Any]]) -> dict[str, Any]:
                 "stepUnit": entry["field"].detail.steps,
                 "hasNumbers": entry["field"].detail.numbers,
                 "evidence": [
-                    [wording.visible(text) for text in (one.claim, one.basis, one.voice, one.measure)]
+                    [wording.visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
                     for one in entry["layer"].evidence[:MOST_EVIDENCE]
                 ],
                 "data": entry["field"].data,

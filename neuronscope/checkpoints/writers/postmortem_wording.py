@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
-from neuronscope.checkpoints.verdict.disagreements import Disagreement, contests_of
+from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.judge.diagnosis import Diagnosis
@@ -116,7 +116,7 @@ def finding(report: PostmortemReport) -> list[str]:
         )
     if report.contested:
         said.append(f"{_are(report.contested)} contested: one source says dead, another alive; the surer one counts.")
-    silent = sum(contest.neurons.size for contest in contests_of(report.layers) if contest.is_silence)
+    silent = sum(contest.neurons.size for contest in find_disagreements(report.layers) if contest.silent_on_data)
     if silent:
         said.append(
             f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
@@ -153,7 +153,7 @@ def _collapses(report: PostmortemReport) -> list[str]:
 
 
 def _collapsed_since(layer: LayerReport) -> str:
-    step = last_deaths(layer.gone, layer.since)
+    step = last_deaths(layer.dead_or_suspected, layer.since)
     if step is None:
         return ""
     return " since the beginning" if step < 0 else f", since step {count(step)}{' at the earliest' * layer.is_clocked}"
@@ -301,7 +301,7 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     for layer in report.layers:
         for one in layer.evidence:
             if one.neurons.size:
-                found.setdefault((one.voice, one.claim, one.basis, one.measure), []).append((layer.name, one))
+                found.setdefault((one.source_label, one.claim, one.basis, one.measure), []).append((layer.name, one))
     rows = []
     for (source, claim, basis, measure), said in found.items():
         name, first = said[0]
@@ -342,7 +342,7 @@ def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
         lines: Most lines; a last one says of how many neurons there would be more.
         neurons: Most neurons that a line names.
     """
-    found = contests_of(report.layers)
+    found = find_disagreements(report.layers)
     more = sum(contest.neurons.size for contest in found[lines:])
     return [_contest(one, neurons) for one in found[:lines]] + ([f"and {plural(more, 'more neuron')}"] if more else [])
 
@@ -356,7 +356,7 @@ def _contest(one: Disagreement, most: int) -> str:
     measured = _measured(one.verdict.measure, one.numbers)
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_said, one.against)))}")
-    if one.is_silence:
+    if one.silent_on_data:
         parts.append("as they got a gradient lately, most likely silent on this data only")
     return f"{visible(one.layer)}, {which}: {'; '.join(parts)}"
 
@@ -371,7 +371,7 @@ def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
 
 
 def _said(one: Evidence) -> str:
-    return f"{one.claim}, {one.basis} ({visible(one.voice)})"
+    return f"{one.claim}, {one.basis} ({visible(one.source_label)})"
 
 
 def abstained(report: PostmortemReport) -> list[tuple[str, str]]:
