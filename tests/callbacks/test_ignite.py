@@ -160,31 +160,22 @@ def test_after_an_exception_no_hook_is_left_and_the_exception_is_the_users() -> 
 
 
 def test_a_resumed_training_continues_the_counts() -> None:
-    def trained(epochs: list[int]) -> Any:
-        model, state = network(), None
-        model[2].p = 0.0
-        handler = DeadNeuronHandler(model, every_n_steps=1)
-        trainer, evaluator = engines(model)
-        handler.attach(trainer, evaluator)
-        for epoch in epochs:
-            if state is not None:  # as Ignite's Checkpoint does it
-                handler = DeadNeuronHandler(model, every_n_steps=1)
-                handler.monitor.load_state_dict(state["neurons"])
-                resumed, evaluator = (
-                    create_supervised_trainer(model, optimizer, F.cross_entropy),
-                    Engine(lambda *_: None),
-                )
-                handler.attach(resumed, evaluator)
-                resumed.load_state_dict(state["trainer"])
-                trainer = resumed
-            trainer.run(TRAIN, max_epochs=epoch)
-            state = {"neurons": handler.monitor.state_dict(), "trainer": trainer.state_dict()}
-        return handler.monitor
+    model = network()
+    first = DeadNeuronHandler(model, every_n_steps=1)
+    trainer, evaluator = engines(model)
+    first.attach(trainer, evaluator)
+    trainer.run(TRAIN, max_epochs=1)
+    saved = {"neurons": first.monitor.state_dict(), "trainer": trainer.state_dict()}  # as Ignite's Checkpoint does
 
-    optimizer = sgd(network())
-    monitor = trained([1, 2])
-    assert monitor.census().examples == 2 * STEPS * SIZE
-    assert monitor.scope.global_step == 2 * STEPS
+    resumed = DeadNeuronHandler(model, every_n_steps=1)
+    trainer, evaluator = engines(model)
+    resumed.attach(trainer, evaluator)
+    resumed.monitor.load_state_dict(saved["neurons"])
+    trainer.load_state_dict(saved["trainer"])
+    trainer.run(TRAIN, max_epochs=2)
+    assert resumed.monitor.census("train").examples == 2 * STEPS * SIZE
+    assert resumed.monitor.census("val").examples == 2 * len(VAL) * SIZE
+    assert resumed.monitor.report().global_step == 2 * STEPS
 
 
 def test_a_fault_of_neuronscope_ends_the_watch_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
