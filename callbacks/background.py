@@ -1,8 +1,8 @@
-"""Drawing in a thread of its own, so that training does not wait for pictures.
+"""Draws in a thread of its own, so that training does not wait for pictures.
 
-The thread lives only while there is something to draw, and is no daemon: Python waits for it before it ends, whatever
-ended the program, and nothing needs to be shut down. Most of a drawing is numpy and compression, which leave the
-interpreter to the training loop.
+The thread lives only while there is something to draw. It is no daemon: Python waits for it before the program ends,
+for whatever reason it ends, and nothing needs to be shut down. Most of a drawing is numpy and compression, which
+release the interpreter's lock, so that the training loop runs on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 __all__ = ["MOST_WAITING", "BackgroundDrawer"]
 
-#: Drawings that may wait for their turn; who brings one more waits until there is room.
+#: Drawings that may wait for their turn. A caller that adds one more waits until there is room.
 MOST_WAITING = 4
 
 Job = Callable[[], None]
@@ -23,36 +23,39 @@ Job = Callable[[], None]
 class BackgroundDrawer:
     """Runs jobs one after another, in the order in which they came, in a thread of its own.
 
-    What goes wrong in a job is kept for whoever asks next, in their own thread: see :meth:`check`. A copy, or what is
-    sent to another process, has nothing to draw.
+    An exception of a job is kept, and raised in the caller's thread by the next :meth:`check`. A copy, or what is sent
+    to another process, begins with no jobs.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._error: Exception | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
     def draw(self, job: Job) -> None:
-        """Have a job done soon; at once, and here, where no thread can be started.
+        """Queue a job. If no thread can be started, run it here and now.
+
+        Args:
+            job: Draws something; takes no arguments.
 
         Raises:
-            Exception: What went wrong in an earlier job; this one is taken all the same.
+            Exception: An earlier job raised it. This job is queued nevertheless.
         """
         with self._changed:
             while len(self._waiting) >= MOST_WAITING:
                 self._changed.wait()
             self._waiting.append(job)
-            alone = self._thread is None and not self._start()
-        if alone:
-            self._work()
+            without_thread = self._thread is None and not self._start_thread()
+        if without_thread:
+            self._run_jobs()
         self.check()
 
-    def _start(self) -> bool:
-        thread = threading.Thread(target=self._work, name="neuronscope drawing", daemon=False)
+    def _start_thread(self) -> bool:
+        thread = threading.Thread(target=self._run_jobs, name="neuronscope drawing", daemon=False)
         try:
             thread.start()
         except RuntimeError:  # Python is shutting down, or was built without threads
@@ -60,7 +63,7 @@ class BackgroundDrawer:
         self._thread = thread
         return True
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             with self._changed:
                 if not self._waiting:
@@ -70,14 +73,14 @@ class BackgroundDrawer:
                 self._changed.notify_all()
             try:
                 job()
-            except Exception as error:  # noqa: BLE001  # told to the training's own thread, by `check`
-                self._failure = error
+            except Exception as error:  # noqa: BLE001  # raised again in the training's thread, by `check`
+                self._error = error
 
     def finish(self) -> None:
-        """Wait until all is drawn.
+        """Wait until all jobs are done.
 
         Raises:
-            Exception: What went wrong in a job.
+            Exception: A job raised it.
         """
         thread = self._thread
         if thread is not None:
@@ -85,11 +88,11 @@ class BackgroundDrawer:
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong in a job since somebody asked last.
+        """Raise the last exception of a job since the previous call, if there was one.
 
         Raises:
-            Exception: That.
+            Exception: A job raised it.
         """
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        error, self._error = self._error, None
+        if error is not None:
+            raise error

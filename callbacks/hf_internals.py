@@ -1,7 +1,7 @@
-"""Callers: what the calls that lead to a Hugging Face callback know, and transformers does not hand on.
+"""Looks up, in the calls that lead to a Hugging Face callback, what transformers does not pass to it.
 
-A ``TrainerCallback`` is given neither the Trainer nor its other callbacks, nor the folder that a training is resumed
-from. All of these stand in the frames of the very call that it is in: they are looked up there, once a training.
+A ``TrainerCallback`` gets neither the Trainer nor its other callbacks, nor the folder that a training is resumed from.
+All of these are local variables of the functions that called it. They are looked up there, once a training.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from transformers.trainer_callback import CallbackHandler
 
-__all__ = ["handler_calling", "resumed_folder"]
+__all__ = ["calling_handler", "resumed_folder"]
 
 
-def handler_calling() -> CallbackHandler | None:
-    """The handler whose event this is; ``None`` where the callback was called by something else."""
+def calling_handler() -> CallbackHandler | None:
+    """Return the handler that called the callback; ``None`` if something else called it."""
     owners = (names.get("self") for names in _callers())
     return next((owner for owner in owners if isinstance(owner, CallbackHandler)), None)
 
 
 def resumed_folder() -> Path | None:
-    """The checkpoint folder that the Trainer resumes from; ``None`` where it begins anew.
+    """Return the checkpoint folder that the Trainer resumes from; ``None`` if it begins anew.
 
-    ``resume_from_checkpoint`` is the public argument of ``Trainer.train``; by now it has been made a path.
+    ``resume_from_checkpoint`` is the public argument of ``Trainer.train``; by now the Trainer has made it a path.
     """
     for names in _callers():
         owner, folder = names.get("self"), names.get("resume_from_checkpoint")
@@ -36,7 +36,7 @@ def resumed_folder() -> Path | None:
 
 
 def _callers() -> Iterator[dict[str, Any]]:
-    """The local names of every call that leads here, the nearest first."""
+    """Yield the local variables of every calling function, the nearest first."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame.f_locals

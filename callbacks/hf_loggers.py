@@ -1,7 +1,7 @@
-"""Reporters: where a Hugging Face Trainer reports, as :class:`neuronscope.callbacks.publishing.Publisher` sees it.
+"""The logs of a Hugging Face Trainer, as :class:`neuronscope.callbacks.Log`.
 
 The Trainer reports through callbacks: each has an ``on_log``. They are called one by one here rather than through
-``Trainer.log``, which some Trainers extend by numbers of their own that they then start to count anew.
+``Trainer.log``, because some Trainers override it to add numbers of their own, whose averages they then reset.
 """
 
 # ruff: noqa: ARG002  # some logs take the step from the event
@@ -14,20 +14,19 @@ from typing import Any, NamedTuple
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
-from neuronscope.callbacks.publishing import Log
-from neuronscope.writers.tensorboard import folder_of
+from neuronscope.callbacks.logs import Log, SummaryWriterLog
 
-__all__ = ["Event", "reporters"]
+__all__ = ["Event", "trainer_logs"]
 
 
 class Event(NamedTuple):
-    """What a Trainer's event is about.
+    """The arguments of a Trainer's event.
 
     Attributes:
         args: ``TrainingArguments``.
         state: ``TrainerState``.
         control: ``TrainerControl``.
-        is_log: Whether the Trainer logs something itself just now.
+        is_log: Whether the event is ``on_log``: the Trainer is logging something itself.
     """
 
     args: Any
@@ -36,30 +35,30 @@ class Event(NamedTuple):
     is_log: bool = False
 
 
-def reporters(handler: CallbackHandler, own: TrainerCallback, event: Event) -> list[Log]:
-    """Everything that a Trainer reports to.
+def trainer_logs(handler: CallbackHandler, own: TrainerCallback, event: Event) -> list[Log]:
+    """Return everything that a Trainer reports to.
 
     Args:
         handler: Holds the Trainer's callbacks.
         own: The callback that reports; it is left out.
-        event: In which this happens.
+        event: The event in which this happens.
     """
-    found: list[Log] = [_TrainerLog(event.state, before_last=event.is_log)]
+    logs: list[Log] = [_HistoryLog(event.state, before_last=event.is_log)]
     for place, callback in enumerate(handler.callbacks):
         if callback is own or type(callback).on_log is TrainerCallback.on_log:
             continue
-        kind = _Board if isinstance(callback, TensorBoardCallback) else _Reporter
-        found.append(kind(place, callback, handler, event))
-    return found
+        kind = _TensorBoardLog if isinstance(callback, TensorBoardCallback) else _CallbackLog
+        logs.append(kind(place, callback, handler, event))
+    return logs
 
 
-def _of_the_network(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers of the whole network: those of sites would fill a console."""
+def _network_only(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the few numbers of the whole network: those of every layer would fill a console."""
     return {tag: value for tag, value in metrics.items() if tag.startswith(("neuronscope/", "neuronscope.more/"))}
 
 
-class _TrainerLog:
-    """``TrainerState.log_history``, which the Trainer saves in its checkpoints.
+class _HistoryLog:
+    """Writes to ``TrainerState.log_history``, which the Trainer saves in its checkpoints.
 
     The Trainer's own entry stays the last one of its event: users look for it there.
     """
@@ -73,14 +72,14 @@ class _TrainerLog:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         history = self._state.log_history
         place = len(history) - 1 if self._before_last and history else len(history)
-        history.insert(place, {**_of_the_network(metrics), "epoch": self._state.epoch, "step": step})
+        history.insert(place, {**_network_only(metrics), "epoch": self._state.epoch, "step": step})
 
     def event_folder(self) -> None:
         return None
 
 
-class _Reporter:
-    """A callback that listens to ``on_log``: Weights & Biases', MLflow's, the printing one, a user's own."""
+class _CallbackLog:
+    """Writes through a callback's ``on_log``: Weights & Biases', MLflow's, the one that prints, a user's own."""
 
     def __init__(self, place: int, callback: TrainerCallback, handler: CallbackHandler, event: Event) -> None:
         self.key = f"{place}:{type(callback).__name__}"
@@ -95,7 +94,7 @@ class _Reporter:
             self._event.args,
             self._event.state,
             self._event.control,
-            logs=dict(metrics) if keeps_all else _of_the_network(metrics),
+            logs=dict(metrics) if keeps_all else _network_only(metrics),
             model=handler.model,
             processing_class=handler.processing_class,
             optimizer=handler.optimizer,
@@ -108,17 +107,18 @@ class _Reporter:
         return None
 
 
-class _Board(_Reporter):
-    """TensorBoard's: the tags are written as they are, where the Trainer would put ``train/`` before each of them."""
+class _TensorBoardLog(_CallbackLog):
+    """Writes tags as they are to TensorBoard, where the Trainer would put ``train/`` before each of them."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         writer = self._writer()
         if writer is not None:
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value, step)
+            writer.log_metrics(metrics, step)
 
     def event_folder(self) -> str | None:
-        return folder_of(self._writer())
+        writer = self._writer()
+        return None if writer is None else writer.event_folder()
 
-    def _writer(self) -> Any | None:
-        return getattr(self._callback, "tb_writer", None)
+    def _writer(self) -> SummaryWriterLog | None:
+        writer = getattr(self._callback, "tb_writer", None)
+        return None if writer is None else SummaryWriterLog(writer)

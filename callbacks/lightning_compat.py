@@ -1,4 +1,4 @@
-"""Lightning's Trainers: which callback class they expect, and where they log.
+"""What differs between the Lightning packages: the callback class that a Trainer expects, and where it logs.
 
 ``pytorch_lightning`` and ``lightning.pytorch`` hold the same code under two names, so that a callback can be a true
 subclass of both. All that are installed are joined, whichever is imported first, and however late: they share torch and
@@ -21,23 +21,23 @@ FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
 
 
 def joined_callback() -> type[Any]:
-    """A subclass of the ``Callback`` of every framework that is installed.
+    """Return a subclass of the ``Callback`` of every installed framework.
 
     Raises:
-        MissingExtraError: None is.
+        MissingExtraError: No framework is installed.
     """
-    found = [_callback_of(name) for name in FRAMEWORKS]
+    found = [_import_callback(name) for name in FRAMEWORKS]
     bases = [callback for callback in found if isinstance(callback, type)]
-    faults = [fault for fault in found if isinstance(fault, Exception)]
+    errors = [error for error in found if isinstance(error, Exception)]
     if not bases:
         raise MissingExtraError(
             "Expected Lightning for `DeadNeuronMonitor`, but neither `pytorch_lightning` nor `lightning` could be "
-            f"imported ({'; '.join(str(fault) for fault in faults)}): pip install pytorch-lightning"
-        ) from faults[-1]
+            f"imported ({'; '.join(str(error) for error in errors)}): pip install pytorch-lightning"
+        ) from errors[-1]
     return type("Callback", tuple(bases), {"__module__": __name__, "__doc__": "Callback of every installed framework."})
 
 
-def _callback_of(name: str) -> type[Any] | Exception:
+def _import_callback(name: str) -> type[Any] | Exception:
     try:
         callback: type[Any] = importlib.import_module(name).Callback
     except Exception as error:  # noqa: BLE001  # absent, or broken: then the other one is the user's
@@ -46,7 +46,7 @@ def _callback_of(name: str) -> type[Any] | Exception:
 
 
 def logger_of(trainer: Any) -> logging.Logger:
-    """A logger whose lines are shown where the Trainer's own are: ``neuronscope`` below the framework's logger."""
+    """Return a Python logger whose lines are shown where the Trainer's own are: a child of the framework's logger."""
     for kind in type(trainer).__mro__:
         for name in FRAMEWORKS:
             if kind.__module__.startswith(f"{name}."):
@@ -55,7 +55,7 @@ def logger_of(trainer: Any) -> logging.Logger:
 
 
 class LightningLog:
-    """One of a Trainer's loggers, as the publisher sees it.
+    """One of a Trainer's loggers as a :class:`neuronscope.callbacks.Log`.
 
     Args:
         place: Its place in the Trainer's list.
@@ -68,15 +68,21 @@ class LightningLog:
 
     @property
     def key(self) -> str:
-        """Its place, kind, name and version."""
+        """The logger's place, class, name and version."""
         logger = self._logger
         return f"{self._place}:{type(logger).__name__}:{logger.name}:{logger.version}"
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Write numbers by tag."""
+        """Write numbers at a step.
+
+        Args:
+            metrics: Numbers by tag.
+            step: The Trainer's optimizer step.
+        """
         self._logger.log_metrics(metrics, step)
 
     def event_folder(self) -> str | None:
-        """Return the folder of TensorBoard's writer; each framework has a ``TensorBoardLogger`` of its own."""
-        is_board = any(kind.__name__ == "TensorBoardLogger" for kind in type(self._logger).__mro__)
-        return folder_of(self._logger.experiment) if is_board else None
+        """Return the folder of TensorBoard's writer; ``None`` if the logger is no ``TensorBoardLogger``."""
+        # By name: each framework has a `TensorBoardLogger` of its own.
+        is_tensorboard = any(kind.__name__ == "TensorBoardLogger" for kind in type(self._logger).__mro__)
+        return folder_of(self._logger.experiment) if is_tensorboard else None

@@ -1,17 +1,22 @@
-"""Monitor: what a training callback is in any framework: its options, what it has watched, what it says of it.
+"""The part of a training callback that is the same in every framework: options, counts, logs and the alarm.
 
-A framework's own callback is a subclass that adds when: when hooks go on and off, which batches count as which phase,
-and where the run logs.
+The callback for one framework only says when: training begins, a batch runs, an optimizer step is over, an evaluation
+begins and ends, training is over. It is a subclass of :class:`Monitor`, or holds one, and needs none of its private
+names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from abc import abstractmethod
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
@@ -23,7 +28,7 @@ from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 __all__ = ["DEFAULT_EVERY_N_STEPS", "Monitor"]
 
@@ -34,12 +39,51 @@ DEFAULT_EVERY_N_STEPS = 20
 
 
 class Monitor:
-    """Watches a run for a framework's callback; made by making one of those."""
+    """Watches the model of a training, writes what it finds to logs, and tells when too many neurons are dead.
 
-    #: See :class:`neuronscope.callbacks.phase_gate.Gate`.
-    step_is_model: ClassVar[bool]
-    #: How a user gives this callback to the framework, for an error.
-    used_like: ClassVar[str]
+    The base of every callback; it names no framework. A training calls, in this order::
+
+        attach(model)                      # training begins, or is resumed
+            begin_batch()                  # for each batch; outside of batches nothing is counted
+            step(global_step)              #   the batch is over
+            with evaluation("val"): ...    # a pass of validation, at any time between two batches
+        finish()                           # training is over
+
+    These methods raise no error of Neuronscope's own: the first such error gives a warning and takes the hooks off the
+    model, and training goes on. Before :meth:`attach` and after :meth:`finish` they do nothing.
+
+    Attributes:
+        logs: Where numbers are written; empty at first, and on every rank but the first. Set it before the training
+            begins, or whenever the run's loggers are known.
+        options: What is watched, and how often.
+        on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
+        stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
+            The callback stops the training through its framework.
+        suppress_errors: Context manager for a callback's own code: an error inside it gives a warning and takes the
+            hooks off, as one in the methods here does.
+
+    >>> import torch
+    >>> from neuronscope.callbacks import Monitor
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> monitor = Monitor(every_n_steps=1)
+    >>> monitor.attach(model)
+    >>> for global_step in range(1, 4):
+    ...     monitor.begin_batch()
+    ...     model(torch.randn(16, 4)).mean().backward()
+    ...     optimizer.step()
+    ...     report = monitor.step(global_step)
+    >>> with monitor.evaluation("val"), torch.no_grad():
+    ...     prediction = model(torch.randn(32, 4))
+    >>> report = monitor.finish()
+    >>> monitor.census("train").examples, monitor.census("val").examples
+    (48, 32)
+    """
+
+    #: Whether activation functions that a training step calls outside of any module are a part of the model.
+    step_is_model: ClassVar[bool] = False
+    #: How a user gives this callback to the framework, for an error message.
+    how_to_use: ClassVar[str] = "call `attach(model)` and train a model that has activations"
 
     def __init__(
         self,
@@ -52,12 +96,12 @@ class Monitor:
         drawing_share: float = 0.01,
         **options: Unpack[WatchArguments],
     ) -> None:
-        """Set what is watched, and what is made of it.
+        """Set what is watched, and what is written and done.
 
         Args:
-            on_dead: What to do when, in a window of training that is long enough to be sure, ``threshold`` percent of
-                the neurons are dead or give NaN: ``log`` nothing more than always, ``warn`` as well, or ``stop`` the
-                training cleanly through the framework.
+            on_dead: What to do when, in a window of training that is long enough for certain verdicts, ``threshold``
+                percent of the neurons are dead or give NaN: ``log`` writes numbers as always, ``warn`` also gives a
+                warning, ``stop`` also ends the training cleanly through the framework.
             threshold: Percent of all observed neurons.
             images: Whether TensorBoard gets pictures.
             text: Whether TensorBoard gets the diagnosis.
@@ -73,114 +117,276 @@ class Monitor:
         """
         super().__init__()
         options.setdefault("every_n_steps", DEFAULT_EVERY_N_STEPS)
-        watched = WatchOptions(**options)
-        self._runs = Runs(watched, step_is_model=self.step_is_model)
-        self._alarm = DeadThreshold(on_dead, threshold)
+        self.options = WatchOptions(**options)
+        self.on_dead = on_dead
+        self.logs: Sequence[Log] = ()
+        self.stop_reason: str | None = None
+        self._threshold = DeadThreshold(on_dead, threshold)
+        self._runs = Runs(self.options, step_is_model=self.step_is_model)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
-        self._faults = SuppressErrors("watch this run any longer", self._runs.give_up)
+        self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
+        self._finalizer: weakref.finalize[Any, Any] | None = None
         # Computed once: Lightning asks for it six times a step.
         self._state_key = (
-            f"{type(self).__qualname__}({watched}, on_dead={on_dead!r}, threshold={self._alarm.threshold})"
+            f"{type(self).__qualname__}({self.options}, on_dead={on_dead!r}, threshold={self._threshold.threshold})"
         )
-        self._window_steps = watched.window_steps
 
-    # --- what was seen ---------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is sent to another process, keeps the counts but neither hooks nor logs."""
+        return {**vars(self), "logs": (), "_finalizer": None}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
 
     @property
     def scope(self) -> Scope | None:
-        """What watches the model, or watched it last; ``None`` before anything ran."""
+        """The scope that watches the model, or watched it last; ``None`` before the first run."""
         return self._runs.scope
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on a model: a training or an evaluation runs, and no error of ours ended the watch."""
+        return self._runs.gate is not None
 
     def report(self, phase: str = "train") -> Report:
-        """What is known of one phase: ``train``, ``val`` or ``test``.
+        """Return what is known of one phase: ``train``, ``val`` or ``test``.
 
         Raises:
             UsageError: Nothing was watched yet.
         """
-        return self._watched().report(phase)
+        return self._require_scope().report(phase)
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
-        """The exact counts of one phase over one window; see :meth:`neuronscope.Scope.census`.
+        """Return the exact counts of one phase over one window; see :meth:`neuronscope.Scope.census`.
+
+        Args:
+            phase: ``train``, ``val`` or ``test``.
+            window: ``all``, ``last`` or ``open``.
 
         Raises:
             UsageError: Nothing was watched yet.
         """
-        return self._watched().census(phase, window)
+        return self._require_scope().census(phase, window)
 
-    def _watched(self) -> Scope:
+    def _require_scope(self) -> Scope:
         if self._runs.scope is None:
-            raise UsageError(f"Expected a monitor that has watched a run, but this one has not: {self.used_like}.")
+            raise UsageError(f"Expected a monitor that has watched a run, but this one has not: {self.how_to_use}.")
         return self._runs.scope
 
-    # --- saving ----------------------------------------------------------------------------------------------------
+    def attach(self, model: nn.Module, step: int = 0) -> None:
+        """Put hooks on the model, because training begins or is resumed.
+
+        The counts of :meth:`load_state_dict` are continued, or else those of this monitor's last training, unless it
+        was at a later step or of another model. A model without activations gives a warning.
+
+        Args:
+            model: The model.
+            step: Optimizer steps taken before, where they are known by now; see :meth:`move_to`.
+        """
+        self.stop_reason = None
+        if self._finalizer is None:  # a training that ended in an exception may have left the hooks on
+            self._finalizer = weakref.finalize(self, self._runs.detach, join=False)
+            self._finalizer.atexit = False
+        self._publisher.begin()
+        with self._warn_if_nothing_to_watch():
+            self._runs.begin_training(model, step)
+        if self.scope is not None and self.scope.global_step < step:
+            self.move_to(step)
+
+    def attach_for_evaluation(self, model: nn.Module) -> None:
+        """Put hooks on the model for evaluations outside of training; :meth:`detach` ends this.
+
+        The counts of training stay as they are. A model without activations gives a warning.
+
+        Args:
+            model: The model.
+        """
+        with self._warn_if_nothing_to_watch():
+            self._runs.begin_evaluation(model)
+
+    @contextlib.contextmanager
+    def _warn_if_nothing_to_watch(self) -> Iterator[None]:
+        with self.suppress_errors:
+            try:
+                yield
+            except NothingToWatchError as error:
+                warnings.warn(str(error), NeuronscopeWarning, stacklevel=4)
+
+    def move_to(self, step: int) -> None:
+        """Continue at the trainer's step, if it became known after :meth:`attach` only.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
+        gate = self._runs.gate
+        if gate is not None and gate.scope.global_step != step:
+            with self.suppress_errors:
+                gate.end_training_batch(step)
+
+    def begin_batch(self) -> None:
+        """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs."""
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.open()
+
+    def end_batch(self) -> None:
+        """Count nothing until the next batch begins. At the end of a batch of training, :meth:`step` does this too."""
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.close()
+
+    def begin_optimizer_step(self) -> None:
+        """Say that the optimizer runs next, and that it does not run the model. Calling this is optional.
+
+        Otherwise every function that the optimizer calls is looked at, if :attr:`step_is_model`: some twenty a weight.
+        """
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.scope.close_step()
+
+    def step(self, step: int) -> Report | None:
+        """End a batch of training: count the optimizer step, and publish a report if that closes a window.
+
+        Args:
+            step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
+
+        Returns:
+            The report of training if a window closed, otherwise ``None``.
+        """
+        gate = self._runs.gate
+        report = alarm = None
+        if gate is not None:
+            with self.suppress_errors:
+                if gate.end_training_batch(step):
+                    report = self._publish("train", step)
+                    alarm = self._threshold.check(report)
+        if alarm is not None and self.on_dead == "warn":
+            warnings.warn(alarm, NeuronscopeWarning, stacklevel=2)
+        elif alarm is not None and self.on_dead == "stop":
+            self.stop_reason = alarm
+        return report
+
+    @contextlib.contextmanager
+    def evaluation(self, phase: str = "val") -> Iterator[None]:
+        """Count everything that the model runs inside as one pass of a phase, and publish its report.
+
+        What was counted is forgotten if the pass ends in an exception.
+
+        Args:
+            phase: ``val`` or ``test``.
+        """
+        self.begin_evaluation(phase)
+        self.begin_batch()
+        try:
+            yield
+        except BaseException:
+            self.discard_evaluation()
+            raise
+        self.end_evaluation()
+
+    def begin_evaluation(self, phase: str = "val") -> None:
+        """Begin a pass of a phase; count nothing until :meth:`begin_batch`. For trainers whose events are methods.
+
+        Args:
+            phase: ``val`` or ``test``.
+        """
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.enter(phase)
+
+    def end_evaluation(self, *, step: int | None = None, final: bool = False) -> Report | None:
+        """End the pass, which is one window of its phase, and publish its report.
+
+        Args:
+            step: The step to write it at; by default the steps of training so far.
+            final: Whether no other pass is expected: the report is drawn, whatever share of the time that takes.
+
+        Returns:
+            The phase's report; ``None`` if no pass was running.
+        """
+        gate = self._runs.gate
+        report = None
+        if gate is not None and gate.phase is not None:
+            with self.suppress_errors:
+                phase = gate.phase
+                gate.leave()
+                report = self._publish(phase, step, final=final)
+        return report
+
+    def discard_evaluation(self) -> None:
+        """End the pass and forget what was counted in it. If no pass runs, only the batch ends."""
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.leave(keep=False)
+
+    def finish(self, *, step: int | None = None, failed: bool = False) -> Report | None:
+        """End the training: detach, publish the last reports, and wait until they are drawn.
+
+        The last window is closed if it is long enough for certain verdicts.
+
+        Args:
+            step: The step to write at; by default the steps of training so far.
+            failed: Whether training ended in an exception, perhaps on this rank alone: other ranks are not waited for.
+
+        Returns:
+            The report of training; ``None`` if nothing of it was observed.
+        """
+        report = None
+        with self.suppress_errors:
+            if self._runs.gate is not None:
+                scope = self._runs.gate.scope
+                self._runs.detach(join=not failed)
+                for phase in ("train",) if failed else ("val", "train"):
+                    if phase in scope.phases:
+                        report = self._publish(phase, step, final=True)
+        self._publisher.finish()  # the logs may be closed next
+        return report if report is not None and report.phase == "train" else None
+
+    def detach(self, *, join: bool = False) -> None:
+        """Take the hooks off the model. Counts stay readable. Detaching twice is harmless.
+
+        Args:
+            join: Whether every rank of a distributed run calls this, so that what is open is counted together.
+        """
+        with self.suppress_errors:
+            self._runs.detach(join=join)
+        self._publisher.finish()
+
+    def _publish(self, phase: str, step: int | None, *, final: bool = False) -> Report:
+        report = self.report(phase)
+        self._publisher.publish(report, self.logs, report.global_step if step is None else step, final=final)
+        return report
 
     @property
     def state_key(self) -> str:
-        """Tells callbacks of different options apart in a checkpoint."""
+        """Identifies callbacks with different options in a checkpoint."""
         return self._state_key
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
-        """Everything counted so far, as tensors and primitives; empty before anything ran.
+        """Return everything counted so far, as tensors and primitives; empty before the first run.
 
         Args:
-            join: Every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
+            join: Whether every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
         """
         counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue what was counted: at once in a training that runs, else when one begins."""
+        """Continue what was counted: at once in a training that runs, otherwise when one begins."""
         with SuppressErrors("take up what was saved"):
             self._runs.load_state_dict(state_dict)
             self._publisher.load_state_dict(state_dict["published"])
 
-    # --- a run -----------------------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _tell(self, run: Any, phase: str, *, final: bool = False) -> Report:
-        """Give a phase's report to the run's logs, and its totals to whoever asks for them."""
-
-    @abstractmethod
-    def _stop_training(self, run: Any, alarm: str) -> None:
-        """End the training cleanly, and say why."""
-
-    def _begin_training(self, model: nn.Module, step: int) -> None:
-        self._publisher.begin()
-        with self._faults:
-            try:
-                self._runs.begin_fit(model, step)
-            except NothingToWatchError as error:
-                warnings.warn(str(error), NeuronscopeWarning, stacklevel=2)
-
-    def _move_to(self, step: int) -> None:
-        """Take over the framework's step, where counting begins in the middle of a run."""
-        gate = self._runs.gate
-        if gate is not None and gate.scope.global_step != step:
-            with self._faults:
-                gate.end_training_batch(step)
-
-    def _end_training_batch(self, run: Any, step: int) -> None:
-        """A batch of training is over; a report is due when that closed a window, and an alarm may be."""
-        gate = self._runs.gate
-        alarm = None
-        if gate is not None:
-            with self._faults:
-                if gate.end_training_batch(step):
-                    alarm = self._alarm.hear(self._tell(run, "train"))
-        if alarm is not None and self._alarm.action == "warn":
-            warnings.warn(alarm, NeuronscopeWarning, stacklevel=3)
-        elif alarm is not None and self._alarm.action == "stop":
-            self._stop_training(run, alarm)
-
-    def _end_training(self, run: Any) -> Report | None:
-        """Detach, which closes the last window if it is sure, and say how it ended; gives the report of training."""
-        report = None
-        with self._faults:
-            if self._runs.gate is None:
-                return None
-            self._runs.detach()
-            for phase in ("val", "train"):
-                if phase in self._watched().phases:
-                    report = self._tell(run, phase, final=True)
-        self._publisher.finish()  # logs may be closed next
-        return report if report is not None and report.phase == "train" else None
+    def restart_logs(self) -> None:
+        """Write to logs from step 0 again: the next training begins anew, in new logs."""
+        self._publisher.load_state_dict({})

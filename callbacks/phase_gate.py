@@ -1,7 +1,7 @@
-"""Stages: what of a training framework's loop is counted, and as which phase.
+"""Decides which part of a trainer's loop is counted, and as which phase.
 
-A framework runs the model for more than training: sanity checks, validation in the middle of an epoch, predictions,
-whatever a user's hook does between two batches. A gate is shut unless a batch runs that counts.
+A trainer runs the model for more than training: sanity checks, validation in the middle of an epoch, predictions,
+whatever a user's hook does between two batches. A gate is closed unless a batch runs that counts.
 """
 
 from __future__ import annotations
@@ -14,67 +14,74 @@ __all__ = ["PhaseGate"]
 
 
 class PhaseGate:
-    """Opens and shuts a scope, batch by batch. Shut when made.
+    """Switches a scope on and off, batch by batch. A new gate is closed.
 
     Args:
-        scope: What watches the model.
-        step_is_model: Whether what a step calls outside of any module is the model's own, as in Lightning's
-            ``training_step``; otherwise it is a loss, or somebody else's affair.
+        scope: The scope that watches the model.
+        step_is_model: Whether activation functions that a training step calls outside of any module are a part of the
+            model, as in Lightning's ``training_step``. Otherwise they belong to a loss or to other code.
+
+    Attributes:
+        scope: The scope.
+        phase: The phase of the evaluation that runs; ``None`` if none does.
     """
 
     def __init__(self, scope: Scope, *, step_is_model: bool = True) -> None:
         self.scope = scope
+        self.phase: str | None = None
         self._step_is_model = step_is_model
-        self._keeps = True
-        self._pause = ExitStack()
-        self._phase = ExitStack()
-        self.shut()
+        self._keep_phase = True
+        self._pause_context = ExitStack()
+        self._phase_context = ExitStack()
+        self.close()
 
     def open(self) -> None:
-        """A batch begins."""
-        self._pause.close()
+        """Count what runs from now on: a batch begins."""
+        self._pause_context.close()
         if self._step_is_model:
             self.scope.open_step()
 
-    def shut(self) -> None:
-        """Nothing is counted until a batch begins; harmless when done before."""
+    def close(self) -> None:
+        """Count nothing until the next :meth:`open`. Closing a closed gate changes nothing."""
         self.scope.close_step()
-        self._pause.close()  # takes up counting again, so that what is paused next is what runs now
-        self._pause.enter_context(self.scope.paused())
+        self._pause_context.close()  # otherwise the new pause would nest inside the previous one
+        self._pause_context.enter_context(self.scope.paused())
 
     def end_training_batch(self, step: int) -> bool:
-        """A batch of training is over.
+        """Close the gate after a batch of training.
 
         Args:
-            step: Optimizer steps taken; stands still while gradients are accumulated.
+            step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
 
         Returns:
-            Whether that closed a window.
+            Whether the step closed a window.
         """
         self.scope.close_step()
         closed = step != self.scope.global_step and self.scope.step(step)
-        self.shut()
+        self.close()
         return closed
 
     def enter(self, phase: str) -> None:
-        """A pass of another phase begins."""
+        """Begin a pass of another phase, after the end of the previous one; the gate is closed."""
         self.leave()
-        self._phase.enter_context(self.scope.phase(phase, join=True, keep=lambda: self._keeps))
-        self.shut()
+        self._phase_context.enter_context(self.scope.phase(phase, join=True, keep=lambda: self._keep_phase))
+        self.phase = phase
+        self.close()
 
     def leave(self, *, keep: bool = True) -> None:
-        """That pass is over; harmless when there was none.
+        """End the pass and close the gate. If no pass runs, only the gate is closed.
 
         Args:
-            keep: Whether it turned out to be one; what ran in it is forgotten otherwise.
+            keep: Whether to keep what was counted in the pass.
         """
-        self._keeps = keep
-        self._phase.close()
-        self._keeps = True
-        self.shut()
+        self._keep_phase = keep
+        self._phase_context.close()
+        self._keep_phase, self.phase = True, None
+        self.close()
 
     def detach(self, *, join: bool) -> None:
-        """Take the hooks off the model, whatever was running; see :meth:`neuronscope.Scope.detach`."""
+        """Remove the hooks from the model, in whatever state the gate is; see :meth:`neuronscope.Scope.detach`."""
         self.scope.detach(join=join)
-        self._phase.close()
-        self._pause.close()
+        self._phase_context.close()
+        self._pause_context.close()
+        self.phase = None

@@ -1,4 +1,4 @@
-"""Checkpoints: what a callback counted, as a file of its own in a checkpoint folder.
+"""Saves the counts of callbacks as a file of their own in a checkpoint folder.
 
 The file holds tensors and primitives and is read without unpickling. It maps the ``state_key`` of each callback that
 watched the training to its state, as the ``callbacks`` of a Lightning checkpoint do.
@@ -20,7 +20,7 @@ FILE = "neuronscope.pt"
 
 
 def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
-    """Save a callback's state beside those of others. The file is whole or not there, whenever the process dies.
+    """Save a callback's state beside those of others. If the process dies, the file is whole or missing.
 
     Args:
         folder: The checkpoint's folder, which must exist.
@@ -39,14 +39,14 @@ def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, key: str) -> dict[str, Any] | None:
-    """The state that a callback saved; ``None`` where there is none.
+    """Load the state that a callback saved; ``None`` if there is none.
 
     Args:
         folder: The checkpoint's folder.
         key: The callback's ``state_key``.
 
     Raises:
-        StateError: The file is not one of ours.
+        StateError: The file was not written by :func:`save_state`.
     """
     return _load(folder).get(key)
 

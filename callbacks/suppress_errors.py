@@ -1,4 +1,4 @@
-"""Faults: what goes wrong in our own code, or in a logger, warns once and never ends a training run."""
+"""Keeps errors of Neuronscope's own code, and of a logger, from ending a training run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ __all__ = ["SuppressErrors"]
 
 
 class SuppressErrors:
-    """A context that keeps in what fails inside it, and says so once.
+    """Context manager that suppresses exceptions and warns at the first. It can be entered again and again.
+
+    ``KeyboardInterrupt`` and ``SystemExit`` pass through.
 
     Args:
-        what: What is not done when it fails, for the warning.
-        then: Called with what went wrong.
+        action: What could not be done if an exception comes: ends the sentence "Neuronscope could not …".
+        on_error: Called with every exception.
+
+    Attributes:
+        first: The first exception; ``None`` if there was none.
     """
 
-    def __init__(self, what: str, then: Callable[[Exception], None] | None = None) -> None:
-        self._what = what
-        self._then = then
+    def __init__(self, action: str, on_error: Callable[[Exception], None] | None = None) -> None:
+        self._action = action
+        self._on_error = on_error
         self.first: Exception | None = None
 
     def __enter__(self) -> SuppressErrors:
@@ -32,12 +37,13 @@ class SuppressErrors:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        known, self.first = self.first, self.first or error
-        if self._then is not None:
-            self._then(error)
-        if known is None:
+        is_first = self.first is None
+        self.first = self.first or error
+        if self._on_error is not None:
+            self._on_error(error)
+        if is_first:
             warnings.warn(
-                f"Neuronscope could not {self._what}; training goes on. {type(error).__name__}: {error}",
+                f"Neuronscope could not {self._action}; training goes on. {type(error).__name__}: {error}",
                 NeuronscopeWarning,
                 stacklevel=3,
             )

@@ -1,9 +1,10 @@
-"""Alarms: what to do about a network that loses too many of its neurons."""
+"""Decides when a network has lost too many of its neurons."""
 
 from __future__ import annotations
 
 from neuronscope.errors import UsageError
 from neuronscope.report.report import Report
+from neuronscope.writers.wording import percent
 
 __all__ = ["DeadThreshold"]
 
@@ -11,11 +12,11 @@ _ACTIONS = ("log", "warn", "stop")
 
 
 class DeadThreshold:
-    """Tells when a threshold is crossed.
+    """Detects the report at which the share of dead neurons crosses a threshold.
 
     Args:
-        action: ``log``, ``warn`` or ``stop``; carried out by the callback.
-        threshold: Percent of the observed neurons that are dead or give NaN.
+        action: ``log``, ``warn`` or ``stop``. The callback carries it out.
+        threshold: Percent of the observed neurons that are dead or give NaN or infinite outputs.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -30,25 +31,28 @@ class DeadThreshold:
             )
         self.action = action
         self.threshold = float(threshold)
-        self._beyond = False
+        self._crossed = False
 
-    def hear(self, report: Report) -> str | None:
-        """What there is to say of a report: a sentence when it is the first one beyond the threshold, else ``None``.
+    def check(self, report: Report) -> str | None:
+        """Return a sentence if this report is the first at or above the threshold, otherwise ``None``.
 
-        A report whose window is too short to be sure of anything changes nothing.
+        After a report below the threshold, the next one above it counts as the first again. A report whose window is
+        too short for certain verdicts changes nothing.
         """
         observed = report.observed_neurons
         if not observed or report.provisional:
             return None
-        broken = sum(int(site.judgement.not_finite.sum()) for site in report.layers)
-        beyond = 100.0 * (report.dead + broken) / observed >= self.threshold
-        new, self._beyond = beyond and not self._beyond, beyond
-        if not new:
+        broken = sum(int(layer.judgement.not_finite.sum()) for layer in report.layers)
+        crossed = 100.0 * (report.dead + broken) / observed >= self.threshold
+        is_first, self._crossed = crossed and not self._crossed, crossed
+        if not is_first:
             return None
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
-        worst = max(report.layers, key=lambda site: (site.dead + int(site.judgement.not_finite.sum())) / site.neurons)
+        worst = max(
+            report.layers, key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons
+        )
         return (
-            f"{report.dead} of {observed} neurons are dead ({report.dead_percent:.1f} %){nan} "
+            f"{report.dead} of {observed} neurons are dead ({percent(report.dead_percent)}){nan} "
             f"at step {report.global_step}; the threshold is {self.threshold:g} %. "
             f"Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
         )

@@ -1,20 +1,19 @@
-"""Hugging Face: a callback that watches a training of ``transformers.Trainer``.
+"""The callback for Hugging Face: it watches a training of ``transformers.Trainer``.
 
-Everything here is about when. The Trainer says when a training step begins and ends, but not when an evaluation begins,
-nor which of evaluation and prediction it is. So what the model runs between two steps is counted apart, and kept as a
-pass of validation only when the Trainer then says that an evaluation is over; otherwise it is forgotten.
+This file only says when; the rest is in :class:`neuronscope.callbacks.Monitor`. The Trainer says when a training step
+begins and ends, but not when an evaluation begins, nor whether it is an evaluation or a prediction. So what the model
+runs between two steps is counted as a pass of validation, and kept only if the Trainer then says that an evaluation is
+over; otherwise it is discarded.
 """
 
-# ruff: noqa: ARG002  # an event takes what the Trainer gives it
+# ruff: noqa: ARG002  # an event has the arguments that the Trainer passes
 
 from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import MutableMapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from neuronscope.errors import MissingExtraError
@@ -30,8 +29,8 @@ except ImportError as error:
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from neuronscope.callbacks.hf_internals import handler_calling, resumed_folder
-from neuronscope.callbacks.hf_loggers import Event, reporters
+from neuronscope.callbacks.hf_internals import calling_handler, resumed_folder
+from neuronscope.callbacks.hf_loggers import Event, trainer_logs
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.callbacks.saved_state import load_state, save_state
@@ -43,7 +42,8 @@ from neuronscope.tally.distributed.sync import world_size
 __all__ = ["DeadNeuronCallback"]
 
 _LOGGER = logging.getLogger("transformers.neuronscope")
-_RUNTIME = "_runtime"  # ends a key in what the Trainer logs at the end of an evaluation, after the evaluation's prefix
+#: Ends a key in what the Trainer logs at the end of an evaluation, after the evaluation's prefix.
+_RUNTIME = "_runtime"
 
 
 class DeadNeuronCallback(Monitor, TrainerCallback):
@@ -51,14 +51,14 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
 
     Scalars go to every callback that the Trainer reports to, pictures, diagnosis and vectors to a file beside
     TensorBoard's. The metrics of an evaluation hold ``eval_neuronscope/dead_pct`` (of training so far),
-    ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. What was
-    counted is saved in the Trainer's
-    checkpoints, as ``neuronscope.pt``; a resumed training continues it. Steps of training count, and evaluations in
-    training as phase ``val``; predictions, and evaluations before or after training, do not. In eager mode weights come
-    out the same, bit for bit, with the callback and without.
+    ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. The
+    counts are saved in the Trainer's checkpoints, as ``neuronscope.pt``, and a resumed training continues them. Steps
+    of training count, and evaluations in training as phase ``val``; predictions, and evaluations before or after
+    training, do not. In eager mode the weights are the same, bit for bit, with the callback and without.
 
-    The Trainer tells nobody when a training ends in an exception. The hooks then stay on the model until the next
-    training begins, the callback is collected, or :meth:`detach` is called; as a context manager it calls that itself.
+    The Trainer does not tell its callbacks when a training ends in an exception. The hooks then stay on the model until
+    the next training begins, the callback is collected, or :meth:`detach` is called. As a context manager the callback
+    detaches by itself.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -70,46 +70,35 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     """
 
     step_is_model = False
-    used_like = "give it to a Trainer (`Trainer(model, callbacks=[callback])`) and train a model that has activations"
+    how_to_use = "give it to a Trainer (`Trainer(model, callbacks=[callback])`) and train a model that has activations"
     _training = False
     _handler: CallbackHandler | None = None  # of the training that runs
     _in_step = False  # whether forward and backward passes of a training step run
-    _evaluated = False  # whether the evaluation that is ending was told already
-    _bound = False  # whether the hooks go when the callback goes
+    _evaluation_logged = False  # whether the evaluation that is ending was handled when it was logged
 
-    # --- on and off ------------------------------------------------------------------------------------------------
+    def detach(self, *, join: bool = False) -> None:
+        """Take the hooks off the model after a training that failed. Counts stay readable; twice is harmless.
 
-    def __enter__(self) -> DeadNeuronCallback:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
-
-    def detach(self) -> None:
-        """Take the hooks off the model, after a training that failed. Counts stay readable; harmless otherwise."""
-        self._runs.detach(join=False)
-        self._publisher.finish()
-        self._training, self._handler = False, None
+        Args:
+            join: See :meth:`neuronscope.callbacks.Monitor.detach`.
+        """
+        super().detach(join=join)
+        self._training, self._handler, self.logs = False, None, ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Attach to the model under its wrappers: it was prepared and loaded, and nothing has run yet."""
         self.detach()  # from a training that failed
-        self._training, self._in_step, self._evaluated = True, False, False
-        if not self._bound:
-            weakref.finalize(self, self._runs.detach, join=False).atexit = False
-            self._bound = True
-        self._handler = handler_calling()
+        self._training, self._in_step, self._evaluation_logged = True, False, False
+        self._handler = calling_handler()
         if self._handler is None:
-            self._warn("could not find the Trainer that it is called by: it counts, and logs nothing")
-        self._take_up_saved(state)
-        self._begin_training(model, 0)  # a training that is not resumed goes on with nothing
-        self._move_to(state.global_step)
-        self._stand_by()
+            self._warn("could not find the Trainer that called it: it counts, and logs nothing")
+        self._load_counts(state)
+        self.attach(model)  # at step 0: a training that is not resumed begins with no counts
+        self.move_to(state.global_step)
+        self._await_evaluation()
 
-    def _take_up_saved(self, state: Any) -> None:
-        """Continue what the checkpoint holds that the training is resumed from."""
+    def _load_counts(self, state: Any) -> None:
+        """Continue the counts of the checkpoint that the training is resumed from."""
         folder, saved = resumed_folder(), None
         if folder is not None:
             with SuppressErrors("take up what was saved"):
@@ -117,131 +106,116 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         elif state.global_step:
             self._warn("could not find the folder that the training is resumed from: it counts from here")
         else:
-            self._publisher.load_state_dict({})
+            self.restart_logs()
         if saved is not None:
             self.load_state_dict(saved)
 
-    def _warn(self, what: str) -> None:
-        warnings.warn(f"{type(self).__name__} {what}.", NeuronscopeWarning, stacklevel=3)
+    def _warn(self, problem: str) -> None:
+        warnings.warn(f"{type(self).__name__} {problem}.", NeuronscopeWarning, stacklevel=3)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach, if the Trainer has logged no end of the training."""
-        self._end_training(Event(args, state, control))
+        self._find_logs(Event(args, state, control))
+        self.finish(step=state.global_step)
         self.detach()
 
-    # --- training --------------------------------------------------------------------------------------------------
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What runs now counts as training, through all batches whose gradients are accumulated."""
-        gate = self._runs.gate
-        if gate is not None:
-            self._in_step = True
-            with self._faults:
-                gate.leave(keep=False)
-                gate.open()
+        """Count what runs now as training, through all batches whose gradients are accumulated."""
+        self._in_step = self.attached
+        self.discard_evaluation()
+        self.begin_batch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last backward pass is over: what other callbacks run from here on is no training."""
-        self._stand_by()
+        """Stop counting training after the last backward pass: what other callbacks run next is not training."""
+        self._await_evaluation()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A report is due when a window closed."""
-        gate = self._runs.gate
-        if gate is not None:
-            with self._faults:
-                gate.leave(keep=False)
-                gate.open()  # the step that ends is training's
-        self._end_training_batch(Event(args, state, control), state.global_step)
-        self._stand_by()
+        """Count the optimizer step, and publish a report if a window closed."""
+        self._find_logs(Event(args, state, control))
+        self.discard_evaluation()
+        self.begin_batch()  # the step that ends belongs to training
+        reason = self.stop_reason
+        self.step(state.global_step)
+        if self.stop_reason != reason:
+            control.should_training_stop = True
+            if state.is_world_process_zero:
+                _LOGGER.warning("Neuronscope stops the training: %s", self.stop_reason)
+        self._await_evaluation()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An evaluation may come."""
-        self._stand_by()
+        """Prepare for an evaluation."""
+        self._await_evaluation()
 
-    def _stand_by(self) -> None:
-        """Count what runs from now on as a pass of validation, until it is known to be one."""
+    def _await_evaluation(self) -> None:
+        """Count what runs from now on as a pass of validation, which is kept if an evaluation ends."""
         self._in_step = False
-        gate = self._runs.gate
-        if gate is not None:
-            with self._faults:
-                gate.leave(keep=False)
-                gate.enter("val")
-                gate.open()
-
-    def _stop_training(self, run: Any, alarm: str) -> None:
-        run.control.should_training_stop = True
-        if run.state.is_world_process_zero:
-            _LOGGER.warning("Neuronscope stops the training: %s", alarm)
-
-    # --- evaluation ------------------------------------------------------------------------------------------------
+        self.discard_evaluation()
+        self.begin_evaluation("val")
+        self.begin_batch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The Trainer logs: at the end of an evaluation, before any callback looks for a metric; at the end of all."""
+        """Handle the end of an evaluation, before any callback looks for a metric, and the end of the training."""
         if not self._training or self._in_step:
             return
         event = Event(args, state, control, is_log=True)
-        prefix = _evaluation(logs)
+        prefix = _evaluation_prefix(logs)
         if prefix is not None:
             self._end_pass(event, prefix, logs)
-            self._evaluated = True
+            self._evaluation_logged = True
         elif f"train{_RUNTIME}" in logs:
-            self._say_end(event)
+            self._end_training(event)
         else:
-            self._stand_by()
+            self._await_evaluation()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """An evaluation is over, and one window of its phase with it; another may come."""
-        prefix = _evaluation(metrics)
+        """End the pass of validation, which is one window; another may come."""
+        prefix = _evaluation_prefix(metrics)
         if not self._training or self._in_step:
             return
-        if prefix is not None and not self._evaluated:
+        if prefix is not None and not self._evaluation_logged:
             self._end_pass(Event(args, state, control), prefix, metrics)
-        self._evaluated = False
-        self._stand_by()
+        self._evaluation_logged = False
+        self._await_evaluation()
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """It was a prediction, and does not count."""
+        """Discard what was counted: it was a prediction."""
         if self._training and not self._in_step:
-            self._stand_by()
+            self._await_evaluation()
 
     def _end_pass(self, event: Event, prefix: str, metrics: MutableMapping[str, float]) -> None:
-        """Keep what was counted since the last event, and put the network's totals among the evaluation's metrics.
+        """Keep the pass of validation, and add the network's totals to the evaluation's metrics.
 
-        They are there whatever happens, for a Trainer that misses the metric for its best model fails; and they are
-        the first rank's, for ranks that disagree about the best model wait for each other for ever.
+        The totals are added whatever fails, because a Trainer that misses the metric for its best model raises. All
+        ranks get those of the first rank, because ranks that disagree about the best model wait for each other forever.
         """
-        reports: dict[str, Report] = {}
-        with self._faults:
-            if self._runs.gate is not None:
-                self._runs.gate.leave()
-                reports["val"] = self._tell(event, "val")
-                reports["train"] = self._watched().report("train")
-        found = [totals(reports.get(phase), phase) for phase in ("train", "val")]
+        self._find_logs(event)
+        reports: dict[str, Report | None] = {"val": self.end_evaluation(step=event.state.global_step), "train": None}
+        if self.attached:
+            with self.suppress_errors:
+                reports["train"] = self.report("train")
+        found = [totals(reports[phase], phase) for phase in ("train", "val")]
         if world_size() > 1:
             dist.broadcast_object_list(found)
         for values in found:
             metrics.update({f"{prefix}_{tag}": value for tag, value in values.items()})
 
-    # --- telling and saving ----------------------------------------------------------------------------------------
+    def _find_logs(self, event: Event) -> None:
+        """Set ``logs`` to everything that the Trainer reports to, on the first rank."""
+        handler = self._handler if event.state.is_world_process_zero else None
+        self.logs = () if handler is None else trainer_logs(handler, self, event)
 
-    def _tell(self, run: Any, phase: str, *, final: bool = False) -> Report:
-        report = self._watched().report(phase)
-        if self._handler is not None and run.state.is_world_process_zero:
-            self._publisher.publish(report, reporters(self._handler, self, run), run.state.global_step, final=final)
-        return report
-
-    def _say_end(self, event: Event) -> None:
-        """The training is over, and the other callbacks' writers are still open."""
-        report = self._end_training(event)
+    def _end_training(self, event: Event) -> None:
+        """End the training while the other callbacks' writers are still open, and log one line about it."""
+        self._find_logs(event)
+        report = self.finish(step=event.state.global_step)
         if report is not None and event.state.is_world_process_zero:
             _LOGGER.info(summary(report))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save what was counted beside the Trainer's own state, what other ranks counted included."""
-        gate = self._runs.gate
-        if gate is None or state.is_hyper_param_search:
-            return  # of a trial no callback knows the folder
-        self._stand_by()
+        """Save the counts of all ranks beside the Trainer's own state."""
+        if not self.attached or state.is_hyper_param_search:
+            return  # callbacks do not know the folder of a trial
+        self._await_evaluation()
         with SuppressErrors("save what was counted"):
             counted = self.state_dict(join=True)
             if args.should_save:
@@ -249,7 +223,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
                 save_state(folder, self.state_key, counted)
 
 
-def _evaluation(metrics: Any) -> str | None:
-    """The prefix of the evaluation that gave these metrics, ``eval`` unless the user chose it; ``None`` for others."""
+def _evaluation_prefix(metrics: Any) -> str | None:
+    """Return the prefix of the evaluation that gave these metrics, by default ``eval``; ``None`` for other metrics."""
     keys = (key for key in metrics or () if key.endswith(_RUNTIME) and key != f"train{_RUNTIME}")
     return next((key.removesuffix(_RUNTIME) for key in keys), None)

@@ -66,7 +66,7 @@ def test_an_alarm_speaks_when_the_threshold_is_crossed_and_again_after_it_was_qu
     report = report_of(DeadNeuronMonitor(**OPTIONS))
     none = report_without_deaths(report)
     alarm = DeadThreshold("warn", 10)
-    assert [alarm.hear(each) is not None for each in (none, report, report, none, report)] == [
+    assert [alarm.check(each) is not None for each in (none, report, report, none, report)] == [
         False, True, False, False, True,
     ]  # fmt: skip
 
@@ -84,6 +84,6 @@ def test_neurons_that_give_nan_count_as_lost() -> None:
     first = report.layers[0]
     everybody = torch.ones(first.neurons, dtype=torch.bool).numpy()
     broken = replace(report, layers=(replace(first, judgement=replace(first.judgement, not_finite=everybody)),))
-    message = DeadThreshold("warn", 50).hear(broken)
+    message = DeadThreshold("warn", 50).check(broken)
     assert message is not None
     assert "and 12 give NaN or infinite outputs" in message

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.callbacks.runs import Runs
+from neuronscope.options import WatchOptions
 from tests.callbacks.networks import SETUPS, Setup, batches, network, trainer
 from tests.core.slow_twin import assert_bits, hook_tables, state_of
 
@@ -177,14 +178,14 @@ def test_a_monitor_that_has_not_run_can_be_copied_and_pickled() -> None:
 def test_what_a_monitor_has_seen_can_be_copied_and_pickled(copied: Any) -> None:
     # Not the monitor itself, once it has run: Lightning hangs the network's own `log` on every callback.
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    runs = Runs({"every_n_steps": 1})
-    runs.begin_fit(model, step=0)
+    runs = Runs(WatchOptions(every_n_steps=1))
+    runs.begin_training(model, step=0)
     assert runs.gate is not None
     runs.gate.open()
     model(torch.ones(5, 4))
     other = copied(runs)
     assert (other.scope, other.gate) == (None, None)
-    other.begin_fit(model, step=0)
+    other.begin_training(model, step=0)
     assert other.scope.census()["1"].positions == 5
     other.detach()
     runs.detach()

@@ -13,7 +13,7 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"
 def test_the_promised_examples_are_there() -> None:
     promised = {
         *("plain_loop", "lightning_cnn", "transformer_feedforward", "read_a_report"),
-        *("transformers_finetuning", "postmortem_of_a_run"),
+        *("transformers_finetuning", "ignite_callback", "postmortem_of_a_run"),
     }
     assert promised <= {path.stem for path in EXAMPLES}
 

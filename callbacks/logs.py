@@ -1,0 +1,67 @@
+"""Where a callback writes numbers: the protocol of a log, and the log for TensorBoard's ``SummaryWriter``."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from neuronscope.writers.tensorboard import EventWriter, folder_of
+
+__all__ = ["Log", "SummaryWriterLog"]
+
+
+class Log(Protocol):
+    """A place where a run's numbers are written. Each callback wraps the loggers of its trainer in such objects."""
+
+    @property
+    def key(self) -> str:
+        """Identifies the log among those of the run, and again when the run is resumed."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> Any:
+        """Write numbers at a step.
+
+        Args:
+            metrics: Numbers by tag, such as ``neuronscope/dead_pct``.
+            step: The trainer's optimizer step.
+        """
+
+    def event_folder(self) -> str | None:
+        """Return the folder of TensorBoard's event files, for the pictures; ``None`` if the log has no such folder."""
+
+
+class SummaryWriterLog:
+    """A log that writes through a ``SummaryWriter`` of ``torch.utils.tensorboard`` or of ``tensorboardX``.
+
+    Numbers go through the writer. Pictures, diagnosis and vectors go to an event file of Neuronscope's own, in the
+    folder ``neuronscope`` inside the writer's folder. The writer stays open: whoever made it closes it.
+
+    Args:
+        writer: The ``SummaryWriter``.
+
+    >>> import tempfile
+    >>> from torch.utils.tensorboard import SummaryWriter
+    >>> with SummaryWriter(tempfile.mkdtemp()) as writer:
+    ...     log = SummaryWriterLog(writer)
+    ...     log.log_metrics({"neuronscope/dead_pct": 12.5}, step=100)
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+
+    @property
+    def key(self) -> str:
+        """The writer's folder: a run that is resumed in the same folder continues the same charts."""
+        return f"SummaryWriter:{self.event_folder() or ''}"
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Write numbers at a step.
+
+        Args:
+            metrics: Numbers by tag.
+            step: The trainer's optimizer step.
+        """
+        for tag, value in metrics.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def event_folder(self) -> str | None:
+        """Return the writer's folder; ``None`` if it names none."""
+        return folder_of(self._writer)
