@@ -166,7 +166,7 @@ def test_into_puts_a_part_with_its_machine_and_pictures_beside_the_page(
         logging.disable(logging.NOTSET)
     text = page.read_text()
     assert text.startswith(f"Prose.\n\n{MARK}\n\n### importing\n\nMeasured ")
-    assert "with 1 thread, Python" in text
+    assert "with 1 thread, Python" in " ".join(text.split())
     assert text.endswith("| 1 |\n\n![A curve](images/p.png)\n\n### memory\n\nMeasured long ago.\n")
     assert (tmp_path / "images" / "p.png").read_bytes() == b"drawn"
     printed = capsys.readouterr()
