@@ -55,9 +55,9 @@ SETUPS_INTRODUCTION = """\
 
 The ways in which people train, each a test that `make test` runs; this page lists them and does not run them. The first
 {count} are rows of one table, `tests/core/setups.py`. Each trains for 20 steps, and two tests hold it: after the run
-the census is the slow twin's (`test_setups.py`: `test_census_is_the_twins[…]`); and weights, buffers, gradients and
-random numbers are bit for bit those of the run that nobody watched, and every hook table is what it was
-(`test_no_harm.py`: `test_weights_and_random_numbers_are_the_same[…]`).
+the counts equal the slow twin's (`test_setups.py`: `test_the_counts_of_every_setup_equal_the_twins[…]`); and weights,
+buffers, gradients and random numbers are bit for bit those of an unwatched run, and every hook table is what it was
+(`test_no_harm.py`: `test_a_watched_run_has_the_weights_and_random_numbers_of_an_unwatched_one[…]`).
 """
 LIGHTNING_INTRODUCTION = """\
 ### Lightning's Trainer
@@ -93,7 +93,10 @@ TESTS = {
     "Random networks": "tests/core/test_property_networks.py",
 }
 DISAGREES = "**disagrees**"
-TABLED = ("test_census_is_the_twins", "test_weights_and_random_numbers_are_those_of_an_unwatched_run")
+TABLED = (
+    "test_the_counts_of_every_setup_equal_the_twins",
+    "test_weights_and_random_numbers_are_those_of_an_unwatched_run",
+)
 
 
 def main() -> int:
