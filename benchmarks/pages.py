@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.tables import Picture, Table
+from benchmarks.tables import Picture, Table, wrapped
 
 __all__ = ["MARK", "check", "put_into", "section"]
 
@@ -22,7 +22,7 @@ _HEADING = re.compile(r"^### (\S+)$", re.MULTILINE)
 
 def section(part: str, measured: str, pieces: Sequence[Table | Picture]) -> str:
     """A part's section: its heading, what it was measured on, its tables and pictures."""
-    return "\n".join([f"### {part}\n", f"{measured}\n", *(piece.markdown() for piece in pieces)])
+    return "\n".join([f"### {part}\n", f"{wrapped(measured)}\n", *(piece.markdown() for piece in pieces)])
 
 
 def check(page: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Picture", "Table", "microseconds", "milliseconds", "ratio", "size"]
+__all__ = ["Picture", "Table", "microseconds", "milliseconds", "ratio", "size", "wrapped"]
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Table:
     def markdown(self) -> str:
         """The table with its title and note."""
         lines = [f"#### {self.title}", ""]
-        lines += [self.note, ""] if self.note else []
+        lines += [wrapped(self.note), ""] if self.note else []
         lines += [_line(self.columns), _line(["---"] * len(self.columns)), *(_line(row) for row in self.rows), ""]
         return "\n".join(lines)
 
@@ -49,6 +50,11 @@ class Picture:
     def markdown(self) -> str:
         """The link that shows it on the page."""
         return f"![{self.says}](images/{self.name})\n"
+
+
+def wrapped(text: str) -> str:
+    """Return a paragraph in lines of at most 100 columns, as all pages have them."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import ast
 import difflib
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -34,36 +35,41 @@ INTRODUCTION = """\
 
 ## Networks
 
-Every network below is built small, or as it is, with random weights, and trained for two steps, backward pass included,
-on photographs or on English text as bytes (networks of sound: on noise): once watched, with no word about where its
-neurons lie, and once counted by a slow twin that shares no code with Neuronscope, keeps every activation and every
-gradient, and counts with numpy (`tests/networks/`). A network is in **exact** agreement when
+Every network below is built small, or as it is, with random weights. It is trained for two steps,
+backward pass included, on photographs or on English text as bytes (networks of sound: on noise):
+once watched, without being told where its neurons are, and once counted by a slow twin. The twin
+shares no code with Neuronscope, keeps every activation and every gradient, and counts with numpy
+(`tests/networks/`). A network is in **exact** agreement when
 
 - the sites are the same, with the same names, in the same order;
-- all integers are equal: zero outputs, zero gradients, values that are not finite, last active step, positions and
-  examples;
-- the neuron axis is what the network's row in the test says, was found from the layer that made the pre-activation and
-  not assumed, and the number of neurons fits what autograd's graph says of that layer;
+- all integers are equal: zero outputs, zero gradients, values that are not finite, last active
+  step, positions and examples;
+- the neuron axis is the one in the network's row of the test, was found from the layer that made
+  the pre-activation and not assumed, and the number of neurons fits what autograd's graph says of
+  that layer;
 - weights, buffers and gradients are bit for bit those of the run without Neuronscope.
 
-`modules`, `functional` and `gated` are kinds of site: activation modules (one for each call), activations called as
-functions, and gated products such as SwiGLU's. *Axis known from* names the layers that tell where the neurons lie, with
-the number of sites of each.
+`Modules`, `Functional` and `Gated` are kinds of site: activation modules (one for each call),
+activations called as functions, and gated products such as SwiGLU's. *Axis known from* names the
+layers that tell where the neurons are, with the number of sites of each.
 """
 SETUPS_INTRODUCTION = """\
 ## Set-ups
 
-The ways in which people train, each a test that `make test` runs; this page lists them and does not run them. The first
-{count} are rows of one table, `tests/core/setups.py`. Each trains for 20 steps, and two tests hold it: after the run
-the census is the slow twin's (`test_setups.py`: `test_census_is_the_twins[…]`); and weights, buffers, gradients and
-random numbers are bit for bit those of the run that nobody watched, and every hook table is what it was
-(`test_no_harm.py`: `test_weights_and_random_numbers_are_the_same[…]`).
+These are the ways in which people train, each a test that `make test` runs; this page lists them and
+does not run them. The first {count} are rows of one table, `tests/core/setups.py`. Each trains for
+20 steps, and two tests check it: after the run the counts equal the slow twin's (`test_setups.py`:
+`test_the_counts_of_every_setup_equal_the_twins[…]`); and weights, buffers, gradients and random
+numbers are bit for bit those of an unwatched run, and every hook table is what it was
+(`test_no_harm.py`:
+`test_a_watched_run_has_the_weights_and_random_numbers_of_an_unwatched_one[…]`).
 """
 LIGHTNING_INTRODUCTION = """\
 ### Lightning's Trainer
 
-Rows of `tests/callbacks/networks.py`: the counts are those of the module's own record (`test_counts.py`), and over 20
-steps and more, weights, random numbers and hook tables are those of the run without us (`test_no_harm.py`).
+These are rows of `tests/callbacks/networks.py`: the counts are those of the module's own record
+(`test_counts.py`), and over 20 steps and more, weights, random numbers and hook tables are those of
+the run without us (`test_no_harm.py`).
 """
 TESTS = {
     "Other set-ups": "tests/core/test_setups.py",
@@ -93,7 +99,10 @@ TESTS = {
     "Random networks": "tests/core/test_property_networks.py",
 }
 DISAGREES = "**disagrees**"
-TABLED = ("test_census_is_the_twins", "test_weights_and_random_numbers_are_those_of_an_unwatched_run")
+TABLED = (
+    "test_the_counts_of_every_setup_equal_the_twins",
+    "test_weights_and_random_numbers_are_those_of_an_unwatched_run",
+)
 
 
 def main() -> int:
@@ -109,7 +118,7 @@ def main() -> int:
         print(f"Not installed: {', '.join(missing)}. `make test` installs them.", file=sys.stderr)
         return 2
     disagreements: list[str] = []
-    page = "\n".join([INTRODUCTION, *_networks(disagreements), *_setups()]) + "\n"
+    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), *_setups()])) + "\n"
     for line in disagreements:
         print(line, file=sys.stderr)
     if not check:
@@ -122,6 +131,20 @@ def main() -> int:
     )
     print(f"{PAGE.relative_to(ROOT)} is {'up to date' if page == before else 'out of date: run scripts/coverage.py'}")
     return 1 if disagreements or page != before else 0
+
+
+def _wrapped(page: str) -> str:
+    """Return a page whose lines, but for tables, have at most 100 columns where they can be broken."""
+    lines = []
+    for line in page.split("\n"):
+        long = len(line) > 100 and not line.startswith(("|", "<"))
+        indent = "  " * line.startswith("- ")
+        lines += (
+            textwrap.wrap(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            if long
+            else [line]
+        )
+    return "\n".join(lines)
 
 
 def _version(package: str) -> str | None:
@@ -179,7 +202,7 @@ def _family(title: str, rows: list[Row]) -> Iterator[str]:
     yield ""
     hidden = [row for row in rows if row.not_measured]
     if hidden:
-        yield "Not measured, and said so in every report of the network:\n"
+        yield "Not measured, as every report of the network says:\n"
         for row in hidden:
             for (pattern, reason), count in _grouped(row.not_measured).items():
                 yield f"- {row.name}: `{pattern}` ({count}): {reason}"

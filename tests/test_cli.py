@@ -34,7 +34,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ("demo --quick", {"out": Path("runs/demo"), "seeds": 5, "quick": True}),
     ],
 )
-def test_demo_is_called_with_what_was_asked(arguments: str, call: dict[str, Any], calls: list[dict[str, Any]]) -> None:
+def test_the_demo_command_passes_its_options_on(
+    arguments: str, call: dict[str, Any], calls: list[dict[str, Any]]
+) -> None:
     assert cli.main(arguments.split()) == 0
     assert calls == [call]
 
@@ -48,7 +50,7 @@ def test_demo_is_called_with_what_was_asked(arguments: str, call: dict[str, Any]
         ("nonsense", "demo"),
     ],
 )
-def test_bad_use_ends_with_2_and_says_why(
+def test_wrong_arguments_end_with_exit_code_2_and_a_reason(
     arguments: str, word: str, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -58,7 +60,7 @@ def test_bad_use_ends_with_2_and_says_why(
     assert calls == []
 
 
-def test_no_command_shows_the_help_and_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_command_the_help_is_shown_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "demo" in capsys.readouterr().err
 
@@ -71,7 +73,7 @@ def test_no_command_shows_the_help_and_ends_with_2(capsys: pytest.CaptureFixture
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_errors_of_ours_are_one_line_and_no_traceback(
+def test_a_neuronscope_error_is_one_line_without_a_traceback(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -85,7 +87,7 @@ def test_errors_of_ours_are_one_line_and_no_traceback(
     assert str(error) in lines[0]
 
 
-def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError
 
@@ -94,7 +96,7 @@ def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["demo"])
 
 
-def test_python_m_neuronscope_is_the_same() -> None:
+def test_python_m_neuronscope_runs_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "neuronscope", "--version"], capture_output=True, text=True, check=True
     )

@@ -71,7 +71,7 @@ def train(watcher: Nobody, precision: str, *, before: bool) -> tuple[nn.Module, 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_counts_are_the_twins_and_weights_those_that_nobody_watches(precision: str, before: bool) -> None:
+def test_counts_equal_the_twins_and_weights_those_of_an_unwatched_run(precision: str, before: bool) -> None:
     plain, _ = train(Nobody(), precision, before=before)
     watched, watcher = train(Watched(), precision, before=before)
     _, twin = train(Twin({None: 1}), precision, before=before)

@@ -27,18 +27,18 @@ def fit(monitor: DeadNeuronMonitor, **options: Any) -> Any:
     return run
 
 
-def test_log_does_nothing_more() -> None:
+def test_the_alarm_named_log_only_logs() -> None:
     assert fit(DeadNeuronMonitor(**OPTIONS, threshold=1)).global_step == 16
 
 
-def test_warn_warns_once_and_names_the_site() -> None:
+def test_the_alarm_named_warn_warns_once_and_names_the_site() -> None:
     with pytest.warns(NeuronscopeWarning, match=r"neurons are dead .* the threshold is 10 %. Worst is act") as caught:
         run = fit(DeadNeuronMonitor(**OPTIONS, on_dead="warn", threshold=10))
     assert len([warning for warning in caught if issubclass(warning.category, NeuronscopeWarning)]) == 1
     assert run.global_step == 16
 
 
-def test_stop_ends_the_training_cleanly() -> None:
+def test_the_alarm_named_stop_ends_the_training_cleanly() -> None:
     monitor = DeadNeuronMonitor(**OPTIONS, on_dead="stop", threshold=10)
     run = fit(monitor)
     assert run.global_step == 3  # the first window
@@ -48,7 +48,7 @@ def test_stop_ends_the_training_cleanly() -> None:
     assert fit(monitor, min_epochs=2).global_step == 16  # min_epochs is the Trainer's to keep
 
 
-def test_below_the_threshold_nothing_happens() -> None:
+def test_below_the_threshold_no_alarm_is_raised() -> None:
     assert fit(DeadNeuronMonitor(**OPTIONS, on_dead="stop", threshold=90)).global_step == 16
 
 
@@ -62,7 +62,7 @@ def report_of(monitor: DeadNeuronMonitor) -> Report:
     return monitor.report()
 
 
-def test_an_alarm_speaks_when_the_threshold_is_crossed_and_again_after_it_was_quiet() -> None:
+def test_an_alarm_is_raised_at_each_crossing_of_the_threshold() -> None:
     report = report_of(DeadNeuronMonitor(**OPTIONS))
     none = report_without_deaths(report)
     alarm = DeadThreshold("warn", 10)

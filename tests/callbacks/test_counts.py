@@ -13,7 +13,7 @@ from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batche
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
-def test_counts_of_a_fit_agree_with_the_record(setup: Setup) -> None:
+def test_counts_of_a_fit_equal_the_record_of_its_module(setup: Setup) -> None:
     monitor = DeadNeuronMonitor(every_n_steps=setup.every_n_steps, window_steps=4)
     model = network(manual=setup.manual)
     trainer(monitor, **setup.options).fit(model, batches(8), batches(3))
@@ -107,7 +107,7 @@ def test_neurons_that_never_fire_are_dead_and_carry_their_bound() -> None:
     assert all(verdict.since == -1 for verdict in report.verdicts() if verdict.label == "dead" and verdict.neuron < 3)
 
 
-def test_what_is_watched_can_be_chosen() -> None:
+def test_the_watched_sites_can_be_chosen() -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1, exclude="relu*", axes={"act": 1})
     trainer(monitor).fit(network(), batches(2), batches(1))
     assert list(monitor.census()) == ["act"]

@@ -38,7 +38,7 @@ def drawers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "neuronscope drawing"]
 
 
-def test_jobs_run_in_their_order_in_one_thread_that_ends_with_them() -> None:
+def test_drawing_jobs_run_in_order_in_one_thread_that_ends_with_them() -> None:
     drawer, done = BackgroundDrawer(), []
     for number in range(50):
         drawer.draw(lambda number=number: done.append((number, threading.current_thread().name)))
@@ -47,7 +47,7 @@ def test_jobs_run_in_their_order_in_one_thread_that_ends_with_them() -> None:
     assert drawers() == []
 
 
-def test_who_brings_a_job_does_not_wait_for_it_unless_many_wait() -> None:
+def test_adding_a_drawing_job_waits_only_when_many_are_queued() -> None:
     drawer, first, done = BackgroundDrawer(), Held(), []
     drawer.draw(first)
     assert first.begun.wait(30)
@@ -64,7 +64,7 @@ def test_who_brings_a_job_does_not_wait_for_it_unless_many_wait() -> None:
     assert done == [*range(MOST_WAITING), "late"]
 
 
-def test_what_fails_is_told_once_to_who_asks_next_and_the_rest_is_done() -> None:
+def test_a_failed_drawing_job_is_reported_once_and_the_others_are_done() -> None:
     drawer, done = BackgroundDrawer(), []
 
     def fail() -> None:
@@ -78,7 +78,7 @@ def test_what_fails_is_told_once_to_who_asks_next_and_the_rest_is_done() -> None
     assert done == [1]
 
 
-def test_where_no_thread_can_start_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_thread_can_start_drawing_jobs_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
@@ -90,7 +90,7 @@ def test_where_no_thread_can_start_jobs_run_at_once(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda drawer: pickle.loads(pickle.dumps(drawer))])
-def test_a_copy_has_nothing_to_draw_and_works(copied: Any) -> None:
+def test_a_copy_of_the_drawing_queue_is_empty_and_works(copied: Any) -> None:
     drawer, job, done = BackgroundDrawer(), Held(), []
     drawer.draw(job)
     other = copied(drawer)
@@ -141,7 +141,7 @@ def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
-def test_after_an_exception_all_that_was_seen_is_on_the_disk(tmp_path: Path, ending: type[BaseException]) -> None:
+def test_after_an_exception_everything_counted_is_on_the_disk(tmp_path: Path, ending: type[BaseException]) -> None:
     board = TensorBoardLogger(tmp_path)
     model = network()
     step = model.training_step

@@ -25,7 +25,7 @@ def break_down(*args: Any, **kwargs: Any) -> None:
 
 
 @pytest.mark.parametrize("broken", ["step", "report", "open_step", "phase"])
-def test_a_fault_in_the_watching_takes_the_hooks_off(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_fault_of_ours_while_counting_removes_the_hooks(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     plain = network()
     trainer().fit(plain, batches(4), batches(1))
     model, monitor = network(), DeadNeuronMonitor(every_n_steps=1)
@@ -44,7 +44,7 @@ def test_a_fault_in_the_watching_takes_the_hooks_off(monkeypatch: pytest.MonkeyP
     assert str(monitor.report("val")).startswith(f"!! Neuronscope stopped watching at step {step}")
 
 
-def test_a_fault_when_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_while_attaching_does_not_stop_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1)
     monkeypatch.setattr(Scope, "__init__", break_down)
     with pytest.warns(NeuronscopeWarning, match="could not watch this run any longer"):
@@ -68,7 +68,7 @@ def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
     assert monitor.census().steps == 8
 
 
-def test_faults_keep_in_exceptions_but_no_interrupts() -> None:
+def test_exceptions_of_ours_are_suppressed_and_interrupts_are_not() -> None:
     faults = SuppressErrors("do anything")
 
     def fail() -> None:

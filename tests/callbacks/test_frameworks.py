@@ -57,11 +57,11 @@ def test_without_lightning_the_error_names_the_command() -> None:
     assert "pip install pytorch-lightning" in done.stderr
 
 
-def test_a_class_of_ones_own_can_be_derived() -> None:
+def test_a_user_can_derive_from_the_monitor() -> None:
     from neuronscope.callbacks import DeadNeuronMonitor
 
     class Mine(DeadNeuronMonitor):
         """A user's."""
 
-    assert Mine().state_key.startswith("test_a_class_of_ones_own_can_be_derived.<locals>.Mine{")
+    assert Mine().state_key.startswith("test_a_user_can_derive_from_the_monitor.<locals>.Mine{")
     assert Mine().state_key != Mine(sites="fc*").state_key

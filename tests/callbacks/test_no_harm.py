@@ -128,11 +128,13 @@ RUNS = {"fitted twice": fitted_twice, "averaged": averaged, "compiled": compiled
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_so_are_those_of_longer_runs(run: Callable[[list[Any]], Left]) -> None:
+def test_weights_and_random_numbers_of_longer_runs_are_those_of_unwatched_ones(
+    run: Callable[[list[Any]], Left],
+) -> None:
     assert_unharmed(run([]), run(monitors(every_n_steps=2)))
 
 
-def test_so_are_those_of_a_resumed_run(tmp_path: Path) -> None:
+def test_weights_and_random_numbers_of_a_resumed_run_are_those_of_an_unwatched_one(tmp_path: Path) -> None:
     unwatched = resumed([], tmp_path)
     assert_unharmed(unwatched, resumed([DeadNeuronMonitor(window_steps=4, every_n_steps=2)], tmp_path))
 
@@ -175,7 +177,7 @@ def test_a_monitor_that_has_not_run_can_be_copied_and_pickled() -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda runs: pickle.loads(pickle.dumps(runs))], ids=["copy", "pickle"]
 )
-def test_what_a_monitor_has_seen_can_be_copied_and_pickled(copied: Any) -> None:
+def test_the_census_of_a_monitor_can_be_copied_and_pickled(copied: Any) -> None:
     # Not the monitor itself, once it has run: Lightning hangs the network's own `log` on every callback.
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
     runs = Runs(WatchOptions(every_n_steps=1))

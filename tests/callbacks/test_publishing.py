@@ -118,7 +118,7 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
         (0.4, [5]),  # the first after 0.4 s * (10**6 - 1): five days
     ],
 )
-def test_drawing_keeps_to_its_share_and_the_end_is_always_drawn(
+def test_drawing_keeps_to_its_share_of_time_and_the_end_is_always_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual: float, drawn: list[int]
 ) -> None:
     monkeypatch.setattr(publishing, "_USUAL_DRAWING_S", usual)
@@ -226,14 +226,14 @@ def test_the_metric_of_validation_is_that_of_the_newest_pass(size: int) -> None:
     assert run.callback_metrics[VAL_DEAD] == pytest.approx(shown[-1])
 
 
-def test_early_stopping_hears_of_deaths_that_short_passes_show() -> None:
+def test_early_stopping_sees_deaths_found_in_short_passes() -> None:
     stop = EarlyStopping(VAL_DEAD, stopping_threshold=100 * 9 / 22 - 0.1, mode="max", patience=100)
     run = trainer(stop, DeadNeuronMonitor(every_n_steps=1), Killing(), max_epochs=6)
     run.fit(network(), batches(2), batches(2))
     assert run.current_epoch == 3  # the first that begins with the nine dead is the last
 
 
-def test_what_is_drawn_of_a_short_pass_is_of_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_a_short_pass_show_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
     whole = Canvas.text
 
@@ -266,7 +266,7 @@ def test_a_network_of_nothing_but_nan_has_no_dead_share() -> None:
 
 
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])
-def test_the_end_of_a_fit_says_one_line_where_lightning_says_its_own(framework: str) -> None:
+def test_the_end_of_a_fit_prints_one_line_where_lightning_prints_its_own(framework: str) -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

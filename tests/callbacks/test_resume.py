@@ -58,7 +58,9 @@ def resumed(checkpoint: Path, *callbacks: Any, **options: Any) -> DeadNeuronMoni
 
 @pytest.mark.parametrize("saver", ["train_epoch_end", "validation_end"])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}], ids=["plain", "accumulation"])
-def test_a_run_resumed_from_model_checkpoint(tmp_path: Path, saver: str, options: dict[str, Any]) -> None:
+def test_a_run_resumed_from_model_checkpoint_has_the_counts_of_an_uninterrupted_one(
+    tmp_path: Path, saver: str, options: dict[str, Any]
+) -> None:
     def keep(folder: str) -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / folder, save_top_k=-1, save_on_train_epoch_end=saver == "train_epoch_end")
 
@@ -71,7 +73,7 @@ def test_a_run_resumed_from_model_checkpoint(tmp_path: Path, saver: str, options
     assert_same(resumed(Path(checkpoint.best_model_path), keep("second"), **options), whole(**options))
 
 
-def test_a_run_resumed_after_its_end_was_reached(tmp_path: Path) -> None:
+def test_a_run_resumed_after_its_end_keeps_its_counts(tmp_path: Path) -> None:
     # The end of the first fit closed its window for the report; the resumed run goes on in that window.
     first = DeadNeuronMonitor(**OPTIONS)
     model = network()
@@ -82,7 +84,7 @@ def test_a_run_resumed_after_its_end_was_reached(tmp_path: Path) -> None:
     assert_same(resumed(tmp_path / "end.ckpt"), whole())
 
 
-def test_the_state_is_tensors_and_primitives(tmp_path: Path) -> None:
+def test_the_saved_state_is_tensors_and_primitives(tmp_path: Path) -> None:
     def kinds(value: Any) -> set[type]:
         if isinstance(value, dict):
             return set().union(*(kinds(inner) for inner in value.values()))
@@ -123,7 +125,7 @@ def test_a_resumed_run_without_a_saved_state_begins_where_it_is(tmp_path: Path) 
     assert (monitor.census().first_step, monitor.census().last_step) == (7, 10)  # 7 is the first there is
 
 
-def test_a_test_of_a_checkpoint_leaves_the_counts_at_hand(tmp_path: Path) -> None:
+def test_testing_a_checkpoint_keeps_the_counts_of_training(tmp_path: Path) -> None:
     monitor = DeadNeuronMonitor(**OPTIONS)
     run = trainer(monitor, max_epochs=1)
     model = network()

@@ -80,7 +80,7 @@ def test_a_site_that_went_away_is_unseen_and_one_that_came_is_counted() -> None:
 
 
 @pytest.mark.parametrize(("stage", "phase"), [("validate", "val"), ("test", "test")])
-def test_evaluation_alone(stage: str, phase: str) -> None:
+def test_evaluation_without_training_is_counted(stage: str, phase: str) -> None:
     monitor = DeadNeuronMonitor()
     model = network()
     getattr(trainer(monitor), stage)(model, batches(40), verbose=False)
@@ -103,7 +103,7 @@ def test_prediction_is_not_watched() -> None:
         monitor.census()
 
 
-def test_hooks_that_come_twice_do_no_harm() -> None:
+def test_callback_hooks_that_are_called_twice_do_no_harm() -> None:
     class Twice(DeadNeuronMonitor):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_fit_start(trainer, pl_module)
@@ -119,7 +119,7 @@ def test_hooks_that_come_twice_do_no_harm() -> None:
     assert_counts(monitor.census()["act"], counted(model.notes, "act", "train"))
 
 
-def test_a_batch_that_is_skipped_leaves_the_gate_shut() -> None:
+def test_a_skipped_batch_does_not_start_counting() -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1)
     model = network()
     start = model.on_train_batch_start
@@ -138,7 +138,7 @@ def test_a_model_without_activations_is_trained_all_the_same() -> None:
     assert monitor.scope is None
 
 
-def test_a_run_without_batches() -> None:
+def test_a_run_without_batches_gives_an_empty_report() -> None:
     monitor = DeadNeuronMonitor()
     trainer(monitor, max_epochs=0).fit(network(), batches(2), batches(1))
     assert monitor.report().neurons == 0
@@ -160,6 +160,6 @@ def test_a_run_without_batches() -> None:
         ({"drawing_share": 0}, "drawing_share"),
     ],
 )
-def test_bad_options_are_met_at_once(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_raise_an_error_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DeadNeuronMonitor(**options)

@@ -40,7 +40,7 @@ def options_of(*names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("names", list(itertools.product(ACCUMULATION, PRECISION, MEMORY)), ids="-".join)
-def test_counts_are_the_twins_and_weights_those_of_a_training_that_nobody_watches(
+def test_counts_equal_the_twins_and_weights_those_of_an_unwatched_training(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     twin = trainer(tmp_path, kind=TwinTrainer, **options_of(*names[:2])).counted(AXIS)
@@ -64,7 +64,7 @@ def test_counts_are_the_twins_and_weights_those_of_a_training_that_nobody_watche
 # torch's compiler asks for the gradient of a tensor that has none, and hides its own warning only where it is printed.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("names", [("plain", "float32", "kept"), ("accumulation", "bfloat16", "checkpointing")])
-def test_a_compiled_training(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_a_compiled_training_is_counted_exactly(tmp_path: Path, names: tuple[str, ...]) -> None:
     # The compiler rounds otherwise than eager code: so the twin's network has no dropout and takes steps too small to
     # turn a sign, and its counts are the compiled network's.
     options = {"learning_rate": 1e-9}
@@ -82,7 +82,7 @@ def test_a_compiled_training(tmp_path: Path, names: tuple[str, ...]) -> None:
     assert hooks(watched.model) == hooks(plain.model)
 
 
-def test_gated_products(tmp_path: Path) -> None:
+def test_gated_products_of_a_language_model_are_counted(tmp_path: Path) -> None:
     twin = trainer(tmp_path, model=llama(), kind=TwinTrainer).counted(AXIS)
     callback = DeadNeuronCallback(every_n_steps=1)
     trainer(tmp_path, callback, model=llama()).train()
@@ -93,7 +93,7 @@ def test_gated_products(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATION)
-def test_every_third_step(tmp_path: Path, accumulation: str) -> None:
+def test_counts_on_every_third_step_equal_the_twins(tmp_path: Path, accumulation: str) -> None:
     options = {**ACCUMULATION[accumulation], "num_train_epochs": 4}
     twin = trainer(tmp_path, kind=TwinTrainer, **options).counted(AXIS, every=3)
     callback = DeadNeuronCallback(every_n_steps=3, window_steps=4)
@@ -176,7 +176,7 @@ def test_every_evaluation_in_training_is_a_pass_whoever_asks_for_it(tmp_path: Pa
     assert callback.census("val", "last").examples == 12
 
 
-def test_evaluations_outside_of_training_are_left_alone(tmp_path: Path) -> None:
+def test_evaluations_outside_of_training_are_not_counted(tmp_path: Path) -> None:
     callback = DeadNeuronCallback(every_n_steps=1)
     run = trainer(tmp_path, callback)
     before = run.evaluate()

@@ -31,7 +31,7 @@ def events(folder: Path, pattern: str = "*/events*") -> EventAccumulator:
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["before us", "after us"])
-def test_other_callbacks_get_the_network_s_numbers_once_a_window_and_once_a_pass(tmp_path: Path, place: int) -> None:
+def test_other_callbacks_get_our_numbers_once_for_each_window_and_pass(tmp_path: Path, place: int) -> None:
     noting, callback = Noting(), DeadNeuronCallback(every_n_steps=1, window_steps=3)
     callbacks = [callback, callback]
     callbacks[place] = noting

@@ -35,7 +35,7 @@ def assert_same_record(one: DeadNeuronCallback, other: DeadNeuronCallback) -> No
     [{}, {"gradient_accumulation_steps": 4, "save_steps": 3, "num_train_epochs": 4}],
     ids=["plain", "accumulation"],
 )
-def test_a_resumed_training(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_resumed_training_has_the_counts_of_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
     whole, first, second = (DeadNeuronCallback(**OPTIONS) for _ in range(3))
     unbroken = trained(tmp_path / "whole", whole, **options)
     trained(tmp_path / "first", first, **options)
@@ -47,7 +47,7 @@ def test_a_resumed_training(tmp_path: Path, options: dict[str, Any]) -> None:
     assert_same_weights(weights(resumed.model), weights(unbroken.model))
 
 
-def test_the_last_checkpoint_of_the_folder(tmp_path: Path) -> None:
+def test_training_resumes_from_the_last_checkpoint_of_the_folder(tmp_path: Path) -> None:
     whole, first, second = (DeadNeuronCallback(**OPTIONS) for _ in range(3))
     trained(tmp_path / "whole", whole, num_train_epochs=3)
     run = trained(tmp_path / "run", first, num_train_epochs=3, max_steps=10)
@@ -71,7 +71,7 @@ def test_one_callback_trains_twice_and_goes_back_to_a_checkpoint(tmp_path: Path)
     assert_same_record(callback, whole)
 
 
-def test_the_file_holds_tensors_and_primitives_of_every_callback(tmp_path: Path) -> None:
+def test_the_saved_state_holds_only_tensors_and_primitives(tmp_path: Path) -> None:
     pair = DeadNeuronCallback(every_n_steps=1, sites="*.0.*"), DeadNeuronCallback(every_n_steps=1, sites="*.1.*")
     run = trainer(tmp_path, *pair, **SAVING)
     run.train()

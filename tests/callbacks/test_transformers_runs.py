@@ -49,7 +49,7 @@ def test_an_alarm_warns_once(tmp_path: Path) -> None:
     assert len([warning for warning in caught if issubclass(warning.category, NeuronscopeWarning)]) == 1
 
 
-def test_below_the_threshold_nothing_happens(tmp_path: Path) -> None:
+def test_below_the_threshold_no_alarm_is_raised(tmp_path: Path) -> None:
     callback = DeadNeuronCallback(**OPTIONS, on_dead="stop", threshold=95)
     assert trainer(tmp_path, callback).train().global_step == 12
 
@@ -116,7 +116,7 @@ def test_a_model_without_activations_is_trained_all_the_same(tmp_path: Path) -> 
         callback.report()
 
 
-def test_called_by_nobody_that_is_known_it_still_counts(tmp_path: Path) -> None:
+def test_a_callback_called_by_an_unknown_trainer_still_counts(tmp_path: Path) -> None:
     class State:
         global_step, is_world_process_zero, log_history, epoch = 0, True, [], 0.0
 
@@ -145,7 +145,7 @@ def test_called_by_nobody_that_is_known_it_still_counts(tmp_path: Path) -> None:
         ({"drawing_share": 0}, "drawing_share"),
     ],
 )
-def test_bad_options_are_met_at_once(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_raise_an_error_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DeadNeuronCallback(**options)
 

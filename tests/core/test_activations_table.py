@@ -173,7 +173,9 @@ WAYS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize(("kind", "way", "make"), WAYS)
-def test_cell(kind: Kind, way: str, make: Callable[[], Callable[[Tensor], Tensor]], layout: Layout):
+def test_each_activation_is_counted_in_each_layout_and_spelling(
+    kind: Kind, way: str, make: Callable[[], Callable[[Tensor], Tensor]], layout: Layout
+):
     census = agree(lambda: Net(layout, make()), layout)
     name = f"{kind.name}()" if way == "functional" else "act"
     assert list(census) == [name]
@@ -195,7 +197,7 @@ GLUS = [
 
 @pytest.mark.parametrize(("layout", "first", "dim", "expected"), GLUS, ids=[layout.name for layout, *_ in GLUS])
 @pytest.mark.parametrize("functional", [False, True])
-def test_glu(layout, first, dim, expected, functional):
+def test_gated_linear_units_are_counted_in_each_layout(layout, first, dim, expected, functional):
     torch.manual_seed(1)
     state = {name: torch.randn_like(value) for name, value in first.state_dict().items()}
 
@@ -225,7 +227,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(("function", "name"), SPELLINGS.values(), ids=SPELLINGS)
-def test_spelling(function, name):
+def test_each_spelling_of_a_function_has_the_site_of_that_function(function, name):
     assert list(agree(lambda: Net(LAYOUTS[1], function), LAYOUTS[1])) == [name]
 
 
@@ -255,7 +257,7 @@ def test_clamp_at_zero_is_a_relu(function):
 
 
 @pytest.mark.parametrize("bounds", [{"min": 1e-6}, {"min": -1, "max": 1}, {"max": 0}, {"min": 0.5}], ids=str)
-def test_another_clamp_is_no_activation(bounds):
+def test_a_clamp_with_other_bounds_is_not_an_activation(bounds):
     model = Net(LAYOUTS[0], lambda x: F.relu(x).clamp(**bounds))
     with ns.watch(model) as scope:
         model(torch.randn(5, 3)).sum().backward()
@@ -280,7 +282,7 @@ class Reused(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "way", "make"), [way for way in WAYS if way.values[1] != "functional"])
-def test_reused(kind: Kind, way: str, make: Callable[[], nn.Module]):
+def test_an_activation_that_is_reused_is_one_site_a_call(kind: Kind, way: str, make: Callable[[], nn.Module]):
     watched, twin = Watched(), Twin({"act": 1, "relu()": 2, "act#1": 2, "act#2": 1})
     for watcher in (watched, twin):
         torch.manual_seed(0)
@@ -308,7 +310,7 @@ class Swiglu(nn.Module):
         return x * self.inner(x)
 
 
-def test_subclasses_and_classes_of_ones_own():
+def test_subclasses_of_activations_and_registered_classes_are_counted():
     model = nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), Swiglu())
     with ns.watch(model, activations={Swiglu: "silu"}) as scope:
         model(torch.randn(5, 3)).sum().backward()
@@ -325,7 +327,7 @@ def test_subclasses_and_classes_of_ones_own():
 @pytest.mark.parametrize("gate", ["silu", "gelu", "relu", "sigmoid"])
 @pytest.mark.parametrize("module", [False, True])
 @pytest.mark.parametrize("order", ["act * up", "up * act", "torch.mul", "mul_"])
-def test_gated_products(gate, module, order):
+def test_gated_products_are_sites(gate, module, order):
     modules = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "sigmoid": nn.Sigmoid}
     functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
 
@@ -359,7 +361,7 @@ def test_gated_products(gate, module, order):
     assert watched.scope.census()[f"{base}.gated"].info.kind == "gated"
 
 
-def test_softmax_and_attention_are_no_sites():
+def test_softmax_and_attention_are_not_sites():
     model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1), nn.LogSoftmax(-1), nn.ReLU())
     with ns.watch(model) as scope:
         model(torch.randn(5, 4)).sum().backward()

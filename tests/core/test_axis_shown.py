@@ -46,9 +46,9 @@ KNOWN = {
 }
 
 
-def test_it_is_printed_how_each_axis_is_known():
+def test_a_report_prints_how_each_axis_is_known():
     assert printed() == KNOWN
 
 
-def test_an_axis_that_is_declared_overrules_what_was_found():
+def test_a_declared_axis_overrules_the_one_that_was_found():
     assert printed(axes={"tokens": 1, "r*": 1}) == {**KNOWN, "tokens": "1 · declared", "raw": "1 · declared"}

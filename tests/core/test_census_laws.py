@@ -96,7 +96,7 @@ def test_merging_changes_neither_part(a, b):
 
 
 @given(censuses())
-def test_state_goes_through_a_safe_checkpoint(census):
+def test_the_state_of_a_census_survives_a_weights_only_checkpoint(census):
     file = io.BytesIO()
     torch.save(census.state_dict(), file)
     file.seek(0)
@@ -108,7 +108,7 @@ def test_state_goes_through_a_safe_checkpoint(census):
 
 
 @given(tallies())
-def test_a_saved_state_is_a_copy(tally):
+def test_a_saved_state_is_not_changed_by_later_counting(tally):
     before = parts(tally)
     state = tally.state_dict()
     state["zero_outputs"] += 1
@@ -116,7 +116,7 @@ def test_a_saved_state_is_a_copy(tally):
     assert parts(tally) == before
 
 
-def test_tallies_of_other_widths_do_not_merge():
+def test_tallies_of_different_widths_are_not_merged():
     make = lambda neurons: Tally(  # noqa: E731
         INFO,
         *(np.zeros(neurons, np.int64) for _ in range(3)),
@@ -130,7 +130,7 @@ def test_tallies_of_other_widths_do_not_merge():
         make(3).merge(make(4))
 
 
-def test_unseen_is_not_zero():
+def test_fractions_of_an_unseen_site_are_not_zero():
     tally = Tally(
         INFO,
         *(np.zeros(2, np.int64) for _ in range(3)),
@@ -188,7 +188,7 @@ def test_any_split_over_two_ranks_gives_the_same_counts(mine):
 
 
 @pytest.mark.parametrize("at", [0, 3, 7, 10])
-def test_a_run_that_is_saved_and_resumed_is_the_run_that_was_not(at):
+def test_a_resumed_run_has_the_counts_of_an_uninterrupted_run(at):
     def run(scope: ns.Scope, model: nn.Module, steps: range) -> None:
         for step in steps:
             model(DATA + step).sum().backward()
@@ -224,7 +224,7 @@ BAD_TALLIES = {
 
 
 @pytest.mark.parametrize("spoil", BAD_TALLIES.values(), ids=BAD_TALLIES)
-def test_a_bad_state_is_a_plain_error(spoil):
+def test_an_invalid_tally_state_raises_a_clear_error(spoil):
     tally = Tally(
         INFO,
         *(np.zeros(3, np.int64) for _ in range(3)),
@@ -241,12 +241,12 @@ def test_a_bad_state_is_a_plain_error(spoil):
 
 
 @pytest.mark.parametrize("state", [None, 3, [], {}, {"tallies": None}, {"tallies": {"a": 5}}], ids=repr)
-def test_a_bad_census_state_is_a_plain_error(state):
+def test_an_invalid_census_state_raises_a_clear_error(state):
     with pytest.raises(StateError):
         Census.from_state(state)
 
 
-def test_replace_keeps_the_laws():
+def test_a_tally_made_by_replace_merges_like_any_other():
     tally = count([DATA])["1"]
     twice = tally.merge(replace(tally))
     assert twice.positions == 48

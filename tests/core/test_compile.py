@@ -112,7 +112,7 @@ WAYS = [watch_then_compile, compile_then_watch, compile_in_place]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("every", [1, 2])
-def test_counts_and_weights_of_a_compiled_run(way, every):
+def test_a_compiled_run_has_the_counts_of_the_twin_and_the_weights_of_an_unwatched_run(way, every):
     states, numbers, graphs = [], [], []
     watched = Watched(every_n_steps=every)
     for watcher in (Nobody(), watched):
@@ -143,7 +143,7 @@ def test_counts_and_weights_of_a_compiled_run(way, every):
     assert list(watched.scope.census()) == NAMES
 
 
-def test_evaluation_passes_of_a_compiled_model():
+def test_evaluation_passes_of_a_compiled_model_are_counted_apart():
     """Training, evaluation without gradients and back: each phase has its own counts."""
     watched, twin = Watched(), Twin(AXES)
     for watcher in (watched, twin):
@@ -202,7 +202,7 @@ def test_windows_close_on_a_compiled_model():
     assert scope.report()["1"].history.steps.tolist() == [1, 3, 5]
 
 
-def test_a_part_that_is_compiled():
+def test_a_compiled_part_of_an_eager_model_is_counted():
     """A compiled block within an eager model: its sites bear their plain names and are counted."""
 
     class Outer(nn.Module):
@@ -241,7 +241,7 @@ def assert_same_census(compiled: ns.Census, eager: ns.Census) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("build", "shape"), [(mlp, (16, 5)), (Net, (4, 3, 6))], ids=["mlp", "net"])
-def test_inductor(build, shape):
+def test_counts_under_inductor_equal_those_of_eager(build, shape):
     states = []
     watched = Watched()
     for watcher in (Nobody(), watched):

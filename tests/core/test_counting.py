@@ -63,7 +63,7 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (1, 4), (4, 1), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 2, 3), (1, 1, 1)])
-def test_every_axis_of_every_layout(shape, dtype):
+def test_zeros_are_counted_along_every_axis_of_every_layout(shape, dtype):
     values = torch.randn(shape).relu().to(dtype)
     values.view(-1)[::3] = -0.0  # minus zero is zero
     for tensor in layouts(values).values():
@@ -74,7 +74,7 @@ def test_every_axis_of_every_layout(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "reversed", "strided", "expanded", "channels_last"])
-def test_not_finite_values_are_counted_apart(value, dtype, layout):
+def test_values_that_are_not_finite_are_counted_apart(value, dtype, layout):
     tensor = torch.randn(3, 4, 2, 5).relu().to(dtype)
     tensor[:, 2, :, 1] = value
     tensor[0, 0, 0, 0] = value
@@ -85,7 +85,7 @@ def test_not_finite_values_are_counted_apart(value, dtype, layout):
 # Binary fractions, so that the comparison means the same in every precision.
 @pytest.mark.parametrize("tolerance", [0.0, 2.0**-14, 0.125, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tolerance(tolerance, dtype):
+def test_values_within_the_tolerance_count_as_zero(tolerance, dtype):
     tensor = (torch.randn(6, 5, 4) / 4).to(dtype)
     tensor[0] = tolerance
     tensor[1] = -tolerance
@@ -95,7 +95,7 @@ def test_tolerance(tolerance, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (0, 3, 5), (2, 3, 0), (0,)])
-def test_empty_tensors(shape):
+def test_empty_tensors_count_nothing(shape):
     for axis in range(len(shape)):
         counted = count_outputs(torch.empty(shape), axis, SCRATCH)
         assert counted.zeros.tolist() == [0] * shape[axis]
@@ -125,7 +125,7 @@ def test_extremes_are_finite_and_not_zero(dtype, value):
         np.testing.assert_allclose(counted.abs_sum.numpy(), expected, rtol=1e-2, atol=1e-40)
 
 
-def test_more_positions_than_a_block_and_than_float32_can_count():
+def test_counts_are_exact_beyond_a_block_and_beyond_float32():
     """2**24 + 3 positions of one neuron: a float32 counter would stick at 2**24."""
     tensor = torch.zeros(2**24 + 3, 1, dtype=torch.bfloat16)
     tensor[5] = 1
@@ -158,7 +158,7 @@ LARGE = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_many_blocks(shape, dtype):
+def test_counts_over_many_blocks_are_exact(shape, dtype):
     made = torch.randn(shape).relu_().to(dtype)
     for tensor in (made, made.transpose(0, 1).contiguous().transpose(0, 1)):
         for axis in range(min(len(shape), 2)):
@@ -167,7 +167,7 @@ def test_many_blocks(shape, dtype):
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, math.nan, math.inf])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
-def test_full_counters(shape, value):
+def test_counters_that_are_full_do_not_overflow_into_their_neighbours(shape, value):
     """Every byte counts as far as it goes: what runs over would show in the neighbour."""
     tensor = torch.full(shape, value)
     tensor[:, 0] = 1 - tensor[:, 0]
@@ -177,7 +177,7 @@ def test_full_counters(shape, value):
 
 
 @pytest.mark.parametrize("shape", [(3000, 50), (50, 3000), (5, 40, 31, 31), (1, 140_001)], ids=str)
-def test_tolerance_of_large_tensors(shape):
+def test_the_tolerance_holds_in_large_tensors(shape):
     tensor = torch.randn(shape) / 4
     tensor[0, 0] = math.nan
     assert_counts(tensor, 1, tolerance=0.125)
@@ -194,7 +194,7 @@ def test_the_smallest_numbers_are_not_zero(shape, dtype):
 
 
 @given(data=st.data())
-def test_any_strided_tensor(data):
+def test_any_strided_tensor_is_counted_exactly(data):
     """Shapes, axes, permutations, steps, expansions and values drawn at random."""
     shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -218,7 +218,7 @@ def test_any_strided_tensor(data):
 
 @pytest.mark.parametrize("shape", [(300, 7), (300, 70), (40_000, 7), (3000, 40, 2), (9, 16, 40, 40)], ids=str)
 @pytest.mark.parametrize("surroundings", ["autocast", "inference", "deterministic", "no grad", "medium", "float64"])
-def test_surroundings_change_nothing(surroundings, shape):
+def test_the_callers_torch_settings_do_not_change_counts(surroundings, shape):
     """The caller's modes are in force where hooks run; counts are the same in all of them."""
     tensor = torch.randn(shape).relu_()
     tensor[tensor > 1] = 1 + 2.0**-20  # not a number of bfloat16
@@ -253,7 +253,7 @@ def test_surroundings_change_nothing(surroundings, shape):
     np.testing.assert_allclose(counters.abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
 
 
-def test_a_meter_step_by_step():
+def test_the_counters_of_a_site_are_right_after_each_step():
     meter = Meter(3, torch.device("cpu"))
     add_outputs(meter, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, math.nan]]), 1, 2, 5, SCRATCH, 0.0)
     add_outputs(meter, torch.tensor([[0.0, 0.0, 2.0]]), 1, 1, 8, SCRATCH, 0.0)
@@ -274,7 +274,7 @@ def test_a_meter_step_by_step():
 
 
 @pytest.mark.parametrize("neurons", [1, 7, 3000, 20_000])
-def test_many_calls_of_one_meter(neurons):
+def test_many_calls_of_one_site_are_counted_exactly(neurons):
     """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added."""
     meter = Meter(neurons, torch.device("cpu"))
     zeros, broken, gradients = (np.zeros(neurons, dtype=np.int64) for _ in range(3))
@@ -304,7 +304,7 @@ def test_many_calls_of_one_meter(neurons):
     assert meter.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
 
 
-def test_small_tensors_of_many_kinds_in_one_meter():
+def test_small_tensors_of_many_kinds_at_one_site_are_counted_exactly():
     """What waits is of one kind at a time; the others are counted at once, and nothing is lost or mistaken."""
     meter = Meter(6, torch.device("cpu"))
     kinds = [
@@ -338,7 +338,7 @@ def test_small_tensors_of_many_kinds_in_one_meter():
     assert meter.totals()[0] == positions
 
 
-def test_reset_forgets_what_waits():
+def test_a_reset_drops_counts_that_are_still_pending():
     meter = Meter(3, torch.device("cpu"))
     add_outputs(meter, torch.zeros(2, 3), 1, 2, 0, SCRATCH, 0.0)
     add_gradients(meter, torch.zeros(2, 3), 1, SCRATCH)
@@ -347,13 +347,13 @@ def test_reset_forgets_what_waits():
     assert meter.settle().zero_gradients.tolist() == [0, 0, 0]
 
 
-def test_no_random_number_is_drawn():
+def test_counting_draws_no_random_number():
     state = torch.get_rng_state()
     assert_counts(torch.ones(500, 40), 1)
     assert torch.get_rng_state().equal(state)
 
 
-def test_the_scratch_is_reused():
+def test_the_scratch_buffer_is_reused():
     """Counting a tensor ten times allocates its buffers once."""
     scratch = Scratch()
     tensor = torch.randn(4000, 100)

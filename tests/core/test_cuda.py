@@ -79,7 +79,7 @@ def train(model: nn.Module, watcher: Nobody, device: str, *, bfloat16: bool, mic
     ("bfloat16", "micro_batches", "checkpointing"),
     list(product((False, True), (1, 4), ("", "plain", "reentrant"))),
 )
-def test_eager_counts_are_the_twins_and_weights_those_of_nobody(
+def test_eager_counts_equal_the_twins_and_weights_those_of_an_unwatched_run(
     device: str, bfloat16: bool, micro_batches: int, checkpointing: str
 ) -> None:
     nobody, watched, twin = Nobody(), Watched(), Twin(AXES)
@@ -166,7 +166,9 @@ def recorded(run: Any, model: nn.Module, device: str, after: Any, *, bfloat16: b
         *(pytest.param(compiler, True, marks=pytest.mark.slow) for compiler in ("inductor", "graphs")),
     ],
 )
-def test_counts_are_those_of_what_the_same_run_gave_out(device: str, compiler: str | None, bfloat16: bool) -> None:
+def test_counts_equal_those_of_the_activations_that_the_same_run_returned(
+    device: str, compiler: str | None, bfloat16: bool
+) -> None:
     model = Probed().to(device)
     with ns.watch(model) as scope:
         run = model if compiler is None else torch.compile(model, fullgraph=True, **COMPILERS[compiler])

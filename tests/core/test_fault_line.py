@@ -43,7 +43,7 @@ def ended(place: str, monkeypatch: pytest.MonkeyPatch) -> ns.Scope:
 
 
 @pytest.mark.parametrize("place", ["begin", "end", "gradient"])
-def test_every_writer_begins_with_it(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_writer_begins_with_the_line_on_a_fault(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scope = ended(place, monkeypatch)
     report = scope.report()
     assert report.global_step == 5
@@ -66,7 +66,7 @@ def test_every_writer_begins_with_it(place: str, monkeypatch: pytest.MonkeyPatch
     assert scope.report("val").notes[0] == SAID
 
 
-def test_it_stands_before_what_else_is_alarming(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_on_a_fault_comes_before_other_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with ns.watch(net) as scope:
         net(torch.full((2, 3), float("nan")))
@@ -79,7 +79,7 @@ def test_it_stands_before_what_else_is_alarming(monkeypatch: pytest.MonkeyPatch)
     assert page.index("stopped watching") < page.index("NOT FINITE")
 
 
-def test_no_fault_no_line() -> None:
+def test_without_a_fault_there_is_no_line_on_it() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with ns.watch(net) as scope:
         net(torch.ones(2, 3))
@@ -91,7 +91,7 @@ def test_no_fault_no_line() -> None:
     assert "fault" not in scope.state_dict()
 
 
-def test_only_the_first_fault_counts() -> None:
+def test_only_the_first_fault_is_reported() -> None:
     scope = ns.watch(nn.ReLU())
     scope.retire(ValueError("first"))
     scope.step()
@@ -101,7 +101,7 @@ def test_only_the_first_fault_counts() -> None:
     )
 
 
-def test_counts_that_are_loaded_bring_it_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loaded_counts_keep_the_line_on_their_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     state = ended("end", monkeypatch).state_dict()
     state = json.loads(json.dumps(state["fault"])), state
     saved = {**state[1], "fault": state[0]}
@@ -119,6 +119,6 @@ def test_counts_that_are_loaded_bring_it_along(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("state", ["no", {"step": 1}, [1]])
-def test_a_state_that_is_no_fault(state: Any) -> None:
+def test_an_invalid_fault_in_a_state_raises_a_clear_error(state: Any) -> None:
     with pytest.raises(StateError, match="saved state of a fault"):
         Fault.from_state(state)

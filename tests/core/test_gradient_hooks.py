@@ -48,7 +48,9 @@ USES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
-def test_it_is_told_what_a_registered_hook_is_told(make: Callable[[Tensor], Tensor], use: Callable[[Tensor], Tensor]):
+def test_our_gradient_hook_receives_what_a_registered_hook_receives(
+    make: Callable[[Tensor], Tensor], use: Callable[[Tensor], Tensor]
+):
     told = []
     for put in (lambda x, hook: x.register_hook(hook), register):
         w, hook = leaf(), Noting()
@@ -76,7 +78,7 @@ class Net(nn.Module):
         return self.act(view)
 
 
-def test_a_view_whose_base_was_changed_in_place():
+def test_gradients_of_a_view_whose_base_was_changed_in_place_are_counted():
     """Torch 2.13's own ``register_hook`` ends the process here."""
     model, x = Net(), torch.randn(3, 4)
     with ns.watch(model) as scope:
@@ -89,7 +91,7 @@ def test_a_view_whose_base_was_changed_in_place():
 
 
 @pytest.mark.parametrize("put", [lambda x, hook: x.register_hook(hook), register], ids=["torch's", "ours"])
-def test_second_derivatives_and_partial_ones_come_too(put):
+def test_our_gradient_hook_receives_second_and_partial_derivatives(put):
     w, hook = leaf(), Noting()
     x = w * 2
     put(x, hook)
@@ -99,7 +101,7 @@ def test_second_derivatives_and_partial_ones_come_too(put):
     assert torch.equal(w.grad, 48 * w)
 
 
-def test_hooks_of_others_run_before_and_after_it_and_their_handles_leave_it_alone():
+def test_other_hooks_on_the_tensor_run_and_their_handles_do_not_remove_ours():
     order: list[str] = []
 
     class Ordered(Noting):
@@ -123,7 +125,7 @@ def test_hooks_of_others_run_before_and_after_it_and_their_handles_leave_it_alon
     assert order == ["first", "ours", "ours"]
 
 
-def test_two_of_ours_on_one_tensor():
+def test_two_of_our_gradient_hooks_on_one_tensor_both_run():
     x, one, two = leaf() * 2, Noting(), Noting()
     register(x, one)
     register(x, two)
@@ -131,7 +133,7 @@ def test_two_of_ours_on_one_tensor():
     assert len(one.seen) == len(two.seen) == 1
 
 
-def test_the_gradient_may_be_kept_and_changed():
+def test_other_hooks_may_keep_and_change_the_gradient():
     x, hook = leaf() * 2, Noting()
     register(x, hook)
     x.retain_grad()
@@ -141,7 +143,7 @@ def test_the_gradient_may_be_kept_and_changed():
     assert torch.equal(x.grad, torch.full((2, 3), 30.0))
 
 
-def test_a_leaf_gives_a_handle_that_takes_it_off():
+def test_a_hook_on_a_leaf_is_removed_by_its_handle():
     w, hook = leaf(), Noting()
     handle = register(w, hook)
     assert handle is not None
@@ -151,7 +153,7 @@ def test_a_leaf_gives_a_handle_that_takes_it_off():
     assert register(leaf() * 2, hook) is None
 
 
-def test_a_tensor_that_bears_it_is_saved_without_it_and_without_a_warning():
+def test_a_tensor_with_our_hook_is_pickled_without_the_hook_and_without_a_warning():
     x = leaf() * 2
     register(x, Noting())
     restored = pickle.loads(pickle.dumps(x))
@@ -159,7 +161,7 @@ def test_a_tensor_that_bears_it_is_saved_without_it_and_without_a_warning():
     torch.utils.hooks.warn_if_has_hooks(x)  # warnings are errors here
 
 
-def test_it_dies_with_its_tensor():
+def test_our_gradient_hook_is_freed_with_its_tensor():
     x, hook = leaf() * 2, Noting()
     dead = weakref.ref(hook)
     register(x, hook)

@@ -38,7 +38,7 @@ def test_a_graph_that_runs_its_functions_in_python_is_counted_once(backend: str,
     assert not scope.report().not_measured
 
 
-def test_metrics_are_no_part_of_the_network() -> None:
+def test_activations_inside_metrics_are_not_counted() -> None:
     classification = pytest.importorskip("torchmetrics.classification")
 
     class Measured(Net):

@@ -103,7 +103,7 @@ def test_a_death_is_dated_to_the_first_observed_step_of_silence(every, died):
     assert scope.report()["relu"].history.died_step.tolist() == [died]
 
 
-def test_a_window_stays_open_until_it_is_sure():
+def test_a_window_stays_open_until_it_has_enough_examples():
     model = Gates(2)
     # log(.05) / log(.9) = 28.4: 29 examples; 2 a step: after 4 steps 8, after 15 steps 30
     with ns.watch(model, policy=ns.Policy(max_rate=0.1), window_steps=4) as scope:
@@ -119,7 +119,7 @@ def test_a_window_stays_open_until_it_is_sure():
     assert (scope.report().window.first_step, scope.report().window.last_step) == (15, 29)
 
 
-def test_reports_of_a_run_too_short_say_so():
+def test_the_report_of_a_run_that_is_too_short_says_so():
     scope, model = watch(2, window_steps=100)
     with ns.watch(model) as other:
         model(torch.tensor([[1.0, -1.0]])).sum().backward()
@@ -133,7 +133,7 @@ def test_reports_of_a_run_too_short_say_so():
     assert verdict.bound == pytest.approx(0.95)  # 1 - .05 ** 1: one example says next to nothing
 
 
-def test_validation_passes_are_windows_of_their_own():
+def test_each_validation_pass_is_a_window_of_its_own():
     scope, model = watch(3)
     x = torch.tensor([[1.0, -1.0, 1.0]]).expand(4, -1)
     with scope:
@@ -168,7 +168,7 @@ def test_a_resumed_run_judges_the_same_window():
             assert (report.dead, report.examples, report.provisional) == (dead, examples, examples < 299)
 
 
-def test_what_happens_after_the_newest_window_changes_nothing_that_is_said_of_it():
+def test_later_steps_do_not_change_what_is_reported_of_the_newest_window():
     scope, model = watch(2, window_steps=2)
     play(scope, model, ["##", ".."])
     before = scope.report()["relu"]
@@ -180,7 +180,7 @@ def test_what_happens_after_the_newest_window_changes_nothing_that_is_said_of_it
 
 
 @pytest.mark.parametrize("windows", [10, 256, 257, 600, 2000])
-def test_thinning_keeps_the_newest_window_and_an_even_picture(windows, monkeypatch):
+def test_thinning_keeps_the_newest_window_and_windows_at_even_distances(windows, monkeypatch):
     monkeypatch.setattr(history_module, "MAX_WINDOWS", 16)
     scope, model = watch(2, window_steps=1)
     with scope:
@@ -201,7 +201,7 @@ def test_thinning_keeps_the_newest_window_and_an_even_picture(windows, monkeypat
     assert past.deaths.tolist() == [0, (windows - 1) // 2]
 
 
-def test_memory_is_bounded_by_bytes_too(monkeypatch):
+def test_the_history_is_bounded_in_bytes_too(monkeypatch):
     monkeypatch.setattr(history_module, "MAX_BYTES", 1000)
     scope, model = watch(50, window_steps=1)  # 1000 bytes / 50 neurons = 20 windows
     with scope:
@@ -211,7 +211,7 @@ def test_memory_is_bounded_by_bytes_too(monkeypatch):
     assert past.steps[-1] == 99
 
 
-def test_state_goes_through_a_safe_checkpoint():
+def test_the_state_of_a_history_survives_a_weights_only_checkpoint():
     scope, model = watch(len(SCRIPT))
     with scope:
         play(scope, model, [row[:10] for row in SCRIPT])
@@ -230,7 +230,7 @@ def test_state_goes_through_a_safe_checkpoint():
     )
 
 
-def test_a_site_that_rests_for_a_window_is_unseen_there_and_not_dead():
+def test_a_site_not_run_in_a_window_is_unseen_there_and_not_dead():
     class Sometimes(Gates):
         on = True
 

@@ -118,7 +118,9 @@ def expected(**positions: int) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("place", ["root", "nested"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_another_network_leaves_no_trace(place: str, error: type[BaseException], gradients: bool) -> None:
+def test_a_network_run_after_an_interrupt_is_not_counted(
+    place: str, error: type[BaseException], gradients: bool
+) -> None:
     net = Net()
     with ns.watch(net) as scope, torch.set_grad_enabled(gradients):
         net(torch.ones(2, 4))
@@ -135,7 +137,7 @@ def test_another_network_leaves_no_trace(place: str, error: type[BaseException],
         use_another_network()
 
 
-def test_functions_outside_of_any_module_and_results_of_another_network() -> None:
+def test_functions_outside_of_any_module_are_not_counted_after_an_interrupt() -> None:
     net, weight = Net(), torch.randn(7, 4)
     with ns.watch(net) as scope:
         with interrupted(net.inner[0][0]):
@@ -146,7 +148,7 @@ def test_functions_outside_of_any_module_and_results_of_another_network() -> Non
         assert counted(scope) == {"sigmoid()": (6, 2), "inner.0.0.relu()": (6, 2)}
 
 
-def test_operators_alone_never_count() -> None:
+def test_operators_alone_are_not_counted_after_an_interrupt() -> None:
     """Where nothing is called or returns, the mode has no chance to go; nothing is counted all the same."""
     net, x = Net(), torch.ones(3, 4)
     with ns.watch(net) as scope:
@@ -159,7 +161,7 @@ def test_operators_alone_never_count() -> None:
 
 
 @pytest.mark.parametrize("part", ["inner", "act"])
-def test_parts_of_the_network_alone_after_an_interrupt(part: str) -> None:
+def test_parts_of_the_network_run_alone_are_counted_after_an_interrupt(part: str) -> None:
     """What is called next is no part of the forward that was ended."""
     net, plain = Net(), Net()
     sizes = {"inner": 6, "act": 5}
@@ -193,7 +195,7 @@ def test_a_model_that_catches_the_interrupt_itself_is_followed_to_its_end() -> N
         assert counted(scope) == expected(all=5, act=3, tanh=3)  # right behind an activation nobody tells us to go on
 
 
-def test_two_watched_models_and_one_within_another() -> None:
+def test_an_interrupt_is_handled_with_two_watched_models_and_with_nested_ones() -> None:
     inner, sibling = Net(), Net()
 
     class Outer(nn.Module):
@@ -222,7 +224,7 @@ def test_two_watched_models_and_one_within_another() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_in_the_recomputation_of_a_checkpoint(reentrant: bool) -> None:
+def test_an_interrupt_in_the_recomputation_of_a_checkpoint_is_handled(reentrant: bool) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -245,7 +247,7 @@ def test_in_the_recomputation_of_a_checkpoint(reentrant: bool) -> None:
     assert stack_depth() == 0
 
 
-def test_in_a_generator_that_runs_the_model() -> None:
+def test_an_interrupt_in_a_generator_that_runs_the_model_is_handled() -> None:
     net = Net()
 
     def outputs() -> Iterator[Tensor]:
@@ -268,7 +270,7 @@ def in_thread(work: Callable[[], Any]) -> None:
     thread.join()
 
 
-def test_in_a_thread_that_dies_of_it() -> None:
+def test_an_interrupt_that_ends_a_thread_is_handled() -> None:
     """The next forward runs in this thread, or in a new one that may bear the dead one's number."""
     net = Net()
 
@@ -287,7 +289,7 @@ def test_in_a_thread_that_dies_of_it() -> None:
         use_another_network()
 
 
-def test_in_a_thread_that_lives_on() -> None:
+def test_an_interrupt_in_a_thread_that_continues_is_handled() -> None:
     net, depths = Net(), []
 
     def lives() -> None:
@@ -311,7 +313,7 @@ class Theirs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_mode_that_somebody_entered_afterwards_stays() -> None:
+def test_a_function_mode_entered_after_an_interrupt_stays() -> None:
     net = Net()
     with ns.watch(net) as scope:
         with interrupted(net.inner[0][0]):
@@ -323,7 +325,7 @@ def test_a_mode_that_somebody_entered_afterwards_stays() -> None:
         assert counted(scope)["inner.0.0.relu()"] == (6, 2)
 
 
-def test_a_profiler_of_somebody_elses_is_left_alone() -> None:
+def test_another_profiler_is_left_alone() -> None:
     """Then the mode stays until the profiler is gone, and counts nothing."""
     net, events = Net(), []
 
@@ -344,7 +346,7 @@ def test_a_profiler_of_somebody_elses_is_left_alone() -> None:
         assert counted(scope)["inner.0.0.relu()"] == (6, 2)
 
 
-def test_a_function_that_fails_after_an_interrupt() -> None:
+def test_a_function_that_fails_after_an_interrupt_raises_its_own_error() -> None:
     net = Net()
     with ns.watch(net):
         with interrupted(net.inner[0][0]):

@@ -64,7 +64,7 @@ class Net(nn.Module):
         return F.relu(x - 0.1)
 
 
-def test_no_mode_of_ours_is_on_the_stack_and_functions_after_it_are_seen():
+def test_inside_an_activation_no_mode_of_ours_is_active_and_later_functions_are_counted():
     net = Net(Spying())
     with ns.watch(net) as scope:
         net(torch.ones(2, 4))
@@ -75,7 +75,7 @@ def test_no_mode_of_ours_is_on_the_stack_and_functions_after_it_are_seen():
     assert modes() == []
 
 
-def test_a_mode_around_the_model_sees_what_it_always_saw():
+def test_a_function_mode_around_the_model_sees_the_same_calls():
     net, plain = Net(nn.ReLU()), Net(nn.ReLU())
     with Names() as expected:
         plain(torch.ones(2, 4))
@@ -97,7 +97,7 @@ def test_a_mode_entered_in_the_forward_stays_above_ours():
     assert modes() == []
 
 
-def test_after_a_fault_of_the_activation_functions_are_seen_again():
+def test_after_an_activation_fails_functions_are_counted_again():
     net = Net(Spying(fails=True))
     with ns.watch(net) as scope:
         with pytest.raises(ArithmeticError):
@@ -110,7 +110,7 @@ def test_after_a_fault_of_the_activation_functions_are_seen_again():
     assert modes() == []
 
 
-def test_detached_while_an_activation_runs():
+def test_detaching_while_an_activation_runs_restores_the_stack_of_modes():
     """Who detaches in a hook of his own finds the stack as he left it."""
     net = Net(nn.ReLU())
     scope = ns.watch(net)

@@ -20,7 +20,7 @@ def users_hook(*args: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # torch's own fast path
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
-def test_weights_and_random_numbers_are_the_same(setup: Setup):
+def test_a_watched_run_has_the_weights_and_random_numbers_of_an_unwatched_one(setup: Setup):
     runs = []
     for watcher in (Nobody(), Watched(**setup.options)):
         torch.manual_seed(0)

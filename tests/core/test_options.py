@@ -15,6 +15,6 @@ def test_watch_takes_every_option_with_its_default() -> None:
     assert {name: each.default for name, each in parameters.items() if name != "model"} == options
 
 
-def test_the_typed_arguments_are_the_options() -> None:
+def test_the_typed_arguments_of_watch_equal_the_options() -> None:
     assert WatchArguments.__annotations__.keys() == {field.name for field in fields(WatchOptions)}
     assert ScanArguments.__annotations__.keys() < WatchArguments.__annotations__.keys()

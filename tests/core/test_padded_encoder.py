@@ -11,7 +11,7 @@ import neuronscope as ns
 
 @pytest.mark.parametrize("every_n_steps", [1, 1000])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_outputs_of_a_padded_evaluation_are_those_of_an_unwatched_one(every_n_steps: int) -> None:
+def test_a_watched_encoder_with_padding_gives_the_outputs_of_an_unwatched_one(every_n_steps: int) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2).eval()
     x = torch.randn(3, 5, 16)
@@ -26,7 +26,7 @@ def test_outputs_of_a_padded_evaluation_are_those_of_an_unwatched_one(every_n_st
     assert [item.name for item in scope.report("val").not_measured] == ["(root)"]
 
 
-def test_without_padding_its_functional_activations_are_counted() -> None:
+def test_functional_activations_of_an_encoder_without_padding_are_counted() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     with torch.no_grad(), ns.watch(encoder) as scope, scope.phase("val"):
         encoder(torch.randn(3, 5, 16))

@@ -42,7 +42,7 @@ def train(model: nn.Module, scope: ns.Scope, *shape: int, steps: int = 5) -> Non
         scope.step()
 
 
-def test_three_of_64_units_and_none_in_the_second_layer():
+def test_three_dead_units_of_64_are_found_and_none_in_the_second_layer():
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
     bury(model[0], BURIED)
     bury(model[2], list(range(64)), bias=1.0)  # the second layer is well above zero
@@ -68,7 +68,7 @@ class Block(nn.Module):
         return self.relu(self.conv2(self.relu(self.conv1(x))))
 
 
-def test_in_place_relu_module_used_twice_in_a_block():
+def test_an_in_place_relu_used_twice_in_a_block_is_two_sites():
     model = nn.Sequential(Block())
     bury(model[0].conv1, [2, 11])
     bury(model[0].conv2, list(range(16)), bias=3.0)
@@ -92,7 +92,7 @@ class Functional(nn.Module):
         return self.fc2(F.relu(self.fc1(x)))
 
 
-def test_functional_relu():
+def test_dead_units_of_a_functional_relu_are_found():
     model = Functional()
     bury(model.fc1, BURIED)
     with ns.watch(model) as scope:
@@ -101,7 +101,7 @@ def test_functional_relu():
     assert dead(scope.census()["relu()"]) == BURIED
 
 
-def test_relu_on_tokens():
+def test_the_neurons_of_a_relu_on_tokens_are_its_features_and_not_its_tokens():
     model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 1))
     bury(model[0], BURIED)
     with ns.watch(model) as scope:
@@ -125,7 +125,7 @@ class SwiGLU(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
-def test_swiglu_product():
+def test_dead_units_of_a_swiglu_product_are_found():
     model = SwiGLU()
     bury(model.gate, [1, 2, 3], bias=-1000.0)  # silu(-1000) is -0.0: exp(1000) is infinite
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_swiglu_product():
     assert dead(census["act.gated"]) == [1, 2, 3, 7, 8]  # 3 by their gate, 2 by what it gates
 
 
-def test_gelu_two_dead_and_one_dormant():
+def test_two_dead_units_and_one_dormant_unit_of_a_gelu_are_found():
     model = nn.Sequential(nn.Linear(10, 64), nn.GELU(), nn.Linear(64, 1))
     bury(model[0], [5, 6])  # gelu(-100) underflows to an exact zero
     with torch.no_grad():
@@ -170,7 +170,7 @@ class Gates(nn.Module):
         return self.relu(self.fc(x))
 
 
-def test_accumulation_and_evaluation_passes():
+def test_counts_are_right_with_accumulation_and_evaluation_passes():
     """Units 0, 1, 2 never fire in training; 2 fires in evaluation; 3 fires in 1 of 20 micro-batches."""
     model = Gates()
     model.requires_grad_(False)
@@ -209,7 +209,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_is_seen_once(reentrant):
+def test_an_activation_under_checkpointing_is_counted_once(reentrant):
     model = Checkpointed(reentrant)
     bury(model.block[0], BURIED)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -258,7 +258,7 @@ def test_a_net_that_diverged_is_broken_and_not_healthy():
     assert "not finite" in {verdict.label for verdict in report.verdicts()}
 
 
-def test_two_ranks_that_fire_disjoint_units():
+def test_two_ranks_that_fire_different_units_have_no_dead_unit():
     """Rank 0 fires 0–2 of 8 and rank 1 fires 3–5: 2 are dead, where averaged percentages would say 5 or 3."""
     censuses = []
     for fires in ([0, 1, 2], [3, 4, 5]):

@@ -298,7 +298,7 @@ def _one_thread() -> Iterator[None]:
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs())
-def test_any_network(program: Program):
+def test_the_counts_of_any_random_network_equal_the_twins(program: Program):
     runs = []
     watched = Watched(every_n_steps=program.every, window_steps=program.window, policy=ns.Policy(max_rate=0.9))
     twin = None

@@ -27,7 +27,7 @@ def filled(neurons: int, start: int) -> Meter:
     return meter
 
 
-def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
+def test_every_counter_of_every_site_is_copied_to_its_own_place() -> None:
     meters = [filled(3, 10), filled(5, 50), filled(1, 90)]
     gated = filled(3, 70)
     gated.gate = meters[0]
@@ -52,14 +52,14 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     assert collect.read_tallies([]) == []
 
 
-def test_the_meter_with_most_examples_is_found() -> None:
+def test_the_site_with_most_examples_is_found() -> None:
     # Of their own 12, 52 and 32; traced 6012, 6052 and 6032.
     assert collect.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
     assert collect.most_examples([]) == 0
 
 
 @pytest.mark.parametrize("sites", [2, 20])
-def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
+def test_a_census_needs_one_copy_for_each_dtype(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     model = nn.Sequential(*(layer for _ in range(sites) for layer in (nn.Linear(3, 3), nn.ReLU())))
     with ns.watch(model) as scope:
         model(torch.randn(4, 3)).sum().backward()
@@ -71,7 +71,7 @@ def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, 
     assert sorted(joined[:2]) == [sites, 6 * sites]
 
 
-def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_a_window_that_needs_more_examples_read_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     most_examples = phase_record.most_examples
 
@@ -93,7 +93,7 @@ def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: py
     assert asked == [5, 11, 26, 31, 41, 56]
 
 
-def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_the_phases_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     with ns.watch(model) as scope:
         assert scope.phases == ()

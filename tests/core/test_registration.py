@@ -31,7 +31,7 @@ CLASSES = [
 ]
 
 
-def test_torch_has_the_classes_that_we_think_of():
+def test_torch_defines_the_activation_classes_that_we_expect():
     assert {found.__name__ for found in CLASSES} >= {*NO_SITES, "ReLU", "GLU", "Hardtanh", "LogSigmoid", "Tanhshrink"}
     assert len(CLASSES) >= 29
 
@@ -91,7 +91,7 @@ REGISTERED = {
 
 
 @pytest.mark.parametrize(("target", "value", "name", "known_as"), REGISTERED.values(), ids=REGISTERED)
-def test_what_a_user_registers_is_counted_exactly(target, value, name, known_as, monkeypatch):
+def test_an_activation_that_a_user_registers_is_counted_exactly(target, value, name, known_as, monkeypatch):
     if isinstance(target, type):
         monkeypatch.setattr(twins, "UNITS", (target.__name__,))
     else:
@@ -121,7 +121,7 @@ def test_what_a_user_registers_is_counted_exactly(target, value, name, known_as,
     [lambda x: F.relu(x).square(), torch.autograd.function.Function.apply, torch.jit.ScriptFunction],
     ids=["plain Python", "an autograd function", "a class of something else"],
 )
-def test_a_function_whose_calls_nobody_sees_is_refused(function):
+def test_a_function_whose_calls_cannot_be_seen_is_refused(function):
     """Silently counting nothing would be worse."""
     with pytest.raises(UsageError, match=r"whose calls torch tells of, but got .*wrap_torch_function"):
         ns.watch(Net(F.relu), activations={function: "relu-like"})

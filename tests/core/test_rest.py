@@ -54,7 +54,7 @@ def test_hooks_are_on_the_model_at_observed_steps_only():
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
-def test_a_rest_too_short_to_pay_leaves_the_hooks_where_they_are(every):
+def test_hooks_stay_attached_when_the_unobserved_steps_are_few(every):
     model = Net()
     with ns.watch(model, every_n_steps=every) as scope:
         for _ in range(5):
@@ -71,7 +71,7 @@ def test_hooks_stay_until_the_model_has_run():
         assert bears_hooks(model)
 
 
-def test_counts_over_rests_phases_and_pauses_are_the_twins():
+def test_counts_with_unobserved_steps_phases_and_pauses_equal_the_twins():
     watched, twin = Watched(every_n_steps=7), Twin({None: 1}, every=7)
     for watcher in (watched, twin):
         torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_counts_over_rests_phases_and_pauses_are_the_twins():
         assert_same(watched.scope.census(phase), twin.tallies(phase))
 
 
-def test_hooks_go_back_where_they_stood():
+def test_hooks_are_put_back_in_their_old_order():
     """A hook that was there before ours still runs before it, one that came later still after it."""
     model, order = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), []
 
@@ -109,7 +109,7 @@ def test_hooks_go_back_where_they_stood():
     assert order[-5:] == ["first", "before", "ours", "after", "late"]
 
 
-def test_two_scopes_of_different_rests():
+def test_two_scopes_may_observe_different_steps():
     model = Net()
     before = hook_tables(model)
     with ns.watch(model, every_n_steps=5) as one, ns.watch(model, every_n_steps=7) as two:
@@ -122,7 +122,7 @@ def test_two_scopes_of_different_rests():
     assert hook_tables(model) == before
 
 
-def test_copied_detached_and_failed_while_the_hooks_are_off():
+def test_a_model_may_be_copied_detached_or_fail_while_the_hooks_are_off():
     model = Net()
     before = hook_tables(model)
     with pytest.raises(ZeroDivisionError), ns.watch(model, every_n_steps=50) as scope:
@@ -135,7 +135,7 @@ def test_copied_detached_and_failed_while_the_hooks_are_off():
     assert scope.detached
 
 
-def test_a_module_that_is_gone_when_the_hooks_come_back():
+def test_a_module_removed_while_the_hooks_are_off_does_no_harm():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
     with ns.watch(model, every_n_steps=5) as scope:
         step(model, scope)
@@ -196,7 +196,7 @@ def test_a_compiled_model_keeps_its_hooks_and_is_counted(way):
 
 @with_marks(compiles)
 @pytest.mark.parametrize("way", ["model", "function"])
-def test_what_is_compiled_while_the_hooks_are_off_is_said_to_be_missed(way):
+def test_code_compiled_while_the_hooks_are_off_is_reported_as_missed(way):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     run = torch.compile(model if way == "model" else lambda x: model(x), backend="aot_eager")
     with ns.watch(model, every_n_steps=5) as scope:
@@ -216,7 +216,7 @@ def test_what_is_compiled_while_the_hooks_are_off_is_said_to_be_missed(way):
 
 
 @with_marks(compiles)
-def test_a_model_whose_own_hooks_run_outside_of_the_graph_is_traced_again():
+def test_a_model_with_hooks_outside_of_the_graph_is_traced_again():
     """They enter our function mode, and that makes the compiler look again at what it traced without it."""
     model = Net()
     run = torch.compile(model, backend="aot_eager")
@@ -231,7 +231,7 @@ def test_a_model_whose_own_hooks_run_outside_of_the_graph_is_traced_again():
 
 
 @with_marks(compiles)
-def test_another_model_that_is_compiled_meanwhile_is_no_loss():
+def test_another_model_compiled_while_the_hooks_are_off_is_not_reported():
     model, other = Net(), torch.compile(nn.Linear(3, 3), backend="eager")
     with ns.watch(model, every_n_steps=5) as scope:
         for number in range(11):

@@ -25,7 +25,7 @@ class Counting(nn.Module):
         return F.relu(self.norm(self.fc(x)))
 
 
-def test_flags_gradients_and_buffers_are_what_they_were() -> None:
+def test_a_scan_leaves_flags_gradients_and_buffers_unchanged() -> None:
     model = Counting()
     model.fc.bias.requires_grad_(False)
     model(torch.randn(3, 4)).sum().backward()
@@ -48,12 +48,12 @@ def test_gradients_of_a_frozen_model_are_seen() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_tensor_is_one_batch() -> None:
+def test_a_single_tensor_is_scanned_as_one_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     assert ns.scan(model, torch.randn(100, 4))["1"].examples == 100
 
 
-def test_a_named_tuple_is_a_batch_like_any_other() -> None:
+def test_a_named_tuple_is_accepted_as_a_batch() -> None:
     class Batch(NamedTuple):
         x: Tensor
         y: Tensor
@@ -64,7 +64,7 @@ def test_a_named_tuple_is_a_batch_like_any_other() -> None:
     assert report["1"].gradient_positions == 6
 
 
-def test_parts_that_run_without_the_whole_are_told() -> None:
+def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -62,7 +62,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=str)
-def test_a_bad_option(options, message):
+def test_a_wrong_option_raises_a_clear_error(options, message):
     model = net()
     before = hook_tables(model)
     with pytest.raises(UsageError, match=message):
@@ -80,7 +80,7 @@ def test_an_unknown_option_is_named():
 @pytest.mark.parametrize(
     "model", [None, "resnet18", [net()], F.relu, nn.Linear], ids=["None", "name", "list", "function", "class"]
 )
-def test_no_model(model):
+def test_what_is_not_a_module_raises_a_clear_error(model):
     with pytest.raises(UsageError, match=r"`model` to be a torch.nn.Module, but got"):
         ns.watch(model)
 
@@ -95,14 +95,14 @@ def test_no_model(model):
     ],
     ids=["Linear", "Linears", "empty", "functional only"],
 )
-def test_a_model_with_no_site(model, options):
+def test_a_model_without_an_activation_raises_a_clear_error(model, options):
     before = hook_tables(model)
     with pytest.raises(NothingToWatchError, match=r"at least one activation, but found none in \w+"):
         ns.watch(model, **options)
     assert hook_tables(model) == before
 
 
-def test_every_error_is_of_one_tree():
+def test_every_error_is_a_neuronscope_error():
     for error in (UsageError, NothingToWatchError, DetachedError, StateError):
         assert issubclass(error, NeuronscopeError)
     assert issubclass(UsageError, ValueError)
@@ -124,7 +124,7 @@ def test_every_error_is_of_one_tree():
     ],
     ids=str,
 )
-def test_patterns(options, expected):
+def test_patterns_select_sites(options, expected):
     model = net()
     with ns.watch(model, **options) as scope:
         step(model, scope)
@@ -142,7 +142,7 @@ def test_patterns(options, expected):
     ],
     ids=str,
 )
-def test_a_pattern_that_matches_nothing_warns_once_and_counts_on(options, counted):
+def test_a_pattern_that_matches_nothing_warns_once_and_counting_goes_on(options, counted):
     model = net()
     with ns.watch(model, **options) as scope:
         with pytest.warns(
@@ -155,7 +155,7 @@ def test_a_pattern_that_matches_nothing_warns_once_and_counts_on(options, counte
     assert all(tally.positions == 10 for tally in scope.census().values())
 
 
-def test_a_pattern_that_matched_in_an_earlier_run_only_warns_of_what_is_seen_now():
+def test_a_pattern_that_matched_only_in_an_earlier_run_warns():
     model = net()
     with ns.watch(model, sites="1") as scope:
         step(model, scope)
@@ -183,7 +183,7 @@ def test_a_model_in_which_nothing_was_seen_warns():
 
 
 @pytest.mark.parametrize(("axis", "neurons"), [(0, 5), (1, 6), (2, 4), (-1, 4), (-3, 5)])
-def test_a_declared_axis(axis, neurons):
+def test_a_declared_axis_is_used(axis, neurons):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with ns.watch(model, axes={"1": axis}) as scope:
         model(torch.randn(5, 6, 3)).sum().backward()
@@ -194,7 +194,7 @@ def test_a_declared_axis(axis, neurons):
 
 
 @pytest.mark.parametrize("axis", [3, 17, -4])
-def test_a_declared_axis_that_is_not_there_is_said_and_not_guessed(axis):
+def test_a_declared_axis_that_does_not_exist_is_reported_and_not_guessed(axis):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
     with ns.watch(model, axes={"1": axis}) as scope, warnings.catch_warnings():
         warnings.simplefilter("ignore", ns.NeuronscopeWarning)
@@ -211,7 +211,7 @@ def test_a_declared_axis_that_is_not_there_is_said_and_not_guessed(axis):
 # -----------------------------------------------------------------------------------------------------
 
 
-def test_a_scope_used_after_detach():
+def test_using_a_detached_scope_raises_a_clear_error():
     model = net()
     scope = ns.watch(model)
     step(model, scope)
@@ -257,7 +257,7 @@ def test_a_gradient_that_comes_after_detach_is_not_counted():
         (lambda scope: scope.step(1.5), "`step`"),
     ],
 )
-def test_a_scope_misused(call, message):
+def test_a_misused_scope_raises_a_clear_error_and_counting_goes_on(call, message):
     model = net()
     with ns.watch(model) as scope:
         step(model, scope)
@@ -268,7 +268,7 @@ def test_a_scope_misused(call, message):
     assert scope.global_step == 2
 
 
-def test_a_census_asked_for_a_site_that_is_not_there():
+def test_a_census_without_the_requested_site_raises_a_clear_error():
     model = net()
     with ns.watch(model) as scope:
         step(model, scope)
@@ -281,7 +281,7 @@ def test_a_census_asked_for_a_site_that_is_not_there():
         scope.report()["relu"]
 
 
-def test_a_scope_of_which_nothing_ran():
+def test_a_scope_whose_model_never_ran_gives_an_empty_report():
     model = net()
     with ns.watch(model) as scope:
         pass
@@ -326,7 +326,7 @@ BAD_STATES = {
 
 
 @pytest.mark.parametrize("spoil", BAD_STATES.values(), ids=BAD_STATES)
-def test_a_bad_state_costs_nobody_what_was_counted(spoil):
+def test_loading_an_invalid_state_keeps_the_counts(spoil):
     state = spoil(saved())
     model = net()
     with ns.watch(model) as scope:
@@ -340,7 +340,7 @@ def test_a_bad_state_costs_nobody_what_was_counted(spoil):
     assert scope.global_step == 2
 
 
-def test_a_state_of_a_model_that_was_changed():
+def test_a_state_of_a_changed_model_is_loaded_where_it_fits():
     """A layer of another width starts anew; the others go on; training goes on."""
     state = saved()
     model = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh())
@@ -369,7 +369,7 @@ def test_loading_replaces_what_was_counted():
     assert scope.census().steps == 2
 
 
-def test_a_state_is_not_changed_by_counting_on():
+def test_a_saved_state_is_not_changed_when_counting_goes_on():
     model = net()
     with ns.watch(model) as scope:
         step(model, scope)
@@ -430,7 +430,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("data", [[], iter(()), {}], ids=["list", "iterator", "mapping"])
-def test_scan_of_data_that_yields_nothing(data):
+def test_a_scan_of_empty_data_raises_a_clear_error(data):
     model = net()
     before = hook_tables(model)
     with pytest.raises(UsageError, match="`data` to yield at least one batch"):
@@ -440,7 +440,7 @@ def test_scan_of_data_that_yields_nothing(data):
 
 
 @pytest.mark.parametrize("data", [None, 5], ids=str)
-def test_scan_of_no_data(data):
+def test_a_scan_of_what_is_not_data_raises_a_clear_error(data):
     model = net()
     before = hook_tables(model)
     with pytest.raises(UsageError, match="`data` to be an iterable of batches, but got"):
@@ -449,7 +449,7 @@ def test_scan_of_no_data(data):
     assert model.training
 
 
-def test_scan_of_a_model_that_fails_leaves_it_as_it_was():
+def test_a_scan_of_a_model_that_fails_leaves_the_model_unchanged():
     model = net()
     model[0].bias.grad = torch.ones(4)
     before, tables = state_of(model), hook_tables(model)
@@ -460,7 +460,7 @@ def test_scan_of_a_model_that_fails_leaves_it_as_it_was():
     assert_bits(state_of(model), before)
 
 
-def test_scan_leaves_flags_gradients_and_buffers():
+def test_a_scan_keeps_flags_gradients_and_buffers():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 1))
     model[1].eval()
     model[4].weight.grad = torch.full((1, 4), 3.0)
@@ -485,18 +485,18 @@ def test_scan_leaves_flags_gradients_and_buffers():
     ],
     ids=["tensor", "tuple", "list", "mapping", "forward"],
 )
-def test_scan_feeds(batch, forward):
+def test_a_scan_passes_each_kind_of_batch_to_the_model(batch, forward):
     assert ns.scan(net(), [batch] * 2, forward=forward)["1"].positions == 4
 
 
-def test_scan_within_no_grad_has_gradients_when_asked():
+def test_a_scan_within_no_grad_has_gradients_when_requested():
     with torch.no_grad():
         report = ns.scan(net(), [torch.randn(4, 3)], loss=lambda output, batch: output.sum())
     assert report["1"].gradient_positions == 4
 
 
 @pytest.mark.parametrize("place", ["begin", "gradient", "product"])
-def test_a_fault_within_a_step_and_within_a_users_own_mode(place, monkeypatch):
+def test_a_fault_of_ours_within_a_users_function_mode_is_handled(place, monkeypatch):
     """Torch takes a function mode off its stack while it handles a call: ours must not take off another's then."""
 
     class Users(torch.overrides.TorchFunctionMode):

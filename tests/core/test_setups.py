@@ -23,7 +23,7 @@ from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")  # torch's own fast path
 @pytest.mark.parametrize("setup", SETUPS, ids=lambda setup: setup.name)
-def test_census_is_the_twins(setup: Setup):
+def test_the_counts_of_every_setup_equal_the_twins(setup: Setup):
     watched, twin = Watched(**setup.options), Twin(setup.axis, setup.options.get("every_n_steps", 1))
     for watcher in (watched, twin):
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_two_scopes_on_one_model_count_the_same_and_detach_in_any_order():
     assert torch.overrides._len_torch_function_stack() == 0
 
 
-def test_a_scope_on_a_part_of_a_watched_model():
+def test_a_part_of_a_watched_model_may_be_watched_too():
     model = Mixed()
     with ns.watch(model) as whole, ns.watch(model.block) as part:
         feed(model, whole)
@@ -89,7 +89,7 @@ def test_a_scope_on_a_part_of_a_watched_model():
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_after_an_exception_nothing_is_left(kind):
+def test_after_an_exception_no_hook_is_left(kind):
     model = Mixed()
     before = hook_tables(model)
 
@@ -106,7 +106,7 @@ def test_after_an_exception_nothing_is_left(kind):
     assert scope.census()["relu"].positions >= 3 * 24
 
 
-def test_a_users_own_function_mode_survives_an_interrupt():
+def test_the_users_function_mode_survives_an_interrupt():
     """The stack of function modes is the user's: after an interrupted forward it is what it was."""
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
 
@@ -159,7 +159,7 @@ def test_tensors_of_a_watched_forward_are_saved_without_a_warning():
     assert torch.load(file).detach().equal(kept[0].detach())
 
 
-def test_no_tensor_is_kept_alive():
+def test_watching_keeps_no_tensor_alive():
     """After a forward whose results are dropped, no activation lives on."""
     import gc
     import weakref
@@ -191,7 +191,7 @@ class Weights(nn.Module):
         return x @ F.relu(self.weight)
 
 
-def test_a_leaf_is_left_as_it_was():
+def test_a_leaf_tensor_has_no_hook_after_the_step():
     """A pre-activation that is a leaf (an input with a gradient, a parameter) bears no hook after the step."""
     model = Weights()
     with ns.watch(model) as scope:
@@ -207,7 +207,7 @@ def test_a_leaf_is_left_as_it_was():
     assert scope.census()["relu()"].positions == scope.census()["relu()"].gradient_positions == 16
 
 
-def test_encoder_with_padding_watched_on_some_steps_and_paused():
+def test_an_encoder_with_padding_is_unchanged_when_observed_and_when_paused():
     """torch's nested fast path in evaluation: outputs, padding included, are as unwatched, and not measured."""
     model = Encoder()
     model.eval()
@@ -251,7 +251,7 @@ def test_nested_tensors_are_not_measured_and_do_no_harm():
     assert "1" in {item.name for item in scope.report().not_measured}
 
 
-def test_paused_counts_nothing_whatever_runs_inside():
+def test_nothing_is_counted_while_paused():
     model = Mixed()
     with ns.watch(model) as scope:
         with scope.paused():
@@ -264,7 +264,7 @@ def test_paused_counts_nothing_whatever_runs_inside():
     assert scope.census()["relu"].positions == 24
 
 
-def test_phases_within_phases():
+def test_phases_may_be_nested():
     model = Mixed()
     x, _ = next(batches())
     with ns.watch(model) as scope:
@@ -282,7 +282,7 @@ def test_phases_within_phases():
     assert positions == {"train": 24, "val": 48, "test": 48}
 
 
-def test_a_chunk_whose_sibling_alone_is_used():
+def test_a_chunk_that_is_not_used_has_unseen_gradients():
     """Autograd hands a hook no gradient at all where only the sibling of a split tensor was used."""
 
     class Split(nn.Module):
@@ -304,7 +304,7 @@ def test_a_chunk_whose_sibling_alone_is_used():
 
 
 @pytest.mark.parametrize("view", ["view", "transpose", "narrow"])
-def test_in_place_on_a_view(view):
+def test_an_in_place_activation_on_a_view_has_unseen_gradients(view):
     """Autograd rewrites a view that is changed in place, and its pre-activation gets no gradient of its own: the
     outputs are counted all the same, and the gradients are unseen, never zero."""
 
@@ -339,7 +339,7 @@ def test_in_place_on_a_view(view):
     assert np.isnan(counts[1].zero_gradient_fraction).all()
 
 
-def test_gradient_penalty_and_double_backward():
+def test_a_gradient_penalty_with_double_backward_is_counted():
     """With ``create_graph`` the gradients themselves are differentiated; watching changes no bit of it."""
     runs = []
     for watching in (False, True):
@@ -363,7 +363,7 @@ def test_gradient_penalty_and_double_backward():
     assert_bits(*runs)
 
 
-def test_made_in_inference_mode_and_used_outside():
+def test_a_scope_made_in_inference_mode_counts_outside_of_it():
     model = Mixed()
     with torch.inference_mode():
         scope = ns.watch(model)
@@ -373,7 +373,7 @@ def test_made_in_inference_mode_and_used_outside():
     assert scope.census()["relu"].positions == 3 * 24
 
 
-def test_made_under_another_default_device_and_dtype():
+def test_a_scope_made_under_another_default_device_and_dtype_counts():
     model = Mixed()
     torch.set_default_dtype(torch.float64)
     try:
@@ -387,7 +387,7 @@ def test_made_under_another_default_device_and_dtype():
     assert scope.census()["relu"].positions == 3 * 24
 
 
-def test_module_list_that_changes():
+def test_layers_may_be_added_and_removed_while_watched():
     """A layer that is added while watched is functional to us or unseen, never a crash; one that goes stays counted."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
     with ns.watch(model) as scope:
@@ -404,7 +404,7 @@ def test_module_list_that_changes():
     assert not any(name in ("0", "2", "4") for name in census)
 
 
-def test_a_module_that_changes_its_width():
+def test_a_module_may_change_its_width_while_watched():
     """The first count stays, the site is listed as not measured since, and training goes on."""
 
     class Wide(nn.Module):
@@ -425,7 +425,7 @@ def test_a_module_that_changes_its_width():
     assert "relu" in {item.name for item in scope.report().not_measured}
 
 
-def test_a_root_that_calls_itself():
+def test_a_root_module_that_calls_itself_is_counted():
     class Tree(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -444,7 +444,7 @@ def test_a_root_that_calls_itself():
     assert sum(tally.positions for tally in scope.census().values()) == 2 * 3 * 6
 
 
-def test_parts_that_are_called_without_the_whole():
+def test_parts_called_without_the_whole_model_do_not_multiply_their_sites():
     """An activation called from the loop, again and again without a step: its sites do not multiply without end."""
     model = nn.ModuleDict({"fc": nn.Linear(3, 4), "act": nn.ReLU()})
     with ns.watch(model) as scope:
@@ -460,7 +460,7 @@ def test_parts_that_are_called_without_the_whole():
     assert scope.census("val")["act"].positions == 100
 
 
-def test_under_vmap_and_grad_transforms():
+def test_a_watched_model_works_under_vmap_and_grad():
     """Inside ``torch.func`` nothing is counted, said so, and nothing breaks."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     with ns.watch(model) as scope:
@@ -476,7 +476,7 @@ def test_under_vmap_and_grad_transforms():
     assert scope.census()["1"].positions == 7
 
 
-def test_traced_and_exported_while_watched():
+def test_a_watched_model_can_be_traced_and_exported():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     x = torch.randn(5, 3)
     with ns.watch(model) as scope, warnings.catch_warnings():
@@ -490,7 +490,7 @@ def test_traced_and_exported_while_watched():
     assert scope.census()["1"].positions == 5
 
 
-def test_every_n_steps_with_steps_told_by_the_caller():
+def test_every_n_steps_works_with_step_numbers_from_the_caller():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
     with ns.watch(model, every_n_steps=5) as scope:
         for step in range(1, 21):
@@ -502,7 +502,7 @@ def test_every_n_steps_with_steps_told_by_the_caller():
     assert (scope.census().first_step, scope.census().last_step) == (0, 15)
 
 
-def test_fit_twice_on_one_model():
+def test_a_second_watch_of_one_model_continues_from_a_loaded_state():
     """A second watch of the same model counts afresh; states carry on."""
     model = Mixed()
     with ns.watch(model) as first:
@@ -545,7 +545,7 @@ def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_n
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_that_begins_with_an_activation(reentrant):
+def test_a_checkpointed_part_that_begins_with_an_activation_is_counted(reentrant):
     """A checkpoint that is not reentrant runs again on the very tensor: its gradient is counted once all the same."""
 
     class Begins(nn.Module):
@@ -572,7 +572,7 @@ def test_a_checkpoint_that_begins_with_an_activation(reentrant):
     assert_same(watched.scope.census(), twin.tallies())
 
 
-def test_checkpoint_sequential_called_from_the_loop():
+def test_checkpoint_sequential_called_from_the_loop_is_counted():
     """The segments' modules are called without the model: each activation is one site, and its gradients are seen."""
     watched, twin = Watched(), Twin({None: 1})
     for watcher in (watched, twin):

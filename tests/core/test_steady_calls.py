@@ -45,7 +45,7 @@ def run(net: Net, steps: int, x: Tensor = X, **options: object) -> ns.Scope:
     return scope
 
 
-def test_the_neurons_lie_along_another_dimension_of_the_same_shape():
+def test_the_neuron_axis_may_change_between_calls_of_one_shape():
     tally = run(Net(turned, nn.ReLU()), 4).census()["act"]
     # Turned or not, neuron 0 is off at its 4 positions of each of 4 steps, and the others never.
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
@@ -60,7 +60,7 @@ def test_a_declared_axis_stays_where_it_was_declared():
     assert tally.zero_gradients.tolist() == [8 + 2, 2, 2, 2]
 
 
-def test_an_axis_counted_from_the_right_and_another_rank():
+def test_a_negative_axis_is_right_when_the_number_of_dimensions_changes():
     """On tensors of which no layout is known."""
     net = Net(lambda x, step: (X[:, None] if step % 2 else X).clone().requires_grad_(), nn.ReLU())
     tally = run(net, 4, axes={"act": -1}).census()["act"]
@@ -68,7 +68,7 @@ def test_an_axis_counted_from_the_right_and_another_rank():
     assert tally.zero_gradients.tolist() == [16, 0, 0, 0]
 
 
-def test_a_functional_site_whose_neurons_turn():
+def test_the_neuron_axis_of_a_functional_site_may_change_between_calls():
     class Functional(Net):
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.between(self.fc(x), self.step))
@@ -77,7 +77,7 @@ def test_a_functional_site_whose_neurons_turn():
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
 
 
-def test_the_nearest_producer_changes_and_the_shape_does_not():
+def test_the_producing_layer_may_change_between_calls_of_one_shape():
     """No layout is known of a tensor made from nothing: its neurons lie as those of the last weighted call do."""
 
     class Nearest(nn.Module):
@@ -100,7 +100,7 @@ def test_the_nearest_producer_changes_and_the_shape_does_not():
     assert scope.census()["act"].zero_outputs.tolist() == [48, 0, 0, 0]
 
 
-def test_the_half_of_a_gated_linear_unit_turns():
+def test_the_split_dimension_of_a_glu_may_change_between_calls():
     net = Net(lambda x, step: x, nn.GLU(1))
     with torch.no_grad():
         net.fc.weight.copy_(torch.eye(4))
@@ -116,7 +116,7 @@ def test_the_half_of_a_gated_linear_unit_turns():
     assert "neurons changed from 2 to 4" in scope.report().not_measured[0].reason
 
 
-def test_examples_are_those_of_each_forward():
+def test_the_number_of_examples_is_taken_from_each_forward():
     """Latents of one shape, whatever the batch."""
     net = Net(lambda x, step: x[:2], nn.ReLU())
     with ns.watch(net) as scope:
@@ -127,7 +127,7 @@ def test_examples_are_those_of_each_forward():
     assert (tally.positions, tally.examples) == (6, 12)
 
 
-def test_with_and_without_gradients():
+def test_calls_with_and_without_gradients_may_alternate():
     net = Net(lambda x, step: x, nn.ReLU())
     with ns.watch(net) as scope:
         for number in range(6):
@@ -140,7 +140,7 @@ def test_with_and_without_gradients():
     assert (tally.positions, tally.gradient_positions) == (24, 12)
 
 
-def test_phases_have_meters_of_their_own():
+def test_each_phase_has_counters_of_its_own():
     net = Net(lambda x, step: x, nn.ReLU())
     with ns.watch(net) as scope:
         for _ in range(3):
@@ -152,7 +152,7 @@ def test_phases_have_meters_of_their_own():
     assert scope.census("val")["act"].zero_outputs.tolist() == [0, 12, 12, 12]
 
 
-def test_a_sparse_tensor_of_the_same_shape_is_not_taken_for_a_dense_one():
+def test_a_sparse_tensor_of_the_same_shape_is_not_counted_as_a_dense_one():
     net = Net(lambda x, step: x.detach().to_sparse() if step == 1 else x, nn.ReLU())
     with ns.watch(net) as scope:
         for net.step in range(3):
@@ -164,7 +164,7 @@ def test_a_sparse_tensor_of_the_same_shape_is_not_taken_for_a_dense_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_tensor_of_another_type_of_number(dtype: torch.dtype):
+def test_the_dtype_may_change_between_calls(dtype: torch.dtype):
     net = Net(lambda x, step: x.to(dtype) if step % 2 else x, nn.ReLU())
     tally = run(net, 4).census()["act"]
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]

@@ -73,7 +73,7 @@ def tensors() -> int:
 
 
 @pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
-def test_a_steady_step_keeps_nothing(build: Callable[[], nn.Module], shape: tuple[int, ...]):
+def test_a_repeated_step_keeps_no_memory(build: Callable[[], nn.Module], shape: tuple[int, ...]):
     model = build()
     with ns.watch(model, window_steps=10**9) as scope:
         step = training(model, shape, scope)
@@ -89,7 +89,7 @@ def test_a_steady_step_keeps_nothing(build: Callable[[], nn.Module], shape: tupl
     assert objects_after - objects_before < 2 * ROUND
 
 
-def test_reading_in_the_middle_of_a_round_keeps_no_buffer():
+def test_a_report_between_two_steps_keeps_no_buffer():
     model = modules()
     with ns.watch(model, window_steps=10**9) as scope:
         step = training(model, (4, 8), scope)
@@ -112,7 +112,7 @@ def storage() -> int:
 
 
 @pytest.mark.parametrize("name", ["modules", "functions"])
-def test_what_a_steady_step_copies_and_allocates_for_a_moment(name: str):
+def test_the_temporary_memory_of_a_repeated_step_is_bounded(name: str):
     build, shape = NETWORKS[name]
     plain, watched = build(), build()
     with ns.watch(watched, window_steps=10**9) as scope:

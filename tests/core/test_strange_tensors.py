@@ -43,7 +43,9 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other")  # torch's own
 @pytest.mark.parametrize(("act", "strange", "what"), CASES.values(), ids=CASES)
-def test_it_is_said_why_an_activation_was_not_measured(act: nn.Module, strange: Callable[[Tensor], Any], what: str):
+def test_a_report_states_why_an_activation_was_not_measured(
+    act: nn.Module, strange: Callable[[Tensor], Any], what: str
+):
     model = Strange(act, strange)
     with ns.watch(model) as scope:
         model(torch.randn(5, 4)).sum().backward()

@@ -101,7 +101,7 @@ def run(measure: Callable[[Net, Tensor], Tensor], watched: bool) -> tuple[Net, l
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in its forward derivatives
 @pytest.mark.parametrize("name", [*TRANSFORMED, *BATCHED])
-def test_it_gives_what_it_gave_and_the_watch_goes_on(name: str) -> None:
+def test_a_function_transform_gives_the_same_result_and_counting_goes_on(name: str) -> None:
     measure = {**TRANSFORMED, **BATCHED}[name]
     plain, expected, _ = run(measure, watched=False)
     net, given, scope = run(measure, watched=True)
@@ -141,7 +141,9 @@ class Critics(nn.Module):
     ],
     ids=["one call", "two calls", "gated product", "gradient within"],
 )
-def test_vmap_inside_a_forward(inside: Callable[[Tensor, Tensor], Tensor], missing: list[str]) -> None:
+def test_vmap_inside_a_forward_is_not_counted_and_does_no_harm(
+    inside: Callable[[Tensor, Tensor], Tensor], missing: list[str]
+) -> None:
     net = Critics(inside)
     with ns.watch(net) as scope:
         for _ in range(40):
@@ -152,7 +154,7 @@ def test_vmap_inside_a_forward(inside: Callable[[Tensor, Tensor], Tensor], missi
     assert [item.name for item in scope.report().not_measured] == missing
 
 
-def test_vmap_inside_a_compiled_forward() -> None:
+def test_vmap_inside_a_compiled_forward_does_no_harm() -> None:
     torch._dynamo.reset()
     outputs = []
     for watched in (False, True):
@@ -172,7 +174,7 @@ def test_vmap_inside_a_compiled_forward() -> None:
     scope.detach()
 
 
-def test_calls_after_one_in_a_transform_keep_their_numbers() -> None:
+def test_calls_after_a_call_in_a_transform_keep_their_numbers() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -263,7 +263,7 @@ def run(case: Case, watcher: Nobody) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_counted_as_the_twin_counts_it_and_unharmed(case: Case):
+def test_an_unusual_program_is_counted_as_by_the_twin_and_unchanged(case: Case):
     watched, twin = Watched(), Twin(case.axis)
     (plain_state, plain_random), (state, random), _ = (run(case, watcher) for watcher in (Nobody(), watched, twin))
     assert_bits(plain_state, state)
@@ -292,7 +292,7 @@ def test_a_forward_in_another_thread_is_counted():
         assert watched.scope.census()[name].gradient_positions == tally.gradient_positions == 5 * STEPS
 
 
-def test_forwards_in_several_threads_at_once_are_left_alone_and_it_is_said():
+def test_simultaneous_forwards_in_several_threads_are_not_counted_and_reported():
     """Each thread has a stack of function modes of its own: what is on it is what the user put there, before and after.
 
     Two threads meet in the middle of a forward; the first is counted, the second runs as if nobody watched.
@@ -330,7 +330,7 @@ def test_forwards_in_several_threads_at_once_are_left_alone_and_it_is_said():
     assert (missing.name, "several threads at once" in missing.reason) == ("(root)", True)
 
 
-def test_after_an_interrupt_in_another_thread_functions_are_seen_in_this_one():
+def test_after_an_interrupt_in_another_thread_functions_are_counted_in_this_one():
     def interrupt(module: nn.Module, args: object) -> None:
         raise KeyboardInterrupt
 
@@ -362,7 +362,7 @@ def test_data_parallel_without_a_device_has_plain_names():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_what_is_scripted_is_said_to_be_hidden_and_the_rest_counted():
+def test_scripted_parts_are_reported_as_hidden_and_the_rest_is_counted():
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 6), torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU())), nn.GELU())
 

@@ -87,11 +87,11 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("expected", "counts"), TABLE)
-def test_label(expected, counts):
+def test_each_combination_of_counts_has_its_verdict(expected, counts):
     assert label(**counts) == expected
 
 
-def test_verdicts_of_a_whole_layer_that_is_silent():
+def test_all_neurons_of_a_silent_layer_are_dead():
     """All dead: the layer's mean is 0, and 0 / (0 + 1e-9) is a number."""
     counts = SimpleNamespace(
         kind="relu-like",
@@ -108,7 +108,7 @@ def test_verdicts_of_a_whole_layer_that_is_silent():
     assert not (judgement.dormant | judgement.cut_off | judgement.linear | judgement.unseen).any()
 
 
-def test_masks_never_say_dead_and_alive_at_once():
+def test_no_neuron_is_both_dead_and_alive():
     rng = np.random.default_rng(0)
     for _ in range(300):
         positions, gradient_positions = (int(n) for n in rng.integers(0, 4, 2))
@@ -142,7 +142,7 @@ def test_masks_never_say_dead_and_alive_at_once():
         (0, 0.95, 1.0),  # nothing was observed: anything goes
     ],
 )
-def test_rate_bound(examples, confidence, expected):
+def test_the_bound_on_the_firing_rate_is_the_exact_one(examples, confidence, expected):
     assert rate_bound(examples, confidence) == pytest.approx(expected, rel=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_rate_bound(examples, confidence, expected):
         (Policy(max_rate=0.5, confidence=0.5), 1),  # log(.5) / log(.5) = 1
     ],
 )
-def test_examples_that_a_window_needs(policy, expected):
+def test_the_number_of_examples_that_a_window_needs_is_exact(policy, expected):
     assert policy.min_examples == expected
     assert rate_bound(expected, policy.confidence) <= policy.max_rate + 1e-12
     assert expected == 1 or rate_bound(expected - 1, policy.confidence) > policy.max_rate
@@ -178,6 +178,6 @@ def test_examples_that_a_window_needs(policy, expected):
         ("max_rate", "1%"),
     ],
 )
-def test_a_bad_policy_is_a_plain_error(name, value):
+def test_an_invalid_policy_raises_a_clear_error(name, value):
     with pytest.raises(UsageError, match=f"`{name}`"):
         Policy(**{name: value})

@@ -48,7 +48,7 @@ def said(*runs: Run) -> str:
     return "\n".join(findings(comparison(*runs)))
 
 
-def test_spreads() -> None:
+def test_a_spread_is_the_mean_deviation_and_range_over_seeds() -> None:
     # Of 2, 4, 9: mean 5, sample variance ((-3)² + (-1)² + 4²) / 2 = 13.
     assert Spread.of([2, 4, 9]) == Spread(5.0, math.sqrt(13), 2.0, 9.0)
     assert Spread.of([7]).deviation is None
@@ -56,12 +56,12 @@ def test_spreads() -> None:
     assert number(Spread.of([7])) == "7"
 
 
-def test_the_headline_holds_the_shares() -> None:
+def test_the_headline_states_the_share_of_dead_neurons() -> None:
     runs = [run("ReLU", 0, 30), run("ReLU", 1, 40), run("GELU", 0, 0), run("GELU", 1, 1), run("SiLU", 0, 0)]
     assert headline(comparison(*runs)) == "Dead neurons after a spike: 35% with ReLU, 0.5% with GELU, 0% with SiLU"
 
 
-def test_deaths_are_told_by_mean_and_deviation() -> None:
+def test_deaths_are_stated_as_mean_and_deviation() -> None:
     text = said(run("ReLU", 0, 30), run("ReLU", 1, 40))
     assert "ReLU ends with 35.0 ± 7.1 of 100 neurons dead (35%)" in text
     assert "35.0 ± 7.1 others died in training" in text
@@ -70,37 +70,37 @@ def test_deaths_are_told_by_mean_and_deviation() -> None:
 @pytest.mark.parametrize(
     ("calm", "blamed"), [(3, "The spike is the cause: without it, 3 are dead"), (29, "The spike is not the cause")]
 )
-def test_the_spike_is_blamed_only_where_it_was_the_spike(calm: int, blamed: str) -> None:
+def test_the_spike_is_named_as_the_cause_only_where_deaths_follow_it(calm: int, blamed: str) -> None:
     assert blamed in said(run("ReLU", 0, 30), run("ReLU-no-spike", 0, calm))
 
 
-def test_who_has_no_dead_neuron_and_who_has_some() -> None:
+def test_variants_with_and_without_dead_neurons_are_named() -> None:
     text = said(run("ReLU", 0, 30), run("GELU", 0, 2), run("SiLU", 0, 0), run("Tanh", 0, 0))
     assert "No dead neuron at the end: SiLU and Tanh." in text
     assert "Some neurons die without ReLU too: GELU 2 dead" in text
 
 
-def test_underflow_is_said_where_it_is_and_not_called_death() -> None:
+def test_underflow_is_reported_and_not_called_death() -> None:
     text = said(run("GELU", 0, 0, zero_outputs=0.49), run("SiLU", 0, 0, zero_outputs=0.004))
     assert "49% of GELU's outputs are exactly zero" in text
     assert "no neuron is zero for every image" in text
     assert "SiLU's outputs" not in text
 
 
-def test_dormant_neurons_of_smooth_functions_are_said() -> None:
+def test_dormant_neurons_of_smooth_functions_are_reported() -> None:
     text = said(run("GELU", 0, 0, dormant=30), run("SiLU", 0, 0))
     assert "Not dead is not healthy" in text
     assert "GELU 30." in text
     assert "Not dead is not healthy" not in said(run("GELU", 0, 0), run("SiLU", 0, 0))
 
 
-def test_gradients_gone_and_neurons_cut_off_are_said() -> None:
+def test_vanished_gradients_and_cut_off_neurons_are_reported() -> None:
     text = said(run("Tanh", 0, 0, zero_gradients=0.02, cut_off=3))
     assert "by Tanh 2.0%" in text
     assert "Cut off (they fire, but no image gives them a gradient): Tanh 3." in text
 
 
-def test_accuracy_is_said_not_to_tell_only_where_it_does_not() -> None:
+def test_accuracy_is_called_uninformative_only_where_it_is() -> None:
     near = [
         run("ReLU", 0, 30, 0.93),
         run("ReLU", 1, 30, 0.95),
@@ -112,11 +112,11 @@ def test_accuracy_is_said_not_to_tell_only_where_it_does_not() -> None:
     assert "Test accuracy does not show it" not in said(*near[:2], *far)
 
 
-def test_a_recount_that_disagrees_is_said() -> None:
+def test_a_recount_that_disagrees_is_reported() -> None:
     assert "in 1 of 2 runs" in said(run("ReLU", 0, 30), replace(run("ReLU", 1, 30), recount_agrees=False))
 
 
-def test_a_broken_network_is_said_and_its_json_can_be_written() -> None:
+def test_a_network_that_is_not_finite_is_reported_and_its_json_can_be_written() -> None:
     broken = run("ReLU", 0, 0, not_finite=5)
     broken = replace(broken, epochs=(*broken.epochs[:-1], replace(broken.epochs[-1], loss=math.nan)))
     assert "NaN or infinity, so its other numbers mean nothing: ReLU." in said(broken)
@@ -141,7 +141,7 @@ def test_tables_drop_columns_rather_than_numbers(width: int) -> None:
     assert "…" not in text.getvalue()
 
 
-def test_a_wide_table_has_all_columns_and_a_narrow_one_those_that_matter() -> None:
+def test_a_wide_table_has_all_columns_and_a_narrow_one_the_main_ones() -> None:
     made = comparison(*(run("ReLU", seed, 30 + seed, dormant=20, cut_off=1) for seed in range(2)))
     assert [len(main_table(made, width).columns) for width in (120, 60)] == [10, 5]
 

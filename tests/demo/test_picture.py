@@ -39,7 +39,7 @@ def comparison(seeds: int = 3) -> Comparison:
     return Comparison(recipe, 100, {name: name for name in DEAD}, tuple(runs), {})
 
 
-def test_the_lines_are_the_means_and_the_bands_their_deviations() -> None:
+def test_lines_are_means_and_bands_are_standard_deviations() -> None:
     dead, dormant, *_ = draw_comparison(comparison()).axes
     lines = {line.get_label(): line for line in dead.lines}
     assert list(lines) == ["ReLU", "GELU", "no spike"]
@@ -52,7 +52,7 @@ def test_the_lines_are_the_means_and_the_bands_their_deviations() -> None:
     assert lines["no spike"].get_linestyle() != lines["ReLU"].get_linestyle()
 
 
-def test_the_lines_are_named_at_their_ends_and_no_name_lies_on_another() -> None:
+def test_lines_are_labelled_at_their_ends_and_labels_do_not_overlap() -> None:
     figure = draw_comparison(comparison())
     figure.draw_without_rendering()
     named = [text for text in figure.axes[0].texts if text.get_text().split("  ")[0] in ("ReLU", "GELU", "no spike")]
@@ -97,7 +97,7 @@ def test_one_seed_has_no_deviation() -> None:
     assert comparison_png(comparison(seeds=1)).startswith(b"\x89PNG")
 
 
-def test_the_file_is_the_same_whatever_the_users_settings_are() -> None:
+def test_the_chart_does_not_depend_on_the_users_matplotlib_settings() -> None:
     import matplotlib
 
     first = comparison_png(comparison())
@@ -112,7 +112,7 @@ def test_the_file_is_the_same_whatever_the_users_settings_are() -> None:
         assert dict(matplotlib.rcParams) == settings
 
 
-def test_it_leaves_pyplot_alone() -> None:
+def test_drawing_the_chart_does_not_touch_pyplot() -> None:
     code = (
         "import sys, neuronscope.demo.program; assert 'matplotlib' not in sys.modules\n"
         "from neuronscope.demo.picture import import_matplotlib; import_matplotlib()\n"
@@ -121,7 +121,7 @@ def test_it_leaves_pyplot_alone() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_missing_matplotlib_is_said_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_reported_before_any_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (the extra `demo`)")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"matplotlib .* pip install 'neuronscope\[demo\]'"):

@@ -23,7 +23,7 @@ from .conftest import MINIATURE, Shown
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
-def test_the_files_are_there(shown: Shown) -> None:
+def test_the_demo_writes_all_its_files(shown: Shown) -> None:
     assert sorted(path.name for path in shown.out.iterdir()) == [
         "comparison.png",
         "report-ReLU.html",
@@ -39,7 +39,7 @@ def test_the_files_are_there(shown: Shown) -> None:
     assert "act4" in html
 
 
-def test_the_json_holds_what_was_measured(shown: Shown) -> None:
+def test_the_json_file_holds_the_measured_numbers(shown: Shown) -> None:
     plain = json.loads((shown.out / "results.json").read_text(encoding="utf-8"))
     assert plain["seeds"] == [0, 1]
     assert [(run["variant"], run["seed"]) for run in plain["runs"]] == [
@@ -54,7 +54,7 @@ def test_the_json_holds_what_was_measured(shown: Shown) -> None:
     assert plain["recipe"]["spike_epochs"] == [3, 3]
 
 
-def test_the_table_and_the_sentences_say_the_same_numbers(shown: Shown) -> None:
+def test_the_table_and_the_sentences_show_the_same_numbers(shown: Shown) -> None:
     end = shown.result.spread("ReLU", lambda run: sum(run.end.dead))
     said = f"{end.mean:.1f} ± {end.deviation:.1f}"
     row = next(line for line in shown.text.splitlines() if line.startswith("ReLU "))
@@ -65,13 +65,13 @@ def test_the_table_and_the_sentences_say_the_same_numbers(shown: Shown) -> None:
     assert "…" not in row  # no number is cut off at 120 columns
 
 
-def test_it_ends_with_the_line_that_starts_tensorboard(shown: Shown) -> None:
+def test_the_output_ends_with_the_command_that_starts_tensorboard(shown: Shown) -> None:
     last = shown.text.strip().splitlines()[-1]
     assert last.endswith(f"tensorboard --logdir '{shown.out / 'tensorboard'}'")  # quoted, for the space in it
     assert "100%" in shown.text  # the progress bar came to its end
 
 
-def test_tensorboard_gets_a_run_a_variant_and_their_charts_share_tags(shown: Shown) -> None:
+def test_each_variant_is_a_tensorboard_run_and_all_share_their_tags(shown: Shown) -> None:
     scalars = {}
     for name in QUICK:
         log = event_accumulator.EventAccumulator(str(shown.out / "tensorboard" / name)).Reload()
@@ -120,12 +120,12 @@ def test_removing_logs_where_there_are_none_is_harmless(tmp_path: Path) -> None:
     assert remove_earlier_logs(tmp_path / "nowhere", [variant.name for variant in VARIANTS]) == 0
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_any_training(digits: Digits, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported_before_any_training(digits: Digits, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Expected a folder that can be written to"):
         run_demo(tmp_path / "file" / "out", 1, quick=True)
 
 
-def test_no_seed_is_refused(tmp_path: Path) -> None:
+def test_zero_seeds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least 1, but got 0"):
         run_demo(tmp_path, 0)

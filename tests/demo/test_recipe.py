@@ -16,7 +16,7 @@ from neuronscope.errors import MissingExtraError
 VARIANT = {variant.name: variant for variant in VARIANTS}
 
 
-def test_the_variants_that_the_comparison_is_about_are_there() -> None:
+def test_the_demo_compares_the_documented_variants() -> None:
     assert {"ReLU", "LeakyReLU", "GELU", "SiLU", "Tanh", "Mish"} <= VARIANT.keys()
     assert set(QUICK) <= VARIANT.keys()
 
@@ -65,7 +65,7 @@ def test_without_scikit_learn_the_error_names_the_command(monkeypatch: pytest.Mo
         load_digits()
 
 
-def test_importing_the_demo_needs_no_scikit_learn() -> None:
+def test_the_demo_is_imported_without_scikit_learn() -> None:
     code = "import sys, neuronscope.demo.program; print('sklearn' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -22,7 +22,7 @@ def loss_of(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(output, batch[1])
 
 
-def test_relu_dies_of_the_spike_where_gelu_and_silu_do_not(shown: Shown) -> None:
+def test_the_spike_kills_relu_neurons_and_no_gelu_or_silu_neurons(shown: Shown) -> None:
     relu, gelu, silu = (shown.result.of(name) for name in ("ReLU", "GELU", "SiLU"))
     for run in relu:
         before, after = (sum(run.scans[epoch].dead) for epoch in shown.result.around_spike)
@@ -50,7 +50,7 @@ def test_the_recount_agrees_in_every_run(shown: Shown) -> None:
     assert all(run.recount_agrees for run in shown.result.runs)
 
 
-def test_the_recount_can_disagree(digits: Digits) -> None:
+def test_the_recount_notices_a_wrong_count(digits: Digits) -> None:
     # Where the recount sees a neuron silenced after the scan, it must say so: otherwise the check above shows nothing.
     network = build_network(VARIANT["ReLU"], MINIATURE, seed=0)
     whole = [(digits.train_x, digits.train_y)]
@@ -66,7 +66,7 @@ def test_the_recount_can_disagree(digits: Digits) -> None:
 
 
 @pytest.mark.parametrize("name", ["ReLU", "ReLU-BatchNorm"])
-def test_watching_changes_nothing(name: str, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_a_demo_run_does_not_change_it(name: str, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run as a plain loop, without any of the library, ends with the same accuracy and the same losses."""
     run, _ = train(VARIANT[name], 1, digits, MINIATURE)
     network = build_network(VARIANT[name], MINIATURE, 1)

@@ -10,7 +10,7 @@ import pytest
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"))
 
 
-def test_the_promised_examples_are_there() -> None:
+def test_every_documented_example_exists() -> None:
     promised = {
         *("plain_loop", "lightning_cnn", "transformer_feedforward", "read_a_report"),
         *("transformers_finetuning", "ignite_callback", "postmortem_of_a_run"),
@@ -19,7 +19,7 @@ def test_the_promised_examples_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_an_example_says_what_one_will_see_and_how_to_run_it(path: Path) -> None:
+def test_each_example_says_what_it_shows_and_how_to_run_it(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     docstring = ast.get_docstring(ast.parse(text)) or ""
     assert "\nOutput" in docstring
@@ -29,7 +29,7 @@ def test_an_example_says_what_one_will_see_and_how_to_run_it(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_an_example_is_seeded_and_writes_under_runs_only(path: Path) -> None:
+def test_each_example_is_seeded_and_writes_only_under_runs(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "manual_seed(" in text or "seed_everything(" in text
     if "--out" in ast.get_docstring(ast.parse(text), clean=False):
@@ -37,7 +37,7 @@ def test_an_example_is_seeded_and_writes_under_runs_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_an_example_uses_what_the_library_makes_public(path: Path) -> None:
+def test_each_example_uses_only_public_names(path: Path) -> None:
     allowed = {"neuronscope", "neuronscope.callbacks", "neuronscope.callbacks.transformers"}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     used = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

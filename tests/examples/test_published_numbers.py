@@ -30,7 +30,7 @@ def rows(module: Any) -> list[Row]:
     return list(module.rows())
 
 
-def test_every_number_lies_within_five_standard_errors(module: Any, rows: list[Row]) -> None:
+def test_every_published_number_is_reproduced_within_five_standard_errors(module: Any, rows: list[Row]) -> None:
     assert len(rows) == 19
     for what, published, measured in rows:
         error = math.sqrt(published * (1 - published) / module.NETS)
@@ -38,7 +38,7 @@ def test_every_number_lies_within_five_standard_errors(module: Any, rows: list[R
         assert abs(measured - published) <= 5 * math.sqrt(2) * error, what
 
 
-def test_the_networks_are_enough_to_tell_the_numbers_apart(rows: list[Row]) -> None:
+def test_enough_networks_are_simulated_to_separate_the_published_numbers(rows: list[Row]) -> None:
     nine = [row for row in rows if row[0].startswith("Lu 2019: 9 layers")]
     assert len(nine) == 10
     for _, published, measured in nine:

@@ -23,7 +23,7 @@ def module_name(path: Path) -> str:
 MODULES = sorted({module_name(path): path for path in SOURCES}.items())
 
 
-def test_the_public_names_are_the_agreed_ones() -> None:
+def test_the_public_names_are_those_of_the_contract() -> None:
     # A name taken out or renamed here breaks users: say so in CHANGELOG.md, and why in docs/design.md.
     assert set(ns.__all__) >= {
         "Activation",
@@ -44,7 +44,7 @@ def test_the_public_names_are_the_agreed_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ns.__all__)
-def test_a_public_name_resolves(name: str) -> None:
+def test_each_public_name_can_be_imported(name: str) -> None:
     assert getattr(ns, name) is not None
     assert name in dir(ns)
 
@@ -55,7 +55,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES, ids=[name for name, _ in MODULES])
-def test_a_module_says_what_it_is_and_what_it_exports(name: str, path: Path) -> None:
+def test_each_module_has_a_docstring_and_a_list_of_exports(name: str, path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree), f"{name} has no docstring"
     defined = {
@@ -78,7 +78,7 @@ def test_no_two_modules_have_the_same_name() -> None:
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-def test_no_module_is_named_for_nothing() -> None:
+def test_no_module_has_a_name_without_meaning() -> None:
     assert {"utils", "helpers", "common", "base", "misc"} & {path.stem for _, path in MODULES} == set()
 
 

@@ -39,7 +39,7 @@ def tracked_files() -> list[Path]:
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-def test_no_file_bears_the_marks_of_a_machine_or_names_a_registry() -> None:
+def test_no_file_contains_a_machine_path_or_a_registry_address() -> None:
     found = []
     for path in tracked_files():
         content = path.read_bytes()

@@ -72,7 +72,7 @@ def _makers() -> dict[str, Callable[[], nn.Module]]:
 MAKERS = _makers()
 
 
-def test_the_packages_have_what_we_think_of() -> None:
+def test_transformers_and_timm_define_the_activations_that_we_expect() -> None:
     pytest.importorskip("transformers", exc_type=ImportError)
     pytest.importorskip("timm", exc_type=ImportError)
     some = {"ACT2FN gelu_10", "ACT2FN relu2", "ACT2FN xielu", "timm HardMishMe", "create_act quick_gelu"}
@@ -90,7 +90,7 @@ class Net(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_is_a_site_and_counted_exactly(name: str) -> None:
+def test_each_activation_class_is_a_site_and_counted_exactly(name: str) -> None:
     act = MAKERS[name]()
     if type(act).__name__ in NO_SITES:
         return
@@ -112,7 +112,7 @@ def test_it_is_a_site_and_counted_exactly(name: str) -> None:
     assert_same(watched.scope.census(), twin.tallies())
 
 
-def test_timms_functions_are_seen() -> None:
+def test_the_activation_functions_of_timm_are_counted() -> None:
     create = pytest.importorskip("timm.layers.create_act", exc_type=ImportError)
     functions = [*create._ACT_FN_DEFAULT.items(), *create._ACT_FN_ME.items()]
     seen = []

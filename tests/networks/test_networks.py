@@ -25,7 +25,7 @@ def name_of(network: Network) -> str:
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids=name_of)
-def test_census_is_the_twins(network: Network) -> None:
+def test_the_counts_of_a_network_equal_the_twins(network: Network) -> None:
     pytest.importorskip(network.family, exc_type=ImportError)
     result = run(network)
     assert_agreement(network, result)
@@ -42,7 +42,7 @@ GATED = {
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_gated_products_are_found_by_name(name: str) -> None:
+def test_gated_products_of_language_models_are_sites_with_their_names(name: str) -> None:
     pytest.importorskip("transformers", exc_type=ImportError)
     census = run(next(network for network in NETWORKS if network.name == name)).census
     assert [site for site in census if site.endswith(".gated")] == [GATED[name].format(layer) for layer in range(2)]
@@ -59,14 +59,14 @@ def test_experts_are_counted_together_when_their_axis_is_declared(way: str) -> N
     assert {tally.axis_source for tally in result.census.values()} == {"declared"}
 
 
-def test_every_kind_that_the_issue_names_is_tried() -> None:
+def test_every_required_kind_of_network_is_tried() -> None:
     names = [network.name for network in NETWORKS]
     vision = "resnet18 mobilenet_v3* convnext_tiny VisionTransformer DenseNet inception_v3 efficientnet_b0"
     wanted = [*vision.split(), "OPT*", "GPT2*", "Llama*", "Bert*", "T5*"]
     assert [pattern for pattern in wanted if not fnmatch.filter(names, pattern)] == []
 
 
-def test_inputs_are_photographs_and_text() -> None:
+def test_the_inputs_of_the_networks_are_photographs_and_text() -> None:
     """Each step has others; bytes of text are no network's special tokens; pictures are no noise."""
     generator = torch.Generator().manual_seed(1)
     ids = [tokens()(generator)["input_ids"] for _ in range(2)]
@@ -80,7 +80,7 @@ def test_inputs_are_photographs_and_text() -> None:
         assert first.diff(dim=-1).var() < first.var()
 
 
-def test_a_row_that_was_left_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_left_for_the_coverage_page_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = NETWORKS[0], NETWORKS[1]
     row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"linear": 7}, {"a": "b"})
     monkeypatch.delenv("NEURONSCOPE_NETWORK_ROWS", raising=False)
@@ -92,6 +92,6 @@ def test_a_row_that_was_left_is_found_again(tmp_path: Path, monkeypatch: pytest.
     assert row.sites == 7
 
 
-def test_no_two_networks_are_left_in_one_place() -> None:
+def test_each_network_leaves_its_row_in_a_file_of_its_own() -> None:
     names = [re.sub(r"[^A-Za-z0-9_]+", "-", name_of(network)) for network in NETWORKS]
     assert len({*names}) == len(names)

@@ -48,7 +48,7 @@ ROWS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("product", ROWS)
-def test_neurons_are_the_weights_outputs(product: str, compiled: bool) -> None:
+def test_the_neuron_axis_is_the_output_axis_of_the_weight(product: str, compiled: bool) -> None:
     model = Product(product)
     with ns.watch(model) as scope:
         run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
@@ -63,7 +63,7 @@ def test_neurons_are_the_weights_outputs(product: str, compiled: bool) -> None:
     ("product", "compiled"),
     [("stack", False), ("stack", True), ("picked by data", False), ("picked rows", False), ("picked rows", True)],
 )
-def test_stacked_weights_are_not_measured_unless_declared(product: str, compiled: bool) -> None:
+def test_stacked_weights_are_measured_only_when_their_axis_is_declared(product: str, compiled: bool) -> None:
     for axes in (None, {"relu()": -1}):
         torch.compiler.reset()
         model = Product(product)
@@ -82,7 +82,7 @@ def test_stacked_weights_are_not_measured_unless_declared(product: str, compiled
             assert scope.census("train")["relu()"].neurons == 5
 
 
-def test_a_stack_of_one_is_no_stack() -> None:
+def test_a_stack_of_one_weight_is_measured_like_a_single_weight() -> None:
     model = Product("stack", stack=1)
     with ns.watch(model) as scope:
         model(torch.randn(1, 3, 4)).sum().backward()

@@ -44,7 +44,7 @@ def maximiser(weight: Tensor, scale: Tensor, centred: bool) -> Tensor:
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("width", [2, 3, 64, 768])
-def test_the_supremum_is_attained_and_not_exceeded(centred: bool, width: int) -> None:
+def test_the_supremum_of_a_normalized_sum_is_attained_and_not_exceeded(centred: bool, width: int) -> None:
     weight, bias = torch.randn(7, width, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     scale, shift = torch.randn(width, dtype=torch.float64), torch.randn(width, dtype=torch.float64)
     shift = shift if centred else torch.zeros_like(shift)
@@ -67,7 +67,7 @@ def test_the_supremum_is_attained_and_not_exceeded(centred: bool, width: int) ->
         assert bool((y >= centre - reach - 1e-9 * size).all())
 
 
-def test_the_supremum_by_hand() -> None:
+def test_the_supremum_of_a_normalized_sum_equals_a_calculation_by_hand() -> None:
     # d = 2, γ = 1, β = 0: z is (1, −1) or (−1, 1) for every input. w = (3, 1): w·z = ±2.
     # P removes the mean 2: (1, −1), of norm √2, times √2 is 2.
     centre, reach, size = layer_norm_extremes(
@@ -95,7 +95,7 @@ def test_a_neuron_behind_a_layer_norm_is_proved_dead_from_its_supremum_on(kind: 
     assert all(number > -true for number, true in zip(numbers.values(), (0.01, 1.0)))  # and never inward
 
 
-def test_layer_norm_is_tighter_than_its_box() -> None:
+def test_the_bound_behind_a_layer_norm_is_tighter_than_the_interval() -> None:
     """The same network with the bound by norm and by interval: the first proves what the second cannot."""
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 200), nn.ReLU())
     with torch.no_grad():
@@ -129,7 +129,9 @@ def test_layer_norm_is_tighter_than_its_box() -> None:
         (0.0, 1.0, -math.inf, 1.0),
     ],
 )
-def test_threshold_and_share(scale: float, shift: float, c: float, share: float) -> None:
+def test_the_threshold_and_the_firing_share_behind_a_batch_norm_are_right(
+    scale: float, shift: float, c: float, share: float
+) -> None:
     gamma_, beta = torch.tensor([scale]), torch.tensor([shift])
     assert threshold(gamma_, beta).item() == pytest.approx(c)
     assert firing_share_bound(gamma_, beta).item() == pytest.approx(share)
@@ -137,7 +139,7 @@ def test_threshold_and_share(scale: float, shift: float, c: float, share: float)
 
 
 @pytest.mark.parametrize("n", [2, 5, 64])
-def test_the_training_maximum_is_attained_by_one_value_apart(n: int) -> None:
+def test_the_training_maximum_of_a_batch_norm_is_attained_by_one_outlier(n: int) -> None:
     # n − 1 equal values and one apart: z of the latter is √(n − 1), whatever the distance.
     x = torch.zeros(n, 1, dtype=torch.float64)
     x[0] = 5.0
@@ -200,7 +202,7 @@ def test_evidence_behind_a_batch_norm() -> None:
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-def test_intervals_by_hand() -> None:
+def test_interval_arithmetic_equals_calculations_by_hand() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -1.0], [1.0, 1.0]]))

@@ -52,12 +52,12 @@ def check(network: Network, box: tuple[float, float] | None) -> int:
 
 @settings(max_examples=40)  # each operation has a test of its own, below
 @given(networks(), BOXES)
-def test_no_input_leaves_its_bounds(network: Network, box: tuple[float, float] | None) -> None:
+def test_no_output_of_a_random_network_leaves_its_bounds(network: Network, box: tuple[float, float] | None) -> None:
     event(f"proved dead: {min(check(network, box), 3)}")
 
 
 @pytest.mark.parametrize("operation", [*dict.fromkeys(VECTOR_OPS)])
-def test_every_operation_on_vectors(operation: str) -> None:
+def test_bounds_hold_for_every_operation_on_vectors(operation: str) -> None:
     dead = 0
     for seed, box in enumerate((None, (0.0, 1.0), (-1.0, 1.0))):
         program = (("linear", "sigmoid"), (operation, "relu"), ("linear", "relu"))
@@ -66,7 +66,7 @@ def test_every_operation_on_vectors(operation: str) -> None:
 
 
 @pytest.mark.parametrize("operation", [*dict.fromkeys(PICTURE_OPS)])
-def test_every_operation_on_pictures(operation: str) -> None:
+def test_bounds_hold_for_every_operation_on_images(operation: str) -> None:
     dead = 0
     for seed, box in enumerate((None, (0.0, 1.0), (-1.0, 1.0))):
         program = (("conv", "sigmoid"), (operation, "relu"), ("conv", "relu"))
@@ -75,7 +75,7 @@ def test_every_operation_on_pictures(operation: str) -> None:
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_every_activation(activation: str) -> None:
+def test_bounds_hold_for_every_activation(activation: str) -> None:
     dead = 0
     for seed in range(4):
         program = (("linear", activation), ("linear", "relu"), ("linear", "relu"))
@@ -85,7 +85,9 @@ def test_every_activation(activation: str) -> None:
 
 @settings(max_examples=40)
 @given(networks(), BOXES, st.integers(0, 1000))
-def test_what_is_unread_changes_nothing(network: Network, box: tuple[float, float] | None, seed: int) -> None:
+def test_changing_an_unread_neuron_changes_no_output(
+    network: Network, box: tuple[float, float] | None, seed: int
+) -> None:
     """Whatever an unread neuron gives of what it can give, the network's output is the same, as near as sums can be."""
     evidence = [
         one for one in examine_model(network, example=network.example(), box=box).evidence if one.claim == "unread"
@@ -123,7 +125,7 @@ def test_what_is_unread_changes_nothing(network: Network, box: tuple[float, floa
 
 @settings(max_examples=30)
 @given(networks())
-def test_sites_bear_the_names_of_the_watch(network: Network) -> None:
+def test_sites_of_a_traced_model_have_the_names_of_a_watched_one(network: Network) -> None:
     with torch.no_grad(), ns.watch(network) as scope:
         network(network.example())
     graph = trace(network, (network.example(),))
@@ -140,7 +142,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("which", LARGE)
-def test_a_hundred_thousand_inputs(which: str) -> None:
+def test_no_output_of_a_hundred_thousand_inputs_leaves_its_bounds(which: str) -> None:
     program, picture = LARGE[which]
     network = Network(program, picture, seed=3)
     box = (-1.0, 1.0)

@@ -100,7 +100,7 @@ def assert_holds(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     assert not model.training
 
 
-def test_a_module_is_filled() -> None:
+def test_a_module_is_loaded_with_the_checkpoint() -> None:
     state = small().state_dict()
     model = small()
     assert build_model(model, checkpoint_of(state)) is model
@@ -108,7 +108,7 @@ def test_a_module_is_filled() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "net.backbone."])
-def test_a_prefix_on_either_side(prefix: str) -> None:
+def test_a_prefix_of_names_in_model_or_checkpoint_is_ignored(prefix: str) -> None:
     state = small().state_dict()
     assert_holds(build_model(small(), checkpoint_of(state, prefix)), state)
     held = build_model(Holder(), checkpoint_of(state))
@@ -153,7 +153,7 @@ def test_a_network_with_numbers_that_are_not_saved_is_built_with_memory() -> Non
 
 
 @pytest.mark.parametrize("kept", ["head.weight", "embed.weight", "both"])
-def test_shared_weights_may_be_kept_once(kept: str) -> None:
+def test_shared_weights_may_be_saved_once(kept: str) -> None:
     state = {name: tensor for name, tensor in Shares().state_dict().items() if kept in (name, "both")}
     for source in (Shares, Shares()):
         model = build_model(source, checkpoint_of(state))
@@ -161,7 +161,7 @@ def test_shared_weights_may_be_kept_once(kept: str) -> None:
         assert torch.equal(model.head.weight, next(iter(state.values())))
 
 
-def test_types_of_the_network_are_kept() -> None:
+def test_the_dtypes_of_the_model_are_kept() -> None:
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in Built().state_dict().items()
     }
@@ -180,7 +180,7 @@ def test_types_of_the_network_are_kept() -> None:
     ],
     ids=["missing", "unexpected", "shape"],
 )
-def test_weights_that_do_not_fit(change: Any, message: str) -> None:
+def test_weights_that_do_not_fit_the_model_are_refused(change: Any, message: str) -> None:
     state = dict(small().state_dict())
     change(state)
     model = small()
@@ -192,7 +192,7 @@ def test_weights_that_do_not_fit(change: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("parametrization", ["orthogonal", "spectral_norm", "weight_norm"])
-def test_a_factory_of_parametrized_layers_takes_what_torch_takes(parametrization: str) -> None:
+def test_a_model_with_parametrized_layers_is_loaded_as_torch_loads_it(parametrization: str) -> None:
     add = getattr(torch.nn.utils.parametrizations, parametrization)
 
     def factory() -> nn.Module:
@@ -204,7 +204,7 @@ def test_a_factory_of_parametrized_layers_takes_what_torch_takes(parametrization
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
 
 
-def test_names_are_looked_for_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_modules_are_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_networks_here.py").write_text(
         "from torch import nn\n"
         "def factory():\n    return nn.Sequential(nn.Linear(2, 2), nn.ReLU())\n"
@@ -238,13 +238,13 @@ def test_names_are_looked_for_in_the_current_folder(tmp_path: Path, monkeypatch:
         (":x", "like `package.module:name`"),
     ],
 )
-def test_bad_names(name: str, message: str) -> None:
+def test_a_wrong_name_of_a_model_is_refused(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build_model(name, checkpoint_of({}))
     assert load_named("collections:abc.Mapping", "model") is Mapping
 
 
-def test_a_hugging_face_folder(tmp_path: Path) -> None:
+def test_a_model_is_built_from_a_hugging_face_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.OPTConfig(
         hidden_size=8, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, word_embed_proj_dim=8,
@@ -289,7 +289,7 @@ def data() -> list[Tensor]:
     return [torch.linspace(0, 1, 100).view(-1, 1) for _ in range(4)]
 
 
-def test_measured_evidence_by_hand() -> None:
+def test_measured_evidence_equals_a_calculation_by_hand() -> None:
     evidence, abstentions, report = measure(dying(), data(), lambda output, batch: output.sum())
     found = {one.claim: one for one in evidence}
     assert abstentions == ()
@@ -306,14 +306,14 @@ def test_measured_evidence_by_hand() -> None:
     assert "400 examples, 400 positions" in found["alive"].text
 
 
-def test_without_a_loss_there_are_no_gradients_and_nan_is_said() -> None:
+def test_without_a_loss_gradients_are_unseen_and_nan_is_reported() -> None:
     model = dying()
     model[0].bias.data[1] = torch.nan
     found = {one.claim: one.neurons.tolist() for one in measure(model, data())[0]}
     assert found == {"not finite": [1], "dead": [0], "alive": [2, 3]}
 
 
-def test_a_module_that_cannot_be_seen_is_an_abstention() -> None:
+def test_a_module_that_cannot_be_watched_gives_no_verdict() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -326,7 +326,7 @@ def test_a_module_that_cannot_be_seen_is_an_abstention() -> None:
     assert [(one.layer, one.source) for one in abstentions] == [("rnn", "scan")]
 
 
-def test_a_proof_that_data_contradicts_is_shouted() -> None:
+def test_a_proof_that_data_contradicts_is_reported_prominently() -> None:
     measured, _, _ = measure(dying(), data())
 
     def proof(claim: str, *neurons: int, basis: str = "proved") -> Evidence:

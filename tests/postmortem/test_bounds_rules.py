@@ -92,7 +92,7 @@ class Case(nn.Module):
 
 @pytest.mark.parametrize("box", [(-1.0, 1.0), (0.2, 0.9), (-2.0, -0.5)], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_rule_knows_its_function(name: str, box: tuple[float, float]) -> None:
+def test_each_bounding_rule_is_found_for_its_function(name: str, box: tuple[float, float]) -> None:
     model = Case(name)
     graph = trace(model, (torch.zeros(model.shape),))
     (number,) = graph.outputs
@@ -121,7 +121,7 @@ def test_a_rule_knows_its_function(name: str, box: tuple[float, float]) -> None:
         lambda x: x / x.mean(),
     ],
 )
-def test_what_a_rule_cannot_say_is_unknown(function: Callable[[Tensor], Tensor]) -> None:
+def test_a_case_outside_a_bounding_rule_has_unknown_bounds(function: Callable[[Tensor], Tensor]) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return function(x)
@@ -131,7 +131,7 @@ def test_what_a_rule_cannot_say_is_unknown(function: Callable[[Tensor], Tensor])
 
 
 @pytest.mark.parametrize("name", ["matmul", "conv2d", "slices", "cat", "permute", "avg pool", "where", "square", "pad"])
-def test_bounds_of_a_point_are_a_point(name: str) -> None:
+def test_the_bounds_of_a_single_input_are_its_output(name: str) -> None:
     """A box that is one point gives that point's own result, but for rounding."""
     model = Case(name)
     x = torch.rand(model.shape) - 0.5

@@ -171,7 +171,7 @@ def claims(model: nn.Module, **options: Any) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("kind", [Nothing, *NOT_PROVED], ids=lambda kind: kind.__name__)
-def test_nothing_is_proved_of_what_was_changed_behind_our_back(kind: type[Net]) -> None:
+def test_nothing_is_proved_of_a_tensor_that_was_changed_outside_of_the_trace(kind: type[Net]) -> None:
     model = kind()
     found = claims(model, box=(0.0, 1.0))
     assert found.get("act dead", []) == ([0] if kind is Nothing else [])
@@ -197,7 +197,7 @@ def test_nothing_is_proved_of_what_was_changed_behind_our_back(kind: type[Net]) 
         (DataChanged, "__get__"),
     ],
 )
-def test_other_paths_are_said(kind: type[Net], reason: str) -> None:
+def test_paths_that_the_example_did_not_take_are_reported(kind: type[Net], reason: str) -> None:
     found = examine_model(kind(), box=(0.0, 1.0))
     assert [
         one for one in found.abstentions if reason in one.reason and "another input may take another path" in one.reason
@@ -205,7 +205,7 @@ def test_other_paths_are_said(kind: type[Net], reason: str) -> None:
     assert dict(found.ties) == {"fc": "act"} or kind is not DataChanged
 
 
-def test_unseen_readers_are_said_and_nobody_is_called_unread() -> None:
+def test_with_consumers_that_were_not_traced_no_neuron_is_called_unread() -> None:
     class Reads(Net):
         def forward(self, x: Tensor) -> Any:
             h = self.act(self.fc(x))
@@ -217,7 +217,7 @@ def test_unseen_readers_are_said_and_nobody_is_called_unread() -> None:
     assert [one for one in found.abstentions if one.source == "readers" and "not seen" in one.reason]
 
 
-def test_a_network_is_left_as_it_was() -> None:
+def test_tracing_leaves_the_model_unchanged() -> None:
     model = BufferChanged().train()
     model.fc.weight.grad = torch.ones(3, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -249,7 +249,7 @@ class Readers(nn.Module):
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
 
 
-def test_dead_weight_downstream_by_hand() -> None:
+def test_unread_neurons_of_linear_layers_equal_those_found_by_hand() -> None:
     found = claims(Readers())
     # Neuron 0 of the second is dead; its output, always 0, is read by the third's weight 1.
     assert found == {"relu()#1 dead": [0], "relu() unread": [0, 1, 2], "relu()#1 unread": [1]}
@@ -275,7 +275,7 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.parametrize(("groups", "second"), [(1, [0]), (2, [0, 2])])
-def test_dead_weight_in_convolutions(groups: int, second: list[int]) -> None:
+def test_unread_neurons_of_convolutions_are_found(groups: int, second: list[int]) -> None:
     found = claims(Convolutions(groups))
     # relu() is read by the norm, whose γ₁ is 0, and behind it by what reads relu()#1; with β₁ = 0 that is dead there.
     assert found["relu()#1 unread"] == second
@@ -284,7 +284,7 @@ def test_dead_weight_in_convolutions(groups: int, second: list[int]) -> None:
     assert found["relu()#1 dead"] == [1]
 
 
-def test_a_dead_gate_leaves_the_other_factor_unread() -> None:
+def test_a_dead_gate_makes_the_other_factor_unread() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -304,7 +304,7 @@ def test_a_dead_gate_leaves_the_other_factor_unread() -> None:
     }
 
 
-def test_unbatched_pictures_and_stacks_of_weights_read_all() -> None:
+def test_unbatched_images_and_stacked_weights_read_all_neurons() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -316,7 +316,7 @@ def test_unbatched_pictures_and_stacks_of_weights_read_all() -> None:
     assert claims(Odd(), example=torch.zeros(3, 10, 10)) == {}
 
 
-def test_a_site_that_did_not_run_is_said() -> None:
+def test_a_site_that_did_not_run_is_reported() -> None:
     class Idle(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -346,7 +346,7 @@ class Tied(nn.Module):
         return torch.tanh(self.again(torch.sigmoid(self.again(x))))
 
 
-def test_ties_by_hand() -> None:
+def test_layers_are_matched_to_their_sites() -> None:
     ties = ties_of(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
     assert dict(ties.sites) == {
         "conv": "relu",
@@ -384,7 +384,7 @@ class Own(nn.Sequential):
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU()), {"example": torch.zeros(3, 2)}, "that was given"),
     ],
 )
-def test_an_example_is_found(model: nn.Module, options: dict[str, Any], origin: str) -> None:
+def test_an_example_input_is_found_for_common_models(model: nn.Module, options: dict[str, Any], origin: str) -> None:
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "bias", None) is not None:
@@ -393,7 +393,7 @@ def test_an_example_is_found(model: nn.Module, options: dict[str, Any], origin: 
     assert origin in dead.text
 
 
-def test_a_recurrent_network_is_run_on_a_sequence() -> None:
+def test_a_recurrent_network_is_traced_with_a_sequence() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -407,7 +407,7 @@ def test_a_recurrent_network_is_run_on_a_sequence() -> None:
     assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
 
 
-def test_no_example_is_said_with_all_that_was_tried() -> None:
+def test_when_no_example_fits_the_error_lists_what_was_tried() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -435,12 +435,12 @@ def test_no_example_is_said_with_all_that_was_tried() -> None:
         ({"batch_positions": 0}, "Expected argument `batch_positions` to be an integer of at least 1"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_of_the_trace_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         examine_model(Net(), example=torch.zeros(1, 2), **options)
 
 
-def test_a_box_by_feature() -> None:
+def test_an_input_box_may_have_bounds_for_each_feature() -> None:
     model = nn.Sequential(nn.Linear(2, 1), nn.ReLU())
     model[0].weight.data.copy_(torch.tensor([[1.0, 1.0]]))
     model[0].bias.data.fill_(-1.5)
@@ -449,7 +449,7 @@ def test_a_box_by_feature() -> None:
     assert claims(model, box=(low, torch.tensor([1.0, 0.6]))) == {}
 
 
-def test_evidence_is_whole() -> None:
+def test_the_evidence_of_a_traced_model_covers_every_neuron() -> None:
     found = examine_model(Net(), box=(0.0, 1.0))
     assert all(isinstance(one, Evidence) and one.width == 3 and one.layer == "act" for one in found.evidence)
     (dead,) = (one for one in found.evidence if one.claim == "dead")

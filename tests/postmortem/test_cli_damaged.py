@@ -70,7 +70,9 @@ def ends(path: Path, *more: str) -> str:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_damage_anywhere(written: dict[str, tuple[str, dict[str, bytes]]], data: st.DataObject) -> None:
+def test_the_command_ends_with_a_report_or_one_sentence_for_a_file_damaged_anywhere(
+    written: dict[str, tuple[str, dict[str, bytes]]], data: st.DataObject
+) -> None:
     path, files = written[data.draw(st.sampled_from(KINDS))]
     victim = data.draw(st.sampled_from(sorted(files)))
     content = bytearray(files[victim])
@@ -91,7 +93,7 @@ def test_odd_names_reach_every_output(name: str, tmp_path: Path) -> None:
     assert "zero row" in ends(tmp_path / "w.pt")
 
 
-def test_numbers_that_are_none(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_reach_every_output(tmp_path: Path) -> None:
     """NaN and infinity in weights and in the optimizer's state, in every slot at once."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -107,6 +109,6 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     assert "NOT FINITE" in ends(tmp_path / "w.pt", "--earlier", str(tmp_path / "w.pt"))
 
 
-def test_a_thousand_layers(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_thousand_layers_is_reported(tmp_path: Path) -> None:
     torch.save({f"layers.{at}.weight": torch.zeros(2, 2) for at in range(1000)}, tmp_path / "w.pt")
     assert "… 600 more layers with no more dead than these" in ends(tmp_path / "w.pt")

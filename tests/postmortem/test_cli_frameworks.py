@@ -134,7 +134,7 @@ def test_a_watched_lightning_run_gives_its_own_record(folder: Path) -> None:
     assert set(layer["since"][:3]) <= {HALF - 1, HALF, HALF + 1}
 
 
-def test_one_argument_that_is_a_dictionary(folder: Path) -> None:
+def test_a_module_that_takes_one_dictionary_is_built(folder: Path) -> None:
     model = importlib.import_module("lit").Whole({"width": 5})
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(model)

@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_written_is_named(
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is allowed to the superuser")
 @pytest.mark.parametrize(("protected", "target"), [("there", "there/a.html"), ("file", "file")])
-def test_what_may_not_be_written_is_named(
+def test_a_file_without_permission_to_write_is_named(
     folder: Path, protected: str, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / protected).chmod(0o555)
@@ -79,7 +79,7 @@ def test_what_may_not_be_written_is_named(
 
 
 @needs_full
-def test_what_can_be_written_is_written_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_files_are_written_when_one_cannot_be(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "postmortem net.pt --html /dev/full --markdown a.md --json /dev/full"
     assert cli.main(line.split()) == 2
     said = capsys.readouterr()
@@ -123,7 +123,7 @@ def test_standard_output_that_is_full_ends_with_2(folder: Path, line: str) -> No
     assert "json" not in line or (folder / "a.json").read_text(encoding="utf-8").startswith("{")
 
 
-def test_a_reader_that_stops_early_hears_of_nothing() -> None:
+def test_a_closed_output_pipe_gives_no_message() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     ended = run("--version", stdout=writing)
@@ -144,7 +144,7 @@ def test_a_demo_that_cannot_print_ends_with_2(folder: Path, monkeypatch: pytest.
     assert len(said.splitlines()) == 1
 
 
-def test_files_keep_their_mode_and_links_lead_on(folder: Path) -> None:
+def test_files_keep_their_mode_and_links_are_followed(folder: Path) -> None:
     (folder / "file").chmod(0o640)
     (folder / "link").symlink_to("file")
     write_file(folder / "link", "new\n")

@@ -87,7 +87,7 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, list[s
     return code, said.out, said.err.splitlines()
 
 
-def test_the_file_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_examines_a_file_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("last.ckpt", capsys)
     assert (code, err) == (0, [])
     assert out.startswith("Neuronscope post-mortem · last.ckpt · ")
@@ -96,7 +96,9 @@ def test_the_file_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "Nothing is known of 11 (100 %)." in out
 
 
-def test_the_model_and_a_box(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_proves_deaths_with_a_model_and_an_input_box(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, err = run("last.ckpt --model theirs:network --box 0 1 --json a.json", capsys)
     assert (code, err) == (0, [])
     plain = json.loads((folder / "a.json").read_text())
@@ -109,7 +111,7 @@ def test_the_model_and_a_box(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("data", ["batches", "once"])
-def test_data_and_a_loss(folder: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_with_data_and_a_loss(folder: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"last.ckpt --model theirs:network --data theirs:{data} --loss theirs:loss --box 0 1 --json a.json"
     assert run(line, capsys)[0] == 0
     plain = json.loads((folder / "a.json").read_text())
@@ -123,7 +125,7 @@ def test_data_and_a_loss(folder: Path, data: str, capsys: pytest.CaptureFixture[
     ]
 
 
-def test_every_file_is_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_every_requested_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, _ = run("last.ckpt --html a.html --json a.json --markdown a.md", capsys)
     assert code == 0
     assert (folder / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
@@ -141,7 +143,9 @@ def test_every_file_is_written(folder: Path, capsys: pytest.CaptureFixture[str])
         ("100", 0),
     ],
 )
-def test_fail_above(folder: Path, limit: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_code_is_1_when_more_neurons_are_dead_than_allowed(
+    folder: Path, limit: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     ended, out, err = run(f"last.ckpt --model theirs:network --box 0 1 --fail-above {limit}", capsys)
     assert ended == code
     assert "2 of 11 neurons" in out
@@ -149,7 +153,7 @@ def test_fail_above(folder: Path, limit: str, code: int, capsys: pytest.CaptureF
     assert err == ([wanted] if code else [])
 
 
-def test_fail_above_does_not_count_what_is_suspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suspected_neurons_do_not_count_for_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
     with torch.no_grad():
         model[1].bias.fill_(-5.0)  # five standard deviations below zero: suspected
@@ -163,7 +167,9 @@ def test_fail_above_does_not_count_what_is_suspected(folder: Path, capsys: pytes
     assert run("norm.pt --model normed:network --fail-above 0", capsys)[0] == 0
 
 
-def test_fail_above_fails_where_weights_are_not_finite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_finite_fail_the_check_at_every_limit(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = network()
     with torch.no_grad():
         broken[0].weight[3, 1] = float("nan")
@@ -201,7 +207,7 @@ def test_fail_above_fails_where_weights_are_not_finite(folder: Path, capsys: pyt
         ("last.ckpt --html nowhere/a.html", ["nowhere"]),
     ],
 )
-def test_a_mistake_is_one_sentence_and_ends_with_2(
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(
     folder: Path, line: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(line, capsys)
@@ -229,14 +235,16 @@ def test_debug_shows_where_an_error_came_from(folder: Path, line: str) -> None:
         ("last.ckpt --box low high", "--box"),
     ],
 )
-def test_bad_use_ends_with_2_and_says_why(line: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_postmortem_arguments_end_with_exit_code_2_and_a_reason(
+    line: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["postmortem", *line.split()])
     assert end.value.code == 2
     assert word in capsys.readouterr().err
 
 
-def test_bars_are_drawn_on_a_terminal_and_nowhere_else(
+def test_progress_bars_are_drawn_only_on_a_terminal(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Screen(io.StringIO):
@@ -281,7 +289,7 @@ def test_ctrl_c_ends_without_a_traceback(folder: Path) -> None:
     assert err == "neuronscope: interrupted\n"
 
 
-def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
+def test_a_closed_output_pipe_is_not_an_error(folder: Path) -> None:
     """As in ``| head``: the pipe is closed before anything is printed; files are written all the same."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -295,7 +303,7 @@ def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
 # --- in Python -----------------------------------------------------------------------------------------------------
 
 
-def test_the_package_is_the_function_though_a_part_of_it_was_imported_first(folder: Path) -> None:
+def test_ns_postmortem_is_the_function_even_after_imports_of_its_package(folder: Path) -> None:
     code = (
         "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\n"
         "print(ns.postmortem('last.ckpt').step)\n"
@@ -316,7 +324,7 @@ def test_models_and_data_may_be_given_in_any_form(folder: Path) -> None:
     assert {report["1"].dead_by_basis()["proved"] for report in reports} == {2}
 
 
-def test_a_box_proves_what_no_box_does(folder: Path) -> None:
+def test_an_input_box_proves_more_than_no_box(folder: Path) -> None:
     small, large, none = (ns.postmortem("last.ckpt", network, box=box) for box in ((0.0, 0.5), (0.0, 1.0), None))
     # Neuron 2 has bias −0.75 Σw: below −0.25 Σw for inputs up to 1/2, up to 0.25 Σw for inputs up to 1.
     assert [report["1"].dead for report in (small, large, none)] == [3, 2, 0]
@@ -336,7 +344,7 @@ class ReadTwice(nn.Module):
         return seen
 
 
-def test_that_nobody_reads_a_neuron_is_guessed_only_where_the_model_is_not_there_to_tell(folder: Path) -> None:
+def test_unread_neurons_are_guessed_from_the_file_only_without_a_model(folder: Path) -> None:
     model = ReadTwice()
     with torch.no_grad():
         model.net[2].weight[:, [1, 3]] = 0  # type: ignore[index]
@@ -363,7 +371,7 @@ def train(model: nn.Module, images: torch.Tensor, steps: range, optimizer: torch
         optimizer.step()
 
 
-def test_a_run_that_nobody_watched(folder: Path) -> None:
+def test_the_checkpoint_of_an_unwatched_run_is_examined(folder: Path) -> None:
     torch.manual_seed(1)
     images = torch.rand(64, 4)
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -391,7 +399,7 @@ def test_a_run_that_nobody_watched(folder: Path) -> None:
     assert (sum(one.held for one in clock), sum(one.refuted for one in clock)) == (silent.size, 0)
 
 
-def test_input_that_is_off_centre_is_said(folder: Path) -> None:
+def test_input_that_is_not_centred_is_reported(folder: Path) -> None:
     images = torch.rand(300, 4) * 0.1 + 1.0  # mean 1.05, deviation 0.029: 36 times
     model = network()
     with torch.no_grad():
@@ -414,7 +422,7 @@ def test_input_moments_are_those_of_all_batches_together() -> None:
 
 
 @pytest.mark.parametrize(("name", "needs"), [("data", "model"), ("box", "model"), ("example", "model")])
-def test_what_needs_a_model_says_so(folder: Path, name: str, needs: str) -> None:
+def test_options_that_need_a_model_say_so(folder: Path, name: str, needs: str) -> None:
     given: dict[str, Any] = {name: torch.rand(3, 4)}
     with pytest.raises(UsageError, match=f"Expected argument `{needs}` with `{name}`"):
         ns.postmortem("last.ckpt", **given)

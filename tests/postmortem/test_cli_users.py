@@ -124,7 +124,7 @@ MODEL, DATA, LOSS, EXAMPLE = (
         ("stop", "gave Stop: enough"),
     ],
 )
-def test_functions_that_exit_or_return_nothing_of_use(
+def test_a_users_function_that_exits_or_returns_a_wrong_value_is_one_sentence(
     folder: Path, what: str, function: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(what + function, capsys)
@@ -149,7 +149,9 @@ def test_functions_that_exit_or_return_nothing_of_use(
         ("exit_when_iterated", "called sys.exit(0)"),
     ],
 )
-def test_data_that_is_no_batches(folder: Path, function: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_is_not_batches_is_refused_in_one_sentence(
+    folder: Path, function: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = refused(DATA + function, capsys)
     assert "`data`" in said
     assert words in said
@@ -162,7 +164,7 @@ def test_data_that_is_no_batches(folder: Path, function: str, words: str, capsys
         ("detached_loss", "no gradient flows back from"),
     ],
 )
-def test_a_loss_that_is_no_number_to_differentiate(
+def test_a_loss_that_cannot_be_differentiated_is_refused_in_one_sentence(
     folder: Path, function: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(LOSS + function, capsys)
@@ -170,7 +172,9 @@ def test_a_loss_that_is_no_number_to_differentiate(
 
 @pytest.mark.parametrize("network", ["ExitsInForward", "ExitsInTrain"])
 @pytest.mark.parametrize("more", ["", " --data theirs:batches"])
-def test_networks_that_exit(folder: Path, network: str, more: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_that_exits_is_reported_in_one_sentence(
+    folder: Path, network: str, more: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "model" in (said := refused(MODEL + network + more, capsys))
     assert "called sys.exit(0)" in said
 
@@ -185,7 +189,7 @@ def test_networks_that_exit(folder: Path, network: str, more: str, capsys: pytes
         ("lazy", "called sys.exit(0)"),
     ],
 )
-def test_modules_that_exit_or_fail_when_they_are_imported(
+def test_a_users_module_that_exits_or_fails_on_import_is_reported(
     folder: Path, argument: str, module: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {"model": "", "loss": f"{DATA}batches ", "data": f"{MODEL}network ", "example": f"{MODEL}network "}
@@ -196,12 +200,14 @@ def test_modules_that_exit_or_fail_when_they_are_imported(
 
 
 @pytest.mark.parametrize("what", [MODEL, DATA, LOSS, EXAMPLE], ids=["model", "data", "loss", "example"])
-def test_an_interruption_is_one(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_in_the_users_code_stays_an_interrupt(
+    folder: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["postmortem", "net.pt", *f"{what}interrupt".split()]) == 130
     assert capsys.readouterr().err == "neuronscope: interrupted\n"
 
 
-def test_a_function_that_exits_is_an_error_in_python_too(folder: Path) -> None:
+def test_in_python_a_function_that_exits_raises_a_clear_error(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"called sys\.exit\(0\)"):
         ns.postmortem("net.pt", lambda: sys.exit(0))
 
@@ -259,13 +265,13 @@ def test_an_example_from_the_command_line_makes_proofs_possible(
     assert "1 proved" in capsys.readouterr().out
 
 
-def test_python_takes_the_same_examples(two: Path) -> None:
+def test_the_python_function_takes_the_same_examples(two: Path) -> None:
     values = (torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
     for example in ("1x4,1:int64", "two:named", values, {"images": values[0], "words": values[1]}, lambda: values):
         assert ns.postmortem("two.pt", Two, example=example)["act"].dead_by_basis()["proved"] == 1
 
 
-def test_a_shape_makes_tensors_of_the_models_own_type(folder: Path) -> None:
+def test_an_example_by_shape_has_the_dtype_of_the_model(folder: Path) -> None:
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     torch.save(network.state_dict(), "double.pt")
     assert ns.postmortem("double.pt", network, example="2x4").level == "model"
@@ -275,7 +281,7 @@ def test_a_shape_makes_tensors_of_the_models_own_type(folder: Path) -> None:
     "example",
     ["x", "theirs", "1xx4", "1x4,", "0x4", "1x-4", "4x", "1x4:float33", "1x4:load", "9x99999999999999999999", "1x5"],
 )
-def test_examples_that_are_none_say_how_to_write_one(
+def test_a_wrong_example_is_refused_and_the_error_shows_how_to_write_one(
     folder: Path, example: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(f"--model theirs:network --example {example}", capsys)
@@ -284,7 +290,9 @@ def test_examples_that_are_none_say_how_to_write_one(
 
 
 @pytest.mark.parametrize("function", ["example", "example_arguments", "example_named", "held"])
-def test_examples_by_name(folder: Path, function: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_may_be_passed_by_argument_name(
+    folder: Path, function: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["postmortem", "net.pt", *f"{EXAMPLE}{function}".split(), "--box", "0", "1"]) == 0
     assert "8 proved" in capsys.readouterr().out
 

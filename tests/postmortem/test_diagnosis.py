@@ -86,13 +86,13 @@ CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("layers", "facts", "signs"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_signs_are_found_where_their_evidence_is(
+def test_symptoms_are_found_where_their_evidence_is(
     layers: tuple[LayerFacts, ...], facts: dict[str, Any], signs: list[str]
 ) -> None:
     assert found(*layers, **facts) == signs
 
 
-def test_every_sign_is_found_in_some_case() -> None:
+def test_every_symptom_is_found_in_some_case() -> None:
     assert {sign for case in CASES for sign in case[3]} == {sign.name for sign in SYMPTOMS}
 
 
@@ -113,7 +113,7 @@ SIGN_OF_COLLAPSE = "a layer nearly all dead"
     ],
 )
 @pytest.mark.parametrize("kind", ["smooth", "leaky", "gated"])
-def test_no_activation_is_advised_where_there_is_one_of_its_kind(
+def test_an_activation_is_not_advised_where_one_of_its_kind_is_in_use(
     sign: str, since: list[int], facts: dict[str, Any], kind: str
 ) -> None:
     names = ("GELU", "SiLU", "ELU", "LeakyReLU", "CReLU", "slope")
@@ -125,24 +125,24 @@ def test_no_activation_is_advised_where_there_is_one_of_its_kind(
     ("sign", "since"),
     [(SIGN_OF_COLLAPSE, [5000] * 64), ("dead since the beginning", [-1]), ("deaths spread over the run", EVENLY)],
 )
-def test_no_normalisation_is_advised_where_there_is_one(sign: str, since: list[int]) -> None:
+def test_normalisation_is_not_advised_where_there_is_one(sign: str, since: list[int]) -> None:
     assert "Norm" in remedy(sign, layer(since=since))
     assert "Norm" not in remedy(sign, layer(since=since, normalised=True))
 
 
-def test_an_unknown_activation_is_advised_on_condition() -> None:
+def test_advice_for_an_unknown_activation_is_conditional() -> None:
     assert "If the activation is zero for all negative inputs" in remedy(SIGN_OF_COLLAPSE, layer(since=[50] * 64))
 
 
 @pytest.mark.parametrize("sign", [SIGN_OF_COLLAPSE, "deaths close together in time"])
-def test_the_checkpoint_to_go_back_to_is_named(sign: str) -> None:
+def test_the_checkpoint_to_return_to_is_named(sign: str) -> None:
     found = layer(since=[5000] * 63 + [5003])
     assert remedy(sign, found).startswith("Go back to a checkpoint before step 5,000.")
     # Looked at every 20 steps: the deaths first seen at 5,000 may have come at 4,981.
     assert remedy(sign, found, observed_every=20).startswith("Go back to a checkpoint before step 4,981.")
 
 
-def test_where_no_checkpoint_can_be_named_none_is() -> None:
+def test_no_checkpoint_to_return_to_is_named_without_evidence() -> None:
     undated, born = (layer(since=[step] * 64) for step in (UNDATED, -1))
     assert remedy(SIGN_OF_COLLAPSE, undated).startswith("Go back to an earlier checkpoint that does not show this.")
     assert "checkpoint" not in remedy(SIGN_OF_COLLAPSE, born)
@@ -153,7 +153,7 @@ def test_a_collapse_is_dated_by_its_last_deaths() -> None:
     assert "before step 5,000." in remedy(SIGN_OF_COLLAPSE, one)
 
 
-def test_a_watched_run_knows_its_activations_and_norms() -> None:
+def test_the_diagnosis_of_a_watched_run_knows_activations_and_norms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
     with ns.watch(model, every_n_steps=5, window_steps=5) as scope:
@@ -172,7 +172,7 @@ def test_a_watched_run_knows_its_activations_and_norms() -> None:
     assert found.remedy.startswith("Go back to a checkpoint before step 21.")
 
 
-def test_a_post_mortem_knows_its_activations_and_norms(tmp_path: Path) -> None:
+def test_the_diagnosis_of_a_postmortem_knows_activations_and_norms(tmp_path: Path) -> None:
     """By the model: a norm right before the activation, one before its weights, and none."""
     model = nn.Sequential(
         *(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()),
@@ -187,7 +187,7 @@ def test_a_post_mortem_knows_its_activations_and_norms(tmp_path: Path) -> None:
     assert normalised_layers(layers) == {"0", "4"}
 
 
-def test_the_evidence_is_numbers_layers_and_steps() -> None:
+def test_the_evidence_of_a_diagnosis_names_numbers_layers_and_steps() -> None:
     two = layer("b", 32, [5003] * 2), layer("a", 64, [5000] * 6 + [9000])
     (one,) = diagnose(RunFacts(two, step=10_000, learning_rates=(0.003, 0.003, 0.1), clocked=True))
     assert one.evidence == (
@@ -198,14 +198,14 @@ def test_the_evidence_is_numbers_layers_and_steps() -> None:
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
 
 
-def test_many_layers_are_named_in_part_and_counted_whole() -> None:
+def test_of_many_layers_some_are_named_and_all_are_counted() -> None:
     (one,) = diagnose(RunFacts(tuple(layer(str(i), 64, [-1] * (i + 1)) for i in range(7)), step=9))
     assert "layers 6 (7 of 64), 5 (6 of 64), 4 (5 of 64), 3 (4 of 64) and 3 more" in one.evidence
     assert one.layers == tuple("6543210")
     assert one.neurons == 28  # 1 + 2 + … + 7
 
 
-def test_the_gravest_is_said_first() -> None:
+def test_the_worst_diagnosis_comes_first() -> None:
     assert found(layer(since=[-1], drifted=3), layer("b", since=[5000] * 9)) == [
         "deaths close together in time",
         "held below zero",
@@ -232,12 +232,12 @@ def test_the_gravest_is_said_first() -> None:
         ([100] * 5 + list(range(200, 1000, 32)), 1000, []),
     ],
 )
-def test_groups_by_the_rule_that_is_stated(steps: list[int], length: int, spans: list[tuple[int, int]]) -> None:
+def test_deaths_are_grouped_by_the_documented_rule(steps: list[int], length: int, spans: list[tuple[int, int]]) -> None:
     assert groups(np.array(steps, dtype=np.int64), length) == spans
 
 
 @given(st.lists(st.integers(0, 2000), max_size=60), st.integers(2000, 5000))
-def test_groups_are_short_apart_and_large(steps: list[int], length: int) -> None:
+def test_groups_of_deaths_are_short_separate_and_large(steps: list[int], length: int) -> None:
     rising = np.sort(np.array(steps, dtype=np.int64))
     spans = groups(rising, length)
     for first, last in spans:
@@ -248,12 +248,12 @@ def test_groups_are_short_apart_and_large(steps: list[int], length: int) -> None
 
 
 @given(st.integers(1, 400), st.integers(0, 10**6))
-def test_an_even_spread_is_never_called_a_group(number: int, length: int) -> None:
+def test_evenly_spread_deaths_are_never_called_a_group(number: int, length: int) -> None:
     steps = np.linspace(0, length, number).astype(np.int64)
     assert groups(steps, length) == []
 
 
-def test_a_watched_run_is_diagnosed_too() -> None:
+def test_a_watched_run_is_diagnosed() -> None:
     # In the sample, 24 of 128 neurons of features.4 died, strewn over 2,000 steps, and 14 are dead from the start.
     report = sample_reports.mixed()
     signs = {one.sign: one for one in diagnose(facts_from_report(report))}
@@ -264,7 +264,7 @@ def test_a_watched_run_is_diagnosed_too() -> None:
     assert [(one.sign, one.neurons) for one in broken] == [("NaN or infinite numbers", 24)]
 
 
-def test_a_post_mortem_gives_its_facts() -> None:
+def test_the_inputs_of_a_diagnosis_are_taken_from_a_postmortem() -> None:
     report = samples.with_model()
     facts = postmortem_facts(report.layers, step=5000, learning_rates=(0.1,), dead_norm_ratios={"net.4": 0.2})
     by_name = {one.name: one for one in facts.layers}
@@ -277,12 +277,12 @@ def test_a_post_mortem_gives_its_facts() -> None:
     assert facts.length() == 5000
 
 
-def test_what_is_only_suspected_is_no_evidence() -> None:
+def test_suspected_neurons_are_not_evidence_for_a_diagnosis() -> None:
     said = samples.report([samples.evidence("a", 16, "dead", "suspected", list(range(16)), since=300)])
     assert said.diagnoses == ()
 
 
-def test_plain_data() -> None:
+def test_a_diagnosis_as_a_dictionary_is_plain_data() -> None:
     (one,) = samples.healthy().diagnoses or diagnose(RunFacts((layer(since=[500] * 6),), step=1000))
     plain = one.to_dict()
     assert plain["steps"] == [500, 500]

@@ -57,7 +57,7 @@ def silences(gradients) -> np.ndarray:
     low=st.integers(-38, 0),
     high=st.integers(0, 17),
 )
-def test_the_bound_is_never_broken(optimizer, betas, seed, steps, tail, sparse, low, high):
+def test_the_bound_on_the_silent_steps_of_adam_is_never_broken(optimizer, betas, seed, steps, tail, sparse, low, high):
     """Gradients of any size from 1e-38 to 1e17, sparse, in spikes, of any sign, then a silence, other for each row."""
     random = np.random.default_rng(seed)
     shape = (steps + tail, ROWS, COLUMNS)
@@ -85,7 +85,7 @@ def test_the_bound_is_never_broken(optimizer, betas, seed, steps, tail, sparse, 
     st.integers(1, 40),
     st.integers(0, 100),
 )
-def test_a_bias_and_a_weight_together(betas, seed, steps, tail):
+def test_the_silent_steps_of_a_neuron_use_its_bias_and_its_weight(betas, seed, steps, tail):
     """Where the weights of a row have gone silent and its bias has not, the row has not."""
     random = np.random.default_rng(seed)
     weight = np.float32(random.standard_normal((steps + tail, ROWS, COLUMNS)))
@@ -103,7 +103,7 @@ def test_a_bias_and_a_weight_together(betas, seed, steps, tail):
 
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("tail", [0, 1, 37])
-def test_the_bound_is_attained(betas, tail):
+def test_the_bound_on_the_silent_steps_of_adam_is_attained(betas, tail):
     """By the gradients for which Cauchy and Schwarz's inequality is an equality: g_i ∝ (β1/β2)^(t−i)."""
     beta1, beta2 = betas
     steps = 60
@@ -128,7 +128,7 @@ def test_the_bound_is_attained(betas, tail):
         ((0.9, 0.95), 1.16496, 0.079714),
     ],
 )
-def test_the_constants(betas, supremum, rate):
+def test_the_constants_of_the_adam_clock_equal_their_formulas(betas, supremum, rate):
     clock = AdamClock(*betas)
     assert clock.supremum == pytest.approx(supremum, rel=1e-4)
     assert clock.rate == pytest.approx(rate, rel=1e-4)
@@ -155,20 +155,20 @@ def test_where_the_mean_has_faded_away_the_clock_says_that_it_has_stopped(tail):
     assert math.isnan(reading.least_steps[1])
 
 
-def test_gradients_whose_squares_are_lost_are_neither_silent_nor_never():
+def test_gradients_whose_squares_underflow_are_not_called_silent():
     gradients = np.full((50, 1, 2), 1e-25, dtype=np.float32)  # squared: 1e-50, below the smallest float32
     mean, square, taken = play("Adam", (0.9, 0.999), gradients)
     reading = AdamClock(0.9, 0.999, taken).read(mean, square)
     assert (bool(reading.underflowed[0]), bool(reading.never[0])) == (True, False)
 
 
-def test_numbers_that_are_not_finite_are_broken():
+def test_optimizer_numbers_that_are_not_finite_are_reported_as_broken():
     mean = torch.tensor([[1.0, math.nan], [1.0, 1.0], [math.inf, 1.0]])
     reading = AdamClock(0.9, 0.999).read(mean, torch.ones(3, 2))
     assert reading.not_finite.tolist() == [True, False, True]
 
 
-def test_chunks_make_no_difference(monkeypatch):
+def test_reading_in_chunks_gives_the_same_dates(monkeypatch):
     mean, square = torch.randn(50, 7), torch.rand(50, 7)
     whole = AdamClock(0.9, 0.999).read(mean, square)
     monkeypatch.setattr("neuronscope.checkpoints.file.adam_clock._CHUNK", 20)
@@ -177,7 +177,7 @@ def test_chunks_make_no_difference(monkeypatch):
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
-def test_momentum_is_dated_by_the_loudest_row(momentum):
+def test_momentum_is_dated_relative_to_the_largest_row(momentum):
     """Rows that got gradients of one size until step 60, 40 and never: the second's buffer is μ^20 of the first's."""
     parameter = torch.nn.Parameter(torch.zeros(3, 2))
     optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=momentum)

@@ -67,7 +67,7 @@ CUT = ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")
 
 @pytest.mark.parametrize("death", [0, DEATH])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_layer_whose_reader_learns_a_bias_alone_has_collapsed(tmp_path: Path, optimizer: str, death: int) -> None:
+def test_a_layer_whose_reader_learns_only_its_bias_has_collapsed(tmp_path: Path, optimizer: str, death: int) -> None:
     model = chain()
     report = ns.postmortem(saved(tmp_path, model, OPTIMIZERS[optimizer](model.parameters()), CUT, death=death))
     assert report.collapsed == ("2",)
@@ -75,7 +75,7 @@ def test_the_layer_whose_reader_learns_a_bias_alone_has_collapsed(tmp_path: Path
     assert "cut off by the collapse of 2" in report["0"].evidence[0].text
 
 
-def test_a_bias_that_has_come_to_rest_since_learnt_on_for_long_enough(tmp_path: Path) -> None:
+def test_a_bias_that_stopped_after_learning_on_shows_a_collapse(tmp_path: Path) -> None:
     """The bias of the reader gets its last gradient 130 steps after the death; then the whole network is silent."""
     model = chain()
     optimizer = torch.optim.Adam(model.parameters())
@@ -85,7 +85,7 @@ def test_a_bias_that_has_come_to_rest_since_learnt_on_for_long_enough(tmp_path: 
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_norm_takes_the_place_of_a_bias(tmp_path: Path, optimizer: str) -> None:
+def test_a_norm_layer_shows_a_collapse_like_a_bias(tmp_path: Path, optimizer: str) -> None:
     model = norms()
     cut = [name for name, _ in model.named_parameters() if name.split(".")[0] in "0134"] + ["6.weight", "7.weight"]
     report = ns.postmortem(saved(tmp_path, model, OPTIMIZERS[optimizer](model.parameters()), cut))
@@ -123,7 +123,7 @@ def test_a_head_that_is_not_used_has_not_collapsed(tmp_path: Path) -> None:
     assert (report.collapsed, report.dead, report.idle) == ((), 0, 6)
 
 
-def test_without_a_bias_to_tell_by_a_collapse_is_suspected(tmp_path: Path) -> None:
+def test_without_a_bias_a_collapse_is_only_suspected(tmp_path: Path) -> None:
     """From layer 2 on nothing has a bias, so that the whole network stops: a collapse, or a loss of zero."""
     model = chain(bias=False)
     everything = dict(model.named_parameters()).keys()
@@ -173,7 +173,7 @@ def said(report: PostmortemReport, layer: str) -> None:
     assert 150 <= before <= 206  # the state that step 204 left is the last sound one, saved as after 205 steps
 
 
-def test_a_collapse_is_told_from_the_file_alone_and_with_the_model(run, tmp_path: Path) -> None:
+def test_a_collapse_is_found_from_the_file_alone_and_with_the_model(run, tmp_path: Path) -> None:
     model, optimizer, x, _ = run
     assert int((model[:4](x) == 0).all(dim=0).sum()) == 16
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 480}
@@ -187,7 +187,7 @@ def test_a_collapse_is_told_from_the_file_alone_and_with_the_model(run, tmp_path
     assert "LeakyReLU" in remedy
 
 
-def test_a_collapse_is_told_from_the_monitors_record(run, tmp_path: Path) -> None:
+def test_a_collapse_is_found_from_the_monitors_record(run, tmp_path: Path) -> None:
     model, _, _, scope = run
     torch.save({"model": model.state_dict(), "neuronscope": scope.state_dict()}, tmp_path / "last.pt")
     report = ns.postmortem(tmp_path / "last.pt")
@@ -197,7 +197,7 @@ def test_a_collapse_is_told_from_the_monitors_record(run, tmp_path: Path) -> Non
     assert report["1"].idle.sum() + report["1"].count("dead") == 16
 
 
-def test_data_tells_the_collapsed_layer_from_the_one_that_it_cuts_off(run, tmp_path: Path) -> None:
+def test_data_separates_a_collapsed_layer_from_the_one_that_it_cuts_off(run, tmp_path: Path) -> None:
     model, _, x, _ = run
     torch.save(model.state_dict(), tmp_path / "last.pt")
     report = ns.postmortem(

@@ -79,13 +79,13 @@ CHECKPOINTS = st.builds(
 
 
 @given(CHECKPOINTS, st.one_of(st.none(), CHECKPOINTS), st.one_of(st.none(), st.lists(NAMES, max_size=4)))
-def test_there_is_always_an_answer(checkpoint, earlier, names):
+def test_damaged_optimizer_state_gives_evidence_or_a_reason(checkpoint, earlier, names):
     found, said = examine_file(checkpoint, parameter_names=names, earlier=earlier)
     assert all(isinstance(piece, Evidence) for piece in found)  # whose own checks hold: rising indices within the layer
     assert all(isinstance(piece, Abstention) and piece.reason for piece in said)
 
 
 @given(CHECKPOINTS)
-def test_a_checkpoint_beside_itself(checkpoint):
+def test_a_checkpoint_compared_with_itself_gives_no_evidence(checkpoint):
     found, _ = examine_file(checkpoint, earlier=checkpoint)
     assert not [piece for piece in found if piece.source.startswith("two checkpoints")]

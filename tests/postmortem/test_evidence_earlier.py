@@ -52,7 +52,7 @@ def compared(earlier, later):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_silent_in_between_and_died_in_between(name, schedule):
+def test_neurons_silent_or_dead_between_two_checkpoints_are_found(name, schedule):
     rate = (lambda step: 1.0) if schedule == "constant" else (lambda step: 0.5 + 0.5 * math.cos(3.1 * step / LAST))
     found, said = compared(*run(OPTIMIZERS[name], rate=rate))
     assert said == []
@@ -72,7 +72,7 @@ def test_silent_in_between_and_died_in_between(name, schedule):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_faint_gradients_are_seen_where_one_checkpoint_cannot_see_them(name):
+def test_two_checkpoints_show_faint_gradients_that_one_cannot_show(name):
     """From step 250 on gradients are a ten-thousandth of before: one checkpoint takes the living for silent."""
     earlier, later = run(OPTIMIZERS[name], scale=lambda step: 1.0 if step < 250 else 1e-4)
     alone, _ = examine_file(later)
@@ -82,7 +82,7 @@ def test_faint_gradients_are_seen_where_one_checkpoint_cannot_see_them(name):
     assert [piece.neurons.tolist() for piece in found if "at least" in piece.measure] == [[2, 3]]
 
 
-def test_a_layer_that_is_cut_off_is_told_as_a_whole():
+def test_a_layer_that_is_cut_off_is_reported_as_a_whole():
     found, _ = compared(*run(OPTIMIZERS["Adam"], until=(FIRST,) * 3))
     (silent,) = found
     assert silent.whole_layer
@@ -101,14 +101,14 @@ def test_a_layer_that_is_cut_off_is_told_as_a_whole():
     ],
     ids=["swapped", "the same", "another network", "no state"],
 )
-def test_checkpoints_that_cannot_be_compared(spoil, reason):
+def test_checkpoints_that_cannot_be_compared_give_a_reason_and_no_evidence(spoil, reason):
     found, said = compared(*spoil(*run(OPTIMIZERS["Adam"])))
     assert found == []
     assert said
     assert all(reason in piece.reason for piece in said)
 
 
-def test_betas_that_were_changed_in_between():
+def test_adam_betas_that_changed_between_checkpoints_are_noticed():
     earlier, _ = run(OPTIMIZERS["AdamW"])
     _, later = run(OPTIMIZERS["AdamW, β2 .95"])
     found, said = compared(earlier, later)

@@ -76,7 +76,7 @@ def test_examples_are_no_more_than_the_positions_that_were_seen(tmp_path: Path) 
     assert (report.dead, report.suspected) == (0, 4)
 
 
-def test_the_check_does_not_count_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspected_silence_does_not_count_for_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     torch.save(network().state_dict(), "net.pt")

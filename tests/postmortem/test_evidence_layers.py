@@ -100,7 +100,7 @@ def test_without_a_namesake_a_square_weight_is_taken_as_usual_and_said_to_be_uns
     assert (layer.axis, layer.axis_known) == (0, False)
 
 
-def test_columns_are_the_inputs():
+def test_the_columns_of_a_weight_are_the_inputs_of_its_layer():
     reader = nn.Conv2d(3, 5, 2)
     reader.weight.data[:, 1] = 0
     (layer,) = find_layers(held(nn.Sequential(reader)))
@@ -135,16 +135,16 @@ def test_columns_are_the_inputs():
         ("sevenfold.weight", (2,) * 7, None),
     ],
 )
-def test_what_is_a_layer_by_its_name(name, shape, kind):
+def test_layers_are_recognised_by_the_names_of_their_weights(name, shape, kind):
     found = find_layers({name: Held(torch.zeros(shape))})
     assert [layer.kind for layer in found] == ([] if kind is None else [kind])
     assert (kind in NEURON_KINDS) == (kind in ("linear", "conv"))
 
 
-def test_whole_numbers_are_no_weights():
+def test_integer_tensors_are_not_weights():
     assert find_layers({"fc.weight": Held(torch.zeros(3, 4, dtype=torch.int8))}) == ()
 
 
-def test_a_bias_that_fits_no_dimension_makes_no_layer():
+def test_a_bias_that_fits_no_dimension_is_not_a_layer():
     tensors = {"fc.weight": Held(torch.zeros(3, 4)), "fc.bias": Held(torch.zeros(7))}
     assert find_layers(tensors) == ()

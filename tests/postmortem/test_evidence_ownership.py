@@ -75,7 +75,7 @@ ALL = 8  # three weights and biases, the norm's two
     ],
     ids=["one group", "decay or not", "named", "sgd", "frozen", "head alone", "first frozen out", "head and first"],
 )
-def test_each_entry_is_tied_to_its_parameter(make, expected):
+def test_each_entry_of_an_optimizer_is_matched_to_its_parameter(make, expected):
     model = mlp()
     optimizer = make(model)
     train(model, [optimizer])
@@ -84,7 +84,7 @@ def test_each_entry_is_tied_to_its_parameter(make, expected):
     assert bool(reasons) == (expected < states)  # what is not tied is said
 
 
-def test_frozen_out_is_sure_where_the_model_says_which_are_left():
+def test_parameters_left_out_of_the_optimizer_are_known_from_the_model():
     model = frozen(mlp())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     train(model, [optimizer])
@@ -93,7 +93,7 @@ def test_frozen_out_is_sure_where_the_model_says_which_are_left():
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_two_optimizers_of_a_gan(alike):
+def test_the_two_optimizers_of_a_gan_are_matched(alike):
     model = nn.ModuleDict(
         {
             "generator": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)),
@@ -107,7 +107,7 @@ def test_two_optimizers_of_a_gan(alike):
     assert len(reasons) == (2 if alike else 0)
 
 
-def test_tied_weights_are_in_the_file_twice_and_in_the_optimizer_once():
+def test_tied_weights_are_matched_to_their_one_entry_in_the_optimizer():
     model = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 9, bias=False), nn.Linear(9, 2))
     model[1].weight = model[0].weight
     optimizer = torch.optim.Adam(model.parameters())
@@ -119,7 +119,7 @@ def test_tied_weights_are_in_the_file_twice_and_in_the_optimizer_once():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_language_model_whose_head_shares_its_embedding(groups):
+def test_a_language_model_whose_head_shares_its_embedding_is_matched(groups):
     """Grouped as by Hugging Face's Trainer: only matrices decay. The shared weight is in the file twice."""
     config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=8, vocab_size=12, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config)
@@ -129,7 +129,7 @@ def test_a_language_model_whose_head_shares_its_embedding(groups):
 
 
 @pytest.mark.parametrize("damage", ["shape", "count", "no group", "wild"])
-def test_a_state_of_another_network_is_tied_to_nothing(damage):
+def test_the_optimizer_of_another_network_is_matched_to_nothing(damage):
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     train(model, [optimizer])
@@ -149,7 +149,7 @@ def test_a_state_of_another_network_is_tied_to_nothing(damage):
     assert len(owners.abstentions) == (1 if damage in ("shape", "count") else 0)
 
 
-def test_very_many_groups_do_not_hang_it():
+def test_matching_ends_with_very_many_parameter_groups():
     tensors = {f"{number}.weight": Held(torch.zeros(2)) for number in range(5_000)}
     groups = tuple({"params": [number]} for number in range(5_000))
     slots = {number: {"exp_avg": Held(torch.zeros(2))} for number in range(5_000)}
@@ -164,7 +164,7 @@ SHAPES = st.sampled_from([(2, 3), (3, 2), (2,), (3,), (1,)])
 
 
 @given(st.data())
-def test_no_tie_is_ever_wrong(data):
+def test_no_match_between_optimizer_and_parameters_is_wrong(data):
     shapes = data.draw(st.lists(SHAPES, min_size=1, max_size=9))
     model = nn.ParameterDict(
         {f"{chr(97 + i)}_weight": nn.Parameter(torch.zeros(shape)) for i, shape in enumerate(shapes)}

@@ -63,7 +63,7 @@ def of_record(model, state):
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"version": 1, "model": "Sequential", "scope": s, "published": {}}]
 )
-def test_what_the_record_says_is_what_the_run_said(run, wrap):
+def test_evidence_from_a_record_equals_the_report_of_the_run(run, wrap):
     model, scope = run
     state = wrap(scope.state_dict())
     found, said = of_record(model, state)
@@ -85,7 +85,7 @@ def test_what_the_record_says_is_what_the_run_said(run, wrap):
     assert [(v.neuron, v.since, v.bound) for v in verdicts] == list(zip(dead.neurons, dead.since, dead.numbers))
 
 
-def test_the_monitors_own_state_is_understood(tmp_path):
+def test_the_state_of_the_monitor_is_read(tmp_path):
     """What a callback writes into a checkpoint, and not what this test thinks that it writes."""
     monitor = DeadNeuronMonitor(every_n_steps=1)
     trainer = pl.Trainer(
@@ -126,7 +126,7 @@ def test_validation_alone_is_better_than_nothing():
     assert ["phase val" in piece.text for piece in found if piece.claim == "dead"] == [True]
 
 
-def test_a_record_of_short_passes_is_of_the_newest_one():
+def test_a_record_of_short_passes_describes_the_newest_one():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     model[0].bias.data.fill_(100)
     with ns.watch(model) as scope:
@@ -163,7 +163,7 @@ def _damaged(state: dict, how: str) -> object:
 @pytest.mark.parametrize(
     "how", ["version", "no version", "phases", "history", "steps", "counts", "a count gone", "trail"]
 )
-def test_a_damaged_record_is_one_sentence(run, how):
+def test_a_damaged_record_is_reported_in_one_sentence(run, how):
     model, scope = run
     found, (said,) = of_record(model, _damaged(scope.state_dict(), how))
     assert found == []
@@ -172,20 +172,20 @@ def test_a_damaged_record_is_one_sentence(run, how):
 
 
 @pytest.mark.parametrize("state", [{}, {"scope": {}}, {"scope": 3}, {"scope": None}])
-def test_a_record_that_is_none_is_one_sentence(state):
+def test_a_value_that_is_not_a_record_is_reported_in_one_sentence(state):
     found, said = of_record(nn.Linear(2, 2), state)
     assert found == []
     assert len(said) == 1
 
 
-def test_an_empty_record_is_said(run):
+def test_an_empty_record_is_reported(run):
     with ns.watch(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) as scope:
         pass
     _, (said,) = of_record(nn.Linear(2, 2), scope.state_dict())
     assert "nothing was counted" in said.reason
 
 
-def test_dates_are_int64(run):
+def test_steps_of_a_record_are_int64(run):
     model, scope = run
     found, _ = of_record(model, scope.state_dict())
     assert all(piece.since is None or piece.since.dtype == np.int64 for piece in found)

@@ -54,7 +54,7 @@ def of(found, claim, layer="0"):
     ],
     ids=["Adam", "AdamW", "NAdam", "RAdam", "amsgrad", "foreach", "fused", "SGD"],
 )
-def test_silent_never_trained_and_alive(make):
+def test_silent_never_trained_and_alive_neurons_are_told_apart_by_adam_state(make):
     model = network()
     found, said = examine_file(as_checkpoint(*run(model, make(model.parameters())), step=STEPS))
     assert said == []
@@ -104,7 +104,7 @@ def group_of(checkpoint, **changes):
         (lambda p: torch.optim.Adamax(p), {}, "clock of such an optimizer is not known"),
     ],
 )
-def test_every_reason_to_say_nothing(make, changes, reason):
+def test_every_reason_for_no_evidence_is_stated(make, changes, reason):
     model = network()
     checkpoint = group_of(as_checkpoint(*run(model, make(model.parameters()), last=(STEPS,) * 5)), **changes)
     found, said = examine_file(checkpoint)
@@ -113,7 +113,7 @@ def test_every_reason_to_say_nothing(make, changes, reason):
     assert all(reason in piece.reason for piece in said), said
 
 
-def test_half_precision_state_has_no_clock():
+def test_half_precision_optimizer_state_gives_no_dates():
     model = network().to(torch.bfloat16)
     found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()))))
     assert found == []
@@ -121,7 +121,7 @@ def test_half_precision_state_has_no_clock():
     assert len(said) == 2
 
 
-def test_old_adamw_is_known_by_a_weight_that_never_got_its_decay_as_a_gradient():
+def test_decoupled_weight_decay_is_recognised_in_an_old_adamw_state():
     """Old torch does not save whether decay is decoupled. Coupled, it would have reached the never-trained row."""
     model = network()
     checkpoint = as_checkpoint(*run(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)), step=STEPS)
@@ -130,7 +130,7 @@ def test_old_adamw_is_known_by_a_weight_that_never_got_its_decay_as_a_gradient()
     assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
 
 
-def test_coupled_decay_would_make_the_dead_look_alive():
+def test_coupled_weight_decay_read_as_decoupled_hides_silent_neurons():
     """Why it is abstained from: read as AdamW's, the same state says that neurons silent for 340 steps are alive."""
     model = network()
     checkpoint = as_checkpoint(*run(model, torch.optim.Adam(model.parameters(), weight_decay=0.1)), step=STEPS)
@@ -138,7 +138,7 @@ def test_coupled_decay_would_make_the_dead_look_alive():
     assert of(found, "no gradient") == []
 
 
-def test_too_few_steps_say_only_who_never_got_any():
+def test_after_few_steps_only_neurons_that_never_had_a_gradient_are_found():
     model = network()
     found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), steps=81)))
     assert [(piece.claim, piece.neurons.tolist()) for piece in found] == [("never trained", [1])]
@@ -146,7 +146,7 @@ def test_too_few_steps_say_only_who_never_got_any():
 
 
 @pytest.mark.parametrize(("cut", "basis", "beyond"), [(90, "inferred", 200), (290, "suspected", 80)])
-def test_a_layer_that_goes_silent_as_a_whole_is_told_from_neurons_that_die(cut, basis, beyond):
+def test_a_layer_that_goes_silent_as_a_whole_is_not_reported_as_dead_neurons(cut, basis, beyond):
     """Two die at 20, 1 never learns; then the layer is cut off: that 0 and 4 go silent says nothing of themselves."""
     model = network()
     found, said = examine_file(
@@ -163,7 +163,7 @@ def test_a_layer_that_goes_silent_as_a_whole_is_told_from_neurons_that_die(cut, 
     assert of(found, "alive") == []
 
 
-def test_a_layer_that_never_learnt_is_told_as_a_whole():
+def test_a_layer_that_never_learnt_is_reported_as_a_whole():
     model = network()
     found, _ = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), last=(0,) * 5)))
     (never,) = of(found, "never trained")
@@ -171,7 +171,7 @@ def test_a_layer_that_never_learnt_is_told_as_a_whole():
     assert never.neurons.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_frozen_layer_has_no_date():
+def test_a_frozen_layer_has_no_date_of_death():
     """Its gradient is None from step 100 on: the optimizer leaves it out, and its clock stands still."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
@@ -189,14 +189,14 @@ def test_a_frozen_layer_has_no_date():
     assert "left out of 50" in silent.text
 
 
-def test_what_was_never_updated_is_not_called_healthy():
+def test_a_layer_that_was_never_updated_is_not_called_healthy():
     model = network()
     found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()), head=False)))
     assert {piece.layer for piece in found} == {"0"}
     assert [(piece.layer, "never updated" in piece.reason) for piece in said] == [("2", True)]
 
 
-def test_state_that_is_not_finite_is_said():
+def test_optimizer_state_that_is_not_finite_is_reported():
     model = network()
     optimizer = torch.optim.Adam(model.parameters())
     run(model, optimizer)
@@ -206,13 +206,13 @@ def test_state_that_is_not_finite_is_said():
     assert ["1 neurons is NaN" in piece.reason for piece in said] == [True]
 
 
-def test_without_an_optimizer_that_is_said():
+def test_a_missing_optimizer_is_reported():
     found, said = examine_file(as_checkpoint(network()))
     assert found == []
     assert [piece.layer for piece in said] == [""]
 
 
-def test_experts_are_abstained_from():
+def test_layers_of_experts_get_no_verdict():
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(4, 3, 5))
     _, said = examine_file(as_checkpoint(model, torch.optim.Adam(model.parameters())))

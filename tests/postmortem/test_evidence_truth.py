@@ -11,7 +11,7 @@ from scripts.dying_networks import CASES, as_checkpoint, train
 from scripts.optimizer_clock import compare, score
 
 
-def test_the_clock_of_a_network_that_died():
+def test_deaths_dated_from_adam_state_agree_with_a_run_that_was_recorded():
     """6 × 64 neurons, AdamW, a learning rate twenty times as high in epochs 6 and 7; every step watched and counted."""
     case, scopes = CASES[1], []
 

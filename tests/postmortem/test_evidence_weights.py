@@ -19,14 +19,14 @@ def examined(model: nn.Module):
     return {(e.layer, e.claim): e for e in examine_weights(tensors, find_layers(tensors))}
 
 
-def test_sound_weights_say_nothing():
+def test_normal_weights_give_no_evidence():
     assert examined(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.BatchNorm1d(2))) == {}
 
 
 @pytest.mark.parametrize(
     ("layer", "rank"), [(nn.Linear(3, 4), 2), (nn.Conv2d(3, 4, 2), 4), (nn.ConvTranspose2d(3, 4, 2), 4)]
 )
-def test_zero_rows_and_rows_that_are_not_finite(layer, rank):
+def test_rows_of_zeros_and_rows_that_are_not_finite_are_found(layer, rank):
     axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     with torch.no_grad():
         layer.weight.select(axis, 1).zero_()
@@ -63,7 +63,7 @@ def test_a_row_of_zeros_with_a_nan_bias_is_not_finite_only():
         lambda: nn.ModuleDict({"net": nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 2))}),
     ],
 )
-def test_unread_neurons(make):
+def test_neurons_that_no_layer_reads_are_found(make):
     model = make()
     _, reader = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     reader.weight.data[:, [1, 4]] = 0
@@ -83,7 +83,7 @@ def test_unread_neurons(make):
         nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 5)), "b": nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Linear(5, 2))}),
     ],
 )
-def test_no_reader_is_guessed_where_names_do_not_say(model):
+def test_a_reading_layer_is_not_guessed_where_names_do_not_show_it(model):
     assert sequential_readers(find_layers(as_checkpoint(model).tensors)) == []
 
 

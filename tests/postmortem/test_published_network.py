@@ -52,7 +52,7 @@ def tested(example: ModuleType, path: Path, speech: Tensor) -> PostmortemReport:
     return ns.postmortem(path, example.SpeakerEncoder(), data=speech.split(64))
 
 
-def test_the_file_alone_against_a_twin_that_reads_it_with_torch(path: Path) -> None:
+def test_evidence_from_a_published_file_equals_that_of_a_twin(path: Path) -> None:
     layer = ns.postmortem(path)["linear"]
     saved = torch.load(path, map_location="cpu", weights_only=True)
     names = list(saved["model_state"])
@@ -85,7 +85,7 @@ def test_the_file_alone_against_a_twin_that_reads_it_with_torch(path: Path) -> N
     assert (len(silent), len(faint)) == (5, 9)
 
 
-def test_data_against_a_twin_that_runs_the_network_by_hand(
+def test_measurements_of_a_published_network_equal_those_of_a_twin(
     example: ModuleType, path: Path, speech: Tensor, tested: PostmortemReport
 ) -> None:
     network = example.SpeakerEncoder()
@@ -98,7 +98,7 @@ def test_data_against_a_twin_that_runs_the_network_by_hand(
     assert 40 < len(silent) < 80  # docs/published-network.md: 56
 
 
-def test_all_that_the_file_says_to_be_without_gradient_are_silent(tested: PostmortemReport) -> None:
+def test_neurons_of_a_published_network_without_gradient_are_silent_on_data(tested: PostmortemReport) -> None:
     (clock,) = tested.confirmations
     assert (clock.source, clock.held, clock.refuted, clock.untested) == ("adam state", 5, 0, 0)
     assert "most likely they are silent on this data only" in str(tested)

@@ -57,7 +57,7 @@ def within(most: int, *paths: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
+def test_reading_a_sharded_checkpoint_needs_memory_near_its_largest_tensor(tmp_path: Path) -> None:
     # 256 MiB in four files of one matrix of 64 MiB each. One matrix at a time is 64 MiB; two would be 128.
     checkpoint_memory.write(tmp_path, 256 * MEBIBYTE)
     child = checkpoint_memory.measured(tmp_path)
@@ -66,7 +66,7 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
     assert child["peak_kb"] < 100 * 1024
 
 
-def test_the_same_of_a_torch_file(tmp_path: Path) -> None:
+def test_reading_a_torch_file_needs_memory_near_its_largest_tensor(tmp_path: Path) -> None:
     # Eight matrices of 32 MiB, 256 MiB in all: more than there is room for, be it in a map of the file.
     torch.save({f"{at}.weight": torch.ones(8 * MEBIBYTE) for at in range(8)}, tmp_path / "w.pt")
     assert within(160 * MEBIBYTE, tmp_path / "w.pt") == ["read 8"]
@@ -169,12 +169,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_claims_take_no_memory(name: str, said: dict[str, str]) -> None:
+def test_a_file_that_claims_too_much_is_refused_without_taking_memory(name: str, said: dict[str, str]) -> None:
     assert said[name].startswith("refused:")
     assert BOMBS[name][2] in said[name]
 
 
-def test_a_legacy_file_that_claims_a_large_storage(tmp_path: Path) -> None:
+def test_a_legacy_file_that_claims_a_large_storage_is_refused(tmp_path: Path) -> None:
     room = io.BytesIO()
     torch.save({"w": torch.arange(4.0)}, room, _use_new_zipfile_serialization=False)
     content = room.getvalue()
@@ -185,7 +185,7 @@ def test_a_legacy_file_that_claims_a_large_storage(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "w.pth")
 
 
-def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
+def test_a_hundred_thousand_tensors_are_read_in_linear_time(tmp_path: Path) -> None:
     count = 100_000
     names = [f"layers.{at}.weight" for at in range(count)]
     header = json.dumps(
@@ -211,7 +211,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_what_is_no_file(name: str, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_readable_file_is_refused(name: str, tmp_path: Path) -> None:
     make, sentence = PLACES[name]
     make(tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=sentence):
@@ -219,7 +219,7 @@ def test_what_is_no_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PLACES if "folder" not in name])
-def test_what_is_no_file_in_a_folder(name: str, tmp_path: Path) -> None:
+def test_a_folder_with_a_part_that_is_not_a_file_is_refused(name: str, tmp_path: Path) -> None:
     make, sentence = PLACES[name]
     torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     make(tmp_path / "optimizer.pt")
@@ -232,7 +232,7 @@ def test_what_is_no_file_in_a_folder(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("folder", [True, False])
-def test_what_may_not_be_read(folder: bool, tmp_path: Path) -> None:
+def test_a_file_without_permission_to_read_is_refused(folder: bool, tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.mkdir() if folder else path.write_bytes(b"x")
     path.chmod(0)
@@ -241,14 +241,14 @@ def test_what_may_not_be_read(folder: bool, tmp_path: Path) -> None:
     path.chmod(0o700)
 
 
-def test_a_name_that_no_file_can_have() -> None:
+def test_an_impossible_file_name_is_refused() -> None:
     for name in ("a\0b", "w" * 5000, "\ud800"):
         with pytest.raises(CheckpointError, match="Cannot read"):
             open_checkpoint(name)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_a_file_that_shrinks_after_it_was_opened(share: float, tmp_path: Path) -> None:
+def test_a_file_that_shrinks_after_it_was_opened_raises_a_clear_error(share: float, tmp_path: Path) -> None:
     """With a map of memory this would end the process."""
     for name, save in (("w.pt", torch.save), ("w.safetensors", None)):
         path = tmp_path / name

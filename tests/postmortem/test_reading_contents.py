@@ -40,7 +40,7 @@ class Net(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])}
 
 
-def test_a_watched_lightning_run(tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_watched_lightning_run_is_read(tmp_path: Path) -> None:
     monitor, model = DeadNeuronMonitor(every_n_steps=1), Net()
     trainer = Trainer(
         max_epochs=2,
@@ -84,7 +84,7 @@ def _watched() -> dict[str, Any]:
         (lambda state: state, ""),
     ],
 )
-def test_a_scope_is_found_where_a_loop_has_put_it(place: Any, key: str, tmp_path: Path) -> None:
+def test_the_state_of_a_scope_is_found_wherever_a_loop_saved_it(place: Any, key: str, tmp_path: Path) -> None:
     state = _watched()
     torch.save(place(state), tmp_path / "w.pt")
     checkpoint = open_checkpoint(tmp_path / "w.pt")
@@ -94,7 +94,7 @@ def test_a_scope_is_found_where_a_loop_has_put_it(place: Any, key: str, tmp_path
     assert again.census("train")["1"].positions == 5
 
 
-def test_networks_two_levels_deep(tmp_path: Path) -> None:
+def test_weights_nested_two_levels_deep_are_found(tmp_path: Path) -> None:
     """As an agent keeps them: each with its own name in front, and nothing of the optimizers or a trainer's state."""
     actor, critic = nn.Linear(4, 2), nn.Linear(4, 1)
     content = {
@@ -114,7 +114,7 @@ def test_networks_two_levels_deep(tmp_path: Path) -> None:
     assert (len(checkpoint.optimizers), checkpoint.step) == (1, 7)
 
 
-def test_a_scope_beside_a_trainers_weights(tmp_path: Path) -> None:
+def test_the_state_of_a_scope_is_found_beside_a_trainers_weights(tmp_path: Path) -> None:
     torch.save(_watched(), trainer_folder(tmp_path, trained()) / "neuronscope.pt")
     assert list(open_checkpoint(tmp_path).records) == ["neuronscope"]
 
@@ -136,7 +136,7 @@ def test_names_of_wrapped_networks_fit_their_optimizers(tmp_path: Path) -> None:
     assert checkpoint.step == 4
 
 
-def test_a_lightning_folder_of_shards(tmp_path: Path) -> None:
+def test_a_lightning_folder_of_shards_is_read(tmp_path: Path) -> None:
     saved = trained()
     distributed(tmp_path, saved)
     meta = {
@@ -151,7 +151,7 @@ def test_a_lightning_folder_of_shards(tmp_path: Path) -> None:
     assert checkpoint.format == "Lightning's distributed checkpoint, 1 file"
 
 
-def test_a_trainers_folder_of_shards(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_of_shards_is_read(tmp_path: Path) -> None:
     saved = trained()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -181,14 +181,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_foreign_is_said_in_a_sentence(name: str, tmp_path: Path) -> None:
+def test_content_that_is_not_understood_is_described_in_a_sentence(name: str, tmp_path: Path) -> None:
     write, sentence = REFUSED[name]
     write(tmp_path / "x.bin")
     with pytest.raises(CheckpointError, match=sentence):
         open_checkpoint(tmp_path / "x.bin")
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_folders_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"give one of them, as 'last\.ckpt'"):
         open_checkpoint(tmp_path)

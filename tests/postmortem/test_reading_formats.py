@@ -13,7 +13,7 @@ from tests.postmortem.files import FORMATS, STEPS, Format, trained
 
 
 @pytest.mark.parametrize("case", FORMATS.values(), ids=FORMATS)
-def test_every_format_gives_the_network_back(case: Format, tmp_path: Path) -> None:
+def test_every_format_gives_back_the_weights(case: Format, tmp_path: Path) -> None:
     saved = trained()
     checkpoint = open_checkpoint(case.write(tmp_path, saved))
     assert checkpoint.format == case.format
@@ -45,7 +45,7 @@ def test_an_optimizer_is_as_it_was_saved(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", FORMATS.values(), ids=FORMATS)
-def test_numbers_stay_in_the_file_until_they_are_wanted(
+def test_tensors_are_read_from_the_file_only_when_needed(
     case: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = trained()
@@ -85,7 +85,7 @@ ODD = {
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ODD)
-def test_tensors_of_every_kind(name: str, zipped: bool, tmp_path: Path) -> None:
+def test_every_kind_of_tensor_is_read(name: str, zipped: bool, tmp_path: Path) -> None:
     tensor = ODD[name]
     torch.save({"a": torch.zeros(2), name: tensor}, tmp_path / "odd.pt", _use_new_zipfile_serialization=zipped)
     stored = open_checkpoint(tmp_path / "odd.pt").tensors[name]
@@ -94,7 +94,7 @@ def test_tensors_of_every_kind(name: str, zipped: bool, tmp_path: Path) -> None:
     assert read.tolist() == tensor.tolist()
 
 
-def test_tensors_that_are_none_of_ours_are_named_and_left_out(tmp_path: Path) -> None:
+def test_tensors_that_are_not_weights_are_named_and_left_out(tmp_path: Path) -> None:
     weights = {"w": torch.ones(2), "sparse": torch.eye(2).to_sparse(), "meta": torch.ones(2, device="meta")}
     torch.save(weights | {"_extra_state": {"version": 1}}, tmp_path / "odd.pt")
     checkpoint = open_checkpoint(tmp_path / "odd.pt")
@@ -116,7 +116,7 @@ def test_two_networks_in_one_file_keep_their_names_apart(under: str | None, tmp_
     assert checkpoint.notes == ("The weights were found under 'generator', 'critic'.",)
 
 
-def test_a_network_that_is_not_looked_at_is_named(tmp_path: Path) -> None:
+def test_a_network_that_is_not_examined_is_named(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}}, tmp_path / "w.pt")
     checkpoint = open_checkpoint(tmp_path / "w.pt")
     assert checkpoint.tensors["w"].read().tolist() == [1, 1]

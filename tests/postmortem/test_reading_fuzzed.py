@@ -103,7 +103,7 @@ FUZZED = (
 @pytest.mark.parametrize("name", FUZZED)
 @settings(max_examples=100)
 @given(st.data())
-def test_damage_anywhere(
+def test_a_file_damaged_anywhere_is_read_or_refused_with_a_clear_error(
     name: str, written: Callable[[str], tuple[str, dict[str, bytes]]], data: st.DataObject
 ) -> None:
     path, files = written(name)
@@ -158,7 +158,7 @@ with zipfile.ZipFile(_WHOLE) as _opened:
 
 @settings(max_examples=400)
 @given(st.integers(0, len(PICKLE)), st.binary(max_size=6), st.integers(0, 6))
-def test_damage_in_the_pickle_alone(at: int, new: bytes, dropped: int) -> None:
+def test_a_damaged_pickle_is_read_or_refused_with_a_clear_error(at: int, new: bytes, dropped: int) -> None:
     """The archive around it is whole, so that the damage gets as far as the unpickler."""
     with folder_of({"w.pt": archive(PICKLE[:at] + new + PICKLE[at + dropped :])}) as folder:
         examined(folder / "w.pt")
@@ -169,7 +169,7 @@ OPCODES = st.sampled_from([bytes([code]) for code in range(256)])
 
 @settings(max_examples=400)
 @given(st.lists(OPCODES | st.binary(max_size=4), max_size=40).map(b"".join))
-def test_any_opcodes(opcodes: bytes) -> None:
+def test_any_pickle_opcodes_are_read_or_refused_with_a_clear_error(opcodes: bytes) -> None:
     with folder_of({"w.pt": archive(b"\x80\x02" + opcodes + b"."), "w.pth": b"\x80\x02" + opcodes + b"."}) as folder:
         examined(folder / "w.pt")
         examined(folder / "w.pth")
@@ -203,7 +203,7 @@ THINGS = st.recursive(
 
 @settings(max_examples=300)
 @given(THINGS)
-def test_whatever_a_training_loop_saves(thing: Any) -> None:
+def test_any_nested_plain_data_beside_the_weights_is_read(thing: Any) -> None:
     room = io.BytesIO()
     torch.save(thing, room)
     with folder_of({"w.pt": room.getvalue()}) as folder:
@@ -228,7 +228,7 @@ JSON = st.recursive(
 
 @settings(max_examples=300)
 @given(JSON)
-def test_any_json_where_a_format_has_json(thing: Any) -> None:
+def test_any_json_in_a_format_is_read_or_refused_with_a_clear_error(thing: Any) -> None:
     text = json.dumps(thing).encode()
     header = len(text).to_bytes(8, "little") + text + b"\0" * 24
     files = {"model.safetensors": header, "x.index.json": text, "config.json": text, "trainer_state.json": text}
@@ -239,12 +239,12 @@ def test_any_json_where_a_format_has_json(thing: Any) -> None:
 
 @settings(max_examples=200)
 @given(st.binary(max_size=64), st.sampled_from([b"", b"PK\3\4", b"\x80\x02", b"{", b"\x89HDF\r\n\x1a\n", b"GGUF"]))
-def test_any_bytes(content: bytes, head: bytes) -> None:
+def test_any_bytes_are_read_or_refused_with_a_clear_error(content: bytes, head: bytes) -> None:
     with folder_of({"w.pt": head + content}) as folder:
         examined(folder / "w.pt")
 
 
-def test_nesting_that_comes_back_to_itself(tmp_path: Path) -> None:
+def test_data_that_contains_itself_is_read(tmp_path: Path) -> None:
     ring: dict[str, Any] = {"w": torch.ones(2)}
     ring["state_dict"] = ring["callbacks"] = ring["model"] = ring
     ring["optimizer"] = [ring]
@@ -257,14 +257,14 @@ def test_nesting_that_comes_back_to_itself(tmp_path: Path) -> None:
     assert list(checkpoint.tensors) == ["w"]
 
 
-def test_a_record_that_comes_back_to_itself(tmp_path: Path) -> None:
+def test_a_monitor_record_that_contains_itself_is_refused(tmp_path: Path) -> None:
     state: dict[str, Any] = {"version": 1, "step": 1, "phases": {}}
     state["phases"]["train"] = state
     torch.save({"w": torch.ones(2), "neuronscope": state}, tmp_path / "ring.pt")
     assert "larger or nested deeper" in str(examined(tmp_path / "ring.pt"))
 
 
-def test_nesting_that_doubles_at_every_step(tmp_path: Path) -> None:
+def test_nesting_that_doubles_at_every_level_is_read_in_bounded_time(tmp_path: Path) -> None:
     """Sixty lists of two times the one before: 2⁶⁰ parts to whoever walks them all."""
     thing: Any = ["a"]
     for _ in range(60):
@@ -317,7 +317,7 @@ ODD_NAMES = {
 
 
 @pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
-def test_odd_names(name: str, tmp_path: Path) -> None:
+def test_tensors_with_odd_names_are_read(name: str, tmp_path: Path) -> None:
     tensors = {name: torch.ones(2), "w": torch.zeros(2)}
     torch.save(tensors, tmp_path / "w.pt")
     checkpoint = examined(tmp_path / "w.pt")

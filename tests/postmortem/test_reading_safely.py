@@ -170,7 +170,7 @@ def _padded(archive: bytes, size: int) -> bytes:
     return room.getvalue()
 
 
-def test_what_is_not_needed_is_not_opened(tmp_path: Path) -> None:
+def test_files_that_are_not_needed_are_not_opened(tmp_path: Path) -> None:
     folder = trainer_folder(tmp_path, trained())
     for name in ("rng_state.pth", "training_args.bin", "scheduler.pt"):
         torch.save(Writes(tmp_path / "written"), folder / name)
@@ -198,7 +198,7 @@ def test_a_torchscript_archive_is_refused_and_read_when_it_is_trusted(tmp_path: 
     assert set(open_checkpoint(tmp_path / "script.pt", trust=True).tensors) == {"weight", "bias"}
 
 
-def test_trusted_code_that_fails_is_one_sentence(tmp_path: Path) -> None:
+def test_trusted_code_that_fails_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "no").mkdir()
     torch.save({"a": Writes(tmp_path / "no" / "such" / "folder")}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="could not be unpickled: FileNotFoundError"):
@@ -253,7 +253,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_names_of_code_are_foreign(name: str) -> None:
+def test_names_of_code_become_placeholders(name: str) -> None:
     module, _, attribute = name.rpartition(".")
     with pytest.raises(UnsafeGlobalError, match=f"'{name}'"):
         find_safe_global(module, attribute)
@@ -318,7 +318,7 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN, st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_data_comes_out_as_pickle_has_it(value: Any, protocol: int) -> None:
+def test_plain_data_is_unpickled_as_by_pickle(value: Any, protocol: int) -> None:
     read = read_pickle(io.BytesIO(pickle.dumps(value, protocol)), find_safe_global)
     expected = pickle.loads(pickle.dumps(value, protocol))
     assert _comparable(read) == _comparable(expected)

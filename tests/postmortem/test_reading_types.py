@@ -73,7 +73,7 @@ WAYS = [torch_file, older_file, unpickled_file, distributed_folder]
 
 @pytest.mark.parametrize("write", WAYS)
 @pytest.mark.parametrize("dtype", UNREADABLE, ids=str)
-def test_a_type_that_cannot_be_read_is_left_out_with_a_note(
+def test_a_dtype_that_cannot_be_read_is_left_out_with_a_note(
     dtype: torch.dtype, write: Callable[..., Path], tmp_path: Path
 ) -> None:
     if write is distributed_folder and not dtype.is_floating_point:
@@ -95,7 +95,7 @@ def test_a_weight_without_real_numbers_is_noted(dtype: torch.dtype, write: Calla
 
 
 @pytest.mark.parametrize("dtype", SMALL, ids=str)
-def test_real_numbers_of_a_byte_are_examined(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_eight_bit_floating_point_weights_are_examined(dtype: torch.dtype, tmp_path: Path) -> None:
     weight = torch.ones(4, 2).to(dtype)
     held = {"0.weight": torch.ones(2, 3).to(dtype), "2.weight": weight, "2.bias": torch.ones(4)}
     report = ns.postmortem(torch_file(held, tmp_path))
@@ -113,7 +113,7 @@ def test_quantised_tensors_are_left_out_too(tmp_path: Path) -> None:
     assert any("'odd.weight'" in note for note in report.notes)
 
 
-def test_types_of_a_later_torch_are_left_out(tmp_path: Path) -> None:
+def test_dtypes_of_a_later_torch_are_left_out(tmp_path: Path) -> None:
     """What the installed torch has no name for: the file is one of torch.save with the name changed."""
     path = torch_file(tensors(zeros(torch.bits16)), tmp_path)
     path.write_bytes(path.read_bytes().replace(b"bits16", b"bits99"))
@@ -123,14 +123,14 @@ def test_types_of_a_later_torch_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["load", "int8x.load", "float", "uint8__reduce__", "hub", "bits8()"])
-def test_only_names_of_types_are_taken_for_types(name: str) -> None:
+def test_only_names_of_dtypes_are_read_as_dtypes(name: str) -> None:
     if not isinstance(getattr(torch, name, None), torch.dtype):
         with pytest.raises(CheckpointError, match="would have to be imported"):
             find_safe_global("torch", name)
 
 
 @pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F99"])
-def test_types_of_safetensors_that_are_not_known_are_left_out(code: str, tmp_path: Path) -> None:
+def test_unknown_dtypes_of_safetensors_are_left_out(code: str, tmp_path: Path) -> None:
     header = json.dumps(
         {
             "odd.weight": {"dtype": code, "shape": [3, 8], "data_offsets": [0, 12]},
@@ -158,7 +158,7 @@ def trained() -> tuple[nn.Module, dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", [*UNREADABLE[:1], torch.complex64, torch.uint16, *SMALL[:1]], ids=str)
 @pytest.mark.parametrize("slot", ["exp_avg", "exp_avg_sq", "step"])
-def test_one_such_tensor_in_an_optimizers_state(dtype: torch.dtype, slot: str, tmp_path: Path) -> None:
+def test_an_unreadable_tensor_in_an_optimizer_state_is_left_out(dtype: torch.dtype, slot: str, tmp_path: Path) -> None:
     model, state = trained()
     state["state"][0][slot] = zeros(dtype, 6) if slot != "step" else zeros(dtype).flatten()[0]
     torch.save({"model": model.state_dict(), "optimizer": state}, tmp_path / "net.pt")
@@ -172,14 +172,14 @@ def test_one_such_tensor_in_an_optimizers_state(dtype: torch.dtype, slot: str, t
         assert said in report.notes
 
 
-def test_a_file_of_nothing_else_says_what_is_left_out(tmp_path: Path) -> None:
+def test_a_file_with_only_unreadable_tensors_says_what_is_left_out(tmp_path: Path) -> None:
     torch.save({"odd": zeros(torch.bits8)}, tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match=r"holds no weights.*type bits8 are not read: 'odd'"):
         open_checkpoint(tmp_path / "net.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.bits8, torch.complex64], ids=str)
-def test_a_network_that_needs_the_tensor_is_not_filled_with_something_else(
+def test_a_model_that_needs_an_unreadable_tensor_is_not_loaded(
     dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def test_a_network_that_needs_the_tensor_is_not_filled_with_something_else(
     assert "0.weight" in capsys.readouterr().err
 
 
-def test_unpickled_code_that_exits_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unpickled_code_that_exits_raises_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"w": torch.ones(2, 2), "code": ExitsWhenRead()}, tmp_path / "net.pt")
     assert cli.main(["postmortem", str(tmp_path / "net.pt"), "--trust"]) == 2
     assert "could not be unpickled: SystemExit" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
         ([("quiet", "suspected"), ("alive", "measured")], ("alive", "measured", False)),
     ],
 )
-def test_the_verdict_on_one_neuron(said: list[Said], verdict: tuple[str, str, bool]) -> None:
+def test_all_evidence_on_one_neuron_gives_one_verdict(said: list[Said], verdict: tuple[str, str, bool]) -> None:
     layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": 3})[0]
     found = layer.verdict(1)
     assert (found.label, found.basis, bool(layer.contested[1])) == verdict
@@ -91,7 +91,7 @@ def test_the_order_of_evidence_does_not_matter(pieces: list[tuple[str, str, list
         assert (getattr(one, name) == getattr(other, name)).all(), name
 
 
-def test_number_source_and_step_come_from_who_knows_best() -> None:
+def test_number_source_and_step_come_from_the_best_evidence() -> None:
     said = [
         evidence(
             "a", 4, "no gradient", "inferred", [1, 2], source="adam", numbers=[90, 95], since=[10, 5], measure="age"
@@ -112,7 +112,7 @@ def test_number_source_and_step_come_from_who_knows_best() -> None:
     assert layer.is_clocked
 
 
-def test_steps_of_another_kind_of_claim_are_not_taken() -> None:
+def test_steps_of_another_kind_of_claim_are_not_used() -> None:
     said = [
         evidence("a", 2, "unread", "proved", [0, 1], since=[3, 3]),
         evidence("a", 2, "no gradient", "inferred", [0], since=[8]),
@@ -121,7 +121,7 @@ def test_steps_of_another_kind_of_claim_are_not_taken() -> None:
     assert [layer.verdict(neuron).since for neuron in (0, 1)] == [8, 3]
 
 
-def test_a_whole_layer_without_gradient_is_idle_and_not_dead() -> None:
+def test_a_layer_without_any_gradient_is_idle_and_not_dead() -> None:
     layer = combine_evidence(
         [
             evidence(
@@ -137,7 +137,7 @@ def test_a_whole_layer_without_gradient_is_idle_and_not_dead() -> None:
     assert (int(layer.idle.sum()), layer.dead, layer.suspected) == (4, 0, 0)  # counted once: as idle
 
 
-def test_layers_of_which_nothing_was_said_are_there_and_unknown() -> None:
+def test_layers_without_evidence_are_listed_as_unknown() -> None:
     layers = combine_evidence(
         [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": 3, "b": 2}
     )
@@ -145,14 +145,14 @@ def test_layers_of_which_nothing_was_said_are_there_and_unknown() -> None:
     assert layers[0].count("unknown") == 3
 
 
-def test_unlike_widths_are_refused_by_name() -> None:
+def test_evidence_of_different_widths_for_a_layer_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Expected all evidence on a to be of 3 neurons, but scan has 4\."):
         combine_evidence(
             [evidence("a", 3, "dead", "proved", [0]), evidence("a", 4, "dead", "proved", [0], source="scan")]
         )
 
 
-def test_a_tie_holds_only_between_layers_that_are_equally_wide() -> None:
+def test_a_layer_is_matched_only_to_a_site_of_its_width() -> None:
     said = [
         evidence(name, width, "dead", "proved", []) for name, width in (("fc", 4), ("relu", 4), ("conv", 4), ("glu", 2))
     ]
@@ -161,7 +161,7 @@ def test_a_tie_holds_only_between_layers_that_are_equally_wide() -> None:
     assert [one.layer for one in name_by_site(said[:1], ties)] == ["relu"]
 
 
-def test_the_tally_of_what_held() -> None:
+def test_claims_that_data_confirmed_and_refuted_are_counted() -> None:
     layers = combine_evidence(
         [
             evidence("a", 6, "no gradient", "inferred", [0, 1, 2, 3], source="adam"),
@@ -199,7 +199,7 @@ def test_eighty_layers_of_28672_neurons_are_arrays_and_not_objects() -> None:
 
 
 @pytest.mark.parametrize("sample", [samples.alone, samples.with_data, samples.broken, samples.hostile])
-def test_verdicts_are_those_of_the_arrays(sample: object) -> None:
+def test_verdict_objects_equal_the_arrays(sample: object) -> None:
     report = sample()  # type: ignore[operator]
     found = list(report.verdicts())
     assert sum(one.label in DEAD_CLAIMS and one.basis != "suspected" for one in found) == report.dead + report.idle

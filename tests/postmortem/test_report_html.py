@@ -24,18 +24,18 @@ from . import samples
 
 
 @pytest.mark.parametrize("noise", [False, True])
-def test_twelve_layers_of_4096_neurons_stay_below_300_kb(noise: bool) -> None:
+def test_a_page_for_twelve_layers_of_4096_neurons_stays_below_300_kb(noise: bool) -> None:
     text = samples.wide(noise=noise).to_html()
     assert len(text.encode("utf-8")) < 300_000
     assert ("To keep this page small" in text) == noise
 
 
 @pytest.mark.slow
-def test_eighty_layers_of_28672_neurons_stay_below_a_megabyte() -> None:
+def test_a_page_for_eighty_layers_of_28672_neurons_stays_below_a_megabyte() -> None:
     assert len(samples.wide(80, 28_672).to_html().encode("utf-8")) < 1_000_000
 
 
-def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     page = Page(samples.hostile().to_html())
     for _, attributes in page.elements:
         for name, value in attributes.items():
@@ -50,7 +50,7 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     assert "@import" not in style
 
 
-def test_only_our_own_script_and_style_may_run() -> None:
+def test_the_security_policy_allows_only_our_own_script_and_style() -> None:
     page = Page(samples.hostile().to_html())
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "Content-Security" in str(a))
     assert policy is not None
@@ -63,7 +63,7 @@ def test_only_our_own_script_and_style_may_run() -> None:
     assert not re.search("[<>&]", data)
 
 
-def test_hostile_names_are_text_and_nothing_else() -> None:
+def test_hostile_names_are_escaped_to_plain_text() -> None:
     page = Page(samples.hostile().to_html())
     words = "".join(page.words)
     assert words.count(samples.HOSTILE) > 12
@@ -85,7 +85,7 @@ def test_hostile_names_are_text_and_nothing_else() -> None:
         ("net.6", "Since", "·", ""),
     ],
 )
-def test_cells_of_the_table_and_what_they_sort_by(layer: str, heading: str, shown: str, key: str | None) -> None:
+def test_table_cells_show_their_values_and_sort_by_them(layer: str, heading: str, shown: str, key: str | None) -> None:
     rows = Page(samples.with_data().to_html()).rows
     column = [text for text, _ in rows[0]].index(heading)
     assert next(row for row in rows[1:] if row[1][0] == layer)[column] == (shown, key)
@@ -95,7 +95,7 @@ def cards(report: PostmortemReport) -> dict[str, str]:
     return dict(re.findall(r"<dt>([^<]*)</dt><dd><strong>([^<]*)</strong>", report.to_html()))
 
 
-def test_headline_numbers() -> None:
+def test_the_headline_shows_the_numbers_of_the_report() -> None:
     assert cards(samples.with_model()) == {
         "Dead": "43",
         "Dead share": "12.2 %",
@@ -114,7 +114,7 @@ def unpacked(layer: Any, budget: int) -> tuple[Any, np.ndarray[Any, np.dtype[np.
 
 
 @pytest.mark.parametrize("sample", [samples.with_data, samples.hostile, samples.idle])
-def test_a_field_holds_every_neuron(sample: Callable[[], PostmortemReport]) -> None:
+def test_a_neuron_map_shows_every_neuron(sample: Callable[[], PostmortemReport]) -> None:
     for layer in sample().layers:
         field, raw = unpacked(layer, 1 << 30)
         size, told = layer.neurons, field.told
@@ -144,7 +144,7 @@ def test_a_field_holds_every_neuron(sample: Callable[[], PostmortemReport]) -> N
                 assert not contested[place]
 
 
-def test_detail_is_lost_step_by_step_and_labels_never() -> None:
+def test_detail_is_dropped_in_stages_and_labels_are_never_dropped() -> None:
     layer = samples.wide(1, 4096, noise=True).layers[0]
     runs = pack(layer, 1 << 30).runs
     seen = []
@@ -156,7 +156,7 @@ def test_detail_is_lost_step_by_step_and_labels_never() -> None:
     assert [LADDER.index(detail) for detail in seen] == [0, 1, 2, 3, 4]
 
 
-def test_the_gravest_come_first() -> None:
+def test_the_worst_layers_and_neurons_come_first() -> None:
     layer = samples.with_data()["net.4"]
     labels = [(LABELS[layer.labels[n]], BASES[layer.basis[n]]) for n in gravity(layer)]
     assert labels[:6] == [("dead", "proved")] * 6
@@ -214,7 +214,7 @@ COLOURS = {
 
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_cell_for_each_neuron_in_the_colour_of_its_basis(show: Callable[..., Any], theme: str) -> None:
+def test_each_neuron_has_a_cell_in_the_colour_of_its_evidence(show: Callable[..., Any], theme: str) -> None:
     report = samples.with_data()
     browser = show(report, theme)
     for index, layer in enumerate(report.layers):
@@ -226,13 +226,13 @@ def test_a_cell_for_each_neuron_in_the_colour_of_its_basis(show: Callable[..., A
 
 
 @pytest.mark.browser
-def test_one_dead_neuron_in_tens_of_thousands_is_seen(show: Callable[..., Any]) -> None:
+def test_one_dead_neuron_in_tens_of_thousands_is_visible(show: Callable[..., Any]) -> None:
     browser = show(samples.report(samples.adam("a", 65_536, [40_000], [4000], 5000)))
     assert (pixels(browser, 0)[..., :3] == COLOURS["light"]["inferred"]).all(axis=-1).any()
 
 
 @pytest.mark.browser
-def test_a_field_is_read_by_keyboard(show: Callable[..., Any]) -> None:
+def test_a_neuron_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
@@ -262,7 +262,7 @@ def test_a_field_is_read_by_keyboard(show: Callable[..., Any]) -> None:
 
 
 @pytest.mark.browser
-def test_pointing_at_a_cell_tells_its_neuron(show: Callable[..., Any]) -> None:
+def test_pointing_at_a_cell_shows_its_neuron(show: Callable[..., Any]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
     from tests.writers.test_html_browser import said, until
@@ -316,7 +316,7 @@ def test_the_page_never_scrolls_sideways(
 
 
 @pytest.mark.browser
-def test_names_are_inert_and_nothing_is_fetched(show: Callable[..., Any]) -> None:
+def test_hostile_names_do_not_run_and_nothing_is_fetched(show: Callable[..., Any]) -> None:
     browser = show(samples.hostile())  # an alert would make every later command fail
     assert len(browser.find_elements("css selector", "main script, main img, main a[href^='http']")) == 0
     assert browser.find_elements("css selector", "article.site h3")[0].get_attribute("textContent") == samples.HOSTILE

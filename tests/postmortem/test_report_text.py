@@ -61,18 +61,18 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_piped_text_is_the_golden(name: str) -> None:
+def test_piped_text_of_a_postmortem_equals_the_stored_text(name: str) -> None:
     golden.check(f"terminal_{name}.txt", str(SAMPLES[name]()) + "\n", GOLDENS)
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_a_terminal_is_the_golden(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminal_text_of_a_postmortem_equals_the_stored_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     text = bare(on_screen(monkeypatch, samples.with_data(), columns))
     golden.check(f"terminal_with_data_{columns}.txt", text + "\n", GOLDENS)
 
 
 @pytest.mark.parametrize("name", ["with_data", "broken", "hostile"])
-def test_markdown_is_the_golden(name: str) -> None:
+def test_markdown_of_a_postmortem_equals_the_stored_text(name: str) -> None:
     golden.check(f"markdown_{name}.md", SAMPLES[name]().to_markdown(), GOLDENS)
 
 
@@ -94,7 +94,9 @@ def test_piped_text_has_no_control_codes(name: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printing_never_fails_when_an_encoding_lacks_a_character(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     print(samples.with_data())
@@ -102,7 +104,7 @@ def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch
     assert "net.0" in raw.getvalue().decode(encoding)
 
 
-def test_what_is_not_known_is_no_zero() -> None:
+def test_unknown_values_are_not_shown_as_zero() -> None:
     blank = samples.report([samples.evidence("a", 9, "dead", "proved", [])])
     row = postmortem_wording.layer_words(blank["a"])
     assert (row.dead, row.dead_share, row.sure, row.since, row.unknown) == ("–", "–", "–", "–", "9")
@@ -115,14 +117,14 @@ def test_what_is_not_known_is_no_zero() -> None:
     assert (alive.dead, alive.dead_share, alive.unknown) == ("·", "0 %", "·")
 
 
-def test_not_finite_is_loud_and_never_beside_a_calm_zero() -> None:
+def test_values_that_are_not_finite_are_shown_prominently_and_never_beside_zero() -> None:
     text = str(samples.broken())
     assert "!! NOT FINITE: 7 neurons NaN or infinite, in layer b." in text
     row = postmortem_wording.layer_words(samples.broken()["b"])
     assert (row.dead, row.dead_share, row.tone) == ("–", "–", "alarm")
 
 
-def test_what_speaks_against_a_verdict_is_shown() -> None:
+def test_evidence_against_a_verdict_is_shown() -> None:
     said = " ".join(str(samples.with_data()).split())
     assert re.search(
         r"net\.0, neurons \d+, \d+: alive, measured \(scan\); against it: no gradient, inferred \(adam state\)", said
@@ -134,7 +136,7 @@ def test_what_speaks_against_a_verdict_is_shown() -> None:
     )
 
 
-def test_the_contested_neurons_of_a_layer_stand_in_one_line_for_each_way_in_which_sources_differ() -> None:
+def test_a_layer_has_one_line_for_each_way_in_which_sources_disagree() -> None:
     """44 neurons are silent on the data: of 42 the optimizer had gradients lately. 2 fire and were taken for dead."""
     said = samples.report(
         [
@@ -168,7 +170,7 @@ CLAIMED = st.lists(
 
 
 @given(CLAIMED)
-def test_each_contested_neuron_is_in_one_contest_with_all_that_speaks_against_its_verdict(
+def test_each_disputed_neuron_is_in_one_disagreement_with_all_evidence_against_it(
     pieces: list[tuple[str, str, list[int]]],
 ) -> None:
     report = samples.report([samples.evidence("a", 8, *piece) for piece in pieces])
@@ -182,7 +184,7 @@ def test_each_contested_neuron_is_in_one_contest_with_all_that_speaks_against_it
             assert len(one.against) == len(verdict.contradictions)
 
 
-def test_a_list_of_contests_that_is_cut_says_so() -> None:
+def test_a_list_of_disagreements_that_is_cut_says_so() -> None:
     said = samples.report(
         [
             samples.evidence(f"a{layer}", 30, claim, basis, list(range(30)))
@@ -202,7 +204,7 @@ def test_layers_without_a_finding_are_folded_beyond_forty(layers: int, folded: i
     assert ("… 117 more layers with nothing to report" in text) == bool(folded)
 
 
-def test_of_very_many_layers_with_a_finding_the_worst_have_a_row() -> None:
+def test_among_very_many_layers_with_findings_the_worst_are_shown() -> None:
     said = [samples.evidence(f"l{at}", 9, "dead", "proved", list(range(1 + (at % 7 == 0)))) for at in range(700)]
     text = str(samples.report(said))
     rows = re.findall(r"^l(\d+) {2}", text, re.MULTILINE)
@@ -213,7 +215,7 @@ def test_of_very_many_layers_with_a_finding_the_worst_have_a_row() -> None:
     assert "… 300 more layers with no more dead than these" in text
 
 
-def test_every_name_in_markdown_is_inert() -> None:
+def test_every_name_in_markdown_is_escaped() -> None:
     text = samples.hostile().to_markdown()
     rest = re.sub(r"&#\d+;", "", text)
     assert "<" not in rest
@@ -227,7 +229,7 @@ def test_every_name_in_markdown_is_inert() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_json_is_valid_and_comes_back_whole(name: str) -> None:
+def test_a_postmortem_in_json_fits_the_schema_and_reads_back_complete(name: str) -> None:
     text = SAMPLES[name]().to_json()
     plain = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     VALIDATOR.validate(plain)
@@ -235,7 +237,7 @@ def test_json_is_valid_and_comes_back_whole(name: str) -> None:
     assert text == SAMPLES[name]().to_json()
 
 
-def test_the_schema_is_one_of_this_version() -> None:
+def test_the_postmortem_schema_is_the_one_of_this_version() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
 
@@ -255,7 +257,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
         yield from undescribed(value[0], schema["items"], f"{path}[]")
 
 
-def test_every_field_is_described_and_no_other() -> None:
+def test_the_postmortem_schema_describes_every_field_and_no_other() -> None:
     assert list(undescribed(samples.with_data().to_dict(), SCHEMA)) == []
 
 
@@ -273,7 +275,7 @@ def test_every_field_is_described_and_no_other() -> None:
         ("confirmations.0.held", None),
     ],
 )
-def test_the_schema_refuses_what_is_wrong(path: str, value: Any) -> None:
+def test_the_postmortem_schema_refuses_wrong_documents(path: str, value: Any) -> None:
     whole = json.loads(samples.with_data().to_json())
     plain: Any = whole
     *way, last = path.split(".")
@@ -309,13 +311,13 @@ def test_json_holds_every_verdict_and_all_evidence() -> None:
         (samples.idle, "32 neurons in layer frozen get no gradient as a whole layer: frozen, or cut off"),
     ],
 )
-def test_sentences(report: Callable[[], PostmortemReport], sentence: str) -> None:
+def test_each_kind_of_report_has_its_first_sentence(report: Callable[[], PostmortemReport], sentence: str) -> None:
     assert any(one.startswith(sentence) for one in postmortem_wording.finding(report())), postmortem_wording.finding(
         report()
     )
 
 
-def test_one_ground_of_several_layers_says_of_which_it_speaks() -> None:
+def test_a_reason_shared_by_several_layers_names_them() -> None:
     said = [
         samples.evidence("a", 4, "dead", "measured", [1], source="scan", text="Over 9 positions."),
         samples.evidence("b", 4, "dead", "measured", [1, 2], source="scan", text="Over 3 positions."),
@@ -326,7 +328,7 @@ def test_one_ground_of_several_layers_says_of_which_it_speaks() -> None:
     assert rows == [(4, 2, "Over 9 positions. (As said of a.)"), (1, 1, "Another thing.")]
 
 
-def test_what_is_only_suspected_is_in_no_total() -> None:
+def test_suspected_neurons_are_in_no_total() -> None:
     said = samples.report(
         [samples.evidence("a", 4, "dead", "suspected", [1, 2]), samples.evidence("a", 4, "dead", "proved", [0])]
     )
@@ -334,12 +336,12 @@ def test_what_is_only_suspected_is_in_no_total() -> None:
     assert "2 more are only suspected, and in no total." in postmortem_wording.finding(said)
 
 
-def test_a_measured_step_is_no_earliest_step() -> None:
+def test_a_measured_step_is_not_shown_as_the_earliest_possible_one() -> None:
     said = samples.report([samples.evidence("a", 4, "dead", "measured", [1], source="monitor record", since=300)])
     assert "Since when: 1 from step 300." in postmortem_wording.finding(said)
 
 
-def test_the_face_of_a_report(tmp_path: Path) -> None:
+def test_a_postmortem_report_gives_its_layers_totals_and_files(tmp_path: Path) -> None:
     report = samples.with_data()
     assert report["net.2"].dead == 7
     with pytest.raises(KeyError):

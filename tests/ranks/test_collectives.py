@@ -38,7 +38,7 @@ def kinds(made: Made) -> list[str]:
 
 
 @pytest.mark.parametrize("task", [task.__name__ for task in EXCHANGES])
-def test_no_step_makes_any_and_no_count_is_lost(runs: Runs, task: str) -> None:
+def test_a_step_makes_no_collective_call_and_no_count_is_lost(runs: Runs, task: str) -> None:
     given = [rank[task] for rank in runs[2]]
     for rank in given:
         assert rank["made"]["step"]
@@ -52,13 +52,13 @@ def test_no_step_makes_any_and_no_count_is_lost(runs: Runs, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", [task.__name__ for task in EXCHANGES])
-def test_the_report_counts_them(runs: Runs, task: str) -> None:
+def test_the_report_states_the_number_of_collective_calls(runs: Runs, task: str) -> None:
     for rank in runs[2]:
         made = [made for event in rank[task]["made"].values() for made in event]
         assert rank[task]["exchanges"].collectives == sum(map(len, made))
 
 
-def test_a_header_two_sums_and_a_maximum_a_window(runs: Runs) -> None:
+def test_a_window_costs_one_header_two_sums_and_one_maximum(runs: Runs) -> None:
     """The first time, ranks tell each other the names and widths of the sites."""
     for rank in runs[2]:
         made = rank["steady"]["made"]
@@ -70,13 +70,13 @@ def test_a_header_two_sums_and_a_maximum_a_window(runs: Runs) -> None:
         assert rank["steady"]["exchanges"].bytes == 8 * sum(size for _, size in HEADER + BOTH)
 
 
-def test_none_where_each_rank_counts_for_itself(runs: Runs) -> None:
+def test_ranks_that_count_for_themselves_make_no_collective_call(runs: Runs) -> None:
     for rank in runs[2]:
         assert not any(made for event in rank["apart"]["made"].values() for made in event)
         assert rank["apart"]["exchanges"].times == 0
 
 
-def test_none_without_a_process_group() -> None:
+def test_without_a_process_group_no_collective_call_is_made() -> None:
     assert not torch.distributed.is_initialized()
     model = nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU())
     with Noted() as noted, ns.watch(model, window_steps=2) as scope:
@@ -90,7 +90,7 @@ def test_none_without_a_process_group() -> None:
     assert scope.census()["1"].positions == 4 * 3
 
 
-def test_a_window_that_stays_open_is_joined_each_time_it_is_looked_at(runs: Runs) -> None:
+def test_an_open_window_is_joined_at_each_report(runs: Runs) -> None:
     for rank in runs[2]:
         first, *later = rank["unsure_window"]["made"]["window"]
         assert first[3:] == BOTH
@@ -114,7 +114,7 @@ def test_sites_in_another_order_are_gathered_once(runs: Runs) -> None:
         assert list(rank["other_order"]["counted"]["train"]) == ["a.1", "b.1"]  # as on the first rank
 
 
-def test_ranks_in_two_phases_reduce_each(runs: Runs) -> None:
+def test_ranks_in_two_phases_join_each_phase(runs: Runs) -> None:
     for rank in runs[2]:
         made = rank["mixed_phases"]["made"]
         for event in (*made["window"], *made["val"]):
@@ -123,7 +123,7 @@ def test_ranks_in_two_phases_reduce_each(runs: Runs) -> None:
         assert made["detach"] == [HEADER]
 
 
-def test_a_rank_that_is_done_costs_no_more_than_one_that_is_not(runs: Runs) -> None:
+def test_a_rank_that_has_finished_makes_no_more_calls_than_the_others(runs: Runs) -> None:
     """It does not influence the layout: two windows, two validations and the end of the other rank, as always."""
     goes_on, done = (rank["one_goes_on"]["made"] for rank in runs[2])
     assert [*goes_on["window"][1:], *goes_on["val"][1:]] == [HEADER + BOTH] * 4

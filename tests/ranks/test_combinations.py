@@ -73,7 +73,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("world", "way", "case"), TABLE, ids=str)
-def test_counts_are_the_twins_and_weights_those_that_nobody_watches(
+def test_counts_equal_the_twins_and_weights_those_of_an_unwatched_run(
     runs: Runs, world: int, way: str, case: Case
 ) -> None:
     task, network, examples = WAYS[way]
@@ -82,7 +82,9 @@ def test_counts_are_the_twins_and_weights_those_that_nobody_watches(
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("way", "wrapped"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPGPT2LMHeadModel")])
-def test_the_trainer_spreads_the_model_as_it_was_told(runs: Runs, world: int, way: str, wrapped: str) -> None:
+def test_the_trainer_distributes_the_model_with_the_chosen_strategy(
+    runs: Runs, world: int, way: str, wrapped: str
+) -> None:
     for rank in runs[world]:
         assert {given["wrapped"] for given in rank[f"hugging_{way}"].values()} == {wrapped}
 
@@ -99,7 +101,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("tried", ABSENT)
-def test_what_does_not_exist_on_cpus(runs: Runs, tried: str) -> None:
+def test_combinations_that_we_leave_out_are_refused_by_the_trainer_itself(runs: Runs, tried: str) -> None:
     for rank in runs[2]:
         found = {**rank["accelerate_tried"], **rank["hugging_tried"], **rank["lightning_tried"]}[tried]
         assert ABSENT[tried] in found

@@ -59,7 +59,7 @@ def joined(*given: tuple[Tally, bool]) -> Tally:
 
 
 @given(cut=st.integers(1, 4))
-def test_two_parts_are_laid_side_by_side(cut: int) -> None:
+def test_two_shards_of_a_layer_are_joined_to_the_whole_layer(cut: int) -> None:
     parts = [(part(*place), place[0] > 0) for place in ((0, cut), (cut, LAYER.neurons - cut))]
     assert_same(joined(*parts), LAYER)
 
@@ -73,12 +73,12 @@ def test_two_parts_are_laid_side_by_side(cut: int) -> None:
         (replace(INFO, first=-1, whole=5), False, False),  # a copy, known to be one
     ],
 )
-def test_a_copy_gives_nothing(info: SiteInfo, duplicate: bool, counts: bool) -> None:
+def test_a_replicated_layer_is_counted_once(info: SiteInfo, duplicate: bool, counts: bool) -> None:
     copies = [(LAYER, False), (replace(LAYER, info=info), duplicate)]
     assert_same(joined(*copies), LAYER.merge(LAYER) if counts else LAYER)
 
 
-def test_alone_nothing_is_exchanged() -> None:
+def test_one_rank_alone_exchanges_nothing() -> None:
     ranks, census = RankSync(), Census({"relu": LAYER})
     assert ranks.join(census, phase="train", done=True) is census
     assert ranks.alone

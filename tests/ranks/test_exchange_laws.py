@@ -108,7 +108,7 @@ EVENTS = st.builds(
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.lists(EVENTS, max_size=4), min_size=2, max_size=4))
-def test_each_rank_gets_all_that_was_brought(runs: list[list[Event]]) -> None:
+def test_each_rank_receives_the_counts_of_all_ranks(runs: list[list[Event]]) -> None:
     everyone, brought = together(runs)
     for joined, _ in everyone:
         for phase in ("train", "val"):
@@ -117,7 +117,7 @@ def test_each_rank_gets_all_that_was_brought(runs: list[list[Event]]) -> None:
 
 
 @given(EVENTS, st.integers(2, 4))
-def test_ranks_that_do_alike_gather_names_once(event: Event, number: int) -> None:
+def test_ranks_with_the_same_sites_gather_names_once(event: Event, number: int) -> None:
     everyone, _ = together([[event._replace(sites="abc", steps=100)] * 3] * number)
     # Each event takes a header, two sums and a maximum; the first one two more for the names and widths. At last one
     # header says that all are done.

@@ -36,12 +36,12 @@ def check_saved(state: dict[str, Any], examples: int) -> None:
 
 @pytest.mark.parametrize("task", ["lightning_ddp", "lightning_fsdp"])
 @pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in CASES], ids=str)
-def test_a_checkpoint_of_all_ranks(runs: Runs, world: int, case: Case, task: str) -> None:
+def test_a_lightning_checkpoint_holds_the_counts_of_all_ranks(runs: Runs, world: int, case: Case, task: str) -> None:
     for rank in runs[world]:
         check_saved(rank[task][case]["saved"], world * SAVED_AT * case.micro_batches * BATCH)
 
 
-def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
+def test_fsdp_with_tensor_parallelism_in_lightning_is_counted(runs: Runs) -> None:
     given = [rank["lightning_model_parallel"] for rank in runs[4]]
     # Four ranks are two pairs that share the layers: two shares of data, to train with and to validate.
     examples = 2 * STEPS * BATCH
@@ -50,7 +50,7 @@ def test_fsdp_with_tensor_parallelism(runs: Runs) -> None:
         check_saved(rank["saved"], 2 * SAVED_AT * BATCH)
 
 
-def test_ranks_that_lightning_spawns(runs: Runs, tmp_path: Path) -> None:
+def test_ranks_that_lightning_spawns_are_counted(runs: Runs, tmp_path: Path) -> None:
     """Each gets what the same run of two ranks counted that were launched otherwise.
 
     Processes that Lightning spawned over gloo may never end (seen with torch 2.13 on the CPU, watched or not; why was

@@ -18,7 +18,7 @@ from neuronscope.attach.module_paths import model_name, named_sites_path, own_cl
         ("my_fsdp_wrapped_module.act", "my_fsdp_wrapped_module.act"),
     ],
 )
-def test_fsdps_prefixes_are_left_out(path: str, name: str) -> None:
+def test_the_prefixes_of_fsdp_are_left_out_of_names(path: str, name: str) -> None:
     assert named_sites_path(path) == name
 
 
@@ -30,12 +30,12 @@ class FullyShardedDataParallel(nn.Module):
         self._fsdp_wrapped_module = module
 
 
-def test_a_model_in_nested_wrappers() -> None:
+def test_names_are_plain_in_nested_wrappers() -> None:
     inner = nn.Sequential(FullyShardedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
     wrapped = FullyShardedDataParallel(inner)
     assert model_name(wrapped) == "Sequential"
     assert [path for path, module in walk(wrapped) if isinstance(module, nn.ReLU)] == ["0.1"]
 
 
-def test_a_class_that_is_no_wrapper_is_its_own() -> None:
+def test_the_class_of_an_unwrapped_module_is_its_own() -> None:
     assert own_class(nn.ReLU()) is nn.ReLU

@@ -30,20 +30,20 @@ def of_both(steps: int) -> dict[str, Any]:
     return {name: union([rank[name] for rank in ranks]) for name in ranks[0]}
 
 
-def test_a_collective_of_the_trainer_may_be_under_way(given: list[dict[str, Any]]) -> None:
+def test_a_collective_call_of_the_trainer_may_be_pending(given: list[dict[str, Any]]) -> None:
     """On one rank it begins before the exchange, on the other after it: on one group each would meet the other."""
     for rank in given:
         assert_equal_counts(rank["still_under_way"]["counted"], of_both(2 * WINDOW))
         assert rank["still_under_way"]["theirs"] == [(1 + 2) * 2 ** (2 * WINDOW - 1)] * 3  # each sum doubles the last
 
 
-def test_the_trainer_may_begin_its_group_anew(given: list[dict[str, Any]]) -> None:
+def test_the_trainer_may_recreate_its_process_group(given: list[dict[str, Any]]) -> None:
     for rank in given:
         assert_equal_counts(rank["begun_anew"]["counted"], of_both(2 * WINDOW + 1))
 
 
 @pytest.mark.parametrize("task", ["joined", "joined_inside"])
-def test_ranks_may_run_out_of_data_in_torchs_join(given: list[dict[str, Any]], task: str) -> None:
+def test_ranks_may_run_out_of_data_inside_torchs_join_context(given: list[dict[str, Any]], task: str) -> None:
     """The rank that is through answers DistributedDataParallel only: the exchange waits until both are."""
     found = [rank[task] for rank in given]
     wanted = {name: union([rank["recorded"][name] for rank in found]) for name in found[0]["recorded"]}
@@ -63,7 +63,7 @@ def test_ranks_may_run_out_of_data_in_torchs_join(given: list[dict[str, Any]], t
         ("cpu:gloo,cuda:nccl", True, None, "cpu"),
     ],
 )
-def test_counts_stay_on_the_host_where_a_backend_can(
+def test_counts_are_joined_on_the_host_if_a_backend_can(
     monkeypatch: pytest.MonkeyPatch, default: str, has_gloo: bool, own: str | None, device: str
 ) -> None:
     monkeypatch.setattr(dist, "get_backend", lambda group=None: default)

@@ -64,7 +64,7 @@ TABLE = [(world, strategy, case) for world, strategy in ((2, "tensor"), (4, "bot
 
 
 @pytest.mark.parametrize(("world", "strategy", "case"), TABLE, ids=str)
-def test_counts_are_those_of_the_twin_over_all_ranks(
+def test_counts_over_all_ranks_equal_the_twins(
     runs: dict[int, list[dict[str, Any]]], world: int, strategy: str, case: Case
 ) -> None:
     """Pairs of ranks share each layer's neurons; of two pairs, with FSDP2 over them."""
@@ -72,11 +72,13 @@ def test_counts_are_those_of_the_twin_over_all_ranks(
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_activations_may_be_distributed_tensors(runs: dict[int, list[dict[str, Any]]], world: int) -> None:
+def test_activations_that_are_distributed_tensors_are_counted(
+    runs: dict[int, list[dict[str, Any]]], world: int
+) -> None:
     check_network([rank["tensor_distributed"] for rank in runs[world]], Case(local=False), world)
 
 
-def test_an_activation_that_is_cut_along_its_positions(runs: dict[int, list[dict[str, Any]]]) -> None:
+def test_an_activation_sharded_along_its_positions_is_counted(runs: dict[int, list[dict[str, Any]]]) -> None:
     given = [rank["sequence_parallel"] for rank in runs[2]]
     recorded = [rank["recorded"] for rank in given]
     wanted = {"1": side_by_side([rank["1"] for rank in recorded]), "3": union([rank["3"] for rank in recorded])}
@@ -88,11 +90,11 @@ def test_an_activation_that_is_cut_along_its_positions(runs: dict[int, list[dict
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor"])
-def test_a_model_keeps_its_name(runs: dict[int, list[dict[str, Any]]], strategy: str) -> None:
+def test_a_wrapped_model_is_reported_under_its_own_name(runs: dict[int, list[dict[str, Any]]], strategy: str) -> None:
     assert {rank[strategy][CASES[0]]["model"] for rank in runs[2]} == {"Network"}
 
 
-def test_the_report_says_what_joining_cost(runs: dict[int, list[dict[str, Any]]]) -> None:
+def test_the_report_states_the_cost_of_joining_ranks(runs: dict[int, list[dict[str, Any]]]) -> None:
     # 5 steps in windows of 2: after 2, after 4 and in the end. The network has 7 sites, 3 of 6 neurons and 4 of 10: 58
     # neurons of 48 bytes, 3 numbers of 8 bytes a site, two steps and a header of 4 numbers: 3,000 bytes in four
     # collectives. The first time, the names and widths of the sites are gathered in two more.

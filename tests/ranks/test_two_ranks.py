@@ -51,7 +51,9 @@ def one_process(**options: Any) -> OneProcess:
         ("both_train_observed_at_times", {"every_n_steps": 3}),
     ],
 )
-def test_counts_are_those_of_one_process_over_both_halves(runs: Runs, task: str, options: dict[str, Any]) -> None:
+def test_counts_of_two_ranks_equal_those_of_one_process_over_all_data(
+    runs: Runs, task: str, options: dict[str, Any]
+) -> None:
     """And watching changes no bit of the weights and no random number, and leaves the hook tables as they were."""
     alone = one_process(**options)
     every = options.get("every_n_steps", 1)
@@ -64,7 +66,7 @@ def test_counts_are_those_of_one_process_over_both_halves(runs: Runs, task: str,
         assert found["hooks"] == [True, True]
 
 
-def test_ranks_that_fire_disjoint_units(runs: Runs) -> None:
+def test_units_that_fire_on_one_rank_only_are_not_dead(runs: Runs) -> None:
     # Unit 0 fires on rank 0 alone and unit 1 on rank 1 alone: dead are unit 2, whose bias is -100, and what the zero
     # input of the other features leaves silent on both ranks.
     apart = [rank["fire_apart"] for rank in runs[2]]

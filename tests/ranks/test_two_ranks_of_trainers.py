@@ -26,7 +26,7 @@ def assert_twin(found: dict[str, Any], twin: dict[str, Any]) -> None:
             np.testing.assert_array_equal(value, twin[name][field], err_msg=f"{name} {field}")
 
 
-def test_a_hugging_face_training(runs: Runs, tmp_path: Path) -> None:
+def test_a_hugging_face_training_on_two_ranks_is_counted_exactly(runs: Runs, tmp_path: Path) -> None:
     options = {**STILL, "per_device_train_batch_size": 8}
     twin = trainer(tmp_path, model=gpt2(0.0), kind=TwinTrainer, **options).counted({None: 2})
     first, second = (rank["hugging_counts"] for rank in runs[2])
@@ -38,14 +38,14 @@ def test_a_hugging_face_training(runs: Runs, tmp_path: Path) -> None:
     assert first["offered"] == second["offered"] != []
 
 
-def test_a_hugging_face_training_that_is_resumed(runs: Runs) -> None:
+def test_a_resumed_hugging_face_training_on_two_ranks_is_counted_exactly(runs: Runs) -> None:
     for found in (rank["hugging_resumes"] for rank in runs[2]):
         assert_equal_counts(found["second"], found["first"])
         # 2 epochs of 24 sentences.
         assert found["second"][ACTS[0]]["examples"] == 48
 
 
-def test_accelerate_is_watched_before_and_after_it_prepares(runs: Runs) -> None:
+def test_a_model_may_be_watched_before_and_after_accelerate_prepares_it(runs: Runs) -> None:
     found = [rank["accelerate_before_and_after"] for rank in runs[2]]
     assert list(found[0]) == ["no, before", "no, after", "bf16, before", "bf16, after"]
     for name in found[0]:

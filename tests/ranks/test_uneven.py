@@ -27,7 +27,9 @@ def union_of(recorded: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("task", ["uneven", "uneven_and_validated", "fault", "retired"])
-def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) -> None:
+def test_ranks_with_different_numbers_of_batches_lose_no_count_and_none_hangs(
+    runs: Runs, world: int, task: str
+) -> None:
     given = [rank[task] for rank in runs[world]]
     wanted = union_of([rank["recorded"] for rank in given])
     for rank in given:
@@ -35,7 +37,7 @@ def test_no_count_is_lost_and_nobody_waits(runs: Runs, world: int, task: str) ->
 
 
 @pytest.mark.parametrize("task", ["lightning_fault", "hugging_fault"])
-def test_a_fault_on_one_rank_of_a_trainer(runs: Runs, task: str) -> None:
+def test_a_fault_of_ours_on_one_rank_does_not_stop_the_training(runs: Runs, task: str) -> None:
     """The training ends as the one that nobody watches; the other rank's counts are whole."""
     healthy, broken = given = [rank[task] for rank in runs[2]]
     assert (healthy["warned"], str(broken["warned"])) == (None, "a fault of ours")
@@ -51,7 +53,7 @@ def test_a_fault_on_one_rank_of_a_trainer(runs: Runs, task: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_magnitudes_are_the_sums_of_the_ranks(runs: Runs, world: int) -> None:
+def test_mean_magnitudes_are_computed_over_all_ranks(runs: Runs, world: int) -> None:
     """Joined sums depend on the order of ranks, in their last bits only.
 
     All terms are at least 0, so that each float64 addition is wrong by 2**-53 of the whole at most. Five steps are
@@ -86,13 +88,13 @@ def test_ranks_may_validate_while_others_train(runs: Runs, world: int) -> None:
         assert rank["uneven_and_validated"]["validated"]["1"]["positions"] == BATCH
 
 
-def test_layers_that_are_not_of_one_width_are_left_out(runs: Runs) -> None:
+def test_layers_whose_width_differs_between_ranks_are_not_measured(runs: Runs) -> None:
     # The first layer has 4 neurons on one rank and 5 on the other; the second has 5 on both, of 3 positions each.
     for rank in runs[2]:
         assert {name: counts["positions"] for name, counts in rank["other_widths"].items()} == {"1": 0, "3": 2 * 3}
 
 
-def test_what_four_ranks_saved_goes_on_with_two_and_with_one(runs: Runs, folder: Path) -> None:
+def test_a_state_saved_by_four_ranks_is_continued_by_two_and_by_one(runs: Runs, folder: Path) -> None:
     """In the middle of a window each time: totals and history are those of one process that saw everything."""
     stages = [*(rank["elastic"] for rank in (runs[4][0], runs[2][0])), elastic(0, folder)]
     seen: list[dict[str, Any]] = []
@@ -108,7 +110,7 @@ def test_what_four_ranks_saved_goes_on_with_two_and_with_one(runs: Runs, folder:
     alone.detach()
 
 
-def test_a_rank_that_dies_leaves_torchs_error_and_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_when_a_rank_dies_the_error_is_torchs_and_the_checkpoint_is_complete(tmp_path: Path) -> None:
     survivor = together(tmp_path, 2, "killed", killed=1)[0]["killed"]
     assert survivor["error"] is not None
     assert survivor["detached"]

@@ -163,7 +163,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("name", CASES)
-def test_counts_equal_the_truth(name: str) -> None:
+def test_counts_equal_the_stored_counts(name: str) -> None:
     """Equal to a recount by the slow twin, and to the stored counts but for what lies within rounding of zero."""
     case = CASES[name]
     with np.load(DATA / f"{name}.npz") as file:
@@ -224,7 +224,7 @@ def assert_within(ours: np.ndarray, stored: np.ndarray, may_differ: np.ndarray) 
     assert not len(wrong), f"neurons {wrong}: {apart[wrong]} apart, where {may_differ[wrong]} may differ"
 
 
-def test_of_a_layer_without_values_near_zero_nothing_may_differ() -> None:
+def test_a_layer_without_values_near_zero_has_no_tolerance() -> None:
     x = torch.tensor([[-3.0, -1.0, 2.0], [1.0, 4.0, -2.0]])
     for function in (F.relu, F.gelu):
         outputs, gradients = may_differ(function, x, torch.ones(2, 3))
@@ -234,7 +234,7 @@ def test_of_a_layer_without_values_near_zero_nothing_may_differ() -> None:
         assert_within(np.array([4, 5]), np.array([4, 6]), np.zeros(2, dtype=np.int64))
 
 
-def test_what_may_differ_is_what_lies_within_rounding_of_zero() -> None:
+def test_only_values_within_rounding_of_zero_may_be_counted_differently() -> None:
     x = torch.tensor([[-1e-7, 1e-7, 0.0, 1e-3, -3.0, 4.0]])
     outputs, gradients = may_differ(F.relu, x, torch.ones(1, 6))
     assert outputs.tolist() == gradients.tolist() == [[True, True, True, False, False, False]]

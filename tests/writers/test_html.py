@@ -60,7 +60,7 @@ def realistic() -> Report:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", [samples.noisy, realistic])
-def test_twelve_sites_of_4096_neurons_stay_below_300_kb(sample: Any) -> None:
+def test_a_page_for_twelve_sites_of_4096_neurons_stays_below_300_kb(sample: Any) -> None:
     text = sample().to_html()
     assert len(text.encode("utf-8")) < 300_000
     said = re.findall(r"To keep this page small, ([^.]*)\. The JSON report holds all", text)
@@ -70,11 +70,11 @@ def test_twelve_sites_of_4096_neurons_stay_below_300_kb(sample: Any) -> None:
         assert "neurons share a row" in line
 
 
-def test_what_is_drawn_whole_makes_no_excuses() -> None:
+def test_a_map_that_is_drawn_in_full_has_no_note_on_resolution() -> None:
     assert "To keep this page small" not in samples.mixed().to_html()
 
 
-def test_the_page_asks_for_nothing_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_elsewhere() -> None:
     text = samples.hostile().to_html()
     page = Page(text)
     for _, attributes in page.elements:
@@ -90,7 +90,7 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
     assert "@import" not in style
 
 
-def test_only_our_own_script_and_style_may_run() -> None:
+def test_the_security_policy_allows_only_our_own_script_and_style() -> None:
     page = Page(samples.hostile().to_html())
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "Content-Security" in str(a))
     assert policy is not None
@@ -104,7 +104,7 @@ def test_only_our_own_script_and_style_may_run() -> None:
     assert not re.search("[<>&]", data)
 
 
-def test_hostile_names_are_text_and_nothing_else() -> None:
+def test_hostile_names_are_escaped_to_plain_text() -> None:
     plain = Page(samples.report(*(samples.site("x", 8, samples.Fate(born=2, died=1)) for _ in range(6))).to_html())
     page = Page(samples.hostile().to_html())
     words = "".join(page.words)
@@ -140,7 +140,7 @@ def cell(page: Page, site: str, heading: str) -> tuple[str, str | None]:
         ("classifier.relu", "Dead", "·", "0"),
     ],
 )
-def test_cells_of_the_table_and_what_they_sort_by(site: str, heading: str, shown: str, key: str | None) -> None:
+def test_table_cells_show_their_values_and_sort_by_them(site: str, heading: str, shown: str, key: str | None) -> None:
     assert cell(Page(samples.mixed().to_html()), site, heading) == (shown, key)
 
 
@@ -149,7 +149,7 @@ def cards(report: Report) -> dict[str, str]:
     return dict(found)
 
 
-def test_headline_numbers() -> None:
+def test_the_headline_shows_the_numbers_of_the_report() -> None:
     assert cards(samples.mixed()) == {
         "Neurons": "1,152",
         "Dead": "40",
@@ -160,18 +160,18 @@ def test_headline_numbers() -> None:
     }
 
 
-def test_nothing_observed_is_no_row_of_zeros() -> None:
+def test_a_report_that_observed_nothing_shows_no_row_of_zeros() -> None:
     numbers = cards(samples.unwatched())
     assert numbers.pop("Neurons") == "40"
     assert set(numbers.values()) == {"–"}
 
 
-def test_gradients_unseen_leave_cut_off_unknown() -> None:
+def test_without_gradients_the_number_of_cut_off_neurons_is_unknown() -> None:
     assert cards(samples.report(samples.site("relu", 8, gradients=False)))["Cut off"] == "–"
     assert cards(samples.report(samples.site("relu", 8)))["Cut off"] == "0"
 
 
-def test_not_finite_is_loud() -> None:
+def test_neurons_that_are_not_finite_are_shown_prominently() -> None:
     text = samples.broken().to_html()
     assert '<p class="banner">NOT FINITE: 168 outputs' in text
     assert '<div class="card alarm"><dt>Not finite</dt>' in text
@@ -191,7 +191,7 @@ def test_dead_neurons_are_listed_with_their_step() -> None:
         assert f"{neuron} (step {site.history.died_step[neuron]:,})" in text
 
 
-def test_a_list_that_is_cut_says_how_much() -> None:
+def test_a_list_that_is_cut_states_how_many_are_left_out() -> None:
     text = samples.report(samples.site("relu", 500, samples.Fate(died=90))).to_html()
     listed = re.search(r"<b>Died \(90\):</b> ([^<]*) and 50 more</p>", text)
     assert listed
@@ -202,11 +202,11 @@ def test_a_list_that_is_cut_says_how_much() -> None:
     ("indices", "limit", "said", "left"),
     [([], 3, "", 0), ([4], 3, "4", 0), ([0, 1, 2, 5, 7, 8], 3, "0–2, 5, 7–8", 0), ([0, 1, 2, 5, 7, 8], 1, "0–2", 3)],
 )
-def test_ranges(indices: list[int], limit: int, said: str, left: int) -> None:
+def test_runs_of_neurons_are_written_as_ranges(indices: list[int], limit: int, said: str, left: int) -> None:
     assert ranges(np.array(indices, dtype=np.int64), limit) == (said, left)
 
 
-def test_unseen_sites_have_no_map_and_say_so() -> None:
+def test_a_site_that_was_not_seen_has_no_map_and_a_note_says_so() -> None:
     page = Page(samples.mixed().to_html())
     assert [site["id"] for site in page.data["sites"]] == [0, 1, 2, 3, 4, 5, 7]
     assert "Never observed: there is nothing to draw." in page.words

@@ -126,7 +126,7 @@ def test_maps_are_drawn_with_the_dead_in_their_own_colour(show: Callable[..., An
         assert (last > 0) == (site.dead > 0)
 
 
-def test_the_axis_of_steps_is_true(show: Callable[..., Any]) -> None:
+def test_the_axis_of_steps_shows_each_window_at_its_step(show: Callable[..., Any]) -> None:
     """Windows that end at steps 10, 20 and 100: the dead third column takes 80 of 100 parts of the width."""
     plain = samples.site("relu", 8, samples.Fate(died=8), windows=3)
     levels = plain.history.levels.copy()
@@ -137,7 +137,7 @@ def test_the_axis_of_steps_is_true(show: Callable[..., Any]) -> None:
     assert is_colour(image, DEAD["light"])[1].mean() == pytest.approx(0.8, abs=0.01)
 
 
-def test_one_dead_neuron_in_thousands_is_seen(show: Callable[..., Any]) -> None:
+def test_one_dead_neuron_in_thousands_is_visible(show: Callable[..., Any]) -> None:
     alive = samples.site("relu", 4096, windows=8)
     one = samples.site("relu", 4096, samples.Fate(died=1), windows=8)
     browser = show(samples.report(alive, one))
@@ -150,7 +150,7 @@ def test_one_dead_neuron_in_thousands_is_seen(show: Callable[..., Any]) -> None:
     assert orange(1) == 1
 
 
-def test_names_are_inert(show: Callable[..., Any]) -> None:
+def test_hostile_names_do_not_run_in_the_browser(show: Callable[..., Any]) -> None:
     report = samples.hostile()
     browser = show(report)  # an alert would make every later command fail
     assert len(browser.find_elements(By.CSS_SELECTOR, "main script, main img, main a[href^='http']")) == 0
@@ -161,7 +161,7 @@ def test_names_are_inert(show: Callable[..., Any]) -> None:
     assert samples.HOSTILE in labels[0]
 
 
-def test_nothing_is_fetched(show: Callable[..., Any]) -> None:
+def test_the_browser_fetches_nothing_from_elsewhere(show: Callable[..., Any]) -> None:
     browser = show(samples.mixed())
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
 
@@ -224,7 +224,7 @@ def test_a_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     until(browser, lambda: said(browser, 1) == "")
 
 
-def test_pointing_at_a_map_tells_the_neuron_below(show: Callable[..., Any]) -> None:
+def test_pointing_at_a_map_shows_the_neuron_under_the_pointer(show: Callable[..., Any]) -> None:
     report = samples.mixed()
     browser = show(report)
     box = browser.find_element(By.CSS_SELECTOR, '.map[data-site="0"]')
@@ -239,7 +239,7 @@ def test_pointing_at_a_map_tells_the_neuron_below(show: Callable[..., Any]) -> N
 
 
 @pytest.mark.slow
-def test_a_row_that_neurons_share_tells_its_share_of_dead(show: Callable[..., Any]) -> None:
+def test_a_row_for_several_neurons_shows_its_share_of_dead_ones(show: Callable[..., Any]) -> None:
     report = samples.noisy(sites=2, neurons=65_536, windows=70)
     browser = show(report)
     browser.execute_script("document.querySelector('.map').focus()")
@@ -302,7 +302,7 @@ def test_the_page_never_scrolls_sideways(show: Callable[..., Any], width: int) -
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
-def test_calm_sites_can_be_put_away(show: Callable[..., Any]) -> None:
+def test_healthy_sites_can_be_hidden(show: Callable[..., Any]) -> None:
     browser = show(samples.many(12))
     shown = "return [...document.querySelectorAll('#table tbody tr')].filter(row => row.offsetParent).length"
     assert browser.execute_script(shown) == 12

@@ -22,13 +22,13 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 SAMPLES = (samples.mixed, samples.healthy, samples.broken, samples.unwatched, samples.hostile)
 
 
-def test_the_schema_is_one_of_this_version() -> None:
+def test_the_json_schema_is_the_one_of_this_version() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_a_report_is_valid_and_comes_back_whole(sample: Callable[[], Report]) -> None:
+def test_a_report_in_json_fits_the_schema_and_reads_back_complete(sample: Callable[[], Report]) -> None:
     text = sample().to_json()
     plain = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     VALIDATOR.validate(plain)
@@ -51,7 +51,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
         yield from undescribed(value[0], schema["items"], f"{path}[]")
 
 
-def test_every_field_is_described_and_no_other() -> None:
+def test_the_schema_describes_every_field_and_no_other() -> None:
     assert list(undescribed(samples.mixed().to_dict(), SCHEMA)) == []
 
 
@@ -86,7 +86,7 @@ def spoil(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("not_measured.0.reason", ...),
     ],
 )
-def test_the_schema_refuses_what_is_wrong(path: str, value: Any) -> None:
+def test_the_schema_refuses_wrong_documents(path: str, value: Any) -> None:
     plain = json.loads(samples.mixed().to_json())
     spoil(path, value)(plain)
     assert not VALIDATOR.is_valid(plain)
@@ -108,13 +108,13 @@ def test_what_was_not_measured_is_null_and_not_zero() -> None:
     assert set(plain["layers"][0]["zero_output_fraction"]) == {None}
 
 
-def test_a_number_that_is_not_finite_is_refused_where_none_may_stand() -> None:
+def test_a_number_that_is_not_finite_is_refused() -> None:
     whole = samples.mixed()
     with pytest.raises(ValueError, match="not JSON compliant"):
         replace(whole, policy={**whole.policy, "tolerance": float("inf")}).to_json()
 
 
-def test_text_is_ascii_and_names_survive() -> None:
+def test_json_text_is_ascii_and_names_read_back_unchanged() -> None:
     name = "réseau.層.\ud800"
     text = samples.report(samples.site(name, 4)).to_json()
     assert text.isascii()

@@ -39,12 +39,12 @@ def cells(rendered: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["mixed", "broken", "unwatched", "hostile", "many"])
-def test_markdown_is_the_golden(name: str) -> None:
+def test_markdown_equals_the_stored_text(name: str) -> None:
     golden.check(f"markdown_{name}.md", getattr(samples, name)().to_markdown())
 
 
 @pytest.mark.parametrize("parse", [github, tensorboard])
-def test_names_come_out_as_they_went_in(parse: object) -> None:
+def test_names_render_in_markdown_as_they_are(parse: object) -> None:
     rendered = (github if parse is github else tensorboard)(samples.hostile().to_markdown())
     assert [row[0] for row in cells(rendered)] == [wording.visible(name) for name in NAMES]
     assert {len(row) for row in cells(rendered)} == {13}
@@ -54,7 +54,7 @@ def test_names_come_out_as_they_went_in(parse: object) -> None:
 
 
 @pytest.mark.parametrize("parse", [github, tensorboard])
-def test_the_table_and_the_lists_are_whole(parse: object) -> None:
+def test_the_markdown_table_and_lists_are_well_formed(parse: object) -> None:
     rendered = (github if parse is github else tensorboard)(samples.mixed().to_markdown())
     rows = {row[0]: row for row in cells(rendered)}
     assert rows["features.1"][1:6] == ["relu", "64", "1 · conv2d", "12 (10 born)", "18.8 %"]
@@ -65,7 +65,7 @@ def test_the_table_and_the_lists_are_whole(parse: object) -> None:
     assert "<li>Gradients at blind.relu#1 were not seen: its input needs none.</li>" in html.unescape(rendered)
 
 
-def test_not_finite_stands_first_and_bold() -> None:
+def test_neurons_that_are_not_finite_come_first_and_in_bold() -> None:
     rendered = github(samples.broken().to_markdown())
     assert re.search(r"<ul>\s*<li><strong>NOT FINITE: 168 outputs", rendered)
     broken = next(row for row in cells(rendered) if row[0] == "relu2")

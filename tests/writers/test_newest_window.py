@@ -241,7 +241,7 @@ WORDLESS = ("scalars", "vectors")
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("story", STORIES)
-def test_the_headline_is_of_the_newest_window_and_agrees_with_the_maps_last_column(
+def test_the_headline_describes_the_newest_window_and_agrees_with_the_last_column_of_the_maps(
     story: str, phase: str, writer: str
 ) -> None:
     report = tell(story, phase)
@@ -259,7 +259,7 @@ def test_the_headline_is_of_the_newest_window_and_agrees_with_the_maps_last_colu
 
 @pytest.mark.parametrize("phase", ["train", "val"])
 @pytest.mark.parametrize("writer", [name for name in WRITERS if name not in WORDLESS])
-def test_a_provisional_verdict_comes_with_the_bound_of_its_own_examples(writer: str, phase: str) -> None:
+def test_a_provisional_verdict_shows_the_bound_from_its_own_examples(writer: str, phase: str) -> None:
     # 1 - .05 ** (1 / 5) = .4507, rounded up
     said = str(rate_bound(5)) if writer == "json" else "up to 46 %"
     assert said in WRITERS[writer](tell("one short pass", phase)).words
@@ -284,7 +284,7 @@ def test_a_long_window_says_what_it_is_based_on() -> None:
 
 @pytest.mark.parametrize("story", STORIES)
 @pytest.mark.parametrize("phase", PHASES)
-def test_who_was_born_dead_is_dead_in_every_column(story: str, phase: str) -> None:
+def test_a_neuron_that_was_born_dead_is_dead_in_every_column(story: str, phase: str) -> None:
     report = tell(story, phase)
     if report.window.name == "last":
         site = report["relu"]
@@ -305,7 +305,7 @@ class Heads(nn.Module):
         return self.left(x) + self.right(x) if both else self.left(x)
 
 
-def test_a_site_that_rests_in_the_newest_pass_is_unseen_in_its_maps_last_column_too() -> None:
+def test_a_site_not_run_in_the_newest_pass_is_unseen_in_the_last_column_of_its_map() -> None:
     model = Heads()
     x = torch.ones(256, UNITS)
     x[:, :3] = -1.0
@@ -326,7 +326,7 @@ def test_a_site_that_rests_in_the_newest_pass_is_unseen_in_its_maps_last_column_
     assert overview(report).shape == (116 + 2 * 56 + 38 + 2 * 30, 784, 3)
 
 
-def test_nan_after_the_newest_window_is_said() -> None:
+def test_nan_after_the_newest_window_is_reported() -> None:
     model = Gates()
     with ns.watch(model, window_steps=1) as scope:
         for examples, value in ((300, 1.0), (5, float("nan"))):

@@ -62,7 +62,7 @@ def big(seed: int = 0, windows: int = 40) -> SiteReport:
     return samples.site("relu", 700, fate, seed=seed, windows=windows)
 
 
-def test_with_room_everything_comes_back() -> None:
+def test_without_a_limit_on_bytes_nothing_is_lost() -> None:
     site = big()
     packed = pack(site, PLENTY, 0)
     back = unpack(packed, site.neurons)
@@ -77,7 +77,7 @@ def test_with_room_everything_comes_back() -> None:
     assert packed.steps == site.history.steps.tolist()
 
 
-def test_the_gravest_stand_first_and_the_dead_by_the_time_of_their_death() -> None:
+def test_the_worst_neurons_come_first_and_dead_ones_by_their_step_of_death() -> None:
     site = big()
     back = unpack(pack(site, PLENTY, 0), site.neurons)
     assert np.all(np.diff(back.labels.astype(int)) >= 0)
@@ -89,7 +89,9 @@ def test_the_gravest_stand_first_and_the_dead_by_the_time_of_their_death() -> No
 
 
 @pytest.mark.parametrize("resolution", LADDER[:8], ids=str)
-def test_every_rung_keeps_its_word(resolution: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_resolution_packs_the_columns_and_rows_that_it_promises(
+    resolution: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("neuronscope.writers.packing.LADDER", (resolution,))
     site = big(windows=300)
     packed = pack(site, 0, 0)
@@ -126,7 +128,9 @@ def test_every_rung_keeps_its_word(resolution: object, monkeypatch: pytest.Monke
 )
 @example(neurons=1200, windows=1, rows=1, greys=LEVEL_MAX, dead="one", seed=0)  # 255 / 1200 would round to none
 @example(neurons=1200, windows=1, rows=1, greys=LEVEL_MAX, dead="all but one", seed=0)  # and this to all
-def test_a_dead_neuron_never_vanishes(neurons: int, windows: int, rows: int, greys: int, dead: str, seed: int) -> None:
+def test_a_dead_neuron_is_visible_at_every_resolution(
+    neurons: int, windows: int, rows: int, greys: int, dead: str, seed: int
+) -> None:
     number = {"none": 0, "one": 1, "half": neurons // 2, "all but one": neurons - 1, "all": neurons}[dead]
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, LEVEL_MAX, (windows, neurons), endpoint=True).astype(np.uint8)
@@ -147,7 +151,7 @@ def test_a_dead_neuron_never_vanishes(neurons: int, windows: int, rows: int, gre
 
 
 @pytest.mark.parametrize("budget", [2_000, 4_000, 16_000, 60_000])
-def test_a_budget_is_kept_with_the_finest_rung_that_fits(budget: int) -> None:
+def test_the_finest_resolution_that_fits_the_byte_limit_is_taken(budget: int) -> None:
     site = samples.noisy(sites=1, neurons=4096, windows=200).layers[0]
     packed = pack(site, budget, 0)
     assert len(packed.data) <= budget
@@ -158,7 +162,7 @@ def test_a_budget_is_kept_with_the_finest_rung_that_fits(budget: int) -> None:
             assert len(pack(site, 0, 0).data) > budget
 
 
-def test_without_a_history_the_verdicts_make_one_window() -> None:
+def test_without_a_history_the_verdicts_are_drawn_as_one_window() -> None:
     site = samples.site("relu", 20, samples.Fate(born=3, dormant=2), windows=0)
     packed = pack(site, PLENTY, 700)
     back = unpack(packed, 20)
@@ -167,7 +171,7 @@ def test_without_a_history_the_verdicts_make_one_window() -> None:
     assert sorted(back.order[:3]) == np.flatnonzero(site.judgement.dead).tolist()
 
 
-def test_unseen_is_no_zero() -> None:
+def test_an_unseen_window_is_not_packed_as_zero() -> None:
     site = samples.site("relu", 6, positions=0, windows=0)
     back = unpack(pack(site, PLENTY, 0), 6)
     assert set(back.rest.ravel()) == {LEVEL_UNSEEN}

@@ -55,17 +55,17 @@ def row(text: str, site: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_piped_text_is_the_golden(name: str) -> None:
+def test_piped_text_equals_the_stored_text(name: str) -> None:
     golden.check(f"terminal_{name}.txt", str(SAMPLES[name]()) + "\n")
 
 
 @pytest.mark.parametrize("columns", [60, 80, 99])
-def test_a_narrow_terminal_is_the_golden(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_for_a_narrow_terminal_equals_the_stored_text(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     golden.check(f"terminal_mixed_{columns}.txt", bare(on_screen(monkeypatch, samples.mixed(), columns)) + "\n")
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_piped_text_has_no_control_codes_and_fits(name: str) -> None:
+def test_piped_text_has_no_control_codes_and_fits_its_width(name: str) -> None:
     for line in str(SAMPLES[name]()).split("\n"):
         assert line.isprintable()
         assert len(line) <= 120
@@ -82,7 +82,7 @@ def test_a_terminal_gets_colours_and_its_own_width(name: str, columns: int, monk
     assert all(line.isprintable() for line in lines)
 
 
-def test_what_was_not_seen_is_no_zero() -> None:
+def test_values_that_were_not_seen_are_not_shown_as_zero() -> None:
     text = str(samples.mixed())
     neurons, axis, dead, *rest = row(text, "never.ran")[1:]
     assert (neurons, axis, dead) == ("16", "1 · conv2d", "unseen")
@@ -104,7 +104,7 @@ def test_a_network_that_is_not_finite_never_looks_healthy(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("sites", "folded"), [(40, 0), (41, 40)])
-def test_sites_are_folded_beyond_forty(sites: int, folded: int) -> None:
+def test_beyond_forty_sites_the_healthy_ones_are_folded(sites: int, folded: int) -> None:
     many = samples.report(
         *(samples.site(f"s{i:02}", 4, samples.Fate(born=int(i == 3)), windows=3) for i in range(sites))
     )
@@ -130,13 +130,13 @@ def test_a_site_with_anything_to_report_is_not_folded(kept: SiteReport) -> None:
     assert "… 60 more sites" in text
 
 
-def test_a_long_name_is_folded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_name_is_wrapped_and_nothing_of_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "encoder." + ".".join(f"block{i}" for i in range(12)) + ".relu"
     text = bare(on_screen(monkeypatch, samples.report(samples.site(name, 8)), 60))
     assert name in "".join(line.split(" ")[0] for line in text.splitlines())
 
 
-def test_sites_with_unlike_examples_say_each_their_own() -> None:
+def test_sites_with_different_numbers_of_examples_each_show_their_own() -> None:
     whole = samples.report(samples.site("few", 8, examples=20), samples.site("lots", 8, examples=1000))
     assert row(str(whole), "few")[-2:] == ["20", "< 14 %"]  # 1 − 0.05^(1/20) = 13.91 %
     assert row(str(whole), "lots")[-2:] == ["1,000", "< 0.3 %"]
@@ -146,7 +146,9 @@ def test_sites_with_unlike_examples_say_each_their_own() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
-def test_printing_never_fails_for_want_of_a_character(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printing_never_fails_when_an_encoding_lacks_a_character(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     print(samples.mixed())
@@ -161,7 +163,7 @@ def test_a_window_that_is_too_short_says_so() -> None:
 
 
 @pytest.mark.parametrize("at", [-1, 0])
-def test_a_scan_has_no_steps_and_is_not_nothing(at: int) -> None:
+def test_the_report_of_a_scan_shows_counts_without_steps(at: int) -> None:
     whole = samples.mixed()
     scan = replace(
         whole,

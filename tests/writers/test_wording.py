@@ -15,7 +15,7 @@ from . import sample_reports as samples
 
 
 @given(part=st.integers(0, 10**9), rest=st.integers(0, 10**9))
-def test_only_none_reads_zero_and_only_all_reads_hundred(part: int, rest: int) -> None:
+def test_only_none_is_shown_as_0_percent_and_only_all_as_100(part: int, rest: int) -> None:
     whole = part + rest
     said = wording.share(part, whole)
     assert (said == wording.UNKNOWN) == (whole == 0)
@@ -26,7 +26,7 @@ def test_only_none_reads_zero_and_only_all_reads_hundred(part: int, rest: int) -
 
 
 @given(examples=st.integers(1, 10**8), level=st.sampled_from([0.5, 0.9, 0.95, 0.99, 0.999]))
-def test_a_bound_is_rounded_up_by_a_tenth_at_most(examples: int, level: float) -> None:
+def test_a_bound_is_rounded_up_by_at_most_a_tenth(examples: int, level: float) -> None:
     matched = re.fullmatch(r"< ([\d.]+) %", wording.at_most(examples, level))
     assert matched
     said, true = float(matched[1]), 100 * rate_bound(examples, level)
@@ -44,12 +44,12 @@ def test_a_bound_is_rounded_up_by_a_tenth_at_most(examples: int, level: float) -
         (1_000_000, "< 0.0003 %"),  # 0.00029957 %
     ],
 )
-def test_bounds_in_words(examples: int, said: str) -> None:
+def test_a_bound_is_written_in_words(examples: int, said: str) -> None:
     assert wording.at_most(examples, 0.95) == said
 
 
 @given(st.text(alphabet=st.characters(codec=None)))
-def test_what_is_visible_prints_and_encodes(text: str) -> None:
+def test_text_made_visible_can_be_printed_and_encoded(text: str) -> None:
     shown = wording.visible(text)
     assert shown.isprintable()
     shown.encode("utf-8")
@@ -69,17 +69,17 @@ def test_what_is_visible_prints_and_encodes(text: str) -> None:
         (samples.Fate(born=1, died=1, not_finite=2), "2 (1 born)"),
     ],
 )
-def test_born_and_died_are_told_apart(fate: samples.Fate, said: str) -> None:
+def test_neurons_born_dead_and_neurons_that_died_are_described_differently(fate: samples.Fate, said: str) -> None:
     assert wording.site_words(samples.site("relu", 16, fate), 0.95).dead == said
 
 
-def test_the_worst_neurons_are_named_and_an_ellipsis_says_that_there_are_more() -> None:
+def test_the_worst_neurons_are_listed_and_an_ellipsis_stands_for_the_rest() -> None:
     whole = samples.site("relu", 16, samples.Fate(born=4))
     assert wording.site_words(whole, 0.95, worst=4).worst == ", ".join(map(str, whole.worst(4)))
     assert wording.site_words(whole, 0.95, worst=3).worst == ", ".join(map(str, whole.worst(3))) + " …"
 
 
-def test_findings_of_a_mixed_network() -> None:
+def test_a_mixed_network_has_a_sentence_for_each_finding() -> None:
     said = " ".join(findings.finding(samples.mixed()))
     # 10 + 2, 24, 3 and 1 dead of the 1152 − 16 neurons that were observed: 40 / 1136 = 3.52 %; 14 of them born dead.
     assert "40 of 1,136 neurons (3.5 %) are dead: 14 never fired" in said
@@ -89,7 +89,7 @@ def test_findings_of_a_mixed_network() -> None:
     assert "1 site never ran" in said
 
 
-def test_the_hardest_hit_site_is_that_with_the_largest_share() -> None:
+def test_the_worst_layer_is_the_one_with_the_largest_share_of_dead_neurons() -> None:
     large, small = samples.site("large", 1000, samples.Fate(born=50)), samples.site("small", 10, samples.Fate(born=4))
     assert "Hardest hit is small, with 4 of 10 dead" in " ".join(findings.finding(samples.report(large, small)))
 

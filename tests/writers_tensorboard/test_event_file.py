@@ -36,7 +36,7 @@ def undated(events: list[Any]) -> list[dict[str, Any]]:
     return [{**vars(event), "wall_time": None} for event in events]
 
 
-def test_it_holds_what_a_summary_writer_would_hold(tmp_path: Path) -> None:
+def test_the_event_file_holds_what_a_summary_writer_would_write(tmp_path: Path) -> None:
     report = samples.conv_net()
     for name in ("theirs", "ours"):
         (tmp_path / name).mkdir()
@@ -54,7 +54,7 @@ def test_it_holds_what_a_summary_writer_would_hold(tmp_path: Path) -> None:
         assert ours.SummaryMetadata(tag) == theirs.SummaryMetadata(tag), tag
 
 
-def test_the_dashboard_leaves_only_numbers_to_the_users_writer(tmp_path: Path) -> None:
+def test_the_dashboard_sends_only_numbers_to_the_users_writer(tmp_path: Path) -> None:
     for kind in ("torch", "tensorboardX"):
         with summary_writer(kind, tmp_path / kind) as writer:
             assert Dashboard(writer).write(samples.conv_net(), 4000)
@@ -169,7 +169,7 @@ def test_a_removed_folder_stays_removed_and_one_that_is_back_is_written_to(tmp_p
         (0, 0, True),  # a network disk that gives no sizes
     ],
 )
-def test_some_room_is_left_to_the_training(
+def test_no_event_is_written_when_the_disk_is_almost_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int, free: int, room: bool
 ) -> None:
     disk = shutil.disk_usage(tmp_path)._replace(total=total, used=total - free, free=free)
@@ -182,7 +182,9 @@ def test_some_room_is_left_to_the_training(
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda file: pickle.loads(pickle.dumps(file))])
-def test_a_copy_writes_a_file_of_its_own(copied: Callable[[EventFile], EventFile], tmp_path: Path) -> None:
+def test_a_copy_of_the_writer_writes_a_file_of_its_own(
+    copied: Callable[[EventFile], EventFile], tmp_path: Path
+) -> None:
     file = EventFile(str(tmp_path))
     for each in (file, copied(file)):
         append(samples.conv_net(10), each, 1, **TEXT)
@@ -203,7 +205,7 @@ def test_remote_folders_are_written_to_as_tensorboard_does() -> None:
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [1, 2]
 
 
-def test_the_folder_of_a_writer_is_known() -> None:
+def test_the_folder_of_each_kind_of_writer_is_found() -> None:
     class Writer:
         log_dir: Any = Path("runs") / "one"
 
@@ -213,7 +215,7 @@ def test_the_folder_of_a_writer_is_known() -> None:
     assert [folder_of(writer) for writer in (Writer(), Foreign(), object())] == [str(Writer.log_dir), "runs/two", None]
 
 
-def test_pictures_of_another_layout_are_refused() -> None:
+def test_images_of_an_unsupported_layout_are_refused() -> None:
     with pytest.raises(UsageError, match="`dataformats`"):
         EncodedEvents().add_image("picture", np.zeros((3, 2, 2), np.uint8), 1, dataformats="CHW")
 

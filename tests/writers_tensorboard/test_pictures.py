@@ -52,7 +52,7 @@ def has(picture: Picture, colour: tuple[int, int, int], near: int = 0) -> int:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_nothing_reaches_the_edge_of_a_picture(name: str) -> None:
+def test_every_picture_has_an_empty_margin(name: str) -> None:
     report = REPORTS[name]()
     for picture in (overview(report), *(heatmap(site, report.phase) for site in report.layers[:2])):
         assert picture.dtype == np.uint8
@@ -64,7 +64,7 @@ def test_nothing_reaches_the_edge_of_a_picture(name: str) -> None:
         assert (picture != np.array(PAPER, np.uint8)).any(), "nothing was drawn"
 
 
-def test_a_small_network_fits_a_card_twice_its_size() -> None:
+def test_a_small_networks_picture_stays_readable_on_a_tensorboard_card() -> None:
     # The time-series page shows 215 pixels of height and leaves out every other of 430.
     assert overview(samples.conv_net()).shape == (430, 784, 3)
     assert all(heatmap(site, "train").shape == (430, 784, 3) for site in samples.conv_net().layers)
@@ -94,7 +94,7 @@ def test_a_window_narrower_than_a_pixel_still_shows() -> None:
     assert has(body, (worst[0], worst[1], worst[2])) >= 40
 
 
-def test_windows_lie_where_their_steps_lie() -> None:
+def test_windows_are_drawn_at_the_position_of_their_steps() -> None:
     # Ten windows of 10 steps, then one of 900: the death in the last window covers nine tenths of the width.
     steps = np.array([*range(10, 101, 10), 1000], dtype=np.int64)
     levels = np.full((11, 8), 120, np.uint8)
@@ -115,7 +115,7 @@ def test_a_network_of_nan_does_not_look_healthy() -> None:
     assert has(heatmap(report.layers[0], "train"), NOT_FINITE) > 10_000
 
 
-def test_what_was_not_seen_is_striped_and_not_zero() -> None:
+def test_unseen_windows_are_striped_and_not_drawn_as_zero() -> None:
     report = samples.uniform(LEVEL_UNSEEN)
     body = overview(report)[116:]
     assert has(body, UNSEEN) > 10_000
@@ -138,7 +138,7 @@ def test_sites_with_different_windows_share_a_row_by_step() -> None:
     assert row.share.tolist() == [1.0, 0.0, 0.25]  # 10 / 10, 0 / 30, 10 / 40
 
 
-def test_many_sites_are_put_together_and_the_dead_add_up() -> None:
+def test_many_sites_are_grouped_and_their_dead_neurons_add_up() -> None:
     report = samples.many_sites()
     rows = rows_of(report, MOST_ROWS)
     assert len(rows) <= MOST_ROWS
@@ -167,7 +167,7 @@ names = st.lists(
 
 
 @given(names=names, most=st.integers(1, 40))
-def test_every_site_is_in_exactly_one_of_few_enough_groups(names: list[str], most: int) -> None:
+def test_every_site_is_in_exactly_one_group_and_groups_are_few(names: list[str], most: int) -> None:
     groups = group_sites(names, most)
     assert len(groups) <= most
     assert sorted(name for group in groups for name in group.sites) == sorted(names)
@@ -181,12 +181,12 @@ def test_every_site_is_in_exactly_one_of_few_enough_groups(names: list[str], mos
         ([f"model.layers.{i}.act" for i in range(8)], 4, [f"model.layers.{i} ... {i + 1}" for i in (0, 2, 4, 6)]),
     ],
 )
-def test_groups_have_plain_labels(names: list[str], most: int, labels: list[str]) -> None:
+def test_groups_of_sites_have_readable_labels(names: list[str], most: int, labels: list[str]) -> None:
     assert [group.label for group in group_sites(names, most)] == labels
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=10).map(sorted))
-def test_labels_never_overlap_and_stay_inside(wanted: list[float]) -> None:
+def test_labels_never_overlap_and_stay_inside_the_picture(wanted: list[float]) -> None:
     places = spread(wanted, 30.0, 0.0, 300.0)
     assert (np.diff(places) >= 30.0 - 1e-9).all()
     assert places[0] >= -1e-9
@@ -194,19 +194,19 @@ def test_labels_never_overlap_and_stay_inside(wanted: list[float]) -> None:
 
 
 @given(st.floats(1e-9, 1 - 1e-9))
-def test_a_share_is_never_rounded_to_none_or_all(share: float) -> None:
+def test_a_share_is_never_rounded_to_0_or_100_percent(share: float) -> None:
     assert percent(share) not in ("0%", "0.0%", "100%", "100.0%")
 
 
 @given(low=st.integers(0, 10**6), span=st.integers(1, 10**7), most=st.integers(2, 10))
-def test_ticks_are_few_and_inside(low: int, span: int, most: int) -> None:
+def test_axis_ticks_are_few_and_inside_the_axis(low: int, span: int, most: int) -> None:
     found = ticks(low, low + span, most)
     assert 1 <= len(found) <= most
     assert low - 1e-6 * span <= found[0] <= found[-1] <= low + span * (1 + 1e-6)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=400), st.integers(5, 300))
-def test_every_window_lies_under_some_column(gaps: list[int], width: int) -> None:
+def test_every_window_is_covered_by_a_column(gaps: list[int], width: int) -> None:
     steps = np.cumsum(np.array(gaps, np.int64))
     first, last = StepAxis.of_windows([steps], 0, width).windows_of_columns(steps)
     covered = {window for low, high in zip(first, last, strict=True) for window in range(low, high)}
@@ -214,7 +214,7 @@ def test_every_window_lies_under_some_column(gaps: list[int], width: int) -> Non
 
 
 @given(st.text(max_size=80), st.floats(5, 400))
-def test_fitted_text_fits(text: str, width: float) -> None:
+def test_text_fitted_to_a_width_is_no_wider(text: str, width: float) -> None:
     canvas = Canvas(10, 10)
     assert canvas.text_width(canvas.fit(text, 22, width), 22) <= max(width, canvas.text_width("…", 22))
     assert "\n" not in printable(text)

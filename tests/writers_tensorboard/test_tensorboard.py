@@ -82,7 +82,7 @@ def test_tensorboard_reads_back_what_was_written(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["torch", "tensorboardX"])
-def test_vectors_carry_their_codes_and_their_place(kind: str, tmp_path: Path) -> None:
+def test_vectors_hold_the_codes_of_each_neuron_and_their_site(kind: str, tmp_path: Path) -> None:
     report = samples.conv_net()
     with summary_writer(kind, tmp_path) as writer:
         write(report, writer, 4000, images=False, text=False)
@@ -99,7 +99,7 @@ def test_vectors_carry_their_codes_and_their_place(kind: str, tmp_path: Path) ->
         assert content["channels"] == list(CHANNELS)
 
 
-def test_codes_keep_exact_zero_and_exact_one_apart_from_the_rest() -> None:
+def test_the_code_of_a_rate_of_exactly_0_or_1_is_that_of_no_other_rate() -> None:
     site = samples.site_of("act", np.full((1, 6), 100, np.uint8), samples.windows(1))
     fractions = np.array([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, np.nan])
     site = replace(site, zero_output_fraction=fractions, zero_gradient_fraction=fractions)
@@ -110,7 +110,7 @@ def test_codes_keep_exact_zero_and_exact_one_apart_from_the_rest() -> None:
     assert set(codes(dead)[0].tolist()) == {LEVEL_DEAD}
 
 
-def test_other_phases_have_tags_of_their_own(tmp_path: Path) -> None:
+def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
     train, val = scalars(samples.conv_net()), scalars(samples.conv_net(phase="val"))
     assert not set(train) & set(val)
     assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.1"} <= set(val)
@@ -123,7 +123,7 @@ def test_other_phases_have_tags_of_their_own(tmp_path: Path) -> None:
     assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.1"} <= set(tags["tensors"])
 
 
-def test_the_values_are_the_reports() -> None:
+def test_the_scalars_equal_the_numbers_of_the_report() -> None:
     report = samples.conv_net()
     found = scalars(report)
     assert found["neuronscope/dead_pct"] == pytest.approx(100 * report.dead / report.neurons)
@@ -133,7 +133,7 @@ def test_the_values_are_the_reports() -> None:
     assert found["neuronscope.dead_pct/features.16"] == pytest.approx(100 * report["features.16"].dead / 512)
 
 
-def test_what_was_not_seen_has_no_value() -> None:
+def test_a_quantity_that_was_not_seen_has_no_scalar() -> None:
     found = scalars(samples.uniform(LEVEL_UNSEEN))
     assert [tag for tag in found if tag.rpartition("/")[2].endswith("pct") or "_pct/" in tag] == []
     mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).layers[0], samples.conv_net().layers[5]])
@@ -178,7 +178,7 @@ def test_charts_of_groups_pool_their_neurons() -> None:
     assert found[f"neuronscope.dead_pct/{group_tag(group)}"] == pytest.approx(expected)
 
 
-def test_deaths_between_logs_are_all_counted_once(tmp_path: Path) -> None:
+def test_every_death_between_two_logs_is_counted_once(tmp_path: Path) -> None:
     logged = (3, 4, 11, 26, 40)
     with summary_writer("torch", tmp_path) as writer:
         dashboard = Dashboard(writer)
@@ -210,12 +210,14 @@ def test_deaths_between_logs_are_all_counted_once(tmp_path: Path) -> None:
         ([], 0, (0, 0)),
     ],
 )
-def test_turnover_by_hand(column: list[int], since: int | None, wanted: tuple[int, int]) -> None:
+def test_deaths_and_revivals_equal_those_counted_by_hand(
+    column: list[int], since: int | None, wanted: tuple[int, int]
+) -> None:
     levels = np.array(column, np.uint8).reshape(-1, 1)
     assert turnover(samples.site_of("act", levels, samples.windows(len(column))).history, since) == wanted
 
 
-def test_steps_never_go_backwards(tmp_path: Path) -> None:
+def test_logged_steps_never_decrease(tmp_path: Path) -> None:
     with summary_writer("torch", tmp_path) as writer:
         dashboard = Dashboard(writer)
         options = {"images": False, "text": False, "vectors": False}
@@ -231,13 +233,13 @@ def test_steps_never_go_backwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [None, [1], {"train": 3}, {"train": ["a", "b"]}])
-def test_a_state_that_is_none_is_refused(state: Any) -> None:
+def test_an_invalid_state_of_the_writer_is_refused(state: Any) -> None:
     with pytest.raises(UsageError, match=r"Dashboard\.state_dict"):
         Dashboard(object()).load_state_dict(state)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.text(max_size=200), min_size=2, max_size=2, unique=True))
-def test_safe_names_are_safe_and_stay_apart(names: list[str]) -> None:
+def test_names_made_safe_for_tags_stay_distinct(names: list[str]) -> None:
     one, two = (safe(name) for name in names)
     assert re.fullmatch(r"[\w.-]{1,140}", one, re.ASCII)
     assert one != two
@@ -246,7 +248,7 @@ def test_safe_names_are_safe_and_stay_apart(names: list[str]) -> None:
 @pytest.mark.parametrize(
     "pair", [("relu()", "relu"), ("a#1", "a-1"), ("a#1", "a"), ("a/b", "a_b"), ("relu()", "relu-fn"), ("", "root")]
 )
-def test_names_that_look_alike_stay_apart(pair: tuple[str, str]) -> None:
+def test_names_that_look_alike_have_distinct_tags(pair: tuple[str, str]) -> None:
     assert safe(pair[0]) != safe(pair[1])
 
 
@@ -273,7 +275,7 @@ def test_the_diagnosis_escapes_every_name() -> None:
     assert "&lt;script&gt;" in html or "&#60;script&#62;" in html
 
 
-def test_the_diagnosis_is_the_golden_one() -> None:
+def test_the_diagnosis_text_equals_the_stored_text() -> None:
     report = samples.conv_net()
     report = replace(
         report,
@@ -287,7 +289,7 @@ def test_the_diagnosis_is_the_golden_one() -> None:
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_causes_are_said_where_there_is_evidence() -> None:
+def test_the_diagnosis_states_causes_where_there_is_evidence() -> None:
     assert "**Why, and what to do**" in diagnosis(samples.conv_net())
     assert "Why, and what to do" not in diagnosis(samples.uniform(100))
 
@@ -301,17 +303,17 @@ def test_causes_are_said_where_there_is_evidence() -> None:
         (100, "No site has dead, dormant, cut-off or non-finite neurons."),
     ],
 )
-def test_the_diagnosis_says_what_is_wrong(level: int, sentence: str) -> None:
+def test_the_diagnosis_states_each_problem_of_the_network(level: int, sentence: str) -> None:
     assert sentence in diagnosis(samples.uniform(level))
 
 
-def test_the_diagnosis_of_many_sites_is_short_and_says_what_it_left_out() -> None:
+def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() -> None:
     text = diagnosis(samples.many_sites())
     assert len(text.splitlines()) < 60
     assert "more sites have such neurons" in text
 
 
-def test_a_closed_writer_is_told_so(tmp_path: Path) -> None:
+def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:
     from neuronscope.writers.tensorboard.dashboard import _add_summary
     from neuronscope.writers.tensorboard.vectors import summaries
 
