@@ -26,7 +26,7 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test coverage lint format types imports doctest examples bench bench-peers wheel check browser lowest clean distclean
+.PHONY: help demo test coverage tools lint format types imports doctest examples bench bench-peers wheel check browser lowest clean distclean
 
 help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
@@ -102,6 +102,9 @@ check: test coverage lint types imports doctest examples wheel
 # docs/coverage.md: says whether the page is what the networks and the tests are now. `python scripts/coverage.py` writes it.
 coverage: $(VENV)/.test $(VENV)/.networks
 	$(RUN) python scripts/coverage.py --check
+
+# What lint, types and imports need.
+tools: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -24,6 +25,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 
+# Inductor compiles in processes of its own, each of which imports torch; here the kernels are few.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # several of us at once (pytest -n): the cores are shared out already
         torch.set_num_threads(1)
@@ -35,11 +40,28 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skips = {"browser": _no_browser(), "gpu": None if torch.cuda.is_available() else "no CUDA device"}
     for item in items:
-        if item.path.parent.name == "ranks":  # its processes are started once, by one worker (pytest -n 2)
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        group = _shared_by(item)
+        if group:  # one worker makes the fixture once (pytest -n 2)
+            item.add_marker(pytest.mark.xdist_group(group))
         for marker, reason in skips.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the objects of all imported modules, which it would walk again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def _shared_by(item: pytest.Item) -> str | None:
+    """Return the file or folder whose tests share a fixture with this test; None if it shares none."""
+    if item.path.parent.name == "ranks":  # processes: all of them one after another
+        return "tests/ranks"
+    assert isinstance(item, pytest.Function)
+    fixtures = [each for found in item._fixtureinfo.name2fixturedefs.values() for each in found]
+    homes = {fixture.baseid for fixture in fixtures if fixture.scope in ("module", "session") and fixture.baseid}
+    return min(homes, key=len, default=None)
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,7 @@ def test_every_part_of_the_benchmarks_returns_complete_tables(part: str) -> None
         assert all(cell or place for row in table.rows for place, cell in enumerate(row))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # the compiler's own
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")

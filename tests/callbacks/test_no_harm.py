@@ -121,13 +121,13 @@ def compiled(callbacks: list[Any]) -> Left:
     return left(model)
 
 
-RUNS = {"fitted twice": fitted_twice, "averaged": averaged, "compiled": compiled}
+RUNS = [fitted_twice, averaged, pytest.param(compiled, marks=pytest.mark.slow)]
 
 
 # The compiler's own deprecations, and what it does with the .grad of a graph's inputs.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("run", RUNS)
 def test_weights_and_random_numbers_of_longer_runs_are_those_of_unwatched_ones(
     run: Callable[[list[Any]], Left],
 ) -> None:

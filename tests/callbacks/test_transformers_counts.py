@@ -63,6 +63,7 @@ def test_counts_equal_the_twins_and_weights_those_of_an_unwatched_training(
 
 # torch's compiler asks for the gradient of a tensor that has none, and hides its own warning only where it is printed.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("plain", "float32", "kept"), ("accumulation", "bfloat16", "checkpointing")])
 def test_a_compiled_training_is_counted_exactly(tmp_path: Path, names: tuple[str, ...]) -> None:
     # The compiler rounds otherwise than eager code: so the twin's network has no dropout and takes steps too small to

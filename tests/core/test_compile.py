@@ -18,6 +18,7 @@ import neuronscope as ns
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 pytestmark = [
+    pytest.mark.slow,
     # The compiler's own: it warns of its deprecations and of this machine's limits.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
@@ -239,7 +240,6 @@ def assert_same_census(compiled: ns.Census, eager: ns.Census) -> None:
             assert getattr(other, part).tolist() == getattr(tally, part).tolist(), f"{name}: {part}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("build", "shape"), [(mlp, (16, 5)), (Net, (4, 3, 6))], ids=["mlp", "net"])
 def test_counts_under_inductor_equal_those_of_eager(build, shape):
     states = []
@@ -390,7 +390,6 @@ def test_without_fullgraph_there_is_no_graph_break_either():
     assert "relu().gated" in scope.census()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chunk", "sort"])
 def test_calls_that_give_several_tensors_under_inductor(name):
     """All numbers are small integers, of which every order of sums is exact: counts are equal here too."""

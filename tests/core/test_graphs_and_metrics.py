@@ -20,6 +20,7 @@ class Net(nn.Module):
         return self.third(F.relu(self.second(self.gelu(self.act(self.first(x)))))).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("compiled", ["model", "step"])
 def test_a_graph_that_runs_its_functions_in_python_is_counted_once(backend: str, compiled: str) -> None:

@@ -158,6 +158,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 compiles = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("_fresh_compiler"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     pytest.mark.filterwarnings("ignore::FutureWarning:torch"),

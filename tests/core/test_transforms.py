@@ -154,6 +154,7 @@ def test_vmap_inside_a_forward_is_not_counted_and_does_no_harm(
     assert [item.name for item in scope.report().not_measured] == missing
 
 
+@pytest.mark.slow
 def test_vmap_inside_a_compiled_forward_does_no_harm() -> None:
     torch._dynamo.reset()
     outputs = []

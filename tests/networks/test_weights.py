@@ -46,7 +46,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("product", ROWS)
 def test_the_neuron_axis_is_the_output_axis_of_the_weight(product: str, compiled: bool) -> None:
     model = Product(product)
@@ -61,7 +61,10 @@ def test_the_neuron_axis_is_the_output_axis_of_the_weight(product: str, compiled
 
 @pytest.mark.parametrize(
     ("product", "compiled"),
-    [("stack", False), ("stack", True), ("picked by data", False), ("picked rows", False), ("picked rows", True)],
+    [
+        *((product, False) for product in ("stack", "picked by data", "picked rows")),
+        *(pytest.param(product, True, marks=pytest.mark.slow) for product in ("stack", "picked rows")),
+    ],
 )
 def test_stacked_weights_are_measured_only_when_their_axis_is_declared(product: str, compiled: bool) -> None:
     for axes in (None, {"relu()": -1}):

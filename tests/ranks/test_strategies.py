@@ -104,6 +104,7 @@ def test_the_report_states_the_cost_of_joining_ranks(runs: dict[int, list[dict[s
     assert not any("joined" in note for note in runs[1][0]["ddp"][CASES[0]]["notes"])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_whose_layers_ranks_share_is_not_measured(runs: dict[int, list[dict[str, Any]]]) -> None:
     for rank in runs[2]:
         counted, reasons = rank["tensor_compiled"]
