@@ -83,7 +83,7 @@ class Evidence:
         inside = self.neurons.size == 0 or (self.neurons[0] >= 0 and self.neurons[-1] < self.width)
         if not inside or (np.diff(self.neurons) <= 0).any():
             raise UsageError(
-                f"Expected increasing neurons below {self.width} for {self.layer}, but got {self.neurons}."
+                f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}."
             )
 
     @property
