@@ -82,9 +82,7 @@ class Evidence:
             )
         inside = self.neurons.size == 0 or (self.neurons[0] >= 0 and self.neurons[-1] < self.width)
         if not inside or (np.diff(self.neurons) <= 0).any():
-            raise UsageError(
-                f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}."
-            )
+            raise UsageError(f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}.")
 
     @property
     def source_label(self) -> str:
