@@ -128,7 +128,7 @@ def test_every_file_is_written(folder: Path, capsys: pytest.CaptureFixture[str])
     assert code == 0
     assert (folder / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "a.md").read_text(encoding="utf-8").startswith("## Neuronscope post-mortem: last.ckpt")
-    assert json.loads((folder / "a.json").read_text())["schema_version"] == 1
+    assert json.loads((folder / "a.json").read_text())["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_reader_that_stops_early_is_no_fault(folder: Path) -> None:
 def test_the_package_is_the_function_though_a_part_of_it_was_imported_first(folder: Path) -> None:
     code = (
         "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\n"
-        "print(ns.postmortem('last.ckpt').step)\n"
+        "print(ns.postmortem('last.ckpt').global_step)\n"
         "import neuronscope.checkpoints.postmortem_report as r\nprint(r.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
