@@ -130,7 +130,7 @@ def test_the_command_writes_every_requested_file(folder: Path, capsys: pytest.Ca
     assert code == 0
     assert (folder / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "a.md").read_text(encoding="utf-8").startswith("## Neuronscope post-mortem: last.ckpt")
-    assert json.loads((folder / "a.json").read_text())["schema_version"] == 1
+    assert json.loads((folder / "a.json").read_text())["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_a_closed_output_pipe_is_not_an_error(folder: Path) -> None:
 def test_ns_postmortem_is_the_function_even_after_imports_of_its_package(folder: Path) -> None:
     code = (
         "import neuronscope.checkpoints.verdict.evidence\nimport neuronscope as ns\n"
-        "print(ns.postmortem('last.ckpt').step)\n"
+        "print(ns.postmortem('last.ckpt').global_step)\n"
         "import neuronscope.checkpoints.postmortem_report as r\nprint(r.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

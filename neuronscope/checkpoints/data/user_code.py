@@ -38,8 +38,8 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
         yield
     except (KeyboardInterrupt, GeneratorExit, NeuronscopeError):
         raise
-    except BaseException as came:
-        raise UsageError(f"{expected}, but {subject} {describe_exception(came)}{advice and f'. {advice}'}") from came
+    except BaseException as error:
+        raise UsageError(f"{expected}, but {subject} {describe_exception(error)}{advice and f'. {advice}'}") from error
 
 
 def describe_exception(error: BaseException) -> str:

@@ -42,7 +42,7 @@ def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
     """
     if not earlier.optimizers or not later.optimizers:
         return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
-    first, second = ({name: tuple(held.shape) for name, held in one.tensors.items()} for one in (earlier, later))
+    first, second = ({name: tuple(value.shape) for name, value in one.tensors.items()} for one in (earlier, later))
     if first == second:
         return None
     strange = sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
@@ -126,8 +126,8 @@ class _Pair:
             self._weights(name, room, kept)
         return kept & ~touched, touched
 
-    def _rows(self, held: StoredTensor | float) -> Tensor:
-        tensor = torch.tensor(held) if isinstance(held, (int, float)) else held.read()
+    def _rows(self, value: StoredTensor | float) -> Tensor:
+        tensor = torch.tensor(value) if isinstance(value, (int, float)) else value.read()
         return self._layer.rows(tensor).double()
 
     def _means(self, name: str, touched: Tensor) -> Tensor:
@@ -182,21 +182,21 @@ class _Pair:
         kept &= (moved.abs() <= room + 2 * self._tolerance * w1.abs()).all(dim=1)
 
 
-def _judge(start: LayerClock, end: LayerClock, passed: int, silent: Tensor, touched: Tensor) -> Iterator[Evidence]:
+def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor, touched: Tensor) -> Iterator[Evidence]:
     """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one.
 
     Args:
         start: The layer's clock in the earlier checkpoint.
         end: The layer's clock in the later one.
         passed: Steps in between.
-        silent: Rows that got no gradient in between, bool ``(N,)``.
+        no_gradient: Rows that got no gradient in between, bool ``(N,)``.
         touched: Rows that certainly got one, bool ``(N,)``.
     """
     before, after = start.reading, end.reading
     readable = ~(before.not_finite | before.underflowed | after.not_finite | after.underflowed)
-    silent, touched = silent & readable & ~after.never, touched & readable
-    whole = bool((silent | after.never).all())
-    if silent.any():
+    no_gradient, touched = no_gradient & readable & ~after.never, touched & readable
+    whole = bool((no_gradient | after.never).all())
+    if no_gradient.any():
         since = None
         if start.step is not None and not start.lag:
             dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
@@ -204,8 +204,8 @@ def _judge(start: LayerClock, end: LayerClock, passed: int, silent: Tensor, touc
         yield _evidence(
             end,
             "no gradient",
-            silent,
-            torch.full(silent.shape, float(passed), dtype=torch.float64),
+            no_gradient,
+            torch.full(no_gradient.shape, float(passed), dtype=torch.float64),
             "steps without a gradient, at least",
             f"Over the {passed} steps between the two checkpoints, the optimizer's means and the weights changed "
             "exactly as they do without a gradient."

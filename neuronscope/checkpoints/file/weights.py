@@ -58,7 +58,7 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                 not_finite > 0,
                 not_finite.double(),
                 "incoming weights that are NaN or infinite",
-                "A weight or bias of these neurons is NaN or infinite; so is their pre-activation, whatever comes in.",
+                "A weight or bias of these neurons is NaN or infinite; so is their pre-activation for any input.",
             )
         all_zero &= not_finite == 0
         if all_zero.any():
@@ -93,8 +93,8 @@ def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
     """Return pairs ``(earlier, later)`` of layers of one ``Sequential`` in which the later one reads the earlier one.
 
-    This is a guess from names. Both layers are called ``path.number``, have the same kind, and the later one has as many
-    inputs as the earlier one has rows. Only norms and modules without weights lie between them, and at least one:
+    This is a guess from names. Both layers are called ``path.number`` and have the same kind, and the later one has as
+    many inputs as the earlier one has rows. Only norms and modules without weights lie between them, and at least one:
     layers with consecutive numbers may be parallel ones in a list.
 
     Args:

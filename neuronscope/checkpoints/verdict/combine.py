@@ -36,7 +36,7 @@ _DEAD = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
 _FIRM = BASES.index("inferred")  # the last basis that is firm
 
 #: For each claim, the measured claims that agree with it.
-HOLDS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
+AGREEING_CLAIMS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
 
 
 def combine_evidence(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
@@ -93,10 +93,10 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
         if measured is None:
             continue
         for one in layer.evidence:
-            if one.basis == "measured" or one.claim not in HOLDS:
+            if one.basis == "measured" or one.claim not in AGREEING_CLAIMS:
                 continue
             codes = measured[one.neurons]
-            held = np.isin(codes, [CLAIMS.index(claim) for claim in HOLDS[one.claim]])
+            held = np.isin(codes, [CLAIMS.index(claim) for claim in AGREEING_CLAIMS[one.claim]])
             counts = tally.setdefault((one.source_label, one.claim, one.basis), [0, 0, 0])
             for at, number in enumerate((held.sum(), (codes == _ALIVE).sum(), codes.size)):
                 counts[at] += int(number)

@@ -76,8 +76,10 @@ class Evidence:
             raise UsageError(f"Expected a claim and a basis that are known, but got {self.claim!r}, {self.basis!r}.")
         arrays = (self.numbers,) if self.since is None else (self.numbers, self.since)
         if any(array.shape != self.neurons.shape for array in arrays):
-            came = [array.shape for array in arrays]
-            raise UsageError(f"Expected {self.neurons.shape} numbers for the neurons of {self.layer}, but got {came}.")
+            shapes = [array.shape for array in arrays]
+            raise UsageError(
+                f"Expected {self.neurons.shape} numbers for the neurons of {self.layer}, but got {shapes}."
+            )
         inside = self.neurons.size == 0 or (self.neurons[0] >= 0 and self.neurons[-1] < self.width)
         if not inside or (np.diff(self.neurons) <= 0).any():
             raise UsageError(f"Expected rising neurons below {self.width} for {self.layer}, but got {self.neurons}.")
