@@ -103,7 +103,7 @@ check: test coverage lint types imports doctest examples wheel
 coverage: $(VENV)/.test $(VENV)/.networks
 	$(RUN) python scripts/coverage.py --check
 
-# What lint, types and imports need.
+# What all checks need: the tests' packages, ruff, mypy and import-linter.
 tools: $(VENV)/.dev
 
 lint: $(VENV)/.dev
