@@ -92,7 +92,7 @@ def test_parts_that_run_without_the_whole_are_told() -> None:
 
 @pytest.mark.parametrize("option", ["every_n_steps", "window_steps", "join_ranks"])
 def test_a_scan_refuses_options_of_training(option: str) -> None:
-    with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which is of training only"):
+    with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which applies to training only"):
         ns.scan(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), [torch.randn(2, 3)], **{option: 1})
 
 
