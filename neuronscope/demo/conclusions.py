@@ -65,11 +65,10 @@ def _relu(comparison: Comparison) -> list[str]:
     died = comparison.spread("ReLU", lambda run: run.died)
     revived = comparison.spread("ReLU", lambda run: run.revived)
     share = _percent(end.mean / comparison.neurons)
-    sentences = [
-        f"ReLU ends with {number(end)} of {comparison.neurons} neurons dead ({share}). {number(start)} were dead before "
-        f"the first step, because of the initial weights; {number(revived)} of those came to life, and {number(died)} "
-        "others died in training."
-    ]
+    ended = f"ReLU ends with {number(end)} of {comparison.neurons} neurons dead ({share})."
+    born = f"{number(start)} were dead before the first step, because of the initial weights"
+    changed = f"{number(revived)} of those came to life, and {number(died)} others died in training."
+    sentences = [f"{ended} {born}; {changed}"]
     if "ReLU-no-spike" in comparison.labels:
         calm = comparison.spread("ReLU-no-spike", _dead)
         cause = "The spike is the cause" if 2 * calm.mean < end.mean else "The spike is not the cause"

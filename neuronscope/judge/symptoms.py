@@ -245,9 +245,9 @@ def _count(facts: RunFacts, mask: Callable[[LayerFacts], Any]) -> tuple[int, str
     return sum(count for _, count, _ in counts), layers, names
 
 
-def _neurons(number: int, verb: tuple[str, str]) -> str:
-    """Return ``1 neuron dies`` or ``2 neurons die``, given the two forms of the verb."""
-    return f"{number:,} neuron{'' if number == 1 else 's'} {verb[0] if number == 1 else verb[1]}"
+def _neurons_are(number: int) -> str:
+    """Return ``1 neuron is`` or, for other numbers, ``2 neurons are``."""
+    return "1 neuron is" if number == 1 else f"{number:,} neurons are"
 
 
 def _in_group(facts: RunFacts, early: bool) -> Support | None:
@@ -313,7 +313,7 @@ def _born(facts: RunFacts, deep: bool) -> Support | None:
     shape = (
         f" The network has {len(widths)} such layers; their median width is {np.median(widths):,.0f}." if deep else ""
     )
-    text = f"{_neurons(number, ('is', 'are'))} dead since the beginning: {layers}.{shape}"
+    text = f"{_neurons_are(number)} dead since the beginning: {layers}.{shape}"
     return Support(text, number, names, (-1, -1))
 
 
@@ -332,9 +332,7 @@ def drifted(facts: RunFacts) -> Support | None:
     number, layers, names = _count(facts, lambda layer: layer.drifted)
     if not number:
         return None
-    return Support(
-        f"{_neurons(number, ('stays', 'stay'))} below zero for every possible input: {layers}.", number, names
-    )
+    return Support(f"{_neurons_are(number)} proved to stay below zero: {layers}.", number, names)
 
 
 def off_centre(facts: RunFacts) -> Support | None:
@@ -367,7 +365,7 @@ def collapsed(facts: RunFacts) -> Support | None:
         text += f" No gradient reaches {_affected(idle)[0]}."
     return Support(
         text,
-        sum(int(one.dead.sum()) for one in found),
+        sum(int(layer.dead.sum()) for layer in found),
         names,
         (min(steps), max(steps)) if steps else None,
         facts.healthy_before(min(steps)) if steps else None,
@@ -394,9 +392,9 @@ def may_have_collapsed(facts: RunFacts) -> Support | None:
 def shrunk(facts: RunFacts) -> Support | None:
     """Test for weights of dead neurons that have shrunk by weight decay."""
     small = [
-        one
-        for one in facts.layers
-        if one.dead_norm is not None and one.dead_norm <= SHRUNK_SHARE and _decayed(one, facts) <= SHRUNK_SHARE
+        layer
+        for layer in facts.layers
+        if layer.dead_norm is not None and layer.dead_norm <= SHRUNK_SHARE and _decayed(layer, facts) <= SHRUNK_SHARE
     ]
     if not small:
         return None
@@ -406,7 +404,7 @@ def shrunk(facts: RunFacts) -> Support | None:
         f"The dead neurons' weights have shrunk to as little as {100 * least:.2g} % of the others'; weight decay takes "
         f"{100 * facts.decay:.2g} % per step: {layers}."
     )
-    return Support(text, sum(int(one.dead.sum()) for one in small), names)
+    return Support(text, sum(int(layer.dead.sum()) for layer in small), names)
 
 
 def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
@@ -419,14 +417,14 @@ def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
 def not_finite(facts: RunFacts) -> Support | None:
     """Test for NaN and infinite numbers."""
     number, layers, names = _count(facts, lambda layer: layer.not_finite)
-    return Support(f"{_neurons(number, ('is', 'are'))} NaN or infinite: {layers}.", number, names) if number else None
+    return Support(f"{_neurons_are(number)} NaN or infinite: {layers}.", number, names) if number else None
 
 
 def unread(facts: RunFacts) -> Support | None:
     """Test for neurons whose output nothing reads."""
     number, layers, names = _count(facts, lambda layer: layer.unread)
-    return (
-        Support(f"Nothing reads the output of {number:,} neuron{'' if number == 1 else 's'}: {layers}.", number, names)
-        if number
-        else None
+    if not number:
+        return None
+    return Support(
+        f"Nothing reads the output of {number:,} neuron{'' if number == 1 else 's'}: {layers}.", number, names
     )

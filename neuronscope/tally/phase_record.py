@@ -46,12 +46,12 @@ class PhaseRecord:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._meters: dict[SiteKey, tuple[SiteInfo, Meter]] = {}
-        self._flushed = Census()
-        self._steps: list[int] = []
-        self._steps_flushed = 0
-        self._steps_before: list[int] = []
-        self._checked_step = 0
-        self._short_at = -1
+        self._flushed = Census()  # the flushed part of the open window
+        self._steps: list[int] = []  # observed steps of the open window
+        self._steps_flushed = 0  # how many of them were flushed
+        self._steps_before: list[int] = []  # observed steps of the window before it
+        self._checked_step = 0  # step at which the open window was last due
+        self._short_at = -1  # number of observed steps when examples were last found too few; -1 = not known
         self.closed = Census()
         self.last = Census()
         self.history = History(policy)
@@ -65,12 +65,12 @@ class PhaseRecord:
             neurons: ``N``.
             device: Device of the activation.
         """
-        self._forget_other_width(key.name, {neurons, info.whole or neurons})
+        self._drop_other_width(key.name, {neurons, info.whole or neurons})
         meter = Meter(neurons, device)
         self._meters[key] = (info, meter)
         return meter
 
-    def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
+    def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
         """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
 
         Args:
@@ -96,11 +96,6 @@ class PhaseRecord:
         """Record that an optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
-
-    @property
-    def open_steps(self) -> int:
-        """Number of optimizer steps observed in the open window."""
-        return len(self._steps)
 
     @property
     def last_observed_step(self) -> int:

@@ -92,7 +92,7 @@ def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
 
 @pytest.mark.parametrize("option", ["every_n_steps", "window_steps", "join_ranks"])
 def test_a_scan_refuses_options_of_training(option: str) -> None:
-    with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which is of training only"):
+    with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which applies to training only"):
         ns.scan(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), [torch.randn(2, 3)], **{option: 1})
 
 
