@@ -245,7 +245,8 @@ class Monitor:
     def begin_optimizer_step(self) -> None:
         """Say that the optimizer runs next, and that it does not run the model. Calling this is optional.
 
-        Otherwise every function that the optimizer calls is looked at, if :attr:`step_is_model`: some twenty a weight.
+        It saves time if :attr:`step_is_model`: otherwise each function that the optimizer calls is checked, about
+        twenty for each weight.
         """
         gate = self._runs.gate
         if gate is not None:
@@ -293,7 +294,10 @@ class Monitor:
         self.end_evaluation()
 
     def begin_evaluation(self, phase: str = "val") -> None:
-        """Begin a pass of a phase; count nothing until :meth:`begin_batch`. For trainers whose events are methods.
+        """Begin a pass of a phase, and count nothing until :meth:`begin_batch`; :meth:`end_evaluation` ends it.
+
+        For trainers that call one method at the start of an evaluation and another at its end; elsewhere
+        :meth:`evaluation` is shorter.
 
         Args:
             phase: ``val`` or ``test``.
