@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.example_inputs import examples_for
-from neuronscope.checkpoints.model.layer_to_site import ties_of
+from neuronscope.checkpoints.model.layer_to_site import match_layers_to_sites
 from neuronscope.checkpoints.model.trace import trace
 from neuronscope.checkpoints.verdict.evidence import Evidence
 
@@ -347,7 +347,7 @@ class Tied(nn.Module):
 
 
 def test_ties_by_hand() -> None:
-    ties = ties_of(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
+    ties = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
     assert dict(ties.sites) == {
         "conv": "relu",
         "norm": "relu",

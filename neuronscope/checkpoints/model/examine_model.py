@@ -22,11 +22,16 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     training_maximum,
 )
 from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
-from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, bounds_of, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
-from neuronscope.checkpoints.model.layer_to_site import normalised_sites, producers, through_same, ties_of
+from neuronscope.checkpoints.model.layer_to_site import (
+    match_layers_to_sites,
+    normalised_sites,
+    producing_steps,
+    step_before_copies,
+)
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import UsageError
@@ -99,7 +104,7 @@ def examine_model(
     graph, used, failures = _traced(model, example, batch)
     if graph is None or used is None:
         return Examination((), (_no_forward(failures),), {})
-    ties = ties_of(graph)
+    ties = match_layers_to_sites(graph)
     abstentions = [
         Abstention(
             _SOURCE,
@@ -122,16 +127,18 @@ def examine_model(
         )
         return Examination(tuple(evidence), tuple(abstentions), ties.sites, kinds=kinds, normalised=normalised)
     scope = f"of the shape {used.shapes} ({used.origin}), whatever the batch size"
-    free = bounds_of(graph)
-    found = bounds_of(graph, box) if box is not None else free
+    free = propagate_bounds(graph)
+    found = propagate_bounds(graph, box) if box is not None else free
     evidence += _proved(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
     if box is not None:
         known = {one.layer: one.neurons for one in evidence if one.basis == "proved" and one.claim == "dead"}
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
         evidence += _proved(graph, site_bounds(graph, found), inside, known)
-    if graph.hidden or graph.opaque:
+    if graph.unseen_tensors or graph.output_not_searchable:
         what = (
-            "returns what cannot be searched for tensors" if graph.opaque else "computes with calls that were not seen"
+            "returns what cannot be searched for tensors"
+            if graph.output_not_searchable
+            else "computes with calls that were not seen"
         )
         abstentions.append(
             Abstention(
@@ -141,7 +148,7 @@ def examine_model(
     else:
         where = "for every finite input" if box is None else "for every input in the box"
         evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
-    searched = not (graph.hidden or graph.opaque)
+    searched = not (graph.unseen_tensors or graph.output_not_searchable)
     return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched, kinds, normalised)
 
 
@@ -204,12 +211,12 @@ def _proved(
             continue
         mask = found.dead.copy()
         mask[known.get(site.name, [])] = False
-        way = "the norm of its weights behind a layer norm" if found.ground == LAYER_NORM else "interval arithmetic"
+        way = "the norm of its weights behind a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
         yield from _evidence(
             site,
             mask,
             found.highest,
-            source=found.ground,
+            source=found.source,
             claim="dead",
             basis="proved",
             measure="pre-activation, at most",
@@ -236,9 +243,9 @@ def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: st
 
 def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
     """What batch norm's parameters say of the neurons right behind it."""
-    made_by = producers(graph)
+    made_by = producing_steps(graph)
     for site in graph.sites:
-        step = through_same(made_by, site.before)
+        step = step_before_copies(made_by, site.before)
         parameters = _affine(graph, step) if step is not None else None
         if parameters is None or site.info.kind != "relu-like" or not site.info.linear_when_on:
             continue
@@ -296,7 +303,7 @@ def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
     found = []
     for place, name in ((3, "weight"), (4, "bias")):
         argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
-        tensor = graph.values[argument.value].constant if isinstance(argument, Ref) else None
+        tensor = graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
         if tensor is None:
             return None
         found.append(tensor.detach())

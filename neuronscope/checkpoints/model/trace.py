@@ -31,7 +31,7 @@ from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.checkpoints.data.user_code import told
-from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step, Value, references, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.scanning import left_as_it_was
 from neuronscope.sites import SiteInfo, SiteKey
@@ -92,8 +92,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph = ledger.graph
     search = _Search()
     graph.outputs = tuple(ledger.number(tensor) for tensor in search.tensors(output))
-    graph.opaque = search.failed
-    graph.hidden = ledger.hidden
+    graph.output_not_searchable = search.failed
+    graph.unseen_tensors = ledger.unseen_tensors
     ran = {site.name for site in graph.sites}
     idle = {path or "(root)" for path in tap.module_sites} - ran
     graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **tap.observer.not_seen()}
@@ -111,7 +111,7 @@ class _Ledger:
 
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
-        self.hidden = 0
+        self.unseen_tensors = 0
         self._numbers: TensorMap[tuple[int, int]] = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # parameters and buffers, as they were before the forward
@@ -136,7 +136,7 @@ class _Ledger:
         name, version = self._names.get(id(tensor), ("", 0))
         if name and version == tensor._version:
             return self.put(tensor, constant=True, name=name)
-        self.hidden += self._running
+        self.unseen_tensors += self._running
         return self.put(tensor)
 
     def put(self, tensor: Tensor, *, constant: bool = False, name: str = "") -> int:
@@ -223,7 +223,7 @@ class _Recorder(TorchFunctionMode):
         with unwatched():
             ledger.start()
             given = substitute(
-                (args, kwargs), lambda leaf: Ref(ledger.number(leaf)) if isinstance(leaf, Tensor) else leaf
+                (args, kwargs), lambda leaf: TensorRef(ledger.number(leaf)) if isinstance(leaf, Tensor) else leaf
             )
             reads = tuple(references(given))
             constant = all(ledger.constant(number) is not None for number in reads)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from neuronscope.sites import SiteInfo
 
-__all__ = ["Graph", "Ref", "Site", "Step", "Value", "references", "substitute"]
+__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substitute"]
 
 
-class Ref(NamedTuple):
+class TensorRef(NamedTuple):
     """Stands for a tensor among the arguments of a step.
 
     Attributes:
@@ -47,7 +47,7 @@ class Step:
 
     Attributes:
         function: The function.
-        args: Its arguments, tensors replaced by :class:`Ref`.
+        args: Its arguments, tensors replaced by :class:`TensorRef`.
         kwargs: Its keyword arguments, likewise.
         outputs: Numbers of the tensors that it gave, in order.
         reads: Numbers of the tensors that it was given.
@@ -102,14 +102,14 @@ class Graph:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     branches: list[str] = field(default_factory=list)
-    hidden: int = 0
-    opaque: bool = False
+    unseen_tensors: int = 0
+    output_not_searchable: bool = False
     not_seen: Mapping[str, str] = field(default_factory=dict)
 
 
 def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
     """A tree of tuples, lists, dicts and slices with its leaves changed."""
-    if isinstance(tree, Ref):
+    if isinstance(tree, TensorRef):
         return change(tree)
     if isinstance(tree, (tuple, list)):
         changed = [substitute(part, change) for part in tree]
@@ -124,5 +124,5 @@ def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
 def references(tree: Any) -> Iterator[int]:
     """Numbers of the tensors in a tree of arguments."""
     found: list[int] = []
-    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, Ref) else None)
+    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, TensorRef) else None)
     return iter(found)

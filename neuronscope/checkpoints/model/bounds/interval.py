@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["INTERVAL", "LAYER_NORM", "Interval", "Normed", "gamma", "nearly", "product", "unit", "widened"]
+__all__ = [
+    "INTERVAL",
+    "LAYER_NORM",
+    "Interval",
+    "NormalisedRows",
+    "gamma",
+    "product",
+    "unit_roundoff",
+    "widened",
+    "widened_by_rounding",
+]
 
 #: Grounds of a bound, as :attr:`neuronscope.checkpoints.verdict.evidence.Evidence.source` names them.
 INTERVAL = "interval bound"
@@ -22,7 +32,7 @@ LAYER_NORM = "layer norm bound"
 
 
 @dataclass(frozen=True, eq=False)
-class Normed:
+class NormalisedRows:
     """An elementwise affine image of normalised rows: ``z·scale + shift`` with ``Σz² ≤ d`` over the last axis.
 
     Attributes:
@@ -54,8 +64,8 @@ class Interval:
     low: Tensor
     high: Tensor
     shape: tuple[int, ...]
-    ground: str = INTERVAL
-    normed: Normed | None = None
+    source: str = INTERVAL
+    normed: NormalisedRows | None = None
 
     @classmethod
     def between(cls, low: float, high: float, shape: tuple[int, ...]) -> Interval:
@@ -98,7 +108,7 @@ class Interval:
         high = self.high.amax(others) if others else self.high
         return low.expand(self.shape[axis]), high.expand(self.shape[axis])
 
-    def sound(self) -> Interval:
+    def cleaned(self) -> Interval:
         """The same, where a bound that came out as NaN (∞ − ∞, say) bounds nothing, and equal dimensions are 1."""
         low = torch.nan_to_num(self.low, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         high = torch.nan_to_num(self.high, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
@@ -108,10 +118,10 @@ class Interval:
                 first = low.narrow(dimension, 0, 1), high.narrow(dimension, 0, 1)
                 if bool((low == first[0]).all()) and bool((high == first[1]).all()):
                     low, high = first
-        return Interval(low, high, self.shape, self.ground, self.normed)
+        return Interval(low, high, self.shape, self.source, self.normed)
 
 
-def unit(dtype: torch.dtype) -> float:
+def unit_roundoff(dtype: torch.dtype) -> float:
     """Unit roundoff of a floating type: half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
 
@@ -122,7 +132,7 @@ def gamma(terms: int, dtype: torch.dtype) -> float:
     >>> gamma(100, torch.float32) < 2e-5
     True
     """
-    error = (terms + 8) * unit(dtype)
+    error = (terms + 8) * unit_roundoff(dtype)
     return 2.5 * error / (1 - error) if error < 0.5 else torch.inf
 
 
@@ -135,10 +145,10 @@ def _share(bound: Tensor, relative: float) -> Tensor:
     return torch.where(bound == 0, 0.0, bound.abs() * relative)
 
 
-def nearly(interval: Interval, dtype: torch.dtype) -> Interval:
+def widened_by_rounding(interval: Interval, dtype: torch.dtype) -> Interval:
     """After an operation that rounds its exact result: a few units wider."""
     low, high = widened(interval.low, interval.high, gamma(0, dtype))
-    return Interval(low, high, interval.shape, interval.ground, interval.normed)
+    return Interval(low, high, interval.shape, interval.source, interval.normed)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
