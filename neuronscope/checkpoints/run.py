@@ -20,7 +20,7 @@ from neuronscope.checkpoints.file.examine_file import examine
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norms, decay_of, learning_rates
-from neuronscope.checkpoints.formats.byte_range import listed
+from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
@@ -108,13 +108,13 @@ def postmortem(
     given = Examination((), (), {})
     notes = list(checkpoint.notes)
     for kind, names in unexamined_types(checkpoint.tensors).items():
-        notes.append(f"Weights and biases of type {kind} are not examined: {listed(names)}.")
+        notes.append(f"Weights and biases of type {kind} are not examined: {quoted_list(names)}.")
     moments = InputMoments()
     if network is not None:
         first, batches = first_of(batches)
         given = examine_model(network, example=example, batch=first, box=box)
-        sites = given.ties
-        if given.searched:  # then who reads which neuron is known, and need not be guessed from names
+        sites = given.layer_sites
+        if given.readers_known:  # then who reads which neuron is known, and need not be guessed from names
             evidence = [one for one in evidence if one.claim != "unread"]
         evidence = [*tied(evidence, sites), *given.evidence]
         abstentions += [*given.abstentions]
@@ -166,7 +166,7 @@ def _surroundings(checkpoint: Checkpoint, given: Examination) -> dict[str, Any]:
     """What is known of the layers besides their neurons: by the model, by a monitor's record, by the file's layers."""
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
-    normalised = {given.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
+    normalised = {given.layer_sites.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
     return {
         "kinds": {**{site.name: site.kind for site in recorded}, **given.kinds},
         "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *given.normalised},

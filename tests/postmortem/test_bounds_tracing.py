@@ -202,7 +202,7 @@ def test_other_paths_are_said(kind: type[Net], reason: str) -> None:
     assert [
         one for one in found.abstentions if reason in one.reason and "another input may take another path" in one.reason
     ]
-    assert dict(found.ties) == {"fc": "act"} or kind is not DataChanged
+    assert dict(found.layer_sites) == {"fc": "act"} or kind is not DataChanged
 
 
 def test_unseen_readers_are_said_and_nobody_is_called_unread() -> None:
@@ -347,15 +347,15 @@ class Tied(nn.Module):
 
 
 def test_ties_by_hand() -> None:
-    ties = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
-    assert dict(ties.sites) == {
+    layer_sites = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
+    assert dict(layer_sites.sites) == {
         "conv": "relu",
         "norm": "relu",
         "flat": "gelu()",
         "gate": "silu()",
         "up": "silu().gated",
     }
-    assert dict(ties.shared) == {"again": ("sigmoid()", "tanh()")}
+    assert dict(layer_sites.shared) == {"again": ("sigmoid()", "tanh()")}
     assert [one.layer for one in examine_model(Tied()).abstentions if "several sites" in one.reason] == ["again"]
 
 
@@ -403,7 +403,7 @@ def test_a_recurrent_network_is_run_on_a_sequence() -> None:
             return self.relu(self.fc(self.rnn(x)[1][-1]))
 
     found = examine_model(Encoder())
-    assert found.ties == {"fc": "relu"}
+    assert found.layer_sites == {"fc": "relu"}
     assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
 
 
@@ -417,12 +417,14 @@ def test_no_example_is_said_with_all_that_was_tried() -> None:
             return F.relu(self.fc(a + b))
 
     found = examine_model(Odd())
-    assert (found.evidence, dict(found.ties)) == ((), {})
+    assert (found.evidence, dict(found.layer_sites)) == ((), {})
     (only,) = found.abstentions
     assert "1 × 2): TypeError" in only.reason
     assert "Give an example input" in only.reason
-    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).ties == {"fc": "relu()"}
-    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).ties == {"fc": "relu()"}
+    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).layer_sites == {"fc": "relu()"}
+    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).layer_sites == {
+        "fc": "relu()"
+    }
     assert len(list(examples_for(nn.ReLU()))) == 0
 
 

@@ -18,7 +18,17 @@ from typing import Any, BinaryIO
 
 from neuronscope.errors import CheckpointError
 
-__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "listed", "parse_json", "read_json", "shown"]
+__all__ = [
+    "MOST_DIMENSIONS",
+    "ByteRange",
+    "file_count",
+    "parse_json",
+    "quoted",
+    "quoted_list",
+    "read_exactly",
+    "read_json",
+    "sibling_file",
+]
 
 #: No tensor of torch has more.
 MOST_DIMENSIONS = 64
@@ -29,12 +39,12 @@ _LONGEST_READ = 1 << 27
 _LONGEST_JSON = 1 << 25  # a byte of it can take twenty in memory; the index of 100,000 tensors has a third of this
 
 
-def shown(thing: object) -> str:
+def quoted(thing: object) -> str:
     r"""What comes from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
 
-    >>> print(shown("layer\x1b[2J\n1"), shown((2, 3)), shown([[]]))
+    >>> print(quoted("layer\x1b[2J\n1"), quoted((2, 3)), quoted([[]]))
     'layer\x1b[2J\n1' (2, 3) a list
-    >>> shown("w" * 1000) == repr("w" * 79 + "…")
+    >>> quoted("w" * 1000) == repr("w" * 79 + "…")
     True
     """
     if isinstance(thing, tuple) and len(thing) <= MOST_DIMENSIONS and all(type(n) is int and n < 2**64 for n in thing):
@@ -45,13 +55,13 @@ def shown(thing: object) -> str:
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def listed(names: Collection[object]) -> str:
+def quoted_list(names: Collection[object]) -> str:
     """The first few of some names, as a message may hold them.
 
-    >>> listed("abcdefg")
+    >>> quoted_list("abcdefg")
     "'a', 'b', 'c', 'd', 'e' and 2 more"
     """
-    first = [shown(name) for name in names][:5]
+    first = [quoted(name) for name in names][:5]
     return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
@@ -82,7 +92,7 @@ class ByteRange:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size == 0:
-            raise CheckpointError(f"Cannot read {shown(path)}: the file is empty.")
+            raise CheckpointError(f"Cannot read {quoted(path)}: the file is empty.")
         return cls(path, 0, size)
 
     def part(self, offset: int, length: int) -> ByteRange:
@@ -93,7 +103,7 @@ class ByteRange:
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
-                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, and "
+                f"{quoted(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, and "
                 f"there are only {self.size}."
             )
         return ByteRange(self.path, self.start + offset, length)
@@ -108,14 +118,14 @@ class ByteRange:
         self.read_into(memoryview(data))
         return bytes(data)
 
-    def read_into(self, room: memoryview) -> None:
+    def read_into(self, buffer: memoryview) -> None:
         """Read as many of these bytes as there is room for.
 
         Raises:
             CheckpointError: The file has become shorter, or may no longer be read.
         """
         with _opened(self.path) as file:
-            fill(file, self.start, room, self.path)
+            read_exactly(file, self.start, buffer, self.path)
 
     def open(self) -> BinaryIO:
         """These bytes as a file of their own, which gives no more than a bounded number of them at once.
@@ -125,17 +135,17 @@ class ByteRange:
         return _Bounded(_Window(self), buffer_size=1 << 16)
 
 
-def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
+def read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
     """Fill the room with what lies in an open file from a position on."""
     try:
         file.seek(position)
-        while room:
-            came = file.readinto(room)
+        while buffer:
+            came = file.readinto(buffer)
             if not came:
-                raise CheckpointError(f"{shown(path)} has become shorter while it was read.")
-            room = room[came:]
+                raise CheckpointError(f"{quoted(path)} has become shorter while it was read.")
+            buffer = buffer[came:]
     except OSError as error:
-        raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
 
 
 def read_json(path: Path) -> Any:
@@ -158,44 +168,46 @@ def parse_json(part: ByteRange) -> Any:
         made = dict(pairs)
         if len(made) < len(pairs):
             again, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{shown(again)} comes twice")
+            raise ValueError(f"{quoted(again)} comes twice")
         return made
 
     path = part.path
     if part.size > _LONGEST_JSON:
-        raise CheckpointError(f"{shown(path)} has {part.size} bytes of JSON, and at most {_LONGEST_JSON} are believed.")
+        raise CheckpointError(
+            f"{quoted(path)} has {part.size} bytes of JSON, and at most {_LONGEST_JSON} are believed."
+        )
     text = part.read()
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except RecursionError:
         raise CheckpointError(
-            f"{shown(path)} is not the JSON that was expected of it: it is nested too deeply."
+            f"{quoted(path)} is not the JSON that was expected of it: it is nested too deeply."
         ) from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        raise CheckpointError(f"{shown(path)} is not the JSON that was expected of it: {error}.") from error
+        raise CheckpointError(f"{quoted(path)} is not the JSON that was expected of it: {error}.") from error
 
 
-def beside(folder: Path, name: object) -> Path:
+def sibling_file(folder: Path, name: object) -> Path:
     """A file that a checkpoint names, which must lie in the same folder.
 
     Raises:
         CheckpointError: The name is no plain file name.
 
-    >>> beside(Path("run"), "../secret")
+    >>> sibling_file(Path("run"), "../secret")
     Traceback (most recent call last):
         ...
     neuronscope.errors.CheckpointError: Expected the name of a file in 'run', but got '../secret'.
     """
     plain = isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
     if not plain:
-        raise CheckpointError(f"Expected the name of a file in {shown(folder)}, but got {shown(name)}.")
+        raise CheckpointError(f"Expected the name of a file in {quoted(folder)}, but got {quoted(name)}.")
     return folder / str(name)
 
 
-def counted(files: int) -> str:
+def file_count(files: int) -> str:
     """So many files.
 
-    >>> counted(1), counted(2)
+    >>> file_count(1), file_count(2)
     ('1 file', '2 files')
     """
     return f"{files} file" if files == 1 else f"{files} files"
@@ -208,9 +220,9 @@ def _opened(path: Path) -> io.FileIO:
         regular = stat.S_ISREG(path.stat().st_mode)
         file = io.FileIO(os.open(path, flags), "rb") if regular else None
     except (OSError, ValueError) as error:  # ValueError: a path that holds a null character
-        raise CheckpointError(f"Cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: {getattr(error, 'strerror', None) or error}.") from error
     if file is None:
-        raise CheckpointError(f"Cannot read {shown(path)}: a file was expected, not a folder, a pipe or a device.")
+        raise CheckpointError(f"Cannot read {quoted(path)}: a file was expected, not a folder, a pipe or a device.")
     return file
 
 
@@ -252,10 +264,10 @@ class _Window(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def readinto(self, room: Any) -> int:
-        left = max(0, min(len(room), self._part.size - self._at))
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, min(len(buffer), self._part.size - self._at))
         if left:
-            fill(self._file, self._part.start + self._at, memoryview(room)[:left], self._part.path)
+            read_exactly(self._file, self._part.start + self._at, memoryview(buffer)[:left], self._part.path)
         self._at += left
         return left
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, read_json, shown
-from neuronscope.checkpoints.formats.contents import Contents
+from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, read_json
 from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
 
@@ -30,7 +30,7 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _FSDP = "pytorch_model_fsdp_0"  # a folder of its own, where a Trainer saves shards; optimizer_0 lies beside it
 
 
-def read_folder(folder: Path, *, trust: bool) -> Contents:
+def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
     """What lies in a folder that is a checkpoint.
 
     Args:
@@ -45,28 +45,28 @@ def read_folder(folder: Path, *, trust: bool) -> Contents:
     names = sorted(entry.name for entry in folder.iterdir())
     if "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names):
         raise CheckpointError(
-            f"{shown(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
+            f"{quoted(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
             "its own `zero_to_fp32.py` and give that."
         )
     if _FSDP in names:
-        contents = read_distributed(folder / _FSDP, trust=trust)
+        raw = read_distributed(folder / _FSDP, trust=trust)
         for name in names:
             if name.startswith("optimizer_") and (folder / name / METADATA).exists():
-                contents.beside[name] = read_distributed(folder / name, trust=trust).data
+                raw.other_files[name] = read_distributed(folder / name, trust=trust).data
     else:
-        contents = _weights(folder, names, trust=trust)
+        raw = _weights(folder, names, trust=trust)
     if "config.json" in names:
         config = read_json(folder / "config.json")
-        contents.config = config if isinstance(config, dict) else {}
+        raw.config = config if isinstance(config, dict) else {}
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
-            contents.beside[name.removesuffix(".pt")] = read_single(ByteRange.of(folder / name), trust=trust).data
+            raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
     if "trainer_state.json" in names:
-        _take_trainer_state(contents, read_json(folder / "trainer_state.json"))
-    return contents
+        _take_trainer_state(raw, read_json(folder / "trainer_state.json"))
+    return raw
 
 
-def _weights(folder: Path, names: list[str], *, trust: bool) -> Contents:
+def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
     """The weights of a folder, in one file or several."""
     weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
     if weights is None:
@@ -77,18 +77,18 @@ def _weights(folder: Path, names: list[str], *, trust: bool) -> Contents:
     if weights.endswith(".index.json"):
         single = read_index(folder / weights, trust=trust)
     else:
-        single = read_single(ByteRange.of(folder / weights), trust=trust)
-    return Contents(f"Hugging Face folder, {single.format}", single.data)
+        single = read_single_file(ByteRange.of(folder / weights), trust=trust)
+    return RawCheckpoint(f"Hugging Face folder, {single.format}", single.data)
 
 
-def _take_trainer_state(contents: Contents, state: Any) -> None:
+def _take_trainer_state(raw: RawCheckpoint, state: Any) -> None:
     """A Hugging Face Trainer's own state: how far it came, and what its callbacks keep."""
     if not isinstance(state, Mapping):
         return
     step = state.get("global_step")
     if type(step) is int and step >= 0:
-        contents.step = step
-    contents.beside["callbacks"] = state.get("stateful_callbacks")
+        raw.step = step
+    raw.other_files["callbacks"] = state.get("stateful_callbacks")
 
 
 def _only(names: list[str], ending: str) -> str | None:
@@ -100,10 +100,10 @@ def _no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
     files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))]
     if files:
         return CheckpointError(
-            f"{shown(folder)} is a folder of files and no checkpoint of its own: give one of them, as "
-            f"{', '.join(shown(name) for name in files[:5])}."
+            f"{quoted(folder)} is a folder of files and no checkpoint of its own: give one of them, as "
+            f"{', '.join(quoted(name) for name in files[:5])}."
         )
     return CheckpointError(
-        f"{shown(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` or "
+        f"{quoted(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` or "
         "their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
     )

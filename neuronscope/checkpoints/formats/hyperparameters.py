@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neuronscope.checkpoints.formats.parameter_names import as_text
+from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 
 __all__ = ["find_hyperparameters"]
 
@@ -36,18 +36,18 @@ def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
     if isinstance(name, str) and name != "kwargs":
         kept = {name: kept}
     found = {}
-    room = _MOST_PARTS
+    remaining = _MOST_PARTS
     for key, value in kept.items():
-        parts = _parts(value, room, 0)
+        parts = _parts(value, remaining, 0)
         if isinstance(key, str) and parts is not None:
-            found[as_text(key)] = _plain(value)
-            room -= parts
+            found[escape_surrogates(key)] = _plain(value)
+            remaining -= parts
     return found
 
 
-def _parts(value: Any, room: int, depth: int) -> int | None:
+def _parts(value: Any, remaining: int, depth: int) -> int | None:
     """Of how many parts a value is; ``None`` where one is not plain, or where there are more than there is room for."""
-    if room < 1 or depth > _DEEPEST:
+    if remaining < 1 or depth > _DEEPEST:
         return None
     if value is None or type(value) in (bool, int, float, str):
         return 1
@@ -61,7 +61,7 @@ def _parts(value: Any, room: int, depth: int) -> int | None:
         return None
     total = 1
     for item in inner:
-        parts = _parts(item, room - total, depth + 1)
+        parts = _parts(item, remaining - total, depth + 1)
         if parts is None:
             return None
         total += parts

@@ -10,10 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, shown
+from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, quoted
 from neuronscope.errors import CheckpointError
 
-__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_readable", "is_shape", "room"]
+__all__ = [
+    "FileTensor",
+    "LazyTensor",
+    "LoadedTensor",
+    "Storage",
+    "allocate",
+    "check_sizes",
+    "find_dtype",
+    "is_readable",
+]
 
 # A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
 # in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
@@ -21,12 +30,12 @@ _MOST_REPEATED_BYTES = 1 << 28
 _LARGEST = 2**63 - 1
 
 
-def dtype_named(name: object) -> torch.dtype | None:
+def find_dtype(name: object) -> torch.dtype | None:
     """The type of that name, if the installed torch has it.
 
-    >>> dtype_named("bfloat16")
+    >>> find_dtype("bfloat16")
     torch.bfloat16
-    >>> dtype_named("load") is None
+    >>> find_dtype("load") is None
     True
     """
     found = vars(torch).get(name) if isinstance(name, str) else None
@@ -50,13 +59,13 @@ def is_readable(dtype: torch.dtype) -> bool:
     return True
 
 
-def is_shape(sizes: Any) -> tuple[int, ...]:
+def check_sizes(sizes: Any) -> tuple[int, ...]:
     """Sizes, strides or offsets, if they are such as a tensor can have.
 
     Raises:
         ValueError: They are not.
 
-    >>> is_shape([2, 3])
+    >>> check_sizes([2, 3])
     (2, 3)
     """
     if (
@@ -64,11 +73,11 @@ def is_shape(sizes: Any) -> tuple[int, ...]:
         or len(sizes) > MOST_DIMENSIONS
         or any(type(size) is not int or not 0 <= size <= _LARGEST for size in sizes)
     ):
-        raise ValueError(f"{shown(sizes)} was found where sizes were expected")
+        raise ValueError(f"{quoted(sizes)} was found where sizes were expected")
     return tuple(sizes)
 
 
-class Stored(ABC):
+class LazyTensor(ABC):
     """A tensor of a checkpoint; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
 
     Args:
@@ -109,7 +118,7 @@ class Stored(ABC):
         """
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor to be filled.
 
     Raises:
@@ -118,7 +127,7 @@ def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
-        raise CheckpointError(f"There is not enough memory for a tensor of shape {shown(shape)}.") from error
+        raise CheckpointError(f"There is not enough memory for a tensor of shape {quoted(shape)}.") from error
 
 
 class Storage:
@@ -135,8 +144,8 @@ class Storage:
 
     __slots__ = ("dtype", "numel", "place", "views")
 
-    def __init__(self, dtype: torch.dtype, numel: int, place: ByteRange | None = None) -> None:
-        self.dtype, self.numel, self.place = dtype, numel, place
+    def __init__(self, dtype: torch.dtype, numel: int, location: ByteRange | None = None) -> None:
+        self.dtype, self.numel, self.location = dtype, numel, location
         self.views: list[FileTensor] = []
 
     def check_views(self) -> None:
@@ -150,7 +159,7 @@ class Storage:
         self.views.clear()
 
 
-class FileTensor(Stored):
+class FileTensor(LazyTensor):
     """A tensor that lies in a file in one piece.
 
     Args:
@@ -167,12 +176,12 @@ class FileTensor(Stored):
     __slots__ = ("_offset", "_storage", "_stride")
 
     def __init__(self, storage: Storage, dtype: torch.dtype, shape: Any, stride: Any = None, offset: Any = 0) -> None:
-        super().__init__(dtype, is_shape(shape))
+        super().__init__(dtype, check_sizes(shape))
         self._storage = storage
-        self._stride = None if stride is None else is_shape(stride)
-        (self._offset,) = is_shape((offset,))
+        self._stride = None if stride is None else check_sizes(stride)
+        (self._offset,) = check_sizes((offset,))
         if self._stride is not None and len(self._stride) != len(self._shape):
-            raise ValueError(f"a tensor has shape {shown(self._shape)} and strides {shown(self._stride)}")
+            raise ValueError(f"a tensor has shape {quoted(self._shape)} and strides {quoted(self._stride)}")
 
     def check(self) -> None:
         """Whether the file holds all of it, without reading.
@@ -180,11 +189,11 @@ class FileTensor(Stored):
         Raises:
             CheckpointError: It does not, or the tensor repeats a few numbers beyond measure.
         """
-        self._place()
+        self._location()
 
-    def _place(self) -> ByteRange:
+    def _location(self) -> ByteRange:
         """The bytes from the first number that it uses to the last."""
-        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.place
+        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.location
         if numel == 0 or self._stride is None:
             span = numel
         else:
@@ -192,7 +201,7 @@ class FileTensor(Stored):
         begin, length = self._offset * itemsize, span * itemsize
         if whole is None:
             raise CheckpointError(
-                f"A tensor of shape {shown(self._shape)} is described, and its numbers are not there."
+                f"A tensor of shape {quoted(self._shape)} is described, and its numbers are not there."
             )
         if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
             wrong = "is larger than what is stored of it"
@@ -203,7 +212,7 @@ class FileTensor(Stored):
         else:
             return whole.part(begin, length)
         raise CheckpointError(
-            f"{shown(whole.path)} is damaged: a tensor of shape {shown(self._shape)} of {self.dtype} {wrong}."
+            f"{quoted(whole.path)} is damaged: a tensor of shape {quoted(self._shape)} of {self.dtype} {wrong}."
         )
 
     def read(self) -> Tensor:
@@ -212,10 +221,10 @@ class FileTensor(Stored):
         Raises:
             CheckpointError: The file is no longer what it was when it was opened.
         """
-        place = self._place()
-        data = room((place.size,), torch.uint8)
-        if place.size:
-            place.read_into(data.numpy().data)
+        location = self._location()
+        data = allocate((location.size,), torch.uint8)
+        if location.size:
+            location.read_into(data.numpy().data)
         if self.torch_dtype == torch.bool:
             data.ne_(0).view(torch.bool)  # any other byte is no truth value
         numbers = data.view(self.torch_dtype)
@@ -224,7 +233,7 @@ class FileTensor(Stored):
         return numbers.as_strided(self._shape, self._stride).contiguous()
 
 
-class LoadedTensor(Stored):
+class LoadedTensor(LazyTensor):
     """A tensor that is in memory already, where a whole file had to be unpickled.
 
     Args:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.formats.lazy_tensor import Stored
-from neuronscope.checkpoints.formats.parameter_names import as_text
+from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
+from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.errors import CheckpointError
 
 __all__ = ["find_records"]
@@ -41,7 +41,7 @@ def find_records(content: Any) -> dict[str, dict[str, Any]]:
     for path, state in _states(content, (), set()):
         path = path[1:] if path[:1] == ("callbacks",) else path
         path = path[:-1] if path[-1:] == ("scope",) else path
-        records[as_text(".".join(path))] = _StateReader().plain(state, 0)
+        records[escape_surrogates(".".join(path))] = _StateReader().plain(state, 0)
     return records
 
 
@@ -66,13 +66,13 @@ class _StateReader:
 
     def plain(self, value: Any, depth: int) -> Any:
         self._parts -= 1
-        if isinstance(value, Stored):
+        if isinstance(value, LazyTensor):
             self._bytes -= value.nbytes
         if self._parts < 0 or self._bytes < 0 or depth > _DEEPEST_PART:
             raise CheckpointError(
                 "What looks like a record of Neuronscope's is larger or nested deeper than one can be."
             )
-        if isinstance(value, Stored):
+        if isinstance(value, LazyTensor):
             return value.read()
         if isinstance(value, Mapping):
             return {key: self.plain(inner, depth + 1) for key, inner in value.items()}

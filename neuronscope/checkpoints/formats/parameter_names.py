@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterable
 
 from neuronscope.attach.module_paths import named_sites_path
 
-__all__ = ["as_text", "stripper"]
+__all__ = ["escape_surrogates", "prefix_stripper"]
 
 
-def as_text(name: object) -> str:
+def escape_surrogates(name: object) -> str:
     r"""A name as text that can be written anywhere: a half of a surrogate pair, which is no character, is spelled out.
 
-    >>> as_text("a\ud800b")
+    >>> escape_surrogates("a\ud800b")
     'a\\ud800b'
     """
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
+def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
     """What takes wrappers' parts off the names of one network's tensors.
 
     ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` go wherever they stand. A ``module`` in
@@ -28,10 +28,10 @@ def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], s
         names: All of them.
         wrapped: Whether a ``module`` in front may be a wrapper's. Lightning saves networks without such wrappers.
 
-    >>> strip = stripper(["module.fc.weight", "module._orig_mod.fc.bias"])
+    >>> strip = prefix_stripper(["module.fc.weight", "module._orig_mod.fc.bias"])
     >>> strip("module._orig_mod.fc.bias")
     'fc.bias'
-    >>> stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
+    >>> prefix_stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
     'module.fc.weight'
     """
     before = set(names)
@@ -41,10 +41,10 @@ def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], s
         bare = {name.removeprefix("module.") for name in bare}
         depth += 1
     if len(bare) < len(before):
-        return as_text
+        return escape_surrogates
 
     def strip(name: str) -> str:
-        name = named_sites_path(as_text(name))
+        name = named_sites_path(escape_surrogates(name))
         for _ in range(depth):
             name = name.removeprefix("module.")
         return name

@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, dtype_named, is_readable
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, find_dtype, is_readable
 from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, UnsafeGlobalError, safe_key
 
-__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
+__all__ = ["AttributesPlaceholder", "SkippedTensor", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
 
 
-class LeftOut(Placeholder):
+class SkippedTensor(Placeholder):
     """A tensor that is not read.
 
     Args:
         why: What it is, as in ``sparse``.
     """
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
-class Attributes(Placeholder):
+class AttributesPlaceholder(Placeholder):
     """What stands for an object whose attributes are wanted.
 
     Attributes:
@@ -70,15 +70,15 @@ class UnknownType(Placeholder):
         self.name = name
 
 
-def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | LeftOut:
+def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | SkippedTensor:
     """Return the type, or what stands for its tensors if they cannot be read.
 
-    >>> readable_type(torch.float16), readable_type(torch.bits8).why
+    >>> readable_type(torch.float16), readable_type(torch.bits8).reason
     (torch.float16, 'of type bits8')
     """
     if isinstance(dtype, UnknownType):
-        return LeftOut(f"of type {dtype.name}")
-    return dtype if is_readable(dtype) else LeftOut(f"of type {str(dtype).removeprefix('torch.')}")
+        return SkippedTensor(f"of type {dtype.name}")
+    return dtype if is_readable(dtype) else SkippedTensor(f"of type {str(dtype).removeprefix('torch.')}")
 
 
 class _NumpyType(Placeholder):
@@ -109,7 +109,7 @@ def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = No
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
     if found is None and module == "torch":
-        found = dtype_named(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
+        found = find_dtype(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
     if found is None:
         raise UnsafeGlobalError(full)
     return found
@@ -121,7 +121,7 @@ def _rebuild(
     if not isinstance(storage, Storage):
         raise ValueError("a tensor is made of something that is no storage")
     known = readable_type(storage.dtype if dtype is None else dtype)
-    if isinstance(known, LeftOut):
+    if isinstance(known, SkippedTensor):
         return known
     tensor = FileTensor(storage, known, size, stride, offset)
     storage.views.append(tensor)
@@ -139,7 +139,7 @@ def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
     if (
         not isinstance(function, SafeGlobal)
         or not isinstance(arguments, tuple)
-        or not isinstance(cls, Attributes | SafeGlobal)
+        or not isinstance(cls, AttributesPlaceholder | SafeGlobal)
     ):
         raise ValueError("a tensor is made by something that makes none")
     return function.make(*arguments)
@@ -186,8 +186,8 @@ _NUMBER_TYPE = re.compile(r"(q?u?int|b?float|complex|bits)\d{1,3}(_?[a-z\d]{1,16
 _PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")
 
 
-def _left_out(why: str) -> Callable[..., LeftOut]:
-    return lambda *_: LeftOut(why)
+def _skipped(reason: str) -> Callable[..., SkippedTensor]:
+    return lambda *_: SkippedTensor(reason)
 
 
 def _placeholder(*_: Any) -> Placeholder:
@@ -220,11 +220,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_typed,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._utils._rebuild_sparse_tensor": _left_out("sparse"),
-    "torch._utils._rebuild_sparse_csr_tensor": _left_out("sparse"),
-    "torch._utils._rebuild_qtensor": _left_out("quantised"),
-    "torch._utils._rebuild_nested_tensor": _left_out("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers (of the meta device)"),
+    "torch._utils._rebuild_sparse_tensor": _skipped("sparse"),
+    "torch._utils._rebuild_sparse_csr_tensor": _skipped("sparse"),
+    "torch._utils._rebuild_qtensor": _skipped("quantised"),
+    "torch._utils._rebuild_nested_tensor": _skipped("nested"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _skipped("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch.Tensor": _placeholder,
     "torch.nn.parameter.Parameter": _placeholder,
@@ -243,7 +243,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         f"pathlib.{kind}": _placeholder
         for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
-    "argparse.Namespace": lambda *arguments: Attributes("Namespace", arguments),
+    "argparse.Namespace": lambda *arguments: AttributesPlaceholder("Namespace", arguments),
     "datetime.datetime": _placeholder,
     "datetime.timedelta": _placeholder,
 }

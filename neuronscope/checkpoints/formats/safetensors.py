@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, parse_json, shown
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, dtype_named
-from neuronscope.checkpoints.formats.safe_globals import LeftOut, readable_type
+from neuronscope.checkpoints.formats.byte_range import ByteRange, parse_json, quoted
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, find_dtype
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, readable_type
 from neuronscope.errors import CheckpointError
 
 __all__ = ["looks_like_safetensors", "read_safetensors"]
@@ -50,7 +50,7 @@ def looks_like_safetensors(head: bytes) -> bool:
     return head[_LENGTH : _LENGTH + 1] == b"{"
 
 
-def read_safetensors(part: ByteRange) -> dict[str, FileTensor | LeftOut]:
+def read_safetensors(part: ByteRange) -> dict[str, FileTensor | SkippedTensor]:
     """The tensors of a file by name, in the order of its header; those of a type that is not known are left out.
 
     The header must account for each byte behind it once, as the format demands.
@@ -60,7 +60,7 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor | LeftOut]:
     """
 
     def damaged(what: str) -> CheckpointError:
-        return CheckpointError(f"{shown(part.path)} is cut short or damaged: {what}.")
+        return CheckpointError(f"{quoted(part.path)} is cut short or damaged: {what}.")
 
     if part.size < _LENGTH:
         raise damaged(f"it has {part.size} bytes")
@@ -71,7 +71,7 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor | LeftOut]:
     if not isinstance(header, dict):
         raise damaged("its header is no dictionary")
     data = part.part(_LENGTH + length, part.size - _LENGTH - length)
-    tensors: dict[str, FileTensor | LeftOut] = {}
+    tensors: dict[str, FileTensor | SkippedTensor] = {}
     spans = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -79,25 +79,27 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor | LeftOut]:
         try:
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            raise damaged(f"the entry of {shown(name)} is none") from None
+            raise damaged(f"the entry of {quoted(name)} is none") from None
         numbers: list[Any] = [begin, end, *shape] if isinstance(shape, list) else [None]
         if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
-            raise damaged(f"the entry of {shown(name)} has no shape or place")
-        place = data.part(begin, end - begin)
+            raise damaged(f"the entry of {quoted(name)} has no shape or place")
+        location = data.part(begin, end - begin)
         spans.append((begin, end))
         if not isinstance(code, str):
-            raise damaged(f"the type of {shown(name)} is {shown(code)}")
-        dtype = dtype_named(_TYPES.get(code))
+            raise damaged(f"the type of {quoted(name)} is {quoted(code)}")
+        dtype = find_dtype(_TYPES.get(code))
         if dtype is None:  # how many bytes its numbers take is not known
-            tensors[name] = LeftOut(f"of type {shown(code)}")
+            tensors[name] = SkippedTensor(f"of type {quoted(code)}")
             continue
         numel = math.prod(shape)
         if end - begin != numel * dtype.itemsize:
             raise damaged(
-                f"{shown(name)} has {numel} numbers of {dtype.itemsize} bytes, in a place of {end - begin} bytes"
+                f"{quoted(name)} has {numel} numbers of {dtype.itemsize} bytes, in a place of {end - begin} bytes"
             )
         known = readable_type(dtype)
-        tensors[name] = known if isinstance(known, LeftOut) else FileTensor(Storage(known, numel, place), known, shape)
+        tensors[name] = (
+            known if isinstance(known, SkippedTensor) else FileTensor(Storage(known, numel, location), known, shape)
+        )
     at = 0
     for begin, end in sorted(spans):
         if begin != at:

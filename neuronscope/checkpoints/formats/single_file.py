@@ -6,14 +6,14 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import find_safe_global
 from neuronscope.checkpoints.formats.safetensors import looks_like_safetensors, read_safetensors
 from neuronscope.checkpoints.formats.torch_file import LEGACY_MAGIC, is_script, read_legacy, read_zip
 from neuronscope.errors import CheckpointError
 
-__all__ = ["SingleFile", "read_single"]
+__all__ = ["SingleFile", "read_single_file"]
 
 # Files of others that one may take for a checkpoint, by what they begin with.
 _OTHERS = {
@@ -39,7 +39,7 @@ class SingleFile(NamedTuple):
     data: Any
 
 
-def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
+def read_single_file(part: ByteRange, *, trust: bool) -> SingleFile:
     """What lies in a file of whatever format.
 
     Args:
@@ -56,7 +56,7 @@ def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
         return _pickled(part, "torch file", read_zip, trust=trust)
     if head.startswith(_PICKLE):
         if not _is_legacy(part):
-            raise CheckpointError(f"{shown(part.path)} is a pickle, but none that torch.save has written.")
+            raise CheckpointError(f"{quoted(part.path)} is a pickle, but none that torch.save has written.")
         return _pickled(part, "torch file of the older layout", read_legacy, trust=trust)
     if looks_like_safetensors(head):
         return SingleFile("safetensors", read_safetensors(part))
@@ -64,7 +64,7 @@ def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
         (what for start, what in _OTHERS.items() if head.startswith(start)), "none of the formats that are read"
     )
     raise CheckpointError(
-        f"{shown(part.path)} is not understood: it is {other}. Files of torch.save and safetensors are read."
+        f"{quoted(part.path)} is not understood: it is {other}. Files of torch.save and safetensors are read."
     )
 
 
@@ -82,7 +82,7 @@ def _pickled(part: ByteRange, kind: str, read: Callable[[ByteRange], Any], *, tr
 def _script(part: ByteRange, *, trust: bool) -> SingleFile:
     if not trust:
         raise CheckpointError(
-            f"{shown(part.path)} is a TorchScript archive, which holds code: it was not loaded. "
+            f"{quoted(part.path)} is a TorchScript archive, which holds code: it was not loaded. "
             "Give `--trust` (`trust=True`) if you know where the file comes from, or save the state_dict alone."
         )
     from neuronscope.checkpoints.formats.trusted import load_script

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, beside, counted, shown
-from neuronscope.checkpoints.formats.contents import Contents
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Stored, is_shape, room
+from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange, file_count, quoted, sibling_file
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, LazyTensor, allocate, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import (
     Placeholder,
     SafeGlobal,
@@ -27,17 +27,17 @@ from neuronscope.checkpoints.formats.restricted_pickle import (
     safe_key,
 )
 from neuronscope.checkpoints.formats.safe_globals import (
-    Attributes,
-    LeftOut,
+    AttributesPlaceholder,
+    SkippedTensor,
     UnknownType,
     find_safe_global,
     readable_type,
 )
-from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.checkpoints.formats.torch_file import read_zip
 from neuronscope.errors import CheckpointError
 
-__all__ = ["METADATA", "PartedTensor", "read_distributed"]
+__all__ = ["METADATA", "ShardedTensor", "read_distributed"]
 
 #: The plan of such a folder.
 METADATA = ".metadata"
@@ -55,10 +55,10 @@ class _TensorPart(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: ByteRange
+    location: ByteRange
 
 
-class PartedTensor(Stored):
+class ShardedTensor(LazyTensor):
     """A tensor that lies in parts; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
 
     Args:
@@ -76,11 +76,11 @@ class PartedTensor(Stored):
     def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> None:
         super().__init__(dtype, shape)
         self._name, self._parts = name, tuple(parts)
-        if any(math.prod(part.sizes) * dtype.itemsize > part.place.size for part in parts) or not _tiles(
+        if any(math.prod(part.sizes) * dtype.itemsize > part.location.size for part in parts) or not _tiles(
             shape, self._parts
         ):
             raise CheckpointError(
-                f"The parts of {shown(name)}, of shape {shown(shape)}, do not make up the whole of it."
+                f"The parts of {quoted(name)}, of shape {quoted(shape)}, do not make up the whole of it."
             )
 
     def read(self) -> Tensor:
@@ -91,25 +91,25 @@ class PartedTensor(Stored):
         """
         whole: Tensor | None = None
         for part in self._parts:
-            stored = read_zip(part.place)
+            stored = read_zip(part.location)
             if (
                 not isinstance(stored, FileTensor)
                 or stored.shape != part.sizes
                 or stored.torch_dtype != self.torch_dtype
             ):
                 raise CheckpointError(
-                    f"{shown(part.place.path)} is damaged: a part of {shown(self._name)} is not what was planned."
+                    f"{quoted(part.location.path)} is damaged: a part of {quoted(self._name)} is not what was planned."
                 )
             numbers = stored.read()
             if part.sizes == self.shape:
                 return numbers
             if whole is None:
-                whole = room(self.shape, self.torch_dtype)
+                whole = allocate(self.shape, self.torch_dtype)
             whole[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = numbers
-        return room(self.shape, self.torch_dtype) if whole is None else whole
+        return allocate(self.shape, self.torch_dtype) if whole is None else whole
 
 
-def read_distributed(folder: Path, *, trust: bool) -> Contents:
+def read_distributed(folder: Path, *, trust: bool) -> RawCheckpoint:
     """What lies in a folder of ``torch.distributed.checkpoint``.
 
     Args:
@@ -121,7 +121,7 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
     """
     plan = ByteRange.of(folder / METADATA)
     if plan.size > _LONGEST_PLAN:
-        raise CheckpointError(f"{shown(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
+        raise CheckpointError(f"{quoted(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
     with as_checkpoint_error(plan.path):
         metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_safe_global, more=_CLASSES)), "Metadata")
         files = _Files(folder, metadata["storage_data"])
@@ -133,9 +133,9 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
             _put(content, paths.get(name, (name,)), value)
     data: dict[str, Any] = {str(key): _with_lists(value) for key, value in content.items()}
     if (folder / _META).exists():
-        meta = read_single(ByteRange.of(folder / _META), trust=trust).data
+        meta = read_single_file(ByteRange.of(folder / _META), trust=trust).data
         data = {**(meta if isinstance(meta, dict) else {}), **data}
-    return Contents(f"distributed checkpoint, {counted(len(files.opened))}", data, notes=notes)
+    return RawCheckpoint(f"distributed checkpoint, {file_count(len(files.opened))}", data, notes=notes)
 
 
 class _Files:
@@ -155,56 +155,58 @@ class _Files:
         for index, info in storage_data.items():
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
-            self._infos[_text(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
+            self._infos[_text(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
+                info, "_StorageInfo"
+            )
         self._object_bytes = 0
         self.opened: dict[str, ByteRange] = {}
 
-    def _place(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
+    def _location(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
         info = self._infos.get((name, offsets))
         if info is None:
-            raise CheckpointError(f"{shown(self._folder)} is damaged: its plan does not say where {shown(name)} is.")
+            raise CheckpointError(f"{quoted(self._folder)} is damaged: its plan does not say where {quoted(name)} is.")
         if info.get("transform_descriptors"):
             raise CheckpointError(
-                f"{shown(self._folder)} holds {shown(name)} transformed (packed or encrypted), which is not read."
+                f"{quoted(self._folder)} holds {quoted(name)} transformed (packed or encrypted), which is not read."
             )
         file = _text(info["relative_path"])
         if file not in self.opened:
-            self.opened[file] = ByteRange.of(beside(self._folder, file))
-        return self.opened[file].part(*is_shape((info["offset"], info["length"])))
+            self.opened[file] = ByteRange.of(sibling_file(self._folder, file))
+        return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
 
-    def tensor(self, name: Any, entry: Any) -> PartedTensor | LeftOut:
+    def tensor(self, name: Any, entry: Any) -> ShardedTensor | SkippedTensor:
         """The tensor of that name; left out if it is of a type that cannot be read."""
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
         if not isinstance(kind, torch.dtype | UnknownType):
-            raise ValueError(f"{shown(name)} has no type")
+            raise ValueError(f"{quoted(name)} has no type")
         known = readable_type(kind)
-        if isinstance(known, LeftOut):
+        if isinstance(known, SkippedTensor):
             return known
         parts = []
         for chunk in state["chunks"]:
             where = _state(chunk, "ChunkStorageMetadata")
-            offsets, sizes = is_shape(where["offsets"]), is_shape(where["sizes"])
-            parts.append(_TensorPart(offsets, sizes, self._place(name, offsets)))
-        return PartedTensor(str(name), known, is_shape(state["size"]), parts)
+            offsets, sizes = check_sizes(where["offsets"]), check_sizes(where["sizes"])
+            parts.append(_TensorPart(offsets, sizes, self._location(name, offsets)))
+        return ShardedTensor(str(name), known, check_sizes(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
         """What is no tensor: a number, a list, a setting."""
-        place = self._place(str(name), None)
-        self._object_bytes += place.size
+        location = self._location(str(name), None)
+        self._object_bytes += location.size
         if (
-            max(place.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
-            or place.part(0, min(4, place.size)).read() != b"PK\3\4"
+            max(location.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
+            or location.part(0, min(4, location.size)).read() != b"PK\3\4"
         ):
-            notes.append(f"{shown(name)} is no plain data of a believable size, and is left out.")
+            notes.append(f"{quoted(name)} is no plain data of a believable size, and is left out.")
             return None
-        return read_zip(place)
+        return read_zip(location)
 
 
 def _state(made: Any, cls: str) -> dict[str, Any]:
     """Return the attributes of a placeholder of that class."""
-    if not isinstance(made, Attributes) or made.cls != cls or not isinstance(made.state, dict):
+    if not isinstance(made, AttributesPlaceholder) or made.cls != cls or not isinstance(made.state, dict):
         raise ValueError(f"a {cls} was expected")
     return made.state
 
@@ -238,7 +240,7 @@ def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
 
 def _text(name: Any) -> str:
     if not isinstance(name, str):
-        raise ValueError(f"{shown(name)} was found where a name was expected")
+        raise ValueError(f"{quoted(name)} was found where a name was expected")
     return name
 
 
@@ -263,13 +265,13 @@ def _with_lists(value: Any) -> Any:
     if not isinstance(value, _Branch):
         return value
     inner = {key: _with_lists(part) for key, part in value.items()}
-    counted = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
-    return [inner[place] for place in range(len(inner))] if counted and inner else inner
+    file_count = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
+    return [inner[location] for location in range(len(inner))] if file_count and inner else inner
 
 
 def _class(path: str) -> SafeGlobal:
     name = path.rpartition(".")[2]
-    return SafeGlobal(path, lambda *arguments: Attributes(name, arguments))
+    return SafeGlobal(path, lambda *arguments: AttributesPlaceholder(name, arguments))
 
 
 _CLASSES = (

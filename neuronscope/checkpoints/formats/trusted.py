@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.formats.byte_range import shown
+from neuronscope.checkpoints.formats.byte_range import quoted
 from neuronscope.checkpoints.formats.lazy_tensor import LoadedTensor
-from neuronscope.checkpoints.formats.safe_globals import LeftOut, readable_type
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, readable_type
 from neuronscope.errors import CheckpointError
 
 __all__ = ["load_script", "load_trusted"]
@@ -35,7 +35,7 @@ def load_trusted(path: Path) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # code of anybody runs here, and may call sys.exit
-        raise CheckpointError(f"{shown(path)} could not be unpickled: {_told(error)}.") from error
+        raise CheckpointError(f"{quoted(path)} could not be unpickled: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
@@ -52,13 +52,13 @@ def load_script(path: Path) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # code of anybody runs here, and may call sys.exit
-        raise CheckpointError(f"{shown(path)} could not be loaded as TorchScript: {_told(error)}.") from error
+        raise CheckpointError(f"{quoted(path)} could not be loaded as TorchScript: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
-def _told(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """The first line of what an error says."""
-    return f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
+    return f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -66,9 +66,9 @@ def _plain(value: Any, depth: int) -> Any:
         return None
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            return LeftOut("sparse, quantised or without numbers")
+            return SkippedTensor("sparse, quantised or without numbers")
         known = readable_type(value.dtype)
-        return known if isinstance(known, LeftOut) else LoadedTensor(value)
+        return known if isinstance(known, SkippedTensor) else LoadedTensor(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
     if isinstance(value, Mapping):

@@ -60,8 +60,8 @@ class Examination(NamedTuple):
 
     evidence: tuple[Evidence, ...]
     abstentions: tuple[Abstention, ...]
-    ties: Mapping[str, str]
-    searched: bool = False
+    layer_sites: Mapping[str, str]
+    readers_known: bool = False
     kinds: Mapping[str, str] = MappingProxyType({})
     normalised: Collection[str] = ()
 
@@ -104,14 +104,14 @@ def examine_model(
     graph, used, failures = _traced(model, example, batch)
     if graph is None or used is None:
         return Examination((), (_no_forward(failures),), {})
-    ties = match_layers_to_sites(graph)
+    layer_sites = match_layers_to_sites(graph)
     abstentions = [
         Abstention(
             _SOURCE,
             path,
             f"This layer leads into several sites ({', '.join(names)}): its rows are of none of them alone.",
         )
-        for path, names in ties.shared.items()
+        for path, names in layer_sites.shared.items()
     ]
     abstentions += [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
     kinds, normalised = {site.name: site.info.kind for site in graph.sites}, normalised_sites(graph)
@@ -125,7 +125,7 @@ def examine_model(
                 "so that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), ties.sites, kinds=kinds, normalised=normalised)
+        return Examination(tuple(evidence), tuple(abstentions), layer_sites.sites, kinds=kinds, normalised=normalised)
     scope = f"of the shape {used.shapes} ({used.origin}), whatever the batch size"
     free = propagate_bounds(graph)
     found = propagate_bounds(graph, box) if box is not None else free
@@ -148,8 +148,8 @@ def examine_model(
     else:
         where = "for every finite input" if box is None else "for every input in the box"
         evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
-    searched = not (graph.unseen_tensors or graph.output_not_searchable)
-    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched, kinds, normalised)
+    readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
+    return Examination(tuple(evidence), tuple(abstentions), layer_sites.sites, readers_known, kinds, normalised)
 
 
 def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:

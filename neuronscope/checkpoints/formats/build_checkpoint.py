@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
-from neuronscope.checkpoints.formats.byte_range import listed, shown
+from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
 from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
-from neuronscope.checkpoints.formats.lazy_tensor import Stored
+from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.monitor_state import find_records
-from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, looks_like_optimizer, steps_taken
-from neuronscope.checkpoints.formats.parameter_names import stripper
-from neuronscope.checkpoints.formats.safe_globals import LeftOut
+from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
+from neuronscope.checkpoints.formats.parameter_names import prefix_stripper
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
 from neuronscope.errors import CheckpointError
 
-__all__ = ["Contents", "checkpoint_of"]
+__all__ = ["RawCheckpoint", "build_checkpoint"]
 
 # Where training loops put the weights, most telling first.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
@@ -27,12 +27,12 @@ _DEEPEST = 3  # a state_dict in a model's entry in a checkpoint
 
 
 @dataclass
-class Contents:
+class RawCheckpoint:
     """What a format's reader found.
 
     Attributes:
         format: What it is, for a reader.
-        data: All of it as plain data, with a :class:`Stored` in the place of every tensor.
+        data: All of it as plain data, with a :class:`LazyTensor` in the place of every tensor.
         beside: Plain data of files beside it: an optimizer's, records.
         config: A network's configuration beside it.
         step: Optimizer steps, where a file beside it says.
@@ -41,52 +41,52 @@ class Contents:
 
     format: str
     data: Any
-    beside: dict[str, Any] = field(default_factory=dict)
+    other_files: dict[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def checkpoint_of(path: Path, contents: Contents) -> Checkpoint:
+def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
     """The checkpoint that these contents are.
 
     Raises:
         CheckpointError: There are no weights in it, nor anything else that says something of a network.
     """
-    data, notes = contents.data, list(contents.notes)
+    data, notes = raw.data, list(raw.notes)
     if not isinstance(data, Mapping):
         raise CheckpointError(
-            f"{shown(path)} holds no weights: a dictionary of tensors was expected, but got a {type(data).__name__}."
+            f"{quoted(path)} holds no weights: a dictionary of tensors was expected, but got a {type(data).__name__}."
         )
     if not _DEEPSPEED.isdisjoint(data):
         raise CheckpointError(
-            f"{shown(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
+            f"{quoted(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
             "own `zero_to_fp32.py` and give that."
         )
     lightning = "pytorch-lightning_version" in data
     weights = _weights(data, notes)
-    strip = stripper(weights, wrapped=not lightning)
+    strip = prefix_stripper(weights, wrapped=not lightning)
     tensors = {strip(name): tensor for name, tensor in weights.items()}
     if len(tensors) < len(weights):
-        raise CheckpointError(f"{shown(path)} is damaged: two of its tensors have the same name.")
-    everything = {**data, **contents.beside}
+        raise CheckpointError(f"{quoted(path)} is damaged: two of its tensors have the same name.")
+    everything = {**data, **raw.other_files}
     optimizers = find_optimizers(everything, strip, notes)
     records = find_records(everything)
     if not (weights or optimizers or records):
         raise CheckpointError(
-            f"{shown(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}. "
+            f"{quoted(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}. "
             f"{' '.join(notes)}".rstrip()
         )
     if not weights:
         notes.append("It holds no weights of a network.")
     return Checkpoint(
         path=path,
-        format=_of_lightning(contents.format) if lightning else contents.format,
+        format=_of_lightning(raw.format) if lightning else raw.format,
         tensors=tensors,
         optimizers=optimizers,
         records=records,
-        step=_step(data, contents.step, optimizers),
-        config=contents.config,
+        step=_step(data, raw.step, optimizers),
+        config=raw.config,
         hyperparameters=find_hyperparameters(data),
         notes=tuple(notes),
     )
@@ -109,18 +109,18 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
         chosen = chosen[inner]
         where.append(inner)
     others = [key for key, value in data.items() if _is_network(value) and key not in where]
-    if any(isinstance(value, Stored | LeftOut) for value in chosen.values()):
+    if any(isinstance(value, LazyTensor | SkippedTensor) for value in chosen.values()):
         if others and where:
-            notes.append(f"The weights are those under {shown(where[0])}; not looked at: {listed(others)}.")
+            notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes)
     parts = _networks(chosen) or {
         f"{key}.{name}": part
         for key, inner in chosen.items()
-        if isinstance(inner, Mapping) and not looks_like_optimizer(inner) and not looks_like_optimizer(chosen)
+        if isinstance(inner, Mapping) and not is_optimizer_state(inner) and not is_optimizer_state(chosen)
         for name, part in _networks(inner).items()
     }
     if parts:
-        notes.append(f"The weights were found under {listed(parts)}.")
+        notes.append(f"The weights were found under {quoted_list(parts)}.")
     return {
         f"{key}.{name}" if len(parts) > 1 else name: tensor
         for key, part in parts.items()
@@ -130,28 +130,28 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
 
 def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
-    left_out: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     others = []
     for key, value in part.items():
         name = key if isinstance(key, str) else str(key)
-        if isinstance(value, Stored):
+        if isinstance(value, LazyTensor):
             found[name] = value
-        elif isinstance(value, LeftOut):
-            left_out.setdefault(value.why, []).append(name)
+        elif isinstance(value, SkippedTensor):
+            skipped.setdefault(value.reason, []).append(name)
         else:
             others.append(name)
-    for why, names in left_out.items():
-        notes.append(f"Tensors that are {why} are not read: {listed(names)}.")
+    for reason, names in skipped.items():
+        notes.append(f"Tensors that are {reason} are not read: {quoted_list(names)}.")
     if others:
-        notes.append(f"What is no tensor is left out of the weights: {listed(others)}.")
+        notes.append(f"What is no tensor is left out of the weights: {quoted_list(others)}.")
     return found
 
 
 def _holds_tensors(value: Any, deeper: int) -> bool:
     """Whether it is a dictionary with a tensor or a network in it, or with one of that kind under a known key."""
-    if not isinstance(value, Mapping) or looks_like_optimizer(value):
+    if not isinstance(value, Mapping) or is_optimizer_state(value):
         return False
-    if any(isinstance(inner, Stored | LeftOut) or _is_network(inner) for inner in value.values()):
+    if any(isinstance(inner, LazyTensor | SkippedTensor) or _is_network(inner) for inner in value.values()):
         return True
     return deeper > 0 and any(_holds_tensors(value.get(key), deeper - 1) for key in _WEIGHTS)
 
@@ -162,7 +162,7 @@ def _is_network(value: Any) -> bool:
         isinstance(value, Mapping)
         and len(value) > 0
         and all(isinstance(key, str) for key in value)
-        and all(isinstance(inner, Stored | LeftOut) for inner in value.values())
+        and all(isinstance(inner, LazyTensor | SkippedTensor) for inner in value.values())
     )
 
 
@@ -176,7 +176,7 @@ def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[Optimizer
         return said
     for key in _STEPS:
         value = data.get(key)
-        if isinstance(value, Stored) and value.shape == () and "int" in value.dtype:
+        if isinstance(value, LazyTensor) and value.shape == () and "int" in value.dtype:
             value = value.read().item()
         if type(value) is int and 0 <= value < 2**63:
             return value
