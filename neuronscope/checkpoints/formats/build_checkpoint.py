@@ -1,4 +1,4 @@
-"""Contents: from the plain data in a checkpoint to a :class:`Checkpoint`, by the habits of those who write them."""
+"""Build a :class:`Checkpoint` from the plain data in a file, by the conventions of common training loops."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["RawCheckpoint", "build_checkpoint"]
 
-# Where training loops put the weights, most telling first.
+# Keys under which training loops store the weights, most specific first.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
 _STEPS = ("global_step", "step")
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
-_DEEPEST = 3  # a state_dict in a model's entry in a checkpoint
+_DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
 
 
 @dataclass
 class RawCheckpoint:
-    """What a format's reader found.
+    """What the reader of a format found.
 
     Attributes:
-        format: What it is, for a reader.
-        data: All of it as plain data, with a :class:`LazyTensor` in the place of every tensor.
-        beside: Plain data of files beside it: an optimizer's, records.
-        config: A network's configuration beside it.
-        step: Optimizer steps, where a file beside it says.
-        notes: Sentences that a reader should know.
+        format: Name of the format, for people.
+        data: The content as plain data, with a :class:`LazyTensor` in place of each tensor.
+        other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
+        config: The network's configuration, if a file holds one.
+        step: Number of optimizer steps, if another file says so.
+        notes: Sentences to show to the user.
     """
 
     format: str
@@ -48,10 +48,14 @@ class RawCheckpoint:
 
 
 def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
-    """The checkpoint that these contents are.
+    """Build the checkpoint.
+
+    Args:
+        path: The file or folder.
+        raw: What the reader of its format found.
 
     Raises:
-        CheckpointError: There are no weights in it, nor anything else that says something of a network.
+        CheckpointError: There are no weights in it, and nothing else that describes a network.
     """
     data, notes = raw.data, list(raw.notes)
     if not isinstance(data, Mapping):
@@ -93,14 +97,14 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
 
 
 def _of_lightning(kind: str) -> str:
-    """What a file or folder of that format is called when Lightning wrote it."""
+    """Return the name of a format when Lightning wrote the file or folder."""
     if kind.startswith("torch file"):
         return kind.replace("torch file", "Lightning checkpoint")
     return f"Lightning's {kind}"
 
 
 def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
-    """The network's tensors by name: of several networks, each with the key of its own in front."""
+    """Return the network's tensors by name. With several networks, each name starts with the key of its network."""
     chosen, where = data, []
     for _ in range(_DEEPEST):
         inner = next((key for key in _WEIGHTS if _holds_tensors(chosen.get(key), _DEEPEST)), None)
@@ -148,7 +152,7 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
 
 
 def _holds_tensors(value: Any, deeper: int) -> bool:
-    """Whether it is a dictionary with a tensor or a network in it, or with one of that kind under a known key."""
+    """Whether a value is a dictionary that holds a tensor or a network, or such a dictionary under a known key."""
     if not isinstance(value, Mapping) or is_optimizer_state(value):
         return False
     if any(isinstance(inner, LazyTensor | SkippedTensor) or _is_network(inner) for inner in value.values()):
@@ -157,7 +161,7 @@ def _holds_tensors(value: Any, deeper: int) -> bool:
 
 
 def _is_network(value: Any) -> bool:
-    """Whether it is a dictionary of nothing but named tensors."""
+    """Whether a value is a dictionary of named tensors and nothing else."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -167,13 +171,14 @@ def _is_network(value: Any) -> bool:
 
 
 def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """The networks right inside of a dictionary, by their keys."""
+    """Return the networks directly in a dictionary, by their keys."""
     return {str(key): value for key, value in content.items() if _is_network(value)}
 
 
-def _step(data: Mapping[Any, Any], said: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
-    if said is not None:
-        return said
+def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
+    """Return the number of optimizer steps, from what is known already, the checkpoint's keys or the optimizers."""
+    if known is not None:
+        return known
     for key in _STEPS:
         value = data.get(key)
         if isinstance(value, LazyTensor) and value.shape == () and "int" in value.dtype:

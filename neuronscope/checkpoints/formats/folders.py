@@ -1,4 +1,4 @@
-"""Folders: Hugging Face's (weights, configuration, a Trainer's optimizer and state) and those of distributed runs."""
+"""Read folders: Hugging Face's (weights, configuration, a Trainer's optimizer and state) and distributed ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["read_folder"]
 
-# Files of weights, the first that is there; `.index.json` marks weights in several files.
+# Names of files of weights; the first that exists is read. `.index.json` marks weights in several files.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,18 +27,18 @@ _WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-_FSDP = "pytorch_model_fsdp_0"  # a folder of its own, where a Trainer saves shards; optimizer_0 lies beside it
+_FSDP = "pytorch_model_fsdp_0"  # the folder of a Trainer's sharded weights; its optimizer's is `optimizer_0`
 
 
 def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
-    """What lies in a folder that is a checkpoint.
+    """Read a folder that is a checkpoint.
 
     Args:
         folder: The folder.
         trust: Whether a file that names code may run it.
 
     Raises:
-        CheckpointError: It is no checkpoint, one that is not understood, or a file of it cannot be read.
+        CheckpointError: It is not a checkpoint of a supported format, or one of its files cannot be read.
     """
     if (folder / METADATA).exists():
         return read_distributed(folder, trust=trust)
@@ -62,12 +62,12 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
             raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
     if "trainer_state.json" in names:
-        _take_trainer_state(raw, read_json(folder / "trainer_state.json"))
+        _add_trainer_state(raw, read_json(folder / "trainer_state.json"))
     return raw
 
 
 def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
-    """The weights of a folder, in one file or several."""
+    """Read the weights of a folder, from one file or several."""
     weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
     if weights is None:
         shards = [name for name in names if name.endswith(".index.json")]
@@ -81,8 +81,8 @@ def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
     return RawCheckpoint(f"Hugging Face folder, {single.format}", single.data)
 
 
-def _take_trainer_state(raw: RawCheckpoint, state: Any) -> None:
-    """A Hugging Face Trainer's own state: how far it came, and what its callbacks keep."""
+def _add_trainer_state(raw: RawCheckpoint, state: Any) -> None:
+    """Add the step count and the callbacks' states of a Hugging Face Trainer."""
     if not isinstance(state, Mapping):
         return
     step = state.get("global_step")
@@ -92,6 +92,7 @@ def _take_trainer_state(raw: RawCheckpoint, state: Any) -> None:
 
 
 def _only(names: list[str], ending: str) -> str | None:
+    """Return the one name that ends so, if there is exactly one."""
     found = [name for name in names if name.endswith(ending)]
     return found[0] if len(found) == 1 else None
 
@@ -100,10 +101,10 @@ def _no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
     files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))]
     if files:
         return CheckpointError(
-            f"{quoted(folder)} is a folder of files and no checkpoint of its own: give one of them, as "
+            f"{quoted(folder)} holds several files and is not itself a checkpoint: give one of them, as "
             f"{', '.join(quoted(name) for name in files[:5])}."
         )
     return CheckpointError(
-        f"{quoted(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` or "
-        "their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
+        f"{quoted(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` "
+        "or their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
     )

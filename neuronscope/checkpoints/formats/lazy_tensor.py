@@ -1,4 +1,4 @@
-"""Tensors in a file: where the numbers of each lie, checked against the file when it is opened, read when asked for."""
+"""Describe tensors in a file: each is checked against the file when that is opened, and read when asked for."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
     "is_readable",
 ]
 
-# A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
-# in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
+# The most memory for a tensor that repeats stored numbers (one that was expanded), so that a few bytes in a file cannot
+# take any amount of it. A tensor that is written out in full takes as much as it does in the file.
 _MOST_REPEATED_BYTES = 1 << 28
 _LARGEST = 2**63 - 1
 
 
 def find_dtype(name: object) -> torch.dtype | None:
-    """The type of that name, if the installed torch has it.
+    """Return the dtype of that name, or ``None`` if the installed torch has none.
 
     >>> find_dtype("bfloat16")
     torch.bfloat16
@@ -46,7 +46,7 @@ def find_dtype(name: object) -> torch.dtype | None:
 def is_readable(dtype: torch.dtype) -> bool:
     """Return whether torch can turn numbers of this type into float64 (or complex128) on the CPU.
 
-    It cannot for types that only other devices compute with (packed floats, integers of less than a byte, bare bits).
+    It cannot for types that only other devices support (packed floats, integers of less than a byte, raw bits).
 
     >>> is_readable(torch.float8_e5m2), is_readable(torch.bits8)
     (True, False)
@@ -60,10 +60,10 @@ def is_readable(dtype: torch.dtype) -> bool:
 
 
 def check_sizes(sizes: Any) -> tuple[int, ...]:
-    """Sizes, strides or offsets, if they are such as a tensor can have.
+    """Return sizes, strides or offsets as a tuple, after checking that a tensor can have them.
 
     Raises:
-        ValueError: They are not.
+        ValueError: No tensor can have them.
 
     >>> check_sizes([2, 3])
     (2, 3)
@@ -78,7 +78,7 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
 
 
 class LazyTensor(ABC):
-    """A tensor of a checkpoint; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+    """A tensor of a checkpoint that is not read yet; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
 
     Args:
         dtype: Type of its numbers.
@@ -106,23 +106,27 @@ class LazyTensor(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it when it is read."""
+        """Number of bytes that it takes when it is read."""
         return math.prod(self._shape) * self.torch_dtype.itemsize
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The tensor on the CPU, in its own type; held by nobody but the caller.
+        """Read the tensor: a new one on the CPU, of this shape and dtype.
 
         Raises:
-            CheckpointError: The bytes are not what the file said that they were.
+            CheckpointError: The file does not hold what it describes.
         """
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to be filled.
+    """Allocate a tensor on the CPU, without setting its numbers.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
 
     Raises:
-        CheckpointError: There is not enough memory for it.
+        CheckpointError: There is not enough memory.
     """
     try:
         return torch.empty(shape, dtype=dtype)
@@ -131,28 +135,28 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Storage:
-    """A run of numbers that tensors are views of.
+    """A sequence of numbers in a file that tensors are views of.
 
     Args:
         dtype: Type of its numbers.
-        numel: How many it is said to hold.
-        place: The bytes; ``None`` while it is not known where they are.
+        numel: How many numbers the file says that it holds.
+        location: Its bytes; ``None`` until it is known where they are.
 
     Attributes:
-        views: Tensors that were made of it and not yet checked.
+        views: Tensors that are views of it and were not checked yet.
     """
 
-    __slots__ = ("dtype", "numel", "place", "views")
+    __slots__ = ("dtype", "location", "numel", "views")
 
     def __init__(self, dtype: torch.dtype, numel: int, location: ByteRange | None = None) -> None:
         self.dtype, self.numel, self.location = dtype, numel, location
         self.views: list[FileTensor] = []
 
     def check_views(self) -> None:
-        """Hold the tensors that were made of it against what it holds.
+        """Check that the tensors that are views of it lie within it.
 
         Raises:
-            CheckpointError: One does not fit.
+            CheckpointError: One does not.
         """
         for view in self.views:
             view.check()
@@ -160,17 +164,17 @@ class Storage:
 
 
 class FileTensor(LazyTensor):
-    """A tensor that lies in a file in one piece.
+    """A tensor whose numbers are in one storage of a file.
 
     Args:
-        storage: What it is a view of.
+        storage: The storage that it is a view of.
         dtype: Type of its numbers.
         shape: Its shape.
-        stride: Numbers of the storage from one index to the next of each dimension; ``None``: written out in order.
-        offset: Numbers of the storage before its first.
+        stride: Its strides, in numbers; ``None`` if its numbers are stored in order.
+        offset: Index of its first number in the storage.
 
     Raises:
-        ValueError: Shape, strides and offset are not those of any tensor.
+        ValueError: No tensor can have this shape, these strides or this offset.
     """
 
     __slots__ = ("_offset", "_storage", "_stride")
@@ -184,15 +188,15 @@ class FileTensor(LazyTensor):
             raise ValueError(f"a tensor has shape {quoted(self._shape)} and strides {quoted(self._stride)}")
 
     def check(self) -> None:
-        """Whether the file holds all of it, without reading.
+        """Check, without reading, that the file holds all of the tensor.
 
         Raises:
-            CheckpointError: It does not, or the tensor repeats a few numbers beyond measure.
+            CheckpointError: It does not, or the tensor repeats stored numbers too often.
         """
         self._location()
 
     def _location(self) -> ByteRange:
-        """The bytes from the first number that it uses to the last."""
+        """Return the bytes from the first number that the tensor uses to the last."""
         numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.location
         if numel == 0 or self._stride is None:
             span = numel
@@ -200,9 +204,7 @@ class FileTensor(LazyTensor):
             span = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
         begin, length = self._offset * itemsize, span * itemsize
         if whole is None:
-            raise CheckpointError(
-                f"A tensor of shape {quoted(self._shape)} is described, and its numbers are not there."
-            )
+            raise CheckpointError(f"A tensor of shape {quoted(self._shape)} is described, but its numbers are missing.")
         if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
             wrong = "is larger than what is stored of it"
         elif numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
@@ -216,17 +218,17 @@ class FileTensor(LazyTensor):
         )
 
     def read(self) -> Tensor:
-        """The tensor on the CPU, in its own type; held by nobody but the caller.
+        """Read the tensor: a new one on the CPU, of this shape and dtype.
 
         Raises:
-            CheckpointError: The file is no longer what it was when it was opened.
+            CheckpointError: The file has changed since it was opened.
         """
         location = self._location()
         data = allocate((location.size,), torch.uint8)
         if location.size:
             location.read_into(data.numpy().data)
         if self.torch_dtype == torch.bool:
-            data.ne_(0).view(torch.bool)  # any other byte is no truth value
+            data.ne_(0)  # a bool must be stored as 0 or 1
         numbers = data.view(self.torch_dtype)
         if self._stride is None:
             return numbers.view(self._shape)
@@ -234,7 +236,7 @@ class FileTensor(LazyTensor):
 
 
 class LoadedTensor(LazyTensor):
-    """A tensor that is in memory already, where a whole file had to be unpickled.
+    """A tensor that is in memory already, because the whole file was unpickled.
 
     Args:
         tensor: The tensor.
@@ -247,7 +249,7 @@ class LoadedTensor(LazyTensor):
         self._tensor = tensor.detach()
 
     def read(self) -> Tensor:
-        """A copy of it, on the CPU.
+        """Return a copy of the tensor on the CPU.
 
         >>> LoadedTensor(torch.ones(2, requires_grad=True)).read()
         tensor([1., 1.])

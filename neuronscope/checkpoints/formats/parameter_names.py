@@ -1,4 +1,4 @@
-"""Names of tensors without what wrappers put in front of them, so that they are those of the network itself."""
+"""Remove what wrappers add to the names of tensors, so that they are the names of the network itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["escape_surrogates", "prefix_stripper"]
 
 
 def escape_surrogates(name: object) -> str:
-    r"""A name as text that can be written anywhere: a half of a surrogate pair, which is no character, is spelled out.
+    r"""Return a name as valid Unicode: half of a surrogate pair, which is not a character, is written as an escape.
 
     >>> escape_surrogates("a\ud800b")
     'a\\ud800b'
@@ -19,14 +19,15 @@ def escape_surrogates(name: object) -> str:
 
 
 def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
-    """What takes wrappers' parts off the names of one network's tensors.
+    """Return a function that removes what wrappers add to the names of one network's tensors.
 
-    ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` go wherever they stand. A ``module`` in
-    front goes where every name has it, as data parallel wrappers leave it. Where two names would become one, all stay.
+    ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` are removed anywhere in a name. A leading
+    ``module``, which data parallel wrappers add, is removed if every name has it. If two names would become the same,
+    all names stay as they are.
 
     Args:
-        names: All of them.
-        wrapped: Whether a ``module`` in front may be a wrapper's. Lightning saves networks without such wrappers.
+        names: The names of all tensors of the network.
+        wrapped: Whether a leading ``module`` may come from a wrapper. Lightning saves networks without such wrappers.
 
     >>> strip = prefix_stripper(["module.fc.weight", "module._orig_mod.fc.bias"])
     >>> strip("module._orig_mod.fc.bias")

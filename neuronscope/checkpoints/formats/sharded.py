@@ -1,4 +1,4 @@
-"""Weights in several files, with an index that says which tensor lies in which (``*.index.json``)."""
+"""Read weights in several files, with an index that says which file holds which tensor (``*.index.json``)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ __all__ = ["read_index"]
 
 
 def read_index(path: Path, *, trust: bool) -> SingleFile:
-    """The tensors of all files that an index names.
+    """Read the tensors of all files that an index names.
 
     Args:
         path: The index.
         trust: Whether a file that names code may run it.
 
     Raises:
-        CheckpointError: The index is none, names files elsewhere, or a file is missing, damaged or lacks a tensor.
+        CheckpointError: The index is invalid, names files in other folders, or a file is missing, damaged or lacks a
+            tensor.
     """
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{quoted(path)} is no index of a checkpoint: it has no `weight_map`.")
+        raise CheckpointError(f"{quoted(path)} is not an index of a checkpoint: it has no `weight_map`.")
     files: dict[str, tuple[str, dict[str, Any]]] = {}
     tensors: dict[str, Any] = {}
     for name, file in weight_map.items():

@@ -1,4 +1,4 @@
-"""Files that the user trusts: unpickled as torch does it, with whatever code they name. Nothing else comes here."""
+"""Load files that the user trusts with torch's own unpickler, which runs the code that they name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _DEEPEST = 16
 
 
 def load_trusted(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, as plain data with a :class:`LoadedTensor` in the place of every tensor.
+    """Load a file of ``torch.save`` as plain data, with a :class:`LoadedTensor` in place of each tensor.
 
     A module becomes its ``state_dict``. Code that the file names is run.
 
     Raises:
-        CheckpointError: It cannot be loaded, whatever the code it names raises.
+        CheckpointError: It cannot be loaded, or the code that it names raises anything.
     """
     try:
         with warnings.catch_warnings():
@@ -34,13 +34,13 @@ def load_trusted(path: Path) -> Any:
             loaded = torch.load(path, map_location="cpu", weights_only=False)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # code of anybody runs here, and may call sys.exit
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
         raise CheckpointError(f"{quoted(path)} could not be unpickled: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
 def load_script(path: Path) -> Any:
-    """The ``state_dict`` of a TorchScript archive, as plain data. Code that the file holds is loaded.
+    """Return the ``state_dict`` of a TorchScript archive as plain data. Code in the file is loaded.
 
     Raises:
         CheckpointError: It cannot be loaded.
@@ -51,13 +51,13 @@ def load_script(path: Path) -> Any:
             loaded = torch.jit.load(path, map_location="cpu")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # code of anybody runs here, and may call sys.exit
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
         raise CheckpointError(f"{quoted(path)} could not be loaded as TorchScript: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
 
 
