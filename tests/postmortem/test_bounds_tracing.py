@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -357,6 +358,30 @@ def test_ties_by_hand() -> None:
     }
     assert dict(layer_sites.shared) == {"again": ("sigmoid()", "tanh()")}
     assert [one.layer for one in examine_model(Tied()).abstentions if "several sites" in one.reason] == ["again"]
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda x: x.mul(0.5),
+        lambda x: x.multiply(0.5),
+        lambda x: torch.multiply(x, 0.5),
+        lambda x: torch.true_divide(x, 2),
+        lambda x: torch.subtract(x, 1),
+        lambda x: torch.negative(x),
+    ],
+    ids=["mul", "multiply", "torch.multiply", "true_divide", "subtract", "negative"],
+)
+def test_a_layer_is_found_before_every_spelling_of_a_scaling(scale: Callable[[Tensor], Tensor]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(3, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(scale(self.fc(x)))
+
+    assert dict(match_layers_to_sites(trace(Scaled(), (torch.zeros(1, 3),))).sites) == {"fc": "act"}
 
 
 # --- example inputs --------------------------------------------------------------------------------------------------

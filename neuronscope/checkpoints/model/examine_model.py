@@ -102,8 +102,8 @@ def examine_model(
         positive_integer("batch_positions", batch_positions)
     if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
-    graph, used, failures = _traced(model, example, batch)
-    if graph is None or used is None:
+    graph, traced_example, failures = _trace_example(model, example, batch)
+    if graph is None or traced_example is None:
         return Examination((), (_no_forward(failures),), {})
     feeds = match_layers_to_sites(graph)
     abstentions = [
@@ -127,7 +127,7 @@ def examine_model(
             )
         )
         return Examination(tuple(evidence), tuple(abstentions), feeds.sites, kinds=kinds, normalised=normalised)
-    scope = f"of the shape {used.shapes} ({used.origin}), with any batch size"
+    scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     in_box = propagate_bounds(graph, box) if box is not None else free
     evidence += _proved_dead(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
@@ -135,7 +135,8 @@ def examine_model(
         known = {one.layer: one.neurons for one in evidence if one.basis == "proved" and one.claim == "dead"}
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
         evidence += _proved_dead(graph, site_bounds(graph, in_box), inside, known)
-    if graph.unseen_tensors or graph.output_not_searchable:
+    readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
+    if not readers_known:
         what = (
             "returns objects that cannot be searched for tensors"
             if graph.output_not_searchable
@@ -149,11 +150,11 @@ def examine_model(
     else:
         where = "for every finite input" if box is None else "for every input in the box"
         evidence += _unread(graph, unread_neurons(graph, in_box), f"{where} {scope}")
-    readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     return Examination(tuple(evidence), tuple(abstentions), feeds.sites, readers_known, kinds, normalised)
 
 
-def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
+def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
+    """Trace the first example that the network runs on. Return its graph, the example, and why others failed."""
     failures = []
     for example in examples_for(model, given, batch):
         try:

@@ -68,7 +68,7 @@ def _is_normalised(graph: Graph, steps: Mapping[int, Step], site: Site) -> bool:
 
 
 def _kind(step: Step | None) -> str:
-    """Return what a step does to neurons; see :class:`~neuronscope.checkpoints.model.operators.OperatorRule`."""
+    """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
     rule = OPERATORS.get(step.function) if step is not None else None
     return "other" if rule is None else rule.kind
 

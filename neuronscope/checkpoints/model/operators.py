@@ -7,6 +7,7 @@ it, nothing is claimed: its output is unbounded, it needs all of its inputs, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model import needed_inputs as needed
-from neuronscope.checkpoints.model.bounds import elementwise_ops, shape_ops, weighted_ops
+from neuronscope.checkpoints.model.bounds import elementwise_ops as elementwise
+from neuronscope.checkpoints.model.bounds import shape_ops as shape
+from neuronscope.checkpoints.model.bounds import weighted_ops as weighted
 
 __all__ = ["OPERATORS", "OperatorRule"]
 
@@ -53,7 +56,7 @@ def _register_monotone(
     kind: Literal["moves", "other"], inputs: needed.NeededInputs | None, *names: str, rounds: bool = False
 ) -> None:
     for function in spellings(*names):
-        OPERATORS[function] = OperatorRule(kind, shape_ops.monotone(function, rounds=rounds), inputs)
+        OPERATORS[function] = OperatorRule(kind, shape.monotone(function, rounds=rounds), inputs)
 
 
 def _register_elementwise(bounds: Callable[..., Any], *names: str, scales: bool = False) -> None:
@@ -61,21 +64,23 @@ def _register_elementwise(bounds: Callable[..., Any], *names: str, scales: bool 
     _register(rule, *names, in_place=True)
 
 
+def _register_increasing(*names: str, rounds: bool = True, floor: float = -math.inf) -> None:
+    for name in names:
+        function = getattr(F, name, None) or getattr(torch, name)
+        _register_elementwise(elementwise.increasing(function, rounds=rounds, floor=floor), name)
+
+
 # Functions that return their input, element by element, in evaluation mode or in another type.
 _register(
-    OperatorRule("same", shape_ops.identity, needed.by_same),
-    "contiguous",
-    "clone",
-    "detach",
-    "positive",
-    "requires_grad_",
+    OperatorRule("same", shape.identity, needed.by_same),
+    *("contiguous", "clone", "detach", "positive", "requires_grad_"),
 )
 _register(
-    OperatorRule("same", shape_ops.cast, needed.by_same),
+    OperatorRule("same", shape.cast, needed.by_same),
     *("to", "float", "double", "half", "bfloat16", "type_as", "cpu"),
 )
 _register(
-    OperatorRule("same", shape_ops.dropout, needed.by_same),
+    OperatorRule("same", shape.dropout, needed.by_same),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("dropout_", "alpha_dropout_", "feature_dropout", "feature_dropout_"),
 )
@@ -92,7 +97,7 @@ _register_monotone(
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold"),
 )
 for _transpose in (getattr(Tensor, name).__get__ for name in ("T", "mT")):
-    OPERATORS[_transpose] = OperatorRule("moves", shape_ops.monotone(_transpose), needed.by_move)
+    OPERATORS[_transpose] = OperatorRule("moves", shape.monotone(_transpose), needed.by_move)
 
 # Functions that choose among elements, and functions that add them up with positive weights.
 for _n in (1, 2, 3):
@@ -103,67 +108,55 @@ _register_monotone("other", needed.by_reduction, "amax", "amin")
 _register_monotone("other", needed.by_reduction, "mean", "sum", rounds=True)
 _register_monotone("other", None, "maximum", "minimum", "max", "min", "cummax")
 _register_monotone("other", None, "cumsum", rounds=True)
-_register(OperatorRule("other", shape_ops.interpolate), "interpolate")
+_register(OperatorRule("other", shape.interpolate), "interpolate")
 
-# Elementwise functions. Those of one argument that never decrease are called on the bounds.
-for _name in ("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardshrink"):
-    _function = getattr(F, _name, None) or getattr(torch, _name)
-    _register_elementwise(elementwise_ops.increasing(_function, rounds=False), _name)
-for _name in ("tanh", "selu", "logsigmoid", "softshrink", "expm1", "atan", "erf"):
-    _function = getattr(F, _name, None) or getattr(torch, _name)
-    _register_elementwise(elementwise_ops.increasing(_function), _name)
-for _name in ("sigmoid", "hardsigmoid", "exp"):
-    _function = getattr(F, _name, None) or getattr(torch, _name)
-    _register_elementwise(elementwise_ops.increasing(_function, floor=0.0), _name)
+# Elementwise functions. Non-decreasing functions of one tensor are called on the bounds.
+_register_increasing("relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "hardshrink", rounds=False)
+_register_increasing("tanh", "selu", "logsigmoid", "softshrink", "expm1", "atan", "erf")
+_register_increasing("sigmoid", "hardsigmoid", "exp", floor=0.0)
 OPERATORS[torch.special.expit] = OPERATORS[torch.sigmoid]
-_register_elementwise(
-    elementwise_ops.with_positive_scales(elementwise_ops.increasing(F.softplus, floor=0.0)), "softplus"
-)
-_register_elementwise(elementwise_ops.with_positive_scales(elementwise_ops.increasing(F.elu)), "elu")
-_register_elementwise(elementwise_ops.with_positive_scales(elementwise_ops.increasing(F.celu)), "celu")
+_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.softplus, floor=0.0)), "softplus")
+_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.elu)), "elu")
+_register_elementwise(elementwise.with_positive_scales(elementwise.increasing(F.celu)), "celu")
 # GELU is exactly zero below −15 in float32, however it is computed: x·Φ(x) at −15 is −6e-50, and half the least
 # denormal is 7e-46. SiLU and Mish come to x·eˣ there, which at −110 is −2e-46.
-_register_elementwise(elementwise_ops.falling_then_rising(F.gelu, -0.1701, -15.0), "gelu")
-_register_elementwise(elementwise_ops.falling_then_rising(F.silu, -0.2785, -110.0), "silu")
-_register_elementwise(elementwise_ops.falling_then_rising(F.mish, -0.3089, -110.0), "mish")
-_register_elementwise(elementwise_ops.falling_then_rising(F.hardswish, -0.3751, -3.0, only_short=False), "hardswish")
-_register_elementwise(elementwise_ops.threshold_function, "threshold")
-_register_elementwise(elementwise_ops.leaky_relu, "leaky_relu", "prelu")
-_register_elementwise(elementwise_ops.add, "add", "__add__", "__radd__", "__iadd__", scales=True)
-_register_elementwise(elementwise_ops.subtract, "sub", "subtract", "__sub__", "__isub__", scales=True)
-_register_elementwise(elementwise_ops.subtract_from, "rsub", "__rsub__")
-_register_elementwise(elementwise_ops.multiply, "mul", "multiply", "__mul__", "__rmul__", "__imul__", scales=True)
-_register_elementwise(
-    elementwise_ops.divide, "div", "divide", "true_divide", "__truediv__", "__itruediv__", scales=True
-)
-_register_elementwise(elementwise_ops.divide_into, "__rtruediv__", "__rdiv__")
-_register_elementwise(elementwise_ops.power, "pow", "__pow__")
-_register_elementwise(elementwise_ops.square, "square")
-_register_elementwise(elementwise_ops.absolute, "abs", "absolute")
-_register_elementwise(elementwise_ops.negative, "neg", "negative", scales=True)
-_register_elementwise(elementwise_ops.between(-1.0, 1.0), "sin", "cos")
+_register_elementwise(elementwise.falling_then_rising(F.gelu, -0.1701, -15.0), "gelu")
+_register_elementwise(elementwise.falling_then_rising(F.silu, -0.2785, -110.0), "silu")
+_register_elementwise(elementwise.falling_then_rising(F.mish, -0.3089, -110.0), "mish")
+_register_elementwise(elementwise.falling_then_rising(F.hardswish, -0.3751, -3.0, only_short=False), "hardswish")
+_register_elementwise(elementwise.threshold_function, "threshold")
+_register_elementwise(elementwise.leaky_relu, "leaky_relu", "prelu")
+_register_elementwise(elementwise.add, "add", "__add__", "__radd__", "__iadd__", scales=True)
+_register_elementwise(elementwise.subtract, "sub", "subtract", "__sub__", "__isub__", scales=True)
+_register_elementwise(elementwise.subtract_from, "rsub", "__rsub__")
+_register_elementwise(elementwise.multiply, "mul", "multiply", "__mul__", "__rmul__", "__imul__", scales=True)
+_register_elementwise(elementwise.divide, "div", "divide", "true_divide", "__truediv__", "__itruediv__", scales=True)
+_register_elementwise(elementwise.divide_into, "__rtruediv__", "__rdiv__")
+_register_elementwise(elementwise.power, "pow", "__pow__")
+_register_elementwise(elementwise.square, "square")
+_register_elementwise(elementwise.absolute, "abs", "absolute")
+_register_elementwise(elementwise.negative, "neg", "negative", scales=True)
+_register_elementwise(elementwise.between(-1.0, 1.0), "sin", "cos")
 
 # Functions whose arguments decide rather than pass on, or that mix the elements of a row.
-_register(OperatorRule("other", elementwise_ops.between(0.0, 1.0)), "softmax", in_place=True)
-_register(OperatorRule("other", elementwise_ops.between(-1.0, 1.0)), "normalize")
-_register(OperatorRule("other", elementwise_ops.masked_fill), "masked_fill", in_place=True)
-OPERATORS[torch.where] = OperatorRule(
-    "other", elementwise_ops.where
-)  # Tensor.where takes its arguments in another order
+_register(OperatorRule("other", elementwise.between(0.0, 1.0)), "softmax", in_place=True)
+_register(OperatorRule("other", elementwise.between(-1.0, 1.0)), "normalize")
+_register(OperatorRule("other", elementwise.masked_fill), "masked_fill", in_place=True)
+OPERATORS[torch.where] = OperatorRule("other", elementwise.where)  # Tensor.where takes its arguments in another order
 
 # Functions of a layer's weight.
-_register(OperatorRule("mixes", weighted_ops.linear, needed.by_linear), "linear")
-_register(OperatorRule("mixes", weighted_ops.matmul, needed.by_matmul), "matmul", "mm", "__matmul__")
-_register(OperatorRule("mixes", weighted_ops.addmm, needed.by_matmul), "addmm")
+_register(OperatorRule("mixes", weighted.linear, needed.by_linear), "linear")
+_register(OperatorRule("mixes", weighted.matmul, needed.by_matmul), "matmul", "mm", "__matmul__")
+_register(OperatorRule("mixes", weighted.addmm, needed.by_matmul), "addmm")
 for _n in (1, 2, 3):
     _rule = needed.by_convolution(transposed=False)
-    _register(OperatorRule("mixes", weighted_ops.convolution(_n), _rule), f"conv{_n}d")
+    _register(OperatorRule("mixes", weighted.convolution(_n), _rule), f"conv{_n}d")
     _rule = needed.by_convolution(transposed=True)
-    _register(OperatorRule("mixes", weighted_ops.transposed_convolution(_n), _rule), f"conv_transpose{_n}d")
-_register(OperatorRule("mixes", weighted_ops.embedding), "embedding")
-_register(OperatorRule("mixes", weighted_ops.attention), "scaled_dot_product_attention")
-_register(OperatorRule("norm", weighted_ops.batch_norm, needed.by_batch_norm), "batch_norm")
-_register(OperatorRule("norm", weighted_ops.layer_norm), "layer_norm")
-_register(OperatorRule("norm", weighted_ops.rms_norm), "rms_norm")
-_register(OperatorRule("norm", weighted_ops.group_norm), "group_norm")
-_register(OperatorRule("norm", weighted_ops.instance_norm), "instance_norm")
+    _register(OperatorRule("mixes", weighted.transposed_convolution(_n), _rule), f"conv_transpose{_n}d")
+_register(OperatorRule("mixes", weighted.embedding), "embedding")
+_register(OperatorRule("mixes", weighted.attention), "scaled_dot_product_attention")
+_register(OperatorRule("norm", weighted.batch_norm, needed.by_batch_norm), "batch_norm")
+_register(OperatorRule("norm", weighted.layer_norm), "layer_norm")
+_register(OperatorRule("norm", weighted.rms_norm), "rms_norm")
+_register(OperatorRule("norm", weighted.group_norm), "group_norm")
+_register(OperatorRule("norm", weighted.instance_norm), "instance_norm")
