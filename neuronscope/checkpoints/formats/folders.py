@@ -101,7 +101,7 @@ def _no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
     files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))]
     if files:
         return CheckpointError(
-            f"{quoted(folder)} holds several files and is not itself a checkpoint: give one of them, as "
+            f"{quoted(folder)} is a folder of files and not itself a checkpoint: give one of them, such as "
             f"{', '.join(quoted(name) for name in files[:5])}."
         )
     return CheckpointError(

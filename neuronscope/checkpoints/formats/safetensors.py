@@ -66,7 +66,7 @@ def read_safetensors(part: ByteRange) -> dict[str, FileTensor | SkippedTensor]:
         raise damaged(f"it has {part.size} bytes")
     length = int.from_bytes(part.part(0, _LENGTH).read(), "little")
     if length > part.size - _LENGTH:
-        raise damaged(f"its header should have {length} bytes, but the file has only {part.size}")
+        raise damaged(f"its header is said to have {length} bytes, but the file has only {part.size}")
     header = parse_json(part.part(_LENGTH, length))
     if not isinstance(header, dict):
         raise damaged("its header is not a dictionary")

@@ -57,7 +57,7 @@ def read_single_file(part: ByteRange, *, trust: bool) -> SingleFile:
         return _pickled(part, "torch file", read_zip, trust=trust)
     if head.startswith(_PICKLE):
         if not _is_legacy(part):
-            raise CheckpointError(f"{quoted(part.path)} is a pickle, but not one that torch.save has written.")
+            raise CheckpointError(f"{quoted(part.path)} is a pickle, but none that torch.save has written.")
         return _pickled(part, "torch file of the older layout", read_legacy, trust=trust)
     if looks_like_safetensors(head):
         return SingleFile("safetensors", read_safetensors(part))

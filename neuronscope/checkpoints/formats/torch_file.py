@@ -153,7 +153,7 @@ def _pickle_entry(part: ByteRange, entries: dict[str, zipfile.ZipInfo]) -> tuple
     """Return the archive's top folder, with a slash, and the entry that describes the data."""
     found = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
     if len(found) != 1:
-        raise CheckpointError(f"{quoted(part.path)} is a zip archive, but not one that torch.save has written.")
+        raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
     return found[0].removesuffix("data.pkl"), entries[found[0]]
 
 
