@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
 from neuronscope.checkpoints.model.operators import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Step
 
@@ -59,7 +60,7 @@ def _needed_inputs(
         try:
             return [
                 (number, mask.expand(graph.values[number].shape))
-                for number, mask in rule.needed_inputs(graph, step, needed, intervals)
+                for number, mask in rule.needed_inputs(OutputsNeeded(graph, step, needed, intervals))
             ]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             pass  # called in a way that the rule does not know

@@ -141,7 +141,15 @@ def falling_then_rising(
 def leaky_relu(
     dtype: torch.dtype, input: Any, slope: Any = 0.01, inplace: bool = False, **kwargs: Any
 ) -> Interval | None:
-    """Bound LeakyReLU, which has one slope, and PReLU, which has one per channel."""
+    """Bound LeakyReLU, which has one slope, and PReLU, which has one per channel.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: The interval of the input, ``(B, C, …)`` if there is a slope per channel.
+        slope: Factor of negative values: a number, or a tensor ``(1,)`` or ``(C,)``.
+        inplace: Ignored.
+        kwargs: May hold the slope under the names that torch uses.
+    """
     slope = kwargs.get("negative_slope", kwargs.get("weight", slope))
     if not isinstance(input, Interval) or isinstance(slope, Interval):
         return None
@@ -188,17 +196,37 @@ def _combine(
 
 
 def add(dtype: torch.dtype, left: Any, right: Any, *, alpha: float = 1) -> Interval | None:
-    """Bound ``left + right``."""
+    """Bound ``left + right``.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+        alpha: Factor of ``right``; nothing is known unless it is 1.
+    """
     return _combine(dtype, left, right, lambda a, b, c, d: (a + c, b + d)) if alpha == 1 else None
 
 
 def subtract(dtype: torch.dtype, left: Any, right: Any, *, alpha: float = 1) -> Interval | None:
-    """Bound ``left - right``."""
+    """Bound ``left - right``.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+        alpha: Factor of ``right``; nothing is known unless it is 1.
+    """
     return _combine(dtype, left, right, lambda a, b, c, d: (a - d, b - c)) if alpha == 1 else None
 
 
 def subtract_from(dtype: torch.dtype, left: Any, right: Any) -> Interval | None:
-    """Bound ``right - left``: torch's reversed subtraction."""
+    """Bound ``right - left``: torch's reversed subtraction.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+    """
     return subtract(dtype, right, left)
 
 
@@ -208,14 +236,27 @@ def _products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tenso
 
 
 def multiply(dtype: torch.dtype, left: Any, right: Any) -> Interval | None:
-    """Bound ``left * right``; a tensor times itself is never negative."""
+    """Bound ``left * right``; a tensor times itself is never negative.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+    """
     if left is right and isinstance(left, Interval):
         return square(dtype, left)
     return _combine(dtype, left, right, _products)
 
 
 def divide(dtype: torch.dtype, left: Any, right: Any, *, rounding_mode: str | None = None) -> Interval | None:
-    """Bound ``left / right`` where the divisor cannot be zero."""
+    """Bound ``left / right`` where the divisor cannot be zero.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+        rounding_mode: Nothing is known unless it is ``None``.
+    """
     ends = _bounds(dtype, right, 0)
     if rounding_mode is not None or ends is None or not bool(((ends[0] > 0) | (ends[1] < 0)).all()):
         return None  # the divisor may be zero
@@ -227,23 +268,45 @@ def divide(dtype: torch.dtype, left: Any, right: Any, *, rounding_mode: str | No
 
 
 def divide_into(dtype: torch.dtype, left: Any, right: Any) -> Interval | None:
-    """Bound ``right / left``: torch's reversed division."""
+    """Bound ``right / left``: torch's reversed division.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+    """
     return divide(dtype, right, left)
 
 
 def power(dtype: torch.dtype, left: Any, exponent: Any) -> Interval | None:
-    """Bound ``left ** 2``; nothing is known of other exponents."""
+    """Bound ``left ** 2``; nothing is known of other exponents.
+
+    Args:
+        dtype: The type that the network computes in.
+        left: An interval, tensor or number.
+        exponent: The exponent.
+    """
     return square(dtype, left) if isinstance(left, Interval) and exponent == 2 else None
 
 
 def square(dtype: torch.dtype, x: Any) -> Interval | None:
-    """Bound ``x ** 2``."""
+    """Bound ``x ** 2``.
+
+    Args:
+        dtype: The type that the network computes in.
+        x: The interval of the input, of any shape.
+    """
     size = absolute(dtype, x)
     return None if size is None else widened_by_rounding(Interval(size.low**2, size.high**2, size.shape), dtype)
 
 
 def absolute(dtype: torch.dtype, x: Any) -> Interval | None:
-    """Bound ``|x|``."""
+    """Bound ``|x|``.
+
+    Args:
+        dtype: The type that the network computes in.
+        x: The interval of the input, of any shape.
+    """
     if not isinstance(x, Interval):
         return None
     low, high = x.low.abs(), x.high.abs()
@@ -252,12 +315,22 @@ def absolute(dtype: torch.dtype, x: Any) -> Interval | None:
 
 
 def negative(dtype: torch.dtype, x: Any) -> Interval | None:
-    """Bound ``-x``."""
+    """Bound ``-x``.
+
+    Args:
+        dtype: The type that the network computes in.
+        x: The interval of the input, of any shape.
+    """
     return Interval(-x.high, -x.low, x.shape) if isinstance(x, Interval) else None
 
 
 def between(low: float, high: float) -> Rule:
-    """Return the rule of a function whose values always lie between two numbers."""
+    """Return the rule of a function whose values always lie between two numbers.
+
+    Args:
+        low: The lower number.
+        high: The upper number.
+    """
 
     def rule(dtype: torch.dtype, input: Any, *args: Any, **kwargs: Any) -> Interval | None:
         if not isinstance(input, Interval):
@@ -268,7 +341,14 @@ def between(low: float, high: float) -> Rule:
 
 
 def where(dtype: torch.dtype, condition: Any, left: Any, right: Any) -> Interval | None:
-    """Bound a choice, element by element, between two operands."""
+    """Bound a choice, element by element, between two operands.
+
+    Args:
+        dtype: The type that the network computes in.
+        condition: Which elements come from ``left``.
+        left: An interval, tensor or number.
+        right: An interval, tensor or number, broadcast against ``left``.
+    """
 
     def combine(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         return torch.minimum(a, c), torch.maximum(b, d)
@@ -283,14 +363,29 @@ def where(dtype: torch.dtype, condition: Any, left: Any, right: Any) -> Interval
 
 
 def masked_fill(dtype: torch.dtype, x: Any, mask: Any, value: Any) -> Interval | None:
-    """Bound ``x`` where some elements are replaced by ``value``."""
+    """Bound ``x`` where some elements are replaced by ``value``.
+
+    Args:
+        dtype: The type that the network computes in.
+        x: The interval of the input, of any shape.
+        mask: Which elements are replaced; broadcast to ``x``.
+        value: The number that replaces them.
+    """
     return where(dtype, mask, x, value)
 
 
 def threshold_function(
     dtype: torch.dtype, input: Any, threshold: float, value: float, inplace: bool = False
 ) -> Interval | None:
-    """Bound ``input`` where it is above the threshold, and ``value`` elsewhere."""
+    """Bound ``input`` where it is above the threshold, and ``value`` elsewhere.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: The interval of the input, of any shape.
+        threshold: The threshold.
+        value: The value below it.
+        inplace: Ignored.
+    """
     if not isinstance(input, Interval):
         return None
     ends = [_above_threshold(input, *numbers) for numbers, _ in _as_rounded(dtype, (threshold, value), {})]

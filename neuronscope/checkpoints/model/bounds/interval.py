@@ -71,7 +71,13 @@ class Interval:
 
     @classmethod
     def between(cls, low: float, high: float, shape: tuple[int, ...]) -> Interval:
-        """Return an interval in which every element has the same two bounds."""
+        """Return an interval in which every element has the same two bounds.
+
+        Args:
+            low: The lower bound.
+            high: The upper bound.
+            shape: The tensor's shape.
+        """
         ones = (1,) * len(shape)
         return cls(
             torch.full(ones, low, dtype=torch.float64), torch.full(ones, high, dtype=torch.float64), tuple(shape)

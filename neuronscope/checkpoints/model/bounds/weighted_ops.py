@@ -110,7 +110,14 @@ def _matmul_with_infinities(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(dtype: torch.dtype, input: Any, weight: Any, bias: Any = None) -> Interval | None:
-    """Bound ``input @ weight.T + bias``, more tightly where the input was normalised."""
+    """Bound ``input @ weight.T + bias``, more tightly where the input was normalised.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, d)``.
+        weight: ``(N, d)``.
+        bias: ``(N,)``.
+    """
     if not isinstance(input, Interval) or not isinstance(weight, Tensor) or isinstance(bias, Interval):
         return None
     if weight.dim() != 2:
@@ -144,7 +151,13 @@ def _normed_extremes(
 
 
 def matmul(dtype: torch.dtype, input: Any, other: Any) -> Interval | None:
-    """Bound ``input @ other`` where ``other`` is a constant matrix."""
+    """Bound ``input @ other`` where ``other`` is a constant matrix.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, d)``.
+        other: ``(d, N)``.
+    """
     if isinstance(other, Tensor) and other.dim() == 2:
         return linear(dtype, input, other.mT)
     return None
@@ -159,7 +172,16 @@ def addmm(
     beta: float = 1,
     alpha: float = 1,
 ) -> Interval | None:
-    """Bound ``input + mat1 @ mat2`` where ``mat2`` is a constant matrix and ``input`` its bias."""
+    """Bound ``input + mat1 @ mat2`` where ``mat2`` is a constant matrix and ``input`` its bias.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(N,)``.
+        mat1: ``(B, d)``.
+        mat2: ``(d, N)``.
+        beta: Factor of the bias; nothing is known unless it is 1.
+        alpha: Factor of the product; nothing is known unless it is 1.
+    """
     if beta == alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and isinstance(mat2, Tensor):
         return linear(dtype, mat1, mat2.mT, input)
     return None
@@ -259,6 +281,17 @@ def batch_norm(
     """Bound batch norm in evaluation mode, an affine map of each channel.
 
     Nothing is known where it uses the batch's own statistics.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        training: Whether the batch's own statistics are used.
+        momentum: Ignored.
+        eps: Added to the variance.
     """
     if training or not isinstance(input, Interval) or running_mean is None or len(input.shape) < 2:
         return None
@@ -295,7 +328,16 @@ def layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1."""
+    """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, *normalized_shape)``.
+        normalized_shape: Sizes of the dimensions that are normalised over.
+        weight: γ, of that shape.
+        bias: β, of that shape.
+        eps: Ignored: it only makes values smaller.
+    """
     return _row_norm(dtype, input, normalized_shape, weight, bias, centred=True)
 
 
@@ -306,7 +348,15 @@ def rms_norm(
     weight: Any = None,
     eps: float | None = None,
 ) -> Interval | None:
-    """Bound RMS norm, which is layer norm that keeps the mean."""
+    """Bound RMS norm, which is layer norm that keeps the mean.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, *normalized_shape)``.
+        normalized_shape: Sizes of the dimensions that are normalised over.
+        weight: γ, of that shape.
+        eps: Ignored: it only makes values smaller.
+    """
     return _row_norm(dtype, input, normalized_shape, weight, None, centred=False)
 
 
@@ -333,7 +383,16 @@ def group_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Bound group norm, which normalises over a group's channels and positions."""
+    """Bound group norm, which normalises over a group's channels and positions.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        num_groups: How many groups the channels are in.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        eps: Ignored: it only makes values smaller.
+    """
     if not isinstance(input, Interval) or len(input.shape) < 2:
         return None
     elements = math.prod(input.shape[1:]) // num_groups
@@ -351,7 +410,19 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Bound instance norm, which normalises over a channel's positions, or by running statistics as batch norm."""
+    """Bound instance norm, which normalises over a channel's positions, or by running statistics as batch norm.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        use_input_stats: Whether the statistics of the input are used, not the running ones.
+        momentum: Ignored.
+        eps: Added to the running variance.
+    """
     if not isinstance(input, Interval) or len(input.shape) < 3:
         return None
     if not use_input_stats:
@@ -376,7 +447,17 @@ def embedding(
     *rest: Any,
     **options: Any,
 ) -> Interval | None:
-    """Bound an embedding: each column lies between its minimum and its maximum over all rows."""
+    """Bound an embedding: each column lies between its minimum and its maximum over all rows.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: Indices, of any shape.
+        weight: ``(rows, d)``.
+        padding_idx: Ignored.
+        max_norm: Nothing is known unless it is ``None``.
+        rest: Ignored.
+        options: Ignored.
+    """
     if not isinstance(weight, Tensor) or not isinstance(input, Interval) or max_norm is not None:
         return None
     lead = (1,) * len(input.shape)
@@ -395,7 +476,17 @@ def attention(
     dropout_p: float = 0.0,
     **options: Any,
 ) -> Interval | None:
-    """Bound attention: a weighted mean of the rows of ``value``, or zero where all are masked."""
+    """Bound attention: a weighted mean of the rows of ``value``, or zero where all are masked.
+
+    Args:
+        dtype: The type that the network computes in.
+        query: ``(…, L, d)``.
+        key: ``(…, S, d)``.
+        value: ``(…, S, e)``.
+        attn_mask: Ignored: masked rows have weight 0.
+        dropout_p: Nothing is known unless it is 0.
+        options: ``is_causal``, ``scale`` and ``enable_gqa``; nothing is known with the last.
+    """
     if dropout_p or not isinstance(value, Interval) or not isinstance(query, Interval) or options.get("enable_gqa"):
         return None
     low, high = value.low.amin(-2, keepdim=True).clamp_max(0), value.high.amax(-2, keepdim=True).clamp_min(0)
