@@ -254,15 +254,18 @@ def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]
 
 
 def _fill(
-    wanted: Mapping[str, tuple[nn.Module, str, Tensor]], names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+    slots: Mapping[str, tuple[nn.Module, str, Tensor]],
+    stored_names: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
 ) -> None:
+    """Read the stored tensors into the network: copy them, or put them in place of tensors on the meta device."""
     loaded: dict[int, Tensor] = {}  # a weight that two modules share is read once
     with torch.no_grad():
-        for name, (module, slot, tensor) in sorted(wanted.items(), key=lambda item: item[0] not in names):
+        for name, (module, attribute, tensor) in sorted(slots.items(), key=lambda slot: slot[0] not in stored_names):
             if id(tensor) in loaded:
                 new = loaded[id(tensor)]
-            elif name in names:
-                read = stored[names[name]].read()
+            elif name in stored_names:
+                read = stored[stored_names[name]].read()
                 if tensor.device.type != "meta":
                     tensor.copy_(read)
                     continue
@@ -271,8 +274,8 @@ def _fill(
                 loaded[id(tensor)] = new
             else:
                 continue
-            table: dict[str, Any] = module._parameters if slot in module._parameters else module._buffers
-            table[slot] = new
+            table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+            table[attribute] = new
 
 
 def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:
