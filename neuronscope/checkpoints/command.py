@@ -108,7 +108,9 @@ def _run(parsed: argparse.Namespace) -> int:
             raise UsageError(
                 f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
             ) from error
-    tasks: list[tuple[Path | str, Callable[[], None]]] = [("to standard output", lambda: print_and_flush(f"{report}\n"))]
+    tasks: list[tuple[Path | str, Callable[[], None]]] = [
+        ("to standard output", lambda: print_and_flush(f"{report}\n"))
+    ]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _write_all(tasks)
     return EXIT_OK if parsed.fail_above is None else _check(report, parsed.fail_above)

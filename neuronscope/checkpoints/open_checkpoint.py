@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
-from neuronscope.checkpoints.formats.contents import Contents, checkpoint_of
+from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint, build_checkpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.folders import read_folder
 from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.errors import CheckpointError
 
 __all__ = ["open_checkpoint"]
@@ -41,16 +41,16 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """
     path = Path(path)
     try:
-        return checkpoint_of(path, _contents(path, trust=trust))
+        return build_checkpoint(path, _contents(path, trust=trust))
     except OSError as error:
-        raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
     except MemoryError as error:
-        raise CheckpointError(f"Cannot read {shown(path)}: there is not enough memory for it.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: there is not enough memory for it.") from error
 
 
-def _contents(path: Path, *, trust: bool) -> Contents:
+def _contents(path: Path, *, trust: bool) -> RawCheckpoint:
     if path.is_dir():
         return read_folder(path, trust=trust)
     if path.name.endswith(".index.json"):
-        return Contents(*read_index(path, trust=trust))
-    return Contents(*read_single(ByteRange.of(path), trust=trust))
+        return RawCheckpoint(*read_index(path, trust=trust))
+    return RawCheckpoint(*read_single_file(ByteRange.of(path), trust=trust))

@@ -20,7 +20,7 @@ from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers, normalised_layers, unexamined_types
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
-from neuronscope.checkpoints.formats.byte_range import listed
+from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
@@ -112,16 +112,18 @@ def postmortem(
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
     notes = list(checkpoint.notes)
     for dtype, names in unexamined_types(checkpoint.tensors).items():
-        notes.append(f"Weights and biases of type {dtype} are not examined: {listed(names)}.")
+        notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
     # Examine the model: which site each layer leads to, which neurons provably never fire, which ones nothing reads.
     examination = Examination((), (), {})
     if network is not None:
         first, batches = first_batch(batches)
         examination = examine_model(network, example=example_input, batch=first, box=box)
-        if examination.searched:  # The trace shows what reads each neuron; guesses from names are no longer needed.
+        if (
+            examination.readers_known
+        ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
             evidence = [one for one in evidence if one.claim != "unread"]
-        evidence = [*name_by_site(evidence, examination.ties), *examination.evidence]
+        evidence = [*name_by_site(evidence, examination.layer_sites), *examination.evidence]
         abstentions += examination.abstentions
 
     # Measure: run the network over the data, and check that no proof is contradicted.
@@ -135,7 +137,7 @@ def postmortem(
         notes += contradictions(evidence)
 
     # Combine all evidence on a neuron into one verdict, then look for the causes of death.
-    verdicts = combine_evidence(evidence, _widths_by_name(layers, examination.ties, evidence))
+    verdicts = combine_evidence(evidence, _widths_by_name(layers, examination.layer_sites, evidence))
     decay = weight_decay_per_step(checkpoint)
     facts = postmortem_facts(
         verdicts,
@@ -143,7 +145,7 @@ def postmortem(
         learning_rates=learning_rates(checkpoint),
         decay=decay,
         # Reads each weight once more, which only weight decay makes worth while.
-        dead_norm_ratios=dead_norm_ratios(verdicts, layers, examination.ties, checkpoint) if decay > 0 else {},
+        dead_norm_ratios=dead_norm_ratios(verdicts, layers, examination.layer_sites, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
         **_layer_facts(checkpoint, examination),
     )
@@ -178,7 +180,9 @@ def _layer_facts(checkpoint: Checkpoint, examination: Examination) -> dict[str, 
     """Return the kinds and norms of layers as the model, the monitor's records and the file's layers show them."""
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     recorded = [site for report in records for site in report.layers]
-    normalised = {examination.ties.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))}
+    normalised = {
+        examination.layer_sites.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))
+    }
     return {
         "kinds": {**{site.name: site.kind for site in recorded}, **examination.kinds},
         "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *examination.normalised},

@@ -20,7 +20,7 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     training_maximum,
 )
 from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, product
-from neuronscope.checkpoints.model.bounds.propagate import bounds_of, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
 
@@ -210,7 +210,7 @@ def test_interval_arithmetic_equals_calculations_by_hand() -> None:
         model[2].weight.copy_(torch.tensor([[1.0, 5.0], [-1.0, 0.0]]))
         model[2].bias.copy_(torch.tensor([-0.5, 0.0]))
     graph = trace(model, (torch.zeros(1, 2),))
-    first, second = site_bounds(graph, bounds_of(graph, (0.0, 1.0))).values()
+    first, second = site_bounds(graph, propagate_bounds(graph, (0.0, 1.0))).values()
     # x₁ − x₂ in [−1, 1]; x₁ + x₂ − 3 in [−3, −1]: dead.
     # Then h₁ in [0, 1], h₂ = 0: h₁ − ½ in [−½, ½]; −h₁ in [−1, 0]: dead.
     np.testing.assert_allclose(first.lowest, [-1, -3], atol=1e-4)
@@ -261,7 +261,7 @@ def test_a_sum_in_another_order_stays_in_its_bounds(biased: bool) -> None:
     one_by_one = [np.cumsum(terms[torch.randperm(n).numpy()], dtype=np.float32)[-1] for _ in range(50)]
     sums = [float(total + np.float32(bias)) for total in one_by_one]
     graph = trace(model, (torch.zeros(1, n),))
-    found = site_bounds(graph, bounds_of(graph, (1.0, 1.0)))["1"]
+    found = site_bounds(graph, propagate_bounds(graph, (1.0, 1.0)))["1"]
     middle = float(exact + bias)
     assert min(sums) < middle < max(sums)  # without an allowance for rounding, some would lie outside
     assert found.lowest[0] <= min(sums) <= max(sums) <= found.highest[0]
@@ -269,7 +269,7 @@ def test_a_sum_in_another_order_stays_in_its_bounds(biased: bool) -> None:
 
 
 def test_an_interval_that_is_nan_bounds_nothing() -> None:
-    broken = Interval(torch.tensor([torch.nan]), torch.tensor([torch.nan]), (1,)).sound()
+    broken = Interval(torch.tensor([torch.nan]), torch.tensor([torch.nan]), (1,)).cleaned()
     assert (broken.low.item(), broken.high.item()) == (-torch.inf, torch.inf)
 
 

@@ -9,7 +9,7 @@ from hypothesis import event, given, settings
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.checkpoints.model.bounds.propagate import bounds_of, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
 from tests.postmortem.random_networks import (
@@ -31,8 +31,8 @@ def check(network: Network, box: tuple[float, float] | None) -> int:
     """How many neurons were proved dead; fails where one of them fires or leaves its bounds."""
     graph = trace(network, (network.example(),))
     assert not graph.branches
-    assert not graph.hidden
-    bounds = site_bounds(graph, bounds_of(graph, box))
+    assert not graph.unseen_tensors
+    bounds = site_bounds(graph, propagate_bounds(graph, box))
     for x in adversarial_inputs(network, box):
         with torch.no_grad(), watched(network) as seen:
             network(x)
@@ -94,7 +94,7 @@ def test_changing_an_unread_neuron_changes_no_output(
     ]
     unread = {one.layer: torch.from_numpy(one.neurons) for one in evidence}
     graph = trace(network, (network.example(),))
-    found = bounds_of(graph, box)
+    found = propagate_bounds(graph, box)
     ends = {site.name: [end.clamp(-10, 10).float() for end in found[site.after].along(1)] for site in graph.sites}
     event(f"unread: {min(sum(map(len, unread.values())), 3)}")
     torch.manual_seed(seed)
@@ -147,7 +147,7 @@ def test_no_output_of_a_hundred_thousand_inputs_leaves_its_bounds(which: str) ->
     network = Network(program, picture, seed=3)
     box = (-1.0, 1.0)
     graph = trace(network, (network.example(),))
-    bounds = site_bounds(graph, bounds_of(graph, box))
+    bounds = site_bounds(graph, propagate_bounds(graph, box))
     assert sum(found.dead.sum() for found in bounds.values()) >= 4
     shape = (5000, *network.example().shape[1:])
     for number in range(20):  # 20 × 5000, every other time corners of the box

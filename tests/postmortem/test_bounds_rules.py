@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.model.bounds.propagate import bounds_of
+from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds
 from neuronscope.checkpoints.model.trace import trace
 
 VECTOR, ROWS, LINE, PICTURE, CUBE = (2, 6), (2, 4, 6), (2, 6, 9), (2, 6, 8, 8), (2, 6, 5, 5, 5)
@@ -96,7 +96,7 @@ def test_each_bounding_rule_is_found_for_its_function(name: str, box: tuple[floa
     model = Case(name)
     graph = trace(model, (torch.zeros(model.shape),))
     (number,) = graph.outputs
-    found = bounds_of(graph, box)[number]
+    found = propagate_bounds(graph, box)[number]
     assert bool(found.low.isfinite().all() and found.high.isfinite().all())
     assert found.shape == graph.values[number].shape
     for corners in (True, False):
@@ -127,7 +127,7 @@ def test_a_case_outside_a_bounding_rule_has_unknown_bounds(function: Callable[[T
             return function(x)
 
     graph = trace(Model(), (torch.rand(PICTURE),))
-    assert not bounds_of(graph, (-1.0, 1.0))[graph.outputs[0]].is_known
+    assert not propagate_bounds(graph, (-1.0, 1.0))[graph.outputs[0]].is_known
 
 
 @pytest.mark.parametrize("name", ["matmul", "conv2d", "slices", "cat", "permute", "avg pool", "where", "square", "pad"])
@@ -136,7 +136,7 @@ def test_the_bounds_of_a_single_input_are_its_output(name: str) -> None:
     model = Case(name)
     x = torch.rand(model.shape) - 0.5
     graph = trace(model, (x,))
-    found = bounds_of(graph, (x, x))[graph.outputs[0]]
+    found = propagate_bounds(graph, (x, x))[graph.outputs[0]]
     with torch.no_grad():
         y = model(x).double()
     assert bool((y <= found.high).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.example_inputs import examples_for
-from neuronscope.checkpoints.model.layer_to_site import ties_of
+from neuronscope.checkpoints.model.layer_to_site import match_layers_to_sites
 from neuronscope.checkpoints.model.trace import trace
 from neuronscope.checkpoints.verdict.evidence import Evidence
 
@@ -202,7 +203,7 @@ def test_paths_that_the_example_did_not_take_are_reported(kind: type[Net], reaso
     assert [
         one for one in found.abstentions if reason in one.reason and "another input may take another path" in one.reason
     ]
-    assert dict(found.ties) == {"fc": "act"} or kind is not DataChanged
+    assert dict(found.layer_sites) == {"fc": "act"} or kind is not DataChanged
 
 
 def test_with_consumers_that_were_not_traced_no_neuron_is_called_unread() -> None:
@@ -347,16 +348,40 @@ class Tied(nn.Module):
 
 
 def test_layers_are_matched_to_their_sites() -> None:
-    ties = ties_of(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
-    assert dict(ties.sites) == {
+    layer_sites = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
+    assert dict(layer_sites.sites) == {
         "conv": "relu",
         "norm": "relu",
         "flat": "gelu()",
         "gate": "silu()",
         "up": "silu().gated",
     }
-    assert dict(ties.shared) == {"again": ("sigmoid()", "tanh()")}
+    assert dict(layer_sites.shared) == {"again": ("sigmoid()", "tanh()")}
     assert [one.layer for one in examine_model(Tied()).abstentions if "several sites" in one.reason] == ["again"]
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda x: x.mul(0.5),
+        lambda x: x.multiply(0.5),
+        lambda x: torch.multiply(x, 0.5),
+        lambda x: torch.true_divide(x, 2),
+        lambda x: torch.subtract(x, 1),
+        lambda x: torch.negative(x),
+    ],
+    ids=["mul", "multiply", "torch.multiply", "true_divide", "subtract", "negative"],
+)
+def test_a_layer_is_found_before_every_spelling_of_a_scaling(scale: Callable[[Tensor], Tensor]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(3, 2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(scale(self.fc(x)))
+
+    assert dict(match_layers_to_sites(trace(Scaled(), (torch.zeros(1, 3),))).sites) == {"fc": "act"}
 
 
 # --- example inputs --------------------------------------------------------------------------------------------------
@@ -403,7 +428,7 @@ def test_a_recurrent_network_is_traced_with_a_sequence() -> None:
             return self.relu(self.fc(self.rnn(x)[1][-1]))
 
     found = examine_model(Encoder())
-    assert found.ties == {"fc": "relu"}
+    assert found.layer_sites == {"fc": "relu"}
     assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
 
 
@@ -417,12 +442,14 @@ def test_when_no_example_fits_the_error_lists_what_was_tried() -> None:
             return F.relu(self.fc(a + b))
 
     found = examine_model(Odd())
-    assert (found.evidence, dict(found.ties)) == ((), {})
+    assert (found.evidence, dict(found.layer_sites)) == ((), {})
     (only,) = found.abstentions
     assert "1 × 2): TypeError" in only.reason
     assert "Give an example input" in only.reason
-    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).ties == {"fc": "relu()"}
-    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).ties == {"fc": "relu()"}
+    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).layer_sites == {"fc": "relu()"}
+    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).layer_sites == {
+        "fc": "relu()"
+    }
     assert len(list(examples_for(nn.ReLU()))) == 0
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.checkpoints.formats.byte_range import ByteRange
-from neuronscope.checkpoints.formats.torch_distributed import PartedTensor, _TensorPart
+from neuronscope.checkpoints.formats.torch_distributed import ShardedTensor, _TensorPart
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 from tests.postmortem.files import distributed, trained, trainer_folder, wrapped
@@ -236,7 +236,7 @@ def test_parts_make_up_a_tensor_or_are_refused(name: str, tmp_path: Path) -> Non
         path.write_bytes(room.getvalue())
         parts.append(_TensorPart(offsets, sizes, ByteRange.of(path)))
     if whole:
-        assert torch.equal(PartedTensor("w", torch.float32, (4, 4), parts).read(), expected)
+        assert torch.equal(ShardedTensor("w", torch.float32, (4, 4), parts).read(), expected)
     else:
         with pytest.raises(CheckpointError, match="do not make up the whole"):
-            PartedTensor("w", torch.float32, (4, 4), parts)
+            ShardedTensor("w", torch.float32, (4, 4), parts)

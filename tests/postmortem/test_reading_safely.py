@@ -22,7 +22,7 @@ from torch import nn
 
 from neuronscope.checkpoints.formats.lazy_tensor import Storage
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
-from neuronscope.checkpoints.formats.safe_globals import Attributes, find_safe_global
+from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder, find_safe_global
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 from tests.postmortem.files import OLDER, Writes, distributed, pickled, sharded_bin, trained, trainer_folder
@@ -293,7 +293,7 @@ def test_opcodes_that_act_on_objects_are_refused(pickled: bytes) -> None:
 def test_the_state_of_a_placeholder_sets_no_attribute() -> None:
     state = pickle.dumps({"cls": "a", "set_state": 1, "__class__": 2, "__setstate__": 3}, 2)[2:-1]
     made = read_pickle(io.BytesIO(b"\x80\x02cargparse\nNamespace\n)R" + state + b"b."), find_safe_global)
-    assert type(made) is Attributes
+    assert type(made) is AttributesPlaceholder
     assert made.cls == "Namespace"
     assert made.state == {"cls": "a", "set_state": 1, "__class__": 2, "__setstate__": 3}
     assert set(vars(made)) == {"cls", "arguments", "state"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.checkpoints.data.user_code import user_code
-from neuronscope.checkpoints.formats.lazy_tensor import dtype_named
+from neuronscope.checkpoints.formats.lazy_tensor import find_dtype
 from neuronscope.checkpoints.model.load_model import load_named
 from neuronscope.errors import UsageError
 
@@ -208,7 +208,7 @@ def _zeros(text: str, model: nn.Module) -> tuple[Tensor, ...]:
     tensors = []
     for part in text.split(","):
         match = _SHAPE.fullmatch(part.strip())
-        dtype = default if match is None or match[2] is None else dtype_named(match[2])
+        dtype = default if match is None or match[2] is None else find_dtype(match[2])
         if match is None or dtype is None:
             raise UsageError(f"Expected argument `example` to be {EXAMPLE_FORMATS}, but got {text!r}.")
         try:

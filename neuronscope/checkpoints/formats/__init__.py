@@ -1,4 +1,4 @@
-"""One module per format of checkpoints, and what they share: bytes of a file, a tensor that lies in it, inert pickles.
+"""Read checkpoints: one module per format, and what they share: byte ranges, tensors in files, pickles without code.
 
-Nothing here imports what a checkpoint names, calls what it asks to be called, or reads a number before it is wanted.
+Nothing here imports or calls what a checkpoint names, and no tensor is read before it is asked for.
 """

@@ -1,7 +1,7 @@
-"""Files: a run of bytes in a regular file, its size known and every read of it held to that size.
+"""Read a range of bytes of a regular file. Its size is known, and no read goes beyond it.
 
-Read with ordinary reads and not through a map of memory: pages of a mapped file count as this process's memory, and a
-file that is cut short while it is mapped ends the process.
+Files are read with ordinary reads and not through a memory map: pages of a mapped file count as this process's memory,
+and a file that is cut short while it is mapped ends the process.
 """
 
 from __future__ import annotations
@@ -18,23 +18,33 @@ from typing import Any, BinaryIO
 
 from neuronscope.errors import CheckpointError
 
-__all__ = ["MOST_DIMENSIONS", "ByteRange", "beside", "counted", "fill", "listed", "parse_json", "read_json", "shown"]
+__all__ = [
+    "MOST_DIMENSIONS",
+    "ByteRange",
+    "file_count",
+    "parse_json",
+    "quoted",
+    "quoted_list",
+    "read_exactly",
+    "read_json",
+    "sibling_file",
+]
 
-#: No tensor of torch has more.
+#: No tensor of torch has more dimensions.
 MOST_DIMENSIONS = 64
 
 _LONGEST_SHOWN = 80
 _LONGEST_PATH = 400
 _LONGEST_READ = 1 << 27
-_LONGEST_JSON = 1 << 25  # a byte of it can take twenty in memory; the index of 100,000 tensors has a third of this
+_LONGEST_JSON = 1 << 25  # each byte can take twenty in memory; the index of 100,000 tensors has a third of this
 
 
-def shown(thing: object) -> str:
-    r"""What comes from a checkpoint as a message may hold it: one short line, nothing in it but what can be printed.
+def quoted(thing: object) -> str:
+    r"""Return text from a checkpoint as one short line of printable characters, for use in a message.
 
-    >>> print(shown("layer\x1b[2J\n1"), shown((2, 3)), shown([[]]))
+    >>> print(quoted("layer\x1b[2J\n1"), quoted((2, 3)), quoted([[]]))
     'layer\x1b[2J\n1' (2, 3) a list
-    >>> shown("w" * 1000) == repr("w" * 79 + "…")
+    >>> quoted("w" * 1000) == repr("w" * 79 + "…")
     True
     """
     if isinstance(thing, tuple) and len(thing) <= MOST_DIMENSIONS and all(type(n) is int and n < 2**64 for n in thing):
@@ -45,22 +55,27 @@ def shown(thing: object) -> str:
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
-def listed(names: Collection[object]) -> str:
-    """The first few of some names, as a message may hold them.
+def quoted_list(names: Collection[object]) -> str:
+    """Return the first five names, and how many more there are, for use in a message.
 
-    >>> listed("abcdefg")
+    >>> quoted_list("abcdefg")
     "'a', 'b', 'c', 'd', 'e' and 2 more"
     """
-    first = [shown(name) for name in names][:5]
+    first = [quoted(name) for name in names][:5]
     return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """``size`` bytes of a regular file from ``start`` on.
+    """A range of bytes of a regular file.
 
-    Nothing is held open. Links are followed; what is no regular file (a folder, a pipe, a device) is refused without
-    waiting for it.
+    No file is kept open. Links are followed; a path that is not a regular file (a folder, a pipe, a device) is refused
+    without waiting for it.
+
+    Attributes:
+        path: The file.
+        start: Position of the first byte.
+        size: Number of bytes.
     """
 
     path: Path
@@ -69,10 +84,10 @@ class ByteRange:
 
     @classmethod
     def of(cls, path: Path) -> ByteRange:
-        """The whole of a file.
+        """Return the range of all bytes of a file.
 
         Raises:
-            CheckpointError: It is not there, may not be read, is no regular file, or is empty.
+            CheckpointError: The file does not exist, may not be read, is not a regular file, or is empty.
 
         >>> ByteRange.of(Path("no/such/file"))
         Traceback (most recent call last):
@@ -82,24 +97,28 @@ class ByteRange:
         with _opened(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size == 0:
-            raise CheckpointError(f"Cannot read {shown(path)}: the file is empty.")
+            raise CheckpointError(f"Cannot read {quoted(path)}: the file is empty.")
         return cls(path, 0, size)
 
     def part(self, offset: int, length: int) -> ByteRange:
-        """Some of these bytes.
+        """Return a part of this range.
+
+        Args:
+            offset: Where the part starts, from the start of this range.
+            length: Its number of bytes.
 
         Raises:
-            CheckpointError: They are not all within these.
+            CheckpointError: The part does not lie within this range.
         """
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
-                f"{shown(self.path)} is cut short or damaged: it speaks of bytes {offset} to {offset + length}, and "
+                f"{quoted(self.path)} is cut short or damaged: it refers to bytes {offset} to {offset + length}, and "
                 f"there are only {self.size}."
             )
         return ByteRange(self.path, self.start + offset, length)
 
     def read(self) -> bytes:
-        """All of these bytes.
+        """Return all bytes of the range.
 
         Raises:
             CheckpointError: The file has become shorter, or may no longer be read.
@@ -108,136 +127,153 @@ class ByteRange:
         self.read_into(memoryview(data))
         return bytes(data)
 
-    def read_into(self, room: memoryview) -> None:
-        """Read as many of these bytes as there is room for.
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer with the first bytes of the range.
+
+        Args:
+            buffer: Memory to fill, of at most ``size`` bytes.
 
         Raises:
             CheckpointError: The file has become shorter, or may no longer be read.
         """
         with _opened(self.path) as file:
-            fill(file, self.start, room, self.path)
+            read_exactly(file, self.start, buffer, self.path)
 
     def open(self) -> BinaryIO:
-        """These bytes as a file of their own, which gives no more than a bounded number of them at once.
+        """Open the range as a file of its own, which returns at most a bounded number of bytes per read.
 
-        What is read with it are lengths and indices that the file itself declares, and not tensors.
+        It serves to read the lengths and indices that a file declares, not tensors.
         """
         return _Bounded(_Window(self), buffer_size=1 << 16)
 
 
-def fill(file: io.FileIO, position: int, room: memoryview, path: Path) -> None:
-    """Fill the room with what lies in an open file from a position on."""
+def read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
+    """Fill a buffer from an open file.
+
+    Args:
+        file: The file.
+        position: Position of the first byte to read.
+        buffer: The memory to fill.
+        path: Path of the file, for errors.
+
+    Raises:
+        CheckpointError: The file ends before the buffer is full, or cannot be read.
+    """
     try:
         file.seek(position)
-        while room:
-            came = file.readinto(room)
-            if not came:
-                raise CheckpointError(f"{shown(path)} has become shorter while it was read.")
-            room = room[came:]
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise CheckpointError(f"{quoted(path)} has become shorter while it was read.")
+            buffer = buffer[count:]
     except OSError as error:
-        raise CheckpointError(f"Cannot read {shown(path)}: {error.strerror or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        CheckpointError: It cannot be read, is too long to be believed, or is not JSON.
+        CheckpointError: It cannot be read, is not JSON, or is longer than any index of a checkpoint.
     """
     return parse_json(ByteRange.of(path))
 
 
 def parse_json(part: ByteRange) -> Any:
-    """What a JSON text says. A key that comes twice is an error: readers would differ in which they take.
+    """Parse JSON text. A repeated key is an error, since readers differ in which of the two values they use.
 
     Raises:
-        CheckpointError: It is not JSON, nested too deeply, or too long to be believed.
+        CheckpointError: It is not JSON, nested too deeply, or longer than any index of a checkpoint.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            again, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{shown(again)} comes twice")
-        return made
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"{quoted(repeated)} comes twice")
+        return found
 
     path = part.path
     if part.size > _LONGEST_JSON:
-        raise CheckpointError(f"{shown(path)} has {part.size} bytes of JSON, and at most {_LONGEST_JSON} are believed.")
+        raise CheckpointError(f"{quoted(path)} has {part.size} bytes of JSON; at most {_LONGEST_JSON} are read.")
     text = part.read()
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except RecursionError:
         raise CheckpointError(
-            f"{shown(path)} is not the JSON that was expected of it: it is nested too deeply."
+            f"{quoted(path)} is not the JSON that was expected of it: it is nested too deeply."
         ) from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        raise CheckpointError(f"{shown(path)} is not the JSON that was expected of it: {error}.") from error
+    except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+        raise CheckpointError(f"{quoted(path)} is not the JSON that was expected of it: {error}.") from error
 
 
-def beside(folder: Path, name: object) -> Path:
-    """A file that a checkpoint names, which must lie in the same folder.
+def sibling_file(folder: Path, name: object) -> Path:
+    """Return the path of a file in the same folder that a checkpoint names.
+
+    Args:
+        folder: The folder.
+        name: The name in the checkpoint.
 
     Raises:
-        CheckpointError: The name is no plain file name.
+        CheckpointError: The name is not a plain file name.
 
-    >>> beside(Path("run"), "../secret")
+    >>> sibling_file(Path("run"), "../secret")
     Traceback (most recent call last):
         ...
     neuronscope.errors.CheckpointError: Expected the name of a file in 'run', but got '../secret'.
     """
     plain = isinstance(name, str) and name not in ("", ".", "..") and not any(char in name for char in "/\\:\0")
     if not plain:
-        raise CheckpointError(f"Expected the name of a file in {shown(folder)}, but got {shown(name)}.")
+        raise CheckpointError(f"Expected the name of a file in {quoted(folder)}, but got {quoted(name)}.")
     return folder / str(name)
 
 
-def counted(files: int) -> str:
-    """So many files.
+def file_count(files: int) -> str:
+    """Return a number of files in words.
 
-    >>> counted(1), counted(2)
+    >>> file_count(1), file_count(2)
     ('1 file', '2 files')
     """
     return f"{files} file" if files == 1 else f"{files} files"
 
 
 def _opened(path: Path) -> io.FileIO:
-    """A regular file, open for reading without a buffer. A device is not touched and a pipe is not waited for."""
+    """Open a regular file for unbuffered reading. A device is never opened, and a pipe is never waited for."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
         file = io.FileIO(os.open(path, flags), "rb") if regular else None
     except (OSError, ValueError) as error:  # ValueError: a path that holds a null character
-        raise CheckpointError(f"Cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(path)}: {getattr(error, 'strerror', None) or error}.") from error
     if file is None:
-        raise CheckpointError(f"Cannot read {shown(path)}: a file was expected, not a folder, a pipe or a device.")
+        raise CheckpointError(f"Cannot read {quoted(path)}: a file was expected, not a folder, a pipe or a device.")
     return file
 
 
 class _Bounded(io.BufferedReader):
-    """A file that gives no more than so much at once, whatever is asked for."""
+    """A file that raises if more than ``_LONGEST_READ`` bytes are requested at once."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(_LONGEST_READ + 1 if size is None or size < 0 else min(size, _LONGEST_READ + 1))
-        return _believed(data)
+        return _within_limit(data)
 
     def readline(self, _: int | None = -1, /) -> bytes:
-        return _believed(super().readline(_LONGEST_READ + 1))
+        return _within_limit(super().readline(_LONGEST_READ + 1))
 
 
-def _believed(data: bytes) -> bytes:
+def _within_limit(data: bytes) -> bytes:
     if len(data) > _LONGEST_READ:
-        raise ValueError(f"more than {_LONGEST_READ} bytes are to be read at once")
+        raise ValueError(f"more than {_LONGEST_READ} bytes would have to be read at once")
     return data
 
 
 class _Window(io.RawIOBase):
-    """A range of bytes as a file that begins at 0 and ends where the range does."""
+    """A range of bytes as a file whose positions begin at 0."""
 
     def __init__(self, part: ByteRange) -> None:
         self._part = part
         self._file = _opened(part.path)
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -246,17 +282,17 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._part.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._part.size}[whence]
         if base + offset < 0:
             raise ValueError(f"position {base + offset} lies before the beginning")
-        self._at = base + offset
-        return self._at
+        self._position = base + offset
+        return self._position
 
-    def readinto(self, room: Any) -> int:
-        left = max(0, min(len(room), self._part.size - self._at))
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, min(len(buffer), self._part.size - self._position))
         if left:
-            fill(self._file, self._part.start + self._at, memoryview(room)[:left], self._part.path)
-        self._at += left
+            read_exactly(self._file, self._part.start + self._position, memoryview(buffer)[:left], self._part.path)
+        self._position += left
         return left
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Folders: Hugging Face's (weights, configuration, a Trainer's optimizer and state) and those of distributed runs."""
+"""Read folders: Hugging Face's (weights, configuration, a Trainer's optimizer and state) and distributed ones."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, read_json, shown
-from neuronscope.checkpoints.formats.contents import Contents
+from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, read_json
 from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
 
 __all__ = ["read_folder"]
 
-# Files of weights, the first that is there; `.index.json` marks weights in several files.
+# Names of files of weights; the first that exists is read. `.index.json` marks weights in several files.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -27,47 +27,47 @@ _WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
-_FSDP = "pytorch_model_fsdp_0"  # a folder of its own, where a Trainer saves shards; optimizer_0 lies beside it
+_FSDP = "pytorch_model_fsdp_0"  # the folder of a Trainer's sharded weights; its optimizer's is `optimizer_0`
 
 
-def read_folder(folder: Path, *, trust: bool) -> Contents:
-    """What lies in a folder that is a checkpoint.
+def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
+    """Read a folder that is a checkpoint.
 
     Args:
         folder: The folder.
         trust: Whether a file that names code may run it.
 
     Raises:
-        CheckpointError: It is no checkpoint, one that is not understood, or a file of it cannot be read.
+        CheckpointError: It is not a checkpoint of a supported format, or one of its files cannot be read.
     """
     if (folder / METADATA).exists():
         return read_distributed(folder, trust=trust)
     names = sorted(entry.name for entry in folder.iterdir())
     if "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names):
         raise CheckpointError(
-            f"{shown(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
+            f"{quoted(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
             "its own `zero_to_fp32.py` and give that."
         )
     if _FSDP in names:
-        contents = read_distributed(folder / _FSDP, trust=trust)
+        raw = read_distributed(folder / _FSDP, trust=trust)
         for name in names:
             if name.startswith("optimizer_") and (folder / name / METADATA).exists():
-                contents.beside[name] = read_distributed(folder / name, trust=trust).data
+                raw.other_files[name] = read_distributed(folder / name, trust=trust).data
     else:
-        contents = _weights(folder, names, trust=trust)
+        raw = _weights(folder, names, trust=trust)
     if "config.json" in names:
         config = read_json(folder / "config.json")
-        contents.config = config if isinstance(config, dict) else {}
+        raw.config = config if isinstance(config, dict) else {}
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
-            contents.beside[name.removesuffix(".pt")] = read_single(ByteRange.of(folder / name), trust=trust).data
+            raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
     if "trainer_state.json" in names:
-        _take_trainer_state(contents, read_json(folder / "trainer_state.json"))
-    return contents
+        _add_trainer_state(raw, read_json(folder / "trainer_state.json"))
+    return raw
 
 
-def _weights(folder: Path, names: list[str], *, trust: bool) -> Contents:
-    """The weights of a folder, in one file or several."""
+def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
+    """Read the weights of a folder, from one file or several."""
     weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
     if weights is None:
         shards = [name for name in names if name.endswith(".index.json")]
@@ -77,21 +77,22 @@ def _weights(folder: Path, names: list[str], *, trust: bool) -> Contents:
     if weights.endswith(".index.json"):
         single = read_index(folder / weights, trust=trust)
     else:
-        single = read_single(ByteRange.of(folder / weights), trust=trust)
-    return Contents(f"Hugging Face folder, {single.format}", single.data)
+        single = read_single_file(ByteRange.of(folder / weights), trust=trust)
+    return RawCheckpoint(f"Hugging Face folder, {single.format}", single.data)
 
 
-def _take_trainer_state(contents: Contents, state: Any) -> None:
-    """A Hugging Face Trainer's own state: how far it came, and what its callbacks keep."""
+def _add_trainer_state(raw: RawCheckpoint, state: Any) -> None:
+    """Add the step count and the callbacks' states of a Hugging Face Trainer."""
     if not isinstance(state, Mapping):
         return
     step = state.get("global_step")
     if type(step) is int and step >= 0:
-        contents.step = step
-    contents.beside["callbacks"] = state.get("stateful_callbacks")
+        raw.step = step
+    raw.other_files["callbacks"] = state.get("stateful_callbacks")
 
 
 def _only(names: list[str], ending: str) -> str | None:
+    """Return the one name that ends so, if there is exactly one."""
     found = [name for name in names if name.endswith(ending)]
     return found[0] if len(found) == 1 else None
 
@@ -100,10 +101,10 @@ def _no_checkpoint(folder: Path, names: list[str]) -> CheckpointError:
     files = [name for name in names if name.endswith((".ckpt", ".pt", ".pth", ".bin", ".safetensors"))]
     if files:
         return CheckpointError(
-            f"{shown(folder)} is a folder of files and no checkpoint of its own: give one of them, as "
-            f"{', '.join(shown(name) for name in files[:5])}."
+            f"{quoted(folder)} is a folder of files and not itself a checkpoint: give one of them, such as "
+            f"{', '.join(quoted(name) for name in files[:5])}."
         )
     return CheckpointError(
-        f"{shown(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` or "
-        "their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
+        f"{quoted(folder)} is a folder without a checkpoint in it: weights (`model.safetensors`, `pytorch_model.bin` "
+        "or their `.index.json`) or the `.metadata` of a distributed checkpoint were expected."
     )

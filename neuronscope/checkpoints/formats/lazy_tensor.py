@@ -1,4 +1,4 @@
-"""Tensors in a file: where the numbers of each lie, checked against the file when it is opened, read when asked for."""
+"""Describe tensors in a file: each is checked against the file when that is opened, and read when asked for."""
 
 from __future__ import annotations
 
@@ -10,23 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, shown
+from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, quoted
 from neuronscope.errors import CheckpointError
 
-__all__ = ["FileTensor", "LoadedTensor", "Storage", "Stored", "dtype_named", "is_readable", "is_shape", "room"]
+__all__ = [
+    "FileTensor",
+    "LazyTensor",
+    "LoadedTensor",
+    "Storage",
+    "allocate",
+    "check_sizes",
+    "find_dtype",
+    "is_readable",
+]
 
-# A tensor that repeats numbers (one that was expanded) may come to this many bytes when it is read; what is written out
-# in full is as large as the file holds. A few bytes of a file must not become any amount of memory.
+# The most memory for a tensor that repeats stored numbers (one that was expanded), so that a few bytes in a file cannot
+# take any amount of it. A tensor that is written out in full takes as much as it does in the file.
 _MOST_REPEATED_BYTES = 1 << 28
 _LARGEST = 2**63 - 1
 
 
-def dtype_named(name: object) -> torch.dtype | None:
-    """The type of that name, if the installed torch has it.
+def find_dtype(name: object) -> torch.dtype | None:
+    """Return the dtype of that name, or ``None`` if the installed torch has none.
 
-    >>> dtype_named("bfloat16")
+    >>> find_dtype("bfloat16")
     torch.bfloat16
-    >>> dtype_named("load") is None
+    >>> find_dtype("load") is None
     True
     """
     found = vars(torch).get(name) if isinstance(name, str) else None
@@ -37,7 +46,7 @@ def dtype_named(name: object) -> torch.dtype | None:
 def is_readable(dtype: torch.dtype) -> bool:
     """Return whether torch can turn numbers of this type into float64 (or complex128) on the CPU.
 
-    It cannot for types that only other devices compute with (packed floats, integers of less than a byte, bare bits).
+    It cannot for types that only other devices support (packed floats, integers of less than a byte, raw bits).
 
     >>> is_readable(torch.float8_e5m2), is_readable(torch.bits8)
     (True, False)
@@ -50,13 +59,13 @@ def is_readable(dtype: torch.dtype) -> bool:
     return True
 
 
-def is_shape(sizes: Any) -> tuple[int, ...]:
-    """Sizes, strides or offsets, if they are such as a tensor can have.
+def check_sizes(sizes: Any) -> tuple[int, ...]:
+    """Return sizes, strides or offsets as a tuple, after checking that a tensor can have them.
 
     Raises:
-        ValueError: They are not.
+        ValueError: No tensor can have them.
 
-    >>> is_shape([2, 3])
+    >>> check_sizes([2, 3])
     (2, 3)
     """
     if (
@@ -64,12 +73,12 @@ def is_shape(sizes: Any) -> tuple[int, ...]:
         or len(sizes) > MOST_DIMENSIONS
         or any(type(size) is not int or not 0 <= size <= _LARGEST for size in sizes)
     ):
-        raise ValueError(f"{shown(sizes)} was found where sizes were expected")
+        raise ValueError(f"{quoted(sizes)} was found where sizes were expected")
     return tuple(sizes)
 
 
-class Stored(ABC):
-    """A tensor of a checkpoint; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+class LazyTensor(ABC):
+    """A tensor of a checkpoint that is not read yet; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
 
     Args:
         dtype: Type of its numbers.
@@ -97,103 +106,105 @@ class Stored(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it when it is read."""
+        """Number of bytes that it takes when it is read."""
         return math.prod(self._shape) * self.torch_dtype.itemsize
 
     @abstractmethod
     def read(self) -> Tensor:
-        """The tensor on the CPU, in its own type; held by nobody but the caller.
+        """Read the tensor: a new one on the CPU, of this shape and dtype.
 
         Raises:
-            CheckpointError: The bytes are not what the file said that they were.
+            CheckpointError: The file does not hold what it describes.
         """
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to be filled.
+def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Allocate a tensor on the CPU, without setting its numbers.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
 
     Raises:
-        CheckpointError: There is not enough memory for it.
+        CheckpointError: There is not enough memory.
     """
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
-        raise CheckpointError(f"There is not enough memory for a tensor of shape {shown(shape)}.") from error
+        raise CheckpointError(f"There is not enough memory for a tensor of shape {quoted(shape)}.") from error
 
 
 class Storage:
-    """A run of numbers that tensors are views of.
+    """A sequence of numbers in a file that tensors are views of.
 
     Args:
         dtype: Type of its numbers.
-        numel: How many it is said to hold.
-        place: The bytes; ``None`` while it is not known where they are.
+        numel: How many numbers the file says that it holds.
+        location: Its bytes; ``None`` until it is known where they are.
 
     Attributes:
-        views: Tensors that were made of it and not yet checked.
+        views: Tensors that are views of it and were not checked yet.
     """
 
-    __slots__ = ("dtype", "numel", "place", "views")
+    __slots__ = ("dtype", "location", "numel", "views")
 
-    def __init__(self, dtype: torch.dtype, numel: int, place: ByteRange | None = None) -> None:
-        self.dtype, self.numel, self.place = dtype, numel, place
+    def __init__(self, dtype: torch.dtype, numel: int, location: ByteRange | None = None) -> None:
+        self.dtype, self.numel, self.location = dtype, numel, location
         self.views: list[FileTensor] = []
 
     def check_views(self) -> None:
-        """Hold the tensors that were made of it against what it holds.
+        """Check that the tensors that are views of it lie within it.
 
         Raises:
-            CheckpointError: One does not fit.
+            CheckpointError: One does not.
         """
         for view in self.views:
             view.check()
         self.views.clear()
 
 
-class FileTensor(Stored):
-    """A tensor that lies in a file in one piece.
+class FileTensor(LazyTensor):
+    """A tensor whose numbers are in one storage of a file.
 
     Args:
-        storage: What it is a view of.
+        storage: The storage that it is a view of.
         dtype: Type of its numbers.
         shape: Its shape.
-        stride: Numbers of the storage from one index to the next of each dimension; ``None``: written out in order.
-        offset: Numbers of the storage before its first.
+        stride: Its strides, in numbers; ``None`` if its numbers are stored in order.
+        offset: Index of its first number in the storage.
 
     Raises:
-        ValueError: Shape, strides and offset are not those of any tensor.
+        ValueError: No tensor can have this shape, these strides or this offset.
     """
 
     __slots__ = ("_offset", "_storage", "_stride")
 
     def __init__(self, storage: Storage, dtype: torch.dtype, shape: Any, stride: Any = None, offset: Any = 0) -> None:
-        super().__init__(dtype, is_shape(shape))
+        super().__init__(dtype, check_sizes(shape))
         self._storage = storage
-        self._stride = None if stride is None else is_shape(stride)
-        (self._offset,) = is_shape((offset,))
+        self._stride = None if stride is None else check_sizes(stride)
+        (self._offset,) = check_sizes((offset,))
         if self._stride is not None and len(self._stride) != len(self._shape):
-            raise ValueError(f"a tensor has shape {shown(self._shape)} and strides {shown(self._stride)}")
+            raise ValueError(f"a tensor has shape {quoted(self._shape)} and strides {quoted(self._stride)}")
 
     def check(self) -> None:
-        """Whether the file holds all of it, without reading.
+        """Check, without reading, that the file holds all of the tensor.
 
         Raises:
-            CheckpointError: It does not, or the tensor repeats a few numbers beyond measure.
+            CheckpointError: It does not, or the tensor repeats stored numbers too often.
         """
-        self._place()
+        self._location()
 
-    def _place(self) -> ByteRange:
-        """The bytes from the first number that it uses to the last."""
-        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.place
+    def _location(self) -> ByteRange:
+        """Return the bytes from the first number that the tensor uses to the last."""
+        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.location
         if numel == 0 or self._stride is None:
             span = numel
         else:
             span = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
         begin, length = self._offset * itemsize, span * itemsize
         if whole is None:
-            raise CheckpointError(
-                f"A tensor of shape {shown(self._shape)} is described, and its numbers are not there."
-            )
+            raise CheckpointError(f"A tensor of shape {quoted(self._shape)} is described, but its numbers are missing.")
         if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
             wrong = "is larger than what is stored of it"
         elif numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
@@ -203,29 +214,29 @@ class FileTensor(Stored):
         else:
             return whole.part(begin, length)
         raise CheckpointError(
-            f"{shown(whole.path)} is damaged: a tensor of shape {shown(self._shape)} of {self.dtype} {wrong}."
+            f"{quoted(whole.path)} is damaged: a tensor of shape {quoted(self._shape)} of {self.dtype} {wrong}."
         )
 
     def read(self) -> Tensor:
-        """The tensor on the CPU, in its own type; held by nobody but the caller.
+        """Read the tensor: a new one on the CPU, of this shape and dtype.
 
         Raises:
-            CheckpointError: The file is no longer what it was when it was opened.
+            CheckpointError: The file has changed since it was opened.
         """
-        place = self._place()
-        data = room((place.size,), torch.uint8)
-        if place.size:
-            place.read_into(data.numpy().data)
+        location = self._location()
+        data = allocate((location.size,), torch.uint8)
+        if location.size:
+            location.read_into(data.numpy().data)
         if self.torch_dtype == torch.bool:
-            data.ne_(0).view(torch.bool)  # any other byte is no truth value
+            data.ne_(0)  # a bool must be stored as 0 or 1
         numbers = data.view(self.torch_dtype)
         if self._stride is None:
             return numbers.view(self._shape)
         return numbers.as_strided(self._shape, self._stride).contiguous()
 
 
-class LoadedTensor(Stored):
-    """A tensor that is in memory already, where a whole file had to be unpickled.
+class LoadedTensor(LazyTensor):
+    """A tensor that is in memory already, because the whole file was unpickled.
 
     Args:
         tensor: The tensor.
@@ -238,7 +249,7 @@ class LoadedTensor(Stored):
         self._tensor = tensor.detach()
 
     def read(self) -> Tensor:
-        """A copy of it, on the CPU.
+        """Return a copy of the tensor on the CPU.
 
         >>> LoadedTensor(torch.ones(2, requires_grad=True)).read()
         tensor([1., 1.])

@@ -1,7 +1,7 @@
-"""Records: what Neuronscope itself left in a checkpoint, found by what a scope's state holds, not by where it lies.
+"""Find the states of Neuronscope's own scopes in a checkpoint, by their keys and not by where they are.
 
-A Lightning run keeps it under the monitor's key among ``callbacks``, a plain loop wherever its author put
-``scope.state_dict()``, others beside the weights.
+Lightning stores such a state under the monitor's key among ``callbacks``, a plain loop wherever its author put
+``scope.state_dict()``, other trainers in a file next to the weights.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.formats.lazy_tensor import Stored
-from neuronscope.checkpoints.formats.parameter_names import as_text
+from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
+from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.errors import CheckpointError
 
 __all__ = ["find_records"]
 
-# Keys that every state of a scope has (see Scope.state_dict), and how deep one may lie:
+# Keys that every state of a scope has (see Scope.state_dict), and how deeply it may be nested:
 # callbacks / the monitor's key / scope.
 _KEYS = frozenset({"version", "step", "phases"})
 _DEEPEST = 4
-# A record is a few hundred bytes a neuron. One that claims more than this in tensors is none of ours.
+# A state takes a few hundred bytes per neuron. One with more bytes of tensors than this is not from Neuronscope.
 _MOST_BYTES = 1 << 28
 _MOST_PARTS = 2_000_000
 _DEEPEST_PART = 16
 
 
 def find_records(content: Any) -> dict[str, dict[str, Any]]:
-    """The state of every scope in a checkpoint, its tensors read, by the key that it was found under.
+    """Return the state of every scope in a checkpoint by its key, with its tensors read.
 
-    The key is the path to it without ``callbacks`` in front and ``scope`` behind: a monitor's ``state_key``, the name
-    under which a loop saved it, or ``""`` where the state is the whole file.
+    The key is the path to the state without a leading ``callbacks`` and a trailing ``scope``: a monitor's
+    ``state_key``, the name under which a loop saved it, or ``""`` if the state is the whole file.
 
     Raises:
-        CheckpointError: One is nested or sized as no record is.
+        CheckpointError: A state is nested more deeply or is larger than one can be.
 
     >>> find_records({"model": {}, "neuronscope": {"version": 1, "step": 7, "phases": {}}})
     {'neuronscope': {'version': 1, 'step': 7, 'phases': {}}}
@@ -41,12 +41,12 @@ def find_records(content: Any) -> dict[str, dict[str, Any]]:
     for path, state in _states(content, (), set()):
         path = path[1:] if path[:1] == ("callbacks",) else path
         path = path[:-1] if path[-1:] == ("scope",) else path
-        records[as_text(".".join(path))] = _StateReader().plain(state, 0)
+        records[escape_surrogates(".".join(path))] = _StateReader().plain(state, 0)
     return records
 
 
 def _states(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """Every state with the path to it. What is referred to again and again is looked into once."""
+    """Yield every state with the path to it. An object that is referred to many times is searched once."""
     if not isinstance(value, Mapping) or id(value) in seen:
         return
     seen.add(id(value))
@@ -58,21 +58,22 @@ def _states(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
 
 
 class _StateReader:
-    """One record being read, and what is left of what it may cost."""
+    """Copies one state to plain data, and counts down how many parts and bytes it may still have."""
 
     def __init__(self) -> None:
-        self._parts = _MOST_PARTS
-        self._bytes = _MOST_BYTES
+        self._parts_left = _MOST_PARTS
+        self._bytes_left = _MOST_BYTES
 
     def plain(self, value: Any, depth: int) -> Any:
-        self._parts -= 1
-        if isinstance(value, Stored):
-            self._bytes -= value.nbytes
-        if self._parts < 0 or self._bytes < 0 or depth > _DEEPEST_PART:
+        """Copy a value, with its tensors read."""
+        self._parts_left -= 1
+        if isinstance(value, LazyTensor):
+            self._bytes_left -= value.nbytes
+        if self._parts_left < 0 or self._bytes_left < 0 or depth > _DEEPEST_PART:
             raise CheckpointError(
                 "What looks like a record of Neuronscope's is larger or nested deeper than one can be."
             )
-        if isinstance(value, Stored):
+        if isinstance(value, LazyTensor):
             return value.read()
         if isinstance(value, Mapping):
             return {key: self.plain(inner, depth + 1) for key, inner in value.items()}

@@ -1,4 +1,4 @@
-"""Names of tensors without what wrappers put in front of them, so that they are those of the network itself."""
+"""Remove what wrappers add to the names of tensors, so that they are the names of the network itself."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from collections.abc import Callable, Iterable
 
 from neuronscope.attach.module_paths import named_sites_path
 
-__all__ = ["as_text", "stripper"]
+__all__ = ["escape_surrogates", "prefix_stripper"]
 
 
-def as_text(name: object) -> str:
-    r"""A name as text that can be written anywhere: a half of a surrogate pair, which is no character, is spelled out.
+def escape_surrogates(name: object) -> str:
+    r"""Return a name as valid Unicode: half of a surrogate pair, which is not a character, is written as an escape.
 
-    >>> as_text("a\ud800b")
+    >>> escape_surrogates("a\ud800b")
     'a\\ud800b'
     """
     return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
-    """What takes wrappers' parts off the names of one network's tensors.
+def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], str]:
+    """Return a function that removes what wrappers add to the names of one network's tensors.
 
-    ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` go wherever they stand. A ``module`` in
-    front goes where every name has it, as data parallel wrappers leave it. Where two names would become one, all stay.
+    ``_orig_mod``, ``_fsdp_wrapped_module`` and ``_checkpoint_wrapped_module`` are removed anywhere in a name. A leading
+    ``module``, which data parallel wrappers add, is removed if every name has it. If two names would become the same,
+    all names stay as they are.
 
     Args:
-        names: All of them.
-        wrapped: Whether a ``module`` in front may be a wrapper's. Lightning saves networks without such wrappers.
+        names: The names of all tensors of the network.
+        wrapped: Whether a leading ``module`` may come from a wrapper. Lightning saves networks without such wrappers.
 
-    >>> strip = stripper(["module.fc.weight", "module._orig_mod.fc.bias"])
+    >>> strip = prefix_stripper(["module.fc.weight", "module._orig_mod.fc.bias"])
     >>> strip("module._orig_mod.fc.bias")
     'fc.bias'
-    >>> stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
+    >>> prefix_stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
     'module.fc.weight'
     """
     before = set(names)
@@ -41,10 +42,10 @@ def stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[str], s
         bare = {name.removeprefix("module.") for name in bare}
         depth += 1
     if len(bare) < len(before):
-        return as_text
+        return escape_surrogates
 
     def strip(name: str) -> str:
-        name = named_sites_path(as_text(name))
+        name = named_sites_path(escape_surrogates(name))
         for _ in range(depth):
             name = name.removeprefix("module.")
         return name

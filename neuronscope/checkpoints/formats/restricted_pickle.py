@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
 
-from neuronscope.checkpoints.formats.byte_range import shown
+from neuronscope.checkpoints.formats.byte_range import quoted
 from neuronscope.errors import CheckpointError
 
 __all__ = ["Placeholder", "SafeGlobal", "UnsafeGlobalError", "as_checkpoint_error", "read_pickle", "safe_key"]
@@ -46,7 +46,7 @@ class UnsafeGlobalError(CheckpointError):
 
     def __init__(self, name: str, path: object = "A pickle") -> None:
         super().__init__(
-            f"{shown(path)} names {shown(name)}, which would have to be imported and run: it was not. Give `--trust` "
+            f"{quoted(path)} names {quoted(name)}, which would have to be imported and run: it was not. Give `--trust` "
             "(`trust=True`) if you know where the file comes from, or save the state_dict alone."
         )
         self.name = name
@@ -74,7 +74,7 @@ def as_checkpoint_error(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{shown(path)} is damaged: what it describes makes no sense ({shown(error)})."
+            f"{quoted(path)} is damaged: what it describes makes no sense ({quoted(error)})."
         ) from error
 
 

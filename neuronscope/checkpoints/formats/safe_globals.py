@@ -1,4 +1,4 @@
-"""The table of names that a checkpoint's pickle may use, each with a function of ours that takes its place.
+"""The table of names that a checkpoint's pickle may use, each with a function of ours that is called instead.
 
 A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be plain
 data (a path, a random generator's state) become placeholders. Any other name is refused.
@@ -13,30 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, dtype_named, is_readable
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, find_dtype, is_readable
 from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, UnsafeGlobalError, safe_key
 
-__all__ = ["Attributes", "LeftOut", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
+__all__ = ["AttributesPlaceholder", "SkippedTensor", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
 
 
-class LeftOut(Placeholder):
+class SkippedTensor(Placeholder):
     """A tensor that is not read.
 
     Args:
-        why: What it is, as in ``sparse``.
+        reason: Why it is not read, such as ``sparse``.
     """
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
 
 
-class Attributes(Placeholder):
-    """What stands for an object whose attributes are wanted.
+class AttributesPlaceholder(Placeholder):
+    """Stands for an object whose attributes are needed.
 
     Attributes:
         cls: Name of its class.
-        arguments: What it was made with.
-        state: What the pickle says of its attributes.
+        arguments: Arguments that the pickle calls the class with.
+        state: Attributes that the pickle gives the object.
     """
 
     def __init__(self, cls: str, arguments: tuple[Any, ...]) -> None:
@@ -44,12 +44,12 @@ class Attributes(Placeholder):
         self.state: Any = {}
 
     def set_state(self, state: Any) -> None:
-        """Keep it."""
+        """Keep the attributes."""
         self.state = state
 
 
 class StorageType(Placeholder):
-    """What stands for a class of storages.
+    """Stands for a class of storages.
 
     Args:
         dtype: Type of their numbers.
@@ -60,41 +60,41 @@ class StorageType(Placeholder):
 
 
 class UnknownType(Placeholder):
-    """What stands for a type of torch's that the installed torch does not have.
+    """Stands for a dtype that the installed torch does not have.
 
     Args:
-        name: Its name, as in ``float4_e2m1fn_x2``.
+        name: Its name, such as ``float4_e2m1fn_x2``.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | LeftOut:
-    """Return the type, or what stands for its tensors if they cannot be read.
+def readable_type(dtype: torch.dtype | UnknownType) -> torch.dtype | SkippedTensor:
+    """Return the dtype, or a :class:`SkippedTensor` if its tensors cannot be read.
 
-    >>> readable_type(torch.float16), readable_type(torch.bits8).why
+    >>> readable_type(torch.float16), readable_type(torch.bits8).reason
     (torch.float16, 'of type bits8')
     """
     if isinstance(dtype, UnknownType):
-        return LeftOut(f"of type {dtype.name}")
-    return dtype if is_readable(dtype) else LeftOut(f"of type {str(dtype).removeprefix('torch.')}")
+        return SkippedTensor(f"of type {dtype.name}")
+    return dtype if is_readable(dtype) else SkippedTensor(f"of type {str(dtype).removeprefix('torch.')}")
 
 
 class _NumpyType(Placeholder):
-    """What stands for a type of numpy's: its code, as in ``f8``."""
+    """Stands for a dtype of numpy: its code, such as ``f8``."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         self.code = code
 
 
 def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = None) -> Any:
-    """What a name stands for.
+    """Return what stands for a name in a pickle.
 
     Args:
         module: Name of the module.
-        name: The name in it.
-        more: Names of a format of its own, by ``module.name``.
+        name: The name in the module.
+        more: Further names that one format uses, by ``module.name``.
 
     Raises:
         UnsafeGlobalError: It is not in the table.
@@ -109,7 +109,7 @@ def find_safe_global(module: str, name: str, more: Mapping[str, Any] | None = No
     full = f"{module}.{name}"
     found = (more or {}).get(full, _TABLE.get(_RENAMED.get(module, module) + "." + name))
     if found is None and module == "torch":
-        found = dtype_named(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
+        found = find_dtype(name) or (UnknownType(name) if _NUMBER_TYPE.fullmatch(name) else None)
     if found is None:
         raise UnsafeGlobalError(full)
     return found
@@ -119,9 +119,9 @@ def _rebuild(
     storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: torch.dtype | UnknownType | None = None
 ) -> Any:
     if not isinstance(storage, Storage):
-        raise ValueError("a tensor is made of something that is no storage")
+        raise ValueError("a tensor is made of something that is not a storage")
     known = readable_type(storage.dtype if dtype is None else dtype)
-    if isinstance(known, LeftOut):
+    if isinstance(known, SkippedTensor):
         return known
     tensor = FileTensor(storage, known, size, stride, offset)
     storage.views.append(tensor)
@@ -130,18 +130,18 @@ def _rebuild(
 
 def _rebuild_typed(storage: Any, offset: Any, size: Any, stride: Any, _: Any, __: Any, dtype: Any, *___: Any) -> Any:
     if not isinstance(dtype, torch.dtype | UnknownType):
-        raise ValueError("a tensor has a type that is none")
+        raise ValueError("a tensor has something that is not a dtype as its dtype")
     return _rebuild(storage, offset, size, stride, dtype=dtype)
 
 
 def _rebuild_subclass(function: Any, cls: Any, arguments: Any, *_: Any) -> Any:
-    """A subclass of tensors: read as the plain tensor inside, if it is one of torch's own that adds nothing."""
+    """Read an instance of a tensor subclass as the plain tensor inside; subclasses of others are not in the table."""
     if (
         not isinstance(function, SafeGlobal)
         or not isinstance(arguments, tuple)
-        or not isinstance(cls, Attributes | SafeGlobal)
+        or not isinstance(cls, AttributesPlaceholder | SafeGlobal)
     ):
-        raise ValueError("a tensor is made by something that makes none")
+        raise ValueError("a tensor is made by something that does not make tensors")
     return function.make(*arguments)
 
 
@@ -150,7 +150,7 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _pairs(*arguments: Any) -> dict[Any, Any]:
-    """A dictionary, from nothing or from pairs."""
+    """Return a dictionary, empty or from pairs."""
     (pairs,) = arguments if arguments else ((),)
     pairs = pairs.items() if isinstance(pairs, dict) else pairs
     return {safe_key(key): value for key, value in pairs}
@@ -161,33 +161,33 @@ def _as_set(items: Any = ()) -> set[Any]:
 
 
 def _encoded(text: Any, encoding: Any = "latin1") -> bytes:
-    """Bytes, as pickles of protocol 2 have them."""
+    """Return bytes that a pickle of protocol 2 stores as text."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are written in a way that is not known")
+        raise ValueError("bytes are written in an unknown encoding")
     return text.encode("latin-1")
 
 
 def _bytes(content: Any = b"", *_: Any) -> bytes:
     if not isinstance(content, bytes | bytearray):
-        raise ValueError("bytes are made of what are none")
+        raise ValueError("bytes are made of something that is not bytes")
     return bytes(content)
 
 
 def _numpy_scalar(kind: Any, content: Any = b"") -> Any:
-    """A number that numpy had, as a plain one."""
+    """Return a scalar of numpy as a plain number."""
     code = kind.code if isinstance(kind, _NumpyType) else None
     if not isinstance(code, str) or not isinstance(content, bytes) or not _PLAIN_CODE.fullmatch(code):
         return Placeholder()
     return np.frombuffer(content, dtype=np.dtype(code), count=1)[0].item()
 
 
-# Names of types of numbers, as torch forms them.
+# The form of names of dtypes in torch.
 _NUMBER_TYPE = re.compile(r"(q?u?int|b?float|complex|bits)\d{1,3}(_?[a-z\d]{1,16}){0,3}")
 _PLAIN_CODE = re.compile(r"[<>|=]?(b1|[iuf][1248])")
 
 
-def _left_out(why: str) -> Callable[..., LeftOut]:
-    return lambda *_: LeftOut(why)
+def _skipped(reason: str) -> Callable[..., SkippedTensor]:
+    return lambda *_: SkippedTensor(reason)
 
 
 def _placeholder(*_: Any) -> Placeholder:
@@ -220,11 +220,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _rebuild_typed,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._utils._rebuild_sparse_tensor": _left_out("sparse"),
-    "torch._utils._rebuild_sparse_csr_tensor": _left_out("sparse"),
-    "torch._utils._rebuild_qtensor": _left_out("quantised"),
-    "torch._utils._rebuild_nested_tensor": _left_out("nested"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _left_out("without numbers (of the meta device)"),
+    "torch._utils._rebuild_sparse_tensor": _skipped("sparse"),
+    "torch._utils._rebuild_sparse_csr_tensor": _skipped("sparse"),
+    "torch._utils._rebuild_qtensor": _skipped("quantised"),
+    "torch._utils._rebuild_nested_tensor": _skipped("nested"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _skipped("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "torch.Tensor": _placeholder,
     "torch.nn.parameter.Parameter": _placeholder,
@@ -232,18 +232,18 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
     "torch.serialization._get_layout": _placeholder,
-    # numpy, as in numbers that a run kept and in the states of random generators
+    # numpy, in saved metrics and in the states of random generators
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy.core.multiarray._reconstruct": _placeholder,
     "numpy.core.numeric._frombuffer": _placeholder,
     "numpy.ndarray": _placeholder,
-    # Mere data that runs keep among their settings
+    # Plain data that runs store among their settings
     **{
         f"pathlib.{kind}": _placeholder
         for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
-    "argparse.Namespace": lambda *arguments: Attributes("Namespace", arguments),
+    "argparse.Namespace": lambda *arguments: AttributesPlaceholder("Namespace", arguments),
     "datetime.datetime": _placeholder,
     "datetime.timedelta": _placeholder,
 }

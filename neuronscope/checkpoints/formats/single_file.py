@@ -1,4 +1,4 @@
-"""Single files: which format one is by what it begins with, and what lies in it as plain data."""
+"""Recognise the format of a single file by its first bytes, and read it as plain data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import find_safe_global
 from neuronscope.checkpoints.formats.safetensors import looks_like_safetensors, read_safetensors
 from neuronscope.checkpoints.formats.torch_file import LEGACY_MAGIC, is_script, read_legacy, read_zip
 from neuronscope.errors import CheckpointError
 
-__all__ = ["SingleFile", "read_single"]
+__all__ = ["SingleFile", "read_single_file"]
 
-# Files of others that one may take for a checkpoint, by what they begin with.
+# Other files that a user may take for a checkpoint, by their first bytes.
 _OTHERS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras)",
     b"GGUF": "a GGUF file",
@@ -28,26 +28,27 @@ _ZIP = b"PK\x03\x04"
 
 
 class SingleFile(NamedTuple):
-    """What lies in one file.
+    """The content of one file.
 
     Attributes:
-        format: What it is, for a reader.
-        data: Plain data, with a description in the place of every tensor.
+        format: Name of the format, for people.
+        data: Plain data, with a description in place of each tensor: see
+            :mod:`neuronscope.checkpoints.formats.lazy_tensor`.
     """
 
     format: str
     data: Any
 
 
-def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
-    """What lies in a file of whatever format.
+def read_single_file(part: ByteRange, *, trust: bool) -> SingleFile:
+    """Read a file of any supported format.
 
     Args:
         part: The file.
         trust: Whether a file that names code may run it.
 
     Raises:
-        CheckpointError: It is of no format that is understood, damaged, or names code and is not trusted.
+        CheckpointError: The file has no supported format, is damaged, or names code and is not trusted.
     """
     head = part.part(0, min(32, part.size)).read()
     if head.startswith(_ZIP):
@@ -56,7 +57,7 @@ def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
         return _pickled(part, "torch file", read_zip, trust=trust)
     if head.startswith(_PICKLE):
         if not _is_legacy(part):
-            raise CheckpointError(f"{shown(part.path)} is a pickle, but none that torch.save has written.")
+            raise CheckpointError(f"{quoted(part.path)} is a pickle, but none that torch.save has written.")
         return _pickled(part, "torch file of the older layout", read_legacy, trust=trust)
     if looks_like_safetensors(head):
         return SingleFile("safetensors", read_safetensors(part))
@@ -64,7 +65,7 @@ def read_single(part: ByteRange, *, trust: bool) -> SingleFile:
         (what for start, what in _OTHERS.items() if head.startswith(start)), "none of the formats that are read"
     )
     raise CheckpointError(
-        f"{shown(part.path)} is not understood: it is {other}. Files of torch.save and safetensors are read."
+        f"{quoted(part.path)} is not understood: it is {other}. Files of torch.save and safetensors are read."
     )
 
 
@@ -82,7 +83,7 @@ def _pickled(part: ByteRange, kind: str, read: Callable[[ByteRange], Any], *, tr
 def _script(part: ByteRange, *, trust: bool) -> SingleFile:
     if not trust:
         raise CheckpointError(
-            f"{shown(part.path)} is a TorchScript archive, which holds code: it was not loaded. "
+            f"{quoted(part.path)} is a TorchScript archive, which holds code: it was not loaded. "
             "Give `--trust` (`trust=True`) if you know where the file comes from, or save the state_dict alone."
         )
     from neuronscope.checkpoints.formats.trusted import load_script

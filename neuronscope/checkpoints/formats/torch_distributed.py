@@ -1,7 +1,7 @@
-"""Folders of ``torch.distributed.checkpoint`` (FSDP, Lightning's sharded ones): tensors in parts, and their plan.
+"""Read folders of ``torch.distributed.checkpoint`` (FSDP, Lightning's sharded ones): tensors in parts, and their plan.
 
-The plan, ``.metadata``, is a pickle itself. It is read by the same restricted unpickler, with the eight classes of such
-plans as the only further names; every part of a tensor is a file of ``torch.save`` inside a ``.distcp`` file.
+The plan, ``.metadata``, is a pickle. It is read with the restricted unpickler, and may use the names of the classes of
+such plans too. Each part of a tensor is a file of ``torch.save`` inside a ``.distcp`` file.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, beside, counted, shown
-from neuronscope.checkpoints.formats.contents import Contents
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Stored, is_shape, room
+from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
+from neuronscope.checkpoints.formats.byte_range import ByteRange, file_count, quoted, sibling_file
+from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, LazyTensor, allocate, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import (
     Placeholder,
     SafeGlobal,
@@ -27,48 +27,48 @@ from neuronscope.checkpoints.formats.restricted_pickle import (
     safe_key,
 )
 from neuronscope.checkpoints.formats.safe_globals import (
-    Attributes,
-    LeftOut,
+    AttributesPlaceholder,
+    SkippedTensor,
     UnknownType,
     find_safe_global,
     readable_type,
 )
-from neuronscope.checkpoints.formats.single_file import read_single
+from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.checkpoints.formats.torch_file import read_zip
 from neuronscope.errors import CheckpointError
 
-__all__ = ["METADATA", "PartedTensor", "read_distributed"]
+__all__ = ["METADATA", "ShardedTensor", "read_distributed"]
 
-#: The plan of such a folder.
+#: Name of the file that holds the plan of such a folder.
 METADATA = ".metadata"
 
-_META = "meta.pt"  # Lightning's: all of a checkpoint but weights and optimizers
+_META = "meta.pt"  # Lightning's file of what is not in the weights or optimizers
 _MOST_PARTS = 4096
 _LONGEST_PLAN = 1 << 28
 _LONGEST_OBJECT = 1 << 20
-_MOST_OBJECTS = 1 << 25  # bytes of all of them
+_MOST_OBJECTS = 1 << 25  # bytes of all objects together
 _DEEPEST = 32
 
 
 class _TensorPart(NamedTuple):
-    """A part of a tensor: where it begins in each dimension, its sizes, and its file of ``torch.save``."""
+    """A part of a tensor: its first index and its size in each dimension, and its file of ``torch.save``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    place: ByteRange
+    location: ByteRange
 
 
-class PartedTensor(Stored):
-    """A tensor that lies in parts; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+class ShardedTensor(LazyTensor):
+    """A tensor that is stored in parts; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
 
     Args:
         name: Its name, for messages.
-        dtype: Its type.
+        dtype: Its dtype.
         shape: Its shape.
-        parts: Its parts, which cover it without overlap.
+        parts: Its parts.
 
     Raises:
-        CheckpointError: They do not.
+        CheckpointError: The parts do not cover the tensor, or they overlap.
     """
 
     __slots__ = ("_name", "_parts")
@@ -76,52 +76,52 @@ class PartedTensor(Stored):
     def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> None:
         super().__init__(dtype, shape)
         self._name, self._parts = name, tuple(parts)
-        if any(math.prod(part.sizes) * dtype.itemsize > part.place.size for part in parts) or not _tiles(
+        if any(math.prod(part.sizes) * dtype.itemsize > part.location.size for part in parts) or not _covers(
             shape, self._parts
         ):
             raise CheckpointError(
-                f"The parts of {shown(name)}, of shape {shown(shape)}, do not make up the whole of it."
+                f"The parts of {quoted(name)}, of shape {quoted(shape)}, do not make up the whole of it."
             )
 
     def read(self) -> Tensor:
-        """The tensor on the CPU, put together.
+        """Read the tensor from its parts: a new one on the CPU, of this shape and dtype.
 
         Raises:
             CheckpointError: A part is missing, damaged, or not what the plan says.
         """
         whole: Tensor | None = None
         for part in self._parts:
-            stored = read_zip(part.place)
+            stored = read_zip(part.location)
             if (
                 not isinstance(stored, FileTensor)
                 or stored.shape != part.sizes
                 or stored.torch_dtype != self.torch_dtype
             ):
                 raise CheckpointError(
-                    f"{shown(part.place.path)} is damaged: a part of {shown(self._name)} is not what was planned."
+                    f"{quoted(part.location.path)} is damaged: a part of {quoted(self._name)} is not what was planned."
                 )
             numbers = stored.read()
             if part.sizes == self.shape:
                 return numbers
             if whole is None:
-                whole = room(self.shape, self.torch_dtype)
+                whole = allocate(self.shape, self.torch_dtype)
             whole[tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))] = numbers
-        return room(self.shape, self.torch_dtype) if whole is None else whole
+        return allocate(self.shape, self.torch_dtype) if whole is None else whole
 
 
-def read_distributed(folder: Path, *, trust: bool) -> Contents:
-    """What lies in a folder of ``torch.distributed.checkpoint``.
+def read_distributed(folder: Path, *, trust: bool) -> RawCheckpoint:
+    """Read a folder of ``torch.distributed.checkpoint``.
 
     Args:
         folder: The folder, with its ``.metadata``.
         trust: Whether Lightning's ``meta.pt`` in it may run the code that it names. The plan never may.
 
     Raises:
-        CheckpointError: The plan is none or names code, or a file is missing or damaged.
+        CheckpointError: The plan is invalid or names code, or a file is missing or damaged.
     """
     plan = ByteRange.of(folder / METADATA)
     if plan.size > _LONGEST_PLAN:
-        raise CheckpointError(f"{shown(plan.path)} has {plan.size} bytes, which is not believed of a plan.")
+        raise CheckpointError(f"{quoted(plan.path)} has {plan.size} bytes, which is more than a plan has.")
     with as_checkpoint_error(plan.path):
         metadata = _state(read_pickle(io.BytesIO(plan.read()), partial(find_safe_global, more=_CLASSES)), "Metadata")
         files = _Files(folder, metadata["storage_data"])
@@ -133,20 +133,20 @@ def read_distributed(folder: Path, *, trust: bool) -> Contents:
             _put(content, paths.get(name, (name,)), value)
     data: dict[str, Any] = {str(key): _with_lists(value) for key, value in content.items()}
     if (folder / _META).exists():
-        meta = read_single(ByteRange.of(folder / _META), trust=trust).data
+        meta = read_single_file(ByteRange.of(folder / _META), trust=trust).data
         data = {**(meta if isinstance(meta, dict) else {}), **data}
-    return Contents(f"distributed checkpoint, {counted(len(files.opened))}", data, notes=notes)
+    return RawCheckpoint(f"distributed checkpoint, {file_count(len(files.opened))}", data, notes=notes)
 
 
 class _Files:
-    """The files of a folder, and where in them each part and object lies.
+    """The files of a folder, and where each part and object is in them.
 
     Args:
         folder: The folder.
-        storage_data: Of the plan: from index to storage information.
+        storage_data: Entry of the plan that maps each index to its storage information.
 
     Attributes:
-        opened: The files by name.
+        opened: The files that were needed, by name.
     """
 
     def __init__(self, folder: Path, storage_data: Any) -> None:
@@ -155,62 +155,77 @@ class _Files:
         for index, info in storage_data.items():
             key = _state(index, "MetadataIndex")
             offset = key.get("offset")
-            self._infos[_text(key["fqn"]), None if offset is None else is_shape(offset)] = _state(info, "_StorageInfo")
+            self._infos[_text(key["fqn"]), None if offset is None else check_sizes(offset)] = _state(
+                info, "_StorageInfo"
+            )
         self._object_bytes = 0
         self.opened: dict[str, ByteRange] = {}
 
-    def _place(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
+    def _location(self, name: str, offsets: tuple[int, ...] | None) -> ByteRange:
         info = self._infos.get((name, offsets))
         if info is None:
-            raise CheckpointError(f"{shown(self._folder)} is damaged: its plan does not say where {shown(name)} is.")
+            raise CheckpointError(f"{quoted(self._folder)} is damaged: its plan does not say where {quoted(name)} is.")
         if info.get("transform_descriptors"):
             raise CheckpointError(
-                f"{shown(self._folder)} holds {shown(name)} transformed (packed or encrypted), which is not read."
+                f"{quoted(self._folder)} holds {quoted(name)} transformed (packed or encrypted), which is not read."
             )
         file = _text(info["relative_path"])
         if file not in self.opened:
-            self.opened[file] = ByteRange.of(beside(self._folder, file))
-        return self.opened[file].part(*is_shape((info["offset"], info["length"])))
+            self.opened[file] = ByteRange.of(sibling_file(self._folder, file))
+        return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
 
-    def tensor(self, name: Any, entry: Any) -> PartedTensor | LeftOut:
-        """The tensor of that name; left out if it is of a type that cannot be read."""
+    def tensor(self, name: Any, entry: Any) -> ShardedTensor | SkippedTensor:
+        """Return the tensor of a name, without reading it.
+
+        Args:
+            name: Its name in the plan.
+            entry: Its entry in the plan.
+
+        Returns:
+            The tensor, or a :class:`SkippedTensor` if its dtype cannot be read.
+        """
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
         if not isinstance(kind, torch.dtype | UnknownType):
-            raise ValueError(f"{shown(name)} has no type")
+            raise ValueError(f"{quoted(name)} has no type")
         known = readable_type(kind)
-        if isinstance(known, LeftOut):
+        if isinstance(known, SkippedTensor):
             return known
         parts = []
         for chunk in state["chunks"]:
             where = _state(chunk, "ChunkStorageMetadata")
-            offsets, sizes = is_shape(where["offsets"]), is_shape(where["sizes"])
-            parts.append(_TensorPart(offsets, sizes, self._place(name, offsets)))
-        return PartedTensor(str(name), known, is_shape(state["size"]), parts)
+            offsets, sizes = check_sizes(where["offsets"]), check_sizes(where["sizes"])
+            parts.append(_TensorPart(offsets, sizes, self._location(name, offsets)))
+        return ShardedTensor(str(name), known, check_sizes(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
-        """What is no tensor: a number, a list, a setting."""
-        place = self._place(str(name), None)
-        self._object_bytes += place.size
+        """Read what is not a tensor: a number, a list, a setting.
+
+        Args:
+            name: Its name in the plan.
+            notes: A list to which a sentence is added if it is not read.
+        """
+        location = self._location(str(name), None)
+        self._object_bytes += location.size
         if (
-            max(place.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
-            or place.part(0, min(4, place.size)).read() != b"PK\3\4"
+            max(location.size, self._object_bytes - _MOST_OBJECTS) > _LONGEST_OBJECT
+            or location.part(0, min(4, location.size)).read() != b"PK\3\4"
         ):
-            notes.append(f"{shown(name)} is no plain data of a believable size, and is left out.")
+            notes.append(f"{quoted(name)} is not plain data, or too large, and is left out.")
             return None
-        return read_zip(place)
+        return read_zip(location)
 
 
 def _state(made: Any, cls: str) -> dict[str, Any]:
     """Return the attributes of a placeholder of that class."""
-    if not isinstance(made, Attributes) or made.cls != cls or not isinstance(made.state, dict):
+    if not isinstance(made, AttributesPlaceholder) or made.cls != cls or not isinstance(made.state, dict):
         raise ValueError(f"a {cls} was expected")
     return made.state
 
 
-def _tiles(shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> bool:
-    """Whether parts cover a shape, each index once."""
+def _covers(shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> bool:
+    """Whether parts cover a shape without overlap."""
     if len(parts) > _MOST_PARTS or sum(math.prod(part.sizes) for part in parts) != math.prod(shape):
         return False
     for part in parts:
@@ -218,9 +233,9 @@ def _tiles(shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> bool:
             return False
         if any(at + size > whole for at, size, whole in zip(part.offsets, part.sizes, shape, strict=True)):
             return False
-    rising = sorted((part for part in parts if 0 not in part.sizes), key=lambda part: part.offsets)
-    open_parts: list[_TensorPart] = []  # those that reach beyond where the next begins in the first dimension
-    for part in rising:
+    by_offset = sorted((part for part in parts if 0 not in part.sizes), key=lambda part: part.offsets)
+    open_parts: list[_TensorPart] = []  # those that end after the next one begins, in the first dimension
+    for part in by_offset:
         open_parts = [other for other in open_parts if _reaches(other, part, slice(0, 1))]
         if any(_reaches(other, part, slice(None)) and _reaches(part, other, slice(None)) for other in open_parts):
             return False
@@ -229,7 +244,7 @@ def _tiles(shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> bool:
 
 
 def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
-    """Whether one ends behind the beginning of the other in each of some dimensions."""
+    """Whether one part ends after the other begins, in each of the given dimensions."""
     return all(
         at + size > begin
         for at, size, begin in zip(one.offsets[dims], one.sizes[dims], other.offsets[dims], strict=True)
@@ -238,18 +253,18 @@ def _reaches(one: _TensorPart, other: _TensorPart, dims: slice) -> bool:
 
 def _text(name: Any) -> str:
     if not isinstance(name, str):
-        raise ValueError(f"{shown(name)} was found where a name was expected")
+        raise ValueError(f"{quoted(name)} was found where a name was expected")
     return name
 
 
 class _Branch(dict[Any, Any]):
-    """A dictionary that paths have grown: not one that was saved."""
+    """A dictionary that was built from paths in the plan, as opposed to one that was saved."""
 
 
 def _put(content: _Branch, path: Any, value: Any) -> None:
-    """Put a value where its path leads; dictionaries grow on the way."""
+    """Store a value under its path; missing dictionaries are made."""
     if not isinstance(path, tuple) or not 1 <= len(path) <= _DEEPEST:
-        raise ValueError("the path of a value is none")
+        raise ValueError("the path of a value is invalid")
     keys = [safe_key(key) for key in path]
     for key in keys[:-1]:
         content = content.setdefault(key, _Branch())
@@ -259,17 +274,17 @@ def _put(content: _Branch, path: Any, value: Any) -> None:
 
 
 def _with_lists(value: Any) -> Any:
-    """Lists where the plan counts, in the place of dictionaries of 0, 1, 2 and so on."""
+    """Replace dictionaries with the keys 0, 1, 2 … by lists."""
     if not isinstance(value, _Branch):
         return value
     inner = {key: _with_lists(part) for key, part in value.items()}
-    counted = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
-    return [inner[place] for place in range(len(inner))] if counted and inner else inner
+    file_count = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
+    return [inner[location] for location in range(len(inner))] if file_count and inner else inner
 
 
 def _class(path: str) -> SafeGlobal:
     name = path.rpartition(".")[2]
-    return SafeGlobal(path, lambda *arguments: Attributes(name, arguments))
+    return SafeGlobal(path, lambda *arguments: AttributesPlaceholder(name, arguments))
 
 
 _CLASSES = (

@@ -1,7 +1,7 @@
-"""Files of ``torch.save``: what lies in one as plain data, with a description in the place of every tensor.
+"""Read files of ``torch.save`` as plain data, with a description in place of each tensor.
 
-Two layouts: a zip archive (torch 1.6 and later), whose entries hold one storage each, and the older one of pickles in a
-row with the storages after them. Both are read by the same restricted unpickler; a pickle that names code is refused.
+There are two layouts: a zip archive (torch 1.6 and later) with one entry per storage, and an older one with several
+pickles followed by the storages. Both are read with the restricted unpickler, which refuses a pickle that names code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import zipfile
 from contextlib import closing
 from typing import Any, BinaryIO
 
-from neuronscope.checkpoints.formats.byte_range import ByteRange, shown
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.lazy_tensor import Storage
 from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
@@ -19,28 +19,28 @@ from neuronscope.errors import CheckpointError
 
 __all__ = ["LEGACY_MAGIC", "is_script", "read_legacy", "read_zip"]
 
-#: What files of ``torch.save`` of the older layout begin with: a pickle of this number.
+#: Files of ``torch.save`` of the older layout begin with a pickle of this number.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 _LONGEST_PICKLE = 1 << 28
-_LOCAL_HEADER = 30  # bytes, then a name and an extra field whose lengths are its last four
+_LOCAL_HEADER = 30  # bytes; its last four are the lengths of the name and of the extra field after it
 _ZIP_ERRORS = (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, OverflowError, EOFError, RuntimeError)
 
 
 def read_zip(part: ByteRange) -> Any:
-    """What lies in a zip archive of ``torch.save``.
+    """Read a zip archive of ``torch.save``.
 
     Raises:
-        CheckpointError: It is no such archive, or damaged.
+        CheckpointError: It is not such an archive, or is damaged.
         UnsafeGlobalError: Its pickle names code.
     """
     with as_checkpoint_error(part.path), closing(part.open()) as file:
         entries = _entries(part, file)
         top, pickled = _pickle_entry(part, entries)
         order = entries.get(f"{top}byteorder")
-        if order is not None and _place(part, file, order).read().strip() != b"little":
+        if order is not None and _location(part, file, order).read().strip() != b"little":
             raise CheckpointError(
-                f"{shown(part.path)} was written on a machine of the other byte order, which is not read."
+                f"{quoted(part.path)} was written on a machine of the other byte order, which is not read."
             )
         storages: dict[str, Storage] = {}
 
@@ -50,17 +50,17 @@ def read_zip(part: ByteRange) -> Any:
                 entry = entries.get(f"{top}data/{name}")
                 if entry is None:
                     raise CheckpointError(
-                        f"{shown(part.path)} is damaged: it lacks the numbers {shown(name)} of a tensor."
+                        f"{quoted(part.path)} is damaged: it lacks the numbers {quoted(name)} of a tensor."
                     )
-                storages[name] = Storage(dtype, numel, _place(part, file, entry))
+                storages[name] = Storage(dtype, numel, _location(part, file, entry))
             return storages[name]
 
-        place = _place(part, file, pickled)
-        if place.size > _LONGEST_PICKLE:
+        location = _location(part, file, pickled)
+        if location.size > _LONGEST_PICKLE:
             raise CheckpointError(
-                f"{shown(part.path)} describes its tensors in {place.size} bytes, which is not believed."
+                f"{quoted(part.path)} describes its tensors in {location.size} bytes, which is more than is read."
             )
-        content = read_pickle(io.BytesIO(place.read()), find_safe_global, persistent)
+        content = read_pickle(io.BytesIO(location.read()), find_safe_global, persistent)
         for storage in storages.values():
             storage.check_views()
         return content
@@ -70,21 +70,22 @@ def is_script(part: ByteRange) -> bool:
     """Whether a zip archive is one of TorchScript, which holds code.
 
     Raises:
-        CheckpointError: It is no zip archive, or damaged.
+        CheckpointError: It is not a zip archive, or is damaged.
     """
     with closing(part.open()) as file:
         return any(name.endswith("/constants.pkl") for name in _entries(part, file))
 
 
 def read_legacy(part: ByteRange) -> Any:
-    """What lies in a file of ``torch.save`` of the older layout.
+    """Read a file of ``torch.save`` of the older layout.
 
     Raises:
         CheckpointError: It is damaged.
         UnsafeGlobalError: Its pickle names code.
     """
     storages: dict[str, Storage] = {}
-    views: list[tuple[str, int, Storage]] = []  # storages that are parts of others: of which, from which number on
+    # Storages that are parts of others: name of the other, index of its first number in it, the part.
+    views: list[tuple[str, int, Storage]] = []
 
     def persistent(key: Any) -> Any:
         name, dtype, numel = _storage_id(key)
@@ -99,42 +100,42 @@ def read_legacy(part: ByteRange) -> Any:
     with as_checkpoint_error(part.path), closing(part.open()) as file:
         magic, _, system = (read_pickle(file, find_safe_global) for _ in range(3))
         if magic != LEGACY_MAGIC:
-            raise CheckpointError(f"{shown(part.path)} is no file of torch.save.")
+            raise CheckpointError(f"{quoted(part.path)} is not a file of torch.save.")
         if not isinstance(system, dict) or not system.get("little_endian", True):
             raise CheckpointError(
-                f"{shown(part.path)} was written on a machine of the other byte order, which is not read."
+                f"{quoted(part.path)} was written on a machine of the other byte order, which is not read."
             )
         content = read_pickle(file, find_safe_global, persistent)
         for name in read_pickle(file, find_safe_global):
             storage = storages[_name(name)]
             numel = int.from_bytes(file.read(8), "little")
-            storage.place = part.part(file.tell(), numel * storage.dtype.itemsize)
-            file.seek(storage.place.size, 1)
+            storage.location = part.part(file.tell(), numel * storage.dtype.itemsize)
+            file.seek(storage.location.size, 1)
         for name, offset, view in views:
-            whole, itemsize = storages[name].place, view.dtype.itemsize
-            view.place = None if whole is None else whole.part(offset * itemsize, view.numel * itemsize)
+            whole, itemsize = storages[name].location, view.dtype.itemsize
+            view.location = None if whole is None else whole.part(offset * itemsize, view.numel * itemsize)
         for storage in (*storages.values(), *(view for _, _, view in views)):
             storage.check_views()
         return content
 
 
 def _storage_id(key: Any) -> tuple[str, Any, int]:
-    """Name, type and length of the storage that a persistent id of torch speaks of."""
+    """Return name, dtype and length of the storage that a persistent id refers to."""
     if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or not isinstance(key[1], StorageType):
-        raise ValueError("it refers to something that is no storage")
+        raise ValueError("it refers to something that is not a storage")
     return _name(key[2]), key[1].dtype, _count(key[4])
 
 
 def _name(key: Any) -> str:
-    """The name of a storage: no walk through whatever else stands in its place."""
+    """Return the name of a storage, after checking that it is a string."""
     if not isinstance(key, str):
-        raise ValueError(f"{shown(key)} was found where a storage's name was expected")
+        raise ValueError(f"{quoted(key)} was found where a storage's name was expected")
     return key
 
 
 def _count(number: Any) -> int:
     if type(number) is not int or not 0 <= number < 2**63:
-        raise ValueError("a length is none")
+        raise ValueError("a length is not a valid number")
     return number
 
 
@@ -144,25 +145,25 @@ def _entries(part: ByteRange, file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
             return {entry.filename: entry for entry in archive.infolist()}
     except _ZIP_ERRORS as error:
         raise CheckpointError(
-            f"{shown(part.path)} is cut short or damaged: its zip archive has no readable index."
+            f"{quoted(part.path)} is cut short or damaged: its zip archive has no readable index."
         ) from error
 
 
 def _pickle_entry(part: ByteRange, entries: dict[str, zipfile.ZipInfo]) -> tuple[str, zipfile.ZipInfo]:
-    """The archive's top folder, with a slash, and the entry that describes the data."""
+    """Return the archive's top folder, with a slash, and the entry that describes the data."""
     found = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
     if len(found) != 1:
-        raise CheckpointError(f"{shown(part.path)} is a zip archive, but none that torch.save has written.")
+        raise CheckpointError(f"{quoted(part.path)} is a zip archive, but none that torch.save has written.")
     return found[0].removesuffix("data.pkl"), entries[found[0]]
 
 
-def _place(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRange:
-    """Where the bytes of an entry lie. torch stores them as they are: what is packed could unpack to any size."""
+def _location(part: ByteRange, file: BinaryIO, entry: zipfile.ZipInfo) -> ByteRange:
+    """Return where the bytes of an entry are. torch never compresses; a compressed entry could unpack to any size."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
-        raise CheckpointError(f"{shown(part.path)} holds packed entries, which torch.save does not write.")
+        raise CheckpointError(f"{quoted(part.path)} holds packed entries, which torch.save does not write.")
     file.seek(entry.header_offset)
     header = file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or header[:4] != b"PK\3\4":
-        raise CheckpointError(f"{shown(part.path)} is damaged: {shown(entry.filename)} is not where its index says.")
+        raise CheckpointError(f"{quoted(part.path)} is damaged: {quoted(entry.filename)} is not where its index says.")
     lengths = (int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little"))
     return part.part(entry.header_offset + _LOCAL_HEADER + sum(lengths), entry.file_size)

@@ -1,4 +1,4 @@
-"""Files that the user trusts: unpickled as torch does it, with whatever code they name. Nothing else comes here."""
+"""Load files that the user trusts with torch's own unpickler, which runs the code that they name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.formats.byte_range import shown
+from neuronscope.checkpoints.formats.byte_range import quoted
 from neuronscope.checkpoints.formats.lazy_tensor import LoadedTensor
-from neuronscope.checkpoints.formats.safe_globals import LeftOut, readable_type
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, readable_type
 from neuronscope.errors import CheckpointError
 
 __all__ = ["load_script", "load_trusted"]
@@ -21,12 +21,12 @@ _DEEPEST = 16
 
 
 def load_trusted(path: Path) -> Any:
-    """What a file of ``torch.save`` holds, as plain data with a :class:`LoadedTensor` in the place of every tensor.
+    """Load a file of ``torch.save`` as plain data, with a :class:`LoadedTensor` in place of each tensor.
 
     A module becomes its ``state_dict``. Code that the file names is run.
 
     Raises:
-        CheckpointError: It cannot be loaded, whatever the code it names raises.
+        CheckpointError: It cannot be loaded, or the code that it names raises anything.
     """
     try:
         with warnings.catch_warnings():
@@ -34,13 +34,13 @@ def load_trusted(path: Path) -> Any:
             loaded = torch.load(path, map_location="cpu", weights_only=False)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # code of anybody runs here, and may call sys.exit
-        raise CheckpointError(f"{shown(path)} could not be unpickled: {_told(error)}.") from error
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
+        raise CheckpointError(f"{quoted(path)} could not be unpickled: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
 def load_script(path: Path) -> Any:
-    """The ``state_dict`` of a TorchScript archive, as plain data. Code that the file holds is loaded.
+    """Return the ``state_dict`` of a TorchScript archive as plain data. Code in the file is loaded.
 
     Raises:
         CheckpointError: It cannot be loaded.
@@ -51,14 +51,14 @@ def load_script(path: Path) -> Any:
             loaded = torch.jit.load(path, map_location="cpu")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # code of anybody runs here, and may call sys.exit
-        raise CheckpointError(f"{shown(path)} could not be loaded as TorchScript: {_told(error)}.") from error
+    except BaseException as error:  # the file's own code runs here, and may call sys.exit
+        raise CheckpointError(f"{quoted(path)} could not be loaded as TorchScript: {_first_line(error)}.") from error
     return _plain(loaded, 0)
 
 
-def _told(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return f"{type(error).__name__}: {shown((str(error).splitlines() or [''])[0])}"
+def _first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -66,9 +66,9 @@ def _plain(value: Any, depth: int) -> Any:
         return None
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            return LeftOut("sparse, quantised or without numbers")
+            return SkippedTensor("sparse, quantised or without numbers")
         known = readable_type(value.dtype)
-        return known if isinstance(known, LeftOut) else LoadedTensor(value)
+        return known if isinstance(known, SkippedTensor) else LoadedTensor(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
     if isinstance(value, Mapping):

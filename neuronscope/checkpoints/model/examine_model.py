@@ -1,13 +1,14 @@
-"""Examination: what a network with a checkpoint's weights says of its neurons, with no data.
+"""Examine the neurons of a network with a checkpoint's weights, without data.
 
-One forward on an example is traced; bounds that hold for every input, batch norm's parameters and the search for
-neurons that nobody reads are laid over it. What is *proved* holds in evaluation mode for every finite input of the
-example's shape, however many examples a batch has; see ``docs/bounds.md``.
+One forward on an example is traced. Evidence comes from bounds that hold for every input, from batch norm's parameters,
+and from a search for neurons that nothing reads. What is *proved* holds in evaluation mode for every finite input of
+the example's shape with any batch size; see ``docs/bounds.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,11 +23,16 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     training_maximum,
 )
 from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
-from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, bounds_of, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
-from neuronscope.checkpoints.model.layer_to_site import normalised_sites, producers, through_same, ties_of
+from neuronscope.checkpoints.model.layer_to_site import (
+    match_layers_to_sites,
+    normalised_sites,
+    producing_steps,
+    step_before_copies,
+)
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import UsageError
@@ -34,7 +40,8 @@ from neuronscope.options import positive_integer
 
 __all__ = ["Examination", "examine_model"]
 
-#: From how many standard deviations on a batch norm's channel is called quiet, and suspected dead.
+#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
+#: suspected to be dead.
 _QUIET, _SUSPECTED = 3.0, 4.0
 _SOURCE = "model"
 _BATCH_NORM = "batch norm"
@@ -42,21 +49,21 @@ _READERS = "readers"
 
 
 class Examination(NamedTuple):
-    """What a network said.
+    """What was found about a network.
 
     Attributes:
-        evidence: By site.
-        abstentions: What could not be said, and why.
-        ties: Path of the module that holds a layer's weights → name of the site that it leads into.
-        searched: Whether it is known of all neurons who reads them.
+        evidence: Evidence on the neurons of its sites.
+        abstentions: What could not be decided, and why.
+        layer_sites: Path of the module that holds a layer's weights → name of the site that the layer feeds.
+        readers_known: Whether every consumer of every neuron was traced.
         kinds: Kind of the activation, by site.
-        normalised: Sites before whose activation or weights a normalisation stands.
+        normalised: Sites with a normalisation before their activation or before their layer's weights.
     """
 
     evidence: tuple[Evidence, ...]
     abstentions: tuple[Abstention, ...]
-    ties: Mapping[str, str]
-    searched: bool = False
+    layer_sites: Mapping[str, str]
+    readers_known: bool = False
     kinds: Mapping[str, str] = MappingProxyType({})
     normalised: Collection[str] = ()
 
@@ -74,17 +81,16 @@ def examine_model(
     Args:
         model: The network, on the CPU.
         example: An input to run it on once: a tensor, a tuple of arguments, or a mapping of named ones.
-        batch: A batch of the user's data, used where there is no example.
-        box: Between which numbers every element of the input lies, ``(low, high)``; without it, proofs hold for every
-            input whatsoever.
-        batch_positions: How many values a channel has in a training batch (examples × positions), where the
-            user says: more is proved then of batch norm in training.
+        batch: A batch of the user's data, used if there is no example.
+        box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
+        batch_positions: How many values a channel has in a training batch (examples × positions); with it, more is
+            proved of batch norm in training.
 
     Returns:
-        Evidence, abstentions and ties.
+        Evidence, abstentions, and which layer feeds which site.
 
     Raises:
-        UsageError: An argument is not what is expected; or the network fails on the example that was given.
+        UsageError: An argument is invalid, or the network fails on the given example.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
@@ -96,17 +102,17 @@ def examine_model(
         positive_integer("batch_positions", batch_positions)
     if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
-    graph, used, failures = _traced(model, example, batch)
-    if graph is None or used is None:
+    graph, traced_example, failures = _trace_example(model, example, batch)
+    if graph is None or traced_example is None:
         return Examination((), (_no_forward(failures),), {})
-    ties = ties_of(graph)
+    feeds = match_layers_to_sites(graph)
     abstentions = [
         Abstention(
             _SOURCE,
             path,
-            f"This layer leads into several sites ({', '.join(names)}): its rows are of none of them alone.",
+            f"This layer feeds several sites ({', '.join(names)}), so its rows belong to no single one of them.",
         )
-        for path, names in ties.shared.items()
+        for path, names in feeds.shared.items()
     ]
     abstentions += [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
     kinds, normalised = {site.name: site.info.kind for site in graph.sites}, normalised_sites(graph)
@@ -116,36 +122,39 @@ def examine_model(
             Abstention(
                 _SOURCE,
                 "",
-                f"The network's Python code looks at numbers that depend on the input ({', '.join(graph.branches)}), "
-                "so that another input may take another path: nothing is proved of it.",
+                f"The network's Python code reads numbers that depend on the input ({', '.join(graph.branches)}), so "
+                "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), ties.sites, kinds=kinds, normalised=normalised)
-    scope = f"of the shape {used.shapes} ({used.origin}), whatever the batch size"
-    free = bounds_of(graph)
-    found = bounds_of(graph, box) if box is not None else free
-    evidence += _proved(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
+        return Examination(tuple(evidence), tuple(abstentions), feeds.sites, kinds=kinds, normalised=normalised)
+    scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
+    free = propagate_bounds(graph)
+    in_box = propagate_bounds(graph, box) if box is not None else free
+    evidence += _proved_dead(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
     if box is not None:
         known = {one.layer: one.neurons for one in evidence if one.basis == "proved" and one.claim == "dead"}
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        evidence += _proved(graph, site_bounds(graph, found), inside, known)
-    if graph.hidden or graph.opaque:
+        evidence += _proved_dead(graph, site_bounds(graph, in_box), inside, known)
+    readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
+    if not readers_known:
         what = (
-            "returns what cannot be searched for tensors" if graph.opaque else "computes with calls that were not seen"
+            "returns objects that cannot be searched for tensors"
+            if graph.output_not_searchable
+            else "computes with calls that were not seen"
         )
         abstentions.append(
             Abstention(
-                _READERS, "", f"The network {what}: who reads which neuron is not known, and none is called unread."
+                _READERS, "", f"The network {what}: it is not known what reads each neuron, so none is called unread."
             )
         )
     else:
         where = "for every finite input" if box is None else "for every input in the box"
-        evidence += _unread(graph, unread_neurons(graph, found), f"{where} {scope}")
-    searched = not (graph.hidden or graph.opaque)
-    return Examination(tuple(evidence), tuple(abstentions), ties.sites, searched, kinds, normalised)
+        evidence += _unread(graph, unread_neurons(graph, in_box), f"{where} {scope}")
+    return Examination(tuple(evidence), tuple(abstentions), feeds.sites, readers_known, kinds, normalised)
 
 
-def _traced(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
+def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
+    """Trace the first example that the network runs on. Return its graph, the example, and why others failed."""
     failures = []
     for example in examples_for(model, given, batch):
         try:
@@ -168,7 +177,7 @@ def _no_forward(failures: list[str]) -> Abstention:
     return Abstention(
         _SOURCE,
         "",
-        f"The network could not be run once, which ties names to sites.{tried} Give an example input, or data.",
+        f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data.",
     )
 
 
@@ -189,13 +198,13 @@ def _evidence(
     measure: str,
     text: str,
 ) -> Iterator[Evidence]:
-    """Evidence on the neurons of a mask, if there are any."""
+    """Yield evidence on the neurons of a mask, if there are any."""
     neurons = np.flatnonzero(mask).astype(np.int64)
     if neurons.size:
         yield Evidence(site.name, site.neurons, source, claim, basis, neurons, numbers[neurons], measure, text)
 
 
-def _proved(
+def _proved_dead(
     graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, known: Mapping[str, npt.NDArray[np.int64]]
 ) -> Iterator[Evidence]:
     for site in graph.sites:
@@ -204,16 +213,16 @@ def _proved(
             continue
         mask = found.dead.copy()
         mask[known.get(site.name, [])] = False
-        way = "the norm of its weights behind a layer norm" if found.ground == LAYER_NORM else "interval arithmetic"
+        method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
         yield from _evidence(
             site,
             mask,
             found.highest,
-            source=found.ground,
+            source=found.source,
             claim="dead",
             basis="proved",
             measure="pre-activation, at most",
-            text=f"In evaluation mode its output is exactly zero {scope}: by {way}, rounding allowed for.",
+            text=f"In evaluation mode its output is exactly zero {scope}: by {method}, which allows for rounding.",
         )
 
 
@@ -235,10 +244,10 @@ def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: st
 
 
 def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
-    """What batch norm's parameters say of the neurons right behind it."""
-    made_by = producers(graph)
+    """Yield what batch norm's parameters say about the neurons right after it."""
+    steps = producing_steps(graph)
     for site in graph.sites:
-        step = through_same(made_by, site.before)
+        step = step_before_copies(steps, site.before)
         parameters = _affine(graph, step) if step is not None else None
         if parameters is None or site.info.kind != "relu-like" or not site.info.linear_when_on:
             continue
@@ -246,58 +255,52 @@ def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
         if scale.shape != (site.neurons,) or shift.shape != (site.neurons,):
             continue
         c = threshold(scale, shift).numpy()
-        say = _sayer(site)
-        yield from say(
+        evidence = partial(_evidence, site, source=_BATCH_NORM)
+        yield from evidence(
             (c >= _QUIET),
             firing_share_bound(scale, shift).numpy(),
             claim="quiet",
             basis="inferred",
             measure="share of a training batch in which it fires, at most",
             text=(
-                "In training at most this share of any batch's values fires, whatever their distribution (Cantelli); "
-                "in evaluation that holds as far as the running statistics are the data's."
+                "In training, it fires for at most this share of any batch's values, whatever their distribution "
+                "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
             ),
         )
-        yield from say(
+        yield from evidence(
             (c >= _SUSPECTED),
             normal_firing_share(scale, shift).numpy(),
             claim="dead",
             basis="suspected",
             measure="share of values that fire, if they are normal",
-            text="Were its values normal, it would fire in this share of them, Φ(β/|γ|): poor in the tails.",
+            text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
+            "is inaccurate in the tails.",
         )
         if positions is not None:
             most = training_maximum(scale, shift, positions).numpy()
-            yield from say(
+            yield from evidence(
                 (most <= 0) & np.isfinite(c),
                 most,
                 claim="dead",
                 basis="inferred",
                 measure="pre-activation in training, at most",
                 text=(
-                    f"Proved for training: no batch of {positions} values a channel can make it fire, since none is "
-                    f"more than √({positions} − 1) standard deviations above their mean. In evaluation that holds as "
-                    "far as the running statistics are the data's."
+                    f"Proved for training: no batch of {positions} values per channel can make it fire, since no value "
+                    f"is more than √({positions} − 1) standard deviations above their mean. In evaluation, this "
+                    "holds as far as the running statistics match the data."
                 ),
             )
 
 
-def _sayer(site: Site) -> Callable[..., Iterator[Evidence]]:
-    def say(mask: npt.NDArray[np.bool_], numbers: npt.NDArray[np.float64], **words: str) -> Iterator[Evidence]:
-        return _evidence(site, mask, numbers, source=_BATCH_NORM, **words)
-
-    return say
-
-
 def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
-    """γ and β of a batch norm."""
+    """Return γ and β of a batch norm, both ``(C,)``; ``None`` for any other step."""
     if getattr(step.function, "__name__", "") != "batch_norm":
         return None
-    found = []
+    parameters = []
     for place, name in ((3, "weight"), (4, "bias")):
         argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
-        tensor = graph.values[argument.value].constant if isinstance(argument, Ref) else None
+        tensor = graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
         if tensor is None:
             return None
-        found.append(tensor.detach())
-    return found[0], found[1]
+        parameters.append(tensor.detach())
+    return parameters[0], parameters[1]

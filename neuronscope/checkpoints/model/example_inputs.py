@@ -1,7 +1,8 @@
-"""Example inputs: what to run a network on once, where the user gives nothing.
+"""Find example inputs to run a network on once.
 
-In order: what the user gives; ``example_input_array`` of a LightningModule; ``dummy_inputs`` of transformers; the first
-batch of the data; a shape guessed from the first weighted layer. A guess that fails is said, and the next one tried.
+They are tried in this order: what the user gives; ``example_input_array`` of a LightningModule; ``dummy_inputs`` of
+transformers; the first batch of the data; shapes guessed from the first weighted layer. A guess that fails is reported,
+and the next one is tried.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 __all__ = ["Example", "examples_for"]
 
-# Sides to try, by the number of spatial dimensions: the first is large enough for a stem that halves it five times.
+# Side lengths to try, by the number of spatial dimensions. The first can be halved five times.
 _SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
 
 
@@ -22,9 +23,9 @@ class Example(NamedTuple):
     """Arguments to call a network with.
 
     Attributes:
-        args: By position.
-        kwargs: By name.
-        origin: Where they are from, for a reader.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        origin: Where they come from, for people.
     """
 
     args: tuple[Any, ...]
@@ -33,7 +34,7 @@ class Example(NamedTuple):
 
     @property
     def shapes(self) -> str:
-        """The tensors' shapes, for a reader.
+        """The tensors' shapes as text.
 
         >>> Example((torch.zeros(1, 3),), {}, "given").shapes
         '1 × 3'
@@ -43,7 +44,7 @@ class Example(NamedTuple):
 
 
 def examples_for(model: nn.Module, given: Any = None, batch: Any = None) -> Iterator[Example]:
-    """Examples to try on a network, best first.
+    """Yield examples to try on a network, best first.
 
     Args:
         model: The network.
@@ -79,7 +80,7 @@ def _example(given: Any, origin: str) -> Example:
 
 
 def _guesses(model: nn.Module) -> Iterator[Example]:
-    """Inputs that the first weighted layer would take, in its own type."""
+    """Yield inputs that the first weighted layer accepts, in its own dtype."""
     for module in model.modules():
         weight = getattr(module, "weight_ih_l0" if isinstance(module, nn.RNNBase) else "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():

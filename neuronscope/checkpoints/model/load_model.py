@@ -1,9 +1,9 @@
-"""Models: from what the user names to a network that holds the checkpoint's weights.
+"""Build the network that the user names, and load a checkpoint's weights into it.
 
-A network is named as an ``nn.Module``, as ``package.module:name`` (a function, an ``nn.Module`` class without
-arguments, a LightningModule class whose hyperparameters lie in the checkpoint, or a module that is there already), or
-as a Hugging Face folder with a ``config.json``. Wherever it can be, it is built without memory for its weights, and
-the weights are read into it one at a time.
+A network is given as an ``nn.Module``, as ``package.module:name`` (a function, an ``nn.Module`` class without
+arguments, a LightningModule class whose hyperparameters are in the checkpoint, or an existing module), or as a Hugging
+Face folder with a ``config.json``. If possible, it is built on the meta device, without memory for its weights, and the
+weights are then read into it one at a time.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ __all__ = ["build_model", "load_named", "load_weights"]
 
 
 def load_named(name: str, argument: str) -> Any:
-    """What ``package.module:name`` names, looked for in the current folder too.
+    """Return the object that ``package.module:name`` names. Modules in the current folder are found too.
 
     Args:
         name: The name.
-        argument: Of the argument that it was given as, for errors.
+        argument: Name of the argument that it was given for, for errors.
 
     Raises:
-        UsageError: There is no such module, or no such name in it; or the module fails or exits when it is imported.
+        UsageError: There is no such module, or no such name in it; or importing the module fails or exits.
 
     >>> load_named("math:tau", "model")
     6.283185307179586
@@ -59,91 +59,99 @@ def load_named(name: str, argument: str) -> Any:
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """The current folder can be imported from, as it can where Python is run with a script or ``-m``."""
-    here = str(Path.cwd())
-    known = here in sys.path or "" in sys.path
+    """Make modules in the current folder importable inside the block, as they are with ``python -m``."""
+    folder = str(Path.cwd())
+    known = folder in sys.path or "" in sys.path
     if not known:
-        sys.path.insert(0, here)
+        sys.path.insert(0, folder)
     try:
         yield
     finally:
-        if not known and here in sys.path:
-            sys.path.remove(here)
+        if not known and folder in sys.path:
+            sys.path.remove(folder)
 
 
 def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkpoint: Checkpoint) -> nn.Module:
-    """A network with the checkpoint's weights in it, in evaluation mode.
+    """Build a network with the checkpoint's weights, in evaluation mode.
 
     Args:
-        model: What the user names: see above. A class gets those of the checkpoint's hyperparameters that it takes,
-            as by Lightning's ``load_from_checkpoint``.
-        checkpoint: Where the weights are.
+        model: The network, in one of the forms above. A class is called with those of the checkpoint's hyperparameters
+            that it accepts, as in Lightning's ``load_from_checkpoint``.
+        checkpoint: The checkpoint with the weights.
 
     Returns:
-        The network. A module that was given is itself filled, and returned.
+        The network. If ``model`` is a module, it is changed and returned.
 
     Raises:
-        UsageError: ``model`` names no network, or the network cannot be built.
-        CheckpointError: The weights do not fit it.
-        MissingExtraError: A Hugging Face folder, and transformers is not installed.
+        UsageError: ``model`` does not name a network, or the network cannot be built.
+        CheckpointError: The weights do not fit the network.
+        MissingExtraError: ``model`` is a Hugging Face folder, and transformers is not installed.
     """
     if isinstance(model, (str, Path)):
-        named = str(model)
-        if ":" in named and not Path(named).exists():
-            model = load_named(named, "model")
+        name = str(model)
+        if ":" in name and not Path(name).exists():
+            model = load_named(name, "model")
         else:
-            folder = Path(named)
+            folder = Path(name)
             config = folder if folder.name == "config.json" else folder / "config.json"
             if not config.is_file():
                 raise UsageError(
                     "Expected argument `model` to be `package.module:name`, a torch.nn.Module, or a folder with a "
-                    f"`config.json`, but got {named!r}."
+                    f"`config.json`, but got {name!r}."
                 )
             model = _hugging_face(read_json(config))
     if not isinstance(model, nn.Module):
-        model = _called(model, checkpoint.hyperparameters)
+        model = _call_factory(model, checkpoint.hyperparameters)
     load_weights(model, checkpoint)
     return model.eval()
 
 
-def _called(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
+def _call_factory(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
     if not callable(factory):
         raise UsageError(
             f"Expected argument `model` to name a function or a class, but got a {type(factory).__name__}."
         )
     name = getattr(factory, "__qualname__", repr(factory))
     with user_code(f"Expected the arguments of `{name}` to be known"):
-        arguments = _taken(factory, hyperparameters) if isinstance(factory, type) else {}
-    built = _attempt(factory, arguments, name)
+        arguments = _accepted_arguments(factory, hyperparameters) if isinstance(factory, type) else {}
+    built = _build(factory, arguments, name)
     if not isinstance(built, nn.Module):
-        given = "None" if built is None else f"a {type(built).__name__}"
-        raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave {given}.")
+        result = "None" if built is None else f"a {type(built).__name__}"
+        raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave {result}.")
     return built
 
 
-def _taken(factory: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the hyperparameters that a class takes as arguments."""
+def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters that a class accepts as arguments."""
     parameters = inspect.signature(factory).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(hyperparameters)
     return {each.name: hyperparameters[each.name] for each in parameters if each.name in hyperparameters}
 
 
-def _attempt(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
-    """Build without memory where that works: not where numbers are made that no checkpoint keeps, or computed with."""
-    given = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
-    with user_code(f"Expected `{name}` to build a network{given}", "Name a function without arguments that builds it."):
+def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
+    """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise.
+
+    Args:
+        factory: The factory.
+        arguments: Its keyword arguments.
+        name: Its name, for errors.
+    """
+    described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
+    with user_code(
+        f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
+    ):
         with contextlib.suppress(Exception), torch.device("meta"):
             built = factory(**arguments)
-            if _is_saved_whole(built):
+            if _is_saved_completely(built):
                 return built
         return factory(**arguments)
 
 
-def _is_saved_whole(built: Any) -> bool:
-    """Whether a checkpoint keeps all tensors of a network: no other buffers, and none that are mere attributes.
+def _is_saved_completely(built: Any) -> bool:
+    """Whether a checkpoint holds all tensors of a network: it has no non-persistent buffers and no tensor attributes.
 
-    A parametrization may register buffers according to the numbers that it finds, so it must find some.
+    A parametrization may decide by the numbers which buffers it registers, so it needs real numbers.
     """
     return isinstance(built, nn.Module) and not any(
         module._non_persistent_buffers_set
@@ -154,6 +162,7 @@ def _is_saved_whole(built: Any) -> bool:
 
 
 def _hugging_face(config: Any) -> nn.Module:
+    """Build the network that a Hugging Face ``config.json`` describes."""
     try:
         import transformers
     except ImportError as error:
@@ -171,60 +180,54 @@ def _hugging_face(config: Any) -> nn.Module:
             "Name a function that builds it, as `--model package.module:name`."
         )
     network: Any = found
-    built: nn.Module = _attempt(lambda: network(network.config_class.from_dict(config)), {}, network.__name__)
+    built: nn.Module = _build(lambda: network(network.config_class.from_dict(config)), {}, network.__name__)
     return built
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
-    Names may differ by a prefix that all share (``model.``, as where a LightningModule holds the network). On a
-    network without memory the tensors themselves become its weights, else they are copied into those that are there.
+    Names may differ by a prefix that all share (such as ``model.``, if a LightningModule holds the network). In a
+    network on the meta device, the tensors that are read become its weights; otherwise they are copied into them.
 
     Args:
         model: The network.
-        checkpoint: Where the weights are.
+        checkpoint: The checkpoint.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
-    wanted = dict(_slots(model))
-    names = _matched(wanted, checkpoint.tensors)
-    problems = []
-    tied = {id(tensor): name for name, (_, _, tensor) in wanted.items() if name in names}
-    missing = [name for name, (_, _, tensor) in wanted.items() if name not in names and id(tensor) not in tied]
-    taken = set(names.values())
-    surplus = [name for name in checkpoint.tensors if name not in taken]
-    wrong = [
-        f"{name} {tuple(wanted[name][2].shape)} ≠ {tuple(checkpoint.tensors[stored].shape)}"
-        for name, stored in names.items()
-        if tuple(wanted[name][2].shape) != tuple(checkpoint.tensors[stored].shape)
-    ]
-    lossy = [
-        name
-        for name, stored in names.items()
-        if "complex" in checkpoint.tensors[stored].dtype and not wanted[name][2].is_complex()
-    ]
-    for what, found in (
-        ("missing", missing),
-        ("unexpected", surplus),
-        ("of another shape", wrong),
-        ("complex, where real numbers are wanted", lossy),
-    ):
-        if found:
-            problems.append(f"{len(found)} {what} ({_few(found)})")
+    slots = dict(_slots(model))
+    stored_names = _match_names(slots, checkpoint.tensors)
+    found, used = {id(slots[name][2]) for name in stored_names}, set(stored_names.values())
+    pairs = [(name, slots[name][2], checkpoint.tensors[stored]) for name, stored in stored_names.items()]
+    wrong = {
+        "missing": [
+            name for name, (_, _, tensor) in slots.items() if name not in stored_names and id(tensor) not in found
+        ],
+        "unexpected": [name for name in checkpoint.tensors if name not in used],
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} ≠ {tuple(stored.shape)}"
+            for name, tensor, stored in pairs
+            if tuple(tensor.shape) != tuple(stored.shape)
+        ],
+        "complex, where real numbers are wanted": [
+            name for name, tensor, stored in pairs if "complex" in stored.dtype and not tensor.is_complex()
+        ],
+    }
+    problems = [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
     if problems:
         raise CheckpointError(
             f"Expected the weights of {checkpoint.path} to fit {type(model).__name__}, but there are "
             f"{'; '.join(problems)}. Is it the network that this checkpoint was saved from? "
             f"{' '.join(checkpoint.notes)}".rstrip()
         )
-    _fill(wanted, names, checkpoint.tensors)
+    _fill(slots, stored_names, checkpoint.tensors)
     _require_memory(model, checkpoint)
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor]]]:
-    """Every parameter and every buffer that is saved, with the module and the name it is kept under."""
+    """Yield every parameter and saved buffer: its full name, and its module, its name there and the tensor."""
     for path, module in walk(model):
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -232,46 +235,51 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor
                     yield f"{path}.{name}" if path else name, (module, name, tensor)
 
 
-def _matched(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
-    """The network's names → the checkpoint's: equal, or equal but for a prefix that one side has throughout."""
+def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """Map names of the network to names of the checkpoint: equal, or equal except for a prefix of all names of one."""
     ours, theirs = list(wanted), set(stored)
     prefixes = {""} | {name[: -len(own)] for own in ours[:1] for name in theirs if name.endswith(f".{own}")}
     best: dict[str, str] = {}
     for prefix in sorted(prefixes, key=len):
         added = {own: prefix + own for own in ours if prefix + own in theirs}
         best = max(best, added, key=len)
-    for head in {own.partition(".")[0] + "." for own in ours}:
-        taken = {
-            own: own.removeprefix(head) for own in ours if own.startswith(head) and own.removeprefix(head) in theirs
+    for prefix in {own.partition(".")[0] + "." for own in ours}:
+        removed = {
+            own: own.removeprefix(prefix)
+            for own in ours
+            if own.startswith(prefix) and own.removeprefix(prefix) in theirs
         }
-        best = max(best, taken, key=len)
+        best = max(best, removed, key=len)
     return best
 
 
 def _fill(
-    wanted: Mapping[str, tuple[nn.Module, str, Tensor]], names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+    slots: Mapping[str, tuple[nn.Module, str, Tensor]],
+    stored_names: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
 ) -> None:
-    made: dict[int, Tensor] = {}  # weights that two modules share are read once
+    """Read the stored tensors into the network: copy them, or put them in place of tensors on the meta device."""
+    loaded: dict[int, Tensor] = {}  # a weight that two modules share is read once
     with torch.no_grad():
-        for name, (module, slot, tensor) in sorted(wanted.items(), key=lambda item: item[0] not in names):
-            if id(tensor) in made:
-                new = made[id(tensor)]
-            elif name in names:
-                read = stored[names[name]].read()
+        for name, (module, attribute, tensor) in sorted(slots.items(), key=lambda slot: slot[0] not in stored_names):
+            if id(tensor) in loaded:
+                new = loaded[id(tensor)]
+            elif name in stored_names:
+                read = stored[stored_names[name]].read()
                 if tensor.device.type != "meta":
                     tensor.copy_(read)
                     continue
                 new = read if read.dtype == tensor.dtype else read.to(tensor.dtype)
                 new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-                made[id(tensor)] = new
+                loaded[id(tensor)] = new
             else:
                 continue
-            table: dict[str, Any] = module._parameters if slot in module._parameters else module._buffers
-            table[slot] = new
+            table: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+            table[attribute] = new
 
 
 def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """What a checkpoint does not keep (non-persistent buffers) must not be left without memory."""
+    """Raise if tensors that the checkpoint does not hold (non-persistent buffers) are left on the meta device."""
     left = [
         name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.device.type == "meta"
     ]

@@ -1,14 +1,13 @@
-"""Tracing: one forward on an example, written down as a list of steps over numbered values.
+"""Trace one forward on an example: record a list of steps over numbered values.
 
-Two watchers stand by while the model runs: the project's own
-:class:`~neuronscope.attach.hooks.HookManager`, so that sites get exactly
-the names that :func:`neuronscope.watch` gives them, and a function mode that writes down every torch function called.
-No activation is kept: a tensor is a number in the graph, its shape and its type. What can be kept and looked at is what
-does not depend on the input: parameters, buffers, and what was made of them alone.
+The model runs under two observers: the project's own :class:`~neuronscope.attach.hooks.HookManager`, so that sites have
+exactly the names that :func:`neuronscope.watch` gives them, and a function mode that records every call of a torch
+function. No activation is kept: of a tensor, the graph has its number, shape and dtype. Only tensors that do not depend
+on the input are kept: parameters, buffers, and what is computed from them alone.
 
-A step that we do not see cannot lead to a false statement: a tensor whose maker was not seen, or that was changed
-behind our back (its version says so), is a value of which nothing is known; and where the model looks at its numbers
-in Python, so that another input might take another path, the graph says so in
+A call that we do not see cannot lead to a false claim. A tensor that was made by an unseen call, or that was changed by
+one (its version shows that), becomes a value of which nothing is known. Where the model reads numbers in Python code,
+so that another input could take another path, the graph says so in
 :attr:`~neuronscope.checkpoints.model.traced_graph.Graph.branches`.
 """
 
@@ -30,8 +29,9 @@ from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.data.user_code import describe_exception
-from neuronscope.checkpoints.model.traced_graph import Graph, Ref, Site, Step, Value, references, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.scanning import model_state_restored
 from neuronscope.sites import SiteInfo, SiteKey
@@ -44,9 +44,9 @@ class ForwardError(NeuronscopeError):
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
-    """Run a model once, in evaluation mode and without gradients, and write down what it does.
+    """Run a model once, in evaluation mode and without gradients, and record what it computes.
 
-    The model is left as it was: training flags, gradients and buffers included.
+    The model is left as it was, including training flags, gradients and buffers.
 
     Args:
         model: The model, with real weights (not on the meta device).
@@ -65,16 +65,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     (['1'], ['linear', 'relu'])
     """
     kwargs = dict(kwargs or {})
-    ledger = _Ledger(model)
-    tap = _TracingHookManager(model, ledger)
-    ledger.graph.inputs = tuple(ledger.number(tensor) for tensor in _Search().tensors((args, kwargs)))
+    builder = _GraphBuilder(model)
+    hooks = _TracingHookManager(model, builder)
+    builder.graph.inputs = tuple(builder.number(tensor) for tensor in _Search().tensors((args, kwargs)))
     with model_state_restored(model), torch.no_grad():
         model.eval()
         try:
-            tap.observer.turn_to("trace", 0)
-            with _Recorder(ledger):
-                tap.set_observing(True)
-                chance = _chance()
+            hooks.observer.turn_to("trace", 0)
+            with _StepRecorder(builder):
+                hooks.set_observing(True)
+                random_states = _random_states()
                 try:
                     output = model(*args, **kwargs)
                 except Exception as error:
@@ -84,40 +84,45 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                     raise UsageError(
                         f"Expected the model to run on an example input, but it {describe_exception(error)}"
                     ) from error
-                if _chance() != chance:
-                    ledger.graph.branches.append("random")
-            ledger.drop_overwritten()
+                if _random_states() != random_states:
+                    builder.graph.branches.append("random")
+            builder.drop_overwritten()
         finally:
-            tap.detach()
-    if tap.failure is not None:
-        raise tap.failure
-    graph = ledger.graph
+            hooks.detach()
+    if hooks.failure is not None:
+        raise hooks.failure
+    graph = builder.graph
     search = _Search()
-    graph.outputs = tuple(ledger.number(tensor) for tensor in search.tensors(output))
-    graph.opaque = search.failed
-    graph.hidden = ledger.hidden
+    graph.outputs = tuple(builder.number(tensor) for tensor in search.tensors(output))
+    graph.output_not_searchable = search.failed
+    graph.unseen_tensors = builder.unseen_tensors
     ran = {site.name for site in graph.sites}
-    idle = {path or "(root)" for path in tap.module_sites} - ran
-    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **tap.observer.not_seen()}
+    idle = {path or "(root)" for path in hooks.module_sites} - ran
+    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **hooks.observer.not_seen()}
     return graph
 
 
-def _chance() -> tuple[int, ...]:
-    """The state of the random generators whose numbers no torch function is seen to make: Python's and numpy's."""
-    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # the one that a network's code would use
+def _random_states() -> tuple[int, ...]:
+    """Return the states of Python's and numpy's random generators, which are used without a torch function."""
+    state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # a network's code uses the global one
     return hash(random.getstate()), hash(state["key"].tobytes()), state["pos"]
 
 
-class _Ledger:
-    """Gives numbers to tensors while a forward runs."""
+class _GraphBuilder:
+    """Builds the graph of a forward while it runs: numbers its tensors, and knows which are constants.
+
+    Attributes:
+        graph: The graph so far.
+        unseen_tensors: How many tensors were made by calls that were not seen.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
-        self.hidden = 0
+        self.unseen_tensors = 0
         self._numbers: TensorMap[tuple[int, int]] = TensorMap("value")
         self._versions: list[int] = []  # of each value when it was numbered
-        self._names: dict[int, tuple[str, int]] = {}  # parameters and buffers, as they were before the forward
-        self._kept: list[Tensor] = []  # so that no identity of a constant is given away again
+        self._names: dict[int, tuple[str, int]] = {}  # of parameters and buffers: name, and version before the forward
+        self._kept: list[Tensor] = []  # keeps the ids of these tensors in use
         for path, module in walk(model):
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
@@ -127,131 +132,111 @@ class _Ledger:
         self._running = False
 
     def start(self) -> None:
-        """From now on, a tensor that is met for the first time was made by a call that was not seen."""
+        """Count every new tensor that is met from now on as made by a call that was not seen."""
         self._running = True
 
     def number(self, tensor: Tensor) -> int:
-        """The number of a tensor that is met; a new one where it is new, or was changed since it was numbered."""
+        """Return the number of a tensor: a new one if the tensor is new or was changed since it was numbered."""
         known = self._numbers.get(tensor)
         if known is not None and known[1] == tensor._version:
             return int(known[0])
         name, version = self._names.get(id(tensor), ("", 0))
         if name and version == tensor._version:
             return self.put(tensor, constant=True, name=name)
-        self.hidden += self._running
+        self.unseen_tensors += self._running
         return self.put(tensor)
 
     def put(self, tensor: Tensor, *, constant: bool = False, name: str = "") -> int:
-        """A tensor was made, or changed: give it a number."""
-        held = tensor if constant else None
-        self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, held, name))
+        """Give a new number to a tensor that was made or changed.
+
+        Args:
+            tensor: The tensor.
+            constant: Whether it does not depend on the input.
+            name: Its name if it is a parameter or buffer.
+        """
+        self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, tensor if constant else None, name))
         self._versions.append(tensor._version)
         number = len(self.graph.values) - 1
         self._numbers.put(tensor, (number, tensor._version))
         return number
 
-    def is_kept(self, tensor: Tensor) -> bool:
+    def is_parameter_or_buffer(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the network's parameters and buffers."""
         return id(tensor) in self._names
 
     def constant(self, number: int) -> Tensor | None:
-        """The tensor of a constant, unless it was overwritten since it was numbered."""
+        """Return the tensor of a constant, or ``None`` if it was overwritten since it was numbered."""
         tensor = self.graph.values[number].constant
         return tensor if tensor is not None and tensor._version == self._versions[number] else None
 
     def drop_overwritten(self) -> None:
-        """The forward is over: what was overwritten in it is known no more."""
+        """After the forward, forget the constants that were overwritten in it."""
         values = self.graph.values
         values[:] = [replace(value, constant=self.constant(number)) for number, value in enumerate(values)]
 
 
-# What is asked of a tensor other than its numbers.
-_METADATA = frozenset(
-    getattr(Tensor, name)
-    for name in (
-        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__", "element_size"),
-        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "__hash__", "__repr__"),
-        *(
-            "data_ptr",
-            "untyped_storage",
-            "is_pinned",
-            "is_shared",
-            "type",
-            "is_inference",
-            "dim_order",
-            "requires_grad_",
-        ),
-    )
-    if hasattr(Tensor, name)
-) | {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.get_device}
+# Functions that return a property of a tensor other than its numbers.
+_METADATA = spellings(
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__", "element_size"),
+    *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "__hash__", "__repr__"),
+    *("data_ptr", "untyped_storage", "is_pinned", "is_shared", "type", "is_inference", "dim_order", "requires_grad_"),
+) | {torch.is_tensor}
 
-# Calls whose result has a shape that depends on numbers, or whose result shares memory without a common version.
-_LEAKS = frozenset(
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in (
-        "nonzero",
-        "argwhere",
-        "masked_select",
-        "unique",
-        "unique_consecutive",
-        "bincount",
-        "equal",
-        "allclose",
-    )
-    if hasattr(home, name)
+# Functions whose result has a shape that depends on numbers, or shares memory without sharing its version.
+_LEAKS = spellings(
+    *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "equal", "allclose"),
 ) | {Tensor.data.__get__}  # type: ignore[attr-defined]
 _PICKS = (Tensor.__getitem__, torch.where)
-_UNWRITTEN = frozenset(
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
-    if hasattr(home, name)
+# Functions whose result has no numbers yet.
+_UNINITIALISED = spellings(
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"),
 )
 
 
-class _Recorder(TorchFunctionMode):
-    """Writes down every torch function that is called, and how its tensors hang together."""
+class _StepRecorder(TorchFunctionMode):
+    """Records every call of a torch function, with the numbers of its tensors."""
 
-    def __init__(self, ledger: _Ledger) -> None:
+    def __init__(self, builder: _GraphBuilder) -> None:
         super().__init__()
-        self.ledger = ledger
+        self.builder = builder
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        ledger = self.ledger
+        builder = self.builder
         with unwatched():
-            ledger.start()
-            given = substitute(
-                (args, kwargs), lambda leaf: Ref(ledger.number(leaf)) if isinstance(leaf, Tensor) else leaf
+            builder.start()
+            arguments = substitute(
+                (args, kwargs), lambda leaf: TensorRef(builder.number(leaf)) if isinstance(leaf, Tensor) else leaf
             )
-            reads = tuple(references(given))
-            constant = all(ledger.constant(number) is not None for number in reads)
-            luck = torch.random.get_rng_state() if constant else None
+            reads = tuple(references(arguments))
+            constant = all(builder.constant(number) is not None for number in reads)
+            random_state = torch.random.get_rng_state() if constant else None
         output = func(*args, **kwargs)
         with unwatched():
             made = list(_Search().tensors(output))
             out = kwargs.get("out")
             written = args[0] if output is None and args and isinstance(args[0], Tensor) else out
             made += [tensor for tensor in _Search().tensors(written) if all(tensor is not other for other in made)]
-            if luck is not None:
-                known = func not in _UNWRITTEN and torch.equal(luck, torch.random.get_rng_state())
-                for tensor in made:  # a buffer that the forward writes is restored after it
-                    ledger.put(tensor, constant=known and not ledger.is_kept(tensor))
+            if random_state is not None:
+                known = func not in _UNINITIALISED and torch.equal(random_state, torch.random.get_rng_state())
+                for tensor in made:  # not a buffer that the forward writes: it is restored after the forward
+                    builder.put(tensor, constant=known and not builder.is_parameter_or_buffer(tensor))
                 return output
-            self._escapes(func, args, reads, output)
+            self._note_branches(func, args, reads, output)
             if made:
-                numbers = tuple(ledger.put(tensor) for tensor in made)
-                ledger.graph.steps.append(Step(func, given[0], given[1], numbers, reads))
+                numbers = tuple(builder.put(tensor) for tensor in made)
+                builder.graph.steps.append(Step(func, arguments[0], arguments[1], numbers, reads))
         return output
 
-    def _escapes(self, func: Callable[..., Any], args: tuple[Any, ...], reads: tuple[int, ...], output: Any) -> None:
-        """Note where numbers that depend on the input become Python's, or a shape."""
-        ledger = self.ledger
+    def _note_branches(
+        self, func: Callable[..., Any], args: tuple[Any, ...], reads: tuple[int, ...], output: Any
+    ) -> None:
+        """Note a call through which numbers that depend on the input reach Python code, or decide a shape."""
+        builder = self.builder
         masks = any(
-            ledger.graph.values[number].dtype in (torch.bool, torch.uint8) and ledger.constant(number) is None
+            builder.graph.values[number].dtype in (torch.bool, torch.uint8) and builder.constant(number) is None
             for number in reads
         )
         picked = masks and func in _PICKS and (func is not torch.where or len(args) == 1)
@@ -264,14 +249,14 @@ class _Recorder(TorchFunctionMode):
         )
         if picked or plain or func in _LEAKS:
             name = getattr(func, "__name__", str(func))
-            if name not in ledger.graph.branches:
-                ledger.graph.branches.append(name)
+            if name not in builder.graph.branches:
+                builder.graph.branches.append(name)
 
 
 class _TracingHookManager(HookManager):
-    """The project's tap, whose observer counts nothing and notes where each site begins and ends."""
+    """A hook manager that counts nothing, and notes the input and output of each site."""
 
-    def __init__(self, model: nn.Module, ledger: _Ledger) -> None:
+    def __init__(self, model: nn.Module, builder: _GraphBuilder) -> None:
         met: list[tuple[SiteKey, SiteInfo]] = []
 
         def meters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
@@ -279,27 +264,27 @@ class _TracingHookManager(HookManager):
 
         super().__init__(model, registry=Registry(), meters=meters, axes=lambda _: None, functional=True, tolerance=0.0)
         unseen = self.observer.unseen
-        self.observer: SiteRecorder = _TracingRecorder(ledger, met, meters, self.fail)
+        self.observer: SiteRecorder = _TracingRecorder(builder, met, meters, self.fail)
         self.observer.unseen = unseen
 
 
 class _TracingRecorder(SiteRecorder):
     def __init__(
         self,
-        ledger: _Ledger,
+        builder: _GraphBuilder,
         met: list[tuple[SiteKey, SiteInfo]],
         meters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(meters=meters, axes=lambda _: None, tolerance=0.0, fail=fail)
-        self._ledger = ledger
-        self._met = met  # what a meter was asked for; nothing is counted
+        self._builder = builder
+        self._met = met  # sites for which counters were asked for; nothing is counted
         self._begun: list[int] = []
 
     def begin(self, path: str, function: str, activation: Activation, x: Any, halved: int | None) -> Call | None:
         call = super().begin(path, function, activation, x, halved)
         if call is not None:
-            self._begun.append(self._ledger.number(x))
+            self._begun.append(self._builder.number(x))
         return call
 
     def end(self, call: Call, x: Any, y: Any) -> None:
@@ -315,28 +300,28 @@ class _TracingRecorder(SiteRecorder):
         super().product(args, y)
         for key, info in self._met[seen:]:
             gate = key._replace(gated=False).name
-            before = next(site.after for site in self._ledger.graph.sites if site.name == gate)
+            before = next(site.after for site in self._builder.graph.sites if site.name == gate)
             self._note(key, info, before, y)
 
     def _note(self, key: SiteKey, info: SiteInfo, before: int, y: Tensor) -> None:
         if y.dim() > info.axis:
-            after = self._ledger.number(y)
-            self._ledger.graph.sites.append(Site(key.name, info, before, after, y.shape[info.axis]))
+            after = self._builder.number(y)
+            self._builder.graph.sites.append(Site(key.name, info, before, after, y.shape[info.axis]))
 
 
 class _Search:
-    """A search for tensors in what a network was given or returned; objects are taken apart, each once.
+    """Searches for tensors in arguments or results of a network, also in the attributes of objects, each object once.
 
     Attributes:
-        failed: Whether something was met that cannot be taken apart.
+        failed: Whether something was met that cannot be searched.
     """
 
     def __init__(self) -> None:
         self.failed = False
-        self._met: list[Any] = []  # held, so that no identity is given away again
+        self._met: list[Any] = []  # keeps the ids of these objects in use
 
     def tensors(self, tree: Any) -> Iterator[Tensor]:
-        """Every tensor in nested tuples, lists, mappings and objects."""
+        """Yield every tensor in nested tuples, lists, mappings and objects."""
         if isinstance(tree, Tensor):
             yield tree
             return
@@ -347,7 +332,7 @@ class _Search:
             yield from self._all(tree.values())
         elif isinstance(tree, (tuple, list)):
             yield from self._all(tree)
-        elif hasattr(tree, "__dict__") and not callable(tree):  # a dataclass, a cache of keys and values
+        elif hasattr(tree, "__dict__") and not callable(tree):  # such as a dataclass, or a cache of keys and values
             yield from self._all(vars(tree).values())
         else:
             self.failed = True

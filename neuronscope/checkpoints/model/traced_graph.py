@@ -1,4 +1,4 @@
-"""Graph: one forward of a network as plain data, a list of steps over numbered tensors. What it is made by: tracing."""
+"""The graph of one traced forward as plain data: a list of steps over numbered tensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from neuronscope.sites import SiteInfo
 
-__all__ = ["Graph", "Ref", "Site", "Step", "Value", "references", "substitute"]
+__all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substitute"]
 
 
-class Ref(NamedTuple):
-    """Stands for a tensor among the arguments of a step.
+class TensorRef(NamedTuple):
+    """Stands for a tensor in the arguments of a step.
 
     Attributes:
-        value: Its number.
+        value: The tensor's number in the graph.
     """
 
     value: int
@@ -30,9 +30,9 @@ class Value:
 
     Attributes:
         shape: Its shape.
-        dtype: Its type.
-        constant: The tensor itself where it does not depend on the input, else ``None``.
-        name: Name of the parameter or buffer that it is, else ``""``.
+        dtype: Its dtype.
+        constant: The tensor itself if it does not depend on the input, else ``None``.
+        name: Its name if it is a parameter or buffer, else ``""``.
     """
 
     shape: tuple[int, ...]
@@ -43,14 +43,14 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One torch function that was called.
+    """One call of a torch function.
 
     Attributes:
         function: The function.
-        args: Its arguments, tensors replaced by :class:`Ref`.
-        kwargs: Its keyword arguments, likewise.
-        outputs: Numbers of the tensors that it gave, in order.
-        reads: Numbers of the tensors that it was given.
+        args: Its arguments, tensors replaced by :class:`TensorRef`.
+        kwargs: Its keyword arguments, with tensors replaced too.
+        outputs: Numbers of the tensors that it returned, in order.
+        reads: Numbers of the tensors in its arguments.
     """
 
     function: Callable[..., Any]
@@ -66,8 +66,8 @@ class Site:
 
     Attributes:
         name: Its name, as :func:`neuronscope.watch` gives it.
-        info: What it is.
-        before: Number of its pre-activation; of the gate's output for a gated product.
+        info: Its activation and neuron axis.
+        before: Number of its pre-activation; for a gated product, number of the gate's output.
         after: Number of its output.
         neurons: How many neurons it has.
     """
@@ -81,19 +81,19 @@ class Site:
 
 @dataclass
 class Graph:
-    """What one forward did.
+    """One traced forward.
 
     Attributes:
-        values: All tensors, by number.
-        steps: What was called, in order; calls that gave no tensor are left out, and so are those
-            on constants alone, since their results are known.
+        values: All tensors; a tensor's number is its index.
+        steps: The calls, in order. Calls that returned no tensor are left out, and so are calls on constants alone,
+            whose results are constants.
         sites: The sites, in the order in which they ran.
-        inputs: Numbers of the tensors that the model was given.
+        inputs: Numbers of the tensors that the model was called with.
         outputs: Numbers of the tensors that it returned.
-        branches: Where numbers that depend on the input went into Python, one name of a function each.
-        hidden: How many tensors came from calls that were not seen.
-        opaque: Whether the model returned something that could not be searched for tensors.
-        not_seen: Sites and modules that the tap could not see, and why.
+        branches: Names of the functions through which numbers that depend on the input reached Python code.
+        unseen_tensors: How many tensors were made by calls that were not seen.
+        output_not_searchable: Whether the model returned something that could not be searched for tensors.
+        not_seen: Sites and modules that were not observed → the reason.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -102,14 +102,19 @@ class Graph:
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     branches: list[str] = field(default_factory=list)
-    hidden: int = 0
-    opaque: bool = False
+    unseen_tensors: int = 0
+    output_not_searchable: bool = False
     not_seen: Mapping[str, str] = field(default_factory=dict)
 
 
 def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
-    """A tree of tuples, lists, dicts and slices with its leaves changed."""
-    if isinstance(tree, Ref):
+    """Copy a tree of tuples, lists, dictionaries and slices, with each leaf changed.
+
+    Args:
+        tree: The tree.
+        change: Returns what replaces a leaf.
+    """
+    if isinstance(tree, TensorRef):
         return change(tree)
     if isinstance(tree, (tuple, list)):
         changed = [substitute(part, change) for part in tree]
@@ -122,7 +127,7 @@ def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def references(tree: Any) -> Iterator[int]:
-    """Numbers of the tensors in a tree of arguments."""
+    """Return the numbers of the tensors in a tree of arguments."""
     found: list[int] = []
-    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, Ref) else None)
+    substitute(tree, lambda leaf: found.append(leaf.value) if isinstance(leaf, TensorRef) else None)
     return iter(found)

@@ -1,1 +1,1 @@
-"""Bound what each neuron can give for any input."""
+"""Bound what each neuron can output, for every input."""

@@ -1,15 +1,15 @@
-"""Normalisation: what β and γ alone say of the neurons behind a batch norm or a layer norm. Formulas only.
+"""Formulas for neurons after a batch norm or a layer norm: what follows from β and γ alone.
 
-**Batch norm.** A channel's values in a training batch are normalised by their own mean and variance, so that ``Σz =
-0`` and ``Σz² ≤ n`` over its ``n`` values (ε makes it only smaller). With ``c = −β/|γ| > 0`` the neuron fires where
-``z > c`` (or ``z < −c``). By Cantelli's inequality at most ``1/(1 + c²)`` of them do, and none of ``n`` values is
-larger than ``√(n − 1)``, so that none fires where ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normal values the
-share is ``Φ(−c)``.
+**Batch norm.** A channel's values in a training batch are normalised by their own mean and variance, so ``Σz = 0`` and
+``Σz² ≤ n`` over its ``n`` values (ε only makes it smaller). With ``c = −β/|γ| > 0`` the neuron fires where ``z > c``
+(or ``z < −c``). By Cantelli's inequality, at most ``1/(1 + c²)`` of the values do. None of ``n`` values is larger than
+``√(n − 1)``, so none fires if ``β + |γ|√(n − 1) ≤ 0`` (Samuelson 1968). For normally distributed values the share is
+``Φ(−c)``.
 
-**Layer norm.** A row is normalised by its own mean and variance: the same two facts, over its ``d`` elements. What a
-linear row ``w, b`` makes of it is ``b + w·β + (w⊙γ)·z``, and since ``z`` is orthogonal to 1, by Cauchy–Schwarz at
-most ``b + w·β + √d‖P(w⊙γ)‖``, ``P`` removing the mean. It is attained by ``z ∝ P(w⊙γ)``; RMS norm is the same without
-``P``.
+**Layer norm.** A row is normalised by its own mean and variance, so the same two facts hold over its ``d`` elements. A
+linear row ``w, b`` gives ``b + w·β + (w⊙γ)·z``. Since ``z`` is orthogonal to 1, this is at most
+``b + w·β + √d‖P(w⊙γ)‖`` by Cauchy–Schwarz, where ``P`` removes the mean. ``z ∝ P(w⊙γ)`` attains it. RMS norm is the
+same without ``P``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["firing_share_bound", "layer_norm_extremes", "normal_firing_share", "
 
 
 def threshold(scale: Tensor, shift: Tensor) -> Tensor:
-    """How many standard deviations above its mean a channel's value must lie for its neuron to fire.
+    """Return how many standard deviations above its mean a channel's value must be for its neuron to fire.
 
     Args:
         scale: γ, ``(C,)``.
@@ -41,7 +41,7 @@ def threshold(scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
-    """Largest share of any training batch's values in which each neuron fires, whatever their distribution.
+    """Return the largest share of a training batch's values for which each neuron can fire, for any distribution.
 
     Args:
         scale: γ, ``(C,)``.
@@ -59,13 +59,29 @@ def firing_share_bound(scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def normal_firing_share(scale: Tensor, shift: Tensor) -> Tensor:
-    """Share of values in which each neuron fires, were they normal: Φ(β/|γ|), float64 ``(C,)``."""
+    """Return the share of values for which each neuron fires if the values are normally distributed.
+
+    Args:
+        scale: γ, ``(C,)``.
+        shift: β, ``(C,)``.
+
+    Returns:
+        Φ(β/|γ|), float64 ``(C,)``.
+    """
     share: Tensor = torch.special.ndtr(-threshold(scale, shift))
     return share
 
 
 def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
-    """Largest value of each channel in any training batch of ``values`` values a channel: β + |γ|√(n − 1), float64.
+    """Return the largest value that each channel can have in a training batch.
+
+    Args:
+        scale: γ, ``(C,)``.
+        shift: β, ``(C,)``.
+        values: How many values a channel has in a batch, ``n``.
+
+    Returns:
+        ``β + |γ|√(n − 1)``, float64 ``(C,)``.
 
     >>> training_maximum(torch.tensor([1.0]), torch.tensor([-9.0]), 65)
     tensor([-1.], dtype=torch.float64)
@@ -76,7 +92,7 @@ def training_maximum(scale: Tensor, shift: Tensor, values: int) -> Tensor:
 def layer_norm_extremes(
     weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre and reach of each row of a linear layer over all that a layer norm (or RMS norm) can give it.
+    """Return centre and reach of each row of a linear layer, over all outputs of a layer norm (or RMS norm) before it.
 
     Args:
         weight: ``(N, d)``.
@@ -86,8 +102,9 @@ def layer_norm_extremes(
         centred: ``True`` for layer norm, ``False`` for RMS norm.
 
     Returns:
-        ``b + w·β``, ``√d‖P(w⊙γ)‖`` and ``√d‖w⊙γ‖`` (the size that rounding goes by), float64 ``(N,)``. The extremes
-        are the first plus and minus the second: attained as the input's scale grows, where ε no longer counts.
+        Centre ``b + w·β``, reach ``√d‖P(w⊙γ)‖``, and ``√d‖w⊙γ‖``, to which rounding errors are proportional; all
+        float64 ``(N,)``. The extremes are the centre plus and minus the reach. They are approached as the input's
+        scale grows and ε becomes negligible.
     """
     weight = weight.double()
     scaled = weight * scale.double()

@@ -1,8 +1,8 @@
-"""How intervals pass through weighted calls: linear layers, convolutions, normalisations, embeddings, attention.
+"""Pass intervals through weighted calls: linear layers, convolutions, normalisations, embeddings, attention.
 
-Each rule has the signature of the torch function that it stands for, after the type the network computes in. A
-tensor that depends on the input comes as an :class:`Interval`, any other as it is; a rule gives ``None`` where
-it knows nothing.
+Each rule has the signature of the torch function that it stands for, after the type that the network computes in. A
+tensor that depends on the input comes as an :class:`Interval`, any other argument as it is; a rule returns ``None``
+where it knows nothing.
 """
 
 from __future__ import annotations
@@ -12,34 +12,54 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.batchnorm import layer_norm_extremes
-from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM, Interval, Normed, gamma, product, unit, widened
+from neuronscope.checkpoints.model.bounds.interval import (
+    LAYER_NORM,
+    Interval,
+    NormalisedRows,
+    gamma,
+    product,
+    unit_roundoff,
+    widened,
+)
 
-__all__ = ["WEIGHTED_RULES"]
+__all__ = [
+    "addmm",
+    "attention",
+    "batch_norm",
+    "convolution",
+    "embedding",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "rms_norm",
+    "transposed_convolution",
+]
 
-# Elements of a weight that are turned into float64 at a time: 4 MB, which stay in a cache.
+# How many elements of a weight are converted to float64 at a time: 4 MB, which fit into a processor's cache.
 _CHUNK = 500_000
 
 
 def _norm_error(dtype: torch.dtype) -> float:
-    """By how much a normalised value may come out wrong, relatively: 2e-4 in float32.
+    """Return the largest relative rounding error of a normalised value: 2e-4 in float32.
 
-    Enough for rows whose mean is up to a hundred times their standard deviation; beyond that, layer norm as it is
-    computed is not accurate itself.
+    This covers rows whose mean is up to a hundred times their standard deviation; beyond that, torch's layer norm
+    itself is not accurate.
     """
-    return 3500 * unit(dtype)
+    return 3500 * unit_roundoff(dtype)
 
 
-def _rows(weight: Tensor) -> Iterator[slice]:
+def _row_chunks(weight: Tensor) -> Iterator[slice]:
     step = max(1, _CHUNK // max(1, weight[:1].numel()))
     return (slice(start, start + step) for start in range(0, weight.shape[0], step))
 
 
-def _rounding(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
-    """What products that underflow may add to a bound; nothing where all its terms were zero."""
+def _underflow(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
+    """Return what products that underflow may add to a bound; zero where all terms were zero."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return torch.where(bound == 0, 0.0, terms * smallest)
 
@@ -47,48 +67,57 @@ def _rounding(bound: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
 def _combined(
     low: Tensor, high: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, terms: int
 ) -> tuple[Tensor, Tensor]:
-    """Bounds of ``x @ weight.mT + bias`` for ``x`` in ``[low, high]``; each of the products may come out wrong.
+    """Bound ``x @ weight.mT + bias`` for ``x`` in ``[low, high]``, with each product rounded.
 
     Args:
         low: ``(…, d)``.
         high: ``(…, d)``.
         weight: ``(N, d)``, or a stack ``(G, N, d)``.
         bias: ``(N,)``.
-        dtype: What the network computes in.
-        terms: How many terms a sum has, for its rounding.
+        dtype: The type that the network computes in.
+        terms: How many terms each sum has; its rounding error depends on it.
 
     Returns:
-        Both ``(…, N)``.
+        Lower and upper bounds, both float64 ``(…, N)``.
     """
     ends = torch.stack(widened(low, high, gamma(terms, dtype)))
     lows, highs = [], []
-    for part in _rows(weight) if weight.dim() == 2 else (slice(None),):
+    for part in _row_chunks(weight) if weight.dim() == 2 else (slice(None),):
         w = weight[part].detach().double()
-        up, down = _inner(ends, w.clamp_min(0).mT), _inner(ends, w.clamp_max(0).mT)
+        up, down = _matmul_with_infinities(ends, w.clamp_min(0).mT), _matmul_with_infinities(ends, w.clamp_max(0).mT)
         lows.append(up[0] + down[1])
         highs.append(up[1] + down[0])
     lowest, highest = torch.cat(lows, dim=-1), torch.cat(highs, dim=-1)
     if bias is not None:
         start, end = widened(bias.detach().double(), bias.detach().double(), gamma(terms, dtype))
         lowest, highest = lowest + start, highest + end
-    return lowest - _rounding(lowest, terms, dtype), highest + _rounding(highest, terms, dtype)
+    return lowest - _underflow(lowest, terms, dtype), highest + _underflow(highest, terms, dtype)
 
 
-def _inner(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight`` where 0 · ∞ is 0, all weights of one sign."""
+def _matmul_with_infinities(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight``, where 0 · ∞ is 0 and all weights have one sign."""
     finite = torch.isfinite(x)
     if bool(finite.all()):
         return torch.matmul(x, weight)
     parts = torch.stack((torch.where(finite, x, 0.0), (x == torch.inf).double(), (x == -torch.inf).double()))
     total: Tensor
-    total, above, below = torch.matmul(parts, weight)  # of the infinite terms, whether any counts, and with which sign
+    total, above, below = torch.matmul(
+        parts, weight
+    )  # the sign of `above` and `below` says whether an infinite term counts
     for reach, infinity in ((above, torch.inf), (below, -torch.inf)):
         total = torch.where(reach == 0, total, total + reach.sign() * infinity)
     return total
 
 
 def linear(dtype: torch.dtype, input: Any, weight: Any, bias: Any = None) -> Interval | None:
-    """``input @ weight.T + bias``."""
+    """Bound ``input @ weight.T + bias``, more tightly where the input was normalised.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, d)``.
+        weight: ``(N, d)``.
+        bias: ``(N,)``.
+    """
     if not isinstance(input, Interval) or not isinstance(weight, Tensor) or isinstance(bias, Interval):
         return None
     if weight.dim() != 2:
@@ -100,14 +129,17 @@ def linear(dtype: torch.dtype, input: Any, weight: Any, bias: Any = None) -> Int
     lowest, highest = _combined(low, high, weight, bias, dtype, width)
     if input.normed is None:
         return Interval(lowest, highest, shape)
-    centre, reach = _normed(input.normed, weight, bias, dtype)
+    centre, reach = _normed_extremes(input.normed, weight, bias, dtype)
     lowest, highest = torch.maximum(lowest, centre - reach), torch.minimum(highest, centre + reach)
     return Interval(lowest, highest, shape, LAYER_NORM)
 
 
-def _normed(normed: Normed, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _normed_extremes(
+    normed: NormalisedRows, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return centre and reach of each row over all normalised inputs, rounding included; both float64 ``(N,)``."""
     parts = []
-    for part in _rows(weight):
+    for part in _row_chunks(weight):
         w = weight[part].detach()
         centre, reach, size = layer_norm_extremes(
             w, None if bias is None else bias[part].detach(), normed.scale, normed.shift, centred=normed.centred
@@ -119,7 +151,13 @@ def _normed(normed: Normed, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def matmul(dtype: torch.dtype, input: Any, other: Any) -> Interval | None:
-    """``input @ other``, the second a matrix of weights."""
+    """Bound ``input @ other`` where ``other`` is a constant matrix.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, d)``.
+        other: ``(d, N)``.
+    """
     if isinstance(other, Tensor) and other.dim() == 2:
         return linear(dtype, input, other.mT)
     return None
@@ -134,16 +172,35 @@ def addmm(
     beta: float = 1,
     alpha: float = 1,
 ) -> Interval | None:
-    """``input + mat1 @ mat2``, the second a matrix of weights and the first its bias."""
+    """Bound ``input + mat1 @ mat2`` where ``mat2`` is a constant matrix and ``input`` its bias.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(N,)``.
+        mat1: ``(B, d)``.
+        mat2: ``(d, N)``.
+        beta: Factor of the bias; nothing is known unless it is 1.
+        alpha: Factor of the product; nothing is known unless it is 1.
+    """
     if beta == alpha == 1 and isinstance(input, Tensor) and input.dim() == 1 and isinstance(mat2, Tensor):
         return linear(dtype, mat1, mat2.mT, input)
     return None
 
 
-def _channels(
+def _channel_bounds(
     dtype: torch.dtype, x: Interval, matrix: Tensor, bias: Any, groups: int, zeros: bool, terms: int
 ) -> tuple[Tensor, Tensor]:
-    """Bounds by output channel: ``matrix`` ``(O, C/groups, taps)``; ``zeros``: a tap may meet padding instead."""
+    """Return the bounds of each output channel, both float64 ``(O,)``.
+
+    Args:
+        dtype: The type that the network computes in.
+        x: The input, channels on axis 1.
+        matrix: The weight, ``(O, C/groups, taps)``.
+        bias: ``(O,)``, or ``None``.
+        groups: How many groups the channels are in.
+        zeros: Whether an element of the kernel may meet padding instead of the input.
+        terms: How many terms each sum has.
+    """
     low, high = x.along(1)
     if zeros:
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -153,8 +210,10 @@ def _channels(
     return low.flatten(), high.flatten()
 
 
-def _convolution(spatial: int) -> Callable[..., Interval | None]:
-    def convolution(
+def convolution(spatial: int) -> Callable[..., Interval | None]:
+    """Return the rule of a convolution over ``spatial`` dimensions."""
+
+    def rule(
         dtype: torch.dtype,
         input: Any,
         weight: Any,
@@ -170,14 +229,16 @@ def _convolution(spatial: int) -> Callable[..., Interval | None]:
         numbers = padding if isinstance(padding, (tuple, list)) else (padding,)
         padded = padding == "same" or (padding != "valid" and any(number != 0 for number in numbers))
         taps = weight.flatten(2)
-        low, high = _channels(dtype, input, taps, bias, groups, padded, taps[0].numel())
+        low, high = _channel_bounds(dtype, input, taps, bias, groups, padded, taps[0].numel())
         return _by_channel(low, high, input, spatial)
 
-    return convolution
+    return rule
 
 
-def _transposed(spatial: int) -> Callable[..., Interval | None]:
-    def transposed(
+def transposed_convolution(spatial: int) -> Callable[..., Interval | None]:
+    """Return the rule of a transposed convolution over ``spatial`` dimensions."""
+
+    def rule(
         dtype: torch.dtype,
         input: Any,
         weight: Any,
@@ -193,15 +254,15 @@ def _transposed(spatial: int) -> Callable[..., Interval | None]:
             return None
         inner, outer = weight.shape[0] // groups, weight.shape[1]
         matrix = weight.flatten(2).reshape(groups, inner, outer, -1).transpose(1, 2).reshape(groups * outer, inner, -1)
-        # Which taps meet an input depends on the position: any may be left out.
-        low, high = _channels(dtype, input, matrix, bias, groups, True, matrix[0].numel())
+        # Which elements of the kernel meet an input depends on the position: any of them may be left out.
+        low, high = _channel_bounds(dtype, input, matrix, bias, groups, True, matrix[0].numel())
         return _by_channel(low, high, input, spatial)
 
-    return transposed
+    return rule
 
 
 def _by_channel(low: Tensor, high: Tensor, x: Interval, spatial: int) -> Interval:
-    """An interval by channel; its shape but for batch and channels is filled in by who knows it."""
+    """Return an interval from bounds by channel. The caller fills in the sizes of the spatial dimensions."""
     view = (1, -1, *(1 for _ in range(spatial)))
     return Interval(low.view(view), high.view(view), (x.shape[0], low.numel(), *(1 for _ in range(spatial))))
 
@@ -217,7 +278,21 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """In evaluation an affine map of each channel; by the batch's own statistics nothing is known of a value."""
+    """Bound batch norm in evaluation mode, an affine map of each channel.
+
+    Nothing is known where it uses the batch's own statistics.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        training: Whether the batch's own statistics are used.
+        momentum: Ignored.
+        eps: Added to the variance.
+    """
     if training or not isinstance(input, Interval) or running_mean is None or len(input.shape) < 2:
         return None
     mean, deviation = running_mean.double(), (running_var.double() + eps).sqrt()
@@ -236,7 +311,10 @@ def batch_norm(
 def _normalised(
     dtype: torch.dtype, x: Interval, elements: int, scale: Tensor, shift: Tensor, *, centred: bool
 ) -> Interval:
-    """``z·scale + shift`` for values that were normalised over ``elements`` of them: ``|z| ≤ √(n − 1)``, or ``√n``."""
+    """Bound ``z·scale + shift`` for values that were normalised over ``n`` elements.
+
+    ``|z| ≤ √(n − 1)`` if the mean was removed (``centred``), else ``|z| ≤ √n``.
+    """
     reach = scale.abs() * max(elements - centred, 0) ** 0.5
     slack = _norm_error(dtype) * (scale.abs() * elements**0.5 + shift.abs())
     return Interval(shift - reach - slack, shift + reach + slack, x.shape)
@@ -250,7 +328,16 @@ def layer_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Whatever the input, the output's rows are an affine image of the sphere of radius √d that is orthogonal to 1."""
+    """Bound layer norm: for any input, a row is an affine image of the sphere of radius √d that is orthogonal to 1.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, *normalized_shape)``.
+        normalized_shape: Sizes of the dimensions that are normalised over.
+        weight: γ, of that shape.
+        bias: β, of that shape.
+        eps: Ignored: it only makes values smaller.
+    """
     return _row_norm(dtype, input, normalized_shape, weight, bias, centred=True)
 
 
@@ -261,7 +348,15 @@ def rms_norm(
     weight: Any = None,
     eps: float | None = None,
 ) -> Interval | None:
-    """As layer norm, and the mean stays in."""
+    """Bound RMS norm, which is layer norm that keeps the mean.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(…, *normalized_shape)``.
+        normalized_shape: Sizes of the dimensions that are normalised over.
+        weight: γ, of that shape.
+        eps: Ignored: it only makes values smaller.
+    """
     return _row_norm(dtype, input, normalized_shape, weight, None, centred=False)
 
 
@@ -277,7 +372,7 @@ def _row_norm(
     found = _normalised(dtype, x, math.prod(dims), scale.view(*lead, *dims), shift.view(*lead, *dims), centred=centred)
     if len(dims) > 1:
         return found
-    return Interval(found.low, found.high, x.shape, normed=Normed(scale, shift, centred))
+    return Interval(found.low, found.high, x.shape, normed=NormalisedRows(scale, shift, centred))
 
 
 def group_norm(
@@ -288,7 +383,16 @@ def group_norm(
     bias: Any = None,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Normalised over a group's channels and positions."""
+    """Bound group norm, which normalises over a group's channels and positions.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        num_groups: How many groups the channels are in.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        eps: Ignored: it only makes values smaller.
+    """
     if not isinstance(input, Interval) or len(input.shape) < 2:
         return None
     elements = math.prod(input.shape[1:]) // num_groups
@@ -306,7 +410,19 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Interval | None:
-    """Normalised over a channel's positions, or as batch norm by its running statistics."""
+    """Bound instance norm, which normalises over a channel's positions, or by running statistics as batch norm.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: ``(B, C, …)``.
+        running_mean: ``(C,)``.
+        running_var: ``(C,)``.
+        weight: γ, ``(C,)``.
+        bias: β, ``(C,)``.
+        use_input_stats: Whether the statistics of the input are used, not the running ones.
+        momentum: Ignored.
+        eps: Added to the running variance.
+    """
     if not isinstance(input, Interval) or len(input.shape) < 3:
         return None
     if not use_input_stats:
@@ -331,7 +447,17 @@ def embedding(
     *rest: Any,
     **options: Any,
 ) -> Interval | None:
-    """Whichever row is looked up, each column lies between its least and its greatest."""
+    """Bound an embedding: each column lies between its minimum and its maximum over all rows.
+
+    Args:
+        dtype: The type that the network computes in.
+        input: Indices, of any shape.
+        weight: ``(rows, d)``.
+        padding_idx: Ignored.
+        max_norm: Nothing is known unless it is ``None``.
+        rest: Ignored.
+        options: Ignored.
+    """
     if not isinstance(weight, Tensor) or not isinstance(input, Interval) or max_norm is not None:
         return None
     lead = (1,) * len(input.shape)
@@ -350,36 +476,19 @@ def attention(
     dropout_p: float = 0.0,
     **options: Any,
 ) -> Interval | None:
-    """A weighted mean of the values' rows, or zero where all are masked."""
+    """Bound attention: a weighted mean of the rows of ``value``, or zero where all are masked.
+
+    Args:
+        dtype: The type that the network computes in.
+        query: ``(…, L, d)``.
+        key: ``(…, S, d)``.
+        value: ``(…, S, e)``.
+        attn_mask: Ignored: masked rows have weight 0.
+        dropout_p: Nothing is known unless it is 0.
+        options: ``is_causal``, ``scale`` and ``enable_gqa``; nothing is known with the last.
+    """
     if dropout_p or not isinstance(value, Interval) or not isinstance(query, Interval) or options.get("enable_gqa"):
         return None
     low, high = value.low.amin(-2, keepdim=True).clamp_max(0), value.high.amax(-2, keepdim=True).clamp_min(0)
     low, high = widened(low, high, gamma(value.shape[-2] + 16, dtype))
     return Interval(low, high, (*query.shape[:-1], value.shape[-1]))
-
-
-def _homes(name: str) -> list[Callable[..., Any]]:
-    return [getattr(home, name) for home in (F, torch, Tensor) if callable(getattr(home, name, None))]
-
-
-_BY_NAME: dict[str, Callable[..., Interval | None]] = {
-    **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},
-    **{f"conv_transpose{n}d": _transposed(n) for n in (1, 2, 3)},
-    "linear": linear,
-    "matmul": matmul,
-    "mm": matmul,
-    "__matmul__": matmul,
-    "addmm": addmm,
-    "batch_norm": batch_norm,
-    "layer_norm": layer_norm,
-    "rms_norm": rms_norm,
-    "group_norm": group_norm,
-    "instance_norm": instance_norm,
-    "embedding": embedding,
-    "scaled_dot_product_attention": attention,
-}
-
-#: Torch function → the rule that stands for it.
-WEIGHTED_RULES: dict[Callable[..., Any], Callable[..., Interval | None]] = {
-    function: rule for name, rule in _BY_NAME.items() for function in _homes(name)
-}

@@ -1,0 +1,188 @@
+"""Build a :class:`Checkpoint` from the plain data in a file, by the conventions of common training loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
+from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
+from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
+from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
+from neuronscope.checkpoints.formats.monitor_state import find_records
+from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
+from neuronscope.checkpoints.formats.parameter_names import prefix_stripper
+from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
+from neuronscope.errors import CheckpointError
+
+__all__ = ["RawCheckpoint", "build_checkpoint"]
+
+# Keys under which training loops store the weights, most specific first.
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+_STEPS = ("global_step", "step")
+_DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
+_DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
+
+
+@dataclass
+class RawCheckpoint:
+    """What the reader of a format found.
+
+    Attributes:
+        format: Name of the format, for people.
+        data: The content as plain data, with a :class:`LazyTensor` in place of each tensor.
+        other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
+        config: The network's configuration, if a file holds one.
+        step: Number of optimizer steps, if another file says so.
+        notes: Sentences to show to the user.
+    """
+
+    format: str
+    data: Any
+    other_files: dict[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    step: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
+    """Build the checkpoint.
+
+    Args:
+        path: The file or folder.
+        raw: What the reader of its format found.
+
+    Raises:
+        CheckpointError: There are no weights in it, and nothing else that describes a network.
+    """
+    data, notes = raw.data, list(raw.notes)
+    if not isinstance(data, Mapping):
+        raise CheckpointError(
+            f"{quoted(path)} holds no weights: a dictionary of tensors was expected, but got a {type(data).__name__}."
+        )
+    if not _DEEPSPEED.isdisjoint(data):
+        raise CheckpointError(
+            f"{quoted(path)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with its "
+            "own `zero_to_fp32.py` and give that."
+        )
+    lightning = "pytorch-lightning_version" in data
+    weights = _weights(data, notes)
+    strip = prefix_stripper(weights, wrapped=not lightning)
+    tensors = {strip(name): tensor for name, tensor in weights.items()}
+    if len(tensors) < len(weights):
+        raise CheckpointError(f"{quoted(path)} is damaged: two of its tensors have the same name.")
+    everything = {**data, **raw.other_files}
+    optimizers = find_optimizers(everything, strip, notes)
+    records = find_records(everything)
+    if not (weights or optimizers or records):
+        raise CheckpointError(
+            f"{quoted(path)} holds no weights: no tensor was found in it, plain or under {', '.join(_WEIGHTS)}. "
+            f"{' '.join(notes)}".rstrip()
+        )
+    if not weights:
+        notes.append("It holds no weights of a network.")
+    return Checkpoint(
+        path=path,
+        format=_of_lightning(raw.format) if lightning else raw.format,
+        tensors=tensors,
+        optimizers=optimizers,
+        records=records,
+        step=_step(data, raw.step, optimizers),
+        config=raw.config,
+        hyperparameters=find_hyperparameters(data),
+        notes=tuple(notes),
+    )
+
+
+def _of_lightning(kind: str) -> str:
+    """Return the name of a format when Lightning wrote the file or folder."""
+    if kind.startswith("torch file"):
+        return kind.replace("torch file", "Lightning checkpoint")
+    return f"Lightning's {kind}"
+
+
+def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
+    """Return the network's tensors by name. With several networks, each name starts with the key of its network."""
+    chosen, where = data, []
+    for _ in range(_DEEPEST):
+        inner = next((key for key in _WEIGHTS if _holds_tensors(chosen.get(key), _DEEPEST)), None)
+        if inner is None:
+            break
+        chosen = chosen[inner]
+        where.append(inner)
+    others = [key for key, value in data.items() if _is_network(value) and key not in where]
+    if any(isinstance(value, LazyTensor | SkippedTensor) for value in chosen.values()):
+        if others and where:
+            notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
+        return _tensors(chosen, notes)
+    parts = _networks(chosen) or {
+        f"{key}.{name}": part
+        for key, inner in chosen.items()
+        if isinstance(inner, Mapping) and not is_optimizer_state(inner) and not is_optimizer_state(chosen)
+        for name, part in _networks(inner).items()
+    }
+    if parts:
+        notes.append(f"The weights were found under {quoted_list(parts)}.")
+    return {
+        f"{key}.{name}" if len(parts) > 1 else name: tensor
+        for key, part in parts.items()
+        for name, tensor in _tensors(part, notes).items()
+    }
+
+
+def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    skipped: dict[str, list[str]] = {}
+    others = []
+    for key, value in part.items():
+        name = key if isinstance(key, str) else str(key)
+        if isinstance(value, LazyTensor):
+            found[name] = value
+        elif isinstance(value, SkippedTensor):
+            skipped.setdefault(value.reason, []).append(name)
+        else:
+            others.append(name)
+    for reason, names in skipped.items():
+        notes.append(f"Tensors that are {reason} are not read: {quoted_list(names)}.")
+    if others:
+        notes.append(f"What is no tensor is left out of the weights: {quoted_list(others)}.")
+    return found
+
+
+def _holds_tensors(value: Any, deeper: int) -> bool:
+    """Whether a value is a dictionary that holds a tensor or a network, or such a dictionary under a known key."""
+    if not isinstance(value, Mapping) or is_optimizer_state(value):
+        return False
+    if any(isinstance(inner, LazyTensor | SkippedTensor) or _is_network(inner) for inner in value.values()):
+        return True
+    return deeper > 0 and any(_holds_tensors(value.get(key), deeper - 1) for key in _WEIGHTS)
+
+
+def _is_network(value: Any) -> bool:
+    """Whether a value is a dictionary of named tensors and nothing else."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) for key in value)
+        and all(isinstance(inner, LazyTensor | SkippedTensor) for inner in value.values())
+    )
+
+
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks directly in a dictionary, by their keys."""
+    return {str(key): value for key, value in content.items() if _is_network(value)}
+
+
+def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
+    """Return the number of optimizer steps, from what is known already, the checkpoint's keys or the optimizers."""
+    if known is not None:
+        return known
+    for key in _STEPS:
+        value = data.get(key)
+        if isinstance(value, LazyTensor) and value.shape == () and "int" in value.dtype:
+            value = value.read().item()
+        if type(value) is int and 0 <= value < 2**63:
+            return value
+    return steps_taken(optimizers)
