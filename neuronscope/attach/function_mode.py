@@ -19,15 +19,11 @@ from neuronscope.attach.gradient_hooks import unwatched
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
+from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
-_PRODUCTS = frozenset(
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
-    if hasattr(home, name)
-)
+_PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
 class Watch(Protocol):

@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.attach.dtensor import Part, is_distributed, is_later_part, local, part_of
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["Flow", "NeuronAxis", "assume"]
 
@@ -48,10 +48,6 @@ def assume(dimensions: int) -> NeuronAxis:
     (1, 2)
     """
     return NeuronAxis(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
-
-
-def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
-    return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
 
 
 class _Producer(NamedTuple):
@@ -85,37 +81,27 @@ def _producers() -> dict[Callable[..., Any], _Producer]:
         **dict.fromkeys((*last, *grouped, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
     }
     return {
-        getattr(home, name): _Producer(place, f"producer ({name.strip('_')})")
+        function: _Producer(place, f"producer ({name.strip('_')})")
         for name, place in places.items()
-        for home in (F, torch, Tensor)
-        if callable(getattr(home, name, None))
+        for function in spellings(name)
     }
 
 
 _PRODUCERS = _producers()
 # Products of two tensors, either of which may be the weight; a weight on the left puts neurons on the rows.
-_MATRIX_PRODUCTS = _named((torch, ("matmul", "mm", "bmm")), (Tensor, ("matmul", "mm", "bmm", "__matmul__")))
+_MATRIX_PRODUCTS = spellings("matmul", "mm", "bmm", "__matmul__")
 # Where the weight may be one of a stack: a matrix for each batch, or for each row, or the one that the data picks.
-_STACKED = _MATRIX_PRODUCTS | _named((torch, ("baddbmm",)), (Tensor, ("baddbmm",)))
-_PICKABLE = _STACKED | _named((F, ("linear",)), (torch, ("einsum",)))
-_PICKS = _named((torch, ("index_select",)), (Tensor, ("__getitem__", "index_select")))
-_GROUPED = _named((F, ("grouped_mm",)), (torch, ("_grouped_mm",)))
+_STACKED = _MATRIX_PRODUCTS | spellings("baddbmm")
+_PICKABLE = _STACKED | spellings("linear", "einsum")
+_PICKS = spellings("index_select", "__getitem__")
+_GROUPED = spellings("grouped_mm", "_grouped_mm")
 _MIXING = _PICKABLE | _GROUPED
-_TRANSPOSES = _named(
-    (torch, ("transpose", "swapaxes", "swapdims")),
-    (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
-)
-_PERMUTES = _named((torch, ("permute",)), (torch.Tensor, ("permute",)))
-_MOVEDIMS = _named((torch, ("movedim", "moveaxis")), (torch.Tensor, ("movedim", "moveaxis")))
-_REVERSALS = _named((torch, ("t",)), (torch.Tensor, ("t", "t_")))
-_DROPPING = _named(
-    (torch, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
-    (torch.Tensor, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
-)
-_SHAPED = _named(
-    (torch, ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
-    (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
-)
+_TRANSPOSES = spellings("transpose", "transpose_", "swapaxes", "swapdims")
+_PERMUTES = spellings("permute")
+_MOVEDIMS = spellings("movedim", "moveaxis")
+_REVERSALS = spellings("t", "t_")
+_DROPPING = spellings("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")
+_SHAPED = spellings("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
 _CHOOSING = _PICKS | _VIEWS
 
