@@ -17,7 +17,7 @@ from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import make_report, not_measured
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Patterns, WatchOptions
@@ -61,11 +61,11 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
-        self._tap = HookManager(
+        self._hooks = HookManager(
             model,
             registry=registry,
-            meters=self._new_meter,
-            axes=self._selection.axis,
+            new_counters=self._new_counters,
+            declared_axis=self._selection.axis,
             functional=options.functional,
             tolerance=self.policy.tolerance,
         )
@@ -89,12 +89,12 @@ class Scope:
     @property
     def observing(self) -> bool:
         """Whether the step that is running is observed."""
-        return self._tap.observing
+        return self._hooks.observing
 
     @property
     def detached(self) -> bool:
         """Whether the hooks are off the model, by :meth:`detach` or by a fault of ours."""
-        return self._detached or self._retired or self._tap.failure is not None
+        return self._detached or self._retired or self._hooks.failure is not None
 
     def step(self, step: int | None = None) -> bool:
         """One optimizer step is over.
@@ -114,13 +114,13 @@ class Scope:
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         closed = False
         record = self._record("train")
-        if self._tap.observing and self._phase == "train":
+        if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
-            self._tap.observer.end_step()
+            self._hooks.recorder.note_missed_sites()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
-        if due and (self._ranks.alone or not self._tap.uneven_inputs.expected):
+        if due and (self._ranks.alone or not self._hooks.uneven_inputs.expected):
             self._flush("train")
             closed = record.is_sure() and record.close()
         self._observe()
@@ -172,11 +172,11 @@ class Scope:
     def open_step(self) -> None:
         """A training step that is no module's forward begins (Lightning's): watch its own functional calls too."""
         if not self.detached:
-            self._tap.open_step()
+            self._hooks.open_step()
 
     def close_step(self) -> None:
         """That training step is over."""
-        self._tap.close_step()
+        self._hooks.close_step()
 
     def detach(self, *, join: bool = True) -> None:
         """Take every hook off the model. Counts stay readable; doing it twice is harmless.
@@ -189,7 +189,7 @@ class Scope:
         """
         if self._detached:
             return
-        self._tap.detach()
+        self._hooks.detach()
         self._detached = True
         going_on = True
         while going_on:  # of a rank that saw nothing too: the others wait for it
@@ -205,12 +205,12 @@ class Scope:
         """Count no more, after a fault of ours; ``step`` and ``detach`` are still due, so that no other rank waits."""
         if fault is not None and (self._fault is None or self._fault.earlier):
             self._fault = Fault.of(fault, self._step)
-        self._tap.detach()
+        self._hooks.detach()
         self._retired = True
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         record = self._record(phase)
-        self._ranks.duplicate = self._tap.observer.frame.flow.duplicate
+        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
         record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
         return record
 
@@ -219,13 +219,13 @@ class Scope:
         if self.detached:
             return
         observing = not self._pauses and (self._phase != "train" or self._is_due())
-        tap = self._tap
-        if not observing and not tap.observing:
+        hooks = self._hooks
+        if not observing and not hooks.observing:
             return
-        tap.observer.turn_to(self._phase, self._step)
-        tap.set_observing(observing)
+        hooks.recorder.set_phase(self._phase, self._step)
+        hooks.set_observing(observing)
         if not observing and not self._pauses:
-            tap.rest(self.every_n_steps - self._step % self.every_n_steps)
+            hooks.rest(self.every_n_steps - self._step % self.every_n_steps)
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""
@@ -271,7 +271,9 @@ class Scope:
             phase=phase,
             step=self._step,
             policy=self.policy,
-            unseen=not_measured(self._tap.observer.not_seen(), self._tap.module_sites, record, self._selection.wants),
+            unseen=not_measured(
+                self._hooks.recorder.not_seen(), self._hooks.module_sites, record, self._selection.wants
+            ),
             exchanges=self._ranks.exchanges,
             fault=self._fault_met(),
         )
@@ -283,8 +285,8 @@ class Scope:
         return self._records.get(phase) or PhaseRecord(self.policy)
 
     def _fault_met(self) -> Fault | None:
-        failure = self._tap.failure
-        return self._fault if failure is None else Fault.of(failure, self._tap.observer.step)
+        failure = self._hooks.failure
+        return self._fault if failure is None else Fault.of(failure, self._hooks.recorder.step)
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -317,17 +319,19 @@ class Scope:
             self._records[phase] = PhaseRecord(self.policy)
         return self._records[phase]
 
-    def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._selection.meets(key.name):
+    def _new_counters(
+        self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device
+    ) -> SiteCounters | None:
+        if not self._selection.register(key.name):
             return None
-        return self._record(phase).add_meter(key, info, neurons, device)
+        return self._record(phase).add_site(key, info, neurons, device)
 
     def _check_patterns(self) -> None:
         """After the first observed step: patterns that matched nothing, or a model in which nothing was seen."""
         if self._checked:
             return
         self._checked = True
-        for message in self._selection.complaints(self._model_name):
+        for message in self._selection.unmatched_warnings(self._model_name):
             warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 

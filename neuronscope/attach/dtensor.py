@@ -10,10 +10,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Part", "cut", "is_distributed", "is_later_part", "is_partial", "local", "part_of", "shares_layers"]
+__all__ = [
+    "NeuronShard",
+    "is_distributed",
+    "is_later_shard",
+    "is_partial",
+    "is_tensor_parallel",
+    "local_tensor",
+    "neuron_shard",
+    "sharded_dims",
+]
 
 
-class Part(NamedTuple):
+class NeuronShard(NamedTuple):
     """Which of a layer's neurons a rank holds.
 
     Attributes:
@@ -35,11 +44,11 @@ def is_distributed(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor that this rank holds, without its graph; any other tensor as it is.
 
     >>> import torch
-    >>> local(torch.ones(2)).tolist()
+    >>> local_tensor(torch.ones(2)).tolist()
     [1.0, 1.0]
     """
     if type(tensor) is Tensor:
@@ -47,7 +56,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if not hasattr(tensor, "to_local") else tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
-def cut(tensor: Tensor) -> tuple[int | None, ...]:
+def sharded_dims(tensor: Tensor) -> tuple[int | None, ...]:
     """Along which dimension each dimension of the mesh cuts a tensor, ``None`` where it does not; ``()`` if plain."""
     if not is_distributed(tensor):
         return ()
@@ -60,39 +69,40 @@ def is_partial(tensor: Tensor) -> bool:
     return is_distributed(tensor) and any(placement.is_partial() for placement in tensor.placements)  # type: ignore[attr-defined]
 
 
-def part_of(tensor: Tensor, axis: int) -> Part:
+def neuron_shard(tensor: Tensor, axis: int) -> NeuronShard:
     """This rank's part of a distributed tensor's neurons, which lie along ``axis``.
 
     Each cut gives every rank ``ceil(N / ranks)`` neurons as long as there are any left, as ``torch.chunk`` does.
     """
     start, size, again = 0, tensor.shape[axis], False
-    for dimension, (parts, place) in zip(cut(tensor), _places(tensor), strict=True):
+    for dimension, (parts, place) in zip(sharded_dims(tensor), _places(tensor), strict=True):
         if dimension == axis:
             each = -(-size // parts)
             before = min(each * place, size)
             start, size = start + before, min(each, size - before)
         elif dimension is None:
             again |= place > 0
-    return Part(-1 if again else start, tensor.shape[axis])
+    return NeuronShard(-1 if again else start, tensor.shape[axis])
 
 
-def is_later_part(weight: Tensor) -> bool:
+def is_later_shard(weight: Tensor) -> bool:
     """Whether this rank holds a part of a weight that is not the first: then a rank with the first has our data."""
     return any(
-        dimension is not None and place > 0 for dimension, (_, place) in zip(cut(weight), _places(weight), strict=True)
+        dimension is not None and place > 0
+        for dimension, (_, place) in zip(sharded_dims(weight), _places(weight), strict=True)
     )
 
 
-def shares_layers(model: nn.Module | None) -> bool:
+def is_tensor_parallel(model: nn.Module | None) -> bool:
     """Whether ranks share the neurons of a model's layers while it runs; FSDP's cut is mended for each run.
 
-    >>> shares_layers(nn.Linear(2, 2))
+    >>> is_tensor_parallel(nn.Linear(2, 2))
     False
     """
     if model is None:
         return False
-    mended = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
-    return any(len(cut(weight)) - cut(weight).count(None) > mended for weight in model.parameters())
+    gathered = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    return any(len(sharded_dims(weight)) - sharded_dims(weight).count(None) > gathered for weight in model.parameters())
 
 
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:

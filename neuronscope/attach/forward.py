@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.attach.dtensor import local
-from neuronscope.attach.neuron_flow import Flow
+from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.recomputation import Recomputation
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.sites import SiteKey
@@ -29,51 +29,51 @@ class ForwardContext:
     """State of the forward that is running; one instance serves all forwards of a tap, one after another."""
 
     def __init__(self) -> None:
-        self.owners: list[str] = []
-        self.flow = Flow()
+        self.module_stack: list[str] = []
+        self.flow = NeuronFlow()
         self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
         self.examples = 0
         self.recomputing = False
-        self.muted = False
-        self.bounded = False
-        self.ran_whole = False  # whether the model's own forward was seen
-        self.ran_in_parts = False  # whether parts of it were called without it, outside of a step that is bounded
+        self.exporting = False
+        self.explicit_step = False
+        self.ran_root = False  # whether the model's own forward was seen
+        self.ran_parts = False  # whether parts of it were called without it, outside of a step that is bounded
         self.recomputation = Recomputation()
         self._graded = True
         self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # by place, in the order of calls; made once
         self._calls: dict[tuple[str, str], int] = {}
-        self._loose_calls: dict[tuple[str, str], int] = {}
+        self._outside_calls: dict[tuple[str, str], int] = {}
 
     @property
-    def owner(self) -> str:
+    def current_path(self) -> str:
         """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
-        return self.owners[-1] if self.owners else ""
+        return self.module_stack[-1] if self.module_stack else ""
 
     def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """A watched module begins to run; says whether that began a frame."""
-        outermost = not self.owners
+        outermost = not self.module_stack
         if outermost:
             self.forget()
             self._calls.clear()
             self.recomputing = in_backward()
-            self.muted = not observable()
+            self.exporting = not observable()
             self._graded = torch.is_grad_enabled()
             if path == "":
-                self.ran_whole = True
-            elif not self.bounded:
-                self.ran_in_parts = True
+                self.ran_root = True
+            elif not self.explicit_step:
+                self.ran_parts = True
             if not self._graded and not self.recomputing:
                 self.recomputation.clear()  # no backward pass will come
             tensor = first_tensor((args, kwargs))
-            self.examples = local(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
-        self.owners.append(path)
+            self.examples = local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
+        self.module_stack.append(path)
         return outermost
 
     def leave(self) -> bool:
         """A watched module is done, or failed; says whether that ended the frame."""
-        if self.owners:
-            self.owners.pop()
-        if self.owners:
+        if self.module_stack:
+            self.module_stack.pop()
+        if self.module_stack:
             return False
         self.forget()
         return True
@@ -81,13 +81,13 @@ class ForwardContext:
     def number(self, path: str, function: str) -> SiteKey:
         """The key of the call that begins now."""
         place = (path, function)
-        if not self.owners and not self.bounded and not torch.is_grad_enabled():
+        if not self.module_stack and not self.explicit_step and not torch.is_grad_enabled():
             return self._key(place, 0)  # neither a step nor a backward pass will part one forward from another
-        calls = self._calls if self.owners else self._loose_calls
+        calls = self._calls if self.module_stack else self._outside_calls
         call = calls.get(place, 0)
         calls[place] = call + 1
-        if self.owners and self._graded and not torch.is_grad_enabled():
-            self.recomputation.hide(place, call)
+        if self.module_stack and self._graded and not torch.is_grad_enabled():
+            self.recomputation.add(place, call)
         return self._key(place, call)
 
     def _key(self, place: tuple[str, str], call: int) -> SiteKey:
@@ -105,17 +105,17 @@ class ForwardContext:
 
     def restart(self) -> None:
         """An optimizer step is over, or a forward never ended: number and remember from scratch."""
-        self.owners.clear()
+        self.module_stack.clear()
         self._calls.clear()
-        self._loose_calls.clear()
+        self._outside_calls.clear()
         self.recomputing = False
-        self.muted = False
+        self.exporting = False
         self.recomputation.clear()
         self.forget()
 
-    def end_loose(self) -> None:
+    def restart_outside_calls(self) -> None:
         """A backward pass ran: what is loose from now on belongs to another forward."""
-        self._loose_calls.clear()
+        self._outside_calls.clear()
 
 
 def in_backward() -> bool:

@@ -32,7 +32,7 @@ class Watch(Protocol):
     observing: bool
     functional: bool
     registry: Registry
-    observer: SiteRecorder
+    recorder: SiteRecorder
     running: list[Call | None]
     callers: CallStack
     entered: EnteredMode
@@ -69,9 +69,9 @@ def _in_compiled_graph() -> bool:
 class ActivationFunctionMode(TorchFunctionMode):
     """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
 
-    def __init__(self, tap: Watch) -> None:
+    def __init__(self, manager: Watch) -> None:
         super().__init__()
-        self.tap = tap
+        self.manager = manager
         self.handling = False  # torch has taken the mode off the stack while it handles a call
 
     def __torch_function__(
@@ -83,20 +83,20 @@ class ActivationFunctionMode(TorchFunctionMode):
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
-            if self.tap.callers.runs(id(func)) or self.tap.runs(sys._getframe(1)):
+            if self.manager.callers.runs(id(func)) or self.manager.runs(sys._getframe(1)):
                 return self._see(func, args, kwargs or {})
             try:  # an interrupt ended what ran, and this is somebody else's
                 return func(*args, **(kwargs or {}))
             finally:
-                self.tap.entered.take_off_next()
+                self.manager.entered.take_off_next()
         finally:
             self.handling = before
 
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tap = self.tap
-        if tap.running or not tap.observing or (tap.observer.compiled and _in_compiled_graph()):
+        manager = self.manager
+        if manager.running or not manager.observing or (manager.recorder.compiled and _in_compiled_graph()):
             return func(*args, **kwargs)
-        activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
+        activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
         if activation is not None:
             return self._activation(activation, func, args, kwargs)
         output = func(*args, **kwargs)
@@ -107,30 +107,32 @@ class ActivationFunctionMode(TorchFunctionMode):
     def _activation(
         self, activation: Activation, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        tap = self.tap
+        manager = self.manager
         x = first_input(args, kwargs)
         call: Call | None = None
         try:
             with unwatched():
-                halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                call = tap.observer.begin(tap.observer.frame.owner, activation.name, activation, x, halved)
+                glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
+                call = manager.recorder.begin(
+                    manager.recorder.forward.current_path, activation.name, activation, x, glu_dim
+                )
         except Exception as error:
-            tap.fail(error)
+            manager.fail(error)
         output = func(*args, **kwargs)
-        if call is not None and tap.observing:
+        if call is not None and manager.observing:
             try:
                 with unwatched():
-                    tap.observer.end(call, x, output)
+                    manager.recorder.end(call, x, output)
             except Exception as error:
-                tap.fail(error)
+                manager.fail(error)
         return output
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tap = self.tap
+        manager = self.manager
         try:
             with unwatched():
-                tap.observer.frame.flow.follow(func, args, kwargs, output)
-                if tap.functional and func in _PRODUCTS:
-                    tap.observer.product(args, output)
+                manager.recorder.forward.flow.follow(func, args, kwargs, output)
+                if manager.functional and func in _PRODUCTS:
+                    manager.recorder.product(args, output)
         except Exception as error:
-            tap.fail(error)
+            manager.fail(error)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 
 __all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register", "unwatched"]
 
@@ -21,7 +21,7 @@ class Gradients(Protocol):
 
     fail: Callable[[Exception], None]
 
-    def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
+    def gradient(self, gradient: Tensor, counters: SiteCounters, axis: int, glu_dim: int | None) -> None:
         """The gradient at a pre-activation has come."""
 
 
@@ -45,12 +45,12 @@ class GradientHook(InertHook):
 
     __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
 
-    def __init__(self, observer: Gradients, place: tuple[str, str], halved: int | None) -> None:
-        self.observer = observer
+    def __init__(self, recorder: Gradients, place: tuple[str, str], glu_dim: int | None) -> None:
+        self.recorder = recorder
         self.place = place
-        self.halved = halved
+        self.glu_dim = glu_dim
 
-    def site(self) -> tuple[Meter | None, int]:
+    def site(self) -> tuple[SiteCounters | None, int]:
         """Where to count, and the neurons' dimension."""
         raise NotImplementedError
 
@@ -59,26 +59,26 @@ class GradientHook(InertHook):
         # No gradient comes where only another part of a split tensor was used.
         if gradient is None:
             return
-        meter, axis = self.site()
-        if meter is not None and meter.open:
+        counters, axis = self.site()
+        if counters is not None and counters.open:
             try:
                 with unwatched():
-                    self.observer.gradient(gradient, meter, axis, self.halved)
+                    self.recorder.gradient(gradient, counters, axis, self.glu_dim)
             except Exception as error:
-                self.observer.fail(error)
+                self.recorder.fail(error)
 
 
 class CountedGradient(GradientHook):
     """Of a call that was numbered when it was made: one hook for all such calls."""
 
     def __init__(
-        self, observer: Gradients, place: tuple[str, str], halved: int | None, meter: Meter, axis: int
+        self, recorder: Gradients, place: tuple[str, str], glu_dim: int | None, counters: SiteCounters, axis: int
     ) -> None:
-        super().__init__(observer, place, halved)
-        self.meter = meter
-        self._site = (meter, axis)
+        super().__init__(recorder, place, glu_dim)
+        self.counters = counters
+        self._site = (counters, axis)
 
-    def site(self) -> tuple[Meter | None, int]:
+    def site(self) -> tuple[SiteCounters | None, int]:
         """As it was when the call was made."""
         return self._site
 
@@ -88,15 +88,15 @@ class RecomputedGradient(GradientHook):
 
     def __init__(
         self,
-        observer: Gradients,
+        recorder: Gradients,
         place: tuple[str, str],
-        halved: int | None,
-        site: Callable[[], tuple[Meter | None, int]],
+        glu_dim: int | None,
+        site: Callable[[], tuple[SiteCounters | None, int]],
     ) -> None:
-        super().__init__(observer, place, halved)
+        super().__init__(recorder, place, glu_dim)
         self._find = site
 
-    def site(self) -> tuple[Meter | None, int]:
+    def site(self) -> tuple[SiteCounters | None, int]:
         """As it is found now."""
         return self._find()
 

@@ -21,13 +21,13 @@ from torch._dynamo import OptimizedModule
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import skip_frames
-from neuronscope.attach.dtensor import shares_layers
+from neuronscope.attach.dtensor import is_tensor_parallel
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.gradient_hooks import InertHook, unwatched
 from neuronscope.attach.hook_handles import HookHandles, compilations
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.module_paths import walk
-from neuronscope.attach.recorder import AxisSource, Call, MeterSource, SiteRecorder
+from neuronscope.attach.recorder import Call, CountersFactory, DeclaredAxis, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
@@ -47,8 +47,8 @@ class HookManager:
     Args:
         model: The model to watch.
         registry: What counts as an activation.
-        meters: Gives the meter of a site; called once a site and phase.
-        axes: Gives the declared axis of a site by name.
+        new_counters: Gives the meter of a site; called once a site and phase.
+        declared_axis: Gives the declared axis of a site by name.
         functional: Whether functional activations and gated products are watched.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
@@ -58,15 +58,17 @@ class HookManager:
         model: nn.Module,
         *,
         registry: Registry,
-        meters: MeterSource,
-        axes: AxisSource,
+        new_counters: CountersFactory,
+        declared_axis: DeclaredAxis,
         functional: bool,
         tolerance: float,
     ) -> None:
         self.observing = False
         self.registry = registry
         self.functional = functional
-        self.observer = SiteRecorder(meters=meters, axes=axes, tolerance=tolerance, fail=self.fail)
+        self.recorder = SiteRecorder(
+            new_counters=new_counters, declared_axis=declared_axis, tolerance=tolerance, fail=self.fail
+        )
         self.running: list[Call | None] = []  # activation modules that are running, one inside another
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
@@ -80,7 +82,7 @@ class HookManager:
         self._handles = HookHandles()
         self._model = weakref.ref(model)
         self.uneven_inputs = UnevenInputs(model)
-        self.observer.shares_layers = lambda: shares_layers(self._model())
+        self.recorder.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = compilations()
         self._compiles = False  # whether the compiler has anything to do with this process, since we watch
         self._attach(model)
@@ -91,11 +93,11 @@ class HookManager:
             if any(path.startswith(f"{parent}.") for parent in hidden):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                self.observer.unseen[path or "(root)"] = "a scripted module hides its activations from hooks"
+                self.recorder.unseen[path or "(root)"] = "a scripted module hides its activations from hooks"
                 hidden.append(path)
                 continue
             if isinstance(module, _FUSED):
-                self.observer.unseen[path or "(root)"] = (
+                self.recorder.unseen[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if type(module).__module__.partition(".")[0] in _BYSTANDERS:
@@ -112,18 +114,20 @@ class HookManager:
 
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
         if activation is None or is_root:
-            self._handles.add(module.register_forward_pre_hook(_Enter(self, path), with_kwargs=True))
+            self._handles.add(module.register_forward_pre_hook(_EnterModule(self, path), with_kwargs=True))
         if activation is not None:
-            self._handles.add(module.register_forward_pre_hook(_Before(self, path, activation), with_kwargs=True))
-            self._handles.add(module.register_forward_hook(_After(self), always_call=True, with_kwargs=True))
+            self._handles.add(
+                module.register_forward_pre_hook(_BeforeActivation(self, path, activation), with_kwargs=True)
+            )
+            self._handles.add(module.register_forward_hook(_AfterActivation(self), always_call=True, with_kwargs=True))
         if activation is None or is_root:
-            self._handles.add(module.register_forward_hook(_Leave(self, path), always_call=True))
+            self._handles.add(module.register_forward_hook(_LeaveModule(self, path), always_call=True))
 
     def detach(self) -> None:
         """Take every hook off; harmless when done before."""
         self.set_observing(False)
         self._handles.remove()
-        self.observer.close()
+        self.recorder.close()
 
     def rest(self, steps: int) -> None:
         """Nothing is observed for ``steps`` steps: take the hooks off, unless the compiler has to do with the model.
@@ -133,9 +137,9 @@ class HookManager:
         """
         if steps < _REST:
             return
-        frame, model = self.observer.frame, self._model()
-        ran = frame.ran_whole or frame.ran_in_parts
-        self._compiles |= self.observer.compiled or self._compilations != compilations()
+        forward, model = self.recorder.forward, self._model()
+        ran = forward.ran_root or forward.ran_parts
+        self._compiles |= self.recorder.compiled or self._compilations != compilations()
         if ran and model is not None and not self._compiles and not self._handles.off:
             self._compiles = any(_is_compiled(module) for module in model.modules())
             if not self._compiles:
@@ -145,18 +149,18 @@ class HookManager:
         self._handles.put_back()
         if self._compilations != compilations():
             self._compiles = True
-            self.observer.suspect()
+            self.recorder.expect_missed_sites()
 
-    def settle(self) -> None:
+    def detach_when_idle(self) -> None:
         """After a fault: take everything off as soon as the function mode can be."""
-        if self._handles and not self._mode.handling and not self.observer.frame.owners:
+        if self._handles and not self._mode.handling and not self.recorder.forward.module_stack:
             self.detach()
 
     def set_observing(self, observing: bool) -> None:
         """Begin or cease to count; what was left of an interrupted forward is forgotten."""
         if observing and self._handles.off:
             self._wake()
-        self.observer.restart()
+        self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
         self.observing = observing
@@ -166,31 +170,31 @@ class HookManager:
     def open_step(self) -> None:
         """A training step that is not itself a module's forward begins: watch its own functional calls too."""
         self._step_open = True
-        self._bound(True)
+        self._set_explicit_step(True)
         if self.observing:
             self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """The training step is over."""
         self._step_open = False
-        self._bound(False)
+        self._set_explicit_step(False)
         self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
-            self.settle()
+            self.detach_when_idle()
 
-    def _bound(self, bounded: bool) -> None:
-        self.observer.frame.bounded = bounded
-        self.observer.frame.end_loose()
+    def _set_explicit_step(self, explicit_step: bool) -> None:
+        self.recorder.forward.explicit_step = explicit_step
+        self.recorder.forward.restart_outside_calls()
 
     def watches_here(self) -> bool:
         """Whether what runs in this thread is to be counted."""
         if not self.observing or self._turn.is_ours():
             return self.observing
         if self._turn.free():
-            self.observer.frame.restart()
+            self.recorder.forward.restart()
             self._end()
             return self._turn.is_ours()
-        self.observer.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
+        self.recorder.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
         return False
 
     def runs(self, caller: FrameType) -> bool:
@@ -199,17 +203,17 @@ class HookManager:
         Args:
             caller: The frame that called a hook, or a torch function.
         """
-        owners = self.observer.frame.owners
-        if owners and self._turn.is_taken_here():
-            del owners[self.callers.running(len(owners), caller) :]
-            if not owners:
-                self.observer.frame.forget()
+        module_stack = self.recorder.forward.module_stack
+        if module_stack and self._turn.is_taken_here():
+            del module_stack[self.callers.running(len(module_stack), caller) :]
+            if not module_stack:
+                self.recorder.forward.forget()
                 self._end()
         if self._activation is not None and not is_on_stack(self._activation, caller):
             self._activation = None
             self.running.clear()
             self.entered.resume()
-        return bool(owners) or self._step_open
+        return bool(module_stack) or self._step_open
 
     def _end(self) -> None:
         """Nothing runs any more: leave the function mode, unless a step is open."""
@@ -241,19 +245,19 @@ class HookManager:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: FrameType | None
     ) -> None:
         """A watched module begins to run, called by ``caller`` (``None`` where ``torch.compile`` traces)."""
-        owners = self.observer.frame.owners
+        module_stack = self.recorder.forward.module_stack
         if caller is not None:
             self._look(module, caller)
-            if path == "" and owners and self.callers.innermost is None:
+            if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward that failed left its traces
-            self.callers.begin(len(owners), caller)
+            self.callers.begin(len(module_stack), caller)
         if path == "" and not torch.compiler.is_compiling():
             self.uneven_inputs.note_wrapper()
-        if self.observer.frame.enter(path, args, kwargs) and not self.observer.frame.muted:
+        if self.recorder.forward.enter(path, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not, and give other outputs where the input is padded.
-            self.observer.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
+            self.recorder.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 
@@ -262,14 +266,14 @@ class HookManager:
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
             self.entered.enter(handling=self._mode.handling)
-        if self.observer.frame.leave():
+        if self.recorder.forward.leave():
             self._end()
         else:
-            self.callers.cut(len(self.observer.frame.owners))
+            self.callers.cut(len(self.recorder.forward.module_stack))
 
     def _look(self, module: nn.Module, caller: FrameType) -> None:
         """A hook of a module is called by ``caller``: forget what an interrupt ended."""
-        if self._activation is not None or (self.observer.frame.owners and not self.callers.runs(id(module))):
+        if self._activation is not None or (self.recorder.forward.module_stack and not self.callers.runs(id(module))):
             self.runs(caller)
 
     def begin_activation(self, call: Call | None, caller: FrameType | None) -> None:
@@ -284,8 +288,8 @@ class HookManager:
         if caller is not None:
             self._look(module, caller)
         if not self.running:
-            halved = getattr(module, "dim", -1) if activation.halves else None
-            call = self.observer.begin(path, "", activation, x, halved)
+            glu_dim = getattr(module, "dim", -1) if activation.halves else None
+            call = self.recorder.begin(path, "", activation, x, glu_dim)
             self.entered.suspend()  # what it calls is its own affair
         self.begin_activation(call, caller)
 
@@ -296,8 +300,8 @@ class HookManager:
             self._activation = None
             self.entered.resume()
         if call is not None:
-            self.observer.end(call, x, y)
-        if not self.running and not self.observer.frame.owners:
+            self.recorder.end(call, x, y)
+        if not self.running and not self.recorder.forward.module_stack:
             self._turn.end()
 
 
@@ -325,78 +329,78 @@ def _caller() -> FrameType | None:
     return None if torch.compiler.is_compiling() else sys._getframe(2)
 
 
-class _Enter(InertHook):
-    def __init__(self, tap: HookManager, path: str) -> None:
-        self.tap = tap
+class _EnterModule(InertHook):
+    def __init__(self, manager: HookManager, path: str) -> None:
+        self.manager = manager
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tap.watches_here():
+        if self.manager.watches_here():
             try:
-                self.tap.enter(self.path, module, args, kwargs, _caller())
+                self.manager.enter(self.path, module, args, kwargs, _caller())
             except Exception as error:
-                self.tap.fail(error)
-        elif self.tap.failure is not None:
-            self.tap.observer.frame.owners.append(self.path)
+                self.manager.fail(error)
+        elif self.manager.failure is not None:
+            self.manager.recorder.forward.module_stack.append(self.path)
 
 
-class _Leave(InertHook):
-    def __init__(self, tap: HookManager, path: str) -> None:
-        self.tap = tap
+class _LeaveModule(InertHook):
+    def __init__(self, manager: HookManager, path: str) -> None:
+        self.manager = manager
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.tap.watches_here():
+        if self.manager.watches_here():
             try:
-                self.tap.leave(self.path)
+                self.manager.leave(self.path)
             except Exception as error:
-                self.tap.fail(error)
-        elif self.tap.failure is not None:
-            self.tap.observer.frame.leave()
-            self.tap.settle()
+                self.manager.fail(error)
+        elif self.manager.failure is not None:
+            self.manager.recorder.forward.leave()
+            self.manager.detach_when_idle()
 
 
 class _SuspendInside(InertHook):
-    def __init__(self, tap: HookManager) -> None:
-        self.tap = tap
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.tap.watches_here():
-            self.tap.begin_activation(None, _caller())
+        if self.manager.watches_here():
+            self.manager.begin_activation(None, _caller())
 
 
 class _ResumeInside(_SuspendInside):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if self.tap.watches_here() and self.tap.running:
-            self.tap.after(None, None)
+        if self.manager.watches_here() and self.manager.running:
+            self.manager.after(None, None)
 
 
-class _Before(InertHook):
-    def __init__(self, tap: HookManager, path: str, activation: Activation) -> None:
-        self.tap = tap
+class _BeforeActivation(InertHook):
+    def __init__(self, manager: HookManager, path: str, activation: Activation) -> None:
+        self.manager = manager
         self.path = path
         self.activation = activation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tap.watches_here():
+        if self.manager.watches_here():
             try:
                 with unwatched():
-                    self.tap.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
+                    self.manager.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
             except Exception as error:
-                self.tap.fail(error)
+                self.manager.fail(error)
 
 
-class _After(InertHook):
-    def __init__(self, tap: HookManager) -> None:
-        self.tap = tap
+class _AfterActivation(InertHook):
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.tap.watches_here():
+        if self.manager.watches_here():
             try:
                 with unwatched():
-                    self.tap.after(first_input(args, kwargs), output)
+                    self.manager.after(first_input(args, kwargs), output)
             except Exception as error:
-                self.tap.fail(error)
+                self.manager.fail(error)
 
 
 # What is loaded by now is all that a hook can call.

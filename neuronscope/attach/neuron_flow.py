@@ -5,7 +5,7 @@ batch norm puts neurons on axis 1, a linear layer, a layer norm or a matrix prod
 through the transposes, views and elementwise operations in between; *nearest*, the last weighted call of the forward
 whatever it fed; and last *assumed* from the rank.
 
-A :class:`Flow` watches one forward and knows the layout of every tensor in it. It draws on nothing but shapes, and is
+A :class:`NeuronFlow` watches one forward and knows the layout of every tensor in it. It draws on shapes alone, and is
 written so that ``torch.compile`` can trace it.
 """
 
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.dtensor import Part, is_distributed, is_later_part, local, part_of
+from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 
-__all__ = ["Flow", "NeuronAxis", "assume"]
+__all__ = ["NeuronAxis", "NeuronFlow", "assume"]
 
 
 class NeuronAxis(NamedTuple):
@@ -38,7 +38,7 @@ class NeuronAxis(NamedTuple):
     axis: int
     source: str
     mixed: bool = False
-    part: Part = Part()
+    shard: NeuronShard = NeuronShard()
 
 
 def assume(dimensions: int) -> NeuronAxis:
@@ -106,7 +106,7 @@ _VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
 _CHOOSING = _PICKS | _VIEWS
 
 
-class Flow:
+class NeuronFlow:
     """The layouts of the tensors of one forward, kept by following every torch function called in it."""
 
     def __init__(self) -> None:
@@ -114,7 +114,9 @@ class Flow:
         self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
         self._nearest: list[tuple[int, NeuronAxis]] = []  # at most one
         self._made: dict[tuple[Callable[..., Any], int], NeuronAxis] = {}  # by what weighted call, and of what rank
-        self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
+        self._shared: list[
+            tuple[torch.Size, int, NeuronShard]
+        ] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
     def clear(self) -> None:
@@ -133,31 +135,31 @@ class Flow:
         if self._nearest and self._nearest[0][0] == tensor.dim():
             nearest = self._nearest[0][1]
             layout = nearest._replace(source=f"nearest {nearest.source}")
-        return layout._replace(part=self.part(tensor, layout.axis))
+        return layout._replace(shard=self.shard(tensor, layout.axis))
 
-    def ground(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What :meth:`of` and :meth:`part` go by besides a plain tensor's shape: where that is equal, so are they."""
+    def cache_key(self, tensor: Tensor) -> tuple[Any, ...]:
+        """What :meth:`of` and :meth:`shard` go by besides a plain tensor's shape: where that is equal, so are they."""
         return self._layouts.get(tensor), *self._nearest, *self._shared
 
-    def part(self, tensor: Tensor, axis: int) -> Part:
+    def shard(self, tensor: Tensor, axis: int) -> NeuronShard:
         """Which neurons this rank holds of a tensor whose layout is declared or guessed.
 
         What ranks share leaves torch's sight where it becomes a plain tensor (``DTensor.to_local``): it is known again
         by its size.
         """
         if torch.compiler.is_compiling() or tensor.dim() <= axis:
-            return Part()
+            return NeuronShard()
         if is_distributed(tensor):
-            return part_of(tensor, axis)
+            return neuron_shard(tensor, axis)
         if not self._shared:
-            return Part()
-        shape, own, part = self._shared[0]
+            return NeuronShard()
+        shape, own, shard = self._shared[0]
         neurons = tensor.shape[axis]
-        if neurons == own < part.whole:
-            return part
-        if neurons == part.whole and math.prod(tensor.shape) < math.prod(shape):
-            return Part(0, neurons)  # cut along its positions: this rank's are its own
-        return Part()
+        if neurons == own < shard.whole:
+            return shard
+        if neurons == shard.whole and math.prod(tensor.shape) < math.prod(shape):
+            return NeuronShard(0, neurons)  # cut along its positions: this rank's are its own
+        return NeuronShard()
 
     def same(self, source: Tensor, result: Any) -> None:
         """``result`` was made elementwise from ``source``."""
@@ -185,10 +187,10 @@ class Flow:
             layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
             self._shared.clear()
             if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
-                layout = layout._replace(part=part_of(outputs[0], layout.axis))
-                self._shared.append((outputs[0].shape, local(outputs[0]).shape[layout.axis], layout.part))
+                layout = layout._replace(shard=neuron_shard(outputs[0], layout.axis))
+                self._shared.append((outputs[0].shape, local_tensor(outputs[0]).shape[layout.axis], layout.shard))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
-                self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
+                self.duplicate = self.duplicate or any(is_later_shard(weight) for weight in weights)
             self._layouts.put(outputs[0], layout)
             self._nearest[:] = [(rank, layout)]
             return
@@ -208,7 +210,7 @@ class Flow:
                     carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if carried is not None:
                     if is_distributed(output) and not torch.compiler.is_compiling():
-                        layout = layout._replace(part=part_of(output, carried))
+                        layout = layout._replace(shard=neuron_shard(output, carried))
                     self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
 
     def _produced(self, function: Callable[..., Any], result: Any) -> bool:

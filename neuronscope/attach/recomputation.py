@@ -17,12 +17,12 @@ class Recomputation:
 
     >>> due = Recomputation()
     >>> for call in (0, 1, 2):
-    ...     due.hide(("relu", ""), call)
-    >>> due.again(("relu", "")), due.again(("relu", ""))
+    ...     due.add(("relu", ""), call)
+    >>> due.next_number(("relu", "")), due.next_number(("relu", ""))
     (0, 1)
-    >>> due.call_of(("relu", ""), 0), due.call_of(("relu", ""), 1)
+    >>> due.forward_call(("relu", ""), 0), due.forward_call(("relu", ""), 1)
     (1, 2)
-    >>> due.again(("relu", "")), due.call_of(("relu", ""), 0)
+    >>> due.next_number(("relu", "")), due.forward_call(("relu", ""), 0)
     (0, 0)
     """
 
@@ -31,11 +31,11 @@ class Recomputation:
         self._made: dict[Place, int] = {}
         self._fired = False
 
-    def hide(self, place: Place, call: int) -> None:
+    def add(self, place: Place, call: int) -> None:
         """A call was made without gradients, in a forward that has them."""
         self._due.setdefault(place, []).append(call)
 
-    def again(self, place: Place) -> int:
+    def next_number(self, place: Place) -> int:
         """A call is made in a backward pass; gives its number within the segment that is recomputed."""
         if self._fired:  # gradients came since: another segment begins
             for done, count in self._made.items():
@@ -46,7 +46,7 @@ class Recomputation:
         self._made[place] = number + 1
         return number
 
-    def call_of(self, place: Place, number: int) -> int:
+    def forward_call(self, place: Place, number: int) -> int:
         """The call that the ``number``-th of the segment was in the forward; asked when its gradient has come."""
         self._fired = True
         due, made = self._due.get(place, []), self._made.get(place, 0)

@@ -24,9 +24,9 @@ class SitePatterns:
         UsageError: A pattern is no non-empty string, or an axis no integer.
 
     >>> selection = SitePatterns("layer1.*", None, {"*.mixer": -1})
-    >>> selection.meets("layer1.relu"), selection.meets("fc.relu")
+    >>> selection.register("layer1.relu"), selection.register("fc.relu")
     (True, False)
-    >>> next(selection.complaints("Net"))
+    >>> next(selection.unmatched_warnings("Net"))
     "Expected pattern '*.mixer' to match a site, but it matched none of those seen: layer1.relu, fc.relu."
     >>> selection.wants("layer1.relu"), selection.wants("fc.relu"), selection.axis("layer1.mixer")
     (True, False, -1)
@@ -39,12 +39,12 @@ class SitePatterns:
         self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
         self._met: dict[str, None] = {}  # names in the order in which they were met
 
-    def meets(self, name: str) -> bool:
+    def register(self, name: str) -> bool:
         """A site of this name ran: says whether it is to be counted."""
         self._met[name] = None
         return self.wants(name)
 
-    def complaints(self, model: str, most: int = 8) -> Iterator[str]:
+    def unmatched_warnings(self, model: str, most: int = 8) -> Iterator[str]:
         """What is to be said once the model has run: patterns that match none of its sites, or that it has none.
 
         Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "empty_now", "in_transform", "uncountable", "what"]
+__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
 
 #: Why calls in a function transform are not measured.
 IN_TRANSFORM = (
@@ -22,7 +22,7 @@ BATCHED_GRADIENT = (
 )
 
 
-def empty_now(tensor: Tensor) -> bool:
+def holds_no_data(tensor: Tensor) -> bool:
     """Whether a plain tensor holds nothing while this code runs: on ``meta``, or while a CUDA graph is captured.
 
     A capture notes what the device is to do and does none of it; a replay does it, and runs no Python.
@@ -30,7 +30,7 @@ def empty_now(tensor: Tensor) -> bool:
     Args:
         tensor: Not one that ``torch.compile`` traces.
 
-    >>> empty_now(torch.zeros(2)), empty_now(torch.zeros(2, device="meta"))
+    >>> holds_no_data(torch.zeros(2)), holds_no_data(torch.zeros(2, device="meta"))
     (False, True)
     """
     return tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -65,10 +65,10 @@ def _count_transforms() -> int:
 _transforms = torch.compiler.assume_constant_result(_count_transforms)  # run for real where a graph is traced
 
 
-def uncountable(tensor: Tensor) -> str:
+def unsupported_reason(tensor: Tensor) -> str:
     """Why a tensor cannot be counted, or ``""``.
 
-    >>> uncountable(torch.zeros(2, device="meta"))
+    >>> unsupported_reason(torch.zeros(2, device="meta"))
     'tensors of type Tensor on meta cannot be counted'
     """
     if tensor.is_nested:
@@ -76,7 +76,7 @@ def uncountable(tensor: Tensor) -> str:
     odd = type(tensor) is not Tensor and isinstance(tensor, FakeTensor)
     if odd or tensor.is_meta or tensor.layout is not torch.strided:
         return f"tensors of type {type(tensor).__name__} on {tensor.device.type} cannot be counted"
-    if empty_now(tensor):
+    if holds_no_data(tensor):
         return (
             "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: call the "
             "model without a graph while it is watched, or leave the graph to `torch.compile`"
@@ -84,10 +84,10 @@ def uncountable(tensor: Tensor) -> str:
     return ""
 
 
-def what(x: Any) -> str:
+def describe_input(x: Any) -> str:
     """What an activation was given, in words, where it is no activation tensor.
 
-    >>> what(torch.zeros(2, dtype=torch.int64)), what(torch.tensor(1.0)), what(None)
+    >>> describe_input(torch.zeros(2, dtype=torch.int64)), describe_input(torch.tensor(1.0)), describe_input(None)
     ('int64 tensors', 'float32 tensors without dimensions', 'an input of type NoneType')
     """
     if not isinstance(x, Tensor):

@@ -8,14 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.counting import Scratch, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.pending_counts import NEVER, PendingCounts
 from neuronscope.count.small_tensors import SmallTensors
 
-__all__ = ["NEVER", "Counters", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
+__all__ = [
+    "NEVER",
+    "CounterTensors",
+    "SiteCounters",
+    "add_gradients",
+    "add_outputs",
+    "gate_half",
+    "register_gradient_hook",
+]
 
 
-class Counters(NamedTuple):
+class CounterTensors(NamedTuple):
     """The running counts of one site, ``(N,)`` each, on its device; see :class:`neuronscope.tally.census.Tally`.
 
     Attributes:
@@ -37,14 +45,15 @@ class Counters(NamedTuple):
     traced: Tensor
 
 
-class Meter:
+class SiteCounters:
     """The running counts of one site in one phase, on the site's device, until they are read.
 
-    ``counters`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
+    ``tensors`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
     it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
     and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
-    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is cut as ``cut`` says: see
-    :func:`neuronscope.attach.dtensor.cut`.
+    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is sharded as
+    ``sharded_dims`` says: see
+    :func:`neuronscope.attach.dtensor.sharded_dims`.
 
     Args:
         neurons: ``N``.
@@ -55,11 +64,11 @@ class Meter:
         self.neurons = neurons
         self.open = True
         self.in_graph = False  # whether a compiled graph holds it
-        self.gate: Meter | None = None
-        self.cut: tuple[int | None, ...] = ()
+        self.gate: SiteCounters | None = None
+        self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
             long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
-            self.counters = Counters(
+            self.tensors = CounterTensors(
                 zero_outputs=long,
                 zero_gradients=long.clone(),
                 not_finite=long.clone(),
@@ -76,7 +85,7 @@ class Meter:
         self.gradient_positions = 0
         self.examples = 0
 
-    def settle(self, scratch: Scratch | None = None) -> Counters:
+    def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
         """Add up what waits; gives the counters, which are whole until the next tensor is counted.
 
         Args:
@@ -84,13 +93,13 @@ class Meter:
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
-                scratch = scratch or Scratch()
+                scratch = scratch or ScratchBuffers()
                 self._count_small_outputs(scratch)
                 self._count_small_gradients(scratch)
             self._add_rows()
-        return self.counters
+        return self.tensors
 
-    def make_room(self, scratch: Scratch) -> None:
+    def make_room(self, scratch: ScratchBuffers) -> None:
         """Count the small tensors that wait where there is no room for more."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if self.small_outputs.full:
@@ -98,7 +107,7 @@ class Meter:
             if self.small_gradients.full:
                 self._count_small_gradients(scratch)
 
-    def _count_small_outputs(self, scratch: Scratch) -> None:
+    def _count_small_outputs(self, scratch: ScratchBuffers) -> None:
         small = self.small_outputs
         if len(small):
             row = self._rows_for(small, self.outputs, scratch)
@@ -109,24 +118,24 @@ class Meter:
                     self.add_plain(y, small.axis, step, small.tolerance)
             small.clear()
 
-    def _count_small_gradients(self, scratch: Scratch) -> None:
+    def _count_small_gradients(self, scratch: ScratchBuffers) -> None:
         small = self.small_gradients
         if len(small):
             self._rows_for(small, self.gradients, scratch)
             self._keep(small, self.gradients)
             small.clear()
 
-    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: Scratch) -> Tensor:
+    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: ScratchBuffers) -> Tensor:
         if len(rows) + len(small) > rows.room:
             self._add_rows()
-        counts = rows.some(len(small))
+        counts = rows.next_rows(len(small))
         small.count(scratch, counts)
         return counts
 
     def _keep(self, small: SmallTensors, rows: PendingCounts) -> None:
         positions = small.tensors()[0].numel() // self.neurons
         for step in small.steps:
-            rows.keep(positions=positions, step=step)
+            rows.add_row(positions=positions, step=step)
         if rows.full:
             self._add_rows()
 
@@ -135,21 +144,21 @@ class Meter:
             self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
             self.outputs.clear()
         if len(self.gradients):
-            self.counters.zero_gradients.add_(self.gradients.zeros())
+            self.tensors.zero_gradients.add_(self.gradients.zeros())
             self.gradients.clear()
 
     def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
-        counters = self.counters
-        counters.zero_outputs.add_(zeros)
-        counters.abs_sum.add_(magnitudes)
-        torch.maximum(counters.last_active, last_active, out=counters.last_active)
-        torch.minimum(counters.first_active, first_active, out=counters.first_active)
+        tensors = self.tensors
+        tensors.zero_outputs.add_(zeros)
+        tensors.abs_sum.add_(magnitudes)
+        torch.maximum(tensors.last_active, last_active, out=tensors.last_active)
+        torch.minimum(tensors.first_active, first_active, out=tensors.first_active)
 
     def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
         """Count one output by the plain formula, as :func:`add_outputs`."""
         zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
         fired = zeros + bad < y.numel() // self.neurons
-        self.counters.not_finite.add_(bad)
+        self.tensors.not_finite.add_(bad)
         self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 
     @property
@@ -161,9 +170,9 @@ class Meter:
         """Positions, gradient positions and examples so far.
 
         Args:
-            traced: What ``counters.traced`` holds, from who has read it; else it is read here, and waited for.
+            traced: What ``tensors.traced`` holds, from who has read it; else it is read here, and waited for.
         """
-        traced = self.counters.traced.tolist() if traced is None else traced
+        traced = self.tensors.traced.tolist() if traced is None else traced
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:
@@ -171,22 +180,28 @@ class Meter:
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         with torch.inference_mode(False), torch.no_grad():
-            for counter in self.counters:
+            for counter in self.tensors:
                 counter.zero_()
-            self.counters.last_active.fill_(-1)
-            self.counters.first_active.fill_(NEVER)
+            self.tensors.last_active.fill_(-1)
+            self.tensors.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
 
 
 def add_outputs(
-    meter: Meter, y: Tensor, axis: int, examples: int, step: int | Tensor, scratch: Scratch, tolerance: float
+    counters: SiteCounters,
+    y: Tensor,
+    axis: int,
+    examples: int,
+    step: int | Tensor,
+    scratch: ScratchBuffers,
+    tolerance: float,
 ) -> None:
     """Count one output tensor.
 
     A function and no method, since ``torch.compile`` traces no method of an object that it holds as a constant.
 
     Args:
-        meter: The site's meter.
+        counters: The site's meter.
         y: Output ``(…, N, …)``, detached.
         axis: The neurons' dimension.
         examples: Independent examples behind it.
@@ -195,60 +210,60 @@ def add_outputs(
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
     if isinstance(step, Tensor):
-        _add_outputs_in_graph(y, axis, examples, step, tolerance, *meter.counters)
+        _add_outputs_in_graph(y, axis, examples, step, tolerance, *counters.tensors)
         return
-    positions = y.numel() // meter.neurons
-    meter.positions += positions
-    meter.examples += examples
-    if meter.small_outputs.take(y, axis, step, tolerance):
-        if meter.small_outputs.full:
-            meter.make_room(scratch)
+    positions = y.numel() // counters.neurons
+    counters.positions += positions
+    counters.examples += examples
+    if counters.small_outputs.try_add(y, axis, step, tolerance):
+        if counters.small_outputs.full:
+            counters.make_room(scratch)
         return
-    rows = meter.outputs
+    rows = counters.outputs
     row = rows.next()
     if measure(y, axis, scratch, tolerance, row) and is_finite(row):
-        rows.keep(positions=positions, step=step)
+        rows.add_row(positions=positions, step=step)
         if rows.full:
-            meter.settle()
+            counters.flush()
     else:
-        meter.add_plain(y, axis, step, tolerance)
+        counters.add_plain(y, axis, step, tolerance)
 
 
-def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -> None:
+def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: ScratchBuffers) -> None:
     """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
-    positions = gradient.numel() // meter.neurons
-    meter.gradient_positions += positions
-    if meter.small_gradients.take(gradient, axis, 0, 0.0):
-        if meter.small_gradients.full:
-            meter.make_room(scratch)
+    positions = gradient.numel() // counters.neurons
+    counters.gradient_positions += positions
+    if counters.small_gradients.try_add(gradient, axis, 0, 0.0):
+        if counters.small_gradients.full:
+            counters.make_room(scratch)
         return
-    rows = meter.gradients
+    rows = counters.gradients
     if measure(gradient, axis, scratch, 0.0, rows.next()):
-        rows.keep(positions=positions, step=0)
+        rows.add_row(positions=positions, step=0)
         if rows.full:
-            meter.settle()
+            counters.flush()
     else:
-        meter.counters.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
+        counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
 
 
-def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> None:
+def register_gradient_hook(x: Tensor, axis: int, glu_dim: int | None, counters: SiteCounters) -> None:
     """Count the gradient of ``x`` when it comes, in a graph that ``torch.compile`` traces.
 
     Args:
         x: The pre-activation.
         axis: The neurons' dimension.
-        halved: The dimension whose second half is the gate (GLU), else ``None``.
-        meter: The site's meter.
+        glu_dim: The dimension whose second half is the gate (GLU), else ``None``.
+        counters: The site's meter.
     """
-    _ask_gradients_in_graph(x, axis, halved, meter.counters.zero_gradients, meter.counters.traced)
+    _register_gradient_hook_in_graph(x, axis, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
 
 
-def gate_half(gradient: Tensor, halved: int | None) -> Tensor:
-    """The part of a gradient that belongs to the gate: the second half along ``halved``, or all of it."""
-    if halved is None:
+def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
+    """The part of a gradient that belongs to the gate: the second half along ``glu_dim``, or all of it."""
+    if glu_dim is None:
         return gradient
-    half = gradient.shape[halved] // 2
-    return gradient.narrow(halved, half, half)
+    half = gradient.shape[glu_dim] // 2
+    return gradient.narrow(glu_dim, half, half)
 
 
 # In a compiled graph these are single calls, that the compiler's back end opens and fuses with what is around them.
@@ -261,9 +276,9 @@ def _add_outputs_in_graph(
     examples: int,
     step: Tensor,
     tolerance: float,
-    *counters: Tensor,
+    *tensors: Tensor,
 ) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = counters
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = tensors
     zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)
@@ -277,9 +292,11 @@ def _add_outputs_in_graph(
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
-def _ask_gradients_in_graph(x: Tensor, axis: int, halved: int | None, zero_gradients: Tensor, traced: Tensor) -> None:
+def _register_gradient_hook_in_graph(
+    x: Tensor, axis: int, glu_dim: int | None, zero_gradients: Tensor, traced: Tensor
+) -> None:
     def count(gradient: Tensor) -> None:
-        part = gate_half(gradient, halved).detach()
+        part = gate_half(gradient, glu_dim).detach()
         zero_gradients.add_(plain_zeros(part, axis, 0.0))
         traced[1].add_(part.numel() // part.shape[axis])
 

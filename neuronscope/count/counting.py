@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.cpu_kernels import Scratch
+from neuronscope.count.cpu_kernels import ScratchBuffers
 
-__all__ = ["OutputCounts", "Scratch", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
+__all__ = ["OutputCounts", "ScratchBuffers", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
 
 
 class OutputCounts(NamedTuple):
@@ -58,7 +58,7 @@ def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, 
     )
 
 
-def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: Tensor) -> bool:
+def measure(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float, out: Tensor) -> bool:
     """Count a tensor's zeros, and add up its magnitudes where ``out`` has two rows, without allocating.
 
     Args:
@@ -78,7 +78,7 @@ def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: 
     return True
 
 
-def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 0.0) -> Tensor:
+def count_zeros(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> Tensor:
     """Zeros of each neuron.
 
     Args:
@@ -96,7 +96,7 @@ def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 
     return plain_zeros(tensor, axis, tolerance)
 
 
-def count_outputs(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 0.0) -> OutputCounts:
+def count_outputs(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> OutputCounts:
     """Zeros, non-finite values and summed magnitudes of each neuron.
 
     Args:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Scratch", "compare", "magnitudes"]
+__all__ = ["Plan", "ScratchBuffers", "compare", "magnitudes"]
 
 #: Elements of a block: 1 MB of bytes.
 _BLOCK = 1 << 20
@@ -59,7 +59,7 @@ class Plan:
         raise NotImplementedError
 
 
-class Scratch(threading.local):
+class ScratchBuffers(threading.local):
     """Buffers and plans of their use, made once a thread: counting a tensor like one before allocates nothing."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class _Small(Plan):
 class _Large(Plan):
     """A tensor seen as ``(outer, N, inner)`` is cut along all three into blocks."""
 
-    def __init__(self, tensor: Tensor, axis: int, quantities: int, scratch: Scratch) -> None:
+    def __init__(self, tensor: Tensor, axis: int, quantities: int, scratch: ScratchBuffers) -> None:
         order = _Order(tensor, axis)
         self._order, self._shape = order.order, order.shape
         self._quantities = quantities
@@ -196,7 +196,7 @@ class _Large(Plan):
 class _Block:
     """Blocks of one shape ``(outer, n, inner)``, and the views of the buffers that they need."""
 
-    def __init__(self, shape: Shape, scratch: Scratch) -> None:
+    def __init__(self, shape: Shape, scratch: ScratchBuffers) -> None:
         self._shape = shape
         self._positions = torch.tensor(float(shape[0] * shape[2]), dtype=torch.float32, device="cpu")
         self._zero = scratch.zero

@@ -27,7 +27,7 @@ class PendingCounts:
 
     >>> rows = PendingCounts(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
-    >>> rows.keep(positions=4, step=7)
+    >>> rows.add_row(positions=4, step=7)
     >>> last, first = rows.active()
     >>> rows.zeros(), last, first.eq(NEVER)
     (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
@@ -45,14 +45,14 @@ class PendingCounts:
         return len(self._steps)
 
     def next(self) -> Tensor:
-        """The next free row, ``(quantities, N)``, to be written; it does not count until :meth:`keep`."""
+        """The next free row, ``(quantities, N)``, to be written; it does not count until :meth:`add_row`."""
         return self._each[len(self._steps)]
 
-    def some(self, number: int) -> Tensor:
+    def next_rows(self, number: int) -> Tensor:
         """As many free rows, ``(number, quantities, N)``, as :meth:`next`; each is to be kept."""
         return self._rows[len(self._steps) : len(self._steps) + number]
 
-    def keep(self, *, positions: int, step: int) -> None:
+    def add_row(self, *, positions: int, step: int) -> None:
         """The row that :meth:`next` gave is written.
 
         Args:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.cpu_kernels import Scratch, compare, magnitudes
+from neuronscope.count.cpu_kernels import ScratchBuffers, compare, magnitudes
 
 __all__ = ["SmallTensors"]
 
@@ -29,12 +29,12 @@ class SmallTensors:
         quantities: 1 to count zeros, 2 for zeros and magnitudes.
 
     >>> waiting = SmallTensors(2)
-    >>> waiting.take(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
+    >>> waiting.try_add(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
     True
-    >>> waiting.take(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
+    >>> waiting.try_add(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
     False
     >>> counts = torch.empty(1, 2, 3)
-    >>> waiting.count(Scratch(), counts)
+    >>> waiting.count(ScratchBuffers(), counts)
     >>> counts
     tensor([[[2., 1., 0.],
              [0., 1., 4.]]])
@@ -52,7 +52,7 @@ class SmallTensors:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def take(self, tensor: Tensor, axis: int, step: int, tolerance: float) -> bool:
+    def try_add(self, tensor: Tensor, axis: int, step: int, tolerance: float) -> bool:
         """Copy a tensor, if it is small and of the kind that waits.
 
         Args:
@@ -104,7 +104,7 @@ class SmallTensors:
         """Forget what waits."""
         self.steps.clear()
 
-    def count(self, scratch: Scratch, out: Tensor) -> None:
+    def count(self, scratch: ScratchBuffers, out: Tensor) -> None:
         """Count zeros of each tensor, and add up its magnitudes where two quantities are wanted.
 
         Args:
@@ -119,7 +119,7 @@ class SmallTensors:
             work = work.sum(4)  # two plain sums are quicker than one over both ends
         torch.sum(work, 2, out=out.transpose(0, 1))
 
-    def _views(self, scratch: Scratch) -> _Views:
+    def _views(self, scratch: ScratchBuffers) -> _Views:
         """Where what waits is counted. Those of a full room, which come again and again, are made once."""
         numbers = self._quantities * len(self) * self._each[0].numel()
         buffer = scratch.numbers(numbers)

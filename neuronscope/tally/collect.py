@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from neuronscope.count.counters import Counters, Meter
-from neuronscope.count.counting import Scratch
+from neuronscope.count.counters import CounterTensors, SiteCounters
+from neuronscope.count.counting import ScratchBuffers
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 
@@ -23,7 +23,7 @@ __all__ = ["most_examples", "read"]
 AnyArray = npt.NDArray[np.generic]
 
 
-def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
+def read(sites: Sequence[tuple[SiteInfo, SiteCounters]]) -> list[Tally]:
     """The counts of running meters, copied. Waits for their devices.
 
     Args:
@@ -32,25 +32,25 @@ def read(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
     Returns:
         A tally each.
     """
-    meters = {id(each): each for _, meter in sites for each in (meter, meter.gate) if each is not None}
-    scratch = Scratch()
-    counters = (counter for meter in meters.values() for counter in meter.settle(scratch))
-    copies = iter(_copied(counters))
-    counted = {which: [next(copies) for _ in meter.counters] for which, meter in meters.items()}
-    return [_tally(info, meter, counted) for info, meter in sites]
+    all_counters = {id(each): each for _, counters in sites for each in (counters, counters.gate) if each is not None}
+    scratch = ScratchBuffers()
+    tensors = (counter for counters in all_counters.values() for counter in counters.flush(scratch))
+    copies = iter(_copied(tensors))
+    counted = {which: [next(copies) for _ in counters.tensors] for which, counters in all_counters.items()}
+    return [_tally(info, counters, counted) for info, counters in sites]
 
 
-def most_examples(meters: Iterable[Meter]) -> int:
+def most_examples(all_counters: Iterable[SiteCounters]) -> int:
     """Examples of the meter that has most of them. Waits for the meters' devices."""
-    known = list(meters)
-    traced = _copied(meter.counters.traced for meter in known)
-    return max((meter.totals(each.tolist())[2] for meter, each in zip(known, traced, strict=True)), default=0)
+    known = list(all_counters)
+    traced = _copied(counters.tensors.traced for counters in known)
+    return max((counters.totals(each.tolist())[2] for counters, each in zip(known, traced, strict=True)), default=0)
 
 
-def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> Tally:
-    asked = meter if meter.gate is None else meter.gate  # whose pre-activation the gradients are of
-    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, asked))
-    positions, _, examples = meter.totals(own["traced"].tolist())
+def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyArray]]) -> Tally:
+    asked = counters if counters.gate is None else counters.gate  # whose pre-activation the gradients are of
+    own, gate = (dict(zip(CounterTensors._fields, counted[id(each)], strict=True)) for each in (counters, asked))
+    positions, _, examples = counters.totals(own["traced"].tolist())
     return Tally(
         info=info,
         zero_outputs=own["zero_outputs"].astype(np.int64, copy=False),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
@@ -40,7 +40,7 @@ class PhaseRecord:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._meters: dict[SiteKey, tuple[SiteInfo, Meter]] = {}
+        self._counters: dict[SiteKey, tuple[SiteInfo, SiteCounters]] = {}
         self._flushed = Census()
         self._steps: list[int] = []
         self._steps_flushed = 0
@@ -51,12 +51,12 @@ class PhaseRecord:
         self.last = Census()
         self.history = History(policy)
 
-    def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
+    def add_site(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> SiteCounters:
         """A new meter for a site of this phase."""
         self._forget_other_width(key.name, {neurons, info.whole or neurons})
-        meter = Meter(neurons, device)
-        self._meters[key] = (info, meter)
-        return meter
+        counters = SiteCounters(neurons, device)
+        self._counters[key] = (info, counters)
+        return counters
 
     def _forget_other_width(self, name: str, widths: Collection[int]) -> None:
         """A saved site of another width is no longer the same site: the model was changed since, and it starts anew."""
@@ -68,12 +68,12 @@ class PhaseRecord:
 
     def keys_met(self) -> Iterator[SiteKey]:
         """The sites that were met in this phase since it was last loaded."""
-        return iter(self._meters)
+        return iter(self._counters)
 
     @property
     def empty(self) -> bool:
         """Whether nothing was ever met in this phase; waits for no device."""
-        return not (self.closed or self._flushed or self._meters)
+        return not (self.closed or self._flushed or self._counters)
 
     def note_step(self, step: int) -> None:
         """An optimizer step was observed."""
@@ -105,14 +105,14 @@ class PhaseRecord:
 
     def _running(self) -> Census:
         """What the meters hold, of the steps since they were last flushed."""
-        tallies = zip((key.name for key in self._meters), read(list(self._meters.values())), strict=True)
+        tallies = zip((key.name for key in self._counters), read(list(self._counters.values())), strict=True)
         return Census(dict(tallies), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
         """Move what the meters hold into the open window's census, joined over ranks by ``join``."""
         running = self._running()
-        for _, meter in self._meters.values():
-            meter.reset()
+        for _, counters in self._counters.values():
+            counters.reset()
         self.take(running if join is None else join(running))
 
     def take(self, joined: Census) -> None:
@@ -141,8 +141,8 @@ class PhaseRecord:
         if self._wanting_at == len(self._steps):
             return False
         wanting = self._policy.min_examples - self._flushed.examples
-        enough = wanting <= 0 or any(meter.examples >= wanting for _, meter in self._meters.values())
-        enough = enough or most_examples(meter for _, meter in self._meters.values()) >= wanting
+        enough = wanting <= 0 or any(counters.examples >= wanting for _, counters in self._counters.values())
+        enough = enough or most_examples(counters for _, counters in self._counters.values()) >= wanting
         self._wanting_at = -1 if enough else len(self._steps)
         return enough
 
@@ -165,9 +165,9 @@ class PhaseRecord:
 
     def forget(self) -> None:
         """Forget what the meters hold: it was no pass of this phase. No other rank is waited for."""
-        for _, meter in self._meters.values():
-            if not meter.untouched:
-                meter.reset()
+        for _, counters in self._counters.values():
+            if not counters.untouched:
+                counters.reset()
 
     def census(self, window: str) -> Census:
         """The census of a window: ``all``, ``last`` or ``open``.
@@ -215,8 +215,8 @@ class PhaseRecord:
             raise StateError(
                 f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
             ) from error
-        for _, meter in self._meters.values():
-            meter.reset()
+        for _, counters in self._counters.values():
+            counters.reset()
         self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)

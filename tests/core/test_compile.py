@@ -134,7 +134,7 @@ def test_counts_and_weights_of_a_compiled_run(way, every):
     assert numbers[0].equal(numbers[1])
     assert graphs[0] == 1
     assert graphs[1] <= (1 if every == 1 else 2)
-    assert watched.scope._tap.failure is None
+    assert watched.scope._hooks.failure is None
     torch.manual_seed(0)
     model, twin = Net(dropout=0.2), Twin(AXES, every)
     with twin.attach(model):
@@ -373,7 +373,7 @@ def test_calls_that_give_several_tensors_stay_in_one_graph(name):
     assert_bits(*states)
     assert [backend.graphs for backend in backends] == [1, 1]
     assert backends[0].outputs == backends[1].outputs
-    assert watched.scope._tap.failure is None
+    assert watched.scope._hooks.failure is None
     torch.manual_seed(0)
     model, eager = Branches(name), Watched()
     with eager.attach(model):

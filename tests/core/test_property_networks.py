@@ -316,7 +316,7 @@ def test_any_network(program: Program):
         runs.append((state_of(model), torch.get_rng_state()))
     assert_bits(runs[0][0], runs[1][0])
     assert runs[0][1].equal(runs[1][1])
-    assert watched.scope._tap.failure is None
+    assert watched.scope._hooks.failure is None
     assert torch.overrides._len_torch_function_stack() == 0
     for phase in ("train", "val") if program.evaluate else ("train",):
         truth = twin.tallies(phase)

@@ -96,8 +96,8 @@ def test_hooks_go_back_where_they_stood():
 
     note("before")
     with ns.watch(model, every_n_steps=5) as scope:
-        before = scope._tap.before
-        scope._tap.before = lambda *args: (order.append("ours"), before(*args))[1]
+        before = scope._hooks.before
+        scope._hooks.before = lambda *args: (order.append("ours"), before(*args))[1]
         note("after")
         note("first", prepend=True)
         for number in range(6):
@@ -142,7 +142,7 @@ def test_a_module_that_is_gone_when_the_hooks_come_back():
         del model[3]
         for _ in range(5):
             step(model, scope)
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["1"].positions == 8
     assert scope.census()["3"].positions == 4
 

@@ -227,7 +227,7 @@ def test_encoder_with_padding_watched_on_some_steps_and_paused():
                 with scope.paused():
                     torch.testing.assert_close(model(x, padding), padded)
                 scope.step()
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     # Steps 0 and 2, the pass without padding, of 4 * 6 tokens each
     assert scope.census("train")["encoder.layers.0.relu()"].positions == 2 * 4 * 6
     assert not scope.census("val")
@@ -246,7 +246,7 @@ def test_nested_tensors_are_not_measured_and_do_no_harm():
             model(jagged)
             model(torch.randn(6, 3)).sum().backward()
             scope.step()
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["1"].positions == 6
     assert "1" in {item.name for item in scope.report().not_measured}
 
@@ -299,7 +299,7 @@ def test_a_chunk_whose_sibling_alone_is_used():
     with ns.watch(model) as scope:
         model(torch.randn(5, 3)).sum().backward()
         scope.step()
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["sigmoid()"].positions == 5
 
 
@@ -357,7 +357,7 @@ def test_gradient_penalty_and_double_backward():
                 optimizer.zero_grad()
                 watcher.step()
         if watching:
-            assert watcher.scope._tap.failure is None
+            assert watcher.scope._hooks.failure is None
             assert watcher.scope.census()["1"].positions == 20
         runs.append(state_of(model))
     assert_bits(*runs)
@@ -369,7 +369,7 @@ def test_made_in_inference_mode_and_used_outside():
         scope = ns.watch(model)
     with scope:
         feed(model, scope)
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["relu"].positions == 3 * 24
 
 
@@ -383,7 +383,7 @@ def test_made_under_another_default_device_and_dtype():
         torch.set_default_dtype(torch.float32)
     with scope:
         feed(model, scope)
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["relu"].positions == 3 * 24
 
 
@@ -472,7 +472,7 @@ def test_under_vmap_and_grad_transforms():
         torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, torch.randn(5, 3))
         model(torch.randn(7, 3)).sum().backward()
         scope.step()
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["1"].positions == 7
 
 
@@ -486,7 +486,7 @@ def test_traced_and_exported_while_watched():
         torch.testing.assert_close(traced(x), model(x))
         scope.step()
     torch.testing.assert_close(exported.module()(x), model(x))
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert scope.census()["1"].positions == 5
 
 

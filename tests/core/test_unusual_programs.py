@@ -268,7 +268,7 @@ def test_counted_as_the_twin_counts_it_and_unharmed(case: Case):
     (plain_state, plain_random), (state, random), _ = (run(case, watcher) for watcher in (Nobody(), watched, twin))
     assert_bits(plain_state, state)
     assert plain_random.equal(random)
-    assert watched.scope._tap.failure is None
+    assert watched.scope._hooks.failure is None
     assert_same(watched.scope.census(), twin.tallies())
     assert all(tally.axis_source.startswith("producer") for tally in watched.scope.census().values())
 
@@ -322,7 +322,7 @@ def test_forwards_in_several_threads_at_once_are_left_alone_and_it_is_said():
                 assert modes == ["DeviceContext"]
             sum(y for y, _ in found).sum().backward()
             scope.step()
-    assert scope._tap.failure is None
+    assert scope._hooks.failure is None
     assert hook_tables(model) == before
     assert torch.overrides._len_torch_function_stack() == 0
     assert scope.census()["1"].positions == 10 * 5

@@ -109,7 +109,7 @@ def hugging_fault(rank: int, folder: Path) -> dict[str, Any]:
     """A fault of ours on the last rank: it counts no more, trains on, and keeps nobody waiting."""
     records, tables, callback = Records(), Tables(), DeadNeuronCallback(every_n_steps=1, window_steps=2)
     plain = fit(Case(), "ddp", folder, records, After(lambda: records.recorder.stop()))
-    fail = After(lambda: callback.scope._tap.fail(RuntimeError("a fault of ours")))
+    fail = After(lambda: callback.scope._hooks.fail(RuntimeError("a fault of ours")))
     watched = fit(Case(), "ddp", folder, tables, callback, fail)
     return outcome(
         records.recorder,

@@ -174,7 +174,7 @@ def lightning_fault(rank: int, folder: Path) -> dict[str, Any]:
     records, tables, monitor = Records(), Tables(), DeadNeuronMonitor(every_n_steps=1, window_steps=2)
     plain, watched = Net(Case()), Net(Case())
     fit(plain, "ddp", folder, records, After(lambda: records.recorder.stop()))
-    fail = After(lambda: monitor.scope._tap.fail(RuntimeError("a fault of ours")))
+    fail = After(lambda: monitor.scope._hooks.fail(RuntimeError("a fault of ours")))
     fit(watched, "ddp", folder, tables, monitor, fail)
     weights = (whole(plain.net), whole(watched.net))
     return outcome(

@@ -217,7 +217,7 @@ def outcome(
         "unseen": {item.name: item.reason for item in report.not_measured},
         "notes": report.notes,
         "model": report.model,
-        "warned": scope._tap.failure,
+        "warned": scope._hooks.failure,
     }
 
 

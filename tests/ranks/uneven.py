@@ -94,7 +94,7 @@ def uneven_and_validated(rank: int) -> dict[str, Any]:
 
 def fault(rank: int) -> dict[str, Any]:
     """A fault of ours on the last rank, in its third step: it counts no more, and keeps nobody waiting."""
-    return stopped(rank, lambda scope: scope._tap.fail(RuntimeError("a fault of ours")))
+    return stopped(rank, lambda scope: scope._hooks.fail(RuntimeError("a fault of ours")))
 
 
 def retired(rank: int) -> dict[str, Any]:

@@ -66,14 +66,14 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     """
     kwargs = dict(kwargs or {})
     ledger = _Ledger(model)
-    tap = _TracingHookManager(model, ledger)
+    manager = _TracingHookManager(model, ledger)
     ledger.graph.inputs = tuple(ledger.number(tensor) for tensor in _Search().tensors((args, kwargs)))
     with left_as_it_was(model), torch.no_grad():
         model.eval()
         try:
-            tap.observer.turn_to("trace", 0)
+            manager.recorder.set_phase("trace", 0)
             with _Recorder(ledger):
-                tap.set_observing(True)
+                manager.set_observing(True)
                 chance = _chance()
                 try:
                     output = model(*args, **kwargs)
@@ -86,17 +86,17 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                     ledger.graph.branches.append("random")
             ledger.drop_overwritten()
         finally:
-            tap.detach()
-    if tap.failure is not None:
-        raise tap.failure
+            manager.detach()
+    if manager.failure is not None:
+        raise manager.failure
     graph = ledger.graph
     search = _Search()
     graph.outputs = tuple(ledger.number(tensor) for tensor in search.tensors(output))
     graph.opaque = search.failed
     graph.hidden = ledger.hidden
     ran = {site.name for site in graph.sites}
-    idle = {path or "(root)" for path in tap.module_sites} - ran
-    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **tap.observer.not_seen()}
+    idle = {path or "(root)" for path in manager.module_sites} - ran
+    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **manager.recorder.not_seen()}
     return graph
 
 
@@ -272,13 +272,20 @@ class _TracingHookManager(HookManager):
     def __init__(self, model: nn.Module, ledger: _Ledger) -> None:
         met: list[tuple[SiteKey, SiteInfo]] = []
 
-        def meters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
+        def new_counters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
             met.append((key, info))
 
-        super().__init__(model, registry=Registry(), meters=meters, axes=lambda _: None, functional=True, tolerance=0.0)
-        unseen = self.observer.unseen
-        self.observer: SiteRecorder = _TracingRecorder(ledger, met, meters, self.fail)
-        self.observer.unseen = unseen
+        super().__init__(
+            model,
+            registry=Registry(),
+            new_counters=new_counters,
+            declared_axis=lambda _: None,
+            functional=True,
+            tolerance=0.0,
+        )
+        unseen = self.recorder.unseen
+        self.recorder: SiteRecorder = _TracingRecorder(ledger, met, new_counters, self.fail)
+        self.recorder.unseen = unseen
 
 
 class _TracingRecorder(SiteRecorder):
@@ -286,16 +293,16 @@ class _TracingRecorder(SiteRecorder):
         self,
         ledger: _Ledger,
         met: list[tuple[SiteKey, SiteInfo]],
-        meters: Any,
+        new_counters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
-        super().__init__(meters=meters, axes=lambda _: None, tolerance=0.0, fail=fail)
+        super().__init__(new_counters=new_counters, declared_axis=lambda _: None, tolerance=0.0, fail=fail)
         self._ledger = ledger
         self._met = met  # what a meter was asked for; nothing is counted
         self._begun: list[int] = []
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, halved: int | None) -> Call | None:
-        call = super().begin(path, function, activation, x, halved)
+    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Call | None:
+        call = super().begin(path, function, activation, x, glu_dim)
         if call is not None:
             self._begun.append(self._ledger.number(x))
         return call
