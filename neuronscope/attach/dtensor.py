@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from neuronscope.attach.compiling import is_tracing
+
 __all__ = [
     "NeuronShard",
     "is_distributed",
@@ -35,13 +37,18 @@ class NeuronShard(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a rank's share of one that is spread over several.
+    """Whether a tensor is a rank's share of one that is spread over several; never while ``torch.compile`` traces.
 
     >>> import torch
     >>> is_distributed(torch.ones(2))
     False
     """
-    return type(tensor) is not Tensor and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    return (
+        type(tensor) is not Tensor
+        and not is_tracing()
+        and hasattr(tensor, "placements")
+        and hasattr(tensor, "device_mesh")
+    )
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

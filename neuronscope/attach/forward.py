@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.recomputation import Recomputation
@@ -56,7 +57,7 @@ class ForwardContext:
             self.forget()
             self._calls.clear()
             self.recomputing = in_backward()
-            self.exporting = not observable()
+            self.exporting = not has_real_tensors()
             self._graded = torch.is_grad_enabled()
             if path == "":
                 self.ran_root = True
@@ -91,7 +92,7 @@ class ForwardContext:
         return self._key(place, call)
 
     def _key(self, place: tuple[str, str], call: int) -> SiteKey:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return SiteKey(*place, call, False)
         keys = self._keys.setdefault(place, [])
         while len(keys) <= call:
@@ -116,18 +117,6 @@ class ForwardContext:
     def restart_outside_calls(self) -> None:
         """A backward pass ran: what is loose from now on belongs to another forward."""
         self._outside_calls.clear()
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running: activation checkpointing runs forward again inside it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def observable() -> bool:
-    """Whether tensors are real now: not while a graph is recorded for export."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None
 
 
 def first_tensor(values: Any) -> Tensor | None:

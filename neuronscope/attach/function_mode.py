@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.compiling import in_compiled_graph, is_tracing, unwatched
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
@@ -49,23 +49,6 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _in_compiled_graph() -> bool:
-    """Whether a graph that was traced before runs now: a debugging back end calls its functions one by one, in Python.
-
-    What they compute was counted by the calls that stand in the graph.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(2)
-    for _ in range(4):  # the mode is called by the function, through its dispatcher, and that by the graph's code
-        if frame.f_code.co_filename.startswith("<eval_with_key>"):
-            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
-
-
 class ActivationFunctionMode(TorchFunctionMode):
     """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
 
@@ -77,7 +60,7 @@ class ActivationFunctionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             if func is Tensor.unflatten:
                 func = torch.unflatten  # the same; torch.compile cannot trace the method where a function mode is on
             return self._see(func, args, kwargs or {})
@@ -94,7 +77,7 @@ class ActivationFunctionMode(TorchFunctionMode):
 
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         manager = self.manager
-        if manager.running or not manager.observing or (manager.recorder.compiled and _in_compiled_graph()):
+        if manager.running or not manager.observing or (manager.recorder.compiled and in_compiled_graph()):
             return func(*args, **kwargs)
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
         if activation is not None:

@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from neuronscope.attach.compiling import unwatched
 from neuronscope.count.counters import SiteCounters
 
-__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register", "unwatched"]
+__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register"]
 
 
 class Gradients(Protocol):
@@ -23,11 +23,6 @@ class Gradients(Protocol):
 
     def gradient(self, gradient: Tensor, counters: SiteCounters, axis: int, glu_dim: int | None) -> None:
         """The gradient at a pre-activation has come."""
-
-
-def unwatched() -> Any:
-    """A context in which our own arithmetic is seen by no function mode, ours or anybody's."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
 
 
 class InertHook:

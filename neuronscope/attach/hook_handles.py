@@ -7,13 +7,12 @@ A module that bears any hook is called by a longer way, so hooks that have nothi
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["HookHandles", "compilations"]
+__all__ = ["HookHandles"]
 
 
 class HookHandles:
@@ -75,12 +74,3 @@ def _tables(handle: RemovableHandle) -> Iterator[MutableMapping[int, Any]]:
         table = reference()
         if table is not None:
             yield table
-
-
-def compilations() -> tuple[int, int]:
-    """How much ``torch.compile`` has traced in this process so far, in frames and graphs: it differs when more was."""
-    convert = sys.modules.get("torch._dynamo.convert_frame")
-    utils = sys.modules.get("torch._dynamo.utils")
-    if convert is None or utils is None:
-        return 0, 0
-    return convert.FRAME_COUNTER, utils.counters["stats"]["unique_graphs"]

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.compiling import skip_frames
+from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
 from neuronscope.attach.dtensor import is_tensor_parallel
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
-from neuronscope.attach.gradient_hooks import InertHook, unwatched
-from neuronscope.attach.hook_handles import HookHandles, compilations
+from neuronscope.attach.gradient_hooks import InertHook
+from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, CountersFactory, DeclaredAxis, SiteRecorder
@@ -83,7 +82,7 @@ class HookManager:
         self._model = weakref.ref(model)
         self.uneven_inputs = UnevenInputs(model)
         self.recorder.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
-        self._compilations = compilations()
+        self._compilations = count_compilations()
         self._compiles = False  # whether the compiler has anything to do with this process, since we watch
         self._attach(model)
 
@@ -139,15 +138,15 @@ class HookManager:
             return
         forward, model = self.recorder.forward, self._model()
         ran = forward.ran_root or forward.ran_parts
-        self._compiles |= self.recorder.compiled or self._compilations != compilations()
+        self._compiles |= self.recorder.compiled or self._compilations != count_compilations()
         if ran and model is not None and not self._compiles and not self._handles.off:
-            self._compiles = any(_is_compiled(module) for module in model.modules())
+            self._compiles = any(is_compiled(module) for module in model.modules())
             if not self._compiles:
                 self._handles.take_off()
 
     def _wake(self) -> None:
         self._handles.put_back()
-        if self._compilations != compilations():
+        if self._compilations != count_compilations():
             self._compiles = True
             self.recorder.expect_missed_sites()
 
@@ -251,7 +250,7 @@ class HookManager:
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward that failed left its traces
             self.callers.begin(len(module_stack), caller)
-        if path == "" and not torch.compiler.is_compiling():
+        if path == "" and not is_tracing():
             self.uneven_inputs.note_wrapper()
         if self.recorder.forward.enter(path, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
@@ -305,11 +304,6 @@ class HookManager:
             self._turn.end()
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether a module is to be called through ``torch.compile``."""
-    return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
-
-
 def _may_call_functions(module: nn.Module) -> bool:
     """Whether a module may apply functions of its own: all but torch's own leaves and mere containers."""
     if type(module) in (nn.ModuleList, nn.ModuleDict):
@@ -326,7 +320,7 @@ def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: 
 
 def _caller() -> FrameType | None:
     """The frame that called the hook which asks; ``None`` where ``torch.compile`` traces it."""
-    return None if torch.compiler.is_compiling() else sys._getframe(2)
+    return None if is_tracing() else sys._getframe(2)
 
 
 class _EnterModule(InertHook):

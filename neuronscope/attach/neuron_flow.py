@@ -147,7 +147,7 @@ class NeuronFlow:
         What ranks share leaves torch's sight where it becomes a plain tensor (``DTensor.to_local``): it is known again
         by its size.
         """
-        if torch.compiler.is_compiling() or tensor.dim() <= axis:
+        if tensor.dim() <= axis:
             return NeuronShard()
         if is_distributed(tensor):
             return neuron_shard(tensor, axis)
@@ -186,7 +186,7 @@ class NeuronFlow:
                 producer = producer._replace(from_right=2)
             layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
             self._shared.clear()
-            if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
+            if is_distributed(outputs[0]):
                 layout = layout._replace(shard=neuron_shard(outputs[0], layout.axis))
                 self._shared.append((outputs[0].shape, local_tensor(outputs[0]).shape[layout.axis], layout.shard))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
@@ -209,13 +209,13 @@ class NeuronFlow:
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                     carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
                 if carried is not None:
-                    if is_distributed(output) and not torch.compiler.is_compiling():
+                    if is_distributed(output):
                         layout = layout._replace(shard=neuron_shard(output, carried))
                     self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
 
     def _produced(self, function: Callable[..., Any], result: Any) -> bool:
         """The commonest calls by a short way: a weighted one whose layout follows from its output's rank alone."""
-        if type(result) is not Tensor or torch.compiler.is_compiling() or self._picked.maybe_any():
+        if type(result) is not Tensor or self._picked.maybe_any():
             return False
         rank = result.dim()
         layout = self._made.get((function, rank))

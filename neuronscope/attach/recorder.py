@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
+from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
 from neuronscope.attach.dtensor import NeuronShard, is_partial, local_tensor, sharded_dims
-from neuronscope.attach.forward import ForwardContext, in_backward, observable
+from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.attach.unsupported import (
     BATCHED_GRADIENT,
@@ -35,8 +36,6 @@ __all__ = ["Call", "CountersFactory", "DeclaredAxis", "SiteRecorder"]
 CountersFactory = Callable[[str, SiteKey, SiteInfo, int, torch.device], "SiteCounters | None"]
 #: Gives the declared axis of a site, or ``None``.
 DeclaredAxis = Callable[[str], "int | None"]
-
-_GATED_NAMES = {"relu": "reglu", "gelu": "geglu", "silu": "swiglu", "sigmoid": "glu"}
 
 
 class Call(NamedTuple):
@@ -198,7 +197,7 @@ class SiteRecorder:
         if forward.exporting:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-            if not function and not torch.compiler.is_compiling():  # a function of integers is no activation
+            if not function and not is_tracing():  # a function of integers is no activation
                 self.unseen.setdefault(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
             return None
         outside_module = not forward.module_stack
@@ -206,7 +205,7 @@ class SiteRecorder:
             forward.ran_parts = True
         recomputing = forward.recomputing
         if outside_module:
-            if not observable():
+            if not has_real_tensors():
                 return None
             recomputing = in_backward()
         transformed = in_transform(x)
@@ -235,7 +234,7 @@ class SiteRecorder:
 
     def _call(self, key: SiteKey, activation: Activation, x: Tensor, glu_dim: int | None, examples: int) -> Call | None:
         """What is known of a call. All of it follows from a few things; where these are as last time, so is it."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return self._find(key, activation, x, glu_dim, examples)
         given = None  # a tensor of another class is looked at each time
         if type(x) is Tensor and not x.is_nested:
@@ -251,7 +250,7 @@ class SiteRecorder:
 
     def _find(self, key: SiteKey, activation: Activation, x: Tensor, glu_dim: int | None, examples: int) -> Call | None:
         """Work out what a call leads to; ``None``, and why, where it cannot be counted."""
-        compiling = torch.compiler.is_compiling()
+        compiling = is_tracing()
         if not compiling and (reason := unsupported_reason(x)):
             self.unseen.setdefault(key.name, reason)
             return None
@@ -284,7 +283,8 @@ class SiteRecorder:
                 counters.sharded_dims = sharded_dims(x)
         place = (key.path, key.function)
         hook = None if compiling or counters is None else CountedGradient(self, place, glu_dim, counters, axis)
-        role = (True, *key, axis, source, shard, activation.name)
+        gated_name = activation.gated_name or f"gated {activation.name}"
+        role = (True, *key, axis, source, shard, gated_name)
         return Call(key, counters, axis, source, activation, glu_dim, examples, hook, (False, *key), role)
 
     def end(self, call: Call, x: Any, y: Any) -> None:
@@ -321,18 +321,18 @@ class SiteRecorder:
             return
 
     def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
-        path, function, call, axis, source, shard, activation = (*role[1:4], *role[5:])
+        path, function, call, axis, source, shard, gated_name = (*role[1:4], *role[5:])
         key = SiteKey(path, function, call, True)
         if in_transform(y):
             self.unseen.setdefault(key.name, IN_TRANSFORM)
             return
-        info = SiteInfo(_GATED_NAMES.get(activation, f"gated {activation}"), "gated", False, axis, source, *shard)
+        info = SiteInfo(gated_name, "gated", False, axis, source, *shard)
         counters = self._counters_for(key, info, local_tensor(y).shape[axis], y)
         if counters is not None:
             self._count(counters, y, axis, self._examples(y))
 
     def _count(self, counters: SiteCounters, y: Tensor, axis: int, examples: int) -> None:
-        step = self.step_tensor if torch.compiler.is_compiling() else self.step
+        step = self.step_tensor if is_tracing() else self.step
         add_outputs(counters, local_tensor(y.detach()), axis, examples, step, self._scratch, self._tolerance)
 
     def _declared_axis(self, key: SiteKey) -> int | None:
@@ -342,13 +342,13 @@ class SiteRecorder:
 
     def _known(self, key: SiteKey, neurons: int) -> SiteCounters | None:
         """The meter of a site that was met before in this phase, in eager mode."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return None
         counters = self._counters.get((self.phase, key))
         return counters if counters is not None and counters.neurons == neurons else None
 
     def _counters_for(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> SiteCounters | None:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             traced_info = (info.activation, info.kind, info.linear_when_on, info.axis, info.axis_source)
             traced_key = (key.path, key.function, key.call, key.gated)
             found: SiteCounters | None = self._traced_counters(

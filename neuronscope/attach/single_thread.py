@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from neuronscope.attach.compiling import is_tracing, thread_id
+
 __all__ = ["EnteredMode", "SingleThread"]
 
 
@@ -29,7 +31,7 @@ class SingleThread:
 
     def is_ours(self) -> bool:
         """Whether this thread has the turn; it takes it where nobody has it. A compiled graph is traced in one."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return True
         here = threading.get_ident()
         return self._taken.setdefault("thread", here) == here
@@ -45,7 +47,7 @@ class SingleThread:
 
     def end(self) -> None:
         """The forward is over: the next may come in any thread."""
-        if not torch.compiler.is_compiling():
+        if not is_tracing():
             self._taken.clear()
 
 
@@ -67,11 +69,11 @@ class EnteredMode:
         Args:
             handling: See :meth:`leave`.
         """
-        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
         if here not in self._threads:
             self._threads.append(here)
             self._mode.__enter__()
-        elif not (torch.compiler.is_compiling() or handling or self._is_on_stack()):
+        elif not (is_tracing() or handling or self._is_on_stack()):
             self._mode.__enter__()  # a thread of that number was ended by an interrupt, and the mode with it
 
     def _is_on_stack(self) -> bool:
@@ -85,12 +87,12 @@ class EnteredMode:
             handling: Whether the mode handles a call. Then torch has taken it off the stack and puts it back after the
                 call: :meth:`take_off_next` is for that.
         """
-        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
         if here in self._threads:
             self._threads.remove(here)
             if here in self._suspended:
                 self._suspended.remove(here)
-            elif torch.compiler.is_compiling():
+            elif is_tracing():
                 self._mode.__exit__(None, None, None)
             elif not handling:
                 self._take_out()
@@ -129,7 +131,7 @@ class EnteredMode:
 
     def suspend(self) -> None:
         """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return
         here = threading.get_ident()
         if here in self._threads and torch._C._len_torch_function_stack():
@@ -141,13 +143,9 @@ class EnteredMode:
 
     def resume(self) -> None:
         """Enter the mode again, if it was left for a while."""
-        if not self._suspended or torch.compiler.is_compiling():
+        if not self._suspended or is_tracing():
             return
         here = threading.get_ident()
         if here in self._suspended:
             self._suspended.remove(here)
             torch._C._push_on_torch_function_stack(self._mode)
-
-
-def _here() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

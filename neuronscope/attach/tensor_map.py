@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.comptime import ComptimeContext, comptime
 
+from neuronscope.attach.compiling import is_tracing
+
 __all__ = ["TensorMap"]
 
 Known = TypeVar("Known", bound=tuple[Any, ...])
@@ -53,14 +55,14 @@ class TensorMap(Generic[Known]):
 
     def put(self, tensor: Tensor, value: Known) -> None:
         """Remember ``value``, a tuple of primitives, for ``tensor``."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             comptime(self._write)
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), value)
 
     def get(self, tensor: Tensor) -> Known | None:
         """What was last remembered for ``tensor``, or ``None``."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             comptime(self._read)
             traced: Known | None = self._constant()
             return traced
@@ -73,7 +75,7 @@ class TensorMap(Generic[Known]):
 
     def maybe_any(self) -> bool:
         """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
-        return bool(self._known) or torch.compiler.is_compiling()
+        return bool(self._known) or is_tracing()
 
 
 @functools.lru_cache(maxsize=1024, typed=True)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from neuronscope.attach.compiling import is_tracing
+
 __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
 
 #: Why calls in a function transform are not measured.
@@ -54,7 +56,7 @@ def in_transform(tensor: Tensor) -> bool:
     """
     if _transforms() > 0:
         return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return not is_tracing() and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _count_transforms() -> int:

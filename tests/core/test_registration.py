@@ -123,5 +123,5 @@ def test_what_a_user_registers_is_counted_exactly(target, value, name, known_as,
 )
 def test_a_function_whose_calls_nobody_sees_is_refused(function):
     """Silently counting nothing would be worse."""
-    with pytest.raises(UsageError, match=r"whose calls torch tells of, but got .*wrap_torch_function"):
+    with pytest.raises(UsageError, match=r"whose calls torch reports, but got .*wrap_torch_function"):
         ns.watch(Net(F.relu), activations={function: "relu-like"})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.compiling import unwatched
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
