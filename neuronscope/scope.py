@@ -225,7 +225,7 @@ class Scope:
         hooks.recorder.set_phase(self._phase, self._step)
         hooks.set_observing(observing)
         if not observing and not self._pauses:
-            hooks.rest(self.every_n_steps - self._step % self.every_n_steps)
+            hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since a step was last observed; steps may move by two."""

@@ -1,11 +1,12 @@
-"""One forward at a time: who is running, the how-manieth call this is, and what each tensor is.
+"""Track one forward pass: the stack of running modules, the number of each call, and what is known of each tensor.
 
-A *frame* is one outermost call of a watched module, normally the model's forward. Calls of a reused module are numbered
-within a frame. Activations that a training step applies outside any module call (a Lightning ``training_step`` that
-writes ``F.relu(self.fc(x))``) are *loose*: they are numbered from one optimizer step or backward pass to the next.
+A *forward* is one outermost call of a watched module, normally of the model. Calls of a reused module are numbered
+within a forward. A training step may also apply activations outside of every module call, as a Lightning
+``training_step`` does that writes ``F.relu(self.fc(x))``. Those calls are numbered from one optimizer step or backward
+pass to the next.
 
-Everything here can be traced by ``torch.compile``; what changes within a forward is kept in lists and dicts, which the
-compiler follows more faithfully than attributes.
+``torch.compile`` can trace everything here. What changes within a forward is kept in lists and dicts, because the
+compiler tracks these more reliably than attributes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ __all__ = ["ForwardContext", "first_tensor"]
 
 
 class ForwardContext:
-    """State of the forward that is running; one instance serves all forwards of a tap, one after another."""
+    """Tracks the forward that is running. One instance serves all forwards of a model, one after another.
+
+    Attributes:
+        module_stack: Paths of the watched modules that are running, the innermost last.
+        flow: Where the neurons of each tensor lie.
+        roles: Which tensors are the input or the output of a site.
+        examples: Number of examples that the forward was given.
+        recomputing: Whether the forward runs again inside a backward pass.
+        exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
+        explicit_step: Whether :meth:`neuronscope.scope.Scope.open_step` marked where the training step begins.
+        ran_root: Whether the model's own forward was seen.
+        ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
+        recomputation: Tells which call of the forward a recomputed call repeats.
+    """
 
     def __init__(self) -> None:
         self.module_stack: list[str] = []
@@ -37,21 +51,30 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.explicit_step = False
-        self.ran_root = False  # whether the model's own forward was seen
-        self.ran_parts = False  # whether parts of it were called without it, outside of a step that is bounded
+        self.ran_root = False
+        self.ran_parts = False
         self.recomputation = Recomputation()
         self._graded = True
-        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # by place, in the order of calls; made once
+        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # of each place, in the order of the calls
         self._calls: dict[tuple[str, str], int] = {}
         self._outside_calls: dict[tuple[str, str], int] = {}
 
     @property
     def current_path(self) -> str:
-        """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
+        """Path of the innermost watched module that is running; ``""`` for the root and outside of all modules."""
         return self.module_stack[-1] if self.module_stack else ""
 
     def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """A watched module begins to run; says whether that began a frame."""
+        """Note that a watched module begins to run.
+
+        Args:
+            path: Path of the module.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+
+        Returns:
+            Whether a forward begins with it.
+        """
         outermost = not self.module_stack
         if outermost:
             self.forget()
@@ -71,7 +94,7 @@ class ForwardContext:
         return outermost
 
     def leave(self) -> bool:
-        """A watched module is done, or failed; says whether that ended the frame."""
+        """Note that a watched module has ended or failed, and return whether the forward ended with it."""
         if self.module_stack:
             self.module_stack.pop()
         if self.module_stack:
@@ -80,10 +103,15 @@ class ForwardContext:
         return True
 
     def number(self, path: str, function: str) -> SiteKey:
-        """The key of the call that begins now."""
+        """Return the key of the call that begins now.
+
+        Args:
+            path: Path of the module that applies the activation.
+            function: Name of the function for a functional site, otherwise ``""``.
+        """
         place = (path, function)
         if not self.module_stack and not self.explicit_step and not torch.is_grad_enabled():
-            return self._key(place, 0)  # neither a step nor a backward pass will part one forward from another
+            return self._key(place, 0)  # no step and no backward pass will tell one forward from the next
         calls = self._calls if self.module_stack else self._outside_calls
         call = calls.get(place, 0)
         calls[place] = call + 1
@@ -100,12 +128,12 @@ class ForwardContext:
         return keys[call]
 
     def forget(self) -> None:
-        """Forget every tensor."""
+        """Forget what is known of every tensor."""
         self.flow.clear()
         self.roles.clear()
 
     def restart(self) -> None:
-        """An optimizer step is over, or a forward never ended: number and remember from scratch."""
+        """Start again: an optimizer step is over, or a forward did not end."""
         self.module_stack.clear()
         self._calls.clear()
         self._outside_calls.clear()
@@ -115,12 +143,12 @@ class ForwardContext:
         self.forget()
 
     def restart_outside_calls(self) -> None:
-        """A backward pass ran: what is loose from now on belongs to another forward."""
+        """Number the calls outside of modules from zero: a backward pass has ended the forward they belong to."""
         self._outside_calls.clear()
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor in nested tuples, lists and mappings, or ``None``."""
+    """Return the first tensor in nested tuples, lists and mappings, or ``None``."""
     if isinstance(values, Tensor):
         return values
     if isinstance(values, Mapping):

@@ -1,6 +1,6 @@
-"""The function mode that sees what a forward calls: functional activations, gated products, and where neurons go.
+"""Follow the torch functions that a forward calls: functional activations, gated products, and where neurons lie.
 
-It is entered only for a forward, or an open training step, of an observed step.
+The mode is entered only for a forward, or an explicit training step, of an observed step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul
 
 
 class Watch(Protocol):
-    """For whom functions are seen: a :class:`neuronscope.attach.hooks.HookManager`."""
+    """What the mode needs to know; see :class:`neuronscope.attach.hooks.HookManager`."""
 
     observing: bool
     functional: bool
@@ -41,34 +41,46 @@ class Watch(Protocol):
         """Return whether anything that is watched runs in this thread, around ``caller``."""
 
     def fail(self, error: Exception) -> None:
-        """Hear of a fault of ours."""
+        """Handle an error in our own code."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module or a function was called on: its first argument, by place or by name."""
+    """Return the first argument of a call, by position or by name; ``None`` if there is none.
+
+    Args:
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+    """
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 class ActivationFunctionMode(TorchFunctionMode):
-    """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
+    """Passes every torch function call of a forward on, and reports those that matter to the recorder.
+
+    Args:
+        manager: The hooks of the watched model.
+
+    Attributes:
+        handling: Whether the mode is handling a call; meanwhile torch has taken it off the stack.
+    """
 
     def __init__(self, manager: Watch) -> None:
         super().__init__()
         self.manager = manager
-        self.handling = False  # torch has taken the mode off the stack while it handles a call
+        self.handling = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if is_tracing():
             if func is Tensor.unflatten:
-                func = torch.unflatten  # the same; torch.compile cannot trace the method where a function mode is on
+                func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
             if self.manager.callers.runs(id(func)) or self.manager.runs(sys._getframe(1)):
                 return self._see(func, args, kwargs or {})
-            try:  # an interrupt ended what ran, and this is somebody else's
+            try:  # an interrupt ended the watched forward, and this call belongs to other code
                 return func(*args, **(kwargs or {}))
             finally:
                 self.manager.entered.take_off_next()

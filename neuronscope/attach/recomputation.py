@@ -1,8 +1,8 @@
-"""Which call a recomputed one is: reentrant activation checkpointing runs segments again, the last one first.
+"""Find the call that a recomputed call repeats: reentrant activation checkpointing runs its segments again, last first.
 
-Its first forward runs without gradients, so that only the recomputation can be asked for them; and there a module that
-is shared by several segments starts to be called from one again. When the gradients of a segment come, all its calls
-have been made, and they are the last ones that are still due.
+Its first forward runs without gradients, so that only the recomputed calls can receive them. The calls of a module that
+several segments share are numbered from zero again in each recomputed segment. When the gradients of a segment arrive,
+all calls of the segment have been made, and they are the last calls of the forward that were not yet repeated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Place = tuple[str, str]
 
 
 class Recomputation:
-    """The calls of each place (path, function) that were made without gradients and are due to be made again.
+    """The calls of each place (path, function) that were made without gradients and will be made again.
 
     >>> due = Recomputation()
     >>> for call in (0, 1, 2):
@@ -32,12 +32,17 @@ class Recomputation:
         self._fired = False
 
     def add(self, place: Place, call: int) -> None:
-        """A call was made without gradients, in a forward that has them."""
+        """Note a call that was made without gradients, inside a forward that has them.
+
+        Args:
+            place: Path and function of the site.
+            call: Number of the call in the forward.
+        """
         self._due.setdefault(place, []).append(call)
 
     def next_number(self, place: Place) -> int:
-        """A call is made in a backward pass; gives its number within the segment that is recomputed."""
-        if self._fired:  # gradients came since: another segment begins
+        """Note a call that is made in a backward pass, and return its number within the recomputed segment."""
+        if self._fired:  # gradients have arrived since: another segment begins
             for done, count in self._made.items():
                 del self._due.get(done, [])[-count:]
             self._made.clear()
@@ -47,13 +52,18 @@ class Recomputation:
         return number
 
     def forward_call(self, place: Place, number: int) -> int:
-        """The call that the ``number``-th of the segment was in the forward; asked when its gradient has come."""
+        """Return the number in the forward of a call of the recomputed segment; called when its gradient has arrived.
+
+        Args:
+            place: Path and function of the site.
+            number: Number of the call within the segment.
+        """
         self._fired = True
         due, made = self._due.get(place, []), self._made.get(place, 0)
         return due[number - made] if made <= len(due) and number < made else number
 
     def clear(self) -> None:
-        """An optimizer step is over."""
+        """Forget all calls: an optimizer step is over."""
         self._due.clear()
         self._made.clear()
         self._fired = False

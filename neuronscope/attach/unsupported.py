@@ -1,4 +1,4 @@
-"""What can be counted: tensors that hold numbers now, and will be seen each time that they do."""
+"""Recognize tensors that cannot be counted, and say why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neuronscope.attach.compiling import is_tracing
 
 __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
 
-#: Why calls in a function transform are not measured.
+#: Why calls inside a function transform are not measured.
 IN_TRANSFORM = (
     "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
     "not counted, and any others were"
@@ -25,12 +25,12 @@ BATCHED_GRADIENT = (
 
 
 def holds_no_data(tensor: Tensor) -> bool:
-    """Whether a plain tensor holds nothing while this code runs: on ``meta``, or while a CUDA graph is captured.
+    """Whether a plain tensor holds no numbers now: it is on ``meta``, or a CUDA graph is being captured.
 
-    A capture notes what the device is to do and does none of it; a replay does it, and runs no Python.
+    A capture records the work of the device without doing it. A replay does the work, and runs no Python.
 
     Args:
-        tensor: Not one that ``torch.compile`` traces.
+        tensor: Any tensor that ``torch.compile`` is not tracing.
 
     >>> holds_no_data(torch.zeros(2)), holds_no_data(torch.zeros(2, device="meta"))
     (False, True)
@@ -39,13 +39,13 @@ def holds_no_data(tensor: Tensor) -> bool:
 
 
 def in_transform(tensor: Tensor) -> bool:
-    """Return whether a function transform runs, or left this tensor batched, so that its numbers cannot be read.
+    """Return whether a function transform runs or has left this tensor batched, so that its numbers cannot be read.
 
-    Transforms are ``torch.vmap`` and those of ``torch.func``. Tensors are batched outside of them too, where a gradient
-    is taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
+    Transforms are ``torch.vmap`` and those of ``torch.func``. Gradients are batched outside of them too, if they are
+    taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:
-        tensor: Any; only of one that ``torch.compile`` traces it is not known whether it was batched before.
+        tensor: Any tensor. While ``torch.compile`` traces, a tensor that was batched before is not recognized.
 
     >>> in_transform(torch.zeros(2))
     False
@@ -64,11 +64,11 @@ def _count_transforms() -> int:
     return torch._C._functorch.get_dynamic_layer_stack_depth()
 
 
-_transforms = torch.compiler.assume_constant_result(_count_transforms)  # run for real where a graph is traced
+_transforms = torch.compiler.assume_constant_result(_count_transforms)  # torch.compile runs this while it traces
 
 
 def unsupported_reason(tensor: Tensor) -> str:
-    """Why a tensor cannot be counted, or ``""``.
+    """Return why a tensor cannot be counted; ``""`` if it can.
 
     >>> unsupported_reason(torch.zeros(2, device="meta"))
     'tensors of type Tensor on meta cannot be counted'
@@ -87,7 +87,7 @@ def unsupported_reason(tensor: Tensor) -> str:
 
 
 def describe_input(x: Any) -> str:
-    """What an activation was given, in words, where it is no activation tensor.
+    """Describe the input of an activation that is not a floating-point tensor with dimensions.
 
     >>> describe_input(torch.zeros(2, dtype=torch.int64)), describe_input(torch.tensor(1.0)), describe_input(None)
     ('int64 tensors', 'float32 tensors without dimensions', 'an input of type NoneType')

@@ -1,4 +1,4 @@
-"""Meter: the running counts of one site, updated in place on its device, in eager mode and in compiled graphs."""
+"""Keep the running counts of one site: updated in place on its device, in eager mode and in compiled graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class CounterTensors(NamedTuple):
-    """The running counts of one site, ``(N,)`` each, on its device; see :class:`neuronscope.tally.census.Tally`.
+    """The tensors of one site's running counts, ``(N,)`` each; see :class:`~neuronscope.tally.census.Tally`.
 
     Attributes:
         zero_outputs: int64.
@@ -33,7 +33,7 @@ class CounterTensors(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs have added.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added.
     """
 
     zero_outputs: Tensor
@@ -46,24 +46,32 @@ class CounterTensors(NamedTuple):
 
 
 class SiteCounters:
-    """The running counts of one site in one phase, on the site's device, until they are read.
+    """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    ``tensors`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
-    it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
-    and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
-    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is sharded as
-    ``sharded_dims`` says: see
-    :func:`neuronscope.attach.dtensor.sharded_dims`.
+    The tensors are updated in place and keep their identity over resets, so that a compiled graph may hold them. In
+    eager mode on the CPU, counts wait in ``outputs``, ``gradients``, ``small_outputs`` and ``small_gradients``;
+    :meth:`flush` adds them to the tensors.
 
     Args:
-        neurons: ``N``.
-        device: Where the activation lives.
+        neurons: Number of neurons, ``N``.
+        device: Device of the activation.
+
+    Attributes:
+        tensors: The counts; complete after :meth:`flush`.
+        open: Whether gradients are still counted; false after the watch has ended.
+        in_graph: Whether a compiled graph holds the tensors.
+        gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
+            its pre-activation is that of its gate.
+        sharded_dims: How the counted tensors are sharded: see :func:`neuronscope.attach.dtensor.sharded_dims`.
+        positions: Positions that were counted in eager mode; those of compiled graphs are in ``tensors.traced``.
+        gradient_positions: The same for gradients.
+        examples: The same for examples.
     """
 
     def __init__(self, neurons: int, device: torch.device) -> None:
         self.neurons = neurons
         self.open = True
-        self.in_graph = False  # whether a compiled graph holds it
+        self.in_graph = False
         self.gate: SiteCounters | None = None
         self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
@@ -86,10 +94,13 @@ class SiteCounters:
         self.examples = 0
 
     def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
-        """Add up what waits; gives the counters, which are whole until the next tensor is counted.
+        """Add everything that waits to the tensors.
 
         Args:
-            scratch: Buffers, of whoever settles many meters one after another.
+            scratch: Buffers to reuse, for a caller that flushes the counters of many sites.
+
+        Returns:
+            The tensors. They are complete until the next output or gradient is counted.
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
@@ -100,7 +111,7 @@ class SiteCounters:
         return self.tensors
 
     def make_room(self, scratch: ScratchBuffers) -> None:
-        """Count the small tensors that wait where there is no room for more."""
+        """Count the small tensors that wait, if there is no room for more."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if self.small_outputs.full:
                 self._count_small_outputs(scratch)
@@ -155,7 +166,14 @@ class SiteCounters:
         torch.minimum(tensors.first_active, first_active, out=tensors.first_active)
 
     def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
-        """Count one output by the plain formula, as :func:`add_outputs`."""
+        """Count one output by the plain formula.
+
+        Args:
+            y: Output ``(…, N, …)``, detached.
+            axis: Dimension of the neurons.
+            step: Optimizer step of the output.
+            tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+        """
         zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
         fired = zeros + bad < y.numel() // self.neurons
         self.tensors.not_finite.add_(bad)
@@ -163,20 +181,21 @@ class SiteCounters:
 
     @property
     def untouched(self) -> bool:
-        """Whether it certainly holds nothing; what a compiled graph added cannot be known without waiting."""
+        """Whether nothing was counted. False if a compiled graph holds the tensors: reading them would synchronize."""
         return not (self.in_graph or self.positions or self.gradient_positions)
 
     def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
-        """Positions, gradient positions and examples so far.
+        """Return the positions, gradient positions and examples so far.
 
         Args:
-            traced: What ``tensors.traced`` holds, from who has read it; else it is read here, and waited for.
+            traced: ``tensors.traced`` as a list, if it was copied to the host already. Otherwise it is copied here,
+                which synchronizes.
         """
         traced = self.tensors.traced.tolist() if traced is None else traced
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:
-        """Start again from nothing, in the same tensors."""
+        """Set every count to its start, in the same tensors."""
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         with torch.inference_mode(False), torch.no_grad():
@@ -198,14 +217,14 @@ def add_outputs(
 ) -> None:
     """Count one output tensor.
 
-    A function and no method, since ``torch.compile`` traces no method of an object that it holds as a constant.
+    This is a function because ``torch.compile`` does not trace methods of an object that is a constant of the graph.
 
     Args:
-        counters: The site's meter.
+        counters: The counters of the site.
         y: Output ``(…, N, …)``, detached.
-        axis: The neurons' dimension.
-        examples: Independent examples behind it.
-        step: The optimizer step it belongs to: a tensor where ``torch.compile`` traces, else an integer.
+        axis: Dimension of the neurons.
+        examples: Number of independent examples in the output.
+        step: Optimizer step of the output: a tensor while ``torch.compile`` traces, otherwise an integer.
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
@@ -230,7 +249,14 @@ def add_outputs(
 
 
 def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: ScratchBuffers) -> None:
-    """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
+    """Count one gradient at the pre-activation.
+
+    Args:
+        counters: The counters of the site.
+        gradient: Gradient ``(…, N, …)``, detached.
+        axis: Dimension of the neurons.
+        scratch: Reusable buffers.
+    """
     positions = gradient.numel() // counters.neurons
     counters.gradient_positions += positions
     if counters.small_gradients.try_add(gradient, axis, 0, 0.0):
@@ -247,26 +273,34 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
 
 
 def register_gradient_hook(x: Tensor, axis: int, glu_dim: int | None, counters: SiteCounters) -> None:
-    """Count the gradient of ``x`` when it comes, in a graph that ``torch.compile`` traces.
+    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
 
     Args:
-        x: The pre-activation.
-        axis: The neurons' dimension.
-        glu_dim: The dimension whose second half is the gate (GLU), else ``None``.
-        counters: The site's meter.
+        x: The pre-activation ``(…, N, …)``.
+        axis: Dimension of the neurons.
+        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
+        counters: The counters of the site.
     """
     _register_gradient_hook_in_graph(x, axis, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
 
 
 def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
-    """The part of a gradient that belongs to the gate: the second half along ``glu_dim``, or all of it."""
+    """Return the part of a gradient that belongs to the gate of a GLU.
+
+    Args:
+        gradient: Gradient of any shape.
+        glu_dim: The dimension along which the second half is the gate; ``None`` if the site is no GLU.
+
+    Returns:
+        The second half along ``glu_dim``, or the whole gradient.
+    """
     if glu_dim is None:
         return gradient
     half = gradient.shape[glu_dim] // 2
     return gradient.narrow(glu_dim, half, half)
 
 
-# In a compiled graph these are single calls, that the compiler's back end opens and fuses with what is around them.
+# Each of these is a single call in a compiled graph. The compiler's back end fuses its body with what is around it.
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
