@@ -272,7 +272,7 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.recorder.not_seen(), self._hooks.module_sites, record, self._selection.wants
+                self._hooks.recorder.all_not_measured(), self._hooks.module_sites, record, self._selection.wants
             ),
             exchanges=self._ranks.exchanges,
             fault=self._fault_met(),

@@ -92,11 +92,11 @@ class HookManager:
             if any(path.startswith(f"{parent}.") for parent in hidden):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                self.recorder.unseen[path or "(root)"] = "a scripted module hides its activations from hooks"
+                self.recorder.not_measured[path or "(root)"] = "a scripted module hides its activations from hooks"
                 hidden.append(path)
                 continue
             if isinstance(module, _FUSED):
-                self.recorder.unseen[path or "(root)"] = (
+                self.recorder.not_measured[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
@@ -194,7 +194,9 @@ class HookManager:
             self.recorder.forward.restart()
             self._end()
             return self._thread.acquire()
-        self.recorder.unseen["(root)"] = "its forward ran in several threads at once, and only some of it was counted"
+        self.recorder.not_measured["(root)"] = (
+            "its forward ran in several threads at once, and only some of it was counted"
+        )
         return False
 
     def runs(self, caller: FrameType) -> bool:
@@ -263,7 +265,7 @@ class HookManager:
             self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
-            self.recorder.unseen.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
+            self.recorder.not_measured.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 

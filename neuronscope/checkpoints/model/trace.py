@@ -96,7 +96,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.hidden = ledger.hidden
     ran = {site.name for site in graph.sites}
     idle = {path or "(root)" for path in manager.module_sites} - ran
-    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **manager.recorder.not_seen()}
+    graph.not_seen = {
+        **dict.fromkeys(sorted(idle), "it did not run on the example"),
+        **manager.recorder.all_not_measured(),
+    }
     return graph
 
 
@@ -283,9 +286,9 @@ class _TracingHookManager(HookManager):
             functional=True,
             tolerance=0.0,
         )
-        unseen = self.recorder.unseen
+        not_measured = self.recorder.not_measured
         self.recorder: SiteRecorder = _TracingRecorder(ledger, met, new_counters, self.fail)
-        self.recorder.unseen = unseen
+        self.recorder.not_measured = not_measured
 
 
 class _TracingRecorder(SiteRecorder):
