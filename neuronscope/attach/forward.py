@@ -20,11 +20,12 @@ from torch import Tensor
 from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.recomputation import Recomputation
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.sites import SiteKey
 
-__all__ = ["ForwardContext", "first_tensor"]
+__all__ = ["ForwardContext", "Recomputation", "first_tensor"]
+
+Place = tuple[str, str]  # path of a module, and name of a function or ""
 
 
 class ForwardContext:
@@ -55,9 +56,9 @@ class ForwardContext:
         self.ran_parts = False
         self.recomputation = Recomputation()
         self._graded = True
-        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # of each place, in the order of the calls
-        self._calls: dict[tuple[str, str], int] = {}
-        self._outside_calls: dict[tuple[str, str], int] = {}
+        self._keys: dict[Place, list[SiteKey]] = {}  # of each place, in the order of the calls
+        self._calls: dict[Place, int] = {}
+        self._outside_calls: dict[Place, int] = {}
 
     @property
     def current_path(self) -> str:
@@ -119,7 +120,7 @@ class ForwardContext:
             self.recomputation.add(place, call)
         return self._key(place, call)
 
-    def _key(self, place: tuple[str, str], call: int) -> SiteKey:
+    def _key(self, place: Place, call: int) -> SiteKey:
         if is_tracing():
             return SiteKey(*place, call, False)
         keys = self._keys.setdefault(place, [])
@@ -145,6 +146,68 @@ class ForwardContext:
     def restart_outside_calls(self) -> None:
         """Number the calls outside of modules from zero: a backward pass has ended the forward they belong to."""
         self._outside_calls.clear()
+
+
+class Recomputation:
+    """Finds the call that a recomputed call repeats: reentrant activation checkpointing runs its segments again.
+
+    The last segment comes first. The first forward runs without gradients, so that only the recomputed calls can
+    receive them. The calls of a module that several segments share are numbered from zero again in each recomputed
+    segment. When the gradients of a segment arrive, all its calls have been made, and they are the last calls
+    of the forward that were not yet repeated.
+
+    >>> due = Recomputation()
+    >>> for call in (0, 1, 2):
+    ...     due.add(("relu", ""), call)
+    >>> due.next_number(("relu", "")), due.next_number(("relu", ""))
+    (0, 1)
+    >>> due.forward_call(("relu", ""), 0), due.forward_call(("relu", ""), 1)
+    (1, 2)
+    >>> due.next_number(("relu", "")), due.forward_call(("relu", ""), 0)
+    (0, 0)
+    """
+
+    def __init__(self) -> None:
+        self._due: dict[Place, list[int]] = {}
+        self._made: dict[Place, int] = {}
+        self._fired = False
+
+    def add(self, place: Place, call: int) -> None:
+        """Note a call that was made without gradients, inside a forward that has them.
+
+        Args:
+            place: Path and function of the site.
+            call: Number of the call in the forward.
+        """
+        self._due.setdefault(place, []).append(call)
+
+    def next_number(self, place: Place) -> int:
+        """Note a call that is made in a backward pass, and return its number within the recomputed segment."""
+        if self._fired:  # gradients have arrived since: another segment begins
+            for done, count in self._made.items():
+                del self._due.get(done, [])[-count:]
+            self._made.clear()
+            self._fired = False
+        number = self._made.get(place, 0)
+        self._made[place] = number + 1
+        return number
+
+    def forward_call(self, place: Place, number: int) -> int:
+        """Return the number in the forward of a call of the recomputed segment; called when its gradient has arrived.
+
+        Args:
+            place: Path and function of the site.
+            number: Number of the call within the segment.
+        """
+        self._fired = True
+        due, made = self._due.get(place, []), self._made.get(place, 0)
+        return due[number - made] if made <= len(due) and number < made else number
+
+    def clear(self) -> None:
+        """Forget all calls: an optimizer step is over."""
+        self._due.clear()
+        self._made.clear()
+        self._fired = False
 
 
 def first_tensor(values: Any) -> Tensor | None:
