@@ -173,7 +173,12 @@ class NeuronFlow:
         return NeuronShard()
 
     def same(self, source: Tensor, result: Any) -> None:
-        """Give ``result``, which was computed elementwise, the neuron axis of ``source``."""
+        """Give the result of an elementwise operation the neuron axis of its source.
+
+        Args:
+            source: A tensor of any shape.
+            result: What was computed from it.
+        """
         layout = self._layouts.get(source)
         if layout is not None and isinstance(result, Tensor) and result.dim() == source.dim():
             self._layouts.put(result, layout)

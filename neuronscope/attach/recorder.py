@@ -170,7 +170,12 @@ class SiteRecorder:
         return found
 
     def set_phase(self, phase: str, step: int) -> None:
-        """Count for this phase and this optimizer step from now on."""
+        """Count for this phase and this optimizer step from now on.
+
+        Args:
+            phase: Name of the phase.
+            step: Number of the optimizer step.
+        """
         self.phase = phase
         self.step = step
         self.step_tensor.fill_(step)

@@ -223,7 +223,13 @@ class _Block:
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
 
     def zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
-        """Write the zeros of each neuron into ``out``, float32 ``(n,)``."""
+        """Count the zeros of each neuron.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, inner)``.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(n,)``, is overwritten.
+        """
         if self._word_layout is None or tolerance != 0:
             compare(part, tolerance, self._zero, self._numbers)
         if self._word_layout is None:
@@ -239,7 +245,12 @@ class _Block:
             torch.sub(self._positions, out, out=out)
 
     def magnitudes(self, part: Tensor, out: Tensor) -> None:
-        """Write the summed magnitudes of each neuron into ``out``, float32 ``(n,)``, piece by piece."""
+        """Add up the magnitudes of each neuron, piece by piece.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, inner)``.
+            out: float32 ``(n,)``, is overwritten.
+        """
         pieces = part.split(self._at_once)
         sums = torch.empty(len(pieces), self._shape[1], dtype=torch.float32, device="cpu")
         for piece, each in zip(pieces, sums.unbind(), strict=True):

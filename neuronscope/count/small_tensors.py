@@ -88,12 +88,12 @@ class SmallTensors:
 
     @property
     def axis(self) -> int:
-        """Dimension of the neurons in the tensors of the buffer."""
+        """Return the dimension of the neurons in the tensors of the buffer."""
         return self._kind[2] if self._kind is not None else 0
 
     @property
     def tolerance(self) -> float:
-        """The tolerance that counts as zero in the tensors of the buffer."""
+        """Return the tolerance up to which ``|x|`` counts as zero in the tensors of the buffer."""
         return self._kind[3] if self._kind is not None else 0.0
 
     def tensors(self) -> list[Tensor]:
