@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.tables import Table, milliseconds, ratio, size
 from benchmarks.turns import take_turns
-from neuronscope.count.counting import Scratch, count_outputs, count_zeros
+from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
 
 __all__ = ["tables"]
 
@@ -55,7 +55,7 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
 
 
 def _row(case: Case, dtype: torch.dtype, *, quick: bool) -> tuple[str, ...]:
-    y, axis, scratch = case.tensor(dtype), case.axis, Scratch()
+    y, axis, scratch = case.tensor(dtype), case.axis, ScratchBuffers()
     others = [dimension for dimension in range(y.dim()) if dimension != axis]
     elements = math.prod(case.shape)
     few = 2 if quick else 9 if elements > 1 << 22 else 31 if elements > 1 << 18 else 301

@@ -27,7 +27,7 @@ from benchmarks.steps import NEVER, by_default
 from benchmarks.tables import Table, milliseconds, ratio, size
 from benchmarks.turns import take_turns
 from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
-from neuronscope.count.counting import Scratch, count_outputs, count_zeros
+from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
 
 __all__ = ["MODES", "main", "tables"]
 
@@ -84,7 +84,7 @@ def _bandwidth(device: str, *, quick: bool) -> Table:
 
 
 def _counted(y: Tensor, axis: int, rounds: int) -> tuple[str, ...]:
-    other, scratch = torch.empty_like(y), Scratch()
+    other, scratch = torch.empty_like(y), ScratchBuffers()
     times = take_turns(
         {
             "copy": _finished(y, lambda: other.copy_(y)),

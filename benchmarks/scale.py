@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 import neuronscope as ns
 from benchmarks.tables import Table
 from neuronscope.build_report import make_report
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord
@@ -58,7 +58,7 @@ class Costs(NamedTuple):
         peak: Bytes of the process at its largest, at the end.
     """
 
-    meters: int
+    all_counters: int
     rows: int
     given: int
     collectives: int
@@ -103,17 +103,17 @@ def size(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count(meters: list[Meter], step: int) -> None:
+def count(all_counters: list[SiteCounters], step: int) -> None:
     """As if every site had run."""
-    for meter in meters:
-        zeros = torch.randint(POSITIONS // 2, POSITIONS, (meter.neurons,))
-        zeros[: meter.neurons // 100] = POSITIONS
-        meter.counters.zero_outputs.copy_(zeros)
-        meter.counters.zero_gradients.copy_(zeros)
-        meter.counters.abs_sum.copy_(POSITIONS - zeros)
-        meter.counters.last_active.fill_(step)
-        meter.counters.first_active.fill_(step)
-        meter.positions = meter.gradient_positions = meter.examples = POSITIONS
+    for counters in all_counters:
+        zeros = torch.randint(POSITIONS // 2, POSITIONS, (counters.neurons,))
+        zeros[: counters.neurons // 100] = POSITIONS
+        counters.tensors.zero_outputs.copy_(zeros)
+        counters.tensors.zero_gradients.copy_(zeros)
+        counters.tensors.abs_sum.copy_(POSITIONS - zeros)
+        counters.tensors.last_active.fill_(step)
+        counters.tensors.first_active.fill_(step)
+        counters.positions = counters.gradient_positions = counters.examples = POSITIONS
 
 
 def measure(rank: int, sites: int, neurons: int) -> Costs | None:
@@ -121,10 +121,10 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
     torch.manual_seed(rank)
     record, ranks = PhaseRecord(ns.Policy()), RankSync()
     keys = [SiteKey(f"layers.{number}.act", "", 0, False) for number in range(sites)]
-    meters = [record.add_meter(key, INFO, neurons, torch.device("cpu")) for key in keys]
+    all_counters = [record.add_site(key, INFO, neurons, torch.device("cpu")) for key in keys]
     joins, closes, collectives = [], [], [0]
     for window in range(WINDOWS):
-        count(meters, window)
+        count(all_counters, window)
         record.note_step(window)
         joins.append(seconds(lambda: record.flush(lambda census: ranks.join(census, phase="train"))))
         closes.append(seconds(record.close))
@@ -141,8 +141,12 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
         log_s = seconds(lambda: (tensorboard.write(reports[0], writer, WINDOWS), writer.flush()))
         log = sum(path.stat().st_size for path in Path(folder).iterdir())
     return Costs(
-        meters=sum(size(list(meter.counters)) for meter in meters),
-        rows=sum(size([rows.some(rows.room)]) for meter in meters for rows in (meter.outputs, meter.gradients)),
+        all_counters=sum(size(list(counters.tensors)) for counters in all_counters),
+        rows=sum(
+            size([rows.next_rows(rows.room)])
+            for counters in all_counters
+            for rows in (counters.outputs, counters.gradients)
+        ),
         given=ranks.exchanges.bytes,
         collectives=collectives[-1] - collectives[-2],
         join_s=min(joins),
@@ -218,7 +222,7 @@ def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:
             joining.rows.append([shape, str(world), given, wanted, str(costs.collectives), *times])
             if place == 0:
                 expected = f"{megabytes(48 * total)}, {megabytes((177 + WINDOWS) * total)}"
-                memory.rows.append([shape, *map(megabytes, (costs.meters, costs.rows, costs.state)), expected])
+                memory.rows.append([shape, *map(megabytes, (costs.all_counters, costs.rows, costs.state)), expected])
                 spent = [f"{costs.close_s:.3f} s", f"{costs.report_s:.3f} s", f"{costs.log_s:.1f} s"]
                 logging.rows.append([shape, *spent, f"{costs.log / 1e6:.2g} MB", f"{costs.peak / 1e9:.2f} GB"])
     return [memory, joining, logging]

@@ -15,8 +15,8 @@ from torch import nn
 import neuronscope as ns
 from benchmarks.tables import Table, size
 from benchmarks.turns import Times, take_turns
-from neuronscope.count.counters import Meter, add_gradients, add_outputs
-from neuronscope.count.counting import Scratch
+from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs
+from neuronscope.count.counting import ScratchBuffers
 
 __all__ = ["tables"]
 
@@ -67,13 +67,13 @@ def _row(bytes_each: int, rounds: int) -> tuple[str, ...]:
 
         return repeated
 
-    meter, scratch, y = Meter(WIDTH, x.device), Scratch(), x.relu()
+    counters, scratch, y = SiteCounters(WIDTH, x.device), ScratchBuffers(), x.relu()
     times = take_turns(
         {
             "plain": many(lambda: train(plain)),
             "observed": many(observed),
-            "outputs": many(lambda: add_outputs(meter, y, 1, len(y), 0, scratch, 0.0)),
-            "gradients": many(lambda: add_gradients(meter, y, 1, scratch)),
+            "outputs": many(lambda: add_outputs(counters, y, 1, len(y), 0, scratch, 0.0)),
+            "gradients": many(lambda: add_gradients(counters, y, 1, scratch)),
         },
         rounds=rounds,
     )

@@ -17,7 +17,7 @@ from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import make_report, not_measured
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Patterns, WatchOptions
@@ -72,8 +72,8 @@ class Scope:
         self._hooks = HookManager(
             model,
             registry=registry,
-            meters=self._new_meter,
-            axes=self._patterns.axis,
+            new_counters=self._new_counters,
+            declared_axis=self._patterns.axis,
             functional=options.functional,
             tolerance=self.policy.tolerance,
         )
@@ -122,7 +122,7 @@ class Scope:
         record = self._record("train")
         if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
-            self._hooks.observer.end_step()
+            self._hooks.recorder.note_missed_sites()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
@@ -231,7 +231,7 @@ class Scope:
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         record = self._record(phase)
-        self._ranks.duplicate = self._hooks.observer.frame.flow.duplicate
+        self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
         record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
         return record
 
@@ -243,10 +243,10 @@ class Scope:
         hooks = self._hooks
         if not observing and not hooks.observing:
             return
-        hooks.observer.turn_to(self._phase, self._step)
+        hooks.recorder.set_phase(self._phase, self._step)
         hooks.set_observing(observing)
         if not observing and not self._pauses:
-            hooks.rest(self.every_n_steps - self._step % self.every_n_steps)
+            hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since the last observed step.
@@ -304,7 +304,7 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.observer.not_seen(), self._hooks.module_sites, record, self._patterns.wants
+                self._hooks.recorder.all_not_measured(), self._hooks.module_sites, record, self._patterns.wants
             ),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
@@ -318,7 +318,7 @@ class Scope:
 
     def _current_fault(self) -> Fault | None:
         failure = self._hooks.failure
-        return self._fault if failure is None else Fault.from_error(failure, self._hooks.observer.step)
+        return self._fault if failure is None else Fault.from_error(failure, self._hooks.recorder.step)
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
         """Return everything counted so far as tensors and primitives, which any checkpoint can hold.
@@ -347,17 +347,19 @@ class Scope:
             self._records[phase] = PhaseRecord(self.policy)
         return self._records[phase]
 
-    def _new_meter(self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter | None:
-        if not self._patterns.meets(key.name):
+    def _new_counters(
+        self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device
+    ) -> SiteCounters | None:
+        if not self._patterns.register(key.name):
             return None
-        return self._record(phase).add_meter(key, info, neurons, device)
+        return self._record(phase).add_site(key, info, neurons, device)
 
     def _check_patterns(self) -> None:
         """Warn after the first observed step about patterns that match no site."""
         if self._checked:
             return
         self._checked = True
-        for message in self._patterns.complaints(self._model_name):
+        for message in self._patterns.unmatched_warnings(self._model_name):
             warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 

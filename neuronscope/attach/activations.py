@@ -1,6 +1,7 @@
-"""Recognise activations: which modules and functions apply one, and of which kind it is.
+"""Recognize activations: which modules and functions apply one, and what it does to its neurons.
 
-The registry of activation functions is a constant; what a user adds lives on a :class:`Registry` instance.
+To add an activation, add one row to :data:`ROWS`, wherever the activation comes from. What a user adds for one run is
+an argument of :class:`Registry`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, WrapperDescriptorType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch._ops import OpOverloadPacket
 
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.errors import UsageError
 
-__all__ = ["KINDS", "Activation", "Registry"]
+__all__ = ["KINDS", "ROWS", "Activation", "ActivationRow", "Registry"]
 
 #: What an activation function does to its neurons; see ``docs/definitions.md``.
 KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
@@ -25,13 +26,17 @@ KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function, as far as judging its neurons goes.
+    """An activation function: what must be known of it to judge its neurons.
 
     Attributes:
         name: Lower-case name, as in ``relu``.
         kind: One of :data:`KINDS`.
         linear_when_on: The function is the identity wherever its output is not zero.
         halves: The input is split in two along a dimension and the second half gates the first (GLU).
+        gated_name: Name of the product that it gates, as in ``swiglu``; ``""`` stands for ``gated <name>``.
+
+    Raises:
+        UsageError: ``kind`` is not one of :data:`KINDS`.
 
     >>> Activation("squared_relu", "relu-like").kind
     'relu-like'
@@ -41,131 +46,134 @@ class Activation:
     kind: str
     linear_when_on: bool = False
     halves: bool = False
+    gated_name: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UsageError(f"Expected activation `kind` to be one of {', '.join(KINDS)}, but got {self.kind!r}.")
 
 
-_RELU = Activation("relu", "relu-like", linear_when_on=True)
-_GLU = Activation("glu", "gated", halves=True)
-
-_BY_NAME = {
-    activation.name: activation
-    for activation in (
-        _RELU,
-        _GLU,
-        *(
-            Activation(name, "relu-like")
-            for name in ("relu6", "hardtanh", "hardswish", "threshold", "hardshrink", "softshrink", "hardmish")
-        ),
-        *(Activation(name, "leaky") for name in ("leaky_relu", "prelu", "rrelu")),
-        *(
-            Activation(name, "smooth")
-            for name in ("gelu", "silu", "mish", "elu", "selu", "celu", "softplus", "logsigmoid", "tanhshrink")
-        ),
-        *(Activation(name, "saturating") for name in ("sigmoid", "tanh", "hardsigmoid", "softsign")),
-    )
-}
-
-_TORCH_MODULES: dict[type[nn.Module], Activation] = {
-    nn.ReLU: _RELU,
-    nn.ReLU6: _BY_NAME["relu6"],
-    nn.Hardtanh: _BY_NAME["hardtanh"],
-    nn.Hardswish: _BY_NAME["hardswish"],
-    nn.Threshold: _BY_NAME["threshold"],
-    nn.Hardshrink: _BY_NAME["hardshrink"],
-    nn.Softshrink: _BY_NAME["softshrink"],
-    nn.LeakyReLU: _BY_NAME["leaky_relu"],
-    nn.PReLU: _BY_NAME["prelu"],
-    nn.RReLU: _BY_NAME["rrelu"],
-    nn.GELU: _BY_NAME["gelu"],
-    nn.SiLU: _BY_NAME["silu"],
-    nn.Mish: _BY_NAME["mish"],
-    nn.ELU: _BY_NAME["elu"],
-    nn.SELU: _BY_NAME["selu"],
-    nn.CELU: _BY_NAME["celu"],
-    nn.Softplus: _BY_NAME["softplus"],
-    nn.LogSigmoid: _BY_NAME["logsigmoid"],
-    nn.Tanhshrink: _BY_NAME["tanhshrink"],
-    nn.Sigmoid: _BY_NAME["sigmoid"],
-    nn.Tanh: _BY_NAME["tanh"],
-    nn.Hardsigmoid: _BY_NAME["hardsigmoid"],
-    nn.Softsign: _BY_NAME["softsign"],
-    nn.GLU: _GLU,
-}
-
-# Classes of packages that need not be installed, by the package and class name that a class bears itself.
-_PACKAGED_MODULES: dict[tuple[str, str], Activation] = {
-    **{
-        ("transformers", name): _BY_NAME["gelu"]
-        for name in (
-            "GELUActivation",
-            "GELUTanh",
-            "PytorchGELUTanh",
-            "NewGELUActivation",
-            "FastGELUActivation",
-            "QuickGELUActivation",
-            "ClippedGELUActivation",
-            "AccurateGELUActivation",
-            "BloomGelu",
-        )
-    },
-    ("transformers", "SiLUActivation"): _BY_NAME["silu"],
-    ("transformers", "MishActivation"): _BY_NAME["mish"],
-    ("transformers", "LaplaceActivation"): Activation("laplace", "saturating"),
-    ("transformers", "ReLUSquaredActivation"): Activation("relu_squared", "relu-like"),
-    ("transformers", "SqrtSoftplusActivation"): Activation("sqrt_softplus", "smooth"),
-    ("transformers", "XIELUActivation"): Activation("xielu", "leaky"),
-    **{("timm", name): _BY_NAME["silu"] for name in ("Swish", "SwishMe", "SwishJit")},
-    **{("timm", name): _BY_NAME["mish"] for name in ("Mish", "MishMe", "MishJit")},
-    **{("timm", name): _BY_NAME["gelu"] for name in ("GELU", "GELUTanh", "QuickGELU")},
-    **{("timm", name): _BY_NAME["hardswish"] for name in ("HardSwish", "HardSwishMe", "HardSwishJit")},
-    **{("timm", name): _BY_NAME["hardsigmoid"] for name in ("HardSigmoid", "HardSigmoidMe", "HardSigmoidJit")},
-    **{("timm", name): _BY_NAME["hardmish"] for name in ("HardMish", "HardMishMe", "HardMishJit")},
-    ("timm", "Sigmoid"): _BY_NAME["sigmoid"],
-    ("timm", "Tanh"): _BY_NAME["tanh"],
-    ("timm", "PReLU"): _BY_NAME["prelu"],
-}
+#: Returns the activation that a call applies, or ``None``, from the call's positional and keyword arguments.
+Chooser = Callable[[tuple[Any, ...], Mapping[str, Any]], "Activation | None"]
 
 
-def _callables() -> Iterator[tuple[Callable[..., Any], Activation]]:
-    """Every torch function, in-place or not, that applies an activation, as a function mode sees it."""
-    for name, activation in _BY_NAME.items():
-        for home in (F, torch, torch.Tensor):
-            for spelling in (name, name + "_"):
-                function = getattr(home, spelling, None)
-                if callable(function):
-                    yield function, activation
-    yield torch.special.expit, _BY_NAME["sigmoid"]
+class ActivationRow(NamedTuple):
+    """One activation and everything that applies it.
+
+    Attributes:
+        activation: The activation.
+        modules: Classes of ``torch.nn``; their subclasses count too.
+        functions: Names of torch functions, for :func:`~neuronscope.attach.torch_functions.spellings`. Functions that
+            end in an underscore count too.
+        others: Functions that have the name of no torch function or tensor method.
+        packaged: Classes of packages that need not be installed: the package → names of its classes.
+        choose: Decides for each call of the functions; ``None`` if every call applies the activation.
+    """
+
+    activation: Activation
+    modules: tuple[type[nn.Module], ...] = ()
+    functions: tuple[str, ...] = ()
+    others: tuple[Callable[..., Any], ...] = ()
+    packaged: Mapping[str, tuple[str, ...]] = {}
+    choose: Chooser | None = None
+
+    def all_functions(self) -> Iterator[Callable[..., Any]]:
+        """Yield every function of the row, as a function mode receives it."""
+        yield from spellings(*self.functions, in_place=True)
+        yield from self.others
 
 
-_FUNCTIONS: dict[Callable[..., Any], Activation] = dict(_callables())
-
-# A clamp from below at exactly zero is a ReLU; with a ceiling too it is a bounded one.
-_CLAMPS = frozenset(
-    getattr(home, name)
-    for home in (torch, torch.Tensor)
-    for name in ("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_")
-)
-_BOUNDED_RELU = Activation("clamp", "relu-like")
 _CLAMP = Activation("clamp", "relu-like", linear_when_on=True)
+_CLAMP_ON_BOTH_SIDES = Activation("clamp", "relu-like")
 
 
-def _clamp(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
+def _clamp_at_zero(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Activation | None:
+    """Return the ReLU that a call is if it clamps from below at exactly zero, else ``None``; it may clamp above too."""
     low = args[1] if len(args) > 1 else kwargs.get("min")
     high = args[2] if len(args) > 2 else kwargs.get("max")
     if isinstance(low, bool) or not isinstance(low, (int, float)) or low != 0:
         return None
-    return _CLAMP if high is None else _BOUNDED_RELU
+    return _CLAMP if high is None else _CLAMP_ON_BOTH_SIDES
+
+
+#: Every activation that is known without being registered.
+ROWS: tuple[ActivationRow, ...] = (
+    ActivationRow(Activation("relu", "relu-like", linear_when_on=True, gated_name="reglu"), (nn.ReLU,), ("relu",)),
+    ActivationRow(Activation("relu6", "relu-like"), (nn.ReLU6,), ("relu6",)),
+    ActivationRow(Activation("hardtanh", "relu-like"), (nn.Hardtanh,), ("hardtanh",)),
+    ActivationRow(
+        Activation("hardswish", "relu-like"),
+        (nn.Hardswish,),
+        ("hardswish",),
+        packaged={"timm": ("HardSwish", "HardSwishMe", "HardSwishJit")},
+    ),
+    ActivationRow(Activation("hardmish", "relu-like"), packaged={"timm": ("HardMish", "HardMishMe", "HardMishJit")}),
+    ActivationRow(Activation("threshold", "relu-like"), (nn.Threshold,), ("threshold",)),
+    ActivationRow(Activation("hardshrink", "relu-like"), (nn.Hardshrink,), ("hardshrink",)),
+    ActivationRow(Activation("softshrink", "relu-like"), (nn.Softshrink,), ("softshrink",)),
+    ActivationRow(_CLAMP, functions=("clamp", "clip", "clamp_min"), choose=_clamp_at_zero),
+    ActivationRow(Activation("relu_squared", "relu-like"), packaged={"transformers": ("ReLUSquaredActivation",)}),
+    ActivationRow(Activation("leaky_relu", "leaky"), (nn.LeakyReLU,), ("leaky_relu",)),
+    ActivationRow(Activation("prelu", "leaky"), (nn.PReLU,), ("prelu",), packaged={"timm": ("PReLU",)}),
+    ActivationRow(Activation("rrelu", "leaky"), (nn.RReLU,), ("rrelu",)),
+    ActivationRow(Activation("xielu", "leaky"), packaged={"transformers": ("XIELUActivation",)}),
+    ActivationRow(
+        Activation("gelu", "smooth", gated_name="geglu"),
+        (nn.GELU,),
+        ("gelu",),
+        packaged={
+            "transformers": (
+                *("GELUActivation", "GELUTanh", "PytorchGELUTanh", "NewGELUActivation", "FastGELUActivation"),
+                *("QuickGELUActivation", "ClippedGELUActivation", "AccurateGELUActivation", "BloomGelu"),
+            ),
+            "timm": ("GELU", "GELUTanh", "QuickGELU"),
+        },
+    ),
+    ActivationRow(
+        Activation("silu", "smooth", gated_name="swiglu"),
+        (nn.SiLU,),
+        ("silu",),
+        packaged={"transformers": ("SiLUActivation",), "timm": ("Swish", "SwishMe", "SwishJit")},
+    ),
+    ActivationRow(
+        Activation("mish", "smooth"),
+        (nn.Mish,),
+        ("mish",),
+        packaged={"transformers": ("MishActivation",), "timm": ("Mish", "MishMe", "MishJit")},
+    ),
+    ActivationRow(Activation("elu", "smooth"), (nn.ELU,), ("elu",)),
+    ActivationRow(Activation("selu", "smooth"), (nn.SELU,), ("selu",)),
+    ActivationRow(Activation("celu", "smooth"), (nn.CELU,), ("celu",)),
+    ActivationRow(Activation("softplus", "smooth"), (nn.Softplus,), ("softplus",)),
+    ActivationRow(Activation("logsigmoid", "smooth"), (nn.LogSigmoid,), ("logsigmoid",)),
+    ActivationRow(Activation("tanhshrink", "smooth"), (nn.Tanhshrink,), ("tanhshrink",)),
+    ActivationRow(Activation("sqrt_softplus", "smooth"), packaged={"transformers": ("SqrtSoftplusActivation",)}),
+    ActivationRow(
+        Activation("sigmoid", "saturating", gated_name="glu"),
+        (nn.Sigmoid,),
+        ("sigmoid",),
+        others=(torch.special.expit,),
+        packaged={"timm": ("Sigmoid",)},
+    ),
+    ActivationRow(Activation("tanh", "saturating"), (nn.Tanh,), ("tanh",), packaged={"timm": ("Tanh",)}),
+    ActivationRow(
+        Activation("hardsigmoid", "saturating"),
+        (nn.Hardsigmoid,),
+        ("hardsigmoid",),
+        packaged={"timm": ("HardSigmoid", "HardSigmoidMe", "HardSigmoidJit")},
+    ),
+    ActivationRow(Activation("softsign", "saturating"), (nn.Softsign,), ("softsign",)),
+    ActivationRow(Activation("laplace", "saturating"), packaged={"transformers": ("LaplaceActivation",)}),
+    ActivationRow(Activation("glu", "gated", halves=True), (nn.GLU,), ("glu",)),
+)
 
 
 class Registry:
-    """Which modules and functions apply an activation: the built-in constants and one user's additions.
+    """The modules and functions that apply an activation: :data:`ROWS` and one user's additions.
 
     Args:
-        additions: Module classes or functions of one's own, each with its :class:`Activation`, or with a kind or a
-            known activation's name as a shorthand.
+        additions: The user's own module classes or functions, each with its :class:`Activation`. A kind or the name of
+            a known activation is a shorthand for one.
 
     Raises:
         UsageError: An addition is neither a module class nor a function that a function mode can see, or its
@@ -178,36 +186,46 @@ class Registry:
                 "Expected argument `activations` to map module classes or functions to activations, "
                 f"but got {additions!r}."
             )
-        self._modules = dict(_TORCH_MODULES)
-        self.functions = dict(_FUNCTIONS)
+        self._by_name = {row.activation.name: row.activation for row in ROWS}
+        self._modules = {cls: row.activation for row in ROWS for cls in row.modules}
+        self._packaged = {
+            (package, name): row.activation
+            for row in ROWS
+            for package in row.packaged
+            for name in row.packaged[package]
+        }
+        self._functions: dict[Callable[..., Any], Activation | Chooser] = {
+            function: row.choose or row.activation for row in ROWS for function in row.all_functions()
+        }
         for target, value in (additions or {}).items():
-            activation = self._resolve(target, value)
-            if isinstance(target, type) and issubclass(target, nn.Module):
-                self._modules[target] = activation
-            elif not callable(target):
-                raise UsageError(f"Expected an activation to be a module class or a function, but got {target!r}.")
-            elif not _is_told_of(target):
-                raise UsageError(
-                    "Expected an activation to be a module class or a function whose calls torch tells of, but got "
-                    f"{target!r}, of which it does not. Decorate a function of your own with "
-                    "`@torch.overrides.wrap_torch_function(lambda x: (x,))`, or register the class of a module that "
-                    "calls it."
-                )
-            else:
-                self.functions[target] = activation
+            self._add(target, self._resolve(target, value))
 
-    @staticmethod
-    def _resolve(target: Any, value: Activation | str) -> Activation:
+    def _add(self, target: Any, activation: Activation) -> None:
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            self._modules[target] = activation
+        elif not callable(target):
+            raise UsageError(f"Expected an activation to be a module class or a function, but got {target!r}.")
+        elif not _is_seen_by_modes(target):
+            raise UsageError(
+                "Expected an activation to be a module class or a function whose calls torch reports, but got "
+                f"{target!r}, whose calls it does not report. Decorate a function of your own with "
+                "`@torch.overrides.wrap_torch_function(lambda x: (x,))`, or register the class of a module that "
+                "calls it."
+            )
+        else:
+            self._functions[target] = activation
+
+    def _resolve(self, target: Any, value: Activation | str) -> Activation:
         if isinstance(value, Activation):
             return value
-        if isinstance(value, str) and value in _BY_NAME:
-            return _BY_NAME[value]
+        if isinstance(value, str) and value in self._by_name:
+            return self._by_name[value]
         return Activation(getattr(target, "__name__", str(target)).lower(), value)
 
     def of_module(self, module: nn.Module) -> Activation | None:
-        """The activation that ``module`` applies, or ``None``; subclasses count as what they derive from."""
+        """Return the activation that ``module`` applies, or ``None``; a subclass counts as its base class."""
         for cls in type(module).__mro__:
-            found = self._modules.get(cls) or _PACKAGED_MODULES.get((cls.__module__.partition(".")[0], cls.__name__))
+            found = self._modules.get(cls) or self._packaged.get((cls.__module__.partition(".")[0], cls.__name__))
             if found is not None:
                 return found
         return None
@@ -215,14 +233,18 @@ class Registry:
     def of_call(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Activation | None:
-        """The activation that a torch function applies when called like this, or ``None``."""
-        found = self.functions.get(function)
-        if found is None and function in _CLAMPS:
-            return _clamp(args, kwargs)
-        return found
+        """Return the activation that a call of a torch function applies, or ``None``.
+
+        Args:
+            function: The function.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+        """
+        found = self._functions.get(function)
+        return found if found is None or isinstance(found, Activation) else found(args, kwargs)
 
     def finds_nothing(self, model: nn.Module, functional: bool) -> bool:
-        """Whether it is certain, before anything runs, that no activation of ``model`` can be seen.
+        """Whether no activation of ``model`` can be seen, as far as that is certain before the model runs.
 
         Args:
             model: The model.
@@ -234,12 +256,12 @@ class Registry:
         return not functional or all(type(module) in _WITHOUT_FUNCTIONS for module in modules)
 
 
-def _is_told_of(function: Callable[..., Any]) -> bool:
+def _is_seen_by_modes(function: Callable[..., Any]) -> bool:
     """Whether a function mode sees the calls of a function: torch's own, and any that follows torch's protocol."""
     if isinstance(function, FunctionType):
         return "handle_torch_function" in function.__code__.co_names
     return isinstance(function, (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, OpOverloadPacket))
 
 
-# Modules that call no activation function of their own.
+# Modules that call no activation function themselves.
 _WITHOUT_FUNCTIONS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Dropout)

@@ -1,19 +1,97 @@
-"""Our functions are traced as part of a model's graph, and never as graphs of their own.
+"""Everything that the other modules need to know about ``torch.compile``.
 
-``torch.compile(model)`` runs the hooks of the model itself outside of the graph, and tries to compile them too, each
-function a graph: to no use, at the cost of guards, and with torch's warnings about the tensors that a hook is given.
+``torch.compile`` traces our hooks and our function mode as part of the graph of the model. No other module asks torch
+whether it is being traced, or what was compiled: each imports the answer from here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
+from typing import Any
 
-__all__ = ["skip_frames"]
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+__all__ = [
+    "count_compilations",
+    "has_real_tensors",
+    "in_backward",
+    "in_compiled_graph",
+    "is_compiled",
+    "is_tracing",
+    "skip_frames",
+    "thread_id",
+    "unwatched",
+]
+
+#: Whether ``torch.compile`` is tracing the code that asks. It is torch's own function under another name, because the
+#: compiler replaces a call of it by a constant, and because eager mode asks it several times for each tensor.
+is_tracing = torch.compiler.is_compiling
+
+
+def unwatched() -> Any:
+    """Return a context that hides our own arithmetic from every function mode. It does nothing while traced."""
+    return contextlib.nullcontext() if is_tracing() else torch._C.DisableTorchFunction()
+
+
+def thread_id() -> int:
+    """Return the number of the running thread; 0 while traced, because the compiler cannot trace the question."""
+    return 0 if is_tracing() else threading.get_ident()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing runs the forward again inside it."""
+    return not is_tracing() and torch._C._current_graph_task_id() != -1
+
+
+def has_real_tensors() -> bool:
+    """Whether tensors hold numbers, or will when the graph runs: not while a graph is recorded for export."""
+    return not torch.compiler.is_exporting() if is_tracing() else torch._C._get_tracing_state() is None
+
+
+def in_compiled_graph() -> bool:
+    """Whether the caller was called by a compiled graph: a debugging back end runs its functions one by one in Python.
+
+    The counting calls that are part of the graph count what these functions compute.
+    """
+    if is_tracing():
+        return False
+    frame = sys._getframe(2)
+    for _ in range(4):  # between the mode and the graph's code are the function and its dispatcher
+        if frame.f_code.co_filename.startswith("<eval_with_key>"):
+            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` was asked to compile this module; it may not have done so yet."""
+    return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+def count_compilations() -> tuple[int, int]:
+    """Return how many frames and graphs ``torch.compile`` has traced in this process so far."""
+    convert = sys.modules.get("torch._dynamo.convert_frame")
+    utils = sys.modules.get("torch._dynamo.utils")
+    if convert is None or utils is None:
+        return 0, 0
+    return convert.FRAME_COUNTER, utils.counters["stats"]["unique_graphs"]
 
 
 def skip_frames(modules: Iterable[ModuleType]) -> None:
-    """Tell the compiler to run the functions of these modules as they are, where no graph is being traced."""
+    """Tell the compiler to run the functions of these modules as they are when no graph is being traced.
+
+    ``torch.compile(model)`` runs the hooks of the model itself outside of the graph. Without this it would compile each
+    function that they call as a graph of its own. That gains nothing, costs guards, and makes torch warn about the
+    tensors that a hook receives.
+    """
     from torch._dynamo.eval_frame import skip_code
 
     for module in modules:

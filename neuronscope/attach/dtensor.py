@@ -1,7 +1,7 @@
-"""Shards: which part of a distributed tensor this rank holds, and so which of a layer's neurons.
+"""Read from a distributed tensor which part of it this rank holds, and so which neurons of a layer.
 
-A ``torch.distributed.tensor.DTensor`` is known by its placements; to look for them imports nothing of torch's
-distributed packages, and none of this talks to another rank.
+A ``torch.distributed.tensor.DTensor`` is recognized by its placements, so that nothing of torch's distributed packages
+is imported. Nothing here communicates with other ranks.
 """
 
 from __future__ import annotations
@@ -10,15 +10,26 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Part", "cut", "is_distributed", "is_later_part", "is_partial", "local", "part_of", "shares_layers"]
+from neuronscope.attach.compiling import is_tracing
+
+__all__ = [
+    "NeuronShard",
+    "is_distributed",
+    "is_later_shard",
+    "is_partial",
+    "is_tensor_parallel",
+    "local_tensor",
+    "neuron_shard",
+    "sharded_dims",
+]
 
 
-class Part(NamedTuple):
-    """Which of a layer's neurons a rank holds.
+class NeuronShard(NamedTuple):
+    """Which neurons of a layer a rank holds.
 
     Attributes:
-        first: The first of them; −1 where another rank holds the very same at the same positions.
-        whole: Neurons of the whole layer; 0 where it is not known to be shared.
+        first: Index of the first of them; −1 if another rank holds the same neurons at the same positions.
+        whole: Number of neurons of the whole layer; 0 if ranks are not known to share it.
     """
 
     first: int = 0
@@ -26,20 +37,25 @@ class Part(NamedTuple):
 
 
 def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a rank's share of one that is spread over several.
+    """Whether a tensor is this rank's part of a distributed tensor; never true while ``torch.compile`` traces.
 
     >>> import torch
     >>> is_distributed(torch.ones(2))
     False
     """
-    return type(tensor) is not Tensor and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+    return (
+        type(tensor) is not Tensor
+        and not is_tracing()
+        and hasattr(tensor, "placements")
+        and hasattr(tensor, "device_mesh")
+    )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that this rank holds, without its graph; any other tensor as it is.
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a distributed tensor that this rank holds, without its graph; any other tensor unchanged.
 
     >>> import torch
-    >>> local(torch.ones(2)).tolist()
+    >>> local_tensor(torch.ones(2)).tolist()
     [1.0, 1.0]
     """
     if type(tensor) is Tensor:
@@ -47,8 +63,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if not hasattr(tensor, "to_local") else tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
-def cut(tensor: Tensor) -> tuple[int | None, ...]:
-    """Along which dimension each dimension of the mesh cuts a tensor, ``None`` where it does not; ``()`` if plain."""
+def sharded_dims(tensor: Tensor) -> tuple[int | None, ...]:
+    """Return for each dimension of the device mesh which dimension of a tensor it shards.
+
+    Returns:
+        One entry for each dimension of the mesh, ``None`` if that one shards nothing; ``()`` for a plain tensor.
+    """
     if not is_distributed(tensor):
         return ()
     placements: Any = tensor.placements  # type: ignore[attr-defined]
@@ -56,47 +76,52 @@ def cut(tensor: Tensor) -> tuple[int | None, ...]:
 
 
 def is_partial(tensor: Tensor) -> bool:
-    """Whether a tensor is the sum of what several ranks hold, so that no rank's part says anything by itself."""
+    """Whether a tensor is the sum of the parts of several ranks, so that one rank's part means nothing by itself."""
     return is_distributed(tensor) and any(placement.is_partial() for placement in tensor.placements)  # type: ignore[attr-defined]
 
 
-def part_of(tensor: Tensor, axis: int) -> Part:
-    """This rank's part of a distributed tensor's neurons, which lie along ``axis``.
+def neuron_shard(tensor: Tensor, axis: int) -> NeuronShard:
+    """Return which neurons of a distributed tensor this rank holds.
 
-    Each cut gives every rank ``ceil(N / ranks)`` neurons as long as there are any left, as ``torch.chunk`` does.
+    Sharding gives each rank ``ceil(N / ranks)`` neurons as long as any are left, as ``torch.chunk`` does.
+
+    Args:
+        tensor: A distributed tensor ``(…, N, …)``.
+        axis: Dimension of the neurons.
     """
-    start, size, again = 0, tensor.shape[axis], False
-    for dimension, (parts, place) in zip(cut(tensor), _places(tensor), strict=True):
+    start, size, replicated = 0, tensor.shape[axis], False
+    for dimension, (parts, place) in zip(sharded_dims(tensor), _places(tensor), strict=True):
         if dimension == axis:
             each = -(-size // parts)
             before = min(each * place, size)
             start, size = start + before, min(each, size - before)
         elif dimension is None:
-            again |= place > 0
-    return Part(-1 if again else start, tensor.shape[axis])
+            replicated |= place > 0
+    return NeuronShard(-1 if replicated else start, tensor.shape[axis])
 
 
-def is_later_part(weight: Tensor) -> bool:
-    """Whether this rank holds a part of a weight that is not the first: then a rank with the first has our data."""
+def is_later_shard(weight: Tensor) -> bool:
+    """Whether this rank holds a shard of a weight that is not the first; the rank with the first has the same data."""
     return any(
-        dimension is not None and place > 0 for dimension, (_, place) in zip(cut(weight), _places(weight), strict=True)
+        dimension is not None and place > 0
+        for dimension, (_, place) in zip(sharded_dims(weight), _places(weight), strict=True)
     )
 
 
-def shares_layers(model: nn.Module | None) -> bool:
-    """Whether ranks share the neurons of a model's layers while it runs; FSDP's cut is mended for each run.
+def is_tensor_parallel(model: nn.Module | None) -> bool:
+    """Whether ranks share the neurons of a model's layers while it runs; FSDP gathers its shards for each run.
 
-    >>> shares_layers(nn.Linear(2, 2))
+    >>> is_tensor_parallel(nn.Linear(2, 2))
     False
     """
     if model is None:
         return False
-    mended = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
-    return any(len(cut(weight)) - cut(weight).count(None) > mended for weight in model.parameters())
+    gathered = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    return any(len(sharded_dims(weight)) - sharded_dims(weight).count(None) > gathered for weight in model.parameters())
 
 
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:
-    """Of each dimension of the mesh, how many ranks lie along it and which one this is."""
+    """Return for each dimension of the mesh the number of ranks along it, and the place of this rank."""
     if not is_distributed(tensor):
         return ()
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]

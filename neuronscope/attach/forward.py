@@ -1,11 +1,12 @@
-"""One forward at a time: who is running, the how-manieth call this is, and what each tensor is.
+"""Track one forward pass: the stack of running modules, the number of each call, and what is known of each tensor.
 
-A *frame* is one outermost call of a watched module, normally the model's forward. Calls of a reused module are numbered
-within a frame. Activations that a training step applies outside any module call (a Lightning ``training_step`` that
-writes ``F.relu(self.fc(x))``) are *loose*: they are numbered from one optimizer step or backward pass to the next.
+A *forward* is one outermost call of a watched module, normally of the model. Calls of a reused module are numbered
+within a forward. A training step may also apply activations outside of every module call, as a Lightning
+``training_step`` does that writes ``F.relu(self.fc(x))``. Those calls are numbered from one optimizer step or backward
+pass to the next.
 
-Everything here can be traced by ``torch.compile``; what changes within a forward is kept in lists and dicts, which the
-compiler follows more faithfully than attributes.
+``torch.compile`` can trace everything here. What changes within a forward is kept in lists and dicts, because the
+compiler tracks these more reliably than attributes.
 """
 
 from __future__ import annotations
@@ -16,82 +17,111 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuronscope.attach.dtensor import local
-from neuronscope.attach.neuron_flow import Flow
-from neuronscope.attach.recomputation import Recomputation
+from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
+from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.sites import SiteKey
 
-__all__ = ["ForwardContext", "first_tensor"]
+__all__ = ["ForwardContext", "Recomputation", "first_tensor"]
+
+Place = tuple[str, str]  # path of a module, and name of a function or ""
 
 
 class ForwardContext:
-    """State of the forward that is running; one instance serves all forwards of a tap, one after another."""
+    """Tracks the forward that is running. One instance serves all forwards of a model, one after another.
+
+    Attributes:
+        module_stack: Paths of the watched modules that are running, the innermost last.
+        flow: Where the neurons of each tensor lie.
+        roles: Which tensors are the input or the output of a site.
+        examples: Number of examples that the forward was given.
+        recomputing: Whether the forward runs again inside a backward pass.
+        exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
+        explicit_step: Whether :meth:`neuronscope.scope.Scope.open_step` marked where the training step begins.
+        ran_root: Whether the model's own forward was seen.
+        ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
+        recomputation: Tells which call of the forward a recomputed call repeats.
+    """
 
     def __init__(self) -> None:
-        self.owners: list[str] = []
-        self.flow = Flow()
+        self.module_stack: list[str] = []
+        self.flow = NeuronFlow()
         self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
         self.examples = 0
         self.recomputing = False
-        self.muted = False
-        self.bounded = False
-        self.ran_whole = False  # whether the model's own forward was seen
-        self.ran_in_parts = False  # whether parts of it were called without it, outside of a step that is bounded
+        self.exporting = False
+        self.explicit_step = False
+        self.ran_root = False
+        self.ran_parts = False
         self.recomputation = Recomputation()
         self._graded = True
-        self._keys: dict[tuple[str, str], list[SiteKey]] = {}  # by place, in the order of calls; made once
-        self._calls: dict[tuple[str, str], int] = {}
-        self._loose_calls: dict[tuple[str, str], int] = {}
+        self._keys: dict[Place, list[SiteKey]] = {}  # of each place, in the order of the calls
+        self._calls: dict[Place, int] = {}
+        self._outside_calls: dict[Place, int] = {}
 
     @property
-    def owner(self) -> str:
-        """Path of the innermost watched module that is running; ``""`` for the root, and outside any."""
-        return self.owners[-1] if self.owners else ""
+    def current_path(self) -> str:
+        """Path of the innermost watched module that is running; ``""`` for the root and outside of all modules."""
+        return self.module_stack[-1] if self.module_stack else ""
 
     def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """A watched module begins to run; says whether that began a frame."""
-        outermost = not self.owners
+        """Note that a watched module begins to run.
+
+        Args:
+            path: Path of the module.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+
+        Returns:
+            Whether a forward begins with it.
+        """
+        outermost = not self.module_stack
         if outermost:
             self.forget()
             self._calls.clear()
             self.recomputing = in_backward()
-            self.muted = not observable()
+            self.exporting = not has_real_tensors()
             self._graded = torch.is_grad_enabled()
             if path == "":
-                self.ran_whole = True
-            elif not self.bounded:
-                self.ran_in_parts = True
+                self.ran_root = True
+            elif not self.explicit_step:
+                self.ran_parts = True
             if not self._graded and not self.recomputing:
                 self.recomputation.clear()  # no backward pass will come
             tensor = first_tensor((args, kwargs))
-            self.examples = local(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
-        self.owners.append(path)
+            self.examples = local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
+        self.module_stack.append(path)
         return outermost
 
     def leave(self) -> bool:
-        """A watched module is done, or failed; says whether that ended the frame."""
-        if self.owners:
-            self.owners.pop()
-        if self.owners:
+        """Note that a watched module has ended or failed, and return whether the forward ended with it."""
+        if self.module_stack:
+            self.module_stack.pop()
+        if self.module_stack:
             return False
         self.forget()
         return True
 
     def number(self, path: str, function: str) -> SiteKey:
-        """The key of the call that begins now."""
+        """Return the key of the call that begins now.
+
+        Args:
+            path: Path of the module that applies the activation.
+            function: Name of the function for a functional site, otherwise ``""``.
+        """
         place = (path, function)
-        if not self.owners and not self.bounded and not torch.is_grad_enabled():
-            return self._key(place, 0)  # neither a step nor a backward pass will part one forward from another
-        calls = self._calls if self.owners else self._loose_calls
+        if not self.module_stack and not self.explicit_step and not torch.is_grad_enabled():
+            return self._key(place, 0)  # no step and no backward pass will tell one forward from the next
+        calls = self._calls if self.module_stack else self._outside_calls
         call = calls.get(place, 0)
         calls[place] = call + 1
-        if self.owners and self._graded and not torch.is_grad_enabled():
-            self.recomputation.hide(place, call)
+        if self.module_stack and self._graded and not torch.is_grad_enabled():
+            self.recomputation.add(place, call)
         return self._key(place, call)
 
-    def _key(self, place: tuple[str, str], call: int) -> SiteKey:
-        if torch.compiler.is_compiling():
+    def _key(self, place: Place, call: int) -> SiteKey:
+        if is_tracing():
             return SiteKey(*place, call, False)
         keys = self._keys.setdefault(place, [])
         while len(keys) <= call:
@@ -99,39 +129,89 @@ class ForwardContext:
         return keys[call]
 
     def forget(self) -> None:
-        """Forget every tensor."""
+        """Forget what is known of every tensor."""
         self.flow.clear()
         self.roles.clear()
 
     def restart(self) -> None:
-        """An optimizer step is over, or a forward never ended: number and remember from scratch."""
-        self.owners.clear()
+        """Start again: an optimizer step is over, or a forward did not end."""
+        self.module_stack.clear()
         self._calls.clear()
-        self._loose_calls.clear()
+        self._outside_calls.clear()
         self.recomputing = False
-        self.muted = False
+        self.exporting = False
         self.recomputation.clear()
         self.forget()
 
-    def end_loose(self) -> None:
-        """A backward pass ran: what is loose from now on belongs to another forward."""
-        self._loose_calls.clear()
+    def restart_outside_calls(self) -> None:
+        """Number the calls outside of modules from zero: a backward pass has ended the forward they belong to."""
+        self._outside_calls.clear()
 
 
-def in_backward() -> bool:
-    """Whether a backward pass is running: activation checkpointing runs forward again inside it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+class Recomputation:
+    """Finds the call that a recomputed call repeats: reentrant activation checkpointing runs its segments again.
 
+    The last segment comes first. The first forward runs without gradients, so that only the recomputed calls can
+    receive them. The calls of a module that several segments share are numbered from zero again in each recomputed
+    segment. When the gradients of a segment arrive, all its calls have been made, and they are the last calls
+    of the forward that were not yet repeated.
 
-def observable() -> bool:
-    """Whether tensors are real now: not while a graph is recorded for export."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is None
+    >>> due = Recomputation()
+    >>> for call in (0, 1, 2):
+    ...     due.add(("relu", ""), call)
+    >>> due.next_number(("relu", "")), due.next_number(("relu", ""))
+    (0, 1)
+    >>> due.forward_call(("relu", ""), 0), due.forward_call(("relu", ""), 1)
+    (1, 2)
+    >>> due.next_number(("relu", "")), due.forward_call(("relu", ""), 0)
+    (0, 0)
+    """
+
+    def __init__(self) -> None:
+        self._due: dict[Place, list[int]] = {}
+        self._made: dict[Place, int] = {}
+        self._fired = False
+
+    def add(self, place: Place, call: int) -> None:
+        """Note a call that was made without gradients, inside a forward that has them.
+
+        Args:
+            place: Path and function of the site.
+            call: Number of the call in the forward.
+        """
+        self._due.setdefault(place, []).append(call)
+
+    def next_number(self, place: Place) -> int:
+        """Note a call that is made in a backward pass, and return its number within the recomputed segment."""
+        if self._fired:  # gradients have arrived since: another segment begins
+            for done, count in self._made.items():
+                del self._due.get(done, [])[-count:]
+            self._made.clear()
+            self._fired = False
+        number = self._made.get(place, 0)
+        self._made[place] = number + 1
+        return number
+
+    def forward_call(self, place: Place, number: int) -> int:
+        """Return the number in the forward of a call of the recomputed segment; called when its gradient has arrived.
+
+        Args:
+            place: Path and function of the site.
+            number: Number of the call within the segment.
+        """
+        self._fired = True
+        due, made = self._due.get(place, []), self._made.get(place, 0)
+        return due[number - made] if made <= len(due) and number < made else number
+
+    def clear(self) -> None:
+        """Forget all calls: an optimizer step is over."""
+        self._due.clear()
+        self._made.clear()
+        self._fired = False
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor in nested tuples, lists and mappings, or ``None``."""
+    """Return the first tensor in nested tuples, lists and mappings, or ``None``."""
     if isinstance(values, Tensor):
         return values
     if isinstance(values, Mapping):

@@ -1,6 +1,6 @@
-"""The function mode that sees what a forward calls: functional activations, gated products, and where neurons go.
+"""Follow the torch functions that a forward calls: functional activations, gated products, and where neurons lie.
 
-It is entered only for a forward, or an open training step, of an observed step.
+The mode is entered only for a forward, or an explicit training step, of an observed step.
 """
 
 from __future__ import annotations
@@ -15,28 +15,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.compiling import in_compiled_graph, is_tracing, unwatched
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
+from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
-_PRODUCTS = frozenset(
-    getattr(home, name)
-    for home in (torch, Tensor)
-    for name in ("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
-    if hasattr(home, name)
-)
+_PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
 class Watch(Protocol):
-    """For whom functions are seen: a :class:`neuronscope.attach.hooks.HookManager`."""
+    """What the mode needs to know; see :class:`neuronscope.attach.hooks.HookManager`."""
 
     observing: bool
     functional: bool
     registry: Registry
-    observer: SiteRecorder
+    recorder: SiteRecorder
     running: list[Call | None]
     callers: CallStack
     entered: EnteredMode
@@ -45,62 +41,57 @@ class Watch(Protocol):
         """Return whether anything that is watched runs in this thread, around ``caller``."""
 
     def fail(self, error: Exception) -> None:
-        """Hear of a fault of ours."""
+        """Handle an error in our own code."""
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module or a function was called on: its first argument, by place or by name."""
+    """Return the first argument of a call, by position or by name; ``None`` if there is none.
+
+    Args:
+        args: The positional arguments of the call.
+        kwargs: The keyword arguments of the call.
+    """
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _in_compiled_graph() -> bool:
-    """Whether a graph that was traced before runs now: a debugging back end calls its functions one by one, in Python.
-
-    What they compute was counted by the calls that stand in the graph.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    frame = sys._getframe(2)
-    for _ in range(4):  # the mode is called by the function, through its dispatcher, and that by the graph's code
-        if frame.f_code.co_filename.startswith("<eval_with_key>"):
-            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
-
-
 class ActivationFunctionMode(TorchFunctionMode):
-    """Sees every torch function called in a forward: functional activations, gated products, and where neurons go."""
+    """Passes every torch function call of a forward on, and reports those that matter to the recorder.
 
-    def __init__(self, tap: Watch) -> None:
+    Args:
+        manager: The hooks of the watched model.
+
+    Attributes:
+        handling: Whether the mode is handling a call; meanwhile torch has taken it off the stack.
+    """
+
+    def __init__(self, manager: Watch) -> None:
         super().__init__()
-        self.tap = tap
-        self.handling = False  # torch has taken the mode off the stack while it handles a call
+        self.manager = manager
+        self.handling = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             if func is Tensor.unflatten:
-                func = torch.unflatten  # the same; torch.compile cannot trace the method where a function mode is on
+                func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
-            if self.tap.callers.runs(id(func)) or self.tap.runs(sys._getframe(1)):
+            if self.manager.callers.runs(id(func)) or self.manager.runs(sys._getframe(1)):
                 return self._see(func, args, kwargs or {})
-            try:  # an interrupt ended what ran, and this is somebody else's
+            try:  # an interrupt ended the watched forward, and this call belongs to other code
                 return func(*args, **(kwargs or {}))
             finally:
-                self.tap.entered.take_off_next()
+                self.manager.entered.take_off_next()
         finally:
             self.handling = before
 
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tap = self.tap
-        if tap.running or not tap.observing or (tap.observer.compiled and _in_compiled_graph()):
+        manager = self.manager
+        if manager.running or not manager.observing or (manager.recorder.compiled and in_compiled_graph()):
             return func(*args, **kwargs)
-        activation = tap.registry.of_call(func, args, kwargs) if tap.functional else None
+        activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
         if activation is not None:
             return self._activation(activation, func, args, kwargs)
         output = func(*args, **kwargs)
@@ -111,30 +102,32 @@ class ActivationFunctionMode(TorchFunctionMode):
     def _activation(
         self, activation: Activation, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        tap = self.tap
+        manager = self.manager
         x = first_input(args, kwargs)
         call: Call | None = None
         try:
             with unwatched():
-                halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                call = tap.observer.begin(tap.observer.frame.owner, activation.name, activation, x, halved)
+                glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
+                call = manager.recorder.begin(
+                    manager.recorder.forward.current_path, activation.name, activation, x, glu_dim
+                )
         except Exception as error:
-            tap.fail(error)
+            manager.fail(error)
         output = func(*args, **kwargs)
-        if call is not None and tap.observing:
+        if call is not None and manager.observing:
             try:
                 with unwatched():
-                    tap.observer.end(call, x, output)
+                    manager.recorder.end(call, x, output)
             except Exception as error:
-                tap.fail(error)
+                manager.fail(error)
         return output
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tap = self.tap
+        manager = self.manager
         try:
             with unwatched():
-                tap.observer.frame.flow.follow(func, args, kwargs, output)
-                if tap.functional and func in _PRODUCTS:
-                    tap.observer.product(args, output)
+                manager.recorder.forward.flow.follow(func, args, kwargs, output)
+                if manager.functional and func in _PRODUCTS:
+                    manager.recorder.product(args, output)
         except Exception as error:
-            tap.fail(error)
+            manager.fail(error)

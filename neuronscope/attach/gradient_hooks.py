@@ -1,4 +1,4 @@
-"""Hooks on pre-activations, asked for their gradients; and what becomes of any hook of ours in a copied model."""
+"""Hooks on pre-activations that count their gradients, and what becomes of our hooks in a copied model."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from neuronscope.count.counters import Meter
+from neuronscope.attach.compiling import unwatched
+from neuronscope.count.counters import SiteCounters
 
-__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register", "unwatched"]
+__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register"]
 
 
 class Gradients(Protocol):
-    """Where gradients go: a :class:`neuronscope.attach.recorder.SiteRecorder`."""
+    """Receives gradients; see :class:`neuronscope.attach.recorder.SiteRecorder`."""
 
     fail: Callable[[Exception], None]
 
-    def gradient(self, gradient: Tensor, meter: Meter, axis: int, halved: int | None) -> None:
-        """The gradient at a pre-activation has come."""
+    def gradient(self, gradient: Tensor, counters: SiteCounters, axis: int, glu_dim: int | None) -> None:
+        """Count a gradient at a pre-activation.
 
-
-def unwatched() -> Any:
-    """A context in which our own arithmetic is seen by no function mode, ours or anybody's."""
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
+        Args:
+            gradient: Gradient ``(…, N, …)``.
+            counters: The counters of the site.
+            axis: Dimension of the neurons.
+            glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
+        """
 
 
 class InertHook:
-    """A hook that a copied or pickled model carries only as a function of the standard library that does nothing."""
+    """A hook that copying and pickling replace by a function of the standard library that does nothing."""
 
     def __deepcopy__(self, memo: Any) -> Any:
         return contextlib.nullcontext().__exit__
@@ -41,76 +43,86 @@ class InertHook:
 
 
 class GradientHook(InertHook):
-    """Asked of a pre-activation: counts the gradient that comes to it."""
+    """A hook on a pre-activation that counts the gradient that arrives there.
 
-    __torch_unserializable__ = True  # a tensor that bears this hook may be saved without it, and without a warning
+    Args:
+        recorder: Receives the gradient.
+        place: Path and function of the site.
+        glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
+    """
 
-    def __init__(self, observer: Gradients, place: tuple[str, str], halved: int | None) -> None:
-        self.observer = observer
+    __torch_unserializable__ = True  # torch saves a tensor without this hook, and does not warn
+
+    def __init__(self, recorder: Gradients, place: tuple[str, str], glu_dim: int | None) -> None:
+        self.recorder = recorder
         self.place = place
-        self.halved = halved
+        self.glu_dim = glu_dim
 
-    def site(self) -> tuple[Meter | None, int]:
-        """Where to count, and the neurons' dimension."""
+    def site(self) -> tuple[SiteCounters | None, int]:
+        """Return the counters of the site, and the dimension of the neurons."""
         raise NotImplementedError
 
     def __call__(self, gradient: Tensor | None) -> None:
-        """The gradient has come."""
-        # No gradient comes where only another part of a split tensor was used.
+        """Count the gradient; it is ``None`` if only another part of a split tensor was used."""
         if gradient is None:
             return
-        meter, axis = self.site()
-        if meter is not None and meter.open:
+        counters, axis = self.site()
+        if counters is not None and counters.open:
             try:
                 with unwatched():
-                    self.observer.gradient(gradient, meter, axis, self.halved)
+                    self.recorder.gradient(gradient, counters, axis, self.glu_dim)
             except Exception as error:
-                self.observer.fail(error)
+                self.recorder.fail(error)
 
 
 class CountedGradient(GradientHook):
-    """Of a call that was numbered when it was made: one hook for all such calls."""
+    """The hook for a call whose site was known when the call was made; one hook serves all calls of the site."""
 
     def __init__(
-        self, observer: Gradients, place: tuple[str, str], halved: int | None, meter: Meter, axis: int
+        self, recorder: Gradients, place: tuple[str, str], glu_dim: int | None, counters: SiteCounters, axis: int
     ) -> None:
-        super().__init__(observer, place, halved)
-        self.meter = meter
-        self._site = (meter, axis)
+        super().__init__(recorder, place, glu_dim)
+        self.counters = counters
+        self._site = (counters, axis)
 
-    def site(self) -> tuple[Meter | None, int]:
-        """As it was when the call was made."""
+    def site(self) -> tuple[SiteCounters | None, int]:
+        """Return what was known when the call was made."""
         return self._site
 
 
 class RecomputedGradient(GradientHook):
-    """Of a call that is made again in a backward pass: which one it is, is known when its gradient comes."""
+    """The hook for a call that is made again in a backward pass; its site is known only when its gradient arrives."""
 
     def __init__(
         self,
-        observer: Gradients,
+        recorder: Gradients,
         place: tuple[str, str],
-        halved: int | None,
-        site: Callable[[], tuple[Meter | None, int]],
+        glu_dim: int | None,
+        site: Callable[[], tuple[SiteCounters | None, int]],
     ) -> None:
-        super().__init__(observer, place, halved)
+        super().__init__(recorder, place, glu_dim)
         self._find = site
 
-    def site(self) -> tuple[Meter | None, int]:
-        """As it is found now."""
+    def site(self) -> tuple[SiteCounters | None, int]:
+        """Return what is known now."""
         return self._find()
 
 
 def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
-    """Put a hook on a tensor that requires a gradient, as ``x.register_hook`` does, but quicker.
+    """Register a hook on a tensor that requires a gradient, as ``x.register_hook`` does, but quicker.
 
-    Most of that method's time goes into a handle, which is of no use where the tensor dies with its step. The order
-    matters: a view whose base was changed in place is given a new node when it is asked for one, without the hooks that
-    it had by then. Torch 2.13's own method asks last, and crashes.
+    ``x.register_hook`` spends most of its time on a handle, which is not needed if the tensor does not outlive its
+    step. The order matters. If the base of a view was changed in place, reading ``grad_fn`` gives the view a new node,
+    which has none of the hooks that were registered before. Torch 2.13's own method reads it last, and crashes.
+
+    Args:
+        x: The tensor.
+        hook: The hook.
 
     Returns:
-        The handle, where it was made: of a leaf, which outlives its step, and of a tensor that bears hooks already.
+        The handle of a leaf, which outlives its step, or of a tensor that had hooks already; otherwise ``None``.
 
+    >>> import torch
     >>> seen: list[Tensor] = []
     >>> class Note(GradientHook):
     ...     def __call__(self, gradient: Tensor | None) -> None:
@@ -128,5 +140,5 @@ def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
     hooks: OrderedDict[Any, Any] = OrderedDict()
     x._backward_hooks = hooks
     node._register_hook_dict(x)
-    hooks[hook] = hook  # the keys of handles are numbers: none of them is this one
+    hooks[hook] = hook  # handles use numbers as keys, so this key is free
     return None

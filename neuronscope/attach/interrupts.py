@@ -1,8 +1,8 @@
-"""Interrupts: which modules still run, although no hook was told that others ended.
+"""Find out which modules still run after an interrupt, when no hook reports which ones have ended.
 
-Torch calls a module's forward hooks when its forward ends, and where they ask for it when an ``Exception`` ended it.
-``KeyboardInterrupt``, ``SystemExit`` and their like end it without a word. So the Python frame that called a module's
-first hook is kept until its last one: while that frame is on the thread's stack, the module runs.
+Torch calls a module's forward hooks when its forward ends, and those with ``always_call`` also when an ``Exception``
+ended it. After ``KeyboardInterrupt``, ``SystemExit`` and the like it calls none. So the Python frame that called a
+module's first hook is kept until its last hook: the module runs as long as that frame is on the thread's stack.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["CallStack", "is_on_stack"]
 class CallStack:
     """The frames that run modules, one inside another.
 
-    A module that ``torch.compile`` traced has no frame here. It counts as running as long as those around it do.
+    A module that ``torch.compile`` traced has no frame here. It counts as running as long as the modules around it do.
 
     Attributes:
-        innermost: The frame of the innermost module; ``None`` where there is none.
+        innermost: The frame of the innermost module; ``None`` if no module runs.
 
     >>> import sys
     >>> def forward(stack: CallStack) -> tuple[bool, int]:
@@ -34,14 +34,14 @@ class CallStack:
 
     def __init__(self) -> None:
         self.innermost: FrameType | None = None
-        self._distances: dict[int, int] = {}  # of each place that asked, how many frames above it the innermost was
+        self._distances: dict[int, int] = {}  # of each place: how many frames above it the innermost was
         self._frames: list[tuple[int, FrameType]] = []  # each with the number of modules around it
 
     def begin(self, depth: int, frame: FrameType) -> None:
-        """A module begins to run.
+        """Note that a module begins to run.
 
         Args:
-            depth: How many modules run around it.
+            depth: Number of modules that run around it.
             frame: The frame that calls its hooks and its forward.
         """
         if self._frames and self._frames[-1][0] >= depth:
@@ -50,7 +50,7 @@ class CallStack:
         self.innermost = frame
 
     def cut(self, depth: int) -> None:
-        """Forget the frames of all but the ``depth`` outermost modules: the others have ended."""
+        """Forget the frames of all but the ``depth`` outermost modules, because the others have ended."""
         frames = self._frames
         while frames and frames[-1][0] >= depth:
             frames.pop()
@@ -59,16 +59,17 @@ class CallStack:
     def runs(self, place: int) -> bool:
         """Return whether the innermost module runs, around the function that calls this.
 
-        Python makes an object of each frame that is looked at. So the one is looked at first that was right last time.
+        Python creates an object for each frame that is looked at. So the frame that was right last time is tried first.
 
         Args:
-            place: Who asks: a number that is the same where the distance from the innermost module is likely to be.
+            place: A number that identifies the caller. Callers with the same number are likely to be at the same
+                distance from the innermost module.
         """
         innermost = self.innermost
         try:
             if sys._getframe(self._distances.get(place, 1)) is innermost:
                 return True
-        except ValueError:  # so many frames there are not
+        except ValueError:  # there are fewer frames
             pass
         if innermost is None:
             return False
@@ -86,8 +87,8 @@ class CallStack:
         """Return how many modules still run, and forget the frames of the others.
 
         Args:
-            depth: How many ran when last heard of.
-            frame: A frame that runs in their thread, and inside the innermost of them that does.
+            depth: Number of modules that ran before.
+            frame: A running frame of the same thread, inside the innermost module that still runs.
         """
         self.cut(depth)
         while self.innermost is not None and not is_on_stack(self.innermost, frame):
@@ -97,11 +98,11 @@ class CallStack:
 
 
 def is_on_stack(sought: FrameType, frame: FrameType) -> bool:
-    """Return whether a frame still runs: whether another one that runs is it, or was called by it.
+    """Return whether a frame still runs: whether a running frame is that frame, or was called from it.
 
     Args:
         sought: The frame that may have ended.
-        frame: One that runs.
+        frame: A frame that runs.
     """
     above: FrameType | None = frame
     while above is not None and above is not sought:

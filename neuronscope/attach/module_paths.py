@@ -1,4 +1,4 @@
-"""Paths of modules without what wrappers put into them (DDP, FSDP, ``torch.compile``), and names of models."""
+"""Return the paths of modules without the parts that wrappers add (DDP, FSDP, ``torch.compile``), and model names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 __all__ = ["model_name", "named_sites_path", "own_class", "walk"]
 
-# Wrappers keep the wrapped model under one attribute, which is no part of a site's name.
+# Wrappers keep the wrapped model in an attribute of one of these names, which must not appear in a site's name.
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPER_CLASSES = frozenset(
     {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel"}
@@ -16,7 +16,7 @@ _WRAPPER_CLASSES = frozenset(
 
 
 def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
-    """A module path without the parts that wrappers put in.
+    """Return a module path without the parts that wrappers add.
 
     Args:
         path: A path as in ``named_modules()``.
@@ -38,7 +38,7 @@ def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, with its path as sites are named by it."""
+    """Yield every module once, with the path that names its site."""
     modules = list(model.named_modules())
     wrapped = frozenset(path for path, module in modules if type(module).__name__ in _WRAPPER_CLASSES)
     for path, module in modules:
@@ -46,11 +46,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def model_name(model: nn.Module) -> str:
-    """Class name of the model itself, inside its wrappers."""
+    """Return the class name of the model inside its wrappers."""
     return [own_class(module).__name__ for path, module in walk(model) if path == ""][-1]
 
 
 def own_class(module: nn.Module) -> type:
-    """The class of a module as its author wrote it: ``fully_shard`` gives it another, derived from it."""
+    """Return the class of a module as its author wrote it: ``fully_shard`` replaces it by a derived class."""
     derived = type(module).__mro__
     return derived[2] if derived[1].__name__ == "FSDPModule" else derived[0]

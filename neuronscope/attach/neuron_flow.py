@@ -1,12 +1,12 @@
-"""Which dimension of an activation tensor holds the neurons, and how we know.
+"""Find the dimension of an activation tensor that holds the neurons, and how it is known.
 
-In order: *declared* by the user; *producer*, the last weighted call upstream of the activation (a convolution or a
-batch norm puts neurons on axis 1, a linear layer, a layer norm or a matrix product on the last), its axis carried
-through the transposes, views and elementwise operations in between; *nearest*, the last weighted call of the forward
-whatever it fed; and last *assumed* from the rank.
+The first of these that applies: *declared* by the user; *producer*, the last weighted call upstream of the activation,
+with its axis tracked through the transposes, views and elementwise operations in between (a convolution or a batch norm
+puts neurons on axis 1; a linear layer, a layer norm or a matrix product on the last axis); *nearest*, the last weighted
+call of the forward, even if the activation does not depend on it; *assumed* from the number of dimensions.
 
-A :class:`Flow` watches one forward and knows the layout of every tensor in it. It draws on nothing but shapes, and is
-written so that ``torch.compile`` can trace it.
+A :class:`NeuronFlow` watches one forward and knows the neuron axis of every tensor in it. It uses shapes only, and
+``torch.compile`` can trace it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.attach.dtensor import Part, is_distributed, is_later_part, local, part_of
+from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.torch_functions import spellings
 
-__all__ = ["Flow", "NeuronAxis", "assume"]
+__all__ = ["NeuronAxis", "NeuronFlow", "assume"]
 
 
 class NeuronAxis(NamedTuple):
@@ -31,18 +31,19 @@ class NeuronAxis(NamedTuple):
     Attributes:
         axis: Dimension of the neurons, counted from the left, ≥ 0.
         source: ``declared``, ``producer (conv2d)``, ``nearest producer (linear)`` or ``assumed (rank)``.
-        mixed: One index stands for other neurons at other positions, as where the weights are a stack of experts.
-        part: Which of the layer's neurons this rank holds, where ranks share it (tensor parallelism).
+        mixed: One index is a different neuron at different positions, for instance if the weights are a stack of
+            experts.
+        shard: Which neurons of the layer this rank holds, if ranks share the layer (tensor parallelism).
     """
 
     axis: int
     source: str
     mixed: bool = False
-    part: Part = Part()
+    shard: NeuronShard = NeuronShard()
 
 
 def assume(dimensions: int) -> NeuronAxis:
-    """The layout to assume where no weighted call was seen: 2, 4 and 5 dimensions → 1, otherwise the last.
+    """Return the axis to assume if no weighted call was seen: 1 for 2, 4 and 5 dimensions, otherwise the last.
 
     >>> assume(4).axis, assume(3).axis
     (1, 2)
@@ -50,15 +51,11 @@ def assume(dimensions: int) -> NeuronAxis:
     return NeuronAxis(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0), "assumed (rank)")
 
 
-def _named(*homes_and_names: tuple[Any, tuple[str, ...]]) -> frozenset[Callable[..., Any]]:
-    return frozenset(getattr(home, name) for home, names in homes_and_names for name in names if hasattr(home, name))
-
-
 class _Producer(NamedTuple):
-    """A weighted call: where it puts its neurons, and what to call it.
+    """A weighted call: where it puts its neurons, and its name as a source.
 
     Attributes:
-        from_right: The neurons' dimension counted from the right (1 = last), or from the left where it is negative
+        from_right: Dimension of the neurons, counted from the right (1 = last), or from the left if it is negative
             (−2 = axis 1).
         source: As in :class:`NeuronAxis`.
     """
@@ -67,13 +64,13 @@ class _Producer(NamedTuple):
     source: str
 
     def layout(self, rank: int) -> NeuronAxis:
-        """Of an output with so many dimensions."""
+        """Return the axis for an output with ``rank`` dimensions."""
         place = self.from_right
         return NeuronAxis(max(rank - place, 0) if place > 0 else min(-place - 1, rank - 1), self.source)
 
 
 def _producers() -> dict[Callable[..., Any], _Producer]:
-    """Every weighted call of torch; dimension 1 of a convolution is counted from the right, for unbatched input."""
+    """Return every weighted call of torch; the axis of a convolution counts from the right, for unbatched input."""
     matrix_products = ("matmul", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv")
     recurrent = tuple(f"{name}{cell}" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell"))
     grouped = ("grouped_mm", "_grouped_mm")
@@ -85,61 +82,59 @@ def _producers() -> dict[Callable[..., Any], _Producer]:
         **dict.fromkeys((*last, *grouped, *attention, *matrix_products, "__matmul__", "__rmatmul__"), 1),
     }
     return {
-        getattr(home, name): _Producer(place, f"producer ({name.strip('_')})")
+        function: _Producer(place, f"producer ({name.strip('_')})")
         for name, place in places.items()
-        for home in (F, torch, Tensor)
-        if callable(getattr(home, name, None))
+        for function in spellings(name)
     }
 
 
 _PRODUCERS = _producers()
 # Products of two tensors, either of which may be the weight; a weight on the left puts neurons on the rows.
-_MATRIX_PRODUCTS = _named((torch, ("matmul", "mm", "bmm")), (Tensor, ("matmul", "mm", "bmm", "__matmul__")))
-# Where the weight may be one of a stack: a matrix for each batch, or for each row, or the one that the data picks.
-_STACKED = _MATRIX_PRODUCTS | _named((torch, ("baddbmm",)), (Tensor, ("baddbmm",)))
-_PICKABLE = _STACKED | _named((F, ("linear",)), (torch, ("einsum",)))
-_PICKS = _named((torch, ("index_select",)), (Tensor, ("__getitem__", "index_select")))
-_GROUPED = _named((F, ("grouped_mm",)), (torch, ("_grouped_mm",)))
+_MATRIX_PRODUCTS = spellings("matmul", "mm", "bmm", "__matmul__")
+# Products whose weight may be one of a stack: a matrix for each batch or row, or the one that the data selects.
+_STACKED = _MATRIX_PRODUCTS | spellings("baddbmm")
+_PICKABLE = _STACKED | spellings("linear", "einsum")
+_PICKS = spellings("index_select", "__getitem__")
+_GROUPED = spellings("grouped_mm", "_grouped_mm")
 _MIXING = _PICKABLE | _GROUPED
-_TRANSPOSES = _named(
-    (torch, ("transpose", "swapaxes", "swapdims")),
-    (torch.Tensor, ("transpose", "transpose_", "swapaxes", "swapdims")),
-)
-_PERMUTES = _named((torch, ("permute",)), (torch.Tensor, ("permute",)))
-_MOVEDIMS = _named((torch, ("movedim", "moveaxis")), (torch.Tensor, ("movedim", "moveaxis")))
-_REVERSALS = _named((torch, ("t",)), (torch.Tensor, ("t", "t_")))
-_DROPPING = _named(
-    (torch, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
-    (torch.Tensor, ("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")),
-)
-_SHAPED = _named(
-    (torch, ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
-    (torch.Tensor, ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")),
-)
+_TRANSPOSES = spellings("transpose", "transpose_", "swapaxes", "swapdims")
+_PERMUTES = spellings("permute")
+_MOVEDIMS = spellings("movedim", "moveaxis")
+_REVERSALS = spellings("t", "t_")
+_DROPPING = spellings("mean", "sum", "amax", "amin", "logsumexp", "std", "var", "prod", "select")
+_SHAPED = spellings("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _VIEWS = _TRANSPOSES | _PERMUTES | _MOVEDIMS | _REVERSALS | _SHAPED
 _CHOOSING = _PICKS | _VIEWS
 
 
-class Flow:
-    """The layouts of the tensors of one forward, kept by following every torch function called in it."""
+class NeuronFlow:
+    """Tracks the neuron axis of each tensor of one forward, from every torch function called in it.
+
+    Attributes:
+        duplicate: Whether another rank was seen to hold the same data and the first shard of a weight.
+    """
 
     def __init__(self) -> None:
         self._layouts: TensorMap[NeuronAxis] = TensorMap("layout")
-        self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data picked from a stack
+        self._picked: TensorMap[tuple[bool]] = TensorMap("picked")  # weights that the data selected from a stack
         self._nearest: list[tuple[int, NeuronAxis]] = []  # at most one
-        self._made: dict[tuple[Callable[..., Any], int], NeuronAxis] = {}  # by what weighted call, and of what rank
-        self._shared: list[tuple[torch.Size, int, Part]] = []  # of what the nearest gave: shape, own neurons, which
+        self._made: dict[
+            tuple[Callable[..., Any], int], NeuronAxis
+        ] = {}  # of each weighted call and number of dimensions
+        self._shared: list[
+            tuple[torch.Size, int, NeuronShard]
+        ] = []  # of what the nearest gave: shape, own neurons, which
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
 
     def clear(self) -> None:
-        """Forget everything: a forward begins or is over."""
+        """Forget everything, because a forward begins or is over."""
         self._layouts.clear()
         self._picked.clear()
         self._nearest.clear()
         self._shared.clear()
 
     def of(self, tensor: Tensor) -> NeuronAxis:
-        """The layout of ``tensor``, with its source; never fails."""
+        """Return the neuron axis of ``tensor``, with its source. There is always an answer."""
         found = self._layouts.get(tensor)
         if found is not None:
             return found
@@ -147,34 +142,43 @@ class Flow:
         if self._nearest and self._nearest[0][0] == tensor.dim():
             nearest = self._nearest[0][1]
             layout = nearest._replace(source=f"nearest {nearest.source}")
-        return layout._replace(part=self.part(tensor, layout.axis))
+        return layout._replace(shard=self.shard(tensor, layout.axis))
 
-    def ground(self, tensor: Tensor) -> tuple[Any, ...]:
-        """What :meth:`of` and :meth:`part` go by besides a plain tensor's shape: where that is equal, so are they."""
+    def cache_key(self, tensor: Tensor) -> tuple[Any, ...]:
+        """Return all that :meth:`of` and :meth:`shard` depend on, besides the shape of a plain tensor."""
         return self._layouts.get(tensor), *self._nearest, *self._shared
 
-    def part(self, tensor: Tensor, axis: int) -> Part:
-        """Which neurons this rank holds of a tensor whose layout is declared or guessed.
+    def shard(self, tensor: Tensor, axis: int) -> NeuronShard:
+        """Return which neurons of a tensor this rank holds, if its axis was declared or guessed.
 
-        What ranks share leaves torch's sight where it becomes a plain tensor (``DTensor.to_local``): it is known again
-        by its size.
+        ``DTensor.to_local`` turns a rank's part into a plain tensor, without its placements. Such a tensor is
+        recognized by its size.
+
+        Args:
+            tensor: Any tensor ``(…, N, …)``.
+            axis: Dimension of the neurons.
         """
-        if torch.compiler.is_compiling() or tensor.dim() <= axis:
-            return Part()
+        if tensor.dim() <= axis:
+            return NeuronShard()
         if is_distributed(tensor):
-            return part_of(tensor, axis)
+            return neuron_shard(tensor, axis)
         if not self._shared:
-            return Part()
-        shape, own, part = self._shared[0]
+            return NeuronShard()
+        shape, own, shard = self._shared[0]
         neurons = tensor.shape[axis]
-        if neurons == own < part.whole:
-            return part
-        if neurons == part.whole and math.prod(tensor.shape) < math.prod(shape):
-            return Part(0, neurons)  # cut along its positions: this rank's are its own
-        return Part()
+        if neurons == own < shard.whole:
+            return shard
+        if neurons == shard.whole and math.prod(tensor.shape) < math.prod(shape):
+            return NeuronShard(0, neurons)  # sharded along its positions: each rank has its own
+        return NeuronShard()
 
     def same(self, source: Tensor, result: Any) -> None:
-        """``result`` was made elementwise from ``source``."""
+        """Give the result of an elementwise operation the neuron axis of its source.
+
+        Args:
+            source: A tensor of any shape.
+            result: What was computed from it.
+        """
         layout = self._layouts.get(source)
         if layout is not None and isinstance(result, Tensor) and result.dim() == source.dim():
             self._layouts.put(result, layout)
@@ -182,7 +186,14 @@ class Flow:
     def follow(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
-        """A torch function was called with ``args`` and gave ``result``: learn the result's layout."""
+        """Find the neuron axis of the result of a torch function.
+
+        Args:
+            function: The function.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            result: What the function returned.
+        """
         if self._produced(function, result):
             return
         if isinstance(result, Tensor):
@@ -198,11 +209,11 @@ class Flow:
                 producer = producer._replace(from_right=2)
             layout = producer.layout(rank)._replace(mixed=function in _MIXING and self._mixes(function, args))
             self._shared.clear()
-            if is_distributed(outputs[0]) and not torch.compiler.is_compiling():
-                layout = layout._replace(part=part_of(outputs[0], layout.axis))
-                self._shared.append((outputs[0].shape, local(outputs[0]).shape[layout.axis], layout.part))
+            if is_distributed(outputs[0]):
+                layout = layout._replace(shard=neuron_shard(outputs[0], layout.axis))
+                self._shared.append((outputs[0].shape, local_tensor(outputs[0]).shape[layout.axis], layout.shard))
                 weights = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Parameter))
-                self.duplicate = self.duplicate or any(is_later_part(weight) for weight in weights)
+                self.duplicate = self.duplicate or any(is_later_shard(weight) for weight in weights)
             self._layouts.put(outputs[0], layout)
             self._nearest[:] = [(rank, layout)]
             return
@@ -219,15 +230,15 @@ class Flow:
                 try:
                     carried = _carry(function, args, kwargs, layout.axis, tensor, output)
                 except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                    carried = None  # called in a way that we do not know (named dimensions, say): lost, not wrong
+                    carried = None  # an unknown way to call it (named dimensions, say): no axis
                 if carried is not None:
-                    if is_distributed(output) and not torch.compiler.is_compiling():
-                        layout = layout._replace(part=part_of(output, carried))
+                    if is_distributed(output):
+                        layout = layout._replace(shard=neuron_shard(output, carried))
                     self._layouts.put(output, layout if carried == layout.axis else layout._replace(axis=carried))
 
     def _produced(self, function: Callable[..., Any], result: Any) -> bool:
-        """The commonest calls by a short way: a weighted one whose layout follows from its output's rank alone."""
-        if type(result) is not Tensor or torch.compiler.is_compiling() or self._picked.maybe_any():
+        """Handle the most frequent calls quickly: weighted ones whose axis follows from the output's rank alone."""
+        if type(result) is not Tensor or self._picked.maybe_any():
             return False
         rank = result.dim()
         layout = self._made.get((function, rank))
@@ -242,7 +253,7 @@ class Flow:
         return True
 
     def _picks(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Whether a call takes some of a weight's matrices, and the data says which; or passes on such a choice."""
+        """Whether a call selects some matrices of a weight by data, or passes such a selection on."""
         weight = args[0] if args else None
         if not isinstance(weight, Tensor):
             return False
@@ -251,7 +262,7 @@ class Flow:
         return function in _VIEWS and self._picked.get(weight) is not None
 
     def _mixes(self, function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Whether a weighted call applies other weights at other positions."""
+        """Whether a weighted call applies different weights at different positions."""
         if function in _GROUPED:
             return True
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -274,7 +285,7 @@ def _weight_is_left(args: tuple[Any, ...]) -> bool:
 
 
 def _first_known(args: tuple[Any, ...], layouts: TensorMap[NeuronAxis]) -> tuple[Tensor, NeuronAxis] | None:
-    """The argument whose layout carries on: the first known one of the highest rank."""
+    """Return the argument whose axis the result inherits: the first known one of the highest rank."""
     best: tuple[Tensor, NeuronAxis] | None = None
     for arg in args:
         for tensor in arg if isinstance(arg, (tuple, list)) else (arg,):
@@ -287,7 +298,7 @@ def _first_known(args: tuple[Any, ...], layouts: TensorMap[NeuronAxis]) -> tuple
 
 
 def _numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any], *names: str) -> list[int]:
-    """The integers given to a function after its tensor, flat, by position or by name."""
+    """Return the integers among the arguments after the tensor, flat, by position or by name."""
     flat: list[int] = []
     for value in (*args[1:], *(kwargs[name] for name in names if name in kwargs)):
         flat.extend(value if isinstance(value, (tuple, list)) else (value,))
@@ -302,7 +313,7 @@ def _carry(
     before: Tensor,
     after: Tensor,
 ) -> int | None:
-    """The neurons' dimension of ``after``, made from ``before`` whose neurons lie along ``axis``; ``None`` if lost."""
+    """Return the neuron axis of ``after``, computed from ``before`` with neurons along ``axis``; ``None`` if lost."""
     rank = before.dim()
     if after.dim() == rank and function not in _VIEWS and getattr(function, "__name__", "") != "__get__":
         return axis
@@ -337,9 +348,9 @@ def _moved(args: tuple[Any, ...], kwargs: Mapping[str, Any], axis: int, rank: in
 
 
 def _reshaped(axis: int, before: torch.Size, after: torch.Size) -> int | None:
-    """The neurons' dimension after a view: the one that starts at the same stride, or that swallowed it.
+    """Return the neuron axis after a view: the dimension of the same stride, or the one that it was merged into.
 
-    Where the neurons' dimension was split, as in (features → heads × head size), the innermost part is taken.
+    If the neuron axis was split, as in (features → heads × head size), the innermost part is taken.
     """
     if len(before) == len(after) and before[axis] == after[axis] and before == after:
         return axis
@@ -351,7 +362,7 @@ def _reshaped(axis: int, before: torch.Size, after: torch.Size) -> int | None:
         if length == size and covered == outer and rest == inner:
             return dimension
         covered *= length
-    for dimension in reversed(range(len(after))):  # the innermost dimension that reaches across the neurons' stride
+    for dimension in reversed(range(len(after))):  # the innermost dimension that contains the neurons' stride
         rest = math.prod(after[dimension + 1 :])
         if after[dimension] > 1 and rest <= inner < rest * after[dimension]:
             return dimension
@@ -359,7 +370,7 @@ def _reshaped(axis: int, before: torch.Size, after: torch.Size) -> int | None:
 
 
 def _by_size(axis: int, before: torch.Size, after: torch.Size) -> int | None:
-    """The neurons' dimension after an operation that changed the rank: of the same size, nearest to its place."""
+    """Return the neuron axis after a change of rank: the dimension of the same size nearest to its place."""
     from_right = len(before) - axis
     for candidate in (len(after) - from_right, axis):
         if 0 <= candidate < len(after) and after[candidate] == before[axis]:

@@ -1,7 +1,7 @@
-"""One thread at a time: what a model does in several threads at once cannot be told apart.
+"""Watch one thread at a time: the calls of several threads that run a model at once cannot be told apart.
 
-Torch keeps a stack of function modes for each thread, and a forward is followed from its first call to its last. So one
-thread has its turn until its forward ends, and what runs in others meanwhile is left alone.
+Torch keeps a stack of function modes for each thread, and a forward is tracked from its first call to its last. So one
+thread is watched until its forward ends, and what other threads run meanwhile is not counted.
 """
 
 from __future__ import annotations
@@ -13,44 +13,48 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from neuronscope.attach.compiling import is_tracing, thread_id
+
 __all__ = ["EnteredMode", "SingleThread"]
 
 
 class SingleThread:
-    """Whose forward is watched.
+    """Says which thread is watched.
 
-    >>> turn = SingleThread()
-    >>> turn.is_ours()
+    >>> SingleThread().acquire()
     True
     """
 
     def __init__(self) -> None:
-        self._taken: dict[str, int] = {}
+        self._watched: dict[str, int] = {}
 
-    def is_ours(self) -> bool:
-        """Whether this thread has the turn; it takes it where nobody has it. A compiled graph is traced in one."""
-        if torch.compiler.is_compiling():
+    def acquire(self) -> bool:
+        """Make this thread the watched one if there is none, and return whether it is the watched one.
+
+        A graph is traced in one thread, so this is true while ``torch.compile`` traces.
+        """
+        if is_tracing():
             return True
         here = threading.get_ident()
-        return self._taken.setdefault("thread", here) == here
+        return self._watched.setdefault("thread", here) == here
 
-    def is_taken_here(self) -> bool:
-        """Whether this thread took the turn."""
-        return self._taken.get("thread") == threading.get_ident()
+    def is_here(self) -> bool:
+        """Whether this thread is the watched one."""
+        return self._watched.get("thread") == threading.get_ident()
 
-    def free(self) -> bool:
-        """Take the turn from a thread that has ended, and say whether there was one."""
-        owner = self._taken.get("thread")
-        return owner is not None and owner not in sys._current_frames() and self._taken.pop("thread", None) == owner
+    def release_if_ended(self) -> bool:
+        """Forget the watched thread if it has ended, and return whether it had."""
+        owner = self._watched.get("thread")
+        return owner is not None and owner not in sys._current_frames() and self._watched.pop("thread", None) == owner
 
-    def end(self) -> None:
-        """The forward is over: the next may come in any thread."""
-        if not torch.compiler.is_compiling():
-            self._taken.clear()
+    def release(self) -> None:
+        """Forget the watched thread: its forward is over, and the next one may run in any thread."""
+        if not is_tracing():
+            self._watched.clear()
 
 
 class EnteredMode:
-    """A function mode that is entered at most once in a thread, and left in a thread that entered it only.
+    """Enters a function mode at most once in a thread, and leaves it only in a thread that entered it.
 
     Args:
         mode: The mode.
@@ -58,39 +62,39 @@ class EnteredMode:
 
     def __init__(self, mode: TorchFunctionMode) -> None:
         self._mode = mode
-        self._threads: list[int] = []  # those that entered it; one that was interrupted may never leave
-        self._suspended: list[int] = []  # those of them that left it for a while
+        self._threads: list[int] = []  # that entered it; one that was interrupted may never leave
+        self._suspended: list[int] = []  # those of them that left it until `resume`
 
     def enter(self, *, handling: bool) -> None:
-        """Enter the mode, unless it is entered.
+        """Enter the mode, unless this thread has entered it.
 
         Args:
             handling: See :meth:`leave`.
         """
-        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
         if here not in self._threads:
             self._threads.append(here)
             self._mode.__enter__()
-        elif not (torch.compiler.is_compiling() or handling or self._is_on_stack()):
-            self._mode.__enter__()  # a thread of that number was ended by an interrupt, and the mode with it
+        elif not (is_tracing() or handling or self._is_on_stack()):
+            self._mode.__enter__()  # an interrupt ended an earlier thread of this number, and its mode
 
     def _is_on_stack(self) -> bool:
         depth = torch._C._len_torch_function_stack()
         return any(torch._C._get_function_stack_at(place) is self._mode for place in range(depth))
 
     def leave(self, *, handling: bool) -> None:
-        """Leave the mode, if this thread entered it: the stack of another is not ours to touch.
+        """Leave the mode if this thread entered it; the stack of another thread cannot be changed.
 
         Args:
-            handling: Whether the mode handles a call. Then torch has taken it off the stack and puts it back after the
-                call: :meth:`take_off_next` is for that.
+            handling: Whether the mode is handling a call. Then torch has taken it off the stack and puts it back after
+                the call, and :meth:`take_off_next` must be called for it.
         """
-        here = self._threads[-1] if torch.compiler.is_compiling() and self._threads else _here()
+        here = self._threads[-1] if is_tracing() and self._threads else thread_id()
         if here in self._threads:
             self._threads.remove(here)
             if here in self._suspended:
                 self._suspended.remove(here)
-            elif torch.compiler.is_compiling():
+            elif is_tracing():
                 self._mode.__exit__(None, None, None)
             elif not handling:
                 self._take_out()
@@ -98,9 +102,9 @@ class EnteredMode:
     def take_off_next(self) -> None:
         """Take the mode off this thread's stack as soon as torch has put it back there, after the call that it handles.
 
-        Nothing of ours runs then. But Python tells a profile function of whatever is called or returns next, and that
-        takes the mode off, and itself. Where a profiler is at work it is left alone: the mode stays, and passes on
-        what it is given, until this is called without one.
+        None of our code runs at that moment. But Python calls the profile function at the next call or return, and
+        ours takes the mode off, and then itself. A profiler of the user's is left alone. Then the mode stays, and
+        passes calls on unchanged, until this is called while no profiler is set.
         """
         if sys.getprofile() is None:
             sys.setprofile(self._take_off)
@@ -112,10 +116,10 @@ class EnteredMode:
             sys.setprofile(None)
 
     def _take_out(self) -> None:
-        """Take the mode off this thread's stack; others that were entered since then stay on it.
+        """Take the mode off this thread's stack; modes that were entered after it stay.
 
-        Where it is not there, somebody left who takes off whatever is on top, as ``torch.device`` does: after an
-        interrupt that was ours. Then theirs is still there, and goes in its place.
+        If the mode is not there, another one took it off in error: after an interrupt, ``torch.device`` and others take
+        off whatever is on top. Then the other one is still on the stack, and is taken off instead.
         """
         above: list[Any] = []
         while torch._C._len_torch_function_stack() and self._mode not in above:
@@ -128,8 +132,8 @@ class EnteredMode:
             torch._C._push_on_torch_function_stack(mode)
 
     def suspend(self) -> None:
-        """Leave the mode for a while, where nothing can be seen: only if it is entered, and no other since then."""
-        if torch.compiler.is_compiling():
+        """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it."""
+        if is_tracing():
             return
         here = threading.get_ident()
         if here in self._threads and torch._C._len_torch_function_stack():
@@ -140,14 +144,10 @@ class EnteredMode:
                 torch._C._push_on_torch_function_stack(last)
 
     def resume(self) -> None:
-        """Enter the mode again, if it was left for a while."""
-        if not self._suspended or torch.compiler.is_compiling():
+        """Enter the mode again, if :meth:`suspend` left it."""
+        if not self._suspended or is_tracing():
             return
         here = threading.get_ident()
         if here in self._suspended:
             self._suspended.remove(here)
             torch._C._push_on_torch_function_stack(self._mode)
-
-
-def _here() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()

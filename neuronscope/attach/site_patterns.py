@@ -1,4 +1,4 @@
-"""Which sites are wanted, and which axes are declared, by glob patterns on site names."""
+"""Select sites, and declare axes, by glob patterns on site names."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["SitePatterns"]
 
 
 class SitePatterns:
-    """A user's patterns, and which of them have matched nothing yet.
+    """The patterns of a user, and which of them have matched no site yet.
 
     Args:
-        sites: Only these sites are wanted; ``None`` = all.
-        exclude: These are not.
-        axes: Pattern → the neurons' dimension.
+        sites: Patterns of the sites to count; ``None`` stands for all.
+        exclude: Patterns of the sites not to count.
+        axes: Maps a pattern to the dimension of the neurons.
 
     Raises:
-        UsageError: A pattern is no non-empty string, or an axis no integer.
+        UsageError: A pattern is not a string or is empty, or an axis is not an integer.
 
-    >>> selection = SitePatterns("layer1.*", None, {"*.mixer": -1})
-    >>> selection.meets("layer1.relu"), selection.meets("fc.relu")
+    >>> patterns = SitePatterns("layer1.*", None, {"*.mixer": -1})
+    >>> patterns.register("layer1.relu"), patterns.register("fc.relu")
     (True, False)
-    >>> next(selection.complaints("Net"))
+    >>> next(patterns.unmatched_warnings("Net"))
     "Expected pattern '*.mixer' to match a site, but it matched none of those seen: layer1.relu, fc.relu."
-    >>> selection.wants("layer1.relu"), selection.wants("fc.relu"), selection.axis("layer1.mixer")
+    >>> patterns.wants("layer1.relu"), patterns.wants("fc.relu"), patterns.axis("layer1.mixer")
     (True, False, -1)
     """
 
@@ -37,33 +37,33 @@ class SitePatterns:
         self._exclude = _patterns("exclude", exclude)
         self._axes = _axes(axes)
         self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
-        self._met: dict[str, None] = {}  # names in the order in which they were met
+        self._registered: dict[str, None] = {}  # names, in the order of their first call
 
-    def meets(self, name: str) -> bool:
-        """A site of this name ran: says whether it is to be counted."""
-        self._met[name] = None
+    def register(self, name: str) -> bool:
+        """Note that a site of this name ran, and return whether to count it."""
+        self._registered[name] = None
         return self.wants(name)
 
-    def complaints(self, model: str, most: int = 8) -> Iterator[str]:
-        """What is to be said once the model has run: patterns that match none of its sites, or that it has none.
+    def unmatched_warnings(self, model: str, most: int = 8) -> Iterator[str]:
+        """Yield a warning for each pattern that matched no site, and one if the model has no site at all.
 
         Args:
-            model: The model's name.
-            most: Sites named at most.
+            model: Name of the model.
+            most: Maximal number of sites to name.
         """
-        seen = ", ".join([*self._met][:most]) or "none"
+        seen = ", ".join([*self._registered][:most]) or "none"
         for pattern in sorted(self._unmatched):
             yield f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {seen}."
-        if not self._met:
+        if not self._registered:
             yield f"No activation of {model} was seen in the first observed step; nothing is being measured."
 
     def wants(self, name: str) -> bool:
-        """Whether the site of this name is to be counted."""
+        """Whether to count the site of this name."""
         included = self._sites is None or self._match(self._sites, name)
         return included and not (self._exclude is not None and self._match(self._exclude, name))
 
     def axis(self, name: str) -> int | None:
-        """The declared axis of the site of this name, or ``None``."""
+        """Return the declared axis of the site of this name, or ``None``."""
         for pattern, axis in self._axes.items():
             if self._match((pattern,), name):
                 return axis

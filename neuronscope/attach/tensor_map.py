@@ -1,4 +1,4 @@
-"""What is known of the tensors of a forward, by identity, in eager mode and where ``torch.compile`` traces."""
+"""Remember facts about the tensors of a forward, by identity, in eager mode and while ``torch.compile`` traces."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from torch import Tensor
 from torch._dynamo.comptime import ComptimeContext, comptime
 
+from neuronscope.attach.compiling import is_tracing
+
 __all__ = ["TensorMap"]
 
 Known = TypeVar("Known", bound=tuple[Any, ...])
 
 
 class TensorMap(Generic[Known]):
-    """A map from living tensors to what is known of them, keyed by identity; it keeps no tensor alive.
+    """A map from living tensors to facts about them, keyed by identity; it keeps no tensor alive.
 
-    While ``torch.compile`` traces, what is known is an attribute of the fake tensor that stands for a traced one. It is
-    written and read by functions that the compiler runs instead of tracing them, so that the graph holds nothing of it.
-    Traced Python cannot do the same: an attribute cannot be set on a member of a traced tuple, and stays on the real
-    tensors that a graph returns; a list would make every tensor in it an output of the graph.
+    While ``torch.compile`` traces, the facts are an attribute of the fake tensor that stands for a traced tensor. They
+    are written and read by functions that the compiler runs instead of tracing them, so that they are not part of the
+    graph. Traced Python code cannot do this: an attribute cannot be set on a member of a traced tuple, and stays on the
+    real tensors that a graph returns; a list would make every tensor in it an output of the graph.
 
     Args:
-        name: Of the attribute.
+        name: Name of the attribute.
 
     >>> known, tensor = TensorMap("size"), torch.ones(2)
     >>> known.put(tensor, (2,))
@@ -45,22 +47,27 @@ class TensorMap(Generic[Known]):
             read_last[:] = [getattr(context.get_local("tensor").as_fake(), attribute, None)]
 
         def neuronscope_known() -> Any:
-            return read_last.pop() if read_last else None  # nothing was read: a graph is recorded without the compiler
+            return read_last.pop() if read_last else None  # nothing was read if a graph is recorded for export
 
-        # These run for real while torch.compile traces: the first two on the locals of the function that names them.
+        # torch.compile runs these while it traces; the first two read the local variables of their caller.
         self._write, self._read = write, read
         self._constant = torch.compiler.assume_constant_result(neuronscope_known)
 
     def put(self, tensor: Tensor, value: Known) -> None:
-        """Remember ``value``, a tuple of primitives, for ``tensor``."""
-        if torch.compiler.is_compiling():
+        """Remember ``value`` for ``tensor``.
+
+        Args:
+            tensor: Any tensor.
+            value: A tuple of primitives.
+        """
+        if is_tracing():
             comptime(self._write)
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), value)
 
     def get(self, tensor: Tensor) -> Known | None:
-        """What was last remembered for ``tensor``, or ``None``."""
-        if torch.compiler.is_compiling():
+        """Return what was last remembered for ``tensor``, or ``None``."""
+        if is_tracing():
             comptime(self._read)
             traced: Known | None = self._constant()
             return traced
@@ -72,11 +79,11 @@ class TensorMap(Generic[Known]):
         self._known.clear()
 
     def maybe_any(self) -> bool:
-        """Whether anything may be known; while ``torch.compile`` traces there is no telling."""
-        return bool(self._known) or torch.compiler.is_compiling()
+        """Whether anything may be remembered; always true while ``torch.compile`` traces, which cannot tell."""
+        return bool(self._known) or is_tracing()
 
 
 @functools.lru_cache(maxsize=1024, typed=True)
 def _one(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the first tuple that was equal to this one: the compiler keeps a name for each object that it is given."""
+    """Return the first tuple that was equal to this one: the compiler keeps a name for each object that it receives."""
     return value

@@ -1,4 +1,4 @@
-"""What can be counted: tensors that hold numbers now, and will be seen each time that they do."""
+"""Recognize tensors that cannot be counted, and say why."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "empty_now", "in_transform", "uncountable", "what"]
+from neuronscope.attach.compiling import is_tracing
 
-#: Why calls in a function transform are not measured.
+__all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
+
+#: Why calls inside a function transform are not measured.
 IN_TRANSFORM = (
     "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
     "not counted, and any others were"
@@ -22,28 +24,28 @@ BATCHED_GRADIENT = (
 )
 
 
-def empty_now(tensor: Tensor) -> bool:
-    """Whether a plain tensor holds nothing while this code runs: on ``meta``, or while a CUDA graph is captured.
+def holds_no_data(tensor: Tensor) -> bool:
+    """Whether a plain tensor holds no numbers now: it is on ``meta``, or a CUDA graph is being captured.
 
-    A capture notes what the device is to do and does none of it; a replay does it, and runs no Python.
+    A capture records the work of the device without doing it. A replay does the work, and runs no Python.
 
     Args:
-        tensor: Not one that ``torch.compile`` traces.
+        tensor: Any tensor that ``torch.compile`` is not tracing.
 
-    >>> empty_now(torch.zeros(2)), empty_now(torch.zeros(2, device="meta"))
+    >>> holds_no_data(torch.zeros(2)), holds_no_data(torch.zeros(2, device="meta"))
     (False, True)
     """
     return tensor.is_meta or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def in_transform(tensor: Tensor) -> bool:
-    """Return whether a function transform runs, or left this tensor batched, so that its numbers cannot be read.
+    """Return whether a function transform runs or has left this tensor batched, so that its numbers cannot be read.
 
-    Transforms are ``torch.vmap`` and those of ``torch.func``. Tensors are batched outside of them too, where a gradient
-    is taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
+    Transforms are ``torch.vmap`` and those of ``torch.func``. Gradients are batched outside of them too, if they are
+    taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:
-        tensor: Any; only of one that ``torch.compile`` traces it is not known whether it was batched before.
+        tensor: Any tensor. While ``torch.compile`` traces, a tensor that was batched before is not recognized.
 
     >>> in_transform(torch.zeros(2))
     False
@@ -54,7 +56,7 @@ def in_transform(tensor: Tensor) -> bool:
     """
     if _transforms() > 0:
         return True
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return not is_tracing() and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _count_transforms() -> int:
@@ -62,13 +64,13 @@ def _count_transforms() -> int:
     return torch._C._functorch.get_dynamic_layer_stack_depth()
 
 
-_transforms = torch.compiler.assume_constant_result(_count_transforms)  # run for real where a graph is traced
+_transforms = torch.compiler.assume_constant_result(_count_transforms)  # torch.compile runs this while it traces
 
 
-def uncountable(tensor: Tensor) -> str:
-    """Why a tensor cannot be counted, or ``""``.
+def unsupported_reason(tensor: Tensor) -> str:
+    """Return why a tensor cannot be counted; ``""`` if it can.
 
-    >>> uncountable(torch.zeros(2, device="meta"))
+    >>> unsupported_reason(torch.zeros(2, device="meta"))
     'tensors of type Tensor on meta cannot be counted'
     """
     if tensor.is_nested:
@@ -76,7 +78,7 @@ def uncountable(tensor: Tensor) -> str:
     odd = type(tensor) is not Tensor and isinstance(tensor, FakeTensor)
     if odd or tensor.is_meta or tensor.layout is not torch.strided:
         return f"tensors of type {type(tensor).__name__} on {tensor.device.type} cannot be counted"
-    if empty_now(tensor):
+    if holds_no_data(tensor):
         return (
             "it was captured in a CUDA graph, whose replays run no Python, so that they cannot be counted: call the "
             "model without a graph while it is watched, or leave the graph to `torch.compile`"
@@ -84,10 +86,10 @@ def uncountable(tensor: Tensor) -> str:
     return ""
 
 
-def what(x: Any) -> str:
-    """What an activation was given, in words, where it is no activation tensor.
+def describe_input(x: Any) -> str:
+    """Describe the input of an activation that is not a floating-point tensor with dimensions.
 
-    >>> what(torch.zeros(2, dtype=torch.int64)), what(torch.tensor(1.0)), what(None)
+    >>> describe_input(torch.zeros(2, dtype=torch.int64)), describe_input(torch.tensor(1.0)), describe_input(None)
     ('int64 tensors', 'float32 tensors without dimensions', 'an input of type NoneType')
     """
     if not isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""Meter: the running counts of one site, updated in place on its device, in eager mode and in compiled graphs."""
+"""Keep the running counts of one site: updated in place on its device, in eager mode and in compiled graphs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.counting import Scratch, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.pending_counts import NEVER, PendingCounts
 from neuronscope.count.small_tensors import SmallTensors
 
-__all__ = ["NEVER", "Counters", "Meter", "add_gradients", "add_outputs", "ask_gradients", "gate_half"]
+__all__ = [
+    "NEVER",
+    "CounterTensors",
+    "SiteCounters",
+    "add_gradients",
+    "add_outputs",
+    "gate_half",
+    "register_gradient_hook",
+]
 
 
-class Counters(NamedTuple):
-    """The running counts of one site, ``(N,)`` each, on its device; see :class:`neuronscope.tally.census.Tally`.
+class CounterTensors(NamedTuple):
+    """The tensors of one site's running counts, ``(N,)`` each; see :class:`~neuronscope.tally.census.Tally`.
 
     Attributes:
         zero_outputs: int64.
@@ -25,7 +33,7 @@ class Counters(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs have added.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added.
     """
 
     zero_outputs: Tensor
@@ -37,29 +45,38 @@ class Counters(NamedTuple):
     traced: Tensor
 
 
-class Meter:
-    """The running counts of one site in one phase, on the site's device, until they are read.
+class SiteCounters:
+    """Count the outputs and gradients of one site in one phase, on the site's device.
 
-    ``counters`` are updated in place and keep their identity over resets, so that a compiled graph may hold them; what
-    it adds to Python's own integers goes through ``traced``. On the CPU, what is counted in eager mode waits in rows
-    and is settled before anything is read. A gated product has no gradient counts of its own: its pre-activation is
-    its gate's, whose meter is ``gate``. What is counted of a distributed tensor is cut as ``cut`` says: see
-    :func:`neuronscope.attach.dtensor.cut`.
+    The tensors are updated in place and keep their identity over resets, so that a compiled graph may hold them. In
+    eager mode on the CPU, counts wait in ``outputs``, ``gradients``, ``small_outputs`` and ``small_gradients``;
+    :meth:`flush` adds them to the tensors.
 
     Args:
-        neurons: ``N``.
-        device: Where the activation lives.
+        neurons: Number of neurons, ``N``.
+        device: Device of the activation.
+
+    Attributes:
+        tensors: The counts; complete after :meth:`flush`.
+        open: Whether gradients are still counted; false after the watch has ended.
+        in_graph: Whether a compiled graph holds the tensors.
+        gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
+            its pre-activation is that of its gate.
+        sharded_dims: How the counted tensors are sharded: see :func:`neuronscope.attach.dtensor.sharded_dims`.
+        positions: Positions that were counted in eager mode; those of compiled graphs are in ``tensors.traced``.
+        gradient_positions: The same for gradients.
+        examples: The same for examples.
     """
 
     def __init__(self, neurons: int, device: torch.device) -> None:
         self.neurons = neurons
         self.open = True
-        self.in_graph = False  # whether a compiled graph holds it
-        self.gate: Meter | None = None
-        self.cut: tuple[int | None, ...] = ()
+        self.in_graph = False
+        self.gate: SiteCounters | None = None
+        self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):
             long, double = (torch.zeros(neurons, dtype=kind, device=device) for kind in (torch.int64, torch.float64))
-            self.counters = Counters(
+            self.tensors = CounterTensors(
                 zero_outputs=long,
                 zero_gradients=long.clone(),
                 not_finite=long.clone(),
@@ -76,29 +93,32 @@ class Meter:
         self.gradient_positions = 0
         self.examples = 0
 
-    def settle(self, scratch: Scratch | None = None) -> Counters:
-        """Add up what waits; gives the counters, which are whole until the next tensor is counted.
+    def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
+        """Add everything that waits to the tensors.
 
         Args:
-            scratch: Buffers, of whoever settles many meters one after another.
+            scratch: Buffers to reuse, for a caller that flushes the counters of many sites.
+
+        Returns:
+            The tensors. They are complete until the next output or gradient is counted.
         """
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if len(self.small_outputs) or len(self.small_gradients):
-                scratch = scratch or Scratch()
+                scratch = scratch or ScratchBuffers()
                 self._count_small_outputs(scratch)
                 self._count_small_gradients(scratch)
             self._add_rows()
-        return self.counters
+        return self.tensors
 
-    def make_room(self, scratch: Scratch) -> None:
-        """Count the small tensors that wait where there is no room for more."""
+    def make_room(self, scratch: ScratchBuffers) -> None:
+        """Count the small tensors that wait, if there is no room for more."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
             if self.small_outputs.full:
                 self._count_small_outputs(scratch)
             if self.small_gradients.full:
                 self._count_small_gradients(scratch)
 
-    def _count_small_outputs(self, scratch: Scratch) -> None:
+    def _count_small_outputs(self, scratch: ScratchBuffers) -> None:
         small = self.small_outputs
         if len(small):
             row = self._rows_for(small, self.outputs, scratch)
@@ -109,24 +129,24 @@ class Meter:
                     self.add_plain(y, small.axis, step, small.tolerance)
             small.clear()
 
-    def _count_small_gradients(self, scratch: Scratch) -> None:
+    def _count_small_gradients(self, scratch: ScratchBuffers) -> None:
         small = self.small_gradients
         if len(small):
             self._rows_for(small, self.gradients, scratch)
             self._keep(small, self.gradients)
             small.clear()
 
-    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: Scratch) -> Tensor:
+    def _rows_for(self, small: SmallTensors, rows: PendingCounts, scratch: ScratchBuffers) -> Tensor:
         if len(rows) + len(small) > rows.room:
             self._add_rows()
-        counts = rows.some(len(small))
+        counts = rows.next_rows(len(small))
         small.count(scratch, counts)
         return counts
 
     def _keep(self, small: SmallTensors, rows: PendingCounts) -> None:
         positions = small.tensors()[0].numel() // self.neurons
         for step in small.steps:
-            rows.keep(positions=positions, step=step)
+            rows.add_row(positions=positions, step=step)
         if rows.full:
             self._add_rows()
 
@@ -135,123 +155,152 @@ class Meter:
             self._add(self.outputs.zeros(), self.outputs.magnitudes(), *self.outputs.active())
             self.outputs.clear()
         if len(self.gradients):
-            self.counters.zero_gradients.add_(self.gradients.zeros())
+            self.tensors.zero_gradients.add_(self.gradients.zeros())
             self.gradients.clear()
 
     def _add(self, zeros: Tensor, magnitudes: Tensor, last_active: Tensor, first_active: Tensor) -> None:
-        counters = self.counters
-        counters.zero_outputs.add_(zeros)
-        counters.abs_sum.add_(magnitudes)
-        torch.maximum(counters.last_active, last_active, out=counters.last_active)
-        torch.minimum(counters.first_active, first_active, out=counters.first_active)
+        tensors = self.tensors
+        tensors.zero_outputs.add_(zeros)
+        tensors.abs_sum.add_(magnitudes)
+        torch.maximum(tensors.last_active, last_active, out=tensors.last_active)
+        torch.minimum(tensors.first_active, first_active, out=tensors.first_active)
 
     def add_plain(self, y: Tensor, axis: int, step: int, tolerance: float) -> None:
-        """Count one output by the plain formula, as :func:`add_outputs`."""
+        """Count one output by the plain formula.
+
+        Args:
+            y: Output ``(…, N, …)``, detached.
+            axis: Dimension of the neurons.
+            step: Optimizer step of the output.
+            tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+        """
         zeros, bad, magnitudes = plain_outputs(y, axis, tolerance)
         fired = zeros + bad < y.numel() // self.neurons
-        self.counters.not_finite.add_(bad)
+        self.tensors.not_finite.add_(bad)
         self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 
     @property
     def untouched(self) -> bool:
-        """Whether it certainly holds nothing; what a compiled graph added cannot be known without waiting."""
+        """Whether nothing was counted. False if a compiled graph holds the tensors: reading them would synchronize."""
         return not (self.in_graph or self.positions or self.gradient_positions)
 
     def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
-        """Positions, gradient positions and examples so far.
+        """Return the positions, gradient positions and examples so far.
 
         Args:
-            traced: What ``counters.traced`` holds, from who has read it; else it is read here, and waited for.
+            traced: ``tensors.traced`` as a list, if it was copied to the host already. Otherwise it is copied here,
+                which synchronizes.
         """
-        traced = self.counters.traced.tolist() if traced is None else traced
+        traced = self.tensors.traced.tolist() if traced is None else traced
         return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
 
     def reset(self) -> None:
-        """Start again from nothing, in the same tensors."""
+        """Set every count to its start, in the same tensors."""
         for waiting in (self.outputs, self.gradients, self.small_outputs, self.small_gradients):
             waiting.clear()
         with torch.inference_mode(False), torch.no_grad():
-            for counter in self.counters:
+            for counter in self.tensors:
                 counter.zero_()
-            self.counters.last_active.fill_(-1)
-            self.counters.first_active.fill_(NEVER)
+            self.tensors.last_active.fill_(-1)
+            self.tensors.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
 
 
 def add_outputs(
-    meter: Meter, y: Tensor, axis: int, examples: int, step: int | Tensor, scratch: Scratch, tolerance: float
+    counters: SiteCounters,
+    y: Tensor,
+    axis: int,
+    examples: int,
+    step: int | Tensor,
+    scratch: ScratchBuffers,
+    tolerance: float,
 ) -> None:
     """Count one output tensor.
 
-    A function and no method, since ``torch.compile`` traces no method of an object that it holds as a constant.
+    This is a function because ``torch.compile`` does not trace methods of an object that is a constant of the graph.
 
     Args:
-        meter: The site's meter.
+        counters: The counters of the site.
         y: Output ``(…, N, …)``, detached.
-        axis: The neurons' dimension.
-        examples: Independent examples behind it.
-        step: The optimizer step it belongs to: a tensor where ``torch.compile`` traces, else an integer.
+        axis: Dimension of the neurons.
+        examples: Number of independent examples in the output.
+        step: Optimizer step of the output: a tensor while ``torch.compile`` traces, otherwise an integer.
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
     """
     if isinstance(step, Tensor):
-        _add_outputs_in_graph(y, axis, examples, step, tolerance, *meter.counters)
+        _add_outputs_in_graph(y, axis, examples, step, tolerance, *counters.tensors)
         return
-    positions = y.numel() // meter.neurons
-    meter.positions += positions
-    meter.examples += examples
-    if meter.small_outputs.take(y, axis, step, tolerance):
-        if meter.small_outputs.full:
-            meter.make_room(scratch)
+    positions = y.numel() // counters.neurons
+    counters.positions += positions
+    counters.examples += examples
+    if counters.small_outputs.try_add(y, axis, step, tolerance):
+        if counters.small_outputs.full:
+            counters.make_room(scratch)
         return
-    rows = meter.outputs
+    rows = counters.outputs
     row = rows.next()
     if measure(y, axis, scratch, tolerance, row) and is_finite(row):
-        rows.keep(positions=positions, step=step)
+        rows.add_row(positions=positions, step=step)
         if rows.full:
-            meter.settle()
+            counters.flush()
     else:
-        meter.add_plain(y, axis, step, tolerance)
+        counters.add_plain(y, axis, step, tolerance)
 
 
-def add_gradients(meter: Meter, gradient: Tensor, axis: int, scratch: Scratch) -> None:
-    """Count one gradient at the pre-activation, ``(…, N, …)``, detached; the rest as in :func:`add_outputs`."""
-    positions = gradient.numel() // meter.neurons
-    meter.gradient_positions += positions
-    if meter.small_gradients.take(gradient, axis, 0, 0.0):
-        if meter.small_gradients.full:
-            meter.make_room(scratch)
-        return
-    rows = meter.gradients
-    if measure(gradient, axis, scratch, 0.0, rows.next()):
-        rows.keep(positions=positions, step=0)
-        if rows.full:
-            meter.settle()
-    else:
-        meter.counters.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
-
-
-def ask_gradients(x: Tensor, axis: int, halved: int | None, meter: Meter) -> None:
-    """Count the gradient of ``x`` when it comes, in a graph that ``torch.compile`` traces.
+def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: ScratchBuffers) -> None:
+    """Count one gradient at the pre-activation.
 
     Args:
-        x: The pre-activation.
-        axis: The neurons' dimension.
-        halved: The dimension whose second half is the gate (GLU), else ``None``.
-        meter: The site's meter.
+        counters: The counters of the site.
+        gradient: Gradient ``(…, N, …)``, detached.
+        axis: Dimension of the neurons.
+        scratch: Reusable buffers.
     """
-    _ask_gradients_in_graph(x, axis, halved, meter.counters.zero_gradients, meter.counters.traced)
+    positions = gradient.numel() // counters.neurons
+    counters.gradient_positions += positions
+    if counters.small_gradients.try_add(gradient, axis, 0, 0.0):
+        if counters.small_gradients.full:
+            counters.make_room(scratch)
+        return
+    rows = counters.gradients
+    if measure(gradient, axis, scratch, 0.0, rows.next()):
+        rows.add_row(positions=positions, step=0)
+        if rows.full:
+            counters.flush()
+    else:
+        counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
 
 
-def gate_half(gradient: Tensor, halved: int | None) -> Tensor:
-    """The part of a gradient that belongs to the gate: the second half along ``halved``, or all of it."""
-    if halved is None:
+def register_gradient_hook(x: Tensor, axis: int, glu_dim: int | None, counters: SiteCounters) -> None:
+    """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
+
+    Args:
+        x: The pre-activation ``(…, N, …)``.
+        axis: Dimension of the neurons.
+        glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
+        counters: The counters of the site.
+    """
+    _register_gradient_hook_in_graph(x, axis, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
+
+
+def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
+    """Return the part of a gradient that belongs to the gate of a GLU.
+
+    Args:
+        gradient: Gradient of any shape.
+        glu_dim: The dimension along which the second half is the gate; ``None`` if the site is no GLU.
+
+    Returns:
+        The second half along ``glu_dim``, or the whole gradient.
+    """
+    if glu_dim is None:
         return gradient
-    half = gradient.shape[halved] // 2
-    return gradient.narrow(halved, half, half)
+    half = gradient.shape[glu_dim] // 2
+    return gradient.narrow(glu_dim, half, half)
 
 
-# In a compiled graph these are single calls, that the compiler's back end opens and fuses with what is around them.
+# Each of these is a single call in a compiled graph. The compiler's back end fuses its body with what is around it.
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
@@ -261,9 +310,9 @@ def _add_outputs_in_graph(
     examples: int,
     step: Tensor,
     tolerance: float,
-    *counters: Tensor,
+    *tensors: Tensor,
 ) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = counters
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = tensors
     zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)
@@ -277,9 +326,11 @@ def _add_outputs_in_graph(
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
-def _ask_gradients_in_graph(x: Tensor, axis: int, halved: int | None, zero_gradients: Tensor, traced: Tensor) -> None:
+def _register_gradient_hook_in_graph(
+    x: Tensor, axis: int, glu_dim: int | None, zero_gradients: Tensor, traced: Tensor
+) -> None:
     def count(gradient: Tensor) -> None:
-        part = gate_half(gradient, halved).detach()
+        part = gate_half(gradient, glu_dim).detach()
         zero_gradients.add_(plain_zeros(part, axis, 0.0))
         traced[1].add_(part.numel() // part.shape[axis])
 

@@ -1,8 +1,9 @@
-"""From tensors to per-neuron counts: the only arithmetic on the hot path.
+"""Reduce tensors to counts of each neuron: the only arithmetic on the hot path.
 
-The obvious ``(y == 0).sum(dims)`` costs 14 to 20 passes over a tensor on a CPU, blocks that stay in its cache one to
-two (see :mod:`neuronscope.count.cpu_kernels`). On other devices, and where ``torch.compile`` traces, the plain formula
-stands: a compiler fuses it. No path waits for a device, none draws a random number, and none keeps the tensor.
+The plain formula ``(y == 0).sum(dims)`` takes as long as 14 to 20 passes over the tensor on a CPU. Counting in blocks
+that stay in the cache takes one to two: see :mod:`neuronscope.count.cpu_kernels`. On other devices, and while
+``torch.compile`` traces, the plain formula is used, because a compiler fuses it. No function here synchronizes with a
+device, draws a random number, or keeps the tensor.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.cpu_kernels import Scratch
+from neuronscope.count.cpu_kernels import ScratchBuffers
 
-__all__ = ["OutputCounts", "Scratch", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
+__all__ = ["OutputCounts", "ScratchBuffers", "count_outputs", "count_zeros", "measure", "plain_outputs", "plain_zeros"]
 
 
 class OutputCounts(NamedTuple):
-    """What one output tensor gives, per neuron ``(N,)``.
+    """The counts of one output tensor, ``(N,)`` each.
 
     Attributes:
         zeros: Positions with zero output, int64.
@@ -37,14 +38,32 @@ def _others(tensor: Tensor, axis: int) -> list[int]:
 
 
 def plain_zeros(tensor: Tensor, axis: int, tolerance: float) -> Tensor:
-    """:func:`count_zeros` by the plain formula, which a compiler fuses."""
+    """Count zeros as :func:`count_zeros` does, by the plain formula, which a compiler fuses.
+
+    Args:
+        tensor: Any shape, neurons along ``axis``.
+        axis: Dimension of the neurons, ≥ 0.
+        tolerance: ``|x| <= tolerance`` counts as zero.
+
+    Returns:
+        int64 ``(N,)``.
+    """
     zero = tensor == 0 if tolerance == 0 else tensor.abs() <= tolerance
     others = _others(tensor, axis)
     return zero.sum(others) if others else zero.long()
 
 
 def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`count_outputs` by the plain formula, which a compiler fuses; ``not_finite`` is always given."""
+    """Count outputs as :func:`count_outputs` does, by the plain formula, which a compiler fuses.
+
+    Args:
+        tensor: Any shape, neurons along ``axis``.
+        axis: Dimension of the neurons, ≥ 0.
+        tolerance: ``|y| <= tolerance`` counts as zero.
+
+    Returns:
+        Zeros (int64), non-finite values (int64) and summed magnitudes (float64), ``(N,)`` each.
+    """
     others = _others(tensor, axis)
     finite = torch.isfinite(tensor)
     magnitude = torch.where(finite, tensor.abs(), 0)
@@ -58,18 +77,19 @@ def plain_outputs(tensor: Tensor, axis: int, tolerance: float) -> tuple[Tensor, 
     )
 
 
-def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: Tensor) -> bool:
-    """Count a tensor's zeros, and add up its magnitudes where ``out`` has two rows, without allocating.
+def measure(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float, out: Tensor) -> bool:
+    """Count the zeros of a tensor, and add up its magnitudes if ``out`` has two rows, without allocating memory.
 
     Args:
         tensor: Any shape, neurons along ``axis``; must not require a gradient.
-        axis: The neurons' dimension, ≥ 0.
+        axis: Dimension of the neurons, ≥ 0.
         scratch: Reusable buffers.
         tolerance: ``|x| <= tolerance`` counts as zero.
-        out: float32 ``(1 or 2, N)``: zeros, and the sum of ``|x|``. Exact: no count reaches 2**24.
+        out: float32 ``(1 or 2, N)``, is overwritten: zeros, and the sum of ``|x|``. Zeros are exact, because no count
+            reaches 2**24.
 
     Returns:
-        Whether it could be; if not, the plain formula must do it.
+        False if the tensor cannot be counted in this way; then the plain formula must be used.
     """
     plan = scratch.plan(tensor, axis, out.shape[0])
     if plan is None:
@@ -78,12 +98,12 @@ def measure(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float, out: 
     return True
 
 
-def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 0.0) -> Tensor:
-    """Zeros of each neuron.
+def count_zeros(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> Tensor:
+    """Count the zeros of each neuron.
 
     Args:
         tensor: Any shape, neurons along ``axis``; must not require a gradient.
-        axis: The neurons' dimension, ≥ 0.
+        axis: Dimension of the neurons, ≥ 0.
         scratch: Reusable buffers.
         tolerance: ``|x| <= tolerance`` counts as zero.
 
@@ -96,17 +116,17 @@ def count_zeros(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 
     return plain_zeros(tensor, axis, tolerance)
 
 
-def count_outputs(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float = 0.0) -> OutputCounts:
-    """Zeros, non-finite values and summed magnitudes of each neuron.
+def count_outputs(tensor: Tensor, axis: int, scratch: ScratchBuffers, tolerance: float = 0.0) -> OutputCounts:
+    """Count zeros and non-finite values of each neuron, and add up its magnitudes.
 
     Args:
         tensor: Output of an activation, any shape, neurons along ``axis``; must not require a gradient.
-        axis: The neurons' dimension, ≥ 0.
+        axis: Dimension of the neurons, ≥ 0.
         scratch: Reusable buffers.
         tolerance: ``|y| <= tolerance`` counts as zero.
 
     Returns:
-        See :class:`OutputCounts`; on the tensor's device.
+        The counts, on the tensor's device.
     """
     counts = torch.empty(2, tensor.shape[axis], dtype=torch.float32, device="cpu")
     if measure(tensor, axis, scratch, tolerance, counts) and is_finite(counts):
@@ -115,5 +135,5 @@ def count_outputs(tensor: Tensor, axis: int, scratch: Scratch, tolerance: float 
 
 
 def is_finite(counts: Tensor) -> bool:
-    """Whether the magnitudes among counts on the CPU are all finite (zeros always are); no device is waited for."""
+    """Whether all magnitudes in ``counts`` are finite; ``counts`` is on the CPU, so this does not synchronize."""
     return math.isfinite(counts.sum().item())

@@ -1,13 +1,13 @@
-"""How a CPU counts zeros and adds up magnitudes: in blocks that stay in its cache, eight counters to an integer.
+"""Count zeros and add up magnitudes on a CPU: in blocks that stay in its cache, eight counters in one integer.
 
-A number becomes one byte, 1 or 0: converting to bool does that at the speed of memory. Eight bytes are then one int64,
-and adding up to 255 such words adds eight counters at once that cannot run over into each other. The few bytes that
-are left are widened to float32, which is exact below 2**24. Magnitudes go into a float buffer, block by block. For a
-small tensor, where the number of calls is the cost, zeros are compared into the float buffer instead, beside the
-magnitudes, and one sum adds up both.
+Converting to bool turns each number into one byte, 1 or 0, at the speed of memory. Eight bytes are read as one int64.
+Adding up to 255 such integers adds eight counters at once, and none of them overflows into the next. The few bytes that
+are left are converted to float32, which is exact below 2**24. Magnitudes are written into a float buffer, block by
+block. For a small tensor the number of torch calls is what costs; there zeros are written into the float buffer too,
+beside the magnitudes, and one sum adds up both.
 
-How tensors of one shape and one order in memory are cut, and the views of the buffers that this takes, are a *plan*,
-made once.
+A *plan* says how tensors of one shape and one order in memory are cut into blocks, and holds the views of the buffers
+that this needs. It is made once.
 """
 
 from __future__ import annotations
@@ -21,62 +21,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Scratch", "compare", "magnitudes"]
+__all__ = ["Plan", "ScratchBuffers", "compare", "magnitudes"]
 
-#: Elements of a block: 1 MB of bytes.
+#: Number of elements in a block: 1 MB as bytes.
 _BLOCK = 1 << 20
-#: Elements up to which a tensor is small.
+#: Number of elements up to which a tensor is small.
 _SMALL = 1 << 17
-#: Numbers that float32 holds exactly are smaller.
+#: Whole numbers below this are exact in float32.
 _EXACT = 1 << 24
-#: Most words whose bytes are added without a carry.
+#: Maximal number of words whose bytes can be added without a carry.
 _LIMIT = 255
-#: Least words worth adding along memory, and least bytes of a row worth adding to another.
+#: Fewest words for which adding along memory pays, and fewest bytes of a row for which adding rows pays.
 _RUN, _ROW = 16, 512
-#: Rows that a block has at least, where the tensor has them: the more, the less is left to widen.
+#: Fewest rows of a block, if the tensor has so many: the more rows, the fewer bytes are left to convert.
 _ROWS = 32
-#: Magnitudes made at a time: 1 MB of float32, which stays in the cache until it is summed.
+#: Number of magnitudes computed at a time: 1 MB of float32, which stays in the cache until it is summed.
 _PIECE = 1 << 18
-#: Least numbers that follow each other in memory and are quick to add.
+#: Fewest numbers in a row of memory for which adding them along memory is quick.
 _INNER = 32
-#: Plans kept at once; input of ever new lengths makes ever new ones.
+#: Maximal number of plans that are kept; inputs of ever new lengths make ever new plans.
 _PLANS = 256
 
 Shape = tuple[int, int, int]
 
 
 class Plan:
-    """How tensors of one shape and one order in memory are reduced to their neurons."""
+    """Says how tensors of one shape and one order in memory are reduced to counts of their neurons."""
 
     def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
-        """Count zeros, and add up magnitudes where the plan was made for them.
+        """Count zeros, and add up magnitudes if the plan was made for two quantities.
 
         Args:
-            tensor: One of these tensors.
+            tensor: A tensor of the plan's shape and order in memory.
             tolerance: ``|x| <= tolerance`` counts as zero.
-            out: float32 ``(quantities, N)``; magnitudes are not finite where an element is not.
+            out: float32 ``(quantities, N)``, is overwritten; a magnitude is not finite if an element is not.
         """
         raise NotImplementedError
 
 
-class Scratch(threading.local):
-    """Buffers and plans of their use, made once a thread: counting a tensor like one before allocates nothing."""
+class ScratchBuffers(threading.local):
+    """Buffers and plans, one set for each thread. Counting a tensor of a known shape allocates nothing."""
 
     def __init__(self) -> None:
         self._plans: dict[tuple[torch.Size, tuple[int, ...], int, int], Plan] = {}
         with torch.inference_mode(False):
-            self.zero = torch.zeros((), dtype=torch.float32, device="cpu")  # quicker to compare with than a number
+            self.zero = torch.zeros(
+                (), dtype=torch.float32, device="cpu"
+            )  # comparing with a tensor is quicker than with a number
             self.buffer = torch.empty(0, dtype=torch.float32, device="cpu")
             self.words = torch.empty(0, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def plan(self, tensor: Tensor, axis: int, quantities: int) -> Plan | None:
-        """How to count this tensor in blocks; ``None`` where the plain formula must do it.
+        """Return the plan for a tensor.
 
         Args:
-            tensor: On whatever device, of whatever type.
-            axis: The neurons' dimension.
+            tensor: Any tensor, on any device.
+            axis: Dimension of the neurons.
             quantities: 1 for zeros, 2 for zeros and magnitudes.
+
+        Returns:
+            The plan, or ``None`` if the plain formula must be used.
         """
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return None
@@ -93,9 +98,9 @@ class Scratch(threading.local):
         return plan
 
     def numbers(self, elements: int) -> Tensor:
-        """The buffer, for so many numbers at least; a network of small layers needs no megabytes."""
+        """Return the float32 buffer, grown to at least ``elements``; it stays small for a network of small layers."""
         if self.buffer.numel() < elements:
-            self._plans.clear()  # their views are of the old buffer
+            self._plans.clear()  # they hold views of the old buffer
             size = 2 * _SMALL if elements <= 2 * _SMALL else _BLOCK
             with torch.inference_mode(False):
                 self.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
@@ -113,7 +118,7 @@ class Scratch(threading.local):
 
 
 class _Order:
-    """A tensor's dimensions in the order of memory, seen as ``(outer, N, inner)``."""
+    """The dimensions of a tensor in the order of memory, and its shape as ``(outer, N, inner)``."""
 
     def __init__(self, tensor: Tensor, axis: int) -> None:
         strides = tensor.stride()
@@ -124,7 +129,7 @@ class _Order:
 
 
 class _Small(Plan):
-    """A small tensor is compared as it is into a part of the buffer that has its shape, beside its magnitudes."""
+    """A plan for small tensors: writes zeros and magnitudes into the buffer, in the tensor's own shape."""
 
     def __init__(self, tensor: Tensor, axis: int, buffer: Tensor, quantities: int, zero: Tensor) -> None:
         order, elements = _Order(tensor, axis), tensor.numel()
@@ -153,9 +158,9 @@ class _Small(Plan):
 
 
 class _Large(Plan):
-    """A tensor seen as ``(outer, N, inner)`` is cut along all three into blocks."""
+    """A plan for large tensors: cuts a tensor of shape ``(outer, N, inner)`` along all three dimensions into blocks."""
 
-    def __init__(self, tensor: Tensor, axis: int, quantities: int, scratch: Scratch) -> None:
+    def __init__(self, tensor: Tensor, axis: int, quantities: int, scratch: ScratchBuffers) -> None:
         order = _Order(tensor, axis)
         self._order, self._shape = order.order, order.shape
         self._quantities = quantities
@@ -194,34 +199,40 @@ class _Large(Plan):
 
 
 class _Block:
-    """Blocks of one shape ``(outer, n, inner)``, and the views of the buffers that they need."""
+    """Reduces blocks of one shape ``(outer, n, inner)``, and holds the views of the buffers that this needs."""
 
-    def __init__(self, shape: Shape, scratch: Scratch) -> None:
+    def __init__(self, shape: Shape, scratch: ScratchBuffers) -> None:
         self._shape = shape
         self._positions = torch.tensor(float(shape[0] * shape[2]), dtype=torch.float32, device="cpu")
         self._zero = scratch.zero
         self._numbers = scratch.buffer[: math.prod(shape)].view(shape)
-        self._lanes = lanes = _lanes(shape)
-        if lanes is not None:
+        self._word_layout = layout = _word_layout(shape)
+        if layout is not None:
             outer, neurons, inner = shape
-            groups, _, width = lanes.words
-            words = scratch.words[: math.prod(lanes.words)]
+            groups, _, width = layout.words
+            words = scratch.words[: math.prod(layout.words)]
             flags = words.view(torch.bool)
-            used = outer * neurons * lanes.pitch
-            runs = flags[:used].view(outer, neurons, lanes.pitch)
+            used = outer * neurons * layout.pitch
+            runs = flags[:used].view(outer, neurons, layout.pitch)
             self._flags = runs[..., :inner]
             self._blanks = [blank for blank in (flags[used:], runs[..., inner:]) if blank.numel()]
-            self._words = words.view(lanes.words)
+            self._words = words.view(layout.words)
             self._sums = scratch.sums[: groups * width].view(groups, width)
-            self._bytes = self._sums.view(torch.uint8).view(lanes.left)
-            self._wide = scratch.buffer[: math.prod(lanes.left)].view(lanes.left)
+            self._bytes = self._sums.view(torch.uint8).view(layout.left)
+            self._wide = scratch.buffer[: math.prod(layout.left)].view(layout.left)
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
 
     def zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
-        """Zeros of each neuron, float32 ``(n,)``."""
-        if self._lanes is None or tolerance != 0:
+        """Count the zeros of each neuron.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, inner)``.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(n,)``, is overwritten.
+        """
+        if self._word_layout is None or tolerance != 0:
             compare(part, tolerance, self._zero, self._numbers)
-        if self._lanes is None:
+        if self._word_layout is None:
             _add_up(self._numbers, out)
             return
         self._flags.copy_(part if tolerance == 0 else self._numbers)  # NaN is not zero
@@ -234,7 +245,12 @@ class _Block:
             torch.sub(self._positions, out, out=out)
 
     def magnitudes(self, part: Tensor, out: Tensor) -> None:
-        """Sum of magnitudes of each neuron, float32 ``(n,)``, piece by piece."""
+        """Add up the magnitudes of each neuron, piece by piece.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, inner)``.
+            out: float32 ``(n,)``, is overwritten.
+        """
         pieces = part.split(self._at_once)
         sums = torch.empty(len(pieces), self._shape[1], dtype=torch.float32, device="cpu")
         for piece, each in zip(pieces, sums.unbind(), strict=True):
@@ -245,7 +261,7 @@ class _Block:
 
 
 def _add_up(numbers: Tensor, out: Tensor) -> None:
-    """``(some, n, some)`` → ``(n,)``, in the way that is quickest for the shape."""
+    """Sum ``(outer, n, inner)`` to ``(n,)``, in the way that is quickest for the shape."""
     outer, neurons, inner = numbers.shape
     if outer * inner == 1:
         out.copy_(numbers.view(neurons))
@@ -256,17 +272,17 @@ def _add_up(numbers: Tensor, out: Tensor) -> None:
     else:
         rows, ones = numbers.view(outer, neurons * inner), numbers.new_ones(outer)
         sums = out if inner == 1 else numbers.new_empty(neurons * inner)
-        torch.mv(rows.t(), ones, out=sums)  # into something: autocast leaves that alone
+        torch.mv(rows.t(), ones, out=sums)  # with `out`, autocast does not change the type
         if inner > 1:
             torch.sum(sums.view(neurons, inner), 1, out=out)
 
 
-class _Lanes(NamedTuple):
-    """How the bytes of a block ``(outer, n, inner)`` are added as words.
+class _WordLayout(NamedTuple):
+    """How the bytes of a block ``(outer, n, inner)`` are added as words of eight bytes.
 
     Attributes:
-        words: ``(groups, r, width)``, of which ``r`` are added, 255 at most.
-        left: ``(…, n, …)``: as what the bytes of the sums ``(groups, width)`` are to be seen.
+        words: Shape of the words, ``(groups, r, width)``; the sum is over ``r``, at most 255.
+        left: Shape ``(…, n, …)`` of the bytes of the sums ``(groups, width)``.
         pitch: Bytes from one run of ``inner`` to the next.
     """
 
@@ -275,25 +291,25 @@ class _Lanes(NamedTuple):
     pitch: int
 
 
-def _lanes(shape: Shape) -> _Lanes | None:
-    """The quickest lanes for a block; ``None`` where there are too few rows to add.
+def _word_layout(shape: Shape) -> _WordLayout | None:
+    """Return the quickest way to add the bytes of a block as words; ``None`` if there are too few rows to add.
 
-    All are shorter than twice the block, and their sums no longer than it.
+    The words never take more than twice the bytes of the block, and their sums never more than the block.
     """
     outer, neurons, inner = shape
     groups = -(-inner // (8 * _LIMIT))
     run = -(-inner // (8 * groups))
     pitch = 8 * groups * run
-    if run >= _RUN and (pitch == inner or outer < _ROWS):  # words that follow each other belong to one neuron
-        return _Lanes((outer * neurons * groups, run, 1), (outer, neurons, 8 * groups), pitch)
+    if run >= _RUN and (pitch == inner or outer < _ROWS):  # adjacent words belong to one neuron
+        return _WordLayout((outer * neurons * groups, run, 1), (outer, neurons, 8 * groups), pitch)
     row = neurons * inner
-    fold = 8 // math.gcd(row, 8)  # so many rows are whole words, and long enough to be added to the next so many
+    fold = 8 // math.gcd(row, 8)  # so many rows make whole words, long enough to pay
     fold *= -(-_ROW // (row * fold))
     rows = -(-outer // fold)
     if rows < 2:
         return None
     groups = -(-rows // _LIMIT)
-    return _Lanes((groups, -(-rows // groups), fold * row // 8), (groups * fold, neurons, inner), inner)
+    return _WordLayout((groups, -(-rows // groups), fold * row // 8), (groups * fold, neurons, inner), inner)
 
 
 def _slices(length: int, at_once: int) -> list[slice]:
@@ -301,7 +317,14 @@ def _slices(length: int, at_once: int) -> list[slice]:
 
 
 def compare(tensor: Tensor, tolerance: float, zero: Tensor, out: Tensor) -> None:
-    """1 where an element is zero, 0 elsewhere."""
+    """Write 1 where an element is zero and 0 elsewhere.
+
+    Args:
+        tensor: Any shape.
+        tolerance: ``|x| <= tolerance`` counts as zero.
+        zero: A tensor that holds 0, without dimensions.
+        out: float32, of the tensor's shape, is overwritten.
+    """
     if tolerance == 0:
         torch.eq(tensor, zero, out=out)
     else:
@@ -309,7 +332,12 @@ def compare(tensor: Tensor, tolerance: float, zero: Tensor, out: Tensor) -> None
 
 
 def magnitudes(tensor: Tensor, out: Tensor) -> None:
-    """Magnitudes as float32."""
+    """Write the magnitudes of a tensor as float32.
+
+    Args:
+        tensor: Any shape.
+        out: float32, of the tensor's shape, is overwritten.
+    """
     if tensor.dtype is torch.float32:
         torch.abs(tensor, out=out)
     else:

@@ -1,8 +1,8 @@
-"""Rows of counts that wait to be added up: what makes a small tensor cheap to count.
+"""Keep the counts of several calls in rows, and add them up together, because each torch call costs time.
 
-A call of a site writes its counts, as float32, into the next free row, and is done; which neurons fired, at which step,
-and the 64-bit sums are worked out for many rows at once when there is no room for more or somebody wants to read. A
-count in a row is below 2**24, which float32 holds exactly; rows are added up in 64 bits.
+Each call of a site writes its counts, as float32, into the next free row. When no row is free, or when the counts are
+read, the 64-bit sums and the steps at which neurons fired are computed for all rows at once. A count in a row is below
+2**24, which float32 holds exactly; rows are added up in 64 bits.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import Tensor
 
 __all__ = ["NEVER", "PendingCounts"]
 
-#: ``first_active_step`` of a neuron that was not seen to fire.
+#: ``first_active_step`` of a neuron that never fired.
 NEVER = 1 << 62
-#: Most rows that wait, and most numbers in them (128 kB of float32).
+#: Maximal number of rows, and of numbers in them (128 kB of float32).
 _ROWS, _NUMBERS = 64, 1 << 15
 
 
 class PendingCounts:
-    """Room for counts ``(quantities, N)`` of a few calls, on the CPU.
+    """Rows for the counts ``(quantities, N)`` of several calls, on the CPU.
 
     Args:
         quantities: 1 for zeros, 2 for zeros and magnitudes.
-        neurons: ``N``.
+        neurons: Number of neurons, ``N``.
 
     >>> rows = PendingCounts(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
-    >>> rows.keep(positions=4, step=7)
+    >>> rows.add_row(positions=4, step=7)
     >>> last, first = rows.active()
     >>> rows.zeros(), last, first.eq(NEVER)
     (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
@@ -45,19 +45,19 @@ class PendingCounts:
         return len(self._steps)
 
     def next(self) -> Tensor:
-        """The next free row, ``(quantities, N)``, to be written; it does not count until :meth:`keep`."""
+        """Return the next free row, float32 ``(quantities, N)``. After writing it, call :meth:`add_row`."""
         return self._each[len(self._steps)]
 
-    def some(self, number: int) -> Tensor:
-        """As many free rows, ``(number, quantities, N)``, as :meth:`next`; each is to be kept."""
+    def next_rows(self, number: int) -> Tensor:
+        """Return ``number`` free rows, float32 ``(number, quantities, N)``. Then call :meth:`add_row` for each."""
         return self._rows[len(self._steps) : len(self._steps) + number]
 
-    def keep(self, *, positions: int, step: int) -> None:
-        """The row that :meth:`next` gave is written.
+    def add_row(self, *, positions: int, step: int) -> None:
+        """Note that the next free row was written.
 
         Args:
-            positions: Positions of the tensor, fewer than 2**24.
-            step: The optimizer step it belongs to.
+            positions: Number of positions of the tensor, below 2**24.
+            step: Optimizer step of the tensor.
         """
         self._positions.append(positions)
         self._steps.append(step)
@@ -69,19 +69,19 @@ class PendingCounts:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another row."""
+        """Whether no row is free."""
         return len(self._steps) == self.room
 
     def zeros(self) -> Tensor:
-        """Zeros of all rows, int64 ``(N,)``."""
+        """Return the zeros of all rows together, int64 ``(N,)``."""
         return self._kept(0).sum(0, dtype=torch.float64).long()  # whole numbers below 2**53: exact
 
     def magnitudes(self) -> Tensor:
-        """Magnitudes of all rows, float64 ``(N,)``."""
+        """Return the magnitudes of all rows together, float64 ``(N,)``."""
         return self._kept(1).sum(0, dtype=torch.float64)
 
     def active(self) -> tuple[Tensor, Tensor]:
-        """The last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` where none."""
+        """Return the last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` if none."""
         positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
         fired = self._kept(0) < positions
         return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)

@@ -1,9 +1,9 @@
-"""Small tensors that wait, as they are, to be counted many at once: what makes the smallest ones cheap to count.
+"""Copy small tensors into a buffer, and count many of them together, because each torch call costs time.
 
-Counting a tensor of a few kilobytes costs as many torch calls as counting a large one, and the calls are the cost. So
-it is copied, in one call, to others of its kind, and they are counted together when there is no room for more or
-somebody wants to read. The room does not grow: 128 kB a site for outputs and as much for gradients, whatever the batch;
-larger tensors are counted at once. These are copies: no tensor of the network, and no graph, is kept.
+A tensor of a few kilobytes takes as many torch calls to count as a large one, and the calls are what costs. So it is
+copied, in one call, beside others of the same shape and type. They are counted together when the buffer is full, or
+when the counts are read. The buffer has a fixed size for each site: 128 kB for outputs and 128 kB for gradients,
+whatever the batch size. Larger tensors are counted directly. No tensor of the network and no graph is kept alive.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.count.cpu_kernels import Scratch, compare, magnitudes
+from neuronscope.count.cpu_kernels import ScratchBuffers, compare, magnitudes
 
 __all__ = ["SmallTensors"]
 
-#: Most numbers that wait, most tensors, and fewest for which it pays.
+#: Maximal number of elements in the buffer, maximal number of tensors, and the fewest tensors for which it pays.
 _NUMBERS, _MOST, _FEWEST = 1 << 15, 32, 8
 
 
 class SmallTensors:
-    """Room for a few small tensors of one kind: that of the first that comes when there is none.
+    """A buffer for small tensors of one shape and type: those of the first tensor that is added while it is empty.
 
     Args:
         quantities: 1 to count zeros, 2 for zeros and magnitudes.
 
     >>> waiting = SmallTensors(2)
-    >>> waiting.take(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
+    >>> waiting.try_add(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
     True
-    >>> waiting.take(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
+    >>> waiting.try_add(torch.zeros(1, 3), 1, step=7, tolerance=0.0)  # of another shape
     False
     >>> counts = torch.empty(1, 2, 3)
-    >>> waiting.count(Scratch(), counts)
+    >>> waiting.count(ScratchBuffers(), counts)
     >>> counts
     tensor([[[2., 1., 0.],
              [0., 1., 4.]]])
@@ -52,17 +52,17 @@ class SmallTensors:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def take(self, tensor: Tensor, axis: int, step: int, tolerance: float) -> bool:
-        """Copy a tensor, if it is small and of the kind that waits.
+    def try_add(self, tensor: Tensor, axis: int, step: int, tolerance: float) -> bool:
+        """Copy a tensor into the buffer, if it is small and of the same shape and type as those in the buffer.
 
         Args:
-            tensor: Any tensor; must not require a gradient.
-            axis: The neurons' dimension, ≥ 0.
-            step: The optimizer step it belongs to.
+            tensor: Any tensor ``(…, N, …)``; must not require a gradient.
+            axis: Dimension of the neurons, ≥ 0.
+            step: Optimizer step of the tensor.
             tolerance: ``|x| <= tolerance`` counts as zero.
 
         Returns:
-            Whether it was taken; if not, it is to be counted at once.
+            False if the tensor was not added; then the caller must count it.
         """
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
@@ -83,33 +83,33 @@ class SmallTensors:
 
     @property
     def full(self) -> bool:
-        """Whether there is no room for another tensor."""
+        """Whether the buffer has no room for another tensor."""
         return len(self.steps) == len(self._each)
 
     @property
     def axis(self) -> int:
-        """The neurons' dimension of what waits."""
+        """Return the dimension of the neurons in the tensors of the buffer."""
         return self._kind[2] if self._kind is not None else 0
 
     @property
     def tolerance(self) -> float:
-        """What counts as zero in what waits."""
+        """Return the tolerance up to which ``|x|`` counts as zero in the tensors of the buffer."""
         return self._kind[3] if self._kind is not None else 0.0
 
     def tensors(self) -> list[Tensor]:
-        """What waits."""
+        """Return the tensors in the buffer, as views."""
         return self._each[: len(self.steps)]
 
     def clear(self) -> None:
-        """Forget what waits."""
+        """Empty the buffer."""
         self.steps.clear()
 
-    def count(self, scratch: Scratch, out: Tensor) -> None:
-        """Count zeros of each tensor, and add up its magnitudes where two quantities are wanted.
+    def count(self, scratch: ScratchBuffers, out: Tensor) -> None:
+        """Count the zeros of each tensor in the buffer, and add up its magnitudes if ``quantities`` is 2.
 
         Args:
             scratch: Reusable buffers.
-            out: float32 ``(tensors, quantities, N)``; magnitudes are not finite where an element is not.
+            out: float32 ``(tensors, quantities, N)``, is overwritten; a magnitude is not finite if an element is not.
         """
         waiting, parts, work = self._views(scratch)
         compare(waiting, self.tolerance, scratch.zero, parts[0])
@@ -119,8 +119,8 @@ class SmallTensors:
             work = work.sum(4)  # two plain sums are quicker than one over both ends
         torch.sum(work, 2, out=out.transpose(0, 1))
 
-    def _views(self, scratch: Scratch) -> _Views:
-        """Where what waits is counted. Those of a full room, which come again and again, are made once."""
+    def _views(self, scratch: ScratchBuffers) -> _Views:
+        """Return the views in which the tensors are counted; those of a full buffer are made once."""
         numbers = self._quantities * len(self) * self._each[0].numel()
         buffer = scratch.numbers(numbers)
         if self.full and self._full is not None and self._full[0] is buffer:
@@ -129,18 +129,18 @@ class SmallTensors:
             waiting = self._room[: len(self)]
             whole = buffer[:numbers].view(self._quantities, *waiting.shape)
             views = _Views(waiting, whole.unbind(), whole.squeeze(4) if waiting.shape[3] == 1 else whole)
-        if self.full:  # a reader's buffer, which is of one reading, must not be kept
+        if self.full:  # the scratch buffer of a reader lives for one reading and must not be kept
             self._full = buffer, views
         return views
 
 
 class _Views(NamedTuple):
-    """Of what waits, and of the buffer in which it is counted.
+    """Views of the tensors that are counted, and of the scratch buffer in which they are.
 
     Attributes:
         waiting: The tensors, ``(tensors, outer, N, inner)``.
-        parts: Of the buffer, for each quantity as much.
-        whole: All of these, ``(quantities, tensors, outer, N, inner)``, or without the last where it is 1.
+        parts: For each quantity a part of the scratch buffer, of the same shape.
+        whole: All parts, ``(quantities, tensors, outer, N, inner)``; without the last dimension if it is 1.
     """
 
     waiting: Tensor

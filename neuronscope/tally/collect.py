@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from neuronscope.count.counters import Counters, Meter
-from neuronscope.count.counting import Scratch
+from neuronscope.count.counters import CounterTensors, SiteCounters
+from neuronscope.count.counting import ScratchBuffers
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 
@@ -23,31 +23,34 @@ __all__ = ["most_examples", "read_tallies"]
 AnyArray = npt.NDArray[np.generic]
 
 
-def read_tallies(sites: Sequence[tuple[SiteInfo, Meter]]) -> list[Tally]:
+def read_tallies(sites: Sequence[tuple[SiteInfo, SiteCounters]]) -> list[Tally]:
     """Return a tally for each site, copied from its running counters. Synchronizes with their devices.
 
     Args:
         sites: Description and counters of each site.
     """
-    meters = {id(each): each for _, meter in sites for each in (meter, meter.gate) if each is not None}
-    scratch = Scratch()
-    counters = (counter for meter in meters.values() for counter in meter.settle(scratch))
-    copies = iter(_copied(counters))
-    counted = {which: [next(copies) for _ in meter.counters] for which, meter in meters.items()}
-    return [_tally(info, meter, counted) for info, meter in sites]
+    all_counters = {id(each): each for _, counters in sites for each in (counters, counters.gate) if each is not None}
+    scratch = ScratchBuffers()
+    tensors = (counter for counters in all_counters.values() for counter in counters.flush(scratch))
+    copies = iter(_copied(tensors))
+    counted = {which: [next(copies) for _ in counters.tensors] for which, counters in all_counters.items()}
+    return [_tally(info, counters, counted) for info, counters in sites]
 
 
-def most_examples(meters: Iterable[Meter]) -> int:
+def most_examples(all_counters: Iterable[SiteCounters]) -> int:
     """Return the largest number of examples counted at any site. Synchronizes with the devices of the counters."""
-    meters = list(meters)
-    traced = _copied(meter.counters.traced for meter in meters)
-    return max((meter.totals(each.tolist())[2] for meter, each in zip(meters, traced, strict=True)), default=0)
+    all_counters = list(all_counters)
+    traced = _copied(counters.tensors.traced for counters in all_counters)
+    return max(
+        (counters.totals(each.tolist())[2] for counters, each in zip(all_counters, traced, strict=True)), default=0
+    )
 
 
-def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> Tally:
-    gradient_meter = meter if meter.gate is None else meter.gate  # a gated product has its gate's pre-activation
-    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, gradient_meter))
-    positions, _, examples = meter.totals(own["traced"].tolist())
+def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyArray]]) -> Tally:
+    # A gated product has the pre-activation of its gate.
+    gradients = counters if counters.gate is None else counters.gate
+    own, gate = (dict(zip(CounterTensors._fields, counted[id(each)], strict=True)) for each in (counters, gradients))
+    positions, _, examples = counters.totals(own["traced"].tolist())
     return Tally(
         info=info,
         zero_outputs=own["zero_outputs"].astype(np.int64, copy=False),
@@ -57,7 +60,7 @@ def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> 
         last_active_step=own["last_active"].astype(np.int64, copy=False),
         first_active_step=own["first_active"].astype(np.int64, copy=False),
         positions=positions,
-        gradient_positions=gradient_meter.totals(gate["traced"].tolist())[1],
+        gradient_positions=gradients.totals(gate["traced"].tolist())[1],
         examples=examples,
     )
 

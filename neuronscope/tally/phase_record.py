@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
@@ -45,7 +45,7 @@ class PhaseRecord:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._meters: dict[SiteKey, tuple[SiteInfo, Meter]] = {}
+        self._counters: dict[SiteKey, tuple[SiteInfo, SiteCounters]] = {}
         self._flushed = Census()  # the flushed part of the open window
         self._steps: list[int] = []  # observed steps of the open window
         self._steps_flushed = 0  # how many of them were flushed
@@ -56,7 +56,7 @@ class PhaseRecord:
         self.last = Census()
         self.history = History(policy)
 
-    def add_meter(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> Meter:
+    def add_site(self, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device) -> SiteCounters:
         """Create and return the counters of a site.
 
         Args:
@@ -66,9 +66,9 @@ class PhaseRecord:
             device: Device of the activation.
         """
         self._drop_other_width(key.name, {neurons, info.whole or neurons})
-        meter = Meter(neurons, device)
-        self._meters[key] = (info, meter)
-        return meter
+        counters = SiteCounters(neurons, device)
+        self._counters[key] = (info, counters)
+        return counters
 
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
         """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
@@ -85,12 +85,12 @@ class PhaseRecord:
 
     def site_keys(self) -> Iterator[SiteKey]:
         """Iterate over the sites that have run in this phase since it was last loaded."""
-        return iter(self._meters)
+        return iter(self._counters)
 
     @property
     def empty(self) -> bool:
         """Whether nothing was ever observed in this phase. Does not synchronize."""
-        return not (self.closed or self._flushed or self._meters)
+        return not (self.closed or self._flushed or self._counters)
 
     def note_step(self, step: int) -> None:
         """Record that an optimizer step was observed."""
@@ -118,7 +118,7 @@ class PhaseRecord:
 
     def _running(self) -> Census:
         """Return what was counted since the last flush."""
-        tallies = zip((key.name for key in self._meters), read_tallies(list(self._meters.values())), strict=True)
+        tallies = zip((key.name for key in self._counters), read_tallies(list(self._counters.values())), strict=True)
         return Census(dict(tallies), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
@@ -128,8 +128,8 @@ class PhaseRecord:
             join: A function that adds up the counts of all ranks; ``None`` = keep those of this rank.
         """
         running = self._running()
-        for _, meter in self._meters.values():
-            meter.reset()
+        for _, counters in self._counters.values():
+            counters.reset()
         self.add_joined(running if join is None else join(running))
 
     def add_joined(self, joined: Census) -> None:
@@ -159,8 +159,8 @@ class PhaseRecord:
         if self._short_at == len(self._steps):
             return False
         missing = self._policy.min_examples - self._flushed.examples
-        enough = missing <= 0 or any(meter.examples >= missing for _, meter in self._meters.values())
-        enough = enough or most_examples(meter for _, meter in self._meters.values()) >= missing
+        enough = missing <= 0 or any(counters.examples >= missing for _, counters in self._counters.values())
+        enough = enough or most_examples(counters for _, counters in self._counters.values()) >= missing
         self._short_at = -1 if enough else len(self._steps)
         return enough
 
@@ -183,9 +183,9 @@ class PhaseRecord:
 
     def discard_running(self) -> None:
         """Discard what was counted since the last flush, without waiting for other ranks."""
-        for _, meter in self._meters.values():
-            if not meter.untouched:
-                meter.reset()
+        for _, counters in self._counters.values():
+            if not counters.untouched:
+                counters.reset()
 
     def census(self, window: str) -> Census:
         """Return the census of a window.
@@ -236,8 +236,8 @@ class PhaseRecord:
             raise StateError(
                 f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
             ) from error
-        for _, meter in self._meters.values():
-            meter.reset()
+        for _, counters in self._counters.values():
+            counters.reset()
         self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)

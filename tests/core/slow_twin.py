@@ -1,4 +1,4 @@
-"""The slow twin: counts the same things by brute force, with no line of code shared with Neuronscope.
+"""The slow twin: counts the same things by brute force, without any of the code that counts in Neuronscope.
 
 It runs the same training on its own copy of the network, keeps the whole output of every activation call that a torch
 function mode sees, asks autograd for the gradient at every pre-activation, and counts with numpy at the very end.
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 import neuronscope as ns
+from neuronscope.attach import activations
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
@@ -51,12 +52,23 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.softsign: "softsign",
     torch.sigmoid: "sigmoid",
     Tensor.sigmoid: "sigmoid",
+    Tensor.sigmoid_: "sigmoid",
     torch.tanh: "tanh",
     Tensor.tanh: "tanh",
+    Tensor.tanh_: "tanh",
     F.glu: "glu",
 }
 PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.mul_)
 NOT_ONE = (nn.MultiheadAttention, nn.Softmax, nn.Softmin, nn.LogSoftmax, nn.Softmax2d)
+
+
+def known_functions() -> dict[Callable[..., Any], str]:
+    """Return the names of all activation functions: the table above, and rows of the registry that it has no name of.
+
+    So an activation that is added to the registry is known here too. The table is written out to check the registry.
+    """
+    added = (row for row in activations.ROWS if row.activation.name not in FUNCTIONS.values() and row.choose is None)
+    return {**FUNCTIONS, **{function: row.activation.name for row in added for function in row.all_functions()}}
 
 
 @dataclass
@@ -148,6 +160,7 @@ class Twin(Nobody):
     def __init__(self, axis: dict[str | None, int], every: int = 1) -> None:
         self.axis = axis
         self.every = every
+        self.functions = known_functions()
         self.calls: list[Call] = []
         self.pending: list[Call] = []
         self.counter = 0
@@ -235,7 +248,8 @@ class Twin(Nobody):
         x = args[0] if args else kwargs["input"]
         path, module = self.stack[-1]
         own = type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, NOT_ONE)
-        base = path or "(root)" if own else f"{path}.{FUNCTIONS[func]}()" if path else f"{FUNCTIONS[func]}()"
+        function = f"{self.functions[func]}()"
+        base = path or "(root)" if own else f"{path}.{function}" if path else function
         number = self.numbers[base, ""] = self.numbers.get((base, ""), -1) + 1
         name = f"{base}#{number}" if number else base
         axis = self.axis[name if name in self.axis else None] % x.dim()
@@ -316,7 +330,7 @@ class _Eyes(TorchFunctionMode):
         if not twin.stack:
             self.outputs.clear()
             return func(*args, **kwargs)
-        if func in FUNCTIONS:
+        if func in twin.functions:
             x, y, call = twin.seen(func, args, kwargs)
             self.outputs.append((x, y, call))
             return y

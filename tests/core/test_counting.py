@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from neuronscope.count.counters import NEVER, Meter, add_gradients, add_outputs
-from neuronscope.count.counting import Scratch, count_outputs, count_zeros
+from neuronscope.count.counters import NEVER, SiteCounters, add_gradients, add_outputs
+from neuronscope.count.counting import ScratchBuffers, count_outputs, count_zeros
 
-SCRATCH = Scratch()
+SCRATCH = ScratchBuffers()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -131,11 +131,11 @@ def test_counts_are_exact_beyond_a_block_and_beyond_float32():
     tensor[5] = 1
     assert count_zeros(tensor, 1, SCRATCH).tolist() == [2**24 + 2]
     assert count_zeros(tensor.view(1, 1, -1), 1, SCRATCH).tolist() == [2**24 + 2]
-    meter = Meter(1, torch.device("cpu"))
+    counters = SiteCounters(1, torch.device("cpu"))
     for _ in range(2):
-        add_outputs(meter, tensor, 1, 1, 0, SCRATCH, 0.0)
-    assert meter.settle().zero_outputs.tolist() == [2**25 + 4]
-    assert meter.totals()[0] == 2**25 + 6
+        add_outputs(counters, tensor, 1, 1, 0, SCRATCH, 0.0)
+    assert counters.flush().zero_outputs.tolist() == [2**25 + 4]
+    assert counters.totals()[0] == 2**25 + 6
 
 
 #: Shapes that are cut and added in every way that there is; a byte counts to 255, a block holds 2**20 numbers.
@@ -236,47 +236,47 @@ def test_the_callers_torch_settings_do_not_change_counts(surroundings, shape):
             "inference": torch.inference_mode(),
             "no grad": torch.no_grad(),
         }.get(surroundings, torch.enable_grad())
-        meter = Meter(shape[1], torch.device("cpu"))
-        scratch = Scratch()
+        counters = SiteCounters(shape[1], torch.device("cpu"))
+        scratch = ScratchBuffers()
         with context:
-            add_outputs(meter, tensor, 1, 300, 4, scratch, 0.0)
-            add_gradients(meter, tensor, 1, scratch)
-        add_outputs(meter, tensor, 1, 300, 5, scratch, 0.0)  # and afterwards, outside
-        meter.reset()
-        add_outputs(meter, tensor, 1, 300, 6, scratch, 0.0)
+            add_outputs(counters, tensor, 1, 300, 4, scratch, 0.0)
+            add_gradients(counters, tensor, 1, scratch)
+        add_outputs(counters, tensor, 1, 300, 5, scratch, 0.0)  # and afterwards, outside
+        counters.reset()
+        add_outputs(counters, tensor, 1, 300, 6, scratch, 0.0)
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-    counters = meter.settle()
-    assert counters.zero_outputs.tolist() == expected[0].tolist()
-    np.testing.assert_allclose(counters.abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
+    tensors = counters.flush()
+    assert tensors.zero_outputs.tolist() == expected[0].tolist()
+    np.testing.assert_allclose(tensors.abs_sum.numpy(), expected[2], rtol=1e-2 if surroundings == "medium" else 1e-5)
 
 
 def test_the_counters_of_a_site_are_right_after_each_step():
-    meter = Meter(3, torch.device("cpu"))
-    add_outputs(meter, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, math.nan]]), 1, 2, 5, SCRATCH, 0.0)
-    add_outputs(meter, torch.tensor([[0.0, 0.0, 2.0]]), 1, 1, 8, SCRATCH, 0.0)
-    add_gradients(meter, torch.tensor([[0.0, -0.0, 1.0]]), 1, SCRATCH)
-    assert meter.settle().zero_outputs.tolist() == [3, 2, 1]
-    assert meter.settle().not_finite.tolist() == [0, 0, 1]
-    assert meter.settle().abs_sum.tolist() == [0.0, 1.0, 2.0]
-    assert meter.settle().last_active.tolist() == [-1, 5, 8]  # NaN is no firing: neuron 2 fired at step 8 only
-    assert meter.settle().first_active.tolist() == [NEVER, 5, 8]
-    assert meter.settle().zero_gradients.tolist() == [1, 1, 0]
-    assert meter.totals() == (3, 1, 3)
-    identity = id(meter.settle().zero_outputs)
-    meter.reset()
-    assert id(meter.settle().zero_outputs) == identity
-    assert meter.totals() == (0, 0, 0)
-    assert meter.settle().last_active.tolist() == [-1] * 3
-    assert meter.settle().first_active.tolist() == [NEVER] * 3
+    counters = SiteCounters(3, torch.device("cpu"))
+    add_outputs(counters, torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, math.nan]]), 1, 2, 5, SCRATCH, 0.0)
+    add_outputs(counters, torch.tensor([[0.0, 0.0, 2.0]]), 1, 1, 8, SCRATCH, 0.0)
+    add_gradients(counters, torch.tensor([[0.0, -0.0, 1.0]]), 1, SCRATCH)
+    assert counters.flush().zero_outputs.tolist() == [3, 2, 1]
+    assert counters.flush().not_finite.tolist() == [0, 0, 1]
+    assert counters.flush().abs_sum.tolist() == [0.0, 1.0, 2.0]
+    assert counters.flush().last_active.tolist() == [-1, 5, 8]  # NaN is no firing: neuron 2 fired at step 8 only
+    assert counters.flush().first_active.tolist() == [NEVER, 5, 8]
+    assert counters.flush().zero_gradients.tolist() == [1, 1, 0]
+    assert counters.totals() == (3, 1, 3)
+    identity = id(counters.flush().zero_outputs)
+    counters.reset()
+    assert id(counters.flush().zero_outputs) == identity
+    assert counters.totals() == (0, 0, 0)
+    assert counters.flush().last_active.tolist() == [-1] * 3
+    assert counters.flush().first_active.tolist() == [NEVER] * 3
 
 
 @pytest.mark.parametrize("neurons", [1, 7, 3000, 20_000])
 def test_many_calls_of_one_site_are_counted_exactly(neurons):
     """More calls than rows wait, of many sizes and steps, some not finite, read in between: as if each were added."""
-    meter = Meter(neurons, torch.device("cpu"))
+    counters = SiteCounters(neurons, torch.device("cpu"))
     zeros, broken, gradients = (np.zeros(neurons, dtype=np.int64) for _ in range(3))
     magnitude, last, first = np.zeros(neurons), np.full(neurons, -1), np.full(neurons, NEVER)
     generator = torch.Generator().manual_seed(neurons)
@@ -285,28 +285,28 @@ def test_many_calls_of_one_site_are_counted_exactly(neurons):
         if number % 40 == 7:
             y[0, 0] = math.nan
         step = number // 3 * 2
-        add_outputs(meter, y, 1, len(y), step, SCRATCH, 0.0)
-        add_gradients(meter, y, 1, SCRATCH)
+        add_outputs(counters, y, 1, len(y), step, SCRATCH, 0.0)
+        add_gradients(counters, y, 1, SCRATCH)
         counted = plain(y, 1)
         zeros, broken, magnitude = zeros + counted[0], broken + counted[1], magnitude + counted[2]
         gradients = gradients + counted[0]
         fired = counted[0] + counted[1] < len(y)
         last, first = np.where(fired, step, last), np.where(fired & (first == NEVER), step, first)
         if number % 60 == 50:
-            meter.settle()
-    counters = meter.settle()
-    assert counters.zero_outputs.tolist() == zeros.tolist()
-    assert counters.zero_gradients.tolist() == gradients.tolist()
-    assert counters.not_finite.tolist() == broken.tolist()
-    assert counters.last_active.tolist() == last.tolist()
-    assert counters.first_active.tolist() == first.tolist()
-    np.testing.assert_allclose(counters.abs_sum.numpy(), magnitude, rtol=1e-5)
-    assert meter.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
+            counters.flush()
+    tensors = counters.flush()
+    assert tensors.zero_outputs.tolist() == zeros.tolist()
+    assert tensors.zero_gradients.tolist() == gradients.tolist()
+    assert tensors.not_finite.tolist() == broken.tolist()
+    assert tensors.last_active.tolist() == last.tolist()
+    assert tensors.first_active.tolist() == first.tolist()
+    np.testing.assert_allclose(tensors.abs_sum.numpy(), magnitude, rtol=1e-5)
+    assert counters.totals() == (450, 450, 450)  # 30 rounds of 1 + 2 + 3 + 4 + 5
 
 
 def test_small_tensors_of_many_kinds_at_one_site_are_counted_exactly():
     """What waits is of one kind at a time; the others are counted at once, and nothing is lost or mistaken."""
-    meter = Meter(6, torch.device("cpu"))
+    counters = SiteCounters(6, torch.device("cpu"))
     kinds = [
         (torch.float32, (3, 6), 1, 0.0),
         (torch.float64, (3, 6), 1, 0.0),
@@ -324,27 +324,27 @@ def test_small_tensors_of_many_kinds_at_one_site_are_counted_exactly():
             y.view(-1)[0] = math.inf
         if dtype is torch.float64 and number % 7 == 0:
             y.view(-1)[1] = 1e-300  # zero as a float32, and not zero
-        add_outputs(meter, y, axis, 1, number, SCRATCH, tolerance)
+        add_outputs(counters, y, axis, 1, number, SCRATCH, tolerance)
         found = plain(y, axis, tolerance)
         zeros, broken, magnitude = zeros + found[0], broken + found[1], magnitude + found[2]
         last = np.where(found[0] + found[1] < y.numel() // 6, number, last)
         positions += y.numel() // 6
         y.fill_(1)  # what the program does with its tensor afterwards is its own affair
-    counters = meter.settle()
-    assert counters.zero_outputs.tolist() == zeros.tolist()
-    assert counters.not_finite.tolist() == broken.tolist()
-    assert counters.last_active.tolist() == last.tolist()
-    np.testing.assert_allclose(counters.abs_sum.numpy(), magnitude, rtol=1e-5)
-    assert meter.totals()[0] == positions
+    tensors = counters.flush()
+    assert tensors.zero_outputs.tolist() == zeros.tolist()
+    assert tensors.not_finite.tolist() == broken.tolist()
+    assert tensors.last_active.tolist() == last.tolist()
+    np.testing.assert_allclose(tensors.abs_sum.numpy(), magnitude, rtol=1e-5)
+    assert counters.totals()[0] == positions
 
 
 def test_a_reset_drops_counts_that_are_still_pending():
-    meter = Meter(3, torch.device("cpu"))
-    add_outputs(meter, torch.zeros(2, 3), 1, 2, 0, SCRATCH, 0.0)
-    add_gradients(meter, torch.zeros(2, 3), 1, SCRATCH)
-    meter.reset()
-    assert meter.settle().zero_outputs.tolist() == [0, 0, 0]
-    assert meter.settle().zero_gradients.tolist() == [0, 0, 0]
+    counters = SiteCounters(3, torch.device("cpu"))
+    add_outputs(counters, torch.zeros(2, 3), 1, 2, 0, SCRATCH, 0.0)
+    add_gradients(counters, torch.zeros(2, 3), 1, SCRATCH)
+    counters.reset()
+    assert counters.flush().zero_outputs.tolist() == [0, 0, 0]
+    assert counters.flush().zero_gradients.tolist() == [0, 0, 0]
 
 
 def test_counting_draws_no_random_number():
@@ -355,7 +355,7 @@ def test_counting_draws_no_random_number():
 
 def test_the_scratch_buffer_is_reused():
     """Counting a tensor ten times allocates its buffers once."""
-    scratch = Scratch()
+    scratch = ScratchBuffers()
     tensor = torch.randn(4000, 100)
     count_outputs(tensor, 1, scratch)
     first = scratch.buffer.data_ptr()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from neuronscope.attach.unsupported import empty_now
+from neuronscope.attach.unsupported import holds_no_data
 from tests.core.setups import MIXED, Mixed, adam, batches
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
@@ -225,8 +225,8 @@ def test_the_report_says_that_a_captured_step_is_not_counted(monkeypatch: pytest
     with ns.watch(model) as scope:
         for number in range(4):
             if number == 3:
-                monkeypatch.setattr("neuronscope.attach.recorder.empty_now", lambda x: True)
-                monkeypatch.setattr("neuronscope.attach.unsupported.empty_now", lambda x: True)
+                monkeypatch.setattr("neuronscope.attach.recorder.holds_no_data", lambda x: True)
+                monkeypatch.setattr("neuronscope.attach.unsupported.holds_no_data", lambda x: True)
             model(torch.randn(BATCH, 3)).sum().backward()
             scope.step()
     check_of_a_captured_step(scope, 3 * BATCH)
@@ -238,6 +238,6 @@ def test_a_step_that_is_captured_and_replayed_on_cuda() -> None:
 
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)).cuda()
     x = torch.randn(BATCH, 3, device="cuda")
-    assert not empty_now(x)
+    assert not holds_no_data(x)
     scope = replayed(model, x, torch.zeros(BATCH, dtype=torch.int64, device="cuda"))
     check_of_a_captured_step(scope, WARM * BATCH)

@@ -33,7 +33,7 @@ def ended(place: str, monkeypatch: pytest.MonkeyPatch) -> ns.Scope:
     with ns.watch(net) as scope:
         for step in range(5):
             if step == 2:
-                monkeypatch.setattr(scope._hooks.observer, place, fail)
+                monkeypatch.setattr(scope._hooks.recorder, place, fail)
                 with pytest.warns(ns.NeuronscopeWarning, match="a fault"):
                     net(torch.ones(2, 3)).sum().backward()
             else:

@@ -10,56 +10,56 @@ import torch
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.count.counters import Meter
+from neuronscope.count.counters import SiteCounters
 from neuronscope.sites import SiteInfo
 from neuronscope.tally import collect, phase_record
 
 INFO = SiteInfo("relu", "relu-like", True, 1, "declared")
 
 
-def filled(neurons: int, start: int) -> Meter:
-    meter = Meter(neurons, torch.device("cpu"))
-    counters = ("zero_outputs", "zero_gradients", "not_finite", "abs_sum", "last_active", "first_active", "traced")
-    for place, name in enumerate(counters):
-        counter = getattr(meter.counters, name)
+def filled(neurons: int, start: int) -> SiteCounters:
+    counters = SiteCounters(neurons, torch.device("cpu"))
+    tensors = ("zero_outputs", "zero_gradients", "not_finite", "abs_sum", "last_active", "first_active", "traced")
+    for place, name in enumerate(tensors):
+        counter = getattr(counters.tensors, name)
         counter.copy_(torch.arange(len(counter)) + start + 1000 * place)
-    meter.positions, meter.gradient_positions, meter.examples = start, start + 1, start + 2
-    return meter
+    counters.positions, counters.gradient_positions, counters.examples = start, start + 1, start + 2
+    return counters
 
 
-def test_every_counter_of_every_site_is_copied_to_its_own_place() -> None:
-    meters = [filled(3, 10), filled(5, 50), filled(1, 90)]
+def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
+    all_counters = [filled(3, 10), filled(5, 50), filled(1, 90)]
     gated = filled(3, 70)
-    gated.gate = meters[0]
-    tallies = collect.read_tallies([(INFO, meter) for meter in [*meters, gated]])
-    for meter, tally in zip([*meters, gated], tallies):
-        asked = meter.gate or meter
-        assert tally.zero_outputs.tolist() == meter.counters.zero_outputs.tolist()
-        assert tally.zero_gradients.tolist() == asked.counters.zero_gradients.tolist()
-        assert tally.not_finite_outputs.tolist() == meter.counters.not_finite.tolist()
-        assert tally.abs_sum.tolist() == meter.counters.abs_sum.tolist()
-        assert tally.last_active_step.tolist() == meter.counters.last_active.tolist()
-        assert tally.first_active_step.tolist() == meter.counters.first_active.tolist()
+    gated.gate = all_counters[0]
+    tallies = collect.read_tallies([(INFO, counters) for counters in [*all_counters, gated]])
+    for counters, tally in zip([*all_counters, gated], tallies):
+        asked = counters.gate or counters
+        assert tally.zero_outputs.tolist() == counters.tensors.zero_outputs.tolist()
+        assert tally.zero_gradients.tolist() == asked.tensors.zero_gradients.tolist()
+        assert tally.not_finite_outputs.tolist() == counters.tensors.not_finite.tolist()
+        assert tally.abs_sum.tolist() == counters.tensors.abs_sum.tolist()
+        assert tally.last_active_step.tolist() == counters.tensors.last_active.tolist()
+        assert tally.first_active_step.tolist() == counters.tensors.first_active.tolist()
         totals = (tally.positions, tally.gradient_positions, tally.examples)
-        assert totals == (meter.totals()[0], asked.totals()[1], meter.totals()[2])
+        assert totals == (counters.totals()[0], asked.totals()[1], counters.totals()[2])
         assert tally.abs_sum.dtype == np.float64
         assert {array.dtype for array in (tally.zero_outputs, tally.last_active_step)} == {np.dtype(np.int64)}
     # The third meter begins at 90, and its traced totals at 6090: 90 + 6090, 91 + 6091, 92 + 6092.
     assert (tallies[2].positions, tallies[2].gradient_positions, tallies[2].examples) == (6180, 6182, 6184)
     before = tallies[0].zero_outputs.copy()
-    meters[0].reset()
+    all_counters[0].reset()
     assert (tallies[0].zero_outputs == before).all()
     assert collect.read_tallies([]) == []
 
 
-def test_the_site_with_most_examples_is_found() -> None:
+def test_the_meter_with_most_examples_is_found() -> None:
     # Of their own 12, 52 and 32; traced 6012, 6052 and 6032.
     assert collect.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
     assert collect.most_examples([]) == 0
 
 
 @pytest.mark.parametrize("sites", [2, 20])
-def test_a_census_needs_one_copy_for_each_dtype(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
+def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, sites: int) -> None:
     model = nn.Sequential(*(layer for _ in range(sites) for layer in (nn.Linear(3, 3), nn.ReLU())))
     with ns.watch(model) as scope:
         model(torch.randn(4, 3)).sum().backward()
@@ -71,13 +71,13 @@ def test_a_census_needs_one_copy_for_each_dtype(monkeypatch: pytest.MonkeyPatch,
     assert sorted(joined[:2]) == [sites, 6 * sites]
 
 
-def test_steps_of_a_window_that_needs_more_examples_read_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     most_examples = phase_record.most_examples
 
-    def noting(meters: Any) -> int:
+    def noting(all_counters: Any) -> int:
         asked.append(scope.global_step)
-        return most_examples(meters)
+        return most_examples(all_counters)
 
     monkeypatch.setattr(phase_record, "most_examples", noting)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
@@ -93,14 +93,14 @@ def test_steps_of_a_window_that_needs_more_examples_read_no_counter(monkeypatch:
     assert asked == [5, 11, 26, 31, 41, 56]
 
 
-def test_listing_the_phases_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     with ns.watch(model) as scope:
         assert scope.phases == ()
         with scope.phase("val"):
             model(torch.randn(4, 3))
         model(torch.randn(4, 3)).sum().backward()
-        monkeypatch.setattr(phase_record, "read_tallies", lambda meters: pytest.fail("counters were read"))
+        monkeypatch.setattr(phase_record, "read_tallies", lambda all_counters: pytest.fail("counters were read"))
         assert set(scope.phases) == {"train", "val"}
         scope.step()
         monkeypatch.undo()

@@ -16,7 +16,7 @@ from torch.overrides import wrap_torch_function
 import neuronscope as ns
 from neuronscope.attach.activations import Registry
 from neuronscope.errors import UsageError
-from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
+from tests.core.slow_twin import FUNCTIONS, Nobody, Watched, assert_bits, assert_same, state_of
 from tests.networks import twin as twins
 
 #: What torch keeps among its activations and is none of a neuron: it mixes them.
@@ -95,7 +95,7 @@ def test_an_activation_that_a_user_registers_is_counted_exactly(target, value, n
     if isinstance(target, type):
         monkeypatch.setattr(twins, "UNITS", (target.__name__,))
     else:
-        monkeypatch.setitem(twins.FUNCTIONS, target, name.removesuffix("()"))
+        monkeypatch.setitem(FUNCTIONS, target, name.removesuffix("()"))
     watched, twin = Watched(activations={target: value}), twins.NetworkTwin({name: 1, "*": 2})
     states = []
     for watcher in (Nobody(), watched, twin):
@@ -123,5 +123,5 @@ def test_an_activation_that_a_user_registers_is_counted_exactly(target, value, n
 )
 def test_a_function_whose_calls_cannot_be_seen_is_refused(function):
     """Silently counting nothing would be worse."""
-    with pytest.raises(UsageError, match=r"whose calls torch tells of, but got .*wrap_torch_function"):
+    with pytest.raises(UsageError, match=r"whose calls torch reports, but got .*wrap_torch_function"):
         ns.watch(Net(F.relu), activations={function: "relu-like"})

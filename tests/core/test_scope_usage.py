@@ -398,7 +398,7 @@ def test_a_fault_of_our_own_warns_once_detaches_and_lets_training_go_on(place, m
             def fail(*args, **kwargs):
                 raise RuntimeError("a fault of ours")
 
-            monkeypatch.setattr(scope._hooks.observer, place, fail)
+            monkeypatch.setattr(scope._hooks.recorder, place, fail)
         warned = []
         for _ in range(3):
             with warnings.catch_warnings(record=True) as caught:
@@ -513,7 +513,7 @@ def test_a_fault_of_ours_within_a_users_function_mode_is_handled(place, monkeypa
         def fail(*args, **kwargs):
             raise RuntimeError("a fault of ours")
 
-        monkeypatch.setattr(scope._hooks.observer, place, fail)
+        monkeypatch.setattr(scope._hooks.recorder, place, fail)
         scope.open_step()
         with pytest.warns(ns.NeuronscopeWarning, match="a fault of ours"):
             model(torch.randn(5, 3)).sum().backward()

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tests.core.slow_twin import FUNCTIONS, NOT_ONE, PRODUCTS, Call, Twin
+from tests.core.slow_twin import NOT_ONE, PRODUCTS, Call, Twin
 
 HOMES = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
 UNITS = ("BloomGelu",)  # activations that a model's own file defines
 NO_ACTIVATIONS = ("LinearActivation", "Identity")
-IN_PLACE = {Tensor.sigmoid_: "sigmoid", Tensor.tanh_: "tanh"}
 
 
 class Width(NamedTuple):
@@ -181,7 +180,7 @@ class _Eyes(TorchFunctionMode):
             self.outputs.clear()
         if not twin.stack or twin.unit:
             return func(*args, **kwargs)
-        name = FUNCTIONS.get(func) or IN_PLACE.get(func)
+        name = twin.functions.get(func)
         if name is not None:
             path = twin.stack[-1][0]
             dimension = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)

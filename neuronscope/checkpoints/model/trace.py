@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.gradient_hooks import unwatched
+from neuronscope.attach.compiling import unwatched
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
@@ -71,7 +71,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     with model_state_restored(model), torch.no_grad():
         model.eval()
         try:
-            hooks.observer.turn_to("trace", 0)
+            hooks.recorder.set_phase("trace", 0)
             with _StepRecorder(builder):
                 hooks.set_observing(True)
                 random_states = _random_states()
@@ -98,7 +98,10 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.unseen_tensors = builder.unseen_tensors
     ran = {site.name for site in graph.sites}
     idle = {path or "(root)" for path in hooks.module_sites} - ran
-    graph.not_seen = {**dict.fromkeys(sorted(idle), "it did not run on the example"), **hooks.observer.not_seen()}
+    graph.not_seen = {
+        **dict.fromkeys(sorted(idle), "it did not run on the example"),
+        **hooks.recorder.all_not_measured(),
+    }
     return graph
 
 
@@ -259,13 +262,20 @@ class _TracingHookManager(HookManager):
     def __init__(self, model: nn.Module, builder: _GraphBuilder) -> None:
         met: list[tuple[SiteKey, SiteInfo]] = []
 
-        def meters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
+        def new_counters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
             met.append((key, info))
 
-        super().__init__(model, registry=Registry(), meters=meters, axes=lambda _: None, functional=True, tolerance=0.0)
-        unseen = self.observer.unseen
-        self.observer: SiteRecorder = _TracingRecorder(builder, met, meters, self.fail)
-        self.observer.unseen = unseen
+        super().__init__(
+            model,
+            registry=Registry(),
+            new_counters=new_counters,
+            declared_axis=lambda _: None,
+            functional=True,
+            tolerance=0.0,
+        )
+        not_measured = self.recorder.not_measured
+        self.recorder: SiteRecorder = _TracingRecorder(builder, met, new_counters, self.fail)
+        self.recorder.not_measured = not_measured
 
 
 class _TracingRecorder(SiteRecorder):
@@ -273,16 +283,16 @@ class _TracingRecorder(SiteRecorder):
         self,
         builder: _GraphBuilder,
         met: list[tuple[SiteKey, SiteInfo]],
-        meters: Any,
+        new_counters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
-        super().__init__(meters=meters, axes=lambda _: None, tolerance=0.0, fail=fail)
+        super().__init__(new_counters=new_counters, declared_axis=lambda _: None, tolerance=0.0, fail=fail)
         self._builder = builder
         self._met = met  # sites for which counters were asked for; nothing is counted
         self._begun: list[int] = []
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, halved: int | None) -> Call | None:
-        call = super().begin(path, function, activation, x, halved)
+    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Call | None:
+        call = super().begin(path, function, activation, x, glu_dim)
         if call is not None:
             self._begun.append(self._builder.number(x))
         return call
