@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
-from neuronscope.writers.markdown_text import bullets, code, pairs, plain, table
+from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
 
 __all__ = ["render"]
 
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
     blocks += [f"## Neuronscope: {plain(wording.title(report))}", plain(wording.based_on(report))]
-    sentences = [plain(sentence) for sentence in wording.findings(report)]
+    sentences = list(map(prose, wording.findings(report)))
     if report.not_finite:
         sentences[0] = f"**{sentences[0]}**"
     blocks.append(bullets(sentences))

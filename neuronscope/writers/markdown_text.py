@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from neuronscope.writers.formatting import visible
 
-__all__ = ["bullets", "code", "pairs", "plain", "table"]
+__all__ = ["bullets", "code", "pairs", "plain", "prose", "table"]
 
 #: A name that every dialect shows unchanged inside a code span, in a table cell too.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.#()\-/:,=]([A-Za-z0-9_.#()\-/:,= ]*[A-Za-z0-9_.#()\-/:,=])?")
@@ -38,6 +38,15 @@ def plain(text: str) -> str:
     text = re.sub(r"://|www\.", lambda match: "".join(f"&#{ord(char)};" for char in match[0]), text)
     # A sentence that starts like a list item must not open a list inside its own.
     return re.sub(r"^[-+]|(?<=^\d)[.)](?=\s)|(?<=^\d\d)[.)](?=\s)", lambda match: f"&#{ord(match[0])};", text)
+
+
+def prose(sentence: str) -> str:
+    """Make a sentence inert, and mark up what stands between backquotes as code.
+
+    >>> prose("Worst layer: `a.0`, with <2>.")
+    'Worst layer: `a.0`, with &#60;2&#62;.'
+    """
+    return "".join(code(part) if odd % 2 else plain(part) for odd, part in enumerate(re.split("`([^`]+)`", sentence)))
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -108,7 +108,7 @@ def findings(report: Report) -> list[str]:
         )
     if not report.observed_neurons:
         return [*sentences, "No neuron was observed, so there is no verdict."]
-    sentences.append(_deaths(report))
+    sentences += _deaths(report)
     for number, what in ((report.dormant, "dormant: almost no output"), (report.cut_off, "cut off: no gradient")):
         if number:
             sentences.append(f"{plural(number, 'neuron')} {is_are(number)} {what}.")
@@ -124,12 +124,12 @@ def findings(report: Report) -> list[str]:
     return sentences
 
 
-def _deaths(report: Report) -> str:
+def _deaths(report: Report) -> list[str]:
     if not report.judged_neurons:
-        return "No neuron gave only finite outputs, so none can be called dead or alive."
+        return ["No neuron gave only finite outputs, so none can be called dead or alive."]
     if not report.dead:
         what = "with finite outputs" if report.not_finite else "that were observed"
-        return f"No dead neuron among the {count(report.judged_neurons)} {what}."
+        return [f"No dead neuron among the {count(report.judged_neurons)} {what}."]
     died, born = report.dead - report.born_dead, report.born_dead
     if not died:
         how = f"{'It has' if born == 1 else 'All of them have'} never fired since watching began (born dead)"
@@ -141,11 +141,11 @@ def _deaths(report: Report) -> str:
             f"stopped{_most_steps(report)}"
         )
     worst = max(report.layers, key=lambda site: site.dead / max(judged(site), 1))
-    return (
-        f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead "
-        f"({percent(report.dead_percent)}). {how}. "
-        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(judged(worst))} dead."
-    )
+    how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
+    return [
+        f"{how_many} ({percent(report.dead_percent)}). {how}.",
+        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(judged(worst))} dead.",
+    ]
 
 
 def _most_steps(report: Report) -> str:

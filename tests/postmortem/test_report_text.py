@@ -303,7 +303,7 @@ def test_json_holds_every_verdict_and_all_evidence() -> None:
         (samples.alone, "43 of 352 neurons are dead or get no gradient (12 %): 43 inferred."),
         (
             samples.alone,
-            "Dead since, at the earliest (optimizer clock): 2 since the beginning; 41 at",
+            "When they died (earliest possible step, by the optimizer clock): 2 since the beginning",
         ),
         (samples.with_model, "2 are contested: one source calls them dead, another alive. The surer source decides."),
         (samples.with_data, "35 of 352 neurons are dead (9.9 %): 6 proved, 29 measured."),
@@ -342,7 +342,7 @@ def test_what_is_only_suspected_is_in_no_total() -> None:
 
 def test_a_measured_step_is_no_earliest_step() -> None:
     said = samples.report([samples.evidence("a", 4, "dead", "measured", [1], source="monitor record", since=300)])
-    assert "Dead since: 1 at step 300." in postmortem_wording.findings(said)
+    assert "When they died: 1 at step 300." in postmortem_wording.findings(said)
 
 
 def test_the_face_of_a_report(tmp_path: Path) -> None:

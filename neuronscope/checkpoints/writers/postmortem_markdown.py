@@ -5,7 +5,7 @@ from __future__ import annotations
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.formatting import count
-from neuronscope.writers.markdown_text import bullets, code, pairs, plain, table
+from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
 
 __all__ = ["render"]
 
@@ -43,7 +43,7 @@ def render(report: PostmortemReport) -> str:
         Markdown that ends with a line end.
     """
     blocks = [f"## Neuronscope post-mortem: {plain(wording.title(report))}", plain(wording.based_on(report))]
-    sentences = [plain(sentence) for sentence in wording.findings(report)]
+    sentences = list(map(prose, wording.findings(report)))
     if wording.is_alarm(report):
         sentences[0] = f"**{sentences[0]}**"
     blocks.append(bullets(sentences))

@@ -105,11 +105,7 @@ def findings(report: PostmortemReport) -> list[str]:
     sentences += _collapses(report)
     if not report.neurons:
         return [*sentences, "No layer could be examined, so there is no verdict on any neuron."]
-    sentences.append(_deaths(report))
-    if report.dead:
-        steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.layers]))
-        by_clock = any(layer.is_clocked for layer in report.layers)
-        sentences.append(f"Dead since{', at the earliest (optimizer clock)' if by_clock else ''}: {steps}.")
+    sentences += _deaths(report)
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
@@ -166,18 +162,21 @@ def _collapsed_since(layer: LayerReport) -> str:
     return " since the beginning" if step < 0 else f", since step {count(step)}{' at the earliest' * layer.is_clocked}"
 
 
-def _deaths(report: PostmortemReport) -> str:
+def _deaths(report: PostmortemReport) -> list[str]:
     if not report.dead:
-        return f"No dead neuron was found among {count(report.neurons)}."
+        return [f"No dead neuron was found among {count(report.neurons)}."]
     sure = ", ".join(f"{count(number)} {basis}" for basis, number in report.dead_by_basis().items() if number)
     worst = max(report.layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
     what = "" if report.count("dead") == report.dead else f" or get{'s' * (report.dead == 1)} no gradient"
     at_least = "at least " if report.unknown else ""
-    return (
-        f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what} "
-        f"({at_least}{percent(report.dead_percent)}): {sure}. "
-        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}."
-    )
+    clocked = any(layer.is_clocked for layer in report.layers)
+    steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.layers]))
+    how_many = f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what}"
+    return [
+        f"{how_many} ({at_least}{percent(report.dead_percent)}): {sure}.",
+        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
+        f"When they died{' (earliest possible step, by the optimizer clock)' * clocked}: {steps}.",
+    ]
 
 
 def _idle(report: PostmortemReport) -> str:

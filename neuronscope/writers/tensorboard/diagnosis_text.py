@@ -7,7 +7,7 @@ from neuronscope.report.report import Report
 from neuronscope.report.run_facts import facts_of
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, when
-from neuronscope.writers.markdown_text import bullets, code, plain, table
+from neuronscope.writers.markdown_text import bullets, code, plain, prose, table
 
 __all__ = ["diagnosis"]
 
@@ -37,7 +37,7 @@ def diagnosis(report: Report) -> str:
         Markdown that ends with a line end; every name in it is inert.
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
-    first, *sentences = map(plain, wording.findings(report))
+    first, *sentences = map(prose, wording.findings(report))
     basis = plain(wording.based_on(report))
     blocks += [
         f"### {plain(wording.title(report))}",
