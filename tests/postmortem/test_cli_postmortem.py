@@ -128,7 +128,7 @@ def test_every_file_is_written(folder: Path, capsys: pytest.CaptureFixture[str])
     assert code == 0
     assert (folder / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "a.md").read_text(encoding="utf-8").startswith("## Neuronscope post-mortem: last.ckpt")
-    assert json.loads((folder / "a.json").read_text())["schema_version"] == 1
+    assert json.loads((folder / "a.json").read_text())["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
