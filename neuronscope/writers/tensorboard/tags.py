@@ -1,7 +1,7 @@
 """Names the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
 
 The metric comes first and the layer second (``neuronscope.dead_pct/features.3``): TensorBoard makes a group of the text
-before the first ``/``, and hundreds of groups with one chart each help nobody.
+before the first ``/``, and hundreds of groups with one chart each are of no help.
 """
 
 from __future__ import annotations
