@@ -19,9 +19,9 @@ from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import UsageError
 from neuronscope.report.report import Report
+from neuronscope.writers.formatting import percent
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
-from neuronscope.writers.wording import percent
 
 __all__ = ["Publisher", "summary", "totals"]
 

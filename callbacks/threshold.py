@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuronscope.errors import UsageError
 from neuronscope.report.report import Report
-from neuronscope.writers.wording import percent
+from neuronscope.writers.formatting import percent
 
 __all__ = ["DeadThreshold"]
 

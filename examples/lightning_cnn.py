@@ -6,13 +6,13 @@ metrics.
 
 Output (shortened; numbers differ a little between machines)::
 
-    47 of 112 neurons (42.0 %) are dead: 10 never fired since watching began (born dead) and 37 fired once and then
-    stopped (died). Hardest hit is features.3, with 17 of 32 dead.
+    47 of 112 neurons are dead (42 %). 10 never fired since watching began (born dead); 37 worked before and stopped ...
+    Worst layer: `features.3`, with 17 of 32 dead.
 
-    site        activation  neurons  axis        dead              %  dormant  worst neurons
-    features.1  relu             16  1 · conv2d  1 (born)      6.2 %        ·  9
-    features.3  relu             32  1 · conv2d  17 (1 born)  53.1 %        ·  0, 1, 2, 6 …
-    relu()      relu             64  1 · linear  29 (8 born)  45.3 %        2  0, 1, 3, 4 …
+    layer       activation  neurons  axis        dead             %  dormant  worst neurons
+    features.1  relu             16  1 · conv2d  1 (born)     6.2 %        ·  9
+    features.3  relu             32  1 · conv2d  17 (1 born)   53 %        ·  0, 1, 2, 6 …
+    relu()      relu             64  1 · linear  29 (8 born)   45 %        2  0, 1, 3, 4 …
 
     val_accuracy = 0.98
     neuronscope/dead_pct = 41.96

@@ -10,16 +10,18 @@ Output (shortened)::
     The file alone, by the state of its optimizer:
 
     Neuronscope post-mortem · pretrained.pt · torch file of the older layout · 1,564,501 optimizer steps
-    5 of 256 neurons (at least 2.0 %) are dead or without gradient: 5 inferred. ...
+    5 of 256 neurons are dead or get no gradient (at least 2.0 %): 5 inferred.
+    ...
     Nothing is known of 9 (3.5 %).
     ...
     With the network's architecture, and half a minute of speech:
 
-    56 of 256 neurons (21.9 %) are dead: 56 measured. ...
+    56 of 256 neurons are dead (22 %): 56 measured.
+    ...
     42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only.
     ...
-    What measuring said of it
-      - no gradient, inferred from adam state: 5 of 5 held, 0 refuted.
+    Confirmed by measuring
+      - no gradient, inferred from adam state: 5 of 5 confirmed, 0 refuted.
 
 docs/published-network.md tells what that means, and what it does not.
 

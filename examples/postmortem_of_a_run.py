@@ -5,13 +5,14 @@ is examined three times: the file alone, with the model, and with data.
 
 Output (shortened; numbers differ a little between machines)::
 
-    33 of 170 neurons (19.4 %) are dead or without gradient: 33 inferred. Hardest hit is layer 0, with 16 of 32.
-    1 more is only suspected, and in no total.
+    33 of 170 neurons are dead or get no gradient (19 %): 33 inferred.
+    Worst layer: `0`, with 16 of 32.
+    1 more may be dead; it is not included in the totals.
     ...
-    layer  neurons  dead       %  how sure     since                                suspected
-    0           32    16  50.0 %  16 inferred  16 from step 15 to 299, half by 296          ·
-    2           64     9  14.1 %  9 inferred   9 from step 292 to 321, half by 296          1
-    4           64     8  12.5 %  8 inferred   8 from step 294 to 311, half by 304          ·
+    layer  neurons  dead     %  how sure     since                            suspected
+    0           32    16  50 %  16 inferred  16 at steps 15–299, half by 296          ·
+    2           64     9  14 %  9 inferred   9 at steps 292–321, half by 296          1
+    4           64     8  12 %  8 inferred   8 at steps 294–311, half by 304          ·
     ...
     2. The model too: what no input can wake is proved.
        33 of 170 neurons: {'proved': 1, 'measured': 0, 'inferred': 32}

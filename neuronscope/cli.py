@@ -14,7 +14,7 @@ import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush
-from neuronscope.writers.wording import visible
+from neuronscope.writers.formatting import visible
 
 __all__ = ["main"]
 

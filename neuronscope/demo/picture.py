@@ -13,7 +13,8 @@ import numpy as np
 from neuronscope.demo.conclusions import headline
 from neuronscope.demo.results import Comparison, Moment
 from neuronscope.errors import MissingExtraError
-from neuronscope.writers.pictures.axis import percent, spread, ticks
+from neuronscope.writers.formatting import percent
+from neuronscope.writers.pictures.axis import spread, ticks
 from neuronscope.writers.pictures.colours import (
     FRAME,
     INK,
@@ -182,7 +183,7 @@ def _draw_shares(
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
         panel.plot(steps, mean, style, color=colour, label=_SHOWN[name], clip_on=False)
-        ends.append((float(mean[-1]), f"{_SHOWN[name]}  {percent(mean[-1] / 100)}", _text_colour(name)))
+        ends.append((float(mean[-1]), f"{_SHOWN[name]}  {percent(float(mean[-1]))}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
     panel.yaxis.set_major_formatter("{x:g}%")
@@ -238,7 +239,7 @@ def _draw_layers(panel: Axes, result: Comparison, names: list[str]) -> None:
     panel.imshow(colours, aspect="auto", interpolation="nearest")
     for row, layer in np.ndindex(shares.shape):
         red, green, blue = (int(channel) for channel in colours[row, layer])
-        text = percent(float(shares[row, layer])).rstrip("%")
+        text = percent(100.0 * float(shares[row, layer])).rstrip(" %")
         panel.text(
             layer, row, text, ha="center", va="center_baseline", fontsize=10, color=_hex(ink_on((red, green, blue)))
         )

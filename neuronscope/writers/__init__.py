@@ -1,1 +1,1 @@
-"""Each writer draws a :class:`neuronscope.Report`; none knows another."""
+"""Writes reports as text for a terminal, markdown, JSON, HTML and TensorBoard; no writer imports another."""

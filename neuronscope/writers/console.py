@@ -1,36 +1,62 @@
-"""Console: where a report is drawn as text, in colour on a terminal and clean everywhere else."""
+"""Draws sentences, tables and lists as text, in colour on a terminal and without control codes everywhere else."""
 
 from __future__ import annotations
 
 import io
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
-from neuronscope.writers import wording
+from neuronscope.writers.formatting import NONE, UNKNOWN, visible
 
-__all__ = ["PIPE_WIDTH", "Page"]
+__all__ = ["PIPE_WIDTH", "Column", "Page"]
 
-#: Width of the text where standard output is no terminal.
+#: Width of the text where standard output is not a terminal.
 PIPE_WIDTH = 120
+
+_LOUD = "bold white on red"
+_STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "magenta", "calm": ""}
+
+
+class Column(NamedTuple):
+    """One column of a table.
+
+    Attributes:
+        heading: What stands above it.
+        field: The attribute of a row that it shows.
+        right: Whether it is aligned to the right, as numbers are.
+        narrowest: Width of the narrowest page that shows it.
+        wraps: Whether its text may continue on a further line.
+        optional: Whether it is left out if no row has anything to show in it.
+    """
+
+    heading: str
+    field: str
+    right: bool = True
+    narrowest: int = 0
+    wraps: bool = False
+    optional: bool = False
 
 
 class Page:
-    """A page of text that is drawn on a :class:`rich.console.Console`, as wide as the terminal.
+    """A page of text, as wide as the terminal.
 
     Attributes:
-        width: Columns: those of the terminal (40 at least), or :data:`PIPE_WIDTH` where there is none.
-        console: What to draw on.
+        width: Columns: those of the terminal (40 at least), or :data:`PIPE_WIDTH` if there is none.
     """
 
     def __init__(self) -> None:
         tty = bool(getattr(sys.stdout, "isatty", lambda: False)())
         self.width = max(shutil.get_terminal_size((PIPE_WIDTH, 24)).columns, 40) if tty else PIPE_WIDTH
         self._file = io.StringIO()
-        self.console = Console(
+        self._console = Console(
             file=self._file,
             width=self.width,
             force_terminal=tty,
@@ -43,23 +69,98 @@ class Page:
         )
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Write a line; it is folded where it is too long."""
-        self.console.print(Text(text, style=style))
+        """Write a line; wrap it if it is too long.
 
-    def list(self, heading: str, lines: list[str]) -> None:
-        """Write lines as a list below a heading; nothing where there are none."""
-        if not lines:
-            return
+        Args:
+            text: The line.
+            style: A style of rich.
+        """
+        self._console.print(Text(text, style=style))
+
+    def alarm(self, text: str) -> None:
+        """Write a line that nobody overlooks."""
+        self.line(f"!! {visible(text)}", _LOUD)
+
+    def heading(self, text: str) -> None:
+        """Write a heading below an empty line."""
         self.line()
-        self.line(heading, style="bold")
-        for line in lines:
-            self.console.print(Padding(Text("- " + wording.visible(line), overflow="fold"), (0, 0, 0, 2)))
+        self.line(text, "bold")
+
+    def item(self, text: str, style: str = "", indent: int = 2) -> None:
+        """Write an indented line.
+
+        Args:
+            text: The line.
+            style: A style of rich.
+            indent: Spaces before it.
+        """
+        self._console.print(Padding(Text(visible(text), style=style, overflow="fold"), (0, 0, 0, indent)))
+
+    def list(self, heading: str, lines: Iterable[str]) -> None:
+        """Write lines as a list below a heading; write nothing if there are no lines.
+
+        Args:
+            heading: The heading.
+            lines: The lines.
+        """
+        for index, line in enumerate(lines):
+            if not index:
+                self.heading(heading)
+            self.item(f"- {line}")
+
+    def summary(self, title: str, basis: str, sentences: Sequence[str], *, alarm: bool) -> None:
+        """Write the beginning of a report.
+
+        Args:
+            title: Its title.
+            basis: What its verdicts are based on.
+            sentences: What was found.
+            alarm: Whether the first sentence is an alarm.
+        """
+        self.line(title, "bold")
+        self.line(basis)
+        self.line()
+        if alarm:
+            self.alarm(sentences[0])
+        for sentence in sentences[alarm:]:
+            self.line(sentence)
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Any], left_out: Iterable[str] = ()) -> None:
+        """Write a table of layers below an empty line, and name the columns that the page is too narrow for.
+
+        Args:
+            columns: Its columns after the first, which holds the layer's name.
+            rows: Objects with a ``name``, a ``tone`` and the fields of the columns.
+            left_out: Sentences about rows that were left out.
+        """
+        self.line()
+        columns = [one for one in columns if not (one.optional and _is_empty(one, rows))]
+        shown = [one for one in columns if self.width >= one.narrowest]
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column("layer", overflow="fold")
+        for one in shown:
+            table.add_column(
+                one.heading, justify="right" if one.right else "left", overflow="fold", no_wrap=not one.wraps
+            )
+        for row in rows:
+            table.add_row(row.name, *(Text(getattr(row, one.field)) for one in shown), style=_STYLES[row.tone])
+        self._console.print(table)
+        for sentence in left_out:
+            self.line(sentence, "dim")
+        narrow = [one.heading.replace("-\n", "").replace("\n", " ") for one in columns if self.width < one.narrowest]
+        if narrow:
+            self.line(f"Too narrow to show: {', '.join(narrow)}.", "dim")
 
     def text(self) -> str:
-        """What was drawn, without a line end at the end; what the terminal's encoding lacks is replaced by ``?``.
+        """Return what was drawn, without a line end at the end.
 
-        A report must not end a run on a console that is not UTF-8.
+        A character that the terminal's encoding lacks becomes ``?``: a report must not end a run on a console that is
+        not UTF-8.
         """
         text = "\n".join(line.rstrip() for line in self._file.getvalue().splitlines())
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         return text.encode(encoding, errors="replace").decode(encoding)
+
+
+def _is_empty(column: Column, rows: Sequence[Any]) -> bool:
+    return all(getattr(row, column.field) in (NONE, UNKNOWN) for row in rows)

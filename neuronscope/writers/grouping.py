@@ -1,6 +1,6 @@
-"""Sites put together by their place in the network, where there are too many to show each.
+"""Groups layers by their place in the network, if there are too many to show each.
 
-The grouping depends on the sites' names alone, so that it stays the same over a run whatever the neurons do.
+The groups depend only on the names of the layers, so that they stay the same over a run whatever the neurons do.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ __all__ = ["Group", "group_sites", "shared_prefix"]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are shown as one.
+    """Layers that are shown as one.
 
     Attributes:
-        first: The site's name; for several, the path that they share (or the first of several such paths).
-        last: The last of several paths; ``None`` where there is only one.
-        sites: Names of the sites in it.
-        single: Whether it is one site under its own name.
+        first: The layer's name; for several, the path that they share (or the first of several such paths).
+        last: The last of several paths; ``None`` if there is only one.
+        sites: Names of its layers.
+        single: Whether it is one layer under its own name.
     """
 
     first: str
@@ -29,7 +29,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """What to call it, for people.
+        """Its name for people.
 
         >>> Group("layers.0", "layers.3", ("layers.0.act", "layers.3.act"), False).label
         'layers.0 ... 3'
@@ -42,17 +42,17 @@ class Group:
 
 
 def group_sites(names: Sequence[str], most: int) -> list[Group]:
-    """Put sites together until there are at most ``most`` groups.
+    """Group layers until there are at most ``most`` groups.
 
-    Sites are put together by the longest common depth of module path that leaves few enough. Where that would be too
-    coarse (80 layers under one ``model.layers``), neighbours at the next depth are put together instead.
+    Layers with the same beginning of their module path form a group; the beginning is as long as possible. If that is
+    too coarse (80 layers under one ``model.layers``), neighbours with a longer common beginning form groups instead.
 
     Args:
-        names: Site names, in the order in which they ran.
-        most: Groups wanted at most, ≥ 1.
+        names: Names of the layers, in the order in which they ran.
+        most: Most groups, ≥ 1.
 
     Returns:
-        Groups in the order of their first site; each site is in exactly one.
+        Groups in the order of their first layer; each layer is in exactly one.
     """
     if len(names) <= most:
         return [Group(name, None, (name,), True) for name in names]
@@ -74,7 +74,7 @@ def group_sites(names: Sequence[str], most: int) -> list[Group]:
 
 
 def shared_prefix(labels: Sequence[str]) -> str:
-    """The leading path parts that all labels share, with the dot that ends them; empty where it would save little.
+    """Return the path parts that all labels begin with, and a dot; empty if leaving them out would save little.
 
     >>> shared_prefix(["model.layers.0.act", "model.layers.1.act"])
     'model.layers.'
@@ -97,7 +97,7 @@ def _by_prefix(names: Sequence[str], parts: Sequence[list[str]], depth: int) -> 
 
 
 def _neighbours(paths: Sequence[str], most: int) -> list[list[str]]:
-    """Runs of neighbouring paths, at most ``most``, that do not cross from one parent to another where that can be."""
+    """Return at most ``most`` runs of neighbouring paths; a run stays within one parent if possible."""
     parents: dict[str, list[str]] = {}
     for path in paths:
         parents.setdefault(path.rpartition(".")[0], []).append(path)
@@ -113,7 +113,7 @@ def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
 
 
 def _tail(first: str, last: str) -> str:
-    """``last`` without the leading path parts that it shares with ``first``."""
+    """Return ``last`` without the path parts at its beginning that ``first`` has too."""
     one, two = first.split("."), last.split(".")
     shared = 0
     while shared < min(len(one), len(two)) - 1 and one[shared] == two[shared]:

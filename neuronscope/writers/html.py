@@ -1,4 +1,4 @@
-"""HTML: a report as one page that needs no network, with a map of neurons over steps for each site."""
+"""Writes a report as one HTML page that needs no network, with a map of neurons over steps for each layer."""
 
 from __future__ import annotations
 
@@ -11,163 +11,184 @@ import numpy.typing as npt
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report import report as levels
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.writers import findings, page, wording
-from neuronscope.writers.packing import Packed, pack
+from neuronscope.writers import page, wording
+from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
+from neuronscope.writers.packing import Packed, pack, share_budget
+from neuronscope.writers.page import Card, Cell, LayerRow
 
 __all__ = ["ranges", "render"]
 
-#: Most characters that the maps of all sites take in the page …
+#: Most characters for the maps of all layers …
 DATA_BUDGET = 200_000
-#: … yet no site has to make do with fewer than this.
-SITE_BUDGET = 2_000
-#: Most entries (neurons or runs of neurons) that are listed of one site.
+#: … and the fewest that any layer gets.
+LAYER_BUDGET = 2_000
+#: Most entries (neurons or ranges of neurons) that are listed of one layer.
 LISTED = 40
 
-#: Columns of the sites' table that hold a count: heading, field of ``SiteWords``, attribute of ``SiteReport``.
-COUNTS = (
-    ("Dormant", "dormant", "dormant"),
-    ("Cut off", "cut_off", "cut_off"),
-    ("Linear", "linear", "linear"),
-    ("Not finite", "not_finite", "not_finite"),
+#: Columns after the layer's name, and how they are sorted (``""`` = they are not).
+COLUMNS = (
+    *((heading, "number") for heading in ("Neurons", "Dead", "Dead %", "Born", "Died")),
+    *((heading, "number") for heading in ("Dormant", "Cut off", "Linear", "Not finite")),
+    ("Worst neurons", ""),
+    ("Activation", "text"),
+    ("Axis", "text"),
+    ("Examples", "number"),
+    ("Fires in", "number"),
+)
+LEGEND = (
+    ("dead", "dead"),
+    ("cut", "cut off"),
+    ("warn", "dormant"),
+    ("alarm", "not finite"),
+    ("unknown", "unseen"),
+    ("scale", "never zero to always zero"),
 )
 
 
 def render(report: Report) -> str:
-    """The report as one HTML page.
+    """Write a report as one HTML page.
 
     Args:
-        report: What to draw.
+        report: The report.
 
     Returns:
-        A page below 300 KB for 12 sites of 4096 neurons, whatever their history. Where resolution was lost for that,
+        A page below 300 KB for 12 layers of 4096 neurons, whatever their history. If resolution was lost for that,
         the page says what and where.
     """
-    package = files("neuronscope.writers")
-    sites = _sites(report)
-    sentences = findings.finding(report)
+    home = files("neuronscope.writers")
+    maps = share_budget(
+        {index: site for index, site in enumerate(report.layers) if _has_map(site)},
+        lambda site, budget: pack(site, budget, report.window.last_step),
+        DATA_BUDGET,
+        LAYER_BUDGET,
+    )
+    sentences = wording.findings(report)
     banners = [report.fault] if report.fault else []
     banners += [sentences.pop(0)] if report.not_finite else []
     return page.fill(
-        package / "report.html.j2",
-        styles=[package / "assets" / "page.css"],
-        scripts=[package / "assets" / "page.js", package / "assets" / "report.js"],
-        data=_payload(sites),
+        home / "report.html.j2",
+        styles=[],
+        scripts=[home / "assets" / "report.js"],
+        data=_payload(report, maps),
         report=report,
-        title=findings.title(report),
-        span=findings.span(report),
+        brand="Neuronscope",
+        title=wording.title(report),
+        name=report.model,
+        kind=report.phase,
+        basis=wording.based_on(report),
         banners=banners,
         sentences=sentences,
         cards=_cards(report),
-        counts=COUNTS,
-        sites=sites,
+        columns=COLUMNS,
+        rows=[_row(report, site, maps.get(index)) for index, site in enumerate(report.layers)],
+        legend=LEGEND,
         deaths=[entry for site in report.layers if (entry := _deaths(site))],
-        glossary=findings.glossary(report),
-        confidence=wording.confidence(report),
+        reasons=[(item.name, item.reason) for item in report.not_measured],
+        notes=report.other_notes,
+        glossary=wording.glossary(report),
     )
 
 
-def _cards(report: Report) -> list[dict[str, str]]:
-    """The headline numbers; each with its name, value, a line below it, and a tone."""
+def _cards(report: Report) -> list[Card]:
     seen = [site for site in report.layers if not wording.is_unseen(site)]
     gradients = any(site.gradient_positions for site in seen)
     judged = report.judged_neurons
-    among = f"of {wording.count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
+    among = f"of {count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
 
-    def card(name: str, number: int, below: str, tone: str, measured: bool = judged > 0) -> dict[str, str]:
-        value = wording.count(number) if measured else wording.UNKNOWN
-        return {"name": name, "value": value, "below": below, "tone": tone if number and measured else "calm"}
+    def card(name: str, number: int, below: str, tone: str, measured: bool = judged > 0) -> Card:
+        return Card(name, count(number) if measured else UNKNOWN, below, tone if number and measured else "calm")
 
-    born = f"{wording.count(report.born_dead)} born dead, {wording.count(report.dead - report.born_dead)} died"
-    where = f"at {wording.plural(len(report.layers), 'site')}"
+    born = f"{count(report.born_dead)} born dead, {count(report.dead - report.born_dead)} died"
+    where = f"in {plural(len(report.layers), 'layer')}"
     unseen = report.neurons - report.observed_neurons
-    share = wording.UNKNOWN if report.not_finite and not report.dead else wording.percent(report.dead_percent)
+    share = UNKNOWN if report.not_finite and not report.dead else percent(report.dead_percent)
     return [
-        card("Neurons", report.neurons, f"{where}, {wording.count(unseen)} unseen" if unseen else where, "calm", True),
+        card("Neurons", report.neurons, f"{where}, {count(unseen)} unseen" if unseen else where, "calm", True),
         card("Dead", report.dead, born if report.dead else among, "bad"),
-        {
-            "name": "Dead share",
-            "value": share,
-            "below": among,
-            "tone": "bad" if report.dead else "calm",
-        },
-        card("Dormant", report.dormant, "next to no output", "warn"),
+        Card("Dead share", share, among, "bad" if report.dead else "calm"),
+        card("Dormant", report.dormant, "almost no output", "warn"),
         card("Cut off", report.cut_off, "no gradient" if gradients else "gradients unseen", "cut", gradients),
         card("Not finite", report.not_finite, "NaN or infinite outputs", "alarm", bool(report.observed_neurons)),
     ]
 
 
-def _sites(report: Report) -> list[dict[str, Any]]:
-    """One entry a site: its words, the keys its columns sort by, and its packed map."""
-    entries = []
-    left = DATA_BUDGET
-    smallest_first = sorted(range(len(report.layers)), key=lambda index: report.layers[index].neurons)
-    packed: dict[int, Packed] = {}
-    for turn, index in enumerate(smallest_first):
-        site = report.layers[index]
-        if site.neurons and not (wording.is_unseen(site) and not site.history.steps.size):
-            packed[index] = pack(site, max(left // (len(report.layers) - turn), SITE_BUDGET), report.window.last_step)
-            left -= len(packed[index].data)
-    for index, site in enumerate(report.layers):
-        unseen = wording.is_unseen(site)
-        judged = wording.judged(site)
-        percent = 100.0 * site.dead / judged if judged else None
-        counts = {field: None if unseen else getattr(site, attribute) for _, field, attribute in COUNTS}
-        if not site.gradient_positions:
-            counts["cut_off"] = None
-        entries.append(
-            {
-                "id": index,
-                "site": site,
-                "words": wording.site_words(site, report.policy["confidence"]),
-                "unseen": unseen,
-                "percent": percent,
-                "counts": counts,
-                "packed": packed.get(index),
-                "kept": _kept(site, packed[index]) if index in packed else [],
-                "meta": _meta(site, unseen),
-            }
-        )
-    return entries
+def _has_map(site: SiteReport) -> bool:
+    return site.neurons > 0 and (not wording.is_unseen(site) or site.history.steps.size > 0)
+
+
+def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
+    cells = wording.site_cells(site, report.policy["confidence"])
+    unseen, judged = wording.is_unseen(site), wording.judged(site)
+    nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
+    share = 100.0 * site.dead / judged if judged else None
+    cut_off = site.cut_off if site.gradient_positions else ""
+
+    def number(text: str, key: float | str, css: str = "") -> Cell:
+        return Cell(text, "" if unseen else key, f"n {css}".strip())
+
+    dead = cells.dead if unseen or not site.dead else count(site.dead)
+    return LayerRow(
+        name=cells.name,
+        tone=cells.tone,
+        cells=[
+            Cell(cells.neurons, site.neurons, "n"),
+            number(dead, site.dead, "dead"),
+            Cell(cells.dead_share, "" if share is None else share, "n share", page.bar(share or 0)),
+            number(count(site.born_dead) if site.born_dead else nothing, site.born_dead),
+            number(count(site.died) if site.died else nothing, site.died),
+            number(cells.dormant, site.dormant),
+            number(cells.cut_off, cut_off),
+            number(cells.linear, site.linear),
+            number(cells.not_finite, site.not_finite),
+            Cell(cells.worst, css="worst"),
+            Cell(cells.activation),
+            Cell(cells.axis),
+            Cell(cells.examples, site.examples or "", "n"),
+            number(cells.bound, -site.examples if site.examples else ""),
+        ],
+        meta=_meta(site, unseen),
+        drawn=packed is not None,
+        lost="; ".join(_lost(site, packed)) if packed else "",
+    )
 
 
 def _meta(site: SiteReport, unseen: bool) -> list[tuple[str, bool]]:
-    """What stands below a site's name: pieces of text, and whether each is grave."""
     deaths, revivals = int(site.history.deaths.sum()), int(site.history.revivals.sum())
-    watched = f"{wording.plural(deaths, 'death')} and {wording.plural(revivals, 'revival')} while watched"
+    watched = f"{plural(deaths, 'death')} and {plural(revivals, 'revival')} while watched"
     pieces = [
-        (wording.visible(site.activation), False, True),
-        (wording.plural(site.neurons, "neuron"), False, True),
+        (visible(site.activation), False, True),
+        (plural(site.neurons, "neuron"), False, True),
         ("unseen", True, unseen),
-        (f"{wording.plural(site.not_finite, 'output')} not finite", True, site.not_finite > 0),
-        (f"{wording.count(site.dead)} dead", True, site.dead > 0),
-        (f"{wording.count(site.dormant)} dormant", False, site.dormant > 0),
-        (f"{wording.count(site.cut_off)} cut off", False, site.cut_off > 0),
-        (f"{wording.count(site.linear)} linear", False, site.linear > 0),
+        (f"{plural(site.not_finite, 'output')} not finite", True, site.not_finite > 0),
+        (f"{count(site.dead)} dead", True, site.dead > 0),
+        (f"{count(site.dormant)} dormant", False, site.dormant > 0),
+        (f"{count(site.cut_off)} cut off", False, site.cut_off > 0),
+        (f"{count(site.linear)} linear", False, site.linear > 0),
         ("gradients unseen", False, not unseen and not site.gradient_positions),
         (watched, False, deaths + revivals > 0),
     ]
-    return [(text, grave) for text, grave, said in pieces if said]
+    return [(text, bold) for text, bold, shown in pieces if shown]
 
 
-def _kept(site: SiteReport, packed: Packed) -> list[str]:
-    """What of a site's history the page does not hold, in words; empty when it holds all."""
+def _lost(site: SiteReport, packed: Packed) -> list[str]:
+    """Say what the page leaves out of a layer's history."""
     resolution = packed.resolution
-    said = []
+    lost = []
     if len(packed.steps) < packed.windows:
-        said.append(f"{len(packed.steps)} of {wording.count(packed.windows)} windows are drawn")
+        lost.append(f"{len(packed.steps)} of {count(packed.windows)} windows are drawn")
     if packed.rows < site.neurons:
-        said.append(f"about {round(site.neurons / packed.rows)} neurons share a row")
+        lost.append(f"about {round(site.neurons / packed.rows)} neurons share a row")
     if resolution.greys < levels.LEVEL_MAX:
-        said.append(f"fractions are rounded to {resolution.greys} steps")
+        lost.append(f"fractions are rounded to {resolution.greys} steps")
     if not resolution.steps:
-        said.append("steps of single deaths are left out")
+        lost.append("the steps of single deaths are left out")
     if not resolution.neurons:
-        said.append("single neurons are left out")
-    return said
+        lost.append("single neurons are left out")
+    return lost
 
 
-def _payload(sites: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script reads."""
+def _payload(report: Report, maps: dict[int, Packed]) -> dict[str, Any]:
+    """Return what the page's script reads."""
     return {
         "labels": LABELS,
         "levels": {
@@ -175,30 +196,29 @@ def _payload(sites: list[dict[str, Any]]) -> dict[str, Any]:
             for name in levels.__all__
             if name.startswith("LEVEL_")
         },
-        "sites": [
+        "layers": [
             {
-                "id": entry["id"],
-                "neurons": entry["site"].neurons,
-                "rows": entry["packed"].rows,
-                "steps": entry["packed"].steps,
-                "hasNeurons": entry["packed"].resolution.neurons,
-                "hasSteps": entry["packed"].resolution.steps,
-                "data": entry["packed"].data,
+                "id": index,
+                "neurons": report.layers[index].neurons,
+                "rows": packed.rows,
+                "steps": packed.steps,
+                "hasNeurons": packed.resolution.neurons,
+                "hasSteps": packed.resolution.steps,
+                "data": packed.data,
             }
-            for entry in sites
-            if entry["packed"]
+            for index, packed in maps.items()
         ],
     }
 
 
 def _deaths(site: SiteReport) -> dict[str, Any] | None:
-    """The dead neurons of a site: those born dead as ranges, those that died with their step; ``None`` if none."""
+    """List a layer's dead neurons: those born dead as ranges, those that died with their step; ``None`` if none."""
     if not site.dead:
         return None
     born = np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))
     died = np.flatnonzero(site.judgement.dead & (site.last_active_step >= 0))
     died = died[np.argsort(site.history.died_step[died], kind="stable")]
-    steps = [int(site.history.died_step[neuron]) for neuron in died[:LISTED]]
+    steps = site.history.died_step[died[:LISTED]].tolist()
     return {
         "name": site.name,
         "dead": site.dead,
@@ -206,7 +226,7 @@ def _deaths(site: SiteReport) -> dict[str, Any] | None:
         "died": int(died.size),
         "born_ranges": ranges(born, LISTED),
         "died_items": [
-            f"{neuron} (step {wording.count(step)})" if step >= 0 else f"{neuron} (step not known)"
+            f"{neuron} (step {count(step)})" if step >= 0 else f"{neuron} (step not known)"
             for neuron, step in zip(died[:LISTED].tolist(), steps, strict=True)
         ],
         "died_more": max(int(died.size) - LISTED, 0),
@@ -214,7 +234,14 @@ def _deaths(site: SiteReport) -> dict[str, Any] | None:
 
 
 def ranges(indices: npt.NDArray[np.int64], limit: int) -> tuple[str, int]:
-    """Rising indices as runs, and how many indices did not fit into ``limit`` runs.
+    """Format indices as ranges.
+
+    Args:
+        indices: Rising, int64 ``(K,)``.
+        limit: Most ranges.
+
+    Returns:
+        The text, and how many indices are not in it.
 
     >>> ranges(np.array([0, 1, 2, 5, 7, 8]), 2)
     ('0–2, 5', 2)

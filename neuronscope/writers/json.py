@@ -1,4 +1,4 @@
-"""JSON: a report's plain data as strict, byte-stable text; the schemas lie beside the reports' other assets."""
+"""Writes a report's plain data as strict JSON; the schemas are in the ``assets`` folders."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ class Plain(Protocol):
     """A report of any kind."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its plain data."""
+        """Return its plain data."""
         ...
 
 
 def render(report: Plain) -> str:
-    """The report as JSON text (RFC 8259: no NaN, no infinity).
+    """Write a report as JSON (RFC 8259: no NaN, no infinity).
 
-    Keys are sorted, so that two equal reports give the same bytes. ``schema_version`` says which schema holds.
+    Keys are sorted, so that equal reports give the same bytes. ``schema_version`` names the schema.
 
     Args:
-        report: What to draw.
+        report: The report.
 
     Returns:
         One line of ASCII and a line end.
 
     Raises:
-        ValueError: The report holds a number that is not finite where its contract allows none.
+        ValueError: A number is NaN or infinite that must not be.
     """
     plain = report.to_dict()
     return json.dumps(plain, allow_nan=False, sort_keys=True, ensure_ascii=True, separators=(",", ":")) + "\n"

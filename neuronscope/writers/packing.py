@@ -1,14 +1,16 @@
-"""Packing: one site's neurons and history as bytes, within a budget, losing resolution step by step and saying so.
+"""Packs the neurons and the history of a layer as bytes within a budget, and says what resolution was lost.
 
-Neurons are put in order of gravity (dead first) and, where the budget asks for it, joined into bands. A band carries
-the *share of dead* beside the mean of the rest, so that a dead neuron never vanishes by averaging.
+Neurons are sorted worst first (dead ones at the top) and, if the budget asks for it, joined into bands. A band holds
+the *share of dead* beside the mean of the rest, so that averaging never hides a dead neuron.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +26,116 @@ from neuronscope.report.report import (
     SiteReport,
 )
 
-__all__ = ["Packed", "Resolution", "pack"]
+__all__ = [
+    "Packed",
+    "Resolution",
+    "encode",
+    "first_that_fits",
+    "four_planes",
+    "fraction_levels",
+    "pack",
+    "share_budget",
+    "verdict_levels",
+]
 
 ByteArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
 
 
+class HasNeurons(Protocol):
+    """A layer of either kind of report."""
+
+    @property
+    def neurons(self) -> int:
+        """Number of its neurons."""
+        ...
+
+
+class HasData(Protocol):
+    """A layer that was packed."""
+
+    @property
+    def data(self) -> str:
+        """Its bytes as base64."""
+        ...
+
+
+LayerT = TypeVar("LayerT", bound=HasNeurons)
+PackedT = TypeVar("PackedT", bound=HasData)
+RungT = TypeVar("RungT")
+
+
+def share_budget(
+    layers: Mapping[int, LayerT], pack: Callable[[LayerT, int], PackedT], total: int, least: int
+) -> dict[int, PackedT]:
+    """Pack layers so that all of them together keep a budget: what small layers leave goes to the large ones.
+
+    Args:
+        layers: The layers, by index.
+        pack: Packs a layer within a budget.
+        total: Most characters for all layers.
+        least: The fewest characters that any layer gets.
+
+    Returns:
+        The packed layers in the order of ``layers``.
+    """
+    packed: dict[int, PackedT] = {}
+    left = total
+    for turn, index in enumerate(sorted(layers, key=lambda index: layers[index].neurons)):
+        packed[index] = pack(layers[index], max(left // (len(layers) - turn), least))
+        left -= len(packed[index].data)
+    return {index: packed[index] for index in layers}
+
+
+def first_that_fits(rungs: Sequence[RungT], pack: Callable[[RungT], PackedT], budget: int) -> PackedT:
+    """Pack with the first rung of a ladder that keeps the budget, or else with the last one.
+
+    Args:
+        rungs: From everything to little.
+        pack: Packs with a rung.
+        budget: Most characters.
+    """
+    for rung in rungs[:-1]:
+        packed = pack(rung)
+        if len(packed.data) <= budget:
+            return packed
+    return pack(rungs[-1])
+
+
+def encode(planes: Iterable[npt.NDArray[np.uint8]]) -> str:
+    """Return planes of bytes as base64 of the zlib-deflated bytes; empty if there are none."""
+    raw = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes)
+    return base64.b64encode(zlib.compress(raw, 9)).decode("ascii") if raw else ""
+
+
+def four_planes(values: npt.NDArray[np.generic]) -> ByteArray:
+    """Return numbers of four bytes ``(N,)`` as four planes, lowest byte first, ``(4, N)``: zero planes deflate well."""
+    return np.ascontiguousarray(values).view(np.uint8).reshape(-1, 4).T
+
+
+def fraction_levels(fractions: npt.NDArray[np.float64]) -> ByteArray:
+    """Return fractions ``(N,)`` as levels, uint8 ``(N,)``: only an exact 0 is 0, only an exact 1 is ``LEVEL_MAX``."""
+    inner = np.clip(np.rint(np.nan_to_num(fractions) * LEVEL_MAX), 1, LEVEL_MAX - 1)
+    coded = np.where(fractions == 0.0, 0, np.where(fractions == 1.0, LEVEL_MAX, inner))
+    return np.where(np.isnan(fractions), LEVEL_UNSEEN, coded).astype(np.uint8)
+
+
+def verdict_levels(site: SiteReport) -> ByteArray:
+    """Return the verdicts on a layer as levels, uint8 ``(N,)``; a neuron without one has its zero-output fraction."""
+    levels = fraction_levels(site.zero_output_fraction)
+    labels = site.judgement.labels()
+    for label, level in _LEVEL_OF_LABEL.items():
+        levels[labels == LABELS.index(label)] = level
+    return levels
+
+
 @dataclass(frozen=True)
 class Resolution:
-    """How finely a site is packed.
+    """How finely a layer is packed.
 
     Attributes:
-        columns: Most windows that are kept; evenly spread, first and last always among them.
-        rows: Most rows that are kept; beyond it, neighbours in the order of gravity share a row.
+        columns: Most windows that are kept; they are spread evenly and include the first and the last one.
+        rows: Most rows that are kept; if there are more neurons, neighbours share a row.
         greys: Steps between "never zero" and "always zero".
         steps: Whether each neuron's death and revival steps are kept.
         neurons: Whether each neuron's index, label and fraction are kept.
@@ -49,7 +148,7 @@ class Resolution:
     neurons: bool = True
 
 
-#: From everything to little; the first that fits the budget is taken, the last whether it fits or not.
+#: From everything to little; the first that fits the budget is taken, or else the last.
 LADDER = (
     Resolution(256, 1 << 30),
     Resolution(64, 1 << 30),
@@ -78,12 +177,12 @@ _LEVEL_OF_LABEL = {
 
 @dataclass(frozen=True)
 class Packed:
-    """One site, packed (``R`` rows, ``C`` columns, ``N`` neurons).
+    """A layer's neurons and history, packed (``N`` neurons, ``R`` rows, ``C`` columns).
 
     Attributes:
         steps: Last step of each column, rising, ``C`` numbers.
-        windows: Windows there were; more than ``C`` where some were left out.
-        rows: ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R`` in order of gravity.
+        windows: Number of windows of the history; more than ``C`` if some were left out.
+        rows: ``R``; row ``r`` holds the neurons from ``r * N // R`` up to ``(r + 1) * N // R``, sorted worst first.
         resolution: What was kept.
         data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``resolution.neurons``,
             index (4 planes of N, lowest byte first), label and fraction (N each); if ``resolution.steps`` too, death
@@ -99,63 +198,51 @@ class Packed:
 
 
 def pack(site: SiteReport, budget: int, step: int) -> Packed:
-    """Pack a site as finely as ``budget`` characters of base64 allow.
+    """Pack a layer as finely as the budget allows.
 
     Args:
-        site: A site with at least one neuron.
+        site: A layer with at least one neuron.
         budget: Most characters that ``Packed.data`` should have.
-        step: Step to put the verdicts at, where the site has no history.
+        step: Step of the verdicts, if the layer has no history.
     """
-    steps, levels = _history(site, step)
-    labels = site.judgement.labels()
-    order = _gravity(site, levels)
+    steps, levels = site.history.steps, site.history.levels
+    if not steps.size:
+        steps, levels = np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :]
+    labels, fractions = site.judgement.labels(), fraction_levels(site.zero_output_fraction)
+    order = _worst_first(site, levels)
 
     def packed(resolution: Resolution) -> Packed:
         picked = _pick(len(steps), resolution.columns)
         rows = min(site.neurons, resolution.rows)
-        planes = []
+        planes: list[ByteArray] = []
         if resolution.neurons:
-            planes += [_shuffle(order), labels[order], _fractions(site)[order]]
+            planes += [four_planes(order.astype("<u4")), labels[order].astype(np.uint8), fractions[order]]
         if resolution.steps:
-            planes += [_shuffle(site.history.died_step[order] + 1), _shuffle(site.history.revived_step[order] + 1)]
+            died, revived = site.history.died_step[order], site.history.revived_step[order]
+            planes += [four_planes(np.clip(at + 1, 0, (1 << 32) - 1).astype("<u4")) for at in (died, revived)]
         share, rest = _bands(levels[picked][:, order], rows)
         planes += [_coarse(share, resolution.greys, 255), _coarse(rest, resolution.greys, LEVEL_MAX)]
-        raw = b"".join(np.ascontiguousarray(plane, dtype=np.uint8).tobytes() for plane in planes)
-        data = base64.b64encode(zlib.compress(raw, 9)).decode("ascii")
-        return Packed([int(step) for step in steps[picked]], len(steps), rows, resolution, data)
+        return Packed([int(step) for step in steps[picked]], len(steps), rows, resolution, encode(planes))
 
-    tried = map(packed, LADDER)
-    return next((one for one in tried if len(one.data) <= budget), None) or packed(LADDER[-1])
+    return first_that_fits(LADDER, packed, budget)
 
 
-def _history(site: SiteReport, step: int) -> tuple[IntArray, ByteArray]:
-    """Steps ``(W,)`` and levels ``(W, N)``; one window made from the verdicts where the history has none."""
-    if site.history.steps.size:
-        return site.history.steps, site.history.levels
-    levels = _fractions(site)
-    for label, level in _LEVEL_OF_LABEL.items():
-        levels[site.judgement.labels() == LABELS.index(label)] = level
-    return np.array([max(step, 0)], dtype=np.int64), levels[None, :]
+def _worst_first(site: SiteReport, levels: ByteArray) -> IntArray:
+    """Sort neurons by label (worst first), earliest death, most dead windows, most zeros.
 
+    Args:
+        site: The layer.
+        levels: Its history, uint8 ``(W, N)``.
 
-def _fractions(site: SiteReport) -> ByteArray:
-    """Zero-output fraction of each neuron as a byte ``(N,)``; 0 and ``LEVEL_MAX`` stand for exactly none and all."""
-    fraction = site.zero_output_fraction
-    known = np.nan_to_num(fraction)
-    inner = np.clip(np.round(known * LEVEL_MAX), 1, LEVEL_MAX - 1)
-    levels = np.where(known <= 0.0, 0, np.where(known >= 1.0, LEVEL_MAX, inner)).astype(np.uint8)
-    levels[np.isnan(fraction)] = LEVEL_UNSEEN
-    return levels
-
-
-def _gravity(site: SiteReport, levels: ByteArray) -> IntArray:
-    """Neurons in the order of their rows: gravest label, earliest death, most dead windows, most zeros; ``(N,)``."""
+    Returns:
+        Indices, int64 ``(N,)``.
+    """
     labels = site.judgement.labels()
     rank = np.where(labels == LABELS.index("unseen"), len(LABELS), labels)
     return np.lexsort(
         (
             np.arange(site.neurons),
-            -_fractions(site).astype(np.int64),
+            -fraction_levels(site.zero_output_fraction).astype(np.int64),
             -(levels == LEVEL_DEAD).sum(axis=0),
             np.where(labels == LABELS.index("dead"), site.history.died_step, 0),
             rank,
@@ -164,12 +251,12 @@ def _gravity(site: SiteReport, levels: ByteArray) -> IntArray:
 
 
 def _pick(windows: int, columns: int) -> IntArray:
-    """Indices of at most ``columns`` windows, evenly spread from the first to the last."""
+    """Return indices of at most ``columns`` windows, spread evenly from the first to the last, int64 ``(C,)``."""
     return np.unique(np.linspace(0, windows - 1, min(windows, columns)).round().astype(np.int64))
 
 
 def _coarse(plane: ByteArray, greys: int, top: int) -> ByteArray:
-    """``plane`` with what lies between 0 and ``top`` rounded to ``greys`` steps; 0, ``top`` and all above it stay."""
+    """Round what lies between 0 and ``top`` to ``greys`` steps; 0, ``top`` and all above it stay unchanged."""
     if greys >= LEVEL_MAX:
         return plane
     unit = top / greys
@@ -178,9 +265,13 @@ def _coarse(plane: ByteArray, greys: int, top: int) -> ByteArray:
 
 
 def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
-    """Share of dead and level of the rest, each ``(rows, C)``, from levels ``(C, N)`` in order of gravity.
+    """Return the share of dead and the level of the rest, uint8 ``(rows, C)`` each.
 
-    The rest of a band is not finite where any of it is; else what most of it is; fractions are averaged.
+    The rest of a band is not finite if any of it is; else it is what most of it is; fractions are averaged.
+
+    Args:
+        levels: uint8 ``(C, N)``, neurons sorted worst first.
+        rows: Number of bands.
     """
     columns, neurons = levels.shape
     starts = np.arange(rows) * neurons // rows
@@ -205,9 +296,3 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     chosen = np.where(dead == sizes, LEVEL_DEAD, chosen)
     chosen = np.where(total(levels == LEVEL_NOT_FINITE) > 0, LEVEL_NOT_FINITE, chosen)
     return share.T.astype(np.uint8), chosen.T.astype(np.uint8)
-
-
-def _shuffle(numbers: IntArray) -> ByteArray:
-    """Whole numbers below 2³² as four planes of bytes, lowest first, ``(4, N)``: planes of zeros deflate to nothing."""
-    clipped = np.clip(numbers, 0, (1 << 32) - 1).astype("<u4")
-    return clipped.view(np.uint8).reshape(-1, 4).T

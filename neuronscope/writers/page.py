@@ -1,7 +1,7 @@
-"""Page: what every HTML page of ours is made with, so that it needs no network and no name in it can become markup.
+"""Fills HTML pages that need no network and in which no name can become markup.
 
-The page's own script and style are the only ones that its content policy lets run, by their hashes; every name goes
-through autoescape, or into JSON that cannot close its element.
+A page's content policy allows only its own script and style to run, by their hashes. Every name passes through
+autoescape, or into JSON that cannot close its element.
 """
 
 from __future__ import annotations
@@ -9,39 +9,102 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from neuronscope.writers import wording
+from neuronscope.writers.formatting import count, plural, visible
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
-__all__ = ["fill"]
+__all__ = ["Card", "Cell", "LayerRow", "bar", "fill"]
+
+
+class Card(NamedTuple):
+    """A headline number: its name, its value, a line below it, and its tone."""
+
+    name: str
+    value: str
+    below: str
+    tone: str = "calm"
+
+
+class Cell(NamedTuple):
+    """A cell of the table of layers.
+
+    Attributes:
+        text: Its text.
+        key: The number that its column is sorted by; ``""`` = not known, which sorts last; ``None`` = sorted by text.
+        css: Its CSS class.
+        drawing: SVG below the text.
+    """
+
+    text: str
+    key: float | str | None = None
+    css: str = ""
+    drawing: Markup = Markup("")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer's row in the table, and the text around its drawing.
+
+    Attributes:
+        name: The layer's name.
+        tone: ``alarm``, ``bad``, ``warn``, ``unknown`` or ``calm``.
+        cells: Its cells after the name.
+        meta: Pieces of the line below its name, each with whether it is bold.
+        drawn: Whether it has a drawing.
+        lost: What the drawing leaves out to keep the page small; ``""`` = nothing.
+    """
+
+    name: str
+    tone: str
+    cells: list[Cell]
+    meta: list[tuple[str, bool]]
+    drawn: bool
+    lost: str
+
+
+def bar(percent: float) -> Markup:
+    """Draw a percentage as a bar; one above 0 is always visible."""
+    shape = '<svg viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true"><rect width="{}" height="4"/></svg>'
+    return Markup(shape).format(round(max(percent, 2), 2)) if percent else Markup("")  # noqa: S704 - our own text
 
 
 def fill(template: Traversable, styles: list[Traversable], scripts: list[Traversable], data: Any, **values: Any) -> str:
-    """Fill a page's template.
+    """Fill a template that extends ``page.html.j2``.
 
     Args:
-        template: The page. It is given ``style`` and ``script``, their hashes ``style_hash`` and ``script_hash`` for
-            its content policy, ``data``, and the filters ``visible``, ``count`` and ``plural``.
-        styles: Style sheets of ours, joined in this order.
-        scripts: Scripts of ours, likewise.
-        data: What the scripts read: plain data, with no number that is not finite.
-        **values: What else the template names.
+        template: The template.
+        styles: Style sheets after ``page.css``, joined in this order.
+        scripts: Scripts after ``page.js``, joined in this order.
+        data: What the scripts read: plain data without NaN and infinity.
+        **values: The variables of both templates.
 
     Returns:
         The page.
     """
+    home = files("neuronscope.writers")
+    templates = {"page.html.j2": home / "page.html.j2", "page": template}
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.DictLoader({name: file.read_text(encoding="utf-8") for name, file in templates.items()}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters.update(visible=wording.visible, count=wording.count, plural=wording.plural)
-    style, script = ("\n".join(file.read_text(encoding="utf-8") for file in files) for files in (styles, scripts))
-    return environment.from_string(template.read_text(encoding="utf-8")).render(
+    environment.filters.update(visible=visible, count=count, plural=plural, prose=_prose, breakable=_breakable)
+    style, script = (
+        "\n".join(file.read_text(encoding="utf-8") for file in found)
+        for found in ([home / "assets" / "page.css", *styles], [home / "assets" / "page.js", *scripts])
+    )
+    return environment.get_template("page").render(
         data=_inert(data),
         style=Markup(style),  # noqa: S704 - our own file
         script=Markup(script),  # noqa: S704 - our own file
@@ -51,8 +114,18 @@ def fill(template: Traversable, styles: list[Traversable], scripts: list[Travers
     )
 
 
+def _prose(sentence: str) -> Markup:
+    """Escape a sentence, and mark up what stands between backquotes as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(visible(sentence)))))  # noqa: S704 - escaped
+
+
+def _breakable(name: str) -> Markup:
+    """Escape a name, and allow a line break after each dot."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
 def _inert(data: Any) -> Markup:
-    """JSON that can stand in a script element: nothing in it can end the element or open a comment."""
+    """Return JSON that can stand in a script element: nothing in it can end the element or open a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))  # noqa: S704 - inert
 

@@ -1,8 +1,4 @@
-"""Wording: how numbers and the cells of a table are phrased, the same in every writer.
-
-Not seen is ``–``, none is ``·``; the two are never mixed up. Nothing that is not zero is ever rounded to zero, and an
-upper bound is only ever rounded up.
-"""
+"""Says what a report of a watched run amounts to: the sentences and the table cells that every writer shows."""
 
 from __future__ import annotations
 
@@ -10,112 +6,201 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neuronscope.judge.verdicts import rate_bound
+import numpy as np
+
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.report.run_facts import facts_from_report
+from neuronscope.writers.formatting import (
+    NONE,
+    UNKNOWN,
+    at_most,
+    count,
+    is_are,
+    listed,
+    percent,
+    plural,
+    share,
+    visible,
+)
 
 __all__ = [
-    "NONE",
-    "UNKNOWN",
-    "SiteWords",
-    "at_most",
+    "LEGEND",
+    "SiteCells",
+    "based_on",
     "confidence",
-    "count",
+    "findings",
     "fold",
+    "glossary",
     "is_unseen",
     "judged",
-    "percent",
-    "plural",
-    "share",
-    "site_words",
-    "up_to",
-    "visible",
+    "observed",
+    "provisional_note",
+    "severity",
+    "site_cells",
+    "title",
 ]
 
-#: What stands where there is nothing to report.
-NONE = "·"
-#: What stands where nothing was measured.
-UNKNOWN = "–"
+#: The words of the table in one line; :func:`glossary` explains them in full.
+LEGEND = (
+    "dead: output always zero (born: since watching began) · dormant: almost no output · cut off: no gradient · "
+    f"linear: never zero · {UNKNOWN}: not seen"
+)
 
 
-def visible(text: str) -> str:
-    r"""``text`` with every character that does not print (control, bidi, lone surrogate) written as an escape.
-
-    >>> visible("relu\x1b[31m")
-    'relu\\x1b[31m'
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def count(number: int) -> str:
-    """A whole number with its thousands apart."""
-    return f"{number:,}"
-
-
-def plural(number: int, noun: str) -> str:
-    """``1 neuron``, ``2 neurons``."""
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
-
-
-def percent(value: float) -> str:
-    """``value`` percent, such that only a true 0 or 100 reads 0 % or 100 %, and NaN reads as unknown.
-
-    >>> percent(0.0), percent(0.02), percent(18.75), percent(99.99), percent(100.0)
-    ('0 %', '< 0.1 %', '18.8 %', '> 99.9 %', '100 %')
-    """
-    if math.isnan(value):
-        return UNKNOWN
-    if 0.0 < value < 0.1:
-        return "< 0.1 %"
-    if 99.9 < value < 100.0:
-        return "> 99.9 %"
-    return f"{value:.0f} %" if value in (0.0, 100.0) else f"{value:.1f} %"
-
-
-def share(part: int, whole: int) -> str:
-    """``part`` of ``whole`` in percent; unknown where the whole is empty."""
-    return percent(100.0 * part / whole) if whole else UNKNOWN
-
-
-def at_most(samples: int, level: float) -> str:
-    """How often a neuron that fired in none of ``samples`` examples may still fire; rounded up to two digits.
-
-    >>> at_most(1000, 0.95), at_most(0, 0.95)
-    ('< 0.3 %', '–')
-    """
-    return f"< {up_to(samples, level)}" if samples > 0 else UNKNOWN
-
-
-def up_to(samples: int, level: float) -> str:
-    """The same as a number: the greatest share of examples in which such a neuron may still fire.
-
-    >>> up_to(256, 0.95), up_to(0, 0.95)
-    ('1.2 %', '100 %')
-    """
-    value = 100.0 * rate_bound(samples, level)
-    digits = 1 - math.floor(math.log10(value))
-    scale = 10.0**digits
-    text = f"{math.ceil(value * scale - 1e-9) / scale:.{max(digits, 0)}f}"
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
+def title(report: Report) -> str:
+    """Return the model's name, the phase and, if there were any, the number of optimizer steps."""
+    steps = f" · {plural(report.global_step, 'optimizer step')}" if report.global_step else ""
+    return f"{visible(report.model)} · {visible(report.phase)}{steps}"
 
 
 def confidence(report: Report) -> str:
-    """The level that bounds are given at: ``95 %``."""
+    """Return the confidence of the bounds: ``95 %``."""
     return f"{100.0 * report.policy['confidence']:g} %"
 
 
+def based_on(report: Report) -> str:
+    """Say how many examples and which steps the verdicts are based on, and how sure a dead verdict is."""
+    if not report.observed_neurons:
+        return "Based on nothing: no neuron was observed."
+    numbers = sorted({site.examples for site in report.layers if not is_unseen(site)})
+    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
+    phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
+    on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_window(report)}"
+    bound = at_most(report.examples, report.policy["confidence"])
+    sure = f"A neuron called dead could still fire on up to {bound} of inputs ({confidence(report)} confidence)."
+    if not report.provisional:
+        return f"Based {on}. {sure}"
+    needed = f"{count(report.examples_needed)} are needed for a bound of {100.0 * report.policy['max_rate']:g} %"
+    return f"Provisional: based {on} ({needed}). {sure}"
+
+
+def _window(report: Report) -> str:
+    window = report.window
+    if window.last_step < 0 or not report.global_step:
+        return ""  # seen outside any optimizer step: a scan
+    if window.first_step == window.last_step:
+        return f" at step {count(window.last_step)}"
+    return f" from steps {count(window.first_step)}–{count(window.last_step)}"
+
+
+def provisional_note(report: Report, examples: int) -> str:
+    """Return the line for below a picture of a window that is too short for the policy; empty if it is long enough.
+
+    Args:
+        report: The report.
+        examples: Number of examples that the picture is based on.
+    """
+    if not report.provisional:
+        return ""
+    of = f"{count(examples)} of {count(report.examples_needed)} examples"
+    return f"Provisional: {of}; dead ones may fire on up to {at_most(examples, report.policy['confidence'])}"
+
+
+def findings(report: Report) -> list[str]:
+    """Return what was found as plain sentences, worst first."""
+    seen = [site for site in report.layers if not is_unseen(site)]
+    sentences: list[str] = []
+    broken = [site.name for site in report.layers if site.not_finite]
+    if broken:
+        sentences.append(
+            f"NOT FINITE: {plural(report.not_finite, 'output')} {is_are(report.not_finite)} NaN or infinite, in "
+            f"{plural(len(broken), 'layer')} ({listed(broken)}). This network is not healthy, whatever the rest says."
+        )
+    if not report.observed_neurons:
+        return [*sentences, "No neuron was observed, so there is no verdict."]
+    sentences += _deaths(report)
+    for number, what in ((report.dormant, "dormant: almost no output"), (report.cut_off, "cut off: no gradient")):
+        if number:
+            sentences.append(f"{plural(number, 'neuron')} {is_are(number)} {what}.")
+    blind = sum(site.gradient_positions == 0 for site in seen)
+    if blind:
+        where = "" if blind == len(seen) else f" in {count(blind)} of {count(len(seen))} layers"
+        sentences.append(
+            f"No gradients were seen{where}: {'there, ' if where else ''}dead means only that the output is zero, and "
+            "cut off is not known."
+        )
+    if len(seen) < len(report.layers):
+        sentences.append(f"{plural(len(report.layers) - len(seen), 'layer')} never ran in this window (unseen).")
+    return sentences
+
+
+def _deaths(report: Report) -> list[str]:
+    if not report.judged_neurons:
+        return ["No neuron gave only finite outputs, so none can be called dead or alive."]
+    if not report.dead:
+        what = "with finite outputs" if report.not_finite else "that were observed"
+        return [f"No dead neuron among the {count(report.judged_neurons)} {what}."]
+    died, born = report.dead - report.born_dead, report.born_dead
+    if not died:
+        how = f"{'It has' if born == 1 else 'All of them have'} never fired since watching began (born dead)"
+    elif not born:
+        how = f"{'It' if died == 1 else 'All of them'} worked before and stopped{_most_steps(report)}"
+    else:
+        how = (
+            f"{count(born)} never fired since watching began (born dead); {count(died)} worked before and "
+            f"stopped{_most_steps(report)}"
+        )
+    worst = max(report.layers, key=lambda site: site.dead / max(judged(site), 1))
+    how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
+    return [
+        f"{how_many} ({percent(report.dead_percent)}). {how}.",
+        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(judged(worst))} dead.",
+    ]
+
+
+def _most_steps(report: Report) -> str:
+    """Return the steps at which neurons died, without the first and the last tenth; empty if a death is not dated."""
+    steps = np.concatenate(
+        [layer.since[layer.dead & (layer.since != -1)] for layer in facts_from_report(report).layers]
+    )
+    if (steps < 0).any():
+        return ""
+    first, last = (int(step) for step in np.quantile(steps, (0.1, 0.9), method="nearest"))
+    most = "" if (first, last) == (steps.min(), steps.max()) else "most "
+    return f", {most}at step {count(first)}" if first == last else f", {most}at steps {count(first)}–{count(last)}"
+
+
+def glossary(report: Report) -> list[tuple[str, str]]:
+    """Return each word of a report with its meaning, short enough for a legend."""
+    tau = f"{report.policy.get('dormant_tau', math.nan):g}"
+    return [
+        ("dead", "output is zero at every position of the window; where gradients were seen, they are zero too"),
+        ("born", "dead, and never fired since watching began"),
+        ("died", "dead, but fired before"),
+        ("dormant", f"not dead, but its mean |y| is at most {tau} of the layer's mean"),
+        ("cut off", "fires, but its gradient is zero at every position"),
+        ("linear", "never off, so it adds no non-linearity"),
+        ("fires in", "a neuron called dead may still fire in up to this share of examples"),
+        (UNKNOWN, "not seen (this is not zero)"),
+        (NONE, "none"),
+    ]
+
+
 def is_unseen(site: SiteReport) -> bool:
-    """Whether no neuron of the site was observed in the window."""
+    """Whether no neuron of the layer was observed in the window."""
     return site.positions == 0 or site.unseen == site.neurons
 
 
+def observed(site: SiteReport) -> int:
+    """Return the number of neurons of the layer that were observed in the window."""
+    return site.neurons - site.unseen
+
+
 def judged(site: SiteReport) -> int:
-    """Neurons of the site that were observed and gave finite outputs alone: those that dead ones are a share of."""
-    return 0 if is_unseen(site) else site.neurons - site.unseen - int(site.judgement.not_finite.sum())
+    """Return the number of observed neurons with only finite outputs: dead ones are given as a share of these."""
+    return 0 if is_unseen(site) else observed(site) - int(site.judgement.not_finite.sum())
+
+
+def severity(site: SiteReport) -> tuple[float, float]:
+    """Return how bad a layer is: its share of dead and not finite neurons, then of dormant and cut-off ones."""
+    seen = max(observed(site), 1)
+    broken = int(site.judgement.not_finite.sum())
+    return (site.dead + broken) / seen, (site.dormant + site.cut_off) / seen
 
 
 @dataclass(frozen=True)
-class SiteWords:
-    """One site in words: what stands in the columns of a table.
+class SiteCells:
+    """The table cells of one layer.
 
     Attributes:
         tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (dormant or cut off), ``unknown`` (unseen) or
@@ -138,12 +223,12 @@ class SiteWords:
     tone: str
 
 
-def site_words(site: SiteReport, level: float, worst: int = 4) -> SiteWords:
-    """Phrase one site.
+def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
+    """Return the table cells of one layer.
 
     Args:
-        site: The site.
-        level: Confidence of the bound.
+        site: The layer.
+        level: Confidence of the bound, in (0, 1).
         worst: How many of the worst neurons to name.
     """
     unseen = is_unseen(site)
@@ -158,7 +243,7 @@ def site_words(site: SiteReport, level: float, worst: int = 4) -> SiteWords:
             return UNKNOWN
         return count(value) if value else nothing
 
-    return SiteWords(
+    return SiteCells(
         name=visible(site.name),
         activation=visible(site.activation),
         neurons=neurons,
@@ -171,7 +256,7 @@ def site_words(site: SiteReport, level: float, worst: int = 4) -> SiteWords:
         not_finite=number(site.not_finite),
         worst=f"{some} …" if len(indices) > worst and not unseen else some,
         examples=count(site.examples) if site.examples else UNKNOWN,
-        bound=at_most(0 if unseen else site.examples, level),
+        bound=UNKNOWN if unseen or not site.examples else f"< {at_most(site.examples, level)}",
         tone=tone,
     )
 
@@ -179,11 +264,10 @@ def site_words(site: SiteReport, level: float, worst: int = 4) -> SiteWords:
 def _dead(site: SiteReport) -> str:
     if not site.dead:
         return "not finite" if site.not_finite else NONE
+    every = "" if site.dead == 1 else "all "
     if site.born_dead == site.dead:
-        return f"{count(site.dead)} (born)" if site.dead == 1 else f"{count(site.dead)} (all born)"
-    if not site.born_dead:
-        return f"{count(site.dead)} (died)" if site.dead == 1 else f"{count(site.dead)} (all died)"
-    return f"{count(site.dead)} ({count(site.born_dead)} born)"
+        return f"{count(site.dead)} ({every}born)"
+    return f"{count(site.dead)} ({f'{count(site.born_dead)} born' if site.born_dead else f'{every}died'})"
 
 
 def _axis(site: SiteReport) -> str:
@@ -203,9 +287,15 @@ def _tone(site: SiteReport, unseen: bool) -> str:
     return "warn" if site.dormant or site.cut_off else "calm"
 
 
-def fold(sites: Sequence[SiteReport], limit: int = 40) -> tuple[list[SiteReport], int]:
-    """The sites worth a row, and how many wholly alive ones were left out; none is while ``limit`` holds them all."""
+def fold(sites: Sequence[SiteReport], limit: int = 40) -> tuple[list[SiteReport], list[str]]:
+    """Return the layers that get a row of the table, and a sentence about those that were left out.
+
+    Args:
+        sites: All layers.
+        limit: Up to this many layers, each gets a row; of more, only those with something to report.
+    """
     if len(sites) <= limit:
-        return list(sites), 0
+        return list(sites), []
     shown = [site for site in sites if _tone(site, is_unseen(site)) != "calm" or site.linear]
-    return shown, len(sites) - len(shown)
+    left_out = len(sites) - len(shown)
+    return shown, [f"… {plural(left_out, 'more layer')} with nothing to report"] if left_out else []

@@ -246,12 +246,12 @@ def test_pictures_of_a_short_pass_show_that_pass(tmp_path: Path, monkeypatch: py
     monitor = DeadNeuronMonitor(every_n_steps=1, drawing_share=1)
     trainer(monitor, Killing(), logger=board, max_epochs=3).fit(model, batches(2), batches(2))
     share = dead_percent_by_pass(model)[-1]
-    assert any(words.startswith(f"{share:.0f}% dead, ") for words in texts)
+    assert any(words.startswith(f"{share:.0f} % dead, ") for words in texts)
     # 16 examples: 1 - .05 ** (1 / 16) = .1707, rounded up
     assert "Provisional: 16 of 299 examples; dead ones may fire on up to 18 %" in texts
     (said,) = drawings(board).Tensors("neuronscope/val_diagnosis/text_summary")[-1].tensor_proto.string_val
     assert b"Provisional: based on 16 validation examples at step 6 (299 are needed for a bound of 1 %)" in said
-    assert f"({share:.1f} %)**".encode() in said
+    assert f"neurons are dead ({share:.0f} %). ".encode() in said
 
 
 def test_a_network_of_nothing_but_nan_has_no_dead_share() -> None:

@@ -16,7 +16,7 @@ import pytest
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS
-from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, gravity, pack
+from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, pack, worst_first
 from neuronscope.checkpoints.writers.timeline import timeline
 from tests.writers.test_html import Page
 
@@ -76,7 +76,7 @@ def test_hostile_names_are_escaped_to_plain_text() -> None:
     ("layer", "heading", "shown", "key"),
     [
         ("net.0", "Dead", "16", "16"),
-        ("net.0", "Dead %", "25.0 %", "25.0"),
+        ("net.0", "Dead %", "25 %", "25.0"),
         ("net.0", "How sure", "16 measured", None),
         ("net.4", "How sure", "6 proved, 6 measured", None),
         ("net.4", "Contested", "4", "4"),
@@ -98,7 +98,7 @@ def cards(report: PostmortemReport) -> dict[str, str]:
 def test_the_headline_shows_the_numbers_of_the_report() -> None:
     assert cards(samples.with_model()) == {
         "Dead": "43",
-        "Dead share": "12.2 %",
+        "Dead share": "12 %",
         "Since step": "4,110",
         "How sure": "6 proved",
         "Suspected": "0",
@@ -117,7 +117,7 @@ def unpacked(layer: Any, budget: int) -> tuple[Any, np.ndarray[Any, np.dtype[np.
 def test_a_neuron_map_shows_every_neuron(sample: Callable[[], PostmortemReport]) -> None:
     for layer in sample().layers:
         field, raw = unpacked(layer, 1 << 30)
-        size, told = layer.neurons, field.told
+        size, told = layer.neurons, field.marked
         index = raw[: 4 * size].reshape(4, size).T.copy().view("<u4")[:, 0]
         mask = raw[4 * size : 8 * size].reshape(4, size).T.copy().view("<u4")[:, 0]
         deciding, dating, contested = raw[8 * size : 11 * size].reshape(3, size)
@@ -158,10 +158,10 @@ def test_detail_is_dropped_in_stages_and_labels_are_never_dropped() -> None:
 
 def test_the_worst_layers_and_neurons_come_first() -> None:
     layer = samples.with_data()["net.4"]
-    labels = [(LABELS[layer.labels[n]], BASES[layer.basis[n]]) for n in gravity(layer)]
+    labels = [(LABELS[layer.labels[n]], BASES[layer.basis[n]]) for n in worst_first(layer)]
     assert labels[:6] == [("dead", "proved")] * 6
     assert labels[6:12] == [("dead", "measured")] * 6
-    assert layer.contested[gravity(layer)[12:16]].all()  # alive, and yet there is more to say
+    assert layer.contested[worst_first(layer)[12:16]].all()  # alive, and yet there is more to say
 
 
 def test_the_timeline_counts_every_dated_death() -> None:
@@ -203,7 +203,7 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 def pixels(browser: Any, layer: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     from tests.writers.test_html_browser import canvas_pixels
 
-    return canvas_pixels(browser, f'.field[data-layer="{layer}"] canvas')
+    return canvas_pixels(browser, f'.map[data-layer="{layer}"] canvas')
 
 
 COLOURS = {
@@ -241,8 +241,8 @@ def test_a_neuron_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     report = samples.with_data()
     browser = show(report)
     layer = report["net.4"]
-    order = gravity(layer)
-    browser.execute_script("document.querySelector('.field[data-layer=\"2\"]').focus()")
+    order = worst_first(layer)
+    browser.execute_script("document.querySelector('.map[data-layer=\"2\"]').focus()")
     until(browser, lambda: said(browser, 2) != "")
     first = layer.verdict(int(order[0]))
     text = said(browser, 2)
@@ -250,7 +250,7 @@ def test_a_neuron_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
         f"Neuron {first.neuron}: dead, proved (layer norm) · largest pre-activation of any input: {first.number}"
     )
     assert f"since step {first.since:,} (adam state, inferred)" in text
-    assert "also said: no gradient, inferred (adam state); dead, measured (scan)" in text
+    assert "also: no gradient, inferred (adam state); dead, measured (scan)" in text
     for _ in range(12):
         ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
     until(browser, lambda: said(browser, 2).startswith(f"Neuron {order[12]}: alive, measured (scan)"))
@@ -269,12 +269,12 @@ def test_pointing_at_a_cell_shows_its_neuron(show: Callable[..., Any]) -> None:
 
     report = samples.with_data()
     browser = show(report)
-    box = browser.find_element("css selector", '.field[data-layer="0"]')
+    box = browser.find_element("css selector", '.map[data-layer="0"]')
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
     size = box.size
     offset = 3 * 16 + 8 - size["width"] // 2  # the middle of the fourth cell of 16 pixels
     ActionChains(browser).move_to_element_with_offset(box, offset, 8 - size["height"] // 2).perform()
-    fourth = int(gravity(report.layers[0])[3])
+    fourth = int(worst_first(report.layers[0])[3])
     until(browser, lambda: said(browser, 0).startswith(f"Neuron {fourth}: dead, measured"))
 
 
@@ -319,5 +319,5 @@ def test_the_page_never_scrolls_sideways(
 def test_hostile_names_do_not_run_and_nothing_is_fetched(show: Callable[..., Any]) -> None:
     browser = show(samples.hostile())  # an alert would make every later command fail
     assert len(browser.find_elements("css selector", "main script, main img, main a[href^='http']")) == 0
-    assert browser.find_elements("css selector", "article.site h3")[0].get_attribute("textContent") == samples.HOSTILE
+    assert browser.find_elements("css selector", "article.layer h3")[0].get_attribute("textContent") == samples.HOSTILE
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0

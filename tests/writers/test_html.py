@@ -125,7 +125,7 @@ def cell(page: Page, site: str, heading: str) -> tuple[str, str | None]:
     ("site", "heading", "shown", "key"),
     [
         ("features.1", "Dead", "12", "12"),
-        ("features.1", "Dead %", "18.8 %", "18.75"),
+        ("features.1", "Dead %", "19 %", "18.75"),
         ("features.1", "Born", "10", "10"),
         ("features.1", "Died", "2", "2"),
         ("features.4", "Born", "·", "0"),
@@ -173,7 +173,7 @@ def test_without_gradients_the_number_of_cut_off_neurons_is_unknown() -> None:
 
 def test_neurons_that_are_not_finite_are_shown_prominently() -> None:
     text = samples.broken().to_html()
-    assert '<p class="banner">NOT FINITE: 168 outputs' in text
+    assert '<p class="banner">NOT FINITE: 168 outputs are' in text
     assert '<div class="card alarm"><dt>Not finite</dt>' in text
     assert cards(samples.broken())["Dead share"] == "–"
     assert cell(Page(text), "relu2", "Dead") == ("not finite", "0")
@@ -208,5 +208,5 @@ def test_runs_of_neurons_are_written_as_ranges(indices: list[int], limit: int, s
 
 def test_a_site_that_was_not_seen_has_no_map_and_a_note_says_so() -> None:
     page = Page(samples.mixed().to_html())
-    assert [site["id"] for site in page.data["sites"]] == [0, 1, 2, 3, 4, 5, 7]
+    assert [site["id"] for site in page.data["layers"]] == [0, 1, 2, 3, 4, 5, 7]
     assert "Never observed: there is nothing to draw." in page.words

@@ -102,7 +102,7 @@ def canvas_pixels(browser: Any, selector: str) -> np.ndarray[Any, np.dtype[np.ui
 
 def pixels(browser: Any, site: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The map of a site as it is on screen, ``(height, width, 4)``."""
-    return canvas_pixels(browser, f'.map[data-site="{site}"] canvas')
+    return canvas_pixels(browser, f'.map[data-layer="{site}"] canvas')
 
 
 def is_colour(image: np.ndarray[Any, np.dtype[np.uint8]], colour: tuple[int, int, int]) -> np.ndarray[Any, Any]:
@@ -207,7 +207,7 @@ def test_a_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     report = samples.mixed()
     site = report["features.4"]
     browser = show(report)
-    box = browser.find_element(By.CSS_SELECTOR, '.map[data-site="1"]')
+    box = browser.find_element(By.CSS_SELECTOR, '.map[data-layer="1"]')
     browser.execute_script("arguments[0].focus()", box)
     until(browser, lambda: said(browser, 1) != "")
     died = site.history.died_step
@@ -227,7 +227,7 @@ def test_a_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
 def test_pointing_at_a_map_shows_the_neuron_under_the_pointer(show: Callable[..., Any]) -> None:
     report = samples.mixed()
     browser = show(report)
-    box = browser.find_element(By.CSS_SELECTOR, '.map[data-site="0"]')
+    box = browser.find_element(By.CSS_SELECTOR, '.map[data-layer="0"]')
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
     size = box.size
     # One pixel below the upper edge, at the right: the first neuron of 64 on 180 pixels. Born dead, lowest index first.

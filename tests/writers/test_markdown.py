@@ -8,7 +8,7 @@ import re
 import pytest
 from markdown_it import MarkdownIt
 
-from neuronscope.writers import markdown, wording
+from neuronscope.writers import formatting, markdown_text
 
 from . import golden
 from . import sample_reports as samples
@@ -46,7 +46,7 @@ def test_markdown_equals_the_stored_text(name: str) -> None:
 @pytest.mark.parametrize("parse", [github, tensorboard])
 def test_names_render_in_markdown_as_they_are(parse: object) -> None:
     rendered = (github if parse is github else tensorboard)(samples.hostile().to_markdown())
-    assert [row[0] for row in cells(rendered)] == [wording.visible(name) for name in NAMES]
+    assert [row[0] for row in cells(rendered)] == [formatting.visible(name) for name in NAMES]
     assert {len(row) for row in cells(rendered)} == {13}
     unescaped = set(re.findall(r"<(/?[a-z0-9]+)", rendered))
     wanted = ["h2", "h3", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "strong", "code"]
@@ -57,7 +57,7 @@ def test_names_render_in_markdown_as_they_are(parse: object) -> None:
 def test_the_markdown_table_and_lists_are_well_formed(parse: object) -> None:
     rendered = (github if parse is github else tensorboard)(samples.mixed().to_markdown())
     rows = {row[0]: row for row in cells(rendered)}
-    assert rows["features.1"][1:6] == ["relu", "64", "1 · conv2d", "12 (10 born)", "18.8 %"]
+    assert rows["features.1"][1:6] == ["relu", "64", "1 · conv2d", "12 (10 born)", "19 %"]
     assert rows["never.ran"][4:] == ["unseen"] + ["–"] * 8
     assert rows["blind.relu#1"][7] == "–"
     assert rows["block.relu()"][3] == "1 · assumed ?"
@@ -75,7 +75,7 @@ def test_neurons_that_are_not_finite_come_first_and_in_bold() -> None:
 
 @pytest.mark.parametrize("text", ["1. x", "- x", "+ x", "12) x", "* x", "# x", "> x", "=== ", "<b>", "&lt;", "a\n\nb"])
 def test_a_note_is_one_item_of_plain_text(text: str) -> None:
-    rendered = github(f"- {markdown.plain(text)}\n")
+    rendered = github(f"- {markdown_text.plain(text)}\n")
     inside = re.fullmatch(r"<ul>\n<li>([^<]*)</li>\n</ul>\n", rendered)
     assert inside
-    assert html.unescape(inside[1]) == wording.visible(text).strip()
+    assert html.unescape(inside[1]) == formatting.visible(text).strip()

@@ -116,7 +116,7 @@ def said(text: str) -> int:
     """The dead in a text's headline."""
     if "No dead neuron among the 8" in text:
         return 0
-    found = re.search(r"(\d+) of 8 (?:observed )?neurons(?: \([\d.]+ %\))? (?:is|are) dead", text)
+    found = re.search(r"(\d+) of 8 neurons (?:is|are) dead", text)
     assert found, text
     return int(found[1])
 
@@ -146,7 +146,7 @@ def in_json(report: Report) -> Shown:
 def in_html(report: Report) -> Shown:
     page = Page(report.to_html())
     text = " ".join(" ".join(page.words).split())
-    (site,) = page.data["sites"]
+    (site,) = page.data["layers"]
     packed = Packed(site["steps"], len(site["steps"]), site["rows"], Resolution(256, UNITS), site["data"])
     column = int((unpack(packed, UNITS).share[:, -1] == 255).sum())
     assert cards(report)["Dead"].startswith(str(report.dead))
@@ -205,7 +205,7 @@ def share_of(texts: list[str], pattern: str) -> int:
 def in_overview(report: Report) -> Shown:
     name = "overview" if report.phase == "train" else f"{report.phase}_overview"
     picture, texts = drawn(report, name)
-    headline = 0 if "No neuron is dead or dormant" in texts else share_of(texts, r"([\d.]+)% dead, 0% dormant")
+    headline = 0 if "No neuron is dead or dormant" in texts else share_of(texts, r"([\d.]+) % dead, 0 % dormant")
     column = None
     if "no window is closed yet" not in texts:
         edge = picture[116 + 10, : 784 - 16 - 190]  # the middle of the only row, as far as its grid reaches
@@ -220,7 +220,7 @@ def in_heatmap(report: Report) -> Shown:
     if "no window is closed yet" not in texts:
         last = picture[88 : 88 + 304, 784 - 16 - 190 - 3]
         column = round(float((last == DEAD).all(axis=1).sum()) * UNITS / 304)
-    return Shown(share_of(texts, r"relu: ([\d.]+)% dead"), column, " ".join(texts))
+    return Shown(share_of(texts, r"relu: ([\d.]+) % dead"), column, " ".join(texts))
 
 
 WRITERS: dict[str, Callable[[Report], Shown]] = {

@@ -94,7 +94,7 @@ def test_values_that_were_not_seen_are_not_shown_as_zero() -> None:
 
 def test_a_network_that_is_not_finite_never_looks_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(samples.broken())
-    assert "!! NOT FINITE: 168 outputs NaN or infinite, at 1 site (relu2)" in text  # 24 neurons × 7
+    assert "!! NOT FINITE: 168 outputs are NaN or infinite, in 1 layer (relu2)" in text  # 24 neurons × 7
     cells = row(text, "relu2")
     assert "168" in cells
     assert "not finite" in cells
@@ -110,7 +110,7 @@ def test_beyond_forty_sites_the_healthy_ones_are_folded(sites: int, folded: int)
     )
     text = str(many)
     assert len(re.findall(r"^s\d\d ", text, re.MULTILINE)) == sites - folded
-    assert ("… 40 more sites with nothing to report" in text) == bool(folded)
+    assert ("… 40 more layers with nothing to report" in text) == bool(folded)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_site_with_anything_to_report_is_not_folded(kept: SiteReport) -> None:
     calm = [samples.site(f"calm{i}", 4, windows=3) for i in range(60)]
     text = str(samples.report(*calm, kept))
     assert row(text, "kept")
-    assert "… 60 more sites" in text
+    assert "… 60 more layers" in text
 
 
 def test_a_long_name_is_wrapped_and_nothing_of_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

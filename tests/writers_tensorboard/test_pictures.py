@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report
 from neuronscope.writers.grouping import group_sites
 from neuronscope.writers.pictures import heatmap, overview
-from neuronscope.writers.pictures.axis import StepAxis, percent, spread, ticks
+from neuronscope.writers.pictures.axis import StepAxis, spread, ticks
 from neuronscope.writers.pictures.canvas import Canvas, printable
 from neuronscope.writers.pictures.colours import DEAD, NOT_FINITE, PAPER, UNSEEN, ZERO, share_colours
 from neuronscope.writers.pictures.heatmap import order
@@ -191,11 +191,6 @@ def test_labels_never_overlap_and_stay_inside_the_picture(wanted: list[float]) -
     assert (np.diff(places) >= 30.0 - 1e-9).all()
     assert places[0] >= -1e-9
     assert places[-1] <= 300.0 + 1e-9
-
-
-@given(st.floats(1e-9, 1 - 1e-9))
-def test_a_share_is_never_rounded_to_0_or_100_percent(share: float) -> None:
-    assert percent(share) not in ("0%", "0.0%", "100%", "100.0%")
 
 
 @given(low=st.integers(0, 10**6), span=st.integers(1, 10**7), most=st.integers(2, 10))

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, NotMeasured
+from neuronscope.writers.formatting import visible
+from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
-from neuronscope.writers.tensorboard.diagnosis_text import escape
 from neuronscope.writers.tensorboard.scalars import turnover
 from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, groups, safe
 from neuronscope.writers.tensorboard.vectors import CHANNELS, codes
@@ -254,10 +255,9 @@ def test_names_that_look_alike_have_distinct_tags(pair: tuple[str, str]) -> None
 
 @given(st.text(max_size=100) | st.text("|<>&*_`[]()!#\\-x1. \n", max_size=30))
 def test_escaped_text_shows_as_it_is_in_tensorboard(text: str) -> None:
-    html = plugin_util.markdown_to_safe_html(f"| site |\n|---|\n| x{escape(text)}x |")
+    html = plugin_util.markdown_to_safe_html(f"| site |\n|---|\n| x{plain(text)}x |")
     shown = re.findall(r"<td>(.*)</td>", html)
-    plain = "".join(c if c.isprintable() else "?" for c in re.sub(r"\s+", " ", text).strip())
-    assert [unescape(cell) for cell in shown] == [f"x{plain}x"]
+    assert [unescape(cell) for cell in shown] == [f"x{visible(text)}x"]
     assert not re.search(r"<(?!/?(table|thead|tbody|tr|th|td)\b)", html)
 
 
@@ -267,7 +267,7 @@ def test_the_diagnosis_escapes_every_name() -> None:
     report = samples.report_of([site], model=evil, phase=evil, not_measured=[NotMeasured(evil, evil)], notes=[evil])
     text = diagnosis(report)
     assert not set("<>[]`|_#") & set(re.sub(r"^### |&#\d+;|^\|.*\|$", "", text, flags=re.MULTILINE))
-    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}, "seven columns"
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}, "ten columns"
     html = plugin_util.markdown_to_safe_html(text)
     assert "<script" not in html
     assert "<a" not in html
@@ -297,10 +297,10 @@ def test_the_diagnosis_states_causes_where_there_is_evidence() -> None:
 @pytest.mark.parametrize(
     ("level", "sentence"),
     [
-        (LEVEL_UNSEEN, "**No neuron was observed.**"),
-        (LEVEL_NOT_FINITE, "**384 neurons give NaN or infinity (100.0 %).**"),
-        (LEVEL_DEAD, "**384 of 384 observed neurons are dead (100.0 %)**"),
-        (100, "No site has dead, dormant, cut-off or non-finite neurons."),
+        (LEVEL_UNSEEN, "**No neuron was observed, so there is no verdict.**"),
+        (LEVEL_NOT_FINITE, "NaN or infinite"),
+        (LEVEL_DEAD, "**384 of 384 neurons are dead (100 %). All of them"),
+        (100, "No layer has dead, dormant, cut-off or non-finite neurons."),
     ],
 )
 def test_the_diagnosis_states_each_problem_of_the_network(level: int, sentence: str) -> None:
@@ -310,7 +310,7 @@ def test_the_diagnosis_states_each_problem_of_the_network(level: int, sentence: 
 def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() -> None:
     text = diagnosis(samples.many_sites())
     assert len(text.splitlines()) < 60
-    assert "more sites have such neurons" in text
+    assert "more layers have such neurons" in text
 
 
 def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
-from neuronscope.writers.wording import plural
+from neuronscope.writers.formatting import plural
 
 __all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "measure"]
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.writers.wording import visible
+from neuronscope.writers.formatting import visible
 
 __all__ = ["describe_exception", "user_code"]
 

@@ -1,1 +1,1 @@
-"""Drawing a post-mortem: on a terminal, as markdown, as an HTML page. No torch here, and none knows another."""
+"""Writes a post-mortem as text for a terminal, markdown and HTML. Nothing here needs torch."""

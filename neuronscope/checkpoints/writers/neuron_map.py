@@ -1,13 +1,11 @@
-"""Field: one layer's neurons as bytes for the page's drawing, within a budget, losing detail and saying so.
+"""Packs the neurons of a layer as bytes for the page's drawing within a budget, and says what detail was lost.
 
-Neurons stand in order of gravity: the dead first, the surest of them first, then the rest. Whatever is lost, how many
-neurons bear which label on which basis is kept.
+Neurons are sorted worst first: the dead ones at the top, the surest of them first. Whatever is lost, the number of
+neurons with each label and basis is kept.
 """
 
 from __future__ import annotations
 
-import base64
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +14,13 @@ import numpy.typing as npt
 from neuronscope.checkpoints.verdict.evidence import CLAIMS
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, UNKNOWN, LayerReport
 from neuronscope.judge.symptoms import UNDATED
+from neuronscope.writers.packing import encode, first_that_fits, four_planes
 
-__all__ = ["IDLE", "MOST_EVIDENCE", "Detail", "Field", "gravity", "pack"]
+__all__ = ["IDLE", "MOST_EVIDENCE", "Detail", "NeuronMap", "pack", "worst_first"]
 
-#: Code beside those of LABELS: idle.
+#: Code of idle neurons, beside those of LABELS.
 IDLE = len(LABELS)
-#: Pieces of evidence that a neuron's mask has room for.
+#: Pieces of evidence that fit into a neuron's mask.
 MOST_EVIDENCE = 32
 
 
@@ -30,9 +29,9 @@ class Detail:
     """What is kept of each neuron, beside its label and basis.
 
     Attributes:
-        neurons: Its index, and which evidence speaks of it.
-        steps: Steps between two that are told apart; 0 = none is kept.
-        numbers: The number behind its verdict.
+        neurons: Whether its index and the evidence about it are kept.
+        steps: Steps are rounded down to multiples of this; 0 = steps are not kept.
+        numbers: Whether the number behind its verdict is kept.
         lost: What is lost, in words; ``""`` = nothing.
     """
 
@@ -42,7 +41,7 @@ class Detail:
     lost: str
 
 
-#: From everything to little; the first that fits the budget is taken, the last whether it fits or not.
+#: From everything to little; the first that fits the budget is taken, or else the last.
 LADDER = (
     Detail(True, 1, True, ""),
     Detail(True, 1, False, "the numbers behind single verdicts are left out"),
@@ -53,12 +52,12 @@ LADDER = (
 
 
 @dataclass(frozen=True)
-class Field:
-    """One layer, packed (``N`` neurons, of which ``T`` have more to tell than that they are alive or unknown).
+class NeuronMap:
+    """One layer, packed (``N`` neurons, ``T`` of which have a label other than alive and unknown, or are contested).
 
     Attributes:
-        runs: ``(label or IDLE, basis, neurons)`` of neighbours that are alike, in order of gravity; ``N`` in all.
-        told: ``T``; these come first.
+        runs: ``(label or IDLE, basis, neurons)`` of neighbours that are alike, sorted worst first; ``N`` in all.
+        marked: ``T``; these neurons come first.
         detail: What was kept.
         data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``detail.neurons``, index
             (4 planes of N, lowest byte first), evidence mask (4 planes of N), deciding and dating evidence + 1, and
@@ -67,38 +66,40 @@ class Field:
     """
 
     runs: list[tuple[int, int, int]]
-    told: int
+    marked: int
     detail: Detail
     data: str
 
 
-def pack(layer: LayerReport, budget: int) -> Field:
-    """Pack a layer in as much detail as ``budget`` characters of base64 allow."""
-    order = gravity(layer)
-    told = int((layer.contested | (layer.labels < CLAIMS.index("alive"))).sum())
+def pack(layer: LayerReport, budget: int) -> NeuronMap:
+    """Pack a layer in as much detail as the budget allows.
 
-    def packed(detail: Detail) -> Field:
+    Args:
+        layer: The layer.
+        budget: Most characters that ``NeuronMap.data`` should have.
+    """
+    order = worst_first(layer)
+    marked = int((layer.contested | (layer.labels < CLAIMS.index("alive"))).sum())
+
+    def packed(detail: Detail) -> NeuronMap:
         planes: list[npt.NDArray[np.uint8]] = []
         if detail.neurons:
-            planes += [_planes(order.astype("<u4")), _planes(_mask(layer)[order])]
+            planes += [four_planes(order.astype("<u4")), four_planes(_mask(layer)[order])]
             planes += [(which[order] + 1).clip(0, 255).astype(np.uint8) for which in (layer.deciding, layer.dating)]
             planes.append(layer.contested[order].astype(np.uint8))
         if detail.steps:
-            since = layer.since[order[:told]]
+            since = layer.since[order[:marked]]
             rounded = np.where(since > 0, since // detail.steps * detail.steps, since)
-            planes.append(_planes((rounded - UNDATED).clip(0, (1 << 32) - 1).astype("<u4")))
+            planes.append(four_planes((rounded - UNDATED).clip(0, (1 << 32) - 1).astype("<u4")))
         if detail.numbers:
-            planes.append(_planes(layer.numbers[order[:told]].astype("<f4")))
-        raw = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes)
-        data = base64.b64encode(zlib.compress(raw, 9)).decode("ascii") if raw else ""
-        return Field(_runs(layer, order), told, detail, data)
+            planes.append(four_planes(layer.numbers[order[:marked]].astype("<f4")))
+        return NeuronMap(_runs(layer, order), marked, detail, encode(planes))
 
-    tried = map(packed, LADDER)
-    return next((one for one in tried if len(one.data) <= budget), None) or packed(LADDER[-1])
+    return first_that_fits(LADDER, packed, budget)
 
 
-def gravity(layer: LayerReport) -> npt.NDArray[np.int64]:
-    """Indices of the neurons, gravest first; *unknown* before *alive*, for it may be worse. int64 ``(N,)``."""
+def worst_first(layer: LayerReport) -> npt.NDArray[np.int64]:
+    """Return the indices of the neurons, worst first, int64 ``(N,)``; *unknown* comes before *alive*."""
     alive = CLAIMS.index("alive")
     rank = np.where(layer.labels == UNKNOWN, alive - 0.5, layer.labels.astype(np.float64))
     plain = ~layer.contested & (rank > alive - 1)
@@ -114,13 +115,8 @@ def _runs(layer: LayerReport, order: npt.NDArray[np.int64]) -> list[tuple[int, i
 
 
 def _mask(layer: LayerReport) -> npt.NDArray[np.uint32]:
-    """A bit for each piece of evidence that speaks of a neuron, ``(N,)``."""
+    """Return a mask for each neuron, uint32 ``(N,)``: a bit for each piece of evidence about it."""
     mask = np.zeros(layer.neurons, dtype="<u4")
     for index, one in enumerate(layer.evidence[:MOST_EVIDENCE]):
         mask[one.neurons] |= np.uint32(1 << index)
     return mask
-
-
-def _planes(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Numbers of four bytes as four planes, lowest byte first, ``(4, N)``: planes of zeros deflate to nothing."""
-    return np.ascontiguousarray(values).view(np.uint8).reshape(-1, 4).T

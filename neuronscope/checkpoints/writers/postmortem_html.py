@@ -1,4 +1,4 @@
-"""HTML: a post-mortem as one page that needs no network: what is dead, since when, how sure, why, and every neuron."""
+"""Writes a post-mortem as one HTML page that needs no network: what died, when, how sure that is, and why."""
 
 from __future__ import annotations
 
@@ -6,144 +6,192 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
-from neuronscope.checkpoints.writers import postmortem_wording
-from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, Field, pack
-from neuronscope.checkpoints.writers.timeline import timeline
-from neuronscope.writers import page, wording
+from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
+from neuronscope.checkpoints.writers.timeline import Timeline, timeline
+from neuronscope.writers import page
+from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
+from neuronscope.writers.packing import share_budget
+from neuronscope.writers.page import Card, Cell, LayerRow
 
 __all__ = ["render"]
 
-#: Most characters that the fields of all layers take in the page …
+#: Most characters for the neurons of all layers …
 DATA_BUDGET = 180_000
-#: … yet no layer has to make do with fewer than this.
+#: … and the fewest that any layer gets.
 LAYER_BUDGET = 600
-#: Contests that are listed, and neurons that each names.
+#: Disagreements that are listed, and neurons that each names.
 LISTED, NAMED = 40, 64
+
+#: Columns after the layer's name, and how they are sorted (``""`` = they are not).
+COLUMNS = (
+    ("Neurons", "number"),
+    ("Dead", "number"),
+    ("Dead %", "number"),
+    ("How sure", ""),
+    ("Since", "number"),
+    ("Suspected", "number"),
+    ("Other", ""),
+    ("Contested", "number"),
+    ("Unknown", "number"),
+)
+LEGEND = (
+    ("proved", "dead, proved"),
+    ("measured", "measured"),
+    ("inferred", "inferred"),
+    ("suspected", "suspected"),
+    ("cut", "zero row, unread, idle"),
+    ("warn", "quiet"),
+    ("alarm", "not finite"),
+    ("alive", "alive"),
+    ("unknown", "unknown"),
+)
 
 
 def render(report: PostmortemReport) -> str:
-    """The post-mortem as one HTML page.
+    """Write a post-mortem as one HTML page.
 
     Args:
-        report: What to draw.
+        report: The post-mortem.
 
     Returns:
-        A page below 300 KB for 12 layers of 4096 neurons. Where detail was lost for that, the page says what.
+        A page below 300 KB for 12 layers of 4096 neurons. If detail was lost for that, the page says what.
     """
-    ours, shared = files("neuronscope.checkpoints.writers"), files("neuronscope.writers") / "assets"
-    sentences = postmortem_wording.finding(report)
-    banner = sentences.pop(0) if postmortem_wording.is_alarm(report) else None
-    layers = _layers(report)
+    home = files("neuronscope.checkpoints.writers")
+    maps = share_budget(
+        {index: layer for index, layer in enumerate(report.layers) if layer.neurons}, pack, DATA_BUDGET, LAYER_BUDGET
+    )
+    deaths = timeline(report)
+    sentences = wording.findings(report)
     return page.fill(
-        ours / "postmortem.html.j2",
-        styles=[shared / "page.css", ours / "assets" / "postmortem.css"],
-        scripts=[shared / "page.js", ours / "assets" / "postmortem.js"],
-        data=_payload(layers),
+        home / "postmortem.html.j2",
+        styles=[home / "assets" / "postmortem.css"],
+        scripts=[home / "assets" / "postmortem.js"],
+        data=_payload(report, maps),
         report=report,
-        title=postmortem_wording.title(report),
-        name=postmortem_wording.name(report),
-        span=postmortem_wording.span(report),
-        banner=banner,
-        lead=sentences[0],
-        sentences=sentences[1:],
-        cards=_cards(report),
-        diagnoses=[(one, postmortem_wording.diagnosis(one)) for one in report.diagnoses],
-        timeline=timeline(report),
-        layers=layers,
-        grounds=postmortem_wording.grounds(report),
-        held=postmortem_wording.held(report),
-        contested=postmortem_wording.contested(report, LISTED, NAMED),
-        abstained=postmortem_wording.abstained(report),
-        glossary=postmortem_wording.GLOSSARY,
+        brand="Neuronscope post-mortem",
+        title=wording.title(report),
+        name=wording.name(report),
+        kind=report.format,
+        basis=wording.based_on(report),
+        banners=[sentences.pop(0)] if wording.is_alarm(report) else [],
+        sentences=sentences,
+        cards=_cards(report) if report.neurons else [],
+        diagnoses=[(one, wording.diagnosis(one)) for one in report.diagnoses],
+        timeline=deaths,
+        columns=COLUMNS,
+        rows=[_row(layer, maps.get(index), _bars(deaths, index)) for index, layer in enumerate(report.layers)],
+        legend=LEGEND,
+        grounds=wording.grounds(report),
+        confirmations=wording.confirmations(report),
+        contested=wording.contested(report, LISTED, NAMED),
+        reasons=wording.abstentions(report),
+        notes=report.notes,
+        glossary=wording.GLOSSARY,
     )
 
 
-def _cards(report: PostmortemReport) -> list[dict[str, str]]:
-    """The headline numbers; each with its name, value, a line below it, and a tone."""
+def _cards(report: PostmortemReport) -> list[Card]:
     by_basis = report.dead_by_basis()
-    dated = [layer.since[layer.dead_mask] for layer in report.layers]
-    every = np.concatenate([*dated, np.zeros(0, dtype=np.int64)])
-    half, below = wording.NONE, "no death is dated"
-    if (every >= 0).any():
-        half = f"{wording.count(int(np.sort(every[every >= 0])[((every >= 0).sum() - 1) // 2]))}"
-        below = f"half of {wording.count(int((every >= 0).sum()))} dated deaths by then"
-    elif (every == -1).any():
+    since = np.concatenate([layer.since[layer.dead_mask] for layer in report.layers])
+    dated = np.sort(since[since >= 0])
+    half, below = NONE, "no death is dated"
+    if dated.size:
+        half = count(int(dated[(dated.size - 1) // 2]))
+        below = f"half of {count(dated.size)} dated deaths by then"
+    elif (since == -1).any():
         half, below = "start", "before training"
-    sure = next((basis for basis, number in by_basis.items() if number), wording.NONE)
-    top = f"{wording.count(by_basis[sure])} {sure}" if report.dead else wording.NONE
-    rest = ", ".join(f"{wording.count(n)} {basis}" for basis, n in by_basis.items() if n and basis != sure)
-    share = (
-        wording.UNKNOWN
-        if report.not_finite and not report.dead
-        else ("≥ " if report.unknown else "") + wording.percent(report.dead_percent)
-    )
-
-    def card(name: str, value: str, below: str, tone: str) -> dict[str, str]:
-        return {"name": name, "value": value, "below": below, "tone": tone}
-
+    sure = next((basis for basis, number in by_basis.items() if number), NONE)
+    top = f"{count(by_basis[sure])} {sure}" if report.dead else NONE
+    rest = ", ".join(f"{count(n)} {basis}" for basis, n in by_basis.items() if n and basis != sure)
+    share = ("≥ " if report.unknown else "") + percent(report.dead_percent)
     bad = "bad" if report.dead else "calm"
     return [
-        card("Dead", wording.count(report.dead), f"of {wording.count(report.neurons)} neurons", bad),
-        card("Dead share", share, "of all, unknown ones too", bad),
-        card("Since step", half, below, "calm"),
-        card("How sure", top, rest or ("all of them" if report.dead else "nothing to be sure of"), "calm"),
-        card("Suspected", wording.count(report.suspected), "in no total", "warn" if report.suspected else "calm"),
-        card("Unknown", wording.count(report.unknown), "no source can tell", "unknown" if report.unknown else "calm"),
+        Card("Dead", count(report.dead), f"of {plural(report.neurons, 'neuron')}", bad),
+        Card("Dead share", UNKNOWN if report.not_finite and not report.dead else share, "of all neurons", bad),
+        Card("Since step", half, below),
+        Card("How sure", top, rest or ("all of them" if report.dead else "nothing is dead")),
+        Card("Suspected", count(report.suspected), "not in the totals", "warn" if report.suspected else "calm"),
+        Card("Unknown", count(report.unknown), "no source can tell", "unknown" if report.unknown else "calm"),
     ]
 
 
-def _layers(report: PostmortemReport) -> list[dict[str, Any]]:
-    """One entry a layer: its words, what its columns sort by, and its packed field."""
-    fields: dict[int, Field] = {}
-    left = DATA_BUDGET
-    smallest_first = sorted(range(len(report.layers)), key=lambda index: report.layers[index].neurons)
-    for turn, index in enumerate(smallest_first):
-        if report.layers[index].neurons:
-            fields[index] = pack(report.layers[index], max(left // (len(report.layers) - turn), LAYER_BUDGET))
-            left -= len(fields[index].data)
-    return [
-        {
-            "id": index,
-            "layer": layer,
-            "words": postmortem_wording.layer_words(layer),
-            "since_key": _since_key(layer),
-            "field": fields.get(index),
-        }
-        for index, layer in enumerate(report.layers)
+def _row(layer: LayerReport, neurons: NeuronMap | None, bars: Markup) -> LayerRow:
+    cells = wording.layer_cells(layer)
+    idle, unknown = int(layer.idle.sum()), layer.count("unknown")
+    meta = [
+        (plural(layer.neurons, "neuron"), False, True),
+        (f"{cells.dead} dead", True, layer.dead > 0),
+        (f"{cells.suspected} suspected", False, layer.suspected > 0),
+        (f"{cells.contested} contested", False, bool(layer.contested.any())),
+        (f"{count(idle)} idle", False, idle > 0),
+        (f"{cells.unknown} unknown", False, unknown > 0),
     ]
+    share = layer.dead_percent if layer.neurons else ""
+    return LayerRow(
+        name=cells.name,
+        tone=cells.tone,
+        cells=[
+            Cell(cells.neurons, layer.neurons, "n"),
+            Cell(cells.dead, layer.dead, "n dead"),
+            Cell(cells.dead_share, share, "n share", page.bar(layer.dead_percent if layer.dead else 0)),
+            Cell(cells.sure, css="words"),
+            Cell(cells.since, _middle_step(layer), "words since", bars),
+            Cell(cells.suspected, layer.suspected, "n"),
+            Cell(cells.other, css="words"),
+            Cell(cells.contested, int(layer.contested.sum()), "n"),
+            Cell(cells.unknown, unknown, "n"),
+        ],
+        meta=[(text, bold) for text, bold, shown in meta if shown],
+        drawn=neurons is not None,
+        lost=neurons.detail.lost if neurons else "",
+    )
 
 
-def _since_key(layer: LayerReport) -> int | str:
-    """What the column of steps is sorted by: the middle one of those known; ``""`` where none is."""
+def _middle_step(layer: LayerReport) -> int | str:
+    """Return the median of the known steps of deaths, by which the column is sorted; empty if none is known."""
     known = np.sort(layer.since[layer.dead_mask & (layer.since >= -1)])
     return int(known[(known.size - 1) // 2]) if known.size else ""
 
 
-def _payload(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script reads."""
+def _bars(deaths: Timeline | None, index: int) -> Markup:
+    """Draw when the neurons of a layer died.
+
+    Args:
+        deaths: The timeline of the whole network.
+        index: Index of the layer.
+    """
+    if deaths is None or index not in deaths.layers:
+        return Markup("")
+    shape = '<svg viewBox="0 0 {} 100" preserveAspectRatio="none" aria-hidden="true"><path d="{}"/></svg>'
+    return Markup(shape).format(deaths.bins, deaths.layers[index])  # noqa: S704 - our own text
+
+
+def _payload(report: PostmortemReport, maps: dict[int, NeuronMap]) -> dict[str, Any]:
+    """Return what the page's script reads."""
     return {
         "labels": [*LABELS, "idle"],
         "bases": BASES,
         "layers": [
             {
-                "id": entry["id"],
-                "neurons": entry["layer"].neurons,
-                "runs": entry["field"].runs,
-                "told": entry["field"].told,
-                "hasNeurons": entry["field"].detail.neurons,
-                "stepUnit": entry["field"].detail.steps,
-                "hasNumbers": entry["field"].detail.numbers,
+                "id": index,
+                "neurons": report.layers[index].neurons,
+                "runs": neurons.runs,
+                "marked": neurons.marked,
+                "hasNeurons": neurons.detail.neurons,
+                "stepUnit": neurons.detail.steps,
+                "hasNumbers": neurons.detail.numbers,
                 "evidence": [
-                    [wording.visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
-                    for one in entry["layer"].evidence[:MOST_EVIDENCE]
+                    [visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
+                    for one in report.layers[index].evidence[:MOST_EVIDENCE]
                 ],
-                "data": entry["field"].data,
+                "data": neurons.data,
             }
-            for entry in layers
-            if entry["field"]
+            for index, neurons in maps.items()
         ],
     }

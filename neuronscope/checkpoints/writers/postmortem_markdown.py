@@ -1,97 +1,80 @@
-"""Markdown: a post-mortem as GitHub tables; every name is inert."""
+"""Writes a post-mortem as markdown: sentences, a table of layers, causes and evidence."""
 
 from __future__ import annotations
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import postmortem_wording
-from neuronscope.writers import wording
-from neuronscope.writers.markdown import code, plain
+from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.writers.formatting import count
+from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
 
 __all__ = ["render"]
 
-#: Columns: heading, field of ``LayerWords``, alignment.
+#: Columns after the layer's name: heading, field of ``LayerCells``, whether it is aligned to the right.
 COLUMNS = (
-    ("neurons", "neurons", "---:"),
-    ("dead", "dead", "---:"),
-    ("dead %", "dead_share", "---:"),
-    ("how sure", "sure", ":---"),
-    ("since", "since", ":---"),
-    ("suspected", "suspected", "---:"),
-    ("other", "other", ":---"),
-    ("contested", "contested", "---:"),
-    ("unknown", "unknown", "---:"),
+    ("neurons", "neurons", True),
+    ("dead", "dead", True),
+    ("dead %", "dead_share", True),
+    ("how sure", "sure", False),
+    ("since", "since", False),
+    ("suspected", "suspected", True),
+    ("other", "other", False),
+    ("contested", "contested", True),
+    ("unknown", "unknown", True),
 )
-#: Contests that are listed, and neurons that each names.
+GROUNDS = (
+    ("claim", False),
+    ("basis", False),
+    ("source", False),
+    ("neurons", True),
+    ("layers", True),
+    ("evidence", False),
+)
+#: Disagreements that are listed, and neurons that each names.
 LISTED, NAMED = 20, 12
 
 
 def render(report: PostmortemReport) -> str:
-    """The post-mortem as markdown: findings, layers, causes, what it rests on, what is not known, and the words.
+    """Write a post-mortem as markdown.
 
     Args:
-        report: What to draw.
+        report: The post-mortem.
 
     Returns:
         Markdown that ends with a line end.
     """
-    blocks = [
-        f"## Neuronscope post-mortem: {plain(postmortem_wording.title(report))}",
-        plain(postmortem_wording.span(report)),
-    ]
-    found = [plain(sentence) for sentence in postmortem_wording.finding(report)]
-    if postmortem_wording.is_alarm(report):
-        found[0] = f"**{found[0]}**"
-    blocks.append(_list(found))
+    blocks = [f"## Neuronscope post-mortem: {plain(wording.title(report))}", plain(wording.based_on(report))]
+    sentences = list(map(prose, wording.findings(report)))
+    if wording.is_alarm(report):
+        sentences[0] = f"**{sentences[0]}**"
+    blocks.append(bullets(sentences))
     if report.layers:
-        blocks.append(_layers(report))
+        shown, left_out = wording.fold(report)
+        rows = [_cells(wording.layer_cells(layer)) for layer in shown]
+        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
+        blocks += [f"{sentence}." for sentence in left_out]
     if report.diagnoses:
         blocks.append("### Why, and what to do")
-        for one in report.diagnoses:
-            parts = [f"**{what}**: {plain(text)}" for what, text in postmortem_wording.diagnosis(one)]
-            blocks += [f"#### {plain(one.sign)}", _list(parts)]
-    grounds = postmortem_wording.grounds(report)
-    if grounds:
-        rows = [
-            [
-                plain(row.claim),
-                plain(row.basis),
-                plain(row.source),
-                wording.count(row.neurons),
-                str(row.layers),
-                plain(row.text),
-            ]
-            for row in grounds
-        ]
-        headings = [("claim", ":---"), ("basis", ":---"), ("source", ":---"), ("neurons", "---:"), ("layers", "---:")]
-        blocks += ["### What this rests on", _table([*headings, ("ground", ":---")], rows)]
-    if report.confirmations:
-        blocks += ["### What measuring said of it", _list([plain(line) for line in postmortem_wording.held(report)])]
-    contested = postmortem_wording.contested(report, LISTED, NAMED)
-    if contested:
-        blocks += ["### Contested", _list([plain(line) for line in contested])]
+    for one in report.diagnoses:
+        blocks += [f"#### {plain(one.sign)}", pairs(wording.diagnosis(one))]
+    if grounds := wording.grounds(report):
+        blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
+    for heading, lines in (
+        ("Confirmed by measuring", wording.confirmations(report)),
+        ("Contested", wording.contested(report, LISTED, NAMED)),
+    ):
+        blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []
     if report.abstentions:
-        rows = [[plain(what), plain(why)] for what, why in postmortem_wording.abstained(report)]
-        blocks += ["### Not known, and why", _table([("what", ":---"), ("why", ":---")], rows)]
+        reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report)]
+        blocks += ["### Not known, and why", table([("what", False), ("why", False)], reasons)]
     if report.notes:
-        blocks += ["### Notes", _list([plain(note) for note in report.notes])]
-    blocks += ["### Words", _list([f"**{word}**: {plain(meaning)}" for word, meaning in postmortem_wording.GLOSSARY])]
-    return "\n\n".join(blocks) + "\n"
+        blocks += ["### Notes", bullets(map(plain, report.notes))]
+    return "\n\n".join([*blocks, "### Words", pairs(wording.GLOSSARY)]) + "\n"
 
 
-def _layers(report: PostmortemReport) -> str:
-    shown, left_out = postmortem_wording.fold(report)
-    rows = []
-    for row in map(postmortem_wording.layer_words, shown):
-        cells = [plain(getattr(row, field)) for _, field, _ in COLUMNS]
-        rows.append([code(row.name), *cells])
-    table = _table([("layer", ":---"), *((heading, rule) for heading, _, rule in COLUMNS)], rows)
-    return "\n\n".join([table, *(f"{sentence}." for sentence in left_out)])
+def _cells(row: wording.LayerCells) -> list[str]:
+    return [code(row.name), *(plain(getattr(row, field)) for _, field, _ in COLUMNS)]
 
 
-def _table(headings: list[tuple[str, str]], rows: list[list[str]]) -> str:
-    lines = [[heading for heading, _ in headings], [rule for _, rule in headings], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _list(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+def _ground(row: wording.Ground) -> list[str]:
+    numbers = [count(row.neurons), count(row.layers)]
+    return [plain(row.claim), plain(row.basis), plain(row.source), *numbers, plain(row.text)]

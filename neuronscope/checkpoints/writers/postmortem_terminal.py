@@ -1,104 +1,60 @@
-"""Terminal: a post-mortem as a table by layer, with what it rests on, in colour on a terminal and clean elsewhere."""
+"""Writes a post-mortem as text for a terminal: sentences, a table of layers, causes and evidence."""
 
 from __future__ import annotations
 
-from rich import box
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import postmortem_wording
-from neuronscope.writers import wording
-from neuronscope.writers.console import Page
+from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.writers.console import Column, Page
+from neuronscope.writers.formatting import plural
 
 __all__ = ["render"]
 
-#: Columns: heading, field of ``LayerWords``, justification, narrowest text that shows it.
 COLUMNS = (
-    ("neurons", "neurons", "right", 70),
-    ("dead", "dead", "right", 0),
-    ("%", "dead_share", "right", 0),
-    ("how sure", "sure", "left", 60),
-    ("since", "since", "left", 0),
-    ("suspected", "suspected", "right", 100),
-    ("other", "other", "left", 100),
-    ("contested", "contested", "right", 110),
-    ("unknown", "unknown", "right", 120),
+    Column("neurons", "neurons", narrowest=70),
+    Column("dead", "dead"),
+    Column("%", "dead_share"),
+    Column("how sure", "sure", right=False, narrowest=60, wraps=True),
+    Column("since", "since", right=False, wraps=True),
+    Column("suspected", "suspected", narrowest=100, optional=True),
+    Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),
+    Column("contested", "contested", narrowest=110, optional=True),
+    Column("unknown", "unknown", narrowest=120, optional=True),
 )
-
-STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "magenta", "calm": ""}
-#: Contests that are listed, and neurons that each names.
+#: Disagreements that are listed, and neurons that each names.
 LISTED, NAMED = 10, 8
 
 
 def render(report: PostmortemReport) -> str:
-    """The post-mortem as text, as wide as the terminal, or 120 columns without colour codes where there is none.
+    """Write a post-mortem as text, as wide as the terminal, or 120 columns without colour codes if there is none.
 
     Args:
-        report: What to draw.
+        report: The post-mortem.
 
     Returns:
         Lines of text, without a line end at the end.
     """
     page = Page()
-    page.line("Neuronscope post-mortem · " + postmortem_wording.title(report), style="bold")
-    page.line(postmortem_wording.span(report))
-    page.line()
-    for index, sentence in enumerate(postmortem_wording.finding(report)):
-        loud = index == 0 and postmortem_wording.is_alarm(report)
-        page.line(f"!! {sentence}" if loud else sentence, style="bold white on red" if loud else "")
+    title, sentences = f"Neuronscope post-mortem · {wording.title(report)}", wording.findings(report)
+    page.summary(title, wording.based_on(report), sentences, alarm=wording.is_alarm(report))
     if report.layers:
-        page.line()
-        _table(page, report)
-    _diagnoses(page, report)
-    page.list("What this rests on", [_ground(row) for row in postmortem_wording.grounds(report)])
-    page.list("What measuring said of it", postmortem_wording.held(report))
-    page.list("Contested", postmortem_wording.contested(report, LISTED, NAMED))
-    page.list("Not known, and why", [f"{what}: {why}" for what, why in postmortem_wording.abstained(report)])
-    page.list("Notes", list(report.notes))
+        shown, left_out = wording.fold(report)
+        page.table(COLUMNS, [wording.layer_cells(layer) for layer in shown], left_out)
+    if report.diagnoses:
+        page.heading("Why, and what to do")
+    for one in report.diagnoses:
+        page.item(f"- {one.sign}", "bold")
+        for what, text in wording.diagnosis(one):
+            page.item(f"{what}: {text}", indent=4)
+    page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
+    page.list("Confirmed by measuring", wording.confirmations(report))
+    page.list("Contested", wording.contested(report, LISTED, NAMED))
+    page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report)])
+    page.list("Notes", report.notes)
     page.line()
-    page.line(postmortem_wording.LEGEND, style="dim")
+    page.line(wording.LEGEND, "dim")
     return page.text()
 
 
-def _ground(row: postmortem_wording.Ground) -> str:
-    where = f"{wording.plural(row.neurons, 'neuron')} in {wording.plural(row.layers, 'layer')}"
+def _ground(row: wording.Ground) -> str:
+    where = f"{plural(row.neurons, 'neuron')} in {plural(row.layers, 'layer')}"
     return f"{row.claim}, {row.basis} ({row.source}; {where}): {row.text}"
-
-
-def _diagnoses(page: Page, report: PostmortemReport) -> None:
-    if not report.diagnoses:
-        return
-    page.line()
-    page.line("Why, and what to do", style="bold")
-    for one in report.diagnoses:
-        page.console.print(Padding(Text("- " + wording.visible(one.sign), style="bold"), (0, 0, 0, 2)))
-        for what, text in postmortem_wording.diagnosis(one):
-            page.console.print(Padding(Text(f"{what}: {wording.visible(text)}"), (0, 0, 0, 4)))
-
-
-def _table(page: Page, report: PostmortemReport) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("layer", overflow="fold")
-    shown, left_out = postmortem_wording.fold(report)
-    rows = [postmortem_wording.layer_words(layer) for layer in shown]
-    # What no layer has takes no room, but for the columns that answer the first questions.
-    empty = {
-        field
-        for _, field, _, narrowest in COLUMNS[5:]
-        if all(getattr(row, field) in (wording.NONE, wording.UNKNOWN) for row in rows)
-    }
-    columns = [column for column in COLUMNS if page.width >= column[3] and column[1] not in empty]
-    for heading, _, justify, _ in columns:
-        right = justify == "right"
-        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=right)
-    for row in rows:
-        cells = [Text(row.name), *(Text(getattr(row, field)) for _, field, _, _ in columns)]
-        table.add_row(*cells, style=STYLES[row.tone])
-    page.console.print(table)
-    for sentence in left_out:
-        page.line(sentence, style="dim")
-    narrow = [heading for heading, field, _, narrowest in COLUMNS if page.width < narrowest and field not in empty]
-    if narrow:
-        page.line(f"Too narrow to show: {', '.join(narrow)}.", style="dim")

@@ -1,4 +1,4 @@
-"""Words: what a post-mortem amounts to, in plain sentences and in cells of tables, the same in every drawing."""
+"""Says what a post-mortem amounts to: the sentences and the table cells that every writer shows."""
 
 from __future__ import annotations
 
@@ -13,143 +13,146 @@ from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_dis
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.judge.diagnosis import Diagnosis
-from neuronscope.judge.symptoms import UNDATED, last_deaths
-from neuronscope.writers.wording import NONE, UNKNOWN, count, percent, plural, visible
+from neuronscope.judge.symptoms import last_deaths
+from neuronscope.writers.formatting import (
+    NONE,
+    UNKNOWN,
+    count,
+    is_are,
+    listed,
+    percent,
+    plural,
+    share,
+    visible,
+    when,
+)
 
 __all__ = [
     "GLOSSARY",
     "LEGEND",
     "Ground",
-    "LayerWords",
-    "abstained",
+    "LayerCells",
+    "abstentions",
+    "based_on",
+    "confirmations",
     "contested",
     "diagnosis",
-    "finding",
+    "findings",
     "fold",
     "grounds",
-    "held",
     "is_alarm",
-    "layer_words",
+    "layer_cells",
     "name",
-    "since",
-    "span",
     "title",
 ]
 
-#: The words of a table in one line.
+#: The words of the table in one line.
 LEGEND = (
-    "dead: dead, never trained or no gradient, on firm ground · suspected: likely, in no total · "
-    f"other: on any ground · {UNKNOWN}: not known"
+    "dead: dead, never trained or no gradient; proved, measured or inferred · suspected: likely, not in the totals · "
+    f"{UNKNOWN}: not known"
 )
 
 #: Each word and what it means here.
 GLOSSARY = (
     ("dead", "its output is zero, always or at every position that was seen"),
-    ("never trained", "none of its incoming weights ever got a gradient; counted with the dead"),
-    ("no gradient", "its incoming weights got none lately; counted with the dead"),
-    ("idle", "gets no gradient, and neither does the rest of its layer: frozen, or cut off; not counted with the dead"),
+    ("never trained", "none of its incoming weights ever got a gradient; counted as dead"),
+    ("no gradient", "its incoming weights got no gradient lately; counted as dead"),
+    ("idle", "gets no gradient because its whole layer gets none (frozen, or cut off); not counted as dead"),
     ("zero row", "all of its incoming weights are zero"),
     ("unread", "its output cannot reach the network's output"),
     ("quiet", "it fires, but seldom at most"),
     ("alive", "it fires, or gets a gradient"),
-    ("unknown", "no source can tell: not the same as alive"),
-    ("proved", "holds for every input, or for every input of the box that is named"),
+    ("unknown", "no source can tell; this does not mean alive"),
+    ("proved", "holds for every input, or for every input in the stated range"),
     ("measured", "counted exactly on data that was seen, in training or now"),
-    ("inferred", "follows from what the optimizer or the weights hold"),
-    ("suspected", "likely under an assumption that is named; in no total and no share"),
+    ("inferred", "follows from the optimizer's state or the weights"),
+    ("suspected", "likely under an assumption that is stated; not included in totals and shares"),
     ("contested", "one source says that it is dead or gets no gradient, another that it is alive"),
 )
 
 
 def title(report: PostmortemReport) -> str:
-    """The checkpoint's name, what it is and, where it says so, how far training had come."""
+    """Return the checkpoint's name, its format and, if it says so, the number of optimizer steps."""
     steps = "" if report.global_step is None else f" · {plural(report.global_step, 'optimizer step')}"
     return f"{name(report)} · {visible(report.format)}{steps}"
 
 
 def name(report: PostmortemReport) -> str:
-    """The checkpoint's name, without the folders before it."""
+    """Return the checkpoint's name, without the folders before it."""
     return visible(report.path.replace("\\", "/").rstrip("/").rpartition("/")[2] or report.path)
 
 
-def span(report: PostmortemReport) -> str:
-    """What the verdicts are drawn from, and what more there could be."""
+def based_on(report: PostmortemReport) -> str:
+    """Say what the verdicts are based on, and what would add to it."""
     model = f" ({visible(report.model)})" if report.model else ""
     more = {
-        "file": " A model (--model) adds proofs, data (--data) exact counts.",
+        "file": " A model (--model) adds proofs, data (--data) adds exact counts.",
         "model": " Data (--data) would confirm or refute what is not proved.",
         "data": "",
     }[report.level]
-    return f"Verdicts are drawn from {LEVELS[report.level]}{model}.{more}"
+    return f"Based on {LEVELS[report.level]}{model}.{more}"
 
 
-def finding(report: PostmortemReport) -> list[str]:
-    """What was found, in plain sentences, gravest first."""
-    said = []
+def findings(report: PostmortemReport) -> list[str]:
+    """Return what was found as plain sentences, worst first."""
+    sentences = []
     if report.not_finite:
         where = [layer.name for layer in report.layers if layer.count("not finite")]
-        said.append(
-            f"NOT FINITE: {plural(report.not_finite, 'neuron')} NaN or infinite, in {_layers(where)}. "
-            "This network is not healthy, whatever the rest says."
+        sentences.append(
+            f"NOT FINITE: {plural(report.not_finite, 'neuron')} {is_are(report.not_finite)} NaN or infinite, in "
+            f"{_layers(where)}. This network is not healthy, whatever the rest says."
         )
-    said += _collapses(report)
+    sentences += _collapses(report)
     if not report.neurons:
-        return [*said, "No layer could be examined, so nothing can be said of any neuron."]
-    said.append(_deaths(report))
-    if report.dead:
-        dated = since([layer.since[layer.dead_mask] for layer in report.layers])
-        early = ", at the earliest, by the optimizer's clock" if any(one.is_clocked for one in report.layers) else ""
-        said.append(f"Since when{early}: {dated}.")
+        return [*sentences, "No layer could be examined, so there is no verdict on any neuron."]
+    sentences += _deaths(report)
     if report.suspected:
-        said.append(f"{_are(report.suspected, 'more')} only suspected, and in no total.")
-    others = [(claim, report.count(claim)) for claim in ("zero row", "unread", "quiet")]
-    if any(number for _, number in others):
-        said.append(
-            "Beside these: " + ", ".join(f"{count(number)} {claim}" for claim, number in others if number) + "."
-        )
+        they = "it is" if report.suspected == 1 else "they are"
+        sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
+    labels = ("zero row", "unread", "quiet")
+    if others := [f"{count(number)} {label}" for label in labels if (number := report.count(label))]:
+        sentences.append(f"Also found: {', '.join(others)}.")
     if report.idle:
-        layers = [layer.name for layer in report.layers if layer.idle.any()]
-        follows = "that collapse" if report.collapsed else "what follows"
-        said.append(
-            f"{plural(report.idle, 'neuron')} in {_layers(layers)} get no gradient as a whole layer: frozen, or "
-            f"cut off by {follows}; in no total."
-        )
+        sentences.append(_idle(report))
     if report.contested:
-        said.append(f"{_are(report.contested)} contested: one source says dead, another alive; the surer one counts.")
+        them = "it" if report.contested == 1 else "them"
+        sentences.append(
+            f"{count(report.contested)} {is_are(report.contested)} contested: one source calls {them} dead, another "
+            "alive. The surer source decides."
+        )
     silent = sum(contest.neurons.size for contest in find_disagreements(report.layers) if contest.silent_on_data)
     if silent:
-        said.append(
+        sentences.append(
             f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
             f"{'it is' if silent == 1 else 'they are'} silent on this data only."
         )
     if report.unknown:
-        said.append(f"Nothing is known of {count(report.unknown)} ({percent(_share(report.unknown, report))}).")
-    return said
+        sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
+    return sentences
 
 
 def is_alarm(report: PostmortemReport) -> bool:
-    """Whether the first sentence of :func:`finding` says that the network does not work at all."""
+    """Whether the first sentence of :func:`findings` says that the network does not work at all."""
     return bool(report.not_finite or report.collapsed)
 
 
 def _collapses(report: PostmortemReport) -> list[str]:
-    """What is said of layers that have collapsed, or may have."""
-    firm, suspected = (
-        [(layer, f"none of its {count(layer.neurons)} neurons") for layer in report.layers if layer.collapse == how]
-        for how in ("firm", "suspected")
-    )
+    """Return a sentence for each layer that has collapsed or may have."""
     tell = "" if report.level == "data" else " Data (--data) would tell."
-    return [
-        *(
-            f"COLLAPSED: layer {visible(layer.name)}: {none} is left{_collapsed_since(layer)}. No signal passes it, "
-            "and what lies before it learns nothing through it."
-            for layer, none in firm
-        ),
-        *(
-            f"Layer {visible(layer.name)} may have collapsed: {none} gets a gradient{_collapsed_since(layer)}.{tell}"
-            for layer, none in suspected
-        ),
-    ]
+    sentences: dict[str, list[str]] = {"firm": [], "suspected": []}
+    for layer in report.layers:
+        layer_name, none = visible(layer.name), f"none of its {count(layer.neurons)} neurons"
+        if layer.collapse == "firm":
+            sentences["firm"].append(
+                f"COLLAPSED: layer {layer_name}: {none} is left{_collapsed_since(layer)}. No signal passes through it, "
+                "and the layers before it learn nothing through it."
+            )
+        elif layer.collapse == "suspected":
+            since = _collapsed_since(layer)
+            sentences["suspected"].append(
+                f"Layer {layer_name} may have collapsed: {none} gets a gradient{since}.{tell}"
+            )
+    return sentences["firm"] + sentences["suspected"]
 
 
 def _collapsed_since(layer: LayerReport) -> str:
@@ -159,44 +162,37 @@ def _collapsed_since(layer: LayerReport) -> str:
     return " since the beginning" if step < 0 else f", since step {count(step)}{' at the earliest' * layer.is_clocked}"
 
 
-def _deaths(report: PostmortemReport) -> str:
+def _deaths(report: PostmortemReport) -> list[str]:
     if not report.dead:
-        return f"No neuron of {count(report.neurons)} is found dead on firm ground."
+        return [f"No dead neuron was found among {count(report.neurons)}."]
     sure = ", ".join(f"{count(number)} {basis}" for basis, number in report.dead_by_basis().items() if number)
     worst = max(report.layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
-    what = "dead" if report.count("dead") == report.dead else "dead or without gradient"
+    what = "" if report.count("dead") == report.dead else f" or get{'s' * (report.dead == 1)} no gradient"
     at_least = "at least " if report.unknown else ""
+    clocked = any(layer.is_clocked for layer in report.layers)
+    steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.layers]))
+    how_many = f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what}"
+    return [
+        f"{how_many} ({at_least}{percent(report.dead_percent)}): {sure}.",
+        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
+        f"When they died{' (earliest possible step, by the optimizer clock)' * clocked}: {steps}.",
+    ]
+
+
+def _idle(report: PostmortemReport) -> str:
+    names = [layer.name for layer in report.layers if layer.idle.any()]
+    one = len(names) == 1
+    cut_off = "a layer that collapsed" if report.collapsed else "what follows"
     return (
-        f"{count(report.dead)} of {plural(report.neurons, 'neuron')} ({at_least}{percent(report.dead_percent)}) "
-        f"{'is' if report.dead == 1 else 'are'} {what}: {sure}. "
-        f"Hardest hit is layer {visible(worst.name)}, with {count(worst.dead)} of {count(worst.neurons)}."
+        f"{_layers(names, 'Layer')} get{'s' * one} no gradient at all: frozen, or cut off by "
+        f"{cut_off}. {'Its' if one else 'Their'} {plural(report.idle, 'neuron')} "
+        f"{is_are(report.idle)} not included in the totals."
     )
 
 
-def since(steps: Sequence[npt.NDArray[np.int64]]) -> str:
-    """Since when, of neurons by layer: from the start, dated, not dated.
-
-    >>> since([np.array([-1, 300, 340, 900]), np.array([-2])])
-    '1 from the start; 3 from step 300 to 900, half by 340; 1 not dated'
-    """
-    every = np.sort(np.concatenate([*steps, np.zeros(0, dtype=np.int64)]))
-    born, dated, undated = int((every == -1).sum()), every[every >= 0], int((every == UNDATED).sum())
-    parts = [f"{count(born)} from the start"] if born else []
-    if dated.size:
-        first, middle, last = int(dated[0]), int(dated[(dated.size - 1) // 2]), int(dated[-1])
-        if first == last:
-            parts.append(f"{count(dated.size)} from step {count(first)}")
-        else:
-            half = f", half by {count(middle)}" if dated.size > 2 else ""
-            parts.append(f"{count(dated.size)} from step {count(first)} to {count(last)}{half}")
-    if undated:
-        parts.append(f"{count(undated)} not dated")
-    return "; ".join(parts)
-
-
 @dataclass(frozen=True)
-class LayerWords:
-    """One layer in words: what stands in the columns of a table.
+class LayerCells:
+    """The table cells of one layer.
 
     Attributes:
         tone: ``alarm`` (not finite), ``bad`` (dead), ``warn`` (suspected, quiet, unread …), ``unknown`` or ``calm``.
@@ -215,8 +211,8 @@ class LayerWords:
     tone: str
 
 
-def layer_words(layer: LayerReport) -> LayerWords:
-    """Phrase one layer."""
+def layer_cells(layer: LayerReport) -> LayerCells:
+    """Return the table cells of one layer."""
     unknown = layer.count("unknown")
     blank, broken = unknown + int(layer.idle.sum()) == layer.neurons, layer.count("not finite") > 0
     at_least = "≥ " if unknown else ""
@@ -231,13 +227,13 @@ def layer_words(layer: LayerReport) -> LayerWords:
     def number(value: int) -> str:
         return count(value) if value else (UNKNOWN if blank or broken else NONE)  # no calm dot beside a NaN
 
-    return LayerWords(
+    return LayerCells(
         name=visible(layer.name),
         neurons=count(layer.neurons),
         dead=number(layer.dead),
         dead_share=UNKNOWN if blank or (broken and not layer.dead) else at_least + percent(layer.dead_percent),
         sure=", ".join(by_basis) or number(0),
-        since=since([layer.since[layer.dead_mask]]) or number(0),
+        since=when(layer.since[layer.dead_mask]) or number(0),
         suspected=number(layer.suspected),
         other=", ".join(others) or number(0),
         contested=number(int(layer.contested.sum())),
@@ -257,12 +253,12 @@ def _tone(layer: LayerReport) -> str:
 
 
 def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[list[LayerReport], list[str]]:
-    """The layers worth a row, and sentences on those left out.
+    """Return the layers that get a row of the table, and sentences about those that were left out.
 
     Args:
         report: The post-mortem.
-        limit: Up to so many layers all have a row; of more, those with a finding.
-        most: Most rows; where more layers have a finding, those with the most dead neurons, then the first, have one.
+        limit: Up to this many layers, each gets a row; of more, only those with something to report.
+        most: Most rows. If more layers have something to report, those with the most dead neurons get a row.
     """
     if len(report.layers) <= limit:
         return list(report.layers), []
@@ -278,14 +274,14 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
 
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
-    """A diagnosis, in parts: what each is, and its text."""
+    """Return the parts of a diagnosis: the name of each, and its text."""
     parts = [("What is seen", one.evidence), ("Likely cause", one.cause), ("What to do", one.remedy)]
     return [*parts, ("Source", one.source)] if one.source else parts
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What one source said, all layers together."""
+    """One claim of one source, in all layers together."""
 
     source: str
     claim: str
@@ -296,26 +292,26 @@ class Ground:
 
 
 def grounds(report: PostmortemReport) -> list[Ground]:
-    """What was said, by source, claim, basis and measure: surest first, and of those the most serious first."""
+    """Return what each source claimed: the surest basis first, then the most serious claim; *alive* comes last."""
     found: dict[tuple[str, str, str, str], list[tuple[str, Evidence]]] = {}
     for layer in report.layers:
         for one in layer.evidence:
             if one.neurons.size:
                 found.setdefault((one.source_label, one.claim, one.basis, one.measure), []).append((layer.name, one))
     rows = []
-    for (source, claim, basis, measure), said in found.items():
-        name, first = said[0]
-        alike = all(one.text == first.text for _, one in said)
-        measured = _measured(measure, np.concatenate([one.numbers for _, one in said]))
+    for (source, claim, basis, measure), pieces in found.items():
+        layer_name, first = pieces[0]
+        alike = all(one.text == first.text for _, one in pieces)
+        measured = _measured(measure, np.concatenate([one.numbers for _, one in pieces]))
         numbers = f"{measured[0].upper()}{measured[1:]}." if measured else ""
         rows.append(
             Ground(
                 source=source,
                 claim=claim,
                 basis=basis,
-                neurons=sum(one.neurons.size for _, one in said),
-                layers=len({layer for layer, _ in said}),
-                text=" ".join(filter(None, [first.text if alike else f"{first.text} (As said of {name}.)", numbers])),
+                neurons=sum(one.neurons.size for _, one in pieces),
+                layers=len({layer for layer, _ in pieces}),
+                text=" ".join(filter(None, [first.text if alike else f"{first.text} (In {layer_name}.)", numbers])),
             )
         )
     return sorted(
@@ -323,23 +319,23 @@ def grounds(report: PostmortemReport) -> list[Ground]:
     )
 
 
-def held(report: PostmortemReport) -> list[str]:
-    """How what was not measured fared where it was, a sentence for each source and claim."""
-    said = []
+def confirmations(report: PostmortemReport) -> list[str]:
+    """Say for each source and claim that was not measured how much of it a measurement confirmed."""
+    sentences = []
     for one in report.confirmations:
         total = one.held + one.refuted + one.untested
-        parts = [f"{count(one.held)} of {count(total)} held", f"{count(one.refuted)} refuted"]
+        parts = [f"{count(one.held)} of {count(total)} confirmed", f"{count(one.refuted)} refuted"]
         parts += [f"{count(one.untested)} not tested"] if one.untested else []
-        said.append(f"{one.claim}, {one.basis} from {visible(one.source)}: {', '.join(parts)}.")
-    return said
+        sentences.append(f"{one.claim}, {one.basis} from {visible(one.source)}: {', '.join(parts)}.")
+    return sentences
 
 
 def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
-    """What is contested: a line for the neurons of one layer over which the same sources differ in the same way.
+    """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike.
 
     Args:
         report: The post-mortem.
-        lines: Most lines; a last one says of how many neurons there would be more.
+        lines: Most lines; one more says how many neurons were left out.
         neurons: Most neurons that a line names.
     """
     found = find_disagreements(report.layers)
@@ -348,21 +344,26 @@ def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
 
 
 def _contest(one: Disagreement, most: int) -> str:
-    """A contest in one line: which neurons, the verdict with its number, what speaks against it, what that means."""
+    """Return a line: which neurons, the verdict with its number, what speaks against it, and what that means."""
     named = ", ".join(map(str, one.neurons[:most].tolist()))
     which = f"neuron{'s' if one.neurons.size > 1 else ''} {named}"
     which += f" … ({count(one.neurons.size)})" if one.neurons.size > most else ""
-    parts = [_said(one.verdict)]
+    parts = [_claim(one.verdict)]
     measured = _measured(one.verdict.measure, one.numbers)
     parts += [visible(measured)] if measured else []
-    parts.append(f"against it: {', '.join(dict.fromkeys(map(_said, one.against)))}")
+    parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
         parts.append("as they got a gradient lately, most likely silent on this data only")
     return f"{visible(one.layer)}, {which}: {'; '.join(parts)}"
 
 
 def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
-    """What numbers are, and the least and the largest of those that are known; ``""`` where there is none."""
+    """Say what ``numbers`` are, and the smallest and the largest that is known; empty if none is known.
+
+    Args:
+        measure: What they are.
+        numbers: float64 ``(K,)``; NaN = not known.
+    """
     known = numbers[np.isfinite(numbers)]
     if not known.size or not measure:
         return ""
@@ -370,35 +371,21 @@ def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
     return f"{measure}: {' to '.join(ends)}"
 
 
-def _said(one: Evidence) -> str:
+def _claim(one: Evidence) -> str:
     return f"{one.claim}, {one.basis} ({visible(one.source_label)})"
 
 
-def abstained(report: PostmortemReport) -> list[tuple[str, str]]:
-    """What could not be told: of which source and layers, and why; layers with the same reason together."""
+def abstentions(report: PostmortemReport) -> list[tuple[str, str]]:
+    """Return what is not known, by source and layers, and why; layers with the same reason share an entry."""
     found: dict[tuple[str, str], list[str]] = {}
     for one in report.abstentions:
-        found.setdefault((one.source, one.reason), []).append(one.layer)
+        layers = found.setdefault((one.source, one.reason), [])
+        layers += [one.layer] if one.layer else []
     return [
-        (
-            visible(source) + (f", {_some(named)}" if (named := [layer for layer in layers if layer]) else ""),
-            visible(reason),
-        )
+        (visible(source) + (f", {listed(layers)}" if layers else ""), visible(reason))
         for (source, reason), layers in found.items()
     ]
 
 
-def _layers(names: Sequence[str]) -> str:
-    return f"layer{'s' if len(names) > 1 else ''} {_some(names)}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(visible(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _share(part: int, report: PostmortemReport) -> float:
-    return 100.0 * part / report.neurons
-
-
-def _are(number: int, more: str = "") -> str:
-    return f"{count(number)}{f' {more}' if more else ''} {'is' if number == 1 else 'are'}"
+def _layers(names: Sequence[str], noun: str = "layer") -> str:
+    return f"{noun}{'s' if len(names) > 1 else ''} {listed(names)}"

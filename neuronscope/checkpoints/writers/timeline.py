@@ -1,4 +1,4 @@
-"""Timeline: when neurons died, as the path of an SVG drawing that needs no script."""
+"""Draws when neurons died, as the path of an SVG that needs no script."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from neuronscope.checkpoints.postmortem_report import PostmortemReport
 
 __all__ = ["HEIGHT", "Timeline", "timeline"]
 
-#: Height of the drawing; a bar of this height is the fullest bin.
+#: Height of the drawing and of the highest bar.
 HEIGHT = 100.0
-#: Bins that the run is cut into.
+#: Most bins that the run is divided into.
 BINS = 120
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Deaths of a whole network over the steps of its run.
+    """Deaths in a network over the steps of its run.
 
     Attributes:
         path: An SVG path over ``0 0 BINS HEIGHT``: a bar for each bin in which neurons died.
-        layers: The same for each layer that has dated deaths, by its place in the report, on its own scale.
-        most: Deaths in the fullest bin.
+        layers: The same for each layer with dated deaths, by its index in the report, each on its own scale.
+        most: Deaths in the highest bar.
         bins: Width of the drawing.
         steps: Steps of the run.
         width: Steps of one bin.
@@ -39,7 +39,7 @@ class Timeline:
 
 
 def timeline(report: PostmortemReport) -> Timeline | None:
-    """The timeline of a post-mortem; ``None`` where no death is dated."""
+    """Return the timeline of a post-mortem; ``None`` if no death is dated."""
     dated = {
         index: steps
         for index, layer in enumerate(report.layers)
@@ -56,6 +56,6 @@ def timeline(report: PostmortemReport) -> Timeline | None:
 
 
 def _bars(counts: npt.NDArray[np.int64]) -> str:
-    """Bars as one path; what is not zero is never too low to be seen."""
+    """Return bars as one path; a bar that is not zero is always high enough to be seen."""
     heights = np.maximum(np.round(HEIGHT * counts / counts.max()), 4)
     return "".join(f"M{at} {HEIGHT:g}v-{heights[at]:g}h1v{heights[at]:g}z" for at in np.flatnonzero(counts).tolist())

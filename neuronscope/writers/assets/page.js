@@ -1,4 +1,4 @@
-// What all our pages share: numbers in words, the theme, sorting the table, unpacking and colours of drawings.
+// What both pages share: numbers as text, the theme, sorting the table, and drawings that are read by pointer and keyboard.
 const page = (() => {
   "use strict";
   const root = document.documentElement;
@@ -7,10 +7,9 @@ const page = (() => {
     const value = 100 * share;
     if (value > 0 && value < 0.1) return "< 0.1 %";
     if (value > 99.9 && value < 100) return "> 99.9 %";
-    return `${value % 100 === 0 ? value : value.toFixed(1)} %`;
+    return `${(value > 0 && value < 9.95) || (value >= 99.5 && value < 100) ? value.toFixed(1) : value.toFixed(0)} %`;
   };
 
-  // --- theme -------------------------------------------------------------------------------------------------------
   const drawings = [];
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const themeButton = document.getElementById("theme");
@@ -29,7 +28,6 @@ const page = (() => {
     drawings.forEach((drawing) => drawing.draw());
   };
 
-  // --- sorting -----------------------------------------------------------------------------------------------------
   const sortBy = (table, column, heading) => {
     const numeric = heading.dataset.type === "number";
     const first = numeric && column > 0 ? "descending" : "ascending";
@@ -47,7 +45,6 @@ const page = (() => {
     document.getElementById("sorted").textContent = `Sorted by ${heading.textContent.trim()}, ${direction}.`;
   };
 
-  // --- drawings ----------------------------------------------------------------------------------------------------
   const inflate = async (text) => {
     const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -65,20 +62,101 @@ const page = (() => {
     return power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
   };
 
-  // Each drawing has a `box`, loads its data when it comes near the screen, and is drawn anew when its size or the theme changes.
-  const show = (...made) => {
-    drawings.push(...made);
+  // Reads the planes of unpacked bytes one after another.
+  class Planes {
+    constructor(bytes) {
+      Object.assign(this, { bytes, offset: 0 });
+    }
+
+    take(length) {
+      return this.bytes.subarray(this.offset, (this.offset += length));
+    }
+
+    // Numbers of four bytes, stored as four planes, lowest byte first.
+    numbers(length, Kind = Uint32Array) {
+      const planes = this.take(4 * length);
+      const bytes = new Uint8Array(4 * length);
+      for (let i = 0; i < length; i++) for (let plane = 0; plane < 4; plane++) bytes[4 * i + plane] = planes[plane * length + i];
+      return new Kind(bytes.buffer);
+    }
+  }
+
+  // A drawing of a layer. A subclass has `unpack`, `draw`, `find` (the place at a pointer), `moves` (a key's new place),
+  // `start` (the place where the keyboard begins), `clamp`, `frame` (the rectangle of a place) and `describe`.
+  class Drawing {
+    constructor(box, layer) {
+      Object.assign(this, layer, { box, at: null, loaded: false });
+      this.canvas = box.querySelector("canvas");
+      this.readout = document.getElementById(`at-${layer.id}`);
+      const point = (event) => {
+        const at = this.find(event);
+        if (at !== null) this.move(at);
+      };
+      box.addEventListener("pointermove", point);
+      box.addEventListener("pointerdown", point);
+      box.addEventListener("pointerleave", () => document.activeElement !== box && this.leave());
+      box.addEventListener("keydown", (event) => this.key(event));
+      box.addEventListener("focus", () => this.move(this.at ?? this.start()));
+      box.addEventListener("blur", () => this.leave());
+    }
+
+    async load() {
+      this.loading ??= (this.data ? inflate(this.data) : Promise.resolve(new Uint8Array())).then((bytes) => {
+        this.unpack(new Planes(bytes));
+        this.loaded = true;
+        this.draw();
+      }).catch(() => {
+        this.readout.textContent = "This browser cannot unpack the drawing (it lacks DecompressionStream).";
+      });
+      return this.loading;
+    }
+
+    key(event) {
+      const moves = this.moves(this.at ?? this.start());
+      if (event.key === "Escape") this.box.blur();
+      if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
+      event.preventDefault();
+      this.move(moves[event.key]);
+    }
+
+    async move(at) {
+      this.at = this.clamp(at);
+      await this.load();
+      if (!this.loaded || this.at === null) return;
+      this.mark();
+      this.readout.textContent = this.describe(this.at);
+    }
+
+    mark() {
+      if (!this.here) {
+        this.here = document.createElement("div");
+        this.here.className = "here";
+        this.box.append(this.here);
+      }
+      this.here.hidden = false;
+      for (const [side, pixels] of Object.entries(this.frame(this.at))) this.here.style[side] = `${pixels}px`;
+    }
+
+    leave() {
+      this.at = null;
+      if (this.here) this.here.hidden = true;
+      this.readout.textContent = "";
+    }
+  }
+
+  // Draw a layer in each `.map`: load its data when it comes near the screen, and draw it again when its size or the theme changes.
+  const show = (Kind, layers) => {
+    const byId = new Map(layers.map((layer) => [String(layer.id), layer]));
+    const byBox = new Map([...document.querySelectorAll(".map")].map((box) => [box, new Kind(box, byId.get(box.dataset.layer))]));
+    drawings.push(...byBox.values());
     const seen = new IntersectionObserver((entries) => {
-      for (const entry of entries) if (entry.isIntersecting) made.find((one) => one.box === entry.target).load();
+      for (const entry of entries) if (entry.isIntersecting) byBox.get(entry.target).load();
     }, { rootMargin: "800px" });
-    const resized = new ResizeObserver((entries) => {
-      for (const entry of entries) made.find((one) => one.box === entry.target).draw();
-    });
-    made.forEach((one) => { seen.observe(one.box); resized.observe(one.box); });
-    addEventListener("beforeprint", () => made.forEach((one) => one.load()));
+    const resized = new ResizeObserver((entries) => entries.forEach((entry) => byBox.get(entry.target).draw()));
+    for (const box of byBox.keys()) { seen.observe(box); resized.observe(box); }
+    addEventListener("beforeprint", () => drawings.forEach((drawing) => drawing.load()));
   };
 
-  // --- start -------------------------------------------------------------------------------------------------------
   if (remembered()) root.dataset.theme = remembered();
   themeButton.hidden = false;
   themeButton.addEventListener("click", () => {
@@ -99,5 +177,5 @@ const page = (() => {
     only.addEventListener("change", () => document.body.classList.toggle("only-ill", only.checked));
   }
 
-  return { root, number, percent, inflate, colour, mix, packed, niceStep, show };
+  return { number, percent, colour, mix, packed, niceStep, Drawing, show };
 })();

@@ -1,46 +1,26 @@
-// The report page: each site's map of neurons over steps.
+// The report page: each layer's map of neurons over steps.
 (() => {
   "use strict";
-  const { labels: LABELS, levels: LEVEL, sites: SITES } = JSON.parse(document.getElementById("report-data").textContent);
-  const { number, percent, inflate, colour, mix, packed, niceStep } = page;
+  const { labels: LABELS, levels: LEVEL, layers: LAYERS } = JSON.parse(document.getElementById("report-data").textContent);
+  const { number, percent, colour, mix, packed, niceStep } = page;
 
-  class SiteMap {
-    constructor(box, site) {
-      Object.assign(this, site, { box, columns: site.steps.length, loaded: false, at: null });
-      this.canvas = box.querySelector("canvas");
-      this.readout = document.getElementById(`at-${site.id}`);
+  class StepMap extends page.Drawing {
+    constructor(box, layer) {
+      super(box, layer);
+      this.columns = layer.steps.length;
       this.ticks = box.parentElement.querySelector(".ticks");
-      this.height = Math.round(Math.min(Math.max(site.neurons * 4, 28), 180));
+      this.height = Math.round(Math.min(Math.max(layer.neurons * 4, 28), 180));
       this.canvas.style.height = `${this.height}px`;
-      const stride = this.columns > 1 ? site.steps[1] - site.steps[0] : 1;
-      this.edges = [Math.max(site.steps[0] - stride, -1), ...site.steps];
-      box.addEventListener("pointermove", (event) => this.point(event));
-      box.addEventListener("pointerdown", (event) => this.point(event));
-      box.addEventListener("pointerleave", () => document.activeElement !== box && this.leave());
-      box.addEventListener("keydown", (event) => this.key(event));
-      box.addEventListener("focus", () => this.move(...(this.at ?? [0, this.columns - 1])));
-      box.addEventListener("blur", () => this.leave());
+      const stride = this.columns > 1 ? layer.steps[1] - layer.steps[0] : 1;
+      this.edges = [Math.max(layer.steps[0] - stride, -1), ...layer.steps];
     }
 
-    async load() {
-      if (this.loading) return this.loading;
-      this.loading = inflate(this.data).then((bytes) => {
-        let offset = 0;
-        const take = (length) => bytes.subarray(offset, (offset += length));
-        const numbers = () => {
-          const planes = take(4 * this.neurons);
-          return Float64Array.from({ length: this.neurons }, (_, i) =>
-            [0, 1, 2, 3].reduce((sum, plane) => sum + planes[plane * this.neurons + i] * 256 ** plane, 0));
-        };
-        if (this.hasNeurons) [this.order, this.label, this.fraction] = [numbers(), take(this.neurons), take(this.neurons)];
-        if (this.hasSteps) [this.died, this.revived] = [numbers(), numbers()];
-        [this.share, this.rest] = [take(this.rows * this.columns), take(this.rows * this.columns)];
-        this.loaded = true;
-        this.draw();
-      }).catch(() => {
-        this.readout.textContent = "This browser cannot unpack the map (it lacks DecompressionStream).";
-      });
-      return this.loading;
+    unpack(planes) {
+      if (this.hasNeurons) {
+        [this.order, this.label, this.fraction] = [planes.numbers(this.neurons), planes.take(this.neurons), planes.take(this.neurons)];
+      }
+      if (this.hasSteps) [this.died, this.revived] = [planes.numbers(this.neurons), planes.numbers(this.neurons)];
+      [this.share, this.rest] = [planes.take(this.rows * this.columns), planes.take(this.rows * this.columns)];
     }
 
     draw() {
@@ -92,6 +72,7 @@
       context.putImageData(image, 0, 0);
       this.drawTicks();
       this.box.dataset.drawn = "true";
+      if (this.at !== null) this.mark();
     }
 
     // Where a column's left edge lies, 0 to 1, on the true axis of steps.
@@ -116,78 +97,63 @@
       }));
     }
 
-    point(event) {
+    start() {
+      return [0, this.columns - 1];
+    }
+
+    find(event) {
       const frame = this.canvas.getBoundingClientRect();
       const x = Math.min(Math.max((event.clientX - frame.left) / frame.width, 0), 1);
       const y = Math.min(Math.max((event.clientY - frame.top) / frame.height, 0), 0.999999);
       let column = 0;
       while (column < this.columns - 1 && this.x(column + 1) <= x) column += 1;
-      this.move(Math.floor(y * this.neurons), column);
+      return [Math.floor(y * this.neurons), column];
     }
 
-    key(event) {
-      const [place, column] = this.at ?? [0, this.columns - 1];
+    moves([place, column]) {
       const page = Math.max(1, Math.round(this.neurons / 10));
-      const moves = {
+      return {
         ArrowUp: [place - 1, column], ArrowDown: [place + 1, column], ArrowLeft: [place, column - 1], ArrowRight: [place, column + 1],
         PageUp: [place - page, column], PageDown: [place + page, column], Home: [place, 0], End: [place, this.columns - 1],
       };
-      if (event.key === "Escape") this.box.blur();
-      if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
-      event.preventDefault();
-      this.move(...moves[event.key]);
     }
 
-    async move(place, column) {
-      await this.load();
-      if (!this.loaded) return;
-      place = Math.min(Math.max(place, 0), this.neurons - 1);
-      column = Math.min(Math.max(column, 0), this.columns - 1);
-      this.at = [place, column];
-      if (!this.here) {
-        this.here = document.createElement("div");
-        this.here.className = "here";
-        this.box.append(this.here);
-      }
-      this.here.hidden = false;
+    clamp([place, column]) {
+      return [Math.min(Math.max(place, 0), this.neurons - 1), Math.min(Math.max(column, 0), this.columns - 1)];
+    }
+
+    frame([place, column]) {
       const tall = Math.max(this.height / this.neurons, 4);
       const wide = Math.max((this.x(column + 1) - this.x(column)) * this.box.clientWidth, 4);
-      Object.assign(this.here.style, {
-        left: `${this.x(column) * this.box.clientWidth - 2}px`, width: `${wide + 4}px`,
-        top: `${((place + 0.5) * this.height) / this.neurons - tall / 2 - 2}px`, height: `${tall + 4}px`,
-      });
-      this.readout.textContent = this.describe(place, column);
+      return {
+        left: this.x(column) * this.box.clientWidth - 2, width: wide + 4,
+        top: ((place + 0.5) * this.height) / this.neurons - tall / 2 - 2, height: tall + 4,
+      };
     }
 
-    leave() {
-      this.at = null;
-      if (this.here) this.here.hidden = true;
-      this.readout.textContent = "";
-    }
-
-    describe(place, column) {
+    describe([place, column]) {
       const row = Math.floor(((place + 1) * this.rows - 1) / this.neurons);
       const from = Math.floor((row * this.neurons) / this.rows);
       const size = Math.floor(((row + 1) * this.neurons) / this.rows) - from;
       const [share, rest] = [this.share, this.rest].map((plane) => plane[row * this.columns + column]);
-      const said = [];
+      const parts = [];
       if (this.hasNeurons) {
         const label = LABELS[this.label[place]];
         const fraction = this.fraction[place];
-        said.push(`Neuron ${this.order[place]}: ${label}`);
-        if (fraction <= LEVEL.max && label !== "unseen") said.push(`zero at ${percent(fraction / LEVEL.max)} of positions`);
+        parts.push(`Neuron ${this.order[place]}: ${label}`);
+        if (fraction <= LEVEL.max && label !== "unseen") parts.push(`zero at ${percent(fraction / LEVEL.max)} of positions`);
         if (this.hasSteps) {
-          if (this.died[place] > 0) said.push(`died at step ${number.format(this.died[place] - 1)}`);
-          else if (label === "dead") said.push("no death seen: dead from the start");
-          if (this.revived[place] > 0) said.push(`revived at step ${number.format(this.revived[place] - 1)}`);
+          if (this.died[place] > 0) parts.push(`died at step ${number.format(this.died[place] - 1)}`);
+          else if (label === "dead") parts.push("no death seen: dead from the start");
+          if (this.revived[place] > 0) parts.push(`revived at step ${number.format(this.revived[place] - 1)}`);
         }
       }
       const step = `at step ${number.format(this.steps[column])}`;
       const others = rest === LEVEL.dead ? "" : this.level(rest, size > 1);
-      if (size === 1) said.push(`${step}: ${share ? "dead" : others}`);
-      else if (share === 255) said.push(`${step}: all ${size} neurons of this row dead`);
-      else said.push(`${step}: ${share ? percent(share / 255) : "none"} of the ${size} neurons of this row dead, the rest ${others}`);
-      return said.join(" · ");
+      if (size === 1) parts.push(`${step}: ${share ? "dead" : others}`);
+      else if (share === 255) parts.push(`${step}: all ${size} neurons of this row dead`);
+      else parts.push(`${step}: ${share ? percent(share / 255) : "none"} of the ${size} neurons of this row dead, the rest ${others}`);
+      return parts.join(" · ");
     }
 
     level(level, several) {
@@ -198,6 +164,5 @@
     }
   }
 
-  const byId = new Map(SITES.map((site) => [String(site.id), site]));
-  page.show(...[...document.querySelectorAll(".map")].map((box) => new SiteMap(box, byId.get(box.dataset.site))));
+  page.show(StepMap, LAYERS);
 })();

@@ -1,4 +1,4 @@
-"""Pictures of report data, drawn with numpy and Pillow alone: arrays in, pixels out."""
+"""Draws pictures of reports with numpy and Pillow alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step axis: windows lie where their optimizer steps lie, not where their index does."""
+"""Places windows on an axis of optimizer steps, by their steps and not by their index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["StepAxis", "count", "percent", "spread", "ticks"]
+__all__ = ["StepAxis", "spread", "ticks"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -17,9 +17,9 @@ class StepAxis:
 
     Args:
         first: Step at the left edge.
-        last: Step at the right edge; one above ``first`` where it is not above it.
+        last: Step at the right edge; replaced by ``first + 1`` if it is not above ``first``.
         left: Pixel of the left edge.
-        width: Pixels across.
+        width: Width in pixels.
     """
 
     def __init__(self, first: float, last: float, left: float, width: int) -> None:
@@ -28,27 +28,33 @@ class StepAxis:
 
     @classmethod
     def of_windows(cls, windows: list[IntArray], left: float, width: int) -> StepAxis:
-        """The axis that holds every window of every given series of window steps."""
+        """Return the axis that holds all windows.
+
+        Args:
+            windows: Last steps of the windows of each layer, rising, int64 ``(W,)`` each.
+            left: Pixel of the left edge.
+            width: Width in pixels.
+        """
         seen = [steps for steps in windows if len(steps)]
         if not seen:
             return cls(0, 1, left, width)
         return cls(min(float(window_edges(s)[0]) for s in seen), max(int(s[-1]) for s in seen), left, width)
 
     def x(self, step: float) -> float:
-        """Pixel of a step."""
+        """Return the pixel of a step."""
         return self.left + (step - self.first) / (self.last - self.first) * self.width
 
     def windows_of_columns(self, steps: IntArray) -> tuple[IntArray, IntArray]:
-        """Which windows lie under each pixel column.
+        """Return the windows under each pixel column.
 
-        A window covers the steps since the one before. A column takes every window that it touches, so that a window
+        A window covers the steps since the one before. A column includes every window that it touches, so that a window
         narrower than a pixel still shows.
 
         Args:
-            steps: Last step of each window, rising, ``(W,)``, ``W ≥ 1``.
+            steps: Last step of each window, rising, int64 ``(W,)``, ``W ≥ 1``.
 
         Returns:
-            First and last-plus-one window of each column, int64 ``(width,)`` each; equal where there is none.
+            First and last-plus-one window of each column, int64 ``(width,)`` each; equal if there is none.
         """
         edges = window_edges(steps)
         bounds = self.first + (self.last - self.first) * np.arange(self.width + 1) / self.width
@@ -59,21 +65,29 @@ class StepAxis:
         return low.astype(np.int64), np.where(outside, low, np.maximum(high, low)).astype(np.int64)
 
     def ticks(self, most: int) -> list[int]:
-        """Round steps within the axis, at most ``most``."""
+        """Return at most ``most`` round steps within the axis."""
         return [int(step) for step in ticks(self.first, self.last, most) if float(step).is_integer()]
 
 
 def window_edges(steps: IntArray) -> npt.NDArray[np.float64]:
-    """Where each window begins, and where the last ends, float64 ``(W + 1,)``.
+    """Return the step where each window begins, and where the last one ends, float64 ``(W + 1,)``.
 
-    Nobody says where the first window began: it is drawn as long as the second, or from step 0 where there is none.
+    It is not known where the first window began: it is drawn as long as the second, or from step 0 if it is alone.
+
+    Args:
+        steps: Last step of each window, rising, int64 ``(W,)``.
     """
     first = max(0, 2 * int(steps[0]) - int(steps[1])) if len(steps) > 1 else 0
     return np.concatenate(([min(float(first), float(steps[0]) - 0.5)], steps.astype(np.float64)))
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most ``most`` round numbers (1, 2 or 5 times a power of ten apart) in ``[low, high]``.
+    """Return round numbers (1, 2 or 5 times a power of ten apart) in ``[low, high]``.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        most: Most numbers.
 
     >>> ticks(0, 1000, 6)
     [0.0, 200.0, 400.0, 600.0, 800.0, 1000.0]
@@ -92,42 +106,17 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [low]
 
 
-def percent(share: float) -> str:
-    """A share in percent, short; above none is never written as 0 and below all never as 100.
-
-    >>> percent(0.0), percent(0.00002), percent(0.0413), percent(0.5), percent(0.9999), percent(1.0)
-    ('0%', '<0.1%', '4.1%', '50%', '>99.9%', '100%')
-    """
-    if math.isnan(share):
-        return "n/a"
-    if share <= 0.0:
-        return "0%"
-    if share >= 1.0:
-        return "100%"
-    if share < 0.001:
-        return "<0.1%"
-    if share > 0.999:
-        return ">99.9%"
-    value = share * 100
-    return f"{value:.1f}%" if value < 10 or value > 99.5 else f"{value:.0f}%"
-
-
-def count(number: int) -> str:
-    """A whole number with its thousands apart by a comma."""
-    return f"{number:,}"
-
-
 def spread(wanted: list[float], apart: float, low: float, high: float) -> list[float]:
-    """Places for labels as near as may be to where they are wanted, at least ``apart``, between ``low`` and ``high``.
+    """Place labels as near as possible to where they are wanted, so that they do not overlap.
 
     Args:
-        wanted: Places wanted, rising.
-        apart: Least distance of neighbours.
-        low: Least place.
-        high: Greatest place; overstepped only where there is no room.
+        wanted: Wanted places, rising.
+        apart: Least distance between neighbours.
+        low: Lowest place.
+        high: Highest place; exceeded only if there is not enough room.
 
     Returns:
-        One place each, rising.
+        The place of each label, rising.
 
     >>> spread([10.0, 11.0, 50.0], 10.0, 0.0, 100.0)
     [5.5, 15.5, 50.0]

@@ -1,4 +1,4 @@
-"""A sheet of paper to draw on: text that fits its place, boxes, smooth lines, and the array that comes of it."""
+"""Draws text that fits its place, boxes and lines, and returns the picture as an array."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.errors import MissingExtraError
-from neuronscope.writers.pictures.axis import StepAxis, count
+from neuronscope.writers.formatting import count
+from neuronscope.writers.pictures.axis import StepAxis
 from neuronscope.writers.pictures.colours import FRAME, INK, MUTED, PAPER, UNSEEN, UNSEEN_STRIPE, Colour, mix
 
 try:
@@ -25,8 +26,8 @@ ByteArray = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
-_FINE_STROKES = int(_pillow.partition(".")[0]) >= 11  # before, a stroke was a whole number of pixels
-# What Pillow's own typeface (Aileron, cut down) has beyond ASCII, and how to write some of what it has not.
+_FINE_STROKES = int(_pillow.partition(".")[0]) >= 11  # older versions allow only whole numbers of pixels
+# Characters beyond ASCII that Pillow's own typeface (a reduced Aileron) has, and how to write some that it lacks.
 _EXTRA_GLYPHS = "…·±"
 _SPELT = {
     "\N{MULTIPLICATION SIGN}": "x",
@@ -42,43 +43,63 @@ _SPELT = {
 
 
 def printable(text: str) -> str:
-    """``text`` with everything that the typeface cannot draw, or that would break a line, turned into ``?``."""
+    """Replace by ``?`` every character that the typeface cannot draw or that would break the line."""
     return "".join(c if " " <= c <= "~" or c in _EXTRA_GLYPHS else _SPELT.get(c, "?") for c in text)
 
 
 class Canvas:
-    """A sheet of paper to draw on.
+    """A picture to draw on.
 
     Args:
-        width: Its width in pixels.
-        height: Its height in pixels.
+        width: Width in pixels.
+        height: Height in pixels.
     """
 
     def __init__(self, width: int, height: int) -> None:
         self.height = height
         self._image = Image.new("RGB", (width, height), PAPER)
         self._draw = ImageDraw.Draw(self._image)
-        # TensorBoard shrinks pictures by leaving out pixels: strokes a little thicker survive that.
+        # TensorBoard shrinks pictures by leaving out pixels: slightly thicker strokes survive that.
         self._weight = 0.4 if _FINE_STROKES else 0
         self._fonts: dict[int, ImageFont.FreeTypeFont | ImageFont.ImageFont] = {}
 
     def array(self) -> ByteArray:
-        """The finished picture, uint8 ``(height, width, 3)``."""
+        """Return the finished picture, uint8 ``(height, width, 3)``."""
         return np.asarray(self._image, dtype=np.uint8).copy()
 
     def text(
         self, at: Point, text: str, size: int, colour: Colour = INK, anchor: str = "ls", *, bold: bool = False
     ) -> None:
-        """Text at a point. ``anchor`` is Pillow's: l/m/r across, then a/m/s (top, middle, baseline)."""
+        """Draw text.
+
+        Args:
+            at: The point of its anchor.
+            text: The text.
+            size: Size of the typeface in pixels.
+            colour: Its colour.
+            anchor: As in Pillow: l, m or r (left, middle, right), then a, m or s (top, middle, baseline).
+            bold: Whether it is bold.
+        """
         stroke = max(1, round(size / 40)) if bold else self._weight
         self._draw.text(at, printable(text), colour, self._font(size), anchor, stroke_width=stroke, stroke_fill=colour)
 
     def text_width(self, text: str, size: int) -> float:
-        """Width of ``text`` in pixels."""
+        """Return the width of a text in pixels.
+
+        Args:
+            text: The text.
+            size: Size of the typeface in pixels.
+        """
         return float(self._font(size).getlength(printable(text)))
 
     def fit(self, text: str, size: int, width: float) -> str:
-        """``text``, its middle replaced by an ellipsis where it is wider than ``width``."""
+        """Return a text; if it is too wide, replace its middle by an ellipsis.
+
+        Args:
+            text: The text.
+            size: Size of the typeface in pixels.
+            width: Most pixels.
+        """
         text = printable(text)
         if self.text_width(text, size) <= width:
             return text
@@ -92,13 +113,20 @@ class Canvas:
         return _shortened(text, low)
 
     def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: int = 1) -> None:
-        """A filled or framed rectangle; the right and bottom edges are outside."""
+        """Draw a rectangle.
+
+        Args:
+            box: Left, top, right and bottom; the right and bottom edges lie outside.
+            fill: Colour of its inside.
+            outline: Colour of its frame.
+            width: Width of the frame in pixels.
+        """
         left, top, right, bottom = (round(value) for value in box)
         if right > left and bottom > top:
             self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline, width)
 
     def hatch(self, box: Box) -> None:
-        """A striped rectangle: *not observed*."""
+        """Draw a striped rectangle, which stands for *not observed*."""
         left, top, right, bottom = (round(value) for value in box)
         if right <= left or bottom <= top:
             return
@@ -106,12 +134,23 @@ class Canvas:
         self._image.paste(Image.fromarray(tile), (left, top))
 
     def line(self, points: Sequence[Point], colour: Colour = FRAME, width: float = 1.0) -> None:
-        """A line through points."""
+        """Draw a line.
+
+        Args:
+            points: The points that it passes through.
+            colour: Its colour.
+            width: Its width in pixels.
+        """
         if len(points) > 1:
             self._draw.line(list(points), colour, max(1, round(width)), joint="curve")
 
     def pixels(self, at: Point, picture: ByteArray) -> None:
-        """Paste an array of pixels, uint8 ``(h, w, 3)``, with its top left corner at a point."""
+        """Draw an array of pixels.
+
+        Args:
+            at: Its top left corner.
+            picture: uint8 ``(h, w, 3)``.
+        """
         self._image.paste(Image.fromarray(picture), (round(at[0]), round(at[1])))
 
     def _font(self, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -121,21 +160,33 @@ class Canvas:
 
 
 def draw_steps(canvas: Canvas, axis: StepAxis, top: float, size: int) -> None:
-    """Draw a step axis below a picture: ticks, and the steps at them, as many as there is room for."""
+    """Draw a step axis: ticks with their steps, as many as there is room for.
+
+    Args:
+        canvas: The picture.
+        axis: The axis.
+        top: Its vertical place.
+        size: Size of the typeface in pixels.
+    """
     widest = canvas.text_width(count(int(axis.last)), size)
     for step in axis.ticks(max(2, int(axis.width / (widest * 1.4)))):
         x = axis.x(step)
         canvas.line([(x, top), (x, top + 6)], MUTED, 2)
-        inside = min(max(x, axis.left + canvas.text_width(count(step), size) / 2), _rightmost(canvas, axis, step, size))
+        half = canvas.text_width(count(step), size) / 2
+        inside = min(max(x, axis.left + half), axis.left + axis.width - half)
         canvas.text((inside, top + 28), count(step), size, MUTED, "ms")
 
 
-def _rightmost(canvas: Canvas, axis: StepAxis, step: int, size: int) -> float:
-    return axis.left + axis.width - canvas.text_width(count(step), size) / 2
-
-
 def stripes(height: int, width: int) -> ByteArray:
-    """Slanted stripes that stand for *not observed*, uint8 ``(height, width, 3)``."""
+    """Return slanted stripes, which stand for *not observed*.
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+
+    Returns:
+        uint8 ``(height, width, 3)``.
+    """
     rows, columns = np.ogrid[:height, :width]
     on = (rows + columns) // 3 % 3 == 0
     stripe = mix(UNSEEN, UNSEEN_STRIPE, 0.8)
@@ -143,7 +194,7 @@ def stripes(height: int, width: int) -> ByteArray:
 
 
 def _shortened(text: str, keep: int) -> str:
-    """``keep`` characters of ``text`` around an ellipsis; the end says more than the beginning in a module path."""
+    """Keep ``keep`` characters around an ellipsis; in a module path the end says more than the beginning."""
     if keep >= len(text):
         return text
     head = keep // 3

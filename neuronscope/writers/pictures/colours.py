@@ -1,4 +1,4 @@
-"""The colours of the pictures: a neutral paper for light and dark pages, and scales safe for colour-blind eyes."""
+"""Defines the colours of the pictures: a neutral paper for light and dark pages, scales safe for colour-blind eyes."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ SERIES: tuple[Colour, ...] = (
 
 
 def share_colours(shares: FloatArray) -> ByteArray:
-    """Colour of a dead share.
+    """Return the colours of dead shares.
 
     Args:
-        shares: Shares in [0, 1], any shape ``S``; exactly 0 has a colour of its own. Not NaN.
+        shares: Shares in [0, 1], any shape ``S``, without NaN; exactly 0 has a colour of its own.
 
     Returns:
         uint8 ``S + (3,)``.
@@ -88,13 +88,19 @@ def share_colours(shares: FloatArray) -> ByteArray:
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """``share`` of the second colour in the first."""
+    """Mix two colours.
+
+    Args:
+        first: The first colour.
+        second: The second colour.
+        share: Share of the second colour, in [0, 1].
+    """
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 def ink_on(colour: Colour) -> Colour:
-    """Dark or white ink, whichever is easier to read on ``colour`` (by relative luminance, WCAG 2)."""
+    """Return dark or white ink, whichever is easier to read on ``colour`` (by relative luminance, WCAG 2)."""
     linear = [(value / 255.0) ** 2.2 for value in colour]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return INK if luminance > 0.22 else (255, 255, 255)

@@ -1,7 +1,7 @@
-"""The heat map of one site: every neuron over every window, the dead first, so that one sees who died when.
+"""Draws the heat map of a layer: each neuron over all windows, dead ones first, so that one sees which died when.
 
-One pixel may stand for many neurons. It then shows the *share* of dead among them, never less than a visible part, so
-that dead neurons do not disappear by averaging.
+One pixel may stand for many neurons. It then shows the *share* of dead among them, and always at least a visible part,
+so that averaging does not hide dead neurons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from neuronscope.report.report import (
     LEVEL_UNSEEN,
     SiteReport,
 )
-from neuronscope.writers.pictures.axis import StepAxis, count, percent, spread
+from neuronscope.writers.formatting import count, plural, share
+from neuronscope.writers.pictures.axis import StepAxis, spread
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
 from neuronscope.writers.pictures.colours import (
     ALIVE_HIGH,
@@ -36,6 +37,7 @@ from neuronscope.writers.pictures.colours import (
     Colour,
     mix,
 )
+from neuronscope.writers.wording import observed
 
 __all__ = ["heatmap", "order"]
 
@@ -61,10 +63,10 @@ _GROUPS: tuple[tuple[tuple[str, ...], str, Colour], ...] = (
 
 
 def order(site: SiteReport) -> IntArray:
-    """Neurons from top to bottom of the heat map, int64 ``(N,)``.
+    """Return the neurons from top to bottom of the heat map, int64 ``(N,)``.
 
-    The dead first (born dead, then by the step at which they died), then not finite, cut off, dormant, then the living
-    by their zero-output fraction, most often zero first; the unseen last.
+    Dead ones come first (born dead, then by the step at which they died), then not finite, cut off, dormant ones, then
+    living ones (most often zero first), and unseen ones last.
     """
     group = _group_of(site)
     dead = group == 0
@@ -74,12 +76,12 @@ def order(site: SiteReport) -> IntArray:
 
 
 def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray:
-    """Draw every neuron of one site over all its windows.
+    """Draw every neuron of a layer over all its windows.
 
     Args:
-        site: The site.
-        phase: The phase that the site's report is of, for the title.
-        note: A line to write below the picture.
+        site: The layer.
+        phase: The phase of the report, for the title.
+        note: A line below the picture.
 
     Returns:
         uint8 ``(430, 784, 3)``; 30 higher with a note.
@@ -110,17 +112,14 @@ def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray
 
 
 def _finding(site: SiteReport) -> str:
-    observed = site.neurons - site.unseen
     broken = int(site.judgement.not_finite.sum())
-    if not observed:
+    if not observed(site):
         return "not seen"
-    if broken:
-        return f"{percent(broken / observed)} NaN or inf"
-    return f"{percent(site.dead / observed)} dead"
+    return f"{share(broken, observed(site))} NaN or inf" if broken else f"{share(site.dead, observed(site))} dead"
 
 
 def _subtitle(site: SiteReport, phase: str) -> str:
-    parts = [site.activation, phase, f"{count(site.neurons)} neurons, dead first"]
+    parts = [site.activation, phase, f"{plural(site.neurons, 'neuron')}, dead first"]
     if site.dead:
         parts.append(f"{count(site.born_dead)} never fired, {count(site.died)} died")
     return " · ".join(parts)
@@ -133,10 +132,10 @@ def _group_of(site: SiteReport) -> IntArray:
 
 
 def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
-    """Which neurons, counted in :func:`order`, lie in which row of cells.
+    """Distribute neurons, sorted by :func:`order`, over rows of cells.
 
-    Where there are more neurons than rows, a group of neurons that is not empty still gets three rows: two dead
-    neurons of four thousand must not vanish in a line that nobody sees.
+    If there are more neurons than rows, every group that is not empty still gets three rows: two dead neurons of four
+    thousand must not vanish in a line that nobody sees.
 
     Returns:
         First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,
@@ -154,7 +153,7 @@ def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
 
 
 def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
-    """The pixels: every neuron's own colour where there is room, the mixture of several where there is not."""
+    """Return the pixels, uint8 ``(h, w, 3)``: one neuron has its own colour, several in one cell have a mixture."""
     levels = site.history.levels[:, order(site)]
     spans = np.stack(axis.windows_of_columns(site.history.steps))
     (first, last), inverse = np.unique(spans, axis=1, return_inverse=True)  # many columns show the same windows
@@ -162,7 +161,7 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
     low, _, repeat = _layout(site)
 
     def total(values: npt.NDArray[np.generic]) -> FloatArray:
-        """Sum of ``values (W, N)`` over the windows and neurons of each cell, ``(rows, spans)``."""
+        """Sum ``values (W, N)`` over the windows and neurons of each cell, ``(rows, spans)``."""
         by_row = np.add.reduceat(values, low, axis=1, dtype=np.float64)
         sums = np.concatenate([np.zeros((1, len(low))), np.cumsum(by_row, axis=0)])
         cells: FloatArray = (sums[last] - sums[first]).T
@@ -184,10 +183,10 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
         if not parts[code].any():
             continue
         so_far = so_far + parts[code]
-        share = parts[code] / np.maximum(so_far, 1)
+        part = parts[code] / np.maximum(so_far, 1)
         if code in (LEVEL_NOT_FINITE, LEVEL_DEAD):
-            share = np.where(share > 0, _LEAST_RED + (1 - _LEAST_RED) * share, 0.0)
-        colour = _lerp(colour, _planes(of), share)
+            part = np.where(part > 0, _LEAST_RED + (1 - _LEAST_RED) * part, 0.0)
+        colour = _lerp(colour, _planes(of), part)
     picture = _pixels(colour)[:, column].repeat(repeat, axis=0)
     unseen = (seen == 0)[:, column].repeat(repeat, axis=0)
     if unseen.any():
@@ -196,23 +195,23 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
 
 
 def _planes(colour: Colour) -> FloatArray:
-    """A colour as planes of red, green and blue, ``(3, 1, 1)``."""
+    """Return a colour as planes of red, green and blue, ``(3, 1, 1)``."""
     return np.array(colour, float)[:, None, None]
 
 
 def _lerp(low: FloatArray, high: FloatArray, share: FloatArray) -> FloatArray:
-    """``share (h, w)`` of the second planes in the first, ``(3, h, w)``."""
+    """Mix planes ``(3, h, w)``; ``share (h, w)`` is the share of ``high``."""
     mixed: FloatArray = low + (high - low) * share
     return mixed
 
 
 def _pixels(planes: FloatArray) -> ByteArray:
-    """Planes ``(3, h, w)`` as pixels, uint8 ``(h, w, 3)``."""
+    """Return planes ``(3, h, w)`` as pixels, uint8 ``(h, w, 3)``."""
     return np.moveaxis(np.rint(planes).astype(np.uint8), 0, -1)
 
 
 def _brackets(canvas: Canvas, site: SiteReport, x: float) -> None:
-    """Say beside the picture which neurons lie where, and how many they are."""
+    """Write beside the picture which neurons lie where, and how many there are."""
     group = _group_of(site)
     sizes = [int((group == index).sum()) for index in range(len(_GROUPS))]
     _, rows, repeat = _layout(site)
@@ -228,7 +227,7 @@ def _brackets(canvas: Canvas, site: SiteReport, x: float) -> None:
 
 
 def _scale(canvas: Canvas, right: float, baseline: float) -> None:
-    """The scale of the living: how often their output is zero."""
+    """Draw the scale of living neurons: how often their output is zero."""
     canvas.text((right, baseline), "zeros", _TEXT, MUTED, "rs")
     right -= canvas.text_width("zeros", _TEXT) + 6
     ramp = _pixels(_lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), np.linspace(0, 1, 48)[None].repeat(16, 0)))

@@ -1,4 +1,4 @@
-"""The overview: which layers are dying, and since when. A row a site, a column a window, colour the dead share."""
+"""Draws the overview: which layers are dying, and since when. Rows are layers, columns windows, colours dead shares."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.report.report import Report
-from neuronscope.writers.findings import caveat
+from neuronscope.writers.formatting import count, plural, share
 from neuronscope.writers.grouping import shared_prefix
-from neuronscope.writers.pictures.axis import StepAxis, count, percent
+from neuronscope.writers.pictures.axis import StepAxis
 from neuronscope.writers.pictures.canvas import Canvas, draw_steps, stripes
 from neuronscope.writers.pictures.colours import (
     FRAME,
@@ -21,16 +21,17 @@ from neuronscope.writers.pictures.colours import (
     share_colours,
 )
 from neuronscope.writers.pictures.site_rows import Row, rows_of
+from neuronscope.writers.wording import provisional_note
 
 __all__ = ["MOST_ROWS", "overview"]
 
 ByteArray = npt.NDArray[np.uint8]
 
-#: Rows that fit on a picture which is shown small; more sites are put together by their path.
+#: Rows that fit on a picture that is shown small; more layers are grouped by their path.
 MOST_ROWS = 24
 
-# TensorBoard shows a picture some 390 x 215 pixels large, and leaves out pixels without smoothing: twice that, with
-# strokes two pixels thick, is what one can still read.
+# TensorBoard shows a picture at some 390 x 215 pixels, and leaves out pixels without smoothing: at twice that size,
+# with strokes two pixels thick, one can still read it.
 _WIDTH, _HEIGHT, _MARGIN = 784, 430, 16
 _TOP, _BOTTOM = 116, 38  # above and below the grid
 _NAMES, _NUMBERS = 220, 190  # the columns beside the grid
@@ -38,21 +39,21 @@ _TITLE, _TEXT = 36, 22
 
 
 def overview(report: Report) -> ByteArray:
-    """Draw a report as one picture of all its sites over all its windows.
+    """Draw a report as one picture of all its layers over all its windows.
 
     Args:
         report: The report.
 
     Returns:
-        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for a line below them where the picture
-        holds more than dead shares, or where the window is too short for the policy.
+        uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for each line below them: if the
+        picture shows more than dead shares, and if the window is too short for the policy.
     """
     rows = rows_of(report, MOST_ROWS)
     height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
     size = 22 if height >= 24 else 20
     bottom = _TOP + max(len(rows), 1) * height
     rare = _rare(rows)
-    note = caveat(report, report.examples) if report.observed_neurons else ""
+    note = provisional_note(report, report.examples) if report.observed_neurons else ""
     canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0) + (30 if note else 0))
     room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
     canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
@@ -74,7 +75,7 @@ def overview(report: Report) -> ByteArray:
         _numbers(canvas, row, right, baseline, size)
     canvas.box((left - 1, _TOP - 1, left + width + 1, bottom + 1), outline=FRAME)
     if not any(len(row.steps) for row in rows):
-        missing = "no window is closed yet" if rows else "no site was watched"
+        missing = "no window is closed yet" if rows else "no layer was watched"
         canvas.box(
             (left + width / 2 - 140, (_TOP + bottom) / 2 - 16, left + width / 2 + 140, (_TOP + bottom) / 2 + 16), PAPER
         )
@@ -96,28 +97,28 @@ def _headline(report: Report) -> str:
     if not observed:
         return "No neuron has been observed yet"
     if broken:
-        return f"{percent(broken / observed)} of neurons give NaN or infinity"
+        return f"{share(broken, observed)} of neurons give NaN or infinity"
     if not report.dead and not report.dormant:
         return "No neuron is dead or dormant"
-    return f"{percent(report.dead / observed)} dead, {percent(report.dormant / observed)} dormant"
+    return f"{share(report.dead, observed)} dead, {share(report.dormant, observed)} dormant"
 
 
 def _subtitle(report: Report, rows: list[Row]) -> str:
-    parts = [report.model, report.phase, f"step {count(report.global_step)}", f"{count(report.neurons)} neurons"]
+    parts = [report.model, report.phase, f"step {count(report.global_step)}", plural(report.neurons, "neuron")]
     if len(rows) < len(report.layers):
-        parts.append(f"{count(len(report.layers))} sites in {len(rows)} groups")
+        parts.append(f"{count(len(report.layers))} layers in {plural(len(rows), 'group')}")
     return " · ".join(parts)
 
 
 def _numbers(canvas: Canvas, row: Row, right: float, baseline: float, size: int) -> None:
-    dead = "NaN" if row.broken else percent(row.dead_share)
+    dead = "NaN" if row.broken else share(row.dead, row.observed)
     canvas.text((right - 96, baseline), dead, size, INK if row.dead or row.broken else MUTED, "rs")
-    dormant = "" if row.broken else percent(row.dormant_share)
+    dormant = "" if row.broken else share(row.dormant, row.observed)
     canvas.text((right, baseline), dormant, size, INK if row.dormant else MUTED, "rs")
 
 
 def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
-    """One row of the grid ``(height, width, 3)``: the worst window under each pixel column."""
+    """Draw a row of the grid, uint8 ``(height, width, 3)``: the worst window under each pixel column."""
     unseen = stripes(height, axis.width)
     if not len(row.steps):
         return unseen
@@ -133,7 +134,16 @@ def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
 def _most(
     values: npt.NDArray[np.float64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Greatest value of each run ``first … last - 1``; -1 for an empty run."""
+    """Return the greatest value of each range of windows.
+
+    Args:
+        values: Value of each window, float64 ``(W,)``.
+        first: First window of each range, int64 ``(R,)``.
+        last: Last window of each range plus one, int64 ``(R,)``.
+
+    Returns:
+        float64 ``(R,)``; −1 for an empty range.
+    """
     padded = np.append(values, -1.0)
     most = np.maximum.reduceat(
         padded, np.stack([first, np.maximum(last, first + 1)], axis=1).ravel().clip(0, len(values))
@@ -142,7 +152,7 @@ def _most(
 
 
 def _rare(rows: list[Row]) -> list[tuple[str, Colour | None]]:
-    """What the picture holds besides dead shares: text and colour, ``None`` for stripes."""
+    """Return what the picture shows besides dead shares: text and colour, ``None`` for stripes."""
     rare: list[tuple[str, Colour | None]] = []
     if any(np.isnan(row.share).any() for row in rows):
         rare.append(("not observed", None))
@@ -152,13 +162,13 @@ def _rare(rows: list[Row]) -> list[tuple[str, Colour | None]]:
 
 
 def _scale(canvas: Canvas, x: float, baseline: float) -> None:
-    """The scale of dead shares: none apart, then from above none to all."""
-    for text, shares in (("0%", np.zeros(22)), (">0", np.linspace(1e-6, 1.0, 100))):
+    """Draw the scale of dead shares: a colour for none, then from above none to all."""
+    for text, shares in (("0 %", np.zeros(22)), (">0", np.linspace(1e-6, 1.0, 100))):
         canvas.text((x, baseline), text, _TEXT, MUTED)
         x += canvas.text_width(text, _TEXT) + 6
         canvas.pixels((round(x), round(baseline - 15)), share_colours(shares[None].repeat(16, axis=0)))
         x += len(shares) + 10
-    canvas.text((x - 4, baseline), "100% dead", _TEXT, MUTED)
+    canvas.text((x - 4, baseline), "100 % dead", _TEXT, MUTED)
 
 
 def _swatch(canvas: Canvas, x: float, baseline: float, text: str, colour: Colour | None) -> float:

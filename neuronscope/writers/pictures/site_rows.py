@@ -1,4 +1,4 @@
-"""Rows of an overview: a site each, or, where there are too many, a group of sites."""
+"""Makes the rows of an overview: one for each layer, or one for each group of layers if there are too many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from neuronscope.report.report import LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteReport
 from neuronscope.writers.grouping import Group, group_sites
+from neuronscope.writers.wording import observed as neurons_observed
 
 __all__ = ["Row", "rows_of"]
 
@@ -21,11 +22,11 @@ class Row:
     """One row of an overview (``W`` windows).
 
     Attributes:
-        label: What it is called.
-        sites: Number of sites in it.
+        label: Its name.
+        sites: Number of layers in it.
         steps: Last step of each window, rising, int64 ``(W,)``.
-        share: Dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN where none was observed.
-        not_finite: Whether a neuron gave NaN or infinity in each window, bool ``(W,)``.
+        share: Dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed.
+        not_finite: Whether any neuron gave NaN or infinity in each window, bool ``(W,)``.
         observed: Neurons observed in the report's window.
         dead: Dead neurons in it.
         dormant: Dormant neurons in it.
@@ -42,19 +43,14 @@ class Row:
     dormant: int
     broken: int
 
-    @property
-    def dead_share(self) -> float:
-        """Dead neurons ÷ observed ones in the report's window; NaN where none was observed."""
-        return self.dead / self.observed if self.observed else float("nan")
-
-    @property
-    def dormant_share(self) -> float:
-        """Dormant neurons ÷ observed ones in the report's window; NaN where none was observed."""
-        return self.dormant / self.observed if self.observed else float("nan")
-
 
 def rows_of(report: Report, most: int) -> list[Row]:
-    """The rows that show a report's sites, at most ``most``, in the order in which the sites ran."""
+    """Return the rows that show a report's layers, in the order in which the layers ran.
+
+    Args:
+        report: The report.
+        most: Most rows.
+    """
     by_name = {site.name: site for site in report.layers}
     return [_row(group, [by_name[name] for name in group.sites]) for group in group_sites(list(by_name), most)]
 
@@ -76,7 +72,7 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
         steps=steps,
         share=share,
         not_finite=broken > 0,
-        observed=sum(site.neurons - site.unseen for site in sites),
+        observed=sum(map(neurons_observed, sites)),
         dead=sum(site.dead for site in sites),
         dormant=sum(site.dormant for site in sites),
         broken=sum(int(site.judgement.not_finite.sum()) for site in sites),

@@ -1,6 +1,6 @@
-"""Draws reports on TensorBoard's own pages: scalars, pictures, text, and a byte a neuron for Neuronscope's tab.
+"""Writes reports to TensorBoard's own pages: scalars, pictures, text, and one byte per neuron for Neuronscope's tab.
 
-:func:`scalars` serves every other logger too. Importing this loads neither torch nor TensorBoard nor Pillow.
+Every other logger can use :func:`scalars` too. Importing this loads neither torch nor TensorBoard nor Pillow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The dashboard: one report into TensorBoard's own pages, once a step and never backwards.
+"""Writes reports to TensorBoard's own pages, at most once a step and never at an earlier step than before.
 
-Works with the ``SummaryWriter`` of torch and that of tensorboardX alike, which differ in where their protos come from.
+Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take their protos from different packages.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.writers.findings import caveat
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
 from neuronscope.writers.tensorboard.tags import metric, safe
 from neuronscope.writers.tensorboard.vectors import summaries
+from neuronscope.writers.wording import provisional_note, severity
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -27,7 +27,7 @@ MOST_HEATMAPS = 8
 
 
 class DrawingWriter(Protocol):
-    """What is used of a ``SummaryWriter`` for pictures and text."""
+    """The methods of a ``SummaryWriter`` that pictures and text need."""
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> Any:
         """Write one picture."""
@@ -37,7 +37,7 @@ class DrawingWriter(Protocol):
 
 
 class EventWriter(DrawingWriter, Protocol):
-    """What is used of a ``SummaryWriter``; torch's and tensorboardX's both have it."""
+    """The methods of a ``SummaryWriter`` that a report needs; those of torch and tensorboardX both have them."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Write one number."""
@@ -54,25 +54,25 @@ def write(
     vectors: bool = True,
     per_site: bool = True,
 ) -> None:
-    """Write a report to TensorBoard at a step, all of it through the writer that is given.
+    """Write a report to TensorBoard at a step, all of it through ``writer``.
 
-    What the writer raises is the caller's: :class:`Dashboard` keeps a full disk from ending a training.
+    Errors of the writer reach the caller. :class:`Dashboard` prevents a full disk from ending a training.
 
-    Scalars and text cost milliseconds. Pictures take about 40 ms each, most of it PNG: write them every few windows.
-    Vectors go through a checksum in pure Python, 4 to 8 MB a second: write them every 100 to 500 steps.
+    Scalars and text take milliseconds. Pictures take about 40 ms each, most of it for PNG: write them every few
+    windows. Vectors pass through a checksum in pure Python at 4 to 8 MB a second: write them every 100 to 500 steps.
 
     Args:
         report: The report.
         writer: ``SummaryWriter`` of ``torch.utils.tensorboard`` or ``tensorboardX``.
-        step: The trainer's step, for the x axis. Must never fall for a phase; :class:`Dashboard` sees to that.
-        since: ``report.global_step`` of the report written before, so that no death falls between two; see
+        step: The trainer's step, for the x axis. Must never fall within a phase; :class:`Dashboard` ensures that.
+        since: ``report.global_step`` of the report written before, so that deaths between the two are counted; see
             :func:`scalars`.
-        images: Whether to draw the overview (``neuronscope/overview``) and heat maps (``neuronscope.neurons/<site>``).
-            A network of more than :data:`MOST_HEATMAPS` sites gets ``neuronscope.neurons/worst-1`` … ``worst-8``, each
-            naming its site in the picture, so that the tags stay the same while the worst sites change.
+        images: Whether to draw the overview (``neuronscope/overview``) and heat maps (``neuronscope.neurons/<layer>``).
+            A network of more than :data:`MOST_HEATMAPS` layers gets ``neuronscope.neurons/worst-1`` … ``worst-8``; each
+            picture names its layer, so that the tags stay the same while the worst layers change.
         text: Whether to write the diagnosis (``neuronscope/diagnosis``).
-        vectors: Whether to write a byte a neuron for Neuronscope's own tab.
-        per_site: Whether to write the scalars of the sites.
+        vectors: Whether to write one byte per neuron for Neuronscope's own tab.
+        per_site: Whether to write the scalars of each layer.
     """
     for tag, value in scalars(report, since=since, per_site=per_site).items():
         writer.add_scalar(tag, value, step)
@@ -88,7 +88,7 @@ def append(report: Report, file: EventFile, step: int, *, images: bool, text: bo
         step: The trainer's step, for the x axis.
         images: Whether to draw pictures.
         text: Whether to write the diagnosis.
-        vectors: Whether to write a byte a neuron.
+        vectors: Whether to write one byte per neuron.
 
     Raises:
         OSError: The file cannot be written, or the disk is full.
@@ -106,7 +106,7 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
         tag = f"neuronscope/{metric('overview', report.phase)}"
         writer.add_image(tag, overview(report), step, dataformats="HWC")
         for name, site in _heatmaps(report):
-            picture = heatmap(site, report.phase, caveat(report, site.examples) if site.positions else "")
+            picture = heatmap(site, report.phase, provisional_note(report, site.examples) if site.positions else "")
             tag = f"neuronscope.{metric('neurons', report.phase)}/{name}"
             writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
@@ -117,11 +117,11 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
 
 
 class Dashboard:
-    """Writes reports beside what one ``SummaryWriter`` writes, and remembers what it wrote.
+    """Writes reports to the folder of a ``SummaryWriter``, and remembers the steps that it wrote.
 
-    Steps never go backwards: TensorBoard's data server drops the earlier history of a tag when a lower step comes.
-    Scalars go through the writer. Pictures, text and vectors go to an event file in the folder ``neuronscope`` of the
-    writer's folder, so that they cannot end a training whose disk is full: what cannot be written is left out, with
+    It never writes a lower step than before: TensorBoard's data server drops the history of a tag when a lower step
+    comes. Scalars go through the writer. Pictures, text and vectors go to an event file in the subfolder
+    ``neuronscope``, so that they cannot end a training whose disk is full: what cannot be written is left out, with
     one warning.
 
     Args:
@@ -145,20 +145,20 @@ class Dashboard:
         vectors: bool = True,
         per_site: bool = True,
     ) -> bool:
-        """Write a report, unless its phase was written at this step or a later one; see :func:`write`.
+        """Write a report as :func:`write` does, unless its phase was written at this step or a later one.
 
-        A disk that is full, or a folder that is gone, warns once and raises nothing.
+        A full disk or a missing folder gives one warning and no error.
 
         Args:
             report: The report.
-            step: The trainer's step; ``report.global_step`` where it is not given.
+            step: The trainer's step; ``None`` = ``report.global_step``.
             images: Whether to draw pictures.
             text: Whether to write the diagnosis.
-            vectors: Whether to write a byte a neuron.
-            per_site: Whether to write the scalars of the sites.
+            vectors: Whether to write one byte per neuron.
+            per_site: Whether to write the scalars of each layer.
 
         Returns:
-            Whether it was written, all of it.
+            Whether all of it was written.
         """
         step = report.global_step if step is None else step
         last_step, since = self._written.get(report.phase, (-1, -1))
@@ -189,14 +189,14 @@ class Dashboard:
             )
 
     def state_dict(self) -> dict[str, list[int]]:
-        """What was written last, by phase: plain data for a checkpoint."""
+        """Return the last steps written, by phase, as plain data for a checkpoint."""
         return {phase: list(steps) for phase, steps in self._written.items()}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Go on where another run stopped, so that its deaths are not counted again.
+        """Continue where another run stopped, so that its deaths are not counted again.
 
         Raises:
-            UsageError: ``state`` is not what :meth:`state_dict` gives.
+            UsageError: ``state`` does not come from :meth:`state_dict`.
         """
         try:
             self._written = {str(phase): (int(step), int(since)) for phase, (step, since) in state.items()}
@@ -207,29 +207,31 @@ class Dashboard:
 
 
 def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
-    """The sites that get a heat map, each under a name that stays."""
+    """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
         return [(safe(site.name), site) for site in report.layers]
-    worst = sorted(report.layers, key=_severity)[:MOST_HEATMAPS]  # a stable sort: ties in the order of the network
+    worst = sorted(report.layers, key=severity, reverse=True)[:MOST_HEATMAPS]  # stable: ties stay in network order
     return [(f"worst-{rank}", site) for rank, site in enumerate(worst, 1)]
 
 
-def _severity(site: SiteReport) -> tuple[float, float]:
-    seen = max(site.neurons - site.unseen, 1)
-    broken = int(site.judgement.not_finite.sum())
-    return -(site.dead + broken) / seen, -(site.dormant + site.cut_off) / seen
-
-
 def _add_summary(writer: Any, summary: Summary, step: int) -> None:
-    """Hand a proto to the event file.
+    """Write a summary to the event file of a writer.
 
-    A ``SummaryWriter`` takes no proto of ours. Its ``file_writer`` does: a public attribute in torch and tensorboardX,
-    though neither documents it. ``None`` there means that the writer was closed; writing a scalar opens it again.
+    A ``SummaryWriter`` has no method for a whole summary. Its ``file_writer`` has: a public attribute in torch and
+    tensorboardX, though neither documents it. It is ``None`` after the writer was closed; writing a scalar opens it.
+
+    Args:
+        writer: A ``SummaryWriter`` or :class:`EncodedEvents`.
+        summary: The summary.
+        step: The step.
+
+    Raises:
+        UsageError: The writer was closed.
     """
     file_writer = writer.file_writer
     if file_writer is None:
         raise UsageError("Expected argument `writer` to be open, but its file was closed: write a scalar to open it.")
-    if type(file_writer).__module__.partition(".")[0] == "tensorboardX":  # has protos of its own and refuses all others
+    if type(file_writer).__module__.partition(".")[0] == "tensorboardX":  # accepts only protos of its own
         from tensorboardX.proto.summary_pb2 import Summary as ForeignSummary
 
         file_writer.add_summary(ForeignSummary.FromString(summary.SerializeToString()), step)

@@ -1,8 +1,8 @@
-"""An event file of Neuronscope's own, so that its pictures never pass through a writer that training depends on.
+"""Writes an event file of Neuronscope's own, so that its pictures do not pass through the writer that training uses.
 
-A ``SummaryWriter`` keeps an error of its writing thread and raises it from the next call, whoever makes it: a picture
-that did not fit on the disk would end the user's ``add_scalar``. Here a report is encoded in memory and appended in one
-go, without a thread; the caller sees the error, and nobody else does.
+A ``SummaryWriter`` keeps an error of its writing thread and raises it from the next call of anyone: a picture that did
+not fit on the disk would end the user's ``add_scalar``. Here a report is encoded in memory and appended at once,
+without a thread; only the caller sees an error.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 __all__ = ["EVENT_FOLDER", "SPARE_BYTES", "EncodedEvents", "EventFile", "folder_of", "require_room"]
 
 #: Folder of the event file, inside the run's folder. TensorBoard shows it as a run of its own, ``<run>/neuronscope``:
-#: its Python loader reads the files of one folder one after the other and never returns to an earlier one, so that a
+#: its Python loader reads the files of one folder one after the other and never returns to an earlier one, so a
 #: second file in the run's folder would stop the user's own charts (docs/design.md).
 EVENT_FOLDER = "neuronscope"
-#: Bytes that are left free on the disk, for what the training itself still writes.
+#: Bytes that stay free on the disk for what the training itself still writes.
 SPARE_BYTES = 4 << 20
 
 
 def folder_of(writer: Any) -> str | None:
-    """Return the folder of a ``SummaryWriter`` of torch or tensorboardX; ``None`` where it names none."""
+    """Return the folder of a ``SummaryWriter`` of torch or tensorboardX; ``None`` if it has none."""
     folder = getattr(writer, "log_dir", None) or getattr(writer, "logdir", None)
     return os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else None
 
 
 def require_room(folder: str, size: int = 0) -> None:
-    """Check that a run's folder is there and that its disk has room. Remote folders (``s3://…``) are not checked.
+    """Check that a run's folder exists and that its disk has room. Remote folders (``s3://…``) are not checked.
 
     Args:
         folder: The folder.
-        size: Bytes that are to be written; :data:`SPARE_BYTES` must be left.
+        size: Bytes to be written; :data:`SPARE_BYTES` more must be free.
 
     Raises:
-        OSError: The folder is gone, or the disk is full.
+        OSError: The folder is missing, or the disk is full.
     """
     if "://" in folder:
         return
@@ -61,7 +61,7 @@ def require_room(folder: str, size: int = 0) -> None:
 
 
 class EncodedEvents:
-    """Encodes what it is given as the records of an event file, in memory; takes the place of a ``SummaryWriter``.
+    """Encodes pictures, text and summaries as records of an event file in memory; stands in for a ``SummaryWriter``.
 
     Attributes:
         data: The records so far.
@@ -72,7 +72,7 @@ class EncodedEvents:
 
     @property
     def file_writer(self) -> EncodedEvents:
-        """What takes protos, as in a ``SummaryWriter``."""
+        """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
     def add_image(self, tag: str, img_tensor: npt.NDArray[np.uint8], global_step: int, *, dataformats: str) -> None:
@@ -82,10 +82,10 @@ class EncodedEvents:
             tag: The tag.
             img_tensor: uint8 ``(H, W, C)``.
             global_step: The step.
-            dataformats: ``HWC``, the only one.
+            dataformats: ``HWC``; nothing else is supported.
 
         Raises:
-            UsageError: It is another one.
+            UsageError: ``dataformats`` is not ``HWC``.
         """
         if dataformats != "HWC":
             raise UsageError(f"Expected argument `dataformats` to be 'HWC', but got {dataformats!r}.")
@@ -102,7 +102,7 @@ class EncodedEvents:
         """Add a text.
 
         Args:
-            tag: The tag, to which ``/text_summary`` is added as a ``SummaryWriter`` does.
+            tag: The tag; ``/text_summary`` is appended, as a ``SummaryWriter`` does.
             text_string: Markdown.
             global_step: The step.
         """
@@ -121,22 +121,22 @@ class EncodedEvents:
         self.add_summary(Summary(value=[value]), global_step)
 
     def add_summary(self, summary: Summary, global_step: int) -> None:
-        """Add a proto.
+        """Add a summary.
 
         Args:
-            summary: TensorBoard's own.
+            summary: A proto of TensorBoard's.
             global_step: The step.
         """
         self.data += _record(summary=summary, step=global_step)
 
 
 class EventFile:
-    """An event file in the folder ``neuronscope`` of a run. It is open only while something is appended.
+    """An event file in the subfolder ``neuronscope`` of a run. It is open only while something is appended.
 
     A copy writes a file of its own.
 
     Args:
-        run: The run's folder. It is never made here: what a user removed stays removed.
+        run: The run's folder. It is never created here: what a user removed stays removed.
     """
 
     def __init__(self, run: str) -> None:
@@ -153,7 +153,7 @@ class EventFile:
         """Append records: all of them, or none.
 
         Args:
-            data: As :class:`EncodedEvents` gives them.
+            data: Records from :class:`EncodedEvents`.
 
         Raises:
             OSError: They cannot be written, or would leave too little room on the disk.
@@ -173,7 +173,7 @@ class EventFile:
             except OSError as error:
                 error.filename = file.name
                 with contextlib.suppress(OSError):
-                    file.truncate(size)  # readers stop at half a record, and the space is the training's
+                    file.truncate(size)  # readers stop at half a record, and training needs the space
                 raise
 
     def _append_remote(self, data: bytes) -> None:
@@ -195,7 +195,7 @@ def _header() -> bytes:
 
 
 def _record(**fields: Any) -> bytes:
-    """Return an event of now, with its length and checksums."""
+    """Return an event with the current time, its length and checksums."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 

@@ -1,6 +1,6 @@
-"""Scalars: the few numbers a run is judged by, as tags and floats for whatever logger there is.
+"""Gives the few numbers that a run is judged by, as tags and floats for any logger.
 
-What was not measured has no value here: a number that is missing leaves a gap in a chart, a zero would be a lie.
+What was not measured gets no number: a missing number leaves a gap in a chart, while a zero would be wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteHistory, SiteReport
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric
+from neuronscope.writers.wording import observed
 
 __all__ = ["scalars", "turnover"]
 
@@ -19,26 +20,25 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def scalars(report: Report, *, since: int | None = None, per_site: bool = True) -> dict[str, float]:
-    """The report's numbers by tag, for any logger.
+    """Return a report's numbers by tag, for any logger.
 
     Percentages are of the neurons that were observed. Phases other than ``train`` have their name before the metric's:
     ``neuronscope/val_dead_pct``.
 
-    - What matters, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``, ``neuronscope/not_finite_pct``,
-      and, of training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many neurons died and revived in the
-      windows after ``since``.
-    - What one asks next: ``neuronscope.more/born_dead_pct``, the part of the dead that never fired since watching
-      began, and ``neuronscope.more/cut_off_pct`` (only where gradients were seen).
+    - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``,
+      ``neuronscope/not_finite_pct`` and, in training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many
+      neurons died and revived in the windows after ``since``.
+    - Details: ``neuronscope.more/born_dead_pct``, the neurons that never fired since watching began, and
+      ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
 
-    By site (or, in networks of more than 40 sites, by group of sites): ``neuronscope.dead_pct/<site>`` and
-    ``neuronscope.dormant_pct/<site>``. A network that gives nothing but NaN has no dead share;
-    ``not_finite_pct`` says 100.
+    By layer (or by group of layers, if there are more than 40): ``neuronscope.dead_pct/<layer>`` and
+    ``neuronscope.dormant_pct/<layer>``. A network that gives only NaN has no dead share; its ``not_finite_pct`` is 100.
 
     Args:
         report: The report.
-        since: Step of the report that was logged before this one (its own ``report.global_step``), so that no death
-            falls between two logs; ``None`` counts the last window alone.
-        per_site: Whether to give the numbers of the sites too.
+        since: ``report.global_step`` of the report that was logged before this one, so that deaths between the two are
+            counted; ``None`` counts the last window alone.
+        per_site: Whether to return the numbers of each layer too.
 
     Returns:
         Finite floats by tag, in a stable order.
@@ -46,8 +46,8 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     sites = report.layers
     found = dict(_shares(sites))
     with_gradient = [site for site in sites if site.gradient_positions > 0]
-    if observed := _observed(with_gradient):
-        found["cut_off_pct"] = 100.0 * sum(site.cut_off for site in with_gradient) / observed
+    if neurons := _observed(with_gradient):
+        found["cut_off_pct"] = 100.0 * sum(site.cut_off for site in with_gradient) / neurons
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
         changes = [turnover(site.history, since) for site in sites]
         found["deaths"] = float(sum(deaths for deaths, _ in changes))
@@ -64,13 +64,13 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 
 
 def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
-    """How many deaths and revivals happened in the windows of a history that ended after a step.
+    """Count the deaths and revivals in the windows of a history that ended after a step.
 
-    A neuron that was not observed in a window, or gave NaN, is taken to be as it was: neither a death nor a revival
-    can be told from it. The first window has none: there is nothing to compare it with.
+    A neuron that was not observed in a window, or gave NaN, keeps its state: it neither died nor revived. The first
+    window has no deaths: there is nothing to compare it with.
 
     Args:
-        history: The history of one site, ``(W, N)``.
+        history: The history of one layer (``W`` windows, ``N`` neurons).
         since: Step; ``None`` for the last window alone.
 
     Returns:
@@ -96,28 +96,28 @@ def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
 
 
 def _state(levels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
-    """Which neurons were dead in a window, and of which that can be said."""
+    """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
     return levels == LEVEL_DEAD, (levels != LEVEL_UNSEEN) & (levels != LEVEL_NOT_FINITE)
 
 
 def _group(name: str) -> str:
-    """The group of a metric. TensorBoard sorts a group by name and shows twelve cards: the rest must not come first."""
+    """Return the group of a metric. TensorBoard sorts a group by name and shows 12 cards: details come last."""
     return "neuronscope.more" if name in ("born_dead_pct", "cut_off_pct") else "neuronscope"
 
 
 def _shares(sites: Sequence[SiteReport]) -> dict[str, float]:
-    """Percentages over some sites; empty where nothing was observed."""
-    observed = _observed(sites)
-    if not observed:
+    """Return percentages over some layers; empty if nothing was observed."""
+    neurons = _observed(sites)
+    if not neurons:
         return {}
     broken = sum(int(site.judgement.not_finite.sum()) for site in sites)
-    shares = {"not_finite_pct": 100.0 * broken / observed}
-    if broken < observed:
-        shares["dead_pct"] = 100.0 * sum(site.dead for site in sites) / observed
-        shares["born_dead_pct"] = 100.0 * sum(site.born_dead for site in sites) / observed
-        shares["dormant_pct"] = 100.0 * sum(site.dormant for site in sites) / observed
+    shares = {"not_finite_pct": 100.0 * broken / neurons}
+    if broken < neurons:
+        shares["dead_pct"] = 100.0 * sum(site.dead for site in sites) / neurons
+        shares["born_dead_pct"] = 100.0 * sum(site.born_dead for site in sites) / neurons
+        shares["dormant_pct"] = 100.0 * sum(site.dormant for site in sites) / neurons
     return shares
 
 
 def _observed(sites: Sequence[SiteReport]) -> int:
-    return sum(site.neurons - site.unseen for site in sites)
+    return sum(map(observed, sites))

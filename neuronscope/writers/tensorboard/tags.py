@@ -1,7 +1,7 @@
-"""Tags: one name for each number and each site, safe in every logger, and the same over a whole run.
+"""Names the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
 
-A metric comes first and a site second (``neuronscope.dead_pct/features.3``): TensorBoard makes a group of the text
-before the first ``/``, and hundreds of groups with one chart each help nobody.
+The metric comes first and the layer second (``neuronscope.dead_pct/features.3``): TensorBoard makes a group of the text
+before the first ``/``, and hundreds of groups with one chart each are of no help.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from neuronscope.writers.grouping import Group, group_sites
 
 __all__ = ["MOST_CHARTS", "group_tag", "groups", "metric", "safe"]
 
-#: Charts that one metric gets at most; more sites are put together by their place in the network.
+#: Most charts of one metric; more layers are grouped by their place in the network.
 MOST_CHARTS = 40
 
 _LONGEST = 120
@@ -22,10 +22,10 @@ _FUNCTION, _CALL = "-fn", "-"
 
 
 def safe(name: str) -> str:
-    """A site's name in letters, digits, ``_``, ``.`` and ``-``.
+    """Return a layer's name in letters, digits, ``_``, ``.`` and ``-``.
 
-    A functional site's ``()`` becomes ``-fn`` and a later call's ``#1`` becomes ``-1``. Where anything else has to be
-    replaced, a checksum of the true name keeps two names apart.
+    The ``()`` of a function call becomes ``-fn`` and the ``#1`` of a later call becomes ``-1``. If anything else is
+    replaced, a checksum of the true name keeps different names different.
 
     >>> safe("layer1.0.relu#1"), safe("block.relu()")
     ('layer1.0.relu-1', 'block.relu-fn')
@@ -43,7 +43,11 @@ def safe(name: str) -> str:
 
 
 def metric(name: str, phase: str) -> str:
-    """A metric's name in a phase: bare in training, else with the phase before it.
+    """Return a metric's name in a phase: unchanged in training, else with the phase before it.
+
+    Args:
+        name: The metric.
+        phase: The phase.
 
     >>> metric("dead_pct", "train"), metric("dead_pct", "val")
     ('dead_pct', 'val_dead_pct')
@@ -52,12 +56,12 @@ def metric(name: str, phase: str) -> str:
 
 
 def groups(names: Sequence[str]) -> list[Group]:
-    """What gets a chart of its own: every site, or, above :data:`MOST_CHARTS` sites, groups of them."""
+    """Return what gets a chart of its own: every layer, or groups if there are more than :data:`MOST_CHARTS`."""
     return group_sites(names, MOST_CHARTS)
 
 
 def group_tag(group: Group) -> str:
-    """The last part of the tag of a site or a group of sites.
+    """Return the last part of the tag of a layer or a group of layers.
 
     >>> from neuronscope.writers.grouping import Group
     >>> group_tag(Group("layers.0", "layers.3", ("layers.0.act", "layers.3.act"), False))

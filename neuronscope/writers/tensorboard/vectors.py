@@ -1,8 +1,9 @@
-"""Vectors: one byte a neuron in the event file, which Neuronscope's own tab draws and no other tab minds.
+"""Writes one byte per neuron to the event file, for Neuronscope's own tab; other tabs ignore it.
 
-A tag a site and phase, ``neuronscope.vectors/<site>`` (``neuronscope.val_vectors/<site>``), each a uint8 tensor
-``(C, N)`` of the channels that :data:`CHANNELS` names. TensorBoard keeps the content of a tag's *first* summary only
-and gives tags back unordered, so the content holds what does not change: the site, its place in the network, the codes.
+There is one tag for each layer and phase, ``neuronscope.vectors/<layer>`` (``neuronscope.val_vectors/<layer>``): a
+uint8 tensor ``(C, N)`` of the channels in :data:`CHANNELS`. TensorBoard keeps the content of a tag's *first* summary
+only and returns tags in no order, so the content holds what does not change: the layer, its place in the network, the
+codes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.errors import MissingExtraError
-from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
@@ -25,6 +25,7 @@ from neuronscope.report.report import (
     Report,
     SiteReport,
 )
+from neuronscope.writers.packing import fraction_levels, verdict_levels
 from neuronscope.writers.tensorboard.tags import metric, safe
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ CHANNELS = ("level", "zero_gradient")
 
 
 def codes(site: SiteReport) -> npt.NDArray[np.uint8]:
-    """What is known of a site's neurons in the report's window, a byte each.
+    """Return what is known of a layer's neurons in the report's window, one byte each.
 
     Both channels hold 0 … ``LEVEL_MAX`` for a fraction (0 is exactly 0, ``LEVEL_MAX`` exactly 1) and ``LEVEL_UNSEEN``;
     the first holds the other ``LEVEL_*`` verdicts as well.
@@ -48,22 +49,11 @@ def codes(site: SiteReport) -> npt.NDArray[np.uint8]:
     Returns:
         uint8 ``(2, N)``, in the order of :data:`CHANNELS`.
     """
-    level = _fractions(site.zero_output_fraction)
-    labels = site.judgement.labels()
-    verdicts = {
-        "unseen": LEVEL_UNSEEN,
-        "not finite": LEVEL_NOT_FINITE,
-        "dead": LEVEL_DEAD,
-        "cut off": LEVEL_CUT_OFF,
-        "dormant": LEVEL_DORMANT,
-    }
-    for label, code in verdicts.items():
-        level[labels == LABELS.index(label)] = code
-    return np.stack([level, _fractions(site.zero_gradient_fraction)])
+    return np.stack([verdict_levels(site), fraction_levels(site.zero_gradient_fraction)])
 
 
 def summaries(report: Report) -> list[Summary]:
-    """One TensorBoard summary a site.
+    """Return one TensorBoard summary for each layer.
 
     Raises:
         MissingExtraError: TensorBoard is not installed.
@@ -109,10 +99,3 @@ def _content(report: Report, site: SiteReport, order: int) -> dict[str, Any]:
             "dead": LEVEL_DEAD,
         },
     }
-
-
-def _fractions(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-    """Fractions as bytes; only an exact 0 is 0 and only an exact 1 is ``LEVEL_MAX``."""
-    inner = np.clip(np.rint(np.nan_to_num(values) * LEVEL_MAX), 1, LEVEL_MAX - 1)
-    coded = np.where(values == 0.0, 0, np.where(values == 1.0, LEVEL_MAX, inner))
-    return np.where(np.isnan(values), LEVEL_UNSEEN, coded).astype(np.uint8)

@@ -1,54 +1,29 @@
-// The post-mortem's page: each layer's neurons as a field of cells, and what was said of each.
+// The post-mortem's page: each layer's neurons as cells, and what is known of each.
 (() => {
   "use strict";
   const { labels: LABELS, bases: BASES, layers: LAYERS } = JSON.parse(document.getElementById("report-data").textContent);
-  const { number, inflate, colour, mix, packed } = page;
+  const { number, colour, packed } = page;
   const GONE = ["dead", "never trained", "no gradient"];
   const DEAD = { proved: "--proved", measured: "--dead", inferred: "--inferred", suspected: "--suspected" };
   const OTHERS = { "zero row": "--cut", unread: "--cut", idle: "--cut", quiet: "--warn", alive: "--alive", unknown: "--unknown" };
 
-  class NeuronField {
+  class NeuronMap extends page.Drawing {
     constructor(box, layer) {
-      Object.assign(this, layer, { box, at: null });
-      this.canvas = box.querySelector("canvas");
-      this.readout = document.getElementById(`at-${layer.id}`);
+      super(box, layer);
       this.ends = [];
       layer.runs.reduce((sum, run) => (this.ends.push(sum + run[2]), sum + run[2]), 0);
-      box.addEventListener("pointermove", (event) => this.point(event));
-      box.addEventListener("pointerdown", (event) => this.point(event));
-      box.addEventListener("pointerleave", () => document.activeElement !== box && this.leave());
-      box.addEventListener("keydown", (event) => this.key(event));
-      box.addEventListener("focus", () => this.move(this.at ?? 0));
-      box.addEventListener("blur", () => this.leave());
     }
 
-    async load() {
-      if (this.loading) return this.loading;
-      this.draw(); // the runs are at hand; only what is read of one neuron must be unpacked
-      this.loading = (this.data ? inflate(this.data) : Promise.resolve(new Uint8Array())).then((bytes) => {
-        let offset = 0;
-        const take = (length) => bytes.subarray(offset, (offset += length));
-        const words = (length) => {
-          const planes = take(4 * length);
-          const view = new DataView(new ArrayBuffer(4 * length));
-          for (let i = 0; i < length; i++) for (let plane = 0; plane < 4; plane++) view.setUint8(4 * i + plane, planes[plane * length + i]);
-          return view;
-        };
-        if (this.hasNeurons) {
-          [this.index, this.mask] = [words(this.neurons), words(this.neurons)];
-          [this.deciding, this.dating, this.contested] = [take(this.neurons), take(this.neurons), take(this.neurons)];
-        }
-        if (this.stepUnit) this.since = words(this.told);
-        if (this.hasNumbers) this.numbers = words(this.told);
-        this.loaded = true;
-        this.draw();
-      }).catch(() => {
-        this.readout.textContent = "This browser cannot unpack the neurons (it lacks DecompressionStream).";
-      });
-      return this.loading;
+    unpack(planes) {
+      if (this.hasNeurons) {
+        [this.index, this.mask] = [planes.numbers(this.neurons), planes.numbers(this.neurons)];
+        [this.deciding, this.dating, this.contested] = [planes.take(this.neurons), planes.take(this.neurons), planes.take(this.neurons)];
+      }
+      if (this.stepUnit) this.since = planes.numbers(this.marked);
+      if (this.hasNumbers) this.numbers = planes.numbers(this.marked, Float32Array);
     }
 
-    // How the cells lie: as large as a height of 130 pixels allows; where there is no room, neighbours share one.
+    // Lay out the cells: as large as a height of 130 pixels allows; if there is no room, neighbours share one.
     lay() {
       const width = this.box.clientWidth;
       this.cell = Math.min(Math.max(Math.floor(Math.sqrt((width * 130) / this.neurons)), 4), 16);
@@ -84,7 +59,7 @@
         packed(colour(GONE.includes(LABELS[label]) ? DEAD[BASES[basis]] : OTHERS[LABELS[label]] ?? "--alarm")));
       let run = 0;
       for (let cell = 0; cell < this.cells; cell++) {
-        const place = cell * this.each; // the gravest of those that share the cell
+        const place = cell * this.each; // the worst of those that share the cell
         while (place >= this.ends[run]) run += 1;
         const label = LABELS[this.runs[run][0]];
         const [left, top] = [(cell % this.columns) * size, Math.floor(cell / this.columns) * size];
@@ -106,83 +81,65 @@
       if (this.at !== null) this.mark();
     }
 
-    point(event) {
-      if (!this.columns) return;
+    start() {
+      return 0;
+    }
+
+    find(event) {
+      if (!this.columns) return null;
       const frame = this.canvas.getBoundingClientRect();
       const column = Math.floor((event.clientX - frame.left) / this.cell);
       const row = Math.floor((event.clientY - frame.top) / this.cell);
       const cell = row * this.columns + column;
-      if (column >= 0 && column < this.columns && cell >= 0 && cell < this.cells) this.move(cell * this.each);
+      return column >= 0 && column < this.columns && cell >= 0 && cell < this.cells ? cell * this.each : null;
     }
 
-    key(event) {
-      const place = this.at ?? 0;
+    moves(place) {
       const row = this.columns * this.each;
-      const moves = {
+      return {
         ArrowLeft: place - 1, ArrowRight: place + 1, ArrowUp: place - row, ArrowDown: place + row,
         PageUp: place - 5 * row, PageDown: place + 5 * row, Home: 0, End: this.neurons - 1,
       };
-      if (event.key === "Escape") this.box.blur();
-      if (!(event.key in moves) || event.altKey || event.ctrlKey || event.metaKey) return;
-      event.preventDefault();
-      this.move(moves[event.key]);
     }
 
-    async move(place) {
-      this.at = Math.min(Math.max(place, 0), this.neurons - 1);
-      await this.load();
-      if (!this.loaded || this.at === null) return;
-      this.mark();
-      this.readout.textContent = this.describe(this.at);
+    clamp(place) {
+      return Math.min(Math.max(place, 0), this.neurons - 1);
     }
 
-    mark() {
-      if (!this.here) {
-        this.here = document.createElement("div");
-        this.here.className = "here";
-        this.box.append(this.here);
-      }
-      const cell = Math.floor(this.at / this.each);
-      this.here.hidden = false;
-      Object.assign(this.here.style, {
-        left: `${(cell % this.columns) * this.cell - 1}px`, top: `${Math.floor(cell / this.columns) * this.cell - 1}px`,
-        width: `${this.cell + 3}px`, height: `${this.cell + 3}px`,
-      });
-    }
-
-    leave() {
-      this.at = null;
-      if (this.here) this.here.hidden = true;
-      this.readout.textContent = "";
+    frame(place) {
+      const cell = Math.floor(place / this.each);
+      return {
+        left: (cell % this.columns) * this.cell - 1, top: Math.floor(cell / this.columns) * this.cell - 1,
+        width: this.cell + 3, height: this.cell + 3,
+      };
     }
 
     describe(place) {
       const [label, basis, size] = this.run(place);
       const verdict = BASES[basis] ? `${LABELS[label]}, ${BASES[basis]}` : LABELS[label];
       if (!this.hasNeurons) return `${verdict}: ${number.format(size)} of ${number.format(this.neurons)} neurons`;
-      const said = [`Neuron ${this.index.getUint32(4 * place, true)}: ${verdict}`];
+      const parts = [`Neuron ${this.index[place]}: ${verdict}`];
       const source = (plane) => this.evidence[plane[place] - 1];
       const decided = source(this.deciding);
-      if (decided) said[0] += ` (${decided[2]})`;
-      if (this.numbers && place < this.told && decided?.[3]) {
-        const value = this.numbers.getFloat32(4 * place, true);
-        if (!Number.isNaN(value)) said.push(`${decided[3]}: ${Number(value.toPrecision(3))}`);
+      if (decided) parts[0] += ` (${decided[2]})`;
+      if (this.numbers && place < this.marked && decided?.[3]) {
+        const value = this.numbers[place];
+        if (!Number.isNaN(value)) parts.push(`${decided[3]}: ${Number(value.toPrecision(3))}`);
       }
-      if (this.since && place < this.told) {
-        const step = this.since.getUint32(4 * place, true) - 2;
+      if (this.since && place < this.marked) {
+        const step = this.since[place] - 2;
         const dated = source(this.dating);
         const by = dated && dated !== decided ? ` (${dated[2]}, ${dated[1]})` : "";
-        if (step === -1) said.push(`since the beginning${by}`);
-        else if (step >= 0) said.push(`since ${this.stepUnit > 1 ? "about " : ""}step ${number.format(step)}${by}`);
+        if (step === -1) parts.push(`since the beginning${by}`);
+        else if (step >= 0) parts.push(`since ${this.stepUnit > 1 ? "about " : ""}step ${number.format(step)}${by}`);
       }
-      const mask = this.mask.getUint32(4 * place, true);
+      const mask = this.mask[place];
       const all = this.evidence.filter((_, at) => (mask >>> at) & 1).filter((one) => one !== decided);
-      if (all.length) said.push(`also said: ${all.map(([claim, ground, who]) => `${claim}, ${ground} (${who})`).join("; ")}`);
-      if (this.contested[place]) said.push("CONTESTED");
-      return said.join(" · ");
+      if (all.length) parts.push(`also: ${all.map(([claim, ground, who]) => `${claim}, ${ground} (${who})`).join("; ")}`);
+      if (this.contested[place]) parts.push("CONTESTED");
+      return parts.join(" · ");
     }
   }
 
-  const byId = new Map(LAYERS.map((layer) => [String(layer.id), layer]));
-  page.show(...[...document.querySelectorAll(".field")].map((box) => new NeuronField(box, byId.get(box.dataset.layer))));
+  page.show(NeuronMap, LAYERS);
 })();
