@@ -63,5 +63,5 @@ def test_a_class_of_ones_own_can_be_derived() -> None:
     class Mine(DeadNeuronMonitor):
         """A user's."""
 
-    assert Mine().state_key.startswith("test_a_class_of_ones_own_can_be_derived.<locals>.Mine{")
+    assert Mine().state_key.startswith("test_a_class_of_ones_own_can_be_derived.<locals>.Mine(")
     assert Mine().state_key != Mine(sites="fc*").state_key
