@@ -45,8 +45,9 @@ def most_examples(meters: Iterable[Meter]) -> int:
 
 
 def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> Tally:
-    gradient_meter = meter if meter.gate is None else meter.gate  # a gated product has its gate's pre-activation
-    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, gradient_meter))
+    # The pre-activation of a gated product is its gate's, so the gate has the gradients.
+    gate_meter = meter if meter.gate is None else meter.gate
+    own, gate = (dict(zip(Counters._fields, counted[id(each)], strict=True)) for each in (meter, gate_meter))
     positions, _, examples = meter.totals(own["traced"].tolist())
     return Tally(
         info=info,
@@ -57,7 +58,7 @@ def _tally(info: SiteInfo, meter: Meter, counted: dict[int, list[AnyArray]]) -> 
         last_active_step=own["last_active"].astype(np.int64, copy=False),
         first_active_step=own["first_active"].astype(np.int64, copy=False),
         positions=positions,
-        gradient_positions=gradient_meter.totals(gate["traced"].tolist())[1],
+        gradient_positions=gate_meter.totals(gate["traced"].tolist())[1],
         examples=examples,
     )
 
