@@ -63,9 +63,5 @@ def test_a_user_can_derive_from_the_monitor() -> None:
     class Mine(DeadNeuronMonitor):
         """A user's."""
 
-<<<<<<< HEAD
     assert Mine().state_key.startswith("test_a_user_can_derive_from_the_monitor.<locals>.Mine(WatchOptions(")
-=======
-    assert Mine().state_key.startswith("test_a_class_of_ones_own_can_be_derived.<locals>.Mine(")
->>>>>>> h-callbacks
     assert Mine().state_key != Mine(sites="fc*").state_key
