@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import neuronscope
 from neuronscope.demo.digits import Digits
-from neuronscope.demo.logs import VariantLog
 from neuronscope.demo.recipe import Recipe, Variant
 from neuronscope.demo.results import Comparison, Epoch, Run
+from neuronscope.demo.tensorboard_logs import VariantLog
 from neuronscope.demo.training import train
 from neuronscope.report.report import Report
 

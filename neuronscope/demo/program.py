@@ -14,11 +14,11 @@ from rich.text import Text
 from neuronscope.demo.compare import compare
 from neuronscope.demo.conclusions import findings
 from neuronscope.demo.digits import Digits, load_digits
-from neuronscope.demo.logs import remove_earlier_logs
 from neuronscope.demo.picture import comparison_png, import_matplotlib
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant
 from neuronscope.demo.results import Comparison
 from neuronscope.demo.tables import layer_table, main_table
+from neuronscope.demo.tensorboard_logs import remove_earlier_logs
 from neuronscope.errors import UsageError
 from neuronscope.output import write_file
 

@@ -13,9 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from neuronscope.demo.digits import Digits
-from neuronscope.demo.logs import remove_earlier_logs
 from neuronscope.demo.program import run_demo
 from neuronscope.demo.recipe import QUICK, VARIANTS
+from neuronscope.demo.tensorboard_logs import remove_earlier_logs
 from neuronscope.errors import UsageError
 
 from .conftest import MINIATURE, Shown

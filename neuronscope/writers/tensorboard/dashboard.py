@@ -30,17 +30,36 @@ class DrawingWriter(Protocol):
     """The methods of a ``SummaryWriter`` that pictures and text need."""
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> Any:
-        """Write one picture."""
+        """Write one picture.
+
+        Args:
+            tag: The tag.
+            img_tensor: The picture, uint8 ``(H, W, C)``.
+            global_step: The step.
+            dataformats: ``HWC``.
+        """
 
     def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
-        """Write one text."""
+        """Write one text.
+
+        Args:
+            tag: The tag.
+            text_string: Markdown.
+            global_step: The step.
+        """
 
 
 class EventWriter(DrawingWriter, Protocol):
     """The methods of a ``SummaryWriter`` that a report needs; those of torch and tensorboardX both have them."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Write one number."""
+        """Write one number.
+
+        Args:
+            tag: The tag.
+            scalar_value: The number.
+            global_step: The step.
+        """
 
 
 def write(
