@@ -186,7 +186,7 @@ def test_a_hugging_face_folder_is_checkpoint_and_model_in_one(folder: Path) -> N
     torch.save({"neuronscope.DeadNeuronCallback{}": {"scope": scope.state_dict()}}, "opt/neuronscope.pt")
     (Path("opt") / "trainer_state.json").write_text(json.dumps({"global_step": 3, "stateful_callbacks": {}}))
     record = report_of("opt")
-    assert record["step"] == 3
+    assert record["global_step"] == 3
     assert {neuron for neuron, said in verdicts(record, site).items() if said == ("dead", "measured")} >= {5, 7}
 
 

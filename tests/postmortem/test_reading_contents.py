@@ -190,7 +190,7 @@ def test_content_that_is_not_understood_is_described_in_a_sentence(name: str, tm
 
 def test_folders_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"give one of them, as 'last\.ckpt'"):
+    with pytest.raises(CheckpointError, match=r"give one of them, such as 'last\.ckpt'"):
         open_checkpoint(tmp_path)
     (tmp_path / "zero_to_fp32.py").write_text("")
     with pytest.raises(CheckpointError, match="DeepSpeed"):
