@@ -43,12 +43,7 @@ def is_distributed(tensor: Tensor) -> bool:
     >>> is_distributed(torch.ones(2))
     False
     """
-    return (
-        type(tensor) is not Tensor
-        and not is_tracing()
-        and hasattr(tensor, "placements")
-        and hasattr(tensor, "device_mesh")
-    )
+    return _has_placements(tensor) and not is_tracing()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -69,7 +64,7 @@ def sharded_dims(tensor: Tensor) -> tuple[int | None, ...]:
     Returns:
         One entry for each dimension of the mesh, ``None`` if that one shards nothing; ``()`` for a plain tensor.
     """
-    if not is_distributed(tensor):
+    if not _has_placements(tensor):
         return ()
     placements: Any = tensor.placements  # type: ignore[attr-defined]
     return tuple(placement.dim % tensor.dim() if placement.is_shard() else None for placement in placements)
@@ -77,7 +72,7 @@ def sharded_dims(tensor: Tensor) -> tuple[int | None, ...]:
 
 def is_partial(tensor: Tensor) -> bool:
     """Whether a tensor is the sum of the parts of several ranks, so that one rank's part means nothing by itself."""
-    return is_distributed(tensor) and any(placement.is_partial() for placement in tensor.placements)  # type: ignore[attr-defined]
+    return _has_placements(tensor) and any(placement.is_partial() for placement in tensor.placements)  # type: ignore[attr-defined]
 
 
 def neuron_shard(tensor: Tensor, axis: int) -> NeuronShard:
@@ -122,7 +117,12 @@ def is_tensor_parallel(model: nn.Module | None) -> bool:
 
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:
     """Return for each dimension of the mesh the number of ranks along it, and the place of this rank."""
-    if not is_distributed(tensor):
+    if not _has_placements(tensor):
         return ()
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     return tuple((mesh.size(dimension), mesh.get_local_rank(dimension)) for dimension in range(mesh.ndim))
+
+
+def _has_placements(tensor: Tensor) -> bool:
+    """Whether a tensor is of a distributed class. Weights are asked while ``torch.compile`` traces, too."""
+    return type(tensor) is not Tensor and hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -137,7 +137,9 @@ def programs(draw: st.DrawFn) -> Program:
         anew=draw(st.booleans()),
         evaluate=draw(st.booleans()),
         every=draw(st.integers(1, 2)),
-        frozen=draw(st.booleans()),
+        # Torch 2.13 crashes in the backward pass of GroupNorm, watched or not, if its channels-last input needs no
+        # gradient.
+        frozen=draw(st.booleans()) and (layout != "channels last" or all(kind != "norm" for kind, _ in operations)),
         batch=draw(st.sampled_from([1, 2, 3, WIDTH])),
     )
 

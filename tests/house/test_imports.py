@@ -20,7 +20,7 @@ CASES = {
     "neuronscope.report.report": HEAVY,
     "neuronscope.judge.verdicts": HEAVY,
     "neuronscope.judge.diagnosis": HEAVY,
-    "neuronscope.postmortem": (*HEAVY, "numpy"),
+    "neuronscope.checkpoints": (*HEAVY, "numpy"),
     "neuronscope.checkpoints.verdict.combine": HEAVY,
     "neuronscope.checkpoints.command": HEAVY,
     "neuronscope.checkpoints.writers.postmortem_html": HEAVY,
