@@ -55,6 +55,13 @@ class SiteInfo:
         first: If ranks share a layer's neurons, the index of this rank's first neuron in the whole layer; −1 if another
             rank counts the same neurons at the same positions.
         whole: Number of neurons in the whole layer; 0 if the layer is not known to be shared between ranks.
+        layer: Path of the layer whose units the neurons are; ``""`` if no layer is known. Branches that were joined
+            have both paths, as in ``a+b``.
+        units: The units that the neurons are, in their order: (layer, start, stop, step) of each run of units; empty if
+            no layer is known.
+        output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
+            it, as a loss does.
+        readers: Paths of the layers that read the site's output.
     """
 
     activation: str
@@ -64,3 +71,17 @@ class SiteInfo:
     axis_source: str
     first: int = 0
     whole: int = 0
+    layer: str = ""
+    units: tuple[tuple[str, int, int, int], ...] = ()
+    output: bool = False
+    readers: tuple[str, ...] = ()
+
+    @property
+    def assumed(self) -> bool:
+        """Whether it was only assumed which dimension indexes the neurons."""
+        return self.axis_source.startswith("assumed")
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals, metrics and alarms include the site: its units are known, and are not outputs."""
+        return not (self.assumed or self.output)
