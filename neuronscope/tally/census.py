@@ -101,8 +101,23 @@ class Tally:
 
     @property
     def axis_source(self) -> str:
-        """How the axis was found."""
+        """How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``."""
         return self.info.axis_source
+
+    @property
+    def layer(self) -> str:
+        """Path of the layer whose units the neurons are; ``""`` if no layer is known."""
+        return self.info.layer
+
+    @property
+    def units(self) -> tuple[tuple[str, int, int, int], ...]:
+        """The units that the neurons are, in their order: (layer, start, stop, step) of each run of units."""
+        return self.info.units
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Paths of the layers that read the site's output."""
+        return self.info.readers
 
     @property
     def not_finite(self) -> int:
@@ -125,7 +140,7 @@ class Tally:
         return _fraction(self.abs_sum, self.positions)
 
     def merge(self, other: Tally) -> Tally:
-        """Return the sum of both tallies, equal to counting everything in one.
+        """Return the sum of this tally and a later one, equal to counting everything in one.
 
         Raises:
             StateError: The tallies have different numbers of neurons.
@@ -134,6 +149,7 @@ class Tally:
             raise StateError(f"Expected tallies of {self.neurons} neurons to merge, but got {other.neurons}.")
         return replace(
             self,
+            info=other.info,
             zero_outputs=self.zero_outputs + other.zero_outputs,
             zero_gradients=self.zero_gradients + other.zero_gradients,
             not_finite_outputs=self.not_finite_outputs + other.not_finite_outputs,
@@ -166,7 +182,7 @@ class Tally:
                 for name, value in state.items()
                 if name != "info"
             }
-            tally = cls(info=SiteInfo(**state["info"]), **values)
+            tally = cls(info=_info(state["info"]), **values)
             tally._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -276,6 +292,11 @@ class Census(Mapping[str, Tally]):
             return cls(tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")})
         except (KeyError, AttributeError, TypeError) as error:
             raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
+
+
+def _info(state: Mapping[str, Any]) -> SiteInfo:
+    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state["units"])
+    return SiteInfo(**{**state, "units": units, "readers": tuple(state["readers"])})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:
