@@ -114,7 +114,7 @@ def _functions(module: ModuleType) -> Iterator[FunctionType]:
 
 
 def while_tracing(function: Callable[..., None], *names: str) -> Callable[[ComptimeContext], None]:
-    """Return a function to be given to ``comptime``, which runs it while ``torch.compile`` traces the code that does so.
+    """Return a function for ``comptime``: it runs while ``torch.compile`` traces the code that calls ``comptime``.
 
     The function is run instead of being traced, so that nothing of what it does is part of the graph. It receives local
     variables of the code. For a traced tensor it receives the fake tensor that stands for it, or the real one if the
@@ -147,7 +147,7 @@ def _value(variable: Any) -> Any:
         argument = meta.get("grapharg")
         real = None if argument is None else argument.example
         return meta["example_value"] if real is None or not isinstance(real, torch.Tensor) else real
-    if isinstance(variable, variables.SymNodeVariable):
+    if isinstance(variable, variables.tensor.SymNodeVariable):
         return variable.sym_num
     if isinstance(variable, variables.ConstDictVariable):
         return {key.vt.as_python_constant(): _value(item) for key, item in variable.items.items()}

@@ -136,7 +136,7 @@ class NeuronFlow:
             self._led_to[key] = led_to
         origins, is_layer = led_to
         if is_layer:
-            self._note_layer(function, described, named, origins)
+            self._note_layer(described, named, origins)
             if is_distributed(outputs[0]):
                 self._note_distributed((*args, *kwargs.values()), outputs[0], origins[0])
         for output, origin in zip(outputs, origins, strict=True):
@@ -164,9 +164,7 @@ class NeuronFlow:
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(shapes)
         return origins, bool(origins[0].upstream >> call & 1)
 
-    def _note_layer(
-        self, function: Any, described: tuple[Any, ...], named: tuple[Any, ...], origins: tuple[Origin, ...]
-    ) -> None:
+    def _note_layer(self, described: tuple[Any, ...], named: tuple[Any, ...], origins: tuple[Origin, ...]) -> None:
         layer = origins[0].layer
         self.layers.append(layer)
         self.seen.setdefault(layer)

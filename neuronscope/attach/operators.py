@@ -638,7 +638,7 @@ _ATTRIBUTES: dict[Any, Rule] = {
 }
 
 
-def _unfold(operation: Operation) -> Origin:
+def _unfold(operation: Operation) -> Sequence[Origin] | Origin:
     method = isinstance(operation.argument(1, "dimension"), int) and len(operation.args) > 2
     return _move_rule(_unfolded)(operation) if method else _lose(operation)
 
@@ -861,12 +861,12 @@ def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, ups
         single = len(units.dims[dim]) <= 1 and all(
             not has_units(other) for place, other in enumerate(units.dims) if place != dim
         )
-        if not single or not (has_units(units.dims[dim]) or units.count == 1):
+        if not single or not (has_units(units.dims[dim]) or units.size == 1):
             return Origin.of(LOST, upstream)
     runs = merge_all(run for units in everything for run in units.tensor_runs())
     layers = dict.fromkeys(layer for layer, *_ in runs)
     calls = tuple(dict.fromkeys(call for units in everything for call in units.call))
-    width = sum(units.count for units in everything)
+    width = sum(units.size for units in everything)
     dims = list(everything[0].dims)
     dims[dim] = ((width, 1),)
     sites = tuple(each.origin.site for each in data)
@@ -940,7 +940,8 @@ def _reduce_rule(operation: Operation) -> Sequence[Origin]:
     if (
         others
         and operation.outputs
-        and tuple(operation.outputs[0]) == tuple(max((operand.shape, *(each.shape for each in others)), key=len))
+        and tuple(operation.outputs[0])
+        == tuple(max((operand.shape, *(each.shape for each in others)), key=lambda shape: len(shape)))
     ):
         return [_bending(operation)] * len(operation.outputs)  # max(a, b), min(a, b)
     if origin.units is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from neuronscope.attach.units import Units, broadcast
 
@@ -45,8 +45,8 @@ class Origin:
 
     __slots__ = ("bent", "layer", "picked", "site", "state", "units", "upstream")
 
-    _known: dict[tuple[Any, ...], Origin] = {}
-    _MOST_KNOWN = 100_000
+    _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
+    _MOST_KNOWN: ClassVar[int] = 100_000
 
     state: str
     upstream: int

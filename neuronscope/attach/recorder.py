@@ -299,8 +299,15 @@ class SiteRecorder:
             self._hook(x, call.hook)
         return call
 
-    def _begin_in_graph(self, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None) -> Any:
-        phase = self.running_phase
+    def _begin_in_graph(  # `comptime` reads its arguments and variables
+        self,
+        path: str,  # noqa: ARG002
+        function: str,  # noqa: ARG002
+        activation: Activation,  # noqa: ARG002
+        x: Tensor,
+        glu_dim: int | None,
+    ) -> Any:
+        phase = self.running_phase  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -479,8 +486,7 @@ class SiteRecorder:
         self._unclear.setdefault(
             place,
             (
-                "it is not known which dimension of its input holds neurons: declare it, as in "
-                f"`axes={{{place!r}: 1}}`",
+                f"it is not known which dimension of its input holds neurons: declare it, as in `axes={{{place!r}: 1}}`",
                 self.forward.flow.last_layers(origin),
             ),
         )
@@ -563,18 +569,16 @@ class SiteRecorder:
             if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
             origin = flow.origin(factor)
-            gate = None if origin.site is None or origin.units is None else self._gates.get(origin.site)
-            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or _same_units(origin, beside):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin, y, traced)
+            return self._gated(phase, gate, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, origin: Origin, y: Tensor, traced: bool) -> Call | None:
-        units = origin.units
-        assert units is not None
+    def _gated(self, phase: str, gate: Call, units: Units, y: Tensor, traced: bool) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
         key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(units, name))
         if not traced and in_transform(y):

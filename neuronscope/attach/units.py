@@ -49,7 +49,7 @@ class Units(NamedTuple):
     dims: Dims
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of units in the tensor."""
         return math.prod(size for dim in self.dims for size, stride in dim if stride)
 
@@ -84,14 +84,14 @@ class Units(NamedTuple):
 
     def tensor_runs(self) -> tuple[Run, ...]:
         """Return the units of the tensor, in the order in which they are counted."""
-        if self.count == self.width:
+        if self.size == self.width:
             return self.runs
         every = [(layer, unit) for layer, *bounds in self.runs for unit in range(*bounds)]
         return merge_runs(every[number] for number in self.numbers())
 
     def text(self) -> str:
         """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
-        if self.count == self.width:
+        if self.size == self.width:
             return ""
         runs = self.tensor_runs()
         several = len({layer for layer, *_ in runs}) > 1
