@@ -675,7 +675,7 @@ def _indexed(operation: Operation, operand: Operand, index: tuple[Any, ...]) -> 
         return origin
     units = _index_units(origin.units, operand.shape, index, shape)
     if units is ENDED:
-        return Origin.of(ENDED, origin.upstream)
+        return Origin.of(ENDED, origin.upstream, layer=origin.units.layer)
     return origin.but(units=units) if isinstance(units, Units) else Origin.of(LOST, origin.upstream)
 
 
@@ -803,7 +803,7 @@ def _take_along(operation: Operation) -> Origin:
         return origin
     dim = operation.argument(1, "dim", "axis")
     if not isinstance(dim, int) or has_units(origin.units.dims[dim % rank]):
-        return Origin.of(ENDED, _upstream(operation))
+        return Origin.of(ENDED, _upstream(operation), layer=origin.units.layer)
     found = _placed(origin.units.dims, operation.outputs[0])
     return Origin.of(LOST, origin.upstream) if found is None else origin.but(units=origin.units._replace(dims=found))
 
@@ -941,7 +941,7 @@ def _reduce_rule(operation: Operation) -> Sequence[Origin]:
         others
         and operation.outputs
         and tuple(operation.outputs[0])
-        == tuple(max((operand.shape, *(each.shape for each in others)), key=lambda shape: len(shape)))
+        == tuple(max((operand.shape, *(each.shape for each in others)), key=math.prod))
     ):
         return [_bending(operation)] * len(operation.outputs)  # max(a, b), min(a, b)
     if origin.units is None:
@@ -955,12 +955,13 @@ def _reduce_rule(operation: Operation) -> Sequence[Origin]:
     return [origin.but(units=origin.units._replace(dims=dims))] * len(operation.outputs)
 
 
-def _along_rule(place: int, default: int | None = None) -> Rule:
-    """Return the rule of a function along one dimension that keeps the shape, such as softmax.
+def _along_rule(place: int, default: int | None = None, *, picks: bool = False) -> Rule:
+    """Return the rule of a function along one dimension, such as softmax.
 
     Args:
         place: Place of the dimension among the arguments.
         default: The dimension if none is given; ``None`` stands for all.
+        picks: Whether the results are some of the elements, in an order that depends on the data.
     """
 
     def rule(operation: Operation) -> Sequence[Origin]:
@@ -971,7 +972,8 @@ def _along_rule(place: int, default: int | None = None) -> Rule:
         dim = operation.argument(place, "dim", "axis", default=default)
         along = [dim % rank] if isinstance(dim, int) and not isinstance(dim, bool) and rank else range(rank)
         if any(has_units(origin.units.dims[axis]) for axis in along):
-            return [Origin.of(ENDED, origin.upstream)] * len(operation.outputs)
+            layer = origin.units.layer if picks else ""
+            return [Origin.of(ENDED, origin.upstream, layer=layer)] * len(operation.outputs)
         found = []
         for shape in operation.outputs:
             dims = _placed(origin.units.dims, shape) if len(shape) == rank else None
@@ -991,8 +993,8 @@ _register(
     _reduce_rule,
 )
 _register("softmax log_softmax softmin gumbel_softmax cumsum cumprod logcumsumexp cummax cummin diff", _along_rule(1))
-_register("sort argsort topk", _along_rule(1, -1))
-_RULES.update({function: _along_rule(2, -1) for function in spellings("topk", "kthvalue")})
+_register("sort argsort", _along_rule(1, -1, picks=True))
+_register("topk kthvalue", _along_rule(2, -1, picks=True))
 
 
 # ---- pooling, padding, resizing: they change sizes of positions

@@ -37,7 +37,8 @@ class Origin:
         state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
-        layer: Path of the layer of a weight; ``""`` if it is not known.
+        layer: Path of the layer of a weight, or of the layer some of whose units were picked by data, if its state is
+            :data:`ENDED`; ``""`` if there is none or it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
@@ -145,7 +146,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        return Origin.of(origin.state, upstream)
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "")
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)

@@ -474,6 +474,11 @@ class SiteRecorder:
                 "declare its axis to count those together",
             )
             return False
+        if state == ENDED and origin.layer:
+            self.not_measured.setdefault(
+                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+            )
+            return False
         if state in (ENDED, WEIGHT):
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
@@ -486,7 +491,7 @@ class SiteRecorder:
         self._unclear.setdefault(
             place,
             (
-                f"it is not known which dimension of its input holds neurons: declare it, as in `axes={{{place!r}: 1}}`",
+                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
                 self.forward.flow.last_layers(origin),
             ),
         )
