@@ -134,6 +134,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
+        self._carry_while_tracing = while_tracing(self._carry, "x", "y")
         found: list[int | None] = []
         self._found = found
 
@@ -541,6 +542,26 @@ class SiteRecorder:
 
     def _end_traced(self, call: int, y: Tensor) -> None:
         self._end(self._traced[call][0], y)
+
+    def carry(self, x: Any, y: Any) -> None:
+        """Note what an activation module returned whose call is not counted: what it was given.
+
+        Args:
+            x: Its input.
+            y: Its output.
+        """
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return
+        if is_tracing():
+            comptime(self._carry_while_tracing)
+        else:
+            self._carry(x, y)
+
+    def _carry(self, x: Tensor, y: Tensor) -> None:
+        origin = self.forward.flow.origin(x)
+        if x.is_nested or y.is_nested or x.shape != y.shape:
+            origin = origin.without_units(LOST)
+        self.forward.flow.put(y, origin.but(site=None))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """Count a product as gated if one factor is the output of a site and the other has other units.
