@@ -136,8 +136,8 @@ class SiteCounts(Protocol):
 class Judgement:
     """Hold one mask per label over the ``N`` neurons of one site, each bool ``(N,)``.
 
-    A neuron bears one label, so no two of these masks overlap; a neuron in none of them is alive. ``tau_dormant`` is not
-    a label.
+    A neuron bears one label, so no two of the labels' masks overlap; a neuron in none of them is alive.
+    ``tau_dormant`` is not a label.
 
     Attributes:
         dead: Zero output at every position and, where gradients were seen, zero gradient at every one.

@@ -22,7 +22,13 @@ Said = tuple[str, str]
 
 def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     """The slow twin: label, basis and whether contested, of one neuron of which this was said."""
+    silent = [basis for claim, basis in said if claim == "silent"]
+    if any(basis != "suspected" for basis in silent):
+        said = [one for one in said if one[0] != "dead"]  # it gets a gradient, so it is not dead
+    elif silent and all(basis == "suspected" for claim, basis in said if claim == "dead"):
+        said = [one for one in said if one[0] != "dead"]
     alive = min((BASES.index(basis) for claim, basis in said if claim == "alive"), default=9)
+    alive = min(alive, BASES.index("measured") if silent else 9)
     opposed = [(claim, basis) for claim, basis in said if claim in DEAD_CLAIMS]
     standing = [one for one in said if one[0] not in DEAD_CLAIMS or BASES.index(one[1]) <= alive]
     firm = [one for one in standing if one[1] != "suspected"]
@@ -46,6 +52,18 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
         ([("no gradient", "inferred"), ("alive", "inferred")], ("no gradient", "inferred", True)),
         ([("dead", "proved"), ("alive", "measured")], ("dead", "proved", True)),
         ([("dead", "suspected"), ("alive", "inferred"), ("quiet", "proved")], ("quiet", "proved", True)),
+        # Silent is dead with a gradient: where it is as firm, it takes the place of dead, and that is no contradiction.
+        ([("dead", "measured"), ("silent", "measured")], ("silent", "measured", False)),
+        ([("dead", "proved"), ("silent", "measured")], ("silent", "measured", False)),
+        ([("dead", "suspected"), ("silent", "suspected")], ("silent", "suspected", False)),
+        ([("dead", "proved"), ("silent", "suspected")], ("dead", "proved", True)),
+        ([("dead", "inferred"), ("silent", "suspected")], ("silent", "suspected", True)),
+        # A gradient was counted, so neither "no gradient" nor "never trained" stands.
+        ([("never trained", "inferred"), ("silent", "measured")], ("silent", "measured", True)),
+        ([("no gradient", "inferred"), ("silent", "suspected")], ("silent", "suspected", True)),
+        # It may fire elsewhere, or get a gradient by another source's word: that is what alive says.
+        ([("silent", "measured"), ("alive", "inferred")], ("silent", "measured", False)),
+        ([("silent", "suspected"), ("alive", "measured")], ("alive", "measured", False)),
         # A neuron that fires may yet be quiet, unread or not finite.
         ([("unread", "proved"), ("alive", "measured")], ("unread", "proved", False)),
         ([("not finite", "proved"), ("alive", "measured")], ("not finite", "proved", False)),

@@ -18,7 +18,16 @@ from neuronscope.writers.grouping import group_sites
 from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.axis import StepAxis, spread, ticks
 from neuronscope.writers.pictures.canvas import Canvas, printable
-from neuronscope.writers.pictures.colours import ALIVE_HIGH, DEAD, NOT_FINITE, PAPER, SILENT, UNSEEN, ZERO, share_colours
+from neuronscope.writers.pictures.colours import (
+    ALIVE_HIGH,
+    DEAD,
+    NOT_FINITE,
+    PAPER,
+    SILENT,
+    UNSEEN,
+    ZERO,
+    share_colours,
+)
 from neuronscope.writers.pictures.heatmap import order
 from neuronscope.writers.pictures.overview import MOST_ROWS
 from neuronscope.writers.pictures.site_rows import rows_of

@@ -34,7 +34,7 @@ MOST_ROWS = 24
 # with strokes two pixels thick, one can still read it.
 _WIDTH, _HEIGHT, _MARGIN = 784, 430, 16
 _TOP, _BOTTOM = 116, 38  # above and below the grid
-_NAMES, _NUMBERS, _SILENT = 220, 190, 84  # the columns beside the grid; the last one only if a neuron is silent
+_NAMES, _NUMBERS, _SILENT = 220, 190, 90  # the columns beside the grid; the last one only if a neuron is silent
 _TITLE, _TEXT = 36, 22
 
 
@@ -67,7 +67,8 @@ def overview(report: Report) -> ByteArray:
     axis = StepAxis.of_windows([row.steps for row in rows], left, width)
     canvas.text((_MARGIN, _TOP - 12), canvas.fit(prefix, _TEXT, left - _MARGIN - 20), _TEXT, MUTED)
     _scale(canvas, left, _TOP - 12)
-    edges = dict(zip(columns, (right - 96 - _SILENT, right - 96, right)[-len(columns) :], strict=True))
+    last = 104 if report.silent else 96
+    edges = dict(zip(columns, (right - last - _SILENT, right - last, right)[-len(columns) :], strict=True))
     for column, edge in edges.items():
         canvas.text((edge, _TOP - 12), column, _TEXT, MUTED, "rs")
     for index, (row, name) in enumerate(zip(rows, names, strict=True)):

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, Report, SiteHistory, SiteReport
+from neuronscope.report.report import (
+    LEVEL_DEAD,
+    LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
+    LEVEL_UNSEEN,
+    Report,
+    SiteHistory,
+    SiteReport,
+)
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric
 from neuronscope.writers.wording import observed
 
