@@ -24,7 +24,7 @@ Number = Callable[[Run], float]
 
 
 def main_table(comparison: Comparison, width: int) -> Table:
-    """Return a table with one row per variant: dead at four moments, dormant, silent, cut off, accuracy; mean ± deviation.
+    """Return a table with one row per variant: dead at four moments, other labels, accuracy; mean ± deviation.
 
     Args:
         comparison: All runs.

@@ -285,9 +285,9 @@ SYMPTOMS = (
                 "loss more weight, or resample them."
             ),
             Remedy(
-                "Or look at their incoming weights and biases: a pre-activation of exactly zero gives this (weights that "
-                "begin at zero or were pruned), and so does an output that underflows before its gradient does (GELU at "
-                "about -6).",
+                "Or look at their incoming weights and biases: a pre-activation of exactly zero gives this (weights "
+                "that begin at zero or were pruned), and so does an output that underflows before its gradient does "
+                "(GELU at about -6).",
                 kinds=("smooth", "leaky", "saturating", "gated", "unknown"),
             ),
         ),
