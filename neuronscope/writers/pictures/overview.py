@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -115,7 +117,7 @@ def _subtitle(report: Report, rows: list[Row]) -> str:
     return " · ".join(parts)
 
 
-def _numbers(canvas: Canvas, row: Row, edges: dict[str, float], baseline: float, size: int) -> None:
+def _numbers(canvas: Canvas, row: Row, edges: Mapping[str, float], baseline: float, size: int) -> None:
     """Write a row's shares by label.
 
     Args:
