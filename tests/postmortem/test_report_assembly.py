@@ -99,6 +99,20 @@ def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str,
     assert sum(layer.dead_by_basis().values()) == dead
 
 
+def test_silence_agrees_with_a_dead_output_and_contradicts_a_missing_gradient() -> None:
+    said = [
+        evidence("a", 2, "silent", "measured", [0, 1], source="scan"),
+        evidence("a", 2, "dead", "proved", [0], source="weights"),
+        evidence("a", 2, "no gradient", "inferred", [1], source="adam"),
+    ]
+    layer = combine_evidence(said)[0]
+    first, second = layer.verdict(0), layer.verdict(1)
+    assert first.label == second.label == "silent"
+    assert (first.contradictions, second.contradictions) == ((), ("no gradient · inferred · adam",))
+    found = {one.claim: (one.held, one.refuted, one.untested) for one in confirmations([layer])}
+    assert found == {"dead": (1, 0, 0), "no gradient": (0, 1, 0)}
+
+
 @given(PIECES, st.randoms())
 def test_the_order_of_evidence_does_not_matter(pieces: list[tuple[str, str, list[int]]], random: object) -> None:
     said = [evidence("a", 12, *piece) for piece in pieces]

@@ -183,6 +183,17 @@ def test_silence_is_kept_apart_from_a_zero_output_fraction_at_every_resolution()
         assert np.array_equal(back.rest == LEVEL_SILENT, levels.T[back.order] == LEVEL_SILENT)
 
 
+@pytest.mark.parametrize(("silent", "rest"), [(7, LEVEL_SILENT), (5, 0)])
+def test_a_row_for_several_neurons_is_silent_if_most_of_them_are(silent: int, rest: int) -> None:
+    levels = np.zeros((1, 12), np.uint8)  # the others are never zero
+    levels[:, :silent] = LEVEL_SILENT
+    plain = samples.site("relu", 12, windows=1)
+    site = replace(plain, history=replace(plain.history, levels=levels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuronscope.writers.packing.LADDER", (replace(LADDER[0], rows=1),))
+        assert unpack(pack(site, 0, 0), 12).rest.tolist() == [[rest]]
+
+
 def test_an_unseen_window_is_not_packed_as_zero() -> None:
     site = samples.site("relu", 6, positions=0, windows=0)
     back = unpack(pack(site, PLENTY, 0), 6)
