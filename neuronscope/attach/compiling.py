@@ -28,6 +28,7 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "thread_id",
+    "traced_modules",
     "unwatched",
     "while_tracing",
 ]
@@ -127,9 +128,32 @@ def while_tracing(function: Callable[..., None], *names: str) -> Callable[[Compt
 
     def run(context: ComptimeContext) -> None:
         with torch._C.DisableTorchFunction():
-            function(*(_value(_variable(context.get_local(name))) for name in names))
+            _translators.append(context._ComptimeContext__tx)  # type: ignore[attr-defined]
+            try:
+                function(*(_value(_variable(context.get_local(name))) for name in names))
+            finally:
+                _translators.pop()
 
     return run
+
+
+_translators: list[Any] = []  # what traces the code that called `comptime`
+
+
+def traced_modules() -> Iterator[nn.Module] | None:
+    """Return the modules whose methods are being traced, the innermost first; ``None`` if nothing is traced.
+
+    For a function that :func:`while_tracing` runs.
+    """
+    return _modules_of(_translators[-1]) if _translators else None
+
+
+def _modules_of(translator: Any) -> Iterator[nn.Module]:
+    while translator is not None:
+        module = getattr(translator.symbolic_locals.get("self"), "value", None)
+        if isinstance(module, nn.Module):
+            yield module
+        translator = getattr(translator, "parent", None)
 
 
 def _variable(local: Any) -> Any:

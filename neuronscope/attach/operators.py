@@ -940,8 +940,7 @@ def _reduce_rule(operation: Operation) -> Sequence[Origin]:
     if (
         others
         and operation.outputs
-        and tuple(operation.outputs[0])
-        == tuple(max((operand.shape, *(each.shape for each in others)), key=math.prod))
+        and tuple(operation.outputs[0]) == tuple(max((operand.shape, *(each.shape for each in others)), key=math.prod))
     ):
         return [_bending(operation)] * len(operation.outputs)  # max(a, b), min(a, b)
     if origin.units is None:

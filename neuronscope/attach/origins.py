@@ -42,9 +42,10 @@ class Origin:
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
-    __slots__ = ("bent", "layer", "picked", "site", "state", "units", "upstream")
+    __slots__ = ("bent", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -56,6 +57,7 @@ class Origin:
     picked: bool
     site: Any
     bent: str
+    unit_set: tuple[Any, ...]
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Origin:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, found.picked, found.site, found.bent = facts
+            found.unit_set = () if units is None else (units.call, units.first, units.order)
         return found
 
     def but(self, **changes: Any) -> Origin:
@@ -95,7 +98,7 @@ class Origin:
         Args:
             changes: The attributes and their new values.
         """
-        facts = {name: getattr(self, name) for name in Origin.__slots__}
+        facts = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set"}
         return Origin.of(**{**facts, **changes})
 
     def without_units(self, state: str = ENDED) -> Origin:
@@ -107,7 +110,7 @@ class Origin:
         return self if self.state != UNITS else Origin.of(state, self.upstream)
 
     def __repr__(self) -> str:
-        known = {name: getattr(self, name) for name in Origin.__slots__ if getattr(self, name)}
+        known = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set" and getattr(self, name)}
         return f"Origin({', '.join(f'{name}={value!r}' for name, value in known.items())})"
 
 

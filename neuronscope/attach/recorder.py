@@ -371,7 +371,7 @@ class SiteRecorder:
             traced: Whether ``x`` is the fake tensor of a graph.
         """
         origin = self.forward.flow.origin(x)
-        ordinal = self.forward.ordinal(origin.units, activation.name) if origin.units is not None else 0
+        ordinal = self.forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             facts = (origin, phase, x.shape, activation, ordinal, place, glu_dim, x.layout, holds_no_data(x))
@@ -599,14 +599,14 @@ class SiteRecorder:
             if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
             beside = flow.origin(other)
-            if beside.state in (WEIGHT, CONSTANT) or _same_units(origin, beside):
+            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin.units, y, traced)
+            return self._gated(phase, gate, origin, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, units: Units, y: Tensor, traced: bool) -> Call | None:
+    def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(units, name))
+        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
@@ -623,7 +623,9 @@ class SiteRecorder:
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
-        plain, axis = neurons_first(local_tensor(y.detach()), *layout)
+        plain, axis = local_tensor(y.detach()), layout.axis
+        if layout.dims is not None:
+            plain, axis = neurons_first(plain, *layout)
         examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
         add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
 
@@ -711,7 +713,9 @@ class SiteRecorder:
             self._note_gradient(counters, "its gradient is spread over the ranks in another way than its output")
         else:
             plain = gradient.detach() if gradient.requires_grad else gradient
-            found, axis = neurons_first(gate_half(local_tensor(plain), glu_dim), *layout)
+            found, axis = gate_half(local_tensor(plain), glu_dim), layout.axis
+            if layout.dims is not None:
+                found, axis = neurons_first(found, *layout)
             add_gradients(counters, found, axis, self._scratch)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
@@ -724,11 +728,6 @@ def _place(path: str, function: str) -> str:
     if not function:
         return path or "(root)"
     return f"{path}.{function}()" if path else f"{function}()"
-
-
-def _same_units(one: Origin, other: Origin) -> bool:
-    first, second = one.units, other.units
-    return first is not None and second is not None and first[:4] == second[:4] and first.order == second.order
 
 
 def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:

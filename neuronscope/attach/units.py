@@ -74,7 +74,7 @@ class Units(NamedTuple):
     def order(self) -> tuple[Factor, ...]:
         """The unit factors by falling stride: in this order they count the units upwards."""
         factors = (factor for dim in self.dims for factor in dim if factor[1])
-        return tuple(sorted(factors, key=lambda factor: -factor[1]))
+        return tuple(_joined(sorted(factors, key=lambda factor: -factor[1])))
 
     def numbers(self) -> list[int]:
         """Return the number of each unit of the tensor in ``runs``, upwards."""

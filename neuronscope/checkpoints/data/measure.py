@@ -85,15 +85,16 @@ def counted_evidence(
         since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
 
     Returns:
-        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; none contains a
-        neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
+        At most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
+        contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
     """
     judged = site.judgement
     examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
+    may_fire = f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence"
     fires = 1.0 - site.zero_output_fraction
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
-    alive = ~(judged.dead | judged.not_finite | judged.unseen | judged.cut_off)
+    alive = ~(judged.dead | judged.silent | judged.not_finite | judged.unseen | judged.cut_off)
     dead_basis, few = _basis_of_zeros(examples, policy, "Silent")
     gradient_examples = min(site.examples, site.gradient_positions)
     gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
@@ -105,8 +106,16 @@ def counted_evidence(
             dead_basis,
             judged.dead,
             np.full(site.neurons, bound),
-            f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence",
+            may_fire,
             f"Its output was exactly zero at every position{gradients}, {where}.{few}",
+        ),
+        (
+            "silent",
+            dead_basis,
+            judged.silent,
+            np.full(site.neurons, bound),
+            may_fire,
+            f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
         ),
         (
             "no gradient",
