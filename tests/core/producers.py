@@ -286,6 +286,10 @@ class Namer:
             seen.add(each)
             if isinstance(self._own(each), tuple):
                 handles.append(each.register_hook(_nothing))
+            elif each.name() in PRODUCTS:  # what it is weighted with
+                chosen = self._branches(each)
+                others = [source for source, _ in each.next_functions if source is not None and source not in chosen]
+                handles.extend(source.register_hook(_nothing) for source in others if source.next_functions)
             queue.extend(source for source, _ in each.next_functions)
         try:
             yield
