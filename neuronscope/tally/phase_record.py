@@ -1,8 +1,8 @@
 """Record the windows of one phase: the open window, the newest closed one, and the sum of all closed ones.
 
 A window of training is a number of consecutive optimizer steps. Its verdicts are more certain the more examples it has,
-so after its steps a window stays open until it has enough examples. It does not wait if their number is not known at
-all. One pass of another phase (validation, test) is one window, even if it has few examples.
+so after its steps a window stays open until it has enough examples. One pass of another phase (validation, test) is one
+window, even if it has few examples.
 """
 
 from __future__ import annotations
@@ -160,16 +160,13 @@ class PhaseRecord:
             return False
         missing = self._policy.min_examples - self._flushed.examples
         enough = missing <= 0 or any(counters.examples >= missing for _, counters in self._counters.values())
-        if not enough:
-            most = most_examples(counters for _, counters in self._counters.values())
-            touched = any(not counters.untouched for _, counters in self._counters.values())
-            enough = most >= missing or (touched and not most and not self._flushed.examples)
+        enough = enough or most_examples(counters for _, counters in self._counters.values()) >= missing
         self._short_at = -1 if enough else len(self._steps)
         return enough
 
     def has_enough_examples(self) -> bool:
-        """Whether the flushed part of the open window has enough examples for the policy, or no known number at all."""
-        return self._flushed.examples >= self._policy.min_examples or self._flushed.examples == 0
+        """Whether the flushed part of the open window has enough examples for the policy."""
+        return self._flushed.examples >= self._policy.min_examples
 
     def close(self) -> bool:
         """Close the open window, which was flushed before. Return ``False`` if there was nothing in it."""
