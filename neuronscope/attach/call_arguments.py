@@ -1,4 +1,8 @@
-"""Name the arguments of a module's forward, in the order in which the forward declares them."""
+"""Name the arguments of a module's forward, in the order in which the forward declares them.
+
+What runs in a forward here has no comprehension and no generator: where ``torch.compile`` runs a hook outside of its
+graph, it would compile each as a frame of its own, and refuse the generator.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,24 @@ from torch import nn
 
 from neuronscope.attach.compiling import is_tracing
 
-__all__ = ["CACHES", "CallArguments"]
+__all__ = ["CACHES", "CallArguments", "inputs_only"]
 
 #: Arguments under which a forward is given what earlier forwards computed for the same rows: key-value caches,
 #: states of recurrent language models, memories of earlier segments.
-CACHES = frozenset(
-    {
-        "cache",
-        "cache_params",
-        "caches",
-        "kv",
-        "kv_cache",
-        "kv_caches",
-        "layer_past",
-        "mems",
-        "past",
-        "past_key_value",
-        "past_key_values",
-        "past_kv",
-        "past_kvs",
-    }
+CACHES = (
+    "cache",
+    "cache_params",
+    "caches",
+    "kv",
+    "kv_cache",
+    "kv_caches",
+    "layer_past",
+    "mems",
+    "past",
+    "past_key_value",
+    "past_key_values",
+    "past_kv",
+    "past_kvs",
 )
 
 
@@ -86,12 +88,29 @@ class CallArguments:
         return found
 
 
+def inputs_only(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward without its caches.
+
+    >>> inputs_only({"x": 1, "past": 2})
+    {'x': 1}
+    """
+    inputs = dict(named)
+    for name in CACHES:
+        inputs.pop(name, None)
+    return inputs
+
+
 def _parameters(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the parameters of a class's forward that a position can fill, and the other names."""
     try:
         parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):  # a scripted module has no signature
         return (), ()
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = tuple(each.name for each in parameters if each.kind in by_position)
-    return positional, tuple(each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY)
+    positional: list[str] = []
+    others: list[str] = []
+    for each in parameters:
+        if each.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+            positional.append(each.name)
+        elif each.kind is inspect.Parameter.KEYWORD_ONLY:
+            others.append(each.name)
+    return tuple(positional), tuple(others)

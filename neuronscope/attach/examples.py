@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from neuronscope.attach.call_arguments import CACHES, CallArguments
+from neuronscope.attach.call_arguments import CACHES, CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, unwatched
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.errors import NeuronscopeWarning
@@ -54,6 +54,7 @@ class ExampleCounter:
 
     def __init__(self, option: Examples, model: nn.Module, arguments: CallArguments) -> None:
         self._option = option
+        self._eager_option = torch.compiler.disable(option) if callable(option) else None
         self._arguments = arguments
         self._time_first = option == "auto" and any(is_time_first(module) for module in model.modules())
         self._rows_confirmed = False  # a time-first module was given the rows of the input on its dimension 1
@@ -86,7 +87,7 @@ class ExampleCounter:
     def _count(self, option: int | str, module: nn.Module, named: Mapping[str, Any]) -> int | None:
         if continues_earlier(named):
             return 0
-        inputs = [value for name, value in named.items() if name not in CACHES]
+        inputs = list(inputs_only(named).values())
         tensor = first_tensor(inputs)
         if not is_tracing() and self._appends(module, tensor):
             return 0
@@ -131,7 +132,7 @@ class ExampleCounter:
             answer = option(args, kwargs)
             return answer if isinstance(answer, (int, torch.SymInt)) else None  # type: ignore[return-value]
         try:
-            answer = option(args, kwargs)
+            answer = self._eager_option(args, kwargs) if self._eager_option else None
             problem = f"it returned {answer!r}"
         except Exception as error:  # noqa: BLE001  # the training goes on
             answer, problem = -1, f"it raised {error!r}"
@@ -184,7 +185,10 @@ def continues_earlier(named: Mapping[str, Any]) -> bool:
     >>> continues_earlier({"x": torch.ones(2, 5), "past": None})
     False
     """
-    return any(name in CACHES and _holds_states(named[name]) for name in named)
+    for name in CACHES:  # noqa: SIM110  # no generator: see `call_arguments`
+        if name in named and _holds_states(named[name]):
+            return True
+    return False
 
 
 def _holds_states(cache: Any) -> bool:
@@ -258,22 +262,22 @@ def _count(value: Any, depth: int, seen: set[int]) -> int | None:
 
 def _count_members(members: list[Any] | tuple[Any, ...], depth: int, seen: set[int]) -> int | None:
     """Return the number of examples in a list: see the module's docstring."""
-    firsts: list[Tensor] = []
-    rows = None
+    first = rows = None
+    number, one_rank, one_length = 0, True, True
     for member in members:
         tensor = _search(member, _has_rows, depth, set())
-        if tensor is not None:
-            rows = _count(member, depth, seen) if rows is None else rows
-            firsts.append(tensor)
-    if rows is None:
+        if tensor is None:
+            continue
+        number += 1
+        if first is None:
+            first, rows = tensor, _count(member, depth, seen)
+        one_rank = one_rank and tensor.dim() == first.dim()
+        one_length = one_length and _size(tensor, 0) == _size(first, 0)
+    if first is None or rows is None:
         return None
-    ranks = {tensor.dim() for tensor in firsts}
-    one_length = all(_size(tensor, 0) == _size(firsts[0], 0) for tensor in firsts)
-    if ranks == {3} or (len(ranks) == 1 and not one_length):
-        return len(firsts)
-    if len(ranks) > 1 and one_length:
-        return rows
-    return min(len(firsts), rows)
+    if one_rank and (first.dim() == 3 or not one_length):
+        return number
+    return rows if one_length and not one_rank else min(number, rows)
 
 
 def _number_of_graphs(value: Any) -> int | None:
@@ -328,7 +332,10 @@ def _members(value: Any) -> list[Any]:
     if is_tracing():
         return []
     if dataclasses.is_dataclass(value):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+        values = []
+        for field in dataclasses.fields(value):
+            values.append(getattr(value, field.name, None))  # noqa: PERF401  # no comprehension: see `call_arguments`
+        return values
     return list(getattr(value, "__dict__", {}).values())
 
 

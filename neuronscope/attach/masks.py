@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.call_arguments import CACHES, CallArguments
+from neuronscope.attach.call_arguments import CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, unwatched
 from neuronscope.attach.examples import continues_earlier, first_tensor
 from neuronscope.errors import NeuronscopeWarning
@@ -41,6 +41,7 @@ class PositionMask:
 
     def __init__(self, option: Mask, arguments: CallArguments) -> None:
         self._option = option
+        self._eager_option = torch.compiler.disable(option) if callable(option) else None
         self._arguments = arguments
         self._warned = False
 
@@ -71,10 +72,13 @@ class PositionMask:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
         if "decoder_input_ids" in self._arguments.names(module):
-            lengths = [_length(named.get(name)) for name in _DECODER_INPUTS]
-            return None if mask.size(1) in lengths else kept(mask)
+            for name in _DECODER_INPUTS:
+                if _length(named.get(name)) == mask.size(1):
+                    return None
+            return kept(mask)
         if continues_earlier(named):
-            inputs = [value for name, value in named.items() if name != option and name not in CACHES]
+            inputs = inputs_only(named)
+            inputs.pop(option, None)
             tensor = first_tensor(inputs)
             if tensor is not None and tensor.dim() > 1 and tensor.size(1) < mask.size(1):
                 mask = mask[:, mask.size(1) - tensor.size(1) :]
@@ -86,7 +90,7 @@ class PositionMask:
             answer = option(args, kwargs)
             return kept(answer) if isinstance(answer, Tensor) and answer.dim() == 2 else None
         try:
-            answer = option(args, kwargs)
+            answer = self._eager_option(args, kwargs) if self._eager_option else None
             problem = f"it returned {_describe(answer)}"
         except Exception as error:  # noqa: BLE001  # the training goes on
             answer, problem = False, f"it raised {error!r}"

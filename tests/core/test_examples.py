@@ -13,8 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
+from neuronscope.attach import call_arguments as arguments_module
+from neuronscope.attach import examples as examples_module
+from neuronscope.attach import masks as masks_module
 from neuronscope.attach.call_arguments import CallArguments
+from neuronscope.attach.compiling import skip_frames
 from neuronscope.attach.examples import ExampleCounter, count_examples, first_tensor, is_time_first
+from neuronscope.attach.masks import PositionMask
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
 
@@ -367,3 +372,30 @@ def test_arguments_get_the_names_of_the_forward() -> None:
     assert list(arguments.named(later, (1,), {})) == ["input_ids"]
     anything = Anything()
     assert arguments.named(anything, (1, 2), {"x": 3}) == {"0": 1, "1": 2, "x": 3}
+
+
+def test_a_hook_beside_a_compiled_graph_finds_examples_and_mask_as_it_is() -> None:
+    seen: list[Any] = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, attention_mask: Any = None, images: Any = None, past: Any = None) -> Tensor:
+            return torch.relu(x)
+
+    model = Net()
+    arguments = CallArguments(model)
+    options: tuple[Any, ...] = ("auto", lambda args, kwargs: sum(number for number in (1, 2)))
+    counters = [ExampleCounter(option, model, arguments) for option in options]
+    mask = PositionMask("attention_mask", arguments)
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for counter in counters:
+            seen.append(counter.count(module, args, kwargs))
+        seen.append(mask.find(module, args, kwargs) is None)
+
+    skip_frames([examples_module, masks_module, arguments_module])
+    torch._dynamo.eval_frame.skip_code(count.__code__)
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(torch.ones(9, 4), attention_mask=torch.ones(9, 4), past=[torch.ones(9, 1)])
+    compiled(torch.ones(9, 4), images=[torch.ones(2, 3), torch.ones(3, 3)])
+    assert seen == [0, 3, False, 9, 3, True]
