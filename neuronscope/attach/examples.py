@@ -40,7 +40,7 @@ __all__ = ["ExampleCounter", "continues_earlier", "count_examples", "first_tenso
 _DEEPEST = 8
 _MOST_CONTAINERS = 1000
 #: Objects of these classes are no containers, whatever their attributes are.
-_NO_CONTAINERS = (str, bytes, int, float, type, nn.Module, FunctionType, MethodType, ModuleType, torch.Generator)
+_NO_CONTAINERS = (str, bytes, int, float, type, nn.Module, FunctionType, MethodType, ModuleType)
 
 
 class ExampleCounter:
