@@ -5,17 +5,22 @@ within a forward. A training step may also apply activations outside of every mo
 ``training_step`` does that writes ``F.relu(self.fc(x))``. Those calls are numbered from one optimizer step or backward
 pass to the next.
 
+In the phase ``train``, a forward that begins without gradients is *inference*: a reference pass, a target network, a
+rollout, generation. What a forward with gradients runs under ``no_grad`` is a part of it.
+
 ``torch.compile`` can trace everything here. What changes within a forward is kept in lists and dicts, because the
 compiler tracks these more reliably than attributes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
 from neuronscope.attach.dtensor import local_tensor
@@ -23,7 +28,10 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.sites import SiteKey
 
-__all__ = ["ForwardContext", "Recomputation", "first_tensor"]
+__all__ = ["INFERENCE", "ForwardContext", "Recomputation", "first_tensor"]
+
+#: The phase of forwards that begin without gradients while the phase is ``train``.
+INFERENCE = "inference"
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
 
@@ -39,6 +47,9 @@ class ForwardContext:
         recomputing: Whether the forward runs again inside a backward pass.
         exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
         explicit_step: Whether :meth:`neuronscope.scope.Scope.open_step` marked where the training step begins.
+        training: Whether the phase is ``train``, in which forwards without gradients are inference.
+        step_is_forward: Whether the training step runs inside the forward of the root, as Lightning's does under DDP.
+            The forwards that the step makes are then one level deeper.
         ran_root: Whether the model's own forward was seen.
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
         recomputation: Tells which call of the forward a recomputed call repeats.
@@ -52,10 +63,14 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.explicit_step = False
+        self.training = False
+        self.step_is_forward = False
         self.ran_root = False
         self.ran_parts = False
         self.recomputation = Recomputation()
         self._graded = True
+        self._inference = False
+        self._examples_of_step = 0
         self._keys: dict[Place, list[SiteKey]] = {}  # of each place, in the order of the calls
         self._calls: dict[Place, int] = {}
         self._outside_calls: dict[Place, int] = {}
@@ -87,18 +102,40 @@ class ForwardContext:
                 self.ran_root = True
             elif not self.explicit_step:
                 self.ran_parts = True
-            if not self._graded and not self.recomputing:
+            self._inference = self._begins_inference()
+            if not self._graded and not self.recomputing and not self._inference:
                 self.recomputation.clear()  # no backward pass will come
-            tensor = first_tensor((args, kwargs))
-            self.examples = local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
+            self.examples = _examples((args, kwargs))
+        elif self._runs_only_step and self._begins_inference():
+            self._inference = True
+            self._examples_of_step, self.examples = self.examples, _examples((args, kwargs))
         self.module_stack.append(path)
         return outermost
+
+    @property
+    def _runs_only_step(self) -> bool:
+        """Whether a training step runs inside the forward of the root, and no forward that the step makes."""
+        return self.step_is_forward and self.module_stack == [""]
+
+    @property
+    def inference(self) -> bool:
+        """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
+        if self.module_stack and not self._runs_only_step:
+            return self._inference
+        return self._begins_inference()
+
+    def _begins_inference(self) -> bool:
+        if not self.training or torch.is_grad_enabled() or in_backward():
+            return False
+        return is_tracing() or not _in_autograd_function()
 
     def leave(self) -> bool:
         """Note that a watched module has ended or failed, and return whether the forward ended with it."""
         if self.module_stack:
             self.module_stack.pop()
         if self.module_stack:
+            if self._inference and self._runs_only_step:
+                self._inference, self.examples = False, self._examples_of_step
             return False
         self.forget()
         return True
@@ -111,7 +148,7 @@ class ForwardContext:
             function: Name of the function for a functional site, otherwise ``""``.
         """
         place = (path, function)
-        if not self.module_stack and not self.explicit_step and not torch.is_grad_enabled():
+        if not self.module_stack and not torch.is_grad_enabled() and (not self.explicit_step or self.inference):
             return self._key(place, 0)  # no step and no backward pass will tell one forward from the next
         calls = self._calls if self.module_stack else self._outside_calls
         call = calls.get(place, 0)
@@ -208,6 +245,27 @@ class Recomputation:
         self._due.clear()
         self._made.clear()
         self._fired = False
+
+
+def _in_autograd_function() -> bool:
+    """Whether the ``forward`` of an ``autograd.Function`` runs, such as the first run of reentrant checkpointing.
+
+    Torch turns gradients off in it, and they arrive nevertheless.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            if isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _examples(values: Any) -> int:
+    """Return the length of the first tensor in nested tuples, lists and mappings; 1 if there is none."""
+    tensor = first_tensor(values)
+    return local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
 
 
 def first_tensor(values: Any) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
 from neuronscope.attach.dtensor import NeuronShard, is_partial, local_tensor, sharded_dims
-from neuronscope.attach.forward import ForwardContext
+from neuronscope.attach.forward import INFERENCE, ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.attach.unsupported import (
     BATCHED_GRADIENT,
@@ -76,7 +76,7 @@ class SiteRecorder:
         fail: Called with an error of our own code in a backward pass.
 
     Attributes:
-        phase: The phase that is counted.
+        phase: The phase that is counted. In ``train``, what runs without gradients is counted as ``inference``.
         step: The optimizer step that is counted.
         step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
         compiled: Whether ``torch.compile`` traced any part of the model.
@@ -177,8 +177,14 @@ class SiteRecorder:
             step: Number of the optimizer step.
         """
         self.phase = phase
+        self.forward.training = phase == "train"
         self.step = step
         self.step_tensor.fill_(step)
+
+    @property
+    def running_phase(self) -> str:
+        """The phase of the forward that is running."""
+        return INFERENCE if self.forward.inference else self.phase
 
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
@@ -255,7 +261,7 @@ class SiteRecorder:
         facts = None  # tensors of other classes are examined each time
         if type(x) is Tensor and not x.is_nested:
             cache_key = self.forward.flow.cache_key(x)
-            facts = (self.phase, x.shape, x.layout, holds_no_data(x), glu_dim, examples, activation, cache_key)
+            facts = (self.running_phase, x.shape, x.layout, holds_no_data(x), glu_dim, examples, activation, cache_key)
             last = self._last_calls.get(key)
             if last is not None and last[0] == facts:
                 return last[1]
@@ -373,7 +379,7 @@ class SiteRecorder:
         """Return the counters that a site already has in this phase; ``None`` while ``torch.compile`` traces."""
         if is_tracing():
             return None
-        counters = self._counters.get((self.phase, key))
+        counters = self._counters.get((self.running_phase, key))
         return counters if counters is not None and counters.neurons == neurons else None
 
     def _counters_for(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> SiteCounters | None:
@@ -381,10 +387,10 @@ class SiteRecorder:
             traced_info = (info.activation, info.kind, info.linear_when_on, info.axis, info.axis_source)
             traced_key = (key.path, key.function, key.call, key.gated)
             found: SiteCounters | None = self._traced_counters(
-                self.phase, traced_key, traced_info, neurons, str(x.device)
+                self.running_phase, traced_key, traced_info, neurons, str(x.device)
             )
             return found
-        return self.site_counters(self.phase, key, info, neurons, x.device)
+        return self.site_counters(self.running_phase, key, info, neurons, x.device)
 
     def site_counters(
         self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device
