@@ -255,9 +255,9 @@ def _in_autograd_function() -> bool:
     frame = sys._getframe(1).f_back
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
-            if isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
-                return True
+        named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
+        if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
+            return True
         frame = frame.f_back
     return False
 
