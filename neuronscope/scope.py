@@ -73,6 +73,7 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
+        self._optimizer_steps = OptimizerSteps(optimizer)
         self._hooks = HookManager(
             model,
             registry=registry,
@@ -81,7 +82,7 @@ class Scope:
             functional=options.functional,
             tolerance=self.policy.tolerance,
         )
-        self._optimizer_steps = OptimizerSteps(optimizer, self._count_step, fail=self._hooks.fail)
+        self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
 
     def __enter__(self) -> Scope:

@@ -24,8 +24,6 @@ class OptimizerSteps:
     Args:
         optimizer: The optimizer, also one in the wrapper of a framework (Accelerate, Lightning). Of several, the steps
             of the first count. ``None``: nothing is called.
-        count: Called after each step.
-        fail: Called with an error of ours, which must not reach the training.
 
     Raises:
         UsageError: ``optimizer`` is something else.
@@ -33,7 +31,8 @@ class OptimizerSteps:
     >>> import torch
     >>> steps = []
     >>> optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
-    >>> hook = OptimizerSteps(optimizer, lambda: steps.append("a step"), fail=print)
+    >>> hook = OptimizerSteps(optimizer)
+    >>> hook.attach(lambda: steps.append("a step"), fail=print)
     >>> optimizer.step()
     >>> hook.remove()
     >>> optimizer.step()
@@ -41,24 +40,30 @@ class OptimizerSteps:
     ['a step']
     """
 
-    def __init__(
-        self, optimizer: Optimizers | None, count: Callable[[], Any], *, fail: Callable[[Exception], None]
-    ) -> None:
-        self._count = count
-        self._fail = fail
+    def __init__(self, optimizer: Optimizers | None) -> None:
+        self._optimizer = None if optimizer is None else _first(optimizer)
         self._handle: RemovableHandle | None = None
-        if optimizer is not None:
-            self._handle = _first(optimizer).register_step_post_hook(self._after_step)
+
+    def attach(self, count: Callable[[], Any], *, fail: Callable[[Exception], None]) -> None:
+        """Put the hook on the optimizer, if there is one.
+
+        Args:
+            count: Called after each step.
+            fail: Called with an error of ours, which must not reach the training.
+        """
+
+        def after_step(*_: Any) -> None:
+            try:
+                count()
+            except Exception as error:
+                fail(error)
+
+        if self._optimizer is not None:
+            self._handle = self._optimizer.register_step_post_hook(after_step)
 
     def __bool__(self) -> bool:
         """Whether the steps of an optimizer are counted."""
-        return self._handle is not None
-
-    def _after_step(self, *_: Any) -> None:
-        try:
-            self._count()
-        except Exception as error:
-            self._fail(error)
+        return self._optimizer is not None
 
     def remove(self) -> None:
         """Take the hook off. Removing it twice is harmless."""
