@@ -1,7 +1,8 @@
 """Decide which neurons of several sites are one neuron, and which of its places stands for it in totals.
 
 A neuron is a unit of a layer. It is seen at several sites if it goes through several activations, or if both a gate
-and its product are counted. Totals count it once. All work is done on slices, because the units of a site are a few runs.
+and its product are counted. Totals count it once. The units of a site are a few runs, so all work is
+done on slices.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class DistinctNeurons:
     @property
     def neurons(self) -> int:
         """Number of distinct neurons in the totals."""
-        return int((self._lowest(self._alive()) < _OUTSIDE).sum())
+        return int((self._lowest(self._keys(self._alive())) < _OUTSIDE).sum())
 
     def label(self, labels: Sequence[ByteArray]) -> ByteArray:
         """Return one label for each distinct neuron in the totals.
