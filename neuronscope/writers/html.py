@@ -225,6 +225,7 @@ def _deaths(site: SiteReport) -> dict[str, Any] | None:
     steps = site.history.died_step[died[:LISTED]].tolist()
     return {
         "name": site.name,
+        "mark": wording.mark(site),
         "dead": site.dead,
         "born": int(born.size),
         "died": int(died.size),

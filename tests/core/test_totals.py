@@ -256,6 +256,7 @@ def test_sites_that_are_not_in_the_totals_are_marked_in_every_writer(assumed: bo
     assert words in markdown
     page = report.to_html()
     assert f"loss</a> {mark}</th>" in page
+    assert f"<code>loss</code> {mark} 6 dead" in page
     assert page.count(words) == 2  # among the findings, and beside the layer's map
     text = diagnosis(report)
     assert f"`loss` {mark.replace('*', '&#42;')}" in text
