@@ -168,7 +168,8 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
-        state: dict[str, Any] = {"info": vars(self.info).copy()}
+        units, readers = [list(run) for run in self.info.units], list(self.info.readers)
+        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -187,7 +188,7 @@ class Tally:
                 for name, value in state.items()
                 if name != "info"
             }
-            tally = cls(info=SiteInfo(**state["info"]), **values)
+            tally = cls(info=_read_info(state["info"]), **values)
             tally._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -297,6 +298,19 @@ class Census(Mapping[str, Tally]):
             return cls(tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")})
         except (KeyError, AttributeError, TypeError) as error:
             raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
+
+
+def _read_info(state: Mapping[str, Any]) -> SiteInfo:
+    """Return the description of a site that :meth:`Tally.state_dict` saved.
+
+    Raises:
+        TypeError: A field is unknown or of a wrong type.
+        ValueError: A run of units is not (layer, start, stop, step).
+    """
+    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
+    if any(step == 0 for *_, step in units):
+        raise ValueError("a run of units has a step of 0")
+    return SiteInfo(**{**state, "units": units, "readers": tuple(map(str, state.get("readers", ())))})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:
