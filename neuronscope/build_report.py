@@ -11,7 +11,6 @@ import neuronscope
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
-from neuronscope.sites import SiteKey
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord
@@ -80,23 +79,22 @@ def make_report(
 
 
 def not_measured(
-    unseen: Mapping[str, str], modules: Iterable[str], record: PhaseRecord, wanted: Callable[[str], bool]
+    unseen: Mapping[str, str], modules: Iterable[str], ran: Collection[str], wanted: Callable[[str], bool]
 ) -> dict[str, str]:
     """Add the activation modules that did not run to what was not measured.
 
     Args:
         unseen: Reasons why something was not measured, by name.
         modules: Paths of the watched activation modules.
-        record: The counts of the phase.
+        ran: Paths of those that ran.
         wanted: A function that returns whether the site of a given name should be counted.
 
     Returns:
         All reasons, by name.
     """
     reasons = dict(unseen)
-    ran = {key.path for key in record.site_keys() if not key.function}
     for path in modules:
-        name = SiteKey(path, "", 0, False).name
+        name = path or "(root)"
         if path not in ran and name not in reasons and wanted(name):
             reasons[name] = "this module did not run while it was watched"
     return reasons

@@ -15,6 +15,7 @@ from torch import nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
+from neuronscope.attach.recorder import Names
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import make_report, not_measured
 from neuronscope.count.counters import SiteCounters
@@ -229,8 +230,16 @@ class Scope:
         self._hooks.detach()
         self._retired = True
 
+    def not_neurons(self) -> dict[str, str]:
+        """Return where an activation function was applied to what are no neurons, each with the reason.
+
+        Examples are a loss, attention scores, a learned threshold: nothing is counted there.
+        """
+        return dict(self._hooks.recorder.not_neurons)
+
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         record = self._record(phase)
+        record.describe_sites(self._hooks.recorder.current_info)
         self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
         record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
         return record
@@ -304,7 +313,10 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.recorder.all_not_measured(), self._hooks.module_sites, record, self._patterns.wants
+                self._hooks.recorder.all_not_measured(),
+                self._hooks.module_sites,
+                self._hooks.recorder.ran_modules,
+                self._patterns.wants,
             ),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
@@ -314,7 +326,9 @@ class Scope:
         if phase not in self._records and phase not in ("train", "val", "test"):
             known = ", ".join(self._records) or "none"
             raise UsageError(f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.")
-        return self._records.get(phase) or PhaseRecord(self.policy)
+        record = self._records.get(phase) or PhaseRecord(self.policy)
+        record.describe_sites(self._hooks.recorder.current_info)
+        return record
 
     def _current_fault(self) -> Fault | None:
         failure = self._hooks.failure
@@ -348,9 +362,9 @@ class Scope:
         return self._records[phase]
 
     def _new_counters(
-        self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device
+        self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, device: torch.device
     ) -> SiteCounters | None:
-        if not self._patterns.register(key.name):
+        if not self._patterns.register(*names):
             return None
         return self._record(phase).add_site(key, info, neurons, device)
 

@@ -12,34 +12,37 @@ __all__ = ["SiteInfo", "SiteKey"]
 
 
 class SiteKey(NamedTuple):
-    """Identify a site by its place, its function, the index of the call, and whether it is a gated product.
+    """Identify a site: the layer, which of its units, the activation, and a number if several are alike.
+
+    The key does not depend on how often, in which order or by which object a layer or an activation is called. All
+    calls of a site add up.
 
     Attributes:
-        path: Module path without wrapper prefixes; ``""`` is the root. For a functional site, the path of the module
-            that calls the function.
-        function: Function name of a functional site, else ``""``.
-        call: Index of the call within one forward pass: 0 for the first.
-        gated: Whether the site is the product of this activation's output with another tensor.
+        layer: Path of the layer; ``a+b`` for two layers whose outputs were joined. If no layer is known, the place of
+            the activation: the path of its module, or the function in the module that calls it, ``block.relu()``.
+        units: Which units of the layer, as ``0:28``; ``""`` for all of them.
+        activation: Name of the activation, or of the gated product; ``""`` for an activation without a known layer.
+        ordinal: Number among the activations of one name that one call of the layer feeds with the same units.
 
-    >>> SiteKey("layer1.0.relu", "", 1, False).name
-    'layer1.0.relu#1'
-    >>> SiteKey("", "relu", 0, False).name
-    'relu()'
+    >>> SiteKey("layer1.0.bn2", "", "relu", 0).name
+    'layer1.0.bn2/relu'
+    >>> SiteKey("mlp.gate_up_proj", "0:28", "silu", 1).name
+    'mlp.gate_up_proj(0:28)/silu#1'
+    >>> SiteKey("features.3", "", "", 0).name
+    'features.3'
     """
 
-    path: str
-    function: str
-    call: int
-    gated: bool
+    layer: str
+    units: str
+    activation: str
+    ordinal: int
 
     @property
     def name(self) -> str:
         """The site's name, as reports show it and patterns match it."""
-        if self.function:
-            base = f"{self.path}.{self.function}()" if self.path else f"{self.function}()"
-        else:
-            base = self.path or "(root)"
-        return base + (f"#{self.call}" if self.call else "") + (".gated" if self.gated else "")
+        units = f"({self.units})" if self.units else ""
+        activation = f"/{self.activation}" if self.activation else ""
+        return f"{self.layer}{units}{activation}" + (f"#{self.ordinal}" if self.ordinal else "")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class SiteInfo:
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
         readers: Paths of the layers that read the site's output.
+        place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
     activation: str
@@ -75,6 +79,7 @@ class SiteInfo:
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    place: str = ""
 
     @property
     def assumed(self) -> bool:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+from torch._dynamo.comptime import ComptimeContext, comptime
 
 __all__ = [
+    "comptime",
     "count_compilations",
     "has_real_tensors",
     "in_backward",
@@ -27,6 +29,7 @@ __all__ = [
     "skip_frames",
     "thread_id",
     "unwatched",
+    "while_tracing",
 ]
 
 #: Whether ``torch.compile`` is tracing the code that asks. It is torch's own function under another name, because the
@@ -108,3 +111,50 @@ def _functions(module: ModuleType) -> Iterator[FunctionType]:
             function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
             if isinstance(function, FunctionType):
                 yield function
+
+
+def while_tracing(function: Callable[..., None], *names: str) -> Callable[[ComptimeContext], None]:
+    """Return a function for ``comptime``: it runs while ``torch.compile`` traces the code that calls ``comptime``.
+
+    The function is run instead of being traced, so that nothing of what it does is part of the graph. It receives local
+    variables of the code. For a traced tensor it receives the fake tensor that stands for it, or the real one if the
+    tensor is an input of the graph, such as a parameter. A function that is not traced must not call ``comptime``.
+
+    Args:
+        function: Receives the variables, in their order.
+        names: Names of the variables.
+    """
+
+    def run(context: ComptimeContext) -> None:
+        with torch._C.DisableTorchFunction():
+            function(*(_value(_variable(context.get_local(name))) for name in names))
+
+    return run
+
+
+def _variable(local: Any) -> Any:
+    return local._ComptimeVar__variable
+
+
+def _value(variable: Any) -> Any:
+    """Return the value of a variable of a function that is traced; of what has none here, its class."""
+    from torch._dynamo import variables
+
+    if isinstance(variable, (variables.LazyVariableTracker,)):
+        variable = variable.realize()
+    if isinstance(variable, variables.TensorVariable):
+        meta = variable.as_proxy().node.meta
+        argument = meta.get("grapharg")
+        real = None if argument is None else argument.example
+        return meta["example_value"] if real is None or not isinstance(real, torch.Tensor) else real
+    if isinstance(variable, variables.tensor.SymNodeVariable):
+        return variable.sym_num
+    if isinstance(variable, variables.ConstDictVariable):
+        return {key.vt.as_python_constant(): _value(item) for key, item in variable.items.items()}
+    if isinstance(variable, variables.SliceVariable):
+        return slice(*(_value(item) for item in variable.items))
+    if isinstance(variable, variables.BaseListVariable):
+        return tuple(_value(item) for item in variable.items)
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    return getattr(variable, "value", type(variable))

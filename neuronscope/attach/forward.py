@@ -1,40 +1,48 @@
-"""Track one forward pass: the stack of running modules, the number of each call, and what is known of each tensor.
+"""Track one forward pass: the stack of running modules, the examples that it was given, and what each tensor is.
 
-A *forward* is one outermost call of a watched module, normally of the model. Calls of a reused module are numbered
-within a forward. A training step may also apply activations outside of every module call, as a Lightning
-``training_step`` does that writes ``F.relu(self.fc(x))``. Those calls are numbered from one optimizer step or backward
-pass to the next.
+A *forward* is one outermost call of a watched module, normally of the model. A training step may also apply activations
+outside of every module call, as a Lightning ``training_step`` does that writes ``F.relu(self.fc(x))``. What is known of
+tensors is kept until the model's own forward begins again, or the optimizer step is over.
 
-``torch.compile`` can trace everything here. What changes within a forward is kept in lists and dicts, because the
-compiler tracks these more reliably than attributes.
+``torch.compile`` can trace what keeps the stack of modules. What looks at tensors is run while it traces; see
+:class:`neuronscope.attach.compiling.while_tracing`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
 
-from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
+from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
 from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.tensor_map import TensorMap
-from neuronscope.sites import SiteKey
+from neuronscope.attach.units import Units
 
-__all__ = ["ForwardContext", "Recomputation", "first_tensor"]
+__all__ = ["ForwardContext", "Recomputation", "first_tensor", "gradients_on"]
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
+
+#: Number of calls of layers after which the flow is cleared at the next outermost call, whatever that is.
+_MOST_CALLS = 10_000
 
 
 class ForwardContext:
     """Tracks the forward that is running. One instance serves all forwards of a model, one after another.
 
+    Args:
+        names: The layers of the model's weights.
+
     Attributes:
         module_stack: Paths of the watched modules that are running, the innermost last.
-        flow: Where the neurons of each tensor lie.
-        roles: Which tensors are the input or the output of a site.
+        flow: What each tensor is.
+        number: Number of the forward.
         examples: Number of examples that the forward was given.
         recomputing: Whether the forward runs again inside a backward pass.
         exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
@@ -44,10 +52,10 @@ class ForwardContext:
         recomputation: Tells which call of the forward a recomputed call repeats.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: LayerNames) -> None:
         self.module_stack: list[str] = []
-        self.flow = NeuronFlow()
-        self.roles: TensorMap[tuple[Any, ...]] = TensorMap("role")
+        self.flow = NeuronFlow(names)
+        self.number = 0
         self.examples = 0
         self.recomputing = False
         self.exporting = False
@@ -55,10 +63,9 @@ class ForwardContext:
         self.ran_root = False
         self.ran_parts = False
         self.recomputation = Recomputation()
-        self._graded = True
-        self._keys: dict[Place, list[SiteKey]] = {}  # of each place, in the order of the calls
-        self._calls: dict[Place, int] = {}
-        self._outside_calls: dict[Place, int] = {}
+        self.graded = True
+        self._ordinals: dict[tuple[Any, ...], int] = {}
+        self._begin_while_tracing = while_tracing(self._begin, "path", "args", "kwargs")
 
     @property
     def current_path(self) -> str:
@@ -78,74 +85,61 @@ class ForwardContext:
         """
         outermost = not self.module_stack
         if outermost:
-            self.forget()
-            self._calls.clear()
             self.recomputing = in_backward()
             self.exporting = not has_real_tensors()
-            self._graded = torch.is_grad_enabled()
+            self.graded = gradients_on()
             if path == "":
                 self.ran_root = True
             elif not self.explicit_step:
                 self.ran_parts = True
-            if not self._graded and not self.recomputing:
+            if not self.graded and not self.recomputing:
                 self.recomputation.clear()  # no backward pass will come
+            if is_tracing():
+                comptime(self._begin_while_tracing)
+            elif not self.recomputing:
+                self._begin(path, args, kwargs)
             tensor = first_tensor((args, kwargs))
             self.examples = local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
         self.module_stack.append(path)
         return outermost
 
+    def _begin(self, path: str, args: Any, kwargs: Any) -> None:
+        """Forget the tensors of the last forward, and note the inputs of this one."""
+        self.number += 1
+        if (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
+            self.forget()
+        self.flow.note_inputs((args, kwargs))
+
     def leave(self) -> bool:
         """Note that a watched module has ended or failed, and return whether the forward ended with it."""
         if self.module_stack:
             self.module_stack.pop()
-        if self.module_stack:
-            return False
-        self.forget()
-        return True
+        return not self.module_stack
 
-    def number(self, path: str, function: str) -> SiteKey:
-        """Return the key of the call that begins now.
+    def ordinal(self, units: Units, activation: str) -> int:
+        """Return the number of an activation among those of its name that the same units of one call are given to.
 
         Args:
-            path: Path of the module that applies the activation.
-            function: Name of the function for a functional site, otherwise ``""``.
+            units: The units that it is given.
+            activation: Its name.
         """
-        place = (path, function)
-        if not self.module_stack and not self.explicit_step and not torch.is_grad_enabled():
-            return self._key(place, 0)  # no step and no backward pass will tell one forward from the next
-        calls = self._calls if self.module_stack else self._outside_calls
-        call = calls.get(place, 0)
-        calls[place] = call + 1
-        if self.module_stack and self._graded and not torch.is_grad_enabled():
-            self.recomputation.add(place, call)
-        return self._key(place, call)
-
-    def _key(self, place: Place, call: int) -> SiteKey:
-        if is_tracing():
-            return SiteKey(*place, call, False)
-        keys = self._keys.setdefault(place, [])
-        while len(keys) <= call:
-            keys.append(SiteKey(*place, len(keys), False))
-        return keys[call]
+        place = (units.call, units.first, units.order, activation)
+        found = self._ordinals.get(place, 0)
+        self._ordinals[place] = found + 1
+        return found
 
     def forget(self) -> None:
         """Forget what is known of every tensor."""
         self.flow.clear()
-        self.roles.clear()
+        self._ordinals.clear()
 
     def restart(self) -> None:
         """Start again: an optimizer step is over, or a forward did not end."""
         self.module_stack.clear()
-        self._calls.clear()
-        self._outside_calls.clear()
         self.recomputing = False
         self.exporting = False
         self.recomputation.clear()
         self.forget()
-
-    def restart_outside_calls(self) -> None:
-        """Number the calls outside of modules from zero: a backward pass has ended the forward they belong to."""
-        self._outside_calls.clear()
 
 
 class Recomputation:
@@ -157,27 +151,27 @@ class Recomputation:
     of the forward that were not yet repeated.
 
     >>> due = Recomputation()
-    >>> for call in (0, 1, 2):
+    >>> for call in ("first", "second", "third"):
     ...     due.add(("relu", ""), call)
     >>> due.next_number(("relu", "")), due.next_number(("relu", ""))
     (0, 1)
     >>> due.forward_call(("relu", ""), 0), due.forward_call(("relu", ""), 1)
-    (1, 2)
+    ('second', 'third')
     >>> due.next_number(("relu", "")), due.forward_call(("relu", ""), 0)
-    (0, 0)
+    (0, 'first')
     """
 
     def __init__(self) -> None:
-        self._due: dict[Place, list[int]] = {}
+        self._due: dict[Place, list[Any]] = {}
         self._made: dict[Place, int] = {}
         self._fired = False
 
-    def add(self, place: Place, call: int) -> None:
+    def add(self, place: Place, call: Any) -> None:
         """Note a call that was made without gradients, inside a forward that has them.
 
         Args:
             place: Path and function of the site.
-            call: Number of the call in the forward.
+            call: The call; ``None`` if it is not counted.
         """
         self._due.setdefault(place, []).append(call)
 
@@ -192,8 +186,10 @@ class Recomputation:
         self._made[place] = number + 1
         return number
 
-    def forward_call(self, place: Place, number: int) -> int:
-        """Return the number in the forward of a call of the recomputed segment; called when its gradient has arrived.
+    def forward_call(self, place: Place, number: int) -> Any:
+        """Return the call of the forward that a call of the recomputed segment repeats, or ``None``.
+
+        It is asked for when the gradient of the call has arrived.
 
         Args:
             place: Path and function of the site.
@@ -201,13 +197,26 @@ class Recomputation:
         """
         self._fired = True
         due, made = self._due.get(place, []), self._made.get(place, 0)
-        return due[number - made] if made <= len(due) and number < made else number
+        return due[number - made] if made <= len(due) and number < made else None
 
     def clear(self) -> None:
         """Forget all calls: an optimizer step is over."""
         self._due.clear()
         self._made.clear()
         self._fired = False
+
+
+def gradients_on() -> bool:
+    """Whether a forward that begins now is one of training: gradients are on, or a reentrant checkpoint runs it."""
+    return torch.is_grad_enabled() or (not is_tracing() and _in_checkpoint(sys._getframe(1)))
+
+
+def _in_checkpoint(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def first_tensor(values: Any) -> Tensor | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.compiling import in_compiled_graph, is_tracing, unwatched
+from neuronscope.attach.compiling import comptime, in_compiled_graph, is_tracing, unwatched, while_tracing
 from neuronscope.attach.interrupts import CallStack
-from neuronscope.attach.recorder import Call, SiteRecorder
+from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
 from neuronscope.attach.torch_functions import spellings
 
@@ -33,7 +33,7 @@ class Watch(Protocol):
     functional: bool
     registry: Registry
     recorder: SiteRecorder
-    running: list[Call | None]
+    running: list[Any]
     callers: CallStack
     entered: EnteredMode
 
@@ -68,6 +68,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         super().__init__()
         self.manager = manager
         self.handling = False
+        self._follow_while_tracing = while_tracing(self._follow_traced, "func", "args", "kwargs", "output")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +96,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         if activation is not None:
             return self._activation(activation, func, args, kwargs)
         output = func(*args, **kwargs)
-        if isinstance(output, (Tensor, tuple, list)):
+        if isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
             self._follow(func, args, kwargs, output)
         return output
 
@@ -104,7 +105,7 @@ class ActivationFunctionMode(TorchFunctionMode):
     ) -> Any:
         manager = self.manager
         x = first_input(args, kwargs)
-        call: Call | None = None
+        call: Any = None
         try:
             with unwatched():
                 glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
@@ -122,11 +123,17 @@ class ActivationFunctionMode(TorchFunctionMode):
                 manager.fail(error)
         return output
 
+    def _follow_traced(self, *call: Any) -> None:
+        self.manager.recorder.forward.flow.follow(*call)
+
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         manager = self.manager
         try:
             with unwatched():
-                manager.recorder.forward.flow.follow(func, args, kwargs, output)
+                if is_tracing():
+                    comptime(self._follow_while_tracing)
+                else:
+                    manager.recorder.forward.flow.follow(func, args, kwargs, output)
                 if manager.functional and func in _PRODUCTS:
                     manager.recorder.product(args, output)
         except Exception as error:

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.compiling import unwatched
 from neuronscope.count.counters import SiteCounters
+from neuronscope.count.neuron_layout import NeuronLayout
 
 __all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register"]
 
@@ -21,13 +22,13 @@ class Gradients(Protocol):
 
     fail: Callable[[Exception], None]
 
-    def gradient(self, gradient: Tensor, counters: SiteCounters, axis: int, glu_dim: int | None) -> None:
+    def gradient(self, gradient: Tensor, counters: SiteCounters, layout: NeuronLayout, glu_dim: int | None) -> None:
         """Count a gradient at a pre-activation.
 
         Args:
             gradient: Gradient ``(…, N, …)``.
             counters: The counters of the site.
-            axis: Dimension of the neurons.
+            layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
         """
 
@@ -47,7 +48,7 @@ class GradientHook(InertHook):
 
     Args:
         recorder: Receives the gradient.
-        place: Path and function of the site.
+        place: Where the activation is applied: the path of a module, and the function or ``""``.
         glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
     """
 
@@ -58,19 +59,19 @@ class GradientHook(InertHook):
         self.place = place
         self.glu_dim = glu_dim
 
-    def site(self) -> tuple[SiteCounters | None, int]:
-        """Return the counters of the site, and the dimension of the neurons."""
+    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
+        """Return the counters of the site, and where the neurons lie."""
         raise NotImplementedError
 
     def __call__(self, gradient: Tensor | None) -> None:
         """Count the gradient; it is ``None`` if only another part of a split tensor was used."""
         if gradient is None:
             return
-        counters, axis = self.site()
+        counters, layout = self.site()
         if counters is not None and counters.open:
             try:
                 with unwatched():
-                    self.recorder.gradient(gradient, counters, axis, self.glu_dim)
+                    self.recorder.gradient(gradient, counters, layout, self.glu_dim)
             except Exception as error:
                 self.recorder.fail(error)
 
@@ -79,13 +80,18 @@ class CountedGradient(GradientHook):
     """The hook for a call whose site was known when the call was made; one hook serves all calls of the site."""
 
     def __init__(
-        self, recorder: Gradients, place: tuple[str, str], glu_dim: int | None, counters: SiteCounters, axis: int
+        self,
+        recorder: Gradients,
+        place: tuple[str, str],
+        glu_dim: int | None,
+        counters: SiteCounters,
+        layout: NeuronLayout,
     ) -> None:
         super().__init__(recorder, place, glu_dim)
         self.counters = counters
-        self._site = (counters, axis)
+        self._site = (counters, layout)
 
-    def site(self) -> tuple[SiteCounters | None, int]:
+    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
         """Return what was known when the call was made."""
         return self._site
 
@@ -98,12 +104,12 @@ class RecomputedGradient(GradientHook):
         recorder: Gradients,
         place: tuple[str, str],
         glu_dim: int | None,
-        site: Callable[[], tuple[SiteCounters | None, int]],
+        site: Callable[[], tuple[SiteCounters | None, NeuronLayout]],
     ) -> None:
         super().__init__(recorder, place, glu_dim)
         self._find = site
 
-    def site(self) -> tuple[SiteCounters | None, int]:
+    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
         """Return what is known now."""
         return self._find()
 

@@ -20,13 +20,14 @@ from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
-from neuronscope.attach.dtensor import is_tensor_parallel
+from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.gradient_hooks import InertHook
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
+from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.module_paths import walk
-from neuronscope.attach.recorder import Call, CountersFactory, DeclaredAxis, SiteRecorder
+from neuronscope.attach.recorder import CountersFactory, DeclaredAxis, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
@@ -66,9 +67,13 @@ class HookManager:
         self.registry = registry
         self.functional = functional
         self.recorder = SiteRecorder(
-            new_counters=new_counters, declared_axis=declared_axis, tolerance=tolerance, fail=self.fail
+            names=LayerNames(model),
+            new_counters=new_counters,
+            declared_axis=declared_axis,
+            tolerance=tolerance,
+            fail=self.fail,
         )
-        self.running: list[Call | None] = []  # the activation modules that are running, one inside another
+        self.running: list[Any] = []  # the activation modules that are running, one inside another
         self.module_sites: list[str] = []
         self.failure: Exception | None = None
         self._mode = ActivationFunctionMode(self)
@@ -99,6 +104,8 @@ class HookManager:
                 self.recorder.not_measured[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
+            if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
+                self._handles.add(module.register_forward_hook(_LabelOutput(self, path)))
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
                 self._handles.add(module.register_forward_pre_hook(_SuspendInside(self)))
                 self._handles.add(module.register_forward_hook(_ResumeInside(self), always_call=True))
@@ -184,7 +191,7 @@ class HookManager:
 
     def _set_explicit_step(self, explicit_step: bool) -> None:
         self.recorder.forward.explicit_step = explicit_step
-        self.recorder.forward.restart_outside_calls()
+        self.recorder.forward.forget()
 
     def watches_here(self) -> bool:
         """Whether to count what runs in this thread."""
@@ -209,7 +216,6 @@ class HookManager:
         if module_stack and self._thread.is_here():
             del module_stack[self.callers.running(len(module_stack), caller) :]
             if not module_stack:
-                self.recorder.forward.forget()
                 self._end()
         if self._activation is not None and not is_on_stack(self._activation, caller):
             self._activation = None
@@ -284,7 +290,7 @@ class HookManager:
         if self._activation is not None or (self.recorder.forward.module_stack and not self.callers.runs(id(module))):
             self.runs(caller)
 
-    def begin_activation(self, call: Call | None, caller: FrameType | None) -> None:
+    def begin_activation(self, call: Any, caller: FrameType | None) -> None:
         """Note that a module runs whose inner calls are not watched.
 
         Args:
@@ -379,6 +385,21 @@ class _LeaveModule(InertHook):
         elif self.manager.failure is not None:
             self.manager.recorder.forward.leave()
             self.manager.detach_when_idle()
+
+
+class _LabelOutput(InertHook):
+    """A hook on a layer whose weight is distributed."""
+
+    def __init__(self, manager: HookManager, path: str) -> None:
+        self.manager = manager
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.manager.watches_here() and not is_tracing():
+            try:
+                self.manager.recorder.forward.flow.label_output(self.path, output)
+            except Exception as error:
+                self.manager.fail(error)
 
 
 class _SuspendInside(InertHook):

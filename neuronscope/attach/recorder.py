@@ -1,12 +1,15 @@
-"""Find the site and the neuron axis of an activation tensor, and update the counters of the site.
+"""Find the site and the neurons of an activation tensor, and update the counters of the site.
 
 The hooks and the function mode pass the tensors in: see :mod:`neuronscope.attach.hooks`. ``torch.compile`` can trace
-this. What must really run, once, such as making counters, is a constant of the trace.
+this. What a call leads to is found while it traces, and is a constant of the graph: the counters, and where the neurons
+of the tensor lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +17,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import has_real_tensors, in_backward, is_tracing
-from neuronscope.attach.dtensor import NeuronShard, is_partial, local_tensor, sharded_dims
-from neuronscope.attach.forward import ForwardContext
+from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
+from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_partial, local_tensor, neuron_shard, sharded_dims
+from neuronscope.attach.forward import ForwardContext, gradients_on
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
+from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Origin
+from neuronscope.attach.units import Units, slice_dim
 from neuronscope.attach.unsupported import (
     BATCHED_GRADIENT,
     IN_TRANSFORM,
@@ -28,14 +34,19 @@ from neuronscope.attach.unsupported import (
 )
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs, gate_half, register_gradient_hook
 from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout, neurons_first
 from neuronscope.sites import SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "SiteRecorder"]
 
-#: Returns the counters for a site, or ``None`` if the site is not wanted: (phase, key, info, neurons, device).
-CountersFactory = Callable[[str, SiteKey, SiteInfo, int, torch.device], "SiteCounters | None"]
-#: Returns the declared axis of a site by its name, or ``None``.
-DeclaredAxis = Callable[[str], "int | None"]
+#: All names of a site that a pattern may match: its own, its layer's path, and the place of the activation.
+Names = tuple[str, str, str]
+#: Returns the counters for a site, or ``None`` if it is not wanted: (phase, key, info, names, neurons, device).
+CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "SiteCounters | None"]
+#: Returns the declared axis of a site by its three names, or ``None``.
+DeclaredAxis = Callable[[str, str, str], "int | None"]
+
+_MOST_CALLS = 20_000
 
 
 class Call(NamedTuple):
@@ -44,34 +55,31 @@ class Call(NamedTuple):
     Attributes:
         key: The site.
         counters: The counters of the site; ``None`` if the site is not wanted.
-        axis: Dimension of the neurons.
-        axis_source: How the axis is known.
+        layout: Where the neurons of its output lie.
+        hook: Counts the gradient of the input; ``None`` if nothing is counted.
+        after: What the output is.
         activation: The activation that is applied.
-        glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
-        examples: Number of independent examples in the input.
-        hook: Counts the gradient of the input; ``None`` while ``torch.compile`` traces, or if nothing is counted.
-        input_role: Recorded for the input, to recognize gated products: false, then the key of the site.
-        output_role: Recorded for the output: true, the key of the site, where its neurons lie, and the product's name.
+        info: What is known of the site.
+        gate: The site of the gate, if the call is a gated product.
     """
 
     key: SiteKey
     counters: SiteCounters | None
-    axis: int
-    axis_source: str
-    activation: Activation
-    glu_dim: int | None
-    examples: int
+    layout: NeuronLayout
     hook: CountedGradient | None
-    input_role: tuple[Any, ...]
-    output_role: tuple[Any, ...]
+    after: Origin
+    activation: Activation
+    info: SiteInfo
+    gate: SiteKey | None = None
 
 
 class SiteRecorder:
     """Records the calls of all sites of a model.
 
     Args:
+        names: The layers of the model's weights.
         new_counters: Returns the counters of a site; called once for each site and phase.
-        declared_axis: Returns the declared axis of a site by its name.
+        declared_axis: Returns the declared axis of a site by its names.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
         fail: Called with an error of our own code in a backward pass.
 
@@ -82,12 +90,15 @@ class SiteRecorder:
         compiled: Whether ``torch.compile`` traced any part of the model.
         forward: The forward that is running.
         not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
+        not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
+        ran_modules: Paths of the activation modules that ran.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
     """
 
     def __init__(
         self,
         *,
+        names: LayerNames,
         new_counters: CountersFactory,
         declared_axis: DeclaredAxis,
         tolerance: float,
@@ -98,8 +109,10 @@ class SiteRecorder:
         self.step = 0
         with torch.inference_mode(False):
             self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.forward = ForwardContext()
+        self.forward = ForwardContext(names)
         self.not_measured: dict[str, str] = {}
+        self.not_neurons: dict[str, str] = {}
+        self.ran_modules: set[str] = set()
         self.fail = fail
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
@@ -107,42 +120,75 @@ class SiteRecorder:
         self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
         self._new_counters = new_counters
         self._declared = declared_axis
-        self._declared_axes: dict[SiteKey, int | None] = {}
-        self._last_calls: dict[
-            SiteKey, tuple[Any, Call]
-        ] = {}  # of each site: the facts behind its last call, and the call
+        self._calls: dict[tuple[Any, ...], Call] = {}  # by the facts that they follow from
+        self._gates: dict[SiteKey, Call] = {}
+        self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
+        self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._leaf_handles: list[RemovableHandle] = []
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
+        self._traced: list[tuple[Call, bool]] = []  # calls in graphs, and whether each adds to the examples
 
-        def traced_counters(phase: str, key: tuple[Any, ...], info: tuple[Any, ...], neurons: int, device: str) -> Any:
-            self.compiled = True
-            if self.is_tensor_parallel():
-                self.not_measured[SiteKey(*key).name] = (
-                    "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the "
-                    "layer's neurons are this rank's: watch the model without compiling it"
-                )
-                return None
-            counters = self.site_counters(phase, SiteKey(*key), SiteInfo(*info), neurons, torch.device(device))
-            if counters is not None:
-                counters.in_graph = True
-            return counters
+        # torch.compile runs these while it traces.
+        self._find_while_tracing = while_tracing(
+            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim"
+        )
+        self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
+        self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
+        found: list[int | None] = []
+        self._found = found
 
-        def traced_axis(name: str) -> int | None:
-            return self._declared(name)
+        def last_found() -> int | None:
+            return found.pop() if found else None
 
-        # torch.compile runs these while it traces; the graph then holds the counters themselves.
-        self._traced_counters = torch.compiler.assume_constant_result(traced_counters)
-        self._traced_axis = torch.compiler.assume_constant_result(traced_axis)
+        def counters_of(call: int) -> SiteCounters | None:
+            return self._traced[call][0].counters
+
+        def layout_of(call: int) -> tuple[Any, ...]:
+            return tuple(self._traced[call][0].layout)
+
+        def adds_examples(call: int) -> bool:
+            return self._traced[call][1]
+
+        self._last_found = torch.compiler.assume_constant_result(last_found)
+        self._counters_of = torch.compiler.assume_constant_result(counters_of)
+        self._layout_of = torch.compiler.assume_constant_result(layout_of)
+        self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
 
     def all_not_measured(self) -> dict[str, str]:
-        """Return all sites and modules that are not measured so far, each with the reason."""
+        """Return all sites, layers and modules that are not measured so far, each with the reason."""
         not_measured = dict(self.not_measured)
+        flow = self.forward.flow
+        for place, (reason, layers) in self._unclear.items():
+            if not layers or not all(flow.gives_outputs(layer) for layer in layers):
+                not_measured.setdefault(place, reason)
+        measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
+        for layer, function in flow.bent.items():
+            if not measured.intersection(layer.split("+")):
+                not_measured.setdefault(
+                    layer,
+                    f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
+                    "it. Register what it is part of: `activations={...}`",
+                )
         if self.forward.ran_parts and not self.forward.ran_root:
             not_measured["(root)"] = (
                 "parts of the model were called, but never its forward: functional activations between them are not "
                 "seen. Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
             )
         return not_measured
+
+    def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
+        """Return what is known of a site by now: whether it gives outputs of the network, and which layers read it.
+
+        Args:
+            key: The site.
+            info: What was known when it first ran.
+        """
+        flow = self.forward.flow
+        output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
+        readers = tuple(flow.readers.get(key, ()))
+        return (
+            info if (output, readers) == (info.output, info.readers) else replace(info, output=output, readers=readers)
+        )
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
@@ -180,6 +226,14 @@ class SiteRecorder:
         self.step = step
         self.step_tensor.fill_(step)
 
+    @property
+    def running_phase(self) -> str:
+        """The phase of what runs now: ``inference`` if training forwards are counted, and this is none."""
+        if self.phase != "train" or self.forward.recomputing:
+            return self.phase
+        graded = self.forward.graded if self.forward.module_stack else gradients_on()
+        return "train" if graded else "inference"
+
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
         self.forward.restart()
@@ -194,18 +248,18 @@ class SiteRecorder:
             if counters is not None:
                 counters.open = False
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Call | None:
-        """Begin a call of a site: number it, find its neurons, and register a hook for the gradient of its input.
+    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
+        """Begin a call of a site: find its neurons, and register a hook for the gradient of its input.
 
         Args:
             path: Path of the activation module, or of the module that calls the activation function.
-            function: Name of the function for a functional site, otherwise ``""``.
+            function: Name of the function for an activation function, otherwise ``""``.
             activation: The activation that is applied.
             x: The pre-activation ``(…, N, …)``.
             glu_dim: The dimension along which ``x`` is split in two halves (GLU), otherwise ``None``.
 
         Returns:
-            The call, for :meth:`end`; ``None`` if it is not counted.
+            The call, for :meth:`end`, or its number while ``torch.compile`` traces; ``None`` if it is not counted.
         """
         forward = self.forward
         if forward.exporting:
@@ -224,88 +278,235 @@ class SiteRecorder:
             if not has_real_tensors():
                 return None
             recomputing = in_backward()
+        if is_tracing():
+            return self._begin_in_graph(path, function, activation, x, glu_dim)
         transformed = in_transform(x)
         if recomputing:
             if not transformed:
-                self._register_recomputed(x, path, function, glu_dim)
+                self._register_recomputed(x, path, function, activation.name, glu_dim)
             return None
-        key = forward.number(path, function)
+        place = _place(path, function)
+        if not function:
+            self.ran_modules.add(path)
         if transformed:
-            self.not_measured.setdefault(key.name, IN_TRANSFORM)
+            self.not_measured.setdefault(place, IN_TRANSFORM)
             return None
-        call = self._call(key, activation, x, glu_dim, self._examples(x))
+        call = self._find(self.running_phase, place, not function, activation, x, glu_dim)
+        requires_gradient = torch.is_grad_enabled()
+        if not requires_gradient and (outside_module or forward.graded):
+            forward.recomputation.add((path, function), call)
+        if call is not None and call.hook is not None and requires_gradient and x.requires_grad:
+            self._hook(x, call.hook)
+        return call
+
+    def _begin_in_graph(  # `comptime` reads its arguments and variables
+        self,
+        path: str,  # noqa: ARG002
+        function: str,  # noqa: ARG002
+        activation: Activation,  # noqa: ARG002
+        x: Tensor,
+        glu_dim: int | None,
+    ) -> Any:
+        phase = self.running_phase  # noqa: F841
+        comptime(self._find_while_tracing)
+        call = self._last_found()
         if call is None:
             return None
-        if call.counters is not None and x.requires_grad and torch.is_grad_enabled():
-            if call.hook is not None:
-                self._hook(x, call.hook)
-            else:
-                register_gradient_hook(x, call.axis, call.glu_dim, call.counters)
-        forward.roles.put(x, call.input_role)
+        counters = self._counters_of(call)
+        if counters is not None and x.requires_grad and torch.is_grad_enabled():
+            axis, dims = self._layout_of(call)
+            register_gradient_hook(x, axis, dims, glu_dim, counters)
         return call
 
-    def _examples(self, tensor: Tensor) -> int:
-        """Return the number of examples of the forward; outside of a forward, the length of the tensor."""
-        return self.forward.examples if self.forward.module_stack else tensor.size(0)
-
-    def _call(self, key: SiteKey, activation: Activation, x: Tensor, glu_dim: int | None, examples: int) -> Call | None:
-        """Return the call, from the last call of the site if all facts that it follows from are the same."""
-        if is_tracing():
-            return self._find(key, activation, x, glu_dim, examples)
-        facts = None  # tensors of other classes are examined each time
-        if type(x) is Tensor and not x.is_nested:
-            cache_key = self.forward.flow.cache_key(x)
-            facts = (self.phase, x.shape, x.layout, holds_no_data(x), glu_dim, examples, activation, cache_key)
-            last = self._last_calls.get(key)
-            if last is not None and last[0] == facts:
-                return last[1]
-        call = self._find(key, activation, x, glu_dim, examples)
+    def _find_traced(
+        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
+    ) -> None:
+        """Find a call while ``torch.compile`` traces, and note its number."""
+        self.compiled = True
+        if not function:
+            self.ran_modules.add(path)
+        place = _place(path, function)
+        self._found.clear()
+        if torch._C._functorch.maybe_current_level() is not None:
+            self.not_measured.setdefault(place, IN_TRANSFORM)
+            return
+        call = self._find(phase, place, not function, activation, x, glu_dim, traced=True)
         if call is not None:
-            self._last_calls[key] = facts, call
+            self._note_traced(call)
+
+    def _note_traced(self, call: Call) -> None:
+        counters = call.counters
+        if counters is not None and self.is_tensor_parallel():
+            self.not_measured[call.key.name] = (
+                "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the "
+                "layer's neurons are this rank's: watch the model without compiling it"
+            )
+            counters = None
+        if counters is not None:
+            counters.in_graph = True
+        self._found.append(len(self._traced))
+        first = counters is not None and counters.is_first_call(self.forward.number)
+        self._traced.append((call._replace(counters=counters), first))
+
+    def _find(
+        self,
+        phase: str,
+        place: str,
+        is_module: bool,
+        activation: Activation,
+        x: Tensor,
+        glu_dim: int | None,
+        traced: bool = False,
+    ) -> Call | None:
+        """Return the call of a site, or ``None`` after noting why it is not counted.
+
+        Args:
+            phase: The phase that it belongs to.
+            place: Where the activation is applied.
+            is_module: Whether the activation is a module, and no function.
+            activation: The activation.
+            x: The pre-activation.
+            glu_dim: As in :meth:`begin`.
+            traced: Whether ``x`` is the fake tensor of a graph.
+        """
+        origin = self.forward.flow.origin(x)
+        ordinal = self.forward.ordinal(origin.units, activation.name) if origin.units is not None else 0
+        facts = None
+        if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
+            facts = (origin, phase, x.shape, activation, ordinal, place, glu_dim, x.layout, holds_no_data(x))
+            last = self._calls.get(facts)
+            if last is not None:
+                return last
+        call = self._find_anew(phase, place, is_module, activation, x, glu_dim, origin, ordinal, traced)
+        if call is not None and facts is not None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[facts] = call
         return call
 
-    def _find(self, key: SiteKey, activation: Activation, x: Tensor, glu_dim: int | None, examples: int) -> Call | None:
-        """Return the call, or ``None`` after noting why it cannot be counted."""
-        compiling = is_tracing()
-        if not compiling and (reason := unsupported_reason(x)):
+    def _find_anew(
+        self,
+        phase: str,
+        place: str,
+        is_module: bool,
+        activation: Activation,
+        x: Tensor,
+        glu_dim: int | None,
+        origin: Origin,
+        ordinal: int,
+        traced: bool,
+    ) -> Call | None:
+        units = origin.units if origin.units is not None and origin.units.layer else None
+        key = (
+            SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)
+        )
+        if not traced and (reason := unsupported_reason(x)):
             self.not_measured.setdefault(key.name, reason)
             return None
-        declared = self._traced_axis(key.name) if compiling else self._declared_axis(key)
-        if declared is None:
-            axis, source, mixed, shard = self.forward.flow.of(x)
-            if mixed:
+        names = (key.name, key.layer, place)
+        declared = self._declared(*names)
+        if declared is not None:
+            if not -x.dim() <= declared < x.dim():
                 self.not_measured.setdefault(
-                    key._replace(call=0).name,
-                    "its weights are a stack (experts), so that one index is a neuron of each of them; "
-                    "declare its axis to count those together",
+                    key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
                 )
                 return None
-        elif -x.dim() <= declared < x.dim():
-            axis, source = declared % x.dim(), "declared"
-            shard = self.forward.flow.shard(x, axis)
+            layout, source = NeuronLayout(declared % x.dim()), "declared"
+            if units is not None and units.layout != layout:
+                units = None
+        elif units is not None:
+            layout, source = units.layout, f"layer ({units.layer})"
+        elif self._may_be_neurons(origin, place, is_module):
+            layout, source = assumed_layout(x.dim()), "assumed (rank)"
         else:
-            self.not_measured.setdefault(
-                key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
-            )
             return None
-        neurons = local_tensor(x).shape[axis]
+        output_units = units
         if glu_dim is not None:
-            glu_dim = glu_dim % x.dim()
-            if glu_dim == axis:
-                neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
-        counters = self._known(key, neurons)
-        if counters is None:
-            info = SiteInfo(activation.name, activation.kind, activation.linear_when_on, axis, source, *shard)
-            counters = self._counters_for(key, info, neurons, x)
-            if counters is not None and not compiling:
-                counters.sharded_dims = sharded_dims(x)
-        place = (key.path, key.function)
-        hook = None if compiling or counters is None else CountedGradient(self, place, glu_dim, counters, axis)
-        gated_name = activation.gated_name or f"gated {activation.name}"
-        role = (True, *key, axis, source, shard, gated_name)
-        return Call(key, counters, axis, source, activation, glu_dim, examples, hook, (False, *key), role)
+            glu_dim %= x.dim()
+            output_units = None if units is None else slice_dim(units, glu_dim, 0, x.shape[glu_dim] // 2)
+            if units is not None and output_units is None:
+                self.not_measured.setdefault(key.name, "it splits units and positions that lie on one dimension")
+                return None
+            if output_units is not None and declared is None:
+                layout = output_units.layout
+        shard = self._shard(x, layout, units, key)
+        if shard is None:
+            return None
+        neurons = _neurons_in(local_tensor(x).shape, layout)
+        if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
+            neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
+        runs = () if output_units is None else output_units.tensor_runs()
+        if sum(len(range(*run[1:])) for run in runs) not in (neurons, shard.whole):
+            runs = ()
+        info = SiteInfo(
+            activation.name,
+            activation.kind,
+            activation.linear_when_on,
+            layout.axis,
+            source,
+            *shard,
+            layer="" if units is None else units.layer,
+            units=runs,
+            place=place,
+        )
+        if is_module:
+            self._modules.add(key)
+        counters = self._counters_for(phase, key, info, names, neurons, x)
+        if counters is not None and not traced:
+            counters.sharded_dims = sharded_dims(x)
+        hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
+        after = (
+            origin.but(site=key, units=output_units, bent="")
+            if output_units is not None
+            else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
+        )
+        call = Call(key, counters, layout, hook, after, activation, info)
+        self._gates[key] = call
+        return call
 
-    def end(self, call: Call, x: Any, y: Any) -> None:
+    def _may_be_neurons(self, origin: Origin, place: str, is_module: bool) -> bool:
+        """Whether an activation of a tensor without known units is counted; if not, the reason is noted."""
+        state = origin.state
+        if state == ROWS:
+            self.not_measured.setdefault(
+                place,
+                "its rows are units of several layers (experts), so that one index is a neuron of each of them; "
+                "declare its axis to count those together",
+            )
+            return False
+        if state == ENDED and origin.layer:
+            self.not_measured.setdefault(
+                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+            )
+            return False
+        if state in (ENDED, WEIGHT):
+            what = "parameters alone" if state == WEIGHT else "several units together"
+            self.not_neurons.setdefault(place, f"its input was computed from {what}")
+            return False
+        if is_module:
+            return True
+        if state in (RAW, CONSTANT):
+            self.not_neurons.setdefault(place, "no layer came before it")
+            return False
+        self._unclear.setdefault(
+            place,
+            (
+                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
+                self.forward.flow.last_layers(origin),
+            ),
+        )
+        return False
+
+    def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
+        """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
+        if not is_distributed(x):
+            return self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+        if layout.dims is not None:
+            self.not_measured.setdefault(key.name, "ranks share it, and several dimensions hold its neurons")
+            return None
+        return neuron_shard(x, layout.axis)
+
+    def end(self, call: Any, x: Any, y: Any) -> None:
         """End a call of a site: count its output.
 
         Args:
@@ -313,23 +514,36 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
-        if not isinstance(y, Tensor) or y.dim() <= call.axis:
+        if is_tracing():
+            if isinstance(y, Tensor):
+                comptime(self._end_while_tracing)
+                self._count_in_graph(call, y)
+            return
+        if isinstance(y, (tuple, list)) and y and isinstance(y[0], Tensor):
+            y = y[0]  # a spiking neuron gives its spikes, and then its state
+        if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
             return
         if call.counters is not None:
-            neurons = local_tensor(y).shape[call.axis]
+            neurons = _neurons_in(local_tensor(y).shape, call.layout)
             if neurons == call.counters.neurons and (not isinstance(x, Tensor) or sharded_dims(x) == sharded_dims(y)):
-                self._count(call.counters, y, call.axis, call.examples)
+                self._count(call.counters, y, call.layout)
             else:
                 self.not_measured.setdefault(
                     call.key.name,
                     f"its output has {neurons} neurons where {call.counters.neurons} were expected",
                 )
-        if isinstance(x, Tensor):
-            self.forward.flow.same(x, y)
-        self.forward.roles.put(y, call.output_role)
+        self._end(call, y)
+
+    def _end(self, call: Call, y: Tensor) -> None:
+        units = call.after.units
+        if units is None or len(units.dims) == y.dim():
+            self.forward.flow.put(y, call.after)
+
+    def _end_traced(self, call: int, y: Tensor) -> None:
+        self._end(self._traced[call][0], y)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
-        """Count a product as gated if one factor is the output of a site and the other is not the input of that site.
+        """Count a product as gated if one factor is the output of a site and the other has other units.
 
         Args:
             args: The two factors.
@@ -337,57 +551,75 @@ class SiteRecorder:
         """
         if len(args) != 2 or not isinstance(y, Tensor):
             return
+        phase = self.running_phase
+        if not is_tracing():
+            call = self._find_product(phase, args, y)
+            if call is not None and call.counters is not None:
+                self._count(call.counters, y, call.layout)
+            return
+        comptime(self._product_while_tracing)
+        number = self._last_found()
+        if number is not None:
+            self._count_in_graph(number, y)
+
+    def _product_traced(self, phase: str, args: tuple[Any, ...], y: Tensor) -> None:
+        self._found.clear()
+        call = self._find_product(phase, args, y, traced=True)
+        if call is not None:
+            self._note_traced(call)
+
+    def _find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
+        flow = self.forward.flow
         for factor, other in (args, args[::-1]):
-            role = self.forward.roles.get(factor) if isinstance(factor, Tensor) else None
-            if role is None or not role[0] or not isinstance(other, Tensor) or other is factor:
+            if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
-            if factor.shape != y.shape or other.shape != y.shape:
+            origin = flow.origin(factor)
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
-            other_role = self.forward.roles.get(other)
-            if other_role is not None and other_role[1:5] == role[1:5]:
-                continue  # x · sigmoid(x) is an activation written out, not a gated product
-            self._count_gated(role, y)
-            return
+            beside = flow.origin(other)
+            if beside.state in (WEIGHT, CONSTANT) or _same_units(origin, beside):
+                continue  # x · sigmoid(x) is an activation written out, and no gated product
+            return self._gated(phase, gate, origin.units, y, traced)
+        return None
 
-    def _count_gated(self, role: tuple[Any, ...], y: Tensor) -> None:
-        path, function, call, axis, source, shard, gated_name = (*role[1:4], *role[5:])
-        key = SiteKey(path, function, call, True)
-        if in_transform(y):
+    def _gated(self, phase: str, gate: Call, units: Units, y: Tensor, traced: bool) -> Call | None:
+        name = gate.activation.gated_name or f"gated {gate.activation.name}"
+        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(units, name))
+        if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
-            return
-        info = SiteInfo(gated_name, "gated", False, axis, source, *shard)
-        counters = self._counters_for(key, info, local_tensor(y).shape[axis], y)
-        if counters is not None:
-            self._count(counters, y, axis, self._examples(y))
-
-    def _count(self, counters: SiteCounters, y: Tensor, axis: int, examples: int) -> None:
-        step = self.step_tensor if is_tracing() else self.step
-        add_outputs(counters, local_tensor(y.detach()), axis, examples, step, self._scratch, self._tolerance)
-
-    def _declared_axis(self, key: SiteKey) -> int | None:
-        if key not in self._declared_axes:
-            self._declared_axes[key] = self._declared(key.name)
-        return self._declared_axes[key]
-
-    def _known(self, key: SiteKey, neurons: int) -> SiteCounters | None:
-        """Return the counters that a site already has in this phase; ``None`` while ``torch.compile`` traces."""
-        if is_tracing():
             return None
-        counters = self._counters.get((self.phase, key))
-        return counters if counters is not None and counters.neurons == neurons else None
+        layout = units.layout
+        info = replace(gate.info, activation=name, kind="gated", linear_when_on=False, axis=layout.axis)
+        names = (key.name, key.layer, info.place)
+        neurons = _neurons_in(local_tensor(y).shape, layout)
+        counters = self._counters_for(phase, key, info, names, neurons, y)
+        if counters is not None:
+            counters.gate = self._counters.get((phase, gate.key))
+        after = self.forward.flow.origin(y)
+        if after.units == units:
+            self.forward.flow.put(y, after.but(site=key))
+        return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
-    def _counters_for(self, key: SiteKey, info: SiteInfo, neurons: int, x: Tensor) -> SiteCounters | None:
-        if is_tracing():
-            traced_info = (info.activation, info.kind, info.linear_when_on, info.axis, info.axis_source)
-            traced_key = (key.path, key.function, key.call, key.gated)
-            found: SiteCounters | None = self._traced_counters(
-                self.phase, traced_key, traced_info, neurons, str(x.device)
-            )
-            return found
-        return self.site_counters(self.phase, key, info, neurons, x.device)
+    def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+        plain, axis = neurons_first(local_tensor(y.detach()), *layout)
+        examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
+        add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
 
-    def site_counters(
-        self, phase: str, key: SiteKey, info: SiteInfo, neurons: int, device: torch.device
+    def _count_in_graph(self, call: int, y: Tensor) -> None:
+        counters = self._counters_of(call)
+        if counters is None:
+            return
+        axis, dims = self._layout_of(call)
+        plain, axis = neurons_first(y.detach(), axis, dims)
+        examples = 0
+        if self._adds_examples(call):
+            positions = plain.numel() // plain.shape[axis]
+            examples = min(positions, self.forward.examples)
+        add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
+
+    def _counters_for(
+        self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
     ) -> SiteCounters | None:
         """Return the counters of a site in a phase, and make them on first use.
 
@@ -395,44 +627,43 @@ class SiteRecorder:
             phase: The phase.
             key: The site.
             info: What is known of the site.
+            names: Its names, for patterns.
             neurons: Number of its neurons.
-            device: Device of its tensors.
+            x: A tensor on its device.
 
         Returns:
             The counters; ``None`` if the site is not wanted, or if its number of neurons has changed.
         """
-        known = self._counters.get((phase, key))
-        if known is not None and known.neurons == neurons:
-            return known
-        if known is not None:
+        if (phase, key) not in self._counters:
+            self._counters[phase, key] = self._new_counters(phase, key, info, names, neurons, x.device)
+        known = self._counters[phase, key]
+        if known is not None and known.neurons != neurons:
             self.not_measured.setdefault(
                 key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
             )
             return None
-        if (phase, key) not in self._counters:
-            made = self._counters[phase, key] = self._new_counters(phase, key, info, neurons, device)
-            if made is not None and key.gated:
-                made.gate = self._counters.get((phase, key._replace(gated=False)))
-        return self._counters[phase, key]
+        return known
 
-    def _register_recomputed(self, x: Tensor, path: str, function: str, glu_dim: int | None) -> None:
+    def _register_recomputed(self, x: Tensor, path: str, function: str, activation: str, glu_dim: int | None) -> None:
         """Register a gradient hook for a recomputed call: activation checkpointing runs a site again in backward.
 
         Its output was counted before. Its gradient may arrive only now.
         """
         place = (path, function)
-        if not x.requires_grad or not torch.is_grad_enabled() or self._is_registered(x, place):
+        if (
+            not x.requires_grad
+            or not torch.is_grad_enabled()
+            or self._is_registered(x, (_place(path, function), activation))
+        ):
             return
         recomputation = self.forward.recomputation
         number = recomputation.next_number(place)
 
-        def site() -> tuple[SiteCounters | None, int]:
+        def site() -> tuple[SiteCounters | None, NeuronLayout]:
             call = recomputation.forward_call(place, number)
-            key = SiteKey(path, function, call, False)
-            last = self._last_calls.get(key)
-            return self._counters.get((self.phase, key)), 0 if last is None else last[1].axis
+            return (None, NeuronLayout(0)) if call is None else (call.counters, call.layout)
 
-        self._hook(x, RecomputedGradient(self, place, glu_dim, site))
+        self._hook(x, RecomputedGradient(self, (_place(path, function), activation), glu_dim, site))
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
@@ -444,24 +675,48 @@ class SiteRecorder:
         if handle is not None and x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step, and its hook must not
 
-    def gradient(self, gradient: Tensor, counters: SiteCounters, axis: int, glu_dim: int | None) -> None:
+    def gradient(self, gradient: Tensor, counters: SiteCounters, layout: NeuronLayout, glu_dim: int | None) -> None:
         """Count a gradient at a pre-activation.
 
         Args:
             gradient: Gradient ``(…, N, …)``.
             counters: The counters of the site.
-            axis: Dimension of the neurons.
+            layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
         """
-        self.forward.restart_outside_calls()
         if in_transform(gradient):
             self._note_gradient(counters, BATCHED_GRADIENT)
         elif type(gradient) is not Tensor and (is_partial(gradient) or sharded_dims(gradient) != counters.sharded_dims):
             self._note_gradient(counters, "its gradient is spread over the ranks in another way than its output")
         else:
             plain = gradient.detach() if gradient.requires_grad else gradient
-            add_gradients(counters, gate_half(local_tensor(plain), glu_dim), axis, self._scratch)
+            found, axis = neurons_first(gate_half(local_tensor(plain), glu_dim), *layout)
+            add_gradients(counters, found, axis, self._scratch)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
         name = next(key.name for (_, key), known in self._counters.items() if known is counters)
         self.not_measured.setdefault(name, reason)
+
+
+def _place(path: str, function: str) -> str:
+    """Return the place of an activation: the path of its module, or the function in the module that calls it."""
+    if not function:
+        return path or "(root)"
+    return f"{path}.{function}()" if path else f"{function}()"
+
+
+def _same_units(one: Origin, other: Origin) -> bool:
+    first, second = one.units, other.units
+    return first is not None and second is not None and first[:4] == second[:4] and first.order == second.order
+
+
+def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:
+    """Return the number of neurons of a tensor.
+
+    Args:
+        shape: Its shape.
+        layout: Where its neurons lie.
+    """
+    if layout.dims is None:
+        return shape[layout.axis]
+    return math.prod(size for dim in layout.dims for size, stride in dim if stride)

@@ -1,4 +1,4 @@
-"""Select sites, and declare axes, by glob patterns on site names."""
+"""Select sites, and declare axes, by glob patterns on the names of sites, layers and activations."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SitePatterns:
         UsageError: A pattern is not a string or is empty, or an axis is not an integer.
 
     >>> patterns = SitePatterns("layer1.*", None, {"*.mixer": -1})
-    >>> patterns.register("layer1.relu"), patterns.register("fc.relu")
+    >>> patterns.register("layer1.fc/relu", "layer1.fc", "layer1.act"), patterns.register("fc/relu", "fc", "act")
     (True, False)
     >>> next(patterns.unmatched_warnings("Net"))
-    "Expected pattern '*.mixer' to match a site, but it matched none of those seen: layer1.relu, fc.relu."
-    >>> patterns.wants("layer1.relu"), patterns.wants("fc.relu"), patterns.axis("layer1.mixer")
+    "Expected pattern '*.mixer' to match a site, but it matched none of those seen: layer1.fc/relu, fc/relu."
+    >>> patterns.wants("layer1.fc/relu"), patterns.wants("fc/relu"), patterns.axis("layer1.mixer")
     (True, False, -1)
     """
 
@@ -39,10 +39,14 @@ class SitePatterns:
         self._unmatched = {*(self._sites or ()), *(self._exclude or ()), *self._axes}
         self._registered: dict[str, None] = {}  # names, in the order of their first call
 
-    def register(self, name: str) -> bool:
-        """Note that a site of this name ran, and return whether to count it."""
-        self._registered[name] = None
-        return self.wants(name)
+    def register(self, *names: str) -> bool:
+        """Note that a site ran, and return whether to count it.
+
+        Args:
+            names: The site's name, and then the others that patterns may match: see :meth:`wants`.
+        """
+        self._registered[names[0]] = None
+        return self.wants(*names)
 
     def unmatched_warnings(self, model: str, most: int = 8) -> Iterator[str]:
         """Yield a warning for each pattern that matched no site, and one if the model has no site at all.
@@ -57,20 +61,29 @@ class SitePatterns:
         if not self._registered:
             yield f"No activation of {model} was seen in the first observed step; nothing is being measured."
 
-    def wants(self, name: str) -> bool:
-        """Whether to count the site of this name."""
-        included = self._sites is None or self._match(self._sites, name)
-        return included and not (self._exclude is not None and self._match(self._exclude, name))
+    def wants(self, *names: str) -> bool:
+        """Whether to count a site.
 
-    def axis(self, name: str) -> int | None:
-        """Return the declared axis of the site of this name, or ``None``."""
+        Args:
+            names: Names of which a pattern may match any: that of the site, the path of its layer, and the place of
+                its activation.
+        """
+        included = self._sites is None or self._match(self._sites, names)
+        return included and not (self._exclude is not None and self._match(self._exclude, names))
+
+    def axis(self, *names: str) -> int | None:
+        """Return the declared axis of a site, or ``None``.
+
+        Args:
+            names: As of :meth:`wants`.
+        """
         for pattern, axis in self._axes.items():
-            if self._match((pattern,), name):
+            if self._match((pattern,), names):
                 return axis
         return None
 
-    def _match(self, patterns: Sequence[str], name: str) -> bool:
-        matched = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+    def _match(self, patterns: Sequence[str], names: Sequence[str]) -> bool:
+        matched = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
         self._unmatched.difference_update(matched)
         return bool(matched)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
+from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.pending_counts import NEVER, PendingCounts
 from neuronscope.count.small_tensors import SmallTensors
 
@@ -92,6 +93,28 @@ class SiteCounters:
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
+        self._forward = -1  # number of the last forward that was counted
+        self._forward_positions = 0  # its positions and its examples so far
+        self._forward_examples = 0
+
+    def new_examples(self, forward: int, examples: int, positions: int) -> int:
+        """Return by how much the number of examples grows with a call: they count once a forward.
+
+        Args:
+            forward: Number of the forward.
+            examples: Number of examples that the forward was given.
+            positions: Number of positions of the call. A forward has no more examples at a site than positions.
+        """
+        if forward != self._forward:
+            self._forward, self._forward_positions, self._forward_examples = forward, 0, 0
+        self._forward_positions += positions
+        before, self._forward_examples = self._forward_examples, min(examples, self._forward_positions)
+        return self._forward_examples - before
+
+    def is_first_call(self, forward: int) -> bool:
+        """Return whether this is the first call in a forward, in a graph that ``torch.compile`` traces."""
+        first, self._forward = forward != self._forward, forward
+        return first
 
     def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
         """Add everything that waits to the tensors.
@@ -272,16 +295,19 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
         counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
 
 
-def register_gradient_hook(x: Tensor, axis: int, glu_dim: int | None, counters: SiteCounters) -> None:
+def register_gradient_hook(
+    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters
+) -> None:
     """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
 
     Args:
         x: The pre-activation ``(…, N, …)``.
         axis: Dimension of the neurons.
+        dims: As in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
         glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
         counters: The counters of the site.
     """
-    _register_gradient_hook_in_graph(x, axis, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
+    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
 
 
 def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
@@ -327,11 +353,11 @@ def _add_outputs_in_graph(
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
 def _register_gradient_hook_in_graph(
-    x: Tensor, axis: int, glu_dim: int | None, zero_gradients: Tensor, traced: Tensor
+    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, zero_gradients: Tensor, traced: Tensor
 ) -> None:
     def count(gradient: Tensor) -> None:
-        part = gate_half(gradient, glu_dim).detach()
-        zero_gradients.add_(plain_zeros(part, axis, 0.0))
-        traced[1].add_(part.numel() // part.shape[axis])
+        part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
+        zero_gradients.add_(plain_zeros(part, neurons, 0.0))
+        traced[1].add_(part.numel() // part.shape[neurons])
 
     x.register_hook(count)

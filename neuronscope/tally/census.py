@@ -102,7 +102,7 @@ class Tally:
 
     @property
     def axis_source(self) -> str:
-        """How the axis was found."""
+        """How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``."""
         return self.info.axis_source
 
     @property
@@ -112,7 +112,7 @@ class Tally:
 
     @property
     def units(self) -> tuple[tuple[str, int, int, int], ...]:
-        """The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`."""
+        """The units that the neurons are, in their order: (layer, start, stop, step) of each run of units."""
         return self.info.units
 
     @property
@@ -146,7 +146,7 @@ class Tally:
         return _fraction(self.abs_sum, self.positions)
 
     def merge(self, other: Tally) -> Tally:
-        """Return the sum of both tallies, equal to counting everything in one.
+        """Return the sum of this tally and a later one, equal to counting everything in one.
 
         Raises:
             StateError: The tallies have different numbers of neurons.
@@ -155,6 +155,7 @@ class Tally:
             raise StateError(f"Expected tallies of {self.neurons} neurons to merge, but got {other.neurons}.")
         return replace(
             self,
+            info=other.info,
             zero_outputs=self.zero_outputs + other.zero_outputs,
             zero_gradients=self.zero_gradients + other.zero_gradients,
             not_finite_outputs=self.not_finite_outputs + other.not_finite_outputs,

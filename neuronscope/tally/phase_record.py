@@ -70,6 +70,15 @@ class PhaseRecord:
         self._counters[key] = (info, counters)
         return counters
 
+    def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
+        """Replace what is known of each site.
+
+        Args:
+            describe: A function that returns what is known of a site by now, from its key and what was known before.
+        """
+        for key, (info, counters) in self._counters.items():
+            self._counters[key] = describe(key, info), counters
+
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
         """Drop the loaded counts of a site if its width has changed: the model was changed since they were saved.
 

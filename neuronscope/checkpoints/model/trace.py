@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import unwatched
 from neuronscope.attach.hooks import HookManager
+from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
@@ -122,7 +123,7 @@ class _GraphBuilder:
     def __init__(self, model: nn.Module) -> None:
         self.graph = Graph()
         self.unseen_tensors = 0
-        self._numbers: TensorMap[tuple[int, int]] = TensorMap("value")
+        self._numbers: TensorMap[tuple[int, int]] = TensorMap()
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # of parameters and buffers: name, and version before the forward
         self._kept: list[Tensor] = []  # keeps the ids of these tensors in use
@@ -262,36 +263,39 @@ class _TracingHookManager(HookManager):
     def __init__(self, model: nn.Module, builder: _GraphBuilder) -> None:
         met: list[tuple[SiteKey, SiteInfo]] = []
 
-        def new_counters(_phase: str, key: SiteKey, info: SiteInfo, _neurons: int, _device: torch.device) -> None:
+        def new_counters(_phase: str, key: SiteKey, info: SiteInfo, *_: Any) -> None:
             met.append((key, info))
 
         super().__init__(
             model,
             registry=Registry(),
             new_counters=new_counters,
-            declared_axis=lambda _: None,
+            declared_axis=lambda *_: None,
             functional=True,
             tolerance=0.0,
         )
         not_measured = self.recorder.not_measured
-        self.recorder: SiteRecorder = _TracingRecorder(builder, met, new_counters, self.fail)
+        self.recorder: SiteRecorder = _TracingRecorder(LayerNames(model), builder, met, new_counters, self.fail)
         self.recorder.not_measured = not_measured
 
 
 class _TracingRecorder(SiteRecorder):
     def __init__(
         self,
+        names: LayerNames,
         builder: _GraphBuilder,
         met: list[tuple[SiteKey, SiteInfo]],
         new_counters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
-        super().__init__(new_counters=new_counters, declared_axis=lambda _: None, tolerance=0.0, fail=fail)
+        super().__init__(
+            names=names, new_counters=new_counters, declared_axis=lambda *_: None, tolerance=0.0, fail=fail
+        )
         self._builder = builder
         self._met = met  # sites for which counters were asked for; nothing is counted
         self._begun: list[int] = []
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Call | None:
+    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
         call = super().begin(path, function, activation, x, glu_dim)
         if call is not None:
             self._begun.append(self._builder.number(x))
@@ -301,17 +305,13 @@ class _TracingRecorder(SiteRecorder):
         super().end(call, x, y)
         before = self._begun.pop()
         if isinstance(y, Tensor):
-            applied = call.activation
-            info = SiteInfo(applied.name, applied.kind, applied.linear_when_on, call.axis, call.axis_source)
-            self._note(call.key, info, before, y)
+            self._note(call.key, call.info, before, y)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
-        seen = len(self._met)
-        super().product(args, y)
-        for key, info in self._met[seen:]:
-            gate = key._replace(gated=False).name
-            before = next(site.after for site in self._builder.graph.sites if site.name == gate)
-            self._note(key, info, before, y)
+        gated = self._find_product(self.running_phase, args, y) if len(args) == 2 and isinstance(y, Tensor) else None
+        if gated is not None and gated.gate is not None:
+            before = next(site.after for site in self._builder.graph.sites if site.name == gated.gate.name)
+            self._note(gated.key, gated.info, before, y)
 
     def _note(self, key: SiteKey, info: SiteInfo, before: int, y: Tensor) -> None:
         if y.dim() > info.axis:

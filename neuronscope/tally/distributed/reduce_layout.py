@@ -49,7 +49,8 @@ class ReduceLayout:
     @cached_property
     def signature(self) -> int:
         """A number below ``2**62`` that is the same for equal layouts, and different for others."""
-        digest = hashlib.sha256(repr((self.phase, list(self.sites.items()))).encode()).digest()
+        widths = [(name, neurons) for name, (_, neurons) in self.sites.items()]
+        digest = hashlib.sha256(repr((self.phase, widths)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 2
 
     def lacking(self, sites: Sites) -> Sites:

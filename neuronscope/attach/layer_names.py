@@ -1,0 +1,133 @@
+"""Find the layer that a weight belongs to: the module that holds it, by the path that names the layer.
+
+A weight is recognised by identity. A weight that several modules share belongs to the module that is running, and so
+does a tensor that took the place of a parameter (FSDP, ``torch.func.functional_call``): the module is looked for among
+the callers of the function that received the weight.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from neuronscope.attach.module_paths import walk
+
+__all__ = ["LayerNames", "layer_name", "running_module"]
+
+#: How many frames lie between a torch function and the module that called it, at most.
+_FARTHEST = 8
+
+
+def layer_name(path: str, name: str) -> str:
+    """Return the name of the layer of a parameter.
+
+    Args:
+        path: Path of the module that holds it.
+        name: Its name in the module.
+
+    >>> layer_name("fc", "weight"), layer_name("block", "w1"), layer_name("", "w1")
+    ('fc', 'block.w1', 'w1')
+    >>> layer_name("fc.parametrizations.weight", "original0"), layer_name("rnn", "weight_hh_l0")
+    ('fc', 'rnn')
+    """
+    module, parametrized, rest = path.partition("parametrizations.")
+    if parametrized and (not module or module.endswith(".")):
+        path, name = module.rstrip("."), rest.partition(".")[0]
+    if name.startswith(("weight", "running_mean", "in_proj_weight", "all_weights")):
+        return path or "(root)"
+    return f"{path}.{name}" if path else name
+
+
+def running_module(frame: FrameType | None, owns: Any) -> tuple[nn.Module, str] | None:
+    """Return the innermost module that runs and that holds a tensor, and the tensor's name in it.
+
+    Args:
+        frame: The frame that called a torch function.
+        owns: Returns the name of the tensor in a module, or ``None``.
+    """
+    for _ in range(_FARTHEST):
+        if frame is None:
+            return None
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            name = owns(module)
+            if name is not None:
+                return module, name
+        frame = frame.f_back
+    return None
+
+
+def _name_in(module: nn.Module, tensor: Tensor) -> str | None:
+    for held in (module._parameters, module._buffers, vars(module)):
+        for name, value in held.items():
+            if value is tensor:
+                return name
+    return None
+
+
+class LayerNames:
+    """The layers of a model's weights, by identity.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
+        self._shared: set[int] = set()
+        self._paths: dict[int, str] = {}
+        self._model = weakref.ref(model)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at all parameters and buffers of the model."""
+        model = self._model()
+        if model is None:
+            return
+        self._layers.clear()
+        self._shared.clear()
+        self._paths.clear()
+        for path, module in walk(model):
+            self._paths[id(module)] = path
+            for held, is_weight in ((module._parameters, True), (module._buffers, False)):
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        self._note(path, name, tensor, is_weight)
+
+    def _note(self, path: str, name: str, tensor: Tensor, is_weight: bool) -> None:
+        known = self._layers.get(id(tensor))
+        layer = layer_name(path, name)
+        if known is not None and known[0]() is tensor and known[1] != layer:
+            self._shared.add(id(tensor))
+            return
+        self._layers[id(tensor)] = (weakref.ref(tensor), layer, is_weight)
+
+    def of(self, tensor: Tensor) -> tuple[str, bool] | None:
+        """Return the layer of a parameter or buffer of the model, and whether it is a parameter; else ``None``."""
+        known = self._layers.get(id(tensor))
+        return known[1:] if known is not None and known[0]() is tensor else None
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether several modules hold a parameter, so that the running one must be asked for."""
+        return id(tensor) in self._shared
+
+    def running(self, tensor: Tensor, depth: int = 1) -> str | None:
+        """Return the layer of a tensor in the module that runs now and holds it, or ``None``.
+
+        Args:
+            tensor: The tensor.
+            depth: How many frames lie between the caller and the function that received the tensor.
+        """
+        found = running_module(sys._getframe(depth), lambda module: _name_in(module, tensor))
+        if found is None:
+            return None
+        module, name = found
+        path = self._paths.get(id(module))
+        if path is None:
+            self.refresh()
+            path = self._paths.get(id(module))
+        return None if path is None else layer_name(path, name)

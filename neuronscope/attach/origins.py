@@ -1,0 +1,192 @@
+"""Say what a tensor of a forward is: units of a layer, a weight, an input, or something that has no units any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from neuronscope.attach.units import Units, broadcast
+
+__all__ = ["CONSTANT", "ENDED", "LOST", "RAW", "ROWS", "UNITS", "UNKNOWN", "WEIGHT", "Operand", "Origin", "combine"]
+
+#: Its elements are units of a layer.
+UNITS = "units"
+#: Its elements are no units: a dimension of units was summed, sorted, compared with another one, and so on.
+ENDED = "ended"
+#: It is a parameter, or was computed from parameters, buffers and numbers alone.
+WEIGHT = "weight"
+#: It was computed from buffers and numbers alone.
+CONSTANT = "constant"
+#: It is an input of the model, or was computed from inputs alone.
+RAW = "raw"
+#: Layers came before it, and which of their units its elements are is not known.
+LOST = "lost"
+#: Its rows are units of several layers, as of the experts that were picked for each of them.
+ROWS = "rows"
+#: Nothing is known of it.
+UNKNOWN = "unknown"
+
+# Which of several equally wide sources decides what the result is.
+_PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
+
+
+class Origin:
+    """What a tensor is. Two origins are equal if they are one object; :meth:`of` returns the same one for equal facts.
+
+    Attributes:
+        state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
+        upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
+        units: Which units it holds, if its state is :data:`UNITS`.
+        layer: Path of the layer of a weight, or of the layer some of whose units were picked by data, if its state is
+            :data:`ENDED`; ``""`` if there is none or it is not known.
+        picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
+        site: The site that gave the tensor, if nothing but its activation changed the values since.
+        bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+    """
+
+    __slots__ = ("bent", "layer", "picked", "site", "state", "units", "upstream")
+
+    _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
+    _MOST_KNOWN: ClassVar[int] = 100_000
+
+    state: str
+    upstream: int
+    units: Units | None
+    layer: str
+    picked: bool
+    site: Any
+    bent: str
+
+    @classmethod
+    def of(
+        cls,
+        state: str,
+        upstream: int = 0,
+        *,
+        units: Units | None = None,
+        layer: str = "",
+        picked: bool = False,
+        site: Any = None,
+        bent: str = "",
+    ) -> Origin:
+        """Return the origin with these attributes; see the class.
+
+        Args:
+            state: As in the class, and so are the others.
+            upstream: Bits of calls.
+            units: Units.
+            layer: Path of a layer.
+            picked: Whether a weight was picked by data.
+            site: A site.
+            bent: Name of a function.
+        """
+        facts = (state, upstream, units, layer, picked, site, bent)
+        found = cls._known.get(facts)
+        if found is None:
+            if len(cls._known) >= cls._MOST_KNOWN:
+                cls._known.clear()
+            found = cls._known[facts] = cls()
+            found.state, found.upstream, found.units, found.layer, found.picked, found.site, found.bent = facts
+        return found
+
+    def but(self, **changes: Any) -> Origin:
+        """Return this origin with some attributes changed.
+
+        Args:
+            changes: The attributes and their new values.
+        """
+        facts = {name: getattr(self, name) for name in Origin.__slots__}
+        return Origin.of(**{**facts, **changes})
+
+    def without_units(self, state: str = ENDED) -> Origin:
+        """Return what the tensor becomes if its units cannot be followed, or are no units any more.
+
+        Args:
+            state: :data:`ENDED` or :data:`LOST`.
+        """
+        return self if self.state != UNITS else Origin.of(state, self.upstream)
+
+    def __repr__(self) -> str:
+        known = {name: getattr(self, name) for name in Origin.__slots__ if getattr(self, name)}
+        return f"Origin({', '.join(f'{name}={value!r}' for name, value in known.items())})"
+
+
+class Operand(NamedTuple):
+    """A tensor among the arguments of an operator, or its result: what a rule needs to know of it.
+
+    Attributes:
+        shape: Its shape.
+        origin: What it is.
+        boolean: Whether its elements are truth values.
+    """
+
+    shape: tuple[int, ...]
+    origin: Origin
+    boolean: bool = False
+
+
+def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "") -> Origin:
+    """Return what an elementwise function of several tensors is.
+
+    Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
+    are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
+    called decides.
+
+    Args:
+        operands: The tensors.
+        shape: The shape of the result.
+        bent: Name of the function if it is not linear.
+    """
+    data = [each for each in operands if each.origin.state not in (WEIGHT, CONSTANT)]
+    if not data:
+        return _of_weights(operands)
+    upstream = 0
+    for each in data:
+        upstream |= each.origin.upstream
+    chosen = data[0] if len(data) == 1 else _source(data)
+    origin = chosen.origin
+    if origin.units is None:
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "")
+    if len(chosen.shape) > len(shape):
+        return Origin.of(LOST, upstream)
+    alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
+    site = origin.site if alike else None
+    units = origin.units
+    if tuple(chosen.shape) != tuple(shape):
+        units = units._replace(dims=broadcast(units.dims, shape))
+    before = (each.origin.bent for each in data if each.origin.units == origin.units)
+    bent = "" if site else bent or next(filter(None, before), "")
+    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent)
+
+
+def _source(data: Sequence[Operand]) -> Operand:
+    """Return the operand whose units the result has."""
+    widest = max(_size(each.shape) for each in data)
+    wide = [each for each in data if _size(each.shape) == widest]
+    left = [each for each in wide if not any(_is_upstream(each.origin, other.origin) for other in wide)] or wide
+    return min(left, key=lambda each: (_PRECEDENCE[each.origin.state], _first_call(each.origin)))
+
+
+def _is_upstream(origin: Origin, other: Origin) -> bool:
+    if origin.units is None or (other.units is not None and other.units.call == origin.units.call):
+        return False
+    return all(other.upstream >> call & 1 for call in origin.units.call)
+
+
+def _first_call(origin: Origin) -> int:
+    return 0 if origin.units is None else min(origin.units.call)
+
+
+def _size(shape: Iterable[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _of_weights(operands: Sequence[Operand]) -> Origin:
+    weights = [each.origin for each in operands if each.origin.state == WEIGHT]
+    if not weights:
+        return Origin.of(CONSTANT)
+    named = next((each for each in weights if each.layer), weights[0])
+    return Origin.of(WEIGHT, layer=named.layer, picked=any(each.picked for each in weights))

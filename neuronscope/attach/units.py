@@ -1,0 +1,270 @@
+"""Follow the units of a layer through changes of shape: pure arithmetic on sizes, without tensors.
+
+Each dimension of a tensor is a product of factors, from the outermost to the innermost. A factor indexes either
+positions (stride 0) or units. A unit factor of size ``n`` and stride ``s`` says that a step along it is a step of ``s``
+units of the layer. A linear layer of 12 units over (batch, time) has the dimensions ``((8, 0),), ((5, 0),), ((12,
+1),)``; split in 3 heads its last dimension becomes ``((3, 4),), ((4, 1),)``. A dimension of size 1 has no factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from neuronscope.count.neuron_layout import Dims, Factor, NeuronLayout
+
+__all__ = [
+    "Units",
+    "broadcast",
+    "has_units",
+    "merge_runs",
+    "place",
+    "positions",
+    "reduce",
+    "reshape",
+    "select",
+    "slice_dim",
+]
+
+#: A run of units of one layer: its path, the first unit, the end and the step.
+Run = tuple[str, int, int, int]
+
+
+class Units(NamedTuple):
+    """Which units of which layer the elements of a tensor are.
+
+    Attributes:
+        call: Number of the producer's call in this forward, or of each call whose outputs were joined.
+        layer: Path of the layer, or of each layer that was joined, as in ``a+b``.
+        runs: All units of the producer's output, in order; see :data:`Run`.
+        first: Number of the first unit of the tensor, in ``runs``.
+        dims: Where the units lie.
+    """
+
+    call: tuple[int, ...]
+    layer: str
+    runs: tuple[Run, ...]
+    first: int
+    dims: Dims
+
+    @property
+    def size(self) -> int:
+        """Number of units in the tensor."""
+        return math.prod(size for dim in self.dims for size, stride in dim if stride)
+
+    @property
+    def width(self) -> int:
+        """Number of units of the producer's output."""
+        return sum(len(range(start, stop, step)) for _, start, stop, step in self.runs)
+
+    @property
+    def layout(self) -> NeuronLayout:
+        """Where the units lie, to count them."""
+        found = [index for index, dim in enumerate(self.dims) if has_units(dim)]
+        if len(found) == 1 and len(self.dims[found[0]]) == 1:
+            return NeuronLayout(found[0])
+        if not found:  # one unit: any dimension of size 1 indexes it
+            single = [index for index, dim in enumerate(self.dims) if not dim]
+            return NeuronLayout(single[-1]) if single else NeuronLayout(0, self.dims)
+        return NeuronLayout(found[-1], self.dims)
+
+    @property
+    def order(self) -> tuple[Factor, ...]:
+        """The unit factors by falling stride: in this order they count the units upwards."""
+        factors = (factor for dim in self.dims for factor in dim if factor[1])
+        return tuple(sorted(factors, key=lambda factor: -factor[1]))
+
+    def numbers(self) -> list[int]:
+        """Return the number of each unit of the tensor in ``runs``, upwards."""
+        found = [self.first]
+        for size, stride in self.order:
+            found = [number + index * stride for number in found for index in range(size)]
+        return found
+
+    def tensor_runs(self) -> tuple[Run, ...]:
+        """Return the units of the tensor, in the order in which they are counted."""
+        if self.size == self.width:
+            return self.runs
+        every = [(layer, unit) for layer, *bounds in self.runs for unit in range(*bounds)]
+        return merge_runs(every[number] for number in self.numbers())
+
+    def text(self) -> str:
+        """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
+        if self.size == self.width:
+            return ""
+        runs = self.tensor_runs()
+        several = len({layer for layer, *_ in runs}) > 1
+        return ",".join(_run_text(run, with_layer=several) for run in runs)
+
+
+def _run_text(run: Run, *, with_layer: bool) -> str:
+    layer, start, stop, step = run
+    before = f"{layer}:" if with_layer else ""
+    if len(range(start, stop, step)) == 1:
+        return f"{before}{start}"
+    return f"{before}{start}:{stop}" + (f":{step}" if step > 1 else "")
+
+
+def merge_runs(units: Iterable[tuple[str, int]]) -> tuple[Run, ...]:
+    """Return the fewest runs that list some units in their order.
+
+    Args:
+        units: Path of the layer and number of each unit.
+
+    >>> merge_runs([("a", 0), ("a", 1), ("a", 2), ("b", 4), ("b", 6)])
+    (('a', 0, 3, 1), ('b', 4, 7, 2))
+    """
+    runs: list[list[tuple[str, int]]] = []
+    for layer, unit in units:
+        last = runs[-1] if runs else None
+        if last and last[-1][0] == layer:
+            step = unit - last[-1][1]
+            if step > 0 and (len(last) == 1 or step == last[1][1] - last[0][1]):
+                last.append((layer, unit))
+                continue
+        runs.append([(layer, unit)])
+    return tuple((run[0][0], run[0][1], run[-1][1] + 1, run[1][1] - run[0][1] if len(run) > 1 else 1) for run in runs)
+
+
+def positions(shape: Iterable[int]) -> Dims:
+    """Return the dimensions of a tensor that indexes positions only."""
+    return tuple(() if size == 1 else ((size, 0),) for size in shape)
+
+
+def place(shape: Sequence[int], unit_dims: Sequence[int]) -> Dims:
+    """Return the dimensions of a producer's output.
+
+    Args:
+        shape: Its shape.
+        unit_dims: The dimensions that index the units, the outermost first, ≥ 0.
+
+    >>> place((8, 3, 4), (1, 2))
+    (((8, 0),), ((3, 4),), ((4, 1),))
+    """
+    strides, stride = {}, 1
+    for dim in reversed(unit_dims):
+        strides[dim] = stride
+        stride *= shape[dim]
+    return tuple(() if size == 1 else ((size, strides.get(dim, 0)),) for dim, size in enumerate(shape))
+
+
+def has_units(dim: Iterable[Factor]) -> bool:
+    """Whether a dimension indexes units; never for one of size 1."""
+    return any(stride for _, stride in dim)
+
+
+def reshape(dims: Dims, shape: Sequence[int]) -> Dims | None:
+    """Return the dimensions after a view in row-major order; ``None`` if it cuts units and positions in one group.
+
+    Args:
+        dims: The dimensions before it.
+        shape: The shape after it.
+
+    >>> reshape((((8, 0),), ((12, 1),)), (8, 3, 4))
+    (((8, 0),), ((3, 4),), ((4, 1),))
+    >>> reshape((((8, 0),), ((12, 1),)), (4, 24))
+    (((4, 0),), ((2, 0), (12, 1)))
+    >>> reshape((((5, 0),), ((12, 1),)), (12, 5)) is None
+    True
+    """
+    left = list(reversed(_joined(factor for dim in dims for factor in dim)))
+    if any(size == 0 for size in shape) or any(size == 0 for size, _ in left):
+        return None
+    found = []
+    for size in shape:
+        dim: list[Factor] = []
+        while size > 1:
+            if not left:
+                return None
+            inner, stride = left.pop()
+            if size % inner == 0:
+                dim.append((inner, stride))
+                size //= inner
+            elif inner % size == 0:
+                dim.append((size, stride * (inner // size)))
+                left.append((inner // size, stride))
+                size = 1
+            else:
+                return None
+        found.append(tuple(_joined(dim)))
+    return tuple(found) if not left else None
+
+
+def _joined(factors: Iterable[Factor]) -> list[Factor]:
+    """Return the same factors with neighbours made one where they count on."""
+    found: list[Factor] = []
+    for size, stride in factors:
+        if found and found[-1][1] == size * stride:
+            found[-1] = (found[-1][0] * size, stride)
+        else:
+            found.append((size, stride))
+    return found
+
+
+def select(units: Units, dim: int, index: int) -> Units:
+    """Return the units at one index of a dimension, which is removed.
+
+    Args:
+        units: Those of the tensor.
+        dim: The dimension, ≥ 0.
+        index: The index, ≥ 0.
+    """
+    first = units.first
+    for size, stride in reversed(units.dims[dim]):
+        first += index % size * stride
+        index //= size
+    return units._replace(first=first, dims=units.dims[:dim] + units.dims[dim + 1 :])
+
+
+def slice_dim(units: Units, dim: int, start: int, length: int, step: int = 1) -> Units | None:
+    """Return the units in a slice of a dimension; ``None`` if it cuts units and positions in one group.
+
+    Args:
+        units: Those of the tensor.
+        dim: The dimension, ≥ 0.
+        start: First index.
+        length: Number of indices.
+        step: Distance of the indices, ≥ 1.
+    """
+    factors = units.dims[dim]
+    whole = math.prod(size for size, _ in factors)
+    if length == whole:
+        return units
+    if not has_units(factors):
+        changed: tuple[Factor, ...] = ((length, 0),)
+        first = units.first
+    else:
+        inner = math.prod(size for size, _ in factors[1:])
+        if (inner > 1 and step != 1) or start % inner or length % inner:
+            return None
+        (_, stride), rest = factors[0], factors[1:]
+        changed = ((length // inner, stride * step), *rest)
+        first = units.first + start // inner * stride
+    changed = tuple(factor for factor in changed if factor[0] != 1)
+    return units._replace(first=first, dims=(*units.dims[:dim], changed, *units.dims[dim + 1 :]))
+
+
+def broadcast(dims: Dims, shape: Sequence[int]) -> Dims:
+    """Return the dimensions of a tensor that is broadcast to a shape; what is repeated are positions.
+
+    Args:
+        dims: Its dimensions.
+        shape: The shape, with at least as many dimensions.
+    """
+    new = len(shape) - len(dims)
+    return (*positions(shape[:new]), *(dim or positions(shape[new + index :][:1])[0] for index, dim in enumerate(dims)))
+
+
+def reduce(dims: Dims, axes: Iterable[int], *, keepdim: bool) -> Dims | None:
+    """Return the dimensions after a reduction; ``None`` if it joins several units.
+
+    Args:
+        dims: The dimensions before it.
+        axes: The dimensions that are reduced, ≥ 0.
+        keepdim: Whether they stay, with size 1.
+    """
+    gone = set(axes)
+    if any(has_units(dims[axis]) for axis in gone):
+        return None
+    return tuple(() if index in gone else dim for index, dim in enumerate(dims) if keepdim or index not in gone)

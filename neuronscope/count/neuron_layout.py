@@ -1,0 +1,71 @@
+"""Say where the neurons of a tensor lie, and bring them to one dimension if several index them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first"]
+
+#: Size, and by how many neurons one step along it leads on: 0 for positions.
+Factor = tuple[int, int]
+#: The factors of each dimension of a tensor, from the outermost to the innermost; see :mod:`neuronscope.attach.units`.
+Dims = tuple[tuple[Factor, ...], ...]
+
+
+class NeuronLayout(NamedTuple):
+    """Where the neurons of a tensor lie.
+
+    Attributes:
+        axis: The dimension that indexes them, ≥ 0; the innermost one of several.
+        dims: The factors of all dimensions, if no dimension alone indexes the neurons; otherwise ``None``.
+    """
+
+    axis: int
+    dims: Dims | None = None
+
+
+def assumed_layout(dimensions: int) -> NeuronLayout:
+    """Return the layout to assume if no layer is known: axis 1 for 2, 4 and 5 dimensions, otherwise the last.
+
+    >>> assumed_layout(4).axis, assumed_layout(3).axis
+    (1, 2)
+    """
+    return NeuronLayout(1 if dimensions in (2, 4, 5) else max(dimensions - 1, 0))
+
+
+def neurons_first(tensor: Tensor, axis: int, dims: Dims | None) -> tuple[Tensor, int]:
+    """Return a tensor whose neurons lie on one dimension, and that dimension.
+
+    Args:
+        tensor: Activation of the layout's shape, but for the sizes of the dimensions without neurons.
+        axis: As in :class:`NeuronLayout`.
+        dims: As in :class:`NeuronLayout`.
+
+    Returns:
+        The same tensor if one dimension indexes its neurons, else ``(N, P)``, which may be a copy.
+
+    >>> import torch
+    >>> heads = torch.arange(12).reshape(1, 3, 2, 2)  # (batch, head, time, channel)
+    >>> neurons_first(heads, 3, ((), ((3, 2),), ((2, 0),), ((2, 1),)))[0].tolist()
+    [[0, 2], [1, 3], [4, 6], [5, 7], [8, 10], [9, 11]]
+    """
+    if dims is None:
+        return tensor, axis
+    sizes: list[int] = []
+    strides: list[int] = []
+    for index, dim in enumerate(dims):
+        if any(stride for _, stride in dim):
+            for size, stride in dim:
+                sizes.append(size)
+                strides.append(stride)
+        else:
+            sizes.append(tensor.shape[index])
+            strides.append(0)
+    neurons = [place for _, place in sorted((-stride, place) for place, stride in enumerate(strides) if stride)]
+    others = [place for place, stride in enumerate(strides) if not stride]
+    count = 1
+    for place in neurons:
+        count = count * sizes[place]
+    return tensor.reshape(sizes).permute(neurons + others).reshape(count, -1), 0
