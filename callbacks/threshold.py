@@ -49,7 +49,7 @@ class DeadThreshold:
             return None
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
         worst = max(
-            report.totals.home_sites(),
+            report.totals.sites_with(lambda layer: layer.judgement.dead | layer.judgement.not_finite),
             key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons,
         )
         return (

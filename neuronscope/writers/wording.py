@@ -174,7 +174,8 @@ def _deaths(report: Report) -> list[str]:
             f"{count(born)} never fired since watching began (born dead); {count(died)} worked before and "
             f"stopped{_most_steps(report)}"
         )
-    worst = max(report.totals.home_sites(), key=lambda site: site.dead / max(judged(site), 1))
+    with_deaths = report.totals.sites_with(lambda site: site.judgement.dead)
+    worst = max(with_deaths, key=lambda site: site.dead / max(judged(site), 1))
     how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
     return [
         f"{how_many} ({percent(report.dead_percent)}). {how}.",
