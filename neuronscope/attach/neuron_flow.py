@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import Index, Operation, rule_of, set_item, tensors_in
+from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item, tensors_in
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.units import has_units
@@ -153,10 +153,7 @@ class NeuronFlow:
         call = len(self.layers)
         operation = Operation(function, described, dict(named), shapes, call)
         try:
-            found = rule_of(function)(operation)
-            origins = (found,) * len(shapes) if isinstance(found, Origin) else tuple(found)
-            if len(origins) != len(shapes):
-                raise ValueError("another number of outputs")
+            origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = 0  # an unknown way to call it
             for each in operation.tensors:
@@ -188,7 +185,8 @@ class NeuronFlow:
         if value is None or isinstance(value, (int, float, str)):
             return value
         if isinstance(value, (tuple, list)):
-            return tuple([self._describe(each) for each in value])
+            described = [self._describe(each) for each in value]
+            return tuple(described) if isinstance(value, tuple) else Listed(described)
         if isinstance(value, slice):
             return Index(*(_plain(each) for each in (value.start, value.stop, value.step)))
         if isinstance(value, torch.SymInt):
