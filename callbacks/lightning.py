@@ -34,10 +34,10 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's.
     ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and
-    ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on) for ``EarlyStopping`` and
-    ``ModelCheckpoint``. The counts are saved in checkpoints, and a resumed run continues them. Batches of training,
-    validation and test count, each as its own phase; sanity checks and predictions do not. In eager mode the weights
-    are the same, bit for bit, with the monitor and without.
+    ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on), and of training
+    ``neuronscope/silent_pct``, for ``EarlyStopping`` and ``ModelCheckpoint``. The counts are saved in checkpoints, and
+    a resumed run continues them. Batches of training, validation and test count, each as its own phase; sanity checks
+    and predictions do not. In eager mode the weights are the same, bit for bit, with the monitor and without.
 
     Raises:
         UsageError: An argument is not what is expected.

@@ -22,7 +22,7 @@ from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.options import WatchArguments, WatchOptions
+from neuronscope.options import Mask, WatchArguments, WatchOptions
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -82,6 +82,8 @@ class Monitor:
 
     #: Whether activation functions that a training step calls outside of any module are a part of the model.
     step_is_model: ClassVar[bool] = False
+    #: Where the mask of a forward's positions is found, unless the user says otherwise.
+    default_mask: ClassVar[Mask] = None
     #: How a user gives this callback to the framework, for an error message.
     how_to_use: ClassVar[str] = "call `attach(model)` and train a model that has activations"
 
@@ -110,13 +112,15 @@ class Monitor:
                 their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
                 lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
                 before the run returns.
-            **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given.
+            **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
+                :attr:`default_mask` unless it is given.
 
         Raises:
             UsageError: An argument is not what is expected.
         """
         super().__init__()
         options.setdefault("every_n_steps", DEFAULT_EVERY_N_STEPS)
+        options.setdefault("mask", type(self).default_mask)
         self.options = WatchOptions(**options)
         self.on_dead = on_dead
         self.logs: Sequence[Log] = ()

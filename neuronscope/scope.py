@@ -21,7 +21,7 @@ from neuronscope.build_report import make_report, not_measured
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import Patterns, WatchOptions
+from neuronscope.options import Examples, Mask, Patterns, WatchOptions
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
@@ -387,6 +387,8 @@ def watch(
     axes: Mapping[str, int] | None = None,
     policy: Policy | None = None,
     activations: Mapping[Any, Activation | str] | None = None,
+    examples: Examples = "auto",
+    mask: Mask = None,
     window_steps: int = 100,
     join_ranks: bool = True,
 ) -> Scope:
@@ -404,6 +406,13 @@ def watch(
         activations: A mapping from your own activation classes or functions to their :class:`neuronscope.Activation`
             or kind. Decorate a function written in Python with
             ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so that its calls are seen.
+        examples: How many independent examples a forward is given, for the bound of every dead verdict. ``auto`` counts
+            the rows (dimension 0) of the first tensor; an integer is the dimension to take instead; a function of the
+            forward's ``(args, kwargs)`` returns the number. ``None`` claims no bound: for rows that depend on each
+            other, such as the steps of one trajectory. See ``docs/definitions.md``.
+        mask: Positions that are not counted, such as padding: the name of an argument of the model's forward
+            (``"attention_mask"``), or a function of ``(args, kwargs)``, that gives a tensor ``(B, T)``, true or 1 for
+            a position that counts. It applies at sites whose tensor begins with these dimensions.
         window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until it has
             enough examples for the policy.
         join_ranks: In a distributed run, add up the counts of all ranks at the end of each window and when the scope
@@ -435,6 +444,8 @@ def watch(
         axes=axes,
         policy=policy,
         activations=activations,
+        examples=examples,
+        mask=mask,
         window_steps=window_steps,
         join_ranks=join_ranks,
     )

@@ -19,7 +19,7 @@ class SiteKey(NamedTuple):
 
     Attributes:
         layer: Path of the layer; ``a+b`` for two layers whose outputs were joined. If no layer is known, the place of
-            the activation itself: the path of its module, or of the module that calls the function, as ``block.relu()``.
+            the activation: the path of its module, or the function in the module that calls it, ``block.relu()``.
         units: Which units of the layer, as ``0:28``; ``""`` for all of them.
         activation: Name of the activation, or of the gated product; ``""`` for an activation without a known layer.
         ordinal: Number among the activations of one name that one call of the layer feeds with the same units.
@@ -65,7 +65,7 @@ class SiteInfo:
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
         readers: Paths of the layers that read the site's output.
-        place: The path of the activation module, or of the module that calls the activation function, as ``block.relu()``.
+        place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
     activation: str

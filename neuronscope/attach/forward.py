@@ -23,7 +23,7 @@ from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.units import Units
+from neuronscope.attach.origins import Origin
 
 __all__ = ["ForwardContext", "Recomputation", "first_tensor", "gradients_on"]
 
@@ -116,14 +116,14 @@ class ForwardContext:
             self.module_stack.pop()
         return not self.module_stack
 
-    def ordinal(self, units: Units, activation: str) -> int:
+    def ordinal(self, origin: Origin, activation: str) -> int:
         """Return the number of an activation among those of its name that the same units of one call are given to.
 
         Args:
-            units: The units that it is given.
+            origin: What it is given.
             activation: Its name.
         """
-        place = (units.call, units.first, units.order, activation)
+        place = (origin.unit_set, activation)
         found = self._ordinals.get(place, 0)
         self._ordinals[place] = found + 1
         return found

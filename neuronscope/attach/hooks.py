@@ -333,6 +333,8 @@ class HookManager:
             self.entered.resume()
         if call is not None:
             self.recorder.end(call, x, y)
+        elif not self.running:
+            self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
             self._thread.release()
 

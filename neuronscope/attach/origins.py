@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from neuronscope.attach.units import Units, broadcast
 
@@ -37,16 +37,18 @@ class Origin:
         state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
-        layer: Path of the layer of a weight; ``""`` if it is not known.
+        layer: Path of the layer of a weight, or of the layer some of whose units were picked by data, if its state is
+            :data:`ENDED`; ``""`` if there is none or it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
-    __slots__ = ("bent", "layer", "picked", "site", "state", "units", "upstream")
+    __slots__ = ("bent", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
-    _known: dict[tuple[Any, ...], Origin] = {}
-    _MOST_KNOWN = 100_000
+    _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
+    _MOST_KNOWN: ClassVar[int] = 100_000
 
     state: str
     upstream: int
@@ -55,6 +57,7 @@ class Origin:
     picked: bool
     site: Any
     bent: str
+    unit_set: tuple[Any, ...]
 
     @classmethod
     def of(
@@ -86,6 +89,7 @@ class Origin:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, found.picked, found.site, found.bent = facts
+            found.unit_set = () if units is None else (units.call, units.first, units.order)
         return found
 
     def but(self, **changes: Any) -> Origin:
@@ -94,7 +98,7 @@ class Origin:
         Args:
             changes: The attributes and their new values.
         """
-        facts = {name: getattr(self, name) for name in Origin.__slots__}
+        facts = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set"}
         return Origin.of(**{**facts, **changes})
 
     def without_units(self, state: str = ENDED) -> Origin:
@@ -106,7 +110,7 @@ class Origin:
         return self if self.state != UNITS else Origin.of(state, self.upstream)
 
     def __repr__(self) -> str:
-        known = {name: getattr(self, name) for name in Origin.__slots__ if getattr(self, name)}
+        known = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set" and getattr(self, name)}
         return f"Origin({', '.join(f'{name}={value!r}' for name, value in known.items())})"
 
 
@@ -146,7 +150,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        return Origin.of(origin.state, upstream)
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "")
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)

@@ -134,6 +134,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
+        self._carry_while_tracing = while_tracing(self._carry, "x", "y")
         found: list[int | None] = []
         self._found = found
 
@@ -299,8 +300,15 @@ class SiteRecorder:
             self._hook(x, call.hook)
         return call
 
-    def _begin_in_graph(self, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None) -> Any:
-        phase = self.running_phase
+    def _begin_in_graph(  # `comptime` reads its arguments and variables
+        self,
+        path: str,  # noqa: ARG002
+        function: str,  # noqa: ARG002
+        activation: Activation,  # noqa: ARG002
+        x: Tensor,
+        glu_dim: int | None,
+    ) -> Any:
+        phase = self.running_phase  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -363,7 +371,7 @@ class SiteRecorder:
             traced: Whether ``x`` is the fake tensor of a graph.
         """
         origin = self.forward.flow.origin(x)
-        ordinal = self.forward.ordinal(origin.units, activation.name) if origin.units is not None else 0
+        ordinal = self.forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             facts = (origin, phase, x.shape, activation, ordinal, place, glu_dim, x.layout, holds_no_data(x))
@@ -467,6 +475,11 @@ class SiteRecorder:
                 "declare its axis to count those together",
             )
             return False
+        if state == ENDED and origin.layer:
+            self.not_measured.setdefault(
+                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+            )
+            return False
         if state in (ENDED, WEIGHT):
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
@@ -479,8 +492,7 @@ class SiteRecorder:
         self._unclear.setdefault(
             place,
             (
-                "it is not known which dimension of its input holds neurons: declare it, as in "
-                f"`axes={{{place!r}: 1}}`",
+                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
                 self.forward.flow.last_layers(origin),
             ),
         )
@@ -531,6 +543,26 @@ class SiteRecorder:
     def _end_traced(self, call: int, y: Tensor) -> None:
         self._end(self._traced[call][0], y)
 
+    def carry(self, x: Any, y: Any) -> None:
+        """Note what an activation module returned whose call is not counted: what it was given.
+
+        Args:
+            x: Its input.
+            y: Its output.
+        """
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return
+        if is_tracing():
+            comptime(self._carry_while_tracing)
+        else:
+            self._carry(x, y)
+
+    def _carry(self, x: Tensor, y: Tensor) -> None:
+        origin = self.forward.flow.origin(x)
+        if x.is_nested or y.is_nested or x.shape != y.shape:
+            origin = origin.without_units(LOST)
+        self.forward.flow.put(y, origin.but(site=None))
+
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """Count a product as gated if one factor is the output of a site and the other has other units.
 
@@ -563,20 +595,18 @@ class SiteRecorder:
             if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
             origin = flow.origin(factor)
-            gate = None if origin.site is None or origin.units is None else self._gates.get(origin.site)
-            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
             beside = flow.origin(other)
-            if beside.state in (WEIGHT, CONSTANT) or _same_units(origin, beside):
+            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin, y, traced)
+            return self._gated(phase, gate, origin, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, origin: Origin, y: Tensor, traced: bool) -> Call | None:
-        units = origin.units
-        assert units is not None
+    def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(units, name))
+        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
@@ -593,7 +623,9 @@ class SiteRecorder:
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
-        plain, axis = neurons_first(local_tensor(y.detach()), *layout)
+        plain, axis = local_tensor(y.detach()), layout.axis
+        if layout.dims is not None:
+            plain, axis = neurons_first(plain, *layout)
         examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
         add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
 
@@ -681,7 +713,9 @@ class SiteRecorder:
             self._note_gradient(counters, "its gradient is spread over the ranks in another way than its output")
         else:
             plain = gradient.detach() if gradient.requires_grad else gradient
-            found, axis = neurons_first(gate_half(local_tensor(plain), glu_dim), *layout)
+            found, axis = gate_half(local_tensor(plain), glu_dim), layout.axis
+            if layout.dims is not None:
+                found, axis = neurons_first(found, *layout)
             add_gradients(counters, found, axis, self._scratch)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
@@ -694,11 +728,6 @@ def _place(path: str, function: str) -> str:
     if not function:
         return path or "(root)"
     return f"{path}.{function}()" if path else f"{function}()"
-
-
-def _same_units(one: Origin, other: Origin) -> bool:
-    first, second = one.units, other.units
-    return first is not None and second is not None and first[:4] == second[:4] and first.order == second.order
 
 
 def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:

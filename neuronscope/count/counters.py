@@ -20,6 +20,7 @@ __all__ = [
     "add_gradients",
     "add_outputs",
     "gate_half",
+    "leave_out",
     "register_gradient_hook",
 ]
 
@@ -34,7 +35,8 @@ class CounterTensors(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added, less the
+            positions that :func:`leave_out` took off.
     """
 
     zero_outputs: Tensor
@@ -295,6 +297,21 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
         counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
 
 
+def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = False) -> None:
+    """Take off positions that were counted with zeros in place of their numbers; it waits for no device.
+
+    ``torch.compile`` can trace it.
+
+    Args:
+        counters: The counters of the site, which counted a tensor of
+            :func:`neuronscope.attach.masks.blank_positions`.
+        positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
+        gradients: Whether the tensor was a gradient, and not an output.
+    """
+    zeros = counters.tensors.zero_gradients if gradients else counters.tensors.zero_outputs
+    _leave_out_in_graph(zeros, counters.tensors.traced, positions, 1 if gradients else 0)
+
+
 def register_gradient_hook(
     x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters
 ) -> None:
@@ -349,6 +366,12 @@ def _add_outputs_in_graph(
     first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
     traced[0].add_(positions)
     traced[2].add_(examples)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def _leave_out_in_graph(zeros: Tensor, traced: Tensor, positions: Tensor, place: int) -> None:
+    zeros.sub_(positions)
+    traced[place].sub_(positions)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]

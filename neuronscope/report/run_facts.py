@@ -22,6 +22,7 @@ def facts_from_report(report: Report) -> RunFacts:
                 dead=site.judgement.dead,
                 since=np.where(born, -1, died),
                 not_finite=int(site.judgement.not_finite.sum()),
+                silent=site.silent,
                 kind=site.kind,
                 normalised=is_normalised(site),
             )

@@ -61,7 +61,9 @@ def numbers(units: Units, shape: Sequence[int]) -> Tensor:
         found = found.unsqueeze(-1) + torch.tensor(steps)
     assert found.shape == tuple(shape)
     every = [
-        unit + (OF_B if layer == "b" else 0) for layer, start, stop, step in units.runs for unit in range(start, stop, step)
+        unit + (OF_B if layer == "b" else 0)
+        for layer, start, stop, step in units.runs
+        for unit in range(start, stop, step)
     ]
     return torch.tensor(every)[found].double()
 
@@ -183,7 +185,10 @@ def moved(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 
 
 def expanded(draw: Draw, x: Tensor) -> tuple[int, ...]:
-    return (*draw(st.sampled_from([(), (2,), (2, 3)])), *(draw(st.sampled_from([1, 3])) if size == 1 else size for size in x.shape))
+    return (
+        *draw(st.sampled_from([(), (2,), (2, 3)])),
+        *(draw(st.sampled_from([1, 3])) if size == 1 else size for size in x.shape),
+    )
 
 
 def repeats(draw: Draw, x: Tensor) -> tuple[int, ...]:
@@ -222,7 +227,13 @@ def windows(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 def part_index(draw: Draw, size: int) -> Any:
     start = draw(integers(0, size - 1))
     by_number = [start, start - size, torch.tensor(start)]
-    by_slice = [slice(None), slice(start, None), slice(None, start + 1), slice(start, None, 2), slice(start - size, None)]
+    by_slice = [
+        slice(None),
+        slice(start, None),
+        slice(None, start + 1),
+        slice(start, None, 2),
+        slice(start - size, None),
+    ]
     by_data = [[start, 0], torch.tensor([start, 0]), torch.tensor([[0, start]]), torch.arange(size) % 2 == 0]
     return draw(st.sampled_from([*by_number, *by_slice, *by_slice, *by_data]))
 
@@ -360,7 +371,9 @@ def kth_smallest(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     return [*largest_few(draw, x)[:1], ("dim", -1), ("keepdim", draw(st.booleans()))]
 
 
-def as_sizes(name: str, sizes_of: Callable[[Draw, Tensor], Sequence[int]]) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
+def as_sizes(
+    name: str, sizes_of: Callable[[Draw, Tensor], Sequence[int]]
+) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
     """Sizes as one tuple, or one by one as methods take them."""
 
     def arguments(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
@@ -411,7 +424,10 @@ MOVES: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "chunk": lambda draw, x: [("chunks", draw(integers(1, 3))), ("dim", dim_of(draw, x))],
     "split": split,
     "split_with_sizes": lambda draw, x: [("split_sizes", split_sizes(draw, x.shape[0])), ("dim", 0)],
-    "tensor_split": lambda draw, x: [("sections" if draw(st.booleans()) else "", draw(integers(1, 3))), ("dim", dim_of(draw, x))],
+    "tensor_split": lambda draw, x: [
+        ("sections" if draw(st.booleans()) else "", draw(integers(1, 3))),
+        ("dim", dim_of(draw, x)),
+    ],
     "vsplit": lambda draw, x: at_rank(2, 3, 4)(draw, x) or [("", [1])],
     "hsplit": lambda draw, x: [("", [1])],
     "unbind": along_or_all,
@@ -480,7 +496,7 @@ def test_a_function_that_moves_elements_puts_each_unit_where_its_rule_says(name:
                 if not (index and (name in INDICES or "pool" in name)):
                     moved = output.double()
                     torch.testing.assert_close(torch.where(moved == UNWRITTEN, expected, moved), expected)
-                claimed.append(origin.units.count)
+                claimed.append(origin.units.size)
 
     tried()
     assert max(claimed) > 1
@@ -523,7 +539,7 @@ def test_windows_over_positions_keep_the_units() -> None:
         origin = mode.flow.origin(result)
         if origin.units is not None:
             assert numbers(origin.units, result.shape).equal(result)
-            claimed.append(origin.units.count)
+            claimed.append(origin.units.size)
 
     tried()
     assert max(claimed) > 1
@@ -550,7 +566,9 @@ def other_part(draw: Draw, units: Units, shape: list[int], mode: Following) -> T
     return source(mode, units, numbers(units, shape))
 
 
-@pytest.mark.parametrize("name", ["cat", "concat", "concatenate", "stack", "hstack", "column_stack", "vstack", "row_stack"])
+@pytest.mark.parametrize(
+    "name", ["cat", "concat", "concatenate", "stack", "hstack", "column_stack", "vstack", "row_stack"]
+)
 def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
     claimed: list[int] = []
 
@@ -579,7 +597,9 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
     assert max(claimed) > 1
 
 
-@pytest.mark.parametrize("name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"])
+@pytest.mark.parametrize(
+    "name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"]
+)
 def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: str) -> None:
     claimed: list[int] = []
 
@@ -625,7 +645,11 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
             else:
                 cut = [draw(integers(1, each)) for each in shape]
                 index = torch.arange(math.prod(cut)).reshape(cut) * 5 % size
-            arguments: list[tuple[str, Any]] = [("dim", dim), ("index", index), ("source" if name.startswith("index") else "src", value)]
+            arguments: list[tuple[str, Any]] = [
+                ("dim", dim),
+                ("index", index),
+                ("source" if name.startswith("index") else "src", value),
+            ]
             if "reduce" in name:
                 arguments += [("reduce", "amax"), ("include_self", False)]
             if name.endswith("_add"):
@@ -641,13 +665,13 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
                     expected = numbers(origin.units, result.shape)
                     same = hit == 1
                     assert result_numbers[same].equal(expected[same])
-                    claimed.append(origin.units.count)
+                    claimed.append(origin.units.size)
                 return
         origin = mode.flow.origin(result)
         if origin.units is not None:
             expected = numbers(origin.units, result.shape)
             assert torch.where(result == UNWRITTEN, expected, result).equal(expected)
-            claimed.append(origin.units.count)
+            claimed.append(origin.units.size)
 
     tried()
     assert max(claimed) > 1
@@ -693,17 +717,21 @@ def assert_only_the_claimed_units_change(
             continue
         for each in origins:
             assert each.upstream & origin.upstream == each.upstream
-        chosen = next(number for number, each in enumerate(origins) if each.units and each.units.call == origin.units.call)
+        chosen = next(
+            number for number, each in enumerate(origins) if each.units and each.units.call == origin.units.call
+        )
         units = origins[chosen].units
         assert units is not None
         of_source, of_result = numbers(units, tensors[chosen].shape), numbers(origin.units, output.shape)
         assert set(of_result.unique().tolist()) <= set(of_source.unique().tolist())
-        count = max(count, origin.units.count)
+        count = max(count, origin.units.size)
         if exempt:
             continue
         for unit in of_source.unique():
             others = [tensor.clone() for tensor in tensors]
-            others[chosen][of_source == unit] = generic(others[chosen].shape, 7)[of_source == unit].to(others[chosen].dtype)
+            others[chosen][of_source == unit] = generic(others[chosen].shape, 7)[of_source == unit].to(
+                others[chosen].dtype
+            )
             torch.manual_seed(0)
             again = outputs_of(run(*others))[place_of]
             changed = (again != output) & ~(again.isnan() & output.isnan())
@@ -783,7 +811,13 @@ NOT_RUN = {
 #: Functions whose value of one unit depends on the others: only which units there are is tried.
 MIXING = {"normalize", "renorm", "local_response_norm", "alpha_dropout", "feature_alpha_dropout"}
 #: Functions of whole numbers or truth values.
-OF_INTEGERS = {"bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xor", *(f"__{name}__" for name in "and or xor invert iand ior ixor".split())}
+OF_INTEGERS = {
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "bitwise_xor",
+    *(f"__{name}__" for name in "and or xor invert iand ior ixor".split()),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name not in NOT_RUN])
@@ -883,16 +917,32 @@ def draw_factor_shapes(draw: Draw) -> tuple[list[int], list[int]]:
     rows, inner, columns = (draw(integers(1, 3)) for _ in range(3))
     batch = [draw(integers(1, 3)) for _ in range(draw(integers(0, 2)))]
     left = [*(1 if draw(integers(0, 3)) == 0 else size for size in batch), rows, inner][draw(integers(0, len(batch))) :]
-    right = [*(1 if draw(integers(0, 3)) == 0 else size for size in batch), inner, columns][draw(integers(0, len(batch))) :]
+    right = [*(1 if draw(integers(0, 3)) == 0 else size for size in batch), inner, columns][
+        draw(integers(0, len(batch))) :
+    ]
     return draw(st.sampled_from([left, [inner]])), draw(st.sampled_from([right, [inner]]))
 
 
-PRODUCTS = ["matmul", "mm", "bmm", "mv", "__matmul__", "__rmatmul__", "addmm", "baddbmm", "addmv", "addbmm", "scaled_dot_product_attention"]
+PRODUCTS = [
+    "matmul",
+    "mm",
+    "bmm",
+    "mv",
+    "__matmul__",
+    "__rmatmul__",
+    "addmm",
+    "baddbmm",
+    "addmv",
+    "addbmm",
+    "scaled_dot_product_attention",
+]
 
 
 def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
     if name == "scaled_dot_product_attention":
-        return lambda query, value: function(query, torch.ones(*value.shape[:-1], query.shape[-1]).double() * 0.3, value)
+        return lambda query, value: function(
+            query, torch.ones(*value.shape[:-1], query.shape[-1]).double() * 0.3, value
+        )
     if name.startswith("add") or name == "baddbmm":
         return lambda left, right: function(torch.zeros((), dtype=torch.float64), left, right)
     if name == "__rmatmul__":
@@ -987,8 +1037,15 @@ def assert_each_unit_is_its_row(
 
 def test_a_linear_layer_has_its_rows_as_units() -> None:
     for function in functions_of("linear"):
-        assert assert_each_unit_is_its_row(lambda w: function(generic((2, 5, 4)), w), generic((3, 4), 1), lambda u: u) == 3
-        assert assert_each_unit_is_its_row(lambda w: function(input=generic((4,)), weight=w), generic((3, 4), 1), lambda u: u) == 3
+        assert (
+            assert_each_unit_is_its_row(lambda w: function(generic((2, 5, 4)), w), generic((3, 4), 1), lambda u: u) == 3
+        )
+        assert (
+            assert_each_unit_is_its_row(
+                lambda w: function(input=generic((4,)), weight=w), generic((3, 4), 1), lambda u: u
+            )
+            == 3
+        )
     run = lambda w: functional.bilinear(generic((2, 3)), generic((2, 4), 2), w)  # noqa: E731
     assert assert_each_unit_is_its_row(run, generic((5, 3, 4), 1), lambda u: u) == 5
 
@@ -1033,7 +1090,12 @@ def test_a_normalisation_with_a_weight_has_the_weights_elements_as_units() -> No
     mean, variance = generic((6,), 4), generic((6,), 5)
     assert assert_each_unit_is_its_row(lambda w: functional.batch_norm(x, mean, variance, w), generic((6,)), row) == 6
     assert assert_each_unit_is_its_row(lambda w: functional.batch_norm(x, w, variance), generic((6,)), row) == 6
-    assert assert_each_unit_is_its_row(lambda w: torch.batch_norm(x, w, None, mean, variance, False, 0.1, 1e-5, False), generic((6,)), row) == 6
+    assert (
+        assert_each_unit_is_its_row(
+            lambda w: torch.batch_norm(x, w, None, mean, variance, False, 0.1, 1e-5, False), generic((6,)), row
+        )
+        == 6
+    )
     assert assert_each_unit_is_its_row(lambda w: functional.instance_norm(x, weight=w), generic((6,)), row) == 6
     assert assert_each_unit_is_its_row(lambda w: functional.group_norm(x, 2, w), generic((6,)), row) == 6
     for norm in (functional.layer_norm, functional.rms_norm):
@@ -1062,7 +1124,9 @@ def test_a_product_with_a_weight_has_its_rows_or_columns_as_units() -> None:
         from_right = data.draw(st.booleans())
         weight = generic(right_shape if from_right else left_shape, 1)
         x = generic(left_shape if from_right else right_shape, 2)
-        function = data.draw(st.sampled_from([torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.mv]))
+        function = data.draw(
+            st.sampled_from([torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.mv])
+        )
         run = (lambda w: function(x, w)) if from_right else (lambda w: function(w, x))
         try:
             run(weight)
@@ -1220,7 +1284,19 @@ def test_a_part_of_a_weight_is_no_other_parts_layer() -> None:
             found = mode.flow.origin(part())
         assert found.state == WEIGHT
         layers.append(found.layer)
-    assert layers == ["w(0:3)", "w(3:6)", "w(4:6)", "w(1:6)", "w(2:4)", "w(:,0:2)", "s.1", "s.2", "s.0(2:4)", "s.0", "s.1"]
+    assert layers == [
+        "w(0:3)",
+        "w(3:6)",
+        "w(4:6)",
+        "w(1:6)",
+        "w(2:4)",
+        "w(:,0:2)",
+        "s.1",
+        "s.2",
+        "s.0(2:4)",
+        "s.0",
+        "s.1",
+    ]
 
 
 def test_weights_that_are_joined_are_one_layer_of_both_names() -> None:

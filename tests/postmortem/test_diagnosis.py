@@ -63,6 +63,7 @@ CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
     ("born dead, 5 layers of 64", tuple(layer(str(i), 64, [-1]) for i in range(5)), {}, ["dead since the beginning"]),
     ("a bound", (layer(drifted=2),), {}, ["held below zero"]),
     ("NaN", (layer(not_finite=1),), {}, ["NaN or infinite numbers"]),
+    ("silent", (layer(silent=3),), {}, ["silent neurons"]),
     ("unread", (layer(unread=3),), {}, ["outputs that nothing reads"]),
     ("collapse", (layer(width=10, since=[UNDATED] * 9),), {}, ["a layer nearly all dead"]),
     (

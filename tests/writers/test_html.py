@@ -154,6 +154,7 @@ def test_the_headline_shows_the_numbers_of_the_report() -> None:
         "Neurons": "1,152",
         "Dead": "40",
         "Dead share": "3.5 %",
+        "Silent": "3",
         "Dormant": "36",
         "Cut off": "5",
         "Not finite": "0",

@@ -90,7 +90,7 @@ def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, ups
     runs = join_runs(run for units in every for run in units.tensor_runs())
     layers = dict.fromkeys(layer for layer, *_ in runs)
     calls = tuple(dict.fromkeys(call for units in every for call in units.call))
-    width = sum(units.count for units in every)
+    width = sum(units.size for units in every)
     dims = (*every[0].dims[:dim], ((width, 1),), *every[0].dims[dim + 1 :])
     sites = tuple(each.origin.site for each in data)
     site = sites if all(each is not None for each in sites) else None

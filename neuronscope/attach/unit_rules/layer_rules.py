@@ -107,8 +107,8 @@ def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = 
         weight = operation.argument(weight_slot, "weight")
         if not isinstance(weight, Operand) and statistics_slot is not None:
             weight = operation.argument(statistics_slot, "running_mean")
-        if not isinstance(weight, Operand) or _is_computed(weight):
-            return combine([operation.first], shape)
+        if not isinstance(weight, Operand) or _is_computed(weight) or is_weight(operation.first):
+            return combine([operation.first], shape)  # a weight that is standardised stays a weight
         if unit_place < 0:
             return produce(operation, weight, tuple(range(len(shape) - len(weight.shape), len(shape))))
         return produce(operation, weight, (min(unit_place, len(shape) - 1),))

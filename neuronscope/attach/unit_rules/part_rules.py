@@ -44,7 +44,7 @@ def _indexed(operation: Operation, index: tuple[Any, ...]) -> Origin:
         return origin
     units = index_units(origin.units, operand.shape, index, operation.outputs[0])
     if units is ENDED:
-        return Origin.of(ENDED, operation.upstream)
+        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
     return origin.but(units=units) if isinstance(units, Units) else Origin.of(LOST, origin.upstream)
 
 
@@ -203,7 +203,7 @@ def _gather(operation: Operation) -> Origin:
         return origin
     dim = operation.argument(1, "dim", "axis")
     if not isinstance(dim, int) or has_units(origin.units.dims[dim % rank]):
-        return Origin.of(ENDED, operation.upstream)
+        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
     found = resized(origin.units.dims, operation.outputs[0])
     return Origin.of(LOST, origin.upstream) if found is None else origin.but(units=origin.units._replace(dims=found))
 

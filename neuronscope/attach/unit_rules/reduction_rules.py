@@ -45,12 +45,13 @@ def _largest(operation: Operation) -> Sequence[Origin] | Origin:
     return _reduction_rule(1)(operation)
 
 
-def _along_rule(place: int, default: int | None = None) -> Rule:
+def _along_rule(place: int, default: int | None = None, *, picks: bool = False) -> Rule:
     """Return the rule of a function along one dimension that keeps the others, such as softmax.
 
     Args:
         place: Place of the dimension among the arguments.
         default: The dimension if none is given; ``None`` stands for all.
+        picks: Whether the results are some of the elements, in an order that depends on the data.
     """
 
     def rule(operation: Operation) -> Sequence[Origin]:
@@ -61,7 +62,8 @@ def _along_rule(place: int, default: int | None = None) -> Rule:
         dim = operation.argument(place, "dim", "axis", default=default)
         along = [dim % rank] if isinstance(dim, int) and not isinstance(dim, bool) and rank else range(rank)
         if any(has_units(origin.units.dims[axis]) for axis in along):
-            return [Origin.of(ENDED, operation.upstream)] * len(operation.outputs)
+            layer = origin.units.layer if picks else ""
+            return [Origin.of(ENDED, operation.upstream, layer=layer)] * len(operation.outputs)
         found = []
         for shape in operation.outputs:
             dims = resized(origin.units.dims, shape) if len(shape) == rank else None
@@ -84,7 +86,8 @@ REDUCTIONS: dict[Function, Rule] = {
     torch.linalg.vector_norm: _reduction_rule(2, keeps_zero=False),
     torch.linalg.norm: _reduction_rule(2, keeps_zero=False),
     **table("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)),
-    **table("sort argsort", _along_rule(1, -1)),
-    **table("topk kthvalue diff", _along_rule(2, -1)),
+    **table("sort argsort", _along_rule(1, -1, picks=True)),
+    **table("topk kthvalue", _along_rule(2, -1, picks=True)),
+    **table("diff", _along_rule(2, -1)),
     **table("gumbel_softmax", _along_rule(4, -1)),
 }

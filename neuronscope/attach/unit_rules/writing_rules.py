@@ -25,12 +25,16 @@ __all__ = ["WRITING", "set_item"]
 
 def _scatter_rule(operation: Operation) -> Origin:
     """Say what a tensor is after rows of another one were written, or added, into it along a dimension."""
-    tensors = operation.tensors
-    target, source = tensors[0], tensors[-1]
+    target, source = operation.first, operation.argument(3, "src", "source", "value")
     dim = operation.argument(1, "dim", "axis")
+    upstream = operation.upstream
+    if not isinstance(source, Operand) or source.origin.state in (CONSTANT, WEIGHT, RAW):
+        if target.origin.state in (UNITS, LOST, ROWS):
+            return target.origin.but(upstream=upstream, site=None)
+        return Origin.of(ENDED, upstream) if upstream else target.origin
     units = source.origin.units
-    if len(tensors) < 3 or units is None or not isinstance(dim, int):
-        return lose(operation)
+    if units is None or not isinstance(dim, int):
+        return Origin.of(source.origin.state, upstream) if units is None else lose(operation)
     shape = operation.outputs[0]
     if len(source.shape) != len(shape) or has_units(units.dims[dim % len(shape)]):
         return Origin.of(ENDED, operation.upstream)

@@ -55,6 +55,7 @@ LEGEND = (
 #: Each word and what it means here.
 GLOSSARY = (
     ("dead", "its output is zero, always or at every position that was seen"),
+    ("silent", "its output was zero at every position that was seen, but it got a gradient; not counted as dead"),
     ("never trained", "none of its incoming weights ever got a gradient; counted as dead"),
     ("no gradient", "its incoming weights got no gradient lately; counted as dead"),
     ("idle", "gets no gradient because its whole layer gets none (frozen, or cut off); not counted as dead"),
@@ -109,7 +110,7 @@ def findings(report: PostmortemReport) -> list[str]:
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
-    labels = ("zero row", "unread", "quiet")
+    labels = ("silent", "zero row", "unread", "quiet")
     if others := [f"{count(number)} {label}" for label in labels if (number := report.count(label))]:
         sentences.append(f"Also found: {', '.join(others)}.")
     if report.idle:
@@ -219,7 +220,7 @@ def layer_cells(layer: LayerReport) -> LayerCells:
     by_basis = [f"{count(some)} {basis}" for basis, some in layer.dead_by_basis().items() if some]
     others = [
         f"{count(some)} {label}"
-        for label in ("not finite", "zero row", "unread", "quiet")
+        for label in ("not finite", "silent", "zero row", "unread", "quiet")
         if (some := int((layer.labels == CLAIMS.index(label)).sum()))
     ]
     others += [f"{count(int(layer.idle.sum()))} idle"] if layer.idle.any() else []

@@ -29,6 +29,7 @@ class Row:
         not_finite: Whether any neuron gave NaN or infinity in each window, bool ``(W,)``.
         observed: Neurons observed in the report's window.
         dead: Dead neurons in it.
+        silent: Silent neurons in it.
         dormant: Dormant neurons in it.
         broken: Neurons in it that gave NaN or infinity.
     """
@@ -40,6 +41,7 @@ class Row:
     not_finite: npt.NDArray[np.bool_]
     observed: int
     dead: int
+    silent: int
     dormant: int
     broken: int
 
@@ -74,6 +76,7 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
         not_finite=broken > 0,
         observed=sum(map(neurons_observed, sites)),
         dead=sum(site.dead for site in sites),
+        silent=sum(site.silent for site in sites),
         dormant=sum(site.dormant for site in sites),
         broken=sum(int(site.judgement.not_finite.sum()) for site in sites),
     )

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteHistory, SiteReport
+from neuronscope.report.report import (
+    LEVEL_DEAD,
+    LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
+    LEVEL_UNSEEN,
+    Report,
+    SiteHistory,
+    SiteReport,
+)
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric
 from neuronscope.writers.wording import observed
 
@@ -27,7 +35,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 
     - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``,
       ``neuronscope/not_finite_pct`` and, in training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many
-      neurons died and revived in the windows after ``since``.
+      neurons died and revived in the windows after ``since``. If gradients were seen, ``neuronscope/silent_pct`` too.
     - Details: ``neuronscope.more/born_dead_pct``, the neurons that never fired since watching began, and
       ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
 
@@ -47,6 +55,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     found = dict(_shares(sites))
     with_gradient = [site for site in sites if site.gradient_positions > 0]
     if neurons := _observed(with_gradient):
+        found["silent_pct"] = 100.0 * sum(site.silent for site in with_gradient) / neurons
         found["cut_off_pct"] = 100.0 * sum(site.cut_off for site in with_gradient) / neurons
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
         changes = [turnover(site.history, since) for site in sites]
@@ -66,8 +75,8 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
     """Count the deaths and revivals in the windows of a history that ended after a step.
 
-    A neuron that was not observed in a window, or gave NaN, keeps its state: it neither died nor revived. The first
-    window has no deaths: there is nothing to compare it with.
+    A neuron that was not observed in a window, gave NaN or was silent keeps its state: it neither died nor revived. The
+    first window has no deaths: there is nothing to compare it with.
 
     Args:
         history: The history of one layer (``W`` windows, ``N`` neurons).
@@ -97,7 +106,7 @@ def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
 
 def _state(levels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
     """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
-    return levels == LEVEL_DEAD, (levels != LEVEL_UNSEEN) & (levels != LEVEL_NOT_FINITE)
+    return levels == LEVEL_DEAD, ~np.isin(levels, (LEVEL_UNSEEN, LEVEL_NOT_FINITE, LEVEL_SILENT))
 
 
 def _group(name: str) -> str:
