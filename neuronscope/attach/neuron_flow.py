@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import Index, Operation, rule_of, set_item
+from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.units import has_units
@@ -205,10 +205,7 @@ class NeuronFlow:
         named = {name: self._describe(value) for name, value in kwargs.items()}
         operation = Operation(function, described, named, tuple([_shape(output) for output in outputs]), call)
         try:
-            found = rule_of(function)(operation)
-            origins = (found,) * count if isinstance(found, Origin) else tuple(found)
-            if len(origins) != count:
-                raise ValueError("another number of outputs")
+            origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = 0  # an unknown way to call it
             for each in operation.tensors:
@@ -233,7 +230,8 @@ class NeuronFlow:
         if value is None or isinstance(value, (int, float, str)):
             return value
         if isinstance(value, (tuple, list)):
-            return tuple([self._describe(each) for each in value])
+            described = [self._describe(each) for each in value]
+            return tuple(described) if isinstance(value, tuple) else Listed(described)
         if isinstance(value, slice):
             return Index(*(_plain(each) for each in (value.start, value.stop, value.step)))
         if isinstance(value, torch.SymInt):

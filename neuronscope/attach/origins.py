@@ -133,7 +133,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
     are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides.
+    called decides. Truth values are masks: they decide nothing beside numbers.
 
     Args:
         operands: The tensors.
@@ -146,6 +146,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
+    data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
