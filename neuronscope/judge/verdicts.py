@@ -224,11 +224,13 @@ class Verdict:
         neuron: Index along the site's neuron axis.
         label: One of :data:`LABELS`.
         basis: ``measured``, ``proved`` or ``inferred``.
-        examples: Number of independent examples that the verdict is based on.
+        examples: Number of independent examples that the verdict is based on; 0 if that is not known.
         bound: For a dead or silent neuron, the fraction of examples in which it may still fire, at the policy's
-            confidence; else ``None``.
+            confidence; ``None`` for other labels, and where the number of examples is not known.
         since: For a dead neuron, the optimizer step at which it was first observed not to fire; −1 if it never fired
             since watching began ("born dead"). ``None`` for other labels.
+        in_headlines: Whether totals include the neuron. They do not if the site's axis is assumed, or if the neuron is
+            an output.
     """
 
     site: str
@@ -238,6 +240,7 @@ class Verdict:
     examples: int
     bound: float | None
     since: int | None
+    in_headlines: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""

@@ -384,7 +384,7 @@ class Namer:
     def _is_softmax(self, node: Any) -> bool:
         """Whether a softmax is the next thing before a node that is no view, mask or dropout."""
         for _ in range(12):
-            if node is None or self._own(node) is not None:
+            if node is None or self._own(node) is not None or not node.next_functions:
                 return False
             if "Softmax" in node.name():
                 return True

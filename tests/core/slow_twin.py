@@ -217,7 +217,7 @@ class Twin(Nobody):
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if module not in self.mine:
                 return  # a deep copy
-            if path == "" and len(self.stack) != 1:  # a root that calls itself begins no other forward
+            if path == "":
                 self.stack.clear()
                 self.begin_forward(module, args, kwargs)
             self.stack.append((path, module))
