@@ -132,6 +132,7 @@ class Namer:
         """Forget the last forward."""
         self.marks: dict[Any, Producer] = {}
         self.found: dict[Any, tuple[Producer, ...] | str] = {}
+        self.chosen: dict[Any, list[int]] = {}  # of each node: the inputs whose units its output has
         self.weights: dict[Any, bool] = {}
         self.ordinals: dict[Any, int] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -140,7 +141,11 @@ class Namer:
         """Mark the outputs of layers that the graph does not show as one node with a weight."""
         for module in self.paths:
             axis = next((axis for kind, axis in MARKED.items() if isinstance(module, kind)), None)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine and module.running_mean is None:
+            if (
+                isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and not module.affine
+                and module.running_mean is None
+            ):
                 axis = None
             if axis is None and module in self.holders:
                 axis = 1 if "Conv" in type(module).__name__ else -1
@@ -233,7 +238,9 @@ class Namer:
                 near = numbers.get(number - step)
                 if number not in numbers and near is not None and 0 <= near[1] + step < producers[near[0]].width:
                     numbers[number] = (near[0], near[1] + step)
-        return producers, tuple((producers[index].layer, unit) for index, unit in map(numbers.__getitem__, range(count)))
+        return producers, tuple(
+            (producers[index].layer, unit) for index, unit in map(numbers.__getitem__, range(count))
+        )
 
     def _measure(
         self, x: Tensor, producers: tuple[Producer, ...], axes: Sequence[int], count: int
@@ -271,7 +278,7 @@ class Namer:
 
     @contextlib.contextmanager
     def _only_up_to_layers(self, node: Any, producers: Sequence[Producer]) -> Iterator[None]:
-        """Let no gradient pass through a layer, as through the layers of a gate.
+        """Let gradients pass only to the inputs whose units an operation's output has, and through no layer.
 
         Args:
             node: Where gradients begin.
@@ -285,12 +292,15 @@ class Namer:
                 continue
             seen.add(each)
             if isinstance(self._own(each), tuple):
-                handles.append(each.register_hook(_nothing))
-            elif each.name() in PRODUCTS:  # what it is weighted with
-                chosen = self._branches(each)
-                others = [source for source, _ in each.next_functions if source is not None and source not in chosen]
-                handles.extend(source.register_hook(_nothing) for source in others if source.next_functions)
-            queue.extend(source for source, _ in each.next_functions)
+                handles.append(each.register_hook(_only(())))
+                continue
+            self._source(each)
+            chosen = self.chosen[each]
+            if len(chosen) < len(each.next_functions):
+                handles.append(each.register_hook(_only(chosen)))
+            elif each.name().startswith("GluBackward"):
+                handles.append(each.register_hook(_first_half(each._saved_dim)))
+            queue.extend(each.next_functions[index][0] for index in chosen)
         try:
             yield
         finally:
@@ -311,10 +321,11 @@ class Namer:
             if found is not None:
                 break
             branches = self._branches(node)
+            self.chosen[node] = [*branches]
             if len(branches) != 1:
                 found = self._join(node, branches) if branches else RAW
                 break
-            node = branches[0]
+            node = next(iter(branches.values()))
         self.found.update(dict.fromkeys(path, found))
         return found
 
@@ -331,42 +342,50 @@ class Namer:
                 return (Producer(self._layer(weight), node, axes),)
         return None
 
-    def _branches(self, node: Any) -> list[Any]:
-        """Return the inputs of a node that its units can come from: the widest that are no weights."""
-        name, inputs = node.name(), node.next_functions
+    def _branches(self, node: Any) -> dict[int, Any]:
+        """Return the inputs of a node that its units can come from, by their place: the widest that are no weights."""
+        name = node.name()
+        given = {index: each for index, each in enumerate(node.next_functions) if each[0] is not None}
         if name in NORMS:
-            inputs = inputs[:1]
+            given = {index: each for index, each in given.items() if index == 0}
         elif name.startswith("ScaledDotProduct"):
-            inputs = inputs[2:3]
-        elif name in PRODUCTS:
-            data = [each for each in inputs[-2:] if each[0] is not None and not self._is_weight(each[0])]
-            scores = [each for each in data if self._is_softmax(each[0])]
-            inputs = ([each for each in data if each not in scores] or data)[-1:]
-        found = [(each, math.prod(each._input_metadata[place].shape)) for each, place in inputs if each is not None]
-        found = [(each, size) for each, size in found if not self._is_weight(each)]
-        if name in JOINS:
-            return [each for each, _ in found]
-        return [each for each, size in found if size == max(size for _, size in found)]
+            given = {index: each for index, each in given.items() if index == 2}
+        data = {index: each for index, each in given.items() if not self._is_weight(each[0])}
+        if name in PRODUCTS:
+            others = {index: each for index, each in data.items() if not self._is_softmax(each[0])}
+            data = dict([*(others or data).items()][-1:])
+        sizes = {index: math.prod(each._input_metadata[place].shape) for index, (each, place) in data.items()}
+        return {
+            index: each for index, (each, _) in data.items() if name in JOINS or sizes[index] == max(sizes.values())
+        }
 
-    def _join(self, node: Any, branches: list[Any]) -> tuple[Producer, ...] | str:
+    def _join(self, node: Any, branches: dict[int, Any]) -> tuple[Producer, ...] | str:
         """Return the calls whose units a node with several inputs has."""
-        sources = [self._source(branch) for branch in branches]
-        calls = [(branch, found) for branch, found in zip(branches, sources, strict=True) if isinstance(found, tuple)]
+        sources = {index: self._source(branch) for index, branch in branches.items()}
+        calls = {index: found for index, found in sources.items() if isinstance(found, tuple)}
         if not calls:
-            return ENDED if ENDED in sources else RAW
+            return ENDED if ENDED in sources.values() else RAW
         if node.name() in JOINS:
             if len(calls) < len(branches):
                 return ENDED
-            layers = {tuple(each.layer for each in found) for _, found in calls}
-            return calls[0][1] if len(layers) == 1 else tuple(dict.fromkeys(each for _, found in calls for each in found))
-        left = [
-            found
-            for _, found in calls
-            if not any(
-                other != found and all(self._depends(branch, each) for each in found) for branch, other in calls
+            layers = {tuple(each.layer for each in found) for found in calls.values()}
+            return (
+                next(iter(calls.values()))
+                if len(layers) == 1
+                else tuple(dict.fromkeys(each for found in calls.values() for each in found))
             )
-        ]
-        return min(left or [found for _, found in calls], key=lambda found: min(each.order for each in found))
+        left = {
+            index: found
+            for index, found in calls.items()
+            if not any(
+                other != found and all(self._depends(branches[place], each) for each in found)
+                for place, other in calls.items()
+            )
+        }
+        left = left or calls
+        index = min(left, key=lambda index: min(each.order for each in left[index]))
+        self.chosen[node] = [index]
+        return calls[index]
 
     def _depends(self, node: Any, producer: Producer) -> bool:
         """Whether a node's output depends on a call."""
@@ -455,18 +474,44 @@ def text_of(units: Sequence[Unit]) -> str:
             else:
                 runs.append([number])
         shown = [
-            f"{run[0]}" if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" + (f":{s}" if (s := run[1] - run[0]) > 1 else "")
+            f"{run[0]}"
+            if len(run) == 1
+            else f"{run[0]}:{run[-1] + 1}" + (f":{s}" if (s := run[1] - run[0]) > 1 else "")
             for run in runs
         ]
         starts = [run[0] for run in runs]
-        if len(runs) > 3 and len({len(run) for run in runs}) == len({b - a for a, b in itertools.pairwise(starts)}) == 1:
+        if (
+            len(runs) > 3
+            and len({len(run) for run in runs}) == len({b - a for a, b in itertools.pairwise(starts)}) == 1
+        ):
             shown[2:-1] = ["..."]
         texts.append(f"{layer}:{','.join(shown)}" if len(by_layer) > 1 else ",".join(shown))
     return ",".join(texts)
 
 
-def _nothing(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+Grads = Sequence[Tensor | None]
+
+
+def _only(chosen: Sequence[int]) -> Callable[[Grads, Any], tuple[Tensor | None, ...]]:
+    """Return a hook of a node that lets gradients pass to these inputs."""
+
+    def hook(grads: Grads, _: Any) -> tuple[Tensor | None, ...]:
+        return tuple(
+            grad if grad is None or index in chosen else torch.zeros_like(grad) for index, grad in enumerate(grads)
+        )
+
+    return hook
+
+
+def _first_half(dim: int) -> Callable[[Grads, Any], tuple[Tensor | None, ...]]:
+    """Return a hook of a GLU that lets gradients pass to what is gated."""
+
+    def hook(grads: Grads, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        gated, gate = grad.chunk(2, dim)
+        return (torch.cat([gated, torch.zeros_like(gate)], dim),)
+
+    return hook
 
 
 def _per_unit(grad: Tensor, axes: Sequence[int]) -> Tensor:

@@ -57,7 +57,9 @@ def run(network: Network, **options: Any) -> Agreement:
                 states.append(state_of(model))
     report = watched.scope.report("train")
     not_measured = {item.name: item.reason for item in report.not_measured}
-    return Agreement(watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1]))
+    return Agreement(
+        watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1])
+    )
 
 
 def assert_agreement(network: Network, result: Agreement) -> None:
