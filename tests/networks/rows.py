@@ -30,7 +30,6 @@ class Row:
         agreement: What came of it: ``exact``, ``nothing measured``, or something worse.
         kinds: Sites by kind: ``module``, ``functional``, ``gated``.
         neurons: Of all sites.
-        sources: Sites by what their neurons' axis is known from.
         not_measured: Name → reason.
     """
 
@@ -40,7 +39,6 @@ class Row:
     agreement: str
     kinds: dict[str, int]
     neurons: int
-    sources: dict[str, int]
     not_measured: dict[str, str]
 
     @property
@@ -51,15 +49,13 @@ class Row:
 
 def row_of(network: Network, result: Agreement, agreement: str = "") -> Row:
     """The row of a network that was run; without a word on its agreement, it agreed."""
-    sources = (tally.axis_source.removeprefix("producer (").removesuffix(")") for tally in result.census.values())
     return Row(
         family=network.family,
         name=network.name,
         config=network.config,
         agreement=agreement or ("exact" if result.census else "nothing measured"),
-        kinds=dict(Counter(_kind(name) for name in result.census)),
+        kinds=dict(Counter(_kind(result, name) for name in result.census)),
         neurons=sum(tally.neurons for tally in result.census.values()),
-        sources=dict(Counter(sources)),
         not_measured=result.not_measured,
     )
 
@@ -81,5 +77,7 @@ def _place(family: str, name: str) -> Path:
     return Path(os.environ[FOLDER]) / f"{family}-{re.sub(r'[^A-Za-z0-9_]+', '-', name)}.json"
 
 
-def _kind(name: str) -> str:
-    return "gated" if name.endswith(".gated") else "functional" if "()" in name else "module"
+def _kind(result: Agreement, name: str) -> str:
+    if name in result.products:
+        return "gated"
+    return "functional" if "()" in result.census[name].info.place else "module"
