@@ -26,6 +26,7 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, WEIGHT, Origin
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules import elementwise_rules
+from neuronscope.attach.unit_rules.operation import end
 from neuronscope.attach.units import Units, broadcast, place, reshape, select, slice_dim
 
 Draw = Callable[[Any], Any]
@@ -33,7 +34,7 @@ Draw = Callable[[Any], Any]
 OF_B = 1000
 UNWRITTEN = -1.0
 
-TRIED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+TRIED = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
 class Following(TorchFunctionMode):
@@ -158,7 +159,7 @@ def dim_of(draw: Draw, x: Tensor) -> int:
 
 
 def dims_of(draw: Draw, x: Tensor, least: int = 1) -> tuple[int, ...]:
-    order = draw(st.permutations(range(x.dim())))[: draw(integers(least, x.dim()))]
+    order = draw(st.permutations(range(x.dim())))[: draw(st.sampled_from([least, least, x.dim()]))]
     return tuple(dim - x.dim() if draw(st.booleans()) else dim for dim in order)
 
 
@@ -480,6 +481,7 @@ def run_drawn(draw: Draw, function: Any, x: Tensor, arguments: Sequence[tuple[st
 def test_a_function_that_moves_elements_puts_each_unit_where_its_rule_says(name: str) -> None:
     claimed: list[int] = []
     ranks = (3, 5) if any(word in name for word in ("pool", "interpolate", "upsample")) else (1, 4)
+    ranks = (2, 3) if name in ("roll", "rot90", "t", "t_", "hsplit", "vsplit") else ranks
 
     @TRIED
     @given(st.data())
@@ -597,6 +599,7 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
     assert max(claimed) > 1
 
 
+@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
 @pytest.mark.parametrize(
     "name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"]
 )
@@ -824,7 +827,7 @@ OF_INTEGERS = {
 def test_an_elementwise_function_has_the_units_of_the_source_that_its_rule_chooses(name: str) -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=30)
+    @settings(TRIED, max_examples=12)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         units, shape = draw_units(data.draw)
@@ -954,7 +957,7 @@ def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
 def test_a_product_of_data_has_the_units_of_the_factor_that_its_rule_chooses(name: str) -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=150)
+    @settings(TRIED, max_examples=60)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         left_shape, right_shape = draw_factor_shapes(data.draw)
@@ -988,7 +991,7 @@ def draw_equation(draw: Draw) -> tuple[str, list[list[int]]]:
 def test_an_einsum_of_data_has_the_units_of_the_factor_that_its_rule_chooses() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=300)
+    @settings(TRIED, max_examples=100)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         equation, shapes = draw_equation(data.draw)
@@ -1117,7 +1120,7 @@ def test_a_normalisation_without_a_weight_passes_units_on() -> None:
 def test_a_product_with_a_weight_has_its_rows_or_columns_as_units() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=200)
+    @settings(TRIED, max_examples=80)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         left_shape, right_shape = draw_factor_shapes(data.draw)
@@ -1157,7 +1160,7 @@ def test_a_product_with_a_weight_has_its_rows_or_columns_as_units() -> None:
 def test_an_einsum_with_a_weight_has_the_letters_of_the_weight_that_are_left_as_units() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=300)
+    @settings(TRIED, max_examples=100)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         equation, shapes = draw_equation(data.draw)
@@ -1313,8 +1316,9 @@ def test_rows_that_data_picks_from_a_stack_of_weights_are_rows_of_several_layers
     mode = Following()
     stack = generic((3, 6, 4))
     mode.flow.put(stack, Origin.of(WEIGHT, layer="s"))
+    x, chosen = generic((2, 4, 1)), torch.tensor([0, 2])
     with mode:
-        result = torch.bmm(stack[torch.tensor([0, 2])], generic((2, 4, 1)))
+        result = torch.bmm(stack[chosen], x)
     assert mode.flow.origin(result).state == "rows"
 
 
@@ -1365,7 +1369,7 @@ NOT_DRAWN = {
 
 
 def claims_units(rule: Any) -> bool:
-    return rule is not operators.end
+    return rule is not end
 
 
 def test_every_function_of_the_table_is_drawn_or_says_why_not() -> None:
