@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher
 from neuronscope.callbacks.runs import Runs
@@ -158,7 +159,7 @@ class Monitor:
         return self._runs.gate is not None
 
     def report(self, phase: str = "train") -> Report:
-        """Return what is known of one phase: ``train``, ``val`` or ``test``.
+        """Return what is known of one phase: ``train``, ``val``, ``test`` or ``inference``.
 
         Raises:
             UsageError: Nothing was watched yet.
@@ -169,7 +170,7 @@ class Monitor:
         """Return the exact counts of one phase over one window; see :meth:`neuronscope.Scope.census`.
 
         Args:
-            phase: ``train``, ``val`` or ``test``.
+            phase: ``train``, ``val``, ``test`` or ``inference`` (what a training step runs without gradients).
             window: ``all``, ``last`` or ``open``.
 
         Raises:
@@ -232,12 +233,17 @@ class Monitor:
             with self.suppress_errors:
                 gate.end_training_batch(step)
 
-    def begin_batch(self) -> None:
-        """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs."""
+    def begin_batch(self, *, step_in_forward: bool = False) -> None:
+        """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs.
+
+        Args:
+            step_in_forward: Whether the batch's step runs in place of the model's forward; see
+                :meth:`neuronscope.Scope.open_step`.
+        """
         gate = self._runs.gate
         if gate is not None:
             with self.suppress_errors:
-                gate.open()
+                gate.open(step_in_forward=step_in_forward)
 
     def end_batch(self) -> None:
         """Count nothing until the next batch begins. At the end of a batch of training, :meth:`step` does this too."""
@@ -355,7 +361,7 @@ class Monitor:
                 scope = self._runs.gate.scope
                 self._runs.detach(join=not failed)
                 for phase in ("train",) if failed else ("val", "train"):
-                    if phase in scope.phases:
+                    if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
                         report = self._publish(phase, step, final=True)
         self._publisher.finish()  # the logs may be closed next
         return report if report is not None and report.phase == "train" else None

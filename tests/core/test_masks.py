@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.call_arguments import CallArguments
-from neuronscope.attach.masks import PositionMask, blank_positions, keep_positions, kept, mask_dims
+from neuronscope.attach.masks import PositionMask, kept
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs, leave_out
 from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.positions import blank_positions, keep_positions, mask_dims
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
 

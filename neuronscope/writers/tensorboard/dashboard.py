@@ -61,6 +61,9 @@ class EventWriter(DrawingWriter, Protocol):
             global_step: The step.
         """
 
+    def flush(self) -> Any:
+        """Wait until everything is written."""
+
 
 def write(
     report: Report,
@@ -188,6 +191,7 @@ class Dashboard:
             if self._file is not None:
                 require_room(self._file.run)
             write(report, self._writer, step, since=since, images=False, text=False, vectors=False, per_site=per_site)
+            self._writer.flush()  # now: the writer's thread would keep an error, and raise it in the training
             self._written[report.phase] = (step, report.global_step)
             if self._file is None:
                 _draw(report, self._writer, step, **drawn)
@@ -229,8 +233,9 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
         return [(safe(site.name), site) for site in report.layers]
-    worst = sorted(report.layers, key=severity, reverse=True)[:MOST_HEATMAPS]  # stable: ties stay in network order
-    return [(f"worst-{rank}", site) for rank, site in enumerate(worst, 1)]
+    worst = sorted(report.layers, key=severity, reverse=True)  # stable: ties stay in network order
+    worst.sort(key=lambda site: not site.in_headlines)  # what is not in the totals comes last
+    return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]
 
 
 def _add_summary(writer: Any, summary: Summary, step: int) -> None:
