@@ -33,7 +33,7 @@ def retinanet() -> tuple[nn.Module, Losses]:
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             x = self.stem(x)
-            second = self.down[0](F.relu(x))
+            second = self.down[0](x)
             return {"0": x, "1": second, "2": self.down[1](F.relu(second))}
 
     anchors = AnchorGenerator(((16,), (32,), (48,)), ((0.5, 1.0, 2.0),) * 3)
@@ -193,9 +193,7 @@ def bert() -> tuple[nn.Module, Losses]:
     """With its masked-language head: the tied decoder reads the transform's GELU."""
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-    )
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     ids = torch.randint(3, 64, (2, 7))
     return BertForMaskedLM(config), lambda network: network(input_ids=ids, labels=ids).loss
 
@@ -205,7 +203,13 @@ def t5() -> tuple[nn.Module, Losses]:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_decoder_layers=1, num_heads=2,
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
         decoder_start_token_id=0,
     )
     ids = torch.randint(3, 64, (2, 7))
@@ -217,9 +221,21 @@ def whisper() -> tuple[nn.Module, Losses]:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        vocab_size=64, num_mel_bins=8, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_source_positions=10,
-        max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=64,
+        num_mel_bins=8,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_source_positions=10,
+        max_target_positions=16,
+        decoder_start_token_id=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     ids = torch.randint(3, 64, (2, 7))
     sound = torch.rand(2, 8, 20)
@@ -304,7 +320,9 @@ class _UNet(nn.Module):
 
 def unet() -> tuple[nn.Module, Losses]:
     """As the one of diffusers: residual blocks with the time added, attention, skips that are concatenated."""
-    return _UNet(), lambda network: F.mse_loss(network(torch.rand(2, 3, 8, 8), torch.tensor([1.0, 50.0])), torch.rand(2, 3, 8, 8))
+    return _UNet(), lambda network: F.mse_loss(
+        network(torch.rand(2, 3, 8, 8), torch.tensor([1.0, 50.0])), torch.rand(2, 3, 8, 8)
+    )
 
 
 class _DiTBlock(nn.Module):
@@ -315,7 +333,11 @@ class _DiTBlock(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
-        self.fc1, self.act, self.fc2 = nn.Linear(width, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width)
+        self.fc1, self.act, self.fc2 = (
+            nn.Linear(width, 2 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(2 * width, width),
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
