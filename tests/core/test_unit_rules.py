@@ -29,6 +29,9 @@ from neuronscope.attach.unit_rules import elementwise_rules
 from neuronscope.attach.unit_rules.operation import end
 from neuronscope.attach.units import Units, broadcast, place, reshape, select, slice_dim
 
+#: Some of torch's functions warn that they are new, or old.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 Draw = Callable[[Any], Any]
 #: Numbers of layer ``b``'s units begin here, so that no two units of the layers ``a`` and ``b`` have one number.
 OF_B = 1000
@@ -612,7 +615,6 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
     assert max(claimed) > 1
 
 
-@pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")
 @pytest.mark.parametrize(
     "name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"]
 )
@@ -794,7 +796,8 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
         "prelu": (1, lambda x: function(x, torch.tensor([0.1], dtype=torch.float64))),
         "to": (1, lambda x: function(x, torch.float32)),
         "type": (1, lambda x: function(x, torch.float32)),
-        "type_as": (2, lambda x, y: function(x, y)),
+        "type_as": (1, lambda x: function(x, torch.zeros(1))),
+        "__invert__": (1, function),
         "normalize": (1, lambda x: function(x, dim=0)),
         "renorm": (1, lambda x: function(x, 2, 0, 0.6)),
         "local_response_norm": (1, lambda x: function(x, 2)),
@@ -802,6 +805,8 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
         "min": (2, lambda x, y: function(x, y)),
     }
     base = name.rstrip("_") if not name.startswith("__") else name
+    if "dropout" in base and base != "native_dropout":
+        return 1, lambda x: function(x, 0.3, True)
     if base in special:
         return special[base]
     if base.startswith("__i") and base not in ("__invert__",):
