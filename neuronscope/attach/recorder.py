@@ -631,9 +631,9 @@ class SiteRecorder:
         counters = self._counters_for(phase, key, info, names, neurons, y)
         if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
-        after = self.forward.flow.origin(y)
-        if after.units == units:
-            self.forward.flow.put(y, after.but(site=key, carries=(key, *after.carries)))
+        before = self.forward.flow.origin(y)
+        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:

@@ -65,7 +65,8 @@ def _masked(operation: Operation) -> Origin:
     """Say what a mask leaves, which never decides beside what it masks: the mask is the second tensor."""
     tensors = operation.tensors
     mask = operation.argument(1, "mask")
-    return combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
+    found = combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
+    return found.but(upstream=operation.upstream) if operation.upstream != found.upstream else found
 
 
 def _where(operation: Operation) -> Origin:
@@ -79,7 +80,7 @@ def _where(operation: Operation) -> Origin:
     picked = combine([each for each in operation.tensors if each is not condition], shape)
     if picked.state == CONSTANT:
         return combine(operation.tensors, shape)
-    return picked.but(upstream=operation.upstream) if picked.upstream or operation.upstream else picked
+    return picked.but(upstream=operation.upstream) if operation.upstream != picked.upstream else picked
 
 
 def _overwritten(operation: Operation) -> Origin:

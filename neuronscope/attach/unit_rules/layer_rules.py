@@ -135,6 +135,7 @@ LAYERS: dict[Function, Rule] = {
     **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
     **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
     **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),
+    **dict.fromkeys(_named("batch_norm instance_norm", torch), _norm_rule(1, 1, 3)),
     **table("group_norm", _norm_rule(2, 1)),
     **table("layer_norm rms_norm", _norm_rule(2, -1)),
 }
