@@ -612,6 +612,8 @@ class SiteRecorder:
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
+            if gate.after.units is None or origin.units.count != gate.after.units.count:
+                continue  # a part of what the site gave: its gradients are not counted apart
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
