@@ -39,10 +39,10 @@ def printed(**options: Any) -> dict[str, str]:
 
 KNOWN = {
     "raw": "2 · assumed ?",
-    "map": "1 · conv1d",
-    "normed": "1 · batch_norm",
-    "tokens": "2 · linear",
-    "solid": "1 · conv3d",
+    "conv/relu": "1 · layer",
+    "norm/relu": "1 · layer",
+    "fc/relu": "2 · layer",
+    "volume/relu": "1 · layer",
 }
 
 
@@ -51,4 +51,4 @@ def test_a_report_prints_how_each_axis_is_known():
 
 
 def test_a_declared_axis_overrules_the_one_that_was_found():
-    assert printed(axes={"tokens": 1, "r*": 1}) == {**KNOWN, "tokens": "1 · declared", "raw": "1 · declared"}
+    assert printed(axes={"tokens": 1, "r*": 1}) == {**KNOWN, "fc/relu": "1 · declared", "raw": "1 · declared"}
