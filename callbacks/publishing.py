@@ -60,7 +60,8 @@ def summary(report: Report) -> str:
     if report.not_finite:
         more.append("NaN or infinite outputs were seen")
     if report.provisional:
-        more.append(f"provisional, from {report.examples} of {report.examples_needed} examples")
+        known = f"from {report.examples} of {report.examples_needed} examples"
+        more.append(f"provisional, {known if report.examples_known else 'from an unknown number of examples'}")
     dead = f"{report.dead} of {report.observed_neurons} neurons dead ({percent(report.dead_percent)})"
     return f"Neuronscope: {', '.join([dead, *more])}, at step {report.global_step}."
 

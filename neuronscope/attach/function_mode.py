@@ -115,7 +115,10 @@ class ActivationFunctionMode(TorchFunctionMode):
         except Exception as error:
             manager.fail(error)
         output = func(*args, **kwargs)
-        if call is not None and manager.observing:
+        if manager.observing:
+            if call is None:  # it is no site, and what follows may be
+                self._follow(func, args, kwargs, output)
+                return output
             try:
                 with unwatched():
                     manager.recorder.end(call, x, output)

@@ -297,8 +297,8 @@ def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = 
         weight = operation.argument(weight_slot, "weight")
         if not isinstance(weight, Operand) and statistics_slot is not None:
             weight = operation.argument(statistics_slot, "running_mean")
-        if not isinstance(weight, Operand):
-            return combine([operation.first], shape)
+        if not isinstance(weight, Operand) or operation.first.origin.state == WEIGHT:
+            return combine([operation.first], shape)  # a weight that is standardised stays a weight
         if unit_place < 0:
             return _produce(operation, weight, tuple(range(len(shape) - len(weight.shape), len(shape))))
         return _produce(operation, weight, (min(unit_place, len(shape) - 1),))
@@ -1042,13 +1042,16 @@ _register("interpolate upsample upsample_nearest upsample_bilinear pad grid_samp
 
 def _scatter_rule(operation: Operation) -> Origin:
     """Say what a tensor is after rows of another one were written, or added, into it along a dimension."""
-    tensors = operation.tensors
-    target, source = tensors[0], tensors[-1]
+    target, source = operation.first, operation.argument(3, "src", "source", "value")
     dim = operation.argument(1, "dim", "axis")
     upstream = _upstream(operation)
+    if not isinstance(source, Operand) or source.origin.state in (CONSTANT, WEIGHT, RAW):
+        if target.origin.units is not None:
+            return target.origin.but(upstream=upstream, site=None)
+        return Origin.of(ENDED, upstream) if upstream else target.origin
     units = source.origin.units
-    if len(tensors) < 2 or units is None or not isinstance(dim, int):
-        return target.origin if not upstream else _lose(operation)
+    if units is None or not isinstance(dim, int):
+        return Origin.of(source.origin.state, upstream) if units is None else _lose(operation)
     if len(source.shape) != len(operation.outputs[0]) or has_units(units.dims[dim % len(source.shape)]):
         return Origin.of(ENDED, upstream)
     return _written(target, source, operation.outputs[0], upstream)

@@ -8,6 +8,7 @@ units of the layer. A linear layer of 12 units over (batch, time) has the dimens
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -93,17 +94,26 @@ class Units(NamedTuple):
         """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
         if self.size == self.width:
             return ""
-        runs = self.tensor_runs()
-        several = len({layer for layer, *_ in runs}) > 1
-        return ",".join(_run_text(run, with_layer=several) for run in runs)
+        by_layer = itertools.groupby(self.tensor_runs(), lambda run: run[0])
+        texts = [(layer, _runs_text([run[1:] for run in runs])) for layer, runs in by_layer]
+        return ",".join(f"{layer}:{text}" if len(texts) > 1 else text for layer, text in texts)
 
 
-def _run_text(run: Run, *, with_layer: bool) -> str:
-    layer, start, stop, step = run
-    before = f"{layer}:" if with_layer else ""
-    if len(range(start, stop, step)) == 1:
-        return f"{before}{start}"
-    return f"{before}{start}:{stop}" + (f":{step}" if step > 1 else "")
+def _runs_text(runs: Sequence[tuple[int, int, int]]) -> str:
+    """Return runs of one layer as text, the middle ones left out where they are evenly spaced.
+
+    >>> _runs_text([(0, 16, 1), (48, 64, 1), (96, 112, 1), (144, 160, 1)])
+    '0:16,48:64,...,144:160'
+    """
+    texts = [
+        f"{start}" if len(range(start, stop, step)) == 1 else f"{start}:{stop}" + (f":{step}" if step > 1 else "")
+        for start, stop, step in runs
+    ]
+    even = len({(stop - start, step) for start, stop, step in runs}) == 1
+    distances = {after[0] - before[0] for before, after in itertools.pairwise(runs)}
+    if len(runs) > 3 and even and len(distances) == 1:
+        texts[2:-1] = ["..."]
+    return ",".join(texts)
 
 
 def merge_runs(units: Iterable[tuple[str, int]]) -> tuple[Run, ...]:

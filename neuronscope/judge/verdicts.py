@@ -224,9 +224,9 @@ class Verdict:
         neuron: Index along the site's neuron axis.
         label: One of :data:`LABELS`.
         basis: ``measured``, ``proved`` or ``inferred``.
-        examples: Number of independent examples that the verdict is based on.
+        examples: Number of independent examples that the verdict is based on; 0 if that is not known.
         bound: For a dead or silent neuron, the fraction of examples in which it may still fire, at the policy's
-            confidence; else ``None``.
+            confidence; ``None`` for other labels, and where the number of examples is not known.
         since: For a dead neuron, the optimizer step at which it was first observed not to fire; −1 if it never fired
             since watching began ("born dead"). ``None`` for other labels.
     """

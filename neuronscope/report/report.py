@@ -132,7 +132,7 @@ class SiteReport:
         axis_source: How the axis was found: ``declared``, ``layer (fc)``, or ``assumed (rank)``.
         positions: Positions at which each neuron's output was observed.
         gradient_positions: Positions at which each neuron's gradient was observed; 0 = no gradient was observed.
-        examples: Independent examples (rows of the network's input) in the counts.
+        examples: Independent examples (rows of the network's input) in the counts; 0 if that is not known.
         not_finite: Number of NaN and infinite outputs of all neurons.
         zero_output_fraction: Zero outputs ÷ positions, float64 ``(N,)``; NaN if unseen.
         zero_gradient_fraction: Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN if unseen.
@@ -300,6 +300,11 @@ class Report(Renderable):
         return min((site.examples for site in self.layers if site.unseen < site.neurons), default=0)
 
     @property
+    def examples_known(self) -> bool:
+        """Whether the number of examples is known at every observed site; where it is not, no bound is claimed."""
+        return self.examples > 0 or not self.observed_neurons
+
+    @property
     def examples_needed(self) -> int:
         """Number of examples that the policy asks for."""
         return Policy(confidence=self.policy["confidence"], max_rate=self.policy["max_rate"]).min_examples
@@ -394,7 +399,7 @@ class Report(Renderable):
         """Yield a verdict for every neuron that is neither alive nor linear, site by site."""
         for site in self.layers:
             labels = site.judgement.labels()
-            bound = rate_bound(site.examples, self.policy["confidence"])
+            bound = rate_bound(site.examples, self.policy["confidence"]) if site.examples else None
             for neuron in np.flatnonzero(labels < LABELS.index("linear")):
                 label = LABELS[labels[neuron]]
                 is_dead = label == "dead"
@@ -420,7 +425,7 @@ class Report(Renderable):
                 **vars(self.window),
                 "provisional": self.provisional,
                 "examples": self.examples,
-                "bound": rate_bound(self.examples, self.policy["confidence"]),
+                "bound": rate_bound(self.examples, self.policy["confidence"]) if self.examples_known else None,
             },
             "policy": dict(self.policy),
             "summary": {

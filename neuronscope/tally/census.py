@@ -39,7 +39,7 @@ class Tally:
         first_active_step: First optimizer step at which the neuron fired, int64 ``(N,)``; ``2**62`` = never.
         positions: Number of positions at which each neuron's output was observed.
         gradient_positions: Number of positions at which each neuron's gradient was observed.
-        examples: Number of independent examples in the counts.
+        examples: Number of independent examples in the counts; 0 if that is not known, so that no bound is claimed.
     """
 
     info: SiteInfo

@@ -62,12 +62,20 @@ def based_on(report: Report) -> str:
     """Say how many examples and which steps the verdicts are based on, and how sure a dead verdict is."""
     if not report.observed_neurons:
         return "Based on nothing: no neuron was observed."
-    numbers = sorted({site.examples for site in report.layers if not is_unseen(site)})
-    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
+    seen = [site.examples for site in report.layers if not is_unseen(site)]
+    numbers = sorted({examples for examples in seen if examples})
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
+    if not numbers:
+        on = f"on {phase}examples whose number is not known{_window(report)}"
+        return f"Provisional: based {on}. No bound is claimed on how often a neuron called dead could still fire."
+    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_window(report)}"
-    bound = at_most(report.examples, report.policy["confidence"])
+    bound = at_most(numbers[0], report.policy["confidence"])
     sure = f"A neuron called dead could still fire on up to {bound} of inputs ({confidence(report)} confidence)."
+    unknown = seen.count(0)
+    if unknown:
+        where = f"In {count(unknown)} of {count(len(seen))} layers"
+        sure += f" {where} the number of examples is not known, and no bound is claimed."
     if not report.provisional:
         return f"Based {on}. {sure}"
     needed = f"{count(report.examples_needed)} are needed for a bound of {100.0 * report.policy['max_rate']:g} %"
@@ -92,6 +100,8 @@ def provisional_note(report: Report, examples: int) -> str:
     """
     if not report.provisional:
         return ""
+    if not examples:
+        return "Provisional: the number of examples is not known, so no bound is claimed for dead ones"
     of = f"{count(examples)} of {count(report.examples_needed)} examples"
     return f"Provisional: {of}; dead ones may fire on up to {at_most(examples, report.policy['confidence'])}"
 

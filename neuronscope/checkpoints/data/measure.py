@@ -15,7 +15,7 @@ from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
 from neuronscope.writers.formatting import plural
 
-__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "measure"]
+__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "example_count", "measure"]
 
 _SOURCE = "scan"
 
@@ -44,7 +44,7 @@ def measure(
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site in report.layers:
-        where = f"over {site.examples:,} examples, {site.positions:,} positions"
+        where = f"over {example_count(site.examples)}, {site.positions:,} positions"
         evidence += counted_evidence(site, policy, source=_SOURCE, where=where, blocked=site.name in blocked)
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return tuple(evidence), abstentions, report
@@ -156,6 +156,15 @@ def counted_evidence(
     return evidence
 
 
+def example_count(examples: int) -> str:
+    """Say how many examples there were.
+
+    >>> example_count(1200), example_count(0)
+    ('1,200 examples', 'an unknown number of examples')
+    """
+    return f"{examples:,} examples" if examples else "an unknown number of examples"
+
+
 def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, str]:
     """Return the basis of a claim that rests on zeros alone, and a sentence if there are too few examples.
 
@@ -168,6 +177,8 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
     """
     if examples >= policy.min_examples:
         return "measured", ""
+    if not examples:
+        return "suspected", " The number of independent examples is not known, so no bound is claimed."
     few = (
         f" {observed} on {plural(examples, 'example')} only: fewer than the {policy.min_examples:,} that are needed to "
         f"conclude this for all but {100 * policy.max_rate:g} % of examples."

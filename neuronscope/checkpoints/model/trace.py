@@ -25,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
@@ -275,7 +277,9 @@ class _TracingHookManager(HookManager):
             tolerance=0.0,
         )
         not_measured = self.recorder.not_measured
-        self.recorder: SiteRecorder = _TracingRecorder(LayerNames(model), builder, met, new_counters, self.fail)
+        self.recorder: SiteRecorder = _TracingRecorder(
+            LayerNames(model), self._examples, self._masks, builder, met, new_counters, self.fail
+        )
         self.recorder.not_measured = not_measured
 
 
@@ -283,13 +287,21 @@ class _TracingRecorder(SiteRecorder):
     def __init__(
         self,
         names: LayerNames,
+        examples: ExampleCounter,
+        masks: PositionMask,
         builder: _GraphBuilder,
         met: list[tuple[SiteKey, SiteInfo]],
         new_counters: Any,
         fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(
-            names=names, new_counters=new_counters, declared_axis=lambda *_: None, tolerance=0.0, fail=fail
+            names=names,
+            examples=examples,
+            masks=masks,
+            new_counters=new_counters,
+            declared_axis=lambda *_: None,
+            tolerance=0.0,
+            fail=fail,
         )
         self._builder = builder
         self._met = met  # sites for which counters were asked for; nothing is counted
