@@ -17,6 +17,7 @@ import torch
 
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
+from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import SiteInfo
 
 __all__ = ["Census", "Tally"]
@@ -120,6 +121,11 @@ class Tally:
         return self.info.readers
 
     @property
+    def in_headlines(self) -> bool:
+        """Whether totals include the site: its units are known, and are not outputs."""
+        return self.info.in_headlines
+
+    @property
     def not_finite(self) -> int:
         """Number of NaN and infinite outputs of all neurons."""
         return int(self.not_finite_outputs.sum())
@@ -163,7 +169,8 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
-        state: dict[str, Any] = {"info": vars(self.info).copy()}
+        units, readers = [list(run) for run in self.info.units], list(self.info.readers)
+        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -182,7 +189,7 @@ class Tally:
                 for name, value in state.items()
                 if name != "info"
             }
-            tally = cls(info=_info(state["info"]), **values)
+            tally = cls(info=_read_info(state["info"]), **values)
             tally._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -245,8 +252,8 @@ class Census(Mapping[str, Tally]):
 
     @property
     def neurons(self) -> int:
-        """Number of neurons at all sites."""
-        return sum(tally.neurons for tally in self.values())
+        """Number of neurons: each unit of a layer once, without sites whose axis is assumed and without outputs."""
+        return DistinctNeurons(list(self.values())).neurons
 
     @property
     def examples(self) -> int:
@@ -294,9 +301,17 @@ class Census(Mapping[str, Tally]):
             raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
 
 
-def _info(state: Mapping[str, Any]) -> SiteInfo:
-    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state["units"])
-    return SiteInfo(**{**state, "units": units, "readers": tuple(state["readers"])})
+def _read_info(state: Mapping[str, Any]) -> SiteInfo:
+    """Return the description of a site that :meth:`Tally.state_dict` saved.
+
+    Raises:
+        TypeError: A field is unknown or of a wrong type.
+        ValueError: A run of units is not (layer, start, stop, step).
+    """
+    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
+    if any(step == 0 for *_, step in units):
+        raise ValueError("a run of units has a step of 0")
+    return SiteInfo(**{**state, "units": units, "readers": tuple(map(str, state.get("readers", ())))})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.masks import PositionMask, kept
-from neuronscope.count.positions import blank_positions, keep_positions, mask_dims
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
 from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs, leave_out
 from neuronscope.count.counting import ScratchBuffers
+from neuronscope.count.positions import blank_positions, keep_positions, mask_dims
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
 
