@@ -337,7 +337,9 @@ def _dead(site: SiteReport) -> str:
 
 def _axis(site: SiteReport) -> str:
     source = visible(site.axis_source)
-    if source.startswith("layer ("):
+    if source.startswith("producer (") and source.endswith(")"):
+        source = source[len("producer (") : -1]
+    elif source.startswith("layer ("):
         source = "layer"  # the layer's path is in the name of the site
     return f"{site.axis} · assumed ?" if source.startswith("assumed") else f"{site.axis} · {source}"
 
