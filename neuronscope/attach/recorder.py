@@ -177,7 +177,15 @@ class SiteRecorder:
                 not_measured.setdefault(place, reason)
         measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
         for layer, function in flow.bent.items():
-            if not measured.intersection(layer.split("+")):
+            if measured.intersection(layer.split("+")):
+                if function == "mul":
+                    not_measured.setdefault(
+                        layer,
+                        "another layer read its product with a function of itself, which is an activation that is "
+                        "written out: only the function is measured, and not the product. Register what it is part "
+                        "of: `activations={...}`",
+                    )
+            else:
                 not_measured.setdefault(
                     layer,
                     f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
