@@ -268,9 +268,13 @@ class NeuronFlow:
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args
-        if not isinstance(value, Tensor):
-            return
         place = self._describe(index)
+        if not isinstance(value, Tensor):
+            origin = self.origin(target)
+            mask = place.origin if isinstance(place, Operand) and place.boolean else None
+            if mask is not None and mask.bent and mask.units == origin.units and not origin.site:
+                self._origins.put(target, origin.but(bent=origin.bent or mask.bent))  # h[h < 0] = 0
+            return
         before, written = self._describe(target), self._describe(value)
         self._origins.put(target, set_item(before, place if type(place) is tuple else (place,), written))
 
