@@ -22,6 +22,7 @@ from neuronscope.report.report import Report
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
+from neuronscope.writers.wording import anything_seen
 
 __all__ = ["Publisher", "summary", "totals"]
 
@@ -50,7 +51,8 @@ def summary(report: Report) -> str:
     if report.fault:
         return f"{report.fault} {summary(replace(report, fault=''))}"
     if not report.observed_neurons:
-        return "Neuronscope: no activation was observed."
+        seen = anything_seen(report)
+        return f"Neuronscope: {'no observed neuron is in the totals' if seen else 'no activation was observed'}."
     more = [f"{count} {label}" for count, label in ((report.dormant, "dormant"), (report.cut_off, "cut off")) if count]
     if report.not_finite:
         more.append("NaN or infinite outputs were seen")

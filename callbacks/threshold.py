@@ -42,14 +42,15 @@ class DeadThreshold:
         observed = report.observed_neurons
         if not observed or report.provisional:
             return None
-        broken = sum(int(layer.judgement.not_finite.sum()) for layer in report.layers)
+        broken = report.not_finite_neurons
         crossed = 100.0 * (report.dead + broken) / observed >= self.threshold
         is_first, self._crossed = crossed and not self._crossed, crossed
         if not is_first:
             return None
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
         worst = max(
-            report.layers, key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons
+            report.totals.home_sites(),
+            key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons,
         )
         return (
             f"{report.dead} of {observed} neurons are dead ({percent(report.dead_percent)}){nan} "

@@ -120,6 +120,9 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         last_active_step=total.last_active_step,
         judgement=judge(tally, policy),
         history=record.history.for_site(name, tally.neurons),
+        layer=tally.layer,
+        units=tally.units,
+        output=tally.info.output,
     )
 
 

@@ -204,6 +204,8 @@ class Verdict:
             ``None``.
         since: For a dead neuron, the optimizer step at which it was first observed not to fire; −1 if it never fired
             since watching began ("born dead"). ``None`` for other labels.
+        in_headlines: Whether totals include the neuron. They do not if the site's axis is assumed, or if the neuron is
+            an output.
     """
 
     site: str
@@ -213,6 +215,7 @@ class Verdict:
     examples: int
     bound: float | None
     since: int | None
+    in_headlines: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""

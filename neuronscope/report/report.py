@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.rendering import Renderable
+from neuronscope.report.totals import Totals
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -42,6 +44,13 @@ LEVEL_DORMANT = 252
 LEVEL_CUT_OFF = 253
 LEVEL_NOT_FINITE = 254
 LEVEL_DEAD = 255
+_LABELS_OF_LEVELS = {
+    LEVEL_UNSEEN: "unseen",
+    LEVEL_DORMANT: "dormant",
+    LEVEL_CUT_OFF: "cut off",
+    LEVEL_NOT_FINITE: "not finite",
+    LEVEL_DEAD: "dead",
+}
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -109,6 +118,17 @@ class SiteHistory:
     deaths: IntArray
     revivals: IntArray
 
+    def labels(self, window: int) -> ByteArray:
+        """Return the labels in one window, as indices into :data:`neuronscope.judge.verdicts.LABELS`, uint8 ``(N,)``.
+
+        Levels do not tell neurons that were never off from others, so ``linear`` ones are ``alive`` here.
+        """
+        codes = np.full(256, LABELS.index("alive"), dtype=np.uint8)
+        for level, label in _LABELS_OF_LEVELS.items():
+            codes[level] = LABELS.index(label)
+        labels: ByteArray = codes[self.levels[window]]
+        return labels
+
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain lists."""
         return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
@@ -136,6 +156,9 @@ class SiteReport:
             window, int64 ``(N,)``; −1 = never.
         judgement: One mask per verdict; see :class:`neuronscope.judge.verdicts.Judgement`.
         history: The site's history; see :class:`SiteHistory`.
+        layer: Path of the layer whose units the neurons are; ``""`` if no layer is known.
+        units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
+        output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
     """
 
     name: str
@@ -154,6 +177,19 @@ class SiteReport:
     last_active_step: IntArray
     judgement: Judgement
     history: SiteHistory
+    layer: str = ""
+    units: tuple[tuple[str, int, int, int], ...] = ()
+    output: bool = False
+
+    @property
+    def assumed(self) -> bool:
+        """Whether it was only assumed which dimension indexes the neurons."""
+        return self.axis_source.startswith("assumed")
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals include the site: its units are known, and are not outputs."""
+        return not (self.assumed or self.output)
 
     @property
     def dead(self) -> int:
@@ -214,6 +250,10 @@ class SiteReport:
             "neurons": self.neurons,
             "axis": self.axis,
             "axis_source": self.axis_source,
+            "layer": self.layer,
+            "units": [list(run) for run in self.units],
+            "output": self.output,
+            "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,
             "examples": self.examples,
@@ -279,8 +319,12 @@ class Report(Renderable):
 
     @property
     def examples(self) -> int:
-        """Number of examples that the verdicts are based on: that of the observed site with the fewest."""
-        return min((site.examples for site in self.layers if site.unseen < site.neurons), default=0)
+        """Number of examples that the verdicts are based on: that of the observed site with the fewest.
+
+        Sites that are not in the totals are left out, unless there are no others.
+        """
+        seen = [site for site in self.layers if site.unseen < site.neurons]
+        return min((site.examples for site in [site for site in seen if site.in_headlines] or seen), default=0)
 
     @property
     def examples_needed(self) -> int:
@@ -292,45 +336,65 @@ class Report(Renderable):
         """The notes without ``fault``, which writers show first."""
         return tuple(note for note in self.notes if note != self.fault)
 
+    @cached_property
+    def totals(self) -> Totals:
+        """The totals, in which each unit of a layer is one neuron; see :class:`neuronscope.report.totals.Totals`."""
+        return Totals(self.layers)
+
+    @property
+    def headline_layers(self) -> tuple[SiteReport, ...]:
+        """The sites that totals include: not those whose axis is assumed, nor outputs."""
+        return tuple(site for site in self.layers if site.in_headlines)
+
     @property
     def neurons(self) -> int:
-        """Number of neurons at all sites."""
-        return sum(site.neurons for site in self.layers)
+        """Number of neurons in the totals. A neuron that goes through several activations is counted once."""
+        return self.totals.neurons
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """Number of neurons in the totals by label; each has one, so they add up to ``neurons``."""
+        return self.totals.label_counts()
 
     @property
     def dead(self) -> int:
-        """Number of dead neurons at all sites."""
-        return sum(site.dead for site in self.layers)
+        """Number of dead neurons."""
+        return self.totals.count(lambda site: site.judgement.dead)
 
     @property
     def born_dead(self) -> int:
         """Number of dead neurons that never fired since watching began."""
-        return sum(site.born_dead for site in self.layers)
+        return self.totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
 
     @property
     def dormant(self) -> int:
         """Number of dormant neurons that are not dead."""
-        return sum(site.dormant for site in self.layers)
+        return self.totals.count(lambda site: site.judgement.dormant)
 
     @property
     def cut_off(self) -> int:
         """Number of neurons that fire but get no gradient."""
-        return sum(site.cut_off for site in self.layers)
+        return self.totals.count(lambda site: site.judgement.cut_off)
 
     @property
     def not_finite(self) -> int:
-        """Number of NaN and infinite outputs."""
+        """Number of NaN and infinite outputs at all sites, also at those that are not in the totals."""
         return sum(site.not_finite for site in self.layers)
 
     @property
+    def not_finite_neurons(self) -> int:
+        """Number of neurons in the totals that gave NaN or infinity."""
+        return self.totals.count(lambda site: site.judgement.not_finite)
+
+    @property
     def observed_neurons(self) -> int:
-        """Number of neurons that were observed at least once in the window."""
-        return sum(site.neurons - site.unseen for site in self.layers)
+        """Number of neurons in the totals that were observed at least once in the window."""
+        return self.neurons - self.totals.count(lambda site: site.judgement.unseen)
 
     @property
     def judged_neurons(self) -> int:
-        """Number of neurons that were observed in the window and gave only finite outputs."""
-        return sum(site.neurons - site.unseen - int(site.judgement.not_finite.sum()) for site in self.layers)
+        """Number of neurons in the totals that were observed in the window and gave only finite outputs."""
+        return self.observed_neurons - self.not_finite_neurons
 
     @property
     def dead_percent(self) -> float:
@@ -354,11 +418,15 @@ class Report(Renderable):
         raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
-        """Yield a verdict for every neuron that is dead, cut off, dormant, not finite or unseen, site by site."""
-        for site in self.layers:
+        """Yield a verdict for every neuron that is dead, cut off, dormant, not finite or unseen, site by site.
+
+        A neuron that is seen at several sites has one verdict, at the site that gives it its label. Verdicts on neurons
+        that are not in the totals are marked; see :attr:`neuronscope.judge.verdicts.Verdict.in_headlines`.
+        """
+        for site, stands_in in zip(self.layers, self.totals.stand_ins, strict=True):
             labels = site.judgement.labels()
             bound = rate_bound(site.examples, self.policy["confidence"])
-            for neuron in np.flatnonzero(labels < LABELS.index("linear")):
+            for neuron in np.flatnonzero(stands_in & (labels < LABELS.index("linear"))):
                 label = LABELS[labels[neuron]]
                 is_dead = label == "dead"
                 born_dead = bool(site.last_active_step[neuron] < 0)
@@ -370,6 +438,7 @@ class Report(Renderable):
                     examples=site.examples,
                     bound=bound if is_dead else None,
                     since=(-1 if born_dead else int(site.history.died_step[neuron])) if is_dead else None,
+                    in_headlines=site.in_headlines,
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -394,6 +463,7 @@ class Report(Renderable):
                 "dormant": self.dormant,
                 "cut_off": self.cut_off,
                 "not_finite": self.not_finite,
+                "labels": self.label_counts,
                 "dead_percent": _plain(np.array([self.dead_percent]))[0],
             },
             "layers": [site.to_dict() for site in self.layers],

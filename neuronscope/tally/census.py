@@ -17,6 +17,7 @@ import torch
 
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
+from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import SiteInfo
 
 __all__ = ["Census", "Tally"]
@@ -111,13 +112,18 @@ class Tally:
 
     @property
     def units(self) -> tuple[tuple[str, int, int, int], ...]:
-        """The units that the neurons are, in their order: (layer, start, stop, step) of each run of units."""
+        """The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`."""
         return self.info.units
 
     @property
     def readers(self) -> tuple[str, ...]:
         """Paths of the layers that read the site's output."""
         return self.info.readers
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals include the site: its units are known, and are not outputs."""
+        return self.info.in_headlines
 
     @property
     def not_finite(self) -> int:
@@ -245,8 +251,8 @@ class Census(Mapping[str, Tally]):
 
     @property
     def neurons(self) -> int:
-        """Number of neurons at all sites."""
-        return sum(tally.neurons for tally in self.values())
+        """Number of neurons: each unit of a layer once, without sites whose axis is assumed and without outputs."""
+        return DistinctNeurons(list(self.values())).neurons
 
     @property
     def examples(self) -> int:

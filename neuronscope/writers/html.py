@@ -90,7 +90,7 @@ def render(report: Report) -> str:
 
 
 def _cards(report: Report) -> list[Card]:
-    seen = [site for site in report.layers if not wording.is_unseen(site)]
+    seen = [site for site in report.headline_layers if not wording.is_unseen(site)]
     gradients = any(site.gradient_positions for site in seen)
     judged = report.judged_neurons
     among = f"of {count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
@@ -99,7 +99,9 @@ def _cards(report: Report) -> list[Card]:
         return Card(name, count(number) if measured else UNKNOWN, below, tone if number and measured else "calm")
 
     born = f"{count(report.born_dead)} born dead, {count(report.dead - report.born_dead)} died"
-    where = f"in {plural(len(report.layers), 'layer')}"
+    where = f"in {plural(len(report.headline_layers), 'layer')}"
+    if excluded := len(report.layers) - len(report.headline_layers):
+        where += f", {count(excluded)} not in the totals"
     unseen = report.neurons - report.observed_neurons
     share = UNKNOWN if report.not_finite and not report.dead else percent(report.dead_percent)
     return [
@@ -108,7 +110,7 @@ def _cards(report: Report) -> list[Card]:
         Card("Dead share", share, among, "bad" if report.dead else "calm"),
         card("Dormant", report.dormant, "almost no output", "warn"),
         card("Cut off", report.cut_off, "no gradient" if gradients else "gradients unseen", "cut", gradients),
-        card("Not finite", report.not_finite, "NaN or infinite outputs", "alarm", bool(report.observed_neurons)),
+        card("Not finite", report.not_finite, "NaN or infinite outputs", "alarm", wording.anything_seen(report)),
     ]
 
 
@@ -149,6 +151,7 @@ def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
         meta=_meta(site, unseen),
         drawn=packed is not None,
         lost="; ".join(_lost(site, packed)) if packed else "",
+        mark=cells.mark,
     )
 
 
@@ -158,6 +161,7 @@ def _meta(site: SiteReport, unseen: bool) -> list[tuple[str, bool]]:
     pieces = [
         (visible(site.activation), False, True),
         (plural(site.neurons, "neuron"), False, True),
+        (wording.not_in_totals(site), True, not site.in_headlines),
         ("unseen", True, unseen),
         (f"{plural(site.not_finite, 'output')} not finite", True, site.not_finite > 0),
         (f"{count(site.dead)} dead", True, site.dead > 0),
@@ -221,6 +225,7 @@ def _deaths(site: SiteReport) -> dict[str, Any] | None:
     steps = site.history.died_step[died[:LISTED]].tolist()
     return {
         "name": site.name,
+        "mark": wording.mark(site),
         "dead": site.dead,
         "born": int(born.size),
         "died": int(died.size),

@@ -58,4 +58,5 @@ def render(report: Report) -> str:
 def _cells(row: wording.SiteCells) -> list[str]:
     cells = [(field, plain(getattr(row, field))) for _, field, _ in COLUMNS]
     bold = BOLD.get(row.tone, ())
-    return [code(row.name), *(f"**{text}**" if field in bold else text for field, text in cells)]
+    name = f"{code(row.name)} {plain(row.mark)}".rstrip()
+    return [name, *(f"**{text}**" if field in bold else text for field, text in cells)]

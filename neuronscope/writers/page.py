@@ -61,6 +61,7 @@ class LayerRow:
         meta: Pieces of the line below its name, each with whether it is bold.
         drawn: Whether it has a drawing.
         lost: What the drawing leaves out to keep the page small; ``""`` = nothing.
+        mark: Stands beside the name in the table.
     """
 
     name: str
@@ -69,6 +70,7 @@ class LayerRow:
     meta: list[tuple[str, bool]]
     drawn: bool
     lost: str
+    mark: str = ""
 
 
 def bar(percent: float) -> Markup:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
 from neuronscope.writers.console import Column, Page
@@ -42,6 +44,7 @@ def render(report: Report) -> str:
         shown, left_out = wording.fold(report.layers)
         alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
         cells = [wording.site_cells(site, report.policy["confidence"]) for site in shown]
+        cells = [replace(one, name=one.marked_name) for one in cells]
         page.table(COLUMNS if alike else COLUMNS + EXAMPLES, cells, left_out)
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)

@@ -26,13 +26,17 @@ from neuronscope.writers.formatting import (
 __all__ = [
     "LEGEND",
     "SiteCells",
+    "anything_seen",
     "based_on",
     "confidence",
+    "excluded_words",
     "findings",
     "fold",
     "glossary",
     "is_unseen",
     "judged",
+    "mark",
+    "not_in_totals",
     "observed",
     "provisional_note",
     "severity",
@@ -61,8 +65,9 @@ def confidence(report: Report) -> str:
 def based_on(report: Report) -> str:
     """Say how many examples and which steps the verdicts are based on, and how sure a dead verdict is."""
     if not report.observed_neurons:
-        return "Based on nothing: no neuron was observed."
-    numbers = sorted({site.examples for site in report.layers if not is_unseen(site)})
+        seen = anything_seen(report)
+        return f"Based on nothing: {'no observed neuron is in the totals' if seen else 'no neuron was observed'}."
+    numbers = sorted({site.examples for site in report.headline_layers if not is_unseen(site)})
     examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
     on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_window(report)}"
@@ -98,7 +103,7 @@ def provisional_note(report: Report, examples: int) -> str:
 
 def findings(report: Report) -> list[str]:
     """Return what was found as plain sentences, worst first."""
-    seen = [site for site in report.layers if not is_unseen(site)]
+    seen = [site for site in report.headline_layers if not is_unseen(site)]
     sentences: list[str] = []
     broken = [site.name for site in report.layers if site.not_finite]
     if broken:
@@ -107,7 +112,8 @@ def findings(report: Report) -> list[str]:
             f"{plural(len(broken), 'layer')} ({listed(broken)}). This network is not healthy, whatever the rest says."
         )
     if not report.observed_neurons:
-        return [*sentences, "No neuron was observed, so there is no verdict."]
+        none = "No observed neuron is in the totals" if anything_seen(report) else "No neuron was observed"
+        return [*sentences, f"{none}, so there is no verdict.", *_excluded(report)]
     sentences += _deaths(report)
     for number, what in ((report.dormant, "dormant: almost no output"), (report.cut_off, "cut off: no gradient")):
         if number:
@@ -119,9 +125,37 @@ def findings(report: Report) -> list[str]:
             f"No gradients were seen{where}: {'there, ' if where else ''}dead means only that the output is zero, and "
             "cut off is not known."
         )
-    if len(seen) < len(report.layers):
-        sentences.append(f"{plural(len(report.layers) - len(seen), 'layer')} never ran in this window (unseen).")
+    unseen = sum(map(is_unseen, report.layers))
+    if unseen:
+        sentences.append(f"{plural(unseen, 'layer')} never ran in this window (unseen).")
+    return [*sentences, *_excluded(report)]
+
+
+def _excluded(report: Report) -> list[str]:
+    """Say which layers are not in the totals, one sentence for each reason."""
+    excluded = [site for site in report.layers if not site.in_headlines]
+    sentences = []
+    for sign, words in excluded_words(report):
+        names = [site.name for site in excluded if mark(site) == sign]
+        sentences.append(f"{sign} {words} ({plural(len(names), 'layer')}: {listed(names)}).")
     return sentences
+
+
+def excluded_words(report: Report) -> list[tuple[str, str]]:
+    """Return the marks of layers that are not in the totals, each with its meaning; only those that occur."""
+    return sorted({(mark(site), not_in_totals(site)) for site in report.layers if not site.in_headlines})
+
+
+def mark(site: SiteReport) -> str:
+    """Return the mark beside the name of a layer that is not in the totals; empty for the others."""
+    return "*" if site.assumed else "**" if site.output else ""
+
+
+def not_in_totals(site: SiteReport) -> str:
+    """Say why a layer is not in the totals; empty if it is."""
+    if site.assumed:
+        return "axis assumed: not in the totals"
+    return "output: not in the totals" if site.output else ""
 
 
 def _deaths(report: Report) -> list[str]:
@@ -140,7 +174,7 @@ def _deaths(report: Report) -> list[str]:
             f"{count(born)} never fired since watching began (born dead); {count(died)} worked before and "
             f"stopped{_most_steps(report)}"
         )
-    worst = max(report.layers, key=lambda site: site.dead / max(judged(site), 1))
+    worst = max(report.totals.home_sites(), key=lambda site: site.dead / max(judged(site), 1))
     how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
     return [
         f"{how_many} ({percent(report.dead_percent)}). {how}.",
@@ -176,6 +210,11 @@ def glossary(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def anything_seen(report: Report) -> bool:
+    """Whether any neuron was observed in the window, in the totals or not."""
+    return not all(map(is_unseen, report.layers))
+
+
 def is_unseen(site: SiteReport) -> bool:
     """Whether no neuron of the layer was observed in the window."""
     return site.positions == 0 or site.unseen == site.neurons
@@ -203,6 +242,7 @@ class SiteCells:
     """The table cells of one layer.
 
     Attributes:
+        mark: The mark of a layer that is not in the totals; ``""`` for others.
         tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (dormant or cut off), ``unknown`` (unseen) or
             ``calm``.
     """
@@ -221,6 +261,12 @@ class SiteCells:
     examples: str
     bound: str
     tone: str
+    mark: str = ""
+
+    @property
+    def marked_name(self) -> str:
+        """The layer's name, with its mark if it has one."""
+        return f"{self.name} {self.mark}".rstrip()
 
 
 def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
@@ -258,6 +304,7 @@ def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
         examples=count(site.examples) if site.examples else UNKNOWN,
         bound=UNKNOWN if unseen or not site.examples else f"< {at_most(site.examples, level)}",
         tone=tone,
+        mark=mark(site),
     )
 
 

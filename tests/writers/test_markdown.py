@@ -60,7 +60,7 @@ def test_the_markdown_table_and_lists_are_well_formed(parse: object) -> None:
     assert rows["features.1"][1:6] == ["relu", "64", "1 · conv2d", "12 (10 born)", "19 %"]
     assert rows["never.ran"][4:] == ["unseen"] + ["–"] * 8
     assert rows["blind.relu#1"][7] == "–"
-    assert rows["block.relu()"][3] == "1 · assumed ?"
+    assert rows["block.relu() *"][3] == "1 · assumed ?"
     assert "<code>head.fused</code>" in rendered
     assert "<li>Gradients at blind.relu#1 were not seen: its input needs none.</li>" in html.unescape(rendered)
 

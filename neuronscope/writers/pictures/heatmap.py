@@ -37,7 +37,7 @@ from neuronscope.writers.pictures.colours import (
     Colour,
     mix,
 )
-from neuronscope.writers.wording import observed
+from neuronscope.writers.wording import not_in_totals, observed
 
 __all__ = ["heatmap", "order"]
 
@@ -122,6 +122,8 @@ def _subtitle(site: SiteReport, phase: str) -> str:
     parts = [site.activation, phase, f"{plural(site.neurons, 'neuron')}, dead first"]
     if site.dead:
         parts.append(f"{count(site.born_dead)} never fired, {count(site.died)} died")
+    if words := not_in_totals(site):
+        parts.insert(0, words)
     return " · ".join(parts)
 
 

@@ -21,7 +21,7 @@ from neuronscope.writers.pictures.colours import (
     share_colours,
 )
 from neuronscope.writers.pictures.site_rows import Row, rows_of
-from neuronscope.writers.wording import provisional_note
+from neuronscope.writers.wording import anything_seen, excluded_words, provisional_note
 
 __all__ = ["MOST_ROWS", "overview"]
 
@@ -46,7 +46,8 @@ def overview(report: Report) -> ByteArray:
 
     Returns:
         uint8 ``(H, 784, 3)``; 430 high for up to a dozen rows, and 30 more for each line below them: if the
-        picture shows more than dead shares, and if the window is too short for the policy.
+        picture shows more than dead shares, if some layers are not in the totals, and if the window is too short for
+        the policy.
     """
     rows = rows_of(report, MOST_ROWS)
     height = min(56, max(22, (_HEIGHT - _TOP - _BOTTOM) // max(len(rows), 1)))
@@ -54,12 +55,13 @@ def overview(report: Report) -> ByteArray:
     bottom = _TOP + max(len(rows), 1) * height
     rare = _rare(rows)
     note = provisional_note(report, report.examples) if report.observed_neurons else ""
-    canvas = Canvas(_WIDTH, bottom + _BOTTOM + (30 if rare else 0) + (30 if note else 0))
+    marks = "   ".join(f"{mark} {words}" for mark, words in excluded_words(report))
+    canvas = Canvas(_WIDTH, bottom + _BOTTOM + sum(30 for line in (rare, marks, note) if line))
     room, right = _WIDTH - 2 * _MARGIN, _WIDTH - _MARGIN
     canvas.text((_MARGIN, 42), canvas.fit(_headline(report), _TITLE, room), _TITLE, bold=True)
     canvas.text((_MARGIN, 72), canvas.fit(_subtitle(report, rows), _TEXT, room), _TEXT, MUTED)
     prefix = shared_prefix([row.label for row in rows])
-    names = [row.label[len(prefix) :] for row in rows]
+    names = [row.label[len(prefix) :] + (f" {row.mark}" if row.mark else "") for row in rows]
     widest = max((canvas.text_width(name, size) for name in [*names, prefix]), default=0)
     left = _MARGIN + round(min(max(widest, 60), _NAMES)) + 14
     width = right - _NUMBERS - left
@@ -85,17 +87,18 @@ def overview(report: Report) -> ByteArray:
     x = float(_MARGIN)
     for text, colour in rare:
         x = _swatch(canvas, x, bottom + _BOTTOM + 10, text, colour)
+    canvas.text((_MARGIN, canvas.height - (42 if note else 12)), canvas.fit(marks, 20, room), 20)
     canvas.text((_MARGIN, canvas.height - 12), canvas.fit(note, 20, room), 20)
     return canvas.array()
 
 
 def _headline(report: Report) -> str:
     observed = report.observed_neurons
-    broken = sum(int(site.judgement.not_finite.sum()) for site in report.layers)
+    broken = report.not_finite_neurons
     if not report.layers:
         return "Nothing was watched"
     if not observed:
-        return "No neuron has been observed yet"
+        return "No neuron in the totals yet" if anything_seen(report) else "No neuron has been observed yet"
     if broken:
         return f"{share(broken, observed)} of neurons give NaN or infinity"
     if not report.dead and not report.dormant:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteReport
+from neuronscope.report.totals import Totals
 from neuronscope.writers.grouping import Group, group_sites
-from neuronscope.writers.wording import observed as neurons_observed
+from neuronscope.writers.wording import mark
 
 __all__ = ["Row", "rows_of"]
 
@@ -23,6 +26,7 @@ class Row:
 
     Attributes:
         label: Its name.
+        mark: The mark of layers that are not in the totals; ``""`` for others.
         sites: Number of layers in it.
         steps: Last step of each window, rising, int64 ``(W,)``.
         share: Dead neurons ÷ observed neurons in each window, float64 ``(W,)``; NaN if none was observed.
@@ -34,6 +38,7 @@ class Row:
     """
 
     label: str
+    mark: str
     sites: int
     steps: IntArray
     share: FloatArray
@@ -56,6 +61,38 @@ def rows_of(report: Report, most: int) -> list[Row]:
 
 
 def _row(group: Group, sites: list[SiteReport]) -> Row:
+    """Return a row. In a group, a neuron counts once, and layers that are not in the totals do not count.
+
+    A layer by itself shows its own neurons. So do layers that are all not in the totals.
+    """
+    totals = Totals(sites)
+    counted = [site for site in sites if site.in_headlines]
+    steps, dead, observed, broken = _histories(counted or sites) if not totals.shared else _history(totals)
+    share = np.full(len(steps), np.nan)
+    np.divide(dead, observed, out=share, where=observed > 0)
+    masks: dict[str, Callable[[SiteReport], npt.NDArray[np.bool_]]] = {
+        "observed": lambda site: ~site.judgement.unseen,
+        "dead": lambda site: site.judgement.dead,
+        "dormant": lambda site: site.judgement.dormant,
+        "broken": lambda site: site.judgement.not_finite,
+    }
+    if counted:
+        numbers = {name: totals.count(mask) for name, mask in masks.items()}
+    else:
+        numbers = {name: sum(int(mask(site).sum()) for site in sites) for name, mask in masks.items()}
+    return Row(
+        label=group.label,
+        mark="" if counted else mark(sites[0]),
+        sites=len(sites),
+        steps=steps,
+        share=share,
+        not_finite=broken > 0,
+        **numbers,
+    )
+
+
+def _histories(sites: list[SiteReport]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Return steps, dead, observed and not finite neurons of each window, int64 ``(W,)`` each, all sites added up."""
     steps = np.unique(np.concatenate([site.history.steps for site in sites]))
     dead, observed, broken = (np.zeros(len(steps), np.int64) for _ in range(3))
     for site in sites:
@@ -64,16 +101,13 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
         dead[at] += site.history.dead
         observed[at] += site.neurons - (levels == LEVEL_UNSEEN).sum(axis=1)
         broken[at] += (levels == LEVEL_NOT_FINITE).sum(axis=1)
-    share = np.full(len(steps), np.nan)
-    np.divide(dead, observed, out=share, where=observed > 0)
-    return Row(
-        label=group.label,
-        sites=len(sites),
-        steps=steps,
-        share=share,
-        not_finite=broken > 0,
-        observed=sum(map(neurons_observed, sites)),
-        dead=sum(site.dead for site in sites),
-        dormant=sum(site.dormant for site in sites),
-        broken=sum(int(site.judgement.not_finite.sum()) for site in sites),
-    )
+    return steps, dead, observed, broken
+
+
+def _history(totals: Totals) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Return what :func:`_histories` returns, but count each neuron once."""
+    steps = totals.steps()
+    counts = np.array([np.bincount(totals.labels_at(int(step)), minlength=len(LABELS)) for step in steps], np.int64)
+    counts = counts.reshape(len(steps), len(LABELS))
+    dead, unseen, broken = (counts[:, LABELS.index(label)] for label in ("dead", "unseen", "not finite"))
+    return steps, dead, totals.neurons - unseen, broken

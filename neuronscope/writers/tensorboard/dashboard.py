@@ -229,8 +229,9 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
         return [(safe(site.name), site) for site in report.layers]
-    worst = sorted(report.layers, key=severity, reverse=True)[:MOST_HEATMAPS]  # stable: ties stay in network order
-    return [(f"worst-{rank}", site) for rank, site in enumerate(worst, 1)]
+    worst = sorted(report.layers, key=severity, reverse=True)  # stable: ties stay in network order
+    worst.sort(key=lambda site: not site.in_headlines)  # what is not in the totals comes last
+    return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]
 
 
 def _add_summary(writer: Any, summary: Summary, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
-from neuronscope.report.run_facts import facts_from_report
+from neuronscope.report.run_facts import death_steps, facts_from_report
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, when
 from neuronscope.writers.markdown_text import bullets, code, plain, prose, table
@@ -58,16 +58,18 @@ def diagnosis(report: Report) -> str:
 
 
 def _layers(report: Report) -> list[str]:
-    """Return the table of the layers that have something to report, worst first."""
-    since = {layer.name: when(layer.since[layer.dead]) for layer in facts_from_report(report).layers}
+    """Return the table of the layers that have something to report, worst first; those not in the totals come last."""
     ill = sorted((site for site in report.layers if any(wording.severity(site))), key=wording.severity, reverse=True)
+    ill.sort(key=lambda site: not site.in_headlines)
     if not ill:
         none = "No layer has dead, dormant, cut-off or non-finite neurons."
         return [none] if report.observed_neurons else []
     rows = []
     for site in ill[:MOST_ROWS]:
         cells = wording.site_cells(site, report.policy["confidence"])
-        rows.append([code(cells.name), *(plain(getattr(cells, field)) for _, field, _ in COLUMNS), since[site.name]])
+        name = f"{code(cells.name)} {plain(cells.mark)}".rstrip()
+        since = when(death_steps(site)[site.judgement.dead])
+        rows.append([name, *(plain(getattr(cells, field)) for _, field, _ in COLUMNS), since])
     headings = [("layer", False), *((heading, right) for heading, _, right in COLUMNS), ("since step", False)]
     blocks = [table(headings, rows)]
     if len(ill) > MOST_ROWS:

@@ -5,14 +5,15 @@ What was not measured gets no number: a missing number leaves a gap in a chart, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteHistory, SiteReport
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.report import Report, SiteHistory
+from neuronscope.report.totals import Totals
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric
-from neuronscope.writers.wording import observed
 
 __all__ = ["scalars", "turnover"]
 
@@ -32,7 +33,9 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
       ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
 
     By layer (or by group of layers, if there are more than 40): ``neuronscope.dead_pct/<layer>`` and
-    ``neuronscope.dormant_pct/<layer>``. A network that gives only NaN has no dead share; its ``not_finite_pct`` is 100.
+    ``neuronscope.dormant_pct/<layer>``. A neuron that goes through several activations counts once in the network's
+    numbers and in those of a group. Layers that are not in the totals get no number. A network that gives only NaN has
+    no dead share; its ``not_finite_pct`` is 100.
 
     Args:
         report: The report.
@@ -43,20 +46,19 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     Returns:
         Finite floats by tag, in a stable order.
     """
-    sites = report.layers
-    found = dict(_shares(sites))
-    with_gradient = [site for site in sites if site.gradient_positions > 0]
+    sites = report.headline_layers
+    found = dict(_shares(report.totals))
+    with_gradient = Totals([site for site in sites if site.gradient_positions > 0])
     if neurons := _observed(with_gradient):
-        found["cut_off_pct"] = 100.0 * sum(site.cut_off for site in with_gradient) / neurons
+        found["cut_off_pct"] = 100.0 * with_gradient.count(lambda site: site.judgement.cut_off) / neurons
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
-        changes = [turnover(site.history, since) for site in sites]
-        found["deaths"] = float(sum(deaths for deaths, _ in changes))
-        found["revivals"] = float(sum(revivals for _, revivals in changes))
+        deaths, revivals = _changes_of(report.totals, since)
+        found["deaths"], found["revivals"] = float(deaths), float(revivals)
     values = {f"{_group(name)}/{metric(name, report.phase)}": value for name, value in found.items()}
     if per_site:
         by_name = {site.name: site for site in sites}
         for group in groups(list(by_name)):
-            shares = _shares([by_name[name] for name in group.sites])
+            shares = _shares(Totals([by_name[name] for name in group.sites]))
             for name in ("dead_pct", "dormant_pct"):
                 if name in shares:
                     values[f"neuronscope.{metric(name, report.phase)}/{group_tag(group)}"] = shares[name]
@@ -78,26 +80,50 @@ def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
     """
     count = len(history.steps)
     first = count - 1 if since is None else int(np.searchsorted(history.steps, since, side="right"))
+    return _count_changes(first, count, history.labels)
+
+
+def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
+    """Count the deaths and revivals of the neurons of several layers, each neuron once; see :func:`turnover`."""
+    if not totals.shared:
+        changes = [turnover(site.history, since) for site in totals.sites if site.in_headlines]
+        return sum(deaths for deaths, _ in changes), sum(revivals for _, revivals in changes)
+    steps = totals.steps()
+    first = len(steps) - 1 if since is None else int(np.searchsorted(steps, since, side="right"))
+    return _count_changes(first, len(steps), lambda window: totals.labels_at(int(steps[window])))
+
+
+def _count_changes(first: int, count: int, labels_in: Callable[[int], npt.NDArray[np.uint8]]) -> tuple[int, int]:
+    """Count the deaths and revivals in the windows ``first`` … ``count − 1``.
+
+    Args:
+        first: The first window.
+        count: Number of windows.
+        labels_in: Returns the labels in a window, uint8 ``(N,)``.
+
+    Returns:
+        Deaths and revivals.
+    """
     start = max(first, 1)
     if start >= count:
         return 0, 0
-    dead, known = _state(history.levels[start - 1])
+    dead, known = _state(labels_in(start - 1))
     back = start - 2
     while back >= 0 and not known.all():
-        earlier, seen = _state(history.levels[back])
+        earlier, seen = _state(labels_in(back))
         dead, known, back = np.where(known, dead, earlier), known | seen, back - 1
     deaths = revivals = 0
-    for levels in history.levels[start:]:
-        now, seen = _state(levels)
+    for window in range(start, count):
+        now, seen = _state(labels_in(window))
         deaths += int((now & ~dead & known & seen).sum())
         revivals += int((dead & ~now & known & seen).sum())
         dead, known = np.where(seen, now, dead), known | seen
     return deaths, revivals
 
 
-def _state(levels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
+def _state(labels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
     """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
-    return levels == LEVEL_DEAD, (levels != LEVEL_UNSEEN) & (levels != LEVEL_NOT_FINITE)
+    return labels == LABELS.index("dead"), (labels != LABELS.index("unseen")) & (labels != LABELS.index("not finite"))
 
 
 def _group(name: str) -> str:
@@ -105,19 +131,20 @@ def _group(name: str) -> str:
     return "neuronscope.more" if name in ("born_dead_pct", "cut_off_pct") else "neuronscope"
 
 
-def _shares(sites: Sequence[SiteReport]) -> dict[str, float]:
+def _shares(totals: Totals) -> dict[str, float]:
     """Return percentages over some layers; empty if nothing was observed."""
-    neurons = _observed(sites)
+    neurons = _observed(totals)
     if not neurons:
         return {}
-    broken = sum(int(site.judgement.not_finite.sum()) for site in sites)
+    broken = totals.count(lambda site: site.judgement.not_finite)
     shares = {"not_finite_pct": 100.0 * broken / neurons}
     if broken < neurons:
-        shares["dead_pct"] = 100.0 * sum(site.dead for site in sites) / neurons
-        shares["born_dead_pct"] = 100.0 * sum(site.born_dead for site in sites) / neurons
-        shares["dormant_pct"] = 100.0 * sum(site.dormant for site in sites) / neurons
+        born = totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
+        shares["dead_pct"] = 100.0 * totals.count(lambda site: site.judgement.dead) / neurons
+        shares["born_dead_pct"] = 100.0 * born / neurons
+        shares["dormant_pct"] = 100.0 * totals.count(lambda site: site.judgement.dormant) / neurons
     return shares
 
 
-def _observed(sites: Sequence[SiteReport]) -> int:
-    return sum(map(observed, sites))
+def _observed(totals: Totals) -> int:
+    return totals.neurons - totals.count(lambda site: site.judgement.unseen)

@@ -89,6 +89,7 @@ def _content(report: Report, site: SiteReport, order: int) -> dict[str, Any]:
         "neurons": site.neurons,
         "activation": site.activation,
         "kind": site.kind,
+        "in_headlines": site.in_headlines,
         "channels": list(CHANNELS),
         "levels": {
             "max": LEVEL_MAX,

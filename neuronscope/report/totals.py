@@ -1,0 +1,111 @@
+"""Count the neurons of several sites, each once, in the report's window and in every window of the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.judge.distinct import DistinctNeurons
+from neuronscope.judge.verdicts import LABELS
+
+if TYPE_CHECKING:
+    from neuronscope.report.report import SiteReport
+
+__all__ = ["Totals"]
+
+BoolArray = npt.NDArray[np.bool_]
+ByteArray = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+
+
+class Totals:
+    """Count the neurons of several sites: each unit of a layer once, without assumed axes and without outputs.
+
+    Attributes:
+        sites: The sites.
+        stand_ins: Which neurons of each site stand for a neuron, one mask by site, bool ``(N,)``; see
+            :meth:`neuronscope.judge.distinct.DistinctNeurons.stand_ins`.
+
+    Args:
+        sites: The sites, in the order in which they first ran.
+    """
+
+    def __init__(self, sites: Sequence[SiteReport]) -> None:
+        self.sites = tuple(sites)
+        self._distinct = DistinctNeurons(self.sites)
+        self.stand_ins = self._distinct.stand_ins([site.judgement.labels() for site in self.sites])
+        self.neurons = self.count(lambda site: np.ones(site.neurons, dtype=np.bool_))
+
+    @property
+    def shared(self) -> bool:
+        """Whether some neuron is at several places, so that the sites' own numbers do not add up to the totals."""
+        return self.neurons < sum(site.neurons for site in self.sites if site.in_headlines)
+
+    def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
+        """Return the number of neurons with some property.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
+        return sum(
+            int((mask(site) & stands_in).sum())
+            for site, stands_in in zip(self.sites, self.stand_ins, strict=True)
+            if site.in_headlines
+        )
+
+    def label_counts(self) -> dict[str, int]:
+        """Return the number of neurons by label, in the order of :data:`neuronscope.judge.verdicts.LABELS`."""
+        counts = np.zeros(len(LABELS), dtype=np.int64)
+        for site, stands_in in zip(self.sites, self.stand_ins, strict=True):
+            if site.in_headlines:
+                counts += np.bincount(site.judgement.labels()[stands_in], minlength=len(LABELS))
+        return dict(zip(LABELS, counts.tolist(), strict=True))
+
+    def home_sites(self) -> list[SiteReport]:
+        """Return the sites at which neurons are counted; see :meth:`at_home`. A gate of a product is not one."""
+        nothing = [np.zeros(site.neurons, dtype=np.int64) for site in self.sites]
+        return [site for site, _ in self.at_home(nothing)]
+
+    def at_home(self, values: Sequence[IntArray]) -> Iterator[tuple[SiteReport, IntArray]]:
+        """Yield the values of distinct neurons, each at one site: the product of its gate, else its first site.
+
+        The site of a neuron does not depend on its label, so that a site's share of dead neurons means something. A
+        site with no such neurons is left out.
+
+        Args:
+            values: Values by site, each int64 ``(N,)``; the value at the place that stands for a neuron counts.
+
+        Yields:
+            A site, and the values of the neurons that are counted there, int64 ``(M,)``.
+        """
+        spread = self._distinct.spread(values, self.stand_ins)
+        for site, value, home in zip(self.sites, spread, self._distinct.homes(), strict=True):
+            if site.in_headlines and home.any():
+                yield site, value[home]
+
+    def steps(self) -> IntArray:
+        """Return the last step of each window of the history, int64 ``(W,)``, ascending."""
+        steps = [site.history.steps for site in self.sites if site.in_headlines]
+        return np.unique(np.concatenate(steps)) if steps else np.zeros(0, dtype=np.int64)
+
+    def labels_at(self, step: int) -> ByteArray:
+        """Return the label of each neuron in one window of the history.
+
+        Args:
+            step: Last step of the window.
+
+        Returns:
+            Indices into :data:`neuronscope.judge.verdicts.LABELS`, uint8 ``(D,)``, in the same order for every window.
+            A neuron that was never off counts as alive here.
+        """
+        labels = []
+        for site in self.sites:
+            window = int(np.searchsorted(site.history.steps, step))
+            if window < len(site.history.steps) and site.history.steps[window] == step:
+                labels.append(site.history.labels(window))
+            else:
+                labels.append(np.full(site.neurons, LABELS.index("unseen"), dtype=np.uint8))
+        return self._distinct.label(labels)
