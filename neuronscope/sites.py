@@ -65,6 +65,9 @@ class SiteInfo:
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
         readers: Paths of the layers that read the site's output.
+        is_norm: Whether the layer is a normalisation.
+        normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
+            ``""`` if there is no such layer.
         place: The path of the activation module, or of the module that calls the activation function, as ``block.relu()``.
     """
 
@@ -79,6 +82,8 @@ class SiteInfo:
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    is_norm: bool = False
+    normalises: str = ""
     place: str = ""
 
     @property

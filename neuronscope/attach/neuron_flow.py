@@ -21,11 +21,13 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.operators import Index, Operation, rule_of, set_item, tensors_in
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import has_units
 from neuronscope.count.neuron_layout import Dims
 
 __all__ = ["NeuronFlow"]
 
+_NORMS = spellings("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 _MOST_REMEMBERED = 20_000
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
@@ -53,6 +55,7 @@ class NeuronFlow:
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
         self.seen: dict[str, None] = {}  # all layers that were called
         self.read_layers: set[str] = set()
+        self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.rows: dict[str, None] = {}
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
         self._shards: dict[str, tuple[torch.Size, int, NeuronShard]] = {}  # of each layer: shape, own neurons, which
@@ -137,6 +140,8 @@ class NeuronFlow:
         origins, is_layer = led_to
         if is_layer:
             self._note_layer(function, described, named, origins)
+            if function in _NORMS:
+                self._note_norm(next(tensors_in((described, named))), origins[0])
             if is_distributed(outputs[0]):
                 self._note_distributed((*args, *kwargs.values()), outputs[0], origins[0])
         for output, origin in zip(outputs, origins, strict=True):
@@ -180,6 +185,22 @@ class NeuronFlow:
                     self.readers.setdefault(site, {})[layer] = None
             elif origin.bent and origin.units is not None:
                 self.bent.setdefault(origin.units.layer, origin.bent)
+
+    def _note_norm(self, operand: Operand, result: Origin) -> None:
+        """Note which layer's units a norm normalises one by one.
+
+        Args:
+            operand: Its input.
+            result: What its output is.
+        """
+        origin, norm = operand.origin, result.units
+        source = ""
+        if origin.units is not None and origin.site is None and norm is not None:
+            layer = origin.layer  # "" if anything was mixed in
+            if layer and origin.units.tensor_runs() == ((layer, 0, norm.width, 1),):
+                source = self.normalised.get(layer, "") or layer
+        if self.normalised.setdefault(result.layer, source) != source:
+            self.normalised[result.layer] = ""  # it normalises several layers
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""

@@ -37,7 +37,8 @@ class Origin:
         state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
-        layer: Path of the layer of a weight; ``""`` if it is not known.
+        layer: Path of the layer of a weight; or the layer that gave the units, if nothing was mixed into them since.
+            ``""`` if it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
@@ -155,7 +156,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         units = units._replace(dims=broadcast(units.dims, shape))
     before = (each.origin.bent for each in data if each.origin.units == origin.units)
     bent = "" if site else bent or next(filter(None, before), "")
-    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent)
+    layer = origin.layer if len(data) == 1 else ""
+    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent)
 
 
 def _source(data: Sequence[Operand]) -> Operand:

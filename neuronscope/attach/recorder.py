@@ -177,7 +177,7 @@ class SiteRecorder:
         return not_measured
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
-        """Return what is known of a site by now: whether it gives outputs of the network, and which layers read it.
+        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
         Args:
             key: The site.
@@ -186,8 +186,9 @@ class SiteRecorder:
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
         readers = tuple(flow.readers.get(key, ()))
-        return (
-            info if (output, readers) == (info.output, info.readers) else replace(info, output=output, readers=readers)
+        normalises = flow.normalised.get(info.layer)
+        return replace(
+            info, output=output, readers=readers, is_norm=normalises is not None, normalises=normalises or ""
         )
 
     def expect_missed_sites(self) -> None:

@@ -159,6 +159,8 @@ class SiteReport:
         layer: Path of the layer whose units the neurons are; ``""`` if no layer is known.
         units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
         output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
+        is_norm: Whether the layer is a normalisation.
+        normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
     """
 
     name: str
@@ -180,6 +182,8 @@ class SiteReport:
     layer: str = ""
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
+    is_norm: bool = False
+    normalises: str = ""
 
     @property
     def assumed(self) -> bool:
