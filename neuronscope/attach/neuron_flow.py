@@ -141,7 +141,7 @@ class NeuronFlow:
         if is_layer:
             self._note_layer(function, described, named, origins)
             if function in _NORMS:
-                self._note_norm(next(tensors_in((described, named))), origins[0])
+                self._note_norm(next(iter(tensors_in((described, named)))), origins[0])
             if is_distributed(outputs[0]):
                 self._note_distributed((*args, *kwargs.values()), outputs[0], origins[0])
         for output, origin in zip(outputs, origins, strict=True):

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.example_inputs import examples_for
-from neuronscope.checkpoints.model.layer_to_site import match_layers_to_sites
 from neuronscope.checkpoints.model.trace import trace
 from neuronscope.checkpoints.verdict.evidence import Evidence
 
@@ -171,6 +170,10 @@ def claims(model: nn.Module, **options: Any) -> dict[str, list[int]]:
     return {f"{one.layer} {one.claim}": one.neurons.tolist() for one in proved}
 
 
+def layers_of_sites(found: Examination) -> dict[str, tuple[str, ...]]:
+    return {site.name: tuple(layer for layer, *_ in site.units) for site in found.sites}
+
+
 @pytest.mark.parametrize("kind", [Nothing, *NOT_PROVED], ids=lambda kind: kind.__name__)
 def test_nothing_is_proved_of_a_tensor_that_was_changed_outside_of_the_trace(kind: type[Net]) -> None:
     model = kind()
@@ -203,7 +206,7 @@ def test_paths_that_the_example_did_not_take_are_reported(kind: type[Net], reaso
     assert [
         one for one in found.abstentions if reason in one.reason and "another input may take another path" in one.reason
     ]
-    assert dict(found.layer_sites) == {"fc": "act"} or kind is not DataChanged
+    assert layers_of_sites(found) == {"fc/relu": ("fc",)} or kind is not DataChanged
 
 
 def test_with_consumers_that_were_not_traced_no_neuron_is_called_unread() -> None:
@@ -347,17 +350,18 @@ class Tied(nn.Module):
         return torch.tanh(self.again(torch.sigmoid(self.again(x))))
 
 
-def test_layers_are_matched_to_their_sites() -> None:
-    layer_sites = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
-    assert dict(layer_sites.sites) == {
-        "conv": "relu",
-        "norm": "relu",
-        "flat": "gelu()",
-        "gate": "silu()",
-        "up": "silu().gated",
+def test_sites_know_their_layers_and_the_layers_that_norms_normalise() -> None:
+    found = examine_model(Tied(), example=torch.zeros(1, 1, 8, 8))
+    assert layers_of_sites(found) == {
+        "norm/relu": ("norm",),
+        "branch/relu": ("branch",),
+        "flat/gelu": ("flat",),
+        "gate/silu": ("gate",),
+        "gate/swiglu": ("gate",),
+        "again/sigmoid": ("again",),
+        "again/tanh": ("again",),
     }
-    assert dict(layer_sites.shared) == {"again": ("sigmoid()", "tanh()")}
-    assert [one.layer for one in examine_model(Tied()).abstentions if "several sites" in one.reason] == ["again"]
+    assert {site.name: site.normalises for site in found.sites if site.normalises} == {"norm/relu": "conv"}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +385,7 @@ def test_a_layer_is_found_before_every_spelling_of_a_scaling(scale: Callable[[Te
         def forward(self, x: Tensor) -> Tensor:
             return self.act(scale(self.fc(x)))
 
-    assert dict(match_layers_to_sites(trace(Scaled(), (torch.zeros(1, 3),))).sites) == {"fc": "act"}
+    assert layers_of_sites(examine_model(Scaled())) == {"fc/relu": ("fc",)}
 
 
 # --- example inputs --------------------------------------------------------------------------------------------------
@@ -428,7 +432,7 @@ def test_a_recurrent_network_is_traced_with_a_sequence() -> None:
             return self.relu(self.fc(self.rnn(x)[1][-1]))
 
     found = examine_model(Encoder())
-    assert found.layer_sites == {"fc": "relu"}
+    assert layers_of_sites(found) == {"fc/relu": ("fc",)}
     assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
 
 
@@ -442,14 +446,12 @@ def test_when_no_example_fits_the_error_lists_what_was_tried() -> None:
             return F.relu(self.fc(a + b))
 
     found = examine_model(Odd())
-    assert (found.evidence, dict(found.layer_sites)) == ((), {})
+    assert (found.evidence, found.sites) == ((), ())
     (only,) = found.abstentions
     assert "1 × 2): TypeError" in only.reason
     assert "Give an example input" in only.reason
-    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).layer_sites == {"fc": "relu()"}
-    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).layer_sites == {
-        "fc": "relu()"
-    }
+    for example in ((torch.zeros(1, 2), torch.zeros(1, 2)), {"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}):
+        assert layers_of_sites(examine_model(Odd(), example=example)) == {"fc/relu": ("fc",)}
     assert len(list(examples_for(nn.ReLU()))) == 0
 
 

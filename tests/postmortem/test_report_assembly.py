@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.join_units import JoinedLayer
 from neuronscope.checkpoints.verdict.layer_verdicts import DEAD_CLAIMS, LABELS
 from neuronscope.errors import UsageError
 
@@ -139,7 +140,7 @@ def test_a_layer_without_any_gradient_is_idle_and_not_dead() -> None:
 
 def test_layers_without_evidence_are_listed_as_unknown() -> None:
     layers = combine_evidence(
-        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": 3, "b": 2}
+        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": JoinedLayer(3), "b": JoinedLayer(2)}
     )
     assert [layer.name for layer in layers] == ["a", "b", "z"]
     assert layers[0].count("unknown") == 3
@@ -150,15 +151,6 @@ def test_evidence_of_different_widths_for_a_layer_is_refused() -> None:
         combine_evidence(
             [evidence("a", 3, "dead", "proved", [0]), evidence("a", 4, "dead", "proved", [0], source="scan")]
         )
-
-
-def test_a_layer_is_matched_only_to_a_site_of_its_width() -> None:
-    said = [
-        evidence(name, width, "dead", "proved", []) for name, width in (("fc", 4), ("relu", 4), ("conv", 4), ("glu", 2))
-    ]
-    ties = {"fc": "relu", "conv": "glu", "gone": "nowhere"}
-    assert [one.layer for one in name_by_site(said, ties)] == ["relu", "relu", "conv", "glu"]
-    assert [one.layer for one in name_by_site(said[:1], ties)] == ["relu"]
 
 
 def test_claims_that_data_confirmed_and_refuted_are_counted() -> None:
