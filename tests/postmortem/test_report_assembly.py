@@ -54,7 +54,7 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     ],
 )
 def test_all_evidence_on_one_neuron_gives_one_verdict(said: list[Said], verdict: tuple[str, str, bool]) -> None:
-    layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": 3})[0]
+    layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": JoinedLayer(3)})[0]
     found = layer.verdict(1)
     assert (found.label, found.basis, bool(layer.contested[1])) == verdict
     assert decided(said) == verdict
@@ -69,7 +69,7 @@ PIECES = st.lists(
 
 @given(PIECES)
 def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str, str, list[int]]]) -> None:
-    layer = combine_evidence([evidence("a", 12, *piece) for piece in pieces], {"a": 12})[0]
+    layer = combine_evidence([evidence("a", 12, *piece) for piece in pieces], {"a": JoinedLayer(12)})[0]
     dead = 0
     for neuron in range(12):
         said = [(claim, basis) for claim, basis, neurons in pieces if neuron in neurons]
@@ -87,7 +87,7 @@ def test_the_order_of_evidence_does_not_matter(pieces: list[tuple[str, str, list
     said = [evidence("a", 12, *piece) for piece in pieces]
     turned = list(said)
     random.shuffle(turned)  # type: ignore[attr-defined]
-    one, other = (combine_evidence(order, {"a": 12})[0] for order in (said, turned))
+    one, other = (combine_evidence(order, {"a": JoinedLayer(12)})[0] for order in (said, turned))
     for name in ("labels", "basis", "contested", "since"):
         assert (getattr(one, name) == getattr(other, name)).all(), name
 
@@ -140,7 +140,8 @@ def test_a_layer_without_any_gradient_is_idle_and_not_dead() -> None:
 
 def test_layers_without_evidence_are_listed_as_unknown() -> None:
     layers = combine_evidence(
-        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": JoinedLayer(3), "b": JoinedLayer(2)}
+        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])],
+        {"a": JoinedLayer(3), "b": JoinedLayer(2)},
     )
     assert [layer.name for layer in layers] == ["a", "b", "z"]
     assert layers[0].count("unknown") == 3
