@@ -34,10 +34,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's.
     ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and
-    ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on) for ``EarlyStopping`` and
-    ``ModelCheckpoint``. The counts are saved in checkpoints, and a resumed run continues them. Batches of training,
-    validation and test count, each as its own phase; sanity checks and predictions do not. In eager mode the weights
-    are the same, bit for bit, with the monitor and without.
+    ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on), and of training
+    ``neuronscope/silent_pct``, for ``EarlyStopping`` and ``ModelCheckpoint``. The counts are saved in checkpoints, and
+    a resumed run continues them. Batches of training, validation and test count, each as its own phase; sanity checks
+    and predictions do not. What a training step runs without gradients (a target network, a reference model,
+    generation) counts as phase ``inference``. In eager mode the weights are the same, bit for bit, with the monitor and
+    without.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -87,8 +89,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self.logs = ()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count this batch as training."""
-        self.begin_batch()
+        """Count this batch as training. Where a strategy wraps the module, the step runs in place of its forward."""
+        self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module)
         if self.attached and self.scope is not None:
             self._unpublished |= self.scope.observing
 

@@ -80,6 +80,9 @@ class LightningLog:
             step: The Trainer's optimizer step.
         """
         self._logger.log_metrics(metrics, step)
+        if self.event_folder() is not None:
+            # Written now: the writer's thread would keep an error, and raise it in the training.
+            self._logger.experiment.flush()
 
     def event_folder(self) -> str | None:
         """Return the folder of TensorBoard's writer; ``None`` if the logger is no ``TensorBoardLogger``."""

@@ -61,6 +61,7 @@ class SummaryWriterLog:
         """
         for tag, value in metrics.items():
             self._writer.add_scalar(tag, value, step)
+        self._writer.flush()  # now: the writer's thread would keep an error, and raise it in the training
 
     def event_folder(self) -> str | None:
         """Return the writer's folder; ``None`` if it names none."""

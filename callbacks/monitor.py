@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.options import WatchArguments, WatchOptions
+from neuronscope.options import Mask, WatchArguments, WatchOptions
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -82,6 +83,8 @@ class Monitor:
 
     #: Whether activation functions that a training step calls outside of any module are a part of the model.
     step_is_model: ClassVar[bool] = False
+    #: Where the mask of a forward's positions is found, unless the user says otherwise.
+    default_mask: ClassVar[Mask] = None
     #: How a user gives this callback to the framework, for an error message.
     how_to_use: ClassVar[str] = "call `attach(model)` and train a model that has activations"
 
@@ -110,13 +113,15 @@ class Monitor:
                 their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
                 lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
                 before the run returns.
-            **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given.
+            **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
+                :attr:`default_mask` unless it is given.
 
         Raises:
             UsageError: An argument is not what is expected.
         """
         super().__init__()
         options.setdefault("every_n_steps", DEFAULT_EVERY_N_STEPS)
+        options.setdefault("mask", type(self).default_mask)
         self.options = WatchOptions(**options)
         self.on_dead = on_dead
         self.logs: Sequence[Log] = ()
@@ -154,7 +159,7 @@ class Monitor:
         return self._runs.gate is not None
 
     def report(self, phase: str = "train") -> Report:
-        """Return what is known of one phase: ``train``, ``val`` or ``test``.
+        """Return what is known of one phase: ``train``, ``val``, ``test`` or ``inference``.
 
         Raises:
             UsageError: Nothing was watched yet.
@@ -165,7 +170,7 @@ class Monitor:
         """Return the exact counts of one phase over one window; see :meth:`neuronscope.Scope.census`.
 
         Args:
-            phase: ``train``, ``val`` or ``test``.
+            phase: ``train``, ``val``, ``test`` or ``inference`` (what a training step runs without gradients).
             window: ``all``, ``last`` or ``open``.
 
         Raises:
@@ -228,12 +233,17 @@ class Monitor:
             with self.suppress_errors:
                 gate.end_training_batch(step)
 
-    def begin_batch(self) -> None:
-        """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs."""
+    def begin_batch(self, *, step_in_forward: bool = False) -> None:
+        """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs.
+
+        Args:
+            step_in_forward: Whether the batch's step runs in place of the model's forward; see
+                :meth:`neuronscope.Scope.open_step`.
+        """
         gate = self._runs.gate
         if gate is not None:
             with self.suppress_errors:
-                gate.open()
+                gate.open(step_in_forward=step_in_forward)
 
     def end_batch(self) -> None:
         """Count nothing until the next batch begins. At the end of a batch of training, :meth:`step` does this too."""
@@ -351,7 +361,7 @@ class Monitor:
                 scope = self._runs.gate.scope
                 self._runs.detach(join=not failed)
                 for phase in ("train",) if failed else ("val", "train"):
-                    if phase in scope.phases:
+                    if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
                         report = self._publish(phase, step, final=True)
         self._publisher.finish()  # the logs may be closed next
         return report if report is not None and report.phase == "train" else None

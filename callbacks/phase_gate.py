@@ -35,11 +35,15 @@ class PhaseGate:
         self._phase_context = ExitStack()
         self.close()
 
-    def open(self) -> None:
-        """Count what runs from now on: a batch begins."""
+    def open(self, *, step_in_forward: bool = False) -> None:
+        """Count what runs from now on: a batch begins.
+
+        Args:
+            step_in_forward: See :meth:`neuronscope.scope.Scope.open_step`.
+        """
         self._pause_context.close()
         if self._step_is_model:
-            self.scope.open_step()
+            self.scope.open_step(in_forward=step_in_forward)
 
     def close(self) -> None:
         """Count nothing until the next :meth:`open`. Closing a closed gate changes nothing."""

@@ -27,6 +27,8 @@ from neuronscope.writers.wording import anything_seen
 __all__ = ["Publisher", "summary", "totals"]
 
 _TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
+#: Totals of the phases that have gradients.
+_TOTALS_OF_TRAINING = (*_TOTALS, "silent_pct")
 #: Assumed seconds of a drawing before the first was made: as long as most take on one core of 2026.
 _USUAL_DRAWING_S = 0.4
 
@@ -38,11 +40,13 @@ def totals(report: Report | None, phase: str) -> dict[str, float]:
         report: The phase's report; ``None`` if nothing is watched.
         phase: The phase. In tags of phases other than ``train`` its name stands before the metric's.
 
+    In training there is ``neuronscope/silent_pct`` too; without gradients, no neuron is known to be silent.
+
     >>> totals(None, "val")
     {'neuronscope/val_dead_pct': nan, 'neuronscope/val_dormant_pct': nan, 'neuronscope/val_not_finite_pct': nan}
     """
     known = {} if report is None else scalars(report, per_site=False)
-    tags = [f"neuronscope/{metric(name, phase)}" for name in _TOTALS]
+    tags = [f"neuronscope/{metric(name, phase)}" for name in (_TOTALS_OF_TRAINING if phase == "train" else _TOTALS)]
     return {tag: known.get(tag, float("nan")) for tag in tags}
 
 
@@ -53,11 +57,13 @@ def summary(report: Report) -> str:
     if not report.observed_neurons:
         seen = anything_seen(report)
         return f"Neuronscope: {'no observed neuron is in the totals' if seen else 'no activation was observed'}."
-    more = [f"{count} {label}" for count, label in ((report.dormant, "dormant"), (report.cut_off, "cut off")) if count]
+    labels = ((report.silent, "silent"), (report.dormant, "dormant"), (report.cut_off, "cut off"))
+    more = [f"{count} {label}" for count, label in labels if count]
     if report.not_finite:
         more.append("NaN or infinite outputs were seen")
     if report.provisional:
-        more.append(f"provisional, from {report.examples} of {report.examples_needed} examples")
+        known = f"from {report.examples} of {report.examples_needed} examples"
+        more.append(f"provisional, {known if report.examples_known else 'from an unknown number of examples'}")
     dead = f"{report.dead} of {report.observed_neurons} neurons dead ({percent(report.dead_percent)})"
     return f"Neuronscope: {', '.join([dead, *more])}, at step {report.global_step}."
 

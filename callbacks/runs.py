@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.module_paths import own_class
 from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.errors import StateError
@@ -44,7 +45,9 @@ class Runs:
         self._model_class = ""
         self._loaded: dict[str, Any] | None = None
         self._in_training = False
-        self._open_window: dict[str, Any] | None = None  # training as it was before the end of a run closed its window
+        self._open_windows: dict[
+            str, Any
+        ] = {}  # training and inference as before the end of a run closed their windows
 
     def _unattached_scope(self) -> Scope:
         scope = Scope(nn.ReLU(), self._options)
@@ -67,7 +70,7 @@ class Runs:
         """
         before = self.state_dict() if self.scope is not None and step >= self.scope.global_step else None
         self._attach(model, self._loaded or before)
-        self._open_window = None
+        self._open_windows = {}
         self._in_training = True
 
     def begin_evaluation(self, model: nn.Module) -> None:
@@ -91,7 +94,7 @@ class Runs:
         if state is not None and state.get("model") == self._model_class:
             self._continue_from(state)
         elif last_class != self._model_class:
-            self._open_window = None
+            self._open_windows = {}
 
     def detach(self, *, join: bool = True) -> None:
         """Remove the hooks from the model.
@@ -109,7 +112,8 @@ class Runs:
         try:
             if in_training:
                 is_whole = join or world_size() == 1  # otherwise the open window holds this rank's counts only
-                self._open_window = gate.scope.state_dict(join=join)["phases"].get("train") if is_whole else None
+                phases = gate.scope.state_dict(join=join)["phases"] if is_whole else {}
+                self._open_windows = {name: phases[name] for name in ("train", INFERENCE) if name in phases}
         finally:  # the hooks are removed whatever fails
             gate.detach(join=join)
 
@@ -133,8 +137,7 @@ class Runs:
         if self.scope is None:
             return dict(self._loaded or {})
         counted = self.scope.state_dict(join=join and self._in_training and self.gate is not None)
-        if self._open_window is not None:
-            counted["phases"]["train"] = self._open_window
+        counted["phases"].update(self._open_windows)
         return {"version": _STATE_VERSION, "model": self._model_class, "scope": counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

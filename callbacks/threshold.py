@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from neuronscope.errors import UsageError
 from neuronscope.report.report import Report
 from neuronscope.writers.formatting import percent
@@ -37,10 +39,15 @@ class DeadThreshold:
         """Return a sentence if this report is the first at or above the threshold, otherwise ``None``.
 
         After a report below the threshold, the next one above it counts as the first again. A report whose window is
-        too short for certain verdicts changes nothing.
+        too short for certain verdicts, or that is on another phase than training, changes nothing. A layer that has too
+        few examples in a window that is long enough is left out.
         """
+        if report.phase != "train" or report.provisional:
+            return None
+        needed = report.examples_needed
+        report = replace(report, layers=tuple(layer for layer in report.layers if layer.examples >= needed))
         observed = report.observed_neurons
-        if not observed or report.provisional:
+        if not observed:
             return None
         broken = report.not_finite_neurons
         crossed = 100.0 * (report.dead + broken) / observed >= self.threshold
@@ -49,7 +56,7 @@ class DeadThreshold:
             return None
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
         worst = max(
-            report.totals.home_sites(),
+            report.totals.sites_with(lambda layer: layer.judgement.dead | layer.judgement.not_finite),
             key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons,
         )
         return (

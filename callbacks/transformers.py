@@ -54,7 +54,9 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. The
     counts are saved in the Trainer's checkpoints, as ``neuronscope.pt``, and a resumed training continues them. Steps
     of training count, and evaluations in training as phase ``val``; predictions, and evaluations before or after
-    training, do not. In eager mode the weights are the same, bit for bit, with the callback and without.
+    training, do not. What a step runs without gradients (a reference model, generation) counts as phase ``inference``.
+    Padding is not counted: ``mask`` is ``"attention_mask"`` unless it is given. In eager mode the weights are the same,
+    bit for bit, with the callback and without.
 
     The Trainer does not tell its callbacks when a training ends in an exception. The hooks then stay on the model until
     the next training begins, the callback is collected, or :meth:`detach` is called. As a context manager the callback
@@ -70,6 +72,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     """
 
     step_is_model = False
+    default_mask = "attention_mask"
     how_to_use = "give it to a Trainer (`Trainer(model, callbacks=[callback])`) and train a model that has activations"
     _training = False
     _handler: CallbackHandler | None = None  # of the training that runs

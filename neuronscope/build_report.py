@@ -15,7 +15,12 @@ from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord
 
-__all__ = ["make_report", "not_measured"]
+__all__ = ["INFERENCE_APART", "ONLY_INFERENCE", "make_report", "not_measured"]
+
+#: The note of a report on training if forwards without gradients were seen too.
+INFERENCE_APART = "Forwards that began without gradients are not counted here, but in phase `inference`."
+#: The note of a report that was asked for on training if no other forwards were seen.
+ONLY_INFERENCE = "No forward with gradients was seen in training, so this report is on phase `inference`."
 
 
 def make_report(
@@ -27,6 +32,7 @@ def make_report(
     policy: Policy,
     unseen: Mapping[str, str],
     exchanges: Exchanges,
+    note: str = "",
     fault: Fault | None = None,
 ) -> Report:
     """Judge a phase and return its report.
@@ -39,6 +45,7 @@ def make_report(
         policy: The thresholds.
         unseen: Reasons why something was not measured, by name.
         exchanges: The cost of joining the counts of several ranks.
+        note: What else the report must say.
         fault: The error inside Neuronscope that ended the watch, if there was one.
 
     Returns:
@@ -68,7 +75,7 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*([fault_text] if fault_text else []), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
+        notes=(*filter(None, (fault_text, note)), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
         fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,
@@ -79,7 +86,12 @@ def make_report(
 
 
 def not_measured(
-    unseen: Mapping[str, str], modules: Iterable[str], ran: Collection[str], wanted: Callable[[str], bool]
+    unseen: Mapping[str, str],
+    modules: Iterable[str],
+    ran: Collection[str],
+    wanted: Callable[[str], bool],
+    *,
+    inferred: Collection[str] = (),
 ) -> dict[str, str]:
     """Add the activation modules that did not run to what was not measured.
 
@@ -88,6 +100,7 @@ def not_measured(
         modules: Paths of the watched activation modules.
         ran: Paths of those that ran.
         wanted: A function that returns whether the site of a given name should be counted.
+        inferred: Paths of those that ran in phase ``inference``, if the phase is ``train``.
 
     Returns:
         All reasons, by name.
@@ -96,7 +109,11 @@ def not_measured(
     for path in modules:
         name = path or "(root)"
         if path not in ran and name not in reasons and wanted(name):
-            reasons[name] = "this module did not run while it was watched"
+            reasons[name] = (
+                "this module ran without gradients only: see phase `inference`"
+                if path in inferred
+                else "this module did not run while it was watched"
+            )
     return reasons
 
 
@@ -125,6 +142,8 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         output=tally.info.output,
         is_norm=tally.info.is_norm,
         normalises=tally.info.normalises,
+        readers=tally.readers,
+        reader_notes=tally.reader_notes,
     )
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from neuronscope.attach.activations import Activation
 
-__all__ = ["Patterns", "ScanArguments", "WatchArguments", "WatchOptions", "positive_integer"]
+__all__ = ["Examples", "Mask", "Patterns", "ScanArguments", "WatchArguments", "WatchOptions", "positive_integer"]
 
 #: One glob pattern, several, or ``None``.
 Patterns = str | Sequence[str] | None
+#: How the independent examples of a forward are counted; a function takes ``(args, kwargs)`` of the forward.
+Examples = Callable[[tuple[Any, ...], Mapping[str, Any]], int | None] | int | Literal["auto"] | None
+#: Where the mask ``(B, T)`` of a forward's positions is found; a function takes ``(args, kwargs)`` of the forward.
+Mask = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | None"] | str | None
 
 
 class ScanArguments(TypedDict, total=False):
@@ -27,6 +33,8 @@ class ScanArguments(TypedDict, total=False):
     axes: Mapping[str, int] | None
     policy: Policy | None
     activations: Mapping[Any, Activation | str] | None
+    examples: Examples
+    mask: Mask
 
 
 class WatchArguments(ScanArguments, total=False):
@@ -54,8 +62,11 @@ class WatchOptions:
     functional: bool = True
     axes: Mapping[str, int] | None = None
     policy: Policy | None = None
-    #: Left out of ``repr``, by which callbacks recognise their own saved state: a function prints its address.
+    #: These three are left out of ``repr``, by which callbacks recognise their own saved state: a function prints its
+    #: address.
     activations: Mapping[Any, Activation | str] | None = field(default=None, repr=False)
+    examples: Examples = field(default="auto", repr=False)
+    mask: Mask = field(default=None, repr=False)
     window_steps: int = 100
     join_ranks: bool = True
 
@@ -65,11 +76,31 @@ class WatchOptions:
         policy: Any = self.policy
         if policy is not None and not isinstance(policy, Policy):
             raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")
+        _check_examples(self.examples)
+        _check_mask(self.mask)
 
     @property
     def thresholds(self) -> Policy:
         """The given policy, or the default one."""
         return self.policy or Policy()
+
+
+def _check_examples(examples: Any) -> None:
+    axis = isinstance(examples, int) and not isinstance(examples, bool)
+    if not (examples is None or examples == "auto" or axis or callable(examples)):
+        raise UsageError(
+            "Expected argument `examples` to be 'auto', the dimension that holds the examples (an integer), a function "
+            f"of a forward's (args, kwargs) that returns their number, or None for no bound, but got {examples!r}."
+        )
+
+
+def _check_mask(mask: Any) -> None:
+    if not (mask is None or callable(mask) or (isinstance(mask, str) and mask)):
+        raise UsageError(
+            "Expected argument `mask` to be the name of an argument of the model's forward, a function of a forward's "
+            f"(args, kwargs) that returns a tensor of shape (B, T), or None, but got {type(mask).__name__}"
+            f"{'' if not isinstance(mask, str) else ' of length 0'}."
+        )
 
 
 def positive_integer(name: str, value: Any) -> int:

@@ -39,8 +39,8 @@ def scan(
             with a mapping as keyword arguments.
         loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are counted too.
         forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.
-        **options: ``sites``, ``exclude``, ``functional``, ``axes``, ``policy`` and ``activations``, as for
-            :func:`watch`.
+        **options: ``sites``, ``exclude``, ``functional``, ``axes``, ``policy``, ``activations``, ``examples`` and
+            ``mask``, as for :func:`watch`.
 
     Returns:
         A report on phase ``scan``.

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
+from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.recorder import Names
 from neuronscope.attach.site_patterns import SitePatterns
-from neuronscope.build_report import make_report, not_measured
+from neuronscope.build_report import INFERENCE_APART, ONLY_INFERENCE, make_report, not_measured
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import Patterns, WatchOptions
+from neuronscope.options import Examples, Mask, Patterns, WatchOptions
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
@@ -40,13 +42,15 @@ class Scope:
     Args:
         model: The model.
         options: The options, as of :func:`watch`.
+        optimizer: The optimizer whose steps are counted, or several: see :func:`watch`. By default :meth:`step` is
+            called.
 
     Raises:
-        UsageError: ``model`` is not a module.
+        UsageError: ``model`` is not a module, or ``optimizer`` is no optimizer.
         NothingToWatchError: The model has no activation.
     """
 
-    def __init__(self, model: nn.Module, options: WatchOptions) -> None:
+    def __init__(self, model: nn.Module, options: WatchOptions, *, optimizer: Optimizers | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
         self.every_n_steps = options.every_n_steps
@@ -70,6 +74,7 @@ class Scope:
                 f"{len(list(model.modules()))} modules, none of a known activation class. Register your own classes "
                 "with `activations={MyActivation: 'relu-like'}`."
             )
+        self._optimizer_steps = OptimizerSteps(optimizer)
         self._hooks = HookManager(
             model,
             registry=registry,
@@ -77,7 +82,10 @@ class Scope:
             declared_axis=self._patterns.axis,
             functional=options.functional,
             tolerance=self.policy.tolerance,
+            examples=options.examples,
+            mask=options.mask,
         )
+        self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
 
     def __enter__(self) -> Scope:
@@ -114,22 +122,34 @@ class Scope:
 
         Raises:
             DetachedError: The scope was detached.
-            UsageError: ``step`` is not an integer of at least 0.
+            UsageError: ``step`` is not an integer of at least 0, or the steps of ``optimizer=`` are counted already.
         """
         self._require_attached("step")
+        if self._optimizer_steps:
+            raise UsageError(
+                "Expected no call of `step()`, because the steps of the optimizer given as `optimizer=` are counted: "
+                "leave out one of the two, or each step counts twice."
+            )
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
+        return self._count_step(step)
+
+    def _count_step(self, step: int | None = None) -> bool:
         closed = False
-        record = self._record("train")
+        record, inference = self._record("train"), self._records.get(INFERENCE)
         if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
+            if inference is not None:
+                inference.note_step(self._step)
             self._hooks.recorder.note_missed_sites()
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
+        if not due and record.empty and inference is not None and self._ranks.alone:
+            due = inference.is_due(self._step, self.window_steps, lambda: True)
         if due and (self._ranks.alone or not self._hooks.uneven_inputs.expected):
             self._flush("train")
-            closed = record.has_enough_examples() and record.close()
+            closed = self._close_windows()
         self._observe()
         return closed
 
@@ -182,17 +202,23 @@ class Scope:
             self._pauses -= 1
             self._observe()
 
-    def open_step(self) -> None:
+    def open_step(self, *, in_forward: bool = False) -> None:
         """Start to watch functional activations that a training step calls outside any module's forward.
 
         For the Lightning callback: a ``LightningModule.training_step`` is not a forward, but may call ``F.relu``.
+
+        Args:
+            in_forward: Whether the step runs in place of the model's forward, as Lightning's does under DDP. Modules
+                that the step calls without gradients are then inference.
         """
         if not self.detached:
             self._hooks.open_step()
+            self._hooks.recorder.forward.step_is_forward = in_forward
 
     def close_step(self) -> None:
         """End the training step that :meth:`open_step` began. For the Lightning callback."""
         self._hooks.close_step()
+        self._hooks.recorder.forward.step_is_forward = False
 
     def detach(self, *, join: bool = True) -> None:
         """Remove every hook from the model. Counts stay readable; a second call does nothing.
@@ -206,13 +232,13 @@ class Scope:
         if self._detached:
             return
         self._hooks.detach()
+        self._optimizer_steps.remove()
         self._detached = True
         joining = True
         while joining:  # also on a rank that saw nothing, since the others wait for it
-            record = self._flush("train", join=join, done=True)
-            if record.has_enough_examples():
-                record.close()
+            self._flush("train", join=join, done=True)
             joining = join and not self._ranks.all_done
+            self._close_windows(final=not joining)
         for phase, census in self._ranks.pop_late().items():
             self._record(phase).add_joined(census)
             self._record(phase).close()
@@ -238,11 +264,37 @@ class Scope:
         return dict(self._hooks.recorder.not_neurons)
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
-        record = self._record(phase)
+        """Flush a phase, and inference with training, in which it ran.
+
+        Where any rank has counts of inference, all ranks join them, also those that have none or are in another phase.
+        """
+        record, inference = self._record(phase), self._records.get(INFERENCE)
         record.describe_sites(self._hooks.recorder.current_info)
         self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
-        record.flush(partial(self._ranks.join, phase=phase, done=done) if join else None)
+        more = phase == "train" and inference is not None and not inference.empty
+        record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
+        if self._ranks.more if join else more:
+            self._record(INFERENCE).flush(partial(self._ranks.join, phase=INFERENCE, done=done) if join else None)
         return record
+
+    def _close_windows(self, *, final: bool = False) -> bool:
+        """Close the window of training if it has enough examples, and that of inference with it.
+
+        If nothing of training was ever seen, inference has windows by the same rule.
+
+        Args:
+            final: Whether no rank will see more.
+
+        Returns:
+            Whether a window was closed.
+        """
+        train, inference = self._record("train"), self._records.get(INFERENCE)
+        closed = train.has_enough_examples(final=final) and train.close()
+        if inference is None:
+            return closed
+        if closed or (not train.counted and inference.has_enough_examples(final=final)):
+            closed = inference.close() or closed
+        return closed
 
     def _observe(self) -> None:
         """Decide whether the next forward passes are counted, and in which phase and step."""
@@ -286,7 +338,8 @@ class Scope:
         nothing was joined for that layer yet; in that case its tally has only this rank's neurons.
 
         Args:
-            phase: ``train``, or a name given to :meth:`phase`.
+            phase: ``train``; ``inference``, for forwards that began without gradients in that phase; or a name given to
+                :meth:`phase`.
             window: ``all`` (everything since watching began), ``last`` (the newest closed window) or ``open`` (the
                 window that is running).
 
@@ -302,10 +355,18 @@ class Scope:
     def report(self, phase: str = "train") -> Report:
         """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
 
+        If every forward of training began without gradients, the report on ``train`` is one on ``inference``, and says
+        so.
+
         Raises:
             UsageError: No such phase was observed.
         """
-        record = self._observed_record(phase)
+        record, inference = self._observed_record(phase), self._records.get(INFERENCE)
+        note = ""
+        if phase == "train" and inference is not None and not inference.empty:
+            note = ONLY_INFERENCE if record.empty else INFERENCE_APART
+            if record.empty:
+                phase, record = INFERENCE, inference
         return make_report(
             record,
             model=self._model_name,
@@ -315,15 +376,17 @@ class Scope:
             unseen=not_measured(
                 self._hooks.recorder.all_not_measured(),
                 self._hooks.module_sites,
-                self._hooks.recorder.ran_modules,
+                self._hooks.recorder.ran(phase),
                 self._patterns.wants,
+                inferred=self._hooks.recorder.ran(INFERENCE) if phase == "train" else (),
             ),
+            note=note,
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
-        if phase not in self._records and phase not in ("train", "val", "test"):
+        if phase not in self._records and phase not in ("train", "val", "test", INFERENCE):
             known = ", ".join(self._records) or "none"
             raise UsageError(f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.")
         record = self._records.get(phase) or PhaseRecord(self.policy)
@@ -387,8 +450,11 @@ def watch(
     axes: Mapping[str, int] | None = None,
     policy: Policy | None = None,
     activations: Mapping[Any, Activation | str] | None = None,
+    examples: Examples = "auto",
+    mask: Mask = None,
     window_steps: int = 100,
     join_ranks: bool = True,
+    optimizer: Optimizers | None = None,
 ) -> Scope:
     """Count zero outputs and zero gradients of a model's neurons while it trains, in any PyTorch loop.
 
@@ -404,15 +470,24 @@ def watch(
         activations: A mapping from your own activation classes or functions to their :class:`neuronscope.Activation`
             or kind. Decorate a function written in Python with
             ``@torch.overrides.wrap_torch_function(lambda x: (x,))``, so that its calls are seen.
-        window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until it has
-            enough examples for the policy.
+        examples: How many independent examples a forward is given, for the bound of every dead verdict. ``auto`` counts
+            the rows (dimension 0) of the first tensor; an integer is the dimension to take instead; a function of the
+            forward's ``(args, kwargs)`` returns the number. ``None`` claims no bound: for rows that depend on each
+            other, such as the steps of one trajectory. See ``docs/definitions.md``.
+        mask: Positions that are not counted, such as padding: the name of an argument of the model's forward
+            (``"attention_mask"``), or a function of ``(args, kwargs)``, that gives a tensor ``(B, T)``, true or 1 for
+            a position that counts. It applies at sites whose tensor begins with these dimensions.
+        window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until each
+            layer that ran in it has enough examples for the policy, or one has four times as many.
         join_ranks: In a distributed run, add up the counts of all ranks at the end of each window and when the scope
             detaches, with collectives that every rank takes part in. Reading a census or a report never waits for other
             ranks. Under torch's ``Join``, where some ranks run out of data earlier, only when the scope detaches.
+        optimizer: The optimizer whose steps are the steps of the training; then do not call :meth:`Scope.step`. Of
+            several (a GAN) those of the first count. A step that ``GradScaler`` skips is none.
 
     Returns:
-        A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step. When done, leave its ``with`` block or call
-        :meth:`Scope.detach`.
+        A :class:`Scope`. Call :meth:`Scope.step` after each optimizer step, unless you gave the optimizer. When done,
+        leave its ``with`` block or call :meth:`Scope.detach`.
 
     Raises:
         UsageError: An argument has a wrong type or value.
@@ -435,7 +510,9 @@ def watch(
         axes=axes,
         policy=policy,
         activations=activations,
+        examples=examples,
+        mask=mask,
         window_steps=window_steps,
         join_ranks=join_ranks,
     )
-    return Scope(model, options)
+    return Scope(model, options, optimizer=optimizer)

@@ -19,7 +19,7 @@ class SiteKey(NamedTuple):
 
     Attributes:
         layer: Path of the layer; ``a+b`` for two layers whose outputs were joined. If no layer is known, the place of
-            the activation itself: the path of its module, or of the module that calls the function, as ``block.relu()``.
+            the activation: the path of its module, or the function in the module that calls it, ``block.relu()``.
         units: Which units of the layer, as ``0:28``; ``""`` for all of them.
         activation: Name of the activation, or of the gated product; ``""`` for an activation without a known layer.
         ordinal: Number among the activations of one name that one call of the layer feeds with the same units.
@@ -64,11 +64,13 @@ class SiteInfo:
             no layer is known.
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
-        readers: Paths of the layers that read the site's output.
+        readers: Paths of the layers that read the site's output as their input, one column (or channel) a neuron.
+        reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
+            ``returned by the model``, or a function's name. If there are any, ``readers`` do not tell everything.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
             ``""`` if there is no such layer.
-        place: The path of the activation module, or of the module that calls the activation function, as ``block.relu()``.
+        place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
     activation: str
@@ -82,6 +84,7 @@ class SiteInfo:
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    reader_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
     place: str = ""

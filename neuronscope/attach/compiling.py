@@ -28,6 +28,7 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "thread_id",
+    "traced_modules",
     "unwatched",
     "while_tracing",
 ]
@@ -114,7 +115,7 @@ def _functions(module: ModuleType) -> Iterator[FunctionType]:
 
 
 def while_tracing(function: Callable[..., None], *names: str) -> Callable[[ComptimeContext], None]:
-    """Return a function to be given to ``comptime``, which runs it while ``torch.compile`` traces the code that does so.
+    """Return a function for ``comptime``: it runs while ``torch.compile`` traces the code that calls ``comptime``.
 
     The function is run instead of being traced, so that nothing of what it does is part of the graph. It receives local
     variables of the code. For a traced tensor it receives the fake tensor that stands for it, or the real one if the
@@ -127,9 +128,32 @@ def while_tracing(function: Callable[..., None], *names: str) -> Callable[[Compt
 
     def run(context: ComptimeContext) -> None:
         with torch._C.DisableTorchFunction():
-            function(*(_value(_variable(context.get_local(name))) for name in names))
+            _translators.append(context._ComptimeContext__tx)  # type: ignore[attr-defined]
+            try:
+                function(*(_value(_variable(context.get_local(name))) for name in names))
+            finally:
+                _translators.pop()
 
     return run
+
+
+_translators: list[Any] = []  # what traces the code that called `comptime`
+
+
+def traced_modules() -> Iterator[nn.Module] | None:
+    """Return the modules whose methods are being traced, the innermost first; ``None`` if nothing is traced.
+
+    For a function that :func:`while_tracing` runs.
+    """
+    return _modules_of(_translators[-1]) if _translators else None
+
+
+def _modules_of(translator: Any) -> Iterator[nn.Module]:
+    while translator is not None:
+        module = getattr(translator.symbolic_locals.get("self"), "value", None)
+        if isinstance(module, nn.Module):
+            yield module
+        translator = getattr(translator, "parent", None)
 
 
 def _variable(local: Any) -> Any:
@@ -147,7 +171,7 @@ def _value(variable: Any) -> Any:
         argument = meta.get("grapharg")
         real = None if argument is None else argument.example
         return meta["example_value"] if real is None or not isinstance(real, torch.Tensor) else real
-    if isinstance(variable, variables.SymNodeVariable):
+    if isinstance(variable, variables.tensor.SymNodeVariable):
         return variable.sym_num
     if isinstance(variable, variables.ConstDictVariable):
         return {key.vt.as_python_constant(): _value(item) for key, item in variable.items.items()}

@@ -4,6 +4,9 @@ A *forward* is one outermost call of a watched module, normally of the model. A 
 outside of every module call, as a Lightning ``training_step`` does that writes ``F.relu(self.fc(x))``. What is known of
 tensors is kept until the model's own forward begins again, or the optimizer step is over.
 
+In the phase ``train``, a forward that begins without gradients is *inference*: a reference pass, a target network, a
+rollout, generation. What a forward with gradients runs under ``no_grad`` is a part of it.
+
 ``torch.compile`` can trace what keeps the stack of modules. What looks at tensors is run while it traces; see
 :class:`neuronscope.attach.compiling.while_tracing`.
 """
@@ -12,20 +15,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
-from neuronscope.attach.dtensor import local_tensor
+from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.neuron_flow import NeuronFlow
-from neuronscope.attach.units import Units
+from neuronscope.attach.origins import Origin
 
-__all__ = ["ForwardContext", "Recomputation", "first_tensor", "gradients_on"]
+__all__ = ["INFERENCE", "ForwardContext", "Recomputation"]
+
+#: The phase of forwards that begin without gradients while the phase is ``train``.
+INFERENCE = "inference"
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
 
@@ -38,21 +44,30 @@ class ForwardContext:
 
     Args:
         names: The layers of the model's weights.
+        counter: Counts the examples that a forward is given.
+        masks: Finds the mask of positions that a forward is given.
 
     Attributes:
         module_stack: Paths of the watched modules that are running, the innermost last.
         flow: What each tensor is.
         number: Number of the forward.
         examples: Number of examples that the forward was given.
+        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
         recomputing: Whether the forward runs again inside a backward pass.
         exporting: Whether the forward is recorded for export, so that its tensors hold no numbers.
         explicit_step: Whether :meth:`neuronscope.scope.Scope.open_step` marked where the training step begins.
+        training: Whether the phase is ``train``, in which forwards without gradients are inference.
+        step_is_forward: Whether the training step runs inside the forward of the root, as Lightning's does under DDP.
+            The forwards that the step makes are then one level deeper.
         ran_root: Whether the model's own forward was seen.
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
         recomputation: Tells which call of the forward a recomputed call repeats.
     """
 
-    def __init__(self, names: LayerNames) -> None:
+    def __init__(self, names: LayerNames, counter: ExampleCounter, masks: PositionMask) -> None:
+        self._counter = counter
+        self._masks = masks
+        self.mask: Tensor | None = None
         self.module_stack: list[str] = []
         self.flow = NeuronFlow(names)
         self.number = 0
@@ -60,10 +75,14 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.explicit_step = False
+        self.training = False
+        self.step_is_forward = False
         self.ran_root = False
         self.ran_parts = False
         self.recomputation = Recomputation()
-        self.graded = True
+        self._graded = True
+        self._inference = False
+        self._examples_of_step = 0
         self._ordinals: dict[tuple[Any, ...], int] = {}
         self._begin_while_tracing = while_tracing(self._begin, "path", "args", "kwargs")
 
@@ -72,11 +91,12 @@ class ForwardContext:
         """Path of the innermost watched module that is running; ``""`` for the root and outside of all modules."""
         return self.module_stack[-1] if self.module_stack else ""
 
-    def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Note that a watched module begins to run.
 
         Args:
             path: Path of the module.
+            module: The module.
             args: Positional arguments of its forward.
             kwargs: Keyword arguments of its forward.
 
@@ -87,21 +107,47 @@ class ForwardContext:
         if outermost:
             self.recomputing = in_backward()
             self.exporting = not has_real_tensors()
-            self.graded = gradients_on()
+            self._graded = torch.is_grad_enabled()
             if path == "":
                 self.ran_root = True
             elif not self.explicit_step:
                 self.ran_parts = True
-            if not self.graded and not self.recomputing:
+            self._inference = self._begins_inference()
+            if not self._graded and not self.recomputing and not self._inference:
                 self.recomputation.clear()  # no backward pass will come
             if is_tracing():
                 comptime(self._begin_while_tracing)
             elif not self.recomputing:
                 self._begin(path, args, kwargs)
-            tensor = first_tensor((args, kwargs))
-            self.examples = local_tensor(tensor).size(0) if tensor is not None and tensor.dim() > 0 else 1
+            self.examples = self._counter.count(module, args, kwargs) or 0
+            self.mask = self._masks.find(module, args, kwargs)
+        elif self._runs_only_step and self._begins_inference():
+            self._inference = True
+            self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
         self.module_stack.append(path)
         return outermost
+
+    @property
+    def _runs_only_step(self) -> bool:
+        """Whether a training step runs inside the forward of the root, and no forward that the step makes."""
+        return self.step_is_forward and self.module_stack == [""]
+
+    @property
+    def inference(self) -> bool:
+        """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
+        if self.module_stack and not self._runs_only_step:
+            return self._inference
+        return self._begins_inference()
+
+    @property
+    def may_be_recomputed(self) -> bool:
+        """Whether a call without gradients may be made again in a backward pass, by reentrant checkpointing."""
+        return not torch.is_grad_enabled() and (self._graded if self.module_stack else not self.inference)
+
+    def _begins_inference(self) -> bool:
+        if not self.training or torch.is_grad_enabled() or in_backward():
+            return False
+        return is_tracing() or not _in_autograd_function()
 
     def _begin(self, path: str, args: Any, kwargs: Any) -> None:
         """Forget the tensors of the last forward, and note the inputs of this one."""
@@ -114,16 +160,22 @@ class ForwardContext:
         """Note that a watched module has ended or failed, and return whether the forward ended with it."""
         if self.module_stack:
             self.module_stack.pop()
-        return not self.module_stack
+        if self.module_stack and self._inference and self._runs_only_step:
+            self._inference, self.examples = False, self._examples_of_step
+        if self.module_stack:
+            return False
+        if not self.explicit_step:
+            self.mask = None
+        return True
 
-    def ordinal(self, units: Units, activation: str) -> int:
+    def ordinal(self, origin: Origin, activation: str) -> int:
         """Return the number of an activation among those of its name that the same units of one call are given to.
 
         Args:
-            units: The units that it is given.
+            origin: What it is given.
             activation: Its name.
         """
-        place = (units.call, units.first, units.order, activation)
+        place = (origin.unit_set, activation)
         found = self._ordinals.get(place, 0)
         self._ordinals[place] = found + 1
         return found
@@ -132,6 +184,7 @@ class ForwardContext:
         """Forget what is known of every tensor."""
         self.flow.clear()
         self._ordinals.clear()
+        self.mask = None
 
     def restart(self) -> None:
         """Start again: an optimizer step is over, or a forward did not end."""
@@ -206,28 +259,16 @@ class Recomputation:
         self._fired = False
 
 
-def gradients_on() -> bool:
-    """Whether a forward that begins now is one of training: gradients are on, or a reentrant checkpoint runs it."""
-    return torch.is_grad_enabled() or (not is_tracing() and _in_checkpoint(sys._getframe(1)))
+def _in_autograd_function() -> bool:
+    """Whether the ``forward`` of an ``autograd.Function`` runs, such as the first run of reentrant checkpointing.
 
-
-def _in_checkpoint(frame: FrameType | None) -> bool:
+    Torch turns gradients off in it, and they arrive nevertheless.
+    """
+    frame = sys._getframe(1).f_back
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
+        code = frame.f_code
+        named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
+        if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
             return True
         frame = frame.f_back
     return False
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings, or ``None``."""
-    if isinstance(values, Tensor):
-        return values
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            found = first_tensor(value)
-            if found is not None:
-                return found
-    return None

@@ -68,8 +68,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         super().__init__()
         self.manager = manager
         self.handling = False
-        follow: Callable[..., None] = lambda *call: manager.recorder.forward.flow.follow(*call)  # noqa: E731
-        self._follow_while_tracing = while_tracing(follow, "func", "args", "kwargs", "output")
+        self._follow_while_tracing = while_tracing(self._follow_traced, "func", "args", "kwargs", "output")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,13 +115,19 @@ class ActivationFunctionMode(TorchFunctionMode):
         except Exception as error:
             manager.fail(error)
         output = func(*args, **kwargs)
-        if call is not None and manager.observing:
+        if manager.observing:
+            if call is None:  # it is no site, and what follows may be
+                self._follow(func, args, kwargs, output)
+                return output
             try:
                 with unwatched():
                     manager.recorder.end(call, x, output)
             except Exception as error:
                 manager.fail(error)
         return output
+
+    def _follow_traced(self, *call: Any) -> None:
+        self.manager.recorder.forward.flow.follow(*call)
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         manager = self.manager

@@ -22,7 +22,14 @@ class Gradients(Protocol):
 
     fail: Callable[[Exception], None]
 
-    def gradient(self, gradient: Tensor, counters: SiteCounters, layout: NeuronLayout, glu_dim: int | None) -> None:
+    def gradient(
+        self,
+        gradient: Tensor,
+        counters: SiteCounters,
+        layout: NeuronLayout,
+        glu_dim: int | None,
+        mask: Tensor | None = None,
+    ) -> None:
         """Count a gradient at a pre-activation.
 
         Args:
@@ -30,6 +37,7 @@ class Gradients(Protocol):
             counters: The counters of the site.
             layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
+            mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
         """
 
 
@@ -58,6 +66,7 @@ class GradientHook(InertHook):
         self.recorder = recorder
         self.place = place
         self.glu_dim = glu_dim
+        self.mask: Tensor | None = None
 
     def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
         """Return the counters of the site, and where the neurons lie."""
@@ -71,7 +80,7 @@ class GradientHook(InertHook):
         if counters is not None and counters.open:
             try:
                 with unwatched():
-                    self.recorder.gradient(gradient, counters, layout, self.glu_dim)
+                    self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask)
             except Exception as error:
                 self.recorder.fail(error)
 
@@ -90,6 +99,16 @@ class CountedGradient(GradientHook):
         super().__init__(recorder, place, glu_dim)
         self.counters = counters
         self._site = (counters, layout)
+
+    def with_mask(self, mask: Tensor) -> CountedGradient:
+        """Return a hook for a call of a forward that was given a mask.
+
+        Args:
+            mask: Which positions are counted, bool ``(B, T)``.
+        """
+        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self._site[1])
+        hook.mask = mask
+        return hook
 
     def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
         """Return what was known when the call was made."""

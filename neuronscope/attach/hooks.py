@@ -19,18 +19,22 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
+from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
 from neuronscope.attach.gradient_hooks import InertHook
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import CountersFactory, DeclaredAxis, SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
+from neuronscope.options import Examples, Mask
 
 __all__ = ["HookManager"]
 
@@ -51,6 +55,8 @@ class HookManager:
         declared_axis: Returns the declared axis of a site by its name.
         functional: Whether functional activations and gated products are watched.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
+        examples: The option ``examples`` of :func:`neuronscope.watch`.
+        mask: The option ``mask``.
     """
 
     def __init__(
@@ -62,12 +68,19 @@ class HookManager:
         declared_axis: DeclaredAxis,
         functional: bool,
         tolerance: float,
+        examples: Examples = "auto",
+        mask: Mask = None,
     ) -> None:
         self.observing = False
         self.registry = registry
         self.functional = functional
+        arguments = CallArguments(model)
+        self._examples = ExampleCounter(examples, model, arguments)
+        self._masks = PositionMask(mask, arguments)
         self.recorder = SiteRecorder(
             names=LayerNames(model),
+            examples=self._examples,
+            masks=self._masks,
             new_counters=new_counters,
             declared_axis=declared_axis,
             tolerance=tolerance,
@@ -114,6 +127,8 @@ class HookManager:
             activation = self.registry.of_module(module)
             if activation is not None or path == "" or _may_call_functions(module):
                 self._hook(module, path, activation, is_root=path == "")
+            if is_time_first(module):
+                self._handles.add(module.register_forward_pre_hook(_NoteLayout(self, self._examples), with_kwargs=True))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
@@ -267,7 +282,7 @@ class HookManager:
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
             self.uneven_inputs.note_wrapper()
-        if self.recorder.forward.enter(path, args, kwargs) and not self.recorder.forward.exporting:
+        if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
@@ -275,8 +290,15 @@ class HookManager:
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 
-    def leave(self, path: str) -> None:
-        """Note that a watched module has ended or failed."""
+    def leave(self, path: str, output: Any) -> None:
+        """Note that a watched module has ended or failed.
+
+        Args:
+            path: Path of the module.
+            output: What it returned; ``None`` if it failed.
+        """
+        if path == "" and not is_tracing():
+            self.recorder.forward.flow.note_outputs(output)
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
             self.entered.enter(handling=self._mode.handling)
@@ -333,6 +355,8 @@ class HookManager:
             self.entered.resume()
         if call is not None:
             self.recorder.end(call, x, y)
+        elif not self.running:
+            self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
             self._thread.release()
 
@@ -379,12 +403,27 @@ class _LeaveModule(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here():
             try:
-                self.manager.leave(self.path)
+                self.manager.leave(self.path, output)
             except Exception as error:
                 self.manager.fail(error)
         elif self.manager.failure is not None:
             self.manager.recorder.forward.leave()
             self.manager.detach_when_idle()
+
+
+class _NoteLayout(InertHook):
+    """A hook on a module that takes its time dimension first."""
+
+    def __init__(self, manager: HookManager, examples: ExampleCounter) -> None:
+        self.manager = manager
+        self.examples = examples
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.manager.watches_here():
+            try:
+                self.examples.note_layout(module, args, kwargs)
+            except Exception as error:
+                self.manager.fail(error)
 
 
 class _LabelOutput(InertHook):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 from torch import Tensor, nn
 
+from neuronscope.attach.compiling import traced_modules
 from neuronscope.attach.module_paths import walk
 
-__all__ = ["LayerNames", "layer_name", "running_module"]
+__all__ = ["LayerNames", "layer_name"]
 
 #: How many frames lie between a torch function and the module that called it, at most.
 _FARTHEST = 8
@@ -42,23 +43,23 @@ def layer_name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def running_module(frame: FrameType | None, owns: Any) -> tuple[nn.Module, str] | None:
-    """Return the innermost module that runs and that holds a tensor, and the tensor's name in it.
+def _running_modules(frame: FrameType | None) -> Iterator[nn.Module]:
+    """Yield the modules whose methods run, the innermost first, as far as they are near.
 
     Args:
         frame: The frame that called a torch function.
-        owns: Returns the name of the tensor in a module, or ``None``.
     """
+    traced = traced_modules()
+    if traced is not None:
+        yield from traced
+        return
     for _ in range(_FARTHEST):
         if frame is None:
-            return None
+            return
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module):
-            name = owns(module)
-            if name is not None:
-                return module, name
+            yield module
         frame = frame.f_back
-    return None
 
 
 def _name_in(module: nn.Module, tensor: Tensor) -> str | None:
@@ -122,12 +123,11 @@ class LayerNames:
             tensor: The tensor.
             depth: How many frames lie between the caller and the function that received the tensor.
         """
-        found = running_module(sys._getframe(depth), lambda module: _name_in(module, tensor))
-        if found is None:
-            return None
-        module, name = found
-        path = self._paths.get(id(module))
-        if path is None:
-            self.refresh()
-            path = self._paths.get(id(module))
-        return None if path is None else layer_name(path, name)
+        for module in _running_modules(sys._getframe(depth)):
+            name = _name_in(module, tensor)
+            if name is not None:
+                if id(module) not in self._paths:
+                    self.refresh()
+                path = self._paths.get(id(module))
+                return None if path is None else layer_name(path, name)
+        return None

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import Index, Operation, rule_of, set_item, tensors_in
-from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
+from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import has_units
@@ -27,10 +27,39 @@ from neuronscope.count.neuron_layout import Dims
 
 __all__ = ["NeuronFlow"]
 
-_NORMS = spellings("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
-_MOST_REMEMBERED = 20_000
+_MOST_STEPS = 20_000
+_PLAIN = frozenset({int, float, bool, str})
+_MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
+_NORMS = _MIXING_NORMS | spellings("batch_norm")
+_SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
+    "__iadd__", "__isub__"
+)
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
+
+
+class _Step(NamedTuple):
+    """What a call leads to.
+
+    Attributes:
+        origins: What its outputs are.
+        layer: The layer, if it is a call of one.
+        call: Its number among the calls of layers.
+        reads: The calls of layers that it depends on, as bits.
+        sites: The sites that it reads.
+        bent: Layers that it reads after a function that is not linear and no known activation; and the function.
+        notes: Sites that it reads in another way than a layer reads its inputs, and how.
+        normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
+    """
+
+    origins: tuple[Origin, ...]
+    layer: str | None = None
+    call: int = -1
+    reads: int = 0
+    sites: tuple[Any, ...] = ()
+    bent: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[Any, str], ...] = ()
+    normalises: str | None = None
 
 
 class NeuronFlow:
@@ -47,16 +76,15 @@ class NeuronFlow:
     def __init__(self, names: LayerNames) -> None:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
-        self._led_to: dict[Any, tuple[tuple[Origin, ...], bool]] = {}
-        self._weights: dict[int, tuple[Tensor, Origin]] = {}
+        self._weights: TensorMap[Origin] = TensorMap()
+        self._steps: dict[tuple[Any, ...], _Step] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
+        self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
-        self.seen: dict[str, None] = {}  # all layers that were called
         self.read_layers: set[str] = set()
         self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
-        self.rows: dict[str, None] = {}
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
         self._shards: dict[str, tuple[torch.Size, int, NeuronShard]] = {}  # of each layer: shape, own neurons, which
         self._distributed: dict[str, Origin] = {}  # of each distributed layer: its last output
@@ -84,11 +112,18 @@ class NeuronFlow:
         return found if found is not None else self._unseen(tensor)
 
     def _unseen(self, tensor: Tensor) -> Origin:
+        """Return what a tensor is that no function of this forward gave: a weight, or not known."""
+        found = self._weights.get(tensor)
+        if found is not None:
+            return found
         known = self._names.of(tensor)
         if known is None:
             return Origin.of(WEIGHT) if isinstance(tensor, nn.Parameter) else _UNKNOWN
         layer, is_weight = known
-        return Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
+        found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
+        if not self._names.is_shared(tensor):
+            self._weights.put(tensor, found)
+        return found
 
     def put(self, tensor: Tensor, origin: Origin) -> None:
         """Note what a tensor is.
@@ -127,80 +162,101 @@ class NeuronFlow:
             return
         if not outputs:
             return
-        described = tuple([self._describe(arg) for arg in args])
-        named = tuple([(name, self._describe(value)) for name, value in kwargs.items()]) if kwargs else ()
-        shapes = tuple([_shape(output) for output in outputs])
-        key = (function, described, named, shapes)
-        led_to = self._led_to.get(key)
-        if led_to is None or (led_to[1] and self._call_of(led_to[0]) != len(self.layers)):
-            led_to = self._find(function, described, named, shapes)
-            if len(self._led_to) >= _MOST_REMEMBERED:
-                self._led_to.clear()
-            self._led_to[key] = led_to
-        origins, is_layer = led_to
-        if is_layer:
-            self._note_layer(function, described, named, origins)
-            if function in _NORMS:
-                self._note_norm(next(iter(tensors_in((described, named)))), origins[0])
+        key = self._key(function, args, kwargs, outputs)
+        step = self._steps.get(key)
+        if step is None or (step.layer is not None and step.call != len(self.layers)):
+            step = self._find(function, args, kwargs, outputs)
+            if len(self._steps) >= _MOST_STEPS:
+                self._steps.clear()
+            self._steps[key] = step
+        for site, note in step.notes:
+            self.reader_notes.setdefault(site, {})[note] = None
+        if step.layer is not None:
+            self.layers.append(step.layer)
+            self.read |= step.reads
+            for site in step.sites:
+                self.readers.setdefault(site, {})[step.layer] = None
+            for layer, name in step.bent:
+                self.bent.setdefault(layer, name)
+            if step.normalises is not None:
+                self._note_norm(step.layer, step.normalises)
             if is_distributed(outputs[0]):
-                self._note_distributed((*args, *kwargs.values()), outputs[0], origins[0])
-        for output, origin in zip(outputs, origins, strict=True):
-            self._origins.put(output, origin)
+                self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
+        put = self._origins.put
+        for output, origin in zip(outputs, step.origins, strict=True):
+            put(output, origin)
 
-    @staticmethod
-    def _call_of(origins: tuple[Origin, ...]) -> int:
-        return origins[0].upstream.bit_length() - 1
+    def _key(
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
+    ) -> tuple[Any, ...]:
+        """Return all that the results of a function follow from."""
+        facts: list[Any] = [function]
+        known, weights = self._origins.entries, self._weights.entries
+        for arg in (*args, *kwargs.values()) if kwargs else args:
+            kind = type(arg)
+            if kind is Tensor or kind is nn.Parameter:
+                entry = known.get(id(arg)) or weights.get(id(arg))
+                facts.append(entry[1] if entry is not None and entry[0]() is arg else self._origin_in_call(arg))
+                facts.append(arg.shape)
+                facts.append(arg.dtype)
+            elif (
+                arg is None
+                or kind in _PLAIN
+                or (kind is tuple and len(arg) == 2 and type(arg[0]) is type(arg[1]) is int)
+            ):
+                facts.append(arg)
+            else:
+                facts.append(self._describe(arg))
+        if kwargs:
+            facts.append(tuple(kwargs))
+        facts.extend([output.shape if type(output) is Tensor else _shape(output) for output in outputs])
+        return tuple(facts)
 
     def _find(
-        self, function: Any, described: tuple[Any, ...], named: tuple[Any, ...], shapes: tuple[Any, ...]
-    ) -> tuple[tuple[Origin, ...], bool]:
-        """Return the origins of the outputs, and whether the call is that of a layer."""
-        call = len(self.layers)
-        operation = Operation(function, described, dict(named), shapes, call)
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
+    ) -> _Step:
+        """Return what a call leads to."""
+        call, count = len(self.layers), len(outputs)
+        described = tuple([self._describe(arg) for arg in args])
+        named = {name: self._describe(value) for name, value in kwargs.items()}
+        operation = Operation(function, described, named, tuple([_shape(output) for output in outputs]), call)
         try:
-            found = rule_of(function)(operation)
-            origins = (found,) * len(shapes) if isinstance(found, Origin) else tuple(found)
-            if len(origins) != len(shapes):
-                raise ValueError("another number of outputs")
+            origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = 0  # an unknown way to call it
             for each in operation.tensors:
                 upstream |= each.origin.upstream
-            origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(shapes)
-        return origins, bool(origins[0].upstream >> call & 1)
+            origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * count
+        sources = [each.origin for each in operation.tensors]
+        carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
+        if not origins[0].upstream >> call & 1:
+            kept = {site for origin in origins for site in origin.carries}
+            return _Step(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
+        reads = 0
+        for origin in sources:
+            reads |= origin.upstream
+        notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
+        bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
+        normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
+        return _Step(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 
-    def _note_layer(
-        self, function: Any, described: tuple[Any, ...], named: tuple[Any, ...], origins: tuple[Origin, ...]
-    ) -> None:
-        layer = origins[0].layer
-        self.layers.append(layer)
-        self.seen.setdefault(layer)
-        if origins[0].state != UNITS:
-            self.rows.setdefault(layer)
-        for operand in tensors_in((described, tuple(value for _, value in named))):
-            origin = operand.origin
-            self.read |= origin.upstream
-            if origin.site is not None:
-                for site in origin.site if isinstance(origin.site[0], tuple) else (origin.site,):
-                    self.readers.setdefault(site, {})[layer] = None
-            elif origin.bent and origin.units is not None:
-                self.bent.setdefault(origin.units.layer, origin.bent)
+    def note_outputs(self, values: Any) -> None:
+        """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
+        for tensor in _nested_tensors(values):
+            origin = self._origins.get(tensor)
+            for site in () if origin is None else origin.carries:
+                self.reader_notes.setdefault(site, {})["returned by the model"] = None
 
-    def _note_norm(self, operand: Operand, result: Origin) -> None:
+    def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
 
         Args:
-            operand: Its input.
-            result: What its output is.
+            norm: Path of the norm.
+            layer: Path of the layer; ``""`` if there is none.
         """
-        origin, norm = operand.origin, result.units
-        source = ""
-        if origin.units is not None and origin.site is None and norm is not None:
-            layer = origin.layer  # "" if anything was mixed in
-            if layer and origin.units.tensor_runs() == ((layer, 0, norm.width, 1),):
-                source = self.normalised.get(layer, "") or layer
-        if self.normalised.setdefault(result.layer, source) != source:
-            self.normalised[result.layer] = ""  # it normalises several layers
+        layer = self.normalised.get(layer, "") or layer
+        if self.normalised.setdefault(norm, layer) != layer:
+            self.normalised[norm] = ""  # it normalises several layers
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""
@@ -209,7 +265,8 @@ class NeuronFlow:
         if value is None or isinstance(value, (int, float, str)):
             return value
         if isinstance(value, (tuple, list)):
-            return tuple([self._describe(each) for each in value])
+            described = [self._describe(each) for each in value]
+            return tuple(described) if isinstance(value, tuple) else Listed(described)
         if isinstance(value, slice):
             return Index(*(_plain(each) for each in (value.start, value.stop, value.step)))
         if isinstance(value, torch.SymInt):
@@ -287,6 +344,24 @@ class NeuronFlow:
         self.duplicate = self.duplicate or any(
             is_later_shard(weight) for weight in args if isinstance(weight, nn.Parameter)
         )
+
+
+def _normalised(source: Origin, result: Origin) -> str:
+    """Return the path of the layer whose units a norm normalises one by one; ``""`` if there is none.
+
+    Args:
+        source: What the norm is applied to.
+        result: What it gives.
+    """
+    if source.units is None or result.units is None or source.site is not None:
+        return ""
+    alike = source.units.tensor_runs() == ((source.layer, 0, result.units.width, 1),)  # and nothing was mixed in
+    return source.layer if alike else ""
+
+
+def _note(function: Callable[..., Any]) -> str:
+    """Return how a function that is no layer reads a site."""
+    return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

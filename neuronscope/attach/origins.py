@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from neuronscope.attach.units import Units, broadcast
 
@@ -37,17 +37,20 @@ class Origin:
         state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
-        layer: Path of the layer of a weight; or the layer that gave the units, if nothing was mixed into them since.
-            ``""`` if it is not known.
+        layer: Path of the layer of a weight; of the layer that gave the units, if nothing was mixed into them since; or
+            of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
+            or it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+        carries: The sites whose neurons the elements are or are multiplied by, each index one neuron.
+        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
-    __slots__ = ("bent", "layer", "picked", "site", "state", "units", "upstream")
+    __slots__ = ("bent", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
-    _known: dict[tuple[Any, ...], Origin] = {}
-    _MOST_KNOWN = 100_000
+    _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
+    _MOST_KNOWN: ClassVar[int] = 100_000
 
     state: str
     upstream: int
@@ -56,6 +59,8 @@ class Origin:
     picked: bool
     site: Any
     bent: str
+    carries: tuple[Any, ...]
+    unit_set: tuple[Any, ...]
 
     @classmethod
     def of(
@@ -68,6 +73,7 @@ class Origin:
         picked: bool = False,
         site: Any = None,
         bent: str = "",
+        carries: tuple[Any, ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -79,14 +85,17 @@ class Origin:
             picked: Whether a weight was picked by data.
             site: A site.
             bent: Name of a function.
+            carries: Sites.
         """
-        facts = (state, upstream, units, layer, picked, site, bent)
+        facts = (state, upstream, units, layer, picked, site, bent, carries)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
-            found.state, found.upstream, found.units, found.layer, found.picked, found.site, found.bent = facts
+            found.state, found.upstream, found.units, found.layer, *rest = facts
+            found.picked, found.site, found.bent, found.carries = rest
+            found.unit_set = () if units is None else (units.call, units.first, units.order)
         return found
 
     def but(self, **changes: Any) -> Origin:
@@ -95,7 +104,7 @@ class Origin:
         Args:
             changes: The attributes and their new values.
         """
-        facts = {name: getattr(self, name) for name in Origin.__slots__}
+        facts = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set"}
         return Origin.of(**{**facts, **changes})
 
     def without_units(self, state: str = ENDED) -> Origin:
@@ -107,7 +116,7 @@ class Origin:
         return self if self.state != UNITS else Origin.of(state, self.upstream)
 
     def __repr__(self) -> str:
-        known = {name: getattr(self, name) for name in Origin.__slots__ if getattr(self, name)}
+        known = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set" and getattr(self, name)}
         return f"Origin({', '.join(f'{name}={value!r}' for name, value in known.items())})"
 
 
@@ -125,17 +134,18 @@ class Operand(NamedTuple):
     boolean: bool = False
 
 
-def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "") -> Origin:
+def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "", product: bool = False) -> Origin:
     """Return what an elementwise function of several tensors is.
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
     are upstream of another source drop out: ``x + f(x)`` has the units of ``f``. Of parallel ones the first that was
-    called decides.
+    called decides. Truth values are masks: they decide nothing beside numbers.
 
     Args:
         operands: The tensors.
         shape: The shape of the result.
         bent: Name of the function if it is not linear.
+        product: Whether it multiplies.
     """
     data = [each for each in operands if each.origin.state not in (WEIGHT, CONSTANT)]
     if not data:
@@ -143,10 +153,11 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
+    data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        return Origin.of(origin.state, upstream)
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "")
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
@@ -156,8 +167,25 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         units = units._replace(dims=broadcast(units.dims, shape))
     before = (each.origin.bent for each in data if each.origin.units == origin.units)
     bent = "" if site else bent or next(filter(None, before), "")
-    layer = origin.layer if len(data) == 1 else ""
-    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent)
+    layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
+    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent, carries=carries)
+
+
+def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:
+    """Return the sites whose neurons a result has, each at its own index.
+
+    Args:
+        data: The tensors that it was computed from.
+        units: The units of the result.
+        product: Whether they were multiplied, so that a neuron that is zero makes the product zero.
+    """
+    carries = data[0].origin.carries
+    if all(each.origin.carries == carries for each in data[1:]):
+        return carries
+    if not product:
+        return ()
+    aligned = (each.origin for each in data if each.origin.units is not None and each.origin.units.size == units.size)
+    return tuple(dict.fromkeys(site for origin in aligned for site in origin.carries))
 
 
 def _source(data: Sequence[Operand]) -> Operand:

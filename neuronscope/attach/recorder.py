@@ -19,9 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_partial, local_tensor, neuron_shard, sharded_dims
-from neuronscope.attach.forward import ForwardContext, gradients_on
+from neuronscope.attach.examples import ExampleCounter
+from neuronscope.attach.forward import INFERENCE, ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Origin
 from neuronscope.attach.units import Units, slice_dim
 from neuronscope.attach.unsupported import (
@@ -32,9 +34,17 @@ from neuronscope.attach.unsupported import (
     in_transform,
     unsupported_reason,
 )
-from neuronscope.count.counters import SiteCounters, add_gradients, add_outputs, gate_half, register_gradient_hook
+from neuronscope.count.counters import (
+    SiteCounters,
+    add_gradients,
+    add_outputs,
+    gate_half,
+    leave_out,
+    register_gradient_hook,
+)
 from neuronscope.count.counting import ScratchBuffers
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout, neurons_first
+from neuronscope.count.positions import blank_positions, keep_positions
 from neuronscope.sites import SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "SiteRecorder"]
@@ -78,20 +88,21 @@ class SiteRecorder:
 
     Args:
         names: The layers of the model's weights.
+        examples: Counts the examples that a forward is given.
+        masks: Finds the mask of positions that a forward is given.
         new_counters: Returns the counters of a site; called once for each site and phase.
         declared_axis: Returns the declared axis of a site by its names.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
         fail: Called with an error of our own code in a backward pass.
 
     Attributes:
-        phase: The phase that is counted.
+        phase: The phase that is counted. In ``train``, what runs without gradients is counted as ``inference``.
         step: The optimizer step that is counted.
         step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
         compiled: Whether ``torch.compile`` traced any part of the model.
         forward: The forward that is running.
         not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
-        ran_modules: Paths of the activation modules that ran.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
     """
 
@@ -99,6 +110,8 @@ class SiteRecorder:
         self,
         *,
         names: LayerNames,
+        examples: ExampleCounter,
+        masks: PositionMask,
         new_counters: CountersFactory,
         declared_axis: DeclaredAxis,
         tolerance: float,
@@ -109,10 +122,10 @@ class SiteRecorder:
         self.step = 0
         with torch.inference_mode(False):
             self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
-        self.forward = ForwardContext(names)
+        self.forward = ForwardContext(names, examples, masks)
         self.not_measured: dict[str, str] = {}
         self.not_neurons: dict[str, str] = {}
-        self.ran_modules: set[str] = set()
+        self._ran: set[tuple[str, str]] = set()  # phases, and paths of the activation modules that ran in them
         self.fail = fail
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
@@ -134,6 +147,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
+        self._carry_while_tracing = while_tracing(self._carry, "x", "y")
         found: list[int | None] = []
         self._found = found
 
@@ -176,6 +190,10 @@ class SiteRecorder:
             )
         return not_measured
 
+    def ran(self, phase: str) -> set[str]:
+        """Return the paths of the activation modules that ran in a phase."""
+        return {path for name, path in self._ran if name == phase}
+
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
         """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
@@ -185,10 +203,15 @@ class SiteRecorder:
         """
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
-        readers = tuple(flow.readers.get(key, ()))
+        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
         normalises = flow.normalised.get(info.layer)
         return replace(
-            info, output=output, readers=readers, is_norm=normalises is not None, normalises=normalises or ""
+            info,
+            output=output,
+            readers=readers,
+            reader_notes=notes,
+            is_norm=normalises is not None,
+            normalises=normalises or "",
         )
 
     def expect_missed_sites(self) -> None:
@@ -224,16 +247,14 @@ class SiteRecorder:
             step: Number of the optimizer step.
         """
         self.phase = phase
+        self.forward.training = phase == "train"
         self.step = step
         self.step_tensor.fill_(step)
 
     @property
     def running_phase(self) -> str:
-        """The phase of what runs now: ``inference`` if training forwards are counted, and this is none."""
-        if self.phase != "train" or self.forward.recomputing:
-            return self.phase
-        graded = self.forward.graded if self.forward.module_stack else gradients_on()
-        return "train" if graded else "inference"
+        """The phase of the forward that is running."""
+        return INFERENCE if self.forward.inference else self.phase
 
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
@@ -287,21 +308,28 @@ class SiteRecorder:
                 self._register_recomputed(x, path, function, activation.name, glu_dim)
             return None
         place = _place(path, function)
+        phase = self.running_phase
         if not function:
-            self.ran_modules.add(path)
+            self._ran.add((phase, path))
         if transformed:
             self.not_measured.setdefault(place, IN_TRANSFORM)
             return None
-        call = self._find(self.running_phase, place, not function, activation, x, glu_dim)
-        requires_gradient = torch.is_grad_enabled()
-        if not requires_gradient and (outside_module or forward.graded):
+        call = self._find(phase, place, not function, activation, x, glu_dim)
+        if forward.may_be_recomputed:
             forward.recomputation.add((path, function), call)
-        if call is not None and call.hook is not None and requires_gradient and x.requires_grad:
-            self._hook(x, call.hook)
+        if call is not None and call.hook is not None and x.requires_grad and torch.is_grad_enabled():
+            self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
         return call
 
-    def _begin_in_graph(self, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None) -> Any:
-        phase = self.running_phase
+    def _begin_in_graph(  # `comptime` reads its arguments and variables
+        self,
+        path: str,  # noqa: ARG002
+        function: str,  # noqa: ARG002
+        activation: Activation,  # noqa: ARG002
+        x: Tensor,
+        glu_dim: int | None,
+    ) -> Any:
+        phase = self.running_phase  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -309,7 +337,7 @@ class SiteRecorder:
         counters = self._counters_of(call)
         if counters is not None and x.requires_grad and torch.is_grad_enabled():
             axis, dims = self._layout_of(call)
-            register_gradient_hook(x, axis, dims, glu_dim, counters)
+            register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
     def _find_traced(
@@ -318,7 +346,7 @@ class SiteRecorder:
         """Find a call while ``torch.compile`` traces, and note its number."""
         self.compiled = True
         if not function:
-            self.ran_modules.add(path)
+            self._ran.add((phase, path))
         place = _place(path, function)
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
@@ -364,7 +392,7 @@ class SiteRecorder:
             traced: Whether ``x`` is the fake tensor of a graph.
         """
         origin = self.forward.flow.origin(x)
-        ordinal = self.forward.ordinal(origin.units, activation.name) if origin.units is not None else 0
+        ordinal = self.forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             facts = (origin, phase, x.shape, activation, ordinal, place, glu_dim, x.layout, holds_no_data(x))
@@ -450,7 +478,7 @@ class SiteRecorder:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
         after = (
-            origin.but(site=key, units=output_units, bent="")
+            origin.but(site=key, units=output_units, bent="", carries=(key,))
             if output_units is not None
             else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         )
@@ -468,6 +496,11 @@ class SiteRecorder:
                 "declare its axis to count those together",
             )
             return False
+        if state == ENDED and origin.layer:
+            self.not_measured.setdefault(
+                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+            )
+            return False
         if state in (ENDED, WEIGHT):
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
@@ -480,8 +513,7 @@ class SiteRecorder:
         self._unclear.setdefault(
             place,
             (
-                "it is not known which dimension of its input holds neurons: declare it, as in "
-                f"`axes={{{place!r}: 1}}`",
+                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
                 self.forward.flow.last_layers(origin),
             ),
         )
@@ -532,6 +564,26 @@ class SiteRecorder:
     def _end_traced(self, call: int, y: Tensor) -> None:
         self._end(self._traced[call][0], y)
 
+    def carry(self, x: Any, y: Any) -> None:
+        """Note what an activation module returned whose call is not counted: what it was given.
+
+        Args:
+            x: Its input.
+            y: Its output.
+        """
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return
+        if is_tracing():
+            comptime(self._carry_while_tracing)
+        else:
+            self._carry(x, y)
+
+    def _carry(self, x: Tensor, y: Tensor) -> None:
+        origin = self.forward.flow.origin(x)
+        if x.is_nested or y.is_nested or x.shape != y.shape:
+            origin = origin.without_units(LOST)
+        self.forward.flow.put(y, origin.but(site=None, carries=()))
+
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """Count a product as gated if one factor is the output of a site and the other has other units.
 
@@ -564,20 +616,18 @@ class SiteRecorder:
             if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
             origin = flow.origin(factor)
-            gate = None if origin.site is None or origin.units is None else self._gates.get(origin.site)
-            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
             beside = flow.origin(other)
-            if beside.state in (WEIGHT, CONSTANT) or _same_units(origin, beside):
+            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin, y, traced)
+            return self._gated(phase, gate, origin, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, origin: Origin, y: Tensor, traced: bool) -> Call | None:
-        units = origin.units
-        assert units is not None
+    def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(units, name))
+        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
@@ -590,13 +640,22 @@ class SiteRecorder:
             counters.gate = self._counters.get((phase, gate.key))
         after = self.forward.flow.origin(y)
         if after.units == units:
-            self.forward.flow.put(y, after.but(site=key))
+            self.forward.flow.put(y, after.but(site=key, carries=(key, *after.carries)))
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
-        plain, axis = neurons_first(local_tensor(y.detach()), *layout)
+        plain, axis = local_tensor(y.detach()), layout.axis
+        left_out = None
+        if layout.dims is not None:
+            plain, axis = neurons_first(plain, *layout)
+        elif self.forward.mask is not None:
+            plain, axis, left_out = _masked(plain, axis, self.forward.mask)
+            if not plain.numel():
+                return
         examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
         add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
+        if left_out is not None:
+            leave_out(counters, left_out)
 
     def _count_in_graph(self, call: int, y: Tensor) -> None:
         counters = self._counters_of(call)
@@ -604,11 +663,16 @@ class SiteRecorder:
             return
         axis, dims = self._layout_of(call)
         plain, axis = neurons_first(y.detach(), axis, dims)
+        left_out = None
+        if dims is None:
+            plain, left_out = blank_positions(plain, axis, self.forward.mask)
         examples = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]
             examples = min(positions, self.forward.examples)
         add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
+        if left_out is not None:
+            leave_out(counters, left_out)
 
     def _counters_for(
         self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
@@ -667,7 +731,14 @@ class SiteRecorder:
         if handle is not None and x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step, and its hook must not
 
-    def gradient(self, gradient: Tensor, counters: SiteCounters, layout: NeuronLayout, glu_dim: int | None) -> None:
+    def gradient(
+        self,
+        gradient: Tensor,
+        counters: SiteCounters,
+        layout: NeuronLayout,
+        glu_dim: int | None,
+        mask: Tensor | None = None,
+    ) -> None:
         """Count a gradient at a pre-activation.
 
         Args:
@@ -675,6 +746,7 @@ class SiteRecorder:
             counters: The counters of the site.
             layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
+            mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
         """
         if in_transform(gradient):
             self._note_gradient(counters, BATCHED_GRADIENT)
@@ -682,8 +754,17 @@ class SiteRecorder:
             self._note_gradient(counters, "its gradient is spread over the ranks in another way than its output")
         else:
             plain = gradient.detach() if gradient.requires_grad else gradient
-            found, axis = neurons_first(gate_half(local_tensor(plain), glu_dim), *layout)
+            found, axis = gate_half(local_tensor(plain), glu_dim), layout.axis
+            left_out = None
+            if layout.dims is not None:
+                found, axis = neurons_first(found, *layout)
+            elif mask is not None:
+                found, axis, left_out = _masked(found, axis, mask)
+                if not found.numel():
+                    return
             add_gradients(counters, found, axis, self._scratch)
+            if left_out is not None:
+                leave_out(counters, left_out, gradients=True)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
         name = next(key.name for (_, key), known in self._counters.items() if known is counters)
@@ -697,9 +778,12 @@ def _place(path: str, function: str) -> str:
     return f"{path}.{function}()" if path else f"{function}()"
 
 
-def _same_units(one: Origin, other: Origin) -> bool:
-    first, second = one.units, other.units
-    return first is not None and second is not None and first[:4] == second[:4] and first.order == second.order
+def _masked(tensor: Tensor, axis: int, mask: Tensor) -> tuple[Tensor, int, Tensor | None]:
+    """Return what to count of a tensor, its neuron axis, and how many positions to take off again."""
+    if tensor.device.type == "cpu":
+        return *keep_positions(tensor, axis, mask), None
+    blank, left_out = blank_positions(tensor, axis, mask)
+    return blank, axis, left_out
 
 
 def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:

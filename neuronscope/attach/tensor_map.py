@@ -15,6 +15,10 @@ Known = TypeVar("Known")
 class TensorMap(Generic[Known]):
     """A map from living tensors to facts about them, keyed by identity; it keeps no tensor alive.
 
+    Attributes:
+        entries: For each tensor, by its ``id``: a reference to it, and the fact. The tensor may be dead, and another
+            one may have its ``id``.
+
     >>> import torch
     >>> known, tensor = TensorMap(), torch.ones(2)
     >>> known.put(tensor, 2)
@@ -26,7 +30,7 @@ class TensorMap(Generic[Known]):
     MOST = 20_000
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
+        self.entries: dict[int, tuple[weakref.ref[Tensor], Known]] = {}
         self._most = self.MOST
 
     def put(self, tensor: Tensor, value: Known) -> None:
@@ -36,7 +40,7 @@ class TensorMap(Generic[Known]):
             tensor: Any tensor.
             value: The fact.
         """
-        known = self._known
+        known = self.entries
         if len(known) >= self._most:
             for key in [key for key, (reference, _) in known.items() if reference() is None]:
                 del known[key]
@@ -45,9 +49,9 @@ class TensorMap(Generic[Known]):
 
     def get(self, tensor: Tensor) -> Known | None:
         """Return what was last remembered for ``tensor``, or ``None``."""
-        entry = self._known.get(id(tensor))
+        entry = self.entries.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
     def clear(self) -> None:
         """Forget everything."""
-        self._known.clear()
+        self.entries.clear()

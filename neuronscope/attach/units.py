@@ -8,6 +8,7 @@ units of the layer. A linear layer of 12 units over (batch, time) has the dimens
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -17,12 +18,15 @@ from neuronscope.count.neuron_layout import Dims, Factor, NeuronLayout
 __all__ = [
     "Units",
     "broadcast",
+    "fits",
     "has_units",
+    "join_runs",
     "merge_runs",
     "place",
     "positions",
     "reduce",
     "reshape",
+    "resized",
     "select",
     "slice_dim",
 ]
@@ -49,7 +53,7 @@ class Units(NamedTuple):
     dims: Dims
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of units in the tensor."""
         return math.prod(size for dim in self.dims for size, stride in dim if stride)
 
@@ -73,7 +77,12 @@ class Units(NamedTuple):
     def order(self) -> tuple[Factor, ...]:
         """The unit factors by falling stride: in this order they count the units upwards."""
         factors = (factor for dim in self.dims for factor in dim if factor[1])
-        return tuple(sorted(factors, key=lambda factor: -factor[1]))
+        return tuple(_joined(sorted(factors, key=lambda factor: -factor[1])))
+
+    @property
+    def which(self) -> tuple[object, ...]:
+        """Which units of which layer these are, wherever they lie."""
+        return self.layer, self.runs, self.first, self.order
 
     def numbers(self) -> list[int]:
         """Return the number of each unit of the tensor in ``runs``, upwards."""
@@ -84,26 +93,35 @@ class Units(NamedTuple):
 
     def tensor_runs(self) -> tuple[Run, ...]:
         """Return the units of the tensor, in the order in which they are counted."""
-        if self.count == self.width:
+        if self.size == self.width:
             return self.runs
         every = [(layer, unit) for layer, *bounds in self.runs for unit in range(*bounds)]
         return merge_runs(every[number] for number in self.numbers())
 
     def text(self) -> str:
         """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
-        if self.count == self.width:
+        if self.size == self.width:
             return ""
-        runs = self.tensor_runs()
-        several = len({layer for layer, *_ in runs}) > 1
-        return ",".join(_run_text(run, with_layer=several) for run in runs)
+        by_layer = itertools.groupby(self.tensor_runs(), lambda run: run[0])
+        texts = [(layer, _runs_text([run[1:] for run in runs])) for layer, runs in by_layer]
+        return ",".join(f"{layer}:{text}" if len(texts) > 1 else text for layer, text in texts)
 
 
-def _run_text(run: Run, *, with_layer: bool) -> str:
-    layer, start, stop, step = run
-    before = f"{layer}:" if with_layer else ""
-    if len(range(start, stop, step)) == 1:
-        return f"{before}{start}"
-    return f"{before}{start}:{stop}" + (f":{step}" if step > 1 else "")
+def _runs_text(runs: Sequence[tuple[int, int, int]]) -> str:
+    """Return runs of one layer as text, the middle ones left out where they are evenly spaced.
+
+    >>> _runs_text([(0, 16, 1), (48, 64, 1), (96, 112, 1), (144, 160, 1)])
+    '0:16,48:64,...,144:160'
+    """
+    texts = [
+        f"{start}" if len(range(start, stop, step)) == 1 else f"{start}:{stop}" + (f":{step}" if step > 1 else "")
+        for start, stop, step in runs
+    ]
+    even = len({(stop - start, step) for start, stop, step in runs}) == 1
+    distances = {after[0] - before[0] for before, after in itertools.pairwise(runs)}
+    if len(runs) > 3 and even and len(distances) == 1:
+        texts[2:-1] = ["..."]
+    return ",".join(texts)
 
 
 def merge_runs(units: Iterable[tuple[str, int]]) -> tuple[Run, ...]:
@@ -125,6 +143,22 @@ def merge_runs(units: Iterable[tuple[str, int]]) -> tuple[Run, ...]:
                 continue
         runs.append([(layer, unit)])
     return tuple((run[0][0], run[0][1], run[-1][1] + 1, run[1][1] - run[0][1] if len(run) > 1 else 1) for run in runs)
+
+
+def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Return runs with neighbours of one layer made one where the second goes on where the first ends.
+
+    >>> join_runs([("a", 0, 3, 1), ("a", 3, 5, 1), ("b", 0, 2, 1)])
+    (('a', 0, 5, 1), ('b', 0, 2, 1))
+    """
+    found: list[Run] = []
+    for layer, start, stop, step in runs:
+        last = found[-1] if found else None
+        if last is not None and step == last[3] == 1 and last[0] == layer and last[2] == start:
+            found[-1] = (layer, last[1], stop, step)
+        else:
+            found.append((layer, start, stop, step))
+    return tuple(found)
 
 
 def positions(shape: Iterable[int]) -> Dims:
@@ -243,6 +277,42 @@ def slice_dim(units: Units, dim: int, start: int, length: int, step: int = 1) ->
         first = units.first + start // inner * stride
     changed = tuple(factor for factor in changed if factor[0] != 1)
     return units._replace(first=first, dims=(*units.dims[:dim], changed, *units.dims[dim + 1 :]))
+
+
+def resized(dims: Sequence[tuple[Factor, ...]], shape: Sequence[int]) -> Dims | None:
+    """Return dimensions for a shape: those of units as they are, and all others as positions of its sizes.
+
+    Args:
+        dims: The dimensions, the last of which belong to the last of the shape.
+        shape: The shape.
+
+    Returns:
+        The dimensions; ``None`` if the shape has fewer, or if one that indexes units has another size.
+
+    >>> resized((((8, 0),), ((12, 1),)), (3, 5, 12))
+    (((3, 0),), ((5, 0),), ((12, 1),))
+    """
+    new = len(shape) - len(dims)
+    if new < 0:
+        return None
+    found = [*positions(shape[:new])]
+    for dim, size in zip(dims, shape[new:], strict=True):
+        if has_units(dim) and math.prod(length for length, _ in dim) != size:
+            return None
+        found.append(dim if has_units(dim) else positions((size,))[0])
+    return tuple(found)
+
+
+def fits(dims: Dims, shape: Sequence[int]) -> bool:
+    """Whether dimensions are those of a shape.
+
+    Args:
+        dims: The dimensions.
+        shape: The shape.
+    """
+    return len(dims) == len(shape) and all(
+        math.prod(length for length, _ in dim) == size for dim, size in zip(dims, shape, strict=True)
+    )
 
 
 def broadcast(dims: Dims, shape: Sequence[int]) -> Dims:

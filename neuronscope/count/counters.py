@@ -11,6 +11,7 @@ from torch import Tensor
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.pending_counts import NEVER, PendingCounts
+from neuronscope.count.positions import blank_positions
 from neuronscope.count.small_tensors import SmallTensors
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "add_gradients",
     "add_outputs",
     "gate_half",
+    "leave_out",
     "register_gradient_hook",
 ]
 
@@ -34,7 +36,8 @@ class CounterTensors(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added.
+        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added, less the
+            positions that :func:`leave_out` took off.
     """
 
     zero_outputs: Tensor
@@ -295,8 +298,23 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
         counters.tensors.zero_gradients.add_(plain_zeros(gradient, axis, 0.0))
 
 
+def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = False) -> None:
+    """Take off positions that were counted with zeros in place of their numbers; it waits for no device.
+
+    ``torch.compile`` can trace it.
+
+    Args:
+        counters: The counters of the site, which counted a tensor of
+            :func:`neuronscope.count.positions.blank_positions`.
+        positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
+        gradients: Whether the tensor was a gradient, and not an output.
+    """
+    zeros = counters.tensors.zero_gradients if gradients else counters.tensors.zero_outputs
+    _leave_out_in_graph(zeros, counters.tensors.traced, positions, 1 if gradients else 0)
+
+
 def register_gradient_hook(
-    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters
+    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, counters: SiteCounters, mask: Tensor | None
 ) -> None:
     """Register a hook that counts the gradient of ``x``, in a graph that ``torch.compile`` traces.
 
@@ -306,8 +324,10 @@ def register_gradient_hook(
         dims: As in :class:`~neuronscope.count.neuron_layout.NeuronLayout`.
         glu_dim: The dimension whose second half is the gate (GLU), otherwise ``None``.
         counters: The counters of the site.
+        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
     """
-    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, counters.tensors.zero_gradients, counters.tensors.traced)
+    zero_gradients, traced = counters.tensors.zero_gradients, counters.tensors.traced
+    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, traced, mask)
 
 
 def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
@@ -352,12 +372,30 @@ def _add_outputs_in_graph(
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def _leave_out_in_graph(zeros: Tensor, traced: Tensor, positions: Tensor, place: int) -> None:
+    zeros.sub_(positions)
+    traced[place].sub_(positions)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
 def _register_gradient_hook_in_graph(
-    x: Tensor, axis: int, dims: Dims | None, glu_dim: int | None, zero_gradients: Tensor, traced: Tensor
+    x: Tensor,
+    axis: int,
+    dims: Dims | None,
+    glu_dim: int | None,
+    zero_gradients: Tensor,
+    traced: Tensor,
+    mask: Tensor | None,
 ) -> None:
     def count(gradient: Tensor) -> None:
         part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
+        left_out = None
+        if dims is None:
+            part, left_out = blank_positions(part, neurons, mask)
         zero_gradients.add_(plain_zeros(part, neurons, 0.0))
         traced[1].add_(part.numel() // part.shape[neurons])
+        if left_out is not None:
+            zero_gradients.sub_(left_out)
+            traced[1].sub_(left_out)
 
     x.register_hook(count)

@@ -101,8 +101,8 @@ def _zeros(comparison: Comparison) -> list[str]:
         zeros = comparison.spread(name, lambda run: run.end.zero_outputs)
         if zeros.mean < _WORTH_SAYING:
             continue
-        dead = comparison.spread(name, _dead)
-        neurons = "no neuron is" if dead.most == 0 else f"only {number(dead)} neurons are"
+        always = comparison.spread(name, lambda run: sum(run.end.dead) + sum(run.end.silent))
+        neurons = "no neuron is" if always.most == 0 else f"only {number(always)} neurons are"
         sentences.append(
             f"{_percent(zeros.mean)} of {name}'s outputs are exactly zero, because inputs far below zero underflow; "
             f"but {neurons} zero for every image."
@@ -125,11 +125,14 @@ def _dormant(comparison: Comparison) -> list[str]:
 
 def _gradients(comparison: Comparison) -> list[str]:
     """Say where gradients are zero although outputs are not: saturated units, or images classified with certainty."""
-    shares, cut_off = [], []
+    shares, silent, cut_off = [], [], []
     for name, label in comparison.labels.items():
         beyond = comparison.spread(name, lambda run: run.end.zero_gradients - run.end.zero_outputs)
         if beyond.mean >= _WORTH_SAYING:
             shares.append(f"{label} {_percent(beyond.mean)}")
+        zero = comparison.spread(name, lambda run: sum(run.end.silent))
+        if zero.most > 0:
+            silent.append(f"{label} {number(zero)}")
         cut = comparison.spread(name, lambda run: sum(run.end.cut_off))
         if cut.most > 0:
             cut_off.append(f"{label} {number(cut)}")
@@ -139,6 +142,8 @@ def _gradients(comparison: Comparison) -> list[str]:
             f"More gradients than outputs are exactly zero, by {_listed(shares)}: units are saturated, or the network "
             "is certain about an image."
         )
+    if silent:
+        sentences.append(f"Silent (zero for every image, but some give them a gradient): {_listed(silent)}.")
     if cut_off:
         sentences.append(f"Cut off (they fire, but no image gives them a gradient): {_listed(cut_off)}.")
     return sentences

@@ -21,7 +21,8 @@ class Moment:
     Attributes:
         step: Number of optimizer steps taken.
         dead: Dead neurons in each layer, ``(L,)``.
-        dormant: Dormant (not dead) neurons in each layer, ``(L,)``.
+        silent: Neurons in each layer with zero output for every image, but with gradient, ``(L,)``.
+        dormant: Dormant neurons in each layer, neither dead nor silent, ``(L,)``.
         cut_off: Neurons in each layer that fire but get no gradient, ``(L,)``.
         zero_outputs: Fraction of all outputs that are exactly zero.
         zero_gradients: Fraction of all gradients at the pre-activations that are exactly zero.
@@ -30,6 +31,7 @@ class Moment:
 
     step: int
     dead: tuple[int, ...]
+    silent: tuple[int, ...]
     dormant: tuple[int, ...]
     cut_off: tuple[int, ...]
     zero_outputs: float
@@ -196,6 +198,7 @@ class Comparison:
             "dead_at_end": lambda run: sum(run.end.dead),
             "died_in_training": lambda run: run.died,
             "revived_in_training": lambda run: run.revived,
+            "silent_at_end": lambda run: sum(run.end.silent),
             "dormant_at_end": lambda run: sum(run.end.dormant),
             "cut_off_at_end": lambda run: sum(run.end.cut_off),
             "zero_outputs_at_end": lambda run: run.end.zero_outputs,

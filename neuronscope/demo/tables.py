@@ -24,7 +24,7 @@ Number = Callable[[Run], float]
 
 
 def main_table(comparison: Comparison, width: int) -> Table:
-    """Return a table with one row per variant: dead at four moments, dormant, cut off, accuracy; mean ± deviation.
+    """Return a table with one row per variant: dead at four moments, other labels, accuracy; mean ± deviation.
 
     Args:
         comparison: All runs.
@@ -40,6 +40,8 @@ def main_table(comparison: Comparison, width: int) -> Table:
         ("died in\ntraining", lambda run: run.died, "", 4),
         ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
     ]
+    if any(sum(run.end.silent) for run in comparison.runs):
+        columns.append(("silent at\nthe end", lambda run: sum(run.end.silent), _WARN, 3))
     if any(sum(run.end.cut_off) for run in comparison.runs):
         columns.append(("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 2))
     for left_out in (6, 5, 4, 3, 2):

@@ -115,6 +115,7 @@ def _moment(step: int, report: Report) -> Moment:
     return Moment(
         step=step,
         dead=_dead(report),
+        silent=tuple(site.silent for site in report.layers),
         dormant=_dormant(report),
         cut_off=tuple(site.cut_off for site in report.layers),
         zero_outputs=float(np.mean([site.zero_output_fraction for site in report.layers])),

@@ -275,6 +275,27 @@ SYMPTOMS = (
         symptoms.shrunk,
     ),
     Symptom(
+        "silent neurons",
+        "Their output is always zero, so the network computes the same without them. But an auxiliary loss or a "
+        "straight-through estimator sends them a gradient, so training can wake them. Papers on sparse autoencoders "
+        "call such latents dead.",
+        (
+            Remedy(
+                "Keep the auxiliary loss: it keeps these neurons trainable. If their number does not fall, give that "
+                "loss more weight, or resample them."
+            ),
+            Remedy(
+                "Or look at their incoming weights and biases: a pre-activation of exactly zero gives this (weights "
+                "that begin at zero or were pruned), and so does an output that underflows before its gradient does "
+                "(GELU at about -6).",
+                kinds=("smooth", "leaky", "saturating", "gated", "unknown"),
+            ),
+        ),
+        "Bricken et al. 2023, Towards Monosemanticity (resampling); Gao et al. 2024, Scaling and evaluating sparse "
+        "autoencoders (auxiliary loss)",
+        symptoms.silent,
+    ),
+    Symptom(
         "outputs that nothing reads",
         "Every weight that reads these neurons is zero or belongs to a dead neuron, by pruning, weight decay or deaths "
         "in later layers.",

@@ -30,6 +30,7 @@ __all__ = [
     "not_finite",
     "off_centre",
     "shrunk",
+    "silent",
     "spread",
     "unread",
 ]
@@ -76,6 +77,7 @@ class LayerFacts:
         drifted: Number of neurons whose pre-activation is proved to be below zero for every input.
         not_finite: Number of neurons with NaN or infinite weights or outputs.
         unread: Number of neurons whose output nothing reads.
+        silent: Number of silent neurons: zero output at every position, but gradient arrives.
         dead_norm: Median norm of the dead neurons' incoming weights ÷ that of the others; ``None`` = not known.
         may_have_collapsed: Whether the whole layer gets no gradient, because it collapsed or was frozen.
         idle: Number of neurons that get no gradient only because the whole layer gets none.
@@ -89,6 +91,7 @@ class LayerFacts:
     drifted: int = 0
     not_finite: int = 0
     unread: int = 0
+    silent: int = 0
     dead_norm: float | None = None
     may_have_collapsed: bool = False
     idle: int = 0
@@ -418,6 +421,15 @@ def not_finite(facts: RunFacts) -> Support | None:
     """Test for NaN and infinite numbers."""
     number, layers, names = _count(facts, lambda layer: layer.not_finite)
     return Support(f"{_neurons_are(number)} NaN or infinite: {layers}.", number, names) if number else None
+
+
+def silent(facts: RunFacts) -> Support | None:
+    """Test for neurons whose output is always zero although gradient arrives."""
+    number, layers, names = _count(facts, lambda layer: layer.silent)
+    if not number:
+        return None
+    it_gets = "it gets" if number == 1 else "they get"
+    return Support(f"{_neurons_are(number)} zero at every position, but {it_gets} gradient: {layers}.", number, names)
 
 
 def unread(facts: RunFacts) -> Support | None:

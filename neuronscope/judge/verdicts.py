@@ -1,4 +1,4 @@
-"""Decide which neurons are dead, dormant, cut off or linear, from counts alone.
+"""Decide which neurons are dead, silent, cut off, dormant or linear, from counts alone.
 
 :func:`judge` takes the counts of a site and a policy and returns one mask per verdict. :func:`rate_bound` returns how
 often a neuron that never fired may still fire. Nothing here imports torch or knows hooks or reports.
@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 #: Every label of a neuron, most serious first. A neuron that meets the criteria of several gets the first of them.
-LABELS = ("unseen", "not finite", "dead", "cut off", "dormant", "linear", "alive")
+LABELS = ("unseen", "not finite", "dead", "silent", "cut off", "dormant", "linear", "alive")
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,31 @@ class SiteCounts(Protocol):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Hold one mask per verdict over the ``N`` neurons of one site, each bool ``(N,)``.
+    """Hold one mask per label over the ``N`` neurons of one site, each bool ``(N,)``.
 
-    ``dormant``, ``cut_off`` and ``linear`` never include dead neurons; ``dormant`` and ``cut_off`` may overlap.
+    A neuron bears one label, so no two of the labels' masks overlap; a neuron in none of them is alive.
+    ``tau_dormant`` is not a label.
+
+    Attributes:
+        dead: Zero output at every position and, where gradients were seen, zero gradient at every one.
+        silent: Zero output at every position, but gradient at some of them.
+        dormant: Almost no output.
+        cut_off: Zero gradient at every position, and not dead.
+        linear: Piecewise linear and never off.
+        not_finite: NaN or infinite output at some position.
+        unseen: Not observed.
+        tau_dormant: Every neuron whose score is at most the policy's ``dormant_tau``, whatever its label: dormant as
+            Sokar et al. 2023 define it, dead and silent ones included.
     """
 
     dead: BoolArray
+    silent: BoolArray
     dormant: BoolArray
     cut_off: BoolArray
     linear: BoolArray
     not_finite: BoolArray
     unseen: BoolArray
+    tau_dormant: BoolArray
 
     def labels(self) -> npt.NDArray[np.uint8]:
         """Return the index into :data:`LABELS` of each neuron's most serious label, uint8 ``(N,)``."""
@@ -162,14 +176,15 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
         policy: The thresholds.
 
     Returns:
-        One mask per verdict, each bool ``(N,)``.
+        One mask per label, each bool ``(N,)``.
     """
     shape = counts.zero_outputs.shape
     if counts.positions == 0:
         none = np.zeros(shape, dtype=np.bool_)
-        return Judgement(none, none, none, none, none, np.ones(shape, dtype=np.bool_))
+        return Judgement(none, none, none, none, none, none, np.ones(shape, dtype=np.bool_), none)
     not_finite = counts.not_finite_outputs > 0
     never_fired = counts.zero_outputs == counts.positions
+    never_fired &= ~not_finite
     seen_gradients = counts.gradient_positions > 0
     no_gradient = (
         counts.zero_gradients == counts.gradient_positions if seen_gradients else np.zeros(shape, dtype=np.bool_)
@@ -178,16 +193,26 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
         dead = np.zeros(shape, dtype=np.bool_)
     else:
         dead = never_fired & no_gradient if seen_gradients else never_fired
-    finite = counts.mean_abs_output[~not_finite]
-    score = counts.mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
-    dormant = (score <= policy.dormant_tau) & ~dead & ~not_finite
+    silent = never_fired & ~no_gradient if seen_gradients else np.zeros(shape, dtype=np.bool_)
     # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
+    finite = counts.mean_abs_output[~not_finite]
+    score = counts.mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
+    tau_dormant = (score <= policy.dormant_tau) & ~not_finite
+    dormant = tau_dormant & ~dead & ~silent & ~cut_off
     linear = np.zeros(shape, dtype=np.bool_)
     if counts.linear_when_on:
-        linear = (counts.zero_outputs == 0) & ~not_finite
-    unseen = np.zeros(shape, dtype=np.bool_)
-    return Judgement(dead, dormant, cut_off, linear, not_finite, unseen)
+        linear = (counts.zero_outputs == 0) & ~not_finite & ~cut_off & ~dormant
+    return Judgement(
+        dead=dead,
+        silent=silent,
+        dormant=dormant,
+        cut_off=cut_off,
+        linear=linear,
+        not_finite=not_finite,
+        unseen=np.zeros(shape, dtype=np.bool_),
+        tau_dormant=tau_dormant,
+    )
 
 
 @dataclass(frozen=True)
@@ -199,9 +224,9 @@ class Verdict:
         neuron: Index along the site's neuron axis.
         label: One of :data:`LABELS`.
         basis: ``measured``, ``proved`` or ``inferred``.
-        examples: Number of independent examples that the verdict is based on.
-        bound: For a dead neuron, the fraction of examples in which it may still fire, at the policy's confidence; else
-            ``None``.
+        examples: Number of independent examples that the verdict is based on; 0 if that is not known.
+        bound: For a dead or silent neuron, the fraction of examples in which it may still fire, at the policy's
+            confidence; ``None`` for other labels, and where the number of examples is not known.
         since: For a dead neuron, the optimizer step at which it was first observed not to fire; −1 if it never fired
             since watching began ("born dead"). ``None`` for other labels.
         in_headlines: Whether totals include the neuron. They do not if the site's axis is assumed, or if the neuron is

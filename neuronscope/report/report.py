@@ -24,6 +24,7 @@ __all__ = [
     "LEVEL_DORMANT",
     "LEVEL_MAX",
     "LEVEL_NOT_FINITE",
+    "LEVEL_SILENT",
     "LEVEL_UNSEEN",
     "SCHEMA_VERSION",
     "NotMeasured",
@@ -36,9 +37,11 @@ __all__ = [
 #: Version of the data that :meth:`Report.to_dict` returns. Increased when a field is renamed, moved or removed.
 SCHEMA_VERSION = 2
 
-# A history has one byte per neuron and window. 0 … LEVEL_MAX is the zero-output fraction (0 = never zero, LEVEL_MAX =
-# always zero, but not dead, because it still gets gradient). The other values are verdicts.
+# A history has one byte per neuron and window. Values below LEVEL_MAX are zero-output fractions, in units of
+# 1 / LEVEL_MAX (0 = never zero). A neuron with zero output at every position that still gets gradient is silent, so
+# LEVEL_MAX itself is that verdict. The values above it are the other verdicts.
 LEVEL_MAX = 250
+LEVEL_SILENT = LEVEL_MAX
 LEVEL_UNSEEN = 251
 LEVEL_DORMANT = 252
 LEVEL_CUT_OFF = 253
@@ -48,6 +51,7 @@ _LABELS_OF_LEVELS = {
     LEVEL_UNSEEN: "unseen",
     LEVEL_DORMANT: "dormant",
     LEVEL_CUT_OFF: "cut off",
+    LEVEL_SILENT: "silent",
     LEVEL_NOT_FINITE: "not finite",
     LEVEL_DEAD: "dead",
 }
@@ -96,10 +100,11 @@ class SiteHistory:
     Attributes:
         steps: Last optimizer step of each window, int64 ``(W,)``, ascending.
         dead: Dead neurons in each window, int64 ``(W,)``; 0 for a window in which the site did not run.
-        dormant: Dormant (not dead) neurons in each window, int64 ``(W,)``.
+        silent: Silent neurons in each window, int64 ``(W,)``.
+        dormant: Dormant neurons in each window, int64 ``(W,)``.
         cut_off: Cut-off neurons in each window, int64 ``(W,)``.
-        levels: One byte per window and neuron, uint8 ``(W, N)``: 0 … ``LEVEL_MAX`` is the zero-output fraction,
-            higher values are the ``LEVEL_*`` verdicts.
+        levels: One byte per window and neuron, uint8 ``(W, N)``: values below ``LEVEL_MAX`` are the zero-output
+            fraction, the others are the ``LEVEL_*`` verdicts.
         died_step: Step of each neuron's latest death: the first step at which it was observed not to fire. −1 = it did
             not die while it was watched, or it was dead from the start. int64 ``(N,)``.
         revived_step: Step of each neuron's latest revival: the step at which it was observed to fire again; −1 = never.
@@ -110,6 +115,7 @@ class SiteHistory:
 
     steps: IntArray
     dead: IntArray
+    silent: IntArray
     dormant: IntArray
     cut_off: IntArray
     levels: ByteArray
@@ -144,10 +150,10 @@ class SiteReport:
         kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
         neurons: ``N``.
         axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
-        axis_source: How the axis was found: ``declared``, ``producer (conv2d)`` …, or ``assumed (rank)``.
+        axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.
         positions: Positions at which each neuron's output was observed.
         gradient_positions: Positions at which each neuron's gradient was observed; 0 = no gradient was observed.
-        examples: Independent examples (rows of the network's input) in the counts.
+        examples: Independent examples (rows of the network's input) in the counts; 0 if that is not known.
         not_finite: Number of NaN and infinite outputs of all neurons.
         zero_output_fraction: Zero outputs ÷ positions, float64 ``(N,)``; NaN if unseen.
         zero_gradient_fraction: Zero gradients ÷ gradient positions, float64 ``(N,)``; NaN if unseen.
@@ -159,6 +165,8 @@ class SiteReport:
         layer: Path of the layer whose units the neurons are; ``""`` if no layer is known.
         units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
         output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
+        readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
+        reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
     """
@@ -182,6 +190,8 @@ class SiteReport:
     layer: str = ""
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
+    readers: tuple[str, ...] = ()
+    reader_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
 
@@ -211,9 +221,19 @@ class SiteReport:
         return self.dead - self.born_dead
 
     @property
+    def silent(self) -> int:
+        """Number of silent neurons: zero output at every position, but gradient arrives."""
+        return int(self.judgement.silent.sum())
+
+    @property
     def dormant(self) -> int:
-        """Number of dormant neurons that are not dead."""
+        """Number of dormant neurons: almost no output, and neither dead, silent nor cut off."""
         return int(self.judgement.dormant.sum())
+
+    @property
+    def tau_dormant(self) -> int:
+        """Number of τ-dormant neurons, as Sokar et al. 2023 count them: dead and silent ones included."""
+        return int(self.judgement.tau_dormant.sum())
 
     @property
     def cut_off(self) -> int:
@@ -257,6 +277,8 @@ class SiteReport:
             "layer": self.layer,
             "units": [list(run) for run in self.units],
             "output": self.output,
+            "readers": list(self.readers),
+            "reader_notes": list(self.reader_notes),
             "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,
@@ -265,7 +287,9 @@ class SiteReport:
             "dead": self.dead,
             "born_dead": self.born_dead,
             "died": self.died,
+            "silent": self.silent,
             "dormant": self.dormant,
+            "tau_dormant": self.tau_dormant,
             "cut_off": self.cut_off,
             "linear": self.linear,
             "unseen": self.unseen,
@@ -331,6 +355,11 @@ class Report(Renderable):
         return min((site.examples for site in [site for site in seen if site.in_headlines] or seen), default=0)
 
     @property
+    def examples_known(self) -> bool:
+        """Whether the number of examples is known at every observed site; where it is not, no bound is claimed."""
+        return self.examples > 0 or not self.observed_neurons
+
+    @property
     def examples_needed(self) -> int:
         """Number of examples that the policy asks for."""
         return Policy(confidence=self.policy["confidence"], max_rate=self.policy["max_rate"]).min_examples
@@ -371,9 +400,19 @@ class Report(Renderable):
         return self.totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
 
     @property
+    def silent(self) -> int:
+        """Number of silent neurons: zero output at every position, but gradient arrives."""
+        return self.totals.count(lambda site: site.judgement.silent)
+
+    @property
     def dormant(self) -> int:
-        """Number of dormant neurons that are not dead."""
+        """Number of dormant neurons: almost no output, and neither dead, silent nor cut off."""
         return self.totals.count(lambda site: site.judgement.dormant)
+
+    @property
+    def tau_dormant(self) -> int:
+        """Number of τ-dormant neurons, as Sokar et al. 2023 count them: dead and silent ones included."""
+        return self.totals.count(lambda site: site.judgement.tau_dormant)
 
     @property
     def cut_off(self) -> int:
@@ -406,9 +445,19 @@ class Report(Renderable):
         return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
 
     @property
+    def silent_percent(self) -> float:
+        """Silent neurons in percent of the judged ones; NaN if none was judged."""
+        return 100.0 * self.silent / self.judged_neurons if self.judged_neurons else float("nan")
+
+    @property
     def dormant_percent(self) -> float:
-        """Dormant (not dead) neurons in percent of the judged ones; NaN if none was judged."""
+        """Dormant neurons in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.dormant / self.judged_neurons if self.judged_neurons else float("nan")
+
+    @property
+    def tau_dormant_percent(self) -> float:
+        """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
+        return 100.0 * self.tau_dormant / self.judged_neurons if self.judged_neurons else float("nan")
 
     def __getitem__(self, name: str) -> SiteReport:
         """Return the site with this name.
@@ -422,14 +471,14 @@ class Report(Renderable):
         raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
-        """Yield a verdict for every neuron that is dead, cut off, dormant, not finite or unseen, site by site.
+        """Yield a verdict for every neuron that is neither alive nor linear, site by site.
 
         A neuron that is seen at several sites has one verdict, at the site that gives it its label. Verdicts on neurons
         that are not in the totals are marked; see :attr:`neuronscope.judge.verdicts.Verdict.in_headlines`.
         """
         for site, stands_in in zip(self.layers, self.totals.stand_ins, strict=True):
             labels = site.judgement.labels()
-            bound = rate_bound(site.examples, self.policy["confidence"])
+            bound = rate_bound(site.examples, self.policy["confidence"]) if site.examples else None
             for neuron in np.flatnonzero(stands_in & (labels < LABELS.index("linear"))):
                 label = LABELS[labels[neuron]]
                 is_dead = label == "dead"
@@ -440,7 +489,7 @@ class Report(Renderable):
                     label=label,
                     basis="measured",
                     examples=site.examples,
-                    bound=bound if is_dead else None,
+                    bound=bound if label in ("dead", "silent") else None,
                     since=(-1 if born_dead else int(site.history.died_step[neuron])) if is_dead else None,
                     in_headlines=site.in_headlines,
                 )
@@ -456,7 +505,7 @@ class Report(Renderable):
                 **vars(self.window),
                 "provisional": self.provisional,
                 "examples": self.examples,
-                "bound": rate_bound(self.examples, self.policy["confidence"]),
+                "bound": rate_bound(self.examples, self.policy["confidence"]) if self.examples_known else None,
             },
             "policy": dict(self.policy),
             "summary": {
@@ -464,7 +513,9 @@ class Report(Renderable):
                 "neurons": self.neurons,
                 "dead": self.dead,
                 "born_dead": self.born_dead,
+                "silent": self.silent,
                 "dormant": self.dormant,
+                "tau_dormant": self.tau_dormant,
                 "cut_off": self.cut_off,
                 "not_finite": self.not_finite,
                 "labels": self.label_counts,

@@ -25,6 +25,7 @@ def facts_from_report(report: Report) -> RunFacts:
             dead=label == LABELS.index("dead"),
             since=steps,
             not_finite=int((label == LABELS.index("not finite")).sum()),
+            silent=int((label == LABELS.index("silent")).sum()),
             kind=site.kind,
             normalised=site.is_norm,
         )

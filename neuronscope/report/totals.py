@@ -64,10 +64,17 @@ class Totals:
                 counts += np.bincount(site.judgement.labels()[stands_in], minlength=len(LABELS))
         return dict(zip(LABELS, counts.tolist(), strict=True))
 
-    def home_sites(self) -> list[SiteReport]:
-        """Return the sites at which neurons are counted; see :meth:`at_home`. A gate of a product is not one."""
-        nothing = [np.zeros(site.neurons, dtype=np.int64) for site in self.sites]
-        return [site for site, _ in self.at_home(nothing)]
+    def sites_with(self, mask: Callable[[SiteReport], BoolArray]) -> list[SiteReport]:
+        """Return the sites at which neurons with some property are counted. A gate of a product is not one.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
+        return [
+            site
+            for site, stands_in in zip(self.sites, self.stand_ins, strict=True)
+            if site.in_headlines and (mask(site) & stands_in).any()
+        ]
 
     def at_home(self, values: Sequence[IntArray]) -> Iterator[tuple[SiteReport, IntArray]]:
         """Yield the values of distinct neurons, each at one site: the product of its gate, else its first site.

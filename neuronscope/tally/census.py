@@ -40,7 +40,7 @@ class Tally:
         first_active_step: First optimizer step at which the neuron fired, int64 ``(N,)``; ``2**62`` = never.
         positions: Number of positions at which each neuron's output was observed.
         gradient_positions: Number of positions at which each neuron's gradient was observed.
-        examples: Number of independent examples in the counts.
+        examples: Number of independent examples in the counts; 0 if that is not known, so that no bound is claimed.
     """
 
     info: SiteInfo
@@ -112,13 +112,18 @@ class Tally:
 
     @property
     def units(self) -> tuple[tuple[str, int, int, int], ...]:
-        """The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`."""
+        """The units that the neurons are, in their order: (layer, start, stop, step) of each run of units."""
         return self.info.units
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Paths of the layers that read the site's output."""
+        """Paths of the layers that read the site's output; all of them if there are no :attr:`reader_notes`."""
         return self.info.readers
+
+    @property
+    def reader_notes(self) -> tuple[str, ...]:
+        """Other ways in which the site's output is read, as ``added in`` (a residual sum)."""
+        return self.info.reader_notes
 
     @property
     def in_headlines(self) -> bool:
@@ -169,7 +174,9 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
-        state: dict[str, Any] = {"info": vars(self.info).copy()}
+        units, readers = [list(run) for run in self.info.units], list(self.info.readers)
+        notes = list(self.info.reader_notes)
+        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers, "reader_notes": notes}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -188,7 +195,7 @@ class Tally:
                 for name, value in state.items()
                 if name != "info"
             }
-            tally = cls(info=_info(state["info"]), **values)
+            tally = cls(info=_read_info(state["info"]), **values)
             tally._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
@@ -300,9 +307,18 @@ class Census(Mapping[str, Tally]):
             raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
 
 
-def _info(state: Mapping[str, Any]) -> SiteInfo:
-    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state["units"])
-    return SiteInfo(**{**state, "units": units, "readers": tuple(state["readers"])})
+def _read_info(state: Mapping[str, Any]) -> SiteInfo:
+    """Return the description of a site that :meth:`Tally.state_dict` saved.
+
+    Raises:
+        TypeError: A field is unknown or of a wrong type.
+        ValueError: A run of units is not (layer, start, stop, step).
+    """
+    units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
+    if any(step == 0 for *_, step in units):
+        raise ValueError("a run of units has a step of 0")
+    readers, notes = (tuple(map(str, state.get(name, ()))) for name in ("readers", "reader_notes"))
+    return SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

@@ -18,7 +18,7 @@ from neuronscope.count.counting import ScratchBuffers
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Tally
 
-__all__ = ["most_examples", "read_tallies"]
+__all__ = ["observed", "read_tallies"]
 
 AnyArray = npt.NDArray[np.generic]
 
@@ -37,13 +37,15 @@ def read_tallies(sites: Sequence[tuple[SiteInfo, SiteCounters]]) -> list[Tally]:
     return [_tally(info, counters, counted) for info, counters in sites]
 
 
-def most_examples(all_counters: Iterable[SiteCounters]) -> int:
-    """Return the largest number of examples counted at any site. Synchronizes with the devices of the counters."""
+def observed(all_counters: Iterable[SiteCounters]) -> list[tuple[int, int]]:
+    """Return the positions and the examples of each site so far.
+
+    Synchronizes with the devices of counters that a compiled graph holds, and with no others.
+    """
     all_counters = list(all_counters)
-    traced = _copied(counters.tensors.traced for counters in all_counters)
-    return max(
-        (counters.totals(each.tolist())[2] for counters, each in zip(all_counters, traced, strict=True)), default=0
-    )
+    traced = iter(_copied(counters.tensors.traced for counters in all_counters if counters.in_graph))
+    totals = [counters.totals(next(traced).tolist() if counters.in_graph else (0, 0, 0)) for counters in all_counters]
+    return [(positions, examples) for positions, _, examples in totals]
 
 
 def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyArray]]) -> Tally:

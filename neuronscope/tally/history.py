@@ -24,6 +24,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     LEVEL_UNSEEN,
     SiteHistory,
 )
@@ -48,10 +49,10 @@ def levels(tally: Tally, judgement: Judgement) -> ByteArray:
     """
     zeros, positions = tally.zero_outputs, max(tally.positions, 1)
     codes: ByteArray = np.rint(zeros * LEVEL_MAX / positions).astype(np.uint8)
-    np.clip(codes, 1, LEVEL_MAX - 1, out=codes)  # 0 and LEVEL_MAX are for exactly 0 and exactly 1
+    np.clip(codes, 1, LEVEL_MAX - 1, out=codes)  # 0 is for exactly 0, and LEVEL_MAX is a verdict
     codes[zeros == 0] = 0
-    codes[zeros == positions] = LEVEL_MAX
     for mask, level in (
+        (judgement.silent, LEVEL_SILENT),
         (judgement.dormant, LEVEL_DORMANT),
         (judgement.cut_off, LEVEL_CUT_OFF),
         (judgement.dead, LEVEL_DEAD),
@@ -107,13 +108,14 @@ class _LevelRows:
 class _Trail:
     """Record the history of one site with ``N`` neurons."""
 
-    _LISTS = ("steps", "dead", "dormant", "cut_off")
+    _LISTS = ("steps", "dead", "silent", "dormant", "cut_off")
     _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 
     def __init__(self, neurons: int) -> None:
         self.indices: list[int] = []
         self.steps: list[int] = []
         self.dead: list[int] = []
+        self.silent: list[int] = []
         self.dormant: list[int] = []
         self.cut_off: list[int] = []
         self._levels = _LevelRows(neurons)
@@ -163,6 +165,7 @@ class _Trail:
         self.indices.append(index)
         self.steps.append(step)
         self.dead.append(int(judgement.dead.sum()))
+        self.silent.append(int(judgement.silent.sum()))
         self.dormant.append(int(judgement.dormant.sum()))
         self.cut_off.append(int(judgement.cut_off.sum()))
         self._levels.append(levels(tally, judgement))

@@ -1,8 +1,9 @@
 """Record the windows of one phase: the open window, the newest closed one, and the sum of all closed ones.
 
 A window of training is a number of consecutive optimizer steps. Its verdicts are more certain the more examples it has,
-so after its steps a window stays open until it has enough examples. One pass of another phase (validation, test) is one
-window, even if it has few examples.
+so after its steps a window stays open until each site that ran in it has enough examples. It does not wait for ever for
+a branch that seldom runs: see :data:`PATIENCE`. One pass of another phase (validation, test) is one window, even if it
+has few examples.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
-from neuronscope.tally.collect import most_examples, read_tallies
+from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
 
-__all__ = ["WINDOWS", "PhaseRecord", "scope_state", "split_scope_state"]
+__all__ = ["PATIENCE", "WINDOWS", "PhaseRecord", "scope_state", "split_scope_state"]
 
 #: Names of the windows that a census can cover.
 WINDOWS = ("all", "last", "open")
+
+#: A window of training no longer waits for sites with too few examples once a site has this many times as many as the
+#: policy needs. A site that runs in a quarter of the forwards gets enough; one that never runs is not waited for.
+PATIENCE = 4
 
 _STATE_VERSION = 1
 
@@ -167,15 +172,46 @@ class PhaseRecord:
         """Whether the open window has enough examples; a "no" holds until another step is observed."""
         if self._short_at == len(self._steps):
             return False
-        missing = self._policy.min_examples - self._flushed.examples
-        enough = missing <= 0 or any(counters.examples >= missing for _, counters in self._counters.values())
-        enough = enough or most_examples(counters for _, counters in self._counters.values()) >= missing
+        seen = self._flushed_examples()
+        running = observed(counters for _, counters in self._counters.values())
+        for key, (positions, examples) in zip(self._counters, running, strict=True):
+            if positions:
+                seen[key.name] = seen.get(key.name, 0) + examples
+        enough = self._is_enough(seen.values())
         self._short_at = -1 if enough else len(self._steps)
         return enough
 
-    def has_enough_examples(self) -> bool:
-        """Whether the flushed part of the open window has enough examples for the policy."""
-        return self._flushed.examples >= self._policy.min_examples
+    def _flushed_examples(self) -> dict[str, int]:
+        """Return the examples of each site that ran in the flushed part of the open window."""
+        return {name: tally.examples for name, tally in self._flushed.items() if tally.positions}
+
+    def _is_enough(self, examples: Collection[int]) -> bool:
+        """Whether a window with so many examples, of each site that ran, need not wait for more.
+
+        It does not wait where the number of examples is not known at any site, and 0 therefore.
+        """
+        needed = self._policy.min_examples
+        if not any(examples):
+            return bool(examples)
+        return min(examples) >= needed or max(examples) >= PATIENCE * needed
+
+    def has_enough_examples(self, *, final: bool = False) -> bool:
+        """Whether the flushed part of the open window has enough examples for the policy at each site that ran in it.
+
+        Every rank answers alike, because all have the same flushed counts.
+
+        Args:
+            final: Whether the watch ends, so that no more examples will come: enough at one site are then enough.
+        """
+        examples = self._flushed_examples().values()
+        if final:
+            return max(examples, default=0) >= self._policy.min_examples or (bool(examples) and not any(examples))
+        return self._is_enough(examples)
+
+    @property
+    def counted(self) -> bool:
+        """Whether anything was flushed so far. The same on all ranks."""
+        return bool(self.closed or self._flushed_examples())
 
     def close(self) -> bool:
         """Close the open window, which was flushed before. Return ``False`` if there was nothing in it."""

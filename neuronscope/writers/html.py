@@ -28,7 +28,7 @@ LISTED = 40
 #: Columns after the layer's name, and how they are sorted (``""`` = they are not).
 COLUMNS = (
     *((heading, "number") for heading in ("Neurons", "Dead", "Dead %", "Born", "Died")),
-    *((heading, "number") for heading in ("Dormant", "Cut off", "Linear", "Not finite")),
+    *((heading, "number") for heading in ("Silent", "Dormant", "Cut off", "Linear", "Not finite")),
     ("Worst neurons", ""),
     ("Activation", "text"),
     ("Axis", "text"),
@@ -37,6 +37,7 @@ COLUMNS = (
 )
 LEGEND = (
     ("dead", "dead"),
+    ("silent", "silent"),
     ("cut", "cut off"),
     ("warn", "dormant"),
     ("alarm", "not finite"),
@@ -108,6 +109,7 @@ def _cards(report: Report) -> list[Card]:
         card("Neurons", report.neurons, f"{where}, {count(unseen)} unseen" if unseen else where, "calm", True),
         card("Dead", report.dead, born if report.dead else among, "bad"),
         Card("Dead share", share, among, "bad" if report.dead else "calm"),
+        *([card("Silent", report.silent, "zero, but gradient arrives", "silent")] if report.silent else []),
         card("Dormant", report.dormant, "almost no output", "warn"),
         card("Cut off", report.cut_off, "no gradient" if gradients else "gradients unseen", "cut", gradients),
         card("Not finite", report.not_finite, "NaN or infinite outputs", "alarm", wording.anything_seen(report)),
@@ -123,7 +125,7 @@ def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
     unseen, judged = wording.is_unseen(site), wording.judged(site)
     nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
     share = 100.0 * site.dead / judged if judged else None
-    cut_off = site.cut_off if site.gradient_positions else ""
+    silent, cut_off = (site.silent, site.cut_off) if site.gradient_positions else ("", "")
 
     def number(text: str, key: float | str, css: str = "") -> Cell:
         return Cell(text, "" if unseen else key, f"n {css}".strip())
@@ -138,6 +140,7 @@ def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
             Cell(cells.dead_share, "" if share is None else share, "n share", page.bar(share or 0)),
             number(count(site.born_dead) if site.born_dead else nothing, site.born_dead),
             number(count(site.died) if site.died else nothing, site.died),
+            number(cells.silent, silent),
             number(cells.dormant, site.dormant),
             number(cells.cut_off, cut_off),
             number(cells.linear, site.linear),
@@ -165,6 +168,7 @@ def _meta(site: SiteReport, unseen: bool) -> list[tuple[str, bool]]:
         ("unseen", True, unseen),
         (f"{plural(site.not_finite, 'output')} not finite", True, site.not_finite > 0),
         (f"{count(site.dead)} dead", True, site.dead > 0),
+        (f"{count(site.silent)} silent", False, site.silent > 0),
         (f"{count(site.dormant)} dormant", False, site.dormant > 0),
         (f"{count(site.cut_off)} cut off", False, site.cut_off > 0),
         (f"{count(site.linear)} linear", False, site.linear > 0),

@@ -15,6 +15,7 @@ COLUMNS = (
     ("axis", "axis", False),
     ("dead", "dead", True),
     ("dead %", "dead_share", True),
+    ("silent", "silent", True),
     ("dormant", "dormant", True),
     ("cut off", "cut_off", True),
     ("linear", "linear", True),

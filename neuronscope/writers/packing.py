@@ -22,6 +22,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     LEVEL_UNSEEN,
     SiteReport,
 )
@@ -123,6 +124,7 @@ def fraction_levels(fractions: npt.NDArray[np.float64]) -> ByteArray:
 def verdict_levels(site: SiteReport) -> ByteArray:
     """Return the verdicts on a layer as levels, uint8 ``(N,)``; a neuron without one has its zero-output fraction."""
     levels = fraction_levels(site.zero_output_fraction)
+    levels[levels == LEVEL_MAX] = LEVEL_MAX - 1  # LEVEL_MAX itself is a verdict
     labels = site.judgement.labels()
     for label, level in _LEVEL_OF_LABEL.items():
         levels[labels == LABELS.index(label)] = level
@@ -170,6 +172,7 @@ _LEVEL_OF_LABEL = {
     "unseen": LEVEL_UNSEEN,
     "not finite": LEVEL_NOT_FINITE,
     "dead": LEVEL_DEAD,
+    "silent": LEVEL_SILENT,
     "cut off": LEVEL_CUT_OFF,
     "dormant": LEVEL_DORMANT,
 }
@@ -285,11 +288,11 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     inner = np.clip(np.round(share), 1, 254)
     share = np.where(dead == 0, 0, np.where(dead == sizes, 255, inner))
 
-    graded = levels <= LEVEL_MAX
+    graded = levels < LEVEL_MAX
     counts = [total(graded)]
     mean = total(np.where(graded, levels, 0)) / np.maximum(counts[0], 1)
     rest = [np.round(mean)]
-    for level in (LEVEL_UNSEEN, LEVEL_DORMANT, LEVEL_CUT_OFF):
+    for level in (LEVEL_UNSEEN, LEVEL_DORMANT, LEVEL_CUT_OFF, LEVEL_SILENT):
         counts.append(total(levels == level))
         rest.append(np.full((columns, rows), level))
     chosen = np.take_along_axis(np.stack(rest), np.argmax(counts, axis=0)[None], axis=0)[0]

@@ -16,6 +16,7 @@ COLUMNS = (
     Column("axis", "axis", right=False, narrowest=100, wraps=True),
     Column("dead", "dead", right=False, wraps=True),
     Column("%", "dead_share"),
+    Column("si-\nlent", "silent", optional=True),
     Column("dor-\nmant", "dormant"),
     Column("cut\noff", "cut_off"),
     Column("lin-\near", "linear", narrowest=90, optional=True),

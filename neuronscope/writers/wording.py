@@ -46,8 +46,8 @@ __all__ = [
 
 #: The words of the table in one line; :func:`glossary` explains them in full.
 LEGEND = (
-    "dead: output always zero (born: since watching began) · dormant: almost no output · cut off: no gradient · "
-    f"linear: never zero · {UNKNOWN}: not seen"
+    "dead: output always zero (born: since watching began) · silent: output always zero, but gradient arrives · "
+    f"dormant: almost no output · cut off: no gradient · linear: never zero · {UNKNOWN}: not seen"
 )
 
 
@@ -65,14 +65,22 @@ def confidence(report: Report) -> str:
 def based_on(report: Report) -> str:
     """Say how many examples and which steps the verdicts are based on, and how sure a dead verdict is."""
     if not report.observed_neurons:
-        seen = anything_seen(report)
-        return f"Based on nothing: {'no observed neuron is in the totals' if seen else 'no neuron was observed'}."
-    numbers = sorted({site.examples for site in report.headline_layers if not is_unseen(site)})
-    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
+        anything = anything_seen(report)
+        return f"Based on nothing: {'no observed neuron is in the totals' if anything else 'no neuron was observed'}."
+    seen = [site.examples for site in report.headline_layers if not is_unseen(site)]
+    numbers = sorted({examples for examples in seen if examples})
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
+    if not numbers:
+        on = f"on {phase}examples whose number is not known{_window(report)}"
+        return f"Provisional: based {on}. No bound is claimed on how often a neuron called dead could still fire."
+    examples = count(numbers[0]) if len(numbers) == 1 else f"{count(numbers[0])} to {count(numbers[-1])}"
     on = f"on {examples} {phase}example{'' if numbers == [1] else 's'}{_window(report)}"
-    bound = at_most(report.examples, report.policy["confidence"])
+    bound = at_most(numbers[0], report.policy["confidence"])
     sure = f"A neuron called dead could still fire on up to {bound} of inputs ({confidence(report)} confidence)."
+    unknown = seen.count(0)
+    if unknown:
+        where = f"In {count(unknown)} of {count(len(seen))} layers"
+        sure += f" {where} the number of examples is not known, and no bound is claimed."
     if not report.provisional:
         return f"Based {on}. {sure}"
     needed = f"{count(report.examples_needed)} are needed for a bound of {100.0 * report.policy['max_rate']:g} %"
@@ -97,6 +105,8 @@ def provisional_note(report: Report, examples: int) -> str:
     """
     if not report.provisional:
         return ""
+    if not examples:
+        return "Provisional: the number of examples is not known, so no bound is claimed for dead ones"
     of = f"{count(examples)} of {count(report.examples_needed)} examples"
     return f"Provisional: {of}; dead ones may fire on up to {at_most(examples, report.policy['confidence'])}"
 
@@ -115,15 +125,19 @@ def findings(report: Report) -> list[str]:
         none = "No observed neuron is in the totals" if anything_seen(report) else "No neuron was observed"
         return [*sentences, f"{none}, so there is no verdict.", *_excluded(report)]
     sentences += _deaths(report)
-    for number, what in ((report.dormant, "dormant: almost no output"), (report.cut_off, "cut off: no gradient")):
+    for number, what in (
+        (report.silent, "silent: the output is always zero, but gradient arrives"),
+        (report.dormant, "dormant: almost no output"),
+        (report.cut_off, "cut off: no gradient"),
+    ):
         if number:
             sentences.append(f"{plural(number, 'neuron')} {is_are(number)} {what}.")
     blind = sum(site.gradient_positions == 0 for site in seen)
     if blind:
         where = "" if blind == len(seen) else f" in {count(blind)} of {count(len(seen))} layers"
         sentences.append(
-            f"No gradients were seen{where}: {'there, ' if where else ''}dead means only that the output is zero, and "
-            "cut off is not known."
+            f"No gradients were seen{where}: {'there, ' if where else ''}dead means only that the output is zero; "
+            "silent and cut off are not known."
         )
     unseen = sum(map(is_unseen, report.layers))
     if unseen:
@@ -174,7 +188,8 @@ def _deaths(report: Report) -> list[str]:
             f"{count(born)} never fired since watching began (born dead); {count(died)} worked before and "
             f"stopped{_most_steps(report)}"
         )
-    worst = max(report.totals.home_sites(), key=lambda site: site.dead / max(judged(site), 1))
+    with_deaths = report.totals.sites_with(lambda site: site.judgement.dead)
+    worst = max(with_deaths, key=lambda site: site.dead / max(judged(site), 1))
     how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
     return [
         f"{how_many} ({percent(report.dead_percent)}). {how}.",
@@ -201,10 +216,11 @@ def glossary(report: Report) -> list[tuple[str, str]]:
         ("dead", "output is zero at every position of the window; where gradients were seen, they are zero too"),
         ("born", "dead, and never fired since watching began"),
         ("died", "dead, but fired before"),
-        ("dormant", f"not dead, but its mean |y| is at most {tau} of the layer's mean"),
+        ("silent", "output is zero at every position of the window, but gradient arrives, so training can wake it"),
+        ("dormant", f"neither dead nor silent, but its mean |y| is at most {tau} of the layer's mean"),
         ("cut off", "fires, but its gradient is zero at every position"),
         ("linear", "never off, so it adds no non-linearity"),
-        ("fires in", "a neuron called dead may still fire in up to this share of examples"),
+        ("fires in", "a neuron called dead or silent may still fire in up to this share of examples"),
         (UNKNOWN, "not seen (this is not zero)"),
         (NONE, "none"),
     ]
@@ -231,10 +247,10 @@ def judged(site: SiteReport) -> int:
 
 
 def severity(site: SiteReport) -> tuple[float, float]:
-    """Return how bad a layer is: its share of dead and not finite neurons, then of dormant and cut-off ones."""
+    """Return how bad a layer is: its share of dead and not finite neurons, then of other unhealthy ones."""
     seen = max(observed(site), 1)
     broken = int(site.judgement.not_finite.sum())
-    return (site.dead + broken) / seen, (site.dormant + site.cut_off) / seen
+    return (site.dead + broken) / seen, (site.silent + site.dormant + site.cut_off) / seen
 
 
 @dataclass(frozen=True)
@@ -243,8 +259,8 @@ class SiteCells:
 
     Attributes:
         mark: The mark of a layer that is not in the totals; ``""`` for others.
-        tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (dormant or cut off), ``unknown`` (unseen) or
-            ``calm``.
+        tone: ``alarm`` (not finite), ``bad`` (dead neurons), ``warn`` (silent, dormant or cut off), ``unknown``
+            (unseen) or ``calm``.
     """
 
     name: str
@@ -253,6 +269,7 @@ class SiteCells:
     axis: str
     dead: str
     dead_share: str
+    silent: str
     dormant: str
     cut_off: str
     linear: str
@@ -296,6 +313,7 @@ def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
         axis=_axis(site),
         dead="unseen" if unseen else _dead(site),
         dead_share=UNKNOWN if tone == "alarm" and not site.dead else share(site.dead, judged(site)),
+        silent=number(site.silent, known=site.gradient_positions > 0),
         dormant=number(site.dormant),
         cut_off=number(site.cut_off, known=site.gradient_positions > 0),
         linear=number(site.linear),
@@ -331,7 +349,7 @@ def _tone(site: SiteReport, unseen: bool) -> str:
         return "bad"
     if unseen or site.unseen:
         return "unknown"
-    return "warn" if site.dormant or site.cut_off else "calm"
+    return "warn" if site.silent or site.dormant or site.cut_off else "calm"
 
 
 def fold(sites: Sequence[SiteReport], limit: int = 40) -> tuple[list[SiteReport], list[str]]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
@@ -53,6 +55,7 @@ def run_lightning(framework: str, folder: Path, harm: Harm, *, watched: bool) ->
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 1:
                 trainer.logger.log_metrics({"mine": 1.0}, 1)
+                trainer.logger.experiment.flush()  # else the folder may be gone before the writer's thread writes it
             harm(Path(logger.log_dir), trainer.global_step)
 
     model = networks.network(framework)
@@ -193,6 +196,25 @@ def test_the_training_ends_as_an_unwatched_one_and_one_warning_is_given(
     assert len(ours(caught)) == 1
     assert (got.error, got.steps) == (plain.error, plain.steps)
     hugging.assert_same_weights(got.weights, plain.weights)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("run", RUNS)
+def test_numbers_are_written_before_the_training_goes_on(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer's thread, here a slow one, must not find the folder gone while our numbers wait in its queue."""
+    write = RecordWriter.write
+
+    def write_slowly(self: RecordWriter, data: bytes) -> None:
+        time.sleep(0.01)
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_slowly)
+    plain = run(tmp_path / "plain", delete, watched=False)
+    with pytest.warns(NeuronscopeWarning, match="The log folder is gone"):
+        got = run(tmp_path / "watched", delete, watched=True)
+    assert (got.error, got.steps) == (plain.error, plain.steps)
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -209,6 +209,7 @@ class Twin(Nobody):
                 self.numbers.clear()
                 tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 self.examples = len(tensor)
+                self.graded = torch.is_grad_enabled()
             self.stack.append((path, module))
 
         return enter
@@ -258,12 +259,13 @@ class Twin(Nobody):
         if func is F.glu:
             halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.dim()
         y = func(*args, **kwargs)
-        call = Call(name, self.name, self.counter, axis, self.examples, y.detach().clone(), edge, halved)
+        phase = "inference" if self.name == "train" and not self.graded else self.name
+        call = Call(name, phase, self.counter, axis, self.examples, y.detach().clone(), edge, halved)
         self.keep(call)
         return x, y, call
 
     def keep(self, call: Call) -> None:
-        if call.phase == "train" and self.counter % self.every:
+        if call.phase in ("train", "inference") and self.counter % self.every:
             return
         self.calls.append(call)
         if call.edge is not None:

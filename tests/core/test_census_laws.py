@@ -22,7 +22,12 @@ from neuronscope.errors import StateError
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 
-INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
+INFO = SiteInfo(
+    *("relu", "relu-like", True, 1, "producer (linear)"),
+    layer="a+b",
+    units=(("a", 0, 2, 1), ("b", 4, 5, 1)),
+    readers=("c",),
+)
 COUNTS = st.integers(0, 2**40)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
+import neuronscope.callbacks
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_UNSEEN
 from neuronscope.tally import history as history_module
 
@@ -249,3 +250,75 @@ def test_a_site_not_run_in_a_window_is_unseen_there_and_not_dead():
     assert np.isnan(site.zero_output_fraction).all()
     assert LEVEL_UNSEEN not in site.history.levels or site.history.levels[-1].tolist() == [LEVEL_UNSEEN] * 2
     assert (site.history.levels <= LEVEL_MAX).all() or site.history.levels.shape[0] == 3
+
+
+class Experts(nn.Module):
+    """Two branches: the second runs in one of ``every`` forwards, from the second one on, or never."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.common, self.rare = Gates(3), Gates(3)
+        self.every, self.calls = every, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.common(x)
+        return y + self.rare(x) if self.every and (self.calls - 2) % self.every == 0 else y
+
+
+def examples_of_windows(every: int, steps: int) -> list[tuple[int, list[int]]]:
+    """For each window of training: the step at which it closed, and the examples of each branch, as far as it ran."""
+    model = Experts(every)
+    windows = []
+    with ns.watch(model, policy=ns.Policy(max_rate=0.3), window_steps=2) as scope:  # 9 examples are enough
+        assert scope.policy.min_examples == 9
+        for step in range(1, steps + 1):
+            model(torch.ones(3, 3)).sum().backward()
+            if scope.step():
+                windows.append((step, [tally.examples for tally in scope.census("train", "last").values()]))
+    return windows
+
+
+def test_a_window_waits_for_the_layer_with_the_fewest_examples():
+    assert examples_of_windows(every=2, steps=12) == [(6, [18, 9]), (12, [18, 9])]
+
+
+def test_a_window_does_not_wait_for_a_layer_that_runs_too_seldom():
+    # Four times nine examples are the most that the common branch waits for: 12 steps of 3.
+    assert examples_of_windows(every=20, steps=12)[0] == (12, [36, 3])
+
+
+def test_a_window_does_not_wait_for_a_layer_that_never_runs():
+    assert examples_of_windows(every=0, steps=6) == [(3, [9]), (6, [9])]
+
+
+def test_a_layer_that_ran_in_an_earlier_window_only_is_not_waited_for():
+    model = Experts(every=1)
+    with ns.watch(model, policy=ns.Policy(max_rate=0.3), window_steps=2) as scope:
+        closed = []
+        for step in range(1, 10):
+            model(torch.ones(3, 3)).sum().backward()
+            if scope.step():
+                closed.append(step)
+                model.every = 0
+    assert closed == [3, 6, 9]
+
+
+def test_a_layer_with_too_few_examples_has_its_own_bound_and_stops_no_training():
+    model = Experts(every=20)
+    monitor = ns.callbacks.Monitor(
+        every_n_steps=1, window_steps=2, policy=ns.Policy(max_rate=0.3), on_dead="stop", threshold=40
+    )
+    monitor.attach(model)
+    for step in range(1, 13):
+        monitor.begin_batch()
+        # The rare branch runs on one batch, on which it does not fire.
+        model(torch.full((3, 3), -1.0 if step == 2 else 1.0)).sum().backward()
+        report = monitor.step(step)
+    assert report is not None
+    assert [layer.dead for layer in report.layers] == [0, 3]
+    bounds = [verdict.bound for verdict in report.verdicts() if verdict.label == "dead"]
+    assert bounds == [pytest.approx(1 - 0.05 ** (1 / 3))] * 3
+    assert report.dead_percent == 50
+    assert monitor.stop_reason is None
+    monitor.finish()

@@ -103,8 +103,8 @@ def use_another_network() -> None:
     assert sys.getprofile() is None
 
 
-def counted(scope: ns.Scope) -> dict[str, tuple[int, int]]:
-    return {name: (tally.neurons, tally.positions) for name, tally in scope.census().items()}
+def counted(scope: ns.Scope, phase: str = "train") -> dict[str, tuple[int, int]]:
+    return {name: (tally.neurons, tally.positions) for name, tally in scope.census(phase).items()}
 
 
 def expected(**positions: int) -> dict[str, tuple[int, int]]:
@@ -121,18 +121,18 @@ def expected(**positions: int) -> dict[str, tuple[int, int]]:
 def test_a_network_run_after_an_interrupt_is_not_counted(
     place: str, error: type[BaseException], gradients: bool
 ) -> None:
-    net = Net()
+    net, phase = Net(), "train" if gradients else "inference"
     with ns.watch(net) as scope, torch.set_grad_enabled(gradients):
         net(torch.ones(2, 4))
         with interrupted(places(net)[place], error):
             net(torch.ones(2, 4))
         use_another_network()
         behind = 4 if place == "root" else 2
-        assert counted(scope) == expected(sigmoid=4, inner=4, all=behind)
+        assert counted(scope, phase) == expected(sigmoid=4, inner=4, all=behind)
         net(torch.ones(3, 4))  # the same step goes on
         scope.step()
         net(torch.ones(1, 4))
-        assert counted(scope) == expected(sigmoid=8, inner=8, all=behind + 4)
+        assert counted(scope, phase) == expected(sigmoid=8, inner=8, all=behind + 4)
         assert not scope.report().not_measured
         use_another_network()
 

@@ -52,10 +52,21 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
     assert collect.read_tallies([]) == []
 
 
-def test_the_meter_with_most_examples_is_found() -> None:
-    # Of their own 12, 52 and 32; traced 6012, 6052 and 6032.
-    assert collect.most_examples([filled(3, 10), filled(2, 50), filled(4, 30)]) == 52 + 6052
-    assert collect.most_examples([]) == 0
+def test_positions_and_examples_of_each_site_are_read_from_the_device_only_where_a_graph_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    all_counters = [filled(3, 10), filled(2, 50), filled(4, 30)]
+    for counters in all_counters[1:]:
+        counters.in_graph = True
+    copied: list[int] = []
+    cat = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors: copied.append(len(tensors)) or cat(tensors))
+    # Positions of their own 10, 50 and 30, examples 12, 52 and 32; traced 6050 and 6030, 6052 and 6032.
+    assert collect.observed(all_counters) == [(10, 12), (50 + 6050, 52 + 6052), (30 + 6030, 32 + 6032)]
+    assert copied == [2]
+    assert collect.observed([]) == []
+    assert collect.observed(all_counters[:1]) == [(10, 12)]
+    assert copied == [2]
 
 
 @pytest.mark.parametrize("sites", [2, 20])
@@ -73,13 +84,13 @@ def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, 
 
 def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    most_examples = phase_record.most_examples
+    observed = phase_record.observed
 
-    def noting(all_counters: Any) -> int:
+    def noting(all_counters: Any) -> list[tuple[int, int]]:
         asked.append(scope.global_step)
-        return most_examples(all_counters)
+        return observed(all_counters)
 
-    monkeypatch.setattr(phase_record, "most_examples", noting)
+    monkeypatch.setattr(phase_record, "observed", noting)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     closed = []
     with ns.watch(model, every_n_steps=10, window_steps=5) as scope:
@@ -88,9 +99,9 @@ def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: py
             if scope.step():
                 closed.append(step + 1)
     # 100 examples at steps 0, 10, 20, …: 299 are there after step 20, and again after step 50. A window is due after 5
-    # steps, is asked then, and again after each observed step; the last has enough by Python's own count.
+    # steps, is asked then, and again after each observed step.
     assert closed == [21, 51]
-    assert asked == [5, 11, 26, 31, 41, 56]
+    assert asked == [5, 11, 21, 26, 31, 41, 51, 56]
 
 
 def test_saying_which_phases_there_are_reads_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:

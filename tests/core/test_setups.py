@@ -30,6 +30,7 @@ def test_the_counts_of_every_setup_equal_the_twins(setup: Setup):
         model = setup.build(watcher is twin)
         with watcher.attach(model):
             setup.loop(model, watcher)
+    assert set(watched.scope.phases) == set(setup.phases)
     for phase in setup.phases:
         truth = twin.tallies(phase)
         assert truth
@@ -229,7 +230,7 @@ def test_an_encoder_with_padding_is_unchanged_when_observed_and_when_paused():
                 scope.step()
     assert scope._hooks.failure is None
     # Steps 0 and 2, the pass without padding, of 4 * 6 tokens each
-    assert scope.census("train")["encoder.layers.0.relu()"].positions == 2 * 4 * 6
+    assert scope.census("inference")["encoder.layers.0.relu()"].positions == 2 * 4 * 6
     assert not scope.census("val")
     (missing,) = (item for item in scope.report("val").not_measured if "nested" in item.reason)
     assert missing.name == "encoder"

@@ -136,8 +136,11 @@ def test_calls_with_and_without_gradients_may_alternate():
             if number % 2 == 0:
                 y.backward()
             scope.step()
-    tally = scope.census()["act"]
-    assert (tally.positions, tally.gradient_positions) == (24, 12)
+    counted = {phase: scope.census(phase)["act"] for phase in ("train", "inference")}
+    assert {phase: (tally.positions, tally.gradient_positions) for phase, tally in counted.items()} == {
+        "train": (12, 12),
+        "inference": (12, 0),
+    }
 
 
 def test_each_phase_has_counters_of_its_own():

@@ -190,6 +190,20 @@ def test_both_halves_of_a_crelu_are_the_same_neurons_with_their_most_serious_lab
     assert [site.dead for site in report.layers] == [1, 1]
 
 
+def test_the_worst_layer_is_one_whose_dead_neurons_are_in_the_totals() -> None:
+    report = one_window(
+        plus=(info(("h", 0, 4, 1)), ["alive"] * 4),
+        minus=(info(("h", 0, 4, 1)), ["alive", "alive", "alive", "dead"]),
+        gate=(info(("g", 0, 4, 1), kind="smooth"), ["dead", "dead", "alive", "alive"]),
+        product=(info(("g", 0, 4, 1), kind="gated"), ["alive"] * 4),
+        loss=(info(("out", 0, 2, 1), output=True), ["dead", "dead"]),
+    )
+    assert "Worst layer: `minus`, with 1 of 4 dead." in str(report)
+    said = DeadThreshold("stop", 1.0).check(report)
+    assert said is not None
+    assert said.endswith("Worst is minus: 1 of 4 dead.")
+
+
 def test_the_halves_of_a_fused_layer_are_different_neurons_unless_they_overlap() -> None:
     halves = {"low": (info(("f", 0, 28, 1)), ["dead"] * 28), "high": (info(("f", 28, 56, 1)), ["alive"] * 28)}
     assert one_window(**halves).neurons == 56

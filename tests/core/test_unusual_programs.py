@@ -269,7 +269,8 @@ def test_an_unusual_program_is_counted_as_by_the_twin_and_unchanged(case: Case):
     assert_bits(plain_state, state)
     assert plain_random.equal(random)
     assert watched.scope._hooks.failure is None
-    assert_same(watched.scope.census(), twin.tallies())
+    for phase in ("train", "inference"):
+        assert_same(watched.scope.census(phase), twin.tallies(phase))
     assert all(tally.axis_source.startswith("producer") for tally in watched.scope.census().values())
 
 

@@ -47,8 +47,13 @@ TABLE = [
     ("alive", {"zeros": 99, "gradient_zeros": 99}),
     # gradients unseen: judged by outputs alone
     ("dead", {"zeros": 100, "gradient_zeros": 0, "gradient_positions": 0, "mean": 0.0}),
-    # silent, yet one gradient came: not dead; its output is zero, so it is dormant
-    ("dormant", {"zeros": 100, "gradient_zeros": 99, "mean": 0.0}),
+    # zero at every position, and a gradient came at one: silent, neither dead nor dormant
+    ("silent", {"zeros": 100, "gradient_zeros": 99, "mean": 0.0}),
+    ("silent", {"zeros": 100, "gradient_zeros": 9, "gradient_positions": 10, "mean": 0.0}),
+    # it fired once, so it is not silent
+    ("dormant", {"zeros": 99, "gradient_zeros": 0, "mean": 0.0001}),
+    # an output below the tolerance counts as zero: silent, whatever its mean
+    ("silent", {"zeros": 100, "gradient_zeros": 0, "mean": 1.0, "policy": Policy(tolerance=2.0)}),
     # fires, and no gradient comes back at any position
     ("cut off", {"zeros": 40, "gradient_zeros": 100}),
     ("alive", {"zeros": 40, "gradient_zeros": 99}),
@@ -73,9 +78,13 @@ TABLE = [
     ("dead", {"kind": "smooth", "zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
     ("dormant", {"kind": "smooth", "zeros": 0, "mean": 0.001}),
     # leaky: never dead by output
-    ("dormant", {"kind": "leaky", "zeros": 100, "gradient_zeros": 0, "mean": 0.0}),
+    ("silent", {"kind": "leaky", "zeros": 100, "gradient_zeros": 0, "mean": 0.0}),
     ("cut off", {"kind": "leaky", "zeros": 100, "gradient_zeros": 100, "mean": 0.0}),
     ("dormant", {"kind": "leaky", "zeros": 100, "gradient_zeros": 0, "gradient_positions": 0, "mean": 0.0}),
+    # every other kind can be silent too: at a pre-activation of exactly zero, or by a straight-through estimator
+    ("silent", {"kind": "smooth", "zeros": 100, "gradient_zeros": 0, "mean": 0.0}),
+    ("silent", {"kind": "saturating", "zeros": 100, "gradient_zeros": 0, "mean": 0.0}),
+    ("silent", {"kind": "gated", "zeros": 100, "gradient_zeros": 99, "mean": 0.0}),
     # saturating: cut off by zero gradient
     ("cut off", {"kind": "saturating", "zeros": 0, "gradient_zeros": 100}),
     ("alive", {"kind": "saturating", "zeros": 0, "gradient_zeros": 99}),
@@ -105,28 +114,60 @@ def test_all_neurons_of_a_silent_layer_are_dead():
     )
     judgement = judge(counts, Policy())
     assert judgement.dead.all()
-    assert not (judgement.dormant | judgement.cut_off | judgement.linear | judgement.unseen).any()
+    assert not (judgement.silent | judgement.dormant | judgement.cut_off | judgement.linear | judgement.unseen).any()
 
 
-def test_no_neuron_is_both_dead_and_alive():
+def random_judgement(rng: np.random.Generator) -> tuple[Judgement, SimpleNamespace]:
+    """The judgement on six neurons with random counts, and the counts."""
+    positions, gradient_positions = (int(n) for n in rng.integers(0, 4, 2))
+    zero_outputs = rng.integers(0, positions + 1, 6)
+    counts = SimpleNamespace(
+        kind=str(rng.choice(["relu-like", "smooth", "leaky", "saturating", "gated"])),
+        linear_when_on=bool(rng.integers(2)),
+        zero_outputs=zero_outputs,
+        zero_gradients=rng.integers(0, gradient_positions + 1, 6),
+        not_finite_outputs=rng.integers(0, positions - zero_outputs + 1) * (rng.random(6) < 0.2),
+        mean_abs_output=np.where(zero_outputs == positions, 0.0, rng.random(6) ** 4),
+        positions=positions,
+        gradient_positions=gradient_positions,
+    )
+    return judge(counts, Policy()), counts
+
+
+LABELLED = [name.replace(" ", "_") for name in LABELS if name != "alive"]
+
+
+def test_every_neuron_bears_one_label_and_the_counts_of_labels_add_up():
     rng = np.random.default_rng(0)
+    met = set()
     for _ in range(300):
-        positions, gradient_positions = (int(n) for n in rng.integers(0, 4, 2))
-        counts = SimpleNamespace(
-            kind=str(rng.choice(["relu-like", "smooth", "leaky", "saturating", "gated"])),
-            linear_when_on=bool(rng.integers(2)),
-            zero_outputs=rng.integers(0, positions + 1, 6),
-            zero_gradients=rng.integers(0, gradient_positions + 1, 6),
-            not_finite_outputs=np.zeros(6, dtype=np.int64),
-            mean_abs_output=rng.random(6),
-            positions=positions,
-            gradient_positions=gradient_positions,
-        )
-        judgement = judge(counts, Policy())
-        for name in ("dormant", "cut_off", "linear", "unseen"):
-            assert not (judgement.dead & getattr(judgement, name)).any()
-        assert isinstance(judgement, Judgement)
-        assert judgement.labels().dtype == np.uint8
+        judgement, _ = random_judgement(rng)
+        labels = judgement.labels()
+        assert labels.dtype == np.uint8
+        masks = np.stack([getattr(judgement, name) for name in LABELLED])
+        assert (masks.sum(axis=0) <= 1).all()
+        counts = np.bincount(labels, minlength=len(LABELS))
+        assert counts.tolist() == [*masks.sum(axis=1), (labels == LABELS.index("alive")).sum()]
+        assert counts.sum() == 6
+        met.update(np.unique(labels).tolist())
+    assert met == set(range(len(LABELS))), "the random counts must reach every label"
+
+
+def test_the_published_share_of_dormant_neurons_includes_dead_and_silent_ones():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        judgement, counts = random_judgement(rng)
+        if not counts.positions:
+            assert not judgement.tau_dormant.any()
+            continue
+        finite = counts.not_finite_outputs == 0
+        score = counts.mean_abs_output / (counts.mean_abs_output[finite].mean() + 1e-9) if finite.any() else np.zeros(6)
+        np.testing.assert_array_equal(judgement.tau_dormant, (score <= 0.025) & finite)
+        assert not ((judgement.dead | judgement.silent | judgement.dormant) & ~judgement.tau_dormant).any()
+
+
+def test_silent_stands_between_dead_and_cut_off():
+    assert LABELS.index("dead") < LABELS.index("silent") < LABELS.index("cut off") < LABELS.index("dormant")
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,18 @@ from neuronscope.demo.tables import layer_table, main_table
 
 def moment(step: int = 0, dead: int = 0, **numbers: float) -> Moment:
     """Two layers of 50 neurons; all the dead are in the first."""
-    fields = {"dormant": 0, "cut_off": 0, "zero_outputs": 0.0, "zero_gradients": 0.0, "not_finite": 0} | numbers
+    fields = {
+        "silent": 0,
+        "dormant": 0,
+        "cut_off": 0,
+        "zero_outputs": 0.0,
+        "zero_gradients": 0.0,
+        "not_finite": 0,
+    } | numbers
     return Moment(
         step=step,
         dead=(dead, 0),
+        silent=(int(fields["silent"]), 0),
         dormant=(int(fields["dormant"]), 0),
         cut_off=(int(fields["cut_off"]), 0),
         zero_outputs=float(fields["zero_outputs"]),
@@ -98,6 +106,16 @@ def test_vanished_gradients_and_cut_off_neurons_are_reported() -> None:
     text = said(run("Tanh", 0, 0, zero_gradients=0.02, cut_off=3))
     assert "by Tanh 2.0%" in text
     assert "Cut off (they fire, but no image gives them a gradient): Tanh 3." in text
+
+
+def test_silent_neurons_are_reported_and_counted_among_those_that_are_zero_for_every_image() -> None:
+    made = run("GELU", 0, 0, silent=4, zero_outputs=0.49)
+    text = said(made, run("ReLU", 0, 30))
+    assert "Silent (zero for every image, but some give them a gradient): GELU 4." in text
+    assert "no neuron is zero for every image" not in text
+    assert "Silent" not in said(run("GELU", 0, 0))
+    headings = [str(column.header) for column in main_table(comparison(made), 120).columns]
+    assert "silent at\nthe end" in headings
 
 
 def test_accuracy_is_called_uninformative_only_where_it_is() -> None:

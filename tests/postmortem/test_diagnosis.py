@@ -63,6 +63,7 @@ CASES: list[tuple[str, tuple[LayerFacts, ...], dict[str, Any], list[str]]] = [
     ("born dead, 5 layers of 64", tuple(layer(str(i), 64, [-1]) for i in range(5)), {}, ["dead since the beginning"]),
     ("a bound", (layer(drifted=2),), {}, ["held below zero"]),
     ("NaN", (layer(not_finite=1),), {}, ["NaN or infinite numbers"]),
+    ("silent", (layer(silent=3),), {}, ["silent neurons"]),
     ("unread", (layer(unread=3),), {}, ["outputs that nothing reads"]),
     ("collapse", (layer(width=10, since=[UNDATED] * 9),), {}, ["a layer nearly all dead"]),
     (
@@ -180,7 +181,8 @@ def test_the_diagnosis_of_a_postmortem_knows_activations_and_norms(tmp_path: Pat
         *(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
     )
     given = examine_model(model)
-    assert {site.name: site.kind for site in given.sites} == {"1/relu": "relu-like", "4/silu": "smooth", "6/relu": "relu-like"}
+    kinds = {site.name: site.kind for site in given.sites}
+    assert kinds == {"1/relu": "relu-like", "4/silu": "smooth", "6/relu": "relu-like"}
     assert set(given.normalised) == {"1/relu", "4/silu"}
     torch.save(model.state_dict(), tmp_path / "net.pt")
     layers = find_layers(open_checkpoint(tmp_path / "net.pt").tensors)

@@ -135,6 +135,17 @@ def test_without_a_bias_a_collapse_is_only_suspected(tmp_path: Path) -> None:
     assert "Layer 4 may have collapsed" in str(report)
 
 
+def test_layers_that_the_optimizer_left_out_in_the_end_may_have_been_frozen(tmp_path: Path) -> None:
+    """Without a bias a collapse shows only where the optimizer goes on to update its layers."""
+    model = chain(bias=False)
+    optimizer, silent = torch.optim.Adam(model.parameters()), ("2.weight", "2.bias", "4.weight")
+    report = ns.postmortem(saved(tmp_path, model, optimizer, silent))
+    assert [report[name].collapse for name in ("0", "2", "4")] == ["", "suspected", ""]
+    report = ns.postmortem(saved(tmp_path, model, optimizer, silent, death=0, steps=50, skipped=True))
+    assert [report[name].collapse for name in ("0", "2", "4")] == ["", "", ""]
+    assert "collaps" not in str(report).lower()
+
+
 def trained(death: int, steps: int) -> tuple[nn.Sequential, torch.optim.Optimizer, torch.Tensor, ns.Scope]:
     """A watched training whose second layer is thrown far below zero at a step."""
     torch.manual_seed(0)

@@ -76,6 +76,47 @@ def test_examples_are_no_more_than_the_positions_that_were_seen(tmp_path: Path) 
     assert (report.dead, report.suspected) == (0, 4)
 
 
+def with_gradient(examples: int) -> dict[str, Any]:
+    """Data and a loss that sends every gate a gradient at its pre-activation, whether it fires or not."""
+    return {"data": positive(examples), "loss": lambda output, batch: output.sum()}
+
+
+class Auxiliary(nn.Module):
+    """The network with a loss of its own on what its gates are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.net[0](x)
+        return self.net[2](self.net[1](before)) + 0.1 * before[:, 4:6].sum(dim=1, keepdim=True)  # type: ignore[no-any-return]
+
+
+def test_neurons_that_get_a_gradient_without_firing_are_silent_and_not_dead(tmp_path: Path) -> None:
+    model = Auxiliary()
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    report = ns.postmortem(tmp_path / "net.pt", model, **with_gradient(ENOUGH))
+    (layer,) = (layer for layer in report.layers if layer.neurons == 8)
+    assert [layer.label_of(neuron) for neuron in range(8)] == ["alive"] * 4 + ["silent"] * 2 + ["dead"] * 2
+    assert (report.dead, report.count("silent"), int(layer.contested.sum())) == (2, 2, 0)
+    verdict = layer.verdict(4)
+    assert (verdict.basis, verdict.source) == ("measured", "scan")
+    assert verdict.number == pytest.approx(0.00997, abs=1e-5)  # 1 - .05 ** (1 / 299)
+    assert report.to_dict()["layers"][report.layers.index(layer)]["labels"]["silent"] == 2
+    assert "2 silent" in str(report)
+    assert "silent neurons" in [cause.sign for cause in report.diagnoses]
+
+
+def test_silence_with_a_gradient_on_few_examples_is_suspected(tmp_path: Path) -> None:
+    model = Auxiliary()
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    report = ns.postmortem(tmp_path / "net.pt", model, **with_gradient(ENOUGH - 1))
+    (layer,) = (layer for layer in report.layers if layer.neurons == 8)
+    assert (layer.verdict(4).label, layer.verdict(4).basis) == ("silent", "suspected")
+    assert report.count("silent") == 0, "no total includes what is only suspected"
+
+
 def test_suspected_silence_does_not_count_for_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

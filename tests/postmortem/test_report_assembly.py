@@ -23,7 +23,13 @@ Said = tuple[str, str]
 
 def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     """The slow twin: label, basis and whether contested, of one neuron of which this was said."""
+    silent = [basis for claim, basis in said if claim == "silent"]
+    if any(basis != "suspected" for basis in silent):
+        said = [one for one in said if one[0] != "dead"]  # it gets a gradient, so it is not dead
+    elif silent and all(basis == "suspected" for claim, basis in said if claim == "dead"):
+        said = [one for one in said if one[0] != "dead"]
     alive = min((BASES.index(basis) for claim, basis in said if claim == "alive"), default=9)
+    alive = min(alive, BASES.index("measured") if silent else 9)
     opposed = [(claim, basis) for claim, basis in said if claim in DEAD_CLAIMS]
     standing = [one for one in said if one[0] not in DEAD_CLAIMS or BASES.index(one[1]) <= alive]
     firm = [one for one in standing if one[1] != "suspected"]
@@ -47,6 +53,18 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
         ([("no gradient", "inferred"), ("alive", "inferred")], ("no gradient", "inferred", True)),
         ([("dead", "proved"), ("alive", "measured")], ("dead", "proved", True)),
         ([("dead", "suspected"), ("alive", "inferred"), ("quiet", "proved")], ("quiet", "proved", True)),
+        # Silent is dead with a gradient: where it is as firm, it takes the place of dead, and that is no contradiction.
+        ([("dead", "measured"), ("silent", "measured")], ("silent", "measured", False)),
+        ([("dead", "proved"), ("silent", "measured")], ("silent", "measured", False)),
+        ([("dead", "suspected"), ("silent", "suspected")], ("silent", "suspected", False)),
+        ([("dead", "proved"), ("silent", "suspected")], ("dead", "proved", True)),
+        ([("dead", "inferred"), ("silent", "suspected")], ("silent", "suspected", True)),
+        # A gradient was counted, so neither "no gradient" nor "never trained" stands.
+        ([("never trained", "inferred"), ("silent", "measured")], ("silent", "measured", True)),
+        ([("no gradient", "inferred"), ("silent", "suspected")], ("silent", "suspected", True)),
+        # It may fire elsewhere, or get a gradient by another source's word: that is what alive says.
+        ([("silent", "measured"), ("alive", "inferred")], ("silent", "measured", False)),
+        ([("silent", "suspected"), ("alive", "measured")], ("alive", "measured", False)),
         # A neuron that fires may yet be quiet, unread or not finite.
         ([("unread", "proved"), ("alive", "measured")], ("unread", "proved", False)),
         ([("not finite", "proved"), ("alive", "measured")], ("not finite", "proved", False)),
@@ -80,6 +98,20 @@ def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str,
         dead += label in DEAD_CLAIMS and basis in ("proved", "measured", "inferred")
     assert layer.dead == dead
     assert sum(layer.dead_by_basis().values()) == dead
+
+
+def test_silence_agrees_with_a_dead_output_and_contradicts_a_missing_gradient() -> None:
+    said = [
+        evidence("a", 2, "silent", "measured", [0, 1], source="scan"),
+        evidence("a", 2, "dead", "proved", [0], source="weights"),
+        evidence("a", 2, "no gradient", "inferred", [1], source="adam"),
+    ]
+    layer = combine_evidence(said)[0]
+    first, second = layer.verdict(0), layer.verdict(1)
+    assert first.label == second.label == "silent"
+    assert (first.contradictions, second.contradictions) == ((), ("no gradient · inferred · adam",))
+    found = {one.claim: (one.held, one.refuted, one.untested) for one in confirmations([layer])}
+    assert found == {"dead": (1, 0, 0), "no gradient": (0, 1, 0)}
 
 
 @given(PIECES, st.randoms())

@@ -22,6 +22,7 @@ TASKS = {
         *("uneven_and_validated", "fault", "retired"),
         *("both_train", "both_train_in_short_windows", "both_train_observed_at_times"),
         *("steady", "apart", "unsure_window", "late_site", "other_order", "mixed_phases", "one_goes_on"),
+        "inference_on_one_rank",
         *("fire_apart", "one_sees_nothing", "one_scans", "sequence_parallel"),
         *("accelerate_by_hand", "accelerate_before_and_after", "hugging_counts", "hugging_resumes"),
         *("lightning_fault", "hugging_fault", "sums"),

@@ -59,7 +59,7 @@ class Run:
         self.rank = rank
         self.made: dict[str, list[list[tuple[str, int]]]] = {}
         self.model = Branches()
-        self.twins = {phase: Branches() for phase in ("train", "val")}
+        self.twins = {phase: Branches() for phase in ("train", "val", "inference")}
         self.recorders = {phase: Recorder(twin, SITES) for phase, twin in self.twins.items()}
         self.scope = ns.watch(self.model, **{"window_steps": WINDOW, "policy": POLICY, **options})
 
@@ -74,6 +74,14 @@ class Run:
         self.recorders[phase].step = self.scope.global_step
         for model in (self.model, self.twins[phase]):
             model(x, branches).square().backward()
+
+    def infer(self, branches: str = "ab") -> None:
+        """A forward without gradients, in a training step."""
+        x = batch(self.scope.global_step, self.rank, 5)
+        self.recorders["inference"].step = self.scope.global_step
+        with torch.no_grad():
+            for model in (self.model, self.twins["inference"]):
+                model(x, branches)
 
     def step(self, branches: str = "ab", event: str = "step") -> None:
         with self.event(event):
@@ -166,4 +174,31 @@ def one_goes_on(rank: int) -> dict[str, Any]:
     return run.finish()
 
 
-EXCHANGES = (steady, apart, unsure_window, late_site, other_order, mixed_phases, one_goes_on)
+def inference_on_one_rank(rank: int) -> dict[str, Any]:
+    """Rank 1 alone runs forwards without gradients, from the second window on; rank 0 validates once."""
+    run = Run(rank)
+    run.window()
+    for number in range(3):
+        if rank:
+            run.infer()
+        run.window()
+        if not rank and number == 1:
+            run.validate()
+    if rank:
+        run.infer("a")
+        run.window()
+        run.infer("b")
+        run.step()
+    return run.finish()
+
+
+EXCHANGES = (
+    steady,
+    apart,
+    unsure_window,
+    late_site,
+    other_order,
+    mixed_phases,
+    one_goes_on,
+    inference_on_one_rank,
+)

@@ -19,7 +19,7 @@ Runs = dict[int, list[dict[str, Any]]]
 Made = list[tuple[str, int]]
 
 # What a rank says of itself, and whether it is done.
-HEADER = [("allreduce_", 4)]
+HEADER = [("allreduce_", 5)]
 # The names and widths of sites that are new: the sizes of the messages, then the messages.
 GATHERED = ["allgather_", "allgather_"]
 
@@ -129,3 +129,13 @@ def test_a_rank_that_has_finished_makes_no_more_calls_than_the_others(runs: Runs
     assert [*goes_on["window"][1:], *goes_on["val"][1:]] == [HEADER + BOTH] * 4
     assert goes_on["detach"] == [HEADER]
     assert done["detach"] == [(HEADER + BOTH) * 4 + HEADER]
+
+
+def test_inference_on_one_rank_takes_a_second_exchange_of_all_ranks_from_then_on(runs: Runs) -> None:
+    both = [rank["inference_on_one_rank"] for rank in runs[2]]
+    for rank in both:
+        first, second, third, *_ = rank["made"]["window"]
+        assert first.count(HEADER[0]) == 1
+        assert second.count(HEADER[0]) == third.count(HEADER[0]) == 2
+        assert third == (HEADER + BOTH) * 2
+    assert both[0]["counted"]["inference"].keys() == both[1]["counted"]["inference"].keys() == {"a.1", "b.1"}

@@ -14,6 +14,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     NotMeasured,
     Report,
     SiteHistory,
@@ -37,6 +38,7 @@ class Fate:
     cut_off: int = 0
     linear: int = 0
     not_finite: int = 0
+    silent: int = 0
 
 
 def site(
@@ -58,8 +60,10 @@ def site(
     fate = fate or Fate()
     rng = np.random.default_rng(seed)
     order = rng.permutation(neurons)
-    ends = np.cumsum([fate.born, fate.died, fate.revived, fate.dormant, fate.cut_off, fate.linear, fate.not_finite])
-    born, died, revived, dormant, cut_off, linear, broken = np.split(order, ends)[:7]
+    ends = np.cumsum(
+        [fate.born, fate.died, fate.revived, fate.dormant, fate.cut_off, fate.linear, fate.not_finite, fate.silent]
+    )
+    born, died, revived, dormant, cut_off, linear, broken, silent = np.split(order, ends)[:8]
     steps = stride * np.arange(1, windows + 1)
 
     base = np.clip(rng.normal(0.5, 0.18, neurons), 0.02, 0.97)
@@ -83,12 +87,14 @@ def site(
         died_step[neuron], revived_step[neuron] = steps[start], steps[start + 2]
     levels[windows // 2 :, cut_off] = LEVEL_CUT_OFF
     levels[-1:, broken] = LEVEL_NOT_FINITE
+    levels[windows // 3 :, silent] = LEVEL_SILENT
 
-    silent = np.concatenate([born, died]).astype(int)
+    dead = np.concatenate([born, died]).astype(int)
     zero = np.round(base * positions).astype(np.int64)
+    zero[dead] = positions
     zero[silent] = positions
     zero_gradients = np.minimum(zero, positions - 1)
-    zero_gradients[silent] = positions
+    zero_gradients[dead] = positions
     zero_gradients[cut_off] = positions
     mean = np.where(zero == positions, 0.0, 0.6 * (1.1 - base))
     mean[dormant] = 0.001
@@ -127,6 +133,7 @@ def site(
         history=SiteHistory(
             steps=steps,
             dead=(levels == LEVEL_DEAD).sum(1),
+            silent=(levels == LEVEL_SILENT).sum(1),
             dormant=(levels == LEVEL_DORMANT).sum(1),
             cut_off=(levels == LEVEL_CUT_OFF).sum(1),
             levels=levels,
@@ -161,7 +168,7 @@ def mixed() -> Report:
         site("features.4", 128, Fate(died=24, dormant=6, revived=5), seed=2),
         site("block.mlp.act_fn.gated", 256, Fate(born=3, dormant=30), activation="swiglu", kind="gated", seed=3),
         site("block.gate", 32, Fate(cut_off=5), activation="sigmoid", kind="saturating", seed=4),
-        site("block.relu()", 96, Fate(linear=7), axis_source="assumed (rank)", seed=5),
+        site("block.relu()", 96, Fate(linear=7, silent=3), axis_source="assumed (rank)", seed=5),
         site("blind.relu#1", 48, Fate(born=1), axis_source="producer (linear)", gradients=False, seed=6),
         site("never.ran", 16, positions=0, windows=0),
         site("classifier.relu", 512, axis_source="declared", seed=8),

@@ -154,6 +154,7 @@ def test_the_headline_shows_the_numbers_of_the_report() -> None:
         "Neurons": "1,056",  # without the 96 whose axis is assumed
         "Dead": "40",
         "Dead share": "3.8 %",
+        "Silent": "3",
         "Dormant": "36",
         "Cut off": "5",
         "Not finite": "0",

@@ -38,6 +38,7 @@ FLAGS = (
 )
 PATIENCE_S = 30.0
 DEAD = {"light": (213, 94, 0), "dark": (255, 122, 41)}
+SILENT = {"light": (204, 121, 167), "dark": (217, 140, 184)}
 
 
 def started(profile: Path) -> Any:
@@ -124,6 +125,22 @@ def test_maps_are_drawn_with_the_dead_in_their_own_colour(show: Callable[..., An
         last = is_colour(image, DEAD[theme])[:, -1].sum() / image.shape[0] * site.neurons
         assert last == pytest.approx(site.dead, abs=1.0 + 0.02 * site.neurons)
         assert (last > 0) == (site.dead > 0)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_silent_neurons_have_a_colour_of_their_own_and_are_named_when_pointed_at(
+    show: Callable[..., Any], theme: str
+) -> None:
+    silent = samples.site("relu", 20, samples.Fate(silent=5), windows=4)  # silent from the second window on
+    browser = show(samples.report(silent, samples.site("other", 20, windows=4)), theme)
+    image = pixels(browser, 0)
+    assert is_colour(image, SILENT[theme])[:, -1].mean() == pytest.approx(5 / 20, abs=0.08)
+    assert is_colour(image, SILENT[theme])[:, 0].sum() == 0
+    assert is_colour(pixels(browser, 1), SILENT[theme]).sum() == 0
+    browser.execute_script("document.querySelector('.map').focus()")
+    until(browser, lambda: said(browser, 0) == "" or "silent" in said(browser, 0))
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
+    until(browser, lambda: ": silent · " in said(browser, 0) and said(browser, 0).endswith(": silent"))
 
 
 def test_the_axis_of_steps_shows_each_window_at_its_step(show: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from neuronscope.judge.verdicts import LABELS
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, SiteReport
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, SiteReport
 from neuronscope.writers.packing import LADDER, Packed, pack
 
 from . import sample_reports as samples
@@ -111,7 +111,7 @@ def test_every_resolution_packs_the_columns_and_rows_that_it_promises(
         assert np.abs(back.share[row] / 255 - dead).max() <= 0.5 / packed.resolution.greys + 1 / 255
         broken = (band == LEVEL_NOT_FINITE).any(axis=1)
         assert np.array_equal(back.rest[row] == LEVEL_NOT_FINITE, broken)
-        graded = band <= LEVEL_MAX
+        graded = band < LEVEL_MAX
         plain = (graded | (band == LEVEL_DEAD)).all(axis=1) & graded.any(axis=1)
         mean = np.where(graded, band, 0).sum(axis=1) / np.maximum(graded.sum(axis=1), 1)
         off = np.abs(back.rest[row].astype(float) - mean)[plain]
@@ -169,6 +169,29 @@ def test_without_a_history_the_verdicts_are_drawn_as_one_window() -> None:
     assert packed.steps == [700]
     assert (back.share[:, 0] == 255).sum() == 3
     assert sorted(back.order[:3]) == np.flatnonzero(site.judgement.dead).tolist()
+
+
+def test_silence_is_kept_apart_from_a_zero_output_fraction_at_every_resolution() -> None:
+    levels = np.full((2, 12), LEVEL_MAX - 1, np.uint8)  # zero at nearly all positions
+    levels[:, :3] = LEVEL_SILENT
+    plain = samples.site("relu", 12, windows=2)
+    site = replace(plain, history=replace(plain.history, levels=levels))
+    for greys in (LEVEL_MAX, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("neuronscope.writers.packing.LADDER", (replace(LADDER[0], greys=greys),))
+            back = unpack(pack(site, 0, 0), 12)
+        assert np.array_equal(back.rest == LEVEL_SILENT, levels.T[back.order] == LEVEL_SILENT)
+
+
+@pytest.mark.parametrize(("silent", "rest"), [(7, LEVEL_SILENT), (5, 0)])
+def test_a_row_for_several_neurons_is_silent_if_most_of_them_are(silent: int, rest: int) -> None:
+    levels = np.zeros((1, 12), np.uint8)  # the others are never zero
+    levels[:, :silent] = LEVEL_SILENT
+    plain = samples.site("relu", 12, windows=1)
+    site = replace(plain, history=replace(plain.history, levels=levels))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neuronscope.writers.packing.LADDER", (replace(LADDER[0], rows=1),))
+        assert unpack(pack(site, 0, 0), 12).rest.tolist() == [[rest]]
 
 
 def test_an_unseen_window_is_not_packed_as_zero() -> None:

@@ -87,7 +87,7 @@ def test_values_that_were_not_seen_are_not_shown_as_zero() -> None:
     neurons, axis, dead, *rest = row(text, "never.ran")[1:]
     assert (neurons, axis, dead) == ("16", "1 · conv2d", "unseen")
     assert rest == ["–"] * len(rest)
-    headings = ["activation", "neurons", "axis", "dead", "%", "dormant", "cut off", "linear", "worst"]
+    headings = ["activation", "neurons", "axis", "dead", "%", "silent", "dormant", "cut off", "linear", "worst"]
     assert row(text, "blind.relu#1")[headings.index("cut off")] == "–"
     assert row(text, "features.1")[headings.index("cut off")] == "·"
 

@@ -17,6 +17,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     LEVEL_UNSEEN,
     NotMeasured,
     Report,
@@ -44,6 +45,7 @@ def levels_of(
     spike: int | None = None,
     dormant: float = 0.0,
     cut_off: float = 0.0,
+    silent: float = 0.0,
     reviving: float = 0.0,
 ) -> Levels:
     """Levels ``(W, N)`` of a site in which given shares of neurons fare badly; most deaths come at ``spike``."""
@@ -52,8 +54,8 @@ def levels_of(
     noise = rng.normal(0.0, 0.03, (len(steps), neurons))
     levels = np.clip(np.rint((base + noise) * LEVEL_MAX), 0, LEVEL_MAX - 1).astype(np.uint8)
     fate = rng.permutation(neurons)
-    parts = np.cumsum([round(share * neurons) for share in (born_dead, dying, dormant, cut_off)])
-    born, died, sleepy, cut, _ = np.split(fate, parts)
+    parts = np.cumsum([round(share * neurons) for share in (born_dead, dying, dormant, cut_off, silent)])
+    born, died, sleepy, cut, quiet, _ = np.split(fate, parts)
     levels[:, born] = LEVEL_DEAD
     last = int(steps[-1])
     for neuron in died:
@@ -66,6 +68,8 @@ def levels_of(
         levels[steps > rng.uniform(0.1, 0.8) * last, neuron] = LEVEL_DORMANT
     for neuron in cut:
         levels[steps > rng.uniform(0.1, 0.8) * last, neuron] = LEVEL_CUT_OFF
+    for neuron in quiet:
+        levels[steps > rng.uniform(0.1, 0.8) * last, neuron] = LEVEL_SILENT
     return levels
 
 
@@ -105,15 +109,18 @@ def site_of(
         last_active_step=np.where(ever_fired, _last_where(~dead, steps), -1),
         judgement=Judgement(
             dead=last == LEVEL_DEAD,
+            silent=last == LEVEL_SILENT,
             dormant=last == LEVEL_DORMANT,
             cut_off=last == LEVEL_CUT_OFF,
             linear=last == 0,
             not_finite=last == LEVEL_NOT_FINITE,
             unseen=last == LEVEL_UNSEEN,
+            tau_dormant=np.isin(last, (LEVEL_DEAD, LEVEL_SILENT, LEVEL_DORMANT)),
         ),
         history=SiteHistory(
             steps=steps,
             dead=dead.sum(axis=1),
+            silent=(levels == LEVEL_SILENT).sum(axis=1),
             dormant=(levels == LEVEL_DORMANT).sum(axis=1),
             cut_off=(levels == LEVEL_CUT_OFF).sum(axis=1),
             levels=levels,
@@ -163,6 +170,7 @@ def conv_net(upto: int = 40, *, phase: str = "train", widths: Sequence[int] = (6
             spike=1500,
             dormant=0.02 * index,
             cut_off=0.01 * (index % 2),
+            silent=0.03 * (index // 4) * (phase == "train"),
             reviving=0.2,
         )
         sites.append(site_of(f"features.{3 * index + 1}", levels[:upto], steps[:upto], gradients=phase == "train"))

@@ -13,12 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, Report
 from neuronscope.writers.grouping import group_sites
 from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.axis import StepAxis, spread, ticks
 from neuronscope.writers.pictures.canvas import Canvas, printable
-from neuronscope.writers.pictures.colours import DEAD, NOT_FINITE, PAPER, UNSEEN, ZERO, share_colours
+from neuronscope.writers.pictures.colours import (
+    ALIVE_HIGH,
+    DEAD,
+    NOT_FINITE,
+    PAPER,
+    SILENT,
+    UNSEEN,
+    ZERO,
+    share_colours,
+)
 from neuronscope.writers.pictures.heatmap import order
 from neuronscope.writers.pictures.overview import MOST_ROWS
 from neuronscope.writers.pictures.site_rows import rows_of
@@ -34,6 +43,7 @@ REPORTS: dict[str, Callable[[], Report]] = {
     "200 sites": samples.many_sites,
     "all alive": lambda: samples.uniform(100),
     "all dead": lambda: samples.uniform(LEVEL_DEAD),
+    "silent": lambda: samples.uniform(LEVEL_SILENT),
     "NaN": lambda: samples.uniform(LEVEL_NOT_FINITE),
     "unseen": lambda: samples.uniform(LEVEL_UNSEEN),
     "one window": lambda: samples.conv_net(1),
@@ -82,6 +92,31 @@ def test_one_dead_neuron_of_4096_shows_in_both_pictures() -> None:
     red = heatmap(dead.layers[0], "train")[:, :550]
     assert has(red, DEAD, 8) > 3 * 500, "three rows of pixels, however many neurons there are"
     assert has(heatmap(alive.layers[0], "train"), DEAD, 8) == 0
+
+
+def test_silent_neurons_have_a_colour_of_their_own_and_not_that_of_neurons_that_are_often_zero() -> None:
+    steps = samples.windows(10)
+    levels = np.full((10, 30), 120, np.uint8)
+    levels[5:, :10] = LEVEL_SILENT
+    site = samples.site_of("act", levels, steps)
+    picture = heatmap(site, "train")[:, :550]
+    silent, alive = has(picture, SILENT), (levels < LEVEL_SILENT).sum() / (levels == LEVEL_SILENT).sum()
+    assert has(picture, ALIVE_HIGH) < 1_000, "a silent neuron looks like a living one"
+    drawn = picture[88:-38]
+    assert silent / (drawn.shape[0] * drawn.shape[1]) == pytest.approx(1 / (1 + alive), abs=0.03)
+    assert has(heatmap(site, "train")[:, 580:], SILENT) > 200, "the legend beside the map names them"
+
+
+def test_the_overview_has_a_column_for_silent_neurons_if_there_are_any() -> None:
+    steps = samples.windows(4)
+    levels = np.full((4, 20), 120, np.uint8)
+    without = overview(samples.report_of([samples.site_of("act", levels, steps)]))
+    levels = levels.copy()
+    levels[:, 3] = LEVEL_SILENT
+    report = samples.report_of([samples.site_of("act", levels, steps)])
+    (row,) = rows_of(report, 10)
+    assert (row.dead, row.silent, row.dormant) == (0, 1, 0)
+    assert has(overview(report)[116:], ZERO) < has(without[116:], ZERO), "the grid makes room for the column"
 
 
 def test_a_window_narrower_than_a_pixel_still_shows() -> None:
@@ -149,7 +184,7 @@ def test_many_sites_are_grouped_and_their_dead_neurons_add_up() -> None:
 def test_neurons_are_sorted_dead_first_by_the_step_of_their_death() -> None:
     site = samples.conv_net().layers[-1]
     labels = site.judgement.labels()[order(site)]
-    assert (np.diff(labels.astype(int)) >= 0)[: site.dead + site.cut_off + site.dormant - 1].all()
+    assert (np.diff(labels.astype(int)) >= 0)[: site.dead + site.silent + site.cut_off + site.dormant - 1].all()
     dead = order(site)[: site.dead]
     assert site.judgement.dead[dead].all()
     assert (site.last_active_step[dead[: site.born_dead]] < 0).all()

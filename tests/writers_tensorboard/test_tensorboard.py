@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_UNSEEN, NotMeasured
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
 from neuronscope.writers.formatting import visible
 from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
@@ -40,6 +40,7 @@ SCALARS = {
     "neuronscope/dead_pct",
     "neuronscope/dormant_pct",
     "neuronscope/not_finite_pct",
+    "neuronscope/silent_pct",
     "neuronscope/deaths",
     "neuronscope/revivals",
     "neuronscope.more/born_dead_pct",
@@ -103,10 +104,12 @@ def test_vectors_hold_the_codes_of_each_neuron_and_their_site(kind: str, tmp_pat
 def test_the_code_of_a_rate_of_exactly_0_or_1_is_that_of_no_other_rate() -> None:
     site = samples.site_of("act", np.full((1, 6), 100, np.uint8), samples.windows(1))
     fractions = np.array([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, np.nan])
-    site = replace(site, zero_output_fraction=fractions, zero_gradient_fraction=fractions)
-    # Never zero is 0 and always zero LEVEL_MAX; one position off either is not.
+    judgement = replace(site.judgement, silent=fractions == 1.0)
+    site = replace(site, zero_output_fraction=fractions, zero_gradient_fraction=fractions, judgement=judgement)
+    # Never zero is 0 and always zero LEVEL_MAX, which is also the code of silence; one position off either is not.
     wanted = [0, 1, LEVEL_MAX // 2, LEVEL_MAX - 1, LEVEL_MAX, LEVEL_UNSEEN]
     assert codes(site).tolist() == [wanted, wanted]
+    assert LEVEL_SILENT == LEVEL_MAX
     dead = samples.uniform(LEVEL_DEAD).layers[0]
     assert set(codes(dead)[0].tolist()) == {LEVEL_DEAD}
 
@@ -115,7 +118,8 @@ def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
     train, val = scalars(samples.conv_net()), scalars(samples.conv_net(phase="val"))
     assert not set(train) & set(val)
     assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.1"} <= set(val)
-    assert not [tag for tag in val if "cut_off" in tag], "no gradient is seen in validation: nothing can be said"
+    unknown = [tag for tag in val if "cut_off" in tag or "silent" in tag]
+    assert not unknown, "no gradient is seen in validation: nothing can be said"
     assert not [tag for tag in val if "deaths" in tag]
     with summary_writer("torch", tmp_path) as writer:
         write(samples.conv_net(phase="val"), writer, 1)
@@ -129,6 +133,8 @@ def test_the_scalars_equal_the_numbers_of_the_report() -> None:
     found = scalars(report)
     assert found["neuronscope/dead_pct"] == pytest.approx(100 * report.dead / report.neurons)
     assert found["neuronscope/dormant_pct"] == pytest.approx(100 * report.dormant / report.neurons)
+    assert found["neuronscope/silent_pct"] == pytest.approx(100 * report.silent / report.neurons)
+    assert report.silent
     assert found["neuronscope.more/born_dead_pct"] == pytest.approx(100 * report.born_dead / report.neurons)
     assert found["neuronscope.more/cut_off_pct"] == pytest.approx(100 * report.cut_off / report.neurons)
     assert found["neuronscope.dead_pct/features.16"] == pytest.approx(100 * report["features.16"].dead / 512)
@@ -204,6 +210,11 @@ def test_every_death_between_two_logs_is_counted_once(tmp_path: Path) -> None:
         ([9, LEVEL_UNSEEN, LEVEL_DEAD], None, (1, 0)),  # not seen in between: compared with the window before
         ([LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_NOT_FINITE], 0, (0, 0)),  # going NaN is no revival
         ([LEVEL_DEAD, LEVEL_UNSEEN, 9], 100, (0, 1)),
+        # silent: it does not fire, and it is not dead; what counts is the window before or after
+        ([9, LEVEL_SILENT, LEVEL_SILENT], 0, (0, 0)),
+        ([9, LEVEL_SILENT, LEVEL_DEAD], 0, (1, 0)),
+        ([LEVEL_DEAD, LEVEL_SILENT, LEVEL_DEAD], 0, (0, 0)),
+        ([LEVEL_DEAD, LEVEL_SILENT, 9], 0, (0, 1)),
         ([LEVEL_UNSEEN, LEVEL_DEAD, LEVEL_DEAD], 0, (0, 0)),  # dead when first seen: no death was observed
         ([LEVEL_DEAD, 9, LEVEL_DEAD], 0, (1, 1)),
         ([LEVEL_DEAD, 9, LEVEL_DEAD], 300, (0, 0)),  # all windows were logged before
@@ -267,7 +278,7 @@ def test_the_diagnosis_escapes_every_name() -> None:
     report = samples.report_of([site], model=evil, phase=evil, not_measured=[NotMeasured(evil, evil)], notes=[evil])
     text = diagnosis(report)
     assert not set("<>[]`|_#") & set(re.sub(r"^### |&#\d+;|^\|.*\|$", "", text, flags=re.MULTILINE))
-    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {11}, "ten columns"
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {12}, "eleven columns"
     html = plugin_util.markdown_to_safe_html(text)
     assert "<script" not in html
     assert "<a" not in html
@@ -300,7 +311,7 @@ def test_the_diagnosis_states_causes_where_there_is_evidence() -> None:
         (LEVEL_UNSEEN, "**No neuron was observed, so there is no verdict.**"),
         (LEVEL_NOT_FINITE, "NaN or infinite"),
         (LEVEL_DEAD, "**384 of 384 neurons are dead (100 %). All of them"),
-        (100, "No layer has dead, dormant, cut-off or non-finite neurons."),
+        (100, "No layer has dead, silent, dormant, cut-off or non-finite neurons."),
     ],
 )
 def test_the_diagnosis_states_each_problem_of_the_network(level: int, sentence: str) -> None:

@@ -15,7 +15,7 @@ from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
 from neuronscope.writers.formatting import plural
 
-__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "measure"]
+__all__ = ["blocked_by_next_layer", "contradictions", "counted_evidence", "example_count", "measure"]
 
 _SOURCE = "scan"
 
@@ -44,7 +44,7 @@ def measure(
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
-        where = f"over {site.examples:,} examples, {site.positions:,} positions"
+        where = f"over {example_count(site.examples)}, {site.positions:,} positions"
         evidence += counted_evidence(
             site, policy, source=_SOURCE, where=where, judged=judged, blocked=site.name in blocked
         )
@@ -89,15 +89,16 @@ def counted_evidence(
         since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
 
     Returns:
-        At most one piece of evidence for each of *not finite*, *dead*, *no gradient* and *alive*; none contains a
-        neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
+        At most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
+        contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
     """
     judgement = site.judgement
     examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
+    may_fire = f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence"
     fires = 1.0 - site.zero_output_fraction
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
-    alive = ~(judgement.dead | judgement.not_finite | judgement.unseen | judgement.cut_off)
+    alive = ~(judgement.dead | judgement.silent | judgement.not_finite | judgement.unseen | judgement.cut_off)
     dead_basis, few = _basis_of_zeros(examples, policy, "Silent")
     gradient_examples = min(site.examples, site.gradient_positions)
     gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
@@ -116,8 +117,16 @@ def counted_evidence(
             dead_basis,
             judgement.dead,
             np.full(site.neurons, bound),
-            f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence",
+            may_fire,
             f"Its output was exactly zero at every position{gradients}, {where}.{few}",
+        ),
+        (
+            "silent",
+            dead_basis,
+            judgement.silent,
+            np.full(site.neurons, bound),
+            may_fire,
+            f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
         ),
         (
             "no gradient",
@@ -159,6 +168,15 @@ def counted_evidence(
     return evidence
 
 
+def example_count(examples: int) -> str:
+    """Say how many examples there were.
+
+    >>> example_count(1200), example_count(0)
+    ('1,200 examples', 'an unknown number of examples')
+    """
+    return f"{examples:,} examples" if examples else "an unknown number of examples"
+
+
 def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, str]:
     """Return the basis of a claim that rests on zeros alone, and a sentence if there are too few examples.
 
@@ -171,6 +189,8 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
     """
     if examples >= policy.min_examples:
         return "measured", ""
+    if not examples:
+        return "suspected", " The number of independent examples is not known, so no bound is claimed."
     few = (
         f" {observed} on {plural(examples, 'example')} only: fewer than the {policy.min_examples:,} that are needed to "
         f"conclude this for all but {100 * policy.max_rate:g} % of examples."

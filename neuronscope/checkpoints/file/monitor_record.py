@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence
+from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence, example_count
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import NeuronscopeError
 from neuronscope.judge.verdicts import Policy
@@ -101,7 +101,7 @@ def _examine_site(
     site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool
 ) -> Iterator[Evidence]:
     where = (
-        f"over {site.examples:,} examples of phase {report.phase}, steps {report.window.first_step} to "
+        f"over {example_count(site.examples)} of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"
     )
     since = np.where(site.last_active_step < 0, -1, site.history.died_step)

@@ -25,8 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import Call, SiteRecorder
 from neuronscope.attach.tensor_map import TensorMap
@@ -100,7 +102,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.unseen_tensors = builder.unseen_tensors
     infos = {key.name: hooks.recorder.current_info(key, info) for key, info in hooks.met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
-    idle = {path or "(root)" for path in hooks.module_sites if path not in hooks.recorder.ran_modules}
+    idle = {path or "(root)" for path in set(hooks.module_sites) - hooks.recorder.ran(hooks.recorder.phase)}
     graph.not_seen = {
         **dict.fromkeys(sorted(idle), "it did not run on the example"),
         **hooks.recorder.all_not_measured(),
@@ -277,7 +279,9 @@ class _TracingHookManager(HookManager):
             tolerance=0.0,
         )
         not_measured = self.recorder.not_measured
-        self.recorder: SiteRecorder = _TracingRecorder(LayerNames(model), builder, self.met, self.fail)
+        self.recorder: SiteRecorder = _TracingRecorder(
+            LayerNames(model), self._examples, self._masks, builder, self.met, self.fail
+        )
         self.recorder.not_measured = not_measured
 
 
@@ -291,12 +295,20 @@ class _TracingRecorder(SiteRecorder):
     def __init__(
         self,
         names: LayerNames,
+        examples: ExampleCounter,
+        masks: PositionMask,
         builder: _GraphBuilder,
         met: dict[SiteKey, SiteInfo],
         fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(
-            names=names, new_counters=_count_nothing, declared_axis=lambda *_: None, tolerance=0.0, fail=fail
+            names=names,
+            examples=examples,
+            masks=masks,
+            new_counters=_count_nothing,
+            declared_axis=lambda *_: None,
+            tolerance=0.0,
+            fail=fail,
         )
         self._builder = builder
         self._met = met

@@ -2,6 +2,9 @@
 
 1. *alive* contradicts *dead*, *never trained* and *no gradient*. Such a claim is **refuted** if *alive* has a surer
    basis, and **contested** if there is any evidence of *alive*. The other claims can be true of a neuron that fires.
+   *silent* shows a measured gradient, so it contradicts them in the same way, with one exception: it agrees with *dead*
+   that the output is zero and says more, since a neuron that gets a gradient is not dead. So *dead* gives way to a firm
+   *silent*, and a suspected *dead* to a suspected *silent*, and neither is contested.
 2. A claim that is not refuted is **valid**. The verdict is the most serious valid claim with a firm basis (proved,
    measured or inferred), on the surest basis that it has. A suspected claim is the verdict only if no valid claim has
    a firm basis.
@@ -32,11 +35,18 @@ from neuronscope.judge.symptoms import UNDATED
 __all__ = ["combine_evidence", "confirmations"]
 
 _ALIVE = CLAIMS.index("alive")
+_SILENT = CLAIMS.index("silent")
+_ZERO_OUTPUT = CLAIMS.index("dead")
 _DEAD = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
+_MEASURED = BASES.index("measured")
 _FIRM = BASES.index("inferred")  # the last basis that is firm
 
 #: For each claim, the measured claims that agree with it.
-AGREEING_CLAIMS = {"dead": ("dead",), "never trained": ("dead", "no gradient"), "no gradient": ("dead", "no gradient")}
+AGREEING_CLAIMS = {
+    "dead": ("dead", "silent"),
+    "never trained": ("dead", "no gradient"),
+    "no gradient": ("dead", "no gradient"),
+}
 
 
 def combine_evidence(
@@ -84,7 +94,8 @@ def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
             codes = measured[one.neurons]
             held = np.isin(codes, [CLAIMS.index(claim) for claim in AGREEING_CLAIMS[one.claim]])
             counts = tally.setdefault((one.source_label, one.claim, one.basis), [0, 0, 0])
-            for at, number in enumerate((held.sum(), (codes == _ALIVE).sum(), codes.size)):
+            refuted = np.isin(codes, (_ALIVE, _SILENT)) & ~held
+            for at, number in enumerate((held.sum(), refuted.sum(), codes.size)):
                 counts[at] += int(number)
     return tuple(
         Confirmation(*key, held=held, refuted=refuted, untested=total - held - refuted)
@@ -114,11 +125,15 @@ def _combine_layer(name: str, layer: JoinedLayer, evidence: list[Evidence]) -> L
         claim, basis = CLAIMS.index(one.claim), BASES.index(one.basis)
         better = one.neurons[surest[claim, one.neurons] > basis]
         surest[claim, better], surest_evidence[claim, better] = basis, index
-    alive = surest[_ALIVE]
-    contested = (alive != NO_BASIS) & (surest[_DEAD] != NO_BASIS).any(axis=0)
     valid = surest.copy()  # the basis of each claim that is not refuted
+    silent = surest[_SILENT]
+    refined = (silent <= _FIRM) | ((silent != NO_BASIS) & (surest[_ZERO_OUTPUT] > _FIRM))
+    valid[_ZERO_OUTPUT, refined] = NO_BASIS
+    # A silent neuron's gradient was counted: however few examples there were, that is measured.
+    gradient = np.minimum(surest[_ALIVE], np.where(silent != NO_BASIS, _MEASURED, NO_BASIS))
+    contested = (gradient != NO_BASIS) & (valid[_DEAD] != NO_BASIS).any(axis=0)
     for claim in _DEAD:
-        valid[claim, alive < surest[claim]] = NO_BASIS
+        valid[claim, gradient < surest[claim]] = NO_BASIS
     firm = _most_serious(valid <= _FIRM)
     labels = np.where(firm == UNKNOWN, _most_serious(valid != NO_BASIS), firm)
     known = labels != UNKNOWN

@@ -47,6 +47,7 @@ def postmortem_facts(
                 drifted=_drifted(layer),
                 not_finite=layer.count("not finite"),
                 unread=layer.count("unread"),
+                silent=layer.count("silent"),
                 dead_norm=ratios.get(layer.name),
                 may_have_collapsed=layer.collapse == "suspected",
                 idle=int(layer.idle.sum()),

@@ -19,6 +19,7 @@ __all__ = ["BASES", "CLAIMS", "Abstention", "Evidence"]
 CLAIMS = (
     "not finite",  # one of its weights, its bias or its output is NaN or infinite
     "dead",  # its output is always zero, or was zero at every position that was counted
+    "silent",  # its output was zero at every position that was counted, but it got a gradient
     "never trained",  # none of its incoming weights ever got a gradient
     "no gradient",  # none of its incoming weights got a gradient recently
     "zero row",  # all of its incoming weights are zero

@@ -88,7 +88,7 @@ class Confirmation:
         claim: The claim.
         basis: Its basis.
         held: Number of neurons for which the measurement agrees.
-        refuted: Number of neurons that were measured to be alive.
+        refuted: Number of neurons for which the measurement shows the opposite.
         untested: Number of neurons for which the measurement shows neither.
     """
 
@@ -112,7 +112,7 @@ class LayerReport:
         numbers: The number that supports each verdict, float64 ``(N,)``; NaN = none.
         since: Step from which each verdict holds, int64 ``(N,)``: −1 = from the start, ``UNDATED`` = not known.
         dating: Index into ``evidence`` of the evidence that ``since`` comes from, int64 ``(N,)``; −1 = none.
-        contested: True for neurons with evidence of both *alive* and its opposite, bool ``(N,)``.
+        contested: True for neurons with evidence of both *alive* or *silent* and its opposite, bool ``(N,)``.
         evidence: All evidence on the layer, used or not.
         sites: Names of the sites at which the neurons were seen.
         in_headlines: Whether totals include the layer; see
@@ -259,7 +259,11 @@ def contradicts(claim: str, label: str) -> bool:
         claim: One of ``CLAIMS``.
         label: One of :data:`LABELS`.
     """
-    return (claim == "alive" and label in DEAD_CLAIMS) or (claim in DEAD_CLAIMS and label in ("alive", "quiet"))
+    if claim in ("alive", "silent"):
+        return label in DEAD_CLAIMS
+    if label == "silent":  # *dead* agrees with it that the output is zero
+        return claim in ("never trained", "no gradient")
+    return claim in DEAD_CLAIMS and label in ("alive", "quiet")
 
 
 def _one_line(one: Evidence) -> str:

@@ -45,6 +45,7 @@ LEGEND = (
     ("measured", "measured"),
     ("inferred", "inferred"),
     ("suspected", "suspected"),
+    ("silent", "silent"),
     ("cut", "zero row, unread, idle"),
     ("warn", "quiet"),
     ("alarm", "not finite"),

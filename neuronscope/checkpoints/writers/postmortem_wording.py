@@ -55,6 +55,7 @@ LEGEND = (
 #: Each word and what it means here.
 GLOSSARY = (
     ("dead", "its output is zero, always or at every position that was seen"),
+    ("silent", "its output was zero at every position that was seen, but it got a gradient; not counted as dead"),
     ("never trained", "none of its incoming weights ever got a gradient; counted as dead"),
     ("no gradient", "its incoming weights got no gradient lately; counted as dead"),
     ("idle", "gets no gradient because its whole layer gets none (frozen, or cut off); not counted as dead"),
@@ -110,7 +111,7 @@ def findings(report: PostmortemReport) -> list[str]:
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
-    labels = ("zero row", "unread", "quiet")
+    labels = ("silent", "zero row", "unread", "quiet")
     if others := [f"{count(number)} {label}" for label in labels if (number := report.count(label))]:
         sentences.append(f"Also found: {', '.join(others)}.")
     if report.idle:
@@ -121,7 +122,8 @@ def findings(report: PostmortemReport) -> list[str]:
             f"{count(report.contested)} {is_are(report.contested)} contested: one source calls {them} dead, another "
             "alive. The surer source decides."
         )
-    silent = sum(contest.neurons.size for contest in find_disagreements(report.headline_layers) if contest.silent_on_data)
+    disagreements = find_disagreements(report.headline_layers)
+    silent = sum(contest.neurons.size for contest in disagreements if contest.silent_on_data)
     if silent:
         sentences.append(
             f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
@@ -137,10 +139,9 @@ def _left_out(report: PostmortemReport) -> list[str]:
     names = [layer.name for layer in report.layers if not layer.in_headlines]
     if not names:
         return []
-    return [
-        f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'} not in the totals: which dimension holds the "
-        "neurons is only assumed, or a function was applied to outputs of the network."
-    ]
+    who = f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'}"
+    why = "which dimension holds the neurons is only assumed, or a function was applied to outputs of the network"
+    return [f"{who} not in the totals: {why}."]
 
 
 def is_alarm(report: PostmortemReport) -> bool:
@@ -231,7 +232,7 @@ def layer_cells(layer: LayerReport) -> LayerCells:
     by_basis = [f"{count(some)} {basis}" for basis, some in layer.dead_by_basis().items() if some]
     others = [
         f"{count(some)} {label}"
-        for label in ("not finite", "zero row", "unread", "quiet")
+        for label in ("not finite", "silent", "zero row", "unread", "quiet")
         if (some := int((layer.labels == CLAIMS.index(label)).sum()))
     ]
     others += [f"{count(int(layer.idle.sum()))} idle"] if layer.idle.any() else []

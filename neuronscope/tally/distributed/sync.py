@@ -1,7 +1,7 @@
 """Join the counts of all ranks of a distributed run, exactly.
 
 Every rank must call this equally often: see :meth:`neuronscope.scope.Scope.step`. Ranks have agreed on a layout of each
-phase, which says where the counts of every site lie in the arrays that are reduced. A header of four numbers tells
+phase, which says where the counts of every site lie in the arrays that are reduced. A header of five numbers tells
 whether all ranks bring counts of one such layout. If not, the ranks tell each other the sites that are new first.
 """
 
@@ -75,6 +75,7 @@ class RankSync:
         self._kept: dict[str, Census] = {}  # by phase, what others brought while this rank was in another phase
         self.duplicate = False  # another rank has the same data, and counts for both what is not split
         self.all_done = True  # whether every rank was done in the last exchange
+        self.more = False  # whether any rank asked for another exchange right after the last one
         self.exchanges = Exchanges(1, 0, 0, 0, 0.0)
 
     @property
@@ -82,23 +83,26 @@ class RankSync:
         """True if no other rank counts along."""
         return not self._together or world_size() == 1
 
-    def join(self, census: Census, *, phase: str, done: bool = False) -> Census:
+    def join(self, census: Census, *, phase: str, done: bool = False, more: bool = False) -> Census:
         """Return what all ranks counted since they last joined. Every rank must call this equally often, or be done.
 
         Args:
             census: What this rank counted, and in which steps.
             phase: The phase of this rank.
             done: This rank will not call again, unless :attr:`all_done` stays false: then it must.
+            more: This rank has counts of another phase that belong to the same steps. Every rank must then call again
+                for that phase; each learns it from :attr:`more`.
 
         Returns:
             The same counts on every rank in that phase; the steps are from the first of any rank to the last.
         """
         if self.alone:
-            self.all_done = True
+            self.all_done, self.more = True, more
             return census
         began = time.perf_counter()
         collectives = Collectives()
-        for other, joined in self._exchange(self._contribution(census, phase), collectives, done=done).items():
+        contribution = self._contribution(census, phase)
+        for other, joined in self._exchange(contribution, collectives, done=done, more=more).items():
             self._kept[other] = _after(self._kept.get(other, Census()), joined)
         before = self.exchanges
         self.exchanges = Exchanges(
@@ -125,14 +129,14 @@ class RankSync:
         """Return the layout that was agreed on; one without sites where none was."""
         return self._agreed.get(phase, ReduceLayout(phase, {}))
 
-    def _exchange(self, own: Contribution, collectives: Collectives, *, done: bool) -> dict[str, Census]:
+    def _exchange(self, own: Contribution, collectives: Collectives, *, done: bool, more: bool) -> dict[str, Census]:
         """Return what all ranks brought, by phase."""
         signature = own.layout.signature if own.active else None
         largest_and_smallest = (-NEVER, -NEVER) if signature is None else (signature, -signature)
-        header = np.array([not done, own.active, *largest_and_smallest], dtype=np.int64)
+        header = np.array([not done, own.active, *largest_and_smallest, more], dtype=np.int64)
         collectives.max(header)
-        busy, active, largest, negated_smallest = header.tolist()
-        self.all_done = not busy
+        busy, active, largest, negated_smallest, asked = header.tolist()
+        self.all_done, self.more = not busy, bool(asked)
         if not active:
             return {}
         refused: dict[str, list[int]] = {}

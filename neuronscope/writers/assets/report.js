@@ -34,9 +34,8 @@
       const [low, high, dead] = ["--low", "--high", "--dead"].map(colour);
       const surface = colour("--surface");
       const palette = Array.from({ length: 256 }, (_, level) => mix(low, high, Math.min(level / LEVEL.max, 1)));
-      for (const [level, name] of [["dormant", "--warn"], ["cut_off", "--cut"], ["dead", "--dead"], ["unseen", "--unknown"]]) {
-        palette[LEVEL[level]] = colour(name);
-      }
+      const verdicts = { silent: "--silent", dormant: "--warn", cut_off: "--cut", dead: "--dead", unseen: "--unknown" };
+      for (const [level, name] of Object.entries(verdicts)) palette[LEVEL[level]] = colour(name);
       const [black, yellow, bare] = [packed([0, 0, 0]), packed([240, 228, 66]), packed(surface)];
       const across = this.edges.map((_, column) => Math.round(this.x(column) * width));
       const thick = Math.floor(height / this.rows) >= 6; // room for a hair line between rows
@@ -157,7 +156,7 @@
     }
 
     level(level, several) {
-      for (const name of ["unseen", "dormant", "cut_off", "not_finite"]) {
+      for (const name of ["unseen", "silent", "dormant", "cut_off", "not_finite"]) {
         if (level === LEVEL[name]) return (several ? (name === "not_finite" ? "partly " : "mostly ") : "") + name.replace("_", " ");
       }
       return `zero at ${percent(level / LEVEL.max)} of positions${several ? " on average" : ""}`;

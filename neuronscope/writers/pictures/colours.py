@@ -17,6 +17,7 @@ __all__ = [
     "NOT_FINITE",
     "PAPER",
     "SERIES",
+    "SILENT",
     "UNSEEN",
     "UNSEEN_STRIPE",
     "ZERO",
@@ -37,6 +38,7 @@ FRAME: Colour = (205, 205, 200)
 
 # Verdicts. Lightness differs as well as hue, so that they stay apart in grey.
 DEAD: Colour = (190, 26, 36)
+SILENT: Colour = (204, 121, 167)
 CUT_OFF: Colour = (118, 80, 164)
 DORMANT: Colour = (238, 167, 38)
 NOT_FINITE: Colour = (12, 12, 14)

@@ -16,6 +16,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     LEVEL_UNSEEN,
     SiteReport,
 )
@@ -33,6 +34,7 @@ from neuronscope.writers.pictures.colours import (
     MUTED,
     NOT_FINITE,
     PAPER,
+    SILENT,
     UNSEEN_STRIPE,
     Colour,
     mix,
@@ -55,18 +57,28 @@ _LEAST_RED = 0.35
 _GROUPS: tuple[tuple[tuple[str, ...], str, Colour], ...] = (
     (("dead",), "dead", DEAD),
     (("not finite",), "NaN or inf", NOT_FINITE),
+    (("silent",), "silent", SILENT),
     (("cut off",), "cut off", CUT_OFF),
     (("dormant",), "dormant", DORMANT),
     (("linear", "alive"), "alive", ALIVE_HIGH),
     (("unseen",), "not seen", UNSEEN_STRIPE),
 )
 
+#: Verdicts in the order in which their colours are mixed into a cell of several neurons.
+_VERDICTS = (
+    (LEVEL_DORMANT, DORMANT),
+    (LEVEL_CUT_OFF, CUT_OFF),
+    (LEVEL_SILENT, SILENT),
+    (LEVEL_NOT_FINITE, NOT_FINITE),
+    (LEVEL_DEAD, DEAD),
+)
+
 
 def order(site: SiteReport) -> IntArray:
     """Return the neurons from top to bottom of the heat map, int64 ``(N,)``.
 
-    Dead ones come first (born dead, then by the step at which they died), then not finite, cut off, dormant ones, then
-    living ones (most often zero first), and unseen ones last.
+    Dead ones come first (born dead, then by the step at which they died), then not finite, silent, cut off, dormant
+    ones, then living ones (most often zero first), and unseen ones last.
     """
     group = _group_of(site)
     dead = group == 0
@@ -170,18 +182,13 @@ def _cells(site: SiteReport, axis: StepAxis) -> ByteArray:
         return cells
 
     seen = total(levels != LEVEL_UNSEEN)
-    parts = {code: total(levels == code) for code in (LEVEL_DORMANT, LEVEL_CUT_OFF, LEVEL_NOT_FINITE, LEVEL_DEAD)}
-    living = levels <= LEVEL_MAX
+    parts = {code: total(levels == code) for code, _ in _VERDICTS}
+    living = levels < LEVEL_MAX
     alive = total(living)
     zeros = total(np.where(living, levels, 0)) / np.maximum(alive, 1) / LEVEL_MAX
     colour = _lerp(_planes(ALIVE_LOW), _planes(ALIVE_HIGH), zeros)
     so_far = alive
-    for code, of in (
-        (LEVEL_DORMANT, DORMANT),
-        (LEVEL_CUT_OFF, CUT_OFF),
-        (LEVEL_NOT_FINITE, NOT_FINITE),
-        (LEVEL_DEAD, DEAD),
-    ):
+    for code, of in _VERDICTS:
         if not parts[code].any():
             continue
         so_far = so_far + parts[code]

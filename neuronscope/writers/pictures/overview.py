@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,7 +36,7 @@ MOST_ROWS = 24
 # with strokes two pixels thick, one can still read it.
 _WIDTH, _HEIGHT, _MARGIN = 784, 430, 16
 _TOP, _BOTTOM = 116, 38  # above and below the grid
-_NAMES, _NUMBERS = 220, 190  # the columns beside the grid
+_NAMES, _NUMBERS, _SILENT = 220, 190, 90  # the columns beside the grid; the last one only if a neuron is silent
 _TITLE, _TEXT = 36, 22
 
 
@@ -64,17 +66,20 @@ def overview(report: Report) -> ByteArray:
     names = [row.label[len(prefix) :] + (f" {row.mark}" if row.mark else "") for row in rows]
     widest = max((canvas.text_width(name, size) for name in [*names, prefix]), default=0)
     left = _MARGIN + round(min(max(widest, 60), _NAMES)) + 14
-    width = right - _NUMBERS - left
+    columns = ("dead", "silent", "dormant") if report.silent else ("dead", "dormant")
+    width = right - _NUMBERS - (_SILENT if report.silent else 0) - left
     axis = StepAxis.of_windows([row.steps for row in rows], left, width)
     canvas.text((_MARGIN, _TOP - 12), canvas.fit(prefix, _TEXT, left - _MARGIN - 20), _TEXT, MUTED)
     _scale(canvas, left, _TOP - 12)
-    canvas.text((right - 96, _TOP - 12), "dead", _TEXT, MUTED, "rs")
-    canvas.text((right, _TOP - 12), "dormant", _TEXT, MUTED, "rs")
+    last = 104 if report.silent else 96
+    edges = dict(zip(columns, (right - last - _SILENT, right - last, right)[-len(columns) :], strict=True))
+    for column, edge in edges.items():
+        canvas.text((edge, _TOP - 12), column, _TEXT, MUTED, "rs")
     for index, (row, name) in enumerate(zip(rows, names, strict=True)):
         baseline = _TOP + (index + 0.5) * height + 8
         canvas.text((_MARGIN, baseline), canvas.fit(name, size, _NAMES), size)
         canvas.pixels((left, _TOP + index * height), _strip(row, axis, height))
-        _numbers(canvas, row, right, baseline, size)
+        _numbers(canvas, row, edges, baseline, size)
     canvas.box((left - 1, _TOP - 1, left + width + 1, bottom + 1), outline=FRAME)
     if not any(len(row.steps) for row in rows):
         missing = "no window is closed yet" if rows else "no layer was watched"
@@ -101,9 +106,11 @@ def _headline(report: Report) -> str:
         return "No neuron in the totals yet" if anything_seen(report) else "No neuron has been observed yet"
     if broken:
         return f"{share(broken, observed)} of neurons give NaN or infinity"
-    if not report.dead and not report.dormant:
+    found = [("dead", report.dead), ("silent", report.silent), ("dormant", report.dormant)]
+    if not any(number for _, number in found):
         return "No neuron is dead or dormant"
-    return f"{share(report.dead, observed)} dead, {share(report.dormant, observed)} dormant"
+    shown = [(label, number) for label, number in found if number or label != "silent"]
+    return ", ".join(f"{share(number, observed)} {label}" for label, number in shown)
 
 
 def _subtitle(report: Report, rows: list[Row]) -> str:
@@ -113,11 +120,20 @@ def _subtitle(report: Report, rows: list[Row]) -> str:
     return " · ".join(parts)
 
 
-def _numbers(canvas: Canvas, row: Row, right: float, baseline: float, size: int) -> None:
-    dead = "NaN" if row.broken else share(row.dead, row.observed)
-    canvas.text((right - 96, baseline), dead, size, INK if row.dead or row.broken else MUTED, "rs")
-    dormant = "" if row.broken else share(row.dormant, row.observed)
-    canvas.text((right, baseline), dormant, size, INK if row.dormant else MUTED, "rs")
+def _numbers(canvas: Canvas, row: Row, edges: Mapping[str, float], baseline: float, size: int) -> None:
+    """Write a row's shares by label.
+
+    Args:
+        canvas: The picture.
+        row: The row.
+        edges: The right edge of each column, by label.
+        baseline: Where the text stands.
+        size: Size of the text.
+    """
+    for label, edge in edges.items():
+        number = getattr(row, label)
+        text = share(number, row.observed) if not row.broken else ("NaN" if label == "dead" else "")
+        canvas.text((edge, baseline), text, size, INK if number or row.broken else MUTED, "rs")
 
 
 def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:

@@ -33,6 +33,7 @@ class Row:
         not_finite: Whether any neuron gave NaN or infinity in each window, bool ``(W,)``.
         observed: Neurons observed in the report's window.
         dead: Dead neurons in it.
+        silent: Silent neurons in it.
         dormant: Dormant neurons in it.
         broken: Neurons in it that gave NaN or infinity.
     """
@@ -45,6 +46,7 @@ class Row:
     not_finite: npt.NDArray[np.bool_]
     observed: int
     dead: int
+    silent: int
     dormant: int
     broken: int
 
@@ -73,6 +75,7 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
     masks: dict[str, Callable[[SiteReport], npt.NDArray[np.bool_]]] = {
         "observed": lambda site: ~site.judgement.unseen,
         "dead": lambda site: site.judgement.dead,
+        "silent": lambda site: site.judgement.silent,
         "dormant": lambda site: site.judgement.dormant,
         "broken": lambda site: site.judgement.not_finite,
     }

@@ -61,6 +61,9 @@ class EventWriter(DrawingWriter, Protocol):
             global_step: The step.
         """
 
+    def flush(self) -> Any:
+        """Wait until everything is written."""
+
 
 def write(
     report: Report,
@@ -188,6 +191,7 @@ class Dashboard:
             if self._file is not None:
                 require_room(self._file.run)
             write(report, self._writer, step, since=since, images=False, text=False, vectors=False, per_site=per_site)
+            self._writer.flush()  # now: the writer's thread would keep an error, and raise it in the training
             self._written[report.phase] = (step, report.global_step)
             if self._file is None:
                 _draw(report, self._writer, step, **drawn)

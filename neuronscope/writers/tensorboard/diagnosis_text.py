@@ -20,6 +20,7 @@ COLUMNS = (
     ("neurons", "neurons", True),
     ("dead", "dead", True),
     ("dead %", "dead_share", True),
+    ("silent", "silent", True),
     ("dormant", "dormant", True),
     ("cut off", "cut_off", True),
     ("not finite", "not_finite", True),
@@ -62,7 +63,7 @@ def _layers(report: Report) -> list[str]:
     ill = sorted((site for site in report.layers if any(wording.severity(site))), key=wording.severity, reverse=True)
     ill.sort(key=lambda site: not site.in_headlines)
     if not ill:
-        none = "No layer has dead, dormant, cut-off or non-finite neurons."
+        none = "No layer has dead, silent, dormant, cut-off or non-finite neurons."
         return [none] if report.observed_neurons else []
     rows = []
     for site in ill[:MOST_ROWS]:

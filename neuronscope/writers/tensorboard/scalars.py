@@ -28,7 +28,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 
     - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``,
       ``neuronscope/not_finite_pct`` and, in training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many
-      neurons died and revived in the windows after ``since``.
+      neurons died and revived in the windows after ``since``. If gradients were seen, ``neuronscope/silent_pct`` too.
     - Details: ``neuronscope.more/born_dead_pct``, the neurons that never fired since watching began, and
       ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
 
@@ -50,6 +50,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     found = dict(_shares(report.totals))
     with_gradient = Totals([site for site in sites if site.gradient_positions > 0])
     if neurons := _observed(with_gradient):
+        found["silent_pct"] = 100.0 * with_gradient.count(lambda site: site.judgement.silent) / neurons
         found["cut_off_pct"] = 100.0 * with_gradient.count(lambda site: site.judgement.cut_off) / neurons
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
         deaths, revivals = _changes_of(report.totals, since)
@@ -68,8 +69,8 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
 def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:
     """Count the deaths and revivals in the windows of a history that ended after a step.
 
-    A neuron that was not observed in a window, or gave NaN, keeps its state: it neither died nor revived. The first
-    window has no deaths: there is nothing to compare it with.
+    A neuron that was not observed in a window, gave NaN or was silent keeps its state: it neither died nor revived. The
+    first window has no deaths: there is nothing to compare it with.
 
     Args:
         history: The history of one layer (``W`` windows, ``N`` neurons).
@@ -121,9 +122,13 @@ def _count_changes(first: int, count: int, labels_in: Callable[[int], npt.NDArra
     return deaths, revivals
 
 
+# A neuron with one of these labels keeps its state: it neither died nor revived.
+_STATELESS = ("unseen", "not finite", "silent")
+
+
 def _state(labels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
     """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
-    return labels == LABELS.index("dead"), (labels != LABELS.index("unseen")) & (labels != LABELS.index("not finite"))
+    return labels == LABELS.index("dead"), ~np.isin(labels, [LABELS.index(label) for label in _STATELESS])
 
 
 def _group(name: str) -> str:

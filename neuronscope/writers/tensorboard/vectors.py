@@ -21,6 +21,7 @@ from neuronscope.report.report import (
     LEVEL_DORMANT,
     LEVEL_MAX,
     LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
     LEVEL_UNSEEN,
     Report,
     SiteReport,
@@ -44,7 +45,8 @@ def codes(site: SiteReport) -> npt.NDArray[np.uint8]:
     """Return what is known of a layer's neurons in the report's window, one byte each.
 
     Both channels hold 0 … ``LEVEL_MAX`` for a fraction (0 is exactly 0, ``LEVEL_MAX`` exactly 1) and ``LEVEL_UNSEEN``;
-    the first holds the other ``LEVEL_*`` verdicts as well.
+    the first holds the other ``LEVEL_*`` verdicts as well. A zero-output fraction of exactly 1 is always a verdict;
+    where it is that of no other label, the neuron is silent, so ``LEVEL_SILENT`` is ``LEVEL_MAX``.
 
     Returns:
         uint8 ``(2, N)``, in the order of :data:`CHANNELS`.
@@ -94,6 +96,7 @@ def _content(report: Report, site: SiteReport, order: int) -> dict[str, Any]:
         "levels": {
             "max": LEVEL_MAX,
             "unseen": LEVEL_UNSEEN,
+            "silent": LEVEL_SILENT,
             "dormant": LEVEL_DORMANT,
             "cut_off": LEVEL_CUT_OFF,
             "not_finite": LEVEL_NOT_FINITE,

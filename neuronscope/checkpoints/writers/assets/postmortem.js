@@ -5,7 +5,9 @@
   const { number, colour, packed } = page;
   const GONE = ["dead", "never trained", "no gradient"];
   const DEAD = { proved: "--proved", measured: "--dead", inferred: "--inferred", suspected: "--suspected" };
-  const OTHERS = { "zero row": "--cut", unread: "--cut", idle: "--cut", quiet: "--warn", alive: "--alive", unknown: "--unknown" };
+  const OTHERS = {
+    silent: "--silent", "zero row": "--cut", unread: "--cut", idle: "--cut", quiet: "--warn", alive: "--alive", unknown: "--unknown",
+  };
 
   class NeuronMap extends page.Drawing {
     constructor(box, layer) {

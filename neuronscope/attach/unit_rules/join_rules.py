@@ -1,0 +1,141 @@
+"""Rules of functions that join tensors along a dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from neuronscope.attach.origins import (
+    CONSTANT,
+    ENDED,
+    LOST,
+    RAW,
+    ROWS,
+    UNITS,
+    UNKNOWN,
+    WEIGHT,
+    Operand,
+    Origin,
+    combine,
+)
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, lose, table, tensors_in
+from neuronscope.attach.units import Units, has_units, join_runs, resized
+
+__all__ = ["JOINS"]
+
+
+def _parts(operation: Operation) -> list[Operand]:
+    return list(tensors_in(operation.argument(0, "tensors")))
+
+
+def _cat_rule(operation: Operation) -> Origin:
+    parts, shape = _parts(operation), operation.outputs[0]
+    dim = operation.argument(1, "dim", "axis", default=0)
+    if not parts or not isinstance(dim, int):
+        return lose(operation)
+    return _join([each for each in parts if math.prod(each.shape) or len(parts) == 1], dim % len(shape), shape)
+
+
+def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
+    """Return the origin of tensors that were joined along a dimension, which each of them has."""
+    if not parts:
+        return Origin.of(CONSTANT)
+    upstream = 0
+    for each in parts:
+        upstream |= each.origin.upstream
+    data = [each for each in parts if each.origin.state not in (CONSTANT, WEIGHT, RAW)]
+    if not data:
+        return Origin.of(RAW) if any(each.origin.state == RAW for each in parts) else _join_weights(parts)
+    states = {each.origin.state for each in data}
+    if states != {UNITS}:
+        state = next(state for state in (ROWS, LOST, UNKNOWN, ENDED) if state in states or state == ENDED)
+        if UNITS in states and state == ENDED:
+            state = LOST  # some of the elements are units, and others are not
+        return Origin.of(state if upstream else UNKNOWN, upstream)
+    every = [each.origin.units for each in data if each.origin.units is not None]
+    first = every[0]
+    if any(has_units(units.dims[dim]) for units in every):
+        return _join_units(parts, data, dim, upstream)
+    if any(units.which != first.which for units in every):
+        return Origin.of(ROWS, upstream)
+    found = resized(first.dims, shape)
+    if found is None or any(_unit_dims(units) != _unit_dims(first) for units in every):
+        return Origin.of(LOST, upstream)
+    sites = {each.origin.site for each in data}
+    site = data[0].origin.site if len(sites) == 1 else None
+    units, bent = first._replace(dims=found), data[0].origin.bent
+    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_all_carried(data))
+
+
+def _all_carried(parts: Sequence[Operand]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(site for each in parts for site in each.origin.carries))
+
+
+def _join_weights(parts: Sequence[Operand]) -> Origin:
+    """Return the origin of weights that were joined: their layers are joined too."""
+    layers = dict.fromkeys(each.origin.layer for each in parts if each.origin.layer)
+    joined = combine(parts, ())
+    return joined.but(layer="+".join(layers)) if joined.state == WEIGHT else joined
+
+
+def _unit_dims(units: Units) -> list[object]:
+    return [dim if has_units(dim) else None for dim in units.dims]
+
+
+def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, upstream: int) -> Origin:
+    """Return the origin of tensors whose units were put side by side."""
+    if len(data) != len(parts):
+        return Origin.of(LOST, upstream)
+    every = [each.origin.units for each in data if each.origin.units is not None]
+    for units in every:
+        alone = not any(has_units(other) for place, other in enumerate(units.dims) if place != dim)
+        along = units.dims[dim]
+        if not alone or len(along) > 1 or (along and not has_units(along)):
+            return Origin.of(LOST, upstream)
+    runs = join_runs(run for units in every for run in units.tensor_runs())
+    layers = dict.fromkeys(layer for layer, *_ in runs)
+    calls = tuple(dict.fromkeys(call for units in every for call in units.call))
+    width = sum(units.size for units in every)
+    dims = (*every[0].dims[:dim], ((width, 1),), *every[0].dims[dim + 1 :])
+    units = Units(calls, "+".join(layers), runs, 0, dims)
+    return Origin.of(UNITS, upstream, units=units, carries=_all_carried(data))
+
+
+def _stack_rule(operation: Operation) -> Origin:
+    parts, shape = _parts(operation), operation.outputs[0]
+    dim = operation.argument(1, "dim", "axis", default=0) % len(shape)
+    widened = []
+    for each in parts:
+        origin, units = each.origin, each.origin.units
+        if units is not None:
+            origin = origin.but(units=units._replace(dims=(*units.dims[:dim], (), *units.dims[dim:])))
+        widened.append(Operand((*each.shape[:dim], 1, *each.shape[dim:]), origin))
+    layers = {each.origin.units.layer if each.origin.units else None for each in widened}
+    if len(layers) > 1:  # a stack of several layers
+        return Origin.of(ENDED, operation.upstream)
+    return _join(widened, dim, shape)
+
+
+def _joined_along(dim_of: Callable[[int], int]) -> Rule:
+    """Return the rule of a function that joins along a dimension that follows from the number of dimensions.
+
+    Args:
+        dim_of: Returns the dimension.
+    """
+
+    def rule(operation: Operation) -> Origin:
+        parts, shape = _parts(operation), operation.outputs[0]
+        if not parts or any(len(each.shape) != len(shape) for each in parts):
+            return lose(operation)
+        return _join(parts, dim_of(len(shape)), shape)
+
+    return rule
+
+
+JOINS: dict[Function, Rule] = {
+    **table("cat concat concatenate", _cat_rule),
+    **table("stack", _stack_rule),
+    **table("hstack column_stack", _joined_along(lambda rank: min(1, rank - 1))),
+    **table("vstack row_stack", _joined_along(lambda _: 0)),
+}

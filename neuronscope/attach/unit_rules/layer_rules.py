@@ -1,0 +1,140 @@
+"""Rules of the layers: linear, convolutions, embeddings, recurrent layers, attention and normalisations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, UNITS, UNKNOWN, WEIGHT, Operand, Origin, combine
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, lose, table
+from neuronscope.attach.units import Units, place
+
+__all__ = ["LAYERS", "is_weight", "produce"]
+
+
+def is_weight(value: object) -> bool:
+    """Whether an argument is a weight."""
+    return isinstance(value, Operand) and value.origin.state == WEIGHT
+
+
+def produce(operation: Operation, weight: Operand | None, unit_dims: Sequence[int] | None, index: int = 0) -> Origin:
+    """Return the origin of a layer's output.
+
+    Args:
+        operation: The call of the layer.
+        weight: The layer's weight.
+        unit_dims: The dimensions of the output that index its units, the outermost first; ``None`` if not known.
+        index: Index of the output.
+    """
+    shape = operation.outputs[index]
+    upstream = operation.upstream | 1 << operation.call
+    if weight is None or unit_dims is None:
+        return Origin.of(LOST, upstream)
+    layer = weight.origin.layer
+    if weight.origin.picked:
+        return Origin.of(ROWS, upstream, layer=layer)
+    width = math.prod(shape[dim] for dim in unit_dims)
+    units = Units((operation.call,), layer, ((layer, 0, width, 1),), 0, place(shape, unit_dims))
+    return Origin.of(UNITS, upstream, units=units, layer=layer)
+
+
+def _is_computed(weight: Operand) -> bool:
+    """Whether a weight was computed from data, so that its layer is none of the network's own."""
+    return weight.origin.state not in (WEIGHT, CONSTANT, UNKNOWN)
+
+
+def _layer_rule(slot: int, name: str, from_right: int) -> Rule:
+    """Return the rule of a layer whose units lie on a fixed dimension of its first output.
+
+    Other outputs are no units.
+
+    Args:
+        slot: Place of the weight among the arguments.
+        name: Name of the weight.
+        from_right: Dimension of the units, counted from the right (1 = last).
+    """
+
+    def rule(operation: Operation) -> Sequence[Origin]:
+        weight = operation.argument(slot, name)
+        if not isinstance(weight, Operand):
+            return [lose(operation)] * len(operation.outputs)
+        rest = len(operation.outputs) - 1
+        if _is_computed(weight):
+            return [Origin.of(ENDED, operation.upstream)] * (1 + rest)
+        dim = len(operation.outputs[0]) - from_right
+        first = produce(operation, weight, (dim,) if dim >= 0 else None)
+        return [first, *[Origin.of(ENDED, first.upstream)] * rest]
+
+    return rule
+
+
+def _recurrent(operation: Operation) -> Sequence[Origin]:
+    """Say what a recurrent layer returns: its output has units; its last states do too if there is one of them."""
+    weight = next((each for each in operation.tensors if is_weight(each)), None)
+    found = []
+    for index, shape in enumerate(operation.outputs):
+        one = index == 0 or shape[0] == 1
+        known = produce(operation, weight, (len(shape) - 1,), index)
+        found.append(known if one else known.without_units())
+    return found
+
+
+def _recurrent_cell(operation: Operation) -> Sequence[Origin]:
+    weight = operation.argument(2, "w_ih")
+    given = weight if isinstance(weight, Operand) else None
+    return [produce(operation, given, (len(shape) - 1,), index) for index, shape in enumerate(operation.outputs)]
+
+
+def _grouped(operation: Operation) -> Origin:
+    weights = [each for each in operation.tensors if is_weight(each)]
+    layer = weights[0].origin.layer if weights else ""
+    return Origin.of(ROWS, operation.upstream | 1 << operation.call, layer=layer)
+
+
+def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = None) -> Rule:
+    """Return the rule of a normalisation: a layer if it has a weight or statistics of its own.
+
+    Args:
+        weight_slot: Place of its weight among the arguments.
+        unit_place: The dimension of its units, ≥ 0; −1 if its weight covers the last dimensions.
+        statistics_slot: Place of its running mean, if it can have one.
+    """
+
+    def rule(operation: Operation) -> Origin:
+        shape = operation.outputs[0]
+        weight = operation.argument(weight_slot, "weight")
+        if not isinstance(weight, Operand) and statistics_slot is not None:
+            weight = operation.argument(statistics_slot, "running_mean")
+        if not isinstance(weight, Operand) or _is_computed(weight) or is_weight(operation.first):
+            return combine([operation.first], shape)  # a weight that is standardised stays a weight
+        if unit_place < 0:
+            return produce(operation, weight, tuple(range(len(shape) - len(weight.shape), len(shape))))
+        return produce(operation, weight, (min(unit_place, len(shape) - 1),))
+
+    return rule
+
+
+def _named(names: str, home: object) -> frozenset[Function]:
+    return frozenset(getattr(home, name) for name in names.split())
+
+
+LAYERS: dict[Function, Rule] = {
+    **table("conv1d conv_transpose1d", _layer_rule(1, "weight", 2)),
+    **table("conv2d conv_transpose2d", _layer_rule(1, "weight", 3)),
+    **table("conv3d conv_transpose3d", _layer_rule(1, "weight", 4)),
+    **table("linear", _layer_rule(1, "weight", 1)),
+    **table("bilinear", _layer_rule(2, "weight", 1)),
+    **table("embedding embedding_bag", _layer_rule(1, "weight", 1)),
+    # In these, the weight comes before the indices.
+    **dict.fromkeys(_named("embedding embedding_bag", torch), _layer_rule(0, "weight", 1)),
+    **table("lstm gru rnn_tanh rnn_relu", _recurrent),
+    **table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
+    **table("grouped_mm _grouped_mm", _grouped),
+    **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
+    **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
+    **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),
+    **table("group_norm", _norm_rule(2, 1)),
+    **table("layer_norm rms_norm", _norm_rule(2, -1)),
+}

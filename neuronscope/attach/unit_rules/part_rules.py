@@ -1,0 +1,221 @@
+"""Rules of functions that take a part of a tensor: indices, slices, selections and splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Operand, Origin
+from neuronscope.attach.unit_rules.operation import Function, Index, Listed, Operation, Rule, Shape, lose, table
+from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
+
+__all__ = ["PARTS", "index_units"]
+
+_ALL = Index(None, None, None)
+
+
+def _index_rule(operation: Operation) -> Origin:
+    index = operation.args[1]
+    return _indexed(operation, index if type(index) is tuple else (index,))
+
+
+def _select_rule(operation: Operation) -> Origin:
+    dim, index = operation.argument(1, "dim"), operation.argument(2, "index")
+    return _indexed(operation, (*[_ALL] * (dim % len(operation.first.shape)), index))
+
+
+def _narrow_rule(operation: Operation) -> Origin:
+    sizes = operation.first.shape
+    dim, start = operation.argument(1, "dim") % len(sizes), operation.argument(2, "start")
+    length = operation.argument(3, "length")
+    if not isinstance(start, int):
+        return lose(operation)
+    start %= sizes[dim]
+    return _indexed(operation, (*[_ALL] * dim, Index(start, start + length, None)))
+
+
+def _indexed(operation: Operation, index: tuple[Any, ...]) -> Origin:
+    """Return the origin of ``operand[index]``."""
+    operand = operation.first
+    origin = operand.origin
+    if origin.state == WEIGHT:
+        return _part_of_weight(operand, index)
+    if origin.units is None:
+        return origin
+    units = index_units(origin.units, operand.shape, index, operation.outputs[0])
+    if units is ENDED:
+        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
+    return origin.but(units=units) if isinstance(units, Units) else Origin.of(LOST, origin.upstream)
+
+
+def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
+    """Return the origin of a part of a weight: it is a layer of its own, as ``experts.3`` or ``in_proj(0:8)``."""
+    origin, shape = operand.origin, operand.shape
+    if len(shape) < 2:
+        return origin
+    by_data = any(isinstance(part, (Operand, tuple)) and not isinstance(part, Index) for part in index)
+    if by_data:
+        return origin.but(picked=len(shape) > 2)
+    index = _without_ellipsis(index, shape)
+    layer, dim, cuts = origin.layer, 0, []
+    for part in index:
+        if isinstance(part, Index):
+            start, stop, step = slice(*part).indices(shape[dim])
+            whole = len(range(start, stop, step)) == shape[dim]
+            cuts.append("" if whole else f"{start}:{stop}" + (f":{step}" if step > 1 else ""))
+            dim += 1
+        elif isinstance(part, int) and not isinstance(part, bool):
+            cuts.append(str(part % shape[dim]))
+            dim += 1
+    if cuts and cuts[0].isdigit():
+        layer, cuts = f"{layer}.{cuts[0]}", cuts[1:]
+    while cuts and not cuts[-1]:
+        cuts.pop()
+    return origin.but(layer=layer + (f"({','.join(cut or ':' for cut in cuts)})" if cuts else ""))
+
+
+def _without_ellipsis(index: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
+    """Return an index with a full slice for each dimension that an ellipsis stands for."""
+    if Ellipsis not in [part for part in index if part is Ellipsis]:
+        return index
+    taken = sum(_dims_of(part) for part in index)
+    place = next(number for number, part in enumerate(index) if part is Ellipsis)
+    return (*index[:place], *[_ALL] * (len(shape) - taken), *index[place + 1 :])
+
+
+def index_units(units: Units, shape: Shape, index: tuple[Any, ...], after: Shape) -> Units | str | None:
+    """Return the units after an index; ``ENDED`` if data picked some of them; ``None`` if they are lost.
+
+    Args:
+        units: Those before it.
+        shape: The shape before it.
+        index: The index.
+        after: The shape after it.
+    """
+    dim = 0  # of the units that are left
+    picked: list[int] = []  # their dimensions that data picks
+    parted = False  # whether anything lies between the parts that pick
+    current, sizes = units, list(shape)
+    for part in _without_ellipsis(index, shape):
+        if part is None:
+            current = current._replace(dims=(*current.dims[:dim], (), *current.dims[dim:]))
+            sizes.insert(dim, 1)
+            dim += 1
+        elif isinstance(part, Index):
+            start, stop, step = slice(*part).indices(sizes[dim])
+            length = len(range(start, stop, step))
+            found = slice_dim(current, dim, start, length, step) if step > 0 and length else None
+            if found is None:
+                return None
+            current, sizes[dim] = found, length
+            dim += 1
+        elif isinstance(part, int) and not isinstance(part, bool):
+            current = select(current, dim, part % sizes[dim])
+            del sizes[dim]
+        elif isinstance(part, Operand) and not part.shape:  # a single number or truth value, which data gives
+            if part.boolean or has_units(current.dims[dim]):
+                return None if part.boolean else ENDED
+            current = current._replace(dims=current.dims[:dim] + current.dims[dim + 1 :])
+            del sizes[dim]
+        elif isinstance(part, (Operand, tuple)):
+            for _ in range(_dims_of(part)):
+                if has_units(current.dims[dim]):
+                    return ENDED
+                parted = parted or (bool(picked) and picked[-1] != dim - 1)
+                picked.append(dim)
+                dim += 1
+        else:
+            return None
+    if not picked:
+        return current
+    return _picked_rows(current, picked, 0 if parted else picked[0], after)
+
+
+def _dims_of(part: Any) -> int:
+    """Return how many dimensions of a tensor a part of an index takes."""
+    if part is None or part is Ellipsis:
+        return 0
+    if isinstance(part, Operand) and part.boolean:
+        return len(part.shape)
+    return 1
+
+
+def _picked_rows(units: Units, picked: Sequence[int], place: int, after: Shape) -> Units | None:
+    """Return the units after dimensions of positions were picked by data: new dimensions take their place."""
+    kept = [dim for index, dim in enumerate(units.dims) if index not in picked]
+    new = len(after) - len(kept)
+    if new < 0:
+        return None
+    found = resized([*kept[:place], *positions(after[place : place + new]), *kept[place:]], after)
+    return None if found is None else units._replace(dims=found)
+
+
+def _split_rule(operation: Operation) -> Sequence[Origin]:
+    operand = operation.first
+    rank = len(operand.shape)
+    dim = operation.argument(2, "dim", "axis", default=0) % rank
+    return _pieces(operand, dim, operation.outputs)
+
+
+def _split_along(dim: int) -> Rule:
+    return lambda operation: _pieces(operation.first, min(dim, len(operation.first.shape) - 1), operation.outputs)
+
+
+def _pieces(operand: Operand, dim: int, shapes: Sequence[Shape]) -> Sequence[Origin]:
+    """Return the origins of the pieces of a tensor that was cut along a dimension."""
+    origin = operand.origin
+    found, start = [], 0
+    for shape in shapes:
+        if origin.state == WEIGHT:
+            found.append(_part_of_weight(operand, (*[_ALL] * dim, Index(start, start + shape[dim], None))))
+        elif origin.units is None or not shape[dim]:
+            found.append(origin.without_units(LOST))
+        else:
+            part = slice_dim(origin.units, dim, start, shape[dim])
+            found.append(Origin.of(LOST, origin.upstream) if part is None else origin.but(units=part))
+        start += shape[dim]
+    return found
+
+
+def _unbind_rule(operation: Operation) -> Sequence[Origin]:
+    operand = operation.first
+    origin = operand.origin
+    dim = operation.argument(1, "dim", "axis", default=0) % len(operand.shape)
+    numbers = range(len(operation.outputs))
+    if origin.state == WEIGHT:
+        return [_part_of_weight(operand, (*[_ALL] * dim, number)) for number in numbers]
+    if origin.units is None:
+        return [origin] * len(operation.outputs)
+    return [origin.but(units=select(origin.units, dim, number)) for number in numbers]
+
+
+def _index_select(operation: Operation) -> Origin:
+    dim = operation.argument(1, "dim", "axis") % len(operation.first.shape)
+    index = operation.argument(2, "index", "indices")
+    return _indexed(operation, (*[_ALL] * dim, Listed((0,)) if isinstance(index, Operand) else index))
+
+
+def _gather(operation: Operation) -> Origin:
+    """Say what ``gather`` picks along a dimension of positions; the other dimensions may lose their ends."""
+    operand = operation.first
+    origin, rank = operand.origin, len(operand.shape)
+    if origin.units is None:
+        return origin
+    dim = operation.argument(1, "dim", "axis")
+    if not isinstance(dim, int) or has_units(origin.units.dims[dim % rank]):
+        return Origin.of(ENDED, operation.upstream, layer=origin.units.layer)
+    found = resized(origin.units.dims, operation.outputs[0])
+    return Origin.of(LOST, origin.upstream) if found is None else origin.but(units=origin.units._replace(dims=found))
+
+
+PARTS: dict[Function, Rule] = {
+    **table("__getitem__", _index_rule),
+    **table("select", _select_rule),
+    **table("narrow", _narrow_rule),
+    **table("chunk split tensor_split split_with_sizes", _split_rule),
+    **table("vsplit", _split_along(0)),
+    **table("hsplit", _split_along(1)),
+    **table("unbind", _unbind_rule),
+    **table("index_select", _index_select),
+    **table("gather", _gather),
+}

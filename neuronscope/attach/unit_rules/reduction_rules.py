@@ -1,0 +1,93 @@
+"""Rules of reductions, and of functions along one dimension such as softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin
+from neuronscope.attach.unit_rules.elementwise_rules import bending
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, integers, table
+from neuronscope.attach.units import has_units, reduce, resized
+
+__all__ = ["REDUCTIONS"]
+
+
+def _reduction_rule(place: int, *, keeps_zero: bool = True) -> Rule:
+    """Return the rule of a reduction.
+
+    Args:
+        place: Place of the dimensions among the arguments.
+        keeps_zero: Whether zeros give zero, so that the result still belongs to the site that gave the input.
+    """
+
+    def rule(operation: Operation) -> Sequence[Origin]:
+        operand = operation.first
+        origin, rank = operand.origin, len(operand.shape)
+        outputs = operation.outputs
+        if origin.units is None:
+            return [origin] * len(outputs)
+        axes = [axis % rank for axis in integers([operation.argument(place, "dim", "axis")])] or list(range(rank))
+        dims = reduce(origin.units.dims, axes, keepdim=bool(outputs) and len(outputs[0]) == rank)
+        if dims is None or any(len(dims) != len(shape) for shape in outputs):
+            return [Origin.of(ENDED, operation.upstream)] * len(outputs)
+        left = origin.but(units=origin.units._replace(dims=dims))
+        return [left if keeps_zero else left.but(site=None, carries=())] * len(outputs)
+
+    return rule
+
+
+def _largest(operation: Operation) -> Sequence[Origin] | Origin:
+    """Say what ``max`` and ``min`` give: of two tensors element by element, and of one along a dimension."""
+    if len(operation.tensors) > 1:
+        return [bending(operation)] * len(operation.outputs)
+    return _reduction_rule(1)(operation)
+
+
+def _along_rule(place: int, default: int | None = None, *, picks: bool = False) -> Rule:
+    """Return the rule of a function along one dimension that keeps the others, such as softmax.
+
+    Args:
+        place: Place of the dimension among the arguments.
+        default: The dimension if none is given; ``None`` stands for all.
+        picks: Whether the results are some of the elements, in an order that depends on the data.
+    """
+
+    def rule(operation: Operation) -> Sequence[Origin]:
+        operand = operation.first
+        origin, rank = operand.origin, len(operand.shape)
+        if origin.units is None:
+            return [origin] * len(operation.outputs)
+        dim = operation.argument(place, "dim", "axis", default=default)
+        along = [dim % rank] if isinstance(dim, int) and not isinstance(dim, bool) and rank else range(rank)
+        if any(has_units(origin.units.dims[axis]) for axis in along):
+            layer = origin.units.layer if picks else ""
+            return [Origin.of(ENDED, operation.upstream, layer=layer)] * len(operation.outputs)
+        found = []
+        for shape in operation.outputs:
+            dims = resized(origin.units.dims, shape) if len(shape) == rank else None
+            units = None if dims is None else origin.units._replace(dims=dims)
+            state = LOST if units is None else UNITS
+            found.append(Origin.of(state, operation.upstream, units=units, bent=origin.bent if units else ""))
+        return found
+
+    return rule
+
+
+REDUCTIONS: dict[Function, Rule] = {
+    **table("mean sum amax amin nanmean nansum", _reduction_rule(1)),
+    **table("max min", _largest),
+    **table(
+        "logsumexp std var prod all any count_nonzero argmax argmin std_mean var_mean median nanmedian mode",
+        _reduction_rule(1, keeps_zero=False),
+    ),
+    **table("norm quantile nanquantile", _reduction_rule(2, keeps_zero=False)),
+    torch.linalg.vector_norm: _reduction_rule(2, keeps_zero=False),
+    torch.linalg.norm: _reduction_rule(2, keeps_zero=False),
+    **table("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)),
+    **table("sort argsort", _along_rule(1, -1, picks=True)),
+    **table("topk kthvalue", _along_rule(2, -1, picks=True)),
+    **table("diff", _along_rule(2, -1)),
+    **table("gumbel_softmax", _along_rule(4, -1)),
+}

@@ -1,0 +1,117 @@
+"""Rules of functions that write a tensor into another one, along a dimension or at an index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from neuronscope.attach.origins import (
+    CONSTANT,
+    ENDED,
+    LOST,
+    RAW,
+    ROWS,
+    UNITS,
+    WEIGHT,
+    Operand,
+    Origin,
+    combine,
+)
+from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
+from neuronscope.attach.unit_rules.part_rules import index_units
+from neuronscope.attach.units import Units, has_units, resized
+
+__all__ = ["WRITING", "set_item"]
+
+
+def _scatter_rule(operation: Operation) -> Origin:
+    """Say what a tensor is after rows of another one were written, or added, into it along a dimension."""
+    target, source = operation.first, operation.argument(3, "src", "source", "value")
+    dim = operation.argument(1, "dim", "axis")
+    upstream = operation.upstream
+    if not isinstance(source, Operand) or source.origin.state in (CONSTANT, WEIGHT, RAW):
+        if target.origin.state in (UNITS, LOST, ROWS):
+            return target.origin.but(upstream=upstream, site=None, carries=())
+        return Origin.of(ENDED, upstream) if upstream else target.origin
+    units = source.origin.units
+    if units is None or not isinstance(dim, int):
+        return Origin.of(source.origin.state, upstream) if units is None else lose(operation)
+    shape = operation.outputs[0]
+    if len(source.shape) != len(shape) or has_units(units.dims[dim % len(shape)]):
+        return Origin.of(ENDED, operation.upstream)
+    return _written(target, source, shape, operation.upstream)
+
+
+def _written(target: Operand, source: Operand, shape: Shape, upstream: int) -> Origin:
+    """Return the origin of a tensor into which rows of another one, with units, were written."""
+    units = source.origin.units
+    dims = None if units is None or len(units.dims) > len(shape) else resized(units.dims, shape)
+    if units is None or dims is None:
+        return Origin.of(LOST, upstream)
+    if target.origin.state in (ROWS, LOST, ENDED):
+        return Origin.of(ROWS if target.origin.state == ROWS else LOST, upstream)
+    before = target.origin.units
+    if before is not None and before.which != units.which:
+        return Origin.of(ROWS, upstream)
+    if before is not None and [dim for dim in before.dims if has_units(dim)] and not _alike(before, units):
+        return Origin.of(LOST, upstream)
+    return Origin.of(
+        UNITS, upstream, units=units._replace(dims=dims), site=source.origin.site, carries=source.origin.carries
+    )
+
+
+def _alike(one: Units, other: Units) -> bool:
+    """Whether the units of two tensors lie on the same dimensions, counted from the right."""
+    length = min(len(one.dims), len(other.dims))
+    return all(
+        a == b or not (has_units(a) or has_units(b))
+        for a, b in zip(one.dims[-length:], other.dims[-length:], strict=True)
+    )
+
+
+def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
+    """Return what a tensor is after ``target[index] = value``.
+
+    Args:
+        target: The tensor before it.
+        index: The index.
+        value: What was written.
+    """
+    upstream = target.origin.upstream | value.origin.upstream
+    units = value.origin.units
+    if units is None:
+        if value.origin.state in (CONSTANT, WEIGHT, RAW):
+            return target.origin
+        if target.origin.units is not None:
+            return Origin.of(LOST, upstream)
+        return combine([target, value], target.shape)
+    before = target.origin.units
+    if before is not None:
+        part = index_units(before, target.shape, index, value.shape)
+        if isinstance(part, Units) and part.which == units.which and _alike(part, units):
+            return target.origin.but(upstream=upstream)
+    rows = len(value.shape) == len(target.shape) and _only_positions(index, target.shape, units)
+    if not rows:
+        return Origin.of(LOST, upstream)
+    return _written(target, value, target.shape, upstream)
+
+
+def _only_positions(index: tuple[Any, ...], shape: Shape, units: Units) -> bool:
+    """Whether an index leaves the dimensions of the units of what is written as they are."""
+    parts = [part for part in index if part is not Ellipsis]
+    if len(parts) < len(index):
+        place = next(number for number, part in enumerate(index) if part is Ellipsis)
+        parts[place:place] = [Index(None, None, None)] * (len(shape) - len(parts))
+    return all(
+        part is not None
+        and not isinstance(part, (int, bool))
+        and not (isinstance(part, Operand) and (part.boolean or len(part.shape) != 1))
+        and not (
+            has_units(dim) and not (isinstance(part, Index) and slice(*part).indices(size) == slice(None).indices(size))
+        )
+        for part, dim, size in zip(parts, units.dims, shape, strict=False)
+    )
+
+
+WRITING: dict[Function, Rule] = table(
+    "scatter scatter_add scatter_reduce index_add index_copy index_reduce", _scatter_rule, in_place=True
+)
