@@ -163,7 +163,7 @@ def test_suspected_neurons_do_not_count_for_the_exit_code(folder: Path, capsys: 
         "def network():\n    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())\n"
     )
     report = ns.postmortem("norm.pt", "normed:network")
-    assert (report["2"].dead, report["2"].suspected + report["2"].count("quiet")) == (0, 8)
+    assert (report["1"].dead, report["1"].suspected + report["1"].count("quiet")) == (0, 8)
     assert run("norm.pt --model normed:network --fail-above 0", capsys)[0] == 0
 
 

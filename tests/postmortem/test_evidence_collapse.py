@@ -89,7 +89,7 @@ def test_a_norm_layer_shows_a_collapse_like_a_bias(tmp_path: Path, optimizer: st
     model = norms()
     cut = [name for name, _ in model.named_parameters() if name.split(".")[0] in "0134"] + ["6.weight", "7.weight"]
     report = ns.postmortem(saved(tmp_path, model, OPTIMIZERS[optimizer](model.parameters()), cut))
-    assert report.collapsed == ("2",)
+    assert report.collapsed == ("3",)
     assert report["0"].idle.all()
     assert "only its bias got gradients" in report["6"].evidence[0].text
 
