@@ -204,7 +204,7 @@ class SiteRecorder:
         return {path for name, path in self._ran if name == phase}
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
-        """Return what is known of a site by now: whether it gives outputs of the network, and which layers read it.
+        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
         Args:
             key: The site.
@@ -213,8 +213,15 @@ class SiteRecorder:
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
         readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
-        known = (output, readers, notes) == (info.output, info.readers, info.reader_notes)
-        return info if known else replace(info, output=output, readers=readers, reader_notes=notes)
+        normalises = flow.normalised.get(info.layer)
+        return replace(
+            info,
+            output=output,
+            readers=readers,
+            reader_notes=notes,
+            is_norm=normalises is not None,
+            normalises=normalises or "",
+        )
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
