@@ -90,7 +90,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count this batch as training. Where a strategy wraps the module, the step runs in place of its forward."""
-        self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module)
+        self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module, inputs=(batch,))
         if self.attached and self.scope is not None:
             self._unpublished |= self.scope.observing
 
@@ -151,7 +151,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     ) -> None:
         """Count this batch as validation, unless it belongs to the sanity check."""
         if not trainer.sanity_checking:
-            self.begin_batch()
+            self.begin_batch(inputs=(batch,))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -163,7 +163,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count this batch as testing."""
-        self.begin_batch()
+        self.begin_batch(inputs=(batch,))
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
