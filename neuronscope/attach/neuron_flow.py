@@ -35,6 +35,7 @@ _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "_
 )
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
+_NAMELESS = frozenset({WEIGHT, UNKNOWN})
 
 
 class _Step(NamedTuple):
@@ -114,12 +115,24 @@ class NeuronFlow:
             return found
         known = self._names.of(tensor)
         if known is None:
-            return Origin.of(WEIGHT) if isinstance(tensor, nn.Parameter) else _UNKNOWN
+            if isinstance(tensor, nn.Parameter):
+                return Origin.of(WEIGHT)
+            return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
         if not self._names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
+
+    def _of_part(self, tensor: Tensor) -> Origin:
+        """Return what a distributed tensor is: what this rank's part of it is, from which it was made."""
+        found = self._origins.get(tensor._local_tensor)  # type: ignore[attr-defined]
+        if found is None or found.units is None:
+            return found or _UNKNOWN
+        units = found.units
+        if len(units.dims) != tensor.dim():
+            return found.without_units(LOST)
+        return found.but(units=units._replace(dims=_local(units.dims, tensor.shape)))
 
     def put(self, tensor: Tensor, origin: Origin) -> None:
         """Note what a tensor is.
@@ -178,7 +191,8 @@ class NeuronFlow:
                 self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
         put = self._origins.put
         for output, origin in zip(outputs, step.origins, strict=True):
-            put(output, origin)
+            if not _stays_weight(output, origin):
+                put(output, origin)
 
     def _key(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
@@ -309,7 +323,10 @@ class NeuronFlow:
             output: Its output, a rank's part as a plain tensor.
         """
         last = self._distributed.get(layer)
-        if last is None or not isinstance(output, Tensor) or self._origins.get(output) is not None:
+        if last is None or not isinstance(output, Tensor):
+            return
+        known = self._origins.get(output)
+        if known is not None and known.state != UNKNOWN:  # inside `to_local`, a view of what is not known is seen
             return
         units = last.units
         if units is not None and len(units.dims) == output.dim():
@@ -331,6 +348,19 @@ class NeuronFlow:
 def _note(function: Callable[..., Any]) -> str:
     """Return how a function that is no layer reads a site."""
     return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
+
+
+def _stays_weight(output: Tensor, origin: Origin) -> bool:
+    """Whether what a function returned is a weight still, or may turn out to be one; nothing is noted of it then.
+
+    An optimizer changes a parameter in place. FSDP makes the parameters of a forward as views of one long parameter,
+    of which the layer is found when the module runs.
+
+    Args:
+        output: What it returned.
+        origin: What its rule says of it.
+    """
+    return type(output) is nn.Parameter or (not origin.layer and origin.state in _NAMELESS and output._is_view())
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

@@ -110,7 +110,9 @@ def test_monitors_of_other_options_keep_their_states_apart(tmp_path: Path) -> No
     trainer(second, first, max_epochs=2).fit(network(), batches(4), batches(1), ckpt_path=tmp_path / "both.ckpt")
     assert [list(monitor.census()) for monitor in (first, second)] == [["first/relu"], ["second/relu"]]
     assert [monitor.census().steps for monitor in (first, second)] == [8, 8]
-    assert [monitor.census()["first/relu" if monitor is first else "second/relu"].positions for monitor in (first, second)] == [
+    assert [
+        monitor.census()["first/relu" if monitor is first else "second/relu"].positions for monitor in (first, second)
+    ] == [
         64,
         64,
     ]
