@@ -293,8 +293,8 @@ class NeuronFlow:
         last = origin.upstream & ~self.read
         return tuple({layer: None for call, layer in enumerate(self.layers) if last >> call & 1})
 
-    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard:
-        """Return which neurons of a plain tensor this rank holds.
+    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
+        """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.
 
         ``DTensor.to_local`` turns a rank's part into a plain tensor, without its placements. Such a tensor is
         recognized by its size.
@@ -313,7 +313,7 @@ class NeuronFlow:
             return shard
         if neurons == shard.whole and math.prod(tensor.shape) < math.prod(shape):
             return NeuronShard(0, neurons)  # sharded along its positions: each rank has its own
-        return NeuronShard()
+        return NeuronShard() if neurons == shard.whole or own == shard.whole else None
 
     def label_output(self, layer: str, output: Any) -> None:
         """Note what leaves a layer whose weight is distributed: ``to_local`` is seen by no function mode.
@@ -330,8 +330,10 @@ class NeuronFlow:
             return
         units = last.units
         if units is not None and len(units.dims) == output.dim():
-            dims = _local(units.dims, output.shape)
-            self._origins.put(output, last.but(units=units._replace(dims=dims)))
+            units = units._replace(dims=_local(units.dims, output.shape))
+            if units.size < units.width:  # every rank numbers its own part from 0, so that all have the same names
+                units = units._replace(runs=((layer, 0, units.size, 1),))
+            self._origins.put(output, last.but(units=units))
 
     def _note_distributed(self, args: Iterable[Any], output: Tensor, origin: Origin) -> None:
         if origin.units is None or origin.units.layout.dims is not None:

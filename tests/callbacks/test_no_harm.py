@@ -188,6 +188,6 @@ def test_the_census_of_a_monitor_can_be_copied_and_pickled(copied: Any) -> None:
     other = copied(runs)
     assert (other.scope, other.gate) == (None, None)
     other.begin_training(model, step=0)
-    assert other.scope.census()["1"].positions == 5
+    assert other.scope.census()["0/relu"].positions == 5
     other.detach()
     runs.detach()
