@@ -467,6 +467,8 @@ class SiteRecorder:
         if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
             neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
         runs = () if output_units is None else output_units.tensor_runs()
+        if runs and neurons < shard.whole and output_units is not None:  # the layer's, of which a rank has a part
+            runs = ((units.layer, 0, shard.whole, 1),) if units is not None and output_units.size == units.width else ()
         if sum(len(range(*run[1:])) for run in runs) not in (neurons, shard.whole):
             runs = ()
         info = SiteInfo(
@@ -531,7 +533,10 @@ class SiteRecorder:
     def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
         """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
         if not is_distributed(x):
-            return self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+            found = self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+            if found is None:
+                self.not_measured.setdefault(key.name, "ranks share its layer, and it has a part of each rank's units")
+            return found
         if layout.dims is not None:
             self.not_measured.setdefault(key.name, "ranks share it, and several dimensions hold its neurons")
             return None
