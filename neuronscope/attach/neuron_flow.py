@@ -32,7 +32,7 @@ _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 
 
-class _Step(NamedTuple):
+class _Outcome(NamedTuple):
     """What a call leads to.
 
     Attributes:
@@ -67,7 +67,7 @@ class NeuronFlow:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._weights: TensorMap[Origin] = TensorMap()
-        self._steps: dict[tuple[Any, ...], _Step] = {}  # by the facts that they follow from
+        self._steps: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
@@ -198,7 +198,7 @@ class NeuronFlow:
 
     def _find(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
-    ) -> _Step:
+    ) -> _Outcome:
         """Return what a call leads to."""
         call, count = len(self.layers), len(outputs)
         described = tuple([self._describe(arg) for arg in args])
@@ -212,7 +212,7 @@ class NeuronFlow:
                 upstream |= each.origin.upstream
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * count
         if not origins[0].upstream >> call & 1:
-            return _Step(origins)
+            return _Outcome(origins)
         sources = [each.origin for each in operation.tensors]
         reads = 0
         sites: list[Any] = []
@@ -221,7 +221,7 @@ class NeuronFlow:
             if origin.site is not None:
                 sites.extend(origin.site if isinstance(origin.site[0], tuple) else (origin.site,))
         bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
-        return _Step(origins, origins[0].layer, call, reads, tuple(sites), tuple(bent))
+        return _Outcome(origins, origins[0].layer, call, reads, tuple(sites), tuple(bent))
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""

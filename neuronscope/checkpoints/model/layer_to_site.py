@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from neuronscope.checkpoints.model.operators import OPERATORS
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 
 __all__ = ["LayerSites", "match_layers_to_sites", "normalised_sites", "producing_steps", "step_before_copies"]
