@@ -150,7 +150,7 @@ class SiteReport:
         kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
         neurons: ``N``.
         axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
-        axis_source: How the axis was found: ``declared``, ``producer (conv2d)`` …, or ``assumed (rank)``.
+        axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.
         positions: Positions at which each neuron's output was observed.
         gradient_positions: Positions at which each neuron's gradient was observed; 0 = no gradient was observed.
         examples: Independent examples (rows of the network's input) in the counts; 0 if that is not known.
