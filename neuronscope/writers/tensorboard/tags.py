@@ -44,7 +44,7 @@ def safe(name: str) -> str:
     if len(name) <= _LONGEST and place:
         path, function, ordinal = place.groups()
         return _joined(path + (_FUNCTION if function else ""), ordinal)
-    layer, slash, activation = name.rpartition("/")
+    layer, _, activation = name.rpartition("/")
     replaced = "/".join(re.sub(r"[^\w.-]", "_", part, flags=re.ASCII) for part in (layer, activation) if part)
     if len(replaced) > _LONGEST:
         replaced = f"{replaced[:40]}--{replaced[-60:]}"
