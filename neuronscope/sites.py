@@ -64,7 +64,9 @@ class SiteInfo:
             no layer is known.
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
-        readers: Paths of the layers that read the site's output.
+        readers: Paths of the layers that read the site's output as their input, one column (or channel) a neuron.
+        reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
+            ``returned by the model``, or a function's name. If there are any, ``readers`` do not tell everything.
         place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
@@ -79,6 +81,7 @@ class SiteInfo:
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    reader_notes: tuple[str, ...] = ()
     place: str = ""
 
     @property

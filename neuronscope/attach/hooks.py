@@ -290,8 +290,15 @@ class HookManager:
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 
-    def leave(self, path: str) -> None:
-        """Note that a watched module has ended or failed."""
+    def leave(self, path: str, output: Any) -> None:
+        """Note that a watched module has ended or failed.
+
+        Args:
+            path: Path of the module.
+            output: What it returned; ``None`` if it failed.
+        """
+        if path == "" and not is_tracing():
+            self.recorder.forward.flow.note_outputs(output)
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
             self.entered.enter(handling=self._mode.handling)
@@ -396,7 +403,7 @@ class _LeaveModule(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here():
             try:
-                self.manager.leave(self.path)
+                self.manager.leave(self.path, output)
             except Exception as error:
                 self.manager.fail(error)
         elif self.manager.failure is not None:

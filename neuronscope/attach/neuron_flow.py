@@ -21,6 +21,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import has_units
 from neuronscope.count.neuron_layout import Dims
 
@@ -28,6 +29,10 @@ __all__ = ["NeuronFlow"]
 
 _MOST_STEPS = 20_000
 _PLAIN = frozenset({int, float, bool, str})
+_MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
+_SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
+    "__iadd__", "__isub__"
+)
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 
@@ -42,6 +47,7 @@ class _Outcome(NamedTuple):
         reads: The calls of layers that it depends on, as bits.
         sites: The sites that it reads.
         bent: Layers that it reads after a function that is not linear and no known activation; and the function.
+        notes: Sites that it reads in another way than a layer reads its inputs, and how.
     """
 
     origins: tuple[Origin, ...]
@@ -50,6 +56,7 @@ class _Outcome(NamedTuple):
     reads: int = 0
     sites: tuple[Any, ...] = ()
     bent: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[Any, str], ...] = ()
 
 
 class NeuronFlow:
@@ -71,6 +78,7 @@ class NeuronFlow:
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
+        self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
         self.read_layers: set[str] = set()
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
@@ -157,6 +165,8 @@ class NeuronFlow:
             if len(self._steps) >= _MOST_STEPS:
                 self._steps.clear()
             self._steps[key] = step
+        for site, note in step.notes:
+            self.reader_notes.setdefault(site, {})[note] = None
         if step.layer is not None:
             self.layers.append(step.layer)
             self.read |= step.reads
@@ -211,17 +221,24 @@ class NeuronFlow:
             for each in operation.tensors:
                 upstream |= each.origin.upstream
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * count
-        if not origins[0].upstream >> call & 1:
-            return _Outcome(origins)
         sources = [each.origin for each in operation.tensors]
+        carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
+        if not origins[0].upstream >> call & 1:
+            kept = {site for origin in origins for site in origin.carries}
+            return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
         reads = 0
-        sites: list[Any] = []
         for origin in sources:
             reads |= origin.upstream
-            if origin.site is not None:
-                sites.extend(origin.site if isinstance(origin.site[0], tuple) else (origin.site,))
+        notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
-        return _Outcome(origins, origins[0].layer, call, reads, tuple(sites), tuple(bent))
+        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes)
+
+    def note_outputs(self, values: Any) -> None:
+        """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
+        for tensor in _nested_tensors(values):
+            origin = self._origins.get(tensor)
+            for site in () if origin is None else origin.carries:
+                self.reader_notes.setdefault(site, {})["returned by the model"] = None
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""
@@ -309,6 +326,11 @@ class NeuronFlow:
         self.duplicate = self.duplicate or any(
             is_later_shard(weight) for weight in args if isinstance(weight, nn.Parameter)
         )
+
+
+def _note(function: Callable[..., Any]) -> str:
+    """Return how a function that is no layer reads a site."""
+    return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

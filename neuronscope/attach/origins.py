@@ -42,10 +42,11 @@ class Origin:
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+        carries: The sites whose neurons the elements are or are multiplied by, each index one neuron.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
-    __slots__ = ("bent", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
+    __slots__ = ("bent", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -57,6 +58,7 @@ class Origin:
     picked: bool
     site: Any
     bent: str
+    carries: tuple[Any, ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -70,6 +72,7 @@ class Origin:
         picked: bool = False,
         site: Any = None,
         bent: str = "",
+        carries: tuple[Any, ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -81,14 +84,16 @@ class Origin:
             picked: Whether a weight was picked by data.
             site: A site.
             bent: Name of a function.
+            carries: Sites.
         """
-        facts = (state, upstream, units, layer, picked, site, bent)
+        facts = (state, upstream, units, layer, picked, site, bent, carries)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
-            found.state, found.upstream, found.units, found.layer, found.picked, found.site, found.bent = facts
+            found.state, found.upstream, found.units, found.layer, *rest = facts
+            found.picked, found.site, found.bent, found.carries = rest
             found.unit_set = () if units is None else (units.call, units.first, units.order)
         return found
 
@@ -128,7 +133,7 @@ class Operand(NamedTuple):
     boolean: bool = False
 
 
-def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "") -> Origin:
+def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "", product: bool = False) -> Origin:
     """Return what an elementwise function of several tensors is.
 
     Of several sources, the widest decides, so that a gate that is broadcast never wins over what it gates. Those that
@@ -139,6 +144,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         operands: The tensors.
         shape: The shape of the result.
         bent: Name of the function if it is not linear.
+        product: Whether it multiplies.
     """
     data = [each for each in operands if each.origin.state not in (WEIGHT, CONSTANT)]
     if not data:
@@ -160,7 +166,24 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         units = units._replace(dims=broadcast(units.dims, shape))
     before = (each.origin.bent for each in data if each.origin.units == origin.units)
     bent = "" if site else bent or next(filter(None, before), "")
-    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent)
+    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_carried(data, units, product))
+
+
+def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:
+    """Return the sites whose neurons a result has, each at its own index.
+
+    Args:
+        data: The tensors that it was computed from.
+        units: The units of the result.
+        product: Whether they were multiplied, so that a neuron that is zero makes the product zero.
+    """
+    carries = data[0].origin.carries
+    if all(each.origin.carries == carries for each in data[1:]):
+        return carries
+    if not product:
+        return ()
+    aligned = (each.origin for each in data if each.origin.units is not None and each.origin.units.size == units.size)
+    return tuple(dict.fromkeys(site for origin in aligned for site in origin.carries))
 
 
 def _source(data: Sequence[Operand]) -> Operand:

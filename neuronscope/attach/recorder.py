@@ -203,10 +203,9 @@ class SiteRecorder:
         """
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
-        readers = tuple(flow.readers.get(key, ()))
-        return (
-            info if (output, readers) == (info.output, info.readers) else replace(info, output=output, readers=readers)
-        )
+        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
+        known = (output, readers, notes) == (info.output, info.readers, info.reader_notes)
+        return info if known else replace(info, output=output, readers=readers, reader_notes=notes)
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
@@ -472,7 +471,7 @@ class SiteRecorder:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
         after = (
-            origin.but(site=key, units=output_units, bent="")
+            origin.but(site=key, units=output_units, bent="", carries=(key,))
             if output_units is not None
             else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         )
@@ -576,7 +575,7 @@ class SiteRecorder:
         origin = self.forward.flow.origin(x)
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
-        self.forward.flow.put(y, origin.but(site=None))
+        self.forward.flow.put(y, origin.but(site=None, carries=()))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         """Count a product as gated if one factor is the output of a site and the other has other units.
@@ -634,7 +633,7 @@ class SiteRecorder:
             counters.gate = self._counters.get((phase, gate.key))
         after = self.forward.flow.origin(y)
         if after.units == units:
-            self.forward.flow.put(y, after.but(site=key))
+            self.forward.flow.put(y, after.but(site=key, carries=(key, *after.carries)))
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:

@@ -165,6 +165,8 @@ class SiteReport:
         layer: Path of the layer whose units the neurons are; ``""`` if no layer is known.
         units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
         output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
+        readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
+        reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
     """
 
     name: str
@@ -186,6 +188,8 @@ class SiteReport:
     layer: str = ""
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
+    readers: tuple[str, ...] = ()
+    reader_notes: tuple[str, ...] = ()
 
     @property
     def assumed(self) -> bool:
@@ -269,6 +273,8 @@ class SiteReport:
             "layer": self.layer,
             "units": [list(run) for run in self.units],
             "output": self.output,
+            "readers": list(self.readers),
+            "reader_notes": list(self.reader_notes),
             "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,

@@ -117,8 +117,13 @@ class Tally:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Paths of the layers that read the site's output."""
+        """Paths of the layers that read the site's output; all of them if there are no :attr:`reader_notes`."""
         return self.info.readers
+
+    @property
+    def reader_notes(self) -> tuple[str, ...]:
+        """Other ways in which the site's output is read, as ``added in`` (a residual sum)."""
+        return self.info.reader_notes
 
     @property
     def in_headlines(self) -> bool:
@@ -170,7 +175,8 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
         units, readers = [list(run) for run in self.info.units], list(self.info.readers)
-        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers}}
+        notes = list(self.info.reader_notes)
+        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers, "reader_notes": notes}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -311,7 +317,8 @@ def _read_info(state: Mapping[str, Any]) -> SiteInfo:
     units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
     if any(step == 0 for *_, step in units):
         raise ValueError("a run of units has a step of 0")
-    return SiteInfo(**{**state, "units": units, "readers": tuple(map(str, state.get("readers", ())))})
+    readers, notes = (tuple(map(str, state.get(name, ()))) for name in ("readers", "reader_notes"))
+    return SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

@@ -11,10 +11,10 @@ __all__ = ["ELEMENTWISE", "bending", "like_first"]
 
 # A zero stays a zero under these, or they are linear.
 _LINEAR = """
-add sub subtract rsub mul multiply div divide true_divide neg negative positive addcmul addcdiv lerp
+add sub subtract rsub div divide true_divide neg negative positive addcmul addcdiv lerp
 dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout native_dropout
-__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __neg__ __pos__
-__iadd__ __isub__ __imul__ __itruediv__ __idiv__
+__add__ __radd__ __sub__ __rsub__ __truediv__ __rtruediv__ __div__ __rdiv__ __neg__ __pos__
+__iadd__ __isub__ __itruediv__ __idiv__
 clone contiguous detach float double half bfloat16 int long bool cpu cuda requires_grad_ pin_memory
 nan_to_num fill_diagonal_ resolve_conj conj dequantize bernoulli tril triu
 eq ne lt le gt ge greater greater_equal less less_equal not_equal
@@ -22,6 +22,7 @@ logical_and logical_or logical_not logical_xor isnan isinf isfinite signbit
 __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __xor__ __invert__ __iand__ __ior__ __ixor__
 bitwise_and bitwise_or bitwise_not bitwise_xor
 """
+_MULTIPLYING = "mul multiply __mul__ __rmul__ __imul__"
 _NOT_LINEAR = """
 abs absolute maximum minimum fmax fmin clamp clip clamp_min clamp_max exp exp2 expm1 log log2 log10 log1p sqrt rsqrt
 square pow float_power reciprocal sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh arcsin arccos arctan
@@ -43,6 +44,10 @@ zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_
 
 def _elementwise(operation: Operation) -> Origin:
     return combine(operation.tensors, operation.outputs[0])
+
+
+def _multiplying(operation: Operation) -> Origin:
+    return combine(operation.tensors, operation.outputs[0], product=True)
 
 
 def bending(operation: Operation) -> Origin:
@@ -98,6 +103,7 @@ def _grid(operation: Operation) -> list[Origin]:
 
 ELEMENTWISE: dict[Function, Rule] = {
     **table(_LINEAR, _elementwise, in_place=True),
+    **table(_MULTIPLYING, _multiplying, in_place=True),
     **table(_NOT_LINEAR, bending, in_place=True),
     torch.special.expit: bending,
     torch.special.erf: bending,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from neuronscope.attach.origins import (
     CONSTANT,
@@ -63,7 +64,12 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
         return Origin.of(LOST, upstream)
     sites = {each.origin.site for each in data}
     site = data[0].origin.site if len(sites) == 1 else None
-    return Origin.of(UNITS, upstream, units=first._replace(dims=found), site=site, bent=data[0].origin.bent)
+    units, bent = first._replace(dims=found), data[0].origin.bent
+    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_all_carried(data))
+
+
+def _all_carried(parts: Sequence[Operand]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(site for each in parts for site in each.origin.carries))
 
 
 def _join_weights(parts: Sequence[Operand]) -> Origin:
@@ -92,9 +98,8 @@ def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, ups
     calls = tuple(dict.fromkeys(call for units in every for call in units.call))
     width = sum(units.size for units in every)
     dims = (*every[0].dims[:dim], ((width, 1),), *every[0].dims[dim + 1 :])
-    sites = tuple(each.origin.site for each in data)
-    site = sites if all(each is not None for each in sites) else None
-    return Origin.of(UNITS, upstream, units=Units(calls, "+".join(layers), runs, 0, dims), site=site)
+    units = Units(calls, "+".join(layers), runs, 0, dims)
+    return Origin.of(UNITS, upstream, units=units, carries=_all_carried(data))
 
 
 def _stack_rule(operation: Operation) -> Origin:

@@ -33,7 +33,7 @@ def _reduction_rule(place: int, *, keeps_zero: bool = True) -> Rule:
         if dims is None or any(len(dims) != len(shape) for shape in outputs):
             return [Origin.of(ENDED, operation.upstream)] * len(outputs)
         left = origin.but(units=origin.units._replace(dims=dims))
-        return [left if keeps_zero else left.but(site=None)] * len(outputs)
+        return [left if keeps_zero else left.but(site=None, carries=())] * len(outputs)
 
     return rule
 

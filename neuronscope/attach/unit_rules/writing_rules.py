@@ -30,7 +30,7 @@ def _scatter_rule(operation: Operation) -> Origin:
     upstream = operation.upstream
     if not isinstance(source, Operand) or source.origin.state in (CONSTANT, WEIGHT, RAW):
         if target.origin.state in (UNITS, LOST, ROWS):
-            return target.origin.but(upstream=upstream, site=None)
+            return target.origin.but(upstream=upstream, site=None, carries=())
         return Origin.of(ENDED, upstream) if upstream else target.origin
     units = source.origin.units
     if units is None or not isinstance(dim, int):
@@ -54,7 +54,9 @@ def _written(target: Operand, source: Operand, shape: Shape, upstream: int) -> O
         return Origin.of(ROWS, upstream)
     if before is not None and [dim for dim in before.dims if has_units(dim)] and not _alike(before, units):
         return Origin.of(LOST, upstream)
-    return Origin.of(UNITS, upstream, units=units._replace(dims=dims), site=source.origin.site)
+    return Origin.of(
+        UNITS, upstream, units=units._replace(dims=dims), site=source.origin.site, carries=source.origin.carries
+    )
 
 
 def _alike(one: Units, other: Units) -> bool:
