@@ -550,7 +550,7 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
-        given = y  # noqa: F841  # `comptime` reads variables
+        given = y  # `comptime` reads variables
         if isinstance(y, dict):
             y = [*y.values()]
         if isinstance(y, (tuple, list)) and len(y) > 0:
@@ -667,7 +667,10 @@ class SiteRecorder:
         layout = units.layout
         info = replace(
             gate.info,
-            **{"activation": name, "kind": "gated", "linear_when_on": False, "axis": layout.axis},
+            activation=name,
+            kind="gated",
+            linear_when_on=False,
+            axis=layout.axis,
             units=units.tensor_runs() if gate.info.units else (),
         )
         names = (key.name, key.layer, info.place)
