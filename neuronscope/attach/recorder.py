@@ -648,30 +648,37 @@ class SiteRecorder:
                 continue
             origin = flow.origin(factor)
             gate = None if origin.site is None else self._gates.get(origin.site)
-            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
+            if gate is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
-            if gate.after.units is None or origin.units.count != gate.after.units.count:
-                continue  # a part of what the site gave: its gradients are not counted apart
+            if origin.units is None:
+                if gate.info.axis_source == "declared":
+                    return self._gated(phase, gate, origin, None, y, traced)
+                continue
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
             return self._gated(phase, gate, origin, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
+    def _gated(
+        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
+    ) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
+        if units is None:  # its axis was declared
+            key = SiteKey(gate.key.layer, gate.key.units, name, 0)
+        else:
+            key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
-        layout = units.layout
+        layout = gate.layout if units is None else units.layout
         info = replace(
             gate.info,
             activation=name,
             kind="gated",
             linear_when_on=False,
             axis=layout.axis,
-            units=units.tensor_runs() if gate.info.units else (),
+            units=units.tensor_runs() if units is not None and gate.info.units else (),
         )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
@@ -679,6 +686,8 @@ class SiteRecorder:
         if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)
+        if units is None:
+            return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
         after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
         self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)

@@ -173,7 +173,7 @@ class Twin(Nobody):
         self.functions = known_functions()
         self.registry = activations.Registry()
         self.calls: list[Call] = []
-        self.gates: dict[str, str] = {}  # gated product → the site of its gate
+        self.gates: dict[str, str] = {}  # gated product → the site of its gate; "" if it is one of a part of it
         self.pending: list[Call] = []
         self.counter = 0
         self.forward = 0
@@ -299,12 +299,16 @@ class Twin(Nobody):
             The call; ``None`` if what it is applied to are no neurons.
         """
         axes = self.axes_of(place, x)
-        site = self.namer.site(place, activation, x, axes, is_module=is_module)
+        site = self.name_site(place, activation, x, axes, is_module=is_module)
         if site is None:
             return None
         edge = get_gradient_edge(x) if x.requires_grad and torch.is_grad_enabled() else None
         phase = self.running_phase
         return Call(site, phase, self.counter, axes, self.forward, self.examples, x.detach(), edge, halved)
+
+    def name_site(self, *facts: Any, is_module: bool) -> Site | None:
+        """Name the site of an activation; see :meth:`tests.core.producers.Namer.site`."""
+        return self.namer.site(*facts, is_module=is_module)
 
     def seen(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an activation function and keep everything; return its input, its output and the call.
@@ -336,17 +340,19 @@ class Twin(Nobody):
         call.output = y.detach().clone()
         self.keep(call)
 
-    def multiply(self, gate: Call, other: Tensor, output: Tensor) -> None:
+    def multiply(self, gate: Call, factor: Tensor, other: Tensor, output: Tensor) -> None:
         """Keep a product, if it is a gated one.
 
         Args:
-            gate: The call whose output is a factor.
+            gate: The call whose output, or a part of it, is a factor.
+            factor: That factor.
             other: The other factor.
             output: The product.
         """
-        name = self.namer.product(gate.site, other, gate.axes)
-        if name is not None:
-            self.gates[name] = gate.name
+        found = self.namer.product(gate.site, factor, other, gate.axes)
+        if found is not None:
+            name, whole = found
+            self.gates[name] = gate.name if whole else ""
             site = Site(name, "", (), ())
             kept = output.detach().clone()
             self.keep(Call(site, gate.phase, gate.step, gate.axes, gate.forward, gate.examples, kept, None, None))
@@ -369,7 +375,7 @@ class Twin(Nobody):
                 positions[call.name, call.forward] = call.examples, before + count
         for (name, _), (examples, count) in positions.items():
             result[name]["examples"] += min(examples, count)  # a forward has no more examples than positions
-        for name in result.keys() & self.gates.keys():
+        for name in (name for name in result if self.gates.get(name)):
             for part in ("zero_gradients", "gradient_positions"):
                 result[name][part] = result[self.gates[name]][part]
         return result
@@ -378,7 +384,7 @@ class Twin(Nobody):
 class _Names:
     """The names that a rehearsal gave, one after another."""
 
-    def __init__(self, given: Sequence[Site | str | None]) -> None:
+    def __init__(self, given: Sequence[Any]) -> None:
         self.given = deque(given)
 
     def site(self, *facts: Any, is_module: bool) -> Any:
@@ -394,7 +400,7 @@ class _Rehearsal(Twin):
     def __init__(self, twin: Twin, model: nn.Module) -> None:
         super().__init__(twin.axis)
         self.real = Namer(model)
-        self.given: list[Site | str | None] = []
+        self.given: list[Any] = []
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.numbers.clear()
@@ -407,13 +413,13 @@ class _Rehearsal(Twin):
         self.given.append(self.real.site(*facts, is_module=is_module))
         return self.given[-1]
 
-    def product(self, *facts: Any) -> str | None:
+    def product(self, *facts: Any) -> tuple[str, bool] | None:
         """Name a product, and remember the name."""
         self.given.append(self.real.product(*facts))
         return self.given[-1]
 
 
-def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Site | str | None]:
+def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """Return the names of all sites and products of a forward, in their order.
 
     Args:
@@ -513,9 +519,16 @@ def find_gated(twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: 
     """
     for factor, other in (factors, factors[::-1]):
         for x, y, call in reversed(outputs):
-            if factor is y and other is not x and other is not y and other.shape == y.shape == product.shape:
-                twin.multiply(call, other, product)
+            alike = other.shape == factor.shape == product.shape and factor.dim() == y.dim()
+            if alike and other is not x and other is not y and (factor is y or _is_part(factor, y)):
+                twin.multiply(call, factor, other, product)
                 return
+
+
+def _is_part(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor is a smaller view of another one."""
+    same = tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return same and tensor.numel() < whole.numel() > 1
 
 
 def assert_same(census: ns.Census, truth: dict[str, dict[str, Any]]) -> None:

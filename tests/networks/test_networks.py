@@ -55,6 +55,8 @@ def test_experts_are_counted_together_when_their_axis_is_declared(way: str) -> N
     network = next(network for network in NETWORKS if network.name == f"MixtralForCausalLM ({way} experts)")
     result = run(network, axes={"*.experts.act_fn": -1})
     assert_same(result.census, result.truth)
+    place = "model.layers.{}.mlp.experts.act_fn"
+    assert [*result.census] == [name.format(layer) for layer in range(2) for name in (place, f"{place}/swiglu")]
     assert {tally.axis_source for tally in result.census.values()} == {"declared"}
 
 
