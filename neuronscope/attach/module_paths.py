@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 __all__ = ["model_name", "named_sites_path", "own_class", "walk"]
 
 # Wrappers keep the wrapped model in an attribute of one of these names, which must not appear in a site's name.
-_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_WRAPPER_CLASSES = frozenset(
-    {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel"}
-)
+_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+# Wrappers whose attribute has a name that other modules use too, by the name of their class or of a base class.
+_WRAPPED_AS = {
+    **dict.fromkeys(("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"), "module"),
+    **dict.fromkeys(("DeepSpeedEngine", "AveragedModel"), "module"),
+    "GradSampleModule": "_module",  # Opacus
+    "PeftModel": "base_model",
+    "BaseTuner": "model",  # the tuner inside a PeftModel
+}
 
 
-def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
+def named_sites_path(path: str, wrapped: Collection[str] = ()) -> str:
     """Return a module path without the parts that wrappers add.
 
     Args:
         path: A path as in ``named_modules()``.
-        wrapped: Paths of wrappers whose child ``module`` is the wrapped model.
+        wrapped: Paths of wrapped models whose last part is a wrapper's attribute.
 
-    >>> named_sites_path("module._orig_mod.layer1.0.relu", frozenset({""}))
+    >>> named_sites_path("module._orig_mod.layer1.0.relu", {"module"})
     'layer1.0.relu'
     >>> named_sites_path("experts.module.act")
     'experts.module.act'
@@ -30,9 +35,8 @@ def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
     kept: list[str] = []
     so_far = ""
     for part in path.split(".") if path else ():
-        wrapper = part in _WRAPPER_PARTS or (part == "module" and so_far in wrapped)
         so_far = f"{so_far}.{part}" if so_far else part
-        if not wrapper:
+        if part not in _WRAPPER_PARTS and so_far not in wrapped:
             kept.append(part)
     return ".".join(kept)
 
@@ -40,7 +44,11 @@ def named_sites_path(path: str, wrapped: frozenset[str] = frozenset()) -> str:
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once, with the path that names its site."""
     modules = list(model.named_modules())
-    wrapped = frozenset(path for path, module in modules if type(module).__name__ in _WRAPPER_CLASSES)
+    wrapped = set()
+    for path, module in modules:
+        attribute = next((_WRAPPED_AS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _WRAPPED_AS), "")
+        if attribute:
+            wrapped.add(f"{path}.{attribute}" if path else attribute)
     for path, module in modules:
         yield named_sites_path(path, wrapped), module
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,7 +45,7 @@ def _is_computed(weight: Operand) -> bool:
     return weight.origin.state not in (WEIGHT, CONSTANT, UNKNOWN)
 
 
-def _layer_rule(slot: int, name: str, from_right: int) -> Rule:
+def _layer_rule(slot: int, name: str, from_right: int) -> Callable[[Operation], Sequence[Origin]]:
     """Return the rule of a layer whose units lie on a fixed dimension of its first output.
 
     Other outputs are no units.
@@ -68,6 +68,17 @@ def _layer_rule(slot: int, name: str, from_right: int) -> Rule:
         return [first, *[Origin.of(ENDED, first.upstream)] * rest]
 
     return rule
+
+
+_COLUMNS = _layer_rule(1, "weight", 1)
+
+
+def _linear(operation: Operation) -> Sequence[Origin]:
+    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units."""
+    first, second = operation.argument(0, "input"), operation.argument(1, "weight")
+    if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
+        return [produce(operation, first, (len(operation.outputs[0]) - 2,))]
+    return _COLUMNS(operation)
 
 
 def _recurrent(operation: Operation) -> Sequence[Origin]:
@@ -124,7 +135,7 @@ LAYERS: dict[Function, Rule] = {
     **table("conv1d conv_transpose1d", _layer_rule(1, "weight", 2)),
     **table("conv2d conv_transpose2d", _layer_rule(1, "weight", 3)),
     **table("conv3d conv_transpose3d", _layer_rule(1, "weight", 4)),
-    **table("linear", _layer_rule(1, "weight", 1)),
+    **table("linear", _linear),
     **table("bilinear", _layer_rule(2, "weight", 1)),
     **table("embedding embedding_bag", _layer_rule(1, "weight", 1)),
     # In these, the weight comes before the indices.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neuronscope.attach.origins import LOST, Origin
+from neuronscope.attach.origins import LOST, WEIGHT, Origin
 from neuronscope.attach.unit_rules.elementwise_rules import like_first
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, table
 from neuronscope.attach.units import Units, broadcast, has_units, positions, reshape, resized
@@ -28,7 +28,9 @@ def _move_rule(move: _Move) -> Rule:
         operand = operation.first
         origin = operand.origin
         if origin.units is None:
-            return origin
+            repeated = move in (_expanded, _repeated, _repeated_each) and len(operation.outputs[0]) > 2
+            # Of a stack that repeats a matrix it is not known which dimension tells matrices apart.
+            return origin.but(picked=True) if repeated and origin.state == WEIGHT else origin
         units = move(operation, origin.units, operand.shape, operation.outputs[0])
         return Origin.of(LOST, origin.upstream) if units is None else origin.but(units=units)
 
