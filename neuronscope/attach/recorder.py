@@ -263,7 +263,7 @@ class SiteRecorder:
     @property
     def running_phase(self) -> str:
         """The phase of the forward that is running."""
-        return INFERENCE if self.forward.inference else self.phase
+        return INFERENCE if self.forward.training and self.forward.inference else self.phase
 
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
@@ -324,7 +324,7 @@ class SiteRecorder:
             self.not_measured.setdefault(place, IN_TRANSFORM)
             return None
         call = self._find(phase, place, not function, activation, x, glu_dim)
-        if forward.may_be_recomputed:
+        if not torch.is_grad_enabled() and forward.may_be_recomputed:
             forward.recomputation.add((path, function), call)
         if call is not None and call.hook is not None and x.requires_grad and torch.is_grad_enabled():
             self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
