@@ -36,6 +36,7 @@ _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "_
 )
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
+_NAMELESS = frozenset({WEIGHT, UNKNOWN})
 
 
 class _Outcome(NamedTuple):
@@ -118,12 +119,24 @@ class NeuronFlow:
             return found
         known = self._names.of(tensor)
         if known is None:
-            return Origin.of(WEIGHT) if isinstance(tensor, nn.Parameter) else _UNKNOWN
+            if isinstance(tensor, nn.Parameter):
+                return Origin.of(WEIGHT)
+            return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
         if not self._names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
+
+    def _of_part(self, tensor: Tensor) -> Origin:
+        """Return what a distributed tensor is: what this rank's part of it is, from which it was made."""
+        found = self._origins.get(tensor._local_tensor)  # type: ignore[attr-defined]
+        if found is None or found.units is None:
+            return found or _UNKNOWN
+        units = found.units
+        if len(units.dims) != tensor.dim():
+            return found.without_units(LOST)
+        return found.but(units=units._replace(dims=_local(units.dims, tensor.shape)))
 
     def put(self, tensor: Tensor, origin: Origin) -> None:
         """Note what a tensor is.
@@ -184,7 +197,8 @@ class NeuronFlow:
                 self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
         put = self._origins.put
         for output, origin in zip(outputs, step.origins, strict=True):
-            put(output, origin)
+            if not _stays_weight(output, origin):
+                put(output, origin)
 
     def _key(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
@@ -286,9 +300,13 @@ class NeuronFlow:
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args
-        if not isinstance(value, Tensor):
-            return
         place = self._describe(index)
+        if not isinstance(value, Tensor):
+            origin = self.origin(target)
+            mask = place.origin if isinstance(place, Operand) and place.boolean else None
+            if mask is not None and mask.bent and mask.units == origin.units and not origin.site:
+                self._origins.put(target, origin.but(bent=origin.bent or mask.bent))  # h[h < 0] = 0
+            return
         before, written = self._describe(target), self._describe(value)
         self._origins.put(target, set_item(before, place if type(place) is tuple else (place,), written))
 
@@ -297,8 +315,8 @@ class NeuronFlow:
         last = origin.upstream & ~self.read
         return tuple({layer: None for call, layer in enumerate(self.layers) if last >> call & 1})
 
-    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard:
-        """Return which neurons of a plain tensor this rank holds.
+    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
+        """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.
 
         ``DTensor.to_local`` turns a rank's part into a plain tensor, without its placements. Such a tensor is
         recognized by its size.
@@ -317,7 +335,7 @@ class NeuronFlow:
             return shard
         if neurons == shard.whole and math.prod(tensor.shape) < math.prod(shape):
             return NeuronShard(0, neurons)  # sharded along its positions: each rank has its own
-        return NeuronShard()
+        return NeuronShard() if neurons == shard.whole or own == shard.whole else None
 
     def label_output(self, layer: str, output: Any) -> None:
         """Note what leaves a layer whose weight is distributed: ``to_local`` is seen by no function mode.
@@ -327,12 +345,17 @@ class NeuronFlow:
             output: Its output, a rank's part as a plain tensor.
         """
         last = self._distributed.get(layer)
-        if last is None or not isinstance(output, Tensor) or self._origins.get(output) is not None:
+        if last is None or not isinstance(output, Tensor):
+            return
+        known = self._origins.get(output)
+        if known is not None and known.state != UNKNOWN:  # inside `to_local`, a view of what is not known is seen
             return
         units = last.units
         if units is not None and len(units.dims) == output.dim():
-            dims = _local(units.dims, output.shape)
-            self._origins.put(output, last.but(units=units._replace(dims=dims)))
+            units = units._replace(dims=_local(units.dims, output.shape))
+            if units.size < units.width:  # every rank numbers its own part from 0, so that all have the same names
+                units = units._replace(runs=((layer, 0, units.size, 1),))
+            self._origins.put(output, last.but(units=units))
 
     def _note_distributed(self, args: Iterable[Any], output: Tensor, origin: Origin) -> None:
         if origin.units is None or origin.units.layout.dims is not None:
@@ -362,6 +385,19 @@ def _normalised(source: Origin, result: Origin) -> str:
 def _note(function: Callable[..., Any]) -> str:
     """Return how a function that is no layer reads a site."""
     return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
+
+
+def _stays_weight(output: Tensor, origin: Origin) -> bool:
+    """Whether what a function returned is a weight still, or may turn out to be one; nothing is noted of it then.
+
+    An optimizer changes a parameter in place. FSDP makes the parameters of a forward as views of one long parameter,
+    of which the layer is found when the module runs.
+
+    Args:
+        output: What it returned.
+        origin: What its rule says of it.
+    """
+    return type(output) is nn.Parameter or (not origin.layer and origin.state in _NAMELESS and output._is_view())
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

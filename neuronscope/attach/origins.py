@@ -153,6 +153,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
+    everything = data
     data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
@@ -165,8 +166,11 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     units = origin.units
     if tuple(chosen.shape) != tuple(shape):
         units = units._replace(dims=broadcast(units.dims, shape))
-    before = (each.origin.bent for each in data if each.origin.units == origin.units)
-    bent = "" if site else bent or next(filter(None, before), "")
+    same = [each for each in everything if each.origin.units == origin.units]  # of masks too: h * (h > 0)
+    bent = bent or next((each.origin.bent for each in same if each.origin.bent), "")
+    if not bent and product and sum(each in data for each in same) > 1:
+        bent = "mul"  # h * h, or an activation that is written out: h * sigmoid(h)
+    bent = "" if site else bent
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
     return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent, carries=carries)
 

@@ -13,11 +13,12 @@ from torch import nn
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence, example_count
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
-from neuronscope.errors import NeuronscopeError
+from neuronscope.errors import NeuronscopeError, StateError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scope import Scope
+from neuronscope.tally.phase_record import is_outdated
 
 __all__ = ["examine_records", "recorded_report", "recorded_reports"]
 
@@ -46,9 +47,14 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
         The report, or ``None`` if nothing was counted.
 
     Raises:
-        StateError: The state is neither of them, or was written by a later version.
+        StateError: The state is neither of them, or was written by another version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
+    if is_outdated(inner):
+        raise StateError(
+            "it was written by an earlier version of Neuronscope, in which a neuron was an index of one call and not a "
+            "unit of a layer."
+        )
     scope = Scope(nn.ReLU(), WatchOptions())  # the model does not matter: only the state is read
     scope.detach(join=False)
     scope.load_state_dict(inner)
