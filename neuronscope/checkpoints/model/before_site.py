@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
-from neuronscope.checkpoints.model.traced_operators import OPERATORS
 
 __all__ = ["normalised_sites", "producing_steps", "step_before_copies"]
 

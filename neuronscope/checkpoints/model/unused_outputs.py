@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
 from neuronscope.checkpoints.model.traced_graph import Graph, Step
-from neuronscope.checkpoints.model.traced_operators import OPERATORS
 from neuronscope.count.neuron_layout import neurons_first
 
 __all__ = ["unread_neurons"]
