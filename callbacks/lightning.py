@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neuronscope.callbacks.lightning_compat import FRAMEWORKS, LightningLog, joined_callback, logger_of
+from neuronscope.callbacks.lightning_compat import FRAMEWORKS, LightningLog, joined_callback, logger_of, step_inputs
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.report.report import Report
@@ -90,7 +90,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count this batch as training. Where a strategy wraps the module, the step runs in place of its forward."""
-        self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module)
+        inputs = step_inputs(batch, trainer.train_dataloader)
+        self.begin_batch(step_in_forward=trainer.strategy.model is not pl_module, inputs=inputs)
         if self.attached and self.scope is not None:
             self._unpublished |= self.scope.observing
 
@@ -151,7 +152,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     ) -> None:
         """Count this batch as validation, unless it belongs to the sanity check."""
         if not trainer.sanity_checking:
-            self.begin_batch()
+            self.begin_batch(inputs=step_inputs(batch, _one_of(trainer.val_dataloaders, dataloader_idx)))
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -163,7 +164,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Count this batch as testing."""
-        self.begin_batch()
+        self.begin_batch(inputs=step_inputs(batch, _one_of(trainer.test_dataloaders, dataloader_idx)))
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -208,6 +209,11 @@ def _logs(trainer: Any) -> list[LightningLog]:
     return (
         [LightningLog(place, logger) for place, logger in enumerate(trainer.loggers)] if trainer.is_global_zero else []
     )
+
+
+def _one_of(loaders: Any, place: int) -> Any:
+    """The loader that gave a batch of an evaluation: evaluations take one after another."""
+    return loaders[place] if isinstance(loaders, (list, tuple)) and place < len(loaders) else loaders
 
 
 def _runs_once(pl_module: Any, optimizer: Any) -> bool:

@@ -11,10 +11,12 @@ import importlib
 import logging
 from typing import Any
 
+from torch.utils.data import DataLoader, default_collate
+
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.tensorboard import folder_of
 
-__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logger_of"]
+__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logger_of", "step_inputs"]
 
 #: Packages that have a Trainer.
 FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
@@ -52,6 +54,24 @@ def logger_of(trainer: Any) -> logging.Logger:
             if kind.__module__.startswith(f"{name}."):
                 return logging.getLogger(f"{name}.neuronscope")
     return logging.getLogger("neuronscope")
+
+
+def step_inputs(batch: Any, loader: Any) -> tuple[Any, ...]:
+    """Return what a step is given, as the arguments of a forward are: the inputs one by one, where they are known.
+
+    A list of tensors may be a list of examples or a list of inputs. Torch's own way to make a batch gives a list of
+    inputs, each with a row for every example.
+
+    Args:
+        batch: The batch.
+        loader: The loader that made it, or several of which all gave a part.
+
+    >>> step_inputs([1, 2], DataLoader([(1, 2)])), step_inputs([1, 2], DataLoader([1, 2], collate_fn=list))
+    ((1, 2), ([1, 2],))
+    """
+    listed = isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
+    usual = isinstance(loader, DataLoader) and loader.batch_sampler is not None and loader.collate_fn is default_collate
+    return tuple(batch) if listed and usual else (batch,)
 
 
 class LightningLog:

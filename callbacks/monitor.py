@@ -233,17 +233,18 @@ class Monitor:
             with self.suppress_errors:
                 gate.end_training_batch(step)
 
-    def begin_batch(self, *, step_in_forward: bool = False) -> None:
+    def begin_batch(self, *, step_in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
         """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs.
 
         Args:
             step_in_forward: Whether the batch's step runs in place of the model's forward; see
                 :meth:`neuronscope.Scope.open_step`.
+            inputs: What the step is given, such as ``(batch,)``, if :attr:`step_is_model`; see there.
         """
         gate = self._runs.gate
         if gate is not None:
             with self.suppress_errors:
-                gate.open(step_in_forward=step_in_forward)
+                gate.open(step_in_forward=step_in_forward, inputs=inputs)
 
     def end_batch(self) -> None:
         """Count nothing until the next batch begins. At the end of a batch of training, :meth:`step` does this too."""

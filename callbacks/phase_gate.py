@@ -7,6 +7,7 @@ whatever a user's hook does between two batches. A gate is closed unless a batch
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from neuronscope.scope import Scope
 
@@ -35,15 +36,16 @@ class PhaseGate:
         self._phase_context = ExitStack()
         self.close()
 
-    def open(self, *, step_in_forward: bool = False) -> None:
+    def open(self, *, step_in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
         """Count what runs from now on: a batch begins.
 
         Args:
             step_in_forward: See :meth:`neuronscope.scope.Scope.open_step`.
+            inputs: See there.
         """
         self._pause_context.close()
         if self._step_is_model:
-            self.scope.open_step(in_forward=step_in_forward)
+            self.scope.open_step(in_forward=step_in_forward, inputs=inputs)
 
     def close(self) -> None:
         """Count nothing until the next :meth:`open`. Closing a closed gate changes nothing."""

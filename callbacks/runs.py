@@ -18,6 +18,7 @@ from neuronscope.errors import StateError
 from neuronscope.options import WatchOptions
 from neuronscope.scope import Scope
 from neuronscope.tally.distributed.sync import world_size
+from neuronscope.tally.phase_record import split_scope_state
 
 __all__ = ["Runs"]
 
@@ -151,7 +152,7 @@ class Runs:
         """
         if state.get("version") != _STATE_VERSION:
             raise StateError(f"Expected monitor state of version {_STATE_VERSION}, but got {state.get('version')!r}.")
-        self._unattached_scope().load_state_dict(state.get("scope", {}))  # a bad state raises now, not in training
+        split_scope_state(state.get("scope", {}), self._options.thresholds)  # a bad state raises now, not in training
         if self.gate is not None and self._in_training:
             self._continue_from(state)
         else:

@@ -114,11 +114,11 @@ def rows() -> Iterator[tuple[str, float, float]]:
     for tau in (0.1, 0.025):
         dormant = float((scale / scale.mean() <= tau).double().mean())
         report = ns.scan(layer, torch.randn(500, 1), policy=ns.Policy(dormant_tau=tau))
-        yield f"Sokar 2023: score at most {tau}", dormant, float(report["1"].judgement.tau_dormant.mean())
+        yield f"Sokar 2023: score at most {tau}", dormant, float(report["0/relu"].judgement.tau_dormant.mean())
     rare = nn.Sequential(nn.Identity(), nn.ReLU())
     fires = (torch.rand(1000, NETS) < 0.002991).float()  # as often as silence in 1000 examples leaves possible at 95 %
     report = ns.scan(rare, fires)
-    yield "Clopper-Pearson: silent at the 95 % bound", 0.05, float(report["1"].judgement.dead.mean())
+    yield "Clopper-Pearson: silent at the 95 % bound", 0.05, float(report["0/relu"].judgement.dead.mean())
 
 
 def main() -> None:

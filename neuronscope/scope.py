@@ -29,7 +29,7 @@ from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
-from neuronscope.tally.phase_record import PhaseRecord, scope_state, split_scope_state
+from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
 
 __all__ = ["Scope", "watch"]
 
@@ -202,7 +202,7 @@ class Scope:
             self._pauses -= 1
             self._observe()
 
-    def open_step(self, *, in_forward: bool = False) -> None:
+    def open_step(self, *, in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
         """Start to watch functional activations that a training step calls outside any module's forward.
 
         For the Lightning callback: a ``LightningModule.training_step`` is not a forward, but may call ``F.relu``.
@@ -210,9 +210,11 @@ class Scope:
         Args:
             in_forward: Whether the step runs in place of the model's forward, as Lightning's does under DDP. Modules
                 that the step calls without gradients are then inference.
+            inputs: What the step is given, such as its batch. Its examples then count once at each site. Otherwise they
+                are those of each module that the step calls.
         """
         if not self.detached:
-            self._hooks.open_step()
+            self._hooks.open_step(inputs)
             self._hooks.recorder.forward.step_is_forward = in_forward
 
     def close_step(self) -> None:
@@ -411,10 +413,21 @@ class Scope:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
 
+        Of a state that an earlier version of Neuronscope saved, only the number of steps is taken: the counts begin
+        anew, and a warning says so.
+
         Raises:
-            StateError: The state is not that of a scope, or has another version.
+            StateError: The state is not that of a scope, or is from a later version.
         """
         self._step, phases, self._fault = split_scope_state(state, self.policy)
+        if is_outdated(state):
+            self._record("train").begin_at(self._step)
+            warnings.warn(
+                "The saved counts are from an earlier version of Neuronscope, in which a neuron was an index of one "
+                f"call; now it is a unit of a layer. The counts begin anew at step {self._step}.",
+                NeuronscopeWarning,
+                stacklevel=2,
+            )
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
         self._observe()

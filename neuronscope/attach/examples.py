@@ -84,6 +84,17 @@ class ExampleCounter:
         with unwatched():
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
+    def count_step(self, inputs: tuple[Any, ...]) -> int | None:
+        """Return the number of examples that a training step is given; ``None`` if its forwards must be asked.
+
+        Args:
+            inputs: What the step is given, such as its batch.
+        """
+        if not isinstance(self._option, (int, str)):
+            return None
+        with unwatched():
+            return self._rows_of(self._option, list(inputs))
+
     def _count(self, option: int | str, module: nn.Module, named: Mapping[str, Any]) -> int | None:
         if continues_earlier(named):
             return 0
@@ -91,6 +102,10 @@ class ExampleCounter:
         tensor = first_tensor(inputs)
         if not is_tracing() and self._appends(module, tensor):
             return 0
+        return self._rows_of(option, inputs)
+
+    def _rows_of(self, option: int | str, inputs: list[Any]) -> int | None:
+        tensor = first_tensor(inputs)
         if isinstance(option, int):
             fits = tensor is not None and -tensor.dim() <= option < tensor.dim()
             return _size(tensor, option) if tensor is not None and fits else None

@@ -83,6 +83,8 @@ class ForwardContext:
         self._graded = True
         self._inference = False
         self._examples_of_step = 0
+        self._numbers = 0
+        self._step: tuple[int, int] | None = None  # number and examples of a training step that says what it was given
         self._ordinals: dict[tuple[Any, ...], int] = {}
         self._begin_while_tracing = while_tracing(self._begin, "path", "args", "kwargs")
 
@@ -119,13 +121,38 @@ class ForwardContext:
                 comptime(self._begin_while_tracing)
             elif not self.recomputing:
                 self._begin(path, args, kwargs)
-            self.examples = self._counter.count(module, args, kwargs) or 0
             self.mask = self._masks.find(module, args, kwargs)
-        elif self._runs_only_step and self._begins_inference():
-            self._inference = True
-            self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
+            if self._step is not None and not self._inference and not is_tracing():
+                self.number, self.examples = self._step
+            else:
+                self.examples = self._counter.count(module, args, kwargs) or 0
+        elif self._runs_only_step:
+            self.mask = self._masks.find(module, args, kwargs)
+            if self._begins_inference():
+                self._inference = True
+                self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
         self.module_stack.append(path)
         return outermost
+
+    def begin_step(self, inputs: tuple[Any, ...]) -> None:
+        """Note what a training step is given that stands for the forward of the model.
+
+        Its examples count once at each site, whichever modules the step calls, as if it were the model's own forward.
+
+        Args:
+            inputs: What the step is given, such as its batch; ``()`` if that is not known.
+        """
+        self._step = None
+        examples = self._counter.count_step(inputs) if inputs else None
+        if examples is not None:
+            self._numbers += 1
+            self._step = self._numbers, examples
+            self.number, self.examples = self._step
+        self.flow.note_inputs(inputs)
+
+    def end_step(self) -> None:
+        """Note that a training step has ended."""
+        self._step = None
 
     @property
     def _runs_only_step(self) -> bool:
@@ -135,14 +162,14 @@ class ForwardContext:
     @property
     def inference(self) -> bool:
         """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
-        if self.module_stack and not self._runs_only_step:
+        if self.module_stack and not (self.step_is_forward and self._runs_only_step):
             return self._inference
         return self._begins_inference()
 
     @property
     def may_be_recomputed(self) -> bool:
-        """Whether a call without gradients may be made again in a backward pass, by reentrant checkpointing."""
-        return not torch.is_grad_enabled() and (self._graded if self.module_stack else not self.inference)
+        """Whether a call without gradients may be made again, with them, by reentrant checkpointing."""
+        return self._graded if self.module_stack else not self.inference
 
     def _begins_inference(self) -> bool:
         if not self.training or torch.is_grad_enabled() or in_backward():
@@ -151,7 +178,8 @@ class ForwardContext:
 
     def _begin(self, path: str, args: Any, kwargs: Any) -> None:
         """Forget the tensors of the last forward, and note the inputs of this one."""
-        self.number += 1
+        self._numbers += 1
+        self.number = self._numbers
         if (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
             self.forget()
         self.flow.note_inputs((args, kwargs))
@@ -166,6 +194,8 @@ class ForwardContext:
             return False
         if not self.explicit_step:
             self.mask = None
+        if self._step is not None:
+            self.number, self.examples = self._step
         return True
 
     def ordinal(self, origin: Origin, activation: str) -> int:

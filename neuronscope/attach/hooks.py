@@ -189,17 +189,23 @@ class HookManager:
         if observing and self._step_open:
             self.entered.enter(handling=self._mode.handling)
 
-    def open_step(self) -> None:
-        """Note that a training step begins, so that its own functional calls are watched too."""
+    def open_step(self, inputs: tuple[Any, ...] = ()) -> None:
+        """Note that a training step begins, so that its own functional calls are watched too.
+
+        Args:
+            inputs: What the step is given; see :meth:`neuronscope.attach.forward.ForwardContext.begin_step`.
+        """
         self._step_open = True
         self._set_explicit_step(True)
         if self.observing:
+            self.recorder.forward.begin_step(inputs)
             self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """Note that the training step is over."""
         self._step_open = False
         self._set_explicit_step(False)
+        self.recorder.forward.end_step()
         self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
             self.detach_when_idle()

@@ -31,14 +31,16 @@ __all__ = ["NeuronFlow"]
 _MOST_STEPS = 20_000
 _PLAIN = frozenset({int, float, bool, str})
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
+_NORMS = _MIXING_NORMS | spellings("batch_norm")
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
     "__iadd__", "__isub__"
 )
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
+_NAMELESS = frozenset({WEIGHT, UNKNOWN})
 
 
-class _Step(NamedTuple):
+class _Outcome(NamedTuple):
     """What a call leads to.
 
     Attributes:
@@ -49,6 +51,7 @@ class _Step(NamedTuple):
         sites: The sites that it reads.
         bent: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
+        normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
     """
 
     origins: tuple[Origin, ...]
@@ -58,6 +61,7 @@ class _Step(NamedTuple):
     sites: tuple[Any, ...] = ()
     bent: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
+    normalises: str | None = None
 
 
 class NeuronFlow:
@@ -75,13 +79,14 @@ class NeuronFlow:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._weights: TensorMap[Origin] = TensorMap()
-        self._steps: dict[tuple[Any, ...], _Step] = {}  # by the facts that they follow from
+        self._steps: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
         self.read_layers: set[str] = set()
+        self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
         self._shards: dict[str, tuple[torch.Size, int, NeuronShard]] = {}  # of each layer: shape, own neurons, which
         self._distributed: dict[str, Origin] = {}  # of each distributed layer: its last output
@@ -126,12 +131,24 @@ class NeuronFlow:
             return found
         known = self._names.of(tensor)
         if known is None:
-            return Origin.of(WEIGHT) if isinstance(tensor, nn.Parameter) else _UNKNOWN
+            if isinstance(tensor, nn.Parameter):
+                return Origin.of(WEIGHT)
+            return self._of_part(tensor) if is_distributed(tensor) else _UNKNOWN
         layer, is_weight = known
         found = Origin.of(WEIGHT if is_weight else CONSTANT, layer=layer)
         if not self._names.is_shared(tensor):
             self._weights.put(tensor, found)
         return found
+
+    def _of_part(self, tensor: Tensor) -> Origin:
+        """Return what a distributed tensor is: what this rank's part of it is, from which it was made."""
+        found = self._origins.get(tensor._local_tensor)  # type: ignore[attr-defined]
+        if found is None or found.units is None:
+            return found or _UNKNOWN
+        units = found.units
+        if len(units.dims) != tensor.dim():
+            return found.without_units(LOST)
+        return found.but(units=units._replace(dims=_local(units.dims, tensor.shape)))
 
     def put(self, tensor: Tensor, origin: Origin) -> None:
         """Note what a tensor is.
@@ -186,11 +203,14 @@ class NeuronFlow:
                 self.readers.setdefault(site, {})[step.layer] = None
             for layer, name in step.bent:
                 self.bent.setdefault(layer, name)
+            if step.normalises is not None:
+                self._note_norm(step.layer, step.normalises)
             if is_distributed(outputs[0]):
                 self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
         put = self._origins.put
         for output, origin in zip(outputs, step.origins, strict=True):
-            put(output, origin)
+            if not _stays_weight(output, origin):
+                put(output, origin)
 
     def _key(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
@@ -220,7 +240,7 @@ class NeuronFlow:
 
     def _find(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
-    ) -> _Step:
+    ) -> _Outcome:
         """Return what a call leads to."""
         call, count = len(self.layers), len(outputs)
         described = tuple([self._describe(arg) for arg in args])
@@ -237,13 +257,14 @@ class NeuronFlow:
         carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
         if not origins[0].upstream >> call & 1:
             kept = {site for origin in origins for site in origin.carries}
-            return _Step(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
+            return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
         reads = 0
         for origin in sources:
             reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
-        return _Step(origins, origins[0].layer, call, reads, carried, tuple(bent), notes)
+        normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
+        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
@@ -251,6 +272,17 @@ class NeuronFlow:
             origin = self._origins.get(tensor)
             for site in () if origin is None else origin.carries:
                 self.reader_notes.setdefault(site, {})["returned by the model"] = None
+
+    def _note_norm(self, norm: str, layer: str) -> None:
+        """Note which layer's units a norm normalises one by one.
+
+        Args:
+            norm: Path of the norm.
+            layer: Path of the layer; ``""`` if there is none.
+        """
+        layer = self.normalised.get(layer, "") or layer
+        if self.normalised.setdefault(norm, layer) != layer:
+            self.normalised[norm] = ""  # it normalises several layers
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""
@@ -295,8 +327,8 @@ class NeuronFlow:
         last = origin.upstream & ~self.read
         return tuple({layer: None for call, layer in enumerate(self.layers) if last >> call & 1})
 
-    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard:
-        """Return which neurons of a plain tensor this rank holds.
+    def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
+        """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.
 
         ``DTensor.to_local`` turns a rank's part into a plain tensor, without its placements. Such a tensor is
         recognized by its size.
@@ -315,7 +347,7 @@ class NeuronFlow:
             return shard
         if neurons == shard.whole and math.prod(tensor.shape) < math.prod(shape):
             return NeuronShard(0, neurons)  # sharded along its positions: each rank has its own
-        return NeuronShard()
+        return NeuronShard() if neurons == shard.whole or own == shard.whole else None
 
     def label_output(self, layer: str, output: Any) -> None:
         """Note what leaves a layer whose weight is distributed: ``to_local`` is seen by no function mode.
@@ -325,12 +357,17 @@ class NeuronFlow:
             output: Its output, a rank's part as a plain tensor.
         """
         last = self._distributed.get(layer)
-        if last is None or not isinstance(output, Tensor) or self._origins.get(output) is not None:
+        if last is None or not isinstance(output, Tensor):
+            return
+        known = self._origins.get(output)
+        if known is not None and known.state != UNKNOWN:  # inside `to_local`, a view of what is not known is seen
             return
         units = last.units
         if units is not None and len(units.dims) == output.dim():
-            dims = _local(units.dims, output.shape)
-            self._origins.put(output, last.but(units=units._replace(dims=dims)))
+            units = units._replace(dims=_local(units.dims, output.shape))
+            if units.size < units.width:  # every rank numbers its own part from 0, so that all have the same names
+                units = units._replace(runs=((layer, 0, units.size, 1),))
+            self._origins.put(output, last.but(units=units))
 
     def _note_distributed(self, args: Iterable[Any], output: Tensor, origin: Origin) -> None:
         if origin.units is None or origin.units.layout.dims is not None:
@@ -344,9 +381,35 @@ class NeuronFlow:
         )
 
 
+def _normalised(source: Origin, result: Origin) -> str:
+    """Return the path of the layer whose units a norm normalises one by one; ``""`` if there is none.
+
+    Args:
+        source: What the norm is applied to.
+        result: What it gives.
+    """
+    if source.units is None or result.units is None or source.site is not None:
+        return ""
+    alike = source.units.tensor_runs() == ((source.layer, 0, result.units.width, 1),)  # and nothing was mixed in
+    return source.layer if alike else ""
+
+
 def _note(function: Callable[..., Any]) -> str:
     """Return how a function that is no layer reads a site."""
     return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
+
+
+def _stays_weight(output: Tensor, origin: Origin) -> bool:
+    """Whether what a function returned is a weight still, or may turn out to be one; nothing is noted of it then.
+
+    An optimizer changes a parameter in place. FSDP makes the parameters of a forward as views of one long parameter,
+    of which the layer is found when the module runs.
+
+    Args:
+        output: What it returned.
+        origin: What its rule says of it.
+    """
+    return type(output) is nn.Parameter or (not origin.layer and origin.state in _NAMELESS and output._is_view())
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

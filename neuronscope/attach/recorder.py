@@ -204,7 +204,7 @@ class SiteRecorder:
         return {path for name, path in self._ran if name == phase}
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
-        """Return what is known of a site by now: whether it gives outputs of the network, and which layers read it.
+        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
         Args:
             key: The site.
@@ -213,8 +213,15 @@ class SiteRecorder:
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
         readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
-        known = (output, readers, notes) == (info.output, info.readers, info.reader_notes)
-        return info if known else replace(info, output=output, readers=readers, reader_notes=notes)
+        normalises = flow.normalised.get(info.layer)
+        return replace(
+            info,
+            output=output,
+            readers=readers,
+            reader_notes=notes,
+            is_norm=normalises is not None,
+            normalises=normalises or "",
+        )
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
@@ -256,7 +263,7 @@ class SiteRecorder:
     @property
     def running_phase(self) -> str:
         """The phase of the forward that is running."""
-        return INFERENCE if self.forward.inference else self.phase
+        return INFERENCE if self.forward.training and self.forward.inference else self.phase
 
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
@@ -317,7 +324,7 @@ class SiteRecorder:
             self.not_measured.setdefault(place, IN_TRANSFORM)
             return None
         call = self._find(phase, place, not function, activation, x, glu_dim)
-        if forward.may_be_recomputed:
+        if not torch.is_grad_enabled() and forward.may_be_recomputed:
             forward.recomputation.add((path, function), call)
         if call is not None and call.hook is not None and x.requires_grad and torch.is_grad_enabled():
             self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
@@ -460,6 +467,8 @@ class SiteRecorder:
         if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
             neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
         runs = () if output_units is None else output_units.tensor_runs()
+        if runs and neurons < shard.whole and output_units is not None:  # the layer's, of which a rank has a part
+            runs = ((units.layer, 0, shard.whole, 1),) if units is not None and output_units.size == units.width else ()
         if sum(len(range(*run[1:])) for run in runs) not in (neurons, shard.whole):
             runs = ()
         info = SiteInfo(
@@ -524,7 +533,10 @@ class SiteRecorder:
     def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
         """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
         if not is_distributed(x):
-            return self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+            found = self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+            if found is None:
+                self.not_measured.setdefault(key.name, "ranks share its layer, and it has a part of each rank's units")
+            return found
         if layout.dims is not None:
             self.not_measured.setdefault(key.name, "ranks share it, and several dimensions hold its neurons")
             return None
@@ -538,7 +550,7 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
-        given = y  # noqa: F841  # `comptime` reads variables
+        given = y  # `comptime` reads variables
         if isinstance(y, dict):
             y = [*y.values()]
         if isinstance(y, (tuple, list)) and len(y) > 0:
@@ -638,6 +650,8 @@ class SiteRecorder:
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
+            if gate.after.units is None or origin.units.count != gate.after.units.count:
+                continue  # a part of what the site gave: its gradients are not counted apart
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
@@ -653,7 +667,10 @@ class SiteRecorder:
         layout = units.layout
         info = replace(
             gate.info,
-            **{"activation": name, "kind": "gated", "linear_when_on": False, "axis": layout.axis},
+            activation=name,
+            kind="gated",
+            linear_when_on=False,
+            axis=layout.axis,
             units=units.tensor_runs() if gate.info.units else (),
         )
         names = (key.name, key.layer, info.place)
@@ -661,9 +678,9 @@ class SiteRecorder:
         counters = self._counters_for(phase, key, info, names, neurons, y)
         if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
             counters.gate = self._counters.get((phase, gate.key))
-        after = self.forward.flow.origin(y)
-        if after.units == units:
-            self.forward.flow.put(y, after.but(site=key, carries=(key, *after.carries)))
+        before = self.forward.flow.origin(y)
+        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:

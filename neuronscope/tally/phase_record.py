@@ -22,7 +22,7 @@ from neuronscope.tally.census import Census
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
 
-__all__ = ["PATIENCE", "WINDOWS", "PhaseRecord", "scope_state", "split_scope_state"]
+__all__ = ["PATIENCE", "WINDOWS", "PhaseRecord", "is_outdated", "scope_state", "split_scope_state"]
 
 #: Names of the windows that a census can cover.
 WINDOWS = ("all", "last", "open")
@@ -31,7 +31,9 @@ WINDOWS = ("all", "last", "open")
 #: policy needs. A site that runs in a quarter of the forwards gets enough; one that never runs is not waited for.
 PATIENCE = 4
 
-_STATE_VERSION = 1
+#: Since version 2 a neuron is a unit of a layer. Before, it was an index of one call of an activation.
+_STATE_VERSION = 2
+_OUTDATED_VERSIONS = (1,)
 
 Join = Callable[[Census], Census]
 
@@ -105,6 +107,10 @@ class PhaseRecord:
     def empty(self) -> bool:
         """Whether nothing was ever observed in this phase. Does not synchronize."""
         return not (self.closed or self._flushed or self._counters)
+
+    def begin_at(self, step: int) -> None:
+        """Begin the open window at this optimizer step, because the steps before it were not counted here."""
+        self._checked_step = step
 
     def note_step(self, step: int) -> None:
         """Record that an optimizer step was observed."""
@@ -310,6 +316,16 @@ def scope_state(step: int, records: Mapping[str, PhaseRecord], fault: Fault | No
     return state if fault is None else {**state, "fault": fault.state_dict()}
 
 
+def is_outdated(state: Any) -> bool:
+    """Whether a saved state is from an earlier version of Neuronscope, whose counts are of other neurons.
+
+    >>> is_outdated({"version": 1, "step": 7, "phases": {}}), is_outdated({"version": 2, "step": 7, "phases": {}})
+    (True, False)
+    """
+    version = state.get("version") if isinstance(state, Mapping) else None
+    return isinstance(version, int) and not isinstance(version, bool) and version in _OUTDATED_VERSIONS
+
+
 def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None]:
     """Check and split what :func:`scope_state` returned.
 
@@ -318,15 +334,18 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
         policy: The thresholds.
 
     Returns:
-        Number of optimizer steps taken, the state of each phase's record, and the fault.
+        Number of optimizer steps taken, the state of each phase's record, and the fault. Of a state from an earlier
+        version only the number of steps is taken: see :func:`is_outdated`.
 
     Raises:
-        StateError: The state is not that of a scope, or has another version.
+        StateError: The state is not that of a scope, or is from a later version.
     """
     try:
         version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
+    if is_outdated(state):
+        return step, {}, None
     if version != _STATE_VERSION:
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
     for saved in phases.values():

@@ -22,7 +22,9 @@ from transformers import (
 from tests.core.slow_twin import Twin
 
 VOCABULARY, LENGTH, WIDTH = 31, 6, 8
-ACTS = ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
+#: The two sites of GPT-2, and the modules that apply their activations.
+ACTS = ["transformer.h.0.mlp.c_fc/relu", "transformer.h.1.mlp.c_fc/relu"]
+PLACES = ["transformer.h.0.mlp.act", "transformer.h.1.mlp.act"]
 #: Neurons of an act: GPT-2's feed-forwards are four times as wide as the rest.
 HIDDEN = 4 * WIDTH
 QUIET = {"bos_token_id": 0, "eos_token_id": 0, "vocab_size": VOCABULARY}

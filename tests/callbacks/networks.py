@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 FEATURES, HIDDEN, SECOND, CLASSES = 8, 12, 10, 3
-SITES = {"act": HIDDEN, "relu()": SECOND}
+#: Neurons by site: of an activation module, and of a function that the step itself calls.
+SITES = {"first/relu": HIDDEN, "second/relu": SECOND}
 
 
 @dataclass
@@ -63,9 +64,9 @@ class Recorded:
 
     def logits(self, x: Tensor) -> Tensor:
         a = self.first(x)
-        h = self.note("act", a, self.act(a))
+        h = self.note("first/relu", a, self.act(a))
         b = self.second(self.drop(h))
-        return self.last(self.note("relu()", b, F.relu(b)))
+        return self.last(self.note("second/relu", b, F.relu(b)))
 
     def note(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         trainer = self.trainer  # type: ignore[attr-defined]

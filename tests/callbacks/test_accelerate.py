@@ -76,6 +76,6 @@ def test_counts_equal_the_twins_and_weights_those_of_an_unwatched_run(precision:
     watched, watcher = train(Watched(), precision, before=before)
     _, twin = train(Twin({None: 1}), precision, before=before)
     assert_same(watcher.scope.census(), twin.tallies())
-    assert list(watcher.scope.census()) == ["act", "silu()", "silu().gated", "relu()"]
-    assert watcher.scope.census()["act"].examples == STEPS * ACCUMULATED * 6
+    assert list(watcher.scope.census()) == ["first/relu", "second/silu", "second/swiglu", "up/relu"]
+    assert watcher.scope.census()["first/relu"].examples == STEPS * ACCUMULATED * 6
     assert_bits(state_of(watched), state_of(plain))

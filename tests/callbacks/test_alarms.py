@@ -32,7 +32,9 @@ def test_the_alarm_named_log_only_logs() -> None:
 
 
 def test_the_alarm_named_warn_warns_once_and_names_the_site() -> None:
-    with pytest.warns(NeuronscopeWarning, match=r"neurons are dead .* the threshold is 10 %. Worst is act") as caught:
+    with pytest.warns(
+        NeuronscopeWarning, match=r"neurons are dead .* the threshold is 10 %. Worst is first/relu"
+    ) as caught:
         run = fit(DeadNeuronMonitor(**OPTIONS, on_dead="warn", threshold=10))
     assert len([warning for warning in caught if issubclass(warning.category, NeuronscopeWarning)]) == 1
     assert run.global_step == 16

@@ -102,14 +102,14 @@ def test_neurons_that_never_fire_are_dead_and_carry_their_bound() -> None:
     report = monitor.report()
     # 16 steps of 32 examples: 512, and 299 are enough.
     assert report.window.long_enough
-    assert report["act"].judgement.dead[:3].all()
-    assert report["act"].dead >= 3
+    assert report["first/relu"].judgement.dead[:3].all()
+    assert report["first/relu"].dead >= 3
     assert all(verdict.since == -1 for verdict in report.verdicts() if verdict.label == "dead" and verdict.neuron < 3)
 
 
 def test_the_watched_sites_can_be_chosen() -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1, exclude="relu*", axes={"act": 1})
     trainer(monitor).fit(network(), batches(2), batches(1))
-    assert list(monitor.census()) == ["act"]
-    assert monitor.census()["act"].axis_source == "declared"
+    assert list(monitor.census()) == ["first/relu"]
+    assert monitor.census()["first/relu"].axis_source == "declared"
     assert list(monitor.census(window="last")) == []

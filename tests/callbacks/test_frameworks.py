@@ -21,7 +21,7 @@ for framework in {used!r}:
     monitor = DeadNeuronMonitor(every_n_steps=1)
     assert isinstance(monitor, importlib.import_module(framework).Callback)
     trainer(monitor, framework=framework).fit(network(framework), batches(2), batches(1))
-    assert monitor.census()["act"].positions == 2 * 2 * 8, framework
+    assert monitor.census()["first/relu"].positions == 2 * 2 * 8, framework
 print("well")
 """
 HIDE = "sys.modules[{name!r}] = None"

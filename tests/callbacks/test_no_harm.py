@@ -146,10 +146,10 @@ def test_after_a_users_exception_nothing_is_left_on_the_model() -> None:
         trainer(monitor).fit(model, batches(8), batches(3))
     assert hooks(model) == 0
     assert torch.overrides._get_current_function_mode() is None  # no function mode of ours is left on torch's stack
-    assert monitor.census()["act"].positions == 5 * 8  # steps 0 … 4, and the mistake came before anything ran
+    assert monitor.census()["first/relu"].positions == 5 * 8  # steps 0 … 4, and the mistake came before anything ran
     model.fails_at = -1
     trainer(monitor).fit(model, batches(2), batches(1))  # and the monitor can be used again
-    assert monitor.census()["act"].positions == 2 * 2 * 8
+    assert monitor.census()["first/relu"].positions == 2 * 2 * 8
 
 
 def test_a_model_can_be_copied_and_pickled_while_it_is_watched() -> None:
@@ -165,7 +165,7 @@ def test_a_model_can_be_copied_and_pickled_while_it_is_watched() -> None:
     monitor = Copying(every_n_steps=1)
     trainer(monitor, max_epochs=1).fit(network(), batches(2), batches(1))
     assert len(copies) == 4
-    assert monitor.census()["act"].positions == 2 * 8
+    assert monitor.census()["first/relu"].positions == 2 * 8
 
 
 def test_a_monitor_that_has_not_run_can_be_copied_and_pickled() -> None:
@@ -188,6 +188,6 @@ def test_the_census_of_a_monitor_can_be_copied_and_pickled(copied: Any) -> None:
     other = copied(runs)
     assert (other.scope, other.gate) == (None, None)
     other.begin_training(model, step=0)
-    assert other.scope.census()["1"].positions == 5
+    assert other.scope.census()["0/relu"].positions == 5
     other.detach()
     runs.detach()

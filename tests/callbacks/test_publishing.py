@@ -16,8 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from neuronscope.callbacks import DeadNeuronMonitor, publishing
 from neuronscope.writers.pictures.canvas import Canvas
+from neuronscope.writers.tensorboard.tags import safe
 from tests.callbacks.networks import SITES, batches, network, trainer
 
+#: The two layers in tags.
+FIRST, SECOND = map(safe, SITES)
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite", "silent")}
 #: Without gradients no neuron is known to be silent.
 VAL_TOTALS = {f"neuronscope/val_{name}_pct" for name in ("dead", "dormant", "not_finite")}
@@ -69,11 +72,13 @@ def test_every_window_of_training_and_every_pass_is_logged_once_at_the_trainers_
     run.test(network(), batches(3), verbose=False)
     # 128 examples a step: windows of 3 steps are sure (384 ≥ 299). 16 steps: the last one is alone and is not.
     assert logger.steps("neuronscope/dead_pct") == [3, 6, 9, 12, 15, 16]
-    assert logger.steps("neuronscope.dead_pct/act") == [3, 6, 9, 12, 15, 16]
+    assert logger.steps(f"neuronscope.dead_pct/{FIRST}") == [3, 6, 9, 12, 15, 16]
     assert logger.steps("neuronscope/val_dead_pct") == [8, 16]
     assert logger.steps("neuronscope/test_dead_pct") == [16]
     values = [
-        metrics["neuronscope.dead_pct/act"] for _, metrics in logger.given if "neuronscope.dead_pct/act" in metrics
+        metrics[f"neuronscope.dead_pct/{FIRST}"]
+        for _, metrics in logger.given
+        if f"neuronscope.dead_pct/{FIRST}" in metrics
     ]
     assert all(value >= 25.0 for value in values)  # 3 of 12 never fire: 25 %
 
@@ -100,9 +105,9 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     assert set(numbers.Tags()["scalars"]) >= TOTALS
     # The Trainer's own file holds nothing of ours but numbers, and ours holds no numbers.
     assert (numbers.Tags()["images"], numbers.Tags()["tensors"], found.Tags()["scalars"]) == ([], [], [])
-    for tag in ("neuronscope/overview", "neuronscope.neurons/act", "neuronscope.neurons/relu-fn"):
+    for tag in ("neuronscope/overview", f"neuronscope.neurons/{FIRST}", f"neuronscope.neurons/{SECOND}"):
         assert [event.step for event in found.Images(tag)] == [4, 8, 12, 16], tag
-    for tag in ("neuronscope/diagnosis/text_summary", "neuronscope.vectors/act"):
+    for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{FIRST}"):
         assert [event.step for event in found.Tensors(tag)] == [4, 8, 12, 16], tag
     assert [event.step for event in found.Images("neuronscope/val_overview")] == [8, 16]
     scalars = [(event.step, event.value) for event in numbers.Scalars("neuronscope/dead_pct")]
@@ -140,7 +145,7 @@ def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],
-        "vectors": "neuronscope.vectors/act" in tags["tensors"],
+        "vectors": f"neuronscope.vectors/{FIRST}" in tags["tensors"],
     }
     assert there == {name: name != left_out for name in there}
 
@@ -156,7 +161,7 @@ def test_without_a_logger_there_is_still_a_report(options: dict[str, Any]) -> No
     else:
         run, model = trainer(monitor, **options), network()
     run.fit(model, batches(2), batches(1))
-    assert monitor.report()["act"].neurons == 12
+    assert monitor.report()["first/relu"].neurons == 12
     assert monitor.report("val").neurons == 22
     assert {"neuronscope/dead_pct", "neuronscope/val_dead_pct"} <= set(run.callback_metrics)
 

@@ -108,9 +108,11 @@ def test_monitors_of_other_options_keep_their_states_apart(tmp_path: Path) -> No
     run.save_checkpoint(tmp_path / "both.ckpt")
     first, second = pair()
     trainer(second, first, max_epochs=2).fit(network(), batches(4), batches(1), ckpt_path=tmp_path / "both.ckpt")
-    assert [list(monitor.census()) for monitor in (first, second)] == [["act"], ["relu()"]]
+    assert [list(monitor.census()) for monitor in (first, second)] == [["first/relu"], ["second/relu"]]
     assert [monitor.census().steps for monitor in (first, second)] == [8, 8]
-    assert [monitor.census()["act" if monitor is first else "relu()"].positions for monitor in (first, second)] == [
+    assert [
+        monitor.census()["first/relu" if monitor is first else "second/relu"].positions for monitor in (first, second)
+    ] == [
         64,
         64,
     ]
@@ -133,14 +135,14 @@ def test_testing_a_checkpoint_keeps_the_counts_of_training(tmp_path: Path) -> No
     run.save_checkpoint(tmp_path / "early.ckpt")
     run.fit_loop.max_epochs = 2
     run.fit(model, batches(8), batches(2))
-    positions = monitor.census()["act"].positions
+    positions = monitor.census()["first/relu"].positions
     run.test(model, batches(2), ckpt_path=tmp_path / "early.ckpt", verbose=False)
-    assert monitor.census()["act"].positions == positions == 8 * 8
+    assert monitor.census()["first/relu"].positions == positions == 8 * 8
     # A monitor that has nothing at hand takes what the checkpoint has.
     other = DeadNeuronMonitor(**OPTIONS)
     trainer(other).test(network(), batches(2), ckpt_path=tmp_path / "early.ckpt", verbose=False)
-    assert other.census()["act"].positions == 4 * 8
-    assert other.census("test")["act"].positions == 2 * 8
+    assert other.census()["first/relu"].positions == 4 * 8
+    assert other.census("test")["first/relu"].positions == 2 * 8
 
 
 def test_a_state_put_back_in_the_middle_of_a_run_replaces_what_is_there() -> None:
@@ -166,4 +168,22 @@ def test_a_state_that_is_not_understood_warns_and_training_goes_on(state: dict[s
     with pytest.warns(NeuronscopeWarning, match="could not take up what was saved"):
         monitor.load_state_dict(state)
     trainer(monitor, max_epochs=1).fit(network(), batches(2), batches(1))
-    assert monitor.census()["act"].positions == 16
+    assert monitor.census()["first/relu"].positions == 16
+
+
+def test_a_checkpoint_of_an_earlier_version_begins_anew_at_its_step_and_says_so_once(tmp_path: Path) -> None:
+    first = DeadNeuronMonitor(every_n_steps=1)
+    run = trainer(first, max_epochs=1)
+    run.fit(network(), batches(5), batches(1))
+    run.save_checkpoint(tmp_path / "old.ckpt")
+    saved = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    saved["callbacks"][first.state_key]["scope"]["version"] = 1
+    torch.save(saved, tmp_path / "old.ckpt")
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    with pytest.warns(NeuronscopeWarning) as given:
+        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=tmp_path / "old.ckpt")
+    ours = [str(each.message) for each in given if each.category is NeuronscopeWarning]
+    assert len(ours) == 1
+    assert "from an earlier version of Neuronscope" in ours[0]
+    assert (monitor.census().first_step, monitor.census().last_step, monitor.census().steps) == (5, 9, 5)
+    assert monitor.census()["first/relu"].positions == 5 * 8

@@ -21,7 +21,7 @@ def test_a_second_fit_of_the_same_trainer_goes_on() -> None:
         for last in epochs:
             run.fit_loop.max_epochs = last
             run.fit(model, batches(8, size=100), batches(1))
-        assert_counts(monitor.census()["act"], counted(model.notes, "act", "train"))
+        assert_counts(monitor.census()["first/relu"], counted(model.notes, "first/relu", "train"))
     # 100 examples a step: 3 steps are sure (299), windows have 5. The first fit ended after step 7 and closed steps 5
     # to 7 for its report; yet the second went on in that window. At the end, steps 30 and 31 have only 200 examples.
     for site in SITES:
@@ -34,7 +34,7 @@ def test_a_fit_with_another_trainer_begins_anew() -> None:
     model = network()
     for _ in range(2):
         trainer(monitor).fit(model, batches(2), batches(1))
-    assert monitor.census()["act"].positions == 2 * 2 * 8
+    assert monitor.census()["first/relu"].positions == 2 * 2 * 8
     assert monitor.census().first_step == 0
 
 
@@ -43,11 +43,11 @@ def test_counts_of_a_fit_outlive_a_test_of_other_weights() -> None:
     model, run = network(), trainer(monitor)
     run.fit(model, batches(2), batches(1))
     run.test(network(), batches(3), verbose=False)
-    assert_counts(monitor.census("train")["act"], counted(model.notes, "act", "train"))
+    assert_counts(monitor.census("train")["first/relu"], counted(model.notes, "first/relu", "train"))
     assert monitor.census("test").examples == 24
     run.fit_loop.max_epochs = 3
     run.fit(model, batches(2), batches(1))
-    assert_counts(monitor.census("train")["act"], counted(model.notes, "act", "train"))
+    assert_counts(monitor.census("train")["first/relu"], counted(model.notes, "first/relu", "train"))
     assert monitor.census("test").examples == 24
 
 
@@ -56,16 +56,16 @@ def test_a_site_whose_width_changed_between_fits_starts_anew(width: int) -> None
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
     model, run = network(), trainer(monitor, max_epochs=1)
     run.fit(model, batches(8, size=200), batches(1))
-    assert len(monitor.report()["relu()"].history.steps) == 4
+    assert len(monitor.report()["second/relu"].history.steps) == 4
     notes, model.notes = model.notes, []
     model.second, model.last = nn.Linear(12, width), nn.Linear(width, 3)
     run.fit_loop.max_epochs = 2
     run.fit(model, batches(8, size=200), batches(1))
-    assert monitor.census()["relu()"].neurons == width
-    assert monitor.census()["relu()"].positions == 8 * 200
-    assert len(monitor.report()["relu()"].history.steps) == 4
-    assert_counts(monitor.census()["act"], counted([*notes, *model.notes], "act", "train"))
-    assert len(monitor.report()["act"].history.steps) == 8
+    assert monitor.census()["second/relu"].neurons == width
+    assert monitor.census()["second/relu"].positions == 8 * 200
+    assert len(monitor.report()["second/relu"].history.steps) == 4
+    assert_counts(monitor.census()["first/relu"], counted([*notes, *model.notes], "first/relu", "train"))
+    assert len(monitor.report()["first/relu"].history.steps) == 8
 
 
 def test_a_site_that_went_away_is_unseen_and_one_that_came_is_counted() -> None:
@@ -75,8 +75,8 @@ def test_a_site_that_went_away_is_unseen_and_one_that_came_is_counted() -> None:
     model.act = nn.Sequential(nn.Identity(), nn.GELU())
     run.fit_loop.max_epochs = 2
     run.fit(model, batches(4, size=200), batches(1))
-    assert monitor.report()["act"].unseen == 12
-    assert monitor.report()["act.1"].positions > 0
+    assert monitor.report()["first/relu"].unseen == 12
+    assert monitor.report()["first/gelu"].positions > 0
 
 
 @pytest.mark.parametrize(("stage", "phase"), [("validate", "val"), ("test", "test")])
@@ -84,10 +84,10 @@ def test_evaluation_without_training_is_counted(stage: str, phase: str) -> None:
     monitor = DeadNeuronMonitor()
     model = network()
     getattr(trainer(monitor), stage)(model, batches(40), verbose=False)
-    assert_counts(monitor.census(phase)["act"], counted(model.notes, "act", stage))
+    assert_counts(monitor.census(phase)["first/relu"], counted(model.notes, "first/relu", stage))
     report = monitor.report(phase)
     assert report.window.long_enough
-    assert report["act"].judgement.dead[:3].all()
+    assert report["first/relu"].judgement.dead[:3].all()
     assert monitor.census("train").neurons == 0
     assert monitor.scope is not None
     assert monitor.scope.detached
@@ -116,7 +116,7 @@ def test_callback_hooks_that_are_called_twice_do_no_harm() -> None:
     monitor = Twice(every_n_steps=1)
     model = network()
     trainer(monitor).fit(model, batches(2), batches(1))
-    assert_counts(monitor.census()["act"], counted(model.notes, "act", "train"))
+    assert_counts(monitor.census()["first/relu"], counted(model.notes, "first/relu", "train"))
 
 
 def test_a_skipped_batch_does_not_start_counting() -> None:
@@ -126,7 +126,7 @@ def test_a_skipped_batch_does_not_start_counting() -> None:
     model.on_train_batch_start = lambda batch, index: -1 if index == 1 else start(batch, index)
     model.on_train_epoch_end = lambda: model.act(torch.zeros(5, 12))  # comes next, and there was no end of the batch
     trainer(monitor).fit(model, batches(4), batches(2))
-    assert_counts(monitor.census()["act"], counted(model.notes, "act", "train"))
+    assert_counts(monitor.census()["first/relu"], counted(model.notes, "first/relu", "train"))
 
 
 def test_a_model_without_activations_is_trained_all_the_same() -> None:

@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from neuronscope.errors import NeuronscopeWarning
-from tests.callbacks.hugging import Noting, gpt2, trainer
+from neuronscope.writers.tensorboard.tags import safe
+from tests.callbacks.hugging import ACTS, Noting, gpt2, trainer
 
 TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite", "silent")}
 #: Without gradients no neuron is known to be silent.
@@ -70,11 +71,11 @@ def test_tensorboard_gets_the_tags_that_lightning_has(tmp_path: Path) -> None:
     tags = board.Tags()
     assert set(tags["scalars"]) >= TOTALS | VAL_TOTALS
     assert not any(tag.startswith("train/neuronscope") for tag in tags["scalars"])
-    for tag in ("neuronscope/dead_pct", "neuronscope.dead_pct/transformer.h.0.mlp.act"):
+    for tag in ("neuronscope/dead_pct", f"neuronscope.dead_pct/{safe(ACTS[0])}"):
         assert [event.step for event in board.Scalars(tag)] == [13, 16], tag
-    for tag in ("neuronscope/overview", "neuronscope.neurons/transformer.h.0.mlp.act"):
+    for tag in ("neuronscope/overview", f"neuronscope.neurons/{safe(ACTS[0])}"):
         assert [event.step for event in drawings.Images(tag)] == [13, 16], tag
-    for tag in ("neuronscope/diagnosis/text_summary", "neuronscope.vectors/transformer.h.0.mlp.act"):
+    for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{safe(ACTS[0])}"):
         assert [event.step for event in drawings.Tensors(tag)] == [13, 16], tag
     assert [event.step for event in board.Scalars("neuronscope/val_dead_pct")] == [8, 16]
     assert [event.value for event in board.Scalars("train/loss")]
@@ -88,7 +89,7 @@ def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],
-        "vectors": "neuronscope.vectors/transformer.h.0.mlp.act" in tags["tensors"],
+        "vectors": f"neuronscope.vectors/{safe(ACTS[0])}" in tags["tensors"],
     }
     assert there == {name: name != left_out for name in there}
 

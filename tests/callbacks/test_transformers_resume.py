@@ -107,3 +107,20 @@ def test_a_file_that_is_not_understood_warns_and_training_goes_on(tmp_path: Path
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert run.state.global_step == 12
     assert callback.census().first_step == 5
+
+
+def test_a_checkpoint_of_an_earlier_version_begins_anew_at_its_step_and_says_so_once(tmp_path: Path) -> None:
+    trainer(tmp_path, DeadNeuronCallback(every_n_steps=1), **SAVING).train()
+    path = tmp_path / "checkpoint-5" / FILE
+    saved = torch.load(path, weights_only=True)
+    for state in saved.values():
+        state["scope"]["version"] = 1
+    torch.save(saved, path)
+    callback = DeadNeuronCallback(every_n_steps=1)
+    run = trainer(tmp_path, callback, **{**SAVING, "save_strategy": "no"})
+    with pytest.warns(NeuronscopeWarning) as given:
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    ours = [str(each.message) for each in given if each.category is NeuronscopeWarning]
+    assert len(ours) == 1
+    assert "from an earlier version of Neuronscope" in ours[0]
+    assert (callback.census().first_step, callback.census().steps, run.state.global_step) == (5, 7, 12)

@@ -17,7 +17,7 @@ from tests.ranks.uneven import POLICY, WIDTH, batch
 
 WINDOW = 3
 BRANCHES = {"a": 7, "b": 9}
-SITES = {f"{name}.1": (f"{name}.1",) * 2 for name in BRANCHES}
+SITES = {f"{name}.0/relu": (f"{name}.1",) * 2 for name in BRANCHES}
 
 
 class Noted(TorchDispatchMode):

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
-from tests.callbacks.hugging import ACTS, Noting, arguments, gpt2, texts, trainer
+from tests.callbacks.hugging import ACTS, PLACES, Noting, arguments, gpt2, texts, trainer
 from tests.core.slow_twin import hook_tables
 from tests.ranks.accelerate_runs import afresh, as_on_gpus
 from tests.ranks.parallel import CASES, Case, outcome, tried, whole
@@ -27,7 +27,7 @@ class Records(TrainerCallback):
     """Attaches a recorder, and tells it of the steps."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.recorder = Recorder(model, {act: (act, act) for act in ACTS})
+        self.recorder = Recorder(model, {act: (place, place) for act, place in zip(ACTS, PLACES)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.recorder.step = state.global_step

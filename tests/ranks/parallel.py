@@ -57,12 +57,14 @@ class Network(nn.Module):
         return self.head(x)
 
 
+#: By site, the module that gives its output, and the one that is given its pre-activation.
 SITES = {
-    "early": ("early", "early"),
-    **{f"blocks.{n}.{name}": (f"blocks.{n}.{name}",) * 2 for n in (0, 1) for name in ("act", "late")},
-    **{f"blocks.{n}.act.gated": (f"blocks.{n}.product", f"blocks.{n}.act") for n in (0, 1)},
+    "first/relu": ("early", "early"),
+    **{f"blocks.{n}.gate/relu": (f"blocks.{n}.act", f"blocks.{n}.act") for n in (0, 1)},
+    **{f"blocks.{n}.gate/reglu": (f"blocks.{n}.product", f"blocks.{n}.act") for n in (0, 1)},
+    **{f"blocks.{n}.down/relu": (f"blocks.{n}.late", f"blocks.{n}.late") for n in (0, 1)},
 }
-SPLIT = tuple(name for name in SITES if ".act" in name)  # by tensor parallelism
+SPLIT = tuple(name for name in SITES if ".gate/" in name)  # by tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def sequence_parallel(rank: int) -> dict[str, Any]:
         model = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU())
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1))}
         parallelize_module(model, init_device_mesh(DEVICE, (dist.get_world_size(),)), plan)
-        recorder = Recorder(model, {"1": ("1", "1"), "3": ("3", "3")})
+        recorder = Recorder(model, {"0/relu": ("1", "1"), "2/relu": ("3", "3")})
         scope = ns.watch(model) if watched else None
         model(data(0, Case())[0][0][0]).sum().backward()
         if scope is None:

@@ -87,7 +87,7 @@ def test_without_a_process_group_no_collective_call_is_made() -> None:
             model(torch.ones(3, WIDTH))
         scope.state_dict(join=True)
     assert noted.made == []
-    assert scope.census()["1"].positions == 4 * 3
+    assert scope.census()["0/relu"].positions == 4 * 3
 
 
 def test_an_open_window_is_joined_at_each_report(runs: Runs) -> None:

@@ -81,10 +81,13 @@ def test_activations_that_are_distributed_tensors_are_counted(
 def test_an_activation_sharded_along_its_positions_is_counted(runs: dict[int, list[dict[str, Any]]]) -> None:
     given = [rank["sequence_parallel"] for rank in runs[2]]
     recorded = [rank["recorded"] for rank in given]
-    wanted = {"1": side_by_side([rank["1"] for rank in recorded]), "3": union([rank["3"] for rank in recorded])}
+    wanted = {
+        "0/relu": side_by_side([rank["0/relu"] for rank in recorded]),
+        "2/relu": union([rank["2/relu"] for rank in recorded]),
+    }
     # The batch is BATCH x 2 positions: the first layer has them all, and half of its neurons, on each rank.
-    assert [len(recorded[0][name]["zero_outputs"]) for name in ("1", "3")] == [HIDDEN // 2, WIDTH]
-    assert [recorded[0][name]["positions"] for name in ("1", "3")] == [2 * BATCH, BATCH]
+    assert [len(recorded[0][name]["zero_outputs"]) for name in ("0/relu", "2/relu")] == [HIDDEN // 2, WIDTH]
+    assert [recorded[0][name]["positions"] for name in ("0/relu", "2/relu")] == [2 * BATCH, BATCH]
     for rank in given:
         assert_equal_counts(rank["counted"], wanted)
 
@@ -109,5 +112,5 @@ def test_a_compiled_model_whose_layers_ranks_share_is_not_measured(runs: dict[in
     for rank in runs[2]:
         counted, reasons = rank["tensor_compiled"]
         assert counted == []
-        assert {"act", "late"} <= set(reasons)
-        assert "tensor parallelism" in reasons["act"]
+        assert {"gate/relu", "gate/reglu", "down/relu"} <= set(reasons)
+        assert "tensor parallelism" in reasons["gate/relu"]

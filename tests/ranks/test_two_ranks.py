@@ -57,7 +57,7 @@ def test_counts_of_two_ranks_equal_those_of_one_process_over_all_data(
     """And watching changes no bit of the weights and no random number, and leaves the hook tables as they were."""
     alone = one_process(**options)
     every = options.get("every_n_steps", 1)
-    assert alone.counts["1"]["examples"] == 2 * BATCH * len(range(0, STEPS, every))
+    assert alone.counts["0/relu"]["examples"] == 2 * BATCH * len(range(0, STEPS, every))
     for rank, found in enumerate(rank[task] for rank in runs[2]):
         assert_equal_counts(found["counts"], alone.counts)
         for weights, random in zip(found["weights"], found["random"], strict=True):  # unwatched, watched
@@ -81,7 +81,7 @@ def test_units_that_fire_on_one_rank_only_are_not_dead(runs: Runs) -> None:
 
 def test_a_rank_that_saw_nothing_gets_what_the_other_saw(runs: Runs) -> None:
     first, second = [rank["one_sees_nothing"] for rank in runs[2]]
-    assert first["1"]["positions"] == STEPS * BATCH
+    assert first["0/relu"]["positions"] == STEPS * BATCH
     assert_equal_counts(second, first)
 
 

@@ -50,7 +50,7 @@ def test_a_model_may_be_watched_before_and_after_accelerate_prepares_it(runs: Ru
     assert list(found[0]) == ["no, before", "no, after", "bf16, before", "bf16, after"]
     for name in found[0]:
         wanted = one_process(bfloat16=name.startswith("bf16"))
-        assert wanted["1"]["examples"] == 2 * STEPS * BATCH
+        assert wanted["0/relu"]["examples"] == 2 * STEPS * BATCH
         for rank in found:
             assert_equal_counts(rank[name], wanted)
 

@@ -76,7 +76,7 @@ def test_uneven_ranks_agree_on_windows(runs: Runs, world: int) -> None:
     first, *others = (rank["uneven"] for rank in runs[world])
     # The first rank takes 7 steps more than each next one. Windows of 3 close at 3, 6, … if they have 29 examples: of
     # two ranks, the seventh step has 20; of four, which give 10 each, three steps of the first rank alone have 30.
-    assert first["windows"]["1"] == {2: [2, 5], 4: [2, 5, 8, 11, 14, 17, 20]}[world]
+    assert first["windows"]["0/relu"] == {2: [2, 5], 4: [2, 5, 8, 11, 14, 17, 20]}[world]
     for rank in others:
         assert_equal_counts(rank["last"], first["last"])
         assert rank["windows"] == first["windows"]
@@ -85,13 +85,16 @@ def test_uneven_ranks_agree_on_windows(runs: Runs, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_may_validate_while_others_train(runs: Runs, world: int) -> None:
     for rank in runs[world]:
-        assert rank["uneven_and_validated"]["validated"]["1"]["positions"] == BATCH
+        assert rank["uneven_and_validated"]["validated"]["0/relu"]["positions"] == BATCH
 
 
 def test_layers_whose_width_differs_between_ranks_are_not_measured(runs: Runs) -> None:
     # The first layer has 4 neurons on one rank and 5 on the other; the second has 5 on both, of 3 positions each.
     for rank in runs[2]:
-        assert {name: counts["positions"] for name, counts in rank["other_widths"].items()} == {"1": 0, "3": 2 * 3}
+        assert {name: counts["positions"] for name, counts in rank["other_widths"].items()} == {
+            "0/relu": 0,
+            "2/relu": 2 * 3,
+        }
 
 
 def test_a_state_saved_by_four_ranks_is_continued_by_two_and_by_one(runs: Runs, folder: Path) -> None:
@@ -105,8 +108,8 @@ def test_a_state_saved_by_four_ranks_is_continued_by_two_and_by_one(runs: Runs, 
         steps(model, alone, numbers, 0, 1)
         assert stage["windows"] == windows(alone)
         assert stage["step"] == numbers.stop == alone.global_step
-    assert stage["counted"]["1"]["positions"] == BATCH * len([*chain(*STAGES.values())])
-    assert stage["windows"]["1"]["died_step"][2] == 5  # silenced while two ranks ran
+    assert stage["counted"]["0/relu"]["positions"] == BATCH * len([*chain(*STAGES.values())])
+    assert stage["windows"]["0/relu"]["died_step"][2] == 5  # silenced while two ranks ran
     alone.detach()
 
 
@@ -116,6 +119,6 @@ def test_when_a_rank_dies_the_error_is_torchs_and_the_checkpoint_is_complete(tmp
     assert survivor["detached"]
     scope = ns.watch(small())
     scope.load_state_dict(torch.load(tmp_path / "killed.pt", weights_only=True))
-    early = scope.census()["early"]
+    early = scope.census()["first/relu"]
     assert early.examples == early.positions == 3 * BATCH  # three steps of both ranks' halves
     scope.detach()

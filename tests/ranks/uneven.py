@@ -17,7 +17,7 @@ from tests.ranks.recorded import Recorder
 
 BATCH, WIDTH = 40, 6
 POLICY = ns.Policy(max_rate=0.1)  # sure from 29 examples on: every window closes
-SITES = {"1": ("1", "1"), "3": ("3", "3")}
+SITES = {"0/relu": ("1", "1"), "2/relu": ("3", "3")}
 FROM_STEP, SILENCED = 5, 2
 
 

@@ -100,7 +100,7 @@ def fire_apart(rank: int) -> int:
         for x, y in batches:
             nn.functional.cross_entropy(model(x), y).backward()
             scope.step()
-    return int((scope.census("train")["1"].zero_output_fraction == 1).sum())
+    return int((scope.census("train")["0/relu"].zero_output_fraction == 1).sum())
 
 
 def one_sees_nothing(rank: int) -> dict[str, Any]:

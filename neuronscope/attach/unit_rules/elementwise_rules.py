@@ -66,6 +66,7 @@ def _masked(operation: Operation) -> Origin:
     tensors = operation.tensors
     mask = operation.argument(1, "mask")
     found = combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
+    found = found.but(upstream=operation.upstream) if operation.upstream != found.upstream else found
     return _bent_by(found, mask)
 
 
@@ -88,7 +89,7 @@ def _where(operation: Operation) -> Origin:
     if picked.state == CONSTANT:
         return combine(operation.tensors, shape)
     picked = _bent_by(picked, condition)
-    return picked.but(upstream=operation.upstream) if picked.upstream or operation.upstream else picked
+    return picked.but(upstream=operation.upstream) if operation.upstream != picked.upstream else picked
 
 
 def _overwritten(operation: Operation) -> Origin:

@@ -87,6 +87,14 @@ def _expanded(_: Operation, units: Units, before: Shape, after: Shape) -> Units 
     return units._replace(dims=broadcast(units.dims, after))
 
 
+def _all_expanded(operation: Operation) -> Sequence[Origin]:
+    """Say what each of several tensors is after they were expanded to one shape."""
+    rule = _move_rule(_expanded)
+    pairs = zip(operation.tensors, operation.outputs, strict=True)
+    found = (rule(operation._replace(args=(tensor,), kwargs={}, outputs=(shape,))) for tensor, shape in pairs)
+    return [origin for origin in found if isinstance(origin, Origin)]
+
+
 def _repeated(_: Operation, units: Units, before: Shape, after: Shape) -> Units | None:
     if len(after) < len(before):
         return None
@@ -154,6 +162,7 @@ VIEWS: dict[Function, Rule] = {
     **table("t t_ adjoint", _move_rule(_last_two)),
     **table("movedim moveaxis", _move_rule(_moved)),
     **table("expand expand_as broadcast_to", _move_rule(_expanded)),
+    **table("broadcast_tensors", _all_expanded),
     **table("repeat tile", _move_rule(_repeated)),
     **table("repeat_interleave", _move_rule(_repeated_each)),
     **table("flip", _along_positions(lambda operation: operation.sizes(1, "dims"))),

@@ -7,16 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence, example_count
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
-from neuronscope.errors import NeuronscopeError
+from neuronscope.errors import NeuronscopeError, StateError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scope import Scope
+from neuronscope.tally.phase_record import is_outdated
 
 __all__ = ["examine_records", "recorded_report", "recorded_reports"]
 
@@ -45,9 +47,14 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
         The report, or ``None`` if nothing was counted.
 
     Raises:
-        StateError: The state is neither of them, or was written by a later version.
+        StateError: The state is neither of them, or was written by another version.
     """
     inner = state.get("scope", state) if isinstance(state, Mapping) else state
+    if is_outdated(inner):
+        raise StateError(
+            "it was written by an earlier version of Neuronscope, in which a neuron was an index of one call and not a "
+            "unit of a layer."
+        )
     scope = Scope(nn.ReLU(), WatchOptions())  # the model does not matter: only the state is read
     scope.detach(join=False)
     scope.load_state_dict(inner)
@@ -87,8 +94,8 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
             yield report
             continue
         blocked = blocked_by_next_layer(report.layers)
-        for site in report.layers:
-            yield from _examine_site(site, report, site.name in blocked)
+        for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
+            yield from _examine_site(site, report, judged, site.name in blocked)
 
 
 def _damaged(key: str, error: BaseException) -> Abstention:
@@ -96,14 +103,14 @@ def _damaged(key: str, error: BaseException) -> Abstention:
     return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
 
 
-def _examine_site(site: SiteReport, report: Report, blocked: bool) -> Iterator[Evidence]:
+def _examine_site(site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool) -> Iterator[Evidence]:
     where = (
         f"over {example_count(site.examples)} of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"
     )
     since = np.where(site.last_active_step < 0, -1, site.history.died_step)
     policy = Policy(**report.policy)
-    for one in counted_evidence(site, policy, source=_SOURCE, where=where, blocked=blocked, since=since):
+    for one in counted_evidence(site, policy, source=_SOURCE, where=where, judged=judged, blocked=blocked, since=since):
         if one.claim == "no gradient":
             positions = np.full(one.neurons.shape, float(site.gradient_positions))
             yield replace(one, numbers=positions, measure="positions at which its gradient was zero")
