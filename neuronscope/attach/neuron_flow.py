@@ -262,7 +262,8 @@ class NeuronFlow:
         for origin in sources:
             reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
-        bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
+        layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
+        bent = [(layer, name) for layer, name in layers if layer and name]
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
         return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 

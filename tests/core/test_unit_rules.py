@@ -821,7 +821,13 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
 
 
 ELEMENTWISE = sorted(
-    {*(elementwise_rules._LINEAR + elementwise_rules._MULTIPLYING + elementwise_rules._NOT_LINEAR).split(), "where", "masked_fill", "max", "min"}
+    {
+        *(elementwise_rules._LINEAR + elementwise_rules._MULTIPLYING + elementwise_rules._NOT_LINEAR).split(),
+        "where",
+        "masked_fill",
+        "max",
+        "min",
+    }
     | set("to type type_as normalize renorm local_response_norm".split())
 )
 #: Functions that cannot run here, and why.

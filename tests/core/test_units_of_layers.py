@@ -513,7 +513,12 @@ def test_a_compiled_network_has_the_names_and_the_counts_of_the_eager_one(case: 
         census = scope.census()
         censuses.append(
             {
-                name: (replace(tally.info, reader_notes=()), tally.zero_outputs.tolist(), tally.zero_gradients.tolist(), tally.positions)
+                name: (
+                    replace(tally.info, reader_notes=()),
+                    tally.zero_outputs.tolist(),
+                    tally.zero_gradients.tolist(),
+                    tally.positions,
+                )
                 + (tally.gradient_positions, tally.examples, tally.last_active_step.tolist())
                 for name, tally in census.items()
             }
