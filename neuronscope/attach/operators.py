@@ -91,7 +91,7 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
     """
     rule = rule_of(operation.function)
     found: Origin | Sequence[Origin] = rule(operation)
-    if rule is lose and found.state == LOST:
+    if rule is lose and isinstance(found, Origin) and found.state == LOST:
         found = _lost_by_function(operation, found)
     origins = (found,) * len(operation.outputs) if isinstance(found, Origin) else tuple(found)
     return tuple(
