@@ -654,6 +654,8 @@ class SiteRecorder:
                 if gate.info.axis_source == "declared":
                     return self._gated(phase, gate, origin, None, y, traced)
                 continue
+            if gate.after.units is None or origin.units.size != gate.after.units.size:
+                continue  # a part of what the site gave: its gradients are not counted apart
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
@@ -683,7 +685,7 @@ class SiteRecorder:
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
         counters = self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
+        if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)
         if units is None:

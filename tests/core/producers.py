@@ -179,30 +179,23 @@ class Namer:
             return Site(place, activation, (), ()) if is_module and not weights else None
         return Site(self._name(producers, units, activation), activation, producers, units)
 
-    def product(self, gate: Site, factor: Tensor, other: Tensor, axes: Sequence[int]) -> tuple[str, bool] | None:
-        """Return the name of the product of a site's output, or of a part of it, and another tensor.
+    def product(self, gate: Site, other: Tensor, axes: Sequence[int]) -> str | None:
+        """Return the name of the product of a site's output and another tensor; ``None`` if it is no gated product.
 
         Args:
             gate: The site.
-            factor: Its output, or a part of it.
             other: The other factor.
             axes: The dimensions that hold neurons.
-
-        Returns:
-            The name, and whether the product has all neurons of the site; ``None`` if it is no gated product.
         """
         if other.grad_fn is None or self._is_weight(other.grad_fn):
             return None
         name = GATED.get(gate.activation, f"gated {gate.activation}")
         if not gate.producers:
-            return f"{gate.name}/{name}", True
-        try:
-            found = self.units_of(factor, axes)
-            if self.units_of(other, axes) == found:
+            return f"{gate.name}/{name}"
+        with contextlib.suppress(Ended):
+            if self.units_of(other, axes) == (gate.producers, gate.units):
                 return None
-        except Ended:
-            found = self.units_of(factor, axes)
-        return self._name(*found, name), found == (gate.producers, gate.units)
+        return self._name(gate.producers, gate.units, name)
 
     def _name(self, producers: tuple[Producer, ...], units: tuple[Unit, ...], activation: str) -> str:
         key = (tuple(each.node for each in producers), units, activation)

@@ -173,7 +173,7 @@ class Twin(Nobody):
         self.functions = known_functions()
         self.registry = activations.Registry()
         self.calls: list[Call] = []
-        self.gates: dict[str, str] = {}  # gated product → the site of its gate; "" if it is one of a part of it
+        self.gates: dict[str, str] = {}  # gated product → the site of its gate
         self.pending: list[Call] = []
         self.counter = 0
         self.forward = 0
@@ -340,19 +340,17 @@ class Twin(Nobody):
         call.output = y.detach().clone()
         self.keep(call)
 
-    def multiply(self, gate: Call, factor: Tensor, other: Tensor, output: Tensor) -> None:
+    def multiply(self, gate: Call, other: Tensor, output: Tensor) -> None:
         """Keep a product, if it is a gated one.
 
         Args:
-            gate: The call whose output, or a part of it, is a factor.
-            factor: That factor.
+            gate: The call whose output is a factor.
             other: The other factor.
             output: The product.
         """
-        found = self.namer.product(gate.site, factor, other, gate.axes)
-        if found is not None:
-            name, whole = found
-            self.gates[name] = gate.name if whole else ""
+        name = self.namer.product(gate.site, other, gate.axes)
+        if name is not None:
+            self.gates[name] = gate.name
             site = Site(name, "", (), ())
             kept = output.detach().clone()
             self.keep(Call(site, gate.phase, gate.step, gate.axes, gate.forward, gate.examples, kept, None, None))
@@ -375,7 +373,7 @@ class Twin(Nobody):
                 positions[call.name, call.forward] = call.examples, before + count
         for (name, _), (examples, count) in positions.items():
             result[name]["examples"] += min(examples, count)  # a forward has no more examples than positions
-        for name in (name for name in result if self.gates.get(name)):
+        for name in result.keys() & self.gates.keys():
             for part in ("zero_gradients", "gradient_positions"):
                 result[name][part] = result[self.gates[name]][part]
         return result
@@ -413,7 +411,7 @@ class _Rehearsal(Twin):
         self.given.append(self.real.site(*facts, is_module=is_module))
         return self.given[-1]
 
-    def product(self, *facts: Any) -> tuple[str, bool] | None:
+    def product(self, *facts: Any) -> str | None:
         """Name a product, and remember the name."""
         self.given.append(self.real.product(*facts))
         return self.given[-1]
@@ -519,16 +517,9 @@ def find_gated(twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: 
     """
     for factor, other in (factors, factors[::-1]):
         for x, y, call in reversed(outputs):
-            alike = other.shape == factor.shape == product.shape and factor.dim() == y.dim()
-            if alike and other is not x and other is not y and (factor is y or _is_part(factor, y)):
-                twin.multiply(call, factor, other, product)
+            if factor is y and other is not x and other is not y and other.shape == y.shape == product.shape:
+                twin.multiply(call, other, product)
                 return
-
-
-def _is_part(tensor: Tensor, whole: Tensor) -> bool:
-    """Whether a tensor is a smaller view of another one."""
-    same = tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    return same and tensor.numel() < whole.numel() > 1
 
 
 def assert_same(census: ns.Census, truth: dict[str, dict[str, Any]]) -> None:

@@ -83,7 +83,7 @@ def test_the_inputs_of_the_networks_are_photographs_and_text() -> None:
 
 def test_a_row_left_for_the_coverage_page_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = NETWORKS[0], NETWORKS[1]
-    row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"a": "b"})
+    row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"layer": 7}, {"a": "b"})
     monkeypatch.delenv("NEURONSCOPE_NETWORK_ROWS", raising=False)
     leave(row)
     assert left(network) is None

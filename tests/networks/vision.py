@@ -81,7 +81,7 @@ TIMM = (
     timm("mobilenetv3_small_050", 64),
     timm("eva02_tiny_patch14_224", 28, img_size=28, axes=FEATURES, gated=12),
     timm("vit_tiny_patch16_224", 32, img_size=32, axes=FEATURES),
-    timm("gmlp_s16_224", 32, img_size=32, axes=FEATURES, gated=30),
+    timm("gmlp_s16_224", 32, img_size=32, axes=FEATURES),
     timm("poolformer_s12", 64),
     timm("coatnet_pico_rw_224", 64, img_size=64),
     timm("regnetx_002", 64),
