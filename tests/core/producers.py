@@ -179,12 +179,13 @@ class Namer:
             return Site(place, activation, (), ()) if is_module and not weights else None
         return Site(self._name(producers, units, activation), activation, producers, units)
 
-    def product(self, gate: Site, other: Tensor, axes: Sequence[int]) -> str | None:
+    def product(self, gate: Site, other: Tensor, output: Tensor, axes: Sequence[int]) -> str | None:
         """Return the name of the product of a site's output and another tensor; ``None`` if it is no gated product.
 
         Args:
             gate: The site.
             other: The other factor.
+            output: The product: its units are those of the gate.
             axes: The dimensions that hold neurons.
         """
         if other.grad_fn is None or self._is_weight(other.grad_fn):
@@ -195,6 +196,12 @@ class Namer:
         with contextlib.suppress(Ended):
             if self.units_of(other, axes) == (gate.producers, gate.units):
                 return None
+        node = output.grad_fn
+        while len(node.next_functions) == 1:  # views, of a product in place
+            self.found[node], self.chosen[node] = gate.producers, [0]
+            node = node.next_functions[0][0]
+        sources = [None if each is None else self._source(each) for each, _ in node.next_functions]
+        self.found[node], self.chosen[node] = gate.producers, [sources.index(gate.producers)]
         return self._name(gate.producers, gate.units, name)
 
     def _name(self, producers: tuple[Producer, ...], units: tuple[Unit, ...], activation: str) -> str:
@@ -295,7 +302,7 @@ class Namer:
                 handles.append(each.register_hook(_only(())))
                 continue
             self._source(each)
-            chosen = self.chosen[each]
+            chosen = self.chosen.get(each, ())
             if len(chosen) < len(each.next_functions):
                 handles.append(each.register_hook(_only(chosen)))
             elif each.name().startswith("GluBackward"):

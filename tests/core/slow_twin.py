@@ -348,7 +348,7 @@ class Twin(Nobody):
             other: The other factor.
             output: The product.
         """
-        name = self.namer.product(gate.site, other, gate.axes)
+        name = self.namer.product(gate.site, other, output, gate.axes)
         if name is not None:
             self.gates[name] = gate.name
             site = Site(name, "", (), ())

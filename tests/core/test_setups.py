@@ -578,4 +578,7 @@ def test_checkpoint_sequential_called_from_the_loop_is_counted():
     census = watched.scope.census()
     assert [*census] == ["1", "3", "5"]
     assert all(tally.info.assumed for tally in census.values())
-    assert_same(census, dict(zip(census, twin.tallies().values(), strict=True)))
+    truth = dict(zip(census, twin.tallies().values(), strict=True))
+    for tally in truth.values():
+        tally["examples"] = 0  # parts do not say how many examples the whole was given
+    assert_same(census, truth)
