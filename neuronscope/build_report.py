@@ -140,6 +140,8 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         layer=tally.layer,
         units=tally.units,
         output=tally.info.output,
+        is_norm=tally.info.is_norm,
+        normalises=tally.info.normalises,
         readers=tally.readers,
         reader_notes=tally.reader_notes,
     )

@@ -67,6 +67,9 @@ class SiteInfo:
         readers: Paths of the layers that read the site's output as their input, one column (or channel) a neuron.
         reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
             ``returned by the model``, or a function's name. If there are any, ``readers`` do not tell everything.
+        is_norm: Whether the layer is a normalisation.
+        normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
+            ``""`` if there is no such layer.
         place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
@@ -82,6 +85,8 @@ class SiteInfo:
     output: bool = False
     readers: tuple[str, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    is_norm: bool = False
+    normalises: str = ""
     place: str = ""
 
     @property

@@ -85,7 +85,7 @@ class LayerNames:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look again at all parameters and buffers of the model."""
+        """Look again at all parameters and buffers of the model, and at tensors in lists of its modules."""
         model = self._model()
         if model is None:
             return
@@ -98,6 +98,11 @@ class LayerNames:
                 for name, tensor in held.items():
                     if tensor is not None:
                         self._note(path, name, tensor, is_weight)
+            for name, values in vars(module).items():
+                if name != "_flat_weights" and isinstance(values, (list, tuple)):  # such as the anchors of a detector
+                    for value in values:
+                        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                            self._note(path, name, value, is_weight=False)
 
     def _note(self, path: str, name: str, tensor: Tensor, is_weight: bool) -> None:
         known = self._layers.get(id(tensor))

@@ -30,6 +30,7 @@ __all__ = ["NeuronFlow"]
 _MOST_STEPS = 20_000
 _PLAIN = frozenset({int, float, bool, str})
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
+_NORMS = _MIXING_NORMS | spellings("batch_norm")
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
     "__iadd__", "__isub__"
 )
@@ -49,6 +50,7 @@ class _Step(NamedTuple):
         sites: The sites that it reads.
         bent: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
+        normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
     """
 
     origins: tuple[Origin, ...]
@@ -58,6 +60,7 @@ class _Step(NamedTuple):
     sites: tuple[Any, ...] = ()
     bent: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
+    normalises: str | None = None
 
 
 class NeuronFlow:
@@ -82,6 +85,7 @@ class NeuronFlow:
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
         self.read_layers: set[str] = set()
+        self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
         self._shards: dict[str, tuple[torch.Size, int, NeuronShard]] = {}  # of each layer: shape, own neurons, which
         self._distributed: dict[str, Origin] = {}  # of each distributed layer: its last output
@@ -187,6 +191,8 @@ class NeuronFlow:
                 self.readers.setdefault(site, {})[step.layer] = None
             for layer, name in step.bent:
                 self.bent.setdefault(layer, name)
+            if step.normalises is not None:
+                self._note_norm(step.layer, step.normalises)
             if is_distributed(outputs[0]):
                 self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
         put = self._origins.put
@@ -245,7 +251,8 @@ class NeuronFlow:
             reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
-        return _Step(origins, origins[0].layer, call, reads, carried, tuple(bent), notes)
+        normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
+        return _Step(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
@@ -253,6 +260,17 @@ class NeuronFlow:
             origin = self._origins.get(tensor)
             for site in () if origin is None else origin.carries:
                 self.reader_notes.setdefault(site, {})["returned by the model"] = None
+
+    def _note_norm(self, norm: str, layer: str) -> None:
+        """Note which layer's units a norm normalises one by one.
+
+        Args:
+            norm: Path of the norm.
+            layer: Path of the layer; ``""`` if there is none.
+        """
+        layer = self.normalised.get(layer, "") or layer
+        if self.normalised.setdefault(norm, layer) != layer:
+            self.normalised[norm] = ""  # it normalises several layers
 
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""
@@ -282,9 +300,13 @@ class NeuronFlow:
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args
-        if not isinstance(value, Tensor):
-            return
         place = self._describe(index)
+        if not isinstance(value, Tensor):
+            origin = self.origin(target)
+            mask = place.origin if isinstance(place, Operand) and place.boolean else None
+            if mask is not None and mask.bent and mask.units == origin.units and not origin.site:
+                self._origins.put(target, origin.but(bent=origin.bent or mask.bent))  # h[h < 0] = 0
+            return
         before, written = self._describe(target), self._describe(value)
         self._origins.put(target, set_item(before, place if type(place) is tuple else (place,), written))
 
@@ -345,6 +367,19 @@ class NeuronFlow:
         self.duplicate = self.duplicate or any(
             is_later_shard(weight) for weight in args if isinstance(weight, nn.Parameter)
         )
+
+
+def _normalised(source: Origin, result: Origin) -> str:
+    """Return the path of the layer whose units a norm normalises one by one; ``""`` if there is none.
+
+    Args:
+        source: What the norm is applied to.
+        result: What it gives.
+    """
+    if source.units is None or result.units is None or source.site is not None:
+        return ""
+    alike = source.units.tensor_runs() == ((source.layer, 0, result.units.width, 1),)  # and nothing was mixed in
+    return source.layer if alike else ""
 
 
 def _note(function: Callable[..., Any]) -> str:

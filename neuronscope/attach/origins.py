@@ -37,8 +37,9 @@ class Origin:
         state: One of :data:`UNITS`, :data:`ENDED` and the others of this module.
         upstream: The calls of layers that the tensor depends on: bit ``n`` stands for call number ``n``.
         units: Which units it holds, if its state is :data:`UNITS`.
-        layer: Path of the layer of a weight, or of the layer some of whose units were picked by data, if its state is
-            :data:`ENDED`; ``""`` if there is none or it is not known.
+        layer: Path of the layer of a weight; of the layer that gave the units, if nothing was mixed into them since; or
+            of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
+            or it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
@@ -152,6 +153,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
+    everything = data
     data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
@@ -164,9 +166,13 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     units = origin.units
     if tuple(chosen.shape) != tuple(shape):
         units = units._replace(dims=broadcast(units.dims, shape))
-    before = (each.origin.bent for each in data if each.origin.units == origin.units)
-    bent = "" if site else bent or next(filter(None, before), "")
-    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_carried(data, units, product))
+    same = [each for each in everything if each.origin.units == origin.units]  # of masks too: h * (h > 0)
+    bent = bent or next((each.origin.bent for each in same if each.origin.bent), "")
+    if not bent and product and sum(each in data for each in same) > 1:
+        bent = "mul"  # h * h, or an activation that is written out: h * sigmoid(h)
+    bent = "" if site else bent
+    layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
+    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent, carries=carries)
 
 
 def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:

@@ -146,6 +146,7 @@ class SiteRecorder:
             self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim"
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
+        self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
         self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
         self._carry_while_tracing = while_tracing(self._carry, "x", "y")
         found: list[int | None] = []
@@ -177,7 +178,15 @@ class SiteRecorder:
                 not_measured.setdefault(place, reason)
         measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
         for layer, function in flow.bent.items():
-            if not measured.intersection(layer.split("+")):
+            if measured.intersection(layer.split("+")):
+                if function == "mul":
+                    not_measured.setdefault(
+                        layer,
+                        "another layer read its product with a function of itself, which is an activation that is "
+                        "written out: only the function is measured, and not the product. Register what it is part "
+                        "of: `activations={...}`",
+                    )
+            else:
                 not_measured.setdefault(
                     layer,
                     f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
@@ -195,7 +204,7 @@ class SiteRecorder:
         return {path for name, path in self._ran if name == phase}
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
-        """Return what is known of a site by now: whether it gives outputs of the network, and which layers read it.
+        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
         Args:
             key: The site.
@@ -204,8 +213,15 @@ class SiteRecorder:
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
         readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
-        known = (output, readers, notes) == (info.output, info.readers, info.reader_notes)
-        return info if known else replace(info, output=output, readers=readers, reader_notes=notes)
+        normalises = flow.normalised.get(info.layer)
+        return replace(
+            info,
+            output=output,
+            readers=readers,
+            reader_notes=notes,
+            is_norm=normalises is not None,
+            normalises=normalises or "",
+        )
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
@@ -534,14 +550,20 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
+        given = y  # noqa: F841  # `comptime` reads variables
+        if isinstance(y, dict):
+            y = [*y.values()]
+        if isinstance(y, (tuple, list)) and len(y) > 0:
+            y = y[0]  # a spiking neuron gives its spikes, and then its state
         if is_tracing():
             if isinstance(y, Tensor):
                 comptime(self._end_while_tracing)
                 self._count_in_graph(call, y)
+            else:
+                comptime(self._unreadable_while_tracing)
             return
-        if isinstance(y, (tuple, list)) and y and isinstance(y[0], Tensor):
-            y = y[0]  # a spiking neuron gives its spikes, and then its state
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
+            self._unreadable(call, given)
             return
         if call.counters is not None:
             neurons = _neurons_in(local_tensor(y).shape, call.layout)
@@ -553,6 +575,17 @@ class SiteRecorder:
                     f"its output has {neurons} neurons where {call.counters.neurons} were expected",
                 )
         self._end(call, y)
+
+    def _unreadable(self, call: Call, given: Any) -> None:
+        """Note that what an activation gave cannot be counted, so that its gradients are not either."""
+        what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        what = "" if given is None else f" ({what})"
+        self.not_measured.setdefault(call.key.name, f"its output{what} cannot be counted")
+        if call.counters is not None:
+            call.counters.unreadable = True
+
+    def _unreadable_traced(self, call: int) -> None:
+        self._unreadable(self._traced[call][0], None)
 
     def _end(self, call: Call, y: Tensor) -> None:
         units = call.after.units
@@ -617,6 +650,8 @@ class SiteRecorder:
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
+            if gate.after.units is None or origin.units.count != gate.after.units.count:
+                continue  # a part of what the site gave: its gradients are not counted apart
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
@@ -625,20 +660,24 @@ class SiteRecorder:
 
     def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, gate.key.units, name, self.forward.ordinal(origin, name))
+        key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
         layout = units.layout
-        info = replace(gate.info, activation=name, kind="gated", linear_when_on=False, axis=layout.axis)
+        info = replace(
+            gate.info,
+            **{"activation": name, "kind": "gated", "linear_when_on": False, "axis": layout.axis},
+            units=units.tensor_runs() if gate.info.units else (),
+        )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
         counters = self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None:
+        if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
             counters.gate = self._counters.get((phase, gate.key))
-        after = self.forward.flow.origin(y)
-        if after.units == units:
-            self.forward.flow.put(y, after.but(site=key, carries=(key, *after.carries)))
+        before = self.forward.flow.origin(y)
+        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:

@@ -39,7 +39,7 @@ class PostmortemReport(Renderable):
         global_step: Number of optimizer steps taken; ``None`` if the file does not hold it.
         level: What the post-mortem had to work with, a key of :data:`LEVELS`.
         model: Class name of the model; ``""`` if none was given.
-        layers: One :class:`LayerReport` per layer.
+        layers: One :class:`LayerReport` per layer; totals are over those that are :attr:`headline_layers`.
         abstentions: What could not be examined, and why.
         diagnoses: Symptoms that were found, with cause and remedy.
         confirmations: How often measurements agreed with claims that rest on something else.
@@ -66,9 +66,14 @@ class PostmortemReport(Renderable):
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def headline_layers(self) -> tuple[LayerReport, ...]:
+        """The layers that totals include: not a site whose axis is assumed, nor a function of the network's outputs."""
+        return tuple(layer for layer in self.layers if layer.in_headlines)
+
+    @property
     def neurons(self) -> int:
-        """Number of neurons in all layers."""
-        return sum(layer.neurons for layer in self.layers)
+        """Number of neurons in the totals. Each unit of a layer is counted once."""
+        return sum(layer.neurons for layer in self.headline_layers)
 
     @property
     def dead(self) -> int:
@@ -76,12 +81,12 @@ class PostmortemReport(Renderable):
 
         Suspected and idle neurons are not included.
         """
-        return sum(layer.dead for layer in self.layers)
+        return sum(layer.dead for layer in self.headline_layers)
 
     @property
     def suspected(self) -> int:
         """Number of neurons that may be dead; not included in any total or percentage."""
-        return sum(layer.suspected for layer in self.layers)
+        return sum(layer.suspected for layer in self.headline_layers)
 
     @property
     def dead_percent(self) -> float:
@@ -101,17 +106,17 @@ class PostmortemReport(Renderable):
     @property
     def idle(self) -> int:
         """Number of neurons that get no gradient because their whole layer gets none; not counted as dead."""
-        return sum(int(layer.idle.sum()) for layer in self.layers)
+        return sum(int(layer.idle.sum()) for layer in self.headline_layers)
 
     @property
     def collapsed(self) -> tuple[str, ...]:
         """Names of the layers in which every neuron is dead (proved, measured or inferred)."""
-        return tuple(layer.name for layer in self.layers if layer.collapse == "firm")
+        return tuple(layer.name for layer in self.headline_layers if layer.collapse == "firm")
 
     @property
     def contested(self) -> int:
         """Number of neurons for which there is evidence of both *alive* and its opposite."""
-        return sum(int(layer.contested.sum()) for layer in self.layers)
+        return sum(int(layer.contested.sum()) for layer in self.headline_layers)
 
     @property
     def not_measured(self) -> tuple[NotMeasured, ...]:
@@ -120,16 +125,20 @@ class PostmortemReport(Renderable):
 
     def count(self, label: str) -> int:
         """Return the number of neurons with a label (proved, measured or inferred)."""
-        return sum(layer.count(label) for layer in self.layers)
+        return sum(layer.count(label) for layer in self.headline_layers)
 
     def dead_by_basis(self) -> dict[str, int]:
         """Return the number of dead neurons by basis, the surest basis first."""
-        return {basis: sum(layer.dead_by_basis()[basis] for layer in self.layers) for basis in FIRM}
+        return {basis: sum(layer.dead_by_basis()[basis] for layer in self.headline_layers) for basis in FIRM}
 
     def __getitem__(self, name: str) -> LayerReport:
-        """Return the layer called ``name``."""
+        """Return the layer with this name, or the one whose neurons were seen at the site with this name.
+
+        Raises:
+            KeyError: There is no such layer or site.
+        """
         for layer in self.layers:
-            if layer.name == name:
+            if name == layer.name or name in layer.sites:
                 return layer
         raise KeyError(name)
 

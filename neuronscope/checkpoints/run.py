@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.examine_file import examine_file
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers, normalised_layers, unexamined_types
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
@@ -26,13 +26,14 @@ from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
-from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
-from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.checkpoints.verdict.join_units import JoinedLayers, NamedSite, join_units
+from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
-from neuronscope.report.run_facts import is_normalised, observed_every
+from neuronscope.report.run_facts import observed_every
 
 __all__ = ["postmortem"]
 
@@ -85,7 +86,7 @@ def postmortem(
     ...     torch.save(model.state_dict(), f"{folder}/model.pt")
     ...     report = postmortem(f"{folder}/model.pt", model)
     >>> [(verdict.site, verdict.neuron, verdict.label, verdict.basis) for verdict in report.verdicts()]
-    [('1', 1, 'dead', 'proved')]
+    [('0', 1, 'dead', 'proved')]
     """
     for name, value, needed, present in (
         ("data", data, "model", model is not None),
@@ -109,13 +110,15 @@ def postmortem(
     # Examine the file: the weights, the optimizer state, the records of a monitor.
     parameter_names = None if network is None else [name for name, _ in network.named_parameters()]
     evidence, abstentions = examine_file(checkpoint, parameter_names=parameter_names, earlier=before)
+    records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
+    sites: list[NamedSite] = [site for report in records for site in report.layers]
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
     notes = list(checkpoint.notes)
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
-    # Examine the model: which site each layer leads to, which neurons provably never fire, which ones nothing reads.
-    examination = Examination((), (), {})
+    # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
+    examination = Examination((), ())
     if network is not None:
         first, batches = first_batch(batches)
         examination = examine_model(network, example=example_input, batch=first, box=box)
@@ -123,7 +126,8 @@ def postmortem(
             examination.readers_known
         ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
             evidence = [one for one in evidence if one.claim != "unread"]
-        evidence = [*name_by_site(evidence, examination.layer_sites), *examination.evidence]
+        evidence += examination.evidence
+        sites += examination.sites
         abstentions += examination.abstentions
 
     # Measure: run the network over the data, and check that no proof is contradicted.
@@ -131,13 +135,15 @@ def postmortem(
     if network is not None and batches is not None:
         batches = track_batches(batches, "scanning", progress, moments.add)
         with user_code("Expected the model to run over the data"):
-            measured, unmeasured, _ = measure(network, batches, loss_function)
-        evidence = [*evidence, *measured]
+            measured, unmeasured, scanned = measure(network, batches, loss_function)
+        evidence += measured
+        sites += scanned.layers
         abstentions += unmeasured
-        notes += contradictions(evidence)
 
-    # Combine all evidence on a neuron into one verdict, then look for the causes of death.
-    verdicts = combine_evidence(evidence, _widths_by_name(layers, examination.layer_sites, evidence))
+    # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
+    evidence, joined = join_units(evidence, sites, {layer.path: layer.width for layer in layers})
+    notes += contradictions(evidence)
+    verdicts = combine_evidence(evidence, joined.layers)
     decay = weight_decay_per_step(checkpoint)
     facts = postmortem_facts(
         verdicts,
@@ -145,9 +151,11 @@ def postmortem(
         learning_rates=learning_rates(checkpoint),
         decay=decay,
         # Reads each weight once more, which only weight decay makes worth while.
-        dead_norm_ratios=dead_norm_ratios(verdicts, layers, examination.layer_sites, checkpoint) if decay > 0 else {},
+        dead_norm_ratios=dead_norm_ratios(verdicts, layers, joined.norms, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
-        **_layer_facts(checkpoint, examination),
+        kinds=_kinds(verdicts, sites),
+        normalised=_normalised(verdicts, checkpoint, joined, {*examination.normalised, *_behind_norms(records)}),
+        observed_every=max(map(observed_every, records), default=1),
     )
     return PostmortemReport(
         path=str(path),
@@ -164,27 +172,33 @@ def postmortem(
     )
 
 
-def _widths_by_name(
-    layers: Sequence[Layer], layer_to_site: Mapping[str, str], evidence: Sequence[Evidence]
-) -> dict[str, int]:
-    """Return the width of each layer by its name in the evidence: its site, if that is as wide, else its path."""
-    widths = {one.layer: one.width for one in evidence}
-    found: dict[str, int] = {}
-    for layer in layers:
-        site = layer_to_site.get(layer.path, layer.path)
-        found[site if widths.get(site, layer.width) == layer.width else layer.path] = layer.width
+def _kinds(verdicts: Sequence[LayerReport], sites: Iterable[NamedSite]) -> dict[str, str]:
+    """Return the kind of each layer's activation; of a gated product if there is one."""
+    kinds = {site.name: site.kind for site in sites}
+    found: dict[str, str] = {}
+    for layer in verdicts:
+        of_layer = [kinds[name] for name in layer.sites]
+        if of_layer:
+            found[layer.name] = "gated" if "gated" in of_layer else of_layer[0]
     return found
 
 
-def _layer_facts(checkpoint: Checkpoint, examination: Examination) -> dict[str, Any]:
-    """Return the kinds and norms of layers as the model, the monitor's records and the file's layers show them."""
-    records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
-    recorded = [site for report in records for site in report.layers]
-    normalised = {
-        examination.layer_sites.get(path, path) for path in normalised_layers(find_layers(checkpoint.tensors))
-    }
-    return {
-        "kinds": {**{site.name: site.kind for site in recorded}, **examination.kinds},
-        "normalised": {*normalised, *(site.name for site in recorded if is_normalised(site)), *examination.normalised},
-        "observed_every": max(map(observed_every, records), default=1),
-    }
+def _behind_norms(records: Iterable[Report]) -> set[str]:
+    """Return the names of recorded sites whose layer is a normalisation."""
+    return {site.name for report in records for site in report.layers if site.is_norm}
+
+
+def _normalised(
+    verdicts: Sequence[LayerReport], checkpoint: Checkpoint, joined: JoinedLayers, sites: Collection[str]
+) -> set[str]:
+    """Return the layers with a normalisation before their activation or their weights.
+
+    Args:
+        verdicts: The verdicts.
+        checkpoint: The opened checkpoint, whose order of layers shows some of them.
+        joined: The layers of all sources.
+        sites: Names of the sites that are known to have one.
+    """
+    in_file = normalised_layers(find_layers(checkpoint.tensors))
+    at_sites = {layer.name for layer in verdicts if any(name in sites for name in layer.sites)}
+    return {joined.name_of(path) for path in in_file} | at_sites

@@ -64,6 +64,8 @@ class SiteCounters:
         tensors: The counts; complete after :meth:`flush`.
         open: Whether gradients are still counted; false after the watch has ended.
         in_graph: Whether a compiled graph holds the tensors.
+        unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
+            counted, and a tally has none.
         gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
             its pre-activation is that of its gate.
         sharded_dims: How the counted tensors are sharded: see :func:`neuronscope.attach.dtensor.sharded_dims`.
@@ -76,6 +78,7 @@ class SiteCounters:
         self.neurons = neurons
         self.open = True
         self.in_graph = False
+        self.unreadable = False
         self.gate: SiteCounters | None = None
         self.sharded_dims: tuple[int | None, ...] = ()
         with torch.inference_mode(False):

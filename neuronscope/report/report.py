@@ -167,6 +167,8 @@ class SiteReport:
         output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
         readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
         reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
+        is_norm: Whether the layer is a normalisation.
+        normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
     """
 
     name: str
@@ -190,6 +192,8 @@ class SiteReport:
     output: bool = False
     readers: tuple[str, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    is_norm: bool = False
+    normalises: str = ""
 
     @property
     def assumed(self) -> bool:

@@ -9,7 +9,7 @@ from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report, SiteReport
 
-__all__ = ["death_steps", "facts_from_report", "is_normalised", "observed_every"]
+__all__ = ["death_steps", "facts_from_report", "observed_every"]
 
 
 def facts_from_report(report: Report) -> RunFacts:
@@ -27,7 +27,7 @@ def facts_from_report(report: Report) -> RunFacts:
             not_finite=int((label == LABELS.index("not finite")).sum()),
             silent=int((label == LABELS.index("silent")).sum()),
             kind=site.kind,
-            normalised=is_normalised(site),
+            normalised=site.is_norm,
         )
         for (site, label), (_, steps) in zip(report.totals.at_home(labels), report.totals.at_home(since), strict=True)
     ]
@@ -38,11 +38,6 @@ def death_steps(site: SiteReport) -> npt.NDArray[np.int64]:
     """Return the step of each neuron's latest death, as in :class:`LayerFacts`, int64 ``(N,)``."""
     died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
     return np.where(site.last_active_step < 0, -1, died)
-
-
-def is_normalised(site: SiteReport) -> bool:
-    """Whether the last layer with weights before a site's activation is known to be a normalisation."""
-    return site.axis_source.startswith("producer (") and site.axis_source.endswith("_norm)")
 
 
 def observed_every(report: Report) -> int:

@@ -53,6 +53,9 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyAr
     gradients = counters if counters.gate is None else counters.gate
     own, gate = (dict(zip(CounterTensors._fields, counted[id(each)], strict=True)) for each in (counters, gradients))
     positions, _, examples = counters.totals(own["traced"].tolist())
+    gradient_positions = gradients.totals(gate["traced"].tolist())[1]
+    if gradients.unreadable:
+        gate["zero_gradients"], gradient_positions = np.zeros_like(gate["zero_gradients"]), 0
     return Tally(
         info=info,
         zero_outputs=own["zero_outputs"].astype(np.int64, copy=False),
@@ -62,7 +65,7 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyAr
         last_active_step=own["last_active"].astype(np.int64, copy=False),
         first_active_step=own["first_active"].astype(np.int64, copy=False),
         positions=positions,
-        gradient_positions=gradients.totals(gate["traced"].tolist())[1],
+        gradient_positions=gradient_positions,
         examples=examples,
     )
 

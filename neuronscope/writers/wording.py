@@ -339,6 +339,8 @@ def _axis(site: SiteReport) -> str:
     source = visible(site.axis_source)
     if source.startswith("producer (") and source.endswith(")"):
         source = source[len("producer (") : -1]
+    elif source.startswith("layer ("):
+        source = "layer"  # the layer's path is in the name of the site
     return f"{site.axis} · assumed ?" if source.startswith("assumed") else f"{site.axis} · {source}"
 
 

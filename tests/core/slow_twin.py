@@ -2,14 +2,17 @@
 
 It runs the same training on its own copy of the network, keeps the whole output of every activation call that a torch
 function mode sees, asks autograd for the gradient at every pre-activation, and counts with numpy at the very end.
-Where the neurons lie it is told by the test. A training loop is written once and run three times: by :class:`Nobody`,
-by :class:`Watched` and by :class:`Twin`.
+Where the neurons lie it is told by the test; whose units they are it finds in autograd's graph, see
+:mod:`tests.core.producers`. A forward of which autograd may make no graph runs on a copy of the network first.
+A training loop is written once and run three times: by :class:`Nobody`, by :class:`Watched` and by :class:`Twin`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 import neuronscope as ns
 from neuronscope.attach import activations
+from tests.core.producers import Namer, Site
 
 FUNCTIONS: dict[Callable[..., Any], str] = {
     F.relu: "relu",
@@ -75,16 +79,20 @@ def known_functions() -> dict[Callable[..., Any], str]:
 class Call:
     """One call of one site: its whole output, and every gradient that came back to its pre-activation."""
 
-    name: str
+    site: Site
     phase: str
     step: int
-    axis: int
+    axes: tuple[int, ...]
+    forward: int
     examples: int
     output: Tensor
     edge: Any
     halved: int | None
     gradients: list[Tensor] = field(default_factory=list)
-    gate: Call | None = None
+
+    @property
+    def name(self) -> str:
+        return self.site.name
 
 
 class Nobody:
@@ -153,17 +161,22 @@ class Twin(Nobody):
     """The run that is counted slowly.
 
     Args:
-        axis: The neurons' dimension, by site name; ``None`` stands for every site that is not named.
+        axis: The neurons' dimension, or dimensions, by where the activation is applied: the path of its module, or
+            ``block.relu()``, with the number of the call in the forward if it is not the first (``relu#1``); ``None``
+            stands for every one that is not named.
         every: As ``every_n_steps``.
     """
 
-    def __init__(self, axis: dict[str | None, int], every: int = 1) -> None:
+    def __init__(self, axis: dict[str | None, int | tuple[int, ...]], every: int = 1) -> None:
         self.axis = axis
         self.every = every
         self.functions = known_functions()
+        self.registry = activations.Registry()
         self.calls: list[Call] = []
+        self.gates: dict[str, str] = {}  # gated product → the site of its gate
         self.pending: list[Call] = []
         self.counter = 0
+        self.forward = 0
         self.name = "train"
         self.handles: list[RemovableHandle] = []
 
@@ -178,7 +191,7 @@ class Twin(Nobody):
 
     def _hook(self, model: nn.Module) -> None:
         self.stack: list[tuple[str, nn.Module]] = []
-        self.numbers: dict[tuple[str, str], int] = {}
+        self.numbers: dict[str, int] = {}
         self.mine = set(model.modules())
         for path, module in model.named_modules():
             self.handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
@@ -206,13 +219,24 @@ class Twin(Nobody):
                 return  # a deep copy
             if path == "":
                 self.stack.clear()
-                self.numbers.clear()
-                tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                self.examples = len(tensor)
-                self.graded = torch.is_grad_enabled()
+                self.begin_forward(module, args, kwargs)
             self.stack.append((path, module))
 
         return enter
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """The model's own forward is about to run.
+
+        Args:
+            model: The model.
+            args: Of its forward.
+            kwargs: Of its forward.
+        """
+        self.numbers.clear()
+        self.examples = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        self.forward += 1
+        self.graded = torch.is_grad_enabled()
+        self.namer: Any = _Names(_rehearse(self, model, args, kwargs))
 
     def _leave(self) -> Callable[..., None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -244,28 +268,91 @@ class Twin(Nobody):
         finally:
             self.name = before
 
+    @property
+    def running_phase(self) -> str:
+        """The phase of the forward that runs: one of training that began without gradients is ``inference``."""
+        return self.name if self.name != "train" or self.graded else "inference"
+
+    def axes_of(self, place: str, x: Tensor) -> tuple[int, ...]:
+        """Return the dimensions of a pre-activation that hold neurons.
+
+        Args:
+            place: Where the activation is applied.
+            x: The pre-activation.
+        """
+        number = self.numbers[place] = self.numbers.get(place, -1) + 1
+        name = f"{place}#{number}" if number else place
+        given = self.axis[name if name in self.axis else None]
+        return tuple(axis % x.dim() for axis in ((given,) if isinstance(given, int) else given))
+
+    def begin(self, place: str, activation: str, x: Tensor, halved: int | None, *, is_module: bool) -> Call | None:
+        """An activation is about to be applied: return its call, but for the output, which is yet to come.
+
+        Args:
+            place: Where it is applied.
+            activation: Its name.
+            x: The pre-activation.
+            halved: The dimension of which one half gates the other.
+            is_module: Whether it is a module.
+
+        Returns:
+            The call; ``None`` if what it is applied to are no neurons.
+        """
+        axes = self.axes_of(place, x)
+        site = self.namer.site(place, activation, x, axes, is_module=is_module)
+        if site is None:
+            return None
+        edge = get_gradient_edge(x) if x.requires_grad and torch.is_grad_enabled() else None
+        phase = self.running_phase
+        return Call(site, phase, self.counter, axes, self.forward, self.examples, x.detach(), edge, halved)
+
     def seen(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run an activation function and keep everything."""
+        """Run an activation function and keep everything; return its input, its output and the call.
+
+        Args:
+            func: The function.
+            args: Its arguments.
+            kwargs: Its named arguments.
+        """
         x = args[0] if args else kwargs["input"]
         path, module = self.stack[-1]
         own = type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, NOT_ONE)
-        function = f"{self.functions[func]}()"
-        base = path or "(root)" if own else f"{path}.{function}" if path else function
-        number = self.numbers[base, ""] = self.numbers.get((base, ""), -1) + 1
-        name = f"{base}#{number}" if number else base
-        axis = self.axis[name if name in self.axis else None] % x.dim()
-        edge = get_gradient_edge(x) if x.requires_grad and torch.is_grad_enabled() else None
-        halved = None
-        if func is F.glu:
-            halved = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.dim()
+        name = self.registry.of_module(module).name if own else self.functions[func]
+        place = path or "(root)" if own else f"{path}.{name}()" if path else f"{name}()"
+        dimension = args[1] if len(args) > 1 and isinstance(args[1], int) else kwargs.get("dim", -1)
+        call = self.begin(place, name, x, dimension % x.dim() if func is F.glu else None, is_module=own)
         y = func(*args, **kwargs)
-        phase = "inference" if self.name == "train" and not self.graded else self.name
-        call = Call(name, phase, self.counter, axis, self.examples, y.detach().clone(), edge, halved)
-        self.keep(call)
+        if call is not None:
+            self.end(call, y)
         return x, y, call
 
+    def end(self, call: Call, y: Tensor) -> None:
+        """An activation was applied.
+
+        Args:
+            call: What :meth:`begin` returned.
+            y: Its output.
+        """
+        call.output = y.detach().clone()
+        self.keep(call)
+
+    def multiply(self, gate: Call, other: Tensor, output: Tensor) -> None:
+        """Keep a product, if it is a gated one.
+
+        Args:
+            gate: The call whose output is a factor.
+            other: The other factor.
+            output: The product.
+        """
+        name = self.namer.product(gate.site, other, gate.axes)
+        if name is not None:
+            self.gates[name] = gate.name
+            site = Site(name, "", (), ())
+            kept = output.detach().clone()
+            self.keep(Call(site, gate.phase, gate.step, gate.axes, gate.forward, gate.examples, kept, None, None))
+
     def keep(self, call: Call) -> None:
-        if call.phase in ("train", "inference") and self.counter % self.every:
+        if self.name == "train" and self.counter % self.every:
             return
         self.calls.append(call)
         if call.edge is not None:
@@ -274,20 +361,92 @@ class Twin(Nobody):
     def tallies(self, phase: str = "train") -> dict[str, dict[str, Any]]:
         """Everything that was kept, counted: by site name, as a :class:`neuronscope.Tally` names it."""
         result: dict[str, dict[str, Any]] = {}
+        positions: dict[tuple[str, int], tuple[int, int]] = {}  # of a site in a forward: examples, positions
         for call in self.calls:
             if call.phase == phase:
-                _add(result, call)
+                count = _add(result, call)
+                before = positions.get((call.name, call.forward), (0, 0))[1]
+                positions[call.name, call.forward] = call.examples, before + count
+        for (name, _), (examples, count) in positions.items():
+            result[name]["examples"] += min(examples, count)  # a forward has no more examples than positions
+        for name in result.keys() & self.gates.keys():
+            for part in ("zero_gradients", "gradient_positions"):
+                result[name][part] = result[self.gates[name]][part]
         return result
 
 
-def _rows(tensor: Tensor, axis: int) -> np.ndarray:
+class _Names:
+    """The names that a rehearsal gave, one after another."""
+
+    def __init__(self, given: Sequence[Site | str | None]) -> None:
+        self.given = deque(given)
+
+    def site(self, *facts: Any, is_module: bool) -> Any:
+        return self.given.popleft()
+
+    def product(self, *facts: Any) -> Any:
+        return self.given.popleft()
+
+
+class _Rehearsal(Twin):
+    """A forward on a copy of the network, with a graph of all of it, to name the sites."""
+
+    def __init__(self, twin: Twin, model: nn.Module) -> None:
+        super().__init__(twin.axis)
+        self.real = Namer(model)
+        self.given: list[Site | str | None] = []
+
+    def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self.numbers.clear()
+        self.examples = 0
+        self.graded = True
+        self.namer = self
+
+    def site(self, *facts: Any, is_module: bool) -> Site | None:
+        """Name a site, and remember the name."""
+        self.given.append(self.real.site(*facts, is_module=is_module))
+        return self.given[-1]
+
+    def product(self, *facts: Any) -> str | None:
+        """Name a product, and remember the name."""
+        self.given.append(self.real.product(*facts))
+        return self.given[-1]
+
+
+def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Site | str | None]:
+    """Return the names of all sites and products of a forward, in their order.
+
+    Args:
+        twin: Who will count the forward.
+        model: The model.
+        args: Of its forward.
+        kwargs: Of its forward.
+    """
+    before = torch.get_rng_state()
+    with torch.inference_mode(False), torch.enable_grad():
+        model = copy.deepcopy(model).requires_grad_(True)
+        for parameter in model.parameters():
+            if not parameter.isfinite().all():
+                nn.init.normal_(parameter)
+        rehearsal = _Rehearsal(twin, model)
+        args, kwargs = torch.utils._pytree.tree_map_only(Tensor, lambda each: each.detach().clone(), (args, kwargs))
+        rehearsal.handles.extend(rehearsal.real.hook())
+        with rehearsal.attach(model), contextlib.suppress(Exception, KeyboardInterrupt):
+            model(*args, **kwargs)
+    torch.set_rng_state(before)
+    return rehearsal.given
+
+
+def _rows(tensor: Tensor, axes: Sequence[int]) -> np.ndarray:
     """``(neurons, positions)`` in float64."""
-    array = np.moveaxis(tensor.detach().cpu().to(torch.float64).numpy(), axis, 0)
-    return array.reshape(array.shape[0], int(np.prod(array.shape[1:], dtype=np.int64)))
+    array = np.moveaxis(tensor.detach().cpu().to(torch.float64).numpy(), axes, range(len(axes)))
+    neurons = int(np.prod(array.shape[: len(axes)]))
+    return array.reshape(neurons, int(np.prod(array.shape[len(axes) :], dtype=np.int64)))
 
 
-def _add(result: dict[str, dict[str, Any]], call: Call) -> None:
-    rows = _rows(call.output, call.axis)
+def _add(result: dict[str, dict[str, Any]], call: Call) -> int:
+    """Add a call to its site, and return the number of its positions."""
+    rows = _rows(call.output, call.axes)
     neurons, positions = rows.shape
     zeros = np.zeros(neurons, dtype=np.int64)
     tally = result.setdefault(
@@ -300,7 +459,7 @@ def _add(result: dict[str, dict[str, Any]], call: Call) -> None:
             "positions": 0,
             "gradient_positions": 0,
             "examples": 0,
-            "axis": call.axis,
+            "axis": call.axes[-1],
             "abs_sum": np.zeros(neurons),
         },
     )
@@ -311,11 +470,11 @@ def _add(result: dict[str, dict[str, Any]], call: Call) -> None:
     fired = (finite & (rows != 0)).any(1)
     tally["last_active_step"] = np.where(fired, call.step, tally["last_active_step"])
     tally["positions"] += positions
-    tally["examples"] += call.examples
-    for gradient in (call.gate or call).gradients:
-        rows = _rows(gradient, call.axis)
+    for gradient in call.gradients:
+        rows = _rows(gradient, call.axes)
         tally["zero_gradients"] += (rows == 0).sum(1)
         tally["gradient_positions"] += rows.shape[1]
+    return positions
 
 
 class _Eyes(TorchFunctionMode):
@@ -334,35 +493,34 @@ class _Eyes(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in twin.functions:
             x, y, call = twin.seen(func, args, kwargs)
-            self.outputs.append((x, y, call))
+            if call is not None:
+                self.outputs.append((x, y, call))
             return y
         output = func(*args, **kwargs)
         if func in PRODUCTS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
-            self.gated(args, output)
+            find_gated(twin, self.outputs, args, output)
         return output
 
-    def gated(self, args: Any, output: Tensor) -> None:
-        for factor, other in (args, args[::-1]):
-            for x, y, call in reversed(self.outputs):
-                if factor is y and other is not x and other is not y and other.shape == y.shape == output.shape:
-                    product = Call(
-                        f"{call.name}.gated",
-                        call.phase,
-                        call.step,
-                        call.axis,
-                        call.examples,
-                        output.detach().clone(),
-                        None,
-                        None,
-                        gate=call,
-                    )
-                    self.twin.keep(product)
-                    return
+
+def find_gated(twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: Any, product: Tensor) -> None:
+    """Keep a product of an activation's output and another tensor.
+
+    Args:
+        twin: Who counts.
+        outputs: Pre-activation, output and call of each activation of the forward.
+        factors: The two factors.
+        product: The product.
+    """
+    for factor, other in (factors, factors[::-1]):
+        for x, y, call in reversed(outputs):
+            if factor is y and other is not x and other is not y and other.shape == y.shape == product.shape:
+                twin.multiply(call, other, product)
+                return
 
 
 def assert_same(census: ns.Census, truth: dict[str, dict[str, Any]]) -> None:
     """Every integer of a census equals the twin's, site by site, and the sites come in the order in which they ran."""
-    assert list(census) == list(truth)
+    assert [*census] == [*truth]
     for name, expected in truth.items():
         tally = census[name]
         for part, value in expected.items():

@@ -38,11 +38,11 @@ def printed(**options: Any) -> dict[str, str]:
 
 
 KNOWN = {
-    "raw *": "2 · assumed ?",
-    "map": "1 · conv1d",
-    "normed": "1 · batch_norm",
-    "tokens": "2 · linear",
-    "solid": "1 · conv3d",
+    "raw *": "2 · assumed ?",  # the mark of a layer that is not in the totals
+    "conv/relu": "1 · layer",
+    "norm/relu": "1 · layer",
+    "fc/relu": "2 · layer",
+    "volume/relu": "1 · layer",
 }
 
 
@@ -51,8 +51,5 @@ def test_a_report_prints_how_each_axis_is_known():
 
 
 def test_a_declared_axis_overrules_the_one_that_was_found():
-    assert printed(axes={"tokens": 1, "r*": 1}) == {
-        **{name: axis for name, axis in KNOWN.items() if name != "raw *"},
-        "tokens": "1 · declared",
-        "raw": "1 · declared",
-    }
+    kept = {name: axis for name, axis in KNOWN.items() if name not in ("raw *", "fc/relu")}
+    assert printed(axes={"tokens": 1, "r*": 1}) == {**kept, "fc/relu": "1 · declared", "raw": "1 · declared"}

@@ -23,7 +23,7 @@ from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 
 INFO = SiteInfo(
-    *("relu", "relu-like", True, 1, "producer (linear)"),
+    *("relu", "relu-like", True, 1, "layer (fc)"),
     layer="a+b",
     units=(("a", 0, 2, 1), ("b", 4, 5, 1)),
     readers=("c",),
@@ -52,7 +52,7 @@ def tallies(draw, neurons: int = 3) -> Tally:
 
 @st.composite
 def censuses(draw) -> Census:
-    names = draw(st.lists(st.sampled_from(["a", "b.relu", "b.relu#1", "gelu()"]), unique=True))
+    names = draw(st.lists(st.sampled_from(["a", "b/relu", "b/relu#1", "gelu()"]), unique=True))
     steps = draw(st.integers(0, 1000))
     first = draw(st.integers(0, 1000)) if steps else -1
     return Census(
@@ -252,7 +252,7 @@ def test_an_invalid_census_state_raises_a_clear_error(state):
 
 
 def test_a_tally_made_by_replace_merges_like_any_other():
-    tally = count([DATA])["1"]
+    tally = count([DATA])["0/relu"]
     twice = tally.merge(replace(tally))
     assert twice.positions == 48
     np.testing.assert_array_equal(twice.zero_outputs, 2 * tally.zero_outputs)

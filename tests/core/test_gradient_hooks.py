@@ -84,7 +84,7 @@ def test_gradients_of_a_view_whose_base_was_changed_in_place_are_counted():
     with ns.watch(model) as scope:
         model(x).sum().backward()
         scope.step()
-    tally = scope.census()["act"]
+    tally = scope.census()["fc(0:4)/relu"]
     zero = model.fc(x)[:, :4] * 2 <= 0
     assert tally.zero_gradients.tolist() == tally.zero_outputs.tolist() == zero.sum(0).tolist()
     assert tally.gradient_positions == 3

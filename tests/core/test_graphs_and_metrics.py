@@ -35,7 +35,7 @@ def test_a_graph_that_runs_its_functions_in_python_is_counted_once(backend: str,
             scope.step()
     # 3 steps of 8 examples, one position each
     counted = {name: (tally.positions, tally.gradient_positions) for name, tally in scope.census().items()}
-    assert counted == {"act": (24, 24), "gelu": (24, 24), "relu()": (24, 24)}
+    assert counted == {"first/relu": (24, 24), "first/gelu": (24, 24), "second/relu": (24, 24)}
     assert not scope.report().not_measured
 
 
@@ -57,5 +57,5 @@ def test_activations_inside_metrics_are_not_counted() -> None:
         for _ in range(2):
             model(torch.randn(8, 4)).backward()
             scope.step()
-    assert list(scope.census()) == ["act", "relu()", "sigmoid()"]
-    assert scope.census()["sigmoid()"].neurons == 2
+    assert list(scope.census()) == ["first/relu", "second/relu", "third/sigmoid"]
+    assert scope.census()["third/sigmoid"].neurons == 2

@@ -63,7 +63,7 @@ def test_deaths_and_revivals_at_the_exact_step():
     scope, model = watch(len(SCRIPT))
     with scope:
         play(scope, model, SCRIPT)
-    site = scope.report()["relu"]
+    site = scope.report()["fc/relu"]
     past = site.history
     assert past.steps.tolist() == [3, 7, 11, 15, 19]
     # Unit 2 is dead in windows 3 to 5, though last seen in step 5: its death is dated to step 6.
@@ -101,7 +101,7 @@ def test_a_death_is_dated_to_the_first_observed_step_of_silence(every, died):
     scope, model = watch(1, every_n_steps=every)
     with scope:
         play(scope, model, ["######" + 30 * "."])
-    assert scope.report()["relu"].history.died_step.tolist() == [died]
+    assert scope.report()["fc/relu"].history.died_step.tolist() == [died]
 
 
 def test_a_window_stays_open_until_it_has_enough_examples():
@@ -143,13 +143,13 @@ def test_each_validation_pass_is_a_window_of_its_own():
                 model(x if number < 3 else x * torch.tensor([-1.0, 1.0, 1.0]))
             model(torch.ones(4, 3)).sum().backward()
             scope.step()
-    past = scope.report("val")["relu"].history
+    past = scope.report("val")["fc/relu"].history
     assert past.steps.tolist() == [0, 1, 2, 3, 4, 5]
     # Unit 0 fires in passes 0 to 2 and dies in pass 3; unit 1 never fires at all.
     assert past.dead.tolist() == [1, 1, 1, 2, 2, 2]
     assert past.died_step.tolist() == [3, -1, -1]
-    assert scope.census("val", "last")["relu"].positions == 4
-    assert scope.census("val")["relu"].positions == 24
+    assert scope.census("val", "last")["fc/relu"].positions == 4
+    assert scope.census("val")["fc/relu"].positions == 24
 
 
 def test_a_resumed_run_judges_the_same_window():
@@ -172,12 +172,12 @@ def test_a_resumed_run_judges_the_same_window():
 def test_later_steps_do_not_change_what_is_reported_of_the_newest_window():
     scope, model = watch(2, window_steps=2)
     play(scope, model, ["##", ".."])
-    before = scope.report()["relu"]
+    before = scope.report()["fc/relu"]
     play(scope, model, ["#", "#"])  # a unit that never fired until then fires in the window that is open
-    after = scope.report()["relu"]
+    after = scope.report()["fc/relu"]
     assert (after.born_dead, after.died) == (before.born_dead, before.died) == (1, 0)
     assert after.last_active_step.tolist() == before.last_active_step.tolist() == [1, -1]
-    assert scope.census()["relu"].last_active_step.tolist() == [2, 2]
+    assert scope.census()["fc/relu"].last_active_step.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("windows", [10, 256, 257, 600, 2000])
@@ -188,7 +188,7 @@ def test_thinning_keeps_the_newest_window_and_windows_at_even_distances(windows,
         for step in range(windows):
             model(torch.tensor([[1.0, 1.0 if step % 2 else -1.0]]).expand(2, -1)).sum().backward()
             assert scope.step()
-    past = scope.report()["relu"].history
+    past = scope.report()["fc/relu"].history
     assert len(past.steps) <= 17
     assert past.steps[0] == 0
     assert past.steps[-1] == windows - 1
@@ -207,7 +207,7 @@ def test_the_history_is_bounded_in_bytes_too(monkeypatch):
     scope, model = watch(50, window_steps=1)  # 1000 bytes / 50 neurons = 20 windows
     with scope:
         play(scope, model, ["#" * 100] * 50)
-    past = scope.report()["relu"].history
+    past = scope.report()["fc/relu"].history
     assert past.levels.nbytes <= 1050
     assert past.steps[-1] == 99
 
@@ -227,7 +227,7 @@ def test_the_state_of_a_history_survives_a_weights_only_checkpoint():
     with whole:
         play(whole, model, SCRIPT)
     assert resumed.report().to_dict() == whole.report().to_dict() or (
-        resumed.report()["relu"].to_dict() == whole.report()["relu"].to_dict()
+        resumed.report()["fc/relu"].to_dict() == whole.report()["fc/relu"].to_dict()
     )
 
 
@@ -244,7 +244,7 @@ def test_a_site_not_run_in_a_window_is_unseen_there_and_not_dead():
             model.on = step < 4
             model(torch.ones(2, 2)).sum().backward()
             scope.step()
-    site = scope.report()["relu"]
+    site = scope.report()["fc/relu"]
     assert site.judgement.unseen.all()
     assert site.dead == 0
     assert np.isnan(site.zero_output_fraction).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.out = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 1)
-        self.inner = nn.Sequential(nn.Sequential(Interrupting()))
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Interrupting()))
         self.act = InterruptingReLU()
         self.patient = False  # catches an interrupt of its parts, and goes on
         self.error: type[BaseException] | None = None  # raised by the root itself
@@ -71,12 +72,12 @@ class Net(nn.Module):
         return self.out(x)
 
 
-SITES = {"sigmoid()": 6, "inner.0.0.relu()": 6, "act": 5, "tanh()": 5}
+SITES = {"first/sigmoid": 6, "inner.0/relu": 6, "second/relu": 5, "second/tanh": 5}
 ERRORS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 def places(net: Net) -> dict[str, Any]:
-    return {"root": net, "nested": net.inner[0][0]}
+    return {"root": net, "nested": net.inner[1][0]}
 
 
 @contextmanager
@@ -108,11 +109,9 @@ def counted(scope: ns.Scope, phase: str = "train") -> dict[str, tuple[int, int]]
 
 
 def expected(**positions: int) -> dict[str, tuple[int, int]]:
-    """Sites of ``Net`` with as many positions each: of ``all``, and other numbers by name."""
+    """Sites of ``Net`` with as many positions each: of ``all``, and other numbers for some parts of it."""
     every = positions.pop("all")
-    return {
-        name: (neurons, positions.get(name.partition(".")[0].strip("()"), every)) for name, neurons in SITES.items()
-    }
+    return {name: (neurons, positions.get(re.split("[./]", name)[0], every)) for name, neurons in SITES.items()}
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -128,36 +127,37 @@ def test_a_network_run_after_an_interrupt_is_not_counted(
             net(torch.ones(2, 4))
         use_another_network()
         behind = 4 if place == "root" else 2
-        assert counted(scope, phase) == expected(sigmoid=4, inner=4, all=behind)
+        assert counted(scope, phase) == expected(first=4, inner=4, all=behind)
         net(torch.ones(3, 4))  # the same step goes on
         scope.step()
         net(torch.ones(1, 4))
-        assert counted(scope, phase) == expected(sigmoid=8, inner=8, all=behind + 4)
-        assert not scope.report().not_measured
+        assert counted(scope, phase) == expected(first=8, inner=8, all=behind + 4)
+        assert scope.phases == (phase,)
+        assert not scope.report(phase).not_measured
         use_another_network()
 
 
 def test_functions_outside_of_any_module_are_not_counted_after_an_interrupt() -> None:
     net, weight = Net(), torch.randn(7, 4)
     with ns.watch(net) as scope:
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         hidden = F.relu(F.linear(torch.ones(3, 4), weight))
         assert stack_depth() == 0
         torch.nn.functional.gelu(hidden * hidden)
-        assert counted(scope) == {"sigmoid()": (6, 2), "inner.0.0.relu()": (6, 2)}
+        assert counted(scope) == {"first/sigmoid": (6, 2), "inner.0/relu": (6, 2)}
 
 
 def test_operators_alone_are_not_counted_after_an_interrupt() -> None:
     """Where nothing is called or returns, the mode has no chance to go; nothing is counted all the same."""
     net, x = Net(), torch.ones(3, 4)
     with ns.watch(net) as scope:
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         x = x * x + x * x - x
         F.relu(x)
         assert stack_depth() == 0
-        assert counted(scope) == {"sigmoid()": (6, 2), "inner.0.0.relu()": (6, 2)}
+        assert counted(scope) == {"first/sigmoid": (6, 2), "inner.0/relu": (6, 2)}
 
 
 @pytest.mark.parametrize("part", ["inner", "act"])
@@ -169,7 +169,7 @@ def test_parts_of_the_network_run_alone_are_counted_after_an_interrupt(part: str
     for model in (net, plain):
         with ns.watch(model) as scope:
             if model is net:
-                with interrupted(net.inner[0][0]):
+                with interrupted(net.inner[1][0]):
                     net(torch.ones(2, 4))
                 before = counted(scope)
             getattr(model, part)(torch.ones(3, sizes[part]))
@@ -186,13 +186,13 @@ def test_a_model_that_catches_the_interrupt_itself_is_followed_to_its_end() -> N
     net = Net()
     net.patient = True
     with ns.watch(net) as scope:
-        net.inner[0][0].error = net.act.error = KeyboardInterrupt
+        net.inner[1][0].error = net.act.error = KeyboardInterrupt
         net(torch.ones(2, 4))
         assert stack_depth() == 0
-        net.inner[0][0].error = net.act.error = None
+        net.inner[1][0].error = net.act.error = None
         net(torch.ones(3, 4))
         scope.step()
-        assert counted(scope) == expected(all=5, act=3, tanh=3)  # right behind an activation nobody tells us to go on
+        assert counted(scope) == expected(all=5, second=3)  # right behind an activation nobody tells us to go on
 
 
 def test_an_interrupt_is_handled_with_two_watched_models_and_with_nested_ones() -> None:
@@ -209,16 +209,16 @@ def test_an_interrupt_is_handled_with_two_watched_models_and_with_nested_ones() 
     outer = Outer()
     with ns.watch(outer) as wide, ns.watch(inner) as narrow, ns.watch(sibling) as beside:
         sibling(torch.ones(2, 4))
-        with interrupted(inner.inner[0][0]):
+        with interrupted(inner.inner[1][0]):
             outer(torch.ones(2, 4))
         sibling(torch.ones(2, 4))  # the first that runs next is watched by another
         assert stack_depth() == 0
         use_another_network()
         outer(torch.ones(2, 4))
         assert counted(beside) == expected(all=4)
-        assert counted(narrow) == expected(all=2, sigmoid=4, inner=4)
+        assert counted(narrow) == expected(all=2, first=4, inner=4)
         assert counted(wide) == {
-            "relu()": (4, 4),
+            "lead/relu": (4, 4),
             **{f"net.{name}": counts for name, counts in counted(narrow).items()},
         }
 
@@ -236,14 +236,14 @@ def test_an_interrupt_in_the_recomputation_of_a_checkpoint_is_handled(reentrant:
     model = Checkpointed()
     with ns.watch(model) as scope:
         loss = model(torch.ones(2, 4)).sum()
-        with interrupted(model.net.inner[0][0]):
+        with interrupted(model.net.inner[1][0]):
             loss.backward()
         use_another_network()
         model(torch.ones(2, 4)).sum().backward()
         scope.step()
         counts = {name: (tally.positions, tally.gradient_positions) for name, tally in scope.census().items()}
         assert {positions for positions, _ in counts.values()} == {4}
-        assert counts["net.act"] == (4, 2)
+        assert counts["net.second/relu"] == (4, 2)
     assert stack_depth() == 0
 
 
@@ -257,11 +257,11 @@ def test_an_interrupt_in_a_generator_that_runs_the_model_is_handled() -> None:
     with ns.watch(net) as scope:
         running = outputs()
         next(running)
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             next(running)
         use_another_network()
         next(outputs())
-        assert counted(scope) == expected(all=4, sigmoid=6, inner=6)
+        assert counted(scope) == expected(all=4, first=6, inner=6)
 
 
 def in_thread(work: Callable[[], Any]) -> None:
@@ -275,7 +275,7 @@ def test_an_interrupt_that_ends_a_thread_is_handled() -> None:
     net = Net()
 
     def dies() -> None:
-        with interrupted(net.inner[0][0], SystemExit):
+        with interrupted(net.inner[1][0], SystemExit):
             net(torch.ones(2, 4))
 
     with ns.watch(net) as scope:
@@ -284,7 +284,7 @@ def test_an_interrupt_that_ends_a_thread_is_handled() -> None:
         in_thread(dies)
         in_thread(lambda: net(torch.ones(2, 4)))
         scope.step()
-        assert counted(scope) == expected(all=4, sigmoid=8, inner=8)
+        assert counted(scope) == expected(all=4, first=8, inner=8)
         assert not scope.report().not_measured
         use_another_network()
 
@@ -293,14 +293,14 @@ def test_an_interrupt_in_a_thread_that_continues_is_handled() -> None:
     net, depths = Net(), []
 
     def lives() -> None:
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         F.relu(torch.ones(2, 9))
         depths.append(stack_depth())
 
     with ns.watch(net) as scope:
         in_thread(lives)
-        assert counted(scope) == {"sigmoid()": (6, 2), "inner.0.0.relu()": (6, 2)}
+        assert counted(scope) == {"first/sigmoid": (6, 2), "inner.0/relu": (6, 2)}
     assert depths == [0]
 
 
@@ -316,13 +316,13 @@ class Theirs(TorchFunctionMode):
 def test_a_function_mode_entered_after_an_interrupt_stays() -> None:
     net = Net()
     with ns.watch(net) as scope:
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         with Theirs() as theirs:
             F.relu(torch.ones(2, 9))
             assert torch.overrides._get_current_function_mode_stack() == [theirs]
         assert stack_depth() == 0
-        assert counted(scope)["inner.0.0.relu()"] == (6, 2)
+        assert counted(scope)["inner.0/relu"] == (6, 2)
 
 
 def test_another_profiler_is_left_alone() -> None:
@@ -333,7 +333,7 @@ def test_another_profiler_is_left_alone() -> None:
         events.append(event)
 
     with ns.watch(net) as scope:
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         sys.setprofile(profiler)
         try:
@@ -341,15 +341,15 @@ def test_another_profiler_is_left_alone() -> None:
             assert sys.getprofile() is profiler
         finally:
             sys.setprofile(None)
-        assert counted(scope)["inner.0.0.relu()"] == (6, 2)
+        assert counted(scope)["inner.0/relu"] == (6, 2)
         use_another_network()
-        assert counted(scope)["inner.0.0.relu()"] == (6, 2)
+        assert counted(scope)["inner.0/relu"] == (6, 2)
 
 
 def test_a_function_that_fails_after_an_interrupt_raises_its_own_error() -> None:
     net = Net()
     with ns.watch(net):
-        with interrupted(net.inner[0][0]):
+        with interrupted(net.inner[1][0]):
             net(torch.ones(2, 4))
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             torch.ones(2, 3) @ torch.ones(2, 3)

@@ -71,7 +71,7 @@ def test_inside_an_activation_no_mode_of_ours_is_active_and_later_functions_are_
         scope.step()
         census = scope.census("train")
     assert net.act.modes == []
-    assert set(census) == {"act", "relu()"}
+    assert set(census) == {"fc/relu", "fc/relu#1"}
     assert modes() == []
 
 
@@ -91,7 +91,7 @@ def test_a_mode_entered_in_the_forward_stays_above_ours():
     with ns.watch(net) as scope:
         net(torch.ones(2, 4))
         scope.step()
-        assert set(scope.census("train")) == {"act", "relu()"}
+        assert set(scope.census("train")) == {"fc/relu", "fc/relu#1"}
     assert net.act.modes[-1] is inner
     assert "relu" in inner.names
     assert modes() == []
@@ -106,7 +106,7 @@ def test_after_an_activation_fails_functions_are_counted_again():
         net.act.fails = False
         net(torch.ones(2, 4))
         scope.step()
-        assert scope.census("train")["relu()"].positions == 2
+        assert scope.census("train")["fc/relu"].positions == 2
     assert modes() == []
 
 

@@ -30,5 +30,5 @@ def test_functional_activations_of_an_encoder_without_padding_are_counted() -> N
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     with torch.no_grad(), ns.watch(encoder) as scope, scope.phase("val"):
         encoder(torch.randn(3, 5, 16))
-    tally = scope.census("val")["layers.0.relu()"]
+    tally = scope.census("val")["layers.0.linear1/relu"]
     assert (tally.neurons, tally.positions, tally.examples) == (32, 15, 3)

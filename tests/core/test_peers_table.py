@@ -49,9 +49,9 @@ def test_three_dead_units_of_64_are_found_and_none_in_the_second_layer():
     with ns.watch(model) as scope:
         train(model, scope, 256, 10)
     census = scope.census()
-    assert dead(census["1"]) == BURIED
-    assert dead(census["3"]) == []
-    assert census["1"].positions == 5 * 256
+    assert dead(census["0/relu"]) == BURIED
+    assert dead(census["2/relu"]) == []
+    assert census["0/relu"].positions == 5 * 256
     assert scope.report().dead == 3
 
 
@@ -75,11 +75,11 @@ def test_an_in_place_relu_used_twice_in_a_block_is_two_sites():
     with ns.watch(model) as scope:
         train(model, scope, 4, 3, 8, 8)
     census = scope.census()
-    assert list(census) == ["0.relu", "0.relu#1"]
-    assert dead(census["0.relu"]) == [2, 11]  # 2 of 16, then 0 of 16
-    assert dead(census["0.relu#1"]) == []
-    assert census["0.relu"].neurons == census["0.relu#1"].neurons == 16
-    assert census["0.relu"].positions == 5 * 4 * 8 * 8
+    assert list(census) == ["0.conv1/relu", "0.conv2/relu"]
+    assert dead(census["0.conv1/relu"]) == [2, 11]  # 2 of 16, then 0 of 16
+    assert dead(census["0.conv2/relu"]) == []
+    assert census["0.conv1/relu"].neurons == census["0.conv2/relu"].neurons == 16
+    assert census["0.conv1/relu"].positions == 5 * 4 * 8 * 8
 
 
 class Functional(nn.Module):
@@ -97,8 +97,8 @@ def test_dead_units_of_a_functional_relu_are_found():
     bury(model.fc1, BURIED)
     with ns.watch(model) as scope:
         train(model, scope, 256, 10)
-    assert list(scope.census()) == ["relu()"]
-    assert dead(scope.census()["relu()"]) == BURIED
+    assert list(scope.census()) == ["fc1/relu"]
+    assert dead(scope.census()["fc1/relu"]) == BURIED
 
 
 def test_the_neurons_of_a_relu_on_tokens_are_its_features_and_not_its_tokens():
@@ -106,7 +106,7 @@ def test_the_neurons_of_a_relu_on_tokens_are_its_features_and_not_its_tokens():
     bury(model[0], BURIED)
     with ns.watch(model) as scope:
         train(model, scope, 8, 12, 10)  # (B, T, D): 12 tokens are not 12 units
-    tally = scope.census()["1"]
+    tally = scope.census()["0/relu"]
     assert (tally.neurons, tally.axis) == (64, 2)
     assert dead(tally) == BURIED
     assert tally.positions == 5 * 8 * 12
@@ -137,9 +137,9 @@ def test_dead_units_of_a_swiglu_product_are_found():
         model(torch.randn(64, 4, 10)).square().mean().backward()
         scope.step()
     census = scope.census()
-    assert list(census) == ["act", "act.gated"]
-    assert dead(census["act"]) == [1, 2, 3]
-    assert dead(census["act.gated"]) == [1, 2, 3, 7, 8]  # 3 by their gate, 2 by what it gates
+    assert list(census) == ["gate/silu", "gate/swiglu"]
+    assert dead(census["gate/silu"]) == [1, 2, 3]
+    assert dead(census["gate/swiglu"]) == [1, 2, 3, 7, 8]  # 3 by their gate, 2 by what it gates
 
 
 def test_two_dead_units_and_one_dormant_unit_of_a_gelu_are_found():
@@ -152,7 +152,7 @@ def test_two_dead_units_and_one_dormant_unit_of_a_gelu_are_found():
     with ns.watch(model) as scope:
         model(torch.randn(1000, 10)).square().mean().backward()
         scope.step()
-    site = scope.report()["1"]
+    site = scope.report()["0/gelu"]
     assert np.flatnonzero(site.judgement.dead).tolist() == [5, 6]
     assert np.flatnonzero(site.judgement.dormant).tolist() == [9]
 
@@ -188,13 +188,13 @@ def test_counts_are_right_with_accumulation_and_evaluation_passes():
                     y[:, 2] = 1
                     model(y)
     train_census, val_census = scope.census("train"), scope.census("val")
-    assert dead(train_census["relu"]) == [0, 1, 2]
-    assert train_census["relu"].positions == 20 * 4
-    assert train_census["relu"].zero_outputs.tolist() == [80, 80, 80, 76, 0, 0, 0, 0]  # 19 * 4 = 76
-    assert train_census["relu"].last_active_step.tolist() == [-1, -1, -1, 3, 4, 4, 4, 4]  # micro 13 is in step 13 // 4
-    assert dead(val_census["relu"]) == [0, 1, 3, 4, 5, 6, 7]
-    assert val_census["relu"].positions == 5 * 4
-    assert val_census["relu"].gradient_positions == 0
+    assert dead(train_census["fc/relu"]) == [0, 1, 2]
+    assert train_census["fc/relu"].positions == 20 * 4
+    assert train_census["fc/relu"].zero_outputs.tolist() == [80, 80, 80, 76, 0, 0, 0, 0]  # 19 * 4 = 76
+    assert train_census["fc/relu"].last_active_step.tolist() == [-1, -1, -1, 3, 4, 4, 4, 4]  # micro 13 is in step 13 // 4
+    assert dead(val_census["fc/relu"]) == [0, 1, 3, 4, 5, 6, 7]
+    assert val_census["fc/relu"].positions == 5 * 4
+    assert val_census["fc/relu"].gradient_positions == 0
 
 
 class Checkpointed(nn.Module):
@@ -219,7 +219,7 @@ def test_an_activation_under_checkpointing_is_counted_once(reentrant):
             optimizer.step()
             optimizer.zero_grad()
             scope.step()
-    tally = scope.census()["block.1"]
+    tally = scope.census()["block.0/relu"]
     assert dead(tally) == BURIED
     assert tally.positions == tally.gradient_positions == 20 * 16  # 20 observations, not 40
     assert scope.census().steps == 20
@@ -234,7 +234,7 @@ def test_a_healthy_net_has_no_dead_neuron_at_any_batch_size(batch):
         for part in x.split(batch):
             model(part).square().mean().backward()
             scope.step()
-    tally = scope.census()["1"]
+    tally = scope.census()["0/relu"]
     # Each unit fires for about half of 512 examples, whatever the batch: the chance that one never does is 2 ** -512.
     assert dead(tally) == []
     assert scope.report().dead == 0
@@ -250,11 +250,11 @@ def test_a_net_that_diverged_is_broken_and_not_healthy():
         model(torch.randn(32, 10)).sum().backward()
         scope.step()
     report = scope.report()
-    assert scope.census()["1"].not_finite == 32  # unit 0 for each of 32 examples
-    assert scope.census()["3"].not_finite == 64 * 32  # and everything behind it
+    assert scope.census()["0/relu"].not_finite == 32  # unit 0 for each of 32 examples
+    assert scope.census()["2/relu"].not_finite == 64 * 32  # and everything behind it
     assert report.not_finite == 32 + 64 * 32
     assert any("NaN" in note for note in report.notes)
-    assert report["3"].judgement.not_finite.all()
+    assert report["2/relu"].judgement.not_finite.all()
     assert "not finite" in {verdict.label for verdict in report.verdicts()}
 
 
@@ -269,7 +269,7 @@ def test_two_ranks_that_fire_different_units_have_no_dead_unit():
             model(x).sum().backward()
             scope.step()
         censuses.append(scope.census())
-    assert dead(censuses[0].merge(censuses[1])["relu"]) == [6, 7]
+    assert dead(censuses[0].merge(censuses[1])["fc/relu"]) == [6, 7]
 
 
 def test_a_deep_copy_runs_uncounted_and_a_watched_model_is_saved():
@@ -278,10 +278,10 @@ def test_a_deep_copy_runs_uncounted_and_a_watched_model_is_saved():
     with ns.watch(model) as scope:
         ema = copy.deepcopy(model)
         train(model, scope, 32, 10)
-        before = scope.census()["1"]
+        before = scope.census()["0/relu"]
         for _ in range(3):
             ema(torch.randn(32, 10)).sum().backward()
-        after = scope.census()["1"]
+        after = scope.census()["0/relu"]
         file = io.BytesIO()
         torch.save(model, file)
     assert before.positions == after.positions == 5 * 32
@@ -290,4 +290,4 @@ def test_a_deep_copy_runs_uncounted_and_a_watched_model_is_saved():
     loaded = torch.load(file, weights_only=False)
     assert_bits(state_of(loaded), {k: v for k, v in state_of(model).items() if not k.endswith(".grad")})
     loaded(torch.randn(2, 10)).sum().backward()
-    assert scope.census()["1"].positions == 5 * 32
+    assert scope.census()["0/relu"].positions == 5 * 32

@@ -44,13 +44,13 @@ def test_a_scan_leaves_flags_gradients_and_buffers_unchanged() -> None:
 def test_gradients_of_a_frozen_model_are_seen() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).requires_grad_(False)
     report = ns.scan(model, [torch.randn(10, 4)], loss=lambda output, batch: output.sum())
-    assert report["1"].gradient_positions == report["1"].positions == 10
+    assert report["0/relu"].gradient_positions == report["0/relu"].positions == 10
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_single_tensor_is_scanned_as_one_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
-    assert ns.scan(model, torch.randn(100, 4))["1"].examples == 100
+    assert ns.scan(model, torch.randn(100, 4))["0/relu"].examples == 100
 
 
 def test_a_named_tuple_is_accepted_as_a_batch() -> None:
@@ -61,7 +61,7 @@ def test_a_named_tuple_is_accepted_as_a_batch() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     batch = Batch(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64))
     report = ns.scan(model, [batch], loss=lambda output, given: F.cross_entropy(output, given.y))
-    assert report["1"].gradient_positions == 6
+    assert report["0/relu"].gradient_positions == 6
 
 
 def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
@@ -77,7 +77,7 @@ def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
     with ns.watch(model) as scope:
         model.step(torch.randn(4, 4)).backward()
         scope.step()
-    assert list(scope.census()) == ["net.1"]
+    assert list(scope.census()) == ["net.0/relu"]
     (missing,) = scope.report().not_measured
     assert missing.name == "(root)"
     assert "open_step" in missing.reason
@@ -86,7 +86,7 @@ def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
         model.step(torch.randn(4, 4)).backward()
         scope.close_step()
         scope.step()
-    assert list(scope.census()) == ["net.1", "relu()"]
+    assert list(scope.census()) == ["net.0/relu", "head/relu"]
     assert not scope.report().not_measured
 
 

@@ -115,12 +115,12 @@ def test_every_error_is_a_neuronscope_error():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ["1", "3"]),
-        ({"sites": "1"}, ["1"]),
-        ({"sites": ["1", "3"]}, ["1", "3"]),
-        ({"exclude": "1"}, ["3"]),
-        ({"sites": "*", "exclude": ["3"]}, ["1"]),
-        ({"sites": "[13]"}, ["1", "3"]),
+        ({}, ["0/relu", "2/gelu"]),
+        ({"sites": "1"}, ["0/relu"]),
+        ({"sites": ["1", "3"]}, ["0/relu", "2/gelu"]),
+        ({"exclude": "1"}, ["2/gelu"]),
+        ({"sites": "*", "exclude": ["3"]}, ["0/relu"]),
+        ({"sites": "[13]"}, ["0/relu", "2/gelu"]),
     ],
     ids=str,
 )
@@ -134,11 +134,11 @@ def test_patterns_select_sites(options, expected):
 @pytest.mark.parametrize(
     ("options", "counted"),
     [
-        ({"sites": ["1", "layer*"]}, ["1"]),
+        ({"sites": ["1", "layer*"]}, ["0/relu"]),
         ({"sites": "layer*"}, []),
-        ({"exclude": "layer*"}, ["1", "3"]),
-        ({"exclude": ["3", "layer*"]}, ["1"]),
-        ({"axes": {"layer*": 1}}, ["1", "3"]),
+        ({"exclude": "layer*"}, ["0/relu", "2/gelu"]),
+        ({"exclude": ["3", "layer*"]}, ["0/relu"]),
+        ({"axes": {"layer*": 1}}, ["0/relu", "2/gelu"]),
     ],
     ids=str,
 )
@@ -146,7 +146,7 @@ def test_a_pattern_that_matches_nothing_warns_once_and_counting_goes_on(options,
     model = net()
     with ns.watch(model, **options) as scope:
         with pytest.warns(
-            ns.NeuronscopeWarning, match=r"'layer\*' to match a site, but it matched none of those seen: 1, 3\."
+            ns.NeuronscopeWarning, match=r"'layer\*' to match a site, but it matched none of those seen: 0/relu, 2/gelu\."
         ) as caught:
             step(model, scope)
         assert len(caught) == 1
@@ -162,7 +162,7 @@ def test_a_pattern_that_matched_only_in_an_earlier_run_warns():
     model[1] = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with ns.watch(model, sites="1") as second:
         second.load_state_dict(scope.state_dict())
-        with pytest.warns(ns.NeuronscopeWarning, match=r"'1' to match a site, .* none of those seen: 1\.1, 3\."):
+        with pytest.warns(ns.NeuronscopeWarning, match=r"'1' to match a site, .* none of those seen: 1\.0/relu, 2/gelu\."):
             step(model, second)
 
 
@@ -188,7 +188,7 @@ def test_a_declared_axis_is_used(axis, neurons):
     with ns.watch(model, axes={"1": axis}) as scope:
         model(torch.randn(5, 6, 3)).sum().backward()
         scope.step()
-    tally = scope.census()["1"]
+    tally = scope.census()["0/relu"]
     assert (tally.neurons, tally.axis, tally.axis_source) == (neurons, axis % 3, "declared")
     assert tally.positions == tally.gradient_positions == 5 * 6 * 4 // neurons
 
@@ -200,10 +200,10 @@ def test_a_declared_axis_that_does_not_exist_is_reported_and_not_guessed(axis):
         warnings.simplefilter("ignore", ns.NeuronscopeWarning)
         model(torch.randn(5, 6, 3)).sum().backward()
         scope.step()
-    assert "1" not in scope.census()
-    assert scope.census()["3"].positions == 30
+    assert "0/relu" not in scope.census()
+    assert scope.census()["2/relu"].positions == 30
     (missing,) = scope.report().not_measured
-    assert missing.name == "1"
+    assert missing.name == "0/relu"
     assert str(axis) in missing.reason
 
 
@@ -215,7 +215,7 @@ def test_using_a_detached_scope_raises_a_clear_error():
     model = net()
     scope = ns.watch(model)
     step(model, scope)
-    before = scope.census()["1"].positions
+    before = scope.census()["0/relu"].positions
     scope.detach()
     scope.detach()  # harmless
     with pytest.raises(DetachedError, match=r"attached for `step\(\)`, but this one was detached"):
@@ -228,7 +228,7 @@ def test_using_a_detached_scope_raises_a_clear_error():
     scope.close_step()
     model(torch.randn(2, 3)).sum().backward()
     assert scope.detached
-    assert scope.census()["1"].positions == before  # and what was counted stays readable
+    assert scope.census()["0/relu"].positions == before  # and what was counted stays readable
     assert scope.report().neurons == 8
     assert scope.state_dict()["step"] == 1
 
@@ -239,7 +239,7 @@ def test_a_gradient_that_comes_after_detach_is_not_counted():
         loss = model(torch.randn(2, 3)).sum()
         scope.step()
     loss.backward()
-    assert scope.census()["1"].gradient_positions == 0
+    assert scope.census()["0/relu"].gradient_positions == 0
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_misused_scope_raises_a_clear_error_and_counting_goes_on(call, message
         with pytest.raises(UsageError, match=message):
             call(scope)
         step(model, scope)
-    assert scope.census()["1"].positions == 10
+    assert scope.census()["0/relu"].positions == 10
     assert scope.global_step == 2
 
 
@@ -272,7 +272,7 @@ def test_a_census_without_the_requested_site_raises_a_clear_error():
     model = net()
     with ns.watch(model) as scope:
         step(model, scope)
-    with pytest.raises(KeyError, match="'relu': no such site was observed; the sites are 1, 3"):
+    with pytest.raises(KeyError, match="'relu': no such site was observed; the sites are 0/relu, 2/gelu"):
         scope.census()["relu"]
     assert "relu" not in scope.census()
     assert scope.census().get("relu") is None
@@ -331,12 +331,12 @@ def test_loading_an_invalid_state_keeps_the_counts(spoil):
     model = net()
     with ns.watch(model) as scope:
         step(model, scope)
-        before = scope.census()["1"].zero_outputs.tolist(), scope.census()["1"].positions
+        before = scope.census()["0/relu"].zero_outputs.tolist(), scope.census()["0/relu"].positions
         with pytest.raises(StateError, match="Expected"):
             scope.load_state_dict(state)
-        assert (scope.census()["1"].zero_outputs.tolist(), scope.census()["1"].positions) == before
+        assert (scope.census()["0/relu"].zero_outputs.tolist(), scope.census()["0/relu"].positions) == before
         step(model, scope)
-    assert scope.census()["1"].positions == 10
+    assert scope.census()["0/relu"].positions == 10
     assert scope.global_step == 2
 
 
@@ -350,9 +350,9 @@ def test_a_state_of_a_changed_model_is_loaded_where_it_fits():
         step(model, scope)
         assert scope.report().neurons == 9 + 4 + 4
     census = scope.census()
-    assert (census["1"].neurons, census["1"].positions) == (9, 5)
-    assert (census["3"].neurons, census["3"].positions) == (4, 10)
-    assert census["5"].positions == 5
+    assert (census["0/relu"].neurons, census["0/relu"].positions) == (9, 5)
+    assert (census["2/gelu"].neurons, census["2/gelu"].positions) == (4, 10)
+    assert census["4/tanh"].positions == 5
 
 
 def test_loading_replaces_what_was_counted():
@@ -362,10 +362,10 @@ def test_loading_replaces_what_was_counted():
         step(model, scope)
         step(model, scope)
         scope.load_state_dict(state)
-        assert scope.census()["1"].positions == 5
+        assert scope.census()["0/relu"].positions == 5
         assert scope.global_step == 1
         step(model, scope)
-    assert scope.census()["1"].positions == 10
+    assert scope.census()["0/relu"].positions == 10
     assert scope.census().steps == 2
 
 
@@ -376,7 +376,7 @@ def test_a_saved_state_is_not_changed_when_counting_goes_on():
         state = scope.state_dict()
         kept = copy.deepcopy(state)
         step(model, scope)
-    tally, old = (s["phases"]["train"]["open"]["tallies"]["1"]["zero_outputs"] for s in (state, kept))
+    tally, old = (s["phases"]["train"]["open"]["tallies"]["0/relu"]["zero_outputs"] for s in (state, kept))
     assert tally.equal(old)
 
 
@@ -468,7 +468,7 @@ def test_a_scan_keeps_flags_gradients_and_buffers():
     data = [(torch.randn(8, 3, generator=torch.Generator().manual_seed(i)), torch.zeros(8)) for i in range(3)]
     report = ns.scan(model, data, loss=lambda output, batch: (output[:, 0] - batch[1]).square().sum())
     assert report.phase == "scan"
-    assert report["2"].positions == report["2"].gradient_positions == 24
+    assert report["1/relu"].positions == report["1/relu"].gradient_positions == 24
     assert_bits(state_of(model), before)
     assert torch.get_rng_state().equal(state)
     assert [module.training for module in model] == [True, False, True, True, True]
@@ -486,13 +486,13 @@ def test_a_scan_keeps_flags_gradients_and_buffers():
     ids=["tensor", "tuple", "list", "mapping", "forward"],
 )
 def test_a_scan_passes_each_kind_of_batch_to_the_model(batch, forward):
-    assert ns.scan(net(), [batch] * 2, forward=forward)["1"].positions == 4
+    assert ns.scan(net(), [batch] * 2, forward=forward)["0/relu"].positions == 4
 
 
 def test_a_scan_within_no_grad_has_gradients_when_requested():
     with torch.no_grad():
         report = ns.scan(net(), [torch.randn(4, 3)], loss=lambda output, batch: output.sum())
-    assert report["1"].gradient_positions == 4
+    assert report["0/relu"].gradient_positions == 4
 
 
 @pytest.mark.parametrize("place", ["begin", "gradient", "product"])

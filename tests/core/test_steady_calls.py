@@ -46,7 +46,7 @@ def run(net: Net, steps: int, x: Tensor = X, **options: object) -> ns.Scope:
 
 
 def test_the_neuron_axis_may_change_between_calls_of_one_shape():
-    tally = run(Net(turned, nn.ReLU()), 4).census()["act"]
+    tally = run(Net(turned, nn.ReLU()), 4).census()["fc/relu"]
     # Turned or not, neuron 0 is off at its 4 positions of each of 4 steps, and the others never.
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
     assert tally.zero_gradients.tolist() == [16, 0, 0, 0]
@@ -54,14 +54,14 @@ def test_the_neuron_axis_may_change_between_calls_of_one_shape():
 
 
 def test_a_declared_axis_stays_where_it_was_declared():
-    tally = run(Net(turned, nn.ReLU()), 4, axes={"act": 1}).census()["act"]
+    tally = run(Net(turned, nn.ReLU()), 4, axes={"act": 1}).census()["fc/relu"]
     # Two steps as they are: neuron 0 off at 4 positions each. Two turned: each neuron off at 1 of its 4 positions.
     assert tally.zero_outputs.tolist() == [8 + 2, 2, 2, 2]
     assert tally.zero_gradients.tolist() == [8 + 2, 2, 2, 2]
 
 
 def test_a_negative_axis_is_right_when_the_number_of_dimensions_changes():
-    """On tensors of which no layout is known."""
+    """On tensors of which no layer is known."""
     net = Net(lambda x, step: (X[:, None] if step % 2 else X).clone().requires_grad_(), nn.ReLU())
     tally = run(net, 4, axes={"act": -1}).census()["act"]
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
@@ -73,31 +73,32 @@ def test_the_neuron_axis_of_a_functional_site_may_change_between_calls():
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(self.between(self.fc(x), self.step))
 
-    tally = run(Functional(turned, nn.Identity()), 4).census()["relu()"]
+    tally = run(Functional(turned, nn.Identity()), 4).census()["fc/relu"]
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
 
 
-def test_the_producing_layer_may_change_between_calls_of_one_shape():
-    """No layout is known of a tensor made from nothing: its neurons lie as those of the last weighted call do."""
+def test_the_layer_may_change_between_calls_of_one_shape():
+    """One activation module behind a linear layer and behind a convolution, whose outputs have the same shape."""
 
-    class Nearest(nn.Module):
+    class Either(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc, self.conv, self.act, self.step = nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ReLU(), 0
+            for layer in (self.fc, self.conv):
+                nn.init.zeros_(layer.weight)
+                layer.bias.data = torch.tensor([-1.0, 1.0, 1.0, 1.0])
 
         def forward(self, x: Tensor) -> Tensor:
-            y = (self.conv if self.step % 2 else self.fc)(x)
-            made = torch.ones(3, 4, 4)
-            made[(slice(None), 0) if self.step % 2 else (slice(None), slice(None), 0)] = -1.0
-            return y.sum() * 0 + self.act(made).sum()
+            return self.act((self.conv if self.step % 2 else self.fc)(x))
 
-    net = Nearest()
+    net = Either()
     with ns.watch(net) as scope:
         for net.step in range(4):
-            net(torch.randn(3, 4, 4)).backward()
+            net(torch.randn(3, 4, 4)).sum().backward()
             scope.step()
-    # Axis 2 after the linear layer, 1 after the convolution: neuron 0 is off at 3 · 4 positions of each of 4 steps.
-    assert scope.census()["act"].zero_outputs.tolist() == [48, 0, 0, 0]
+    # Neuron 0 of each layer is off at its 3 · 4 positions of 2 steps, on axis 2 and on axis 1.
+    found = {name: (tally.axis, tally.zero_outputs.tolist()) for name, tally in scope.census().items()}
+    assert found == {"fc/relu": (2, [24, 0, 0, 0]), "conv/relu": (1, [24, 0, 0, 0])}
 
 
 def test_the_split_dimension_of_a_glu_may_change_between_calls():
@@ -110,21 +111,21 @@ def test_the_split_dimension_of_a_glu_may_change_between_calls():
             net(torch.ones(4, 4)).sum().backward()
             scope.step()
             if net.step == 0:
-                assert scope.census()["act"].neurons == 2
+                assert scope.census()["fc/glu"].neurons == 2
     # Step 0: 4 rows of 2 neurons. Step 1 has 4 neurons, of which the two that are known say nothing: it is not counted.
-    assert scope.census()["act"].positions == 4
+    assert scope.census()["fc/glu"].positions == 4
     assert "neurons changed from 2 to 4" in scope.report().not_measured[0].reason
 
 
 def test_the_number_of_examples_is_taken_from_each_forward():
     """Latents of one shape, whatever the batch."""
-    net = Net(lambda x, step: x[:2], nn.ReLU())
+    net = Net(lambda x, step: x.flatten(0, 1)[:10], nn.ReLU())
     with ns.watch(net) as scope:
         for size in (2, 7, 3):
-            net(torch.randn(size, 4)).sum().backward()
+            net(torch.randn(size, 5, 4)).sum().backward()
             scope.step()
-    tally = scope.census()["act"]
-    assert (tally.positions, tally.examples) == (6, 12)
+    tally = scope.census()["fc/relu"]
+    assert (tally.positions, tally.examples) == (30, 12)
 
 
 def test_calls_with_and_without_gradients_may_alternate():
@@ -136,7 +137,7 @@ def test_calls_with_and_without_gradients_may_alternate():
             if number % 2 == 0:
                 y.backward()
             scope.step()
-    counted = {phase: scope.census(phase)["act"] for phase in ("train", "inference")}
+    counted = {phase: scope.census(phase)["fc/relu"] for phase in ("train", "inference")}
     assert {phase: (tally.positions, tally.gradient_positions) for phase, tally in counted.items()} == {
         "train": (12, 12),
         "inference": (12, 0),
@@ -151,8 +152,8 @@ def test_each_phase_has_counters_of_its_own():
             with scope.phase("val"):
                 net(-X)
             scope.step()
-    assert scope.census("train")["act"].zero_outputs.tolist() == [12, 0, 0, 0]
-    assert scope.census("val")["act"].zero_outputs.tolist() == [0, 12, 12, 12]
+    assert scope.census("train")["fc/relu"].zero_outputs.tolist() == [12, 0, 0, 0]
+    assert scope.census("val")["fc/relu"].zero_outputs.tolist() == [0, 12, 12, 12]
 
 
 def test_a_sparse_tensor_of_the_same_shape_is_not_counted_as_a_dense_one():
@@ -161,7 +162,7 @@ def test_a_sparse_tensor_of_the_same_shape_is_not_counted_as_a_dense_one():
         for net.step in range(3):
             net(X)
             scope.step()
-    assert scope.census()["act"].positions == 8  # steps 0 and 2
+    assert scope.census()["fc/relu"].positions == 8  # steps 0 and 2
     (missing,) = scope.report().not_measured
     assert "cannot be counted" in missing.reason
 
@@ -169,6 +170,6 @@ def test_a_sparse_tensor_of_the_same_shape_is_not_counted_as_a_dense_one():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_may_change_between_calls(dtype: torch.dtype):
     net = Net(lambda x, step: x.to(dtype) if step % 2 else x, nn.ReLU())
-    tally = run(net, 4).census()["act"]
+    tally = run(net, 4).census()["fc/relu"]
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
     assert tally.mean_abs_output.tolist() == [0.0, 1.0, 1.0, 1.0]

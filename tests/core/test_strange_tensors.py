@@ -50,6 +50,6 @@ def test_a_report_states_why_an_activation_was_not_measured(
     with ns.watch(model) as scope:
         model(torch.randn(5, 4)).sum().backward()
         scope.step()
-    assert list(scope.census()) == ["relu"]
+    assert list(scope.census()) == ["fc/relu"]
     (missing,) = scope.report().not_measured
     assert (missing.name, missing.reason) == ("act", f"it ran on {what}, which cannot be counted")

@@ -26,14 +26,18 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, WEIGHT, Origin
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules import elementwise_rules
+from neuronscope.attach.unit_rules.operation import end
 from neuronscope.attach.units import Units, broadcast, place, reshape, select, slice_dim
+
+#: Some of torch's functions warn that they are new, or old.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 Draw = Callable[[Any], Any]
 #: Numbers of layer ``b``'s units begin here, so that no two units of the layers ``a`` and ``b`` have one number.
 OF_B = 1000
 UNWRITTEN = -1.0
 
-TRIED = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+TRIED = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 
 class Following(TorchFunctionMode):
@@ -94,7 +98,7 @@ def _factors(size: int) -> list[int]:
 def draw_units(draw: Draw, call: int = 0, layer: str = "a", ranks: tuple[int, int] = (1, 4)) -> tuple[Units, list[int]]:
     """Units of a layer in a random layout, and the shape of their tensor."""
     rank = draw(integers(*ranks))
-    shape = [draw(st.sampled_from([1, 2, 3, 4, 6])) for _ in range(rank)]
+    shape = [draw(st.sampled_from([1, 2, 3, 4])) for _ in range(rank)]
     how_many = min(rank, draw(st.sampled_from([1, 1, 1, 2])))
     unit_dims = sorted(draw(st.permutations(range(rank)))[:how_many])
     width = math.prod(shape[dim] for dim in unit_dims)
@@ -158,7 +162,7 @@ def dim_of(draw: Draw, x: Tensor) -> int:
 
 
 def dims_of(draw: Draw, x: Tensor, least: int = 1) -> tuple[int, ...]:
-    order = draw(st.permutations(range(x.dim())))[: draw(integers(least, x.dim()))]
+    order = draw(st.permutations(range(x.dim())))[: draw(st.sampled_from([least, least, x.dim()]))]
     return tuple(dim - x.dim() if draw(st.booleans()) else dim for dim in order)
 
 
@@ -480,6 +484,7 @@ def run_drawn(draw: Draw, function: Any, x: Tensor, arguments: Sequence[tuple[st
 def test_a_function_that_moves_elements_puts_each_unit_where_its_rule_says(name: str) -> None:
     claimed: list[int] = []
     ranks = (3, 5) if any(word in name for word in ("pool", "interpolate", "upsample")) else (1, 4)
+    ranks = (2, 3) if name in ("roll", "rot90", "t", "t_", "hsplit", "vsplit") else ranks
 
     @TRIED
     @given(st.data())
@@ -543,6 +548,19 @@ def test_windows_over_positions_keep_the_units() -> None:
 
     tried()
     assert max(claimed) > 1
+
+
+def test_tensors_that_are_broadcast_together_keep_their_own_units() -> None:
+    mode = Following()
+    first = Units((0,), "a", (("a", 0, 3, 1),), 0, place((4, 3), (1,)))
+    second = Units((1,), "b", (("b", 0, 3, 1),), 0, place((3,), (0,)))
+    tensors = source(mode, first, numbers(first, (4, 3))), source(mode, second, numbers(second, (3,)))
+    with mode:
+        results = torch.broadcast_tensors(*tensors)
+    for result in results:
+        units = mode.flow.origin(result).units
+        assert units is not None
+        assert numbers(units, result.shape).equal(result)
 
 
 def other_part(draw: Draw, units: Units, shape: list[int], mode: Following) -> Tensor:
@@ -727,7 +745,8 @@ def assert_only_the_claimed_units_change(
         count = max(count, origin.units.size)
         if exempt:
             continue
-        for unit in of_source.unique():
+        every = of_source.unique()
+        for unit in every[:: max(1, len(every) // 5)]:
             others = [tensor.clone() for tensor in tensors]
             others[chosen][of_source == unit] = generic(others[chosen].shape, 7)[of_source == unit].to(
                 others[chosen].dtype
@@ -777,7 +796,8 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
         "prelu": (1, lambda x: function(x, torch.tensor([0.1], dtype=torch.float64))),
         "to": (1, lambda x: function(x, torch.float32)),
         "type": (1, lambda x: function(x, torch.float32)),
-        "type_as": (2, lambda x, y: function(x, y)),
+        "type_as": (1, lambda x: function(x, torch.zeros(1))),
+        "__invert__": (1, function),
         "normalize": (1, lambda x: function(x, dim=0)),
         "renorm": (1, lambda x: function(x, 2, 0, 0.6)),
         "local_response_norm": (1, lambda x: function(x, 2)),
@@ -785,13 +805,15 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
         "min": (2, lambda x, y: function(x, y)),
     }
     base = name.rstrip("_") if not name.startswith("__") else name
+    if "dropout" in base and base != "native_dropout":
+        return 1, lambda x: function(x, 0.3, True)
     if base in special:
         return special[base]
     if base.startswith("__i") and base not in ("__invert__",):
         return 2, lambda x, y: function(x, y)
     try:
-        function(torch.full((2, 2), 0.7, dtype=torch.float64))
-        return 1, function
+        alone = function(torch.full((2, 2), 0.7, dtype=torch.float64))
+        return (2 if alone is NotImplemented else 1), function
     except TypeError:
         return 2, function
     except RuntimeError:
@@ -799,7 +821,7 @@ def call_elementwise(function: Any, name: str) -> tuple[int, Callable[..., Any]]
 
 
 ELEMENTWISE = sorted(
-    {*(elementwise_rules._LINEAR + elementwise_rules._NOT_LINEAR).split(), "where", "masked_fill", "max", "min"}
+    {*(elementwise_rules._LINEAR + elementwise_rules._MULTIPLYING + elementwise_rules._NOT_LINEAR).split(), "where", "masked_fill", "max", "min"}
     | set("to type type_as normalize renorm local_response_norm".split())
 )
 #: Functions that cannot run here, and why.
@@ -824,7 +846,7 @@ OF_INTEGERS = {
 def test_an_elementwise_function_has_the_units_of_the_source_that_its_rule_chooses(name: str) -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=30)
+    @settings(TRIED, max_examples=12)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         units, shape = draw_units(data.draw)
@@ -836,7 +858,7 @@ def test_an_elementwise_function_has_the_units_of_the_source_that_its_rule_choos
             tensor, origin = draw_other(data.draw, shape)
             tensors.append(tensor)
             origins.append(origin)
-        order = data.draw(st.permutations(range(count)))
+        order = list(range(count)) if name == "where" else data.draw(st.permutations(range(count)))
         tensors, origins = [tensors[index] for index in order], [origins[index] for index in order]
         if name in OF_INTEGERS:
             tensors = [tensor > 0.7 for tensor in tensors]
@@ -954,7 +976,7 @@ def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
 def test_a_product_of_data_has_the_units_of_the_factor_that_its_rule_chooses(name: str) -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=150)
+    @settings(TRIED, max_examples=60)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         left_shape, right_shape = draw_factor_shapes(data.draw)
@@ -988,7 +1010,7 @@ def draw_equation(draw: Draw) -> tuple[str, list[list[int]]]:
 def test_an_einsum_of_data_has_the_units_of_the_factor_that_its_rule_chooses() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=300)
+    @settings(TRIED, max_examples=100)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         equation, shapes = draw_equation(data.draw)
@@ -1117,7 +1139,7 @@ def test_a_normalisation_without_a_weight_passes_units_on() -> None:
 def test_a_product_with_a_weight_has_its_rows_or_columns_as_units() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=200)
+    @settings(TRIED, max_examples=80)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         left_shape, right_shape = draw_factor_shapes(data.draw)
@@ -1157,7 +1179,7 @@ def test_a_product_with_a_weight_has_its_rows_or_columns_as_units() -> None:
 def test_an_einsum_with_a_weight_has_the_letters_of_the_weight_that_are_left_as_units() -> None:
     claimed: list[int] = []
 
-    @settings(TRIED, max_examples=300)
+    @settings(TRIED, max_examples=100)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         equation, shapes = draw_equation(data.draw)
@@ -1313,8 +1335,9 @@ def test_rows_that_data_picks_from_a_stack_of_weights_are_rows_of_several_layers
     mode = Following()
     stack = generic((3, 6, 4))
     mode.flow.put(stack, Origin.of(WEIGHT, layer="s"))
+    x, chosen = generic((2, 4, 1)), torch.tensor([0, 2])
     with mode:
-        result = torch.bmm(stack[torch.tensor([0, 2])], generic((2, 4, 1)))
+        result = torch.bmm(stack[chosen], x)
     assert mode.flow.origin(result).state == "rows"
 
 
@@ -1334,6 +1357,7 @@ def all_names() -> set[str]:
         *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)),
         "multi_head_attention_forward",
         "unfold",
+        "broadcast_tensors",
     }
 
 
@@ -1365,7 +1389,7 @@ NOT_DRAWN = {
 
 
 def claims_units(rule: Any) -> bool:
-    return rule is not operators.end
+    return rule is not end
 
 
 def test_every_function_of_the_table_is_drawn_or_says_why_not() -> None:

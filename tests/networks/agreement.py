@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
 from tests.networks.language import TRANSFORMERS
-from tests.networks.twin import NetworkTwin, Width
+from tests.networks.twin import NetworkTwin
 from tests.networks.vision import TIMM, TORCHVISION
 from tests.networks.zoo import Network
 
@@ -31,21 +31,22 @@ class Agreement:
     Attributes:
         census: Of the watched run.
         truth: The twin's tallies, by site name.
-        widths: What produced each pre-activation, by autograd's graph.
+        products: Names of the gated products among them.
         not_measured: Site name → reason, of the watched run.
         states: Weights, buffers and gradients of the watched run and of the twin's.
     """
 
     census: ns.Census
     truth: dict[str, dict[str, Any]]
-    widths: dict[str, Width | None]
+    products: frozenset[str]
     not_measured: dict[str, str]
     states: tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def run(network: Network, **options: Any) -> Agreement:
     """Build the network twice from the same seed; train one watched, with these options, and one counted slowly."""
-    watched, twin = Watched(**options), NetworkTwin(network.axes)
+    unseen = () if "axes" in options else network.unseen
+    watched, twin = Watched(**options), NetworkTwin(network.axes, unseen)
     states = []
     with _threads(1), _quiet(bool(network.unseen)):
         for watcher in (watched, twin):
@@ -56,30 +57,20 @@ def run(network: Network, **options: Any) -> Agreement:
                 states.append(state_of(model))
     report = watched.scope.report("train")
     not_measured = {item.name: item.reason for item in report.not_measured}
-    return Agreement(watched.scope.census("train"), twin.tallies(), twin.widths, not_measured, (states[0], states[1]))
+    return Agreement(watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1]))
 
 
 def assert_agreement(network: Network, result: Agreement) -> None:
     """Every integer, axis and name is the twin's, no axis is a guess, and watching left every bit of the weights."""
-    hidden = [name for name in result.truth if any(_belongs(name, pattern) for pattern in network.unseen)]
-    assert_same(result.census, {name: tally for name, tally in result.truth.items() if name not in hidden})
+    assert_same(result.census, result.truth)
     for pattern, reason in network.unseen.items():
         found = [name for name in result.not_measured if fnmatch.fnmatchcase(name, pattern)]
         assert found, f"nothing says that {pattern} is not measured"
         assert all(result.not_measured[name].startswith(reason) for name in found)
     for name, tally in result.census.items():
-        assert tally.axis_source.startswith("producer"), f"{name}: {tally.axis_source}"
-        if not name.endswith(".gated"):
-            width = result.widths[name]
-            assert width is not None, f"{name}: nothing weighted comes before it"
-            assert width.fits(tally.neurons), f"{name}: {tally.neurons} neurons after {width}"
-    assert sum(name.endswith(".gated") for name in result.census) == network.gated
+        assert tally.axis_source == f"layer ({tally.layer})", f"{name}: {tally.axis_source}"
+    assert len(result.products) == network.gated
     assert_bits(*result.states)
-
-
-def _belongs(name: str, pattern: str) -> bool:
-    """Whether a site is what the pattern names: a later call of it, or its gated product, too."""
-    return fnmatch.fnmatchcase(name.removesuffix(".gated").partition("#")[0], pattern)
 
 
 def train(model: nn.Module, watcher: Nobody, network: Network) -> None:

@@ -18,7 +18,7 @@ def transformers(
     inputs: Callable[[torch.Generator], dict[str, Any]],
     *,
     note: str = "",
-    axes: Mapping[str, int] = FEATURES,
+    axes: Mapping[str, int | tuple[int, ...]] = FEATURES,
     gated: int = 0,
     unseen: Mapping[str, str] | None = None,
     **options: Any,
@@ -327,8 +327,8 @@ TRANSFORMERS += (
         num_local_experts=4,
         num_experts_per_tok=1,
         head_dim=8,
-        unseen={"*.experts.act_fn": EXPERTS},
-        gated=2,
+        axes={"*.experts.act_fn": (0, -1), "*": -1},  # (expert, token, feature): all experts are one product
+        gated=4,
     ),
     transformers(
         "DeepseekV3ForCausalLM",

@@ -11,7 +11,7 @@ from torch import nn
 from tests.networks.zoo import CHANNELS, FEATURES, Network, images, words
 
 
-def torchvision(name: str, size: int, *, axes: Mapping[str, int] = CHANNELS, gated: int = 0, **options: Any) -> Network:
+def torchvision(name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any) -> Network:
     def build() -> nn.Module:
         models = importlib.import_module("torchvision.models")
         return getattr(models, name)(num_classes=10, **options)
@@ -20,7 +20,7 @@ def torchvision(name: str, size: int, *, axes: Mapping[str, int] = CHANNELS, gat
     return Network("torchvision", name, config, build, images(size, "x"), axes, gated)
 
 
-def timm(name: str, size: int, *, axes: Mapping[str, int] = CHANNELS, gated: int = 0, **options: Any) -> Network:
+def timm(name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any) -> Network:
     def build() -> nn.Module:
         return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=10, **options)
 
@@ -85,7 +85,7 @@ TIMM = (
     timm("xcit_nano_12_p16_224", 32, img_size=32, axes={"patch_embed.*": 1, "*.local_mp.*": 1, "*": -1}),
     timm("tresnet_m", 64),
     timm("cspresnet50", 64),
-    timm("efficientvit_b0", 64, axes={"*.kernel_func*": 3, "head.*": 1, "*": 1}),
+    timm("efficientvit_b0", 64, axes={"*.kernel_func": (1, 3), "head.*": 1, "*": 1}),
     timm("fastvit_t8", 64),
     timm("repvgg_a0", 64),
     timm("dla34", 64),

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
-EXPERTS = "its weights are a stack (experts)"
+EXPERTS = "its rows are units of several layers (experts)"
 CHANNELS = {"*": 1}
 FEATURES = {"*": -1}
 #: Of the pixels of ImageNet, by colour: torchvision's and timm's networks are given pictures on that scale.
@@ -32,9 +32,10 @@ class Network:
         config: What its configuration says, in words.
         build: Makes it.
         inputs: Makes what its forward is given, from a generator.
-        axes: The neurons' dimension by pattern on the site's name; the first that matches.
+        axes: The neurons' dimension, or dimensions, by pattern on where the activation is applied (the path of its
+            module, or ``block.relu()``); the first that matches.
         gated: How many gated products it has.
-        unseen: Sites that cannot be measured: pattern on the name → how the reason begins.
+        unseen: Activations that cannot be measured: pattern on the place → how the reason begins.
     """
 
     family: str
@@ -42,7 +43,7 @@ class Network:
     config: str
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], dict[str, Any]]
-    axes: Mapping[str, int] = field(default_factory=lambda: CHANNELS)
+    axes: Mapping[str, int | tuple[int, ...]] = field(default_factory=lambda: CHANNELS)
     gated: int = 0
     unseen: Mapping[str, str] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ they are given and what they give is kept whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,9 @@ import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from neuronscope.checkpoints.model.traced_graph import Graph, Site
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 
 WIDTH = 8
 ACTIVATIONS = {
@@ -263,7 +266,7 @@ def make_some_dead(network: nn.Module) -> None:
 
 @dataclass
 class Seen:
-    """What one site was given and gave, neurons on dimension 1."""
+    """What one call of an activation module was given and gave."""
 
     before: Tensor
     after: Tensor
@@ -276,7 +279,7 @@ def site_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def watched(network: nn.Module) -> Iterator[dict[str, Seen]]:
-    """While inside, every site's last input and output by name."""
+    """While inside, input and output of every call of an activation module, by path and number of the call."""
     seen: dict[str, Seen] = {}
     counts: dict[str, int] = {}
     handles = []
@@ -296,6 +299,26 @@ def watched(network: nn.Module) -> Iterator[dict[str, Seen]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def seen_sites(graph: Graph, seen: Mapping[str, Seen]) -> Iterator[tuple[Site, Tensor, Tensor]]:
+    """Each call of a site that is a module, with its input and output: the neurons first, ``(N, …)`` both.
+
+    Of a GLU, the input has two halves of ``N``; it is given as it is.
+    """
+    for path in {name.partition("#")[0] for name in seen}:
+        calls = [site for site in graph.sites if site.info.place == path and site.kind != "gated"]
+        found = [call for name, call in seen.items() if name.partition("#")[0] == path]
+        assert len(calls) in (0, len(found))
+        for site, call in zip(calls, found, strict=False):
+            before, after = (call.before, call.after) if call.before.shape == call.after.shape else (None, call.after)
+            after = by_neuron(after, site.layout)
+            yield site, call.before if before is None else by_neuron(before, site.layout), after
+
+
+def by_neuron(tensor: Tensor, layout: NeuronLayout) -> Tensor:
+    found, axis = neurons_first(tensor, *layout)
+    return found.transpose(0, axis).flatten(1)
 
 
 def adversarial_inputs(network: Network, box: tuple[float, float] | None, steps: int = 6) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ import neuronscope as ns
 from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
+from neuronscope.checkpoints.model.traced_graph import Site
 from tests.postmortem.random_networks import (
     ACTIVATIONS,
     PICTURE_OPS,
@@ -20,6 +21,7 @@ from tests.postmortem.random_networks import (
     Network,
     adversarial_inputs,
     networks,
+    seen_sites,
     site_modules,
     watched,
 )
@@ -36,17 +38,15 @@ def check(network: Network, box: tuple[float, float] | None) -> int:
     for x in adversarial_inputs(network, box):
         with torch.no_grad(), watched(network) as seen:
             network(x)
-        for name, found in bounds.items():
-            if name.endswith(("()", ".gated")):
-                continue  # in the middle of an operation: what comes of it is looked at further on
-            before, after = (t.double().transpose(0, 1).flatten(1) for t in (seen[name].before, seen[name].after))
-            if not bool(before.isfinite().all()):
+        for site, before, after in seen_sites(graph, seen):  # functions in the middle are looked at further on
+            found = bounds.get(site.name)
+            if found is None or not bool(before.isfinite().all()):
                 continue
             dead = torch.from_numpy(found.dead)
-            assert bool((after[dead] == 0).all()), (name, box)
-            if len(before) == len(found.highest):  # else GLU's two halves
-                assert bool((before.amax(1) <= torch.from_numpy(found.highest)).all()), (name, box)
-                assert bool((before.amin(1) >= torch.from_numpy(found.lowest)).all()), (name, box)
+            assert bool((after[dead] == 0).all()), (site.name, box)
+            if before.shape == after.shape:  # else GLU's two halves
+                assert bool((before.double().amax(1) <= torch.from_numpy(found.highest)).all()), (site.name, box)
+                assert bool((before.double().amin(1) >= torch.from_numpy(found.lowest)).all()), (site.name, box)
     return sum(int(found.dead.sum()) for found in bounds.values())
 
 
@@ -95,7 +95,10 @@ def test_changing_an_unread_neuron_changes_no_output(
     unread = {one.layer: torch.from_numpy(one.neurons) for one in evidence}
     graph = trace(network, (network.example(),))
     found = propagate_bounds(graph, box)
-    ends = {site.name: [end.clamp(-10, 10).float() for end in found[site.after].along(1)] for site in graph.sites}
+    calls_at: dict[str, list[Site]] = {}
+    for site in graph.sites:
+        if site.kind != "gated" and site.layout.dims is None:
+            calls_at.setdefault(site.info.place, []).append(site)
     event(f"unread: {min(sum(map(len, unread.values())), 3)}")
     torch.manual_seed(seed)
     inputs = next(adversarial_inputs(network, box or (-1.0, 1.0)))
@@ -105,13 +108,15 @@ def test_changing_an_unread_neuron_changes_no_output(
 
     def disturb(path: str) -> object:
         def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-            calls[path] = calls.get(path, -1) + 1
-            name = f"{path}#{calls[path]}" if calls[path] else path
-            neurons = unread.get(name, torch.zeros(0, dtype=torch.long))
-            low, high = (end[neurons].view(1, -1, *(1 for _ in output.shape[2:])) for end in ends[name])
-            changed = output.clone()
-            changed[:, neurons] = low + (high - low) * torch.rand_like(changed[:, neurons])
-            return changed
+            number = calls[path] = calls.get(path, -1) + 1
+            if path not in calls_at:
+                return output
+            site = calls_at[path][number]
+            neurons, axis = unread.get(site.name, torch.zeros(0, dtype=torch.long)), site.layout.axis
+            ends = [end.clamp(-10, 10).float()[neurons] for end in found[site.after].along(axis)]
+            changed = output.clone().movedim(axis, -1)
+            changed[..., neurons] = ends[0] + (ends[1] - ends[0]) * torch.rand_like(changed[..., neurons])
+            return changed.movedim(-1, axis)
 
         return hook
 
@@ -129,10 +134,12 @@ def test_sites_of_a_traced_model_have_the_names_of_a_watched_one(network: Networ
     with torch.no_grad(), ns.watch(network) as scope:
         network(network.example())
     graph = trace(network, (network.example(),))
-    census = scope.census("train")
-    assert sorted(site.name for site in graph.sites) == sorted(census)
+    census = scope.census("inference")
+    assert sorted({site.name for site in graph.sites}) == sorted(census)
     assert all(census[site.name].neurons == site.neurons for site in graph.sites)
     assert all(census[site.name].axis == site.info.axis for site in graph.sites)
+    assert all(census[site.name].units == site.units for site in graph.sites)
+    assert all(census[site.name].readers == site.info.readers for site in graph.sites)
 
 
 LARGE = {
@@ -155,9 +162,9 @@ def test_no_output_of_a_hundred_thousand_inputs_leaves_its_bounds(which: str) ->
         x = x.sign() if number % 2 else x
         with torch.no_grad(), watched(network) as seen:
             network(x)
-        for name, found in bounds.items():
-            before = seen[name].before.double().transpose(0, 1).flatten(1)
-            assert bool((before.amax(1) <= torch.from_numpy(found.highest)).all())
-            assert bool((before.amin(1) >= torch.from_numpy(found.lowest)).all())
-            assert not bool(seen[name].after[:, torch.from_numpy(found.dead)].any())
+        for site, before, after in seen_sites(graph, seen):
+            found = bounds[site.name]
+            assert bool((before.double().amax(1) <= torch.from_numpy(found.highest)).all())
+            assert bool((before.double().amin(1) >= torch.from_numpy(found.lowest)).all())
+            assert not bool(after[torch.from_numpy(found.dead)].any())
     assert network.example().shape[1] == WIDTH

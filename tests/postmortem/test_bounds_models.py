@@ -262,7 +262,7 @@ def test_a_model_is_built_from_a_hugging_face_folder(tmp_path: Path) -> None:
         assert_holds(model, network.state_dict())
     (dead,) = (one for one in examine_model(model).evidence if one.claim == "dead")
     assert (dead.layer, dead.source, dead.neurons.tolist()) == (
-        "model.decoder.layers.0.activation_fn",
+        "model.decoder.layers.0.fc1/relu",
         "layer norm bound",
         [5],
     )
@@ -299,7 +299,7 @@ def test_measured_evidence_equals_a_calculation_by_hand() -> None:
         "no gradient": [3],
         "alive": [1, 2],
     }
-    assert all((one.layer, one.width, one.source, one.basis) == ("1", 4, "scan", "measured") for one in evidence)
+    assert all((one.layer, one.width, one.source, one.basis) == ("0/relu", 4, "scan", "measured") for one in evidence)
     assert found["dead"].numbers.tolist() == pytest.approx([1 - 0.05 ** (1 / 400)])  # 0 of 400 examples, at 95 %
     assert found["alive"].numbers.tolist() == [1.0, 0.5]  # of 100 points on [0, 1], 50 lie above ½
     assert found["no gradient"].numbers.tolist() == [1.0]
@@ -331,14 +331,14 @@ def test_a_proof_that_data_contradicts_is_reported_prominently() -> None:
 
     def proof(claim: str, *neurons: int, basis: str = "proved") -> Evidence:
         numbers = np.zeros(len(neurons))
-        return Evidence("1", 4, "interval bound", claim, basis, np.array(neurons), numbers, "", "For every input.")
+        return Evidence("0/relu", 4, "interval bound", claim, basis, np.array(neurons), numbers, "", "For every input.")
 
     assert contradictions([*measured, proof("dead", 0)]) == ()
     assert contradictions([*measured, proof("dead", 2, basis="suspected")]) == ()
     assert contradictions([*measured, proof("unread", 2)]) == ()
     (fault,) = contradictions([*measured, proof("dead", 0, 1, 2)])
     assert fault.startswith(
-        "FAULT OF NEURONSCOPE: interval bound called 2 neurons of 1 proved dead that fired on the data (first 1)"
+        "FAULT OF NEURONSCOPE: interval bound called 2 neurons of 0/relu proved dead that fired on the data (first 1)"
     )
 
 

@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.model.examine_model import Examination, examine_model
 from neuronscope.checkpoints.model.example_inputs import examples_for
-from neuronscope.checkpoints.model.layer_to_site import match_layers_to_sites
-from neuronscope.checkpoints.model.trace import trace
 from neuronscope.checkpoints.verdict.evidence import Evidence
 
 
@@ -171,11 +169,15 @@ def claims(model: nn.Module, **options: Any) -> dict[str, list[int]]:
     return {f"{one.layer} {one.claim}": one.neurons.tolist() for one in proved}
 
 
+def layers_of_sites(found: Examination) -> dict[str, tuple[str, ...]]:
+    return {site.name: tuple(layer for layer, *_ in site.units) for site in found.sites}
+
+
 @pytest.mark.parametrize("kind", [Nothing, *NOT_PROVED], ids=lambda kind: kind.__name__)
 def test_nothing_is_proved_of_a_tensor_that_was_changed_outside_of_the_trace(kind: type[Net]) -> None:
     model = kind()
     found = claims(model, box=(0.0, 1.0))
-    assert found.get("act dead", []) == ([0] if kind is Nothing else [])
+    assert found.get("fc/relu dead", []) == ([0] if kind is Nothing else [])
     fires = torch.zeros(3, dtype=torch.bool)
     with torch.no_grad():
         for _ in range(20):
@@ -203,7 +205,7 @@ def test_paths_that_the_example_did_not_take_are_reported(kind: type[Net], reaso
     assert [
         one for one in found.abstentions if reason in one.reason and "another input may take another path" in one.reason
     ]
-    assert dict(found.layer_sites) == {"fc": "act"} or kind is not DataChanged
+    assert layers_of_sites(found) == {"fc/relu": ("fc",)} or kind is not DataChanged
 
 
 def test_with_consumers_that_were_not_traced_no_neuron_is_called_unread() -> None:
@@ -212,7 +214,7 @@ def test_with_consumers_that_were_not_traced_no_neuron_is_called_unread() -> Non
             h = self.act(self.fc(x))
             return self.out(h), unseen(h)
 
-    assert claims(Net())["act unread"] == [2]
+    assert claims(Net())["fc/relu unread"] == [2]
     found = examine_model(Reads())
     assert not [one for one in found.evidence if one.claim == "unread"]
     assert [one for one in found.abstentions if one.source == "readers" and "not seen" in one.reason]
@@ -253,7 +255,7 @@ class Readers(nn.Module):
 def test_unread_neurons_of_linear_layers_equal_those_found_by_hand() -> None:
     found = claims(Readers())
     # Neuron 0 of the second is dead; its output, always 0, is read by the third's weight 1.
-    assert found == {"relu()#1 dead": [0], "relu() unread": [0, 1, 2], "relu()#1 unread": [1]}
+    assert found == {"second/relu dead": [0], "first/relu unread": [0, 1, 2], "second/relu unread": [1]}
 
 
 class Convolutions(nn.Module):
@@ -278,11 +280,11 @@ class Convolutions(nn.Module):
 @pytest.mark.parametrize(("groups", "second"), [(1, [0]), (2, [0, 2])])
 def test_unread_neurons_of_convolutions_are_found(groups: int, second: list[int]) -> None:
     found = claims(Convolutions(groups))
-    # relu() is read by the norm, whose γ₁ is 0, and behind it by what reads relu()#1; with β₁ = 0 that is dead there.
-    assert found["relu()#1 unread"] == second
-    assert found["relu() unread"] == sorted({1, *second})
-    assert found["relu()#2 unread"] == [3]
-    assert found["relu()#1 dead"] == [1]
+    # The first is read by the norm, whose γ₁ is 0, and behind it by what reads the norm; with β₁ = 0 it is dead there.
+    assert found["norm/relu unread"] == second
+    assert found["first/relu unread"] == sorted({1, *second})
+    assert found["second/relu unread"] == [3]
+    assert found["norm/relu dead"] == [1]
 
 
 def test_a_dead_gate_makes_the_other_factor_unread() -> None:
@@ -298,10 +300,8 @@ def test_a_dead_gate_makes_the_other_factor_unread() -> None:
 
     found = claims(Gated(), box=(-1.0, 1.0))
     assert found == {
-        "relu() dead": [0],
-        "relu().gated dead": [0],
-        "relu() unread": [0],  # it is always zero: what it might be instead is read by nobody, since it is nothing else
-        "up_act unread": [0],
+        "gate/reglu dead": [0],  # the gate and its product are one neuron, judged by the product
+        "up/tanh unread": [0],
     }
 
 
@@ -347,17 +347,18 @@ class Tied(nn.Module):
         return torch.tanh(self.again(torch.sigmoid(self.again(x))))
 
 
-def test_layers_are_matched_to_their_sites() -> None:
-    layer_sites = match_layers_to_sites(trace(Tied(), (torch.zeros(1, 1, 8, 8),)))
-    assert dict(layer_sites.sites) == {
-        "conv": "relu",
-        "norm": "relu",
-        "flat": "gelu()",
-        "gate": "silu()",
-        "up": "silu().gated",
+def test_sites_know_their_layers_and_the_layers_that_norms_normalise() -> None:
+    found = examine_model(Tied(), example=torch.zeros(1, 1, 8, 8))
+    assert layers_of_sites(found) == {
+        "norm/relu": ("norm",),
+        "branch/relu": ("branch",),
+        "flat/gelu": ("flat",),
+        "gate/silu": ("gate",),
+        "gate/swiglu": ("gate",),
+        "again/sigmoid": ("again",),
+        "again/tanh": ("again",),
     }
-    assert dict(layer_sites.shared) == {"again": ("sigmoid()", "tanh()")}
-    assert [one.layer for one in examine_model(Tied()).abstentions if "several sites" in one.reason] == ["again"]
+    assert {site.name: site.normalises for site in found.sites if site.normalises} == {"norm/relu": "conv"}
 
 
 @pytest.mark.parametrize(
@@ -381,7 +382,7 @@ def test_a_layer_is_found_before_every_spelling_of_a_scaling(scale: Callable[[Te
         def forward(self, x: Tensor) -> Tensor:
             return self.act(scale(self.fc(x)))
 
-    assert dict(match_layers_to_sites(trace(Scaled(), (torch.zeros(1, 3),))).sites) == {"fc": "act"}
+    assert layers_of_sites(examine_model(Scaled())) == {"fc/relu": ("fc",)}
 
 
 # --- example inputs --------------------------------------------------------------------------------------------------
@@ -428,7 +429,7 @@ def test_a_recurrent_network_is_traced_with_a_sequence() -> None:
             return self.relu(self.fc(self.rnn(x)[1][-1]))
 
     found = examine_model(Encoder())
-    assert found.layer_sites == {"fc": "relu"}
+    assert layers_of_sites(found) == {"fc/relu": ("fc",)}
     assert [(one.layer, "fused kernel" in one.reason) for one in found.abstentions] == [("rnn", True)]
 
 
@@ -442,14 +443,12 @@ def test_when_no_example_fits_the_error_lists_what_was_tried() -> None:
             return F.relu(self.fc(a + b))
 
     found = examine_model(Odd())
-    assert (found.evidence, dict(found.layer_sites)) == ((), {})
+    assert (found.evidence, found.sites) == ((), ())
     (only,) = found.abstentions
     assert "1 × 2): TypeError" in only.reason
     assert "Give an example input" in only.reason
-    assert examine_model(Odd(), example=(torch.zeros(1, 2), torch.zeros(1, 2))).layer_sites == {"fc": "relu()"}
-    assert examine_model(Odd(), example={"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}).layer_sites == {
-        "fc": "relu()"
-    }
+    for example in ((torch.zeros(1, 2), torch.zeros(1, 2)), {"a": torch.zeros(1, 2), "b": torch.zeros(1, 2)}):
+        assert layers_of_sites(examine_model(Odd(), example=example)) == {"fc/relu": ("fc",)}
     assert len(list(examples_for(nn.ReLU()))) == 0
 
 
@@ -472,13 +471,13 @@ def test_an_input_box_may_have_bounds_for_each_feature() -> None:
     model[0].weight.data.copy_(torch.tensor([[1.0, 1.0]]))
     model[0].bias.data.fill_(-1.5)
     low = torch.zeros(2)
-    assert claims(model, box=(low, torch.tensor([1.0, 0.4]))) == {"1 dead": [0]}
+    assert claims(model, box=(low, torch.tensor([1.0, 0.4]))) == {"0/relu dead": [0]}
     assert claims(model, box=(low, torch.tensor([1.0, 0.6]))) == {}
 
 
 def test_the_evidence_of_a_traced_model_covers_every_neuron() -> None:
     found = examine_model(Net(), box=(0.0, 1.0))
-    assert all(isinstance(one, Evidence) and one.width == 3 and one.layer == "act" for one in found.evidence)
+    assert all(isinstance(one, Evidence) and one.width == 3 and one.layer == "fc/relu" for one in found.evidence)
     (dead,) = (one for one in found.evidence if one.claim == "dead")
     assert dead.numbers.tolist() == pytest.approx([-0.5], abs=1e-5)  # ¼ + ¼ − 1
     assert "between 0 and 1" in dead.text

@@ -105,8 +105,8 @@ def test_the_command_proves_deaths_with_a_model_and_an_input_box(
     assert plain["level"] == "model"
     assert plain["model"] == "Sequential"
     verdicts = {layer["name"]: layer["verdicts"] for layer in plain["layers"]}
-    assert verdicts["1"]["neuron"] == [0, 1]
-    assert set(verdicts["1"]["basis"]) == {"proved"}
+    assert verdicts["0"]["neuron"] == [0, 1]
+    assert set(verdicts["0"]["basis"]) == {"proved"}
     assert "2 proved" in out
 
 
@@ -116,7 +116,7 @@ def test_the_command_measures_with_data_and_a_loss(folder: Path, data: str, caps
     assert run(line, capsys)[0] == 0
     plain = json.loads((folder / "a.json").read_text())
     assert plain["level"] == "data"
-    site = next(layer for layer in plain["layers"] if layer["name"] == "1")
+    site = next(layer for layer in plain["layers"] if layer["name"] == "0")
     measured = [one for one in site["evidence"] if one["basis"] == "measured" and one["claim"] == "dead"]
     assert measured[0]["neuron"] == [0, 1]
     assert "over 400 examples" in measured[0]["text"]  # the batch that the model was traced with is counted too
@@ -163,7 +163,7 @@ def test_suspected_neurons_do_not_count_for_the_exit_code(folder: Path, capsys: 
         "def network():\n    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())\n"
     )
     report = ns.postmortem("norm.pt", "normed:network")
-    assert (report["2"].dead, report["2"].suspected + report["2"].count("quiet")) == (0, 8)
+    assert (report["1"].dead, report["1"].suspected + report["1"].count("quiet")) == (0, 8)
     assert run("norm.pt --model normed:network --fail-above 0", capsys)[0] == 0
 
 
@@ -321,13 +321,13 @@ def test_models_and_data_may_be_given_in_any_form(folder: Path) -> None:
         for batches in (data, iter(data), lambda: data, torch.cat(data))
     ]
     assert {report.dead for report in reports} == {reports[0].dead}
-    assert {report["1"].dead_by_basis()["proved"] for report in reports} == {2}
+    assert {report["0"].dead_by_basis()["proved"] for report in reports} == {2}
 
 
 def test_an_input_box_proves_more_than_no_box(folder: Path) -> None:
     small, large, none = (ns.postmortem("last.ckpt", network, box=box) for box in ((0.0, 0.5), (0.0, 1.0), None))
     # Neuron 2 has bias −0.75 Σw: below −0.25 Σw for inputs up to 1/2, up to 0.25 Σw for inputs up to 1.
-    assert [report["1"].dead for report in (small, large, none)] == [3, 2, 0]
+    assert [report["0"].dead for report in (small, large, none)] == [3, 2, 0]
 
 
 class ReadTwice(nn.Module):
@@ -354,9 +354,9 @@ def test_unread_neurons_are_guessed_from_the_file_only_without_a_model(folder: P
     alone, told = ns.postmortem("twice.pt"), ns.postmortem("twice.pt", ReadTwice)
     found = [
         (one.neuron, one.label, one.basis)
-        for report, name in ((alone, "net.0"), (told, "net.1"))
+        for report in (alone, told)
         for one in report.verdicts()
-        if one.site == name
+        if one.site == "net.0"
     ]
     assert found == [(1, "unread", "suspected"), (3, "unread", "suspected"), (3, "unread", "proved")]
 
@@ -393,8 +393,8 @@ def test_the_checkpoint_of_an_unwatched_run_is_examined(folder: Path) -> None:
     born = next(one for one in report.diagnoses if one.sign == "dead since the beginning")
     assert born.neurons == int((layer.since == -1).sum())
     tested = ns.postmortem("late.pt", model, [images] * 5)  # 320 examples: enough to call silence measured
-    assert tested["1"].dead == silent.size
-    assert tested["1"].dead_by_basis()["measured"] == silent.size
+    assert tested["0"].dead == silent.size
+    assert tested["0"].dead_by_basis()["measured"] == silent.size
     clock = [one for one in tested.confirmations if one.source == "adam state"]
     assert (sum(one.held for one in clock), sum(one.refuted for one in clock)) == (silent.size, 0)
 

@@ -268,7 +268,7 @@ def test_an_example_from_the_command_line_makes_proofs_possible(
 def test_the_python_function_takes_the_same_examples(two: Path) -> None:
     values = (torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
     for example in ("1x4,1:int64", "two:named", values, {"images": values[0], "words": values[1]}, lambda: values):
-        assert ns.postmortem("two.pt", Two, example=example)["act"].dead_by_basis()["proved"] == 1
+        assert ns.postmortem("two.pt", Two, example=example)["out"].dead_by_basis()["proved"] == 1
 
 
 def test_an_example_by_shape_has_the_dtype_of_the_model(folder: Path) -> None:

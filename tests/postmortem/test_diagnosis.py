@@ -181,8 +181,9 @@ def test_the_diagnosis_of_a_postmortem_knows_activations_and_norms(tmp_path: Pat
         *(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)),
     )
     given = examine_model(model)
-    assert dict(given.kinds) == {"2": "relu-like", "5": "smooth", "7": "relu-like"}
-    assert set(given.normalised) == {"2", "5"}
+    kinds = {site.name: site.kind for site in given.sites}
+    assert kinds == {"1/relu": "relu-like", "4/silu": "smooth", "6/relu": "relu-like"}
+    assert set(given.normalised) == {"1/relu", "4/silu"}
     torch.save(model.state_dict(), tmp_path / "net.pt")
     layers = find_layers(open_checkpoint(tmp_path / "net.pt").tensors)
     assert normalised_layers(layers) == {"0", "4"}

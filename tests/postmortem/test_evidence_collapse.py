@@ -193,7 +193,7 @@ def test_a_collapse_is_found_from_the_file_alone_and_with_the_model(run, tmp_pat
     said(alone, "2")
     assert not alone["0"].dead_mask.all()
     told = ns.postmortem(tmp_path / "last.pt", model)
-    said(told, "3")
+    said(told, "2")
     remedy = next(one.remedy for one in told.diagnoses if one.sign == "a layer nearly all dead")
     assert "LeakyReLU" in remedy
 
@@ -202,10 +202,10 @@ def test_a_collapse_is_found_from_the_monitors_record(run, tmp_path: Path) -> No
     model, _, _, scope = run
     torch.save({"model": model.state_dict(), "neuronscope": scope.state_dict()}, tmp_path / "last.pt")
     report = ns.postmortem(tmp_path / "last.pt")
-    said(report, "3")
+    said(report, "2")
     # The first layer fires, and gets no gradient because the second passes none back: it is in no total.
-    assert "1" not in report.collapsed
-    assert report["1"].idle.sum() + report["1"].count("dead") == 16
+    assert "0" not in report.collapsed
+    assert report["0"].idle.sum() + report["0"].count("dead") == 16
 
 
 def test_data_separates_a_collapsed_layer_from_the_one_that_it_cuts_off(run, tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_data_separates_a_collapsed_layer_from_the_one_that_it_cuts_off(run, tmp
     report = ns.postmortem(
         tmp_path / "last.pt", model, [x], lambda output, batch: (output - batch[:, :1]).square().mean()
     )
-    assert report.collapsed == ("3",)
-    assert report["1"].idle.sum() + report["1"].count("dead") == 16
+    assert report.collapsed == ("2",)
+    assert report["0"].idle.sum() + report["0"].count("dead") == 16
 
 
 def test_a_collapse_fails_the_check_however_small_the_layer(

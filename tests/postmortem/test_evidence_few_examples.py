@@ -42,7 +42,7 @@ def positive(examples: int) -> list[torch.Tensor]:
 def test_silence_on_few_examples_is_suspected_and_in_no_total(tmp_path: Path, examples: int) -> None:
     report = examined(tmp_path, positive(examples))
     assert (report.dead, report.suspected) == (0, 4)
-    verdict = report["1"].verdict(5)
+    verdict = report["0"].verdict(5)
     assert (verdict.label, verdict.basis, verdict.source) == ("dead", "suspected", "scan")
     text = str(report)
     assert f"Silent on {examples} example" in text
@@ -143,7 +143,7 @@ def test_one_example_refutes_a_death_and_confirms_none(tmp_path: Path) -> None:
                 parameter.grad[[0, 5]] = 0
         optimizer.step()
     report = examined(tmp_path, positive(1), optimizer=optimizer.state_dict(), step=400)
-    layer = report["1"]
+    layer = report["0"]
     found = [layer.verdict(neuron) for neuron in (0, 5)]
     assert [(one.label, one.basis) for one in found] == [("alive", "measured"), ("no gradient", "inferred")]
     assert found[1].contradictions == ()
@@ -157,7 +157,7 @@ def test_a_proof_stands_on_few_examples(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].weight[7] = 0
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    verdict = ns.postmortem(tmp_path / "net.pt", model, positive(1))["1"].verdict(7)
+    verdict = ns.postmortem(tmp_path / "net.pt", model, positive(1))["0"].verdict(7)
     assert (verdict.label, verdict.basis) == ("dead", "proved")
 
 
@@ -168,4 +168,4 @@ def test_a_short_record_counts_in_no_total(tmp_path: Path) -> None:
         scope.step()
     torch.save({"model": model.state_dict(), "neuronscope": scope.state_dict()}, tmp_path / "net.pt")
     report = ns.postmortem(tmp_path / "net.pt")
-    assert (report.dead, report["1"].suspected) == (0, 4)
+    assert (report.dead, report["0"].suspected) == (0, 4)

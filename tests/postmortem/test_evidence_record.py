@@ -76,7 +76,7 @@ def test_evidence_from_a_record_equals_the_report_of_the_run(run, wrap):
         "alive": [0, 5],
     }
     dead = by_claim["dead"]
-    assert (dead.layer, dead.width, dead.source, dead.basis) == ("1", 6, "monitor record", "measured")
+    assert (dead.layer, dead.width, dead.source, dead.basis) == ("0/relu", 6, "monitor record", "measured")
     assert dead.since.tolist() == [-1, 10]  # never fired; first seen silent at step 10
     # The last window: 10 steps of 40 examples. 1 − .05^(1/400) = .0074612
     assert dead.numbers == pytest.approx([0.0074612] * 2, rel=1e-4)
@@ -101,7 +101,7 @@ def test_the_state_of_the_monitor_is_read(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     (state,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
     report = recorded_report(state)
-    assert (report.dead, report["net.1"].examples, report.global_step) == (1, 400, 10)
+    assert (report.dead, report["net.0/relu"].examples, report.global_step) == (1, 400, 10)
 
 
 def test_a_short_record_says_so():
@@ -145,7 +145,7 @@ def test_a_record_of_short_passes_describes_the_newest_one():
 
 def _damaged(state: dict, how: str) -> object:
     phase = state["phases"]["train"]
-    site = phase["closed"]["tallies"]["1"]
+    site = phase["closed"]["tallies"]["0/relu"]
     damages = {
         "version": lambda: state.update(version=99),
         "no version": lambda: state.pop("version"),
@@ -154,7 +154,7 @@ def _damaged(state: dict, how: str) -> object:
         "steps": lambda: phase.update(open_steps="x"),
         "counts": lambda: site.update(zero_outputs=torch.zeros(3)),
         "a count gone": lambda: site.pop("zero_outputs"),
-        "trail": lambda: phase["history"]["trails"].update({"1": {}}),
+        "trail": lambda: phase["history"]["trails"].update({"0/relu": {}}),
     }
     damages[how]()
     return state

@@ -62,9 +62,9 @@ def test_the_checkpoint_of_a_watched_lightning_run_is_read(tmp_path: Path) -> No
     scope = ns.watch(nn.Sequential(nn.ReLU()))
     scope.load_state_dict(checkpoint.records[key])
     census, expected = scope.census("train"), monitor.census("train")
-    assert list(census) == list(expected) == ["module.1"]
-    assert census["module.1"].zero_outputs.tolist() == expected["module.1"].zero_outputs.tolist()
-    assert census["module.1"].positions == expected["module.1"].positions == 24
+    assert list(census) == list(expected) == ["module.0/relu"]
+    assert census["module.0/relu"].zero_outputs.tolist() == expected["module.0/relu"].zero_outputs.tolist()
+    assert census["module.0/relu"].positions == expected["module.0/relu"].positions == 24
 
 
 def _watched() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_the_state_of_a_scope_is_found_wherever_a_loop_saved_it(place: Any, key:
     assert list(checkpoint.records) == [key]
     again = ns.watch(nn.Sequential(nn.ReLU()))
     again.load_state_dict(checkpoint.records[key])
-    assert again.census("train")["1"].positions == 5
+    assert again.census("train")["0/relu"].positions == 5
 
 
 def test_weights_nested_two_levels_deep_are_found(tmp_path: Path) -> None:

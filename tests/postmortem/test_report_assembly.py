@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations, name_by_site
+from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.join_units import JoinedLayer
 from neuronscope.checkpoints.verdict.layer_verdicts import DEAD_CLAIMS, LABELS
 from neuronscope.errors import UsageError
 
@@ -71,7 +72,7 @@ def decided(said: Sequence[Said]) -> tuple[str, str, bool]:
     ],
 )
 def test_all_evidence_on_one_neuron_gives_one_verdict(said: list[Said], verdict: tuple[str, str, bool]) -> None:
-    layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": 3})[0]
+    layer = combine_evidence([evidence("a", 3, claim, basis, [1]) for claim, basis in said], {"a": JoinedLayer(3)})[0]
     found = layer.verdict(1)
     assert (found.label, found.basis, bool(layer.contested[1])) == verdict
     assert decided(said) == verdict
@@ -86,7 +87,7 @@ PIECES = st.lists(
 
 @given(PIECES)
 def test_a_layer_is_decided_as_each_of_its_neurons_alone(pieces: list[tuple[str, str, list[int]]]) -> None:
-    layer = combine_evidence([evidence("a", 12, *piece) for piece in pieces], {"a": 12})[0]
+    layer = combine_evidence([evidence("a", 12, *piece) for piece in pieces], {"a": JoinedLayer(12)})[0]
     dead = 0
     for neuron in range(12):
         said = [(claim, basis) for claim, basis, neurons in pieces if neuron in neurons]
@@ -118,7 +119,7 @@ def test_the_order_of_evidence_does_not_matter(pieces: list[tuple[str, str, list
     said = [evidence("a", 12, *piece) for piece in pieces]
     turned = list(said)
     random.shuffle(turned)  # type: ignore[attr-defined]
-    one, other = (combine_evidence(order, {"a": 12})[0] for order in (said, turned))
+    one, other = (combine_evidence(order, {"a": JoinedLayer(12)})[0] for order in (said, turned))
     for name in ("labels", "basis", "contested", "since"):
         assert (getattr(one, name) == getattr(other, name)).all(), name
 
@@ -171,7 +172,8 @@ def test_a_layer_without_any_gradient_is_idle_and_not_dead() -> None:
 
 def test_layers_without_evidence_are_listed_as_unknown() -> None:
     layers = combine_evidence(
-        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])], {"a": 3, "b": 2}
+        [evidence("b", 2, "dead", "proved", [0]), evidence("z", 1, "alive", "measured", [0])],
+        {"a": JoinedLayer(3), "b": JoinedLayer(2)},
     )
     assert [layer.name for layer in layers] == ["a", "b", "z"]
     assert layers[0].count("unknown") == 3
@@ -182,15 +184,6 @@ def test_evidence_of_different_widths_for_a_layer_is_refused() -> None:
         combine_evidence(
             [evidence("a", 3, "dead", "proved", [0]), evidence("a", 4, "dead", "proved", [0], source="scan")]
         )
-
-
-def test_a_layer_is_matched_only_to_a_site_of_its_width() -> None:
-    said = [
-        evidence(name, width, "dead", "proved", []) for name, width in (("fc", 4), ("relu", 4), ("conv", 4), ("glu", 2))
-    ]
-    ties = {"fc": "relu", "conv": "glu", "gone": "nowhere"}
-    assert [one.layer for one in name_by_site(said, ties)] == ["relu", "relu", "conv", "glu"]
-    assert [one.layer for one in name_by_site(said[:1], ties)] == ["relu"]
 
 
 def test_claims_that_data_confirmed_and_refuted_are_counted() -> None:

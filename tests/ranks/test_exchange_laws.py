@@ -20,7 +20,7 @@ from tests.ranks.assertions import assert_equal_counts
 from tests.ranks.meeting import on_each_rank
 
 WIDTHS = {"a": 1, "b": 3, "c": 2}
-INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
+INFO = SiteInfo("relu", "relu-like", True, 1, "layer (fc)")
 
 
 class Event(NamedTuple):

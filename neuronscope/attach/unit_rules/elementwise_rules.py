@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuronscope.attach.origins import CONSTANT, Origin, combine
+from neuronscope.attach.origins import CONSTANT, Operand, Origin, combine
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, lose, table
 
 __all__ = ["ELEMENTWISE", "bending", "like_first"]
@@ -17,9 +17,8 @@ __add__ __radd__ __sub__ __rsub__ __truediv__ __rtruediv__ __div__ __rdiv__ __ne
 __iadd__ __isub__ __itruediv__ __idiv__
 clone contiguous detach float double half bfloat16 int long bool cpu cuda requires_grad_ pin_memory
 nan_to_num fill_diagonal_ resolve_conj conj dequantize bernoulli tril triu
-eq ne lt le gt ge greater greater_equal less less_equal not_equal
-logical_and logical_or logical_not logical_xor isnan isinf isfinite signbit
-__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ __xor__ __invert__ __iand__ __ior__ __ixor__
+eq ne not_equal logical_and logical_or logical_not logical_xor isnan isinf isfinite
+__eq__ __ne__ __and__ __or__ __xor__ __invert__ __iand__ __ior__ __ixor__
 bitwise_and bitwise_or bitwise_not bitwise_xor
 """
 _MULTIPLYING = "mul multiply __mul__ __rmul__ __imul__"
@@ -31,6 +30,7 @@ __pow__ __rpow__ __ipow__ __mod__ __rmod__ __floordiv__ __rfloordiv__ __abs__ at
 xlogy sinc logit heaviside copysign
 relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softplus softsign tanhshrink hardtanh hardswish
 hardsigmoid hardshrink softshrink threshold logsigmoid
+lt le gt ge greater greater_equal less less_equal __lt__ __le__ __gt__ __ge__ signbit
 """
 _LIKE_FIRST = """
 to type type_as normalize renorm local_response_norm quantize_per_tensor quantize_per_channel
@@ -65,7 +65,16 @@ def _masked(operation: Operation) -> Origin:
     """Say what a mask leaves, which never decides beside what it masks: the mask is the second tensor."""
     tensors = operation.tensors
     mask = operation.argument(1, "mask")
-    return combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
+    found = combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
+    found = found.but(upstream=operation.upstream) if operation.upstream != found.upstream else found
+    return _bent_by(found, mask)
+
+
+def _bent_by(origin: Origin, mask: object) -> Origin:
+    """Return the origin of what a mask leaves; the mask may be computed from the same units: ``where(h > 0, h, 0)``."""
+    if isinstance(mask, Operand) and mask.origin.bent and mask.origin.units == origin.units and not origin.site:
+        return origin.but(bent=origin.bent or mask.origin.bent)
+    return origin
 
 
 def _where(operation: Operation) -> Origin:
@@ -79,7 +88,8 @@ def _where(operation: Operation) -> Origin:
     picked = combine([each for each in operation.tensors if each is not condition], shape)
     if picked.state == CONSTANT:
         return combine(operation.tensors, shape)
-    return picked.but(upstream=operation.upstream) if picked.upstream or operation.upstream else picked
+    picked = _bent_by(picked, condition)
+    return picked.but(upstream=operation.upstream) if operation.upstream != picked.upstream else picked
 
 
 def _overwritten(operation: Operation) -> Origin:

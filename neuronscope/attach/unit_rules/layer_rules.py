@@ -70,6 +70,17 @@ def _layer_rule(slot: int, name: str, from_right: int) -> Rule:
     return rule
 
 
+_COLUMNS = _layer_rule(1, "weight", 1)
+
+
+def _linear(operation: Operation) -> Sequence[Origin]:
+    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, its rows are the units."""
+    first, second = operation.argument(0, "input"), operation.argument(1, "weight")
+    if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
+        return [produce(operation, first, (len(operation.outputs[0]) - 2,))]
+    return _COLUMNS(operation)
+
+
 def _recurrent(operation: Operation) -> Sequence[Origin]:
     """Say what a recurrent layer returns: its output has units; its last states do too if there is one of them."""
     weight = next((each for each in operation.tensors if is_weight(each)), None)
@@ -124,7 +135,7 @@ LAYERS: dict[Function, Rule] = {
     **table("conv1d conv_transpose1d", _layer_rule(1, "weight", 2)),
     **table("conv2d conv_transpose2d", _layer_rule(1, "weight", 3)),
     **table("conv3d conv_transpose3d", _layer_rule(1, "weight", 4)),
-    **table("linear", _layer_rule(1, "weight", 1)),
+    **table("linear", _linear),
     **table("bilinear", _layer_rule(2, "weight", 1)),
     **table("embedding embedding_bag", _layer_rule(1, "weight", 1)),
     # In these, the weight comes before the indices.
@@ -135,6 +146,7 @@ LAYERS: dict[Function, Rule] = {
     **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
     **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
     **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),
+    **dict.fromkeys(_named("batch_norm instance_norm", torch), _norm_rule(1, 1, 3)),
     **table("group_norm", _norm_rule(2, 1)),
     **table("layer_norm rms_norm", _norm_rule(2, -1)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, UNKNOWN, WEIGHT, Operand, Origin, combine
+from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNKNOWN, WEIGHT, Operand, Origin, combine
 from neuronscope.attach.torch_functions import spellings
 
 __all__ = [
@@ -168,6 +168,8 @@ def lose(operation: Operation) -> Origin:
         return Origin.of(ROWS, upstream)
     if states <= {CONSTANT, ENDED}:
         return Origin.of(ENDED, upstream)
+    if states <= {CONSTANT, RAW}:
+        return Origin.of(RAW)
     return Origin.of(LOST, upstream) if upstream else Origin.of(UNKNOWN)
 
 

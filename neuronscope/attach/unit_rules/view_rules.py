@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from neuronscope.attach.origins import LOST, Origin
+from neuronscope.attach.origins import LOST, WEIGHT, Origin
 from neuronscope.attach.unit_rules.elementwise_rules import like_first
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, table
 from neuronscope.attach.units import Units, broadcast, has_units, positions, reshape, resized
@@ -28,7 +28,9 @@ def _move_rule(move: _Move) -> Rule:
         operand = operation.first
         origin = operand.origin
         if origin.units is None:
-            return origin
+            repeated = move in (_expanded, _repeated, _repeated_each) and len(operation.outputs[0]) > 2
+            # Of a stack that repeats a matrix it is not known which dimension tells matrices apart.
+            return origin.but(picked=True) if repeated and origin.state == WEIGHT else origin
         units = move(operation, origin.units, operand.shape, operation.outputs[0])
         return Origin.of(LOST, origin.upstream) if units is None else origin.but(units=units)
 
@@ -83,6 +85,14 @@ def _expanded(_: Operation, units: Units, before: Shape, after: Shape) -> Units 
     if any(size not in (1, after[new + place]) for place, size in enumerate(before)):
         return None
     return units._replace(dims=broadcast(units.dims, after))
+
+
+def _all_expanded(operation: Operation) -> Sequence[Origin]:
+    """Say what each of several tensors is after they were expanded to one shape."""
+    rule = _move_rule(_expanded)
+    pairs = zip(operation.tensors, operation.outputs, strict=True)
+    found = (rule(operation._replace(args=(tensor,), kwargs={}, outputs=(shape,))) for tensor, shape in pairs)
+    return [origin for origin in found if isinstance(origin, Origin)]
 
 
 def _repeated(_: Operation, units: Units, before: Shape, after: Shape) -> Units | None:
@@ -152,6 +162,7 @@ VIEWS: dict[Function, Rule] = {
     **table("t t_ adjoint", _move_rule(_last_two)),
     **table("movedim moveaxis", _move_rule(_moved)),
     **table("expand expand_as broadcast_to", _move_rule(_expanded)),
+    **table("broadcast_tensors", _all_expanded),
     **table("repeat tile", _move_rule(_repeated)),
     **table("repeat_interleave", _move_rule(_repeated_each)),
     **table("flip", _along_positions(lambda operation: operation.sizes(1, "dims"))),

@@ -43,9 +43,11 @@ def measure(
     report = scan(model, data, loss, **options)
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
-    for site in report.layers:
+    for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
         where = f"over {example_count(site.examples)}, {site.positions:,} positions"
-        evidence += counted_evidence(site, policy, source=_SOURCE, where=where, blocked=site.name in blocked)
+        evidence += counted_evidence(
+            site, policy, source=_SOURCE, where=where, judged=judged, blocked=site.name in blocked
+        )
     abstentions = tuple(Abstention(_SOURCE, item.name, f"Not measured: {item.reason}.") for item in report.not_measured)
     return tuple(evidence), abstentions, report
 
@@ -71,6 +73,7 @@ def counted_evidence(
     *,
     source: str,
     where: str,
+    judged: npt.NDArray[np.bool_] | None = None,
     blocked: bool = False,
     since: npt.NDArray[np.int64] | None = None,
 ) -> list[Evidence]:
@@ -81,6 +84,7 @@ def counted_evidence(
         policy: How many examples are enough, and the confidence of the bound on how often a dead neuron may still fire.
         source: Who counted.
         where: What was counted, to end a sentence with: ``over 300 examples``.
+        judged: The neurons to judge, bool ``(N,)``; ``None`` = all.
         blocked: Whether the site gets no gradient only because of the next one; see :func:`blocked_by_next_layer`.
         since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
 
@@ -88,23 +92,30 @@ def counted_evidence(
         At most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
         contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
     """
-    judged = site.judgement
+    judgement = site.judgement
     examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
     bound = rate_bound(examples, policy.confidence) if examples else np.nan
     may_fire = f"share of examples in which it may still fire, at most, at {100 * policy.confidence:g} % confidence"
     fires = 1.0 - site.zero_output_fraction
     gradients = f" and its gradient at all {site.gradient_positions:,}" if site.gradient_positions else ""
-    alive = ~(judged.dead | judged.silent | judged.not_finite | judged.unseen | judged.cut_off)
+    alive = ~(judgement.dead | judgement.silent | judgement.not_finite | judgement.unseen | judgement.cut_off)
     dead_basis, few = _basis_of_zeros(examples, policy, "Silent")
     gradient_examples = min(site.examples, site.gradient_positions)
     gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
     reason = " The next layer passes none back, which says nothing about these neurons themselves." if blocked else ""
     claims: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
-        ("not finite", "measured", judged.not_finite, fires * np.nan, "", f"Its output was NaN or infinite, {where}."),
+        (
+            "not finite",
+            "measured",
+            judgement.not_finite,
+            fires * np.nan,
+            "",
+            f"Its output was NaN or infinite, {where}.",
+        ),
         (
             "dead",
             dead_basis,
-            judged.dead,
+            judgement.dead,
             np.full(site.neurons, bound),
             may_fire,
             f"Its output was exactly zero at every position{gradients}, {where}.{few}",
@@ -112,7 +123,7 @@ def counted_evidence(
         (
             "silent",
             dead_basis,
-            judged.silent,
+            judgement.silent,
             np.full(site.neurons, bound),
             may_fire,
             f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
@@ -120,7 +131,7 @@ def counted_evidence(
         (
             "no gradient",
             gradient_basis,
-            judged.cut_off,
+            judgement.cut_off,
             fires,
             "share of positions at which it fires",
             f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
@@ -136,7 +147,7 @@ def counted_evidence(
     )
     evidence = []
     for claim, basis, mask, numbers, unit, text in claims:
-        neurons = np.flatnonzero(mask).astype(np.int64)
+        neurons = np.flatnonzero(mask if judged is None else mask & judged).astype(np.int64)
         if neurons.size:
             evidence.append(
                 Evidence(
@@ -151,6 +162,7 @@ def counted_evidence(
                     text=text,
                     since=since[neurons] if since is not None and claim == "dead" else None,
                     whole_layer=blocked and claim == "no gradient",
+                    site=site.name,
                 )
             )
     return evidence

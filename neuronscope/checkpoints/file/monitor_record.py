@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
@@ -93,8 +94,8 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
             yield report
             continue
         blocked = blocked_by_next_layer(report.layers)
-        for site in report.layers:
-            yield from _examine_site(site, report, site.name in blocked)
+        for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
+            yield from _examine_site(site, report, judged, site.name in blocked)
 
 
 def _damaged(key: str, error: BaseException) -> Abstention:
@@ -102,14 +103,16 @@ def _damaged(key: str, error: BaseException) -> Abstention:
     return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
 
 
-def _examine_site(site: SiteReport, report: Report, blocked: bool) -> Iterator[Evidence]:
+def _examine_site(
+    site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool
+) -> Iterator[Evidence]:
     where = (
         f"over {example_count(site.examples)} of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"
     )
     since = np.where(site.last_active_step < 0, -1, site.history.died_step)
     policy = Policy(**report.policy)
-    for one in counted_evidence(site, policy, source=_SOURCE, where=where, blocked=blocked, since=since):
+    for one in counted_evidence(site, policy, source=_SOURCE, where=where, judged=judged, blocked=blocked, since=since):
         if one.claim == "no gradient":
             positions = np.full(one.neurons.shape, float(site.gradient_positions))
             yield replace(one, numbers=positions, measure="positions at which its gradient was zero")

@@ -35,20 +35,20 @@ def weight_decay_per_step(checkpoint: Checkpoint) -> float:
 
 
 def dead_norm_ratios(
-    verdicts: Sequence[LayerReport], layers: Sequence[Layer], layer_to_site: Mapping[str, str], checkpoint: Checkpoint
+    verdicts: Sequence[LayerReport], layers: Sequence[Layer], names: Mapping[str, str], checkpoint: Checkpoint
 ) -> dict[str, float]:
     """Return the median norm of the dead neurons' incoming weights over that of the others, by layer.
 
     Args:
         verdicts: The verdicts.
         layers: The checkpoint's layers.
-        layer_to_site: Name in the verdicts by a layer's path, if it differs from the path.
+        names: Name in the verdicts by a layer's path, if it differs from the path.
         checkpoint: The opened checkpoint; each weight is read once more.
     """
     reports = {layer.name: layer for layer in verdicts}
     found = {}
     for layer in layers:
-        report = reports.get(layer_to_site.get(layer.path, layer.path))
+        report = reports.get(names.get(layer.path, layer.path))
         if report is None or report.neurons != layer.width or not 0 < report.dead < report.neurons:
             continue
         norms = torch.linalg.vector_norm(layer.rows(checkpoint.tensors[layer.weight].read()).double(), dim=1)

@@ -7,15 +7,16 @@ the example's shape with any batch size; see ``docs/bounds.md``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
+from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
     normal_firing_share,
@@ -25,16 +26,11 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
 from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
-from neuronscope.checkpoints.model.layer_to_site import (
-    match_layers_to_sites,
-    normalised_sites,
-    producing_steps,
-    step_before_copies,
-)
 from neuronscope.checkpoints.model.trace import ForwardError, trace
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
 from neuronscope.errors import UsageError
 from neuronscope.options import positive_integer
 
@@ -54,17 +50,15 @@ class Examination(NamedTuple):
     Attributes:
         evidence: Evidence on the neurons of its sites.
         abstentions: What could not be decided, and why.
-        layer_sites: Path of the module that holds a layer's weights → name of the site that the layer feeds.
+        sites: The sites that ran, one call of each.
         readers_known: Whether every consumer of every neuron was traced.
-        kinds: Kind of the activation, by site.
         normalised: Sites with a normalisation before their activation or before their layer's weights.
     """
 
     evidence: tuple[Evidence, ...]
     abstentions: tuple[Abstention, ...]
-    layer_sites: Mapping[str, str]
+    sites: tuple[Site, ...] = ()
     readers_known: bool = False
-    kinds: Mapping[str, str] = MappingProxyType({})
     normalised: Collection[str] = ()
 
 
@@ -87,16 +81,15 @@ def examine_model(
             proved of batch norm in training.
 
     Returns:
-        Evidence, abstentions, and which layer feeds which site.
+        Evidence, abstentions, and the sites.
 
     Raises:
         UsageError: An argument is invalid, or the network fails on the given example.
 
-    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
     >>> _ = net[2].weight.data.fill_(1), net[2].bias.data.copy_(torch.tensor([-3.5, 0]))
     >>> [(one.layer, one.claim, one.basis, one.neurons.tolist()) for one in examine_model(net).evidence]
-    [('3', 'dead', 'proved', [0])]
+    [('2/relu', 'dead', 'proved', [0])]
     """
     if batch_positions is not None:
         positive_integer("batch_positions", batch_positions)
@@ -104,19 +97,12 @@ def examine_model(
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, traced_example, failures = _trace_example(model, example, batch)
     if graph is None or traced_example is None:
-        return Examination((), (_no_forward(failures),), {})
-    feeds = match_layers_to_sites(graph)
-    abstentions = [
-        Abstention(
-            _SOURCE,
-            path,
-            f"This layer feeds several sites ({', '.join(names)}), so its rows belong to no single one of them.",
-        )
-        for path, names in feeds.shared.items()
-    ]
-    abstentions += [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
-    kinds, normalised = {site.name: site.info.kind for site in graph.sites}, normalised_sites(graph)
-    evidence = list(_batch_norms(graph, batch_positions))
+        return Examination((), (_no_forward(failures),))
+    sites = graph.first_calls()
+    judged = places_but_gates(sites)
+    abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
+    normalised = normalised_sites(graph)
+    evidence = [one for site in sites for one in _batch_norm(graph, site, batch_positions)]
     if graph.branches:
         abstentions.append(
             Abstention(
@@ -126,15 +112,18 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), feeds.sites, kinds=kinds, normalised=normalised)
+        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     in_box = propagate_bounds(graph, box) if box is not None else free
-    evidence += _proved_dead(graph, site_bounds(graph, free), f"for every finite input {scope}", {})
+    evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
     if box is not None:
-        known = {one.layer: one.neurons for one in evidence if one.basis == "proved" and one.claim == "dead"}
+        others = {name: mask.copy() for name, mask in judged.items()}
+        for one in evidence:
+            if one.basis == "proved" and one.claim == "dead":
+                others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        evidence += _proved_dead(graph, site_bounds(graph, in_box), inside, known)
+        evidence += _proved_dead(sites, site_bounds(graph, in_box), inside, others)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -149,8 +138,10 @@ def examine_model(
         )
     else:
         where = "for every finite input" if box is None else "for every input in the box"
-        evidence += _unread(graph, unread_neurons(graph, in_box), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), feeds.sites, readers_known, kinds, normalised)
+        unread = unread_neurons(graph, in_box)
+        found = {name: mask & unread[name] for name, mask in judged.items()}
+        evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
+    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised)
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
@@ -201,18 +192,28 @@ def _evidence(
     """Yield evidence on the neurons of a mask, if there are any."""
     neurons = np.flatnonzero(mask).astype(np.int64)
     if neurons.size:
-        yield Evidence(site.name, site.neurons, source, claim, basis, neurons, numbers[neurons], measure, text)
+        yield Evidence(
+            layer=site.name,
+            width=site.neurons,
+            source=source,
+            claim=claim,
+            basis=basis,
+            neurons=neurons,
+            numbers=numbers[neurons],
+            measure=measure,
+            text=text,
+            site=site.name,
+        )
 
 
 def _proved_dead(
-    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, known: Mapping[str, npt.NDArray[np.int64]]
+    sites: Iterable[Site], bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
 ) -> Iterator[Evidence]:
-    for site in graph.sites:
+    for site in sites:
         found = bounds.get(site.name)
         if found is None:
             continue
-        mask = found.dead.copy()
-        mask[known.get(site.name, [])] = False
+        mask = found.dead & judged[site.name]
         method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
         yield from _evidence(
             site,
@@ -226,8 +227,8 @@ def _proved_dead(
         )
 
 
-def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
-    for site in graph.sites:
+def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
+    for site in sites:
         yield from _evidence(
             site,
             unread[site.name],
@@ -243,53 +244,65 @@ def _unread(graph: Graph, unread: Mapping[str, npt.NDArray[np.bool_]], scope: st
         )
 
 
-def _batch_norms(graph: Graph, positions: int | None) -> Iterator[Evidence]:
-    """Yield what batch norm's parameters say about the neurons right after it."""
-    steps = producing_steps(graph)
-    for site in graph.sites:
-        step = step_before_copies(steps, site.before)
-        parameters = _affine(graph, step) if step is not None else None
-        if parameters is None or site.info.kind != "relu-like" or not site.info.linear_when_on:
-            continue
-        scale, shift = parameters
-        if scale.shape != (site.neurons,) or shift.shape != (site.neurons,):
-            continue
-        c = threshold(scale, shift).numpy()
-        evidence = partial(_evidence, site, source=_BATCH_NORM)
+def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evidence]:
+    """Yield what batch norm's parameters say about the neurons of a site right after it."""
+    if site.info.kind != "relu-like" or not site.info.linear_when_on:
+        return
+    parameters = _parameters_before(graph, site)
+    if parameters is None:
+        return
+    scale, shift = parameters
+    c = threshold(scale, shift).numpy()
+    evidence = partial(_evidence, site, source=_BATCH_NORM)
+    yield from evidence(
+        (c >= _QUIET),
+        firing_share_bound(scale, shift).numpy(),
+        claim="quiet",
+        basis="inferred",
+        measure="share of a training batch in which it fires, at most",
+        text=(
+            "In training, it fires for at most this share of any batch's values, whatever their distribution "
+            "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
+        ),
+    )
+    yield from evidence(
+        (c >= _SUSPECTED),
+        normal_firing_share(scale, shift).numpy(),
+        claim="dead",
+        basis="suspected",
+        measure="share of values that fire, if they are normal",
+        text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
+        "is inaccurate in the tails.",
+    )
+    if positions is not None:
+        most = training_maximum(scale, shift, positions).numpy()
         yield from evidence(
-            (c >= _QUIET),
-            firing_share_bound(scale, shift).numpy(),
-            claim="quiet",
+            (most <= 0) & np.isfinite(c),
+            most,
+            claim="dead",
             basis="inferred",
-            measure="share of a training batch in which it fires, at most",
+            measure="pre-activation in training, at most",
             text=(
-                "In training, it fires for at most this share of any batch's values, whatever their distribution "
-                "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
+                f"Proved for training: no batch of {positions} values per channel can make it fire, since no value "
+                f"is more than √({positions} − 1) standard deviations above their mean. In evaluation, this "
+                "holds as far as the running statistics match the data."
             ),
         )
-        yield from evidence(
-            (c >= _SUSPECTED),
-            normal_firing_share(scale, shift).numpy(),
-            claim="dead",
-            basis="suspected",
-            measure="share of values that fire, if they are normal",
-            text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
-            "is inaccurate in the tails.",
-        )
-        if positions is not None:
-            most = training_maximum(scale, shift, positions).numpy()
-            yield from evidence(
-                (most <= 0) & np.isfinite(c),
-                most,
-                claim="dead",
-                basis="inferred",
-                measure="pre-activation in training, at most",
-                text=(
-                    f"Proved for training: no batch of {positions} values per channel can make it fire, since no value "
-                    f"is more than √({positions} − 1) standard deviations above their mean. In evaluation, this "
-                    "holds as far as the running statistics match the data."
-                ),
-            )
+
+
+def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
+    """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
+    steps = producing_steps(graph)
+    found = []
+    for call in graph.sites:
+        if call.name == site.name:
+            step = step_before_copies(steps, call.before)
+            parameters = _affine(graph, step) if step is not None else None
+            if parameters is None or any(parameter.shape != (site.neurons,) for parameter in parameters):
+                return None
+            found.append(parameters)
+    same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
+    return found[0] if same else None
 
 
 def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:

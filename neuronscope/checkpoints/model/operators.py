@@ -1,7 +1,7 @@
 """One rule for each torch function: how intervals pass through it, which inputs it needs, what it does to neurons.
 
 :mod:`~neuronscope.checkpoints.model.bounds.propagate`, :mod:`~neuronscope.checkpoints.model.unused_outputs` and
-:mod:`~neuronscope.checkpoints.model.layer_to_site` read the same table, :data:`OPERATORS`. Of a function that is not in
+:mod:`~neuronscope.checkpoints.model.before_site` read the same table, :data:`OPERATORS`. Of a function that is not in
 it, nothing is claimed: its output is unbounded, it needs all of its inputs, and no layer is traced back through it.
 """
 

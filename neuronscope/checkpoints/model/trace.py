@@ -35,6 +35,7 @@ from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.data.user_code import describe_exception
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
+from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.scanning import model_state_restored
 from neuronscope.sites import SiteInfo, SiteKey
@@ -65,7 +66,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
 
     >>> graph = trace(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), (torch.randn(1, 3),))
     >>> [site.name for site in graph.sites], [step.function.__name__ for step in graph.steps]
-    (['1'], ['linear', 'relu'])
+    (['0/relu'], ['linear', 'relu'])
     """
     kwargs = dict(kwargs or {})
     builder = _GraphBuilder(model)
@@ -99,8 +100,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.outputs = tuple(builder.number(tensor) for tensor in search.tensors(output))
     graph.output_not_searchable = search.failed
     graph.unseen_tensors = builder.unseen_tensors
-    ran = {site.name for site in graph.sites}
-    idle = {path or "(root)" for path in hooks.module_sites} - ran
+    infos = {key.name: hooks.recorder.current_info(key, info) for key, info in hooks.met.items()}
+    graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
+    idle = {path or "(root)" for path in set(hooks.module_sites) - hooks.recorder.ran(hooks.recorder.phase)}
     graph.not_seen = {
         **dict.fromkeys(sorted(idle), "it did not run on the example"),
         **hooks.recorder.all_not_measured(),
@@ -260,52 +262,57 @@ class _StepRecorder(TorchFunctionMode):
 
 
 class _TracingHookManager(HookManager):
-    """A hook manager that counts nothing, and notes the input and output of each site."""
+    """A hook manager that counts nothing, and notes the input and output of each call of a site.
+
+    Attributes:
+        met: The sites that ran, and what was known of each at its first call.
+    """
 
     def __init__(self, model: nn.Module, builder: _GraphBuilder) -> None:
-        met: list[tuple[SiteKey, SiteInfo]] = []
-
-        def new_counters(_phase: str, key: SiteKey, info: SiteInfo, *_: Any) -> None:
-            met.append((key, info))
-
+        self.met: dict[SiteKey, SiteInfo] = {}
         super().__init__(
             model,
             registry=Registry(),
-            new_counters=new_counters,
+            new_counters=_count_nothing,
             declared_axis=lambda *_: None,
             functional=True,
             tolerance=0.0,
         )
         not_measured = self.recorder.not_measured
         self.recorder: SiteRecorder = _TracingRecorder(
-            LayerNames(model), self._examples, self._masks, builder, met, new_counters, self.fail
+            LayerNames(model), self._examples, self._masks, builder, self.met, self.fail
         )
         self.recorder.not_measured = not_measured
 
 
+def _count_nothing(*_: Any) -> None:
+    """Return no counters, so that nothing is counted."""
+
+
 class _TracingRecorder(SiteRecorder):
+    """Adds each call of a site to a graph, and counts nothing."""
+
     def __init__(
         self,
         names: LayerNames,
         examples: ExampleCounter,
         masks: PositionMask,
         builder: _GraphBuilder,
-        met: list[tuple[SiteKey, SiteInfo]],
-        new_counters: Any,
+        met: dict[SiteKey, SiteInfo],
         fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(
             names=names,
             examples=examples,
             masks=masks,
-            new_counters=new_counters,
+            new_counters=_count_nothing,
             declared_axis=lambda *_: None,
             tolerance=0.0,
             fail=fail,
         )
         self._builder = builder
-        self._met = met  # sites for which counters were asked for; nothing is counted
-        self._begun: list[int] = []
+        self._met = met
+        self._begun: list[int] = []  # the inputs of the calls that have begun, one inside another
 
     def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
         call = super().begin(path, function, activation, x, glu_dim)
@@ -316,19 +323,27 @@ class _TracingRecorder(SiteRecorder):
     def end(self, call: Call, x: Any, y: Any) -> None:
         super().end(call, x, y)
         before = self._begun.pop()
+        if isinstance(y, (tuple, list)) and y:
+            y = y[0]
         if isinstance(y, Tensor):
-            self._note(call.key, call.info, before, y)
+            self._note(call, before, y)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
         gated = self._find_product(self.running_phase, args, y) if len(args) == 2 and isinstance(y, Tensor) else None
         if gated is not None and gated.gate is not None:
-            before = next(site.after for site in self._builder.graph.sites if site.name == gated.gate.name)
-            self._note(gated.key, gated.info, before, y)
+            calls = reversed(self._builder.graph.sites)
+            self._note(gated, next(site.after for site in calls if site.name == gated.gate.name), y)
 
-    def _note(self, key: SiteKey, info: SiteInfo, before: int, y: Tensor) -> None:
-        if y.dim() > info.axis:
-            after = self._builder.number(y)
-            self._builder.graph.sites.append(Site(key.name, info, before, after, y.shape[info.axis]))
+    def _note(self, call: Call, before: int, y: Tensor) -> None:
+        layout = call.layout
+        if y.dim() <= layout.axis or (layout.dims is not None and y.dim() != len(layout.dims)):
+            return
+        self._met.setdefault(call.key, call.info)
+        by_neuron, axis = neurons_first(y, *layout)
+        neurons = by_neuron.shape[axis]
+        self._builder.graph.sites.append(
+            Site(call.key.name, call.info, layout, before, self._builder.number(y), neurons)
+        )
 
 
 class _Search:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neuronscope.count.neuron_layout import NeuronLayout
 from neuronscope.sites import SiteInfo
 
 __all__ = ["Graph", "Site", "Step", "TensorRef", "Value", "references", "substitute"]
@@ -62,11 +63,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Site:
-    """An activation site that ran.
+    """One call of an activation site.
 
     Attributes:
         name: Its name, as :func:`neuronscope.watch` gives it.
-        info: Its activation and neuron axis.
+        info: What is known of the site.
+        layout: Where the neurons of its output lie.
         before: Number of its pre-activation; for a gated product, number of the gate's output.
         after: Number of its output.
         neurons: How many neurons it has.
@@ -74,9 +76,30 @@ class Site:
 
     name: str
     info: SiteInfo
+    layout: NeuronLayout
     before: int
     after: int
     neurons: int
+
+    @property
+    def kind(self) -> str:
+        """Kind of the activation."""
+        return self.info.kind
+
+    @property
+    def units(self) -> tuple[tuple[str, int, int, int], ...]:
+        """The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`."""
+        return self.info.units
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals include the site."""
+        return self.info.in_headlines
+
+    @property
+    def normalises(self) -> str:
+        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if there is none."""
+        return self.info.normalises
 
 
 @dataclass
@@ -87,7 +110,7 @@ class Graph:
         values: All tensors; a tensor's number is its index.
         steps: The calls, in order. Calls that returned no tensor are left out, and so are calls on constants alone,
             whose results are constants.
-        sites: The sites, in the order in which they ran.
+        sites: The calls of the sites, in the order in which they ran.
         inputs: Numbers of the tensors that the model was called with.
         outputs: Numbers of the tensors that it returned.
         branches: Names of the functions through which numbers that depend on the input reached Python code.
@@ -105,6 +128,13 @@ class Graph:
     unseen_tensors: int = 0
     output_not_searchable: bool = False
     not_seen: Mapping[str, str] = field(default_factory=dict)
+
+    def first_calls(self) -> tuple[Site, ...]:
+        """Return the first call of each site."""
+        first: dict[str, Site] = {}
+        for site in self.sites:
+            first.setdefault(site.name, site)
+        return tuple(first.values())
 
 
 def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:

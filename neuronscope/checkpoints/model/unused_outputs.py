@@ -16,6 +16,7 @@ from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
 from neuronscope.checkpoints.model.operators import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Step
+from neuronscope.count.neuron_layout import neurons_first
 
 __all__ = ["unread_neurons"]
 
@@ -29,7 +30,7 @@ def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, 
             whose output is the same number for every input reads nothing.
 
     Returns:
-        For each site by name, bool ``(N,)``.
+        For each site by name, bool ``(N,)``: whether nothing reads the neuron after any call of the site.
     """
     masks = {number: torch.ones(graph.values[number].shape, dtype=torch.bool) for number in graph.outputs}
     for step in reversed(graph.steps):
@@ -37,11 +38,13 @@ def unread_neurons(graph: Graph, intervals: list[Interval | None]) -> dict[str, 
             continue
         for number, mask in _needed_inputs(graph, step, masks, intervals):
             masks[number] = masks[number] | mask if number in masks else mask
-    unread = {}
+    unread: dict[str, npt.NDArray[np.bool_]] = {}
     for site in graph.sites:
-        mask = _mask(graph, site.after, masks)
-        others = [dimension for dimension in range(mask.dim()) if dimension != site.info.axis]
-        unread[site.name] = ~(mask.any(dim=others) if others else mask).numpy()
+        mask, axis = neurons_first(_mask(graph, site.after, masks), *site.layout)
+        others = [dimension for dimension in range(mask.dim()) if dimension != axis]
+        here = ~(mask.any(dim=others) if others else mask).numpy()
+        before = unread.get(site.name, here)
+        unread[site.name] = here & before if here.shape == before.shape else np.zeros_like(before)
     return unread
 
 

@@ -14,11 +14,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.join_units import JoinedLayer
 from neuronscope.checkpoints.verdict.layer_verdicts import (
     DEAD_CLAIMS,
     NO_BASIS,
@@ -32,7 +32,7 @@ from neuronscope.checkpoints.verdict.layer_verdicts import (
 from neuronscope.errors import UsageError
 from neuronscope.judge.symptoms import UNDATED
 
-__all__ = ["combine_evidence", "confirmations", "name_by_site"]
+__all__ = ["combine_evidence", "confirmations"]
 
 _ALIVE = CLAIMS.index("alive")
 _SILENT = CLAIMS.index("silent")
@@ -49,13 +49,15 @@ AGREEING_CLAIMS = {
 }
 
 
-def combine_evidence(evidence: Sequence[Evidence], widths: Mapping[str, int] | None = None) -> tuple[LayerReport, ...]:
+def combine_evidence(
+    evidence: Sequence[Evidence], layers: Mapping[str, JoinedLayer] | None = None
+) -> tuple[LayerReport, ...]:
     """Combine evidence into verdicts, layer by layer.
 
     Args:
         evidence: Evidence on any layers from any sources, in any order.
-        widths: Number of neurons by layer, in the order of the report. A layer without evidence is included, as
-            unknown. Layers that are missing here follow in the order in which the evidence names them.
+        layers: The layers by name, in the order of the report. A layer without evidence is included, as unknown.
+            Layers that are missing here follow in the order in which the evidence names them.
 
     Returns:
         One report per layer.
@@ -67,32 +69,16 @@ def combine_evidence(evidence: Sequence[Evidence], widths: Mapping[str, int] | N
     >>> combine_evidence([one])[0].label_of(1), combine_evidence([one])[0].label_of(0)
     ('dead', 'unknown')
     """
-    known = dict(widths or {})
-    layers: dict[str, list[Evidence]] = {name: [] for name in known}
+    known = dict(layers or {})
+    by_layer: dict[str, list[Evidence]] = {name: [] for name in known}
     for one in evidence:
-        layers.setdefault(one.layer, []).append(one)
-        if known.setdefault(one.layer, one.width) != one.width:
+        by_layer.setdefault(one.layer, []).append(one)
+        width = known.setdefault(one.layer, JoinedLayer(one.width)).width
+        if width != one.width:
             raise UsageError(
-                f"Expected all evidence on {one.layer} to be of {known[one.layer]} neurons, but {one.source} has "
-                f"{one.width}."
+                f"Expected all evidence on {one.layer} to be of {width} neurons, but {one.source} has {one.width}."
             )
-    return tuple(_combine_layer(name, known[name], found) for name, found in layers.items())
-
-
-def name_by_site(evidence: Sequence[Evidence], layer_to_site: Mapping[str, str]) -> list[Evidence]:
-    """Return the evidence with module paths replaced by the names of their sites, if both are equally wide.
-
-    Args:
-        evidence: Evidence from any source.
-        layer_to_site: Name of the site by the path of the module that holds its incoming weights.
-    """
-    widths = {one.layer: one.width for one in evidence}
-    names = {
-        module: site
-        for module, site in layer_to_site.items()
-        if widths.get(module) == widths.get(site, widths.get(module))
-    }
-    return [replace(one, layer=names.get(one.layer, one.layer)) for one in evidence]
+    return tuple(_combine_layer(name, known[name], found) for name, found in by_layer.items())
 
 
 def confirmations(layers: Sequence[LayerReport]) -> tuple[Confirmation, ...]:
@@ -131,7 +117,8 @@ def _measured(layer: LayerReport) -> ByteArray | None:
     return codes
 
 
-def _combine_layer(name: str, width: int, evidence: list[Evidence]) -> LayerReport:
+def _combine_layer(name: str, layer: JoinedLayer, evidence: list[Evidence]) -> LayerReport:
+    width = layer.width
     surest = np.full((len(CLAIMS), width), NO_BASIS, dtype=np.uint8)  # the surest basis of each claim
     surest_evidence = np.full((len(CLAIMS), width), -1, dtype=np.int64)  # the evidence that has it
     for index, one in enumerate(evidence):
@@ -167,6 +154,8 @@ def _combine_layer(name: str, width: int, evidence: list[Evidence]) -> LayerRepo
         dating=dating,
         contested=contested,
         evidence=tuple(evidence),
+        sites=layer.sites,
+        in_headlines=layer.in_headlines,
     )
 
 

@@ -55,11 +55,12 @@ def postmortem_facts(
                 normalised=layer.name in normalised,
             )
             for layer in layers
+            if layer.in_headlines
         ),
         step=step,
         learning_rates=tuple(learning_rates),
         decay=decay,
-        clocked=any(layer.is_clocked for layer in layers),
+        clocked=any(layer.is_clocked for layer in layers if layer.in_headlines),
         input_offset=input_offset,
         observed_every=observed_every,
     )

@@ -39,7 +39,8 @@ class Evidence:
     """One claim of one source about ``K`` of the ``N`` neurons of a layer.
 
     Attributes:
-        layer: Name of the site if it is known, else the path of the module that holds the incoming weights.
+        layer: Path of the layer; of evidence on a site, its name, until
+            :func:`~neuronscope.checkpoints.verdict.join_units.join_units` has found the units of layers.
         width: ``N``.
         source: Where the claim comes from: ``monitor record``, ``adam state``, ``weights``, ``batch norm`` …
         claim: One of :data:`CLAIMS`.
@@ -54,6 +55,7 @@ class Evidence:
             then says nothing about the single neurons.
         collapsed: True if the claim holds because the layer has collapsed: all its neurons output zero, and nothing
             passes it.
+        site: Name of the site that the claim is about; ``""`` if it is about the layer's weights.
 
     Raises:
         UsageError: A claim or basis is unknown, shapes differ, or ``neurons`` is not increasing within the width.
@@ -71,6 +73,7 @@ class Evidence:
     since: npt.NDArray[np.int64] | None = None
     whole_layer: bool = False
     collapsed: bool = False
+    site: str = ""
 
     def __post_init__(self) -> None:
         if self.claim not in CLAIMS or self.basis not in BASES:

@@ -49,8 +49,8 @@ class PostmortemVerdict:
     """The verdict on one neuron, with its basis and all evidence for and against it.
 
     Attributes:
-        site: Name of the site, or the path of the module that holds the incoming weights.
-        neuron: Index along the neuron axis.
+        site: Name of the layer.
+        neuron: Number of the unit.
         label: One of :data:`LABELS`.
         basis: ``proved``, ``measured``, ``inferred`` or ``suspected``; ``""`` = nothing is known.
         source: Where the deciding evidence comes from.
@@ -105,7 +105,7 @@ class LayerReport:
     """The verdicts on the ``N`` neurons of one layer, and the evidence for them.
 
     Attributes:
-        name: Name of the site, or the path of the module that holds the incoming weights.
+        name: Path of the layer; of a site whose units are not known, the site's name.
         labels: Index into :data:`LABELS`, uint8 ``(N,)``.
         basis: Index into ``BASES``, uint8 ``(N,)``; :data:`NO_BASIS` if the label is *unknown*.
         deciding: Index into ``evidence`` of the evidence that decides each verdict, int64 ``(N,)``; −1 = none.
@@ -114,6 +114,9 @@ class LayerReport:
         dating: Index into ``evidence`` of the evidence that ``since`` comes from, int64 ``(N,)``; −1 = none.
         contested: True for neurons with evidence of both *alive* or *silent* and its opposite, bool ``(N,)``.
         evidence: All evidence on the layer, used or not.
+        sites: Names of the sites at which the neurons were seen.
+        in_headlines: Whether totals include the layer; see
+            :class:`~neuronscope.checkpoints.verdict.join_units.JoinedLayer`.
     """
 
     name: str
@@ -125,6 +128,8 @@ class LayerReport:
     dating: IntArray
     contested: BoolArray
     evidence: tuple[Evidence, ...]
+    sites: tuple[str, ...] = ()
+    in_headlines: bool = True
 
     @property
     def neurons(self) -> int:
@@ -224,6 +229,8 @@ class LayerReport:
         listed = np.flatnonzero(self.contested | (self.labels < CLAIMS.index("alive")))
         return {
             "name": self.name,
+            "sites": list(self.sites),
+            "in_headlines": self.in_headlines,
             "neurons": self.neurons,
             "dead": self.dead,
             "suspected": self.suspected,
@@ -266,6 +273,7 @@ def _one_line(one: Evidence) -> str:
 def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
     return {
         "source": one.source,
+        "site": one.site or None,
         "whole_layer": one.whole_layer,
         "collapsed": one.collapsed,
         "claim": one.claim,

@@ -99,7 +99,7 @@ def render(report: PostmortemReport) -> str:
 
 def _cards(report: PostmortemReport) -> list[Card]:
     by_basis = report.dead_by_basis()
-    since = np.concatenate([layer.since[layer.dead_mask] for layer in report.layers])
+    since = np.concatenate([layer.since[layer.dead_mask] for layer in report.headline_layers])
     dated = np.sort(since[since >= 0])
     half, below = NONE, "no death is dated"
     if dated.size:

@@ -98,14 +98,15 @@ def findings(report: PostmortemReport) -> list[str]:
     """Return what was found as plain sentences, worst first."""
     sentences = []
     if report.not_finite:
-        where = [layer.name for layer in report.layers if layer.count("not finite")]
+        where = [layer.name for layer in report.headline_layers if layer.count("not finite")]
         sentences.append(
             f"NOT FINITE: {plural(report.not_finite, 'neuron')} {is_are(report.not_finite)} NaN or infinite, in "
             f"{_layers(where)}. This network is not healthy, whatever the rest says."
         )
     sentences += _collapses(report)
     if not report.neurons:
-        return [*sentences, "No layer could be examined, so there is no verdict on any neuron."]
+        nothing = "No layer could be examined, so there is no verdict on any neuron."
+        return [*sentences, *(_left_out(report) or [nothing])]
     sentences += _deaths(report)
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
@@ -121,7 +122,8 @@ def findings(report: PostmortemReport) -> list[str]:
             f"{count(report.contested)} {is_are(report.contested)} contested: one source calls {them} dead, another "
             "alive. The surer source decides."
         )
-    silent = sum(contest.neurons.size for contest in find_disagreements(report.layers) if contest.silent_on_data)
+    disagreements = find_disagreements(report.headline_layers)
+    silent = sum(contest.neurons.size for contest in disagreements if contest.silent_on_data)
     if silent:
         sentences.append(
             f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
@@ -129,7 +131,17 @@ def findings(report: PostmortemReport) -> list[str]:
         )
     if report.unknown:
         sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
-    return sentences
+    return [*sentences, *_left_out(report)]
+
+
+def _left_out(report: PostmortemReport) -> list[str]:
+    """Say which layers are not in the totals."""
+    names = [layer.name for layer in report.layers if not layer.in_headlines]
+    if not names:
+        return []
+    who = f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'}"
+    why = "which dimension holds the neurons is only assumed, or a function was applied to outputs of the network"
+    return [f"{who} not in the totals: {why}."]
 
 
 def is_alarm(report: PostmortemReport) -> bool:
@@ -141,7 +153,7 @@ def _collapses(report: PostmortemReport) -> list[str]:
     """Return a sentence for each layer that has collapsed or may have."""
     tell = "" if report.level == "data" else " Data (--data) would tell."
     sentences: dict[str, list[str]] = {"firm": [], "suspected": []}
-    for layer in report.layers:
+    for layer in report.headline_layers:
         layer_name, none = visible(layer.name), f"none of its {count(layer.neurons)} neurons"
         if layer.collapse == "firm":
             sentences["firm"].append(
@@ -167,11 +179,11 @@ def _deaths(report: PostmortemReport) -> list[str]:
     if not report.dead:
         return [f"No dead neuron was found among {count(report.neurons)}."]
     sure = ", ".join(f"{count(number)} {basis}" for basis, number in report.dead_by_basis().items() if number)
-    worst = max(report.layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
+    worst = max(report.headline_layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
     what = "" if report.count("dead") == report.dead else f" or get{'s' * (report.dead == 1)} no gradient"
     at_least = "at least " if report.unknown else ""
-    clocked = any(layer.is_clocked for layer in report.layers)
-    steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.layers]))
+    clocked = any(layer.is_clocked for layer in report.headline_layers)
+    steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.headline_layers]))
     how_many = f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what}"
     return [
         f"{how_many} ({at_least}{percent(report.dead_percent)}): {sure}.",
@@ -181,7 +193,7 @@ def _deaths(report: PostmortemReport) -> list[str]:
 
 
 def _idle(report: PostmortemReport) -> str:
-    names = [layer.name for layer in report.layers if layer.idle.any()]
+    names = [layer.name for layer in report.headline_layers if layer.idle.any()]
     one = len(names) == 1
     cut_off = "a layer that collapsed" if report.collapsed else "what follows"
     return (
@@ -229,7 +241,7 @@ def layer_cells(layer: LayerReport) -> LayerCells:
         return count(value) if value else (UNKNOWN if blank or broken else NONE)  # no calm dot beside a NaN
 
     return LayerCells(
-        name=visible(layer.name),
+        name=visible(layer.name) + (" (not in the totals)" if not layer.in_headlines else ""),
         neurons=count(layer.neurons),
         dead=number(layer.dead),
         dead_share=UNKNOWN if blank or (broken and not layer.dead) else at_least + percent(layer.dead_percent),

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.operators import OPERATORS
-from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
 __all__ = ["Box", "SiteBounds", "propagate_bounds", "site_bounds"]
@@ -120,23 +121,49 @@ def _with_shape(interval: Interval, shape: tuple[int, ...]) -> Interval:
 
 
 def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, SiteBounds]:
-    """Return the bounds of each site by its name. Sites of which nothing is known are left out.
+    """Return the bounds of each site by its name; they hold for all of its calls.
+
+    Sites are left out if nothing is known of one of their calls.
 
     Args:
         graph: A traced forward.
         intervals: What :func:`propagate_bounds` gave for it.
     """
-    bounds: dict[str, SiteBounds] = {}
+    calls: dict[str, list[SiteBounds | None]] = {}
     for site in graph.sites:
-        before, after = intervals[site.before], intervals[site.after]
-        if before is None or after is None or len(after.shape) <= site.info.axis:
-            continue
-        low, high = after.along(site.info.axis)
-        if before.shape[site.info.axis : site.info.axis + 1] == (site.neurons,):
-            lowest, highest = before.along(site.info.axis)
-        else:  # GLU: the input has twice as many features as there are neurons
-            lowest, highest = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
-        if bool(((low > -torch.inf) | (high < torch.inf)).any()):
-            dead = (low == 0) & (high == 0)
-            bounds[site.name] = SiteBounds(before.source, lowest.numpy(), highest.numpy(), dead.numpy())
+        calls.setdefault(site.name, []).append(_call_bounds(site, intervals[site.before], intervals[site.after]))
+    bounds: dict[str, SiteBounds] = {}
+    for name, found in calls.items():
+        known = [one for one in found if one is not None]
+        if len(known) == len(found) and len({one.dead.size for one in known}) == 1:
+            bounds[name] = SiteBounds(
+                source=known[0].source,
+                lowest=np.min([one.lowest for one in known], axis=0),
+                highest=np.max([one.highest for one in known], axis=0),
+                dead=np.all([one.dead for one in known], axis=0),
+            )
     return bounds
+
+
+def _call_bounds(site: Site, before: Interval | None, after: Interval | None) -> SiteBounds | None:
+    """Return the bounds of one call of a site, or ``None`` if nothing is known of it."""
+    if before is None or after is None or len(after.shape) <= site.layout.axis:
+        return None
+    low, high = _by_neuron(after, site.layout)
+    if not bool(((low > -torch.inf) | (high < torch.inf)).any()):
+        return None
+    if before.shape == after.shape:
+        lowest, highest = _by_neuron(before, site.layout)
+    else:  # GLU: the input has twice as many features as there are neurons
+        lowest, highest = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
+    dead = (low == 0) & (high == 0)
+    return SiteBounds(before.source, lowest.numpy(), highest.numpy(), dead.numpy())
+
+
+def _by_neuron(interval: Interval, layout: NeuronLayout) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest bound of each neuron, both ``(N,)``."""
+    if layout.dims is None:
+        return interval.along(layout.axis)
+    low, _ = neurons_first(interval.low.expand(interval.shape), *layout)
+    high, _ = neurons_first(interval.high.expand(interval.shape), *layout)
+    return low.amin(1), high.amax(1)

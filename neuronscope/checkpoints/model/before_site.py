@@ -1,0 +1,69 @@
+"""Find what a traced forward computed right before an activation site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from neuronscope.checkpoints.model.operators import OPERATORS
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
+
+__all__ = ["normalised_sites", "producing_steps", "step_before_copies"]
+
+
+def normalised_sites(graph: Graph) -> set[str]:
+    """Return the names of the sites with a normalisation before their activation or before their layer's weights.
+
+    Args:
+        graph: A traced forward.
+
+    >>> from torch import nn, zeros
+    >>> from neuronscope.checkpoints.model.trace import trace
+    >>> network = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+    >>> normalised_sites(trace(network, (zeros(1, 3),)))
+    {'1/relu'}
+    """
+    steps = producing_steps(graph)
+    others = {site.name for site in graph.sites if not _is_normalised(graph, steps, site)}
+    return {site.name for site in graph.sites} - others
+
+
+def _is_normalised(graph: Graph, steps: Mapping[int, Step], site: Site) -> bool:
+    layers = 0
+    number: int | None = site.before
+    while number is not None and layers < 2:
+        kind = _kind(steps.get(number))
+        if kind == "norm":
+            return True
+        layers += kind == "mixes"
+        number = None if kind == "other" else _only_input(graph, steps[number])
+    return False
+
+
+def _kind(step: Step | None) -> str:
+    """Return what a step does to neurons: the ``kind`` of its operator's rule, or ``other``."""
+    rule = OPERATORS.get(step.function) if step is not None else None
+    return "other" if rule is None else rule.kind
+
+
+def _only_input(graph: Graph, step: Step) -> int | None:
+    """Return the number of the one tensor that a step reads and that depends on the input, if there is just one."""
+    inputs = {number for number in step.reads if graph.values[number].constant is None}
+    return inputs.pop() if len(inputs) == 1 else None
+
+
+def producing_steps(graph: Graph) -> dict[int, Step]:
+    """Return the step that made each tensor, by the tensor's number."""
+    return {number: step for step in graph.steps for number in step.outputs}
+
+
+def step_before_copies(steps: Mapping[int, Step], number: int) -> Step | None:
+    """Return the step that computed a tensor, before copies, casts and dropout.
+
+    Args:
+        steps: What :func:`producing_steps` returned.
+        number: The tensor's number.
+    """
+    step = steps.get(number)
+    while step is not None and _kind(step) == "same" and step.reads:
+        step = steps.get(step.reads[0])
+    return step

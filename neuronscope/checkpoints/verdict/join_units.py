@@ -1,0 +1,203 @@
+"""Join the evidence of all sources on one key: a unit of a layer.
+
+The weights and the optimizer's state have one row for each unit of a layer. A monitor's record, a traced forward and a
+scan have sites, whose neurons are units of layers. A norm that normalises the units of a layer one by one is a layer of
+its own, but its unit ``i`` and unit ``i`` of the layer before it are one neuron; it is named after the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.judge.distinct import SiteUnits
+
+__all__ = ["JoinedLayer", "JoinedLayers", "NamedSite", "join_units", "places_but_gates", "wherever_seen"]
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+class NamedSite(SiteUnits, Protocol):
+    """List what is needed of one site; a :class:`neuronscope.report.report.SiteReport` has it all."""
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+
+    @property
+    def normalises(self) -> str:
+        """Path of the layer that the site's layer normalises, unit by unit; ``""`` if there is none."""
+
+
+@dataclass(frozen=True)
+class JoinedLayer:
+    """One layer of a post-mortem.
+
+    Attributes:
+        width: Number of its units.
+        sites: Names of the sites at which they were seen.
+        in_headlines: Whether totals include it. They do not if it is a site whose axis is assumed, or a function that
+            was applied to outputs of the network.
+    """
+
+    width: int
+    sites: tuple[str, ...] = ()
+    in_headlines: bool = True
+
+
+@dataclass
+class JoinedLayers:
+    """The layers of a post-mortem.
+
+    Attributes:
+        layers: The layers by name, in the order of the report.
+        norms: The norm of each layer that a norm normalises, unit by unit, by the layer's path.
+    """
+
+    layers: dict[str, JoinedLayer] = field(default_factory=dict)
+    norms: dict[str, str] = field(default_factory=dict)
+
+    def name_of(self, path: str) -> str:
+        """Return the name of the layer with this path: that of its norm if it has one."""
+        return self.norms.get(path, path)
+
+
+def join_units(
+    evidence: Iterable[Evidence], sites: Sequence[NamedSite], widths: Mapping[str, int]
+) -> tuple[list[Evidence], JoinedLayers]:
+    """Turn all evidence into evidence on the units of layers.
+
+    Args:
+        evidence: Evidence of all sources, on sites or on layers.
+        sites: The sites of all sources. The neurons of a site that is not in the totals, or whose units are not known
+            or not among those of the checkpoint's layer, are a layer of their own, which has the site's name.
+        widths: Number of units of each layer of the checkpoint by its path, in order.
+
+    Returns:
+        The evidence, and the layers.
+
+    >>> from types import SimpleNamespace as Site
+    >>> site = Site(name="g(1:3)/silu", kind="smooth", neurons=2, units=(("g", 1, 3, 1),), in_headlines=True,
+    ...             normalises="")
+    >>> one = Evidence("g(1:3)/silu", 2, "scan", "dead", "measured", np.array([1]), np.array([0.1]), "", "Silent.",
+    ...                site="g(1:3)/silu")
+    >>> found, joined = join_units([one], [site], {"g": 4})
+    >>> found[0].layer, found[0].width, found[0].neurons, joined.layers
+    ('g', 4, array([2]), {'g': JoinedLayer(width=4, sites=('g(1:3)/silu',), in_headlines=True)})
+    """
+    units_of = {(site.name, site.neurons): _units_by_layer(site, widths) for site in sites}
+    found: dict[str, int] = {}
+    for units_by_layer in units_of.values():
+        for layer, units in units_by_layer.items():
+            found[layer] = max(found.get(layer, 0), int(units.max(initial=-1)) + 1)
+    joined = JoinedLayers(norms=_norms(sites, widths, found))
+    for path, width in widths.items():
+        joined.layers[joined.name_of(path)] = JoinedLayer(width)
+    for site in sites:
+        for name in units_of[site.name, site.neurons]:
+            known = joined.layers.get(name) or JoinedLayer(found[name], in_headlines=site.in_headlines)
+            joined.layers[name] = replace(known, sites=tuple(dict.fromkeys((*known.sites, site.name))))
+    placed = []
+    for one in evidence:
+        units_by_layer = units_of.get((one.site, one.width), {})
+        if units_by_layer:
+            placed += [_place(one, name, units, joined.layers[name].width) for name, units in units_by_layer.items()]
+        else:
+            name = joined.name_of(one.layer)
+            joined.layers.setdefault(name, JoinedLayer(one.width))
+            placed.append(replace(one, layer=name))
+    return [one for one in placed if one.neurons.size], joined
+
+
+def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:
+    """Return which neurons of each site are judged there, bool ``(N,)`` by site: not gates that have a product.
+
+    Args:
+        sites: The sites of one source.
+    """
+    products: dict[str, IntArray] = {}
+    for site in sites:
+        if site.kind == "gated":
+            for layer, units in _units_by_layer(site).items():
+                products[layer] = np.union1d(products.get(layer, units), units)
+    masks: dict[str, BoolArray] = {}
+    for site in sites:
+        mask = np.ones(site.neurons, dtype=np.bool_)
+        if site.kind != "gated":
+            for layer, units in _units_by_layer(site).items():
+                mask &= (units < 0) | ~np.isin(units, products.get(layer, ()))
+        masks[site.name] = mask
+    return masks
+
+
+def wherever_seen(
+    masks: Mapping[str, BoolArray], judged: Mapping[str, BoolArray], sites: Sequence[NamedSite]
+) -> dict[str, BoolArray]:
+    """Return which neurons of a mask are in the masks of all sites at which they are judged, bool ``(N,)`` by site.
+
+    Args:
+        masks: A mask for each site, bool ``(N,)``.
+        judged: What :func:`places_but_gates` returned for them.
+        sites: The sites of one source.
+    """
+    outside: dict[str, IntArray] = {}
+    for site in sites:
+        for layer, units in _units_by_layer(site).items():
+            missed = units[judged[site.name] & ~masks[site.name]]
+            outside[layer] = np.union1d(outside.get(layer, missed), missed)
+    found: dict[str, BoolArray] = {}
+    for site in sites:
+        found[site.name] = masks[site.name].copy()
+        for layer, units in _units_by_layer(site).items():
+            found[site.name] &= (units < 0) | ~np.isin(units, outside[layer])
+    return found
+
+
+def _units_by_layer(site: NamedSite, widths: Mapping[str, int] | None = None) -> dict[str, IntArray]:
+    """Return which unit of each layer the neurons of a site are, int64 ``(N,)`` by layer; −1 = of another layer."""
+    own = {site.name: np.arange(site.neurons, dtype=np.int64)}
+    if not site.in_headlines or sum(len(range(*run[1:])) for run in site.units) != site.neurons:
+        return own
+    found: dict[str, IntArray] = {}
+    start = 0
+    for layer, *bounds in site.units:
+        units = np.arange(*bounds, dtype=np.int64)
+        found.setdefault(layer, np.full(site.neurons, -1, dtype=np.int64))[start : start + units.size] = units
+        start += units.size
+    outside = any(units.max(initial=-1) >= (widths or {}).get(layer, np.inf) for layer, units in found.items())
+    return own if outside else found
+
+
+def _norms(sites: Sequence[NamedSite], widths: Mapping[str, int], found: Mapping[str, int]) -> dict[str, str]:
+    """Return the norm of each layer of the checkpoint that exactly one norm normalises, unit by unit."""
+    norms: dict[str, set[str]] = {}
+    for site in sites:
+        if site.normalises and site.in_headlines:
+            norms.setdefault(site.normalises, set()).update(layer for layer, *_ in site.units)
+    return {
+        path: norm
+        for path, (norm, *others) in norms.items()
+        if not others and widths.get(path) == found.get(norm) and norm not in widths
+    }
+
+
+def _place(one: Evidence, layer: str, units: IntArray, width: int) -> Evidence:
+    """Return the part of a site's evidence that is about one layer.
+
+    Args:
+        one: The evidence.
+        layer: Name of the layer.
+        units: Which of the layer's units each neuron of the site is, int64 ``(N,)``; −1 = none.
+        width: Number of the layer's units.
+    """
+    places = np.flatnonzero(units[one.neurons] >= 0)
+    places = places[np.argsort(units[one.neurons[places]])]
+    since = None if one.since is None else one.since[places]
+    neurons = units[one.neurons[places]]
+    return replace(one, layer=layer, width=width, neurons=neurons, numbers=one.numbers[places], since=since)
