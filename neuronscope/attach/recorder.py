@@ -367,17 +367,21 @@ class SiteRecorder:
 
     def _note_traced(self, call: Call) -> None:
         counters = call.counters
-        if counters is not None and self.is_tensor_parallel():
-            self.not_measured[call.key.name] = (
-                "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the "
-                "layer's neurons are this rank's: watch the model without compiling it"
-            )
-            counters = None
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
         first = counters is not None and counters.is_first_call(self.forward.number)
-        self._traced.append((call._replace(counters=counters), first))
+        self._traced.append((call, first))
+
+    def _is_shared_in_graph(self, key: SiteKey) -> bool:
+        """Whether ranks share the neurons of a traced site, after noting that it is not measured."""
+        if not self.is_tensor_parallel():
+            return False
+        self.not_measured[key.name] = (
+            "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the layer's "
+            "neurons are this rank's: watch the model without compiling it"
+        )
+        return True
 
     def _find(
         self,
@@ -484,7 +488,8 @@ class SiteRecorder:
         )
         if is_module:
             self._modules.add(key)
-        counters = self._counters_for(phase, key, info, names, neurons, x)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, x)
         if counters is not None and not traced:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
@@ -672,7 +677,8 @@ class SiteRecorder:
         )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
-        counters = self._counters_for(phase, key, info, names, neurons, y)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
         if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)

@@ -112,5 +112,5 @@ def test_a_compiled_model_whose_layers_ranks_share_is_not_measured(runs: dict[in
     for rank in runs[2]:
         counted, reasons = rank["tensor_compiled"]
         assert counted == []
-        assert {"gate/relu", "gate/reglu", "down/relu"} <= set(reasons)
-        assert "tensor parallelism" in reasons["gate/relu"]
+        assert {"act", "late"} == set(reasons)  # by their places: the layers are not known
+        assert "tensor parallelism" in reasons["act"]
