@@ -162,14 +162,14 @@ class ForwardContext:
     @property
     def inference(self) -> bool:
         """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
-        if self.module_stack and not self._runs_only_step:
+        if self.module_stack and not (self.step_is_forward and self._runs_only_step):
             return self._inference
         return self._begins_inference()
 
     @property
     def may_be_recomputed(self) -> bool:
-        """Whether a call without gradients may be made again in a backward pass, by reentrant checkpointing."""
-        return not torch.is_grad_enabled() and (self._graded if self.module_stack else not self.inference)
+        """Whether a call without gradients may be made again, with them, by reentrant checkpointing."""
+        return self._graded if self.module_stack else not self.inference
 
     def _begins_inference(self) -> bool:
         if not self.training or torch.is_grad_enabled() or in_backward():

@@ -39,7 +39,7 @@ _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
 
 
-class _Step(NamedTuple):
+class _Outcome(NamedTuple):
     """What a call leads to.
 
     Attributes:
@@ -78,7 +78,7 @@ class NeuronFlow:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._weights: TensorMap[Origin] = TensorMap()
-        self._steps: dict[tuple[Any, ...], _Step] = {}  # by the facts that they follow from
+        self._steps: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
@@ -228,7 +228,7 @@ class NeuronFlow:
 
     def _find(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
-    ) -> _Step:
+    ) -> _Outcome:
         """Return what a call leads to."""
         call, count = len(self.layers), len(outputs)
         described = tuple([self._describe(arg) for arg in args])
@@ -245,14 +245,14 @@ class NeuronFlow:
         carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
         if not origins[0].upstream >> call & 1:
             kept = {site for origin in origins for site in origin.carries}
-            return _Step(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
+            return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
         reads = 0
         for origin in sources:
             reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
-        return _Step(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
+        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""

@@ -263,7 +263,7 @@ class SiteRecorder:
     @property
     def running_phase(self) -> str:
         """The phase of the forward that is running."""
-        return INFERENCE if self.forward.inference else self.phase
+        return INFERENCE if self.forward.training and self.forward.inference else self.phase
 
     def restart(self) -> None:
         """Forget an unfinished forward, and remove the hooks on tensors that outlive their step."""
@@ -324,7 +324,7 @@ class SiteRecorder:
             self.not_measured.setdefault(place, IN_TRANSFORM)
             return None
         call = self._find(phase, place, not function, activation, x, glu_dim)
-        if forward.may_be_recomputed:
+        if not torch.is_grad_enabled() and forward.may_be_recomputed:
             forward.recomputation.add((path, function), call)
         if call is not None and call.hook is not None and x.requires_grad and torch.is_grad_enabled():
             self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
@@ -555,7 +555,7 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
-        given = y  # noqa: F841  # `comptime` reads variables
+        given = y  # `comptime` reads variables
         if isinstance(y, dict):
             y = [*y.values()]
         if isinstance(y, (tuple, list)) and len(y) > 0:
@@ -672,7 +672,10 @@ class SiteRecorder:
         layout = units.layout
         info = replace(
             gate.info,
-            **{"activation": name, "kind": "gated", "linear_when_on": False, "axis": layout.axis},
+            activation=name,
+            kind="gated",
+            linear_when_on=False,
+            axis=layout.axis,
             units=units.tensor_runs() if gate.info.units else (),
         )
         names = (key.name, key.layer, info.place)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.containers import Lines
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -43,6 +44,24 @@ class Column(NamedTuple):
     narrowest: int = 0
     wraps: bool = False
     optional: bool = False
+
+
+class _Name(Text):
+    """A layer's name, which is broken before its last part if it does not fit on one line."""
+
+    def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+        """Return its lines.
+
+        Args:
+            console: Where it is drawn.
+            width: Most columns of a line.
+            options: As of :meth:`rich.text.Text.wrap`.
+        """
+        end = max(self.plain.rfind(mark, 0, width) for mark in "/.") + 1
+        if self.cell_len <= width or not end:
+            return super().wrap(console, width, **options)
+        first, rest = self.divide([end])
+        return Lines([first, *_Name(rest.plain, style=self.style).wrap(console, width, **options)])
 
 
 class Page:
@@ -143,7 +162,7 @@ class Page:
                 one.heading, justify="right" if one.right else "left", overflow="fold", no_wrap=not one.wraps
             )
         for row in rows:
-            table.add_row(row.name, *(Text(getattr(row, one.field)) for one in shown), style=_STYLES[row.tone])
+            table.add_row(_Name(row.name), *(Text(getattr(row, one.field)) for one in shown), style=_STYLES[row.tone])
         self._console.print(table)
         for sentence in left_out:
             self.line(sentence, "dim")

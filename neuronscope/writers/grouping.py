@@ -5,6 +5,7 @@ The groups depend only on the names of the layers, so that they stay the same ov
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Group:
     def label(self) -> str:
         """Its name for people.
 
-        >>> Group("layers.0", "layers.3", ("layers.0.act", "layers.3.act"), False).label
+        >>> Group("layers.0", "layers.3", ("layers.0.fc/relu", "layers.3.fc/relu"), False).label
         'layers.0 ... 3'
         """
         if self.single:
@@ -44,7 +45,7 @@ class Group:
 def group_sites(names: Sequence[str], most: int) -> list[Group]:
     """Group layers until there are at most ``most`` groups.
 
-    Layers with the same beginning of their module path form a group; the beginning is as long as possible. If that is
+    Layers with the same beginning of their path form a group; the beginning is as long as possible. If that is
     too coarse (80 layers under one ``model.layers``), neighbours with a longer common beginning form groups instead.
 
     Args:
@@ -56,7 +57,7 @@ def group_sites(names: Sequence[str], most: int) -> list[Group]:
     """
     if len(names) <= most:
         return [Group(name, None, (name,), True) for name in names]
-    parts = [name.split(".") for name in names]
+    parts = [_path_parts(name) for name in names]
     deepest = max(len(part) for part in parts)
     finer = _by_prefix(names, parts, deepest)
     for depth in range(deepest, 0, -1):
@@ -76,17 +77,28 @@ def group_sites(names: Sequence[str], most: int) -> list[Group]:
 def shared_prefix(labels: Sequence[str]) -> str:
     """Return the path parts that all labels begin with, and a dot; empty if leaving them out would save little.
 
-    >>> shared_prefix(["model.layers.0.act", "model.layers.1.act"])
+    >>> shared_prefix(["model.layers.0.fc/relu", "model.layers.1.fc/relu"])
     'model.layers.'
     """
     if len(labels) < 2:
         return ""
-    split = [label.split(".") for label in labels]
+    split = [_path_parts(label) for label in labels]
     shared = 0
     while shared < min(map(len, split)) - 1 and len({part[shared] for part in split}) == 1:
         shared += 1
     prefix = ".".join(split[0][:shared])
     return f"{prefix}." if len(prefix) > 8 else ""
+
+
+def _path_parts(name: str) -> list[str]:
+    """Return the parts of a layer's path; what follows the path belongs to the last one.
+
+    >>> _path_parts("model.attn.qkv(0:8,24:32,...,72:80)/relu")
+    ['model', 'attn', 'qkv(0:8,24:32,...,72:80)/relu']
+    """
+    path = re.split(r"[(/]", name, maxsplit=1)[0]
+    *parents, last = path.split(".")
+    return [*parents, last + name[len(path) :]]
 
 
 def _by_prefix(names: Sequence[str], parts: Sequence[list[str]], depth: int) -> dict[str, list[str]]:
@@ -100,7 +112,7 @@ def _neighbours(paths: Sequence[str], most: int) -> list[list[str]]:
     """Return at most ``most`` runs of neighbouring paths; a run stays within one parent if possible."""
     parents: dict[str, list[str]] = {}
     for path in paths:
-        parents.setdefault(path.rpartition(".")[0], []).append(path)
+        parents.setdefault(".".join(_path_parts(path)[:-1]), []).append(path)
     families = list(parents.values()) if len(parents) <= most else [list(paths)]
     apart = 1
     while sum(-(-len(family) // apart) for family in families) > most:
@@ -114,7 +126,7 @@ def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
 
 def _tail(first: str, last: str) -> str:
     """Return ``last`` without the path parts at its beginning that ``first`` has too."""
-    one, two = first.split("."), last.split(".")
+    one, two = _path_parts(first), _path_parts(last)
     shared = 0
     while shared < min(len(one), len(two)) - 1 and one[shared] == two[shared]:
         shared += 1

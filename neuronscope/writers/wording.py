@@ -336,12 +336,11 @@ def _dead(site: SiteReport) -> str:
 
 
 def _axis(site: SiteReport) -> str:
-    source = visible(site.axis_source)
-    if source.startswith("producer (") and source.endswith(")"):
-        source = source[len("producer (") : -1]
-    elif source.startswith("layer ("):
-        source = "layer"  # the layer's path is in the name of the site
-    return f"{site.axis} · assumed ?" if source.startswith("assumed") else f"{site.axis} · {source}"
+    if site.assumed:
+        return f"{site.axis} · assumed ?"
+    if site.axis_source.startswith("layer ("):  # the layer is in the site's name
+        return str(site.axis)
+    return f"{site.axis} · {visible(site.axis_source)}"
 
 
 def _tone(site: SiteReport, unseen: bool) -> str:

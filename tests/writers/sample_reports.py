@@ -48,7 +48,7 @@ def site(
     *,
     activation: str = "relu",
     kind: str = "relu-like",
-    axis_source: str = "producer (conv2d)",
+    axis_source: str = "",
     windows: int = 20,
     stride: int = 100,
     positions: int = 10_000,
@@ -58,6 +58,7 @@ def site(
 ) -> SiteReport:
     """A site whose neurons are strewn over its indices, each with its fate and a history that fits it."""
     fate = fate or Fate()
+    layer = name.partition("/")[0]
     rng = np.random.default_rng(seed)
     order = rng.permutation(neurons)
     ends = np.cumsum(
@@ -120,7 +121,7 @@ def site(
         kind=kind,
         neurons=neurons,
         axis=1,
-        axis_source=axis_source,
+        axis_source=axis_source or f"layer ({layer})",
         positions=positions,
         gradient_positions=positions if gradients else 0,
         examples=examples if seen else 0,
@@ -142,6 +143,8 @@ def site(
             deaths=(died_step >= 0).astype(np.int64),
             revivals=(revived_step >= 0).astype(np.int64),
         ),
+        layer="" if axis_source else layer,
+        units=() if axis_source else ((layer, 0, neurons, 1),),
     )
 
 
@@ -164,32 +167,32 @@ def report(*sites: SiteReport, notes: tuple[str, ...] = (), not_measured: tuple[
 def mixed() -> Report:
     """One site of every sort: each column of a table has something to say."""
     return report(
-        site("features.1", 64, Fate(born=10, died=2, revived=2), seed=1),
-        site("features.4", 128, Fate(died=24, dormant=6, revived=5), seed=2),
-        site("block.mlp.act_fn.gated", 256, Fate(born=3, dormant=30), activation="swiglu", kind="gated", seed=3),
-        site("block.gate", 32, Fate(cut_off=5), activation="sigmoid", kind="saturating", seed=4),
-        site("block.relu()", 96, Fate(linear=7, silent=3), axis_source="assumed (rank)", seed=5),
-        site("blind.relu#1", 48, Fate(born=1), axis_source="producer (linear)", gradients=False, seed=6),
-        site("never.ran", 16, positions=0, windows=0),
-        site("classifier.relu", 512, axis_source="declared", seed=8),
-        notes=("Gradients at blind.relu#1 were not seen: its input needs none.",),
+        site("features.0/relu", 64, Fate(born=10, died=2, revived=2), seed=1),
+        site("features.3/relu", 128, Fate(died=24, dormant=6, revived=5, silent=3), seed=2),
+        site("block.mlp.gate_proj/swiglu", 256, Fate(born=3, dormant=30), activation="swiglu", kind="gated", seed=3),
+        site("block.gate/sigmoid", 32, Fate(cut_off=5), activation="sigmoid", kind="saturating", seed=4),
+        site("block.act", 96, Fate(linear=7, silent=3), axis_source="assumed (rank)", seed=5),
+        site("blind.fc/relu#1", 48, Fate(born=1), gradients=False, seed=6),
+        site("never.ran/relu", 16, positions=0, windows=0),
+        site("classifier.1", 512, axis_source="declared", seed=8),
+        notes=("Gradients at blind.fc/relu#1 were not seen: its input needs none.",),
         not_measured=(NotMeasured("head.fused", "A fused kernel hides its activation."),),
     )
 
 
 def healthy() -> Report:
     """Nothing is wrong anywhere."""
-    return report(site("relu1", 16, seed=1), site("relu2", 24, seed=2))
+    return report(site("fc1/relu", 16, seed=1), site("fc2/relu", 24, seed=2))
 
 
 def broken() -> Report:
     """A network that has gone NaN, and in which nothing else is wrong."""
-    return report(site("relu1", 16, seed=1), site("relu2", 24, Fate(not_finite=24), seed=2))
+    return report(site("fc1/relu", 16, seed=1), site("fc2/relu", 24, Fate(not_finite=24), seed=2))
 
 
 def unwatched() -> Report:
     """Nothing was observed at all."""
-    return report(site("relu1", 16, positions=0, windows=0), site("relu2", 24, positions=0, windows=0))
+    return report(site("fc1/relu", 16, positions=0, windows=0), site("fc2/relu", 24, positions=0, windows=0))
 
 
 def hostile() -> Report:
@@ -209,7 +212,7 @@ def hostile() -> Report:
 def many(count: int = 120) -> Report:
     """Hundreds of sites of which three have something to report."""
     fates = {7: Fate(born=2), 50: Fate(dormant=3), 99: Fate(died=1)}
-    long = "encoder.layers.{}.feed_forward.intermediate_act_fn"
+    long = "encoder.layers.{}.feed_forward.intermediate_dense/relu"
     return report(*(site(long.format(i), 16, fates.get(i), windows=4, seed=i) for i in range(count)))
 
 
@@ -218,7 +221,7 @@ def noisy(sites: int = 12, neurons: int = 4096, windows: int = 200) -> Report:
     rng = np.random.default_rng(0)
     made = []
     for index in range(sites):
-        plain = site(f"layers.{index}.relu", neurons, Fate(born=neurons // 9, died=neurons // 3), windows=windows)
+        plain = site(f"layers.{index}.fc/relu", neurons, Fate(born=neurons // 9, died=neurons // 3), windows=windows)
         history = replace(
             plain.history,
             levels=rng.integers(0, 256, (windows, neurons), dtype=np.uint8),

@@ -124,20 +124,20 @@ def cell(page: Page, site: str, heading: str) -> tuple[str, str | None]:
 @pytest.mark.parametrize(
     ("site", "heading", "shown", "key"),
     [
-        ("features.1", "Dead", "12", "12"),
-        ("features.1", "Dead %", "19 %", "18.75"),
-        ("features.1", "Born", "10", "10"),
-        ("features.1", "Died", "2", "2"),
-        ("features.4", "Born", "·", "0"),
-        ("block.gate", "Cut off", "5", "5"),
-        ("blind.relu#1", "Cut off", "–", ""),
-        ("blind.relu#1", "Dead", "1", "1"),
-        ("never.ran", "Dead", "unseen", ""),
-        ("never.ran", "Dormant", "–", ""),
-        ("never.ran", "Not finite", "–", ""),
-        ("never.ran", "Examples", "–", ""),
-        ("block.relu()*", "Axis", "1 · assumed ?", None),
-        ("classifier.relu", "Dead", "·", "0"),
+        ("features.0/relu", "Dead", "12", "12"),
+        ("features.0/relu", "Dead %", "19 %", "18.75"),
+        ("features.0/relu", "Born", "10", "10"),
+        ("features.0/relu", "Died", "2", "2"),
+        ("features.3/relu", "Born", "·", "0"),
+        ("block.gate/sigmoid", "Cut off", "5", "5"),
+        ("blind.fc/relu#1", "Cut off", "–", ""),
+        ("blind.fc/relu#1", "Dead", "1", "1"),
+        ("never.ran/relu", "Dead", "unseen", ""),
+        ("never.ran/relu", "Dormant", "–", ""),
+        ("never.ran/relu", "Not finite", "–", ""),
+        ("never.ran/relu", "Examples", "–", ""),
+        ("block.act*", "Axis", "1 · assumed ?", None),
+        ("classifier.1", "Dead", "·", "0"),
     ],
 )
 def test_table_cells_show_their_values_and_sort_by_them(site: str, heading: str, shown: str, key: str | None) -> None:
@@ -154,7 +154,7 @@ def test_the_headline_shows_the_numbers_of_the_report() -> None:
         "Neurons": "1,056",  # without the 96 whose axis is assumed
         "Dead": "40",
         "Dead share": "3.8 %",
-        "Silent": "3",
+        "Silent": "3",  # features.3; not the 3 of block.act, whose axis is assumed
         "Dormant": "36",
         "Cut off": "5",
         "Not finite": "0",
@@ -177,14 +177,14 @@ def test_neurons_that_are_not_finite_are_shown_prominently() -> None:
     assert '<p class="banner">NOT FINITE: 168 outputs are' in text
     assert '<div class="card alarm"><dt>Not finite</dt>' in text
     assert cards(samples.broken())["Dead share"] == "–"
-    assert cell(Page(text), "relu2", "Dead") == ("not finite", "0")
-    assert cell(Page(text), "relu2", "Dormant")[0] == "–"
+    assert cell(Page(text), "fc2/relu", "Dead") == ("not finite", "0")
+    assert cell(Page(text), "fc2/relu", "Dormant")[0] == "–"
     assert "banner" not in re.sub(r"<style>.*?</style>", "", samples.mixed().to_html(), flags=re.DOTALL)
 
 
 def test_dead_neurons_are_listed_with_their_step() -> None:
     text = samples.mixed().to_html()
-    site = samples.mixed()["features.1"]
+    site = samples.mixed()["features.0/relu"]
     born = np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))
     died = np.flatnonzero(site.judgement.dead & (site.last_active_step >= 0))
     assert f"<b>Born dead (10):</b> {ranges(born, 40)[0]}</p>" in text

@@ -116,7 +116,7 @@ def test_maps_are_drawn_with_the_dead_in_their_own_colour(show: Callable[..., An
     report = samples.mixed()
     browser = show(report, theme)
     for index, site in enumerate(report.layers):
-        if site.name == "never.ran":
+        if site.name == "never.ran/relu":
             continue
         image = pixels(browser, index)
         assert (image[..., 3] == 255).all()
@@ -222,7 +222,7 @@ def said(browser: Any, site: int) -> str:
 
 def test_a_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     report = samples.mixed()
-    site = report["features.4"]
+    site = report["features.3/relu"]
     browser = show(report)
     box = browser.find_element(By.CSS_SELECTOR, '.map[data-layer="1"]')
     browser.execute_script("arguments[0].focus()", box)
@@ -249,7 +249,7 @@ def test_pointing_at_a_map_shows_the_neuron_under_the_pointer(show: Callable[...
     size = box.size
     # One pixel below the upper edge, at the right: the first neuron of 64 on 180 pixels. Born dead, lowest index first.
     ActionChains(browser).move_to_element_with_offset(box, size["width"] // 2 - 5, -(size["height"] // 2) + 1).perform()
-    site = report["features.1"]
+    site = report["features.0/relu"]
     first = int(np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))[0])
     until(browser, lambda: said(browser, 0).startswith(f"Neuron {first}: dead"))
     assert "no death seen: dead from the start" in said(browser, 0)

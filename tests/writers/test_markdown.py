@@ -57,18 +57,18 @@ def test_names_render_in_markdown_as_they_are(parse: object) -> None:
 def test_the_markdown_table_and_lists_are_well_formed(parse: object) -> None:
     rendered = (github if parse is github else tensorboard)(samples.mixed().to_markdown())
     rows = {row[0]: row for row in cells(rendered)}
-    assert rows["features.1"][1:6] == ["relu", "64", "1 · conv2d", "12 (10 born)", "19 %"]
-    assert rows["never.ran"][4:] == ["unseen"] + ["–"] * 9
-    assert rows["blind.relu#1"][6] == rows["blind.relu#1"][8] == "–", "silent and cut off are not known"
-    assert rows["block.relu() *"][3] == "1 · assumed ?"
+    assert rows["features.0/relu"][1:6] == ["relu", "64", "1", "12 (10 born)", "19 %"]
+    assert rows["never.ran/relu"][4:] == ["unseen"] + ["–"] * 9
+    assert rows["blind.fc/relu#1"][6] == rows["blind.fc/relu#1"][8] == "–", "silent and cut off are not known"
+    assert rows["block.act *"][3] == "1 · assumed ?"
     assert "<code>head.fused</code>" in rendered
-    assert "<li>Gradients at blind.relu#1 were not seen: its input needs none.</li>" in html.unescape(rendered)
+    assert "<li>Gradients at blind.fc/relu#1 were not seen: its input needs none.</li>" in html.unescape(rendered)
 
 
 def test_neurons_that_are_not_finite_come_first_and_in_bold() -> None:
     rendered = github(samples.broken().to_markdown())
     assert re.search(r"<ul>\s*<li><strong>NOT FINITE: 168 outputs", rendered)
-    broken = next(row for row in cells(rendered) if row[0] == "relu2")
+    broken = next(row for row in cells(rendered) if row[0] == "fc2/relu")
     assert broken[10] == "168"
     assert "0 %" not in broken
 

@@ -215,12 +215,12 @@ def in_overview(report: Report) -> Shown:
 
 
 def in_heatmap(report: Report) -> Shown:
-    picture, texts = drawn(report, "relu")
+    picture, texts = drawn(report, "fc/relu")
     column = None
     if "no window is closed yet" not in texts:
         last = picture[88 : 88 + 304, 784 - 16 - 190 - 3]
         column = round(float((last == DEAD).all(axis=1).sum()) * UNITS / 304)
-    return Shown(share_of(texts, r"relu: ([\d.]+) % dead"), column, " ".join(texts))
+    return Shown(share_of(texts, r"fc/relu: ([\d.]+) % dead"), column, " ".join(texts))
 
 
 WRITERS: dict[str, Callable[[Report], Shown]] = {
@@ -252,7 +252,7 @@ def test_the_headline_describes_the_newest_window_and_agrees_with_the_last_colum
         assert shown.last_column == dead
     else:  # nothing is drawn yet, or what the headline says
         assert shown.last_column in (None, dead)
-    assert report["relu"].examples == examples
+    assert report["fc/relu"].examples == examples
     if writer not in WORDLESS:
         assert ("rovisional" in shown.words) == (examples < NEEDED)
 
@@ -287,7 +287,7 @@ def test_a_long_window_says_what_it_is_based_on() -> None:
 def test_a_neuron_that_was_born_dead_is_dead_in_every_column(story: str, phase: str) -> None:
     report = tell(story, phase)
     if report.window.name == "last":
-        site = report["relu"]
+        site = report["fc/relu"]
         always = (site.history.levels == LEVEL_DEAD).all(axis=0)
         assert site.born_dead == int(always.sum())
         # Who died has a step at which it died.
@@ -316,7 +316,7 @@ def test_a_site_not_run_in_the_newest_pass_is_unseen_in_the_last_column_of_its_m
             model(x, both=True).sum().backward()
             scope.step()
     report = scope.report("val")
-    left, right = report["left.relu"], report["right.relu"]
+    left, right = report["left.fc/relu"], report["right.fc/relu"]
     assert (left.dead, right.dead, right.unseen) == (3, 0, UNITS)
     assert left.history.dead.tolist() == [3, 3, 3]
     assert right.history.steps.tolist() == left.history.steps.tolist()

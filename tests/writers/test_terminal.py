@@ -84,18 +84,18 @@ def test_a_terminal_gets_colours_and_its_own_width(name: str, columns: int, monk
 
 def test_values_that_were_not_seen_are_not_shown_as_zero() -> None:
     text = str(samples.mixed())
-    neurons, axis, dead, *rest = row(text, "never.ran")[1:]
-    assert (neurons, axis, dead) == ("16", "1 · conv2d", "unseen")
+    neurons, axis, dead, *rest = row(text, "never.ran/relu")[1:]
+    assert (neurons, axis, dead) == ("16", "1", "unseen")
     assert rest == ["–"] * len(rest)
     headings = ["activation", "neurons", "axis", "dead", "%", "silent", "dormant", "cut off", "linear", "worst"]
-    assert row(text, "blind.relu#1")[headings.index("cut off")] == "–"
-    assert row(text, "features.1")[headings.index("cut off")] == "·"
+    assert row(text, "blind.fc/relu#1")[headings.index("cut off")] == "–"
+    assert row(text, "features.0/relu")[headings.index("cut off")] == "·"
 
 
 def test_a_network_that_is_not_finite_never_looks_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(samples.broken())
-    assert "!! NOT FINITE: 168 outputs are NaN or infinite, in 1 layer (relu2)" in text  # 24 neurons × 7
-    cells = row(text, "relu2")
+    assert "!! NOT FINITE: 168 outputs are NaN or infinite, in 1 layer (fc2/relu)" in text  # 24 neurons × 7
+    cells = row(text, "fc2/relu")
     assert "168" in cells
     assert "not finite" in cells
     assert not {"·", "0", "0 %"} & set(cells)
@@ -153,7 +153,7 @@ def test_printing_never_fails_when_an_encoding_lacks_a_character(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     print(samples.mixed())
     sys.stdout.flush()
-    assert "features.1" in raw.getvalue().decode(encoding)
+    assert "features.0/relu" in raw.getvalue().decode(encoding)
 
 
 def test_a_window_that_is_too_short_says_so() -> None:

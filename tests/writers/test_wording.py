@@ -87,7 +87,7 @@ def test_a_mixed_network_has_a_sentence_for_each_finding() -> None:
     assert "36 neurons are dormant" in said  # 6 + 30
     assert "No gradients were seen in 1 of 6 layers" in said
     assert "1 layer never ran" in said
-    assert "* axis assumed: not in the totals (1 layer: block.relu())." in said
+    assert "* axis assumed: not in the totals (1 layer: block.act)." in said
 
 
 def test_the_worst_layer_is_the_one_with_the_largest_share_of_dead_neurons() -> None:

@@ -83,6 +83,7 @@ def site_of(
     gradients: bool = True,
 ) -> SiteReport:
     """A site whose every field follows from its levels; verdicts are of the last window."""
+    layer = name.partition("/")[0]
     count, neurons = levels.shape
     last = levels[-1] if count else np.full(neurons, LEVEL_UNSEEN, np.uint8)
     dead = levels == LEVEL_DEAD
@@ -98,7 +99,7 @@ def site_of(
         kind=kind,
         neurons=neurons,
         axis=1,
-        axis_source="producer (linear)",
+        axis_source=f"layer ({layer})",
         positions=positions,
         gradient_positions=positions if gradients else 0,
         examples=positions,
@@ -129,6 +130,8 @@ def site_of(
             deaths=fell.sum(axis=0),
             revivals=rose.sum(axis=0),
         ),
+        layer=layer,
+        units=((layer, 0, neurons, 1),),
     )
 
 
@@ -173,7 +176,7 @@ def conv_net(upto: int = 40, *, phase: str = "train", widths: Sequence[int] = (6
             silent=0.03 * (index // 4) * (phase == "train"),
             reviving=0.2,
         )
-        sites.append(site_of(f"features.{3 * index + 1}", levels[:upto], steps[:upto], gradients=phase == "train"))
+        sites.append(site_of(f"features.{3 * index}/relu", levels[:upto], steps[:upto], gradients=phase == "train"))
     return report_of(sites, phase=phase)
 
 
@@ -181,7 +184,7 @@ def uniform(level: int, *, sites: int = 4, neurons: int = 96, count: int = 20) -
     """A network whose every neuron has the same level in every window (all dead, all alive, not finite, unseen)."""
     steps = windows(count)
     levels = np.full((count, neurons), level, np.uint8)
-    return report_of([site_of(f"layers.{i}.act", levels, steps) for i in range(sites)], model="MLP")
+    return report_of([site_of(f"layers.{i}/relu", levels, steps) for i in range(sites)], model="MLP")
 
 
 def language_model(layers: int = 12, neurons: int = 4096, count: int = 60) -> Report:
@@ -189,7 +192,7 @@ def language_model(layers: int = 12, neurons: int = 4096, count: int = 60) -> Re
     steps = np.cumsum(np.where(np.arange(count) < count // 2, 20, 100)).astype(np.int64)
     sites = [
         site_of(
-            f"model.decoder.layers.{i}.mlp.act_fn",
+            f"model.decoder.layers.{i}.mlp.fc1/relu",
             levels_of(neurons, steps, seed=i, born_dead=0.0005, dying=0.03 * i, spike=900, dormant=0.05, reviving=0.1),
             steps,
         )
@@ -203,7 +206,7 @@ def many_sites(count: int = 200, neurons: int = 32) -> Report:
     steps = windows(12)
     sites = [
         site_of(
-            f"stages.{i // 40}.blocks.{i // 4 % 10}.{('conv1', 'conv2', 'conv3', 'out')[i % 4]}.relu",
+            f"stages.{i // 40}.blocks.{i // 4 % 10}.{('conv1', 'conv2', 'conv3', 'out')[i % 4]}/relu",
             levels_of(neurons, steps, seed=i, dying=min(0.9, 0.004 * i)),
             steps,
         )

@@ -122,7 +122,7 @@ def test_the_scalars_page_shows_one_group_for_a_metric(address: str, browser: An
 
 def test_the_text_page_shows_the_diagnosis_as_a_table(address: str, browser: Any) -> None:
     browser.get(f"{address}/#text")
-    wait_for(lambda: "features.16" in browser.execute_script(ALL_TEXT), "the diagnosis on the text page")
+    wait_for(lambda: "features.15/relu" in browser.execute_script(ALL_TEXT), "the diagnosis on the text page")
     assert "neurons are dead" in browser.execute_script(ALL_TEXT)
     screenshot(browser, "text_light.png")
 

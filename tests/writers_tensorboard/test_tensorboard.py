@@ -35,7 +35,7 @@ plugin_util = pytest.importorskip("tensorboard.plugin_util")
 
 GOLDEN = Path(__file__).parent / "golden" / "diagnosis.md"
 
-SITES = [f"features.{i}" for i in (1, 4, 7, 10, 13, 16)]
+SITES = [f"features.{i}/relu" for i in (0, 3, 6, 9, 12, 15)]
 SCALARS = {
     "neuronscope/dead_pct",
     "neuronscope/dormant_pct",
@@ -117,15 +117,15 @@ def test_the_code_of_a_rate_of_exactly_0_or_1_is_that_of_no_other_rate() -> None
 def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
     train, val = scalars(samples.conv_net()), scalars(samples.conv_net(phase="val"))
     assert not set(train) & set(val)
-    assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.1"} <= set(val)
+    assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.0/relu"} <= set(val)
     unknown = [tag for tag in val if "cut_off" in tag or "silent" in tag]
     assert not unknown, "no gradient is seen in validation: nothing can be said"
     assert not [tag for tag in val if "deaths" in tag]
     with summary_writer("torch", tmp_path) as writer:
         write(samples.conv_net(phase="val"), writer, 1)
     tags = read(tmp_path).Tags()
-    assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.1"} <= set(tags["images"])
-    assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.1"} <= set(tags["tensors"])
+    assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.0/relu"} <= set(tags["images"])
+    assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.0/relu"} <= set(tags["tensors"])
 
 
 def test_the_scalars_equal_the_numbers_of_the_report() -> None:
@@ -137,7 +137,7 @@ def test_the_scalars_equal_the_numbers_of_the_report() -> None:
     assert report.silent
     assert found["neuronscope.more/born_dead_pct"] == pytest.approx(100 * report.born_dead / report.neurons)
     assert found["neuronscope.more/cut_off_pct"] == pytest.approx(100 * report.cut_off / report.neurons)
-    assert found["neuronscope.dead_pct/features.16"] == pytest.approx(100 * report["features.16"].dead / 512)
+    assert found["neuronscope.dead_pct/features.15/relu"] == pytest.approx(100 * report["features.15/relu"].dead / 512)
 
 
 def test_a_quantity_that_was_not_seen_has_no_scalar() -> None:
@@ -145,7 +145,7 @@ def test_a_quantity_that_was_not_seen_has_no_scalar() -> None:
     assert [tag for tag in found if tag.rpartition("/")[2].endswith("pct") or "_pct/" in tag] == []
     mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).layers[0], samples.conv_net().layers[5]])
     assert [tag for tag in scalars(mixed) if tag.startswith("neuronscope.dead_pct/")] == [
-        "neuronscope.dead_pct/features.16"
+        "neuronscope.dead_pct/features.15/relu"
     ]
 
 
@@ -250,15 +250,30 @@ def test_an_invalid_state_of_the_writer_is_refused(state: Any) -> None:
         Dashboard(object()).load_state_dict(state)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.text(max_size=200), min_size=2, max_size=2, unique=True))
+NAMES = st.text(max_size=200) | st.text("ab.()/#+:,1 -_", max_size=10)
+
+
+@given(st.lists(NAMES, min_size=2, max_size=2, unique=True))
 def test_names_made_safe_for_tags_stay_distinct(names: list[str]) -> None:
     one, two = (safe(name) for name in names)
-    assert re.fullmatch(r"[\w.-]{1,140}", one, re.ASCII)
+    assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one, re.ASCII)
+    assert len(one) <= 140
     assert one != two
 
 
 @pytest.mark.parametrize(
-    "pair", [("relu()", "relu"), ("a#1", "a-1"), ("a#1", "a"), ("a/b", "a_b"), ("relu()", "relu-fn"), ("", "root")]
+    "pair",
+    [
+        *(("relu()", "relu"), ("a#1", "a-1"), ("a#1", "a"), ("a/b", "a_b"), ("relu()", "relu-fn"), ("", "root")),
+        *(("a(1)/relu", "a-1/relu"), ("a(1:2)/relu", "a(1,2)/relu"), ("a(12)/relu", "a(1:2)/relu")),
+        *(
+            ("a/b c", "a/b-c"),
+            ("a/b c", "a/b_c"),
+            ("a/relu#1", "a/relu-1"),
+            ("a+b/relu", "a_b/relu"),
+            ("a/b/c", "a_b/c"),
+        ),
+    ],
 )
 def test_names_that_look_alike_have_distinct_tags(pair: tuple[str, str]) -> None:
     assert safe(pair[0]) != safe(pair[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,7 +45,7 @@ def _is_computed(weight: Operand) -> bool:
     return weight.origin.state not in (WEIGHT, CONSTANT, UNKNOWN)
 
 
-def _layer_rule(slot: int, name: str, from_right: int) -> Rule:
+def _layer_rule(slot: int, name: str, from_right: int) -> Callable[[Operation], Sequence[Origin]]:
     """Return the rule of a layer whose units lie on a fixed dimension of its first output.
 
     Other outputs are no units.
@@ -74,7 +74,7 @@ _COLUMNS = _layer_rule(1, "weight", 1)
 
 
 def _linear(operation: Operation) -> Sequence[Origin]:
-    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, its rows are the units."""
+    """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units."""
     first, second = operation.argument(0, "input"), operation.argument(1, "weight")
     if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
         return [produce(operation, first, (len(operation.outputs[0]) - 2,))]

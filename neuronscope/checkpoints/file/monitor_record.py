@@ -103,9 +103,7 @@ def _damaged(key: str, error: BaseException) -> Abstention:
     return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
 
 
-def _examine_site(
-    site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool
-) -> Iterator[Evidence]:
+def _examine_site(site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool) -> Iterator[Evidence]:
     where = (
         f"over {example_count(site.examples)} of phase {report.phase}, steps {report.window.first_step} to "
         f"{report.window.last_step}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from neuronscope.checkpoints.model.operators import OPERATORS
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
 
 __all__ = ["normalised_sites", "producing_steps", "step_before_copies"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import OutputsNeeded
-from neuronscope.checkpoints.model.operators import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Step
 from neuronscope.count.neuron_layout import neurons_first
 

@@ -1,7 +1,7 @@
 """Names the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
 
-The metric comes first and the layer second (``neuronscope.dead_pct/features.3``): TensorBoard makes a group of the text
-before the first ``/``, and hundreds of groups with one chart each are of no help.
+The metric comes first and the layer second (``neuronscope.dead_pct/layer1.0.bn2/relu``): TensorBoard makes a group of
+the text before the first ``/``, and hundreds of groups with one chart each are of no help.
 """
 
 from __future__ import annotations
@@ -18,28 +18,41 @@ __all__ = ["MOST_CHARTS", "group_tag", "groups", "metric", "safe"]
 MOST_CHARTS = 40
 
 _LONGEST = 120
-_FUNCTION, _CALL = "-fn", "-"
+_FUNCTION, _PART = "-fn", "-"
+
+# A layer's path, which of its units, the activation (several words for some gated products), and the ordinal.
+_SITE = re.compile(r"([\w.]+)(?:\((\d+)(?::(\d+))?\))?/(\w+(?: [a-z]\w*)*)(?:#(\d+))?", re.ASCII)
+# The place of an activation without a known layer: a module's path, or a function in one.
+_PLACE = re.compile(r"([\w.]+)(\(\))?(?:#(\d+))?", re.ASCII)
 
 
 def safe(name: str) -> str:
-    """Return a layer's name in letters, digits, ``_``, ``.`` and ``-``.
+    """Return a layer's name in letters, digits, ``_``, ``.``, ``-`` and ``/``.
 
-    The ``()`` of a function call becomes ``-fn`` and the ``#1`` of a later call becomes ``-1``. If anything else is
-    replaced, a checksum of the true name keeps different names different.
+    Which units of a layer a site has, and its ordinal, follow a ``-``; the ``()`` of a function becomes ``-fn``. If
+    anything else is replaced, a checksum of the true name keeps different names different.
 
-    >>> safe("layer1.0.relu#1"), safe("block.relu()")
-    ('layer1.0.relu-1', 'block.relu-fn')
-    >>> safe("odd/näme")
-    'odd_n_me-c971d6ca'
+    >>> safe("layer1.0.bn2/relu"), safe("mlp.gate_up_proj(0:28)/silu"), safe("fc/relu#1")
+    ('layer1.0.bn2/relu', 'mlp.gate_up_proj-0-28/silu', 'fc/relu-1')
+    >>> safe("block.relu()"), safe("a+b/relu")
+    ('block.relu-fn', 'a_b/relu-d479c46a')
     """
-    plain = re.fullmatch(r"([\w.]+)(\(\))?(?:#(\d+))?", name, re.ASCII)
-    if plain and len(name) <= _LONGEST:
-        path, function, call = plain.groups()
-        return path + (_FUNCTION if function else "") + (f"{_CALL}{call}" if call else "")
-    replaced = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+    site, place = _SITE.fullmatch(name), _PLACE.fullmatch(name)
+    if len(name) <= _LONGEST and site:
+        layer, first, last, activation, ordinal = site.groups()
+        return f"{_joined(layer, first, last)}/{_joined(activation.replace(' ', _PART), ordinal)}"
+    if len(name) <= _LONGEST and place:
+        path, function, ordinal = place.groups()
+        return _joined(path + (_FUNCTION if function else ""), ordinal)
+    layer, _, activation = name.rpartition("/")
+    replaced = "/".join(re.sub(r"[^\w.-]", "_", part, flags=re.ASCII) for part in (layer, activation) if part)
     if len(replaced) > _LONGEST:
         replaced = f"{replaced[:40]}--{replaced[-60:]}"
     return f"{replaced or 'root'}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def _joined(*parts: str | None) -> str:
+    return _PART.join(part for part in parts if part is not None)
 
 
 def metric(name: str, phase: str) -> str:
@@ -52,7 +65,7 @@ def metric(name: str, phase: str) -> str:
     >>> metric("dead_pct", "train"), metric("dead_pct", "val")
     ('dead_pct', 'val_dead_pct')
     """
-    return name if phase == "train" else f"{safe(phase)}_{name}"
+    return name if phase == "train" else f"{safe(phase).replace('/', _PART)}_{name}"
 
 
 def groups(names: Sequence[str]) -> list[Group]:
@@ -64,7 +77,7 @@ def group_tag(group: Group) -> str:
     """Return the last part of the tag of a layer or a group of layers.
 
     >>> from neuronscope.writers.grouping import Group
-    >>> group_tag(Group("layers.0", "layers.3", ("layers.0.act", "layers.3.act"), False))
+    >>> group_tag(Group("layers.0", "layers.3", ("layers.0.fc/relu", "layers.3.fc/relu"), False))
     'layers.0--to--layers.3'
     """
     if group.single:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.model.bounds.interval import Interval
-from neuronscope.checkpoints.model.operators import OPERATORS
+from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
