@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
+from neuronscope.attach.compiling import (
+    comptime,
+    has_real_tensors,
+    in_backward,
+    is_tracing,
+    trace_attempt,
+    while_tracing,
+)
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_partial, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import INFERENCE, ForwardContext
@@ -370,7 +377,7 @@ class SiteRecorder:
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
-        first = counters is not None and counters.is_first_call(self.forward.number)
+        first = counters is not None and counters.is_first_call(self.forward.number, trace_attempt())
         self._traced.append((call, first))
 
     def _is_shared_in_graph(self, key: SiteKey) -> bool:

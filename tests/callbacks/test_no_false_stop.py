@@ -60,7 +60,9 @@ class Adversaries(Slow):
         super().__init__()
         self.automatic_optimization = False
         self.generator = nn.Sequential(layer([1.0], [-1.0]), nn.ReLU(), layer([-1.0, -1.0], bias=[-5.0]))
-        self.discriminator = nn.Sequential(layer([1.0], [2.0], [-1.0], [-2.0]), nn.ReLU(), layer([1.0, 1.0, -1.0, -1.0]))
+        self.discriminator = nn.Sequential(
+            layer([1.0], [2.0], [-1.0], [-2.0]), nn.ReLU(), layer([1.0, 1.0, -1.0, -1.0])
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         (real,) = batch
