@@ -662,7 +662,7 @@ class SiteRecorder:
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
-            if gate.after.units is None or origin.units.count != gate.after.units.count:
+            if gate.after.units is None or origin.units.size != gate.after.units.size:
                 continue  # a part of what the site gave: its gradients are not counted apart
             beside = flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
@@ -689,7 +689,7 @@ class SiteRecorder:
         neurons = _neurons_in(local_tensor(y).shape, layout)
         hidden = traced and self._is_shared_in_graph(key)
         counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
+        if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)
         after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
