@@ -677,13 +677,14 @@ class SiteRecorder:
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
         layout = units.layout
+        shared = gate.info.whole > units.size == units.width  # by ranks: the gate's units are the whole layer's
         info = replace(
             gate.info,
             activation=name,
             kind="gated",
             linear_when_on=False,
             axis=layout.axis,
-            units=units.tensor_runs() if gate.info.units else (),
+            units=gate.info.units if shared or not gate.info.units else units.tensor_runs(),
         )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
