@@ -1,10 +1,11 @@
 """Small random networks: the census equals the slow twin in every integer, and the weights those of the unwatched run.
 
-Hypothesis draws a program: layers, norms, activations (as modules, reused, functional, in place), gated products (of a
-function, of a module, in place, of one layer's halves), GLU, residual sums, changes of layout, dropout, segments under
-activation checkpointing of either kind; and a way to train it: autocast, accumulation, the model called twice in a
-step, passes without gradients in a step, evaluation passes, steps left out, short windows, frozen layers, a new run
-that goes on from the last one's state.
+Hypothesis draws a program: layers, a layer that is called again and again, layers that some forwards skip, norms,
+activations (as modules, reused, functional, in place), gated products (of a function, of a module, in place, of one
+layer's halves), GLU, residual sums, changes of layout, dropout, segments under activation checkpointing of either
+kind; and a way to train it: autocast, accumulation, the model called twice in a step, passes without gradients in a
+step, evaluation passes, steps left out, short windows, frozen layers, a new run that goes on from the last one's
+state.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ IN_PLACE = ("relu", "relu6", "silu", "leaky_relu", "hardswish", "elu", "mish", "
 OPERATIONS = (
     *(
         "layer",
+        "same layer",
+        "skipped",
         "norm",
         "module",
         "shared",
@@ -156,7 +159,7 @@ class Step(nn.Module):
         self.function = FUNCTIONS[act]
         self.options = {"inplace": True} if kind == "in place" and act in IN_PLACE else {}
         self.axis = LAYOUTS[layout][1]
-        if kind in ("layer", *GATED, *HALVED):
+        if kind in ("layer", "skipped", *GATED, *HALVED):
             self.layer = layer(layout, 2 * WIDTH if kind in HALVED else WIDTH)
         if kind in GATED:
             self.up = layer(layout)
@@ -207,6 +210,8 @@ class Network(nn.Module):
         self.program = program
         self.checkpointing = "" if plain else program.checkpointing
         self.first = layer(program.layout)
+        self.same = layer(program.layout)
+        self.forwards = 0
         self.shared = MODULES[program.shared](**({"inplace": True} if program.shared_in_place else {}))
         self.steps = nn.ModuleList()
         self.layouts = [program.layout]
@@ -238,6 +243,10 @@ class Network(nn.Module):
                 x = kept = x + kept
             elif kind == "shared":
                 x = self.shared(x + 0.1)
+            elif kind == "same layer":  # as in a recurrent network, or a head over several levels
+                x = self.same(x) if self.layouts[number] == self.program.layout else x
+            elif kind == "skipped":  # as LayerDrop skips one
+                x = self.steps[number](x) if self.forwards % 3 else x
             elif kind == "root":
                 x = FUNCTIONS[act](x)
             else:
@@ -245,6 +254,7 @@ class Network(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
+        self.forwards += self.training
         start, stop = self.program.segment
         x = self.part(self.first(x), 0, start)
         if self.checkpointing and self.training:
