@@ -53,6 +53,17 @@ shares no code with Neuronscope, keeps every activation and every gradient, and 
 activations called as functions, and gated products such as SwiGLU's. *Axis known from* names the
 layers that tell where the neurons are, with the number of sites of each.
 """
+CLIENTS_INTRODUCTION = """\
+## Real clients
+
+Networks as people write them, small and with random weights: those of torchvision and transformers,
+and others written by hand as their package or paper has them (`tests/networks/clients.py`). Each is
+trained for two steps with its own loss. What a person would name stands in the test by hand, worked
+out from the configuration: every site's name, its neurons and its positions, what is an output,
+what is not measured and what is no neuron (`tests/networks/test_clients.py`). Every axis is known
+from a layer. For {direct} the zero outputs are counted
+again by plain hooks on the layers themselves.
+"""
 SETUPS_INTRODUCTION = """\
 ## Set-ups
 
@@ -118,7 +129,7 @@ def main() -> int:
         print(f"Not installed: {', '.join(missing)}. `make test` installs them.", file=sys.stderr)
         return 2
     disagreements: list[str] = []
-    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), *_setups()])) + "\n"
+    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), *_clients(), *_setups()])) + "\n"
     for line in disagreements:
         print(line, file=sys.stderr)
     if not check:
@@ -216,6 +227,20 @@ def _family(title: str, rows: list[Row]) -> Iterator[str]:
 def _grouped(not_measured: dict[str, str]) -> Counter[tuple[str, str]]:
     """Sites that differ in numbers only, as one pattern."""
     return Counter((re.sub(r"\b\d+\b", "*", name), reason) for name, reason in not_measured.items())
+
+
+def _clients() -> Iterator[str]:
+    from tests.networks.test_clients import DIRECT, EXPECTED, FOUND, PACKAGES
+
+    yield CLIENTS_INTRODUCTION.format(direct=", ".join(DIRECT))
+    yield "| Client | Written by | Sites | Neurons of all sites | Outputs | Not measured | No neurons | What is found |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for name, expected in EXPECTED.items():
+        neurons = sum(neurons for neurons, _ in expected.sites.values())
+        counts = [len(expected.sites), neurons, len(expected.outputs), len(expected.not_measured)]
+        cells = [f"{count:,}" if count else "–" for count in (*counts, len(expected.not_neurons))]
+        yield f"| {name} | {PACKAGES.get(name, 'hand')} | {' | '.join(cells)} | {FOUND[name]} |"
+    yield ""
 
 
 def _setups() -> Iterator[str]:

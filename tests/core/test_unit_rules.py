@@ -62,7 +62,7 @@ def numbers(units: Units, shape: Sequence[int]) -> Tensor:
         steps = [0]
         for size, stride in dim:
             steps = [step + index * stride for step in steps for index in range(size)]
-        found = found.unsqueeze(-1) + torch.tensor(steps)
+        found = found.unsqueeze(-1) + torch.tensor(steps, dtype=torch.int64)
     assert found.shape == tuple(shape)
     every = [
         unit + (OF_B if layer == "b" else 0)
@@ -218,7 +218,7 @@ def rolled(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 
 
 def rotated(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
-    assume(x.dim() > 1)
+    assume(x.dim() > 2)
     first, second = draw(st.permutations(range(x.dim())))[:2]
     return [("k", draw(integers(0, 3))), ("dims", (first, second - x.dim()))]
 
@@ -292,7 +292,7 @@ def index_along(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 
 def gathered(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     dim = dim_of(draw, x)
-    shape = [draw(integers(1, size)) for size in x.shape]
+    shape = [draw(st.sampled_from([size, size, max(1, size - 1)])) for size in x.shape]
     index = torch.arange(math.prod(shape)).reshape(shape) * 7 % x.shape[dim]
     return [("dim", dim), ("index", index)]
 
@@ -484,7 +484,7 @@ def run_drawn(draw: Draw, function: Any, x: Tensor, arguments: Sequence[tuple[st
 def test_a_function_that_moves_elements_puts_each_unit_where_its_rule_says(name: str) -> None:
     claimed: list[int] = []
     ranks = (3, 5) if any(word in name for word in ("pool", "interpolate", "upsample")) else (1, 4)
-    ranks = (2, 3) if name in ("roll", "rot90", "t", "t_", "hsplit", "vsplit") else ranks
+    ranks = (2, 3) if name in ("roll", "rot90", "gather", "t", "t_", "hsplit", "vsplit") else ranks
 
     @TRIED
     @given(st.data())
@@ -762,7 +762,7 @@ def origin_of(units: Units) -> Origin:
     return Origin.of(UNITS, upstream_of(units), units=units)
 
 
-def draw_other(draw: Draw, shape: Sequence[int]) -> tuple[Tensor, Origin]:
+def draw_other(draw: Draw, shape: Sequence[int], call: int) -> tuple[Tensor, Origin]:
     """A tensor that broadcasts with one of a shape, and what it is."""
     other = [size if draw(st.booleans()) else 1 for size in shape][draw(integers(0, len(shape))) :]
     way = draw(st.sampled_from(["a", "b", "raw", "weight", "constant", "lost"]))
@@ -772,8 +772,8 @@ def draw_other(draw: Draw, shape: Sequence[int]) -> tuple[Tensor, Origin]:
     if not other:
         other = [1]
     dim = draw(integers(0, len(other) - 1))
-    units = Units((1,), way, ((way, 0, other[dim], 1),), 0, place(other, (dim,)))
-    upstream = 2 if draw(st.booleans()) else 3
+    units = Units((call,), way, ((way, 0, other[dim], 1),), 0, place(other, (dim,)))
+    upstream = 1 << call | (draw(st.booleans()) and 1)
     return generic(other, 3), Origin.of(UNITS, upstream, units=units)
 
 
@@ -860,8 +860,8 @@ def test_an_elementwise_function_has_the_units_of_the_source_that_its_rule_choos
         function = data.draw(st.sampled_from(sorted(spellings(name, in_place=in_place), key=repr)))
         count, call = call_elementwise(function, name)
         tensors, origins = [generic(shape, 1)], [origin_of(units)]
-        for _ in range(count - 1):
-            tensor, origin = draw_other(data.draw, shape)
+        for call_number in range(1, count):
+            tensor, origin = draw_other(data.draw, shape, call_number)
             tensors.append(tensor)
             origins.append(origin)
         order = list(range(count)) if name == "where" else data.draw(st.permutations(range(count)))
@@ -908,9 +908,9 @@ def reduce_functions(name: str) -> list[Any]:
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_reduction_changes_only_the_units_that_its_rule_says(name: str) -> None:
     claimed: list[int] = []
-    ranks = (2, 5) if "pool" in name else (4, 4) if name == "grid_sample" else (1, 4)
+    ranks = (2, 5) if "pool" in name else (4, 4) if name == "grid_sample" else (2, 4)
 
-    @TRIED
+    @settings(TRIED, max_examples=50)
     @given(st.data())
     def tried(data: st.DataObject) -> None:
         units, shape = draw_units(data.draw, ranks=ranks)

@@ -175,14 +175,14 @@ def _language(name: str, **config: Any) -> Callable[[], tuple[nn.Module, Losses]
     return build
 
 
-_SMALL = dict(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    max_position_embeddings=32,
-)
+_SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
 llama = _language("Llama", **_SMALL)
 gemma2 = _language("Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=4, **_SMALL)
 mixtral = _language("Mixtral", num_local_experts=3, num_experts_per_tok=2, **_SMALL)
@@ -246,7 +246,7 @@ def clip() -> tuple[nn.Module, Losses]:
     """Two towers, and a loss over all pairs."""
     from transformers import CLIPConfig, CLIPModel
 
-    tower = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config=dict(vocab_size=64, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, **tower),
         vision_config=dict(image_size=16, patch_size=8, **tower),
