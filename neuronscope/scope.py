@@ -512,7 +512,7 @@ def watch(
     >>> with watch(model) as scope:
     ...     model(torch.ones(8, 4)).sum().backward()
     ...     _ = scope.step()
-    >>> scope.census("train")["1"].zero_output_fraction.tolist()
+    >>> scope.census("train")["0/relu"].zero_output_fraction.tolist()
     [1.0, 0.0, 0.0]
     """
     options = WatchOptions(
