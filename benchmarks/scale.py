@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord
 from neuronscope.writers import tensorboard
 
-INFO = SiteInfo("relu", "relu-like", True, 1, "producer (linear)")
+INFO = SiteInfo("relu", "relu-like", True, 1, "layer (fc)")
 POSITIONS, WINDOWS = 10_000, 3
 
 
@@ -44,7 +45,7 @@ class Costs(NamedTuple):
     """Of the first rank.
 
     Attributes:
-        meters: Bytes of running counts.
+        all_counters: Bytes of running counts.
         rows: Bytes of rows that wait, on the CPU.
         given: Bytes given to an exchange.
         collectives: That the last exchange took.
@@ -120,8 +121,11 @@ def measure(rank: int, sites: int, neurons: int) -> Costs | None:
     """The costs, on the first rank; the others only join."""
     torch.manual_seed(rank)
     record, ranks = PhaseRecord(ns.Policy()), RankSync()
-    keys = [SiteKey(f"layers.{number}.act", "", 0, False) for number in range(sites)]
-    all_counters = [record.add_site(key, INFO, neurons, torch.device("cpu")) for key in keys]
+    keys = [SiteKey(f"layers.{number}.fc", "", "relu", 0) for number in range(sites)]
+    infos = [replace(INFO, layer=key.layer, units=((key.layer, 0, neurons, 1),)) for key in keys]
+    all_counters = [
+        record.add_site(key, info, neurons, torch.device("cpu")) for key, info in zip(keys, infos, strict=True)
+    ]
     joins, closes, collectives = [], [], [0]
     for window in range(WINDOWS):
         count(all_counters, window)

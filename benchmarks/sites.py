@@ -2,7 +2,7 @@
 
 A chain of linear layers and ReLUs of one width runs forward and backward, watched and not, in turns. The difference,
 divided by the number of sites, is the *whole*. Of it, counting an output and a gradient of that size is measured alone;
-the rest is *hooks*: Python, numbering the call, following the neurons' axis, asking for the gradient.
+the rest is *hooks*: Python, following the units of the layers, finding the site, asking for the gradient.
 """
 
 from __future__ import annotations

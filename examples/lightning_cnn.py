@@ -7,18 +7,19 @@ metrics.
 Output (shortened; numbers differ a little between machines)::
 
     47 of 112 neurons are dead (42 %). 10 never fired since watching began (born dead); 37 worked before and stopped ...
-    Worst layer: `features.3`, with 17 of 32 dead.
+    Worst layer: `features.2/relu`, with 17 of 32 dead.
 
-    layer       activation  neurons  axis        dead             %  dormant  worst neurons
-    features.1  relu             16  1 · conv2d  1 (born)     6.2 %        ·  9
-    features.3  relu             32  1 · conv2d  17 (1 born)   53 %        ·  0, 1, 2, 6 …
-    relu()      relu             64  1 · linear  29 (8 born)   45 %        2  0, 1, 3, 4 …
+    layer            activation  neurons  axis  dead             %  dormant  cut off  worst neurons
+    features.0/relu  relu             16  1     1 (born)     6.2 %        ·        ·  9
+    features.2/relu  relu             32  1     17 (1 born)   53 %        ·        ·  0, 1, 2, 6 …
+    hidden/relu      relu             64  1     29 (8 born)   45 %        2        ·  0, 1, 3, 4 …
 
     val_accuracy = 0.98
     neuronscope/dead_pct = 41.96
     ...
 
-``relu()`` is the function call in ``forward``. Run it with::
+A layer is named by what holds its weights, whether its ReLU is a module or, as that of ``hidden``, a function call. Run
+it with::
 
     python examples/lightning_cnn.py [--out DIR]
 """

@@ -118,7 +118,7 @@ def rows() -> Iterator[tuple[str, float, float]]:
     rare = nn.Sequential(nn.Identity(), nn.ReLU())
     fires = (torch.rand(1000, NETS) < 0.002991).float()  # as often as silence in 1000 examples leaves possible at 95 %
     report = ns.scan(rare, fires)
-    yield "Clopper-Pearson: silent at the 95 % bound", 0.05, float(report["0/relu"].judgement.dead.mean())
+    yield "Clopper-Pearson: silent at the 95 % bound", 0.05, float(report["1"].judgement.dead.mean())
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ Output (shortened; numbers differ a little between machines)::
        57 of 320 neurons dead (17.8 %), window: steps 399 to 455
     2. Verdicts: one for each neuron that is not simply alive, with its sample size and how sure it is.
        {'dead': 57, 'dormant': 2}
-       neuron 26 of site '1': silent since step 244; in 1797 examples it did not fire, so it fires in fewer than 0.17% …
+       neuron 26 of site '0/relu': silent since step 244; in 1797 examples it did not fire, so it fires in fewer …
     3. Masks: numpy arrays over the neurons of a site, to prune, to reset or to look into.
-       site '9' (relu): dead [0, 7, 8, 9, 14, 22, 28, 31, 34, 35, 36, 37, 42, 54, 55, 59, 61, 62]
+       site '8/relu' (relu): dead [0, 7, 8, 9, 14, 22, 28, 31, 34, 35, 36, 37, 42, 54, 55, 59, 61, 62]
     4. History: one row a window, and the step at which each neuron died.
        up to step 170: 18 dead,  0 dormant
        up to step 227:  6 dead, 10 dormant

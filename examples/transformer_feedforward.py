@@ -2,20 +2,21 @@
 
 The same character-level language model reads Python's own reference manual (the texts behind ``help()``) with ReLU,
 GELU and SwiGLU feed-forwards, at a learning rate that is too high. SwiGLU's neuron is the *product* silu(gate) · up
-that the next layer reads: Neuronscope watches that product beside its gate, although no module stands for it.
+that the next layer reads: Neuronscope watches that product beside its gate, although no module stands for it, and
+totals count the two as one neuron.
 
 Output (shortened; numbers differ a little between machines and versions of Python)::
 
     ReLU: loss 2.49 after 150 steps; 19 of 1024 neurons dead
-      1.ff.relu()          relu     axis 2  dead   0  dormant   0  of 256;  65.7% of outputs are zero
-      2.ff.relu()          relu     axis 2  dead   1  dormant  15  of 256;  87.4% of outputs are zero
+      1.ff.gate/relu    axis 2  dead   0  dormant   0  of 256;  65.7% of outputs are zero
+      2.ff.gate/relu    axis 2  dead   1  dormant  15  of 256;  87.4% of outputs are zero
       ...
     GELU: loss 2.47 after 150 steps; 0 of 1024 neurons dead
       ...
-    SwiGLU: loss 2.47 after 150 steps; 0 of 2048 neurons dead
+    SwiGLU: loss 2.47 after 150 steps; 0 of 1024 neurons dead
       ...
-      4.ff.silu()          silu     axis 2  dead   0  dormant   0  of 256;   0.0% of outputs are zero
-      4.ff.silu().gated    swiglu   axis 2  dead   0  dormant   0  of 256;   0.0% of outputs are zero
+      4.ff.gate/silu    axis 2  dead   0  dormant   0  of 256;   0.0% of outputs are zero
+      4.ff.gate/swiglu  axis 2  dead   0  dormant   0  of 256;   0.0% of outputs are zero
 
 Nine of ten zeros in a ReLU layer are not nine of ten neurons dead: most of them fire at times. Run it with::
 
@@ -103,7 +104,7 @@ def main() -> None:
         for site in report.layers:
             zeros = site.zero_output_fraction.mean()
             print(
-                f"  {site.name:20} {site.activation:8} axis {site.axis}  dead {site.dead:3}  dormant {site.dormant:3}"
+                f"  {site.name:17} axis {site.axis}  dead {site.dead:3}  dormant {site.dormant:3}"
                 f"  of {site.neurons}; {zeros:6.1%} of outputs are zero"
             )
 

@@ -14,7 +14,7 @@ Output (shortened; numbers differ a little between machines and versions)::
     {'eval_loss': '2.972', ..., 'eval_neuronscope/dead_pct': '20.51', 'eval_neuronscope/val_dead_pct': '32.42'}
 
     105 of 512 neurons are dead (21 %). 1 never fired since watching began (born dead); 104 worked before ...
-    Worst layer: `transformer.h.1.mlp.act`, with 105 of 256 dead.
+    Worst layer: `transformer.h.1.mlp.c_fc/relu`, with 105 of 256 dead.
 
 Run it with::
 

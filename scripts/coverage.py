@@ -44,14 +44,13 @@ shares no code with Neuronscope, keeps every activation and every gradient, and 
 - the sites are the same, with the same names, in the same order;
 - all integers are equal: zero outputs, zero gradients, values that are not finite, last active
   step, positions and examples;
-- the neuron axis is the one in the network's row of the test, was found from the layer that made
-  the pre-activation and not assumed, and the number of neurons fits what autograd's graph says of
-  that layer;
+- the neurons are those of the network's row of the test: they are units of a layer and not assumed,
+  and their number fits what autograd's graph says of that layer;
 - weights, buffers and gradients are bit for bit those of the run without Neuronscope.
 
-`Modules`, `Functional` and `Gated` are kinds of site: activation modules (one for each call),
-activations called as functions, and gated products such as SwiGLU's. *Axis known from* names the
-layers that tell where the neurons are, with the number of sites of each.
+`Modules`, `Functional` and `Gated` are kinds of site: a layer whose activation is a module, one
+whose activation is called as a function, and gated products such as SwiGLU's. *Known from* says
+how many sites' neurons follow from a layer, were declared, or are assumed.
 """
 CLIENTS_INTRODUCTION = """\
 ## Real clients
@@ -201,7 +200,7 @@ def _row(network: Network, disagreements: list[str]) -> Row:
 
 def _family(title: str, rows: list[Row]) -> Iterator[str]:
     yield f"### {title}\n"
-    yield "| Network | Modules | Functional | Gated | Neurons | Axis known from | Agreement | Not measured |"
+    yield "| Network | Modules | Functional | Gated | Neurons | Known from | Agreement | Not measured |"
     yield "| --- | ---: | ---: | ---: | ---: | --- | --- | ---: |"
     for row in rows:
         modules, functional, gated = (row.kinds.get(kind, 0) for kind in ("module", "functional", "gated"))

@@ -14,9 +14,11 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.comptime import ComptimeContext, comptime
+
+from neuronscope.attach.tensor_map import TensorMap
 
 __all__ = [
     "comptime",
@@ -28,6 +30,7 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "thread_id",
+    "traced_call",
     "traced_modules",
     "unwatched",
     "while_tracing",
@@ -156,6 +159,46 @@ def _modules_of(translator: Any) -> Iterator[nn.Module]:
         translator = getattr(translator, "parent", None)
 
 
+_nodes: TensorMap[Any] = TensorMap()  # of each fake tensor that was looked at: its node in the graph
+
+
+def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """Return the call that gives a fake tensor in the graph; ``None`` if it is not known.
+
+    The compiler writes some calls into the graph without a word to a function mode: attributes such as ``x.T``, the
+    parts of ``a, b = x``, and what torch's own modules call.
+
+    Args:
+        tensor: A fake tensor that :func:`while_tracing` gave.
+
+    Returns:
+        The function, its positional and its keyword arguments, with a fake tensor for each tensor.
+    """
+    node = _nodes.get(tensor)
+    if node is None or node.op not in ("call_function", "call_method"):
+        return None
+    args = torch.fx.map_arg(node.args, _tensor_of)
+    kwargs = torch.fx.map_arg(node.kwargs, _tensor_of)
+    function = node.target
+    if node.op == "call_method":
+        function = getattr(Tensor, function, None)
+    elif function is getattr:
+        function, args = getattr(getattr(Tensor, args[1], None), "__get__", None), args[:1]
+    elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
+        function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
+    return None if function is None else (function, tuple(args), dict(kwargs))
+
+
+def _tensor_of(node: Any) -> Any:
+    """Return the tensor that stands for a node, and note that it does."""
+    argument = node.meta.get("grapharg")
+    real = None if argument is None else argument.example
+    found = real if isinstance(real, Tensor) else node.meta.get("example_value")
+    if isinstance(found, Tensor):
+        _nodes.put(found, node)
+    return found
+
+
 def _variable(local: Any) -> Any:
     return local._ComptimeVar__variable
 
@@ -167,10 +210,7 @@ def _value(variable: Any) -> Any:
     if isinstance(variable, (variables.LazyVariableTracker,)):
         variable = variable.realize()
     if isinstance(variable, variables.TensorVariable):
-        meta = variable.as_proxy().node.meta
-        argument = meta.get("grapharg")
-        real = None if argument is None else argument.example
-        return meta["example_value"] if real is None or not isinstance(real, torch.Tensor) else real
+        return _tensor_of(variable.as_proxy().node)
     if isinstance(variable, variables.tensor.SymNodeVariable):
         return variable.sym_num
     if isinstance(variable, variables.ConstDictVariable):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from neuronscope.attach.compiling import traced_call, traced_modules
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
@@ -110,7 +111,18 @@ class NeuronFlow:
     def origin(self, tensor: Tensor) -> Origin:
         """Return what a tensor is."""
         found = self._origins.get(tensor)
-        return found if found is not None else self._unseen(tensor)
+        if found is not None:
+            return found
+        found = self._unseen(tensor)
+        return self._origin_in_graph(tensor, found) if found.state == UNKNOWN else found
+
+    def _origin_in_graph(self, tensor: Tensor, unseen: Origin) -> Origin:
+        """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
+        call = traced_call(tensor) if traced_modules() is not None else None
+        if call is None:
+            return unseen
+        self.follow(*call, tensor)
+        return self._origins.get(tensor) or unseen
 
     def _unseen(self, tensor: Tensor) -> Origin:
         """Return what a tensor is that no function of this forward gave: a weight, or not known."""
@@ -250,7 +262,8 @@ class NeuronFlow:
         for origin in sources:
             reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
-        bent = [(each.units.layer, each.bent) for each in sources if each.bent and each.units is not None]
+        layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
+        bent = [(layer, name) for layer, name in layers if layer and name]
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
         return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
 
@@ -296,7 +309,7 @@ class NeuronFlow:
             layer = self._names.running(tensor, depth=4)
             if layer is not None:
                 return Origin.of(WEIGHT, layer=layer)
-        return origin
+        return self._origin_in_graph(tensor, origin) if origin.state == UNKNOWN else origin
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args

@@ -72,6 +72,14 @@ def rule_of(function: Function) -> Rule:
     return lose
 
 
+def _lost_by_function(operation: Operation, lost: Origin) -> Origin:
+    """Return what an unknown function gives; if it keeps the shape, it may be an activation of the layer."""
+    units, name = operation.first.origin.units, getattr(operation.function, "__name__", "")
+    if units is None or not name or any(tuple(shape) != tuple(operation.first.shape) for shape in operation.outputs):
+        return lost
+    return lost.but(layer=units.layer, bent=name)
+
+
 def origins_of(operation: Operation) -> tuple[Origin, ...]:
     """Return what each output of an operation is; what does not fit its shape is lost.
 
@@ -81,7 +89,10 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
     Raises:
         ValueError: The rule speaks of another number of outputs.
     """
-    found: Origin | Sequence[Origin] = rule_of(operation.function)(operation)
+    rule = rule_of(operation.function)
+    found: Origin | Sequence[Origin] = rule(operation)
+    if rule is lose and isinstance(found, Origin) and found.state == LOST:
+        found = _lost_by_function(operation, found)
     origins = (found,) * len(operation.outputs) if isinstance(found, Origin) else tuple(found)
     return tuple(
         origin if origin.units is None or fits(origin.units.dims, shape) else Origin.of(LOST, origin.upstream)

@@ -158,7 +158,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "")
+        alone = len(data) == 1
+        return Origin.of(origin.state, upstream, layer=origin.layer if alone else "", bent=origin.bent if alone else "")
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)

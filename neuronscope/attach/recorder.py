@@ -676,7 +676,7 @@ class SiteRecorder:
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
         counters = self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None and gate.after.unit_set == origin.unit_set:  # else it gates a part of them
+        if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)
         after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope
-from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
@@ -22,13 +21,13 @@ from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
-from neuronscope.checkpoints.model.load_model import build_model
+from neuronscope.checkpoints.model.load_model import build_model, list_parameters, path_in_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
-from neuronscope.checkpoints.verdict.join_units import JoinedLayers, NamedSite, join_units
+from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import diagnose
@@ -108,7 +107,7 @@ def postmortem(
     example_input = None if network is None else resolve_example(example, network)
 
     # Examine the file: the weights, the optimizer state, the records of a monitor.
-    parameter_names = None if network is None else [name for name, _ in network.named_parameters()]
+    parameter_names = None if network is None else list_parameters(network, checkpoint)
     evidence, abstentions = examine_file(checkpoint, parameter_names=parameter_names, earlier=before)
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     sites: list[NamedSite] = [site for report in records for site in report.layers]
@@ -117,6 +116,7 @@ def postmortem(
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
+    path_of: Callable[[str], str] = str
     # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
     examination = Examination((), ())
     if network is not None:
@@ -126,6 +126,8 @@ def postmortem(
             examination.readers_known
         ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
             evidence = [one for one in evidence if one.claim != "unread"]
+        path_of = path_in_model(network, checkpoint)
+        evidence, sites = renamed(evidence, sites, path_of)
         evidence += examination.evidence
         sites += examination.sites
         abstentions += examination.abstentions
@@ -141,20 +143,26 @@ def postmortem(
         abstentions += unmeasured
 
     # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
-    evidence, joined = join_units(evidence, sites, {layer.path: layer.width for layer in layers})
+    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers})
     notes += contradictions(evidence)
     verdicts = combine_evidence(evidence, joined.layers)
+    name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}
     decay = weight_decay_per_step(checkpoint)
+    recorded = (path_of(site.name) for report in records for site in report.layers if site.is_norm)
+    behind_norms = {*examination.normalised, *recorded}
     facts = postmortem_facts(
         verdicts,
         step=checkpoint.step,
         learning_rates=learning_rates(checkpoint),
         decay=decay,
         # Reads each weight once more, which only weight decay makes worth while.
-        dead_norm_ratios=dead_norm_ratios(verdicts, layers, joined.norms, checkpoint) if decay > 0 else {},
+        dead_norm_ratios=dead_norm_ratios(verdicts, layers, name_by_path, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
         kinds=_kinds(verdicts, sites),
-        normalised=_normalised(verdicts, checkpoint, joined, {*examination.normalised, *_behind_norms(records)}),
+        normalised={
+            *(name_by_path[path] for path in normalised_layers(find_layers(checkpoint.tensors))),
+            *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
+        },
         observed_every=max(map(observed_every, records), default=1),
     )
     return PostmortemReport(
@@ -181,24 +189,3 @@ def _kinds(verdicts: Sequence[LayerReport], sites: Iterable[NamedSite]) -> dict[
         if of_layer:
             found[layer.name] = "gated" if "gated" in of_layer else of_layer[0]
     return found
-
-
-def _behind_norms(records: Iterable[Report]) -> set[str]:
-    """Return the names of recorded sites whose layer is a normalisation."""
-    return {site.name for report in records for site in report.layers if site.is_norm}
-
-
-def _normalised(
-    verdicts: Sequence[LayerReport], checkpoint: Checkpoint, joined: JoinedLayers, sites: Collection[str]
-) -> set[str]:
-    """Return the layers with a normalisation before their activation or their weights.
-
-    Args:
-        verdicts: The verdicts.
-        checkpoint: The opened checkpoint, whose order of layers shows some of them.
-        joined: The layers of all sources.
-        sites: Names of the sites that are known to have one.
-    """
-    in_file = normalised_layers(find_layers(checkpoint.tensors))
-    at_sites = {layer.name for layer in verdicts if any(name in sites for name in layer.sites)}
-    return {joined.name_of(path) for path in in_file} | at_sites

@@ -1,13 +1,15 @@
 """Write the TensorBoard logs of the demo: one run per variant, so that charts show ReLU, GELU and SiLU together.
 
 Each run shows the network of the first seed like any watched network, and the means over all seeds in a group of their
-own.
+own. Its layers are called ``layer1``, ``layer2``, …: their own names have the activation in them, so that the charts of
+the variants would not lie over each other.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -54,7 +56,8 @@ class VariantLog:
         """
         self._epochs += 1
         pictures = self._epochs % _PICTURES_EVERY == 0
-        self._dashboard.write(report, epoch.step, images=pictures, text=pictures)
+        layers = (replace(site, name=f"layer{number}") for number, site in enumerate(report.layers, 1))
+        self._dashboard.write(replace(report, layers=tuple(layers)), epoch.step, images=pictures, text=pictures)
         self._writer.add_scalar("training/loss", epoch.loss, epoch.step)
         self._writer.add_scalar("training/test_accuracy", epoch.accuracy, epoch.step)
 

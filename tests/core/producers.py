@@ -140,7 +140,11 @@ class Namer:
         """Mark the outputs of layers that the graph does not show as one node with a weight."""
         for module in self.paths:
             axis = next((axis for kind, axis in MARKED.items() if isinstance(module, kind)), None)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine and module.running_mean is None:
+            if (
+                isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and not module.affine
+                and module.running_mean is None
+            ):
                 axis = None
             if axis is None and module in self.holders:
                 axis = 1 if "Conv" in type(module).__name__ else -1
@@ -233,7 +237,9 @@ class Namer:
                 near = numbers.get(number - step)
                 if number not in numbers and near is not None and 0 <= near[1] + step < producers[near[0]].width:
                     numbers[number] = (near[0], near[1] + step)
-        return producers, tuple((producers[index].layer, unit) for index, unit in map(numbers.__getitem__, range(count)))
+        return producers, tuple(
+            (producers[index].layer, unit) for index, unit in map(numbers.__getitem__, range(count))
+        )
 
     def _measure(
         self, x: Tensor, producers: tuple[Producer, ...], axes: Sequence[int], count: int
@@ -358,13 +364,13 @@ class Namer:
             if len(calls) < len(branches):
                 return ENDED
             layers = {tuple(each.layer for each in found) for _, found in calls}
-            return calls[0][1] if len(layers) == 1 else tuple(dict.fromkeys(each for _, found in calls for each in found))
+            return (
+                calls[0][1] if len(layers) == 1 else tuple(dict.fromkeys(each for _, found in calls for each in found))
+            )
         left = [
             found
             for _, found in calls
-            if not any(
-                other != found and all(self._depends(branch, each) for each in found) for branch, other in calls
-            )
+            if not any(other != found and all(self._depends(branch, each) for each in found) for branch, other in calls)
         ]
         return min(left or [found for _, found in calls], key=lambda found: min(each.order for each in found))
 
@@ -455,11 +461,16 @@ def text_of(units: Sequence[Unit]) -> str:
             else:
                 runs.append([number])
         shown = [
-            f"{run[0]}" if len(run) == 1 else f"{run[0]}:{run[-1] + 1}" + (f":{s}" if (s := run[1] - run[0]) > 1 else "")
+            f"{run[0]}"
+            if len(run) == 1
+            else f"{run[0]}:{run[-1] + 1}" + (f":{s}" if (s := run[1] - run[0]) > 1 else "")
             for run in runs
         ]
         starts = [run[0] for run in runs]
-        if len(runs) > 3 and len({len(run) for run in runs}) == len({b - a for a, b in itertools.pairwise(starts)}) == 1:
+        if (
+            len(runs) > 3
+            and len({len(run) for run in runs}) == len({b - a for a, b in itertools.pairwise(starts)}) == 1
+        ):
             shown[2:-1] = ["..."]
         texts.append(f"{layer}:{','.join(shown)}" if len(by_layer) > 1 else ",".join(shown))
     return ",".join(texts)

@@ -34,15 +34,15 @@ def printed(**options: Any) -> dict[str, str]:
         model(torch.randn(2, 3, 6)).backward()
         scope.step()
     rows = (re.split(r"\s{2,}", line.strip()) for line in str(scope.report()).splitlines())
-    return {row[0]: cell for row in rows for cell in row if re.match(r"\d · ", cell)}
+    return {row[0]: row[3] for row in rows if row[1:2] == ["relu"]}  # the layer, activation, neurons, axis
 
 
 KNOWN = {
     "raw *": "2 · assumed ?",  # the mark of a layer that is not in the totals
-    "conv/relu": "1 · layer",
-    "norm/relu": "1 · layer",
-    "fc/relu": "2 · layer",
-    "volume/relu": "1 · layer",
+    "conv/relu": "1",  # that of the units of the layer
+    "norm/relu": "1",
+    "fc/relu": "2",
+    "volume/relu": "1",
 }
 
 

@@ -191,7 +191,16 @@ def test_counts_are_right_with_accumulation_and_evaluation_passes():
     assert dead(train_census["fc/relu"]) == [0, 1, 2]
     assert train_census["fc/relu"].positions == 20 * 4
     assert train_census["fc/relu"].zero_outputs.tolist() == [80, 80, 80, 76, 0, 0, 0, 0]  # 19 * 4 = 76
-    assert train_census["fc/relu"].last_active_step.tolist() == [-1, -1, -1, 3, 4, 4, 4, 4]  # micro 13 is in step 13 // 4
+    assert train_census["fc/relu"].last_active_step.tolist() == [
+        -1,
+        -1,
+        -1,
+        3,
+        4,
+        4,
+        4,
+        4,
+    ]  # micro 13 is in step 13 // 4
     assert dead(val_census["fc/relu"]) == [0, 1, 3, 4, 5, 6, 7]
     assert val_census["fc/relu"].positions == 5 * 4
     assert val_census["fc/relu"].gradient_positions == 0

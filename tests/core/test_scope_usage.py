@@ -146,7 +146,8 @@ def test_a_pattern_that_matches_nothing_warns_once_and_counting_goes_on(options,
     model = net()
     with ns.watch(model, **options) as scope:
         with pytest.warns(
-            ns.NeuronscopeWarning, match=r"'layer\*' to match a site, but it matched none of those seen: 0/relu, 2/gelu\."
+            ns.NeuronscopeWarning,
+            match=r"'layer\*' to match a site, but it matched none of those seen: 0/relu, 2/gelu\.",
         ) as caught:
             step(model, scope)
         assert len(caught) == 1
@@ -162,7 +163,9 @@ def test_a_pattern_that_matched_only_in_an_earlier_run_warns():
     model[1] = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with ns.watch(model, sites="1") as second:
         second.load_state_dict(scope.state_dict())
-        with pytest.warns(ns.NeuronscopeWarning, match=r"'1' to match a site, .* none of those seen: 1\.0/relu, 2/gelu\."):
+        with pytest.warns(
+            ns.NeuronscopeWarning, match=r"'1' to match a site, .* none of those seen: 1\.0/relu, 2/gelu\."
+        ):
             step(model, second)
 
 

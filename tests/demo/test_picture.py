@@ -30,7 +30,7 @@ def comparison(seeds: int = 3) -> Comparison:
     for name, dead in DEAD.items():
         for seed in range(seeds):
             scans = tuple(
-                Moment(step, (count + seed, 0), (7, 0), (0, 0), 0.5, 0.1, 0)
+                Moment(step, (count + seed, 0), (0, 0), (7, 0), (0, 0), 0.5, 0.1, 0)
                 for step, count in zip(STEPS, dead, strict=True)
             )
             epochs = tuple(Epoch(step, (0, 0), (0, 0), 1.0, 0.9 + seed / 100) for step in STEPS[1:])

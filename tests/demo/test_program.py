@@ -35,8 +35,8 @@ def test_the_demo_writes_all_its_files(shown: Shown) -> None:
     assert pixels.shape == (1080, 1920, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # something is drawn
     html = (shown.out / "report-ReLU.html").read_text(encoding="utf-8")
-    assert "act1" in html
-    assert "act4" in html
+    assert "linear1/relu" in html
+    assert "linear4/relu" in html
 
 
 def test_the_json_file_holds_the_measured_numbers(shown: Shown) -> None:
@@ -90,7 +90,7 @@ def test_each_variant_is_a_tensorboard_run_and_all_share_their_tags(shown: Shown
         drawn = event_accumulator.EventAccumulator(str(shown.out / "tensorboard" / name / "neuronscope")).Reload()
         assert "neuronscope/overview" in drawn.Tags()["images"]
     assert scalars["ReLU"] == scalars["GELU"] == scalars["SiLU"]
-    assert "neuronscope.dead_pct/act4" in scalars["ReLU"]
+    assert "neuronscope.dead_pct/layer4" in scalars["ReLU"]
 
 
 def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digits, tmp_path: Path) -> None:

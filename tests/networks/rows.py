@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import neuronscope as ns
 from tests.networks.agreement import Agreement
 from tests.networks.zoo import Network
 
@@ -30,7 +31,7 @@ class Row:
         agreement: What came of it: ``exact``, ``nothing measured``, or something worse.
         kinds: Sites by kind: ``module``, ``functional``, ``gated``.
         neurons: Of all sites.
-        sources: Sites by what their neurons' axis is known from.
+        sources: Sites by what their neurons are known from: ``layer``, ``declared`` or ``assumed``.
         not_measured: Name → reason.
     """
 
@@ -51,13 +52,13 @@ class Row:
 
 def row_of(network: Network, result: Agreement, agreement: str = "") -> Row:
     """The row of a network that was run; without a word on its agreement, it agreed."""
-    sources = (tally.axis_source.removeprefix("producer (").removesuffix(")") for tally in result.census.values())
+    sources = (tally.axis_source.partition(" ")[0] for tally in result.census.values())
     return Row(
         family=network.family,
         name=network.name,
         config=network.config,
         agreement=agreement or ("exact" if result.census else "nothing measured"),
-        kinds=dict(Counter(_kind(name) for name in result.census)),
+        kinds=dict(Counter(_kind(tally) for tally in result.census.values())),
         neurons=sum(tally.neurons for tally in result.census.values()),
         sources=dict(Counter(sources)),
         not_measured=result.not_measured,
@@ -81,5 +82,5 @@ def _place(family: str, name: str) -> Path:
     return Path(os.environ[FOLDER]) / f"{family}-{re.sub(r'[^A-Za-z0-9_]+', '-', name)}.json"
 
 
-def _kind(name: str) -> str:
-    return "gated" if name.endswith(".gated") else "functional" if "()" in name else "module"
+def _kind(tally: ns.Tally) -> str:
+    return "gated" if tally.kind == "gated" else "functional" if tally.info.place.endswith("()") else "module"

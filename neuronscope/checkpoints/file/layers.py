@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from neuronscope.attach.layer_names import layer_name
 from neuronscope.checkpoints.checkpoint import StoredTensor
 
 __all__ = [
@@ -49,7 +50,7 @@ class Layer:
     """A layer of ``N`` rows.
 
     Attributes:
-        path: Path of the module that holds the weight.
+        path: Path of the layer; see :func:`neuronscope.attach.layer_names.layer_name`. It is that of a site's layer.
         kind: ``linear``, ``conv``, ``norm``, ``embedding``, or ``experts`` (several layers stacked in one tensor).
         weight: Name of the weight in the checkpoint.
         bias: Name of the bias ``(N,)``, or ``None``.
@@ -122,8 +123,10 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
         if not is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
             continue
         if _EXPERTS.search(name) and len(tensor.shape) == 3:
-            path = name.removesuffix(".weight")
-            found.append(Layer(path, "experts", name, None, None, tensor.shape[0], 0, tensor.shape[1]))
+            module, _, leaf = name.rpartition(".")
+            found.append(
+                Layer(layer_name(module, leaf), "experts", name, None, None, tensor.shape[0], 0, tensor.shape[1])
+            )
             continue
         parts = _split(name, tensors)
         if parts is not None:
@@ -182,16 +185,16 @@ def _layer(
     name: str, path: str, gain: str | None, tensors: Mapping[str, StoredTensor], transposed: _Transposed
 ) -> Layer | None:
     shape = tensors[name].shape
-    bias_name = _join(path, "bias")
+    layer, bias_name = layer_name(path, "weight"), _join(path, "bias")
     bias = tensors.get(bias_name)
     biased = bias is not None and len(bias.shape) == 1 and is_floating(bias)
     if len(shape) == 1:
         fits = biased and bias is not None and bias.shape == shape
-        return Layer(path, "norm", name, bias_name if fits else None, None, shape[0], 0, 1)
+        return Layer(layer, "norm", name, bias_name if fits else None, None, shape[0], 0, 1)
     if not 2 <= len(shape) <= 5:
         return None
     if len(shape) == 2 and not biased and _EMBEDDING.search(path):
-        return Layer(path, "embedding", name, None, None, shape[0], 0, shape[1])
+        return Layer(layer, "embedding", name, None, None, shape[0], 0, shape[1])
     kind = "linear" if len(shape) == 2 else "conv"
     axis, axis_known = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
     if axis is None:
@@ -199,7 +202,7 @@ def _layer(
     if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
         return None
     fits = biased and bias is not None and bias.shape[0] == shape[axis]
-    return Layer(path, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
+    return Layer(layer, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
 
 
 class _Transposed:

@@ -26,7 +26,7 @@ from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
-__all__ = ["build_model", "load_named", "load_weights"]
+__all__ = ["build_model", "list_parameters", "load_named", "load_weights", "path_in_model"]
 
 
 def load_named(name: str, argument: str) -> Any:
@@ -292,3 +292,41 @@ def _require_memory(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _few(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (" …" if len(names) > count else "")
+
+
+def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Return the names that a model's parameters have in a checkpoint, in the model's order, each parameter once.
+
+    Args:
+        model: The model.
+        checkpoint: The checkpoint.
+    """
+    stored = _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
+    names: dict[int, str] = {}
+    for path, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), f"{path}.{name}" if path else name)
+    return [stored.get(name, name) for name in names.values()]
+
+
+def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Return a function that gives the path in the model for a path in the checkpoint.
+
+    The two may differ by a prefix; see :func:`load_weights`.
+
+    Args:
+        model: The network.
+        checkpoint: The checkpoint.
+    """
+    pairs = _match_names((name for name, _ in _slots(model)), checkpoint.tensors).items()
+    own, stored = next(((own, stored) for own, stored in pairs if own != stored), ("", ""))
+    surplus = stored.removesuffix(own) if stored.endswith(f".{own}") else ""
+    missing = own.removesuffix(stored) if own.endswith(f".{stored}") else ""
+
+    def path(stored_path: str) -> str:
+        if missing:
+            return missing.removesuffix(".") if stored_path == "(root)" else missing + stored_path
+        return "(root)" if surplus == f"{stored_path}." else stored_path.removeprefix(surplus)
+
+    return path

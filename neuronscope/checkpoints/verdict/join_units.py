@@ -7,7 +7,7 @@ its own, but its unit ``i`` and unit ``i`` of the layer before it are one neuron
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.judge.distinct import SiteUnits
 
-__all__ = ["JoinedLayer", "JoinedLayers", "NamedSite", "join_units", "places_but_gates", "wherever_seen"]
+__all__ = ["JoinedLayer", "JoinedLayers", "NamedSite", "join_units", "places_but_gates", "renamed", "wherever_seen"]
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -113,6 +113,41 @@ def join_units(
             joined.layers.setdefault(name, JoinedLayer(one.width))
             placed.append(replace(one, layer=name))
     return [one for one in placed if one.neurons.size], joined
+
+
+def renamed(
+    evidence: Iterable[Evidence], sites: Iterable[NamedSite], path: Callable[[str], str]
+) -> tuple[list[Evidence], list[NamedSite]]:
+    """Return evidence and sites with other paths of layers.
+
+    Args:
+        evidence: The evidence.
+        sites: The sites.
+        path: Returns the new path for a path, and so the new name for the name of a site.
+    """
+    changed = [replace(one, layer=path(one.layer), site=one.site and path(one.site)) for one in evidence]
+    return changed, [_RenamedSite.of(site, path) for site in sites]
+
+
+@dataclass(frozen=True)
+class _RenamedSite:
+    name: str
+    kind: str
+    neurons: int
+    units: tuple[tuple[str, int, int, int], ...]
+    in_headlines: bool
+    normalises: str
+
+    @classmethod
+    def of(cls, site: NamedSite, path: Callable[[str], str]) -> _RenamedSite:
+        return cls(
+            name=path(site.name),
+            kind=site.kind,
+            neurons=site.neurons,
+            units=tuple((path(layer), start, stop, step) for layer, start, stop, step in site.units),
+            in_headlines=site.in_headlines,
+            normalises=site.normalises and path(site.normalises),
+        )
 
 
 def places_but_gates(sites: Sequence[NamedSite]) -> dict[str, BoolArray]:

@@ -1,0 +1,208 @@
+"""Record, weights, optimizer and data of one unit of a layer are joined, and no neuron is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+ROWS = (nn.Linear, nn.Conv2d)
+
+
+class PoolBetween(nn.Module):
+    """A convolution, pooling and its norm: one set of 6 neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The names are sorted as safetensors sorts them: the norm comes before its convolution.
+        self.a_norm, self.b_conv, self.c_out = nn.BatchNorm2d(6), nn.Conv2d(1, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a_norm(F.max_pool2d(self.b_conv(x.view(-1, 1, 4, 4)), 2)))
+        return self.c_out(x.flatten(1))
+
+
+class SharedHead(nn.Module):
+    """One layer over two levels of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.out = nn.Linear(16, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        return self.out(F.relu(self.head(h)) + F.relu(self.head(h * 0.5)))
+
+
+class Gated(nn.Module):
+    """A gate and its product are one neuron; the other factor has rows of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 7), nn.Linear(16, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.gate(x)) * self.up(x))
+
+
+class TwoSigns(nn.Module):
+    """Both signs of a layer go through a ReLU: 4 neurons, seen twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(16, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        return self.out(torch.cat((F.relu(h), F.relu(-h)), 1))
+
+
+class Joined(nn.Module):
+    """The units of two layers go through one ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(16, 4), nn.Linear(16, 3), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(torch.cat((self.a(x), self.b(x)), 1)))
+
+
+class Residual(nn.Module):
+    """A norm of a sum: its 8 units are not those of the layer before the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.out = nn.Linear(16, 8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.out(F.relu(self.norm(h + self.b(F.relu(h)))))
+
+
+NETWORKS: list[tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = [
+    (PoolBetween, {"a_norm": (1, 4)}),
+    (SharedHead, {"first": (2,), "head": (0, 3)}),
+    (Gated, {"gate": (5, 6)}),
+    (Joined, {"a": (1,), "b": (0, 2)}),
+    (Residual, {"norm": (3,)}),
+]
+
+
+def rows(model: nn.Module) -> int:
+    """The output rows of all layers with weights; norms add none unless they normalise a sum."""
+    return sum(module.weight.shape[0] for module in model.modules() if isinstance(module, ROWS))  # type: ignore[union-attr, misc]
+
+
+def saved(make: Callable[[], nn.Module], dead: dict[str, tuple[int, ...]], folder: Path) -> tuple[Path, Tensor]:
+    """A watched run whose neurons ``dead`` are held far below zero, saved with its record and its optimizer."""
+    torch.manual_seed(0)
+    model, data = make(), torch.rand(400, 16)
+    for layer, neurons in dead.items():
+        model.get_submodule(layer).bias.data[list(neurons)] = -100.0  # type: ignore[index, operator]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    with ns.watch(model) as scope:
+        for batch in data.split(100) * 40:
+            optimizer.zero_grad()
+            model(batch).sum().backward()
+            optimizer.step()
+            scope.step()
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "neuronscope": scope.state_dict()},
+        folder / "last.pt",
+    )
+    return folder / "last.pt", data
+
+
+@pytest.mark.parametrize(("make", "dead"), NETWORKS, ids=[make.__name__ for make, _ in NETWORKS])
+@pytest.mark.parametrize("level", ["file", "model", "data"])
+def test_every_unit_is_counted_once_at_every_level(
+    make: Callable[[], nn.Module], dead: dict[str, tuple[int, ...]], level: str, tmp_path: Path
+) -> None:
+    path, data = saved(make, dead, tmp_path)
+    report = ns.postmortem(path, None if level == "file" else make, data if level == "data" else None)
+    of_its_own = 8 if make is Residual else 0  # the norm of a sum
+    assert report.neurons == rows(make()) + of_its_own
+    for layer, neurons in dead.items():
+        assert set(neurons) <= set(report[layer].dead_mask.nonzero()[0].tolist())
+        sources = {one.source for one in report[layer].evidence}
+        assert {"monitor record"} <= sources
+        assert level != "data" or {"monitor record", "scan"} <= sources
+    assert len({layer.name for layer in report.layers}) == len(report.layers)
+
+
+def test_record_weights_optimizer_and_data_speak_of_one_layer(tmp_path: Path) -> None:
+    path, data = saved(PoolBetween, {"a_norm": (1, 4)}, tmp_path)
+    report = ns.postmortem(path, PoolBetween, data)
+    assert [layer.name for layer in report.layers] == ["a_norm", "c_out"]
+    layer = report["a_norm"]
+    assert layer.sites == ("a_norm/relu",)
+    assert report["a_norm/relu"] is layer
+    assert {"monitor record", "adam state", "scan"} <= {one.source for one in layer.evidence}
+
+
+def test_a_unit_that_is_dead_at_one_of_its_activations_counts_as_in_the_report_of_the_run(tmp_path: Path) -> None:
+    model, data = TwoSigns(), torch.rand(400, 16)
+    model.fc.bias.data[[0, 2]] = -100.0
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    report, scanned = ns.postmortem(tmp_path / "net.pt", TwoSigns, data), ns.scan(model, data)
+    h = model.fc(data)
+    truth = ((h <= 0).all(0) | (h >= 0).all(0)).nonzero().flatten().tolist()
+    assert {0, 2} <= set(truth)
+    assert report["fc"].dead_mask.nonzero()[0].tolist() == truth
+    assert (report.neurons, scanned.neurons, scanned.dead) == (4 + 2, 4, len(truth))
+    assert report.contested == 0
+
+
+def test_a_model_without_the_prefix_of_the_checkpoint_has_the_same_layers(tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = SharedHead()
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.net(x)
+            return result
+
+    path, data = saved(Holder, {"net.head": (0, 3)}, tmp_path)
+    report = ns.postmortem(path, SharedHead, data)
+    assert report.neurons == rows(SharedHead())
+    assert {0, 3} <= set(report["head"].dead_mask.nonzero()[0].tolist())
+    assert {"monitor record", "adam state", "scan"} <= {one.source for one in report["head"].evidence}
+
+
+def test_a_record_of_a_wider_layer_is_not_taken_for_the_layer_of_the_file(tmp_path: Path) -> None:
+    def make(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 2))
+
+    wide, _ = saved(lambda: make(9), {"0": (8,)}, tmp_path)
+    record = torch.load(wide, weights_only=True)["neuronscope"]
+    torch.save({"model": make(5).state_dict(), "neuronscope": record}, tmp_path / "other.pt")
+    report = ns.postmortem(tmp_path / "other.pt")
+    assert {layer.name: layer.neurons for layer in report.layers} == {"0": 5, "2": 2, "0/relu": 9}
+
+
+def test_a_site_whose_axis_is_assumed_is_in_no_total(tmp_path: Path) -> None:
+    class Lost(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(16, 6), nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x).reshape(-1, 4)  # cuts units and positions in one group
+            return self.out(self.act(h - 100.0))
+
+    data = [torch.rand(60, 16) for _ in range(10)]
+    torch.save(Lost().state_dict(), tmp_path / "lost.pt")
+    report = ns.postmortem(tmp_path / "lost.pt", Lost, data)
+    assert not report["act"].in_headlines
+    assert (report["act"].neurons, report["act"].dead) == (4, 4)
+    assert (report.neurons, report.dead, report.collapsed) == (6 + 2, 0, ())
+    assert "act is not in the totals" in str(report)
+    assert report.to_dict()["summary"]["neurons"] == 6 + 2
