@@ -30,6 +30,7 @@ __all__ = [
     "is_tracing",
     "skip_frames",
     "thread_id",
+    "trace_attempt",
     "traced_call",
     "traced_modules",
     "unwatched",
@@ -49,6 +50,12 @@ def unwatched() -> Any:
 def thread_id() -> int:
     """Return the number of the running thread; 0 while traced, because the compiler cannot trace the question."""
     return 0 if is_tracing() else threading.get_ident()
+
+
+def trace_attempt() -> tuple[Any, int]:
+    """Return which frame is being compiled, and which attempt this is: the compiler may begin a frame again."""
+    context = torch._guards.CompileContext.try_get()
+    return (None, 0) if context is None else (context.compile_id, context.attempt)
 
 
 def in_backward() -> bool:

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
+from neuronscope.attach.compiling import (
+    comptime,
+    has_real_tensors,
+    in_backward,
+    is_tracing,
+    trace_attempt,
+    while_tracing,
+)
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_partial, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import INFERENCE, ForwardContext
@@ -367,17 +374,21 @@ class SiteRecorder:
 
     def _note_traced(self, call: Call) -> None:
         counters = call.counters
-        if counters is not None and self.is_tensor_parallel():
-            self.not_measured[call.key.name] = (
-                "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the "
-                "layer's neurons are this rank's: watch the model without compiling it"
-            )
-            counters = None
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
-        first = counters is not None and counters.is_first_call(self.forward.number)
-        self._traced.append((call._replace(counters=counters), first))
+        first = counters is not None and counters.is_first_call(self.forward.number, trace_attempt())
+        self._traced.append((call, first))
+
+    def _is_shared_in_graph(self, key: SiteKey) -> bool:
+        """Whether ranks share the neurons of a traced site, after noting that it is not measured."""
+        if not self.is_tensor_parallel():
+            return False
+        self.not_measured[key.name] = (
+            "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the layer's "
+            "neurons are this rank's: watch the model without compiling it"
+        )
+        return True
 
     def _find(
         self,
@@ -484,7 +495,8 @@ class SiteRecorder:
         )
         if is_module:
             self._modules.add(key)
-        counters = self._counters_for(phase, key, info, names, neurons, x)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, x)
         if counters is not None and not traced:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
@@ -665,17 +677,19 @@ class SiteRecorder:
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
         layout = units.layout
+        shared = gate.info.whole > units.size == units.width  # by ranks: the gate's units are the whole layer's
         info = replace(
             gate.info,
             activation=name,
             kind="gated",
             linear_when_on=False,
             axis=layout.axis,
-            units=units.tensor_runs() if gate.info.units else (),
+            units=gate.info.units if shared or not gate.info.units else units.tensor_runs(),
         )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
-        counters = self._counters_for(phase, key, info, names, neurons, y)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
         if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)

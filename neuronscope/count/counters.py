@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ class SiteCounters:
         self.gradient_positions = 0
         self.examples = 0
         self._forward = -1  # number of the last forward that was counted
+        #: Where the first call of a forward was traced: compilation, attempt, and changes of the counters until then.
+        self._first_traced: tuple[Any, int, int] = None, 0, -1
         self._forward_positions = 0  # its positions and its examples so far
         self._forward_examples = 0
 
@@ -117,10 +119,22 @@ class SiteCounters:
         before, self._forward_examples = self._forward_examples, min(examples, self._forward_positions)
         return self._forward_examples - before
 
-    def is_first_call(self, forward: int) -> bool:
-        """Return whether this is the first call in a forward, in a graph that ``torch.compile`` traces."""
-        first, self._forward = forward != self._forward, forward
-        return first
+    def is_first_call(self, forward: int, attempt: tuple[Any, int]) -> bool:
+        """Return whether this is the first call in a forward, in a graph that ``torch.compile`` traces.
+
+        The compiler may drop what it traced, and trace the code again, in parts. A graph that was kept runs before the
+        next one is traced, and so it has changed the counters.
+
+        Args:
+            forward: Number of the forward.
+            attempt: Which compilation it is, and which attempt.
+        """
+        *first_attempt, changes = self._first_traced
+        now = self.tensors.traced._version
+        if forward == self._forward and (attempt == tuple(first_attempt) or changes != now):
+            return False
+        self._forward, self._first_traced = forward, (*attempt, now)
+        return True
 
     def flush(self, scratch: ScratchBuffers | None = None) -> CounterTensors:
         """Add everything that waits to the tensors.

@@ -20,6 +20,7 @@ from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import skip_frames
 from neuronscope.attach.examples import ExampleCounter, count_examples, first_tensor, is_time_first
 from neuronscope.attach.masks import PositionMask
+from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
 
@@ -399,3 +400,12 @@ def test_a_hook_beside_a_compiled_graph_finds_examples_and_mask_as_it_is() -> No
     compiled(torch.ones(9, 4), attention_mask=torch.ones(9, 4), past=[torch.ones(9, 1)])
     compiled(torch.ones(9, 4), images=[torch.ones(2, 3), torch.ones(3, 3)])
     assert seen == [0, 3, False, 9, 3, True]
+
+
+def test_examples_are_added_by_the_first_call_of_a_graph_that_runs() -> None:
+    counters = SiteCounters(3, torch.device("cpu"))
+    whole, part, next_part = ("a", 0), ("b", 1), ("c", 0)
+    assert [counters.is_first_call(1, whole), counters.is_first_call(1, whole)] == [True, False]
+    assert [counters.is_first_call(1, part), counters.is_first_call(1, part)] == [True, False]  # the whole was dropped
+    counters.tensors.traced.add_(1)  # the part runs
+    assert [counters.is_first_call(1, next_part), counters.is_first_call(2, next_part)] == [False, True]

@@ -209,6 +209,7 @@ def outcome(
     census = {phase: counted(scope, phase=phase) for phase in phases}
     return {
         "recorded": {phase: recorder.counts(phase) for phase in phases},
+        "units": {tally.layer.removeprefix(within): tally.units for tally in scope.census().values()},
         "counted": {
             phase: {name.removeprefix(within): found for name, found in sites.items()}
             for phase, sites in census.items()
