@@ -28,7 +28,7 @@ def info(
     *units: tuple[str, int, int, int], kind: str = "relu-like", assumed: bool = False, output: bool = False
 ) -> SiteInfo:
     """The description of a site."""
-    source = "assumed (rank)" if assumed else "producer (linear)"
+    source = "assumed (rank)" if assumed else "layer (fc)"
     layer = "+".join(dict.fromkeys(layer for layer, *_ in units))
     return SiteInfo("relu", kind, kind == "relu-like", 1, source, layer=layer, units=units, output=output)
 
@@ -141,7 +141,7 @@ def twin_turnover(
         for index, ran in enumerate(windows):
             labels = {site.name: ran.get(site.name, ["unseen"] * site.neurons) for _, site, _ in candidates}
             label = decide(candidates, labels).label
-            if label in ("unseen", "not finite"):
+            if label in ("unseen", "not finite", "silent"):  # silence is no event: the neuron keeps its state
                 continue
             counted = 10 * index > since if since is not None else index == len(windows) - 1
             if counted and was_dead is not None:

@@ -141,6 +141,7 @@ def test_the_metrics_of_the_network_equal_those_of_the_slow_twin(case: MadeUp, s
         if counts["not finite"] < observed:
             expected["neuronscope/dead_pct"] = 100.0 * counts["dead"] / observed
     if seen := sum(of_those.values()) - of_those["unseen"]:
+        expected["neuronscope/silent_pct"] = 100.0 * of_those["silent"] / seen
         expected["neuronscope.more/cut_off_pct"] = 100.0 * of_those["cut off"] / seen
     if any(site.in_headlines for site in report.layers):
         deaths, revivals = twin_turnover(report.layers, case.windows, since)

@@ -97,7 +97,7 @@ NETWORKS: list[tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] = [
 
 def rows(model: nn.Module) -> int:
     """The output rows of all layers with weights; norms add none unless they normalise a sum."""
-    return sum(module.weight.shape[0] for module in model.modules() if isinstance(module, ROWS))  # type: ignore[union-attr, misc]
+    return sum(module.weight.shape[0] for module in model.modules() if isinstance(module, ROWS))
 
 
 def saved(make: Callable[[], nn.Module], dead: dict[str, tuple[int, ...]], folder: Path) -> tuple[Path, Tensor]:
@@ -105,7 +105,7 @@ def saved(make: Callable[[], nn.Module], dead: dict[str, tuple[int, ...]], folde
     torch.manual_seed(0)
     model, data = make(), torch.rand(400, 16)
     for layer, neurons in dead.items():
-        model.get_submodule(layer).bias.data[list(neurons)] = -100.0  # type: ignore[index, operator]
+        model.get_submodule(layer).bias.data[list(neurons)] = -100.0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
     with ns.watch(model) as scope:
         for batch in data.split(100) * 40:
