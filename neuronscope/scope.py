@@ -474,7 +474,7 @@ def watch(
     Args:
         model: The model, wrapped (DDP, ``torch.compile``) or not.
         every_n_steps: Observe every n-th optimizer step; the other steps cost nothing.
-        sites: Glob patterns; only sites that match are counted. A pattern matches a site's name (``"*/relu"``), the path
+        sites: Glob patterns; only sites that match are counted. It matches a site's name (``"*/relu"``), the path
             of its layer, or the place of its activation: the path of the module, or ``block.relu()``.
         exclude: Glob patterns, as in ``sites``; matching sites are not counted.
         functional: Also watch functional activations (``F.relu``) and gated products (``silu(g) * u``).
