@@ -44,13 +44,29 @@ shares no code with Neuronscope, keeps every activation and every gradient, and 
 - the sites are the same, with the same names, in the same order;
 - all integers are equal: zero outputs, zero gradients, values that are not finite, last active
   step, positions and examples;
-- the neurons are those of the network's row of the test: they are units of a layer and not assumed,
-  and their number fits what autograd's graph says of that layer;
+- the layer in a site's name is the one that autograd's graph says, its units are those that gradients
+  sent back from the neurons reach, and no axis is assumed;
 - weights, buffers and gradients are bit for bit those of the run without Neuronscope.
 
 `Modules`, `Functional` and `Gated` are kinds of site: a layer whose activation is a module, one
 whose activation is called as a function, and gated products such as SwiGLU's. *Known from* says
 how many sites' neurons follow from a layer, were declared, or are assumed.
+"""
+OPERATORS = """\
+## Operators
+
+Neuronscope follows the units of a layer through every torch function that a forward calls; the rules
+are a table, `neuronscope/attach/operators.py`. A function without a rule loses the units, and never
+gives wrong ones. In the networks above and the clients below, these operators ended a flow before an
+activation:
+
+- `topk`, then `scatter_` (the scores of Llama 4's router): what is picked by value is no unit.
+- an index by data into a stack of weights, `grouped_mm` (experts of Mixtral, Qwen2-MoE, GPT-OSS,
+  DeepSeek-V3): rows of several layers, not measured.
+
+Convolution weights that are standardised by `F.batch_norm` (NFNet) stay weights. Heads that were split
+off keep exact units, also joined ones (`cat`, `view`, `split`: EfficientViT), and so does a product
+with a stack of weights (the experts of Llama 4).
 """
 CLIENTS_INTRODUCTION = """\
 ## Real clients
@@ -128,7 +144,7 @@ def main() -> int:
         print(f"Not installed: {', '.join(missing)}. `make test` installs them.", file=sys.stderr)
         return 2
     disagreements: list[str] = []
-    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), *_clients(), *_setups()])) + "\n"
+    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), OPERATORS, *_clients(), *_setups()])) + "\n"
     for line in disagreements:
         print(line, file=sys.stderr)
     if not check:

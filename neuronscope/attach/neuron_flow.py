@@ -225,7 +225,7 @@ class NeuronFlow:
             if kind is Tensor or kind is nn.Parameter:
                 entry = known.get(id(arg)) or weights.get(id(arg))
                 facts.append(entry[1] if entry is not None and entry[0]() is arg else self._origin_in_call(arg))
-                facts.append(arg.shape)
+                facts.append(arg.shape if not arg.is_nested else ())  # a nested tensor has none
                 facts.append(arg.dtype)
             elif (
                 arg is None
@@ -237,7 +237,7 @@ class NeuronFlow:
                 facts.append(self._describe(arg))
         if kwargs:
             facts.append(tuple(kwargs))
-        facts.extend([output.shape if type(output) is Tensor else _shape(output) for output in outputs])
+        facts.extend([_shape(output) for output in outputs])
         return tuple(facts)
 
     def _find(

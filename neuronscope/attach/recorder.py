@@ -660,7 +660,11 @@ class SiteRecorder:
                 continue
             origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
             gate = None if origin.site is None else self._gates.get(origin.site)
-            if gate is None or origin.units is None or factor.shape != y.shape or other.shape != y.shape:
+            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+                continue
+            if origin.units is None:
+                if gate.info.axis_source == "declared":
+                    return self._gated(phase, gate, origin, None, y, traced)
                 continue
             if gate.after.units is None or origin.units.size != gate.after.units.size:
                 continue  # a part of what the site gave: its gradients are not counted apart
@@ -670,21 +674,27 @@ class SiteRecorder:
             return self._gated(phase, gate, origin, origin.units, y, traced)
         return None
 
-    def _gated(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call | None:
+    def _gated(
+        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
+    ) -> Call | None:
         name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
+        if units is None:  # its axis was declared
+            key = SiteKey(gate.key.layer, gate.key.units, name, 0)
+        else:
+            key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
         if not traced and in_transform(y):
             self.not_measured.setdefault(key.name, IN_TRANSFORM)
             return None
-        layout = units.layout
-        shared = gate.info.whole > units.size == units.width  # by ranks: the gate's units are the whole layer's
+        layout = gate.layout if units is None else units.layout
+        # Where ranks share a layer, the gate's units are the whole layer's.
+        shared = units is None or gate.info.whole > units.size == units.width
         info = replace(
             gate.info,
             activation=name,
             kind="gated",
             linear_when_on=False,
             axis=layout.axis,
-            units=gate.info.units if shared or not gate.info.units else units.tensor_runs(),
+            units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
         )
         names = (key.name, key.layer, info.place)
         neurons = _neurons_in(local_tensor(y).shape, layout)
@@ -693,6 +703,8 @@ class SiteRecorder:
         if counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self.forward.flow.origin(y)
+        if units is None:
+            return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
         after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
         self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)

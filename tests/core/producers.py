@@ -132,6 +132,7 @@ class Namer:
         """Forget the last forward."""
         self.marks: dict[Any, Producer] = {}
         self.found: dict[Any, tuple[Producer, ...] | str] = {}
+        self.chosen: dict[Any, list[int]] = {}  # of each node: the inputs whose units its output has
         self.weights: dict[Any, bool] = {}
         self.ordinals: dict[Any, int] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -178,23 +179,30 @@ class Namer:
             return Site(place, activation, (), ()) if is_module and not weights else None
         return Site(self._name(producers, units, activation), activation, producers, units)
 
-    def product(self, gate: Site, other: Tensor, axes: Sequence[int]) -> str | None:
+    def product(self, gate: Site, other: Tensor, output: Tensor, axes: Sequence[int]) -> str | None:
         """Return the name of the product of a site's output and another tensor; ``None`` if it is no gated product.
 
         Args:
             gate: The site.
             other: The other factor.
+            output: The product: its units are those of the gate.
             axes: The dimensions that hold neurons.
         """
         if other.grad_fn is None or self._is_weight(other.grad_fn):
             return None
-        try:
+        name = GATED.get(gate.activation, f"gated {gate.activation}")
+        if not gate.producers:
+            return f"{gate.name}/{name}"
+        with contextlib.suppress(Ended):
             if self.units_of(other, axes) == (gate.producers, gate.units):
                 return None
-        except Ended:
-            pass
-        name = GATED.get(gate.activation, f"gated {gate.activation}")
-        return self._name(gate.producers, gate.units, name) if gate.producers else None
+        node = output.grad_fn
+        while len(node.next_functions) == 1:  # views, of a product in place
+            self.found[node], self.chosen[node] = gate.producers, [0]
+            node = node.next_functions[0][0]
+        sources = [None if each is None else self._source(each) for each, _ in node.next_functions]
+        self.found[node], self.chosen[node] = gate.producers, [sources.index(gate.producers)]
+        return self._name(gate.producers, gate.units, name)
 
     def _name(self, producers: tuple[Producer, ...], units: tuple[Unit, ...], activation: str) -> str:
         key = (tuple(each.node for each in producers), units, activation)
@@ -277,7 +285,7 @@ class Namer:
 
     @contextlib.contextmanager
     def _only_up_to_layers(self, node: Any, producers: Sequence[Producer]) -> Iterator[None]:
-        """Let no gradient pass through a layer, as through the layers of a gate.
+        """Let gradients pass only to the inputs whose units an operation's output has, and through no layer.
 
         Args:
             node: Where gradients begin.
@@ -291,12 +299,15 @@ class Namer:
                 continue
             seen.add(each)
             if isinstance(self._own(each), tuple):
-                handles.append(each.register_hook(_nothing))
-            elif each.name() in PRODUCTS:  # what it is weighted with
-                chosen = self._branches(each)
-                others = [source for source, _ in each.next_functions if source is not None and source not in chosen]
-                handles.extend(source.register_hook(_nothing) for source in others if source.next_functions)
-            queue.extend(source for source, _ in each.next_functions)
+                handles.append(each.register_hook(_only(())))
+                continue
+            self._source(each)
+            chosen = self.chosen.get(each, ())
+            if len(chosen) < len(each.next_functions):
+                handles.append(each.register_hook(_only(chosen)))
+            elif each.name().startswith("GluBackward"):
+                handles.append(each.register_hook(_first_half(each._saved_dim)))
+            queue.extend(each.next_functions[index][0] for index in chosen)
         try:
             yield
         finally:
@@ -317,10 +328,11 @@ class Namer:
             if found is not None:
                 break
             branches = self._branches(node)
+            self.chosen[node] = [*branches]
             if len(branches) != 1:
                 found = self._join(node, branches) if branches else RAW
                 break
-            node = branches[0]
+            node = next(iter(branches.values()))
         self.found.update(dict.fromkeys(path, found))
         return found
 
@@ -337,42 +349,50 @@ class Namer:
                 return (Producer(self._layer(weight), node, axes),)
         return None
 
-    def _branches(self, node: Any) -> list[Any]:
-        """Return the inputs of a node that its units can come from: the widest that are no weights."""
-        name, inputs = node.name(), node.next_functions
+    def _branches(self, node: Any) -> dict[int, Any]:
+        """Return the inputs of a node that its units can come from, by their place: the widest that are no weights."""
+        name = node.name()
+        given = {index: each for index, each in enumerate(node.next_functions) if each[0] is not None}
         if name in NORMS:
-            inputs = inputs[:1]
+            given = {index: each for index, each in given.items() if index == 0}
         elif name.startswith("ScaledDotProduct"):
-            inputs = inputs[2:3]
-        elif name in PRODUCTS:
-            data = [each for each in inputs[-2:] if each[0] is not None and not self._is_weight(each[0])]
-            scores = [each for each in data if self._is_softmax(each[0])]
-            inputs = ([each for each in data if each not in scores] or data)[-1:]
-        found = [(each, math.prod(each._input_metadata[place].shape)) for each, place in inputs if each is not None]
-        found = [(each, size) for each, size in found if not self._is_weight(each)]
-        if name in JOINS:
-            return [each for each, _ in found]
-        return [each for each, size in found if size == max(size for _, size in found)]
+            given = {index: each for index, each in given.items() if index == 2}
+        data = {index: each for index, each in given.items() if not self._is_weight(each[0])}
+        if name in PRODUCTS:
+            others = {index: each for index, each in data.items() if not self._is_softmax(each[0])}
+            data = dict([*(others or data).items()][-1:])
+        sizes = {index: math.prod(each._input_metadata[place].shape) for index, (each, place) in data.items()}
+        return {
+            index: each for index, (each, _) in data.items() if name in JOINS or sizes[index] == max(sizes.values())
+        }
 
-    def _join(self, node: Any, branches: list[Any]) -> tuple[Producer, ...] | str:
+    def _join(self, node: Any, branches: dict[int, Any]) -> tuple[Producer, ...] | str:
         """Return the calls whose units a node with several inputs has."""
-        sources = [self._source(branch) for branch in branches]
-        calls = [(branch, found) for branch, found in zip(branches, sources, strict=True) if isinstance(found, tuple)]
+        sources = {index: self._source(branch) for index, branch in branches.items()}
+        calls = {index: found for index, found in sources.items() if isinstance(found, tuple)}
         if not calls:
-            return ENDED if ENDED in sources else RAW
+            return ENDED if ENDED in sources.values() else RAW
         if node.name() in JOINS:
             if len(calls) < len(branches):
                 return ENDED
-            layers = {tuple(each.layer for each in found) for _, found in calls}
+            layers = {tuple(each.layer for each in found) for found in calls.values()}
             return (
-                calls[0][1] if len(layers) == 1 else tuple(dict.fromkeys(each for _, found in calls for each in found))
+                next(iter(calls.values()))
+                if len(layers) == 1
+                else tuple(dict.fromkeys(each for found in calls.values() for each in found))
             )
-        left = [
-            found
-            for _, found in calls
-            if not any(other != found and all(self._depends(branch, each) for each in found) for branch, other in calls)
-        ]
-        return min(left or [found for _, found in calls], key=lambda found: min(each.order for each in found))
+        left = {
+            index: found
+            for index, found in calls.items()
+            if not any(
+                other != found and all(self._depends(branches[place], each) for each in found)
+                for place, other in calls.items()
+            )
+        }
+        left = left or calls
+        index = min(left, key=lambda index: min(each.order for each in left[index]))
+        self.chosen[node] = [index]
+        return calls[index]
 
     def _depends(self, node: Any, producer: Producer) -> bool:
         """Whether a node's output depends on a call."""
@@ -476,8 +496,29 @@ def text_of(units: Sequence[Unit]) -> str:
     return ",".join(texts)
 
 
-def _nothing(grads: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-    return tuple(None if grad is None else torch.zeros_like(grad) for grad in grads)
+Grads = Sequence[Tensor | None]
+
+
+def _only(chosen: Sequence[int]) -> Callable[[Grads, Any], tuple[Tensor | None, ...]]:
+    """Return a hook of a node that lets gradients pass to these inputs."""
+
+    def hook(grads: Grads, _: Any) -> tuple[Tensor | None, ...]:
+        return tuple(
+            grad if grad is None or index in chosen else torch.zeros_like(grad) for index, grad in enumerate(grads)
+        )
+
+    return hook
+
+
+def _first_half(dim: int) -> Callable[[Grads, Any], tuple[Tensor | None, ...]]:
+    """Return a hook of a GLU that lets gradients pass to what is gated."""
+
+    def hook(grads: Grads, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        gated, gate = grad.chunk(2, dim)
+        return (torch.cat([gated, torch.zeros_like(gate)], dim),)
+
+    return hook
 
 
 def _per_unit(grad: Tensor, axes: Sequence[int]) -> Tensor:

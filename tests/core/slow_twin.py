@@ -299,12 +299,16 @@ class Twin(Nobody):
             The call; ``None`` if what it is applied to are no neurons.
         """
         axes = self.axes_of(place, x)
-        site = self.namer.site(place, activation, x, axes, is_module=is_module)
+        site = self.name_site(place, activation, x, axes, is_module=is_module)
         if site is None:
             return None
         edge = get_gradient_edge(x) if x.requires_grad and torch.is_grad_enabled() else None
         phase = self.running_phase
         return Call(site, phase, self.counter, axes, self.forward, self.examples, x.detach(), edge, halved)
+
+    def name_site(self, *facts: Any, is_module: bool) -> Site | None:
+        """Name the site of an activation; see :meth:`tests.core.producers.Namer.site`."""
+        return self.namer.site(*facts, is_module=is_module)
 
     def seen(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an activation function and keep everything; return its input, its output and the call.
@@ -344,7 +348,7 @@ class Twin(Nobody):
             other: The other factor.
             output: The product.
         """
-        name = self.namer.product(gate.site, other, gate.axes)
+        name = self.namer.product(gate.site, other, output, gate.axes)
         if name is not None:
             self.gates[name] = gate.name
             site = Site(name, "", (), ())
@@ -378,7 +382,7 @@ class Twin(Nobody):
 class _Names:
     """The names that a rehearsal gave, one after another."""
 
-    def __init__(self, given: Sequence[Site | str | None]) -> None:
+    def __init__(self, given: Sequence[Any]) -> None:
         self.given = deque(given)
 
     def site(self, *facts: Any, is_module: bool) -> Any:
@@ -394,7 +398,7 @@ class _Rehearsal(Twin):
     def __init__(self, twin: Twin, model: nn.Module) -> None:
         super().__init__(twin.axis)
         self.real = Namer(model)
-        self.given: list[Site | str | None] = []
+        self.given: list[Any] = []
 
     def begin_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self.numbers.clear()
@@ -424,7 +428,7 @@ def _computed(model: nn.Module) -> dict[int, Any]:
     return copies
 
 
-def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Site | str | None]:
+def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """Return the names of all sites and products of a forward, in their order.
 
     Args:

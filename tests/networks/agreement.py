@@ -45,8 +45,9 @@ class Agreement:
 
 def run(network: Network, **options: Any) -> Agreement:
     """Build the network twice from the same seed; train one watched, with these options, and one counted slowly."""
-    unseen = () if "axes" in options else network.unseen
-    watched, twin = Watched(**options), NetworkTwin(network.axes, unseen)
+    declared = options.get("axes", {})
+    unseen = [pattern for pattern in network.unseen if pattern not in declared]
+    watched, twin = Watched(**options), NetworkTwin(network.axes, unseen, declared)
     states = []
     with _threads(1), _quiet(bool(network.unseen)):
         for watcher in (watched, twin):
@@ -57,7 +58,9 @@ def run(network: Network, **options: Any) -> Agreement:
                 states.append(state_of(model))
     report = watched.scope.report("train")
     not_measured = {item.name: item.reason for item in report.not_measured}
-    return Agreement(watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1]))
+    return Agreement(
+        watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1])
+    )
 
 
 def assert_agreement(network: Network, result: Agreement) -> None:

@@ -103,7 +103,7 @@ TRANSFORMERS = (
             **_LLAMA,
             **_EXPERTS,
             experts_implementation=way,
-            unseen={"model.layers.?.mlp.experts.act_fn": EXPERTS},
+            unseen={"*.experts.act_fn": EXPERTS},
         )
         for way in ("eager", "batched_mm", "grouped_mm")
     ),

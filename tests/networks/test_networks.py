@@ -1,8 +1,8 @@
 """Neuronscope is right on networks of others, without being told anything: torchvision, timm, Hugging Face.
 
 Each is trained for two steps from random weights, once watched and once counted slowly (:mod:`tests.networks.twin`).
-All integers are equal, site names and their order too; the axis is what the network's row says, and no guess; the
-number of neurons fits what autograd's graph says of the layer before; and the weights are the same, bit for bit.
+All integers are equal, site names and their order too: the layer in a name is the one that autograd's graph says, and
+its units those that gradients reach. No axis is a guess; and the weights are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ def test_the_counts_of_a_network_equal_the_twins(network: Network) -> None:
 
 
 GATED = {
-    "LlamaForCausalLM": "model.layers.{}.mlp.act_fn.gated",
-    "MistralForCausalLM": "model.layers.{}.mlp.act_fn.gated",
-    "GemmaForCausalLM": "model.layers.{}.mlp.act_fn.gated",
-    "Phi3ForCausalLM": "model.layers.{}.mlp.activation_fn.gated",
-    "ModernBertModel": "layers.{}.mlp.act.gated",
+    "LlamaForCausalLM": "model.layers.{}.mlp.gate_proj/swiglu",
+    "MistralForCausalLM": "model.layers.{}.mlp.gate_proj/swiglu",
+    "GemmaForCausalLM": "model.layers.{}.mlp.gate_proj/geglu",
+    "Phi3ForCausalLM": "model.layers.{}.mlp.gate_up_proj(0:28)/swiglu",
+    "ModernBertModel": "layers.{}.mlp.Wi(0:28)/geglu",
 }
 
 
 @pytest.mark.parametrize("name", GATED)
 def test_gated_products_of_language_models_are_sites_with_their_names(name: str) -> None:
     pytest.importorskip("transformers", exc_type=ImportError)
-    census = run(next(network for network in NETWORKS if network.name == name)).census
-    assert [site for site in census if site.endswith(".gated")] == [GATED[name].format(layer) for layer in range(2)]
-    products = [tally for site, tally in census.items() if site.endswith(".gated")]
-    assert {tally.activation for tally in products} <= {"swiglu", "geglu"}
+    result = run(next(network for network in NETWORKS if network.name == name))
+    products = [site for site, tally in result.census.items() if tally.info.kind == "gated"]
+    assert products == [GATED[name].format(layer) for layer in range(2)]
 
 
 @pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
@@ -56,6 +55,8 @@ def test_experts_are_counted_together_when_their_axis_is_declared(way: str) -> N
     network = next(network for network in NETWORKS if network.name == f"MixtralForCausalLM ({way} experts)")
     result = run(network, axes={"*.experts.act_fn": -1})
     assert_same(result.census, result.truth)
+    place = "model.layers.{}.mlp.experts.act_fn"
+    assert [*result.census] == [name.format(layer) for layer in range(2) for name in (place, f"{place}/swiglu")]
     assert {tally.axis_source for tally in result.census.values()} == {"declared"}
 
 
@@ -82,7 +83,7 @@ def test_the_inputs_of_the_networks_are_photographs_and_text() -> None:
 
 def test_a_row_left_for_the_coverage_page_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = NETWORKS[0], NETWORKS[1]
-    row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"linear": 7}, {"a": "b"})
+    row = Row(network.family, network.name, network.config, "exact", {"module": 7}, 99, {"layer": 7}, {"a": "b"})
     monkeypatch.delenv("NEURONSCOPE_NETWORK_ROWS", raising=False)
     leave(row)
     assert left(network) is None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tests.core.producers import Namer
+from tests.core.producers import Namer, Site
 from tests.core.slow_twin import NOT_ONE, PRODUCTS, Call, Twin, find_gated
 
 #: One dimension, or several that hold neurons together.
@@ -32,10 +32,12 @@ class NetworkTwin(Twin):
     Args:
         axes: The neurons' dimension, or dimensions, by pattern on where the activation is applied.
         unseen: Patterns of places that are not measured.
+        declared: Patterns of places whose neurons are what the user says, whatever layer they come from.
     """
 
-    def __init__(self, axes: Mapping[str, Axis], unseen: Iterable[str] = ()) -> None:
+    def __init__(self, axes: Mapping[str, Axis], unseen: Iterable[str] = (), declared: Iterable[str] = ()) -> None:
         super().__init__({})
+        self.declared = tuple(declared)
         self.patterns = axes
         self.unseen = tuple(unseen)
         self.unit: list[tuple[nn.Module, Tensor, Call | None]] = []  # the activation module that is running, if one is
@@ -90,10 +92,12 @@ class NetworkTwin(Twin):
         found = next(axis for pattern, axis in self.patterns.items() if fnmatch.fnmatchcase(place, pattern))
         return tuple(axis % x.dim() for axis in ((found,) if isinstance(found, int) else found))
 
-    def begin(self, place: str, activation: str, x: Tensor, halved: int | None, *, is_module: bool) -> Call | None:
+    def name_site(self, place: str, activation: str, *facts: Any, is_module: bool) -> Site | None:
         if any(fnmatch.fnmatchcase(place, pattern) for pattern in self.unseen):
             return None
-        return super().begin(place, activation, x, halved, is_module=is_module)
+        if any(fnmatch.fnmatchcase(place, pattern) for pattern in self.declared):
+            return Site(place, activation, (), ())
+        return super().name_site(place, activation, *facts, is_module=is_module)
 
 
 class _Eyes(TorchFunctionMode):

@@ -11,7 +11,9 @@ from torch import nn
 from tests.networks.zoo import CHANNELS, FEATURES, Network, images, words
 
 
-def torchvision(name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any) -> Network:
+def torchvision(
+    name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any
+) -> Network:
     def build() -> nn.Module:
         models = importlib.import_module("torchvision.models")
         return getattr(models, name)(num_classes=10, **options)
@@ -20,7 +22,9 @@ def torchvision(name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...
     return Network("torchvision", name, config, build, images(size, "x"), axes, gated)
 
 
-def timm(name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any) -> Network:
+def timm(
+    name: str, size: int, *, axes: Mapping[str, int | tuple[int, ...]] = CHANNELS, gated: int = 0, **options: Any
+) -> Network:
     def build() -> nn.Module:
         return importlib.import_module("timm").create_model(name, pretrained=False, num_classes=10, **options)
 

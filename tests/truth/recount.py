@@ -34,7 +34,7 @@ class Recount(Twin):
     """Count a network slowly; :meth:`settle` after each batch keeps only the numbers.
 
     Args:
-        axis: The neurons' dimension, by site name.
+        axis: The neurons' dimension, by place of the activation.
     """
 
     def __init__(self, axis: dict[str | None, int]) -> None:
@@ -45,6 +45,7 @@ class Recount(Twin):
     def seen(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before = args[0].detach().clone()
         x, y, call = super().seen(func, args, kwargs)
+        assert call is not None
         self._asked.append((call, func, before, get_gradient_edge(y)))
         return x, y, call
 
@@ -57,7 +58,7 @@ class Recount(Twin):
             uncertain = may_differ(function, x, outer)
             counts = self.counts.setdefault(call.name, {})
             for name, part in zip(("zero_outputs", "zero_gradients"), uncertain, strict=True):
-                _add(counts, f"{name}_may_differ", _per_neuron(part, call.axis))
+                _add(counts, f"{name}_may_differ", _per_neuron(part, *call.axes))
         for name, tally in self.tallies().items():
             for part in ("zero_outputs", "zero_gradients"):
                 _add(self.counts[name], part, tally[part])

@@ -140,8 +140,8 @@ CASES = {
 }
 
 
-def site_name(truth: dict[str, Any]) -> str:
-    """Our name for a site of the truth, whose id is ``<innermost module path>#<call>``."""
+def place_of(truth: dict[str, Any]) -> str:
+    """The place of a site of the truth, whose id is ``<innermost module path>#<call>``."""
     path, _, call = truth["site"].rpartition("#")
     functional = truth["functional"]
     base = f"{path}.relu()" if functional and path else "relu()" if functional else path
@@ -180,9 +180,9 @@ def test_counts_equal_the_stored_counts(name: str) -> None:
     with np.load(DATA / f"{name}_inputs.npz") as file:
         x, y = case.inputs(file)
     functional = name == "cifar_resnet20_pretrained"
-    sites = {site_name({**site, "functional": functional}): site for site in meta["sites"]}
+    places = {place_of({**site, "functional": functional}): site for site in meta["sites"]}
 
-    recount = Recount({known: site["unit_dim"] for known, site in sites.items()})
+    recount = Recount({place: site["unit_dim"] for place, site in places.items()})
     twin = copy.deepcopy(model)
     with recount.attach(twin):
         for inputs, targets in batches(x, y, meta["batch_size"]):
@@ -195,9 +195,9 @@ def test_counts_equal_the_stored_counts(name: str) -> None:
         census = scope.census("train")
         report = scope.report("train")
 
-    assert list(census) == list(sites)
-    for known, site in sites.items():
-        tally = census[known]
+    assert [*census] == [*recount.counts]
+    for (known, tally), (place, site) in zip(census.items(), places.items(), strict=True):
+        assert tally.info.place == place.partition("#")[0]
         assert tally.positions == site["n_positions"]
         assert tally.gradient_positions == site["grad_in_n"]
         assert tally.axis == site["unit_dim"] % len(site["shape_last_batch0"])
