@@ -474,11 +474,12 @@ def watch(
     Args:
         model: The model, wrapped (DDP, ``torch.compile``) or not.
         every_n_steps: Observe every n-th optimizer step; the other steps cost nothing.
-        sites: Glob patterns on site names; only matching sites are counted.
-        exclude: Glob patterns on site names; matching sites are not counted.
+        sites: Glob patterns; only sites that match are counted. It matches a site's name (``"*/relu"``), the path
+            of its layer, or the place of its activation: the path of the module, or ``block.relu()``.
+        exclude: Glob patterns, as in ``sites``; matching sites are not counted.
         functional: Also watch functional activations (``F.relu``) and gated products (``silu(g) * u``).
-        axes: A mapping from glob patterns on site names to the dimension that indexes the neurons, for sites where it
-            was inferred wrongly.
+        axes: A mapping from glob patterns, as in ``sites``, to the dimension that indexes the neurons, for sites whose
+            neurons are not known or were found wrongly.
         policy: The thresholds; see :class:`neuronscope.Policy`.
         activations: A mapping from your own activation classes or functions to their :class:`neuronscope.Activation`
             or kind. Decorate a function written in Python with
@@ -512,7 +513,7 @@ def watch(
     >>> with watch(model) as scope:
     ...     model(torch.ones(8, 4)).sum().backward()
     ...     _ = scope.step()
-    >>> scope.census("train")["1"].zero_output_fraction.tolist()
+    >>> scope.census("train")["0/relu"].zero_output_fraction.tolist()
     [1.0, 0.0, 0.0]
     """
     options = WatchOptions(

@@ -86,6 +86,7 @@ class NeuronFlow:
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
         self.read_layers: set[str] = set()
+        self.overwritten: Origin | None = None  # what the last result was before, if it was changed in place
         self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
         self._shards: dict[str, tuple[torch.Size, int, NeuronShard]] = {}  # of each layer: shape, own neurons, which
@@ -194,6 +195,7 @@ class NeuronFlow:
             if len(self._steps) >= _MOST_STEPS:
                 self._steps.clear()
             self._steps[key] = step
+        self.overwritten = self._origins.get(outputs[0]) if args and outputs[0] is args[0] else None
         for site, note in step.notes:
             self.reader_notes.setdefault(site, {})[note] = None
         if step.layer is not None:

@@ -658,7 +658,7 @@ class SiteRecorder:
         for factor, other in (args, args[::-1]):
             if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
-            origin = flow.origin(factor)
+            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
@@ -668,7 +668,7 @@ class SiteRecorder:
                 continue
             if gate.after.units is None or origin.units.size != gate.after.units.size:
                 continue  # a part of what the site gave: its gradients are not counted apart
-            beside = flow.origin(other)
+            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
             if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
                 continue  # x · sigmoid(x) is an activation written out, and no gated product
             return self._gated(phase, gate, origin, origin.units, y, traced)

@@ -20,8 +20,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.#()\-/:,=]([A-Za-z0-9_.#()\-/:,= ]*[A-Za-
 def code(name: str) -> str:
     """Format a name as a code span if every dialect shows it unchanged; else as :func:`plain` text.
 
-    >>> code("layer1.0.relu#1"), code("a|b")
-    ('`layer1.0.relu#1`', 'a&#124;b')
+    >>> code("layer1.0.bn2/relu#1"), code("a|b")
+    ('`layer1.0.bn2/relu#1`', 'a&#124;b')
     """
     name = visible(name)
     return f"`{name}`" if _PLAIN_NAME.fullmatch(name) else plain(name)

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from neuronscope.callbacks import DeadNeuronMonitor
 from tests.callbacks.networks import SETUPS, SITES, Setup, assert_counts, batches, counted, network, trainer
@@ -113,3 +116,35 @@ def test_the_watched_sites_can_be_chosen() -> None:
     assert list(monitor.census()) == ["first/relu"]
     assert monitor.census()["first/relu"].axis_source == "declared"
     assert list(monitor.census(window="last")) == []
+
+
+class Pairs(LightningModule):
+    """Gives both members of each pair to one encoder, in a step that is not its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = batch
+        return (self.encoder(one) - self.encoder(other)).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def listed(samples: list[Any]) -> list[Tensor]:
+    """As torch's own way to make a batch, but not known to be."""
+    return [torch.stack(members) for members in zip(*samples)]
+
+
+@pytest.mark.parametrize(("options", "examples"), [({}, 8 * 3), ({"collate_fn": listed}, 2 * 3)], ids=["usual", "own"])
+def test_the_examples_of_a_step_count_once_however_often_it_calls_a_module(
+    options: dict[str, Any], examples: int
+) -> None:
+    """Where a list may be of examples or of inputs, the smaller number counts."""
+    pairs = TensorDataset(torch.randn(24, 3), torch.randn(24, 3))
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    trainer(monitor, max_epochs=1).fit(Pairs(), DataLoader(pairs, batch_size=8, **options))
+    (tally,) = monitor.census().values()
+    assert (tally.positions, tally.examples) == (2 * 24, examples)

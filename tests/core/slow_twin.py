@@ -417,6 +417,17 @@ class _Rehearsal(Twin):
         return self.given[-1]
 
 
+def _computed(model: nn.Module) -> dict[int, Any]:
+    """Return copies of the weights that are computed, which cannot be copied otherwise, by their ``id``."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for held, kind in ((vars(module), torch.clone), (module._parameters, nn.Parameter)):
+            for value in held.values():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    copies[id(value)] = kind(value.detach().clone())
+    return copies
+
+
 def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Any]:
     """Return the names of all sites and products of a forward, in their order.
 
@@ -428,7 +439,7 @@ def _rehearse(twin: Twin, model: nn.Module, args: Any, kwargs: Any) -> list[Any]
     """
     before = torch.get_rng_state()
     with torch.inference_mode(False), torch.enable_grad():
-        model = copy.deepcopy(model).requires_grad_(True)
+        model = copy.deepcopy(model, _computed(model)).requires_grad_(True)
         for parameter in model.parameters():
             if not parameter.isfinite().all():
                 nn.init.normal_(parameter)

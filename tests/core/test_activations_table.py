@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,38 +69,38 @@ class Layout:
     shape: tuple[int, ...]
     axis: int
     neurons: int
-    source: str
+    layer: str
     after: Callable[[Tensor], Tensor] = lambda x: x
     memory_format: torch.memory_format = torch.contiguous_format
 
 
 LAYOUTS = (
-    Layout("(B, D)", lambda: nn.Linear(3, 6), (5, 3), 1, 6, "producer (linear)"),
-    Layout("(B, T, D)", lambda: nn.Linear(3, 6), (2, 6, 3), 2, 6, "producer (linear)"),
-    Layout("(B, H, W, D)", lambda: nn.Linear(3, 6), (2, 6, 6, 3), 3, 6, "producer (linear)"),
-    Layout("(D,)", lambda: nn.Linear(3, 6), (3,), 0, 6, "producer (linear)"),
-    Layout("(B, C, L)", lambda: nn.Conv1d(3, 6, 1), (2, 3, 6), 1, 6, "producer (conv1d)"),
-    Layout("(C, L)", lambda: nn.Conv1d(3, 6, 1), (3, 6), 0, 6, "producer (conv1d)"),
-    Layout("(B, C, H, W)", lambda: nn.Conv2d(3, 6, 1), (2, 3, 6, 6), 1, 6, "producer (conv2d)"),
-    Layout("(C, H, W)", lambda: nn.Conv2d(3, 6, 1), (3, 6, 6), 0, 6, "producer (conv2d)"),
+    Layout("(B, D)", lambda: nn.Linear(3, 6), (5, 3), 1, 6, "first"),
+    Layout("(B, T, D)", lambda: nn.Linear(3, 6), (2, 6, 3), 2, 6, "first"),
+    Layout("(B, H, W, D)", lambda: nn.Linear(3, 6), (2, 6, 6, 3), 3, 6, "first"),
+    Layout("(D,)", lambda: nn.Linear(3, 6), (3,), 0, 6, "first"),
+    Layout("(B, C, L)", lambda: nn.Conv1d(3, 6, 1), (2, 3, 6), 1, 6, "first"),
+    Layout("(C, L)", lambda: nn.Conv1d(3, 6, 1), (3, 6), 0, 6, "first"),
+    Layout("(B, C, H, W)", lambda: nn.Conv2d(3, 6, 1), (2, 3, 6, 6), 1, 6, "first"),
+    Layout("(C, H, W)", lambda: nn.Conv2d(3, 6, 1), (3, 6, 6), 0, 6, "first"),
     Layout(
         "channels_last",
         lambda: nn.Conv2d(3, 6, 1),
         (2, 3, 6, 6),
         1,
         6,
-        "producer (conv2d)",
+        "first",
         memory_format=torch.channels_last,
     ),
-    Layout("(B, C, D, H, W)", lambda: nn.Conv3d(3, 6, 1), (2, 3, 6, 6, 6), 1, 6, "producer (conv3d)"),
-    Layout("transposed conv", lambda: nn.ConvTranspose2d(3, 6, 1), (2, 3, 6, 6), 1, 6, "producer (conv_transpose2d)"),
+    Layout("(B, C, D, H, W)", lambda: nn.Conv3d(3, 6, 1), (2, 3, 6, 6, 6), 1, 6, "first"),
+    Layout("transposed conv", lambda: nn.ConvTranspose2d(3, 6, 1), (2, 3, 6, 6), 1, 6, "first"),
     Layout(
         "batch norm on (B, C, L)",
         lambda: nn.Sequential(nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6)),
         (2, 3, 6),
         1,
         6,
-        "producer (batch_norm)",
+        "first.1",
     ),
     Layout(
         "ConvNeXt: NHWC",
@@ -107,13 +108,13 @@ LAYOUTS = (
         (2, 3, 6, 6),
         3,
         6,
-        "producer (conv2d)",
+        "first",
         lambda x: x.permute(0, 2, 3, 1),
     ),
-    Layout("(B, D, T)", lambda: nn.Linear(3, 6), (2, 6, 3), 1, 6, "producer (linear)", lambda x: x.transpose(1, 2)),
-    Layout("(B, T * D)", lambda: nn.Linear(3, 6), (4, 5, 3), 1, 6, "producer (linear)", lambda x: x.reshape(20, 6)),
-    Layout("(T, B, D)", lambda: nn.Linear(3, 6), (4, 5, 3), 2, 6, "producer (linear)", lambda x: x.swapaxes(0, 1)),
-    Layout("(C, B, L)", lambda: nn.Conv1d(3, 6, 1), (2, 3, 6), 0, 6, "producer (conv1d)", lambda x: x.movedim(1, 0)),
+    Layout("(B, D, T)", lambda: nn.Linear(3, 6), (2, 6, 3), 1, 6, "first", lambda x: x.transpose(1, 2)),
+    Layout("(B, T * D)", lambda: nn.Linear(3, 6), (4, 5, 3), 1, 6, "first", lambda x: x.reshape(20, 6)),
+    Layout("(T, B, D)", lambda: nn.Linear(3, 6), (4, 5, 3), 2, 6, "first", lambda x: x.swapaxes(0, 1)),
+    Layout("(C, B, L)", lambda: nn.Conv1d(3, 6, 1), (2, 3, 6), 0, 6, "first", lambda x: x.movedim(1, 0)),
 )
 
 
@@ -177,13 +178,14 @@ def test_each_activation_is_counted_in_each_layout_and_spelling(
     kind: Kind, way: str, make: Callable[[], Callable[[Tensor], Tensor]], layout: Layout
 ):
     census = agree(lambda: Net(layout, make()), layout)
-    name = f"{kind.name}()" if way == "functional" else "act"
+    name = f"{layout.layer}/{kind.name}"
     assert list(census) == [name]
+    assert census[name].info.place == (f"{kind.name}()" if way == "functional" else "act")
     tally = census[name]
     assert tally.activation == kind.name
     assert tally.info.kind == kind.kind
     assert (tally.axis, tally.neurons) == (layout.axis, layout.neurons)
-    assert tally.axis_source == layout.source
+    assert tally.axis_source == f"layer ({layout.layer})"
 
 
 #: The input of a GLU has twice the neurons, or twice the positions where it is split along another dimension.
@@ -215,20 +217,20 @@ def test_gated_linear_units_are_counted_in_each_layout(layout, first, dim, expec
 
 
 SPELLINGS = {
-    "Tensor.relu": (lambda x: x.relu(), "relu()"),
-    "Tensor.relu_": (lambda x: x.relu_(), "relu()"),
-    "torch.relu_": (torch.relu_, "relu()"),
-    "F.relu_": (F.relu_, "relu()"),
-    "F.relu(inplace=True)": (lambda x: F.relu(x, inplace=True), "relu()"),
-    "F.relu(input=x)": (lambda x: F.relu(input=x), "relu()"),
-    "Tensor.sigmoid": (lambda x: x.sigmoid(), "sigmoid()"),
-    "Tensor.tanh": (lambda x: x.tanh(), "tanh()"),
+    "Tensor.relu": (lambda x: x.relu(), "relu"),
+    "Tensor.relu_": (lambda x: x.relu_(), "relu"),
+    "torch.relu_": (torch.relu_, "relu"),
+    "F.relu_": (F.relu_, "relu"),
+    "F.relu(inplace=True)": (lambda x: F.relu(x, inplace=True), "relu"),
+    "F.relu(input=x)": (lambda x: F.relu(input=x), "relu"),
+    "Tensor.sigmoid": (lambda x: x.sigmoid(), "sigmoid"),
+    "Tensor.tanh": (lambda x: x.tanh(), "tanh"),
 }
 
 
 @pytest.mark.parametrize(("function", "name"), SPELLINGS.values(), ids=SPELLINGS)
 def test_each_spelling_of_a_function_has_the_site_of_that_function(function, name):
-    assert list(agree(lambda: Net(LAYOUTS[1], function), LAYOUTS[1])) == [name]
+    assert list(agree(lambda: Net(LAYOUTS[1], function), LAYOUTS[1])) == [f"first/{name}"]
 
 
 #: A ReLU by another name; the twin is the plain function, so counts are compared with those of F.relu.
@@ -262,11 +264,11 @@ def test_a_clamp_with_other_bounds_is_not_an_activation(bounds):
     with ns.watch(model) as scope:
         model(torch.randn(5, 3)).sum().backward()
         scope.step()
-    assert list(scope.census()) == ["relu()"]
+    assert list(scope.census()) == ["first/relu"]
 
 
 class Reused(nn.Module):
-    """One activation module called three times, on other shapes each time, with a functional call in between."""
+    """One activation module behind two layers, one of which is called twice on other shapes; a functional call too."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -282,7 +284,7 @@ class Reused(nn.Module):
 
 
 @pytest.mark.parametrize(("kind", "way", "make"), [way for way in WAYS if way.values[1] != "functional"])
-def test_an_activation_that_is_reused_is_one_site_a_call(kind: Kind, way: str, make: Callable[[], nn.Module]):
+def test_an_activation_that_is_reused_is_one_site_for_each_layer(kind: Kind, way: str, make: Callable[[], nn.Module]):
     watched, twin = Watched(), Twin({"act": 1, "relu()": 2, "act#1": 2, "act#2": 1})
     for watcher in (watched, twin):
         torch.manual_seed(0)
@@ -291,7 +293,9 @@ def test_an_activation_that_is_reused_is_one_site_a_call(kind: Kind, way: str, m
             for _ in range(2):
                 watcher.backward(model(torch.randn(4, 3, 6)).square().sum())
                 watcher.step()
-    assert list(watched.scope.census()) == ["act", "relu()", "act#1", "act#2"]
+    # A second ReLU of what one call gives is another site.
+    last = "up/relu#1" if kind.name == "relu" else f"up/{kind.name}"
+    assert list(watched.scope.census()) == [f"conv/{kind.name}", "up/relu", last]
     assert_same(watched.scope.census(), twin.tallies())
 
 
@@ -315,13 +319,13 @@ def test_subclasses_of_activations_and_registered_classes_are_counted():
     with ns.watch(model, activations={Swiglu: "silu"}) as scope:
         model(torch.randn(5, 3)).sum().backward()
         scope.step()
-    assert {name: tally.activation for name, tally in scope.census().items()} == {"1": "relu", "3": "silu"}
+    assert {name: tally.activation for name, tally in scope.census().items()} == {"0/relu": "relu", "2/silu": "silu"}
     model = nn.Sequential(nn.Linear(3, 4), Swiglu())
     with ns.watch(model) as scope:
         model(torch.randn(5, 3)).sum().backward()
         scope.step()
     # x · sigmoid(x) is an activation written out, and no gate
-    assert {name: tally.activation for name, tally in scope.census().items()} == {"1.inner": "sigmoid"}
+    assert {name: tally.activation for name, tally in scope.census().items()} == {"0/sigmoid": "sigmoid"}
 
 
 @pytest.mark.parametrize("gate", ["silu", "gelu", "relu", "sigmoid"])
@@ -332,9 +336,10 @@ def test_gated_products_are_sites(gate, module, order):
     functions = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid}
 
     class Gated(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, order: str) -> None:
             super().__init__()
             self.gate, self.up, self.down = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 3)
+            self.order = order
             self.act = modules[gate]() if module else functions[gate]
 
         def forward(self, x: Tensor) -> Tensor:
@@ -344,26 +349,34 @@ def test_gated_products_are_sites(gate, module, order):
                 "up * act": lambda: u * g,
                 "torch.mul": lambda: torch.mul(g, u),
                 "mul_": lambda: u.mul_(g),
-            }[order]()
+            }[self.order]()
             return self.down(product)
 
-    watched, twin = Watched(), Twin({None: 2})
-    for watcher in (watched, twin):
+    watched, twin, plain = Watched(), Twin({None: 2}), Watched()
+    for watcher in (watched, plain if order == "mul_" else twin):  # the twin sees no product that is written in place
         torch.manual_seed(0)
-        model = Gated()
+        model = Gated(order if watcher is not plain else "act * up")
         with watcher.attach(model):
             for _ in range(2):
                 watcher.backward(model(torch.randn(2, 5, 3)).square().sum())
                 watcher.step()
-    base = "act" if module else f"{gate}()"
-    assert list(watched.scope.census()) == [base, f"{base}.gated"]
-    assert_same(watched.scope.census(), twin.tallies())
-    assert watched.scope.census()[f"{base}.gated"].info.kind == "gated"
+    product = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}[gate]
+    assert list(watched.scope.census()) == [f"gate/{gate}", f"gate/{product}"]
+    if order == "mul_":
+        for name, tally in plain.scope.census().items():
+            other = watched.scope.census()[name]
+            assert other.zero_outputs.tolist() == tally.zero_outputs.tolist()
+            assert (other.positions, other.gradient_positions) == (tally.positions, tally.gradient_positions)
+            np.testing.assert_allclose(other.abs_sum, tally.abs_sum)
+    else:
+        assert_same(watched.scope.census(), twin.tallies())
+    assert watched.scope.census()[f"gate/{product}"].info.kind == "gated"
 
 
 def test_softmax_and_attention_are_not_sites():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1), nn.LogSoftmax(-1), nn.ReLU())
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1), nn.LogSoftmax(-1), nn.ReLU(), nn.Linear(4, 4), nn.Tanh())
     with ns.watch(model) as scope:
         model(torch.randn(5, 4)).sum().backward()
         scope.step()
-    assert list(scope.census()) == ["3"]
+    assert list(scope.census()) == ["4/tanh"]
+    assert list(scope.not_neurons()) == ["3"]

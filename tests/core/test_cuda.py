@@ -58,8 +58,11 @@ class Everything(nn.Module):
 
 
 AXES = {f"trunk.{name}" if name else None: axis for name, axis in MIXED.items()}
-#: In the order in which they run: a ReLU of the trunk, one in its block used twice, and the rest.
-NAMES = ["trunk.relu", "trunk.block.relu", "trunk.block.relu#1", "trunk.gelu()", "trunk.act", "relu()", "relu().gated"]
+#: In the order in which they run: a ReLU of the trunk, one in its block behind two layers, and the rest.
+NAMES = [
+    *("trunk.norm/relu", "trunk.block.conv1/relu", "trunk.block.conv2/relu", "trunk.fc/gelu", "trunk.fc/silu"),
+    *("gate/relu", "gate/reglu"),
+]
 
 
 def train(model: nn.Module, watcher: Nobody, device: str, *, bfloat16: bool, micro_batches: int) -> None:
@@ -122,7 +125,7 @@ class Probed(nn.Module):
 
 
 #: By site: which output it is, and which probe has its gradient; and the neurons' axis.
-PROBED = {"relu": (0, 0, 1), "relu()": (1, 1, 2), "relu().gated": (2, 1, 2), "act": (3, None, 2)}
+PROBED = {"conv/relu": (0, 0, 1), "gate/relu": (1, 1, 2), "gate/reglu": (2, 1, 2), "head/gelu": (3, None, 2)}
 #: Options of ``torch.compile``; the last makes CUDA graphs where there is CUDA.
 COMPILERS = {
     "aot_eager": {"backend": "aot_eager"},
@@ -184,8 +187,8 @@ def test_counts_equal_those_of_the_activations_that_the_same_run_returned(
         assert tally.zero_outputs.tolist() == counts["zero_outputs"].tolist(), name
         if PROBED[name][1] is not None:
             assert tally.zero_gradients.tolist() == counts["zero_gradients"].tolist(), name
-    assert 0 < truth["relu"]["zero_outputs"].sum() < 8 * truth["relu"]["positions"]
-    assert 0 < truth["relu()"]["zero_gradients"].sum() < 8 * truth["relu()"]["positions"]
+    assert 0 < truth["conv/relu"]["zero_outputs"].sum() < 8 * truth["conv/relu"]["positions"]
+    assert 0 < truth["gate/relu"]["zero_gradients"].sum() < 8 * truth["gate/relu"]["positions"]
     assert not scope.report().not_measured
 
 
@@ -208,13 +211,13 @@ def test_an_observed_step_waits_for_no_device(device: str) -> None:
             with raising_at_waits() if device == "cuda" and number else contextlib.nullcontext():
                 F.cross_entropy(model(x), y).backward()
                 scope.step()
-    assert scope.census()["trunk.relu"].examples == STEPS * BATCH
+    assert scope.census()["trunk.norm/relu"].examples == STEPS * BATCH
 
 
 def check_of_a_captured_step(scope: ns.Scope, counted: int) -> None:
     """Every site has what was counted before the capture, and the report says that it has no more."""
     missing = {item.name: item.reason for item in scope.report().not_measured}
-    assert set(missing) == set(scope.census()) == {"1", "3"}
+    assert set(missing) == set(scope.census()) == {"0/relu", "2/gelu"}
     assert all(reason.startswith("it was captured in a CUDA graph") for reason in missing.values())
     assert {tally.examples for tally in scope.census().values()} == {counted}
 

@@ -169,7 +169,7 @@ def with_a_scope_in_every_step(model: nn.Module, step: int) -> Tensor:
     with ns.watch(model) as inner:
         loss = plain(model, step)
         inner.step()
-    assert inner.census()["1"].positions == 5
+    assert inner.census()["0/relu"].positions == 5
     return loss
 
 
@@ -271,7 +271,7 @@ def test_an_unusual_program_is_counted_as_by_the_twin_and_unchanged(case: Case):
     assert watched.scope._hooks.failure is None
     for phase in ("train", "inference"):
         assert_same(watched.scope.census(phase), twin.tallies(phase))
-    assert all(tally.axis_source.startswith("producer") for tally in watched.scope.census().values())
+    assert all(tally.axis_source.startswith("layer (") for tally in watched.scope.census().values())
 
 
 def test_a_forward_in_another_thread_is_counted():
@@ -287,7 +287,7 @@ def test_a_forward_in_another_thread_is_counted():
 
     states = [run(Case("", Answering, loss), watcher)[0] for loss, watcher in ((elsewhere, watched), (answer, here))]
     assert_bits(*states)
-    assert list(watched.scope.census()) == list(here.scope.census()) == ["act", "relu()"]
+    assert list(watched.scope.census()) == list(here.scope.census()) == ["fc/silu", "fc/relu"]
     for name, tally in here.scope.census().items():
         assert watched.scope.census()[name].zero_outputs.tolist() == tally.zero_outputs.tolist()
         assert watched.scope.census()[name].gradient_positions == tally.gradient_positions == 5 * STEPS
@@ -326,7 +326,7 @@ def test_simultaneous_forwards_in_several_threads_are_not_counted_and_reported()
     assert scope._hooks.failure is None
     assert hook_tables(model) == before
     assert torch.overrides._len_torch_function_stack() == 0
-    assert scope.census()["1"].positions == 10 * 5
+    assert scope.census()["0/relu"].positions == 10 * 5
     (missing,) = scope.report().not_measured
     assert (missing.name, "several threads at once" in missing.reason) == ("(root)", True)
 
@@ -344,7 +344,7 @@ def test_after_an_interrupt_in_another_thread_functions_are_counted_in_this_one(
         scope.step()
         plain(model, 1).backward()
         scope.step()
-    assert scope.census()["1.relu()"].positions == 2 * 5
+    assert scope.census()["0/relu"].positions == 2 * 5
     assert torch.overrides._len_torch_function_stack() == 0
 
 
@@ -357,7 +357,7 @@ def test_data_parallel_without_a_device_has_plain_names():
     watched, bare = Watched(), Watched()
     run(Case("", lambda: nn.DataParallel(mlp())), watched)
     run(Case("", mlp), bare)
-    assert list(watched.scope.census()) == ["1", "4"]
+    assert list(watched.scope.census()) == ["0/relu", "3/gelu"]
     for name, tally in bare.scope.census().items():
         assert watched.scope.census()[name].zero_outputs.tolist() == tally.zero_outputs.tolist()
 

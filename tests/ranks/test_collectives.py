@@ -111,7 +111,7 @@ def test_sites_in_another_order_are_gathered_once(runs: Runs) -> None:
         first, second = rank["other_order"]["made"]["window"]
         assert kinds(first[1:3]) == GATHERED
         assert second == HEADER + BOTH
-        assert list(rank["other_order"]["counted"]["train"]) == ["a.1", "b.1"]  # as on the first rank
+        assert list(rank["other_order"]["counted"]["train"]) == ["a.0/relu", "b.0/relu"]  # as on the first rank
 
 
 def test_ranks_in_two_phases_join_each_phase(runs: Runs) -> None:
@@ -138,4 +138,4 @@ def test_inference_on_one_rank_takes_a_second_exchange_of_all_ranks_from_then_on
         assert first.count(HEADER[0]) == 1
         assert second.count(HEADER[0]) == third.count(HEADER[0]) == 2
         assert third == (HEADER + BOTH) * 2
-    assert both[0]["counted"]["inference"].keys() == both[1]["counted"]["inference"].keys() == {"a.1", "b.1"}
+    assert both[0]["counted"]["inference"].keys() == both[1]["counted"]["inference"].keys() == {"a.0/relu", "b.0/relu"}
