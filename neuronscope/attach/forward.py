@@ -115,7 +115,7 @@ class ForwardContext:
             elif not self.explicit_step:
                 self.ran_parts = True
             self._inference = self._begins_inference()
-            if not self._graded and not self.recomputing and not self._inference:
+            if not self._graded and not self.recomputing and not self.training:
                 self.recomputation.clear()  # no backward pass will come
             if is_tracing():
                 comptime(self._begin_while_tracing)
@@ -169,7 +169,9 @@ class ForwardContext:
     @property
     def may_be_recomputed(self) -> bool:
         """Whether a call without gradients may be made again, with them, by reentrant checkpointing."""
-        return self._graded if self.module_stack else not self.inference
+        if self.module_stack:  # a checkpoint around a part of the model begins without gradients, and is no inference
+            return self._graded or (self.training and not self._inference)
+        return not self.inference
 
     def _begins_inference(self) -> bool:
         if not self.training or torch.is_grad_enabled() or in_backward():
