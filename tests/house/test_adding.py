@@ -112,4 +112,4 @@ def test_behind_an_operator_without_a_rule_nothing_is_counted_and_that_is_said()
     with pytest.warns(ns.NeuronscopeWarning, match="No activation of Turned was seen"):
         train(watched, Turned())
     assert not watched.scope.census()
-    assert [each.name for each in watched.scope.report().not_measured] == ["relu()"]
+    assert [each.name for each in watched.scope.report().not_measured] == ["relu()", "first"]
