@@ -304,7 +304,7 @@ class NeuronFlow:
 
     def _origin_in_call(self, tensor: Tensor) -> Origin:
         found = self._origins.get(tensor)
-        if found is not None:
+        if found is not None and not _became_weight(tensor, found):
             return found
         origin = self._unseen(tensor)
         if origin.state in (UNKNOWN, WEIGHT) and (not origin.layer or self._names.is_shared(tensor)):
@@ -402,6 +402,12 @@ def _note(function: Callable[..., Any]) -> str:
     return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
 
 
+def _became_weight(tensor: Tensor, origin: Origin) -> bool:
+    """Whether a distributed tensor was made a parameter after it was made, as FSDP does with the parts of a layer."""
+    nameless = not origin.layer and origin.state in (CONSTANT, *_NAMELESS)
+    return nameless and is_distributed(tensor) and isinstance(tensor, nn.Parameter)
+
+
 def _stays_weight(output: Tensor, origin: Origin) -> bool:
     """Whether what a function returned is a weight still, or may turn out to be one; nothing is noted of it then.
 
@@ -412,7 +418,9 @@ def _stays_weight(output: Tensor, origin: Origin) -> bool:
         output: What it returned.
         origin: What its rule says of it.
     """
-    return type(output) is nn.Parameter or (not origin.layer and origin.state in _NAMELESS and output._is_view())
+    if type(output) is not Tensor and isinstance(output, nn.Parameter):
+        return True
+    return not origin.layer and origin.state in _NAMELESS and output._is_view()
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

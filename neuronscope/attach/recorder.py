@@ -144,6 +144,7 @@ class SiteRecorder:
         self._gates: dict[SiteKey, Call] = {}
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
+        self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
         self._leaf_handles: list[RemovableHandle] = []
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
         self._traced: list[tuple[Call, bool]] = []  # calls in graphs, and whether each adds to the examples
@@ -185,6 +186,8 @@ class SiteRecorder:
                 not_measured.setdefault(place, reason)
         measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
         for layer, function in flow.bent.items():
+            if layer in self._transformed:
+                continue
             if measured.intersection(layer.split("+")):
                 if function == "mul":
                     not_measured.setdefault(
@@ -229,6 +232,13 @@ class SiteRecorder:
             is_norm=normalises is not None,
             normalises=normalises or "",
         )
+
+    def _note_transformed(self, place: str, x: Tensor) -> None:
+        """Note that an activation ran inside a function transform."""
+        self.not_measured.setdefault(place, IN_TRANSFORM)
+        units = self.forward.flow.origin(x).units
+        if units is not None:
+            self._transformed.add(units.layer)
 
     def expect_missed_sites(self) -> None:
         """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
@@ -328,7 +338,7 @@ class SiteRecorder:
         if not function:
             self._ran.add((phase, path))
         if transformed:
-            self.not_measured.setdefault(place, IN_TRANSFORM)
+            self._note_transformed(place, x)
             return None
         call = self._find(phase, place, not function, activation, x, glu_dim)
         if not torch.is_grad_enabled() and forward.may_be_recomputed:
@@ -366,7 +376,7 @@ class SiteRecorder:
         place = _place(path, function)
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
-            self.not_measured.setdefault(place, IN_TRANSFORM)
+            self._note_transformed(place, x)
             return
         call = self._find(phase, place, not function, activation, x, glu_dim, traced=True)
         if call is not None:

@@ -206,4 +206,4 @@ def test_a_program_that_ends_while_it_draws_loses_nothing(tmp_path: Path, end: s
     found = read(tmp_path / "neuronscope")
     assert [event.step for event in found.Images(IMAGE)] == [3]
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [3]
-    assert [event.step for event in found.Tensors("neuronscope.vectors/1")] == [3]
+    assert [event.step for event in found.Tensors("neuronscope.vectors/0/relu")] == [3]

@@ -137,7 +137,9 @@ def test_an_optimizer_in_a_wrapper_is_found() -> None:
     assert scope.global_step == 1
 
 
-@pytest.mark.parametrize("wrong", [3, "adam", [], [nn.Linear(1, 1)], (None,), net().parameters()], ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize(
+    "wrong", [3, "adam", [], [nn.Linear(1, 1)], (None,), net().parameters()], ids=lambda wrong: type(wrong).__name__
+)
 def test_what_is_no_optimizer_is_an_error_that_says_so(wrong: Any) -> None:
     model = net()
     with pytest.raises(UsageError, match=r"`optimizer` to be a torch.optim.Optimizer or a list of them, but got"):

@@ -89,8 +89,8 @@ def test_a_neuron_behind_a_layer_norm_is_proved_dead_from_its_supremum_on(kind: 
         centre, reach, _ = layer_norm_extremes(linear.weight, None, norm.weight, shift, centred=kind == "layer norm")
         linear.bias.copy_(-(centre + reach) + torch.tensor([-0.01, 0.01, -1.0]))  # 0.01 below, 0.01 above, 1 below
     found = evidence_of(model)
-    assert set(found) == {("4", "dead", "proved")}
-    numbers = found["4", "dead", "proved"]
+    assert set(found) == {("3/relu", "dead", "proved")}
+    numbers = found["3/relu", "dead", "proved"]
     assert numbers == pytest.approx({0: -0.01, 2: -1.0}, abs=9e-3)  # outward by 2e-4 of the reach at most
     assert all(number > -true for number, true in zip(numbers.values(), (0.01, 1.0)))  # and never inward
 
@@ -104,14 +104,14 @@ def test_the_bound_behind_a_layer_norm_is_tighter_than_the_interval() -> None:
     boxed[0].weight.data.copy_(model[0].weight.data[None])
     boxed[0].bias.data.copy_(model[0].bias.data[None])
     boxed[1].load_state_dict(model[1].state_dict())
-    by_norm = evidence_of(model, example=torch.zeros(2, 1, 64)).get(("2", "dead", "proved"), {})
-    by_box = evidence_of(boxed, example=torch.zeros(2, 1, 64)).get(("2", "dead", "proved"), {})
+    by_norm = evidence_of(model, example=torch.zeros(2, 1, 64)).get(("1/relu", "dead", "proved"), {})
+    by_box = evidence_of(boxed, example=torch.zeros(2, 1, 64)).get(("1/relu", "dead", "proved"), {})
     # √64·‖w‖ ≈ 8·8·(1/8)/√3 = 4.6 and a box of ±√63 gives 64·√63·(1/16) ≈ 32: neither below 1.4, so scale the weights.
     assert (len(by_norm), len(by_box)) == (0, 0)
     for net in (model, boxed):
         net[1].weight.data.mul_(0.2)  # now 0.92 and 6.4
-    assert len(evidence_of(model, example=torch.zeros(2, 1, 64))["2", "dead", "proved"]) > 150
-    assert ("2", "dead", "proved") not in evidence_of(boxed, example=torch.zeros(2, 1, 64))
+    assert len(evidence_of(model, example=torch.zeros(2, 1, 64))["1/relu", "dead", "proved"]) > 150
+    assert ("1/relu", "dead", "proved") not in evidence_of(boxed, example=torch.zeros(2, 1, 64))
 
 
 # --- batch norm ------------------------------------------------------------------------------------------------------
@@ -190,13 +190,13 @@ def test_evidence_behind_a_batch_norm() -> None:
         model[1].bias.copy_(torch.tensor([0.0, -3.0, -5.0, -1.0, -7.0, -100.0]))  # c = 0, 3, 5, ∞, 3.5, 100
         model[4].bias.fill_(-9.0)  # GELU is no ReLU: nothing is said
     found = evidence_of(model, batch_positions=50)  # √49 = 7: γ·7 + β = 7, 4, 2, −1, 7, −93
-    quiet = found["2", "quiet", "inferred"]
+    quiet = found["1/relu", "quiet", "inferred"]
     assert quiet == pytest.approx({1: 0.1, 2: 1 / 26, 3: 0.0, 4: 1 / 13.25, 5: 1 / 10001})
     # Φ(−5) = 2.867e-7; Φ(−100) = 0 in float64.
-    assert found["2", "dead", "suspected"] == pytest.approx({2: 2.8665157e-7, 3: 0.0, 5: 0.0}, rel=1e-6)
-    assert found["2", "dead", "inferred"] == {5: -93.0}
-    assert found["2", "dead", "proved"] == {3: pytest.approx(-1.0, abs=1e-5)}  # γ = 0 and β < 0: in evaluation too
-    assert not any(site == "5" for site, _, _ in found)
+    assert found["1/relu", "dead", "suspected"] == pytest.approx({2: 2.8665157e-7, 3: 0.0, 5: 0.0}, rel=1e-6)
+    assert found["1/relu", "dead", "inferred"] == {5: -93.0}
+    assert found["1/relu", "dead", "proved"] == {3: pytest.approx(-1.0, abs=1e-5)}  # γ = 0 and β < 0: in evaluation too
+    assert not any(site == "4/gelu" for site, _, _ in found)
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_interval_arithmetic_equals_calculations_by_hand() -> None:
     assert first.dead.tolist() == [False, True]
     assert second.dead.tolist() == [False, True]
     # Nothing known of the input: the first layer says nothing, the second knows h ≥ 0 and −h₁ ≤ 0.
-    assert evidence_of(model) == {("3", "dead", "proved"): {1: 0.0}}
+    assert evidence_of(model) == {("2/relu", "dead", "proved"): {1: 0.0}}
 
 
 @pytest.mark.parametrize("padding", [0, 1])
@@ -230,7 +230,7 @@ def test_padding_adds_a_zero_to_the_interval(padding: int) -> None:
     model[0].weight.data.fill_(-1 / 9)
     model[0].bias.data.fill_(0.5)
     found = evidence_of(model, box=(1.0, 2.0))
-    assert (("1", "dead", "proved") in found) == (padding == 0)
+    assert (("0/relu", "dead", "proved") in found) == (padding == 0)
     with torch.no_grad():
         assert bool((model(torch.ones(1, 1, 8, 8)) > 0).any()) == (padding == 1)
 
@@ -240,7 +240,7 @@ def test_a_sum_that_is_never_above_zero_is_proved_without_slack() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3, bias=False), nn.ReLU())
     model[2].weight.data.abs_().neg_()
     model[2].weight.data[1, 0] = 1e-30
-    assert evidence_of(model)["3", "dead", "proved"] == {0: 0.0, 2: 0.0}
+    assert evidence_of(model)["2/relu", "dead", "proved"] == {0: 0.0, 2: 0.0}
 
 
 def test_infinite_times_zero_is_zero() -> None:
@@ -261,7 +261,7 @@ def test_a_sum_in_another_order_stays_in_its_bounds(biased: bool) -> None:
     one_by_one = [np.cumsum(terms[torch.randperm(n).numpy()], dtype=np.float32)[-1] for _ in range(50)]
     sums = [float(total + np.float32(bias)) for total in one_by_one]
     graph = trace(model, (torch.zeros(1, n),))
-    found = site_bounds(graph, propagate_bounds(graph, (1.0, 1.0)))["1"]
+    found = site_bounds(graph, propagate_bounds(graph, (1.0, 1.0)))["0/relu"]
     middle = float(exact + bias)
     assert min(sums) < middle < max(sums)  # without an allowance for rounding, some would lie outside
     assert found.lowest[0] <= min(sums) <= max(sums) <= found.highest[0]
@@ -311,8 +311,8 @@ def test_a_smooth_neuron_that_underflows_is_proved_dead(activation: nn.Module, b
     model = nn.Sequential(nn.Linear(2, 2), activation)
     model[0].weight.data.fill_(0.25)  # the box adds up to 0.5
     model[0].bias.data.copy_(torch.tensor([bias, bias + 2]))
-    found = evidence_of(model, box=(-1.0, 1.0))
-    assert list(found["1", "dead", "proved"]) == [0]
+    name, found = f"0/{type(activation).__name__.lower()}", evidence_of(model, box=(-1.0, 1.0))
+    assert list(found[name, "dead", "proved"]) == [0]
     assert not bool(model(torch.rand(100, 2) * 2 - 1)[:, 0].any())
     if not isinstance(activation, nn.Hardswish):
-        assert ("1", "dead", "proved") not in evidence_of(model.double(), box=(-1.0, 1.0))  # not zero yet
+        assert (name, "dead", "proved") not in evidence_of(model.double(), box=(-1.0, 1.0))  # not zero yet

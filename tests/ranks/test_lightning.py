@@ -73,4 +73,4 @@ def test_ranks_that_lightning_spawns_are_counted(runs: Runs, tmp_path: Path) -> 
     for rank in (0, 1):
         found = torch.load(tmp_path / f"spawned_{rank}.pt", weights_only=False)
         assert_equal_counts({name.removeprefix("net."): counts for name, counts in found.items()}, wanted)
-        assert found["net.early"]["examples"] == 2 * STEPS * BATCH
+        assert found["net.first/relu"]["examples"] == 2 * STEPS * BATCH
