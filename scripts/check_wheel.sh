@@ -57,7 +57,7 @@ with ns.watch(model, every_n_steps=1) as scope:
     model(torch.rand(512, 4)).sum().backward()
     scope.step()
 report = scope.report()
-assert report["1"].judgement.dead[:3].all(), report
+assert report["0/relu"].judgement.dead[:3].all(), report
 assert "dead" in str(report) and "<html" in report.to_html() and report.to_json() and report.to_markdown()
 print("with its dependencies: public names, a watched network, a report drawn four ways,", DeadNeuronMonitor.__name__, ": ok")
 PYTHON
