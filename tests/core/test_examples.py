@@ -23,6 +23,7 @@ from neuronscope.attach.masks import PositionMask
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
+from tests.core.call_counter import CallCounter
 
 
 class Anything(nn.Module):
@@ -339,17 +340,8 @@ def test_while_the_compiler_traces_the_number_follows_from_shapes_alone() -> Non
 
 
 def test_no_function_mode_of_the_user_sees_how_examples_are_counted() -> None:
-    class Spy(torch.overrides.TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls = 0
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
     counter, model = _counter(model=Transposing())
-    with Spy() as spy:
+    with CallCounter() as spy:
         x = torch.ones(6, 4, 4)
         before = spy.calls
         counter.count(model, (x, [x, x]), {})

@@ -18,6 +18,7 @@ from neuronscope.count.counting import ScratchBuffers
 from neuronscope.count.positions import blank_positions, keep_positions, mask_dims
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.options import WatchOptions
+from tests.core.call_counter import CallCounter
 
 TOKENS = torch.ones(2, 5, dtype=torch.int64)
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -211,18 +212,9 @@ def test_the_compiler_traces_finding_blanking_and_leaving_out() -> None:
 
 
 def test_no_function_mode_of_the_user_sees_the_mask() -> None:
-    class Spy(torch.overrides.TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls = 0
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
     model = Decoder()
     mask = PositionMask("attention_mask", CallArguments(model))
-    with Spy() as spy:
+    with CallCounter() as spy:
         mask.find(model, (TOKENS, MASK, [torch.ones(2, 1, 1, 3)]), {})
         assert spy.calls == 1  # the test's own `torch.ones`
 

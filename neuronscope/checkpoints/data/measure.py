@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.judge.verdicts import Policy, rate_bound
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.scanning import scan
@@ -145,26 +145,22 @@ def counted_evidence(
             f"It fired, or got a gradient, {where}.",
         ),
     )
-    evidence = []
+    evidence: list[Evidence] = []
     for claim, basis, mask, numbers, unit, text in claims:
-        neurons = np.flatnonzero(mask if judged is None else mask & judged).astype(np.int64)
-        if neurons.size:
-            evidence.append(
-                Evidence(
-                    layer=site.name,
-                    width=site.neurons,
-                    source=source,
-                    claim=claim,
-                    basis=basis,
-                    neurons=neurons,
-                    numbers=numbers[neurons],
-                    measure=unit,
-                    text=text,
-                    since=since[neurons] if since is not None and claim == "dead" else None,
-                    whole_layer=blocked and claim == "no gradient",
-                    site=site.name,
-                )
+        evidence.extend(
+            evidence_on_site(
+                site.name,
+                mask if judged is None else mask & judged,
+                numbers,
+                source=source,
+                claim=claim,
+                basis=basis,
+                measure=unit,
+                text=text,
+                since=since if claim == "dead" else None,
+                whole_layer=blocked and claim == "no gradient",
             )
+        )
     return evidence
 
 

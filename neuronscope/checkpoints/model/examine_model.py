@@ -29,7 +29,7 @@ from neuronscope.checkpoints.model.example_inputs import Example, examples_for
 from neuronscope.checkpoints.model.trace import ForwardError, trace
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
 from neuronscope.errors import UsageError
 from neuronscope.options import positive_integer
@@ -178,34 +178,6 @@ def _end(end: float | Tensor) -> str:
     return f"{end:g}"
 
 
-def _evidence(
-    site: Site,
-    mask: npt.NDArray[np.bool_],
-    numbers: npt.NDArray[np.float64],
-    *,
-    source: str,
-    claim: str,
-    basis: str,
-    measure: str,
-    text: str,
-) -> Iterator[Evidence]:
-    """Yield evidence on the neurons of a mask, if there are any."""
-    neurons = np.flatnonzero(mask).astype(np.int64)
-    if neurons.size:
-        yield Evidence(
-            layer=site.name,
-            width=site.neurons,
-            source=source,
-            claim=claim,
-            basis=basis,
-            neurons=neurons,
-            numbers=numbers[neurons],
-            measure=measure,
-            text=text,
-            site=site.name,
-        )
-
-
 def _proved_dead(
     sites: Iterable[Site], bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
 ) -> Iterator[Evidence]:
@@ -215,8 +187,8 @@ def _proved_dead(
             continue
         mask = found.dead & judged[site.name]
         method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
-        yield from _evidence(
-            site,
+        yield from evidence_on_site(
+            site.name,
             mask,
             found.highest,
             source=found.source,
@@ -229,8 +201,8 @@ def _proved_dead(
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
     for site in sites:
-        yield from _evidence(
-            site,
+        yield from evidence_on_site(
+            site.name,
             unread[site.name],
             np.full(site.neurons, np.nan),
             source=_READERS,
@@ -253,7 +225,7 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         return
     scale, shift = parameters
     c = threshold(scale, shift).numpy()
-    evidence = partial(_evidence, site, source=_BATCH_NORM)
+    evidence = partial(evidence_on_site, site.name, source=_BATCH_NORM)
     yield from evidence(
         (c >= _QUIET),
         firing_share_bound(scale, shift).numpy(),

@@ -6,6 +6,7 @@ into verdicts. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from neuronscope.errors import UsageError
 
-__all__ = ["BASES", "CLAIMS", "Abstention", "Evidence"]
+__all__ = ["BASES", "CLAIMS", "Abstention", "Evidence", "evidence_on_site"]
 
 #: The possible claims about a neuron, most serious first.
 CLAIMS = (
@@ -92,6 +93,51 @@ class Evidence:
     def source_label(self) -> str:
         """The source as reports show it: with "whole layer" if the claim is about the layer as a whole."""
         return f"{self.source}, whole layer" if self.whole_layer or self.collapsed else self.source
+
+
+def evidence_on_site(
+    name: str,
+    mask: npt.NDArray[np.bool_],
+    numbers: npt.NDArray[np.float64],
+    *,
+    source: str,
+    claim: str,
+    basis: str,
+    measure: str,
+    text: str,
+    since: npt.NDArray[np.int64] | None = None,
+    whole_layer: bool = False,
+) -> Iterator[Evidence]:
+    """Yield evidence on those ``K`` of the ``N`` neurons of a site that a mask selects, if there are any.
+
+    Args:
+        name: Name of the site.
+        mask: The neurons that the claim holds for, bool ``(N,)``.
+        numbers: A number for each neuron of the site, float64 ``(N,)``.
+        source: As in :class:`Evidence`, and so are the others.
+        claim: The claim.
+        basis: Its basis.
+        measure: The meaning of the numbers.
+        text: An explanation.
+        since: Optimizer step for each neuron of the site, int64 ``(N,)``; ``None`` if it is not known.
+        whole_layer: Whether the claim is about the layer as a whole.
+    """
+    neurons = np.flatnonzero(mask).astype(np.int64)
+    if neurons.size:
+        yield Evidence(
+            layer=name,
+            width=len(mask),
+            source=source,
+            claim=claim,
+            basis=basis,
+            neurons=neurons,
+            numbers=numbers[neurons],
+            measure=measure,
+            text=text,
+            since=None if since is None else since[neurons],
+            whole_layer=whole_layer,
+            site=name,
+        )
 
 
 @dataclass(frozen=True)
