@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["SiteInfo", "SiteKey"]
+__all__ = ["SiteInfo", "SiteKey", "TotalsMember"]
 
 
 class SiteKey(NamedTuple):
@@ -45,8 +45,30 @@ class SiteKey(NamedTuple):
         return f"{self.layer}{units}{activation}" + (f"#{self.ordinal}" if self.ordinal else "")
 
 
+class TotalsMember:
+    """Decides whether totals include a site; for the classes that describe one.
+
+    Attributes:
+        axis_source: How the axis of the neurons was found.
+        output: Whether the neurons are outputs of the network.
+    """
+
+    axis_source: str
+    output: bool
+
+    @property
+    def assumed(self) -> bool:
+        """Whether it was only assumed which dimension indexes the neurons."""
+        return self.axis_source.startswith("assumed")
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals, metrics and alarms include the site: its units are known, and are not outputs."""
+        return not (self.assumed or self.output)
+
+
 @dataclass(frozen=True)
-class SiteInfo:
+class SiteInfo(TotalsMember):
     """Describe a site: all that is known about it except its counts.
 
     Attributes:
@@ -88,13 +110,3 @@ class SiteInfo:
     is_norm: bool = False
     normalises: str = ""
     place: str = ""
-
-    @property
-    def assumed(self) -> bool:
-        """Whether it was only assumed which dimension indexes the neurons."""
-        return self.axis_source.startswith("assumed")
-
-    @property
-    def in_headlines(self) -> bool:
-        """Whether totals, metrics and alarms include the site: its units are known, and are not outputs."""
-        return not (self.assumed or self.output)

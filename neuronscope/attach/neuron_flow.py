@@ -4,7 +4,7 @@ A :class:`NeuronFlow` receives every torch function that a forward calls, and re
 the function says: see :mod:`neuronscope.attach.operators`. What equal calls led to is remembered too.
 
 While ``torch.compile`` traces, it receives the fake tensors that stand for the traced ones; see
-:func:`neuronscope.attach.compiling.run_on_fake_tensors`.
+:func:`neuronscope.attach.compiling.while_tracing`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from neuronscope.count.neuron_layout import Dims
 
 __all__ = ["NeuronFlow"]
 
-_MOST_STEPS = 20_000
+_MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
 _NORMS = _MIXING_NORMS | spellings("batch_norm")
@@ -79,7 +79,7 @@ class NeuronFlow:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
         self._weights: TensorMap[Origin] = TensorMap()
-        self._steps: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
+        self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
@@ -189,28 +189,28 @@ class NeuronFlow:
         if not outputs:
             return
         key = self._key(function, args, kwargs, outputs)
-        step = self._steps.get(key)
-        if step is None or (step.layer is not None and step.call != len(self.layers)):
-            step = self._find(function, args, kwargs, outputs)
-            if len(self._steps) >= _MOST_STEPS:
-                self._steps.clear()
-            self._steps[key] = step
+        outcome = self._outcomes.get(key)
+        if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
+            outcome = self._find(function, args, kwargs, outputs)
+            if len(self._outcomes) >= _MOST_OUTCOMES:
+                self._outcomes.clear()
+            self._outcomes[key] = outcome
         self.overwritten = self._origins.get(outputs[0]) if args and outputs[0] is args[0] else None
-        for site, note in step.notes:
+        for site, note in outcome.notes:
             self.reader_notes.setdefault(site, {})[note] = None
-        if step.layer is not None:
-            self.layers.append(step.layer)
-            self.read |= step.reads
-            for site in step.sites:
-                self.readers.setdefault(site, {})[step.layer] = None
-            for layer, name in step.bent:
+        if outcome.layer is not None:
+            self.layers.append(outcome.layer)
+            self.read |= outcome.reads
+            for site in outcome.sites:
+                self.readers.setdefault(site, {})[outcome.layer] = None
+            for layer, name in outcome.bent:
                 self.bent.setdefault(layer, name)
-            if step.normalises is not None:
-                self._note_norm(step.layer, step.normalises)
+            if outcome.normalises is not None:
+                self._note_norm(outcome.layer, outcome.normalises)
             if is_distributed(outputs[0]):
-                self._note_distributed((*args, *kwargs.values()), outputs[0], step.origins[0])
+                self._note_distributed((*args, *kwargs.values()), outputs[0], outcome.origins[0])
         put = self._origins.put
-        for output, origin in zip(outputs, step.origins, strict=True):
+        for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 put(output, origin)
 
@@ -244,30 +244,25 @@ class NeuronFlow:
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
     ) -> _Outcome:
         """Return what a call leads to."""
-        call, count = len(self.layers), len(outputs)
+        call = len(self.layers)
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
         operation = Operation(function, described, named, tuple([_shape(output) for output in outputs]), call)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
-            upstream = 0  # an unknown way to call it
-            for each in operation.tensors:
-                upstream |= each.origin.upstream
-            origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * count
+            upstream = operation.upstream  # an unknown way to call it
+            origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
         if not origins[0].upstream >> call & 1:
             kept = {site for origin in origins for site in origin.carries}
             return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
-        reads = 0
-        for origin in sources:
-            reads |= origin.upstream
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
         bent = [(layer, name) for layer, name in layers if layer and name]
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
-        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises)
+        return _Outcome(origins, origins[0].layer, call, operation.upstream, carried, tuple(bent), notes, normalises)
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""

@@ -722,10 +722,8 @@ class SiteRecorder:
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
         plain, axis = local_tensor(y.detach()), layout.axis
         left_out = None
-        if layout.dims is not None:
-            plain, axis = neurons_first(plain, *layout)
-        elif self.forward.mask is not None:
-            plain, axis, left_out = _masked(plain, axis, self.forward.mask)
+        if layout.dims is not None or self.forward.mask is not None:
+            plain, axis, left_out = _arranged(plain, layout, self.forward.mask)
             if not plain.numel():
                 return
         examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
@@ -832,10 +830,8 @@ class SiteRecorder:
             plain = gradient.detach() if gradient.requires_grad else gradient
             found, axis = gate_half(local_tensor(plain), glu_dim), layout.axis
             left_out = None
-            if layout.dims is not None:
-                found, axis = neurons_first(found, *layout)
-            elif mask is not None:
-                found, axis, left_out = _masked(found, axis, mask)
+            if layout.dims is not None or mask is not None:
+                found, axis, left_out = _arranged(found, layout, mask)
                 if not found.numel():
                     return
             add_gradients(counters, found, axis, self._scratch)
@@ -854,12 +850,20 @@ def _place(path: str, function: str) -> str:
     return f"{path}.{function}()" if path else f"{function}()"
 
 
-def _masked(tensor: Tensor, axis: int, mask: Tensor) -> tuple[Tensor, int, Tensor | None]:
-    """Return what to count of a tensor, its neuron axis, and how many positions to take off again."""
+def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+    """Return what to count of a tensor, its neuron axis, and how many positions to take off again.
+
+    Args:
+        tensor: Output or gradient ``(…, N, …)``.
+        layout: Where its neurons lie. A mask applies only if one dimension indexes them.
+        mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
+    """
+    if layout.dims is not None:
+        return *neurons_first(tensor, *layout), None
     if tensor.device.type == "cpu":
-        return *keep_positions(tensor, axis, mask), None
-    blank, left_out = blank_positions(tensor, axis, mask)
-    return blank, axis, left_out
+        return *keep_positions(tensor, layout.axis, mask), None
+    blank, left_out = blank_positions(tensor, layout.axis, mask)
+    return blank, layout.axis, left_out
 
 
 def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
+from neuronscope.sites import TotalsMember
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -141,7 +142,7 @@ class SiteHistory:
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class SiteReport(TotalsMember):
     """Hold the results on one site over the report's window (``N`` neurons).
 
     Attributes:
@@ -194,16 +195,6 @@ class SiteReport:
     reader_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
-
-    @property
-    def assumed(self) -> bool:
-        """Whether it was only assumed which dimension indexes the neurons."""
-        return self.axis_source.startswith("assumed")
-
-    @property
-    def in_headlines(self) -> bool:
-        """Whether totals include the site: its units are known, and are not outputs."""
-        return not (self.assumed or self.output)
 
     @property
     def dead(self) -> int:

@@ -8,7 +8,7 @@ has few examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -98,10 +98,6 @@ class PhaseRecord:
             if name in census and census[name].neurons not in widths:
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
-
-    def site_keys(self) -> Iterator[SiteKey]:
-        """Iterate over the sites that have run in this phase since it was last loaded."""
-        return iter(self._counters)
 
     @property
     def empty(self) -> bool:
