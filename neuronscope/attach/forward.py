@@ -162,7 +162,7 @@ class ForwardContext:
     @property
     def inference(self) -> bool:
         """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
-        if self.module_stack and not (self.step_is_forward and self._runs_only_step):
+        if self.module_stack and not self._runs_only_step:
             return self._inference
         return self._begins_inference()
 

@@ -73,71 +73,78 @@ class ActivationFunctionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if kwargs is None:
+            kwargs = {}
         if is_tracing():
-            if func is Tensor.unflatten:
-                func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
-            return self._see(func, args, kwargs or {})
+            return self._trace(func, args, kwargs)
+        manager = self.manager
         before, self.handling = self.handling, True
         try:
-            if self.manager.callers.runs(id(func)) or self.manager.runs(sys._getframe(1)):
-                return self._see(func, args, kwargs or {})
-            try:  # an interrupt ended the watched forward, and this call belongs to other code
-                return func(*args, **(kwargs or {}))
-            finally:
-                self.manager.entered.take_off_next()
+            if not manager.callers.runs(id(func)) and not manager.runs(sys._getframe(1)):
+                return self._pass_on(func, args, kwargs)
+            recorder = manager.recorder
+            if manager.running or not manager.observing or (recorder.compiled and in_compiled_graph()):
+                return func(*args, **kwargs)
+            activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
+            call = None if activation is None else self._begin(activation, args, kwargs)
+            output = func(*args, **kwargs)
+            if manager.observing:  # it has not failed meanwhile
+                try:
+                    with torch._C.DisableTorchFunction():
+                        if call is not None:
+                            recorder.end(call, first_input(args, kwargs), output)
+                        elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+                            recorder.forward.flow.follow(func, args, kwargs, output)
+                            if func in _PRODUCTS and manager.functional:
+                                recorder.product(args, output)
+                except Exception as error:
+                    manager.fail(error)
+            return output
         finally:
             self.handling = before
 
-    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pass_on(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of other code, which runs because an interrupt ended the watched forward."""
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.manager.entered.take_off_next()
+
+    def _trace(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do what :meth:`__torch_function__` does while ``torch.compile`` traces."""
+        if func is Tensor.unflatten:
+            func = torch.unflatten  # the same; torch.compile cannot trace the method under a function mode
         manager = self.manager
-        if manager.running or not manager.observing or (manager.recorder.compiled and in_compiled_graph()):
+        if manager.running or not manager.observing:
             return func(*args, **kwargs)
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
-        if activation is not None:
-            return self._activation(activation, func, args, kwargs)
+        call = None if activation is None else self._begin(activation, args, kwargs)
         output = func(*args, **kwargs)
-        if isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
-            self._follow(func, args, kwargs, output)
+        if call is not None:
+            manager.recorder.end(call, first_input(args, kwargs), output)
+        elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+            self._follow_in_graph(func, args, kwargs, output)
         return output
 
-    def _activation(
-        self, activation: Activation, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        manager = self.manager
-        x = first_input(args, kwargs)
-        call: Any = None
+    def _begin(self, activation: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin the call of an activation function; return ``None`` if it is no site, though what follows may be."""
+        recorder = self.manager.recorder
         try:
             with unwatched():
                 glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                call = manager.recorder.begin(
-                    manager.recorder.forward.current_path, activation.name, activation, x, glu_dim
+                return recorder.begin(
+                    recorder.forward.current_path, activation.name, activation, first_input(args, kwargs), glu_dim
                 )
         except Exception as error:
-            manager.fail(error)
-        output = func(*args, **kwargs)
-        if manager.observing:
-            if call is None:  # it is no site, and what follows may be
-                self._follow(func, args, kwargs, output)
-                return output
-            try:
-                with unwatched():
-                    manager.recorder.end(call, x, output)
-            except Exception as error:
-                manager.fail(error)
-        return output
+            self.manager.fail(error)
+
+    def _follow_in_graph(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Follow a function while ``torch.compile`` traces."""
+        comptime(self._follow_while_tracing)  # it reads the arguments
+        if func in _PRODUCTS and self.manager.functional:
+            self.manager.recorder.product(args, output)
 
     def _follow_traced(self, *call: Any) -> None:
         self.manager.recorder.forward.flow.follow(*call)
-
-    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        manager = self.manager
-        try:
-            with unwatched():
-                if is_tracing():
-                    comptime(self._follow_while_tracing)
-                else:
-                    manager.recorder.forward.flow.follow(func, args, kwargs, output)
-                if manager.functional and func in _PRODUCTS:
-                    manager.recorder.product(args, output)
-        except Exception as error:
-            manager.fail(error)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from neuronscope.attach.compiling import traced_call, traced_modules
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
+from neuronscope.attach.operators import LAYERS, Index, Listed, Operation, origins_of, set_item
 from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
@@ -38,6 +38,7 @@ _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "_
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
+_STORED = frozenset({WEIGHT, CONSTANT})
 
 
 class _Outcome(NamedTuple):
@@ -52,6 +53,7 @@ class _Outcome(NamedTuple):
         bent: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
+        nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
     """
 
     origins: tuple[Origin, ...]
@@ -62,6 +64,7 @@ class _Outcome(NamedTuple):
     bent: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
+    nameless: bool = False
 
 
 class NeuronFlow:
@@ -188,56 +191,74 @@ class NeuronFlow:
             return
         if not outputs:
             return
-        key = self._key(function, args, kwargs, outputs)
+        try:
+            key = self._key(function, args, kwargs, outputs)
+        except RuntimeError:  # strided nested tensors have no shape
+            key = (function, *map(self._describe, (*args, *kwargs.items())), *map(_shape, outputs))
         outcome = self._outcomes.get(key)
         if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
             outcome = self._find(function, args, kwargs, outputs)
+            self._learn(outcome)
             if len(self._outcomes) >= _MOST_OUTCOMES:
                 self._outcomes.clear()
             self._outcomes[key] = outcome
-        self.overwritten = self._origins.get(outputs[0]) if args and outputs[0] is args[0] else None
-        for site, note in outcome.notes:
-            self.reader_notes.setdefault(site, {})[note] = None
+        first = outputs[0]
+        self.overwritten = self._origins.get(first) if args and first is args[0] else None
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
-            for site in outcome.sites:
-                self.readers.setdefault(site, {})[outcome.layer] = None
-            for layer, name in outcome.bent:
-                self.bent.setdefault(layer, name)
-            if outcome.normalises is not None:
-                self._note_norm(outcome.layer, outcome.normalises)
-            if is_distributed(outputs[0]):
-                self._note_distributed((*args, *kwargs.values()), outputs[0], outcome.origins[0])
-        put = self._origins.put
+            if type(first) is not Tensor and is_distributed(first):
+                self._note_distributed((*args, *kwargs.values()), first, outcome.origins[0])
+        if result is first and not outcome.nameless:
+            self._origins.put(first, outcome.origins[0])
+            return
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
-                put(output, origin)
+                self._origins.put(output, origin)
+
+    def _learn(self, outcome: _Outcome) -> None:
+        """Note what an outcome tells about sites and layers; it holds for all forwards."""
+        for site, note in outcome.notes:
+            self.reader_notes.setdefault(site, {})[note] = None
+        if outcome.layer is None:
+            return
+        for site in outcome.sites:
+            self.readers.setdefault(site, {})[outcome.layer] = None
+        for layer, name in outcome.bent:
+            self.bent.setdefault(layer, name)
+        if outcome.normalises is not None:
+            self._note_norm(outcome.layer, outcome.normalises)
 
     def _key(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
     ) -> tuple[Any, ...]:
-        """Return all that the results of a function follow from."""
+        """Return all that the results of a function follow from. This runs at every call: it must be quick.
+
+        Raises:
+            RuntimeError: A tensor has no shape.
+        """
         facts: list[Any] = [function]
         known, weights = self._origins.entries, self._weights.entries
+        is_layer = function in LAYERS  # then its settings do not matter, nor the shapes of its weights
         for arg in (*args, *kwargs.values()) if kwargs else args:
             kind = type(arg)
             if kind is Tensor or kind is nn.Parameter:
                 entry = known.get(id(arg)) or weights.get(id(arg))
-                facts.append(entry[1] if entry is not None and entry[0]() is arg else self._origin_in_call(arg))
-                facts.append(arg.shape if not arg.is_nested else ())  # a nested tensor has none
-                facts.append(arg.dtype)
-            elif (
-                arg is None
-                or kind in _PLAIN
-                or (kind is tuple and len(arg) == 2 and type(arg[0]) is type(arg[1]) is int)
-            ):
-                facts.append(arg)
+                origin = entry[1] if entry is not None and entry[0]() is arg else self._origin_in_call(arg)
+                facts.append(origin)
+                if not is_layer or origin.state not in _STORED:
+                    facts += arg.shape, arg.dtype
+            elif arg is None:
+                facts.append(None)
+            elif kind in _PLAIN or (kind is tuple and len(arg) == 2 and type(arg[0]) is type(arg[1]) is int):
+                if not is_layer:
+                    facts.append(arg)
             else:
                 facts.append(self._describe(arg))
         if kwargs:
-            facts.append(tuple(kwargs))
-        facts.extend([_shape(output) for output in outputs])
+            facts += kwargs
+        for output in outputs:
+            facts.append(output.shape if type(output) is Tensor else _shape(output))  # noqa: PERF401
         return tuple(facts)
 
     def _find(
@@ -253,16 +274,19 @@ class NeuronFlow:
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = operation.upstream  # an unknown way to call it
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
+        nameless = any(_is_nameless(origin) for origin in origins)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
         if not origins[0].upstream >> call & 1:
             kept = {site for origin in origins for site in origin.carries}
-            return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
+            unkept = tuple((site, _note(function)) for site in carried if site not in kept)
+            return _Outcome(origins, notes=unkept, nameless=nameless)
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
         bent = [(layer, name) for layer, name in layers if layer and name]
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
-        return _Outcome(origins, origins[0].layer, call, operation.upstream, carried, tuple(bent), notes, normalises)
+        reads = operation.upstream
+        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises, nameless)
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
@@ -415,7 +439,12 @@ def _stays_weight(output: Tensor, origin: Origin) -> bool:
     """
     if type(output) is not Tensor and isinstance(output, nn.Parameter):
         return True
-    return not origin.layer and origin.state in _NAMELESS and output._is_view()
+    return _is_nameless(origin) and output._is_view()
+
+
+def _is_nameless(origin: Origin) -> bool:
+    """Whether a tensor may turn out to be a weight, because nothing else is known of it."""
+    return not origin.layer and origin.state in _NAMELESS
 
 
 def _nested_tensors(values: Any) -> Iterable[Tensor]:

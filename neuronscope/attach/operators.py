@@ -34,7 +34,7 @@ from neuronscope.attach.unit_rules.view_rules import ATTRIBUTES, VIEWS
 from neuronscope.attach.unit_rules.writing_rules import WRITING, set_item
 from neuronscope.attach.units import fits
 
-__all__ = ["RULES", "Index", "Listed", "Operation", "Rule", "origins_of", "rule_of", "set_item", "tensors_in"]
+__all__ = ["LAYERS", "RULES", "Index", "Listed", "Operation", "Rule", "origins_of", "rule_of", "set_item", "tensors_in"]
 
 _ENDING = """
 mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy nll_loss binary_cross_entropy

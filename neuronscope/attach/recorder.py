@@ -78,6 +78,7 @@ class Call(NamedTuple):
         activation: The activation that is applied.
         info: What is known of the site.
         gate: The site of the gate, if the call is a gated product.
+        shape: The shape of an output that needs no further examination, because the input has it; or ``None``.
     """
 
     key: SiteKey
@@ -88,6 +89,7 @@ class Call(NamedTuple):
     activation: Activation
     info: SiteInfo
     gate: SiteKey | None = None
+    shape: torch.Size | None = None
 
 
 class SiteRecorder:
@@ -140,7 +142,7 @@ class SiteRecorder:
         self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
         self._new_counters = new_counters
         self._declared = declared_axis
-        self._calls: dict[tuple[Any, ...], Call] = {}  # by the facts that they follow from
+        self._calls: dict[tuple[Any, ...], Any] = {}  # calls of sites, or `None`, by the facts that they follow from
         self._gates: dict[SiteKey, Call] = {}
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
@@ -233,9 +235,11 @@ class SiteRecorder:
             normalises=normalises or "",
         )
 
-    def _note_transformed(self, place: str, x: Tensor) -> None:
+    def _note_transformed(self, phase: str, path: str, function: str, x: Tensor) -> None:
         """Note that an activation ran inside a function transform."""
-        self.not_measured.setdefault(place, IN_TRANSFORM)
+        if not function:
+            self._ran.add((phase, path))
+        self.not_measured.setdefault(_place(path, function), IN_TRANSFORM)
         units = self.forward.flow.origin(x).units
         if units is not None:
             self._transformed.add(units.layer)
@@ -318,32 +322,28 @@ class SiteRecorder:
                     path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted"
                 )
             return None
-        outside_module = not forward.module_stack
-        if outside_module and not forward.explicit_step:
-            forward.ran_parts = True
         recomputing = forward.recomputing
-        if outside_module:
+        if not forward.module_stack:
+            if not forward.explicit_step:
+                forward.ran_parts = True
             if not has_real_tensors():
                 return None
             recomputing = in_backward()
         if is_tracing():
             return self._begin_in_graph(path, function, activation, x, glu_dim)
-        transformed = in_transform(x)
-        if recomputing:
-            if not transformed:
-                self._register_recomputed(x, path, function, activation.name, glu_dim)
-            return None
-        place = _place(path, function)
         phase = self.running_phase
-        if not function:
-            self._ran.add((phase, path))
-        if transformed:
-            self._note_transformed(place, x)
+        if in_transform(x):
+            if not recomputing:
+                self._note_transformed(phase, path, function, x)
             return None
-        call = self._find(phase, place, not function, activation, x, glu_dim)
-        if not torch.is_grad_enabled() and forward.may_be_recomputed:
-            forward.recomputation.add((path, function), call)
-        if call is not None and call.hook is not None and x.requires_grad and torch.is_grad_enabled():
+        if recomputing:
+            self._register_recomputed(x, path, function, activation.name, glu_dim)
+            return None
+        call = self._find(phase, path, function, activation, x, glu_dim)
+        if not torch.is_grad_enabled():
+            if forward.may_be_recomputed:
+                forward.recomputation.add((path, function), call)
+        elif call is not None and call.hook is not None and x.requires_grad:
             self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
         return call
 
@@ -371,14 +371,11 @@ class SiteRecorder:
     ) -> None:
         """Find a call while ``torch.compile`` traces, and note its number."""
         self.compiled = True
-        if not function:
-            self._ran.add((phase, path))
-        place = _place(path, function)
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
-            self._note_transformed(place, x)
+            self._note_transformed(phase, path, function, x)
             return
-        call = self._find(phase, place, not function, activation, x, glu_dim, traced=True)
+        call = self._find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
             self._note_traced(call)
 
@@ -403,8 +400,8 @@ class SiteRecorder:
     def _find(
         self,
         phase: str,
-        place: str,
-        is_module: bool,
+        path: str,
+        function: str,
         activation: Activation,
         x: Tensor,
         glu_dim: int | None,
@@ -414,23 +411,24 @@ class SiteRecorder:
 
         Args:
             phase: The phase that it belongs to.
-            place: Where the activation is applied.
-            is_module: Whether the activation is a module, and no function.
+            path: As in :meth:`begin`, and so are the others.
+            function: Name of a function, or ``""``.
             activation: The activation.
             x: The pre-activation.
-            glu_dim: As in :meth:`begin`.
+            glu_dim: A dimension, or ``None``.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
         origin = self.forward.flow.origin(x)
         ordinal = self.forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
-            facts = (origin, phase, x.shape, activation, ordinal, place, glu_dim, x.layout, holds_no_data(x))
-            last = self._calls.get(facts)
-            if last is not None:
+            kept = id(activation)  # the registry keeps it
+            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, holds_no_data(x))
+            last = self._calls.get(facts, self)
+            if last is not self:
                 return last
-        call = self._find_anew(phase, place, is_module, activation, x, glu_dim, origin, ordinal, traced)
-        if call is not None and facts is not None:
+        call = self._find_anew(phase, path, function, activation, x, glu_dim, origin, ordinal, traced)
+        if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
             self._calls[facts] = call
@@ -439,8 +437,8 @@ class SiteRecorder:
     def _find_anew(
         self,
         phase: str,
-        place: str,
-        is_module: bool,
+        path: str,
+        function: str,
         activation: Activation,
         x: Tensor,
         glu_dim: int | None,
@@ -448,6 +446,9 @@ class SiteRecorder:
         ordinal: int,
         traced: bool,
     ) -> Call | None:
+        place, is_module = _place(path, function), not function
+        if is_module:
+            self._ran.add((phase, path))
         units = origin.units if origin.units is not None and origin.units.layer else None
         key = (
             SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)
@@ -515,7 +516,10 @@ class SiteRecorder:
             if output_units is not None
             else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         )
-        call = Call(key, counters, layout, hook, after, activation, info)
+        whole = None
+        if type(x) is Tensor and (output_units is None or len(output_units.dims) == x.dim()) and glu_dim is None:
+            whole = x.shape
+        call = Call(key, counters, layout, hook, after, activation, info, shape=whole)
         self._gates[key] = call
         return call
 
@@ -583,6 +587,11 @@ class SiteRecorder:
                 self._count_in_graph(call, y)
             else:
                 comptime(self._unreadable_while_tracing)
+            return
+        if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
+            if call.counters is not None:
+                self._count(call.counters, y, call.layout)
+            self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
             self._unreadable(call, given)
@@ -720,13 +729,14 @@ class SiteRecorder:
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
-        plain, axis = local_tensor(y.detach()), layout.axis
+        forward, axis = self.forward, layout.axis
+        plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
         left_out = None
-        if layout.dims is not None or self.forward.mask is not None:
-            plain, axis, left_out = _arranged(plain, layout, self.forward.mask)
+        if layout.dims is not None or forward.mask is not None:
+            plain, axis, left_out = _arranged(plain, layout, forward.mask)
             if not plain.numel():
                 return
-        examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
+        examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
         add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)

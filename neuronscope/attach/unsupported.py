@@ -54,9 +54,10 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    if _transforms() > 0:
-        return True
-    return not is_tracing() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    if is_tracing():
+        return _transforms() > 0
+    functorch = torch._C._functorch
+    return functorch.get_dynamic_layer_stack_depth() > 0 or functorch.is_legacy_batchedtensor(tensor)
 
 
 def _count_transforms() -> int:
