@@ -17,7 +17,7 @@ from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
-from neuronscope.attach.recorder import Names
+from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import INFERENCE_APART, ONLY_INFERENCE, make_report, not_measured
 from neuronscope.count.counters import SiteCounters
@@ -141,7 +141,7 @@ class Scope:
             record.note_step(self._step)
             if inference is not None:
                 inference.note_step(self._step)
-            self._hooks.recorder.note_missed_sites()
+            self._hooks.recorder.sites.note_missed_sites(self._hooks.recorder.step)
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
         due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
@@ -263,7 +263,7 @@ class Scope:
 
         Examples are a loss, attention scores, a learned threshold: nothing is counted there.
         """
-        return dict(self._hooks.recorder.not_neurons)
+        return dict(self._hooks.recorder.unmeasured.not_neurons)
 
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         """Flush a phase, and inference with training, in which it ran.
@@ -271,7 +271,7 @@ class Scope:
         Where any rank has counts of inference, all ranks join them, also those that have none or are in another phase.
         """
         record, inference = self._record(phase), self._records.get(INFERENCE)
-        record.describe_sites(self._hooks.recorder.current_info)
+        record.describe_sites(self._hooks.recorder.sites.current_info)
         self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
         more = phase == "train" and inference is not None and not inference.empty
         record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
@@ -376,11 +376,11 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.recorder.all_not_measured(),
+                self._hooks.recorder.sites.all_not_measured(),
                 self._hooks.module_sites,
-                self._hooks.recorder.ran(phase),
+                self._hooks.recorder.unmeasured.modules_that_ran(phase),
                 self._patterns.wants,
-                inferred=self._hooks.recorder.ran(INFERENCE) if phase == "train" else (),
+                inferred=self._hooks.recorder.unmeasured.modules_that_ran(INFERENCE) if phase == "train" else (),
             ),
             note=note,
             exchanges=self._ranks.exchanges,
@@ -392,7 +392,7 @@ class Scope:
             known = ", ".join(self._records) or "none"
             raise UsageError(f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.")
         record = self._records.get(phase) or PhaseRecord(self.policy)
-        record.describe_sites(self._hooks.recorder.current_info)
+        record.describe_sites(self._hooks.recorder.sites.current_info)
         return record
 
     def _current_fault(self) -> Fault | None:

@@ -30,8 +30,9 @@ from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
-from neuronscope.attach.recorder import CountersFactory, DeclaredAxis, SiteRecorder
+from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
+from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
@@ -99,7 +100,7 @@ class HookManager:
         self._handles = HookHandles()
         self._model = weakref.ref(model)
         self.uneven_inputs = UnevenInputs(model)
-        self.recorder.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
+        self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
         self._attach(model)
@@ -110,11 +111,11 @@ class HookManager:
             if any(path.startswith(f"{parent}.") for parent in hidden):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                self.recorder.not_measured[path or "(root)"] = "a scripted module hides its activations from hooks"
+                self.recorder.unmeasured.note(path or "(root)", "a scripted module hides its activations from hooks")
                 hidden.append(path)
                 continue
             if isinstance(module, _FUSED):
-                self.recorder.not_measured[path or "(root)"] = (
+                self.recorder.unmeasured.reasons[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
@@ -171,7 +172,7 @@ class HookManager:
         self._handles.put_back()
         if self._compilations != count_compilations():
             self._compiles = True
-            self.recorder.expect_missed_sites()
+            self.recorder.sites.expect_missed_sites()
 
     def detach_when_idle(self) -> None:
         """Detach after an error, unless a forward or the function mode is still active."""
@@ -222,7 +223,7 @@ class HookManager:
             self.recorder.forward.restart()
             self._end()
             return self._thread.acquire()
-        self.recorder.not_measured["(root)"] = (
+        self.recorder.unmeasured.reasons["(root)"] = (
             "its forward ran in several threads at once, and only some of it was counted"
         )
         return False
@@ -292,7 +293,7 @@ class HookManager:
             self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
-            self.recorder.not_measured.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
+            self.recorder.unmeasured.note(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 

@@ -258,7 +258,7 @@ class NeuronFlow:
         if kwargs:
             facts += kwargs
         for output in outputs:
-            facts.append(output.shape if type(output) is Tensor else _shape(output))  # noqa: PERF401
+            facts.append(output.shape if type(output) is Tensor else _shape(output))
         return tuple(facts)
 
     def _find(

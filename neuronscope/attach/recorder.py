@@ -1,16 +1,14 @@
-"""Find the site and the neurons of an activation tensor, and update the counters of the site.
+"""Record the calls of all sites: register hooks for gradients, and update the counters of the sites.
 
-The hooks and the function mode pass the tensors in: see :mod:`neuronscope.attach.hooks`. ``torch.compile`` can trace
-this. What a call leads to is found while it traces, and is a constant of the graph: the counters, and where the neurons
-of the tensor lie.
+The hooks and the function mode pass the tensors in: see :mod:`neuronscope.attach.hooks`. Which site a call is of, is
+found by :mod:`neuronscope.attach.site_finder`. ``torch.compile`` can trace this. What a call leads to is found while it
+traces, and is a constant of the graph: the counters, and where the neurons of the tensor lie.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,22 +23,16 @@ from neuronscope.attach.compiling import (
     trace_attempt,
     while_tracing,
 )
-from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_partial, local_tensor, neuron_shard, sharded_dims
+from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import INFERENCE, ForwardContext
-from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
+from neuronscope.attach.gradient_hooks import GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
-from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Origin
-from neuronscope.attach.units import Units, slice_dim
-from neuronscope.attach.unsupported import (
-    BATCHED_GRADIENT,
-    IN_TRANSFORM,
-    describe_input,
-    holds_no_data,
-    in_transform,
-    unsupported_reason,
-)
+from neuronscope.attach.origins import LOST
+from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
+from neuronscope.attach.unmeasured import place_of
+from neuronscope.attach.unsupported import BATCHED_GRADIENT, describe_input, in_transform
 from neuronscope.count.counters import (
     SiteCounters,
     add_gradients,
@@ -50,46 +42,10 @@ from neuronscope.count.counters import (
     register_gradient_hook,
 )
 from neuronscope.count.counting import ScratchBuffers
-from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout, neurons_first
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.count.positions import blank_positions, keep_positions
-from neuronscope.sites import SiteInfo, SiteKey
 
-__all__ = ["Call", "CountersFactory", "DeclaredAxis", "SiteRecorder"]
-
-#: All names of a site that a pattern may match: its own, its layer's path, and the place of the activation.
-Names = tuple[str, str, str]
-#: Returns the counters for a site, or ``None`` if it is not wanted: (phase, key, info, names, neurons, device).
-CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "SiteCounters | None"]
-#: Returns the declared axis of a site by its three names, or ``None``.
-DeclaredAxis = Callable[[str, str, str], "int | None"]
-
-_MOST_CALLS = 20_000
-
-
-class Call(NamedTuple):
-    """One call of a site that has begun and not ended.
-
-    Attributes:
-        key: The site.
-        counters: The counters of the site; ``None`` if the site is not wanted.
-        layout: Where the neurons of its output lie.
-        hook: Counts the gradient of the input; ``None`` if nothing is counted.
-        after: What the output is.
-        activation: The activation that is applied.
-        info: What is known of the site.
-        gate: The site of the gate, if the call is a gated product.
-        shape: The shape of an output that needs no further examination, because the input has it; or ``None``.
-    """
-
-    key: SiteKey
-    counters: SiteCounters | None
-    layout: NeuronLayout
-    hook: CountedGradient | None
-    after: Origin
-    activation: Activation
-    info: SiteInfo
-    gate: SiteKey | None = None
-    shape: torch.Size | None = None
+__all__ = ["SiteRecorder"]
 
 
 class SiteRecorder:
@@ -110,9 +66,8 @@ class SiteRecorder:
         step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
         compiled: Whether ``torch.compile`` traced any part of the model.
         forward: The forward that is running.
-        not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
-        not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
-        is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+        sites: Finds the sites.
+        unmeasured: What is not measured.
     """
 
     def __init__(
@@ -132,23 +87,12 @@ class SiteRecorder:
         with torch.inference_mode(False):
             self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
         self.forward = ForwardContext(names, examples, masks)
-        self.not_measured: dict[str, str] = {}
-        self.not_neurons: dict[str, str] = {}
-        self._ran: set[tuple[str, str]] = set()  # phases, and paths of the activation modules that ran in them
+        self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
+        self.unmeasured = self.sites.unmeasured
         self.fail = fail
-        self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
-        self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
-        self._new_counters = new_counters
-        self._declared = declared_axis
-        self._calls: dict[tuple[Any, ...], Any] = {}  # calls of sites, or `None`, by the facts that they follow from
-        self._gates: dict[SiteKey, Call] = {}
-        self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
-        self._modules: set[SiteKey] = set()  # sites whose activation is a module
-        self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
         self._leaf_handles: list[RemovableHandle] = []
-        self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
         self._traced: list[tuple[Call, bool]] = []  # calls in graphs, and whether each adds to the examples
 
         # torch.compile runs these while it traces.
@@ -179,96 +123,6 @@ class SiteRecorder:
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
 
-    def all_not_measured(self) -> dict[str, str]:
-        """Return all sites, layers and modules that are not measured so far, each with the reason."""
-        not_measured = dict(self.not_measured)
-        flow = self.forward.flow
-        for place, (reason, layers) in self._unclear.items():
-            if not layers or not all(flow.gives_outputs(layer) for layer in layers):
-                not_measured.setdefault(place, reason)
-        measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
-        for layer, function in flow.bent.items():
-            if layer in self._transformed:
-                continue
-            if measured.intersection(layer.split("+")):
-                if function == "mul":
-                    not_measured.setdefault(
-                        layer,
-                        "another layer read its product with a function of itself, which is an activation that is "
-                        "written out: only the function is measured, and not the product. Register what it is part "
-                        "of: `activations={...}`",
-                    )
-            else:
-                not_measured.setdefault(
-                    layer,
-                    f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
-                    "it. Register what it is part of: `activations={...}`",
-                )
-        if self.forward.ran_parts and not self.forward.ran_root:
-            not_measured["(root)"] = (
-                "parts of the model were called, but never its forward: functional activations between them are not "
-                "seen. Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
-            )
-        return not_measured
-
-    def ran(self, phase: str) -> set[str]:
-        """Return the paths of the activation modules that ran in a phase."""
-        return {path for name, path in self._ran if name == phase}
-
-    def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
-        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
-
-        Args:
-            key: The site.
-            info: What was known when it first ran.
-        """
-        flow = self.forward.flow
-        output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
-        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
-        normalises = flow.normalised.get(info.layer)
-        return replace(
-            info,
-            output=output,
-            readers=readers,
-            reader_notes=notes,
-            is_norm=normalises is not None,
-            normalises=normalises or "",
-        )
-
-    def _note_transformed(self, phase: str, path: str, function: str, x: Tensor) -> None:
-        """Note that an activation ran inside a function transform."""
-        if not function:
-            self._ran.add((phase, path))
-        self.not_measured.setdefault(_place(path, function), IN_TRANSFORM)
-        units = self.forward.flow.origin(x).units
-        if units is not None:
-            self._transformed.add(units.layer)
-
-    def expect_missed_sites(self) -> None:
-        """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
-        self._maybe_missed = self._positions()
-
-    def note_missed_sites(self) -> None:
-        """After an observed step, note the sites that were not seen in it, if some may have been missed."""
-        if self._maybe_missed:
-            now = self._positions()
-            for key, positions in self._maybe_missed.items():
-                if now[key] == positions:
-                    self.not_measured.setdefault(
-                        key.name,
-                        f"torch.compile ran while nothing was observed, and at step {self.step} this site was not "
-                        "seen: what was traced then is not counted. Call the compiled model before the first "
-                        "`scope.step()`, or `torch._dynamo.reset()` now",
-                    )
-            self._maybe_missed = {}
-
-    def _positions(self) -> dict[SiteKey, int]:
-        found: dict[SiteKey, int] = {}
-        for (_, key), counters in self._counters.items():
-            if counters is not None:
-                found[key] = found.get(key, 0) + counters.totals()[0]
-        return found
-
     def set_phase(self, phase: str, step: int) -> None:
         """Count for this phase and this optimizer step from now on.
 
@@ -296,9 +150,8 @@ class SiteRecorder:
     def close(self) -> None:
         """Stop counting, also the gradients of graphs that are still alive."""
         self.restart()
-        for counters in self._counters.values():
-            if counters is not None:
-                counters.open = False
+        for counters in self.sites.all_counters():
+            counters.open = False
 
     def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
         """Begin a call of a site: find its neurons, and register a hook for the gradient of its input.
@@ -318,9 +171,7 @@ class SiteRecorder:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
             if not function and not is_tracing():  # a function of integers is not an activation
-                self.not_measured.setdefault(
-                    path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted"
-                )
+                self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
             return None
         recomputing = forward.recomputing
         if not forward.module_stack:
@@ -334,12 +185,12 @@ class SiteRecorder:
         phase = self.running_phase
         if in_transform(x):
             if not recomputing:
-                self._note_transformed(phase, path, function, x)
+                self.unmeasured.note_transformed(phase, path, function, x)
             return None
         if recomputing:
             self._register_recomputed(x, path, function, activation.name, glu_dim)
             return None
-        call = self._find(phase, path, function, activation, x, glu_dim)
+        call = self.sites.find(phase, path, function, activation, x, glu_dim)
         if not torch.is_grad_enabled():
             if forward.may_be_recomputed:
                 forward.recomputation.add((path, function), call)
@@ -373,9 +224,9 @@ class SiteRecorder:
         self.compiled = True
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
-            self._note_transformed(phase, path, function, x)
+            self.unmeasured.note_transformed(phase, path, function, x)
             return
-        call = self._find(phase, path, function, activation, x, glu_dim, traced=True)
+        call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
             self._note_traced(call)
 
@@ -386,187 +237,6 @@ class SiteRecorder:
         self._found.append(len(self._traced))
         first = counters is not None and counters.is_first_call(self.forward.number, trace_attempt())
         self._traced.append((call, first))
-
-    def _is_shared_in_graph(self, key: SiteKey) -> bool:
-        """Whether ranks share the neurons of a traced site, after noting that it is not measured."""
-        if not self.is_tensor_parallel():
-            return False
-        self.not_measured[key.name] = (
-            "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the layer's "
-            "neurons are this rank's: watch the model without compiling it"
-        )
-        return True
-
-    def _find(
-        self,
-        phase: str,
-        path: str,
-        function: str,
-        activation: Activation,
-        x: Tensor,
-        glu_dim: int | None,
-        traced: bool = False,
-    ) -> Call | None:
-        """Return the call of a site, or ``None`` after noting why it is not counted.
-
-        Args:
-            phase: The phase that it belongs to.
-            path: As in :meth:`begin`, and so are the others.
-            function: Name of a function, or ``""``.
-            activation: The activation.
-            x: The pre-activation.
-            glu_dim: A dimension, or ``None``.
-            traced: Whether ``x`` is the fake tensor of a graph.
-        """
-        origin = self.forward.flow.origin(x)
-        ordinal = self.forward.ordinal(origin, activation.name) if origin.units is not None else 0
-        facts = None
-        if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
-            kept = id(activation)  # the registry keeps it
-            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, holds_no_data(x))
-            last = self._calls.get(facts, self)
-            if last is not self:
-                return last
-        call = self._find_anew(phase, path, function, activation, x, glu_dim, origin, ordinal, traced)
-        if facts is not None:
-            if len(self._calls) >= _MOST_CALLS:
-                self._calls.clear()
-            self._calls[facts] = call
-        return call
-
-    def _find_anew(
-        self,
-        phase: str,
-        path: str,
-        function: str,
-        activation: Activation,
-        x: Tensor,
-        glu_dim: int | None,
-        origin: Origin,
-        ordinal: int,
-        traced: bool,
-    ) -> Call | None:
-        place, is_module = _place(path, function), not function
-        if is_module:
-            self._ran.add((phase, path))
-        units = origin.units if origin.units is not None and origin.units.layer else None
-        key = (
-            SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)
-        )
-        if not traced and (reason := unsupported_reason(x)):
-            self.not_measured.setdefault(key.name, reason)
-            return None
-        names = (key.name, key.layer, place)
-        declared = self._declared(*names)
-        if declared is not None:
-            if not -x.dim() <= declared < x.dim():
-                self.not_measured.setdefault(
-                    key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
-                )
-                return None
-            layout, source = NeuronLayout(declared % x.dim()), "declared"
-            if units is not None and units.layout != layout:
-                units = None
-        elif units is not None:
-            layout, source = units.layout, f"layer ({units.layer})"
-        elif self._may_be_neurons(origin, place, is_module):
-            layout, source = assumed_layout(x.dim()), "assumed (rank)"
-        else:
-            return None
-        output_units = units
-        if glu_dim is not None:
-            glu_dim %= x.dim()
-            output_units = None if units is None else slice_dim(units, glu_dim, 0, x.shape[glu_dim] // 2)
-            if units is not None and output_units is None:
-                self.not_measured.setdefault(key.name, "it splits units and positions that lie on one dimension")
-                return None
-            if output_units is not None and declared is None:
-                layout = output_units.layout
-        shard = self._shard(x, layout, units, key)
-        if shard is None:
-            return None
-        neurons = _neurons_in(local_tensor(x).shape, layout)
-        if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
-            neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
-        runs = () if output_units is None else output_units.tensor_runs()
-        if runs and neurons < shard.whole and output_units is not None:  # the layer's, of which a rank has a part
-            runs = ((units.layer, 0, shard.whole, 1),) if units is not None and output_units.size == units.width else ()
-        if sum(len(range(*run[1:])) for run in runs) not in (neurons, shard.whole):
-            runs = ()
-        info = SiteInfo(
-            activation.name,
-            activation.kind,
-            activation.linear_when_on,
-            layout.axis,
-            source,
-            *shard,
-            layer="" if units is None else units.layer,
-            units=runs,
-            place=place,
-        )
-        if is_module:
-            self._modules.add(key)
-        hidden = traced and self._is_shared_in_graph(key)
-        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, x)
-        if counters is not None and not traced:
-            counters.sharded_dims = sharded_dims(x)
-        hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
-        after = (
-            origin.but(site=key, units=output_units, bent="", carries=(key,))
-            if output_units is not None
-            else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
-        )
-        whole = None
-        if type(x) is Tensor and (output_units is None or len(output_units.dims) == x.dim()) and glu_dim is None:
-            whole = x.shape
-        call = Call(key, counters, layout, hook, after, activation, info, shape=whole)
-        self._gates[key] = call
-        return call
-
-    def _may_be_neurons(self, origin: Origin, place: str, is_module: bool) -> bool:
-        """Whether an activation of a tensor without known units is counted; if not, the reason is noted."""
-        state = origin.state
-        if state == ROWS:
-            self.not_measured.setdefault(
-                place,
-                "its rows are units of several layers (experts), so that one index is a neuron of each of them; "
-                "declare its axis to count those together",
-            )
-            return False
-        if state == ENDED and origin.layer:
-            self.not_measured.setdefault(
-                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
-            )
-            return False
-        if state in (ENDED, WEIGHT):
-            what = "parameters alone" if state == WEIGHT else "several units together"
-            self.not_neurons.setdefault(place, f"its input was computed from {what}")
-            return False
-        if is_module:
-            return True
-        if state in (RAW, CONSTANT):
-            self.not_neurons.setdefault(place, "no layer came before it")
-            return False
-        self._unclear.setdefault(
-            place,
-            (
-                f"which dimension of its input holds neurons is not known: declare it, as in `axes={{{place!r}: 1}}`",
-                self.forward.flow.last_layers(origin),
-            ),
-        )
-        return False
-
-    def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
-        """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
-        if not is_distributed(x):
-            found = self.forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
-            if found is None:
-                self.not_measured.setdefault(key.name, "ranks share its layer, and it has a part of each rank's units")
-            return found
-        if layout.dims is not None:
-            self.not_measured.setdefault(key.name, "ranks share it, and several dimensions hold its neurons")
-            return None
-        return neuron_shard(x, layout.axis)
 
     def end(self, call: Any, x: Any, y: Any) -> None:
         """End a call of a site: count its output.
@@ -597,11 +267,11 @@ class SiteRecorder:
             self._unreadable(call, given)
             return
         if call.counters is not None:
-            neurons = _neurons_in(local_tensor(y).shape, call.layout)
+            neurons = neurons_in(local_tensor(y).shape, call.layout)
             if neurons == call.counters.neurons and (not isinstance(x, Tensor) or sharded_dims(x) == sharded_dims(y)):
                 self._count(call.counters, y, call.layout)
             else:
-                self.not_measured.setdefault(
+                self.unmeasured.note(
                     call.key.name,
                     f"its output has {neurons} neurons where {call.counters.neurons} were expected",
                 )
@@ -611,7 +281,7 @@ class SiteRecorder:
         """Note that what an activation gave cannot be counted, so that its gradients are not either."""
         what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         what = "" if given is None else f" ({what})"
-        self.not_measured.setdefault(call.key.name, f"its output{what} cannot be counted")
+        self.unmeasured.note(call.key.name, f"its output{what} cannot be counted")
         if call.counters is not None:
             call.counters.unreadable = True
 
@@ -657,7 +327,7 @@ class SiteRecorder:
             return
         phase = self.running_phase
         if not is_tracing():
-            call = self._find_product(phase, args, y)
+            call = self.sites.find_product(phase, args, y)
             if call is not None and call.counters is not None:
                 self._count(call.counters, y, call.layout)
             return
@@ -668,65 +338,9 @@ class SiteRecorder:
 
     def _product_traced(self, phase: str, args: tuple[Any, ...], y: Tensor) -> None:
         self._found.clear()
-        call = self._find_product(phase, args, y, traced=True)
+        call = self.sites.find_product(phase, args, y, traced=True)
         if call is not None:
             self._note_traced(call)
-
-    def _find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
-        flow = self.forward.flow
-        for factor, other in (args, args[::-1]):
-            if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
-                continue
-            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
-            gate = None if origin.site is None else self._gates.get(origin.site)
-            if gate is None or factor.shape != y.shape or other.shape != y.shape:
-                continue
-            if origin.units is None:
-                if gate.info.axis_source == "declared":
-                    return self._gated(phase, gate, origin, None, y, traced)
-                continue
-            if gate.after.units is None or origin.units.size != gate.after.units.size:
-                continue  # a part of what the site gave: its gradients are not counted apart
-            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
-            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
-                continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin, origin.units, y, traced)
-        return None
-
-    def _gated(
-        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
-    ) -> Call | None:
-        name = gate.activation.gated_name or f"gated {gate.activation.name}"
-        if units is None:  # its axis was declared
-            key = SiteKey(gate.key.layer, gate.key.units, name, 0)
-        else:
-            key = SiteKey(gate.key.layer, units.text(), name, self.forward.ordinal(origin, name))
-        if not traced and in_transform(y):
-            self.not_measured.setdefault(key.name, IN_TRANSFORM)
-            return None
-        layout = gate.layout if units is None else units.layout
-        # Where ranks share a layer, the gate's units are the whole layer's.
-        shared = units is None or gate.info.whole > units.size == units.width
-        info = replace(
-            gate.info,
-            activation=name,
-            kind="gated",
-            linear_when_on=False,
-            axis=layout.axis,
-            units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
-        )
-        names = (key.name, key.layer, info.place)
-        neurons = _neurons_in(local_tensor(y).shape, layout)
-        hidden = traced and self._is_shared_in_graph(key)
-        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None:
-            counters.gate = self._counters.get((phase, gate.key))
-        before = self.forward.flow.origin(y)
-        if units is None:
-            return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
-        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
-        self.forward.flow.put(y, after)
-        return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
         forward, axis = self.forward, layout.axis
@@ -758,32 +372,6 @@ class SiteRecorder:
         if left_out is not None:
             leave_out(counters, left_out)
 
-    def _counters_for(
-        self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
-    ) -> SiteCounters | None:
-        """Return the counters of a site in a phase, and make them on first use.
-
-        Args:
-            phase: The phase.
-            key: The site.
-            info: What is known of the site.
-            names: Its names, for patterns.
-            neurons: Number of its neurons.
-            x: A tensor on its device.
-
-        Returns:
-            The counters; ``None`` if the site is not wanted, or if its number of neurons has changed.
-        """
-        if (phase, key) not in self._counters:
-            self._counters[phase, key] = self._new_counters(phase, key, info, names, neurons, x.device)
-        known = self._counters[phase, key]
-        if known is not None and known.neurons != neurons:
-            self.not_measured.setdefault(
-                key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
-            )
-            return None
-        return known
-
     def _register_recomputed(self, x: Tensor, path: str, function: str, activation: str, glu_dim: int | None) -> None:
         """Register a gradient hook for a recomputed call: activation checkpointing runs a site again in backward.
 
@@ -793,7 +381,7 @@ class SiteRecorder:
         if (
             not x.requires_grad
             or not torch.is_grad_enabled()
-            or self._is_registered(x, (_place(path, function), activation))
+            or self._is_registered(x, (place_of(path, function), activation))
         ):
             return
         recomputation = self.forward.recomputation
@@ -803,7 +391,7 @@ class SiteRecorder:
             call = recomputation.forward_call(place, number)
             return (None, NeuronLayout(0)) if call is None else (call.counters, call.layout)
 
-        self._hook(x, RecomputedGradient(self, (_place(path, function), activation), glu_dim, site))
+        self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
@@ -849,15 +437,7 @@ class SiteRecorder:
                 leave_out(counters, left_out, gradients=True)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
-        name = next(key.name for (_, key), known in self._counters.items() if known is counters)
-        self.not_measured.setdefault(name, reason)
-
-
-def _place(path: str, function: str) -> str:
-    """Return the place of an activation: the path of its module, or the function in the module that calls it."""
-    if not function:
-        return path or "(root)"
-    return f"{path}.{function}()" if path else f"{function}()"
+        self.unmeasured.note(self.sites.name_of(counters), reason)
 
 
 def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
@@ -874,15 +454,3 @@ def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tupl
         return *keep_positions(tensor, layout.axis, mask), None
     blank, left_out = blank_positions(tensor, layout.axis, mask)
     return blank, layout.axis, left_out
-
-
-def _neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:
-    """Return the number of neurons of a tensor.
-
-    Args:
-        shape: Its shape.
-        layout: Where its neurons lie.
-    """
-    if layout.dims is None:
-        return shape[layout.axis]
-    return math.prod(size for dim in layout.dims for size, stride in dim if stride)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from neuronscope.count.neuron_layout import Dims, Factor, NeuronLayout
 
 __all__ = [
+    "Run",
     "Units",
     "broadcast",
     "fits",

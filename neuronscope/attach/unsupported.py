@@ -55,9 +55,9 @@ def in_transform(tensor: Tensor) -> bool:
     [True]
     """
     if is_tracing():
-        return _transforms() > 0
+        return bool(_transforms())
     functorch = torch._C._functorch
-    return functorch.get_dynamic_layer_stack_depth() > 0 or functorch.is_legacy_batchedtensor(tensor)
+    return bool(functorch.get_dynamic_layer_stack_depth() or functorch.is_legacy_batchedtensor(tensor))
 
 
 def _count_transforms() -> int:

@@ -30,7 +30,8 @@ from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
-from neuronscope.attach.recorder import Call, SiteRecorder
+from neuronscope.attach.recorder import SiteRecorder
+from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.data.user_code import describe_exception
@@ -100,12 +101,13 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.outputs = tuple(builder.number(tensor) for tensor in search.tensors(output))
     graph.output_not_searchable = search.failed
     graph.unseen_tensors = builder.unseen_tensors
-    infos = {key.name: hooks.recorder.current_info(key, info) for key, info in hooks.met.items()}
+    recorder = hooks.recorder
+    infos = {key.name: recorder.sites.current_info(key, info) for key, info in hooks.met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
-    idle = {path or "(root)" for path in set(hooks.module_sites) - hooks.recorder.ran(hooks.recorder.phase)}
+    idle = set(hooks.module_sites) - recorder.unmeasured.modules_that_ran(recorder.phase)
     graph.not_seen = {
-        **dict.fromkeys(sorted(idle), "it did not run on the example"),
-        **hooks.recorder.all_not_measured(),
+        **dict.fromkeys(sorted(path or "(root)" for path in idle), "it did not run on the example"),
+        **recorder.sites.all_not_measured(),
     }
     return graph
 
@@ -278,11 +280,11 @@ class _TracingHookManager(HookManager):
             functional=True,
             tolerance=0.0,
         )
-        not_measured = self.recorder.not_measured
+        scripted = self.recorder.unmeasured.reasons
         self.recorder: SiteRecorder = _TracingRecorder(
             LayerNames(model), self._examples, self._masks, builder, self.met, self.fail
         )
-        self.recorder.not_measured = not_measured
+        self.recorder.unmeasured.reasons.update(scripted)
 
 
 def _count_nothing(*_: Any) -> None:
@@ -329,7 +331,8 @@ class _TracingRecorder(SiteRecorder):
             self._note(call, before, y)
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:
-        gated = self._find_product(self.running_phase, args, y) if len(args) == 2 and isinstance(y, Tensor) else None
+        factors = len(args) == 2 and isinstance(y, Tensor)
+        gated = self.sites.find_product(self.running_phase, args, y) if factors else None
         if gated is not None and gated.gate is not None:
             calls = reversed(self._builder.graph.sites)
             self._note(gated, next(site.after for site in calls if site.name == gated.gate.name), y)

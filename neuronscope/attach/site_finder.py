@@ -1,0 +1,415 @@
+"""Find the site of an activation: the layer whose units it is given, where they lie, and the counters for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuronscope.attach.activations import Activation
+from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor, neuron_shard, sharded_dims
+from neuronscope.attach.forward import ForwardContext
+from neuronscope.attach.gradient_hooks import CountedGradient, Gradients
+from neuronscope.attach.origins import CONSTANT, LOST, UNITS, WEIGHT, Origin
+from neuronscope.attach.units import Run, Units, slice_dim
+from neuronscope.attach.unmeasured import Unmeasured, place_of
+from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
+from neuronscope.count.counters import SiteCounters
+from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
+from neuronscope.sites import SiteInfo, SiteKey
+
+__all__ = ["Call", "CountersFactory", "DeclaredAxis", "Names", "SiteFinder", "neurons_in"]
+
+#: All names of a site that a pattern may match: its own, its layer's path, and the place of the activation.
+Names = tuple[str, str, str]
+#: Returns the counters for a site, or ``None`` if it is not wanted: (phase, key, info, names, neurons, device).
+CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "SiteCounters | None"]
+#: Returns the declared axis of a site by its three names, or ``None``.
+DeclaredAxis = Callable[[str, str, str], "int | None"]
+
+_MOST_CALLS = 20_000
+
+
+class Call(NamedTuple):
+    """One call of a site that has begun and not ended.
+
+    Attributes:
+        key: The site.
+        counters: The counters of the site; ``None`` if the site is not wanted.
+        layout: Where the neurons of its output lie.
+        hook: Counts the gradient of the input; ``None`` if nothing is counted.
+        after: What the output is.
+        activation: The activation that is applied.
+        info: What is known of the site.
+        gate: The site of the gate, if the call is a gated product.
+        shape: The shape of an output that needs no further examination, because the input has it; or ``None``.
+    """
+
+    key: SiteKey
+    counters: SiteCounters | None
+    layout: NeuronLayout
+    hook: CountedGradient | None
+    after: Origin
+    activation: Activation
+    info: SiteInfo
+    gate: SiteKey | None = None
+    shape: torch.Size | None = None
+
+
+class SiteFinder:
+    """Finds the sites of a model, and remembers what the calls of each lead to.
+
+    Args:
+        forward: The forward that is running.
+        gradients: Receives the gradients at the sites.
+        new_counters: Returns the counters of a site; called once for each site and phase.
+        declared_axis: Returns the declared axis of a site by its names.
+
+    Attributes:
+        unmeasured: What is not measured.
+        is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+    """
+
+    def __init__(
+        self,
+        forward: ForwardContext,
+        gradients: Gradients,
+        new_counters: CountersFactory,
+        declared_axis: DeclaredAxis,
+    ) -> None:
+        self.unmeasured = Unmeasured(forward.flow)
+        self.is_tensor_parallel: Callable[[], bool] = lambda: False
+        self._forward = forward
+        self._gradients = gradients
+        self._new_counters = new_counters
+        self._declared = declared_axis
+        self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
+        self._calls: dict[tuple[Any, ...], Call | None] = {}  # by the facts that they follow from
+        self._gates: dict[SiteKey, Call] = {}
+        self._modules: set[SiteKey] = set()  # sites whose activation is a module
+        self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
+
+    def all_counters(self) -> list[SiteCounters]:
+        """Return the counters of all sites and phases that are wanted."""
+        return [counters for counters in self._counters.values() if counters is not None]
+
+    def name_of(self, counters: SiteCounters) -> str:
+        """Return the name of the site of these counters."""
+        return next(key.name for (_, key), known in self._counters.items() if known is counters)
+
+    def all_not_measured(self) -> dict[str, str]:
+        """Return all sites, layers and modules that are not measured so far, each with the reason."""
+        forward = self._forward
+        not_measured = self.unmeasured.with_layers({name for _, key in self._counters for name in key.layer.split("+")})
+        if forward.ran_parts and not forward.ran_root:
+            not_measured["(root)"] = (
+                "parts of the model were called, but never its forward: functional activations between them are not "
+                "seen. Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
+            )
+        return not_measured
+
+    def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
+        """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
+
+        Args:
+            key: The site.
+            info: What was known when it first ran.
+        """
+        flow = self._forward.flow
+        output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
+        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
+        normalises = flow.normalised.get(info.layer)
+        return replace(
+            info,
+            output=output,
+            readers=readers,
+            reader_notes=notes,
+            is_norm=normalises is not None,
+            normalises=normalises or "",
+        )
+
+    def find(
+        self,
+        phase: str,
+        path: str,
+        function: str,
+        activation: Activation,
+        x: Tensor,
+        glu_dim: int | None,
+        traced: bool = False,
+    ) -> Call | None:
+        """Return the call of a site, or ``None`` after noting why it is not counted.
+
+        Args:
+            phase: The phase that it belongs to.
+            path: As in :meth:`neuronscope.attach.recorder.SiteRecorder.begin`, and so are the others.
+            function: Name of a function, or ``""``.
+            activation: The activation.
+            x: The pre-activation.
+            glu_dim: A dimension, or ``None``.
+            traced: Whether ``x`` is the fake tensor of a graph.
+        """
+        origin = self._forward.flow.origin(x)
+        ordinal = self._forward.ordinal(origin, activation.name) if origin.units is not None else 0
+        facts = None
+        if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
+            kept = id(activation)  # the registry keeps it
+            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, holds_no_data(x))
+            if facts in self._calls:
+                return self._calls[facts]
+        call = self._find_anew(phase, path, function, activation, x, glu_dim, origin, ordinal, traced)
+        if facts is not None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[facts] = call
+        return call
+
+    def _find_anew(
+        self,
+        phase: str,
+        path: str,
+        function: str,
+        activation: Activation,
+        x: Tensor,
+        glu_dim: int | None,
+        origin: Origin,
+        ordinal: int,
+        traced: bool,
+    ) -> Call | None:
+        place, is_module = place_of(path, function), not function
+        if is_module:
+            self.unmeasured.ran.add((phase, path))
+        units = origin.units if origin.units is not None and origin.units.layer else None
+        key = (
+            SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)
+        )
+        if not traced and (reason := unsupported_reason(x)):
+            self.unmeasured.note(key.name, reason)
+            return None
+        names = (key.name, key.layer, place)
+        declared = self._declared(*names)
+        if declared is not None:
+            if not -x.dim() <= declared < x.dim():
+                reason = f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
+                self.unmeasured.note(key.name, reason)
+                return None
+            layout, source = NeuronLayout(declared % x.dim()), "declared"
+            if units is not None and units.layout != layout:
+                units = None
+        elif units is not None:
+            layout, source = units.layout, f"layer ({units.layer})"
+        elif self.unmeasured.may_be_neurons(origin, place, is_module):
+            layout, source = assumed_layout(x.dim()), "assumed (rank)"
+        else:
+            return None
+        output_units = units
+        if glu_dim is not None:
+            glu_dim %= x.dim()
+            output_units = None if units is None else slice_dim(units, glu_dim, 0, x.shape[glu_dim] // 2)
+            if units is not None and output_units is None:
+                self.unmeasured.note(key.name, "it splits units and positions that lie on one dimension")
+                return None
+            if output_units is not None and declared is None:
+                layout = output_units.layout
+        shard = self._shard(x, layout, units, key)
+        if shard is None:
+            return None
+        neurons = neurons_in(local_tensor(x).shape, layout)
+        if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
+            neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
+        info = SiteInfo(
+            activation.name,
+            activation.kind,
+            activation.linear_when_on,
+            layout.axis,
+            source,
+            *shard,
+            layer="" if units is None else units.layer,
+            units=() if units is None or output_units is None else _runs(units, output_units, neurons, shard.whole),
+            place=place,
+        )
+        if is_module:
+            self._modules.add(key)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, x)
+        hook = None
+        if counters is not None:
+            hook = CountedGradient(self._gradients, (place, activation.name), glu_dim, counters, layout)
+            if not traced:
+                counters.sharded_dims = sharded_dims(x)
+        if output_units is not None:
+            after = origin.but(site=key, units=output_units, bent="", carries=(key,))
+        else:
+            after = origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
+        fits = glu_dim is None and (output_units is None or len(output_units.dims) == x.dim())
+        shape = x.shape if type(x) is Tensor and fits else None
+        call = self._gates[key] = Call(key, counters, layout, hook, after, activation, info, shape=shape)
+        return call
+
+    def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
+        """Return the call of a gated product, ``None`` if none of the factors is a gate of the other.
+
+        Args:
+            phase: The phase that it belongs to.
+            args: The two factors.
+            y: The product.
+            traced: Whether ``y`` is the fake tensor of a graph.
+        """
+        flow = self._forward.flow
+        for factor, other in (args, args[::-1]):
+            if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
+                continue
+            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+                continue
+            if origin.units is None:
+                if gate.info.axis_source == "declared":
+                    return self._gated(phase, gate, origin, None, y, traced)
+                continue
+            if gate.after.units is None or origin.units.size != gate.after.units.size:
+                continue  # a part of what the site gave: its gradients are not counted apart
+            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
+            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
+                continue  # x · sigmoid(x) is an activation written out, and no gated product
+            return self._gated(phase, gate, origin, origin.units, y, traced)
+        return None
+
+    def _gated(
+        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
+    ) -> Call | None:
+        name = gate.activation.gated_name or f"gated {gate.activation.name}"
+        if units is None:  # its axis was declared
+            key = SiteKey(gate.key.layer, gate.key.units, name, 0)
+        else:
+            key = SiteKey(gate.key.layer, units.text(), name, self._forward.ordinal(origin, name))
+        if not traced and in_transform(y):
+            self.unmeasured.note(key.name, IN_TRANSFORM)
+            return None
+        layout = gate.layout if units is None else units.layout
+        # Where ranks share a layer, the gate's units are the whole layer's.
+        shared = units is None or gate.info.whole > units.size == units.width
+        info = replace(
+            gate.info,
+            activation=name,
+            kind="gated",
+            linear_when_on=False,
+            axis=layout.axis,
+            units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
+        )
+        names = (key.name, key.layer, info.place)
+        neurons = neurons_in(local_tensor(y).shape, layout)
+        hidden = traced and self._is_shared_in_graph(key)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
+        if counters is not None:
+            counters.gate = self._counters.get((phase, gate.key))
+        before = self._forward.flow.origin(y)
+        if units is None:
+            return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
+        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        self._forward.flow.put(y, after)
+        return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
+
+    def _shard(self, x: Tensor, layout: NeuronLayout, units: Units | None, key: SiteKey) -> NeuronShard | None:
+        """Return which neurons of the layer this rank holds; ``None`` after noting why that is not known."""
+        if not is_distributed(x):
+            found = self._forward.flow.shard(x, layout.axis, "" if units is None else units.layer)
+            if found is None:
+                self.unmeasured.note(key.name, "ranks share its layer, and it has a part of each rank's units")
+            return found
+        if layout.dims is not None:
+            self.unmeasured.note(key.name, "ranks share it, and several dimensions hold its neurons")
+            return None
+        return neuron_shard(x, layout.axis)
+
+    def _is_shared_in_graph(self, key: SiteKey) -> bool:
+        """Whether ranks share the neurons of a traced site, after noting that it is not measured."""
+        if not self.is_tensor_parallel():
+            return False
+        self.unmeasured.reasons[key.name] = (
+            "torch.compile traced it, and under tensor parallelism a traced graph does not say which of the layer's "
+            "neurons are this rank's: watch the model without compiling it"
+        )
+        return True
+
+    def _counters_for(
+        self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
+    ) -> SiteCounters | None:
+        """Return the counters of a site in a phase, and make them on first use.
+
+        Args:
+            phase: The phase.
+            key: The site.
+            info: What is known of the site.
+            names: Its names, for patterns.
+            neurons: Number of its neurons.
+            x: A tensor on its device.
+
+        Returns:
+            The counters; ``None`` if the site is not wanted, or if its number of neurons has changed.
+        """
+        if (phase, key) not in self._counters:
+            self._counters[phase, key] = self._new_counters(phase, key, info, names, neurons, x.device)
+        known = self._counters[phase, key]
+        if known is not None and known.neurons != neurons:
+            self.unmeasured.note(
+                key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
+            )
+            return None
+        return known
+
+    def expect_missed_sites(self) -> None:
+        """Note that the compiler traced something while no hook was on the model, so that sites may be missed."""
+        self._maybe_missed = self._positions()
+
+    def note_missed_sites(self, step: int) -> None:
+        """After an observed step, note the sites that were not seen in it, if some may have been missed."""
+        if self._maybe_missed:
+            now = self._positions()
+            for key, positions in self._maybe_missed.items():
+                if now[key] == positions:
+                    self.unmeasured.note(
+                        key.name,
+                        f"torch.compile ran while nothing was observed, and at step {step} this site was not "
+                        "seen: what was traced then is not counted. Call the compiled model before the first "
+                        "`scope.step()`, or `torch._dynamo.reset()` now",
+                    )
+            self._maybe_missed = {}
+
+    def _positions(self) -> dict[SiteKey, int]:
+        found: dict[SiteKey, int] = {}
+        for (_, key), counters in self._counters.items():
+            if counters is not None:
+                found[key] = found.get(key, 0) + counters.totals()[0]
+        return found
+
+
+def _runs(units: Units, output_units: Units, neurons: int, whole: int) -> tuple[Run, ...]:
+    """Return which units of which layers the neurons of a site are; ``()`` if that is not known.
+
+    Args:
+        units: Those of the pre-activation.
+        output_units: Those of the output.
+        neurons: Number of the neurons that this rank has.
+        whole: Number of neurons of the whole layer; 0 if ranks do not share it.
+    """
+    runs = output_units.tensor_runs()
+    if runs and neurons < whole:
+        runs = ((units.layer, 0, whole, 1),) if output_units.size == units.width else ()
+    return runs if sum(len(range(*run[1:])) for run in runs) in (neurons, whole) else ()
+
+
+def neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:
+    """Return the number of neurons of a tensor.
+
+    Args:
+        shape: Its shape.
+        layout: Where its neurons lie.
+    """
+    if layout.dims is None:
+        return shape[layout.axis]
+    return math.prod(size for dim in layout.dims for size, stride in dim if stride)
