@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def make_report(
     policy: Policy,
     unseen: Mapping[str, str],
     exchanges: Exchanges,
-    note: str = "",
+    notes: Sequence[str] = (),
     fault: Fault | None = None,
 ) -> Report:
     """Judge a phase and return its report.
@@ -45,7 +45,7 @@ def make_report(
         policy: The thresholds.
         unseen: Reasons why something was not measured, by name.
         exchanges: The cost of joining the counts of several ranks.
-        note: What else the report must say.
+        notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
 
     Returns:
@@ -75,7 +75,7 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*filter(None, (fault_text, note)), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
+        notes=(*filter(None, (fault_text, *notes)), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
         fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,
