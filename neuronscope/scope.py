@@ -162,8 +162,8 @@ class Scope:
         return closed
 
     def _note_weights(self) -> None:
-        """Note the weights with which the first step runs: ranks whose weights differ then hold no copies."""
-        if not self._ranks.alone:
+        """Note the weights with which training begins: ranks of which none is the same hold no copies."""
+        if self._phase == "train" and not self._ranks.alone:
             self._weights.note()
 
     def _end_first_step(self) -> None:

@@ -18,17 +18,19 @@ from neuronscope.attach.module_paths import walk
 
 __all__ = ["NetworkDigest", "WeightDigest"]
 
+_MAX_NOTES = 8
+
 
 class NetworkDigest(NamedTuple):
     """Identify the network that a rank holds.
 
     Attributes:
         layout: A number for the names, whole shapes and dtypes of its weights.
-        weights: A number for their values, without those that are spread over ranks; ``None`` if they were not noted.
+        weights: A number for their values, without those that are spread over ranks, each time that they were noted.
     """
 
     layout: int
-    weights: int | None
+    weights: frozenset[int]
 
 
 class WeightDigest:
@@ -42,25 +44,27 @@ class WeightDigest:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._sums: list[Tensor] | None = None
+        self._sums: list[list[Tensor]] = []
 
     @property
     def noted(self) -> bool:
         """Whether the weights were noted."""
-        return self._sums is not None
+        return bool(self._sums)
 
     def note(self) -> None:
-        """Note the weights as they are now, in place of those noted before. Does not synchronize with a device."""
+        """Note the weights as they are now, unless that was done often before. Does not synchronize with a device."""
+        if len(self._sums) == _MAX_NOTES:
+            return
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
-            self._sums = [_sum_of_bits(weight) for _, weight in self._weights() if _is_comparable(weight)]
+            self._sums.append([_sum_of_bits(weight) for _, weight in self._weights() if _is_comparable(weight)])
 
     def digest(self) -> NetworkDigest:
         """Return what is compared. Synchronizes with the devices of the weights."""
         layout = [
             (name, tuple(weight.shape), str(weight.dtype)) for name, weight in self._weights() if _is_whole(weight)
         ]
-        sums = None if self._sums is None else _number([each.item() for each in self._sums])
-        return NetworkDigest(_number(layout), sums)
+        weights = frozenset(_number([each.item() for each in sums]) for sums in self._sums)
+        return NetworkDigest(_number(layout), weights)
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         model = self._model()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from datetime import timedelta
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -31,7 +30,13 @@ _names: Counter[str] = Counter()
 def meetings_of(group: dist.ProcessGroup) -> Meetings:
     """Return the meetings of the ranks of a process group."""
     if group not in _meetings:
-        _meetings[group] = Meetings(group)
+        name = group.group_name
+        _names[name] += 1  # a run may end its process group and make another one with the same store
+        store: dist.distributed_c10d.Store | None = dist.distributed_c10d._get_default_store()
+        if store is not None:
+            store = dist.distributed_c10d.PrefixStore(f"neuronscope/{name}/{_names[name]}", store)
+        limit = time_limit(group) or _DEFAULT_LIMIT
+        _meetings[group] = Meetings(store, group.size(), limit.total_seconds())
     return _meetings[group]
 
 
@@ -39,20 +44,18 @@ class Meetings:
     """Count the exchanges of the ranks of one process group, and wait for the next one.
 
     Args:
-        group: The process group.
+        store: Where the ranks tell each other that they are there; ``None`` if there is none, as with MPI.
+        ranks: Number of ranks.
+        limit_s: How many seconds the process group waits for a rank.
 
     Attributes:
-        missed: How often in a row not all ranks came; the same on every rank that has taken as many steps.
+        missed: How often in a row not all ranks came; the same on every rank that was asked as often.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        name = group.group_name
-        _names[name] += 1  # a run may end its process group and make another one with the same store
-        store: Any = dist.distributed_c10d._get_default_store()  # MPI has none
-        prefix = f"neuronscope/{name}/{_names[name]}"
-        self._store = None if store is None else dist.distributed_c10d.PrefixStore(prefix, store)
-        self._ranks = dist.get_world_size(group)
-        self._limit_s = (time_limit(group) or _DEFAULT_LIMIT).total_seconds()
+    def __init__(self, store: dist.distributed_c10d.Store | None, ranks: int, limit_s: float) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._limit_s = limit_s
         self._began = time.monotonic()
         self._number = 0  # exchanges that this rank has entered
         self.missed = 0

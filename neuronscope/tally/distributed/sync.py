@@ -29,9 +29,9 @@ __all__ = ["Exchanges", "RankSync", "world_size"]
 
 #: A phase of the ranks that hold one network: the number of that network, and the phase's name.
 Part = tuple[int, str]
-#: Identifies a network: a number for its layers, and one for its weights, ``None`` if they are not known. See
-#: :class:`neuronscope.attach.copies.NetworkDigest`.
-Network = tuple[int, int | None]
+#: Identifies a network: a number for its layers, and numbers for its weights at times when the ranks may have had the
+#: same ones. See :class:`neuronscope.attach.copies.NetworkDigest`.
+Network = tuple[int, frozenset[int]]
 
 _MAX_LENGTH = 300
 
@@ -86,7 +86,7 @@ class RankSync:
         *,
         together: bool = True,
         process_group: ProcessGroup = None,
-        digest: Callable[[], Network] = lambda: (0, None),
+        digest: Callable[[], Network] = lambda: (0, frozenset()),
     ) -> None:
         self._together = together
         self._process_group = process_group
@@ -292,10 +292,22 @@ class RankSync:
 
 
 def _numbered(networks: Sequence[Network]) -> list[int]:
-    """Return by rank the number of its network. If a rank's weights are not known, it is the first with its layers."""
-    known = list(dict.fromkeys([*(each for each in networks if each[1] is not None), *networks]))
-    fits = [[other == each or (each[1] is None and other[0] == each[0]) for other in known] for each in networks]
-    return [row.index(True) for row in fits]
+    """Return by rank the number of its network: the first rank that holds it.
+
+    Two ranks hold one network if it has the same layers and once had the same weights. If the weights of a rank are not
+    known, it holds the first network of its layers.
+    """
+    numbers = [*range(len(networks))]
+    for rank, (layers, weights) in enumerate(networks):
+        for other, (other_layers, other_weights) in enumerate(networks[:rank]):
+            if numbers[other] != numbers[rank] and layers == other_layers and weights & other_weights:
+                both = {numbers[other], numbers[rank]}
+                numbers = [min(both) if number in both else number for number in numbers]
+    for rank, (layers, weights) in enumerate(networks):
+        if not weights:
+            known = [other for other, network in enumerate(networks) if network[0] == layers]
+            numbers[rank] = numbers[next((other for other in known if networks[other][1]), known[0])]
+    return numbers
 
 
 def _united(offers: Sequence[Sites]) -> tuple[Sites, dict[str, list[int]]]:
