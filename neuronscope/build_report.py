@@ -53,8 +53,9 @@ def make_report(
         everything that was counted.
     """
     everything = record.census("all")
-    closed = len(record.closed) > 0
-    judged, total = (record.last, record.closed) if closed else (everything, everything)
+    total = record.closed.without(*record.left)
+    closed = len(total) > 0
+    judged, total = (record.census("last"), total) if closed else (everything, everything)
     window = WindowSpan(
         name="last" if closed else "all",
         first_step=judged.first_step,
@@ -75,7 +76,12 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*filter(None, (fault_text, *notes)), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
+        notes=(
+            *filter(None, (fault_text, *notes)),
+            *record.notes(),
+            *_notes(judged, broken_since),
+            *_exchange_notes(exchanges),
+        ),
         fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.copies import WeightDigest
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
+from neuronscope.attach.layer_names import lacking_layers
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.recorder import Names
@@ -71,6 +73,7 @@ class Scope:
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
+        self._model = weakref.ref(model)
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -447,8 +450,12 @@ class Scope:
                 stacklevel=2,
             )
         for name, saved in phases.items():
-            self._record(name).load_state_dict(saved)
+            self._record(name).load_state_dict(saved, self._lacking_layers)
         self._observe()
+
+    def _lacking_layers(self, layers: Iterable[str]) -> Collection[str]:
+        model = self._model()
+        return () if model is None or self._detached else lacking_layers(model, layers)
 
     def _record(self, phase: str) -> PhaseRecord:
         if phase not in self._records:
