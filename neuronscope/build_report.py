@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def make_report(
     policy: Policy,
     unseen: Mapping[str, str],
     exchanges: Exchanges,
-    note: str = "",
+    notes: Sequence[str] = (),
     fault: Fault | None = None,
 ) -> Report:
     """Judge a phase and return its report.
@@ -45,7 +45,7 @@ def make_report(
         policy: The thresholds.
         unseen: Reasons why something was not measured, by name.
         exchanges: The cost of joining the counts of several ranks.
-        note: What else the report must say.
+        notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
 
     Returns:
@@ -53,8 +53,9 @@ def make_report(
         everything that was counted.
     """
     everything = record.census("all")
-    closed = len(record.closed) > 0
-    judged, total = (record.last, record.closed) if closed else (everything, everything)
+    total = record.closed.without(*record.left)
+    closed = len(total) > 0
+    judged, total = (record.census("last"), total) if closed else (everything, everything)
     window = WindowSpan(
         name="last" if closed else "all",
         first_step=judged.first_step,
@@ -75,7 +76,12 @@ def make_report(
         policy=policy.to_dict(),
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
-        notes=(*filter(None, (fault_text, note)), *_notes(judged, broken_since), *_exchange_notes(exchanges)),
+        notes=(
+            *filter(None, (fault_text, *notes)),
+            *record.notes(),
+            *_notes(judged, broken_since),
+            *_exchange_notes(exchanges),
+        ),
         fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,

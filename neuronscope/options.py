@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Union
 
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup as TorchGroup
 
     from neuronscope.attach.activations import Activation
 
-__all__ = ["Examples", "Mask", "Patterns", "ScanArguments", "WatchArguments", "WatchOptions", "positive_integer"]
+__all__ = [
+    "Examples",
+    "Mask",
+    "Patterns",
+    "ProcessGroup",
+    "ScanArguments",
+    "WatchArguments",
+    "WatchOptions",
+    "positive_integer",
+]
 
 #: One glob pattern, several, or ``None``.
 Patterns = str | Sequence[str] | None
@@ -22,6 +32,8 @@ Patterns = str | Sequence[str] | None
 Examples = Callable[[tuple[Any, ...], Mapping[str, Any]], int | None] | int | Literal["auto"] | None
 #: Where the mask ``(B, T)`` of a forward's positions is found; a function takes ``(args, kwargs)`` of the forward.
 Mask = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | None"] | str | None
+#: The process group of the ranks that join their counts; a function returns one that the trainer makes later.
+ProcessGroup = Union["TorchGroup", Callable[[], "TorchGroup"], None]
 
 
 class ScanArguments(TypedDict, total=False):
@@ -43,6 +55,7 @@ class WatchArguments(ScanArguments, total=False):
     every_n_steps: int
     window_steps: int
     join_ranks: bool
+    process_group: ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +75,14 @@ class WatchOptions:
     functional: bool = True
     axes: Mapping[str, int] | None = None
     policy: Policy | None = None
-    #: These three are left out of ``repr``, by which callbacks recognise their own saved state: a function prints its
-    #: address.
+    #: These and the process group are left out of ``repr``, by which callbacks recognise their own saved state: a
+    #: function prints its address.
     activations: Mapping[Any, Activation | str] | None = field(default=None, repr=False)
     examples: Examples = field(default="auto", repr=False)
     mask: Mask = field(default=None, repr=False)
     window_steps: int = 100
     join_ranks: bool = True
+    process_group: ProcessGroup = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         positive_integer("every_n_steps", self.every_n_steps)
@@ -78,6 +92,12 @@ class WatchOptions:
             raise UsageError(f"Expected argument `policy` to be a neuronscope.Policy, but got {type(policy).__name__}.")
         _check_examples(self.examples)
         _check_mask(self.mask)
+        group = self.process_group
+        if not (group is None or callable(group) or hasattr(group, "rank")):
+            raise UsageError(
+                "Expected argument `process_group` to be a torch.distributed.ProcessGroup that this rank is in, or a "
+                f"function that returns one, but got {type(group).__name__}."
+            )
 
     @property
     def thresholds(self) -> Policy:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.copies import WeightDigest
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
+from neuronscope.attach.layer_names import lacking_layers
 from neuronscope.attach.module_paths import model_name
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
@@ -23,7 +26,7 @@ from neuronscope.build_report import INFERENCE_APART, ONLY_INFERENCE, make_repor
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.judge.verdicts import Policy
-from neuronscope.options import Examples, Mask, Patterns, WatchOptions
+from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
@@ -56,7 +59,10 @@ class Scope:
         self.every_n_steps = options.every_n_steps
         self.window_steps = options.window_steps
         self.policy = options.thresholds
-        self._ranks = RankSync(together=options.join_ranks)
+        self._weights = WeightDigest(model)
+        self._ranks = RankSync(
+            together=options.join_ranks, process_group=options.process_group, digest=self._weights.digest
+        )
         self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
         self._phase = "train"
@@ -67,6 +73,7 @@ class Scope:
         self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
+        self._model = weakref.ref(model)
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -85,6 +92,7 @@ class Scope:
             examples=options.examples,
             mask=options.mask,
         )
+        self._hooks.note_weights = self._note_weights
         self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
 
@@ -136,6 +144,8 @@ class Scope:
 
     def _count_step(self, step: int | None = None) -> bool:
         closed = False
+        if self._hooks.note_weights is not None and self._hooks.observing:
+            self._end_first_step()
         record, inference = self._record("train"), self._records.get(INFERENCE)
         if self._hooks.observing and self._phase == "train":
             record.note_step(self._step)
@@ -144,14 +154,25 @@ class Scope:
             self._hooks.recorder.sites.note_missed_sites(self._hooks.recorder.step)
             self._check_patterns()
         self._step = self._step + 1 if step is None else step
-        due = record.is_due(self._step, self.window_steps, lambda: self._ranks.alone)
+        window_steps = self.window_steps << self._ranks.missed
+        due = record.is_due(self._step, window_steps, lambda: self._ranks.alone)
         if not due and record.empty and inference is not None and self._ranks.alone:
-            due = inference.is_due(self._step, self.window_steps, lambda: True)
-        if due and (self._ranks.alone or not self._hooks.uneven_inputs.expected):
+            due = inference.is_due(self._step, window_steps, lambda: True)
+        if due and self._ranks.ready():
             self._flush("train")
             closed = self._close_windows()
         self._observe()
         return closed
+
+    def _note_weights(self) -> None:
+        """Note the weights with which training begins: ranks of which none is the same hold no copies."""
+        if self._phase == "train" and not self._ranks.alone:
+            self._weights.note()
+
+    def _end_first_step(self) -> None:
+        if not self._weights.noted:  # only parts of the model ran, or a compiled one
+            self._note_weights()
+        self._hooks.note_weights = None
 
     @contextlib.contextmanager
     def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
@@ -382,7 +403,7 @@ class Scope:
                 self._patterns.wants,
                 inferred=self._hooks.recorder.unmeasured.modules_that_ran(INFERENCE) if phase == "train" else (),
             ),
-            note=note,
+            notes=(note, self._ranks.note),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
         )
@@ -429,8 +450,12 @@ class Scope:
                 stacklevel=2,
             )
         for name, saved in phases.items():
-            self._record(name).load_state_dict(saved)
+            self._record(name).load_state_dict(saved, self._lacking_layers)
         self._observe()
+
+    def _lacking_layers(self, layers: Iterable[str]) -> Collection[str]:
+        model = self._model()
+        return () if model is None or self._detached else lacking_layers(model, layers)
 
     def _record(self, phase: str) -> PhaseRecord:
         if phase not in self._records:
@@ -467,6 +492,7 @@ def watch(
     mask: Mask = None,
     window_steps: int = 100,
     join_ranks: bool = True,
+    process_group: ProcessGroup = None,
     optimizer: Optimizers | None = None,
 ) -> Scope:
     """Count zero outputs and zero gradients of a model's neurons while it trains, in any PyTorch loop.
@@ -493,9 +519,14 @@ def watch(
             a position that counts. It applies at sites whose tensor begins with these dimensions.
         window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until each
             layer that ran in it has enough examples for the policy, or one has four times as many.
-        join_ranks: In a distributed run, add up the counts of all ranks at the end of each window and when the scope
-            detaches, with collectives that every rank takes part in. Reading a census or a report never waits for other
-            ranks. Under torch's ``Join``, where some ranks run out of data earlier, only when the scope detaches.
+        join_ranks: In a distributed run, add up the counts of all ranks that hold copies of the model, at the end of
+            each window and when the scope detaches, with collectives that every rank takes part in. Ranks hold copies
+            if their weights were the same, bit for bit, in the first step. If some rank is not ready at the end of a
+            window (it skipped steps, or ran out of data), the counts are joined later. Reading a census or a report
+            never waits for other ranks.
+        process_group: The ranks that join their counts: a ``torch.distributed.ProcessGroup`` that is used for nothing
+            else meanwhile, such as a new one, or a function that returns it, if it is made later. By default all ranks,
+            on a group that the library makes.
         optimizer: The optimizer whose steps are the steps of the training; then do not call :meth:`Scope.step`. Of
             several (a GAN) those of the first count. A step that ``GradScaler`` skips is none.
 
@@ -528,5 +559,6 @@ def watch(
         mask=mask,
         window_steps=window_steps,
         join_ranks=join_ranks,
+        process_group=process_group,
     )
     return Scope(model, options, optimizer=optimizer)

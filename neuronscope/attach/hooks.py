@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -33,7 +33,6 @@ from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
-from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
 
@@ -99,7 +98,7 @@ class HookManager:
         self._step_open = False
         self._handles = HookHandles()
         self._model = weakref.ref(model)
-        self.uneven_inputs = UnevenInputs(model)
+        self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
@@ -287,8 +286,8 @@ class HookManager:
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
             self.callers.begin(len(module_stack), caller)
-        if path == "" and not is_tracing():
-            self.uneven_inputs.note_wrapper()
+        if path == "" and self.note_weights is not None and not is_tracing():
+            self.note_weights()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from neuronscope.attach.compiling import traced_modules
 from neuronscope.attach.module_paths import walk
 
-__all__ = ["LayerNames", "layer_name"]
+__all__ = ["LayerNames", "lacking_layers", "layer_name"]
 
 #: How many frames lie between a torch function and the module that called it, at most.
 _FARTHEST = 8
@@ -41,6 +41,34 @@ def layer_name(path: str, name: str) -> str:
     if name.startswith(("weight", "running_mean", "in_proj_weight", "all_weights")):
         return path or "(root)"
     return f"{path}.{name}" if path else name
+
+
+def lacking_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Return those of some names of layers, or of places of activations, that a model does not have.
+
+    Args:
+        model: The model.
+        layers: The names; ``a+b`` for two layers.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> lacking_layers(net, ["0", "1", "relu()", "0+2", "block.relu()", "0.scale"])
+    ['0+2', 'block.relu()', '0.scale']
+    """
+    modules = dict(walk(model))
+
+    def has(path: str) -> bool:
+        parent, _, name = path.rpartition(".")
+        if path in modules or path == "(root)":
+            return True
+        if parent not in modules:  # a matrix of a stack bears its number
+            return name.isdigit() and bool(parent) and has(parent)
+        held = modules[parent]
+        if name.endswith("()") or any(name in place for place in (held._parameters, held._buffers, vars(held))):
+            return True
+        parametrizations = held._modules.get("parametrizations")
+        return parametrizations is not None and name in parametrizations._modules
+
+    return [layer for layer in layers if not all(has(path) for path in layer.split("+"))]
 
 
 def _running_modules(frame: FrameType | None) -> Iterator[nn.Module]:

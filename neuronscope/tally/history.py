@@ -8,7 +8,7 @@ separately and are exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -265,12 +265,16 @@ class History:
         """
         return (self._trails.get(name) or _Trail(neurons)).snapshot()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the history as tensors and primitives."""
+    def state_dict(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """Return the history as tensors and primitives.
+
+        Args:
+            without: Names of sites that are left out.
+        """
         return {
             "windows": self._windows,
             "stride": self._stride,
-            "trails": {name: trail.state_dict() for name, trail in self._trails.items()},
+            "trails": {name: trail.state_dict() for name, trail in self._trails.items() if name not in without},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ has few examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ _STATE_VERSION = 2
 _OUTDATED_VERSIONS = (1,)
 
 Join = Callable[[Census], Census]
+#: Returns those of some layers, or places of activations, that the model does not have.
+Lacking = Callable[[Iterable[str]], Collection[str]]
 
 
 class PhaseRecord:
@@ -59,6 +61,10 @@ class PhaseRecord:
         self._steps_before: list[int] = []  # observed steps of the window before it
         self._checked_step = 0  # step at which the open window was last due
         self._short_at = -1  # number of observed steps when examples were last found too few; -1 = not known
+        self._loaded: set[str] = set()  # sites of the saved counts
+        self._lacking: set[str] = set()  # those of them whose layer the model does not have
+        self._ran: set[str] = set()  # sites that any rank has run since
+        self._renewed: dict[str, tuple[int, int]] = {}  # widths before and now, of sites that began anew
         self.closed = Census()
         self.last = Census()
         self.history = History(policy)
@@ -73,6 +79,7 @@ class PhaseRecord:
             device: Device of the activation.
         """
         self._drop_other_width(key.name, {neurons, info.whole or neurons})
+        self._ran.add(key.name)
         counters = SiteCounters(neurons, device)
         self._counters[key] = (info, counters)
         return counters
@@ -96,8 +103,33 @@ class PhaseRecord:
         for window in ("_flushed", "closed", "last"):
             census: Census = getattr(self, window)
             if name in census and census[name].neurons not in widths:
+                self._renewed[name] = (census[name].neurons, max(widths))
                 setattr(self, window, census.without(name))
                 self.history.forget(name)
+
+    @property
+    def left(self) -> list[str]:
+        """Names of loaded sites that the network has no more: the layer is gone, or another activation follows it.
+
+        A site that runs is there again: a branch may run seldom.
+        """
+        new = {_place(name) for name in self._ran - self._loaded} - {""}
+        absent = (name for name in self._loaded if name not in self._ran)
+        return sorted(name for name in absent if name in self._lacking or _place(name) in new)
+
+    def notes(self) -> list[str]:
+        """Return sentences on loaded sites that the network has no more, or that began anew."""
+        notes, left = [], self.left
+        reasons = (
+            ("the network has no such layer now", [name for name in left if name in self._lacking]),
+            ("another activation follows the layer now", [name for name in left if name not in self._lacking]),
+        )
+        for reason, names in reasons:
+            if names:
+                notes.append(f"The saved counts of {_listed(names)} are left out: {reason}.")
+        for name, (before, now) in self._renewed.items():
+            notes.append(f"The counts of {name} began anew: it had {before} neurons when they were saved, now {now}.")
+        return notes
 
     @property
     def empty(self) -> bool:
@@ -151,6 +183,7 @@ class PhaseRecord:
     def add_joined(self, joined: Census) -> None:
         """Add counts of one or all ranks to the open window."""
         self._flushed = _together(self._flushed, joined)
+        self._ran.update(name for name, tally in joined.items() if tally.positions)
         if joined.last_step > self.last_observed_step:  # other ranks took more steps
             self._steps.append(joined.last_step)
         self._steps_flushed = len(self._steps)
@@ -221,7 +254,7 @@ class PhaseRecord:
             return False
         self.last = Census(dict(self._flushed), **self._span())
         self.closed = _together(self.closed, self.last)
-        self.history.close(self.last, self.closed, [*self._steps_before, *self._steps])
+        self.history.close(self.last, self.closed.without(*self.left), [*self._steps_before, *self._steps])
         self._flushed = Census()
         self._steps_before, self._steps = self._steps, []
         self._steps_flushed = 0
@@ -238,34 +271,40 @@ class PhaseRecord:
         """Return the census of a window.
 
         Args:
-            window: ``all``, ``last`` or ``open``.
+            window: ``all``, ``last`` or ``open``; without the sites in :attr:`left`.
 
         Raises:
             UsageError: There is no such window.
         """
+        left = self.left
         if window == "all":
-            return _together(self.closed, self.open())
+            return _together(self.closed, self.open()).without(*left)
         if window == "last":
-            return self.last
+            return self.last.without(*left)
         if window == "open":
-            return self.open()
+            return self.open().without(*left)
         raise UsageError(f"Expected `window` to be one of {', '.join(WINDOWS)}, but got {window!r}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the record as tensors and primitives, including the open window."""
-        shared = [name for name, tally in self.open().items() if tally.info.whole > tally.neurons]
+        """Return the record as tensors and primitives, including the open window, without sites that are left."""
+        left, opened = self.left, self.open()
+        shared = [name for name, tally in opened.items() if tally.info.whole > tally.neurons]
         return {
-            "open": self.open().without(*shared).state_dict(),  # one rank's neurons are not the layer
+            "open": opened.without(*shared, *left).state_dict(),  # one rank's neurons are not the layer
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
             "looked_at_step": self._checked_step,
-            "closed": self.closed.state_dict(),
-            "last": self.last.state_dict(),
-            "history": self.history.state_dict(),
+            "closed": self.closed.without(*left).state_dict(),
+            "last": self.last.without(*left).state_dict(),
+            "history": self.history.state_dict(without=left),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], lacking: Lacking = lambda _: ()) -> None:
         """Continue a saved record.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            lacking: A function that tells which layers the model does not have.
 
         Raises:
             StateError: The state is not that of a record.
@@ -290,6 +329,14 @@ class PhaseRecord:
         self._steps_flushed = len(steps)
         self._checked_step = looked_at_step
         self._short_at = -1
+        loaded = {name: tally.layer or name for name, tally in {**flushed, **closed, **last}.items()}
+        missing = lacking(loaded.values())
+        self._loaded = set(loaded)
+        self._lacking = {name for name, layer in loaded.items() if layer in missing}
+        self._ran = {key.name for key in self._counters}
+        self._renewed = {}
+        for key, (info, counters) in self._counters.items():  # of a scope that was counting
+            self._drop_other_width(key.name, {counters.neurons, info.whole or counters.neurons})
 
 
 def _together(census: Census, later: Census) -> Census:
@@ -297,6 +344,16 @@ def _together(census: Census, later: Census) -> Census:
     parts = [name for name in census if name in later and census[name].neurons != later[name].neurons]
     wider = [name for name in parts if later[name].neurons > census[name].neurons]
     return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
+
+
+def _place(name: str) -> str:
+    """Return the layer and units in a site's name; ``""`` if no layer is known."""
+    return name.rpartition("/")[0]
+
+
+def _listed(names: Collection[str], most: int = 3) -> str:
+    shown = ", ".join(list(names)[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more layers"
 
 
 def scope_state(step: int, records: Mapping[str, PhaseRecord], fault: Fault | None) -> dict[str, Any]:

@@ -18,6 +18,18 @@ import neuronscope.tally.distributed.sync
 TIME_LIMIT_S = 30
 
 
+class AllThere:
+    """In place of :class:`neuronscope.tally.distributed.meetings.Meetings`: every rank is always ready."""
+
+    missed = 0
+
+    def wait(self) -> bool:
+        return True
+
+    def enter(self) -> None:
+        """Nobody asks who is inside."""
+
+
 class Meeting:
     """Where the threads of a run put what each gives to a collective."""
 
@@ -32,12 +44,28 @@ class Meeting:
         self._barrier.wait()
         return everyone
 
+    def group(self) -> Any:
+        """In place of a process group."""
+        barrier = self._barrier
+
+        class Group:
+            def size(self) -> int:
+                return barrier.parties
+
+            def rank(self) -> int:
+                return int(threading.current_thread().name)
+
+        return Group()
+
     def collectives(self) -> Any:
         """In place of :class:`neuronscope.tally.distributed.collectives.Collectives`."""
         meeting = self
 
         class Collectives:
             number = bytes = 0
+
+            def __init__(self, group: Any) -> None:
+                assert group is None  # the option was not given
 
             def _reduce(self, kind: str, numbers: Any, together: Callable[[Any, Any], Any]) -> None:
                 everyone = meeting.all_give((kind, numbers.copy()))
@@ -69,8 +97,11 @@ def on_each_rank(ranks: int, work: Callable[[int], Any]) -> list[Any]:
         given[rank] = work(rank)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neuronscope.tally.distributed.sync, "Collectives", Meeting(ranks).collectives())
-        patch.setattr(neuronscope.tally.distributed.sync, "world_size", lambda: ranks)
+        meeting = Meeting(ranks)
+        group = meeting.group()
+        patch.setattr(neuronscope.tally.distributed.sync, "Collectives", meeting.collectives())
+        patch.setattr(neuronscope.tally.distributed.sync, "base_group", lambda given: group)
+        patch.setattr(neuronscope.tally.distributed.sync, "meetings_of", lambda group: AllThere())
         threads = [threading.Thread(target=run, args=(rank,), name=str(rank), daemon=True) for rank in range(ranks)]
         for thread in threads:
             thread.start()

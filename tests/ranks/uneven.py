@@ -121,10 +121,11 @@ def stopped(rank: int, stop: Callable[[ns.Scope], None]) -> dict[str, Any]:
 
 
 def other_widths(rank: int) -> dict[str, Any]:
-    """Ranks whose layers of one name are not of one width are no copies: such a site is left out, and said to be."""
-    model = nn.Sequential(nn.Linear(WIDTH, 4 + rank), nn.ReLU(), nn.Linear(4 + rank, 5), nn.ReLU())
+    """An activation of the input has as many neurons as the data of a rank: such a site is left out, and said to be."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool1d(4), nn.Linear(4, 5), nn.ReLU())
     with ns.watch(model) as scope:
-        model(torch.ones(3, WIDTH)).sum().backward()
+        model(torch.ones(3, WIDTH + rank)).sum().backward()
         scope.step()
     return counted(scope)
 

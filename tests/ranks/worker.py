@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
 from tests.ranks.exchanges import EXCHANGES
+from tests.ranks.late import LATE
+from tests.ranks.no_copies import NO_COPIES
 from tests.ranks.own_group import OWN_GROUP
 from tests.ranks.parallel import CASES, DEVICE, Case, run, sequence_parallel, sums, tensor_compiled
 from tests.ranks.uneven import elastic, fault, killed, other_widths, retired, uneven, uneven_and_validated
@@ -181,6 +183,8 @@ TASKS = {
         other_widths,
         *EXCHANGES,
         *OWN_GROUP,
+        *NO_COPIES,
+        *LATE,
         elastic,
         killed,
     )

@@ -1,4 +1,4 @@
-"""Make collectives on a process group of the library's own: the one place that calls ``torch.distributed``.
+"""Make collectives on a process group of the library's own, or on the one that the user gave for them.
 
 On the trainer's group, ours would have to come in the same place among the trainer's own collectives on every rank.
 No rank can promise that: those of another thread, or that are still under way, may be ahead on one rank and behind on
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-__all__ = ["Collectives", "world_size"]
+__all__ = ["Collectives", "base_group", "time_limit", "world_size"]
 
 #: The library's own group, by the default group that it was made beside: a run may end that one and begin another.
 _own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
@@ -29,18 +29,33 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def base_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the process group whose ranks join their counts: the given one, else that of all ranks.
+
+    Returns:
+        ``None`` if nothing is distributed, or this rank is not in the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = cast(dist.ProcessGroup, dist.group.WORLD) if given is None else given
+    return group if isinstance(group, dist.ProcessGroup) else None
+
+
 class Collectives:
     """The collectives of one exchange. Every rank must make the same ones, in the same order.
+
+    Args:
+        group: A group for these collectives alone; by default the library makes one of all ranks.
 
     Attributes:
         number: How many were made.
         bytes: What this rank gave to all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.number = 0
         self.bytes = 0
-        self._group = _own_group()
+        self._group = _own_group() if group is None else group
 
     def sum(self, numbers: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> None:
         """Replace this rank's numbers by the sums over all ranks."""
@@ -61,7 +76,7 @@ class Collectives:
 
     def gather(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in order of rank. Every rank is sent all of them: for small items only."""
-        items: list[Any] = [None] * dist.get_world_size()
+        items: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(items, item, group=self._group)
         self.number += 2  # the sizes, then the items
         self.bytes += len(pickle.dumps(item))
@@ -73,7 +88,7 @@ def _own_group() -> dist.ProcessGroup:
     default = cast(dist.ProcessGroup, dist.group.WORLD)
     if default not in _own_groups:
         _own_groups[default] = dist.new_group(
-            timeout=_time_limit(default), backend=_own_backend(), group_desc="neuronscope"
+            timeout=time_limit(default), backend=_own_backend(), group_desc="neuronscope"
         )
     return _own_groups[default]
 
@@ -94,9 +109,9 @@ def _device_of(backend: str) -> torch.device:
     return torch.device("cpu" if "cpu" in devices else devices[0])
 
 
-def _time_limit(default: dist.ProcessGroup) -> timedelta | None:
-    """Return how long the default group waits for a rank, as far as torch tells: ours must not give up earlier."""
+def time_limit(group: dist.ProcessGroup) -> timedelta | None:
+    """Return how long a group waits for a rank, as far as torch tells: ours must not give up earlier."""
     with contextlib.suppress(AttributeError, RuntimeError):
-        limit: timedelta = default._get_backend(_device_of(dist.get_backend())).options._timeout
+        limit: timedelta = group._get_backend(_device_of(dist.get_backend(group))).options._timeout
         return limit
     return None

@@ -33,12 +33,12 @@ class ReduceLayout:
     """The sites of one phase, whose ``T`` neurons lie one after another. It must be the same on all ranks.
 
     Args:
-        phase: The phase.
+        part: The number of the network that some of the ranks hold, and the phase.
         sites: Its sites.
     """
 
-    def __init__(self, phase: str, sites: Sites) -> None:
-        self.phase = phase
+    def __init__(self, part: tuple[int, str], sites: Sites) -> None:
+        self.part = part
         self.sites = dict(sites)
         self._slices: dict[str, slice] = {}
         self._neurons = 0
@@ -50,7 +50,7 @@ class ReduceLayout:
     def signature(self) -> int:
         """A number below ``2**62`` that is the same for equal layouts, and different for others."""
         widths = [(name, neurons) for name, (_, neurons) in self.sites.items()]
-        digest = hashlib.sha256(repr((self.phase, widths)).encode()).digest()
+        digest = hashlib.sha256(repr((self.part, widths)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 2
 
     def lacking(self, sites: Sites) -> Sites:
@@ -60,7 +60,7 @@ class ReduceLayout:
     def covering(self, sites: Sites) -> ReduceLayout:
         """Return this layout with the sites that it lacks."""
         lacking = self.lacking(sites)
-        return ReduceLayout(self.phase, {**self.sites, **lacking}) if lacking else self
+        return ReduceLayout(self.part, {**self.sites, **lacking}) if lacking else self
 
     def reduce(self, census: Census, collectives: Collectives, *, duplicate: bool) -> Census:
         """Return the counts of all ranks, in three collectives.
