@@ -240,3 +240,12 @@ def test_parts_make_up_a_tensor_or_are_refused(name: str, tmp_path: Path) -> Non
     else:
         with pytest.raises(CheckpointError, match="do not make up the whole"):
             ShardedTensor("w", torch.float32, (4, 4), parts)
+
+
+def test_an_optimizer_of_fastai_is_read_by_name(tmp_path):
+    """Its state is a list, and its hyperparameters are a list of one dictionary a group."""
+    net = torch.nn.Linear(3, 2)
+    kept = [{"grad_avg": torch.zeros_like(p), "sqr_avg": torch.zeros_like(p), "step": 3} for p in net.parameters()]
+    torch.save({"model": net.state_dict(), "opt": {"state": kept, "hypers": [{"lr": 0.1}]}}, tmp_path / "fastai.pth")
+    report = ns.postmortem(tmp_path / "fastai.pth")
+    assert ["no clock for fastai's optimizers" in one.reason for one in report.abstentions] == [True]

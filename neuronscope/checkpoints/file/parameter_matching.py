@@ -14,6 +14,7 @@ from typing import Any
 
 from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
 from neuronscope.checkpoints.file.layers import is_parameter
+from neuronscope.checkpoints.file.optimizer_rules import recognize_optimizer
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["ParameterMatches", "ParameterState", "match_parameters"]
@@ -22,6 +23,9 @@ _SOURCE = "optimizer state"
 
 #: Number of comparisons after which the search is given up, so that a damaged file cannot make it hang.
 _MAX_COMPARISONS = 4_000_000
+
+#: Names of sums over the rows or columns of a parameter.
+_FACTORS = frozenset({"row_var", "exp_avg_sq_row"})
 
 Shape = tuple[int, ...]
 
@@ -89,7 +93,12 @@ def match_parameters(
 
 
 def state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
-    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions."""
+    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions.
+
+    ``None`` if the state does not show it: it is empty, or it keeps sums over rows and columns only (Adafactor).
+    """
+    if not _FACTORS.isdisjoint(slots):
+        return None
     shapes = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
     return max((shape for shape in shapes if shape), key=len, default=None)
 
@@ -232,6 +241,9 @@ def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
     which = f"{unsure} of {len(run.states)} entries of a parameter group"
     if gave_up:
         return f"There are too many groups and parameters to find the parameters of {which}."
+    unreadable = {recognize_optimizer(state.group, state.slots) for state in run.states}
+    if len(unreadable) == 1 and isinstance(reason := unreadable.pop(), str):
+        return f"The parameters of {which} are not known, and {reason}."
     if not fits:
         return (
             f"The parameters of {which} are not known: no selection of the network's parameters has their shapes in "
