@@ -71,7 +71,7 @@ def compare_with_earlier(
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
-    before = match_parameters(earlier.tensors, earlier.optimizers, parameter_names).states
+    before = match_parameters(earlier, parameter_names).states
     clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
     for read in readings:
         start = clocks.get(read.layer.path)
