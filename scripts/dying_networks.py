@@ -163,6 +163,10 @@ def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
 
 
+def _sgd_decay(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=5e-4)
+
+
 def spike(base: float, factor: float = 20.0) -> Callable[[int], float]:
     """A learning rate that jumps in epochs 6 and 7."""
     return lambda epoch: base * (factor if epoch in (6, 7) else 1.0)
@@ -185,6 +189,8 @@ CASES = (
     Case("CNN, AdamW 1e-2 throughout", cnn, _adamw, constant(1e-2)),
     Case("Transformer, AdamW 1e-3, spike × 30", Transformer, _adamw, spike(1e-3, 30.0), 20, _FEED_FORWARD),
     Case("MLP, SGD .9, 1e-2, spike × 10", mlp, _sgd, spike(1e-2, 10.0)),
+    Case("MLP, SGD .9, 1e-2, decay 5e-4, spike × 5", mlp, _sgd_decay, spike(1e-2, 5.0)),
+    Case("CNN, SGD .9, 1e-2, decay 5e-4, spike × 10", cnn, _sgd_decay, spike(1e-2, 10.0)),
 )
 
 

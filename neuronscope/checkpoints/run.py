@@ -21,7 +21,7 @@ from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
-from neuronscope.checkpoints.model.load_model import build_model, list_parameters, path_in_model
+from neuronscope.checkpoints.model.load_model import build_model, configured_parameters, list_parameters, path_in_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
@@ -108,6 +108,8 @@ def postmortem(
 
     # Examine the file: the weights, the optimizer state, the records of a monitor.
     parameter_names = None if network is None else list_parameters(network, checkpoint)
+    if parameter_names is None and checkpoint.optimizers and not checkpoint.is_ordered:
+        parameter_names = configured_parameters(checkpoint)
     evidence, abstentions = examine_file(checkpoint, parameter_names=parameter_names, earlier=before)
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     sites: list[NamedSite] = [site for report in records for site in report.layers]

@@ -181,6 +181,44 @@ def test_no_training_batch_exceeds_the_bounds(n: int, shift: float, scale: float
     assert bool(((y > 1e-9).double().mean(0) <= firing_share_bound(gamma_, beta) + 1e-12).all())
 
 
+class _ClampedReLU(nn.Module):
+    """An activation that is written out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0, max=4.0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "zero"),
+    [
+        (nn.ReLU6(), True),
+        (nn.ReLU(inplace=True), True),
+        (nn.Hardtanh(0, 6), True),
+        (nn.Threshold(0.5, 0.0), True),
+        (_ClampedReLU(), True),
+        (nn.Hardtanh(-1, 1), False),
+        (nn.Threshold(-0.5, 0.0), False),
+        (nn.LeakyReLU(), False),
+        (nn.Hardswish(), False),
+        (nn.SiLU(), False),
+    ],
+    ids=str,
+)
+def test_batch_norm_speaks_of_every_activation_that_is_zero_below_zero(activation: nn.Module, zero: bool) -> None:
+    """Counted on batches in training: never more than the share that is said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), activation)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([0.0, -3.0, -5.0, -1.0]))
+    fired = (model.train()(torch.randn(8, 3, 5, 5).exp()) != 0).float().mean((0, 2, 3))
+    found = [one for one in examine_model(model.eval()).evidence if one.source == "batch norm"]
+    assert [(one.claim, one.basis, one.neurons.tolist()) for one in found] == (
+        [("quiet", "inferred", [1, 2]), ("dead", "suspected", [2])] if zero else []
+    )
+    for one in found[:1]:
+        assert (fired.numpy()[one.neurons] <= one.numbers).all()
+
+
 def test_evidence_behind_a_batch_norm() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.GELU()

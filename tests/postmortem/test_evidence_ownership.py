@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
+from neuronscope.checkpoints.run import postmortem
 from scripts.dying_networks import Held, as_checkpoint
 
 
@@ -26,10 +31,13 @@ def train(model: nn.Module, optimizers) -> None:
             optimizer.step()
 
 
-def check(model: nn.Module, optimizers, names=None, expected: int | None = None) -> list[str]:
+def check(model: nn.Module, optimizers, names=None, expected: int | None = None, ordered=True) -> list[str]:
     """Every tie is right by the numbers themselves; gives the reasons of the abstentions."""
     checkpoint = as_checkpoint(model, *optimizers)
-    owners = match_parameters(checkpoint.tensors, checkpoint.optimizers, names)
+    if not ordered:
+        tensors = {name: checkpoint.tensors[name] for name in sorted(checkpoint.tensors)}
+        checkpoint = replace(checkpoint, tensors=tensors, is_ordered=False)
+    owners = match_parameters(checkpoint, names)
     parameters = dict(model.named_parameters())
     for name, entry in owners.states.items():
         kept = optimizers[entry.optimizer].state.get(parameters[name], {})
@@ -144,7 +152,9 @@ def test_the_optimizer_of_another_network_is_matched_to_nothing(damage):
         groups = [{}]
     if damage == "wild":
         groups[0]["params"] = "0123"
-    owners = match_parameters(tensors, [type(state)(tuple(groups), state.slots)])
+    owners = match_parameters(
+        Checkpoint(Path("memory"), "", tensors, optimizers=(type(state)(tuple(groups), state.slots),))
+    )
     assert owners.states == {}
     assert len(owners.abstentions) == (1 if damage in ("shape", "count") else 0)
 
@@ -153,9 +163,8 @@ def test_matching_ends_with_very_many_parameter_groups():
     tensors = {f"{number}.weight": Held(torch.zeros(2)) for number in range(5_000)}
     groups = tuple({"params": [number]} for number in range(5_000))
     slots = {number: {"exp_avg": Held(torch.zeros(2))} for number in range(5_000)}
-    owners = match_parameters(
-        tensors, [type(as_checkpoint(mlp(), torch.optim.Adam(mlp().parameters())).optimizers[0])(groups, slots)]
-    )
+    optimizer = OptimizerState(groups, slots)
+    owners = match_parameters(Checkpoint(Path("memory"), "", tensors, optimizers=(optimizer,)))
     assert owners.states == {}
     assert "too many" in owners.abstentions[0].reason
 
@@ -182,3 +191,69 @@ def test_no_match_between_optimizer_and_parameters_is_wrong(data):
         parameter.requires_grad_(data.draw(st.booleans()))
     train(model, optimizers)
     check(model, optimizers)
+
+
+class Attention(nn.Module):
+    """Four layers of one shape, in another order than that of their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(4), nn.Linear(4, 9), nn.Linear(9, 9)
+
+
+@pytest.mark.parametrize(
+    ("make", "groups", "expected"),
+    [
+        (mlp, lambda m: m.parameters(), ALL),
+        (mlp, decay_groups, ALL),
+        (lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), lambda m: m.parameters(), 24),
+        # The last six are known from their shapes and numbers; which of the others is q cannot be known.
+        (Attention, lambda m: m.parameters(), 6),
+        (lambda: nn.Sequential(Attention(), Attention()), lambda m: m.parameters(), 12),
+    ],
+)
+def test_parameters_are_matched_where_the_file_sorts_names(make, groups, expected):
+    model = make()
+    optimizer = torch.optim.Adam(groups(model))
+    train(model, [optimizer])
+    reasons = check(model, [optimizer], expected=expected, ordered=False)
+    assert bool(reasons) == (expected < len(list(model.parameters())))
+    assert check(model, [optimizer], names=[name for name, _ in model.named_parameters()], ordered=False) == []
+
+
+@given(st.data())
+def test_no_match_is_wrong_where_the_file_sorts_names(data):
+    """Modules in modules, called by letters in any order or by numbers, with parameters of few shapes."""
+
+    def module(depth: int) -> nn.Module:
+        kind = data.draw(st.sampled_from(["list", "letters", "linear", "norm"] if depth else ["linear", "norm"]))
+        if kind == "linear":
+            return nn.Linear(2, data.draw(st.sampled_from([2, 3])), bias=data.draw(st.booleans()))
+        if kind == "norm":
+            return nn.LayerNorm(2)
+        parts = [module(depth - 1) for _ in range(data.draw(st.integers(1, 3)))]
+        if kind == "list":
+            return nn.Sequential(*parts)
+        names = data.draw(st.permutations("abc"))
+        return nn.ModuleDict(dict(zip(names, parts, strict=False)))
+
+    model = nn.ModuleDict({name: module(2) for name in data.draw(st.permutations(["x", "y1", "y2"]))[:2]})
+    if list(model) == ["y2", "y1"]:
+        return  # numbers are taken for the order
+    optimizer = torch.optim.Adam(model.parameters() if data.draw(st.booleans()) else decay_groups(model))
+    train(model, [optimizer])
+    check(model, [optimizer], ordered=False)
+
+
+def test_a_hugging_face_folder_tells_the_order_of_its_parameters_by_its_configuration(tmp_path):
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=8, vocab_size=12, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(decay_groups(model))
+    train(model, [optimizer])
+    model.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    report = postmortem(tmp_path)
+    assert not [one for one in report.abstentions if "not known" in one.reason]
+    (tmp_path / "config.json").unlink()
+    assert [one for one in postmortem(tmp_path).abstentions if "not known" in one.reason]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from neuronscope.checkpoints.file.examine_file import examine_file
-from scripts.dying_networks import as_checkpoint
+from scripts.dying_networks import Held, as_checkpoint
 
 STEPS = 400
 #: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on.
@@ -19,10 +19,12 @@ LAST = (STEPS, 0, 60, 310, STEPS)
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    nn.init.zeros_(model[0].bias)
+    return model
 
 
-def run(model, optimizer, last=LAST, steps=STEPS, head=True):
+def run(model, optimizer, last=LAST, steps=STEPS, head=True, each=lambda step: None):
     """Random gradients, but none for the rows of the first layer that have gone silent; gives both back."""
     random = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
@@ -33,6 +35,7 @@ def run(model, optimizer, last=LAST, steps=STEPS, head=True):
             elif not head:
                 parameter.grad = None
         optimizer.step()
+        each(step)
     return model, optimizer
 
 
@@ -90,7 +93,6 @@ def group_of(checkpoint, **changes):
     ("make", "changes", "reason"),
     [
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), {}, "added to the gradient"),
-        (lambda p: torch.optim.SGD(p, momentum=0.9, weight_decay=0.1), {}, "added to the gradient"),
         (lambda p: torch.optim.NAdam(p, weight_decay=0.1), {}, "added to the gradient"),
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), {"decoupled_weight_decay": None}, "does not say whether"),
         (lambda p: torch.optim.SGD(p), {}, "without momentum"),
@@ -99,9 +101,11 @@ def group_of(checkpoint, **changes):
         (lambda p: torch.optim.Adam(p), {"betas": "0.9"}, "betas are '0.9'"),
         (lambda p: torch.optim.Adam(p), {"weight_decay": math.nan}, "weight decay nan"),
         (lambda p: torch.optim.Adam(p), {"amsgrad": None, "decoupled_weight_decay": None}, "not those of Adam"),
-        (lambda p: torch.optim.Adagrad(p), {}, "clock of such an optimizer is not known"),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.9), {}, "clock of such an optimizer is not known"),
-        (lambda p: torch.optim.Adamax(p), {}, "clock of such an optimizer is not known"),
+        (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {"max_momentum": 0.9}, "betas of 0 to 0.9"),
+        (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1), {}, "no clock for Adagrad: its sums begin"),
+        (lambda p: torch.optim.Rprop(p), {}, "no clock for Rprop"),
+        (lambda p: torch.optim.ASGD(p), {}, "no clock for its optimizer, which keeps"),
+        (lambda p: torch.optim.Adafactor(p), {}, "no clock for Adafactor"),
     ],
 )
 def test_every_reason_for_no_evidence_is_stated(make, changes, reason):
@@ -113,12 +117,191 @@ def test_every_reason_for_no_evidence_is_stated(make, changes, reason):
     assert all(reason in piece.reason for piece in said), said
 
 
-def test_half_precision_optimizer_state_gives_no_dates():
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (torch.optim.Adagrad, "Adagrad"),
+        (torch.optim.RMSprop, "RMSprop"),
+        (lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True), "RMSprop"),
+        (torch.optim.Adadelta, "Adadelta"),
+        (torch.optim.Adamax, "Adamax"),
+        (lambda p: torch.optim.Adamax(p, weight_decay=0.1), "Adamax"),
+    ],
+)
+def test_an_optimizer_without_a_clock_shows_rows_that_never_had_a_gradient(make, name):
+    """Weight decay in the gradient reaches each row but those of which every weight is zero."""
+    model = network()
+    optimizer = make(model.parameters())
+    decayed = optimizer.param_groups[0]["weight_decay"] > 0
+    found, said = examine_file(as_checkpoint(*run(model, optimizer), step=STEPS))
+    assert [(piece.claim, piece.layer, piece.neurons.tolist()) for piece in found] == (
+        [] if decayed else [("never trained", "0", [1])]
+    )
+    assert [piece.layer for piece in said] == ["0", "2"]
+    assert all(f"no clock for {name}" in piece.reason for piece in said)
+
+
+def test_half_precision_optimizer_state_shows_rows_that_never_had_a_gradient_and_gives_no_dates():
     model = network().to(torch.bfloat16)
     found, said = examine_file(as_checkpoint(*run(model, torch.optim.Adam(model.parameters()))))
-    assert found == []
-    assert all("bfloat16" in piece.reason for piece in said)
+    assert [(piece.claim, piece.neurons.tolist()) for piece in found] == [("never trained", [1])]
+    assert all("no clock for Adam whose state is kept in bfloat16" in piece.reason for piece in said)
     assert len(said) == 2
+
+
+def test_float16_optimizer_state_shows_nothing():
+    """A gradient of 1e-4 has a square that float16 cannot hold, so that a zero shows nothing."""
+    checkpoint = as_checkpoint(*run(model := network(), torch.optim.Adam(model.parameters())))
+    for slots in checkpoint.optimizers[0].slots.values():
+        slots.update({name: Held(slots[name].read().half()) for name in ("exp_avg", "exp_avg_sq")})
+    found, said = examine_file(checkpoint)
+    assert found == []
+    assert len(said) == 2
+
+
+def test_muon_has_a_clock_of_its_own():
+    """Its decay acts on the weights only, and its buffer falls by the momentum a step; biases are not its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    last = (STEPS, 0, 60, 270, STEPS)
+    checkpoint = as_checkpoint(*run(model, torch.optim.Muon(model.parameters(), momentum=0.9), last=last), step=STEPS)
+    found, said = examine_file(checkpoint)
+    assert said == []
+    assert {piece.source for piece in found} == {"Muon state"}
+    silent, lately = of(found, "no gradient")
+    assert (silent.neurons.tolist(), silent.basis) == ([2], "inferred")
+    assert (lately.neurons.tolist(), lately.basis) == ([3], "suspected")
+    assert abs(silent.numbers[0] - (STEPS - 60)) <= 20
+    assert of(found, "never trained")[0].neurons.tolist() == [1]
+    assert "SGD" not in " ".join(piece.text for piece in found)
+
+
+def _change(step: int, optimizer: torch.optim.Optimizer, **values: float) -> None:
+    if step == STEPS // 2:
+        optimizer.param_groups[0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({}, {}),
+        ({"nesterov": True}, {}),
+        ({"dampening": 0.5}, {}),
+        ({"maximize": True}, {}),
+        ({"foreach": True}, {}),
+        ({"fused": True}, {}),
+        ({}, {"lr": 1e-3}),
+        ({}, {"lr": 1e-1}),
+        ({}, {"weight_decay": 1e-3}),
+    ],
+    ids=lambda value: " ".join(f"{name}={number}" for name, number in value.items()) or "plain",
+)
+def test_silent_rows_of_sgd_with_weight_decay_are_those_whose_buffer_is_a_multiple_of_their_weights(options, change):
+    """The last gradients of each row are counted; the rate or the decay may change in the middle of the run."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9, weight_decay=1e-2, **options)
+    run(model, optimizer, each=lambda step: _change(step, optimizer, **change))
+    found, said = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    assert said == []
+    (faded,) = [piece for piece in of(found, "no gradient") if piece.since is None]
+    # Neuron 1 never got one, which looks the same. Rounding ends the clock before the 340 steps of neuron 2.
+    assert (faded.neurons.tolist(), faded.basis) == ([1, 2], "inferred")
+    assert 80 < faded.numbers[0] <= STEPS - 60
+    assert "a multiple of the weights" in faded.text
+    (dated,) = [piece for piece in of(found, "no gradient") if piece.since is not None]
+    assert (dated.neurons.tolist(), dated.basis) == ([3], "suspected")
+    assert abs(dated.numbers[0] - (STEPS - 310)) <= 20
+    assert of(found, "alive")[0].neurons.tolist() == [0, 4]
+
+
+def test_sgd_with_weight_decay_says_nothing_of_rows_with_a_single_weight():
+    """A single number is a multiple of any other."""
+    model = nn.Sequential(nn.Linear(1, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9, weight_decay=1e-2)
+    found, said = examine_file(as_checkpoint(*run(model, optimizer), step=STEPS))
+    assert {piece.layer for piece in found} == {"2"}
+    assert [(piece.layer, "5 neurons" in piece.reason) for piece in said] == [("0", True)]
+
+
+def test_a_decoupled_decay_under_the_names_of_sgd_is_not_read_as_sgd():
+    """The buffers of dead rows are far below what decay in the gradient would leave in them."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    run(model, optimizer)
+    checkpoint = group_of(as_checkpoint(model, optimizer, step=STEPS), weight_decay=0.1)
+    found, said = examine_file(checkpoint)
+    assert of(found, "alive")[0].neurons.tolist() == [0, 4]
+    assert of(found, "no gradient") == []
+    assert ["2 neurons" in piece.reason for piece in said] == [True]
+
+
+def test_no_gradient_under_a_new_optimizer_dates_to_its_beginning():
+    """The five neurons were trained before: none is never trained, and 600 is the optimizer's own beginning."""
+    model = network()
+    run(model, torch.optim.Adam(model.parameters()), last=(STEPS,) * 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, 0, STEPS, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=600 + STEPS))
+    assert of(found, "never trained") == []
+    (silent,) = of(found, "no gradient")
+    assert (silent.neurons.tolist(), silent.basis, silent.since) == ([1, 2], "inferred", None)
+    assert silent.numbers.tolist() == [STEPS, STEPS]
+    assert "its step 0 is step 600" in silent.text
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9)])
+@pytest.mark.parametrize("step", [STEPS, None])
+def test_rows_that_were_trained_before_the_run_are_not_called_never_trained(make, step):
+    """Weights from elsewhere: the file's step and the optimizer's agree, and the weights look like no initial ones."""
+    model = network()
+    run(model, torch.optim.Adam(model.parameters(), 1e-2), last=(STEPS,) * 5)
+    optimizer = make(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, 0, STEPS, STEPS))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=step))
+    assert of(found, "never trained") == []
+    (silent,) = of(found, "no gradient")
+    assert (silent.neurons.tolist(), silent.since) == ([1, 2], None)
+    # SGD does not count its steps: it may have begun a few steps ago.
+    assert silent.basis == ("suspected" if "sgd" in silent.source else "inferred")
+
+
+@pytest.mark.parametrize("steps", [60, 150, 250])
+def test_a_pause_since_a_new_optimizer_began_is_not_called_the_end_of_gradients(steps):
+    model = network()
+    run(model, torch.optim.Adam(model.parameters()), last=(STEPS,) * 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run(model, optimizer, last=(STEPS, 0, STEPS, STEPS, STEPS), steps=steps)
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=1003 + steps))
+    bases = {60: [], 150: ["suspected"], 250: ["inferred"]}[steps]
+    assert [(piece.claim, piece.basis) for piece in found if piece.claim != "alive"] == [
+        ("no gradient", basis) for basis in bases
+    ]
+
+
+@pytest.mark.parametrize("batches", [2, 4])
+def test_a_file_that_counts_batches_gives_no_dates(batches):
+    """Two batches make a step: the file says 800, and the optimizer 400. A date of one is no date of the other."""
+    model = network()
+    run(model, optimizer := torch.optim.Adam(model.parameters()))
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=batches * STEPS + 1))
+    assert [piece.since for piece in of(found, "no gradient")] == [None, None, None]
+    assert of(found, "never trained") == []  # the file may count the steps of another optimizer before this one
+
+
+def test_a_neuron_with_a_rare_gradient_is_not_called_dead_where_beta1_is_small():
+    """Every 45th step, the last one 40 steps ago: with β1 = .5 the first mean has faded to nothing in between."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.5, 0.999))
+    random = torch.Generator().manual_seed(1)
+    for step in range(1, 986):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        if step % 45:
+            for parameter in model[0].parameters():
+                parameter.grad[3] = 0
+        optimizer.step()
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=985))
+    assert all(piece.basis == "suspected" for piece in found if piece.claim != "alive")
 
 
 def test_decoupled_weight_decay_is_recognised_in_an_old_adamw_state():

@@ -50,3 +50,21 @@ def test_deaths_dated_from_adam_state_agree_with_a_run_that_was_recorded():
         assert not gone & said["alive"]
         assert gone <= said["no gradient"] | said["never trained"]
     assert dead > 50
+
+
+def test_deaths_under_sgd_with_weight_decay_agree_with_counted_gradients():
+    """6 × 64 neurons, momentum .9, weight decay 5e-4, a learning rate five times as high in epochs 6 and 7."""
+    (case,) = [case for case in CASES if case.label.startswith("MLP, SGD .9, 1e-2, decay")]
+    model, optimizer, truth = train(case, 0, load_digits())
+    checkpoint = as_checkpoint(model, optimizer, step=truth.steps)
+    got = score(compare(checkpoint, truth), exact=False)
+    assert got.silent > 10
+    assert got.found == got.silent
+    firm = living = 0
+    for evidence in examine_file(checkpoint)[0]:
+        last = truth.last[evidence.layer][evidence.neurons]
+        if evidence.claim == "no gradient" and evidence.basis == "inferred":
+            firm += len(last)
+            living += int((truth.steps - last < 45).sum())
+    assert firm >= got.silent
+    assert living <= 0.03 * got.living  # docs/optimizer-clock.md: .6 % over all networks that were counted

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import neuronscope as ns
@@ -240,3 +241,30 @@ def test_parts_make_up_a_tensor_or_are_refused(name: str, tmp_path: Path) -> Non
     else:
         with pytest.raises(CheckpointError, match="do not make up the whole"):
             ShardedTensor("w", torch.float32, (4, 4), parts)
+
+
+def test_an_optimizer_of_fastai_is_read_by_name(tmp_path):
+    """Its state is a list, and its hyperparameters are a list of one dictionary a group."""
+    net = torch.nn.Linear(3, 2)
+    kept = [{"grad_avg": torch.zeros_like(p), "sqr_avg": torch.zeros_like(p), "step": 3} for p in net.parameters()]
+    torch.save({"model": net.state_dict(), "opt": {"state": kept, "hypers": [{"lr": 0.1}]}}, tmp_path / "fastai.pth")
+    report = ns.postmortem(tmp_path / "fastai.pth")
+    assert ["no clock for fastai's optimizers" in one.reason for one in report.abstentions] == [True]
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state, "step": 3}])
+@pytest.mark.parametrize("averaged_factory", [False, True])
+def test_the_weights_of_an_averaged_model_are_taken_with_the_network_itself(tmp_path, wrap, averaged_factory):
+    """``AveragedModel`` adds ``module.`` to every name, and a counter without it."""
+
+    def make():
+        return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    net = make()
+    net[0].weight.data[1] = 0.0
+    net[0].bias.data[1] = -1.0
+    torch.save(wrap(AveragedModel(net).state_dict()), tmp_path / "averaged.pt")
+    factory = (lambda: AveragedModel(make())) if averaged_factory else make
+    report = ns.postmortem(tmp_path / "averaged.pt", model=factory, example="1x4")
+    assert (report.neurons, report.dead) == (5, 1)
+    assert [layer.name for layer in ns.postmortem(tmp_path / "averaged.pt").layers] == ["0", "2"]

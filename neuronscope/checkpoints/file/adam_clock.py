@@ -14,7 +14,13 @@ contain the bias corrections.) A step without gradient multiplies ``m`` by β1 a
     k ≤ ln(r_sup / r) / ln(√β2 / β1)
 
 This holds for each element. The last gradient of a row is the last of any of its elements, so the row's largest ``r``
-gives its bound. At the default betas ``r_sup`` is 7.27 and a step lowers ``ln r`` by .1049. The bound does *not* imply
+gives its bound. At the default betas ``r_sup`` is 7.27 and a step lowers ``ln r`` by .1049.
+
+A schedule may cycle β1 between a least and a largest value. Each term of ``|m|`` is then at most ``(1 − least)`` times
+a power of the largest, and a step without gradient multiplies ``m`` by at most the largest. So the bound holds with
+``(1 − least)`` in place of ``(1 − β1)``, and with the largest β1 everywhere else.
+
+The bound does *not* imply
 that ``k`` is close to it: gradients of opposite signs make ``r`` small too, and so do gradients that became much
 smaller. :data:`SILENT_FOLDS` assumes that neither happens to all elements of a row at once;
 ``docs/optimizer-clock.md`` has the measured rates.
@@ -30,19 +36,54 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["SILENT_FOLDS", "SURE_FOLDS", "AdamClock", "ClockReading"]
+__all__ = [
+    "FASTEST_FADING",
+    "SILENT_FOLDS",
+    "SILENT_STEPS",
+    "SURE_FOLDS",
+    "SURE_STEPS",
+    "AdamClock",
+    "ClockReading",
+    "silent_steps",
+    "sure_steps",
+]
 
-#: A row counts as without gradient if ``r`` is this many e-foldings below its supremum: 80 steps at default betas.
+#: A row counts as without gradient if ``r`` is this many e-foldings below its supremum: 80 steps at default betas …
 SILENT_FOLDS = 8.4
-#: With fewer e-foldings than this the claim is *suspected*, else *inferred*: 200 steps at default betas.
+#: … and if this is at least as many steps. With a small β1, e-foldings pass in a few steps; rare inputs take more.
+SILENT_STEPS = 80
+#: With fewer e-foldings than this the claim is *suspected*, else *inferred*: 200 steps at default betas …
 SURE_FOLDS = 21.0
+#: … and with fewer steps than this.
+SURE_STEPS = 200
+#: A mean that decays by this factor or a smaller one reaches an exact zero; with a larger one it stops at a denormal.
+FASTEST_FADING = 0.5
 
 #: Number of elements of a chunk of rows, which is converted to float64 at a time.
 _CHUNK = 1 << 20
+
+
+def silent_steps(rate: float) -> float:
+    """Return the steps since the last gradient above which a row counts as without gradient.
+
+    Args:
+        rate: The number of e-foldings by which a clock falls in a step without gradient.
+    """
+    return max(SILENT_FOLDS / rate, SILENT_STEPS)
+
+
+def sure_steps(rate: float) -> float:
+    """Return the steps since the last gradient above which this is inferred and not only suspected.
+
+    Args:
+        rate: See :func:`silent_steps`.
+    """
+    return max(SURE_FOLDS / rate, SURE_STEPS)
 
 
 @dataclass(frozen=True)
@@ -55,14 +96,14 @@ class ClockReading:
             about this many steps ago, or earlier, float64 ``(N,)``; NaN otherwise.
         never: True if no element of the row ever got a gradient whose square the dtype can hold, bool ``(N,)``.
         not_finite: True if an element of the state is NaN or infinite, bool ``(N,)``.
-        underflowed: True if nothing is known because the squares of all gradients underflowed, bool ``(N,)``.
+        unknown: True if nothing is known of the row, bool ``(N,)``; the clock's ``unknown_reason`` says why.
     """
 
     steps: Tensor
     least_steps: Tensor
     never: Tensor
     not_finite: Tensor
-    underflowed: Tensor
+    unknown: Tensor
 
     def join(self, other: ClockReading) -> ClockReading:
         """Return the reading of the same rows with further elements (a weight's rows and the bias)."""
@@ -74,9 +115,7 @@ class ClockReading:
             least_steps=torch.where(finite | torch.isinf(least_steps), torch.nan, least_steps),
             never=self.never & other.never,
             not_finite=self.not_finite | other.not_finite,
-            underflowed=(self.underflowed | self.never)
-            & (other.underflowed | other.never)
-            & ~(self.never & other.never),
+            unknown=(self.unknown | self.never) & (other.unknown | other.never) & ~(self.never & other.never),
         )
 
 
@@ -85,9 +124,10 @@ class AdamClock:
     """Bounds the steps since the last gradient of a parameter that Adam or a variant of it updates.
 
     Args:
-        beta1: Decay of the first running mean, in (0, √β2).
+        beta1: Decay of the first running mean, in (0, √β2); the largest one if a schedule cycles it.
         beta2: Decay of the second running mean, in (0, 1).
         taken: Number of steps in which the parameter was updated; ``None`` = not known.
+        least_beta1: The least decay of the first running mean, if a schedule cycles it; ``None`` = ``beta1``.
 
     >>> clock = AdamClock(0.9, 0.999)
     >>> round(clock.supremum, 2), round(clock.rate, 4), round(clock.silent_steps)
@@ -97,6 +137,12 @@ class AdamClock:
     beta1: float
     beta2: float
     taken: int | None = None
+    least_beta1: float | None = None
+
+    #: Why nothing is known of a row.
+    unknown_reason: ClassVar[str] = (
+        "their gradients were so small, or the means fade so fast, that the numbers underflowed"
+    )
 
     @property
     def rate(self) -> float:
@@ -108,17 +154,18 @@ class AdamClock:
         """The least upper bound of ``r`` over all possible gradients."""
         q = self.beta1**2 / self.beta2
         run = 1.0 if self.taken is None else -math.expm1(self.taken * math.log(q))
-        return (1.0 - self.beta1) * math.sqrt(run / ((1.0 - self.beta2) * (1.0 - q)))
+        least = self.beta1 if self.least_beta1 is None else self.least_beta1
+        return (1.0 - least) * math.sqrt(run / ((1.0 - self.beta2) * (1.0 - q)))
 
     @property
     def silent_steps(self) -> float:
         """The bound above which a row counts as without gradient, in steps."""
-        return SILENT_FOLDS / self.rate
+        return silent_steps(self.rate)
 
     @property
     def sure_steps(self) -> float:
         """The bound above which this is inferred and not only suspected, in steps."""
-        return SURE_FOLDS / self.rate
+        return sure_steps(self.rate)
 
     def bound(self, ratio: Tensor, epsilon: float) -> Tensor:
         """Return the upper bound on the steps since the last gradient, in the shape of ``ratio``.
@@ -160,8 +207,11 @@ class AdamClock:
         ratio = torch.where(exact & (m >= least_m), m / v.clamp(min=least_v).sqrt(), 0.0).amax(dim=1)
         steps = self.bound(ratio, info.eps)
         largest_v = torch.where(exact, v, 0.0).amax(dim=1)
+        end = (torch.log(largest_v.sqrt() / least_m) / self.rate).floor()
         faded = (ratio == 0) & (largest_v > 0)
-        least_steps = torch.where(faded, (torch.log(largest_v.sqrt() / least_m) / self.rate).floor(), torch.nan)
-        never = ((m == 0) & (v == 0)).all(dim=1)
+        known = faded & (end > self.silent_steps)
+        least_steps = torch.where(known, end, torch.nan)
+        never = ((m == 0) & (v == 0)).all(dim=1) & (self.beta2 > FASTEST_FADING)
         not_finite = ~(torch.isfinite(m) & torch.isfinite(v)).all(dim=1)
-        return ClockReading(steps, least_steps, never, not_finite, (largest_v == 0) & ~never & ~not_finite)
+        unknown = ((largest_v == 0) | (faded & ~known)) & ~never & ~not_finite
+        return ClockReading(steps, least_steps, never, not_finite, unknown)

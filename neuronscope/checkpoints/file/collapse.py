@@ -116,7 +116,7 @@ def _layer_states(layers: Sequence[Layer], clocks: Mapping[str, LayerClock]) -> 
                 has_bias, is_merged = next_layer.bias is not None, True
         input_is_zero = _input_is_zero(parts)
         no_gradient = not input_is_zero and all(bool(_without_gradient(part, part.reading).all()) for part in parts)
-        still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.name == "SGD") for part in parts)
+        still_updated = all(part.lag == 0 and (part.taken is not None or part.rule.is_momentum) for part in parts)
         yield _LayerState(layer, has_bias, no_gradient, input_is_zero, still_updated)
 
 
@@ -139,7 +139,7 @@ def _without_gradient(read: LayerClock, reading: ClockReading, steps_ago: float 
 
 
 def _is_readable(reading: ClockReading) -> Tensor:
-    return ~reading.not_finite & ~reading.underflowed
+    return ~reading.not_finite & ~reading.unknown
 
 
 def _input_layer(states: Sequence[_LayerState], index: int) -> Layer | None:

@@ -71,7 +71,7 @@ def compare_with_earlier(
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
-    before = match_parameters(earlier.tensors, earlier.optimizers, parameter_names).states
+    before = match_parameters(earlier, parameter_names).states
     clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
     for read in readings:
         start = clocks.get(read.layer.path)
@@ -86,6 +86,10 @@ def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
     """Return the number of updates of a layer between the two checkpoints, or why they cannot be compared."""
     if start is None:
         return "The earlier checkpoint has no clock for this layer."
+    if not end.rule.betas:
+        return f"There is {end.rule.no_clock}."
+    if end.is_decayed:
+        return "Weight decay is part of the momentum buffer, so that it does not fall as it does without a gradient."
     if start.rule.betas != end.rule.betas:
         return f"The optimizer's betas were changed in between, from {start.rule.betas} to {end.rule.betas}."
     first, last = (start.taken, end.taken) if start.taken is not None else (start.step, end.step)
@@ -138,7 +142,7 @@ class _Pair:
             touched: Rows that certainly got a gradient, bool ``(N,)``; changed in place.
         """
         first, last = (states[name].slots for states in self._entries)
-        adam = len(self._rules[0].betas) == 2
+        adam = self._rules[0].is_adam
         slot = "exp_avg" if adam else "momentum_buffer"
         beta = self._rules[0].betas[0]
         tiny = torch.finfo(torch.float32).tiny
@@ -193,7 +197,7 @@ def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor,
         touched: Rows that certainly got one, bool ``(N,)``.
     """
     before, after = start.reading, end.reading
-    readable = ~(before.not_finite | before.underflowed | after.not_finite | after.underflowed)
+    readable = ~(before.not_finite | before.unknown | after.not_finite | after.unknown)
     no_gradient, touched = no_gradient & readable & ~after.never, touched & readable
     whole = bool((no_gradient | after.never).all())
     if no_gradient.any():

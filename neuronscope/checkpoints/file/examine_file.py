@@ -48,7 +48,7 @@ def _examine_optimizers(
     checkpoint: Checkpoint, layers: Sequence[Layer], parameter_names: Sequence[str] | None, earlier: Checkpoint | None
 ) -> Iterator[Evidence | Abstention]:
     """Yield which neurons got no gradient, by the state of the optimizers."""
-    matches = match_parameters(checkpoint.tensors, checkpoint.optimizers, parameter_names)
+    matches = match_parameters(checkpoint, parameter_names)
     yield from matches.abstentions
     readings = list(read_clocks(checkpoint, layers, matches.states))
     clocks = [reading for reading in readings if isinstance(reading, LayerClock)]

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading
+from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
 from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
-__all__ = ["LayerClock", "read_clocks"]
+__all__ = ["LayerClock", "NoClock", "read_clocks"]
+
+
+@dataclass(frozen=True)
+class NoClock:
+    """Stands for the clock of an optimizer of whose state only exact zeros can be read."""
+
+    unknown_reason: ClassVar[str] = "only a row that never got a gradient can be told from its state"
+    silent_steps: ClassVar[float] = math.inf
+    sure_steps: ClassVar[float] = math.inf
+
+    def read(self, *kept: Tensor) -> ClockReading:
+        """Return which of ``N`` rows never got a gradient.
+
+        Args:
+            kept: The sums or means that are zero only then, ``(N, F)`` each.
+        """
+        never = torch.stack([(one == 0).all(dim=1) for one in kept]).all(dim=0)
+        not_finite = torch.stack([~torch.isfinite(one).all(dim=1) for one in kept]).any(dim=0)
+        none = torch.full(never.shape, torch.nan, dtype=torch.float64)
+        return ClockReading(torch.full_like(none, torch.inf), none, never, not_finite, ~never & ~not_finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +56,29 @@ class LayerClock:
         parameters: Names of the layer's tensors that were read.
         taken: Number of steps in which the layer was updated; ``None`` if its optimizer does not count them.
         lag: Number of its optimizer's steps in which it was not updated: it was frozen, or no gradient reached it.
-        step: The training step of the checkpoint; ``None`` = not known.
+        step: The training step of the checkpoint, if the optimizer's steps are steps of the training; ``None`` = not
+            known.
+        began: The training step at which its optimizer began; ``None`` = not known.
+        untrained: True for rows without any gradient in this state that no other optimizer seems to have trained
+            before, bool ``(N,)``: their weights look as they were initialised.
     """
 
     layer: Layer
     rule: OptimizerRule
-    clock: AdamClock | SGDClock
+    clock: AdamClock | SGDClock | NoClock
     reading: ClockReading
     weights: ClockReading
     parameters: tuple[str, ...]
     taken: int | None
     lag: int
     step: int | None
+    began: int | None
+    untrained: Tensor
+
+    @property
+    def is_decayed(self) -> bool:
+        """Whether weight decay is part of its momentum buffer."""
+        return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
 
     @property
     def is_bound(self) -> bool:
@@ -64,7 +99,7 @@ def read_clocks(
     """
     newest = _newest_steps(states)
     decay_check = _DecayCheck(checkpoint, states)
-    sgd_layers: dict[tuple[int, float], list[tuple[Layer, OptimizerRule, tuple[str, ...]]]] = {}
+    momentum_layers: dict[tuple[int, SGDClock], list[_MomentumLayer]] = {}
     for layer in layers:
         if layer.kind == "experts":
             yield Abstention(
@@ -79,38 +114,48 @@ def read_clocks(
             if layer.kind != "norm":
                 yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
             continue
-        rule, names = known[layer.weight], tuple(known)
-        if rule.name == "SGD":
-            key = (states[names[0]].optimizer, rule.betas[0])
-            sgd_layers.setdefault(key, []).append((layer, rule, names))
+        rule, weight = known[layer.weight], states[layer.weight]
+        if rule.is_momentum:
+            key = weight.optimizer, SGDClock(rule.betas[0], rule.least_beta)
+            momentum_layers.setdefault(key, []).append((layer, known))
             continue
-        yield _read_adam(checkpoint, layer, states, known, newest)
-    for (_, momentum), found in sgd_layers.items():
-        yield from _read_sgd(checkpoint, states, SGDClock(momentum), found)
+        yield _read_means(checkpoint, layer, states, known, newest.get(weight.optimizer))
+    for (_, clock), found in momentum_layers.items():
+        yield from _read_momentum(checkpoint, states, clock, found)
 
 
-def _read_sgd(
-    checkpoint: Checkpoint,
-    states: Mapping[str, ParameterState],
-    clock: SGDClock,
-    found: Sequence[tuple[Layer, OptimizerRule, tuple[str, ...]]],
+_MomentumLayer = tuple[Layer, Mapping[str, OptimizerRule]]
+
+
+def _read_momentum(
+    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_MomentumLayer]
 ) -> Iterator[LayerClock]:
     """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
 
     Norms are left out of the comparison because their buffers are larger.
     """
-    whole = [_peaks(layer, states, names) for layer, _, names in found]
-    largest = clock.largest(
-        peaks for peaks, (layer, _, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS
-    )
-    for peaks, (layer, rule, names) in zip(whole, found, strict=True):
-        weights = _peaks(layer, states, _without_bias(layer, names))
-        readings = clock.read_layer(peaks, largest), clock.read_layer(weights, largest)
-        yield LayerClock(layer, rule, clock, *readings, names, None, 0, checkpoint.step)
+    whole = [_peaks(checkpoint, layer, states, rules, clock) for layer, rules in found]
+    largest = clock.largest(peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS)
+    for peaks, (layer, rules) in zip(whole, found, strict=True):
+        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock)
+        reading = clock.read_layer(peaks, largest)
+        yield LayerClock(
+            layer=layer,
+            rule=rules[layer.weight],
+            clock=clock,
+            reading=reading,
+            weights=clock.read_layer(weights, largest),
+            parameters=tuple(rules),
+            taken=None,
+            lag=0,
+            step=checkpoint.step,
+            began=None,
+            untrained=as_initialised(layer, checkpoint.tensors, reading.never),
+        )
 
 
-def _without_bias(layer: Layer, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name != layer.bias)
+def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str, OptimizerRule]:
+    return {name: rule for name, rule in rules.items() if name != layer.bias}
 
 
 def _find_rules(
@@ -133,16 +178,16 @@ def _find_rules(
             return reason
         if reason is None and isinstance(rule, OptimizerRule):
             found[name] = rule
-    by_momentum = found[layer.weight].name == "SGD"
-    return {name: rule for name, rule in found.items() if (rule.name == "SGD") == by_momentum}
+    own = found[layer.weight]
+    return {
+        name: rule
+        for name, rule in found.items()
+        if (rule.source, rule.is_adam, rule.is_momentum) == (own.source, own.is_adam, own.is_momentum)
+    }
 
 
 def _fits(state: ParameterState, rule: OptimizerRule, shape: tuple[int, ...]) -> bool:
-    return all(tuple(getattr(state.slots[slot], "shape", ())) == tuple(shape) for slot in _slots(rule))
-
-
-def _slots(rule: OptimizerRule) -> tuple[str, ...]:
-    return ("momentum_buffer",) if rule.name == "SGD" else ("exp_avg", "exp_avg_sq")
+    return all(tuple(getattr(state.slots[slot], "shape", ())) == tuple(shape) for slot in rule.slots)
 
 
 class _DecayCheck:
@@ -155,6 +200,8 @@ class _DecayCheck:
 
     def reason(self, state: ParameterState, rule: OptimizerRule) -> str | None:
         """Return why a parameter's state cannot show missing gradients; ``None`` if it can."""
+        if not rule.is_adam:
+            return None  # a momentum buffer is compared with the weights; exact zeros are zeros
         hides_zero_gradients = rule.decay.hides_zero_gradients
         if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
             return None
@@ -184,7 +231,7 @@ class _DecayCheck:
     def _proves(self, name: str, state: ParameterState) -> bool:
         rule = recognize_optimizer(state.group, state.slots)
         tensor = self._checkpoint.tensors[name]
-        if isinstance(rule, str) or rule.name == "SGD" or not _fits(state, rule, tensor.shape):
+        if isinstance(rule, str) or not rule.is_adam or not _fits(state, rule, tensor.shape):
             return False
         untouched = (_read(state, "exp_avg") == 0) & (_read(state, "exp_avg_sq") == 0)
         if not untouched.any():
@@ -207,34 +254,93 @@ def _newest_steps(states: Mapping[str, ParameterState]) -> dict[int, int]:
     return newest
 
 
-def _peaks(layer: Layer, states: Mapping[str, ParameterState], names: Sequence[str]) -> BufferPeaks:
-    first, *rest = (BufferPeaks.of(layer.rows(_read(states[name], "momentum_buffer"))) for name in names)
-    for other in rest:
-        first = first.join(other)
-    return first
-
-
-def _reading(layer: Layer, state: ParameterState, rule: OptimizerRule) -> ClockReading:
-    clock = AdamClock(rule.betas[0], rule.betas[1], steps_taken(state.slots, state.group))
-    return clock.read(*(layer.rows(_read(state, slot)) for slot in _slots(rule)))
-
-
-def _read_adam(
+def _peaks(
     checkpoint: Checkpoint,
     layer: Layer,
     states: Mapping[str, ParameterState],
     rules: Mapping[str, OptimizerRule],
-    newest: Mapping[int, int],
+    clock: SGDClock,
+) -> BufferPeaks:
+    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together."""
+    by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
+    for name, rule in rules.items():
+        decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
+        buffer = layer.rows(_read(states[name], "momentum_buffer"))
+        by_decay.setdefault(decay, []).append((buffer, layer.rows(checkpoint.tensors[name].read())))
+    return reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+
+
+def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: SGDClock) -> BufferPeaks:
+    if decay == 0.0:
+        return reduce(BufferPeaks.join, (BufferPeaks.of(buffer) for buffer, _ in parts))
+    buffers, weights = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+    return BufferPeaks.of_decayed(buffers, weights, decay, clock)
+
+
+def _read_means(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    states: Mapping[str, ParameterState],
+    rules: Mapping[str, OptimizerRule],
+    newest: int | None,
 ) -> LayerClock:
-    rule = rules[layer.weight]
-    weight = states[layer.weight]
+    """Read a layer whose optimizer keeps Adam's means, or others of which only exact zeros are read.
+
+    Args:
+        checkpoint: The checkpoint.
+        layer: The layer.
+        states: The optimizer state of each parameter.
+        rules: The optimizer of each of the layer's tensors that is read.
+        newest: Number of steps of the layer's optimizer; ``None`` = not known.
+    """
+    rule, weight = rules[layer.weight], states[layer.weight]
     taken = steps_taken(weight.slots, weight.group)
-    clock = AdamClock(rule.betas[0], rule.betas[1], taken)
-    each = {name: _reading(layer, states[name], rules[name]) for name in rules}
-    weights = reduce(ClockReading.join, (each[name] for name in _without_bias(layer, tuple(rules))))
+    each = {
+        name: _clock(own, steps_taken(states[name].slots, states[name].group)).read(
+            *(layer.rows(_read(states[name], slot)) for slot in own.slots)
+        )
+        for name, own in rules.items()
+    }
     reading = reduce(ClockReading.join, each.values())
-    last = newest.get(weight.optimizer)
-    lag = 0 if taken is None or last is None else last - taken
-    alone = len(checkpoint.optimizers) == 1
-    step = checkpoint.step if alone and checkpoint.step is not None else last
-    return LayerClock(layer, rule, clock, reading, weights, tuple(rules), taken, lag, step)
+    step, began = _training_steps(checkpoint, newest)
+    return LayerClock(
+        layer=layer,
+        rule=rule,
+        clock=_clock(rule, taken),
+        reading=reading,
+        weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+        parameters=tuple(rules),
+        taken=taken,
+        lag=0 if taken is None or newest is None else newest - taken,
+        step=step,
+        began=began,
+        untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
+    )
+
+
+def _clock(rule: OptimizerRule, taken: int | None) -> AdamClock | NoClock:
+    return AdamClock(rule.betas[0], rule.betas[1], taken, rule.least_beta) if rule.is_adam else NoClock()
+
+
+def _may_be_first(checkpoint: Checkpoint, newest: int | None) -> bool:
+    """Whether an optimizer may have begun with the training: the file does not count more steps than the optimizer."""
+    return checkpoint.step is None or newest is None or len(checkpoint.optimizers) != 1 or checkpoint.step <= newest
+
+
+def _training_steps(checkpoint: Checkpoint, newest: int | None) -> tuple[int | None, int | None]:
+    """Return the training step of the checkpoint and that at which its optimizer began, as far as they are known.
+
+    A file may count other steps than the optimizer's: batches of which several make a step, or the steps of several
+    optimizers together.
+
+    Args:
+        checkpoint: The checkpoint.
+        newest: Number of steps of the optimizer; ``None`` = not known.
+    """
+    step = checkpoint.step
+    if step is None or newest is None or len(checkpoint.optimizers) != 1:
+        return newest, None
+    batches = step // newest
+    if step < newest or (batches > 1 and step % newest < batches):
+        return None, None
+    return step, step - newest

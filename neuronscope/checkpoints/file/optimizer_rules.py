@@ -1,7 +1,8 @@
 """Recognise the optimizer of a parameter from its saved state and group, and collect what the clock needs.
 
 Several optimizers use the same names in their state. Only optimizers that are known to keep the running means that the
-clock assumes are read; for all others the reason is reported.
+clock assumes are read. Of some others, exact zeros show that a row never got a gradient. For all others the reason is
+reported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from neuronscope.checkpoints.checkpoint import StoredTensor
 
 __all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
 
-_EXACT_TYPES = ("float32", "float64")
+_MEANS = ("exp_avg", "exp_avg_sq")
+_EXACT_TYPES = frozenset({"float32", "float64"})
+_WIDE_TYPES = _EXACT_TYPES | {"bfloat16"}  # the square of an ordinary gradient does not underflow
 _NEVER_UPDATED = "it was never updated: it was frozen, or no gradient ever reached it"
 
 
@@ -45,21 +48,63 @@ class OptimizerRule:
     """The optimizer of one parameter.
 
     Attributes:
-        name: ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD`` …
-        betas: Decays of the running means: two for Adam and its variants, the momentum for SGD.
+        name: ``Adam``, ``AdamW``, ``NAdam``, ``RAdam``, ``SGD``, ``Muon``, ``Adagrad`` …
+        slots: The tensors of its state that are read; each has the parameter's shape.
+        betas: Decays of the running means: two for Adam and its variants, the momentum for SGD and Muon; none if it has
+            no clock. Of a decay that a schedule cycles, the largest.
+        least_beta: The least decay of the first running mean; it differs from ``betas[0]`` if a schedule cycles it.
         decay: The weight decay.
+        dampening: The fraction of a gradient that SGD does not add to its momentum buffer.
         rate: The learning rate at the time of saving; NaN if the file has none.
+        no_clock: Why the time of the last gradient cannot be read: only rows that never got one can be told;
+            ``""`` if it can.
     """
 
     name: str
+    slots: tuple[str, ...]
     betas: tuple[float, ...]
+    least_beta: float
     decay: WeightDecay
+    dampening: float
     rate: float
+    no_clock: str = ""
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether it keeps the two means of Adam, and its clock can be read."""
+        return len(self.betas) == 2
+
+    @property
+    def is_momentum(self) -> bool:
+        """Whether it keeps one mean, a momentum buffer, and its clock can be read."""
+        return len(self.betas) == 1
 
     @property
     def source(self) -> str:
         """The source that evidence from this state names."""
-        return "sgd state" if self.name == "SGD" else "adam state"
+        return "adam state" if self.is_adam else "sgd state" if self.name == "SGD" else f"{self.name} state"
+
+
+#: Optimizers without a clock that add each gradient, or its square, to a sum or a mean that does not reach zero again:
+#: the tensors that their state consists of, and those that are zero only if there never was a gradient.
+_ONLY_ZEROS: tuple[tuple[str, frozenset[str], tuple[str, ...]], ...] = (
+    ("Adagrad", frozenset({"sum"}), ("sum",)),
+    ("RMSprop", frozenset({"square_avg"}), ("square_avg",)),
+    ("RMSprop", frozenset({"square_avg", "momentum_buffer"}), ("square_avg",)),
+    ("RMSprop", frozenset({"square_avg", "grad_avg"}), ("square_avg",)),
+    ("RMSprop", frozenset({"square_avg", "momentum_buffer", "grad_avg"}), ("square_avg",)),
+    ("Adadelta", frozenset({"square_avg", "acc_delta"}), ("square_avg",)),
+    ("Adamax", frozenset({"exp_avg", "exp_inf"}), ("exp_avg",)),
+    ("Lion", frozenset({"exp_avg"}), ("exp_avg",)),
+)
+#: Optimizers of which nothing can be read, by tensors of their state.
+_UNREADABLE = (
+    ("Adafactor", ("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col")),
+    ("an 8-bit optimizer", ("state1", "qmap1", "absmax1")),
+    ("fastai's optimizers", ("grad_avg", "sqr_avg")),
+    ("Rprop", ("step_size",)),
+)
+_NO_SLOTS = ("step", "ax", "eta", "mu", "mu_product")  # numbers that are kept beside the means
 
 
 def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
@@ -71,12 +116,24 @@ def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> O
     """
     if "exp_avg" in slots and "exp_avg_sq" in slots:
         return _adam(group, slots)
-    if "nesterov" in group and set(slots) <= {"momentum_buffer"}:
-        return _sgd(group, slots)
+    kept = frozenset(map(str, slots)).difference(_NO_SLOTS)
+    if not {"ns_steps", "ns_coefficients", "use_muon"}.isdisjoint(group) and kept == {"momentum_buffer"}:
+        return _momentum("Muon", group, slots)
+    if "nesterov" in group and kept <= {"momentum_buffer"}:
+        return _momentum("SGD", group, slots)
+    for name, parts, zeros in _ONLY_ZEROS:
+        if kept == parts:
+            return _only_zeros(name, group, slots, zeros, f"no clock for {name}")
+    for name, marks in _UNREADABLE:
+        if not kept.isdisjoint(marks):
+            return f"no clock for {name}, which keeps {_listed(slots)}"
     if not slots:
         return _NEVER_UPDATED
-    kept = ", ".join(map(str, list(slots)[:8])) or "nothing"
-    return f"its optimizer keeps {kept}: the clock of such an optimizer is not known"
+    return f"no clock for its optimizer, which keeps {_listed(slots)}"
+
+
+def _listed(slots: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, list(slots)[:8])) or "nothing"
 
 
 def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
@@ -86,52 +143,95 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule |
         name = "AdamW" if group.get("decoupled_weight_decay") is True else "Adam"
     elif "correct_bias" in group:
         name = "AdamW"  # transformers before 5; always decoupled
+    elif "use_muon" in group:
+        name = "AdamW"  # what the Muon of Jordan et al. uses for other parameters; always decoupled
     elif "decoupled_weight_decay" in group:
         name = "RAdam"
     else:
         return (
-            "its optimizer keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, AdamW, NAdam or RAdam: "
-            f"they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
+            "no clock for its optimizer, which keeps exp_avg and exp_avg_sq, but its groups are not those of Adam, "
+            f"AdamW, NAdam or RAdam: they hold {', '.join(map(str, sorted(map(str, group)))) or 'nothing'}"
         )
-    reason = _unsupported_dtype(slots, "exp_avg", "exp_avg_sq")
-    if reason:
-        return reason
+    types = _dtypes(slots, _MEANS)
+    if not types <= _EXACT_TYPES:
+        return _only_zeros(name, group, slots, _MEANS, _inexact(name, types))
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
         return f"its group's betas are {group.get('betas')!r} and its weight decay {group.get('weight_decay')!r}"
-    if not (betas[0] > 0 and betas[0] ** 2 < betas[1] < 1):
-        return f"with betas of {betas[0]:g} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
-    decoupled = True if "correct_bias" in group else group.get("decoupled_weight_decay")
-    rate = _number(group.get("lr"))
+    least, largest = _cycled(group, betas[0])
+    if not (least > 0 and largest**2 < betas[1] < 1):
+        beta1 = f"{betas[0]:g}" if least == largest else f"{least:g} to {largest:g}"
+        return f"with betas of {beta1} and {betas[1]:g} its clock cannot be read: 0 < β1 < √β2 < 1 is needed"
+    decoupled = True if "correct_bias" in group or "use_muon" in group else group.get("decoupled_weight_decay")
     return OptimizerRule(
         name,
-        betas,
+        _MEANS,
+        (largest, betas[1]),
+        least,
         WeightDecay(amount, decoupled if isinstance(decoupled, bool) else None),
-        math.nan if rate is None else rate,
+        0.0,
+        _rate(group),
     )
 
 
-def _sgd(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
+def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule | str:
+    """Return the rule of SGD, or of Muon, which keeps the same buffer before it makes it orthogonal.
+
+    Muon's weight decay acts on the weights only.
+    """
     momentum, amount = _number(group.get("momentum")), _number(group.get("weight_decay"))
-    if momentum is None or amount is None or not 0 <= momentum < 1:
+    dampening = _number(group.get("dampening", 0.0))
+    if momentum is None or amount is None or dampening is None or not 0 <= momentum < 1:
         return f"its group's momentum is {group.get('momentum')!r} and its weight decay {group.get('weight_decay')!r}"
-    if momentum == 0:
-        return "SGD without momentum keeps nothing of past gradients"
+    least, largest = _cycled(group, momentum)
+    if largest == 0:
+        return f"{name} without momentum keeps nothing of past gradients"
     if not slots:
         return _NEVER_UPDATED
-    reason = _unsupported_dtype(slots, "momentum_buffer")
-    if reason:
-        return reason
+    if not (least > 0 and largest < 1):
+        return f"with a momentum of {least:g} to {largest:g} its clock cannot be read"
+    types = _dtypes(slots, ("momentum_buffer",))
+    if not types <= _EXACT_TYPES:
+        return _only_zeros(name, group, slots, ("momentum_buffer",), _inexact(name, types))
+    decay = WeightDecay(amount, name == "Muon")
+    return OptimizerRule(name, ("momentum_buffer",), (largest,), least, decay, dampening, _rate(group))
+
+
+def _only_zeros(
+    name: str, group: Mapping[str, Any], slots: Mapping[str, Any], zeros: tuple[str, ...], no_clock: str
+) -> OptimizerRule | str:
+    """Return the rule of an optimizer of whose state only exact zeros can be read, or why not even these can be."""
+    initial = _number(group.get("initial_accumulator_value", 0.0))
+    if initial != 0.0:
+        return f"{no_clock}: its sums begin at {group.get('initial_accumulator_value')!r}, so that none is ever zero"
+    if not _dtypes(slots, zeros) <= _WIDE_TYPES:
+        return no_clock
+    decay = WeightDecay(_number(group.get("weight_decay")) or 0.0, None)
+    return OptimizerRule(name, zeros, (), math.nan, decay, 0.0, _rate(group), no_clock)
+
+
+def _cycled(group: Mapping[str, Any], value: float) -> tuple[float, float]:
+    """Return the least and the largest momentum or β1 of a group, which a schedule may cycle.
+
+    ``OneCycleLR`` and ``CyclicLR`` keep the two ends of the cycle in the group.
+    """
+    ends = [_number(group.get(name)) for name in ("base_momentum", "max_momentum")]
+    values = [value, *(end for end in ends if end is not None and 0 <= end < 1)]
+    return min(values), max(values)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
     rate = _number(group.get("lr"))
-    return OptimizerRule("SGD", (momentum,), WeightDecay(amount, False), math.nan if rate is None else rate)
+    return math.nan if rate is None else rate
 
 
-def _unsupported_dtype(slots: Mapping[str, Any], *names: str) -> str | None:
-    types = {getattr(slots[name], "dtype", "no tensor") for name in names}
-    if len(types) == 1 and types <= set(_EXACT_TYPES):
-        return None
+def _dtypes(slots: Mapping[str, Any], names: tuple[str, ...]) -> set[str]:
+    return {getattr(slots[name], "dtype", "no tensor") for name in names}
+
+
+def _inexact(name: str, types: set[str]) -> str:
     return (
-        f"its optimizer's state is kept in {' and '.join(sorted(types))}, where small numbers stop decaying: "
+        f"no clock for {name} whose state is kept in {' and '.join(sorted(types))}, where small numbers stop decaying: "
         "its clock can be read in float32 and float64 only"
     )
 

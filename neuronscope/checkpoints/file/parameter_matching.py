@@ -3,7 +3,8 @@
 torch numbers the parameters of an optimizer and saves their names only if it was given names. The numbers follow the
 order in which the parameters were passed to the optimizer. Within a group this is usually the model's own order, so the
 entries of a group are a subsequence of the model's parameters with the same shapes. An entry is matched to a parameter
-only if every such subsequence matches it to the same one.
+only if every such subsequence matches it to the same one. Where the file does not have the model's order (safetensors
+sorts by name), see :mod:`neuronscope.checkpoints.file.parameter_order`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.layers import is_parameter
+from neuronscope.checkpoints.file.optimizer_rules import recognize_optimizer
+from neuronscope.checkpoints.file.parameter_order import possible_places
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["ParameterMatches", "ParameterState", "match_parameters"]
@@ -22,6 +25,9 @@ _SOURCE = "optimizer state"
 
 #: Number of comparisons after which the search is given up, so that a damaged file cannot make it hang.
 _MAX_COMPARISONS = 4_000_000
+
+#: Names of sums over the rows or columns of a parameter.
+_FACTORS = frozenset({"row_var", "exp_avg_sq_row"})
 
 Shape = tuple[int, ...]
 
@@ -54,19 +60,15 @@ class ParameterMatches:
     abstentions: tuple[Abstention, ...]
 
 
-def match_parameters(
-    tensors: Mapping[str, StoredTensor],
-    optimizers: Sequence[OptimizerState],
-    parameter_names: Sequence[str] | None = None,
-) -> ParameterMatches:
+def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | None = None) -> ParameterMatches:
     """Match the entries of all optimizers to parameters.
 
     Args:
-        tensors: The network's tensors by name, in the order of the file.
-        optimizers: The saved states of the optimizers.
+        checkpoint: The opened checkpoint.
         parameter_names: The names of ``model.named_parameters()`` if the model is known; by default all tensors that
-            may be parameters by their name and dtype.
+            may be parameters by their name and dtype, in the order of the file.
     """
+    tensors = checkpoint.tensors
     names = [name for name in tensors if is_parameter(name, tensors[name])]
     if parameter_names is not None:
         names = [name for name in parameter_names if name in tensors]
@@ -74,7 +76,7 @@ def match_parameters(
     states: dict[str, ParameterState] = {}
     abstentions: list[Abstention] = []
     runs: list[_ParameterRun] = []
-    for number, optimizer in enumerate(optimizers):
+    for number, optimizer in enumerate(checkpoint.optimizers):
         for group in optimizer.groups:
             keys = _keys(group)
             saved_names: Any = group.get("param_names")
@@ -84,12 +86,20 @@ def match_parameters(
                 abstentions += _match_by_name(labels, found, shapes, states)
             else:
                 runs.append(_ParameterRun(number, found))
-    abstentions += _match_by_order(runs, shapes, states)
+    if checkpoint.is_ordered or parameter_names is not None:
+        abstentions += _match_by_order(runs, shapes, states)
+    else:
+        abstentions += _match_unordered(runs, shapes, states)
     return ParameterMatches(states, tuple(abstentions))
 
 
 def state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
-    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions."""
+    """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions.
+
+    ``None`` if the state does not show it: it is empty, or it keeps sums over rows and columns only (Adafactor).
+    """
+    if not _FACTORS.isdisjoint(slots):
+        return None
     shapes = [tuple(slot.shape) for slot in slots.values() if hasattr(slot, "shape")]
     return max((shape for shape in shapes if shape), key=len, default=None)
 
@@ -210,6 +220,29 @@ def _match_by_order(
     return abstentions
 
 
+def _match_unordered(
+    runs: Sequence[_ParameterRun], shapes: Mapping[str, Shape], states: dict[str, ParameterState]
+) -> list[Abstention]:
+    """Match entries that were saved by number, if the file's order is not the model's.
+
+    Several groups are told apart by the shapes of their parameters: those of matrices and of vectors, for example.
+    """
+    free = {name: shape for name, shape in shapes.items() if name not in states}
+    abstentions = []
+    for run in runs:
+        others = {shape for other in runs if other is not run for shape in other.shapes}
+        fitting = free
+        if others:
+            fitting = {name: shape for name, shape in free.items() if shape in run.shapes and shape not in others}
+        places = possible_places(fitting, run.shapes)
+        certain = {next(iter(at)): name for name, at in places.items() if len(at) == 1}
+        states |= {name: run.states[place] for place, name in certain.items()}
+        unsure = len(run.states) - len(certain)
+        if unsure:
+            abstentions.append(Abstention(_SOURCE, "", _why(unsure, run, bool(places), False)))
+    return abstentions
+
+
 def _places_in_a_part(
     run: _ParameterRun, runs: Sequence[_ParameterRun], free: Sequence[str], shapes: Mapping[str, Shape]
 ) -> list[str | None] | None:
@@ -232,6 +265,9 @@ def _why(unsure: int, run: _ParameterRun, fits: bool, gave_up: bool) -> str:
     which = f"{unsure} of {len(run.states)} entries of a parameter group"
     if gave_up:
         return f"There are too many groups and parameters to find the parameters of {which}."
+    unreadable = {recognize_optimizer(state.group, state.slots) for state in run.states}
+    if len(unreadable) == 1 and isinstance(reason := unreadable.pop(), str):
+        return f"The parameters of {which} are not known, and {reason}."
     if not fits:
         return (
             f"The parameters of {which} are not known: no selection of the network's parameters has their shapes in "

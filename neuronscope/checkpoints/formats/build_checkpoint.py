@@ -87,6 +87,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         path=path,
         format=_of_lightning(raw.format) if lightning else raw.format,
         tensors=tensors,
+        is_ordered="safetensors" not in raw.format,
         optimizers=optimizers,
         records=records,
         step=_step(data, raw.step, optimizers),

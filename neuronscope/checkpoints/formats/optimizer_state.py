@@ -32,6 +32,16 @@ def is_optimizer_state(value: Any) -> bool:
     )
 
 
+def _is_fastai_state(value: Any) -> bool:
+    """Whether a value has the form of fastai's ``Optimizer.state_dict()``: a list of states, and hyperparameters."""
+    if not isinstance(value, Mapping) or set(value) != {"state", "hypers"}:
+        return False
+    return all(
+        isinstance(part, list | tuple) and part and all(isinstance(inner, Mapping) for inner in part)
+        for part in value.values()
+    )
+
+
 def find_optimizers(
     content: Any, strip: Callable[[str], str] = escape_surrogates, notes: list[str] | None = None
 ) -> tuple[OptimizerState, ...]:
@@ -62,6 +72,9 @@ def _candidates(value: Any, depth: int, seen: set[int]) -> Iterator[Mapping[str,
     seen.add(id(value))
     if is_optimizer_state(value):
         yield value
+    elif _is_fastai_state(value):
+        params = list(range(len(value["state"])))
+        yield {"state": dict(enumerate(value["state"])), "param_groups": [{**value["hypers"][0], "params": params}]}
     elif depth:
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         for item in inner:

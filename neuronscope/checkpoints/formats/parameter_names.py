@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable
 
 from neuronscope.attach.module_paths import named_sites_path
 
-__all__ = ["escape_surrogates", "prefix_stripper"]
+__all__ = ["COUNTERS", "escape_surrogates", "prefix_stripper"]
+
+#: Names of numbers that wrappers keep beside the tensors of the network (``AveragedModel``).
+COUNTERS = ("n_averaged",)
 
 # Parts that wrappers add before all names.
 _LEADING = ("module.", "_module.", "base_model.model.")
@@ -26,7 +29,8 @@ def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[
 
     ``_orig_mod``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module`` and ``_forward_module`` are removed anywhere
     in a name. A leading ``module`` (data parallel wrappers), ``_module`` (Opacus) or ``base_model.model`` (PEFT) is
-    removed if every name has it. If two names would become the same, all names stay as they are.
+    removed if every name but a wrapper's counter has it. If two names would become the same, all names stay as they
+    are.
 
     Args:
         names: The names of all tensors of the network.
@@ -39,8 +43,10 @@ def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[
     'fc.weight'
     >>> prefix_stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
     'module.fc.weight'
+    >>> prefix_stripper(["n_averaged", "module.fc.weight"])("module.fc.weight")
+    'fc.weight'
     """
-    before = set(names)
+    before = set(names).difference(COUNTERS)
     removed: list[str] = []
     bare = {named_sites_path(name) for name in before}
     while wrapped and bare:

@@ -24,7 +24,13 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     training_maximum,
 )
 from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
-from neuronscope.checkpoints.model.bounds.propagate import Box, SiteBounds, propagate_bounds, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import (
+    Box,
+    SiteBounds,
+    is_zero_below_zero,
+    propagate_bounds,
+    site_bounds,
+)
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
 from neuronscope.checkpoints.model.trace import ForwardError, trace
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
@@ -217,11 +223,12 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], 
 
 
 def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evidence]:
-    """Yield what batch norm's parameters say about the neurons of a site right after it."""
-    if site.info.kind != "relu-like" or not site.info.linear_when_on:
-        return
+    """Yield what batch norm's parameters say about the neurons of a site right after it.
+
+    All of it holds for any activation that is zero for inputs up to zero.
+    """
     parameters = _parameters_before(graph, site)
-    if parameters is None:
+    if parameters is None or not is_zero_below_zero(graph, site):
         return
     scale, shift = parameters
     c = threshold(scale, shift).numpy()

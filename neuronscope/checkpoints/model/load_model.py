@@ -24,9 +24,10 @@ from neuronscope.attach.module_paths import walk
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.formats.byte_range import read_json
+from neuronscope.checkpoints.formats.parameter_names import COUNTERS
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
-__all__ = ["build_model", "list_parameters", "load_named", "load_weights", "path_in_model"]
+__all__ = ["build_model", "configured_parameters", "list_parameters", "load_named", "load_weights", "path_in_model"]
 
 
 def load_named(name: str, argument: str) -> Any:
@@ -205,7 +206,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         "missing": [
             name for name, (_, _, tensor) in slots.items() if name not in stored_names and id(tensor) not in found
         ],
-        "unexpected": [name for name in checkpoint.tensors if name not in used],
+        "unexpected": [name for name in checkpoint.tensors if name not in used and name not in COUNTERS],
         "of another shape": [
             f"{name} {tuple(tensor.shape)} ≠ {tuple(stored.shape)}"
             for name, tensor, stored in pairs
@@ -250,7 +251,7 @@ def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]
             if own.startswith(prefix) and own.removeprefix(prefix) in theirs
         }
         best = max(best, removed, key=len)
-    return best
+    return best | {name: name for name in COUNTERS if name in ours and name in theirs}
 
 
 def _fill(
@@ -308,6 +309,24 @@ def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{name}" if path else name)
     return [stored.get(name, name) for name in names.values()]
+
+
+def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
+    """Return what :func:`list_parameters` does for the network of a Hugging Face folder's own ``config.json``.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        The names, or ``None`` if the folder has no configuration or the network cannot be built from it.
+    """
+    if not checkpoint.config.get("architectures"):
+        return None
+    with contextlib.suppress(Exception), torch.device("meta"):  # a convenience: nobody asked for this network
+        names = list_parameters(_hugging_face(checkpoint.config), checkpoint)
+        if any(name in checkpoint.tensors for name in names):
+            return names
+    return None
 
 
 def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
