@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
@@ -24,6 +25,7 @@ from neuronscope.attach.compiling import count_compilations, is_compiled, is_tra
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
+from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight, runs_fused
 from neuronscope.attach.gradient_hooks import InertHook
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
@@ -94,7 +96,8 @@ class HookManager:
         self._thread = SingleThread()
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
-        self._suspended: list[str] = []  # modules during whose call the mode is left
+        self._fused: list[tuple[int, nn.Module, Any]] = []  # calls that torch fuses: modules around it, module, input
+        self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False
         self._handles = HookHandles()
         self._model = weakref.ref(model)
@@ -135,7 +138,8 @@ class HookManager:
 
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
         if activation is None or is_root:
-            self._handles.add(module.register_forward_pre_hook(_EnterModule(self, path), with_kwargs=True))
+            enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
+            self._handles.add(module.register_forward_pre_hook(enter(self, path), with_kwargs=True))
         if activation is not None:
             self._handles.add(
                 module.register_forward_pre_hook(_BeforeActivation(self, path, activation), with_kwargs=True)
@@ -249,7 +253,8 @@ class HookManager:
         self.callers.cut(0)
         self._activation = None
         self.running.clear()
-        self._suspended.clear()
+        self._fused.clear()
+        self._hidden.put_back()
         self._thread.release()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
@@ -290,11 +295,34 @@ class HookManager:
             self.uneven_inputs.note_wrapper()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
-            # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
-            self.recorder.not_measured.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
-            self._suspended.append(path)
-            self.entered.leave(handling=self._mode.handling)
+
+    def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
+        """Stand aside during a call that torch runs in a fused kernel.
+
+        Args:
+            path: Path of the module.
+            module: The module.
+            x: Its input ``(B, T, D)``.
+        """
+        self._fused.append((len(self.recorder.forward.module_stack) - 1, module, x))
+        self.entered.leave(handling=self._mode.handling)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            prefix = f"{path}." if path else ""
+            self.recorder.note_ran(f"{prefix}activation")
+            self.recorder.not_measured.setdefault(f"{prefix}linear1/{hidden_activation(module)}", REASON)
+
+    def hide_hooks(self, module: nn.Module) -> None:
+        """Take all hooks off a module and what is inside it while it runs, if torch looks for hooks there."""
+        if isinstance(module, nn.TransformerEncoderLayer):
+            self._hidden.take_off(module)
+
+    def _leave_fused(self, module: nn.Module, output: Any) -> None:
+        """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
+        if output is not None and self._fused and self._fused[-1][1] is module and self.watches_here():
+            try:
+                self.leave(self.recorder.forward.current_path, output)
+            except Exception as error:
+                self.fail(error)
 
     def leave(self, path: str, output: Any) -> None:
         """Note that a watched module has ended or failed.
@@ -303,15 +331,28 @@ class HookManager:
             path: Path of the module.
             output: What it returned; ``None`` if it failed.
         """
+        if self._fused:
+            self._end_fused(output)
         if path == "" and not is_tracing():
             self.recorder.forward.flow.note_outputs(output)
-        if self._suspended and self._suspended[-1] == path:
-            self._suspended.pop()
-            self.entered.enter(handling=self._mode.handling)
         if self.recorder.forward.leave():
             self._end()
         else:
             self.callers.cut(len(self.recorder.forward.module_stack))
+
+    def _end_fused(self, output: Any) -> None:
+        """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
+        depth, found = len(self.recorder.forward.module_stack) - 1, None
+        while self._fused and self._fused[-1][0] >= depth:
+            found = self._fused.pop()
+        if found is None or self._fused:
+            return
+        self.entered.enter(handling=self._mode.handling)
+        _, module, x = found
+        y, weight = output[0] if isinstance(output, tuple) else output, last_weight(module)
+        if isinstance(y, Tensor) and weight is not None:
+            with unwatched():
+                self.recorder.forward.flow.follow(F.linear, (x, weight), {}, y)
 
     def _forget_interrupted(self, module: nn.Module, caller: FrameType) -> None:
         """Forget what an interrupt ended, if the hook of a module is called from a place where it does not run."""
@@ -375,12 +416,6 @@ def _may_call_functions(module: nn.Module) -> bool:
     return not own or next(module.children(), None) is not None
 
 
-def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the encoder packs padded input into nested tensors, as it does in evaluation without gradients."""
-    padded = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
-    return padded is not None and not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor
-
-
 def _caller() -> FrameType | None:
     """Return the frame that called the hook that calls this; ``None`` while ``torch.compile`` traces."""
     return None if is_tracing() else sys._getframe(2)
@@ -399,6 +434,29 @@ class _EnterModule(InertHook):
                 self.manager.fail(error)
         elif self.manager.failure is not None:
             self.manager.recorder.forward.module_stack.append(self.path)
+
+
+class _EnterFusable(_EnterModule):
+    """A hook on a module that torch may run in a fused kernel."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
+        if self.manager.watches_here():
+            try:
+                self.manager.enter(self.path, module, args, kwargs, _caller())
+                if fused:
+                    self.manager.enter_fused(self.path, module, first_input(args, kwargs))
+            except Exception as error:
+                self.manager.fail(error)
+        elif self.manager.failure is not None:
+            self.manager.recorder.forward.module_stack.append(self.path)
+        if fused:
+            self.manager.hide_hooks(module)
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether a hook or a function mode is one of Neuronscope's."""
+    return isinstance(found, (InertHook, ActivationFunctionMode))
 
 
 class _LeaveModule(InertHook):

@@ -213,6 +213,10 @@ class SiteRecorder:
         """Return the paths of the activation modules that ran in a phase."""
         return {path for name, path in self._ran if name == phase}
 
+    def note_ran(self, path: str) -> None:
+        """Note that an activation module ran in the current phase, if there is one at this path."""
+        self._ran.add((self.running_phase, path))
+
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
         """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
