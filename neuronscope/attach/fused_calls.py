@@ -1,8 +1,8 @@
 """Find the calls that torch runs in one fused kernel, as long as no hook and no function mode is in its way.
 
 In evaluation without gradients, attention and a transformer's encoder layer have such a *fast path*. It rounds
-differently, so a watched model must take it whenever an unwatched one would. Torch looks for hooks on every module of an
-encoder layer, and for function modes at all three classes.
+differently, so a watched model must take it whenever an unwatched one would. Torch looks for hooks on every module of
+an encoder layer, and for function modes at all three classes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.hook_handles import Taken, put_back, tables, take_off
 
 __all__ = ["FUSABLE", "REASON", "HiddenHooks", "hidden_activation", "last_weight", "runs_fused"]
 
@@ -93,7 +94,7 @@ def _layer_runs_fused(
         return False
     if x.is_nested and any(each is not None for each in (*args[1:3], *map(kwargs.get, ("src_mask", _PADDING)))):
         return False
-    hooks = (hook for module in layer.modules() for table in _tables(module) for hook in table.values())
+    hooks = (hook for module in layer.modules() for table in tables(module) for hook in table.values())
     return all(map(is_ours, hooks)) and _takes_plain_tensors(layer, x)
 
 
@@ -126,11 +127,6 @@ def hidden_activation(layer: nn.TransformerEncoderLayer) -> str:
     return "relu" if layer.activation_relu_or_gelu == 1 else "gelu"
 
 
-def _tables(module: nn.Module) -> tuple[Any, Any]:
-    """Return the tables in which torch looks for hooks on a module."""
-    return module._forward_hooks, module._forward_pre_hooks
-
-
 class HiddenHooks:
     """Takes the hooks off a module and all inside it while it runs, and puts them back when it has run.
 
@@ -140,11 +136,13 @@ class HiddenHooks:
         ended: Called with the module and its output when it has run; the output is ``None`` if it failed, and then
             torch calls the hooks of the module that were put back.
 
+    >>> from neuronscope.attach.gradient_hooks import InertHook
     >>> module, order = torch.nn.ReLU(), []
     >>> hidden = HiddenHooks(lambda module, output: order.append("ended"))
-    >>> def hide(module, args):
-    ...     hidden.take_off(module)
-    >>> _ = module.register_forward_pre_hook(hide)
+    >>> class Hide(InertHook):
+    ...     def __call__(self, module, args):
+    ...         hidden.take_off(module)
+    >>> _ = module.register_forward_pre_hook(Hide())
     >>> _ = module(torch.ones(1))
     >>> order, len(module._forward_pre_hooks)
     (['ended'], 1)
@@ -153,7 +151,7 @@ class HiddenHooks:
     def __init__(self, ended: Callable[[nn.Module, Any], None]) -> None:
         self._ended = ended
         self._module: nn.Module | None = None
-        self._taken: list[tuple[Any, list[tuple[Any, Any]]]] = []
+        self._taken: Taken = []
         self._handle: RemovableHandle | None = None
 
     def take_off(self, module: nn.Module) -> None:
@@ -164,11 +162,7 @@ class HiddenHooks:
         """
         self.put_back()
         self._module = module
-        for each in module.modules():
-            for table in _tables(each):
-                if table:
-                    self._taken.append((table, [*table.items()]))
-                    table.clear()
+        self._taken = take_off(module.modules())
         self._handle = register_module_forward_hook(self._after, always_call=True)
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
@@ -179,11 +173,7 @@ class HiddenHooks:
             self._ended(module, output)
 
     def _put_back(self) -> None:
-        for table, hooks in self._taken:
-            later = [*table.items()]
-            table.clear()
-            table.update(hooks)
-            table.update(later)
+        put_back(self._taken)
         self._taken = []
         self._module = None
 

@@ -33,6 +33,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import CountersFactory, DeclaredAxis, SiteRecorder
+from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
@@ -45,6 +46,8 @@ _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
+#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does.
+_NOTHING: Mapping[str, Any] = {}
 
 
 class HookManager:
@@ -108,6 +111,7 @@ class HookManager:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
+        allow_scripting(self)
         hidden: list[str] = []  # modules below these paths get no hooks
         for path, module in walk(model):
             if any(path.startswith(f"{parent}.") for parent in hidden):
@@ -121,17 +125,17 @@ class HookManager:
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
-                self._handles.add(module.register_forward_hook(_LabelOutput(self, path)))
+                self._handles.add_after(module, _LabelOutput(self, path))
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
-                self._handles.add(module.register_forward_pre_hook(_SuspendInside(self)))
-                self._handles.add(module.register_forward_hook(_ResumeInside(self), always_call=True))
+                self._handles.add_before(module, _SuspendInside(self))
+                self._handles.add_after(module, _ResumeInside(self))
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
-            if activation is not None or path == "" or _may_call_functions(module):
+            if activation is not None or path == "" or _names_places(module):
                 self._hook(module, path, activation, is_root=path == "")
             if is_time_first(module):
-                self._handles.add(module.register_forward_pre_hook(_NoteLayout(self, self._examples), with_kwargs=True))
+                self._handles.add_before(module, _NoteLayout(self, self._examples))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
@@ -139,19 +143,18 @@ class HookManager:
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
         if activation is None or is_root:
             enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
-            self._handles.add(module.register_forward_pre_hook(enter(self, path), with_kwargs=True))
+            self._handles.add_before(module, enter(self, path))
         if activation is not None:
-            self._handles.add(
-                module.register_forward_pre_hook(_BeforeActivation(self, path, activation), with_kwargs=True)
-            )
-            self._handles.add(module.register_forward_hook(_AfterActivation(self), always_call=True, with_kwargs=True))
+            self._handles.add_before(module, _BeforeActivation(self, path, activation))
+            self._handles.add_after(module, _AfterActivation(self), with_kwargs=True)
         if activation is None or is_root:
-            self._handles.add(module.register_forward_hook(_LeaveModule(self, path), always_call=True))
+            self._handles.add_after(module, _LeaveModule(self, path))
 
     def detach(self) -> None:
         """Remove every hook; does nothing if it was done before."""
         self.set_observing(False)
-        self._handles.remove()
+        self._handles.remove(self._model())
+        stop_allowing_scripting(self)
         self.recorder.close()
 
     def pause(self, steps: int) -> None:
@@ -396,7 +399,9 @@ class HookManager:
             x: The pre-activation.
             y: The output; ``None`` if the module failed.
         """
-        call = self.running.pop() if self.running else None
+        if not self.running:
+            return  # the hook was moved to a module whose begin was not seen
+        call = self.running.pop()
         if not self.running:
             self._activation = None
             self.entered.resume()
@@ -408,12 +413,15 @@ class HookManager:
             self._thread.release()
 
 
-def _may_call_functions(module: nn.Module) -> bool:
-    """Whether a module may call activation functions itself: all but torch's own leaf modules and containers."""
-    if type(module) in (nn.ModuleList, nn.ModuleDict):
+def _names_places(module: nn.Module) -> bool:
+    """Whether the place of an activation function that is called in a module is named by its path.
+
+    Torch's own leaf modules call none. A module without parameters, such as a point at which a library lets hooks in,
+    is a part of the module around it: it may look at its own hooks, so it gets none.
+    """
+    if type(module) in (nn.ModuleList, nn.ModuleDict) or next(module.parameters(), None) is None:
         return False
-    own = type(module).__module__.startswith("torch.nn.modules.")
-    return not own or next(module.children(), None) is not None
+    return not type(module).__module__.startswith("torch.nn.modules.") or next(module.children(), None) is not None
 
 
 def _caller() -> FrameType | None:
@@ -426,7 +434,7 @@ class _EnterModule(InertHook):
         self.manager = manager
         self.path = path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 self.manager.enter(self.path, module, args, kwargs, _caller())
@@ -439,7 +447,7 @@ class _EnterModule(InertHook):
 class _EnterFusable(_EnterModule):
     """A hook on a module that torch may run in a fused kernel."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
         if self.manager.watches_here():
             try:
@@ -482,7 +490,7 @@ class _NoteLayout(InertHook):
         self.manager = manager
         self.examples = examples
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 self.examples.note_layout(module, args, kwargs)
@@ -509,13 +517,16 @@ class _SuspendInside(InertHook):
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             self.manager.begin_activation(None, _caller())
 
 
-class _ResumeInside(_SuspendInside):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+class _ResumeInside(InertHook):
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here() and self.manager.running:
             self.manager.after(None, None)
 
@@ -526,7 +537,7 @@ class _BeforeActivation(InertHook):
         self.path = path
         self.activation = activation
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 with unwatched():
@@ -539,11 +550,12 @@ class _AfterActivation(InertHook):
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
         if self.manager.watches_here():
             try:
+                kwargs = given[0] if len(given) > 1 else _NOTHING
                 with unwatched():
-                    self.manager.after(first_input(args, kwargs), output)
+                    self.manager.after(first_input(args, kwargs), given[-1])
             except Exception as error:
                 self.manager.fail(error)
 
