@@ -64,7 +64,7 @@ def scan(
     call = forward or _call
     batches = 0
     scope = Scope(model, WatchOptions(**options, join_ranks=False))
-    with model_state_restored(model):
+    with model_state_restored(model), _nothing_fused():
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
             for parameter in model.parameters():  # so that gradients reach every neuron, also in frozen layers
@@ -111,6 +111,17 @@ def model_state_restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, values in buffers:
                 module._buffers[name] = buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def _nothing_fused() -> Iterator[None]:
+    """Keep torch from running transformer layers in fused kernels, in which no activation can be seen."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

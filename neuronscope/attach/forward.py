@@ -115,6 +115,9 @@ class ForwardContext:
             elif not self.explicit_step:
                 self.ran_parts = True
             self._inference = self._begins_inference()
+            if self.exporting and not is_tracing():  # torch.jit.trace would record what we ask of tensors
+                self.module_stack.append(path)
+                return True
             if not self._graded and not self.recomputing and not self.training:
                 self.recomputation.clear()  # no backward pass will come
             if is_tracing():

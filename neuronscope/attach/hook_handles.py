@@ -1,46 +1,115 @@
-"""Keep the handles of all hooks on a model; take the hooks off while nothing is observed, and put them back in order.
+"""Put hooks on the modules of a model, take them off while they are in the way, and leave none in a copy of the model.
 
 Torch calls a module that has any hook by a slower path, so hooks are taken off while they have nothing to do. With the
 callbacks' defaults this saves 3 % of a training step of 1 ms. ``torch.compile`` reads the hooks of a model only once,
 when it traces it, so a model that was traced, or may be traced next, keeps its hooks.
+
+They are also taken off a part of a model while something runs that would not work with them: see
+:mod:`neuronscope.attach.fused_calls` and :mod:`neuronscope.attach.scripting`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, MutableMapping
+import operator
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-__all__ = ["HookHandles"]
+from neuronscope.attach.gradient_hooks import InertHook
+
+__all__ = ["HookHandles", "Taken", "is_ours", "put_back", "tables", "take_off"]
+
+Table = OrderedDict[Any, Any]
+#: A table of hooks, all that it held, in order, and the keys of the hooks that were taken off.
+Taken = list[tuple[Table, dict[Any, Any], set[Any]]]
+
+_numbers = itertools.count()
+
+
+class _Flag:
+    """Says how a hook is called, as ``True`` does in torch's tables, and takes the hook out of a copied model.
+
+    A module of torch holds the table of such flags after the table of hooks, so that it is copied and loaded after it.
+
+    Args:
+        table: The table of hooks.
+        key: The hook's key in it.
+    """
+
+    def __init__(self, table: Table, key: str) -> None:
+        self._table = table
+        self._key = key
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> bool:
+        copied = memo.get(id(self._table))
+        if copied is not None:
+            copied.pop(self._key, None)
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.delitem, (self._table, self._key)  # of the standard library: it can be loaded without us
 
 
 class HookHandles:
-    """The handles of the hooks of one watch.
+    """The hooks of one watch.
 
-    >>> import torch
+    >>> import copy, torch
+    >>> class Note(InertHook):
+    ...     def __call__(self, module, args, kwargs):
+    ...         order.append("ours")
     >>> module, handles, order = torch.nn.ReLU(), HookHandles(), []
-    >>> handles.add(module.register_forward_pre_hook(lambda module, args: order.append("ours")))
+    >>> handles.add_before(module, Note())
     >>> _ = module.register_forward_pre_hook(lambda module, args: order.append("theirs"))
+    >>> _ = copy.deepcopy(module)(torch.ones(1))
     >>> handles.take_off()
     >>> _ = module(torch.ones(1))
     >>> handles.put_back()
     >>> _ = module(torch.ones(1))
     >>> order
-    ['theirs', 'ours', 'theirs']
+    ['theirs', 'theirs', 'ours', 'theirs']
     """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._taken: list[list[Any]] = []  # of each handle: its entry in each table
+        self._hooks: set[InertHook] = set()
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._taken: Taken = []
 
     def __bool__(self) -> bool:
-        return bool(self._handles)
+        return bool(self._hooks)
 
-    def add(self, handle: RemovableHandle) -> None:
-        """Add the handle of a hook that was registered."""
-        self._handles.append(handle)
+    def add_before(self, module: nn.Module, hook: InertHook) -> None:
+        """Call a hook with ``(module, args, kwargs)`` before a module's forward.
+
+        Args:
+            module: The module.
+            hook: The hook.
+        """
+        key = self._add(module, module._forward_pre_hooks, hook)
+        module._forward_pre_hooks_with_kwargs[key] = _Flag(module._forward_pre_hooks, key)  # type: ignore[assignment]
+
+    def add_after(self, module: nn.Module, hook: InertHook, *, with_kwargs: bool = False) -> None:
+        """Call a hook with ``(module, args, output)`` after a module's forward; the output is ``None`` if it failed.
+
+        Args:
+            module: The module.
+            hook: The hook.
+            with_kwargs: Call it with ``(module, args, kwargs, output)``.
+        """
+        key = self._add(module, module._forward_hooks, hook)
+        if with_kwargs:
+            module._forward_hooks_with_kwargs[key] = True
+        module._forward_hooks_always_called[key] = _Flag(module._forward_hooks, key)  # type: ignore[assignment]
+
+    def _add(self, module: nn.Module, table: Any, hook: InertHook) -> str:
+        key = f"neuronscope {next(_numbers)}"  # torch's own keys are numbers, which another process gives again
+        table[key] = hook
+        self._hooks.add(hook)
+        self._modules[id(module)] = weakref.ref(module)
+        return key
 
     @property
     def off(self) -> bool:
@@ -49,29 +118,78 @@ class HookHandles:
 
     def take_off(self) -> None:
         """Take every hook off until :meth:`put_back`."""
-        self._taken = [[table.pop(handle.id, None) for table in _tables(handle)] for handle in self._handles]
+        self._taken = take_off(self._bearers(), self._is_own)
 
     def put_back(self) -> None:
         """Put every hook back, ahead of the hooks that were registered after it."""
-        for handle, taken in zip(self._handles, self._taken, strict=True):
-            for table, value in zip(_tables(handle), taken, strict=False):
-                if value is not None:
-                    later = list(itertools.takewhile(handle.id.__lt__, reversed(table)))
-                    table[handle.id] = value
-                    for number in reversed(later):
-                        table[number] = table.pop(number)
+        put_back(self._taken)
         self._taken = []
 
-    def remove(self) -> None:
-        """Take every hook off for good."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._taken = [], []
+    def remove(self, model: nn.Module | None) -> None:
+        """Take every hook off for good, also those that somebody moved to another module of the model.
+
+        Args:
+            model: The model, if it is still there.
+        """
+        bearers = {id(module): module for module in (*self._bearers(), *(() if model is None else model.modules()))}
+        for module in bearers.values():
+            for table in tables(module):
+                for key in [key for key, hook in table.items() if self._is_own(hook)]:
+                    for each in (*tables(module), *_flags(module)):
+                        each.pop(key, None)
+        self._hooks, self._modules, self._taken = set(), {}, []
+
+    def _bearers(self) -> Iterator[nn.Module]:
+        for reference in self._modules.values():
+            module = reference()
+            if module is not None:
+                yield module
+
+    def _is_own(self, hook: Any) -> bool:
+        return isinstance(hook, InertHook) and hook in self._hooks
 
 
-def _tables(handle: RemovableHandle) -> Iterator[MutableMapping[int, Any]]:
-    """Yield the tables of a module that have an entry for a hook: the hook itself, and how it is called."""
-    for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
-        table = reference()
-        if table is not None:
-            yield table
+def tables(module: nn.Module) -> tuple[Table, Table]:
+    """Return the tables of the hooks that are called around a module's forward."""
+    return module._forward_hooks, module._forward_pre_hooks  # type: ignore[return-value]
+
+
+def _flags(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks_with_kwargs,
+    )
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is Neuronscope's, of whichever watch."""
+    return isinstance(hook, InertHook)
+
+
+def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ours) -> Taken:
+    """Take hooks off modules, and return what :func:`put_back` needs.
+
+    Args:
+        modules: The modules.
+        wanted: Whether to take a hook off.
+    """
+    taken: Taken = []
+    for module in modules:
+        for table in tables(module):
+            keys = {key for key, hook in table.items() if wanted(hook)}
+            if keys:
+                taken.append((table, dict(table), keys))
+                for key in keys:
+                    del table[key]
+    return taken
+
+
+def put_back(taken: Taken) -> None:
+    """Put hooks back where :func:`take_off` took them from: ahead of those that were registered since."""
+    for table, before, keys in taken:
+        now = dict(table)
+        first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
+        order = [*first, *(key for key in before if key in keys or key in now), *now]
+        table.clear()
+        table.update((key, now.get(key, before.get(key))) for key in order)

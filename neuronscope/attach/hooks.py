@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
@@ -24,6 +25,7 @@ from neuronscope.attach.compiling import count_compilations, is_compiled, is_tra
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
+from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight, runs_fused
 from neuronscope.attach.gradient_hooks import InertHook
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
@@ -31,6 +33,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
+from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
 from neuronscope.attach.single_thread import EnteredMode, SingleThread
 from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
 from neuronscope.errors import NeuronscopeWarning
@@ -43,6 +46,8 @@ _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
+#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does.
+_NOTHING: Mapping[str, Any] = {}
 
 
 class HookManager:
@@ -94,7 +99,8 @@ class HookManager:
         self._thread = SingleThread()
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
-        self._suspended: list[str] = []  # modules during whose call the mode is left
+        self._fused: list[tuple[int, nn.Module, Any]] = []  # calls that torch fuses: modules around it, module, input
+        self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False
         self._handles = HookHandles()
         self._model = weakref.ref(model)
@@ -105,6 +111,7 @@ class HookManager:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
+        allow_scripting(self)
         hidden: list[str] = []  # modules below these paths get no hooks
         for path, module in walk(model):
             if any(path.startswith(f"{parent}.") for parent in hidden):
@@ -118,36 +125,36 @@ class HookManager:
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
-                self._handles.add(module.register_forward_hook(_LabelOutput(self, path)))
+                self._handles.add_after(module, _LabelOutput(self, path))
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
-                self._handles.add(module.register_forward_pre_hook(_SuspendInside(self)))
-                self._handles.add(module.register_forward_hook(_ResumeInside(self), always_call=True))
+                self._handles.add_before(module, _SuspendInside(self))
+                self._handles.add_after(module, _ResumeInside(self))
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
-            if activation is not None or path == "" or _may_call_functions(module):
+            if activation is not None or path == "" or _names_places(module):
                 self._hook(module, path, activation, is_root=path == "")
             if is_time_first(module):
-                self._handles.add(module.register_forward_pre_hook(_NoteLayout(self, self._examples), with_kwargs=True))
+                self._handles.add_before(module, _NoteLayout(self, self._examples))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
 
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
         if activation is None or is_root:
-            self._handles.add(module.register_forward_pre_hook(_EnterModule(self, path), with_kwargs=True))
+            enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
+            self._handles.add_before(module, enter(self, path))
         if activation is not None:
-            self._handles.add(
-                module.register_forward_pre_hook(_BeforeActivation(self, path, activation), with_kwargs=True)
-            )
-            self._handles.add(module.register_forward_hook(_AfterActivation(self), always_call=True, with_kwargs=True))
+            self._handles.add_before(module, _BeforeActivation(self, path, activation))
+            self._handles.add_after(module, _AfterActivation(self), with_kwargs=True)
         if activation is None or is_root:
-            self._handles.add(module.register_forward_hook(_LeaveModule(self, path), always_call=True))
+            self._handles.add_after(module, _LeaveModule(self, path))
 
     def detach(self) -> None:
         """Remove every hook; does nothing if it was done before."""
         self.set_observing(False)
-        self._handles.remove()
+        self._handles.remove(self._model())
+        stop_allowing_scripting(self)
         self.recorder.close()
 
     def pause(self, steps: int) -> None:
@@ -249,7 +256,8 @@ class HookManager:
         self.callers.cut(0)
         self._activation = None
         self.running.clear()
-        self._suspended.clear()
+        self._fused.clear()
+        self._hidden.put_back()
         self._thread.release()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
@@ -290,11 +298,34 @@ class HookManager:
             self.note_weights()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
-            # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
-            self.recorder.unmeasured.note(path or "(root)", "it ran on nested tensors, which cannot be counted")
-            self._suspended.append(path)
-            self.entered.leave(handling=self._mode.handling)
+
+    def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
+        """Stand aside during a call that torch runs in a fused kernel.
+
+        Args:
+            path: Path of the module.
+            module: The module.
+            x: Its input ``(B, T, D)``.
+        """
+        self._fused.append((len(self.recorder.forward.module_stack) - 1, module, x))
+        self.entered.leave(handling=self._mode.handling)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            prefix = f"{path}." if path else ""
+            self.recorder.unmeasured.ran.add((self.recorder.running_phase, f"{prefix}activation"))
+            self.recorder.unmeasured.note(f"{prefix}linear1/{hidden_activation(module)}", REASON)
+
+    def hide_hooks(self, module: nn.Module) -> None:
+        """Take all hooks off a module and what is inside it while it runs, if torch looks for hooks there."""
+        if isinstance(module, nn.TransformerEncoderLayer):
+            self._hidden.take_off(module)
+
+    def _leave_fused(self, module: nn.Module, output: Any) -> None:
+        """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
+        if output is not None and self._fused and self._fused[-1][1] is module and self.watches_here():
+            try:
+                self.leave(self.recorder.forward.current_path, output)
+            except Exception as error:
+                self.fail(error)
 
     def leave(self, path: str, output: Any) -> None:
         """Note that a watched module has ended or failed.
@@ -303,15 +334,28 @@ class HookManager:
             path: Path of the module.
             output: What it returned; ``None`` if it failed.
         """
+        if self._fused:
+            self._end_fused(output)
         if path == "" and not is_tracing():
             self.recorder.forward.flow.note_outputs(output)
-        if self._suspended and self._suspended[-1] == path:
-            self._suspended.pop()
-            self.entered.enter(handling=self._mode.handling)
         if self.recorder.forward.leave():
             self._end()
         else:
             self.callers.cut(len(self.recorder.forward.module_stack))
+
+    def _end_fused(self, output: Any) -> None:
+        """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
+        depth, found = len(self.recorder.forward.module_stack) - 1, None
+        while self._fused and self._fused[-1][0] >= depth:
+            found = self._fused.pop()
+        if found is None or self._fused:
+            return
+        self.entered.enter(handling=self._mode.handling)
+        _, module, x = found
+        y, weight = output[0] if isinstance(output, tuple) else output, last_weight(module)
+        if isinstance(y, Tensor) and weight is not None:
+            with unwatched():
+                self.recorder.forward.flow.follow(F.linear, (x, weight), {}, y)
 
     def _forget_interrupted(self, module: nn.Module, caller: FrameType) -> None:
         """Forget what an interrupt ended, if the hook of a module is called from a place where it does not run."""
@@ -355,7 +399,9 @@ class HookManager:
             x: The pre-activation.
             y: The output; ``None`` if the module failed.
         """
-        call = self.running.pop() if self.running else None
+        if not self.running:
+            return  # the hook was moved to a module whose begin was not seen
+        call = self.running.pop()
         if not self.running:
             self._activation = None
             self.entered.resume()
@@ -367,18 +413,15 @@ class HookManager:
             self._thread.release()
 
 
-def _may_call_functions(module: nn.Module) -> bool:
-    """Whether a module may call activation functions itself: all but torch's own leaf modules and containers."""
-    if type(module) in (nn.ModuleList, nn.ModuleDict):
+def _names_places(module: nn.Module) -> bool:
+    """Whether the place of an activation function that is called in a module is named by its path.
+
+    Torch's own leaf modules call none. A module without parameters, such as a point at which a library lets hooks in,
+    is a part of the module around it: it may look at its own hooks, so it gets none.
+    """
+    if type(module) in (nn.ModuleList, nn.ModuleDict) or next(module.parameters(), None) is None:
         return False
-    own = type(module).__module__.startswith("torch.nn.modules.")
-    return not own or next(module.children(), None) is not None
-
-
-def _goes_nested(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the encoder packs padded input into nested tensors, as it does in evaluation without gradients."""
-    padded = args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
-    return padded is not None and not encoder.training and not torch.is_grad_enabled() and encoder.use_nested_tensor
+    return not type(module).__module__.startswith("torch.nn.modules.") or next(module.children(), None) is not None
 
 
 def _caller() -> FrameType | None:
@@ -391,7 +434,7 @@ class _EnterModule(InertHook):
         self.manager = manager
         self.path = path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 self.manager.enter(self.path, module, args, kwargs, _caller())
@@ -399,6 +442,29 @@ class _EnterModule(InertHook):
                 self.manager.fail(error)
         elif self.manager.failure is not None:
             self.manager.recorder.forward.module_stack.append(self.path)
+
+
+class _EnterFusable(_EnterModule):
+    """A hook on a module that torch may run in a fused kernel."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
+        fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
+        if self.manager.watches_here():
+            try:
+                self.manager.enter(self.path, module, args, kwargs, _caller())
+                if fused:
+                    self.manager.enter_fused(self.path, module, first_input(args, kwargs))
+            except Exception as error:
+                self.manager.fail(error)
+        elif self.manager.failure is not None:
+            self.manager.recorder.forward.module_stack.append(self.path)
+        if fused:
+            self.manager.hide_hooks(module)
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether a hook or a function mode is one of Neuronscope's."""
+    return isinstance(found, (InertHook, ActivationFunctionMode))
 
 
 class _LeaveModule(InertHook):
@@ -424,7 +490,7 @@ class _NoteLayout(InertHook):
         self.manager = manager
         self.examples = examples
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 self.examples.note_layout(module, args, kwargs)
@@ -451,13 +517,16 @@ class _SuspendInside(InertHook):
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             self.manager.begin_activation(None, _caller())
 
 
-class _ResumeInside(_SuspendInside):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+class _ResumeInside(InertHook):
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here() and self.manager.running:
             self.manager.after(None, None)
 
@@ -468,7 +537,7 @@ class _BeforeActivation(InertHook):
         self.path = path
         self.activation = activation
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         if self.manager.watches_here():
             try:
                 with unwatched():
@@ -481,11 +550,12 @@ class _AfterActivation(InertHook):
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
         if self.manager.watches_here():
             try:
+                kwargs = given[0] if len(given) > 1 else _NOTHING
                 with unwatched():
-                    self.manager.after(first_input(args, kwargs), output)
+                    self.manager.after(first_input(args, kwargs), given[-1])
             except Exception as error:
                 self.manager.fail(error)
 

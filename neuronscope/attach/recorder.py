@@ -307,7 +307,7 @@ class SiteRecorder:
             return
         if is_tracing():
             comptime(self._carry_while_tracing)
-        else:
+        elif has_real_tensors():
             self._carry(x, y)
 
     def _carry(self, x: Tensor, y: Tensor) -> None:
