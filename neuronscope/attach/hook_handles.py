@@ -8,7 +8,8 @@ when it traces it, so a model that was traced, or may be traced next, keeps its 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, MutableMapping
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
@@ -58,8 +59,8 @@ class HookHandles:
                 if value is not None:
                     later = list(itertools.takewhile(handle.id.__lt__, reversed(table)))
                     table[handle.id] = value
-                    for number in reversed(later):
-                        table[number] = table.pop(number)
+                    for number in reversed(later):  # each stays in the table, which another thread may be reading
+                        table.move_to_end(number)
         self._taken = []
 
     def remove(self) -> None:
@@ -69,7 +70,7 @@ class HookHandles:
         self._handles, self._taken = [], []
 
 
-def _tables(handle: RemovableHandle) -> Iterator[MutableMapping[int, Any]]:
+def _tables(handle: RemovableHandle) -> Iterator[OrderedDict[int, Any]]:
     """Yield the tables of a module that have an entry for a hook: the hook itself, and how it is called."""
     for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
         table = reference()

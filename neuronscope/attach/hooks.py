@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,14 @@ from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
-from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
+from neuronscope.attach.compiling import (
+    count_compilations,
+    in_backward,
+    is_compiled,
+    is_tracing,
+    skip_frames,
+    unwatched,
+)
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
@@ -31,7 +39,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import CountersFactory, DeclaredAxis, SiteRecorder
-from neuronscope.attach.single_thread import EnteredMode, SingleThread
+from neuronscope.attach.single_thread import CountedThread, EnteredMode, enclosing_modules
 from neuronscope.attach.uneven_inputs import UnevenInputs
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
@@ -42,6 +50,8 @@ __all__ = ["HookManager"]
 _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
+#: For a hook that another thread takes off while it is about to be called: torch then calls it without them.
+_NO_KWARGS: dict[str, Any] = {}
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -57,6 +67,7 @@ class HookManager:
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
         examples: The option ``examples`` of :func:`neuronscope.watch`.
         mask: The option ``mask``.
+        observe: Called to set the phase, the step and whether they are observed, for the counted thread.
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class HookManager:
         tolerance: float,
         examples: Examples = "auto",
         mask: Mask = None,
+        observe: Callable[[], None] = lambda: None,
     ) -> None:
         self.observing = False
         self.registry = registry
@@ -91,11 +103,14 @@ class HookManager:
         self.failure: Exception | None = None
         self._mode = ActivationFunctionMode(self)
         self.entered = EnteredMode(self._mode)
-        self._thread = SingleThread()
+        self.thread = CountedThread()
+        self._observe = observe
+        self._postponed = False  # whether `observe` is to be called when the next forward begins
+        self._may_be_inside = False  # whether a forward may be running of which nothing was observed
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
         self._suspended: list[str] = []  # modules during whose call the mode is left
-        self._step_open = False
+        self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._model = weakref.ref(model)
         self.uneven_inputs = UnevenInputs(model)
@@ -167,7 +182,10 @@ class HookManager:
             if not self._compiles:
                 self._handles.take_off()
 
-    def _resume(self) -> None:
+    def put_back(self) -> None:
+        """Put the hooks back that :meth:`pause` took off."""
+        if not self._handles.off:
+            return
         self._handles.put_back()
         if self._compilations != count_compilations():
             self._compiles = True
@@ -180,8 +198,8 @@ class HookManager:
 
     def set_observing(self, observing: bool) -> None:
         """Start or stop counting, and forget what is left of an interrupted forward."""
-        if observing and self._handles.off:
-            self._resume()
+        if observing:
+            self.put_back()
         self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
@@ -189,22 +207,32 @@ class HookManager:
         if observing and self._step_open:
             self.entered.enter(handling=self._mode.handling)
 
-    def open_step(self, inputs: tuple[Any, ...] = ()) -> None:
+    def open_step(self, inputs: tuple[Any, ...] = (), *, in_forward: bool = False) -> None:
         """Note that a training step begins, so that its own functional calls are watched too.
 
         Args:
+            in_forward: Whether the step runs in place of the model's forward.
             inputs: What the step is given; see :meth:`neuronscope.attach.forward.ForwardContext.begin_step`.
         """
-        self._step_open = True
+        with self.recorder.lock:
+            if self.thread.thread != get_ident():
+                if not self._may_be_taken(claims=not self._trains()):
+                    return
+                self._change_thread(get_ident())
+            self._step_open = True
         self._set_explicit_step(True)
+        self.recorder.forward.step_is_forward = in_forward
         if self.observing:
             self.recorder.forward.begin_step(inputs)
             self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """Note that the training step is over."""
+        if self.thread.is_elsewhere():
+            return
         self._step_open = False
         self._set_explicit_step(False)
+        self.recorder.forward.step_is_forward = False
         self.recorder.forward.end_step()
         self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
@@ -214,18 +242,136 @@ class HookManager:
         self.recorder.forward.explicit_step = explicit_step
         self.recorder.forward.forget()
 
-    def watches_here(self) -> bool:
-        """Whether to count what runs in this thread."""
-        if not self.observing or self._thread.acquire():
+    def watches_here(self, begins: bool = False) -> bool:
+        """Whether to count what runs in this thread.
+
+        Args:
+            begins: Whether a forward may begin here, so that the thread may become the counted one.
+        """
+        if is_tracing() or self.thread.here == get_ident():  # a graph is traced in one thread
             return self.observing
-        if self._thread.release_if_ended():
+        return (begins or self.thread.claimed is not None) and self._take_turn(sys._getframe(2), begins)
+
+    def _take_turn(self, caller: FrameType, begins: bool) -> bool:
+        """Make this thread the counted one, if it may be, and return whether to count what runs in it."""
+        thread, here = self.thread, get_ident()
+        with self.recorder.lock:
+            if not self._handles or self.failure is not None:
+                return False
+            if thread.thread == here and thread.claimed is not None:
+                self._give_up()
+                return False
+            if not begins or self._is_inside(caller):
+                return False
+            if thread.thread == here:  # another one ran in its place during its backward pass
+                thread.here = here
+                return self.observing
+            if in_backward() and not thread.ended():
+                if not self._is_busy() and thread.waits():
+                    thread.here = here
+                return thread.here == here and self.observing
+            claims = torch.is_grad_enabled() and not self._trains()
+            if self._may_be_taken(claims):
+                return self._change_thread(here)
+        if claims and not thread.waits() and thread.claim(here):
+            with self.recorder.lock:
+                if thread.thread == here:
+                    thread.here = here
+                    return self.observing
+        self._note_turned_away()
+        return False
+
+    def _trains(self) -> bool:
+        """Whether the counted thread ran any forward with gradients."""
+        return self.thread.graded or self.recorder.got_gradients
+
+    def _may_be_taken(self, claims: bool) -> bool:
+        """Whether another thread may become the counted one at once.
+
+        Args:
+            claims: Whether it has gradients, and the counted one had none.
+        """
+        thread = self.thread
+        if thread.ended():
+            return True
+        in_turn = thread.waits() and not thread.shared and not self.recorder.got_gradients
+        return (claims or in_turn) and not self._is_busy()
+
+    def _give_up(self) -> None:
+        """Give the place of the counted thread to the one that asks for it."""
+        claimer, claimed = self.thread.claimer, self.thread.claimed
+        self.recorder.forward.restart()
+        self._end()
+        self._change_thread(claimer)
+        self.thread.here = None  # its next call may be in the middle of a forward
+        if claimed is not None:
+            claimed.set()
+        self._note_turned_away()
+
+    def _change_thread(self, thread: int) -> bool:
+        """Count another thread from now on, and return whether to count what runs in it."""
+        if self.thread.in_forward:  # an interrupt ended the last thread
             self.recorder.forward.restart()
             self._end()
-            return self._thread.acquire()
+        self.thread.become(thread)
+        self.recorder.got_gradients = self._postponed = False
+        self._observe()
+        return self.observing
+
+    def _note_turned_away(self) -> None:
+        self.thread.shared = True
         self.recorder.not_measured["(root)"] = (
-            "its forward ran in several threads at once, and only some of it was counted"
+            f"it ran in several threads at once, and only what the thread {self.thread.name()} ran was counted: run it "
+            "in one thread, or run and watch a copy of it (`copy.deepcopy`) in each"
         )
-        return False
+
+    def _is_busy(self) -> bool:
+        """Whether the counted thread runs a forward, or is in an explicit step."""
+        frame = self._activation or self.callers.innermost
+        running = self.thread.in_forward and (frame is None or self.thread.runs(frame))  # an interrupt may have ended it
+        return running or self._step_open
+
+    def _is_inside(self, caller: FrameType) -> bool:
+        """Whether a module that calls its hooks runs inside another one of the model.
+
+        Args:
+            caller: The frame that calls a hook of the module.
+        """
+        return any(
+            isinstance(hook, _EnterModule) and hook.manager is self
+            for module in enclosing_modules(caller)[1:]
+            for hook in module._forward_pre_hooks.values()
+        )
+
+    def _begin(self, caller: FrameType) -> bool:
+        """Note that a forward of the counted thread begins, and return whether to count it.
+
+        Args:
+            caller: The frame that calls the hook of its outermost module.
+        """
+        with self.recorder.lock:
+            if self._postponed:
+                self._postponed = False
+                self._observe()
+            if self._may_be_inside:
+                if self._is_inside(caller):
+                    return False
+                self._may_be_inside = False
+            self.thread.in_forward = self.observing
+            self.thread.graded = self.thread.graded or torch.is_grad_enabled()
+        return self.observing
+
+    def change(self) -> None:
+        """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
+
+        Between its forward and its backward pass, what is known of that forward is needed still.
+        """
+        with self.recorder.lock:
+            elsewhere = self.thread.is_elsewhere()
+            self._postponed = elsewhere and self.observing
+            if not self._postponed:
+                self._observe()
+                self._may_be_inside |= elsewhere and self.observing
 
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, and forget what an interrupt ended.
@@ -234,7 +380,7 @@ class HookManager:
             caller: The frame that called a hook or a torch function.
         """
         module_stack = self.recorder.forward.module_stack
-        if module_stack and self._thread.is_here():
+        if module_stack and self.thread.is_here():
             del module_stack[self.callers.running(len(module_stack), caller) :]
             if not module_stack:
                 self._end()
@@ -250,13 +396,13 @@ class HookManager:
         self._activation = None
         self.running.clear()
         self._suspended.clear()
-        self._thread.release()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
+        self.thread.in_forward = False
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""
-        if self.failure is None:
+        if self.failure is None and self._handles:  # another thread may have detached, while this one was counting
             self.failure = error
             if self._mode.handling:
                 self.observing = False  # torch puts the mode back after the call; the end of the forward takes it off
@@ -285,6 +431,8 @@ class HookManager:
             self._forget_interrupted(module, caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
+            if not module_stack and not self._begin(caller):
+                return
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
             self.uneven_inputs.note_wrapper()
@@ -342,6 +490,9 @@ class HookManager:
         call = None
         if caller is not None:
             self._forget_interrupted(module, caller)
+        if caller is not None and not self.running and not self.recorder.forward.module_stack:
+            if not self._begin(caller):
+                return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
             call = self.recorder.begin(path, "", activation, x, glu_dim)
@@ -364,7 +515,7 @@ class HookManager:
         elif not self.running:
             self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
-            self._thread.release()
+            self.thread.in_forward = False
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -391,8 +542,8 @@ class _EnterModule(InertHook):
         self.manager = manager
         self.path = path
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.manager.watches_here():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NO_KWARGS) -> None:
+        if self.manager.watches_here(begins=True):
             try:
                 self.manager.enter(self.path, module, args, kwargs, _caller())
             except Exception as error:
@@ -424,8 +575,8 @@ class _NoteLayout(InertHook):
         self.manager = manager
         self.examples = examples
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.manager.watches_here():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NO_KWARGS) -> None:
+        if self.manager.watches_here(begins=True):
             try:
                 self.examples.note_layout(module, args, kwargs)
             except Exception as error:
@@ -468,8 +619,8 @@ class _BeforeActivation(InertHook):
         self.path = path
         self.activation = activation
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.manager.watches_here():
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NO_KWARGS) -> None:
+        if self.manager.watches_here(begins=True):
             try:
                 with unwatched():
                     self.manager.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
@@ -481,11 +632,12 @@ class _AfterActivation(InertHook):
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
         if self.manager.watches_here():
             try:
                 with unwatched():
-                    self.manager.after(first_input(args, kwargs), output)
+                    kwargs = kwargs_and_output[0] if len(kwargs_and_output) > 1 else _NO_KWARGS
+                    self.manager.after(first_input(args, kwargs), kwargs_and_output[-1])
             except Exception as error:
                 self.manager.fail(error)
 

@@ -8,6 +8,7 @@ of the tensor lie.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -111,6 +112,8 @@ class SiteRecorder:
         not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+        lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
+        got_gradients: Whether a gradient has arrived.
     """
 
     def __init__(
@@ -134,6 +137,8 @@ class SiteRecorder:
         self.not_neurons: dict[str, str] = {}
         self._ran: set[tuple[str, str]] = set()  # phases, and paths of the activation modules that ran in them
         self.fail = fail
+        self.lock = threading.RLock()
+        self.got_gradients = False
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
@@ -181,11 +186,11 @@ class SiteRecorder:
         """Return all sites, layers and modules that are not measured so far, each with the reason."""
         not_measured = dict(self.not_measured)
         flow = self.forward.flow
-        for place, (reason, layers) in self._unclear.items():
+        for place, (reason, layers) in list(self._unclear.items()):
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
-        measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
-        for layer, function in flow.bent.items():
+        measured = {layer for _, key in list(self._counters) for layer in key.layer.split("+")}
+        for layer, function in list(flow.bent.items()):
             if layer in self._transformed:
                 continue
             if measured.intersection(layer.split("+")):
@@ -211,7 +216,7 @@ class SiteRecorder:
 
     def ran(self, phase: str) -> set[str]:
         """Return the paths of the activation modules that ran in a phase."""
-        return {path for name, path in self._ran if name == phase}
+        return {path for name, path in list(self._ran) if name == phase}
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
         """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
@@ -260,7 +265,7 @@ class SiteRecorder:
 
     def _positions(self) -> dict[SiteKey, int]:
         found: dict[SiteKey, int] = {}
-        for (_, key), counters in self._counters.items():
+        for (_, key), counters in list(self._counters.items()):
             if counters is not None:
                 found[key] = found.get(key, 0) + counters.totals()[0]
         return found
@@ -292,7 +297,7 @@ class SiteRecorder:
     def close(self) -> None:
         """Stop counting, also the gradients of graphs that are still alive."""
         self.restart()
-        for counters in self._counters.values():
+        for counters in list(self._counters.values()):
             if counters is not None:
                 counters.open = False
 
@@ -726,10 +731,12 @@ class SiteRecorder:
             plain, axis, left_out = _arranged(plain, layout, self.forward.mask)
             if not plain.numel():
                 return
-        examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
-        add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
-        if left_out is not None:
-            leave_out(counters, left_out)
+        forward = self.forward
+        with self.lock:
+            examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
+            add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
+            if left_out is not None:
+                leave_out(counters, left_out)
 
     def _count_in_graph(self, call: int, y: Tensor) -> None:
         counters = self._counters_of(call)
@@ -834,12 +841,14 @@ class SiteRecorder:
                 found, axis, left_out = _arranged(found, layout, mask)
                 if not found.numel():
                     return
-            add_gradients(counters, found, axis, self._scratch)
-            if left_out is not None:
-                leave_out(counters, left_out, gradients=True)
+            with self.lock:
+                self.got_gradients = True
+                add_gradients(counters, found, axis, self._scratch)
+                if left_out is not None:
+                    leave_out(counters, left_out, gradients=True)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
-        name = next(key.name for (_, key), known in self._counters.items() if known is counters)
+        name = next(key.name for (_, key), known in list(self._counters.items()) if known is counters)
         self.not_measured.setdefault(name, reason)
 
 
