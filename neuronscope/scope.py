@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.compiling import skip_frames
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
@@ -580,3 +582,7 @@ def watch(
         join_ranks=join_ranks,
     )
     return Scope(model, options, optimizer=optimizer)
+
+
+# Every module that a hook can call is loaded by now.
+skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))

@@ -26,7 +26,6 @@ from neuronscope.attach.compiling import (
     in_backward,
     is_compiled,
     is_tracing,
-    skip_frames,
     unwatched,
 )
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
@@ -246,14 +245,20 @@ class HookManager:
         """Whether to count what runs in this thread.
 
         Args:
-            begins: Whether a forward may begin here, so that the thread may become the counted one.
+            begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
         """
-        if is_tracing() or self.thread.here == get_ident():  # a graph is traced in one thread
+        if is_tracing() or self.thread.in_forward == get_ident():  # a graph is traced in one thread
             return self.observing
-        return (begins or self.thread.claimed is not None) and self._take_turn(sys._getframe(2), begins)
+        if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
+            return False
+        return self._take_turn(sys._getframe(2), begins)
+
+    def is_counted_here(self) -> bool:
+        """Whether this thread is the counted one, in a forward or not."""
+        return self.observing and (is_tracing() or self.thread.here == get_ident())
 
     def _take_turn(self, caller: FrameType, begins: bool) -> bool:
-        """Make this thread the counted one, if it may be, and return whether to count what runs in it."""
+        """Begin a forward in this thread, if it is the counted one or may be, and return whether to count it."""
         thread, here = self.thread, get_ident()
         with self.recorder.lock:
             if not self._handles or self.failure is not None:
@@ -261,23 +266,30 @@ class HookManager:
             if thread.thread == here and thread.claimed is not None:
                 self._give_up()
                 return False
+            if thread.here == here:
+                return begins and self._begin(caller)
             if not begins or self._is_inside(caller):
                 return False
             if thread.thread == here:  # another one ran in its place during its backward pass
                 thread.here = here
-                return self.observing
-            if in_backward() and not thread.ended():
-                if not self._is_busy() and thread.waits():
-                    thread.here = here
-                return thread.here == here and self.observing
+                return self._begin(caller)
+        backward = in_backward()
+        thread.let_it_wait(self._is_busy, for_backward=backward)
+        with self.recorder.lock:
+            if backward and not thread.ended():
+                if self._is_busy() or not thread.waits(for_backward=True):
+                    return False
+                thread.here = here
+                return self._begin(caller)
             claims = torch.is_grad_enabled() and not self._trains()
             if self._may_be_taken(claims):
-                return self._change_thread(here)
+                self._change_thread(here)
+                return self._begin(caller)
         if claims and not thread.waits() and thread.claim(here):
             with self.recorder.lock:
                 if thread.thread == here:
                     thread.here = here
-                    return self.observing
+                    return self._begin(caller)
         self._note_turned_away()
         return False
 
@@ -308,15 +320,14 @@ class HookManager:
             claimed.set()
         self._note_turned_away()
 
-    def _change_thread(self, thread: int) -> bool:
-        """Count another thread from now on, and return whether to count what runs in it."""
-        if self.thread.in_forward:  # an interrupt ended the last thread
+    def _change_thread(self, thread: int) -> None:
+        """Count another thread from now on."""
+        if self.thread.in_forward is not None:  # an interrupt ended the last thread
             self.recorder.forward.restart()
             self._end()
         self.thread.become(thread)
         self.recorder.got_gradients = self._postponed = False
         self._observe()
-        return self.observing
 
     def _note_turned_away(self) -> None:
         self.thread.shared = True
@@ -328,8 +339,8 @@ class HookManager:
     def _is_busy(self) -> bool:
         """Whether the counted thread runs a forward, or is in an explicit step."""
         frame = self._activation or self.callers.innermost
-        running = self.thread.in_forward and (frame is None or self.thread.runs(frame))  # an interrupt may have ended it
-        return running or self._step_open
+        running = self.thread.in_forward is not None or self.thread.claimed is not None
+        return self._step_open or (running and (frame is None or self.thread.runs(frame)))  # or it was interrupted
 
     def _is_inside(self, caller: FrameType) -> bool:
         """Whether a module that calls its hooks runs inside another one of the model.
@@ -337,19 +348,24 @@ class HookManager:
         Args:
             caller: The frame that calls a hook of the module.
         """
-        return any(
-            isinstance(hook, _EnterModule) and hook.manager is self
-            for module in enclosing_modules(caller)[1:]
-            for hook in module._forward_pre_hooks.values()
-        )
+        for module in enclosing_modules(caller)[1:]:
+            for hook in list(module._forward_pre_hooks.values()):
+                if isinstance(hook, _EnterModule) and hook.manager is self:
+                    return True
+        return False
 
     def _begin(self, caller: FrameType) -> bool:
-        """Note that a forward of the counted thread begins, and return whether to count it.
+        """Note that a forward begins in this thread if it is the counted one, and return whether to count it.
 
         Args:
             caller: The frame that calls the hook of its outermost module.
         """
         with self.recorder.lock:
+            if self.thread.here != get_ident():
+                return False
+            if self.thread.claimed is not None:
+                self._give_up()
+                return False
             if self._postponed:
                 self._postponed = False
                 self._observe()
@@ -357,9 +373,10 @@ class HookManager:
                 if self._is_inside(caller):
                     return False
                 self._may_be_inside = False
-            self.thread.in_forward = self.observing
-            self.thread.graded = self.thread.graded or torch.is_grad_enabled()
-        return self.observing
+            if self.observing:
+                self.thread.in_forward = self.thread.here
+                self.thread.graded = self.thread.graded or torch.is_grad_enabled()
+            return self.observing
 
     def change(self) -> None:
         """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
@@ -398,7 +415,7 @@ class HookManager:
         self._suspended.clear()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
-        self.thread.in_forward = False
+        self.thread.in_forward = None
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""
@@ -431,8 +448,8 @@ class HookManager:
             self._forget_interrupted(module, caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
-            if not module_stack and not self._begin(caller):
-                return
+            if self.thread.in_forward != get_ident() and not self._begin(caller):
+                return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
             self.uneven_inputs.note_wrapper()
@@ -490,8 +507,7 @@ class HookManager:
         call = None
         if caller is not None:
             self._forget_interrupted(module, caller)
-        if caller is not None and not self.running and not self.recorder.forward.module_stack:
-            if not self._begin(caller):
+            if self.thread.in_forward != get_ident() and not self._begin(caller):
                 return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
@@ -515,7 +531,7 @@ class HookManager:
         elif not self.running:
             self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
-            self.thread.in_forward = False
+            self.thread.in_forward = None
 
 
 def _may_call_functions(module: nn.Module) -> bool:
@@ -576,7 +592,7 @@ class _NoteLayout(InertHook):
         self.examples = examples
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] = _NO_KWARGS) -> None:
-        if self.manager.watches_here(begins=True):
+        if self.manager.is_counted_here():
             try:
                 self.examples.note_layout(module, args, kwargs)
             except Exception as error:
@@ -603,13 +619,13 @@ class _SuspendInside(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.manager.watches_here():
+        if self.manager.is_counted_here():
             self.manager.begin_activation(None, _caller())
 
 
 class _ResumeInside(_SuspendInside):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        if self.manager.watches_here() and self.manager.running:
+        if self.manager.is_counted_here() and self.manager.running:
             self.manager.after(None, None)
 
 
@@ -640,7 +656,3 @@ class _AfterActivation(InertHook):
                     self.manager.after(first_input(args, kwargs), kwargs_and_output[-1])
             except Exception as error:
                 self.manager.fail(error)
-
-
-# Every module that a hook can call is loaded by now.
-skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))

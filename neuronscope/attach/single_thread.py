@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -27,8 +29,8 @@ _WAITING = {
     "queue": {"get"},
     "selectors": {"select"},
     "threading": {"_wait_for_tstate_lock", "join", "wait"},
-    "torch.autograd.graph": {"_engine_run_backward"},
 }
+_BACKWARD = {"torch.autograd.graph": {"_engine_run_backward"}}
 #: Seconds for which a thread that trains waits, once, until one that does not gives its place up.
 _PATIENCE = 0.2
 
@@ -46,9 +48,9 @@ class CountedThread:
     thread.
 
     Attributes:
-        here: The thread whose calls are counted without further question; ``None`` if the next one is to be asked.
+        here: The thread whose next forward is counted: the counted one, or autograd's.
         thread: The counted thread; ``None`` if none has run the model yet.
-        in_forward: Whether a forward of it is running.
+        in_forward: The thread while a forward of it is running, and else ``None``.
         graded: Whether it began a forward with gradients.
         shared: Whether another thread was turned away.
         claimed: Set when the counted thread has given its place up to the one that asked; ``None`` if none asks.
@@ -58,7 +60,7 @@ class CountedThread:
     def __init__(self) -> None:
         self.here: int | None = None
         self.thread: int | None = None
-        self.in_forward = False
+        self.in_forward: int | None = None
         self.graded = False
         self.shared = False
         self.claimed: threading.Event | None = None
@@ -71,7 +73,7 @@ class CountedThread:
             thread: The thread.
         """
         self.here = self.thread = thread
-        self.in_forward = self.graded = False
+        self.in_forward, self.graded = None, False
         self.claimed = None
 
     def is_here(self) -> bool:
@@ -86,10 +88,29 @@ class CountedThread:
         """Whether no thread is counted, or it has ended."""
         return self.thread is None or self.thread not in sys._current_frames()
 
-    def waits(self) -> bool:
-        """Whether the counted thread waits for other threads."""
+    def waits(self, *, for_backward: bool = False) -> bool:
+        """Whether the counted thread waits for other threads.
+
+        Args:
+            for_backward: Whether autograd's threads, which run a backward pass for it, are others too.
+        """
         frame = sys._current_frames().get(self.thread or 0)
-        return frame is not None and frame.f_code.co_name in _WAITING.get(frame.f_globals.get("__name__", ""), ())
+        if frame is None:
+            return False
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        return name in _WAITING.get(module, ()) or (for_backward and name in _BACKWARD.get(module, ()))
+
+    def let_it_wait(self, is_busy: Callable[[], bool], *, for_backward: bool) -> None:
+        """Give the counted thread a moment, once, to wait for this one, which it may just have started.
+
+        Args:
+            is_busy: Whether it runs the model itself.
+            for_backward: As of :meth:`waits`.
+        """
+        for _ in range(20):
+            if self.shared or self.ended() or self.waits(for_backward=for_backward) or is_busy():
+                break
+            time.sleep(0.001)
 
     def runs(self, frame: FrameType) -> bool:
         """Whether a frame is on the stack of the counted thread.
@@ -102,8 +123,10 @@ class CountedThread:
 
     def name(self) -> str:
         """Return the name of the counted thread."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return names.get(self.thread, f"thread {self.thread}")
+        for thread in threading.enumerate():
+            if thread.ident == self.thread:
+                return thread.name
+        return f"{self.thread}"
 
     def claim(self, claimer: int) -> bool:
         """Ask the counted thread to give its place up at the next module that it runs, and return whether it did.
@@ -115,7 +138,8 @@ class CountedThread:
         """
         if self.claimed is not None:
             return False
-        self.claimed, self.claimer, self.here = threading.Event(), claimer, None
+        self.claimed, self.claimer = threading.Event(), claimer
+        self.in_forward = None  # so that it looks
         return self.claimed.wait(_PATIENCE)
 
 
