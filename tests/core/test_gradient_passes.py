@@ -7,10 +7,12 @@ pre-activation before each of these runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, state_of
@@ -110,3 +112,76 @@ def test_a_neuron_without_gradient_in_one_of_two_passes_is_not_cut_off() -> None
     assert (tally.positions, tally.gradient_positions) == (4, 8)
     assert tally.zero_gradient_fraction.tolist() == [0.0, 0.5]
     assert scope.report().cut_off == 0
+
+
+class Solve(torch.autograd.Function):
+    """An adjoint solver: it keeps no graph, and runs its function again, backward in time, for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, function: nn.Module, x: Tensor, steps: int, back: int, *weights: Tensor) -> Tensor:
+        ctx.function, ctx.back = function, back
+        for _ in range(steps):
+            x = x + 0.1 * function(x)
+        ctx.save_for_backward(x, *weights)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        found = [torch.zeros_like(weight) for weight in weights]
+        for _ in range(ctx.back):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = ctx.function(x)
+                first, *others = torch.autograd.grad(y, [x, *weights], 0.1 * gradient)
+            x, gradient = x - 0.1 * y, gradient + first
+            found = [each + other for each, other in zip(found, others, strict=True)]
+        return None, gradient, None, None, *found
+
+
+class Solving(nn.Module):
+    def __init__(self, steps: int, back: int) -> None:
+        super().__init__()
+        self.steps, self.back = steps, back
+        self.function = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Solve.apply(self.function, x, self.steps, self.back, *self.function.parameters())
+
+
+@pytest.mark.parametrize("back", [2, 3, 7], ids=["fewer steps back", "as many", "more"])
+def test_each_step_back_of_an_adjoint_solver_is_a_pass(back: int) -> None:
+    torch.manual_seed(0)
+    model = Solving(3, back)
+    gradients: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, y: Tensor) -> None:
+        if y.requires_grad:
+            y.register_hook(gradients.append)
+
+    model.function[0].register_forward_hook(keep)
+    with ns.watch(model) as scope:
+        for step in range(STEPS):
+            model(data(step)).relu().sum().backward()
+            scope.step()
+    (tally,) = scope.census().values()
+    assert (tally.positions, tally.gradient_positions) == (3 * STEPS * ROWS, back * STEPS * ROWS)
+    assert tally.zero_gradients.tolist() == (torch.cat(gradients) == 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_part_of_a_retained_graph_gives_each_pass(reentrant: bool) -> None:
+    def counts(model: Callable[[Tensor], Tensor], watched: nn.Module) -> dict[str, tuple[list[int], int]]:
+        with ns.watch(watched) as scope:
+            for step in range(STEPS):
+                y = model(watched[0](data(step)))
+                y.relu().sum().backward(retain_graph=True)
+                y.square().sum().backward()
+                scope.step()
+        return {name: (tally.zero_gradients.tolist(), tally.gradient_positions) for name, tally in scope.census().items()}
+
+    torch.manual_seed(0)
+    model = network()
+    expected = counts(model[1:], model)
+    assert [positions for _, positions in expected.values()] == [2 * STEPS * ROWS] * 3
+    assert counts(lambda x: checkpoint(model[1:], x, use_reentrant=reentrant), model) == expected
