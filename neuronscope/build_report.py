@@ -154,7 +154,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
 
 
 def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
-    """Return the notes on NaN, infinity and missing gradients.
+    """Return the notes on NaN, infinity, missing gradients, and several gradients of one output.
 
     Args:
         census: The judged window.
@@ -180,6 +180,14 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
     elif without_gradients:
         some = f"{len(without_gradients)} of {len(census)} layers, for example {without_gradients[0]}"
         notes.append(f"No gradients were seen at {some}.")
+    again = [name for name, tally in census.items() if tally.gradient_positions > tally.positions]
+    if again:
+        tally, more = census[again[0]], f" (and {len(again) - 1} more)" if len(again) > 1 else ""
+        notes.append(
+            f"Gradients came more than once at {again[0]}{more}, in {tally.gradient_positions} positions for "
+            f"{tally.positions} of outputs, as with `retain_graph` or a gradient penalty: zero-gradient fractions "
+            "there are over all passes."
+        )
     return tuple(notes)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
@@ -14,6 +17,7 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.compiling import skip_frames
 from neuronscope.attach.copies import WeightDigest
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
@@ -65,12 +69,15 @@ class Scope:
         )
         self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
-        self._phase = "train"
+        self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
+        self._phases: dict[int, str] = {}  # by thread
+        self._pauses: Counter[int] = Counter()  # by thread
+        self._applied: tuple[str, int, bool] | None = None  # phase, step, and whether they are observed
+        self._lock = threading.RLock()  # of the records, for threads that step and read
         self._step = 0
         self._detached = False
         self._retired = False
         self._fault: Fault | None = None
-        self._pauses = 0
         self._checked = False
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
@@ -91,6 +98,7 @@ class Scope:
             tolerance=self.policy.tolerance,
             examples=options.examples,
             mask=options.mask,
+            observe=self._apply,
         )
         self._hooks.note_weights = self._note_weights
         self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
@@ -143,11 +151,15 @@ class Scope:
         return self._count_step(step)
 
     def _count_step(self, step: int | None = None) -> bool:
+        with self._lock:
+            return self._count_one_step(step)
+
+    def _count_one_step(self, step: int | None) -> bool:
         closed = False
         if self._hooks.note_weights is not None and self._hooks.observing:
             self._end_first_step()
         record, inference = self._record("train"), self._records.get(INFERENCE)
-        if self._hooks.observing and self._phase == "train":
+        if self._hooks.observing and self._phase_in(self._counted_thread()) == "train":
             record.note_step(self._step)
             if inference is not None:
                 inference.note_step(self._step)
@@ -192,22 +204,34 @@ class Scope:
         self._require_attached("phase")
         if not isinstance(name, str) or not name:
             raise UsageError(f"Expected argument `name` of a phase to be a non-empty string, but got {name!r}.")
-        before = self._phase
-        self._phase = name
+        here = threading.get_ident()
+        before, own = self._phase_in(here), self._phases.get(here)
+        self._phases[here] = name
+        self._hooks.put_back()
         self._observe()
         try:
             yield self
         finally:
             if not self._detached and name != "train" and name != before:
-                if keep():
-                    record = self._record(name)
-                    record.note_step(self._step)
-                    self._flush(name, join=join)
-                    record.close()
-                else:
-                    self._record(name).discard_running()
-            self._phase = before
+                self._end_phase(name, here, join, keep)
+            if own is None:
+                self._phases.pop(here, None)
+            else:
+                self._phases[here] = own
             self._observe()
+
+    def _end_phase(self, name: str, thread: int, join: bool, keep: Callable[[], bool]) -> None:
+        """End a pass of a phase, unless it was one of a thread beside the one that is counted."""
+        if not (join or thread == self._home or thread == self._counted_thread()):
+            return
+        with self._lock:
+            if keep():
+                record = self._record(name)
+                record.note_step(self._step)
+                self._flush(name, join=join)
+                record.close()
+            else:
+                self._record(name).discard_running()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Scope]:
@@ -215,12 +239,13 @@ class Scope:
 
         Callbacks use it too, around calls of the model that belong to no phase.
         """
-        self._pauses += 1
+        here = threading.get_ident()
+        self._pauses[here] += 1
         self._observe()
         try:
             yield self
         finally:
-            self._pauses -= 1
+            self._pauses[here] -= 1
             self._observe()
 
     def open_step(self, *, in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
@@ -235,13 +260,11 @@ class Scope:
                 are those of each module that the step calls.
         """
         if not self.detached:
-            self._hooks.open_step(inputs)
-            self._hooks.recorder.forward.step_is_forward = in_forward
+            self._hooks.open_step(inputs, in_forward=in_forward)
 
     def close_step(self) -> None:
         """End the training step that :meth:`open_step` began. For the Lightning callback."""
         self._hooks.close_step()
-        self._hooks.recorder.forward.step_is_forward = False
 
     def detach(self, *, join: bool = True) -> None:
         """Remove every hook from the model. Counts stay readable; a second call does nothing.
@@ -252,6 +275,10 @@ class Scope:
             join: In a distributed run, add up the open counts of all ranks. Every rank must then detach, and each waits
                 for the ranks that have more batches. ``False`` if only this rank stops, for example after an exception.
         """
+        with self._lock:
+            self._end(join)
+
+    def _end(self, join: bool) -> None:
         if self._detached:
             return
         self._hooks.detach()
@@ -321,16 +348,30 @@ class Scope:
 
     def _observe(self) -> None:
         """Decide whether the next forward passes are counted, and in which phase and step."""
+        if not self.detached:
+            self._hooks.change()
+
+    def _apply(self) -> None:
+        """Set the phase and the step of the counted thread, and whether they are observed."""
         if self.detached:
             return
-        observing = not self._pauses and (self._phase != "train" or self._is_due())
-        hooks = self._hooks
-        if not observing and not hooks.observing:
+        thread, hooks = self._counted_thread(), self._hooks
+        phase, paused = self._phase_in(thread), bool(self._pauses[thread] or self._pauses[self._home])
+        observing = not paused and (phase != "train" or self._is_due())
+        if (phase, self._step, observing) == self._applied or not (observing or hooks.observing):
             return
-        hooks.recorder.set_phase(self._phase, self._step)
+        self._applied = phase, self._step, observing
+        hooks.recorder.set_phase(phase, self._step)
         hooks.set_observing(observing)
-        if not observing and not self._pauses:
+        if not observing and not paused and not self._phases:
             hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
+
+    def _counted_thread(self) -> int:
+        return self._hooks.thread.thread if self._hooks.thread.is_elsewhere() else threading.get_ident()
+
+    def _phase_in(self, thread: int) -> str:
+        """Return the phase of a thread: its own, or that of the thread in which the watch began."""
+        return self._phases.get(thread) or self._phases.get(self._home, "train")
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since the last observed step.
@@ -351,7 +392,7 @@ class Scope:
     @property
     def phases(self) -> tuple[str, ...]:
         """Names of the phases in which anything was observed."""
-        return tuple(name for name, record in self._records.items() if not record.empty)
+        return tuple(name for name, record in list(self._records.items()) if not record.empty)
 
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """Return the exact counts of one phase over one window.
@@ -373,7 +414,8 @@ class Scope:
         Raises:
             UsageError: No such phase was observed, or there is no such window.
         """
-        return self._observed_record(phase).census(window)
+        with self._lock:
+            return self._observed_record(phase).census(window)
 
     def report(self, phase: str = "train") -> Report:
         """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
@@ -384,6 +426,10 @@ class Scope:
         Raises:
             UsageError: No such phase was observed.
         """
+        with self._lock:
+            return self._report(phase)
+
+    def _report(self, phase: str) -> Report:
         record, inference = self._observed_record(phase), self._records.get(INFERENCE)
         note = ""
         if phase == "train" and inference is not None and not inference.empty:
@@ -427,9 +473,10 @@ class Scope:
             join: First add up the open counts of all ranks of a distributed run, which all must call this. Then any
                 number of ranks can resume from any rank's state. Otherwise the open counts are this rank's only.
         """
-        if join:
-            self._flush("train")
-        return scope_state(self._step, self._records, self._current_fault())
+        with self._lock:
+            if join:
+                self._flush("train")
+            return scope_state(self._step, self._records, self._current_fault())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
@@ -440,6 +487,10 @@ class Scope:
         Raises:
             StateError: The state is not that of a scope, or is from a later version.
         """
+        with self._lock:
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self._step, phases, self._fault = split_scope_state(state, self.policy)
         if is_outdated(state):
             self._record("train").begin_at(self._step)
@@ -447,10 +498,11 @@ class Scope:
                 "The saved counts are from an earlier version of Neuronscope, in which a neuron was an index of one "
                 f"call; now it is a unit of a layer. The counts begin anew at step {self._step}.",
                 NeuronscopeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved, self._lacking_layers)
+        self._applied = None
         self._observe()
 
     def _lacking_layers(self, layers: Iterable[str]) -> Collection[str]:
@@ -459,7 +511,7 @@ class Scope:
 
     def _record(self, phase: str) -> PhaseRecord:
         if phase not in self._records:
-            self._records[phase] = PhaseRecord(self.policy)
+            self._records[phase] = PhaseRecord(self.policy, self._hooks.recorder.lock)
         return self._records[phase]
 
     def _new_counters(
@@ -475,7 +527,7 @@ class Scope:
             return
         self._checked = True
         for message in self._patterns.unmatched_warnings(self._model_name):
-            warnings.warn(message, NeuronscopeWarning, stacklevel=3)
+            warnings.warn(message, NeuronscopeWarning, stacklevel=5)
 
 
 def watch(
@@ -562,3 +614,7 @@ def watch(
         process_group=process_group,
     )
     return Scope(model, options, optimizer=optimizer)
+
+
+# Every module that a hook can call is loaded by now.
+skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))

@@ -238,6 +238,9 @@ class Recomputation:
     segment. When the gradients of a segment arrive, all its calls have been made, and they are the last calls
     of the forward that were not yet repeated.
 
+    There may be more repeated calls than calls: an adjoint solver takes other steps backward, and a graph that is
+    retained gives gradients again. Then they belong to the site that was called there, if it was one only.
+
     >>> due = Recomputation()
     >>> for call in ("first", "second", "third"):
     ...     due.add(("relu", ""), call)
@@ -251,6 +254,7 @@ class Recomputation:
 
     def __init__(self) -> None:
         self._due: dict[Place, list[Any]] = {}
+        self._only: dict[Place, Any] = {}  # the call of each place; ``None`` if calls of several sites were made there
         self._made: dict[Place, int] = {}
         self._fired = False
 
@@ -262,6 +266,9 @@ class Recomputation:
             call: The call; ``None`` if it is not counted.
         """
         self._due.setdefault(place, []).append(call)
+        only = self._only.setdefault(place, call)
+        if only is not call and (only is None or call is None or only[:3] != call[:3]):
+            self._only[place] = None
 
     def next_number(self, place: Place) -> int:
         """Note a call that is made in a backward pass, and return its number within the recomputed segment."""
@@ -285,11 +292,12 @@ class Recomputation:
         """
         self._fired = True
         due, made = self._due.get(place, []), self._made.get(place, 0)
-        return due[number - made] if made <= len(due) and number < made else None
+        return due[number - made] if made <= len(due) and number < made else self._only.get(place)
 
     def clear(self) -> None:
         """Forget all calls: an optimizer step is over."""
         self._due.clear()
+        self._only.clear()
         self._made.clear()
         self._fired = False
 

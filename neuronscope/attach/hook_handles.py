@@ -188,8 +188,9 @@ def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ou
 def put_back(taken: Taken) -> None:
     """Put hooks back where :func:`take_off` took them from: ahead of those that were registered since."""
     for table, before, keys in taken:
-        now = dict(table)
+        now = list(table)
         first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
         order = [*first, *(key for key in before if key in keys or key in now), *now]
-        table.clear()
-        table.update((key, now.get(key, before.get(key))) for key in order)
+        table.update((key, before[key]) for key in before if key in keys)
+        for key in dict.fromkeys(order):  # each stays in the table, which another thread may be reading
+            table.move_to_end(key)

@@ -12,6 +12,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,13 @@ from torch import Tensor, nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
-from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
+from neuronscope.attach.compiling import (
+    count_compilations,
+    in_backward,
+    is_compiled,
+    is_tracing,
+    unwatched,
+)
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
@@ -34,7 +41,7 @@ from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
-from neuronscope.attach.single_thread import EnteredMode, SingleThread
+from neuronscope.attach.single_thread import CountedThread, EnteredMode, enclosing_modules
 from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
@@ -46,7 +53,8 @@ _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
-#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does.
+#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does; and if
+#: another thread takes it off while it is about to be called.
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -62,6 +70,7 @@ class HookManager:
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
         examples: The option ``examples`` of :func:`neuronscope.watch`.
         mask: The option ``mask``.
+        observe: Called to set the phase, the step and whether they are observed, for the counted thread.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class HookManager:
         tolerance: float,
         examples: Examples = "auto",
         mask: Mask = None,
+        observe: Callable[[], None] = lambda: None,
     ) -> None:
         self.observing = False
         self.registry = registry
@@ -96,12 +106,15 @@ class HookManager:
         self.failure: Exception | None = None
         self._mode = ActivationFunctionMode(self)
         self.entered = EnteredMode(self._mode)
-        self._thread = SingleThread()
+        self.thread = CountedThread()
+        self._observe = observe
+        self._postponed = False  # whether `observe` is to be called when the next forward begins
+        self._may_be_inside = False  # whether a forward may be running of which nothing was observed
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
         self._fused: list[tuple[int, nn.Module, Any]] = []  # calls that torch fuses: modules around it, module, input
         self._hidden = HiddenHooks(self._leave_fused)
-        self._step_open = False
+        self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
@@ -174,7 +187,10 @@ class HookManager:
             if not self._compiles:
                 self._handles.take_off()
 
-    def _resume(self) -> None:
+    def put_back(self) -> None:
+        """Put the hooks back that :meth:`pause` took off."""
+        if not self._handles.off:
+            return
         self._handles.put_back()
         if self._compilations != count_compilations():
             self._compiles = True
@@ -187,8 +203,8 @@ class HookManager:
 
     def set_observing(self, observing: bool) -> None:
         """Start or stop counting, and forget what is left of an interrupted forward."""
-        if observing and self._handles.off:
-            self._resume()
+        if observing:
+            self.put_back()
         self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
@@ -196,22 +212,32 @@ class HookManager:
         if observing and self._step_open:
             self.entered.enter(handling=self._mode.handling)
 
-    def open_step(self, inputs: tuple[Any, ...] = ()) -> None:
+    def open_step(self, inputs: tuple[Any, ...] = (), *, in_forward: bool = False) -> None:
         """Note that a training step begins, so that its own functional calls are watched too.
 
         Args:
+            in_forward: Whether the step runs in place of the model's forward.
             inputs: What the step is given; see :meth:`neuronscope.attach.forward.ForwardContext.begin_step`.
         """
-        self._step_open = True
+        with self.recorder.lock:
+            if self.thread.thread != get_ident():
+                if not self._may_be_taken(claims=not self._trains()):
+                    return
+                self._change_thread(get_ident())
+            self._step_open = True
         self._set_explicit_step(True)
+        self.recorder.forward.step_is_forward = in_forward
         if self.observing:
             self.recorder.forward.begin_step(inputs)
             self.entered.enter(handling=self._mode.handling)
 
     def close_step(self) -> None:
         """Note that the training step is over."""
+        if self.thread.is_elsewhere():
+            return
         self._step_open = False
         self._set_explicit_step(False)
+        self.recorder.forward.step_is_forward = False
         self.recorder.forward.end_step()
         self.entered.leave(handling=self._mode.handling)
         if self.failure is not None:
@@ -221,18 +247,154 @@ class HookManager:
         self.recorder.forward.explicit_step = explicit_step
         self.recorder.forward.forget()
 
-    def watches_here(self) -> bool:
-        """Whether to count what runs in this thread."""
-        if not self.observing or self._thread.acquire():
+    def watches_here(self, begins: bool = False) -> bool:
+        """Whether to count what runs in this thread.
+
+        Args:
+            begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
+        """
+        if is_tracing() or self.thread.in_forward == get_ident():  # a graph is traced in one thread
             return self.observing
-        if self._thread.release_if_ended():
+        if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
+            return False
+        return self._take_turn(sys._getframe(2), begins)
+
+    def is_counted_here(self) -> bool:
+        """Whether this thread is the counted one, in a forward or not."""
+        return self.observing and (is_tracing() or self.thread.here == get_ident())
+
+    def _take_turn(self, caller: FrameType, begins: bool) -> bool:
+        """Begin a forward in this thread, if it is the counted one or may be, and return whether to count it."""
+        thread, here = self.thread, get_ident()
+        with self.recorder.lock:
+            if not self._handles or self.failure is not None:
+                return False
+            if thread.thread == here and thread.claimed is not None:
+                self._give_up()
+                return False
+            if thread.here == here:
+                return begins and self._begin(caller)
+            if not begins or self._is_inside(caller):
+                return False
+            if thread.thread == here:  # another one ran in its place during its backward pass
+                thread.here = here
+                return self._begin(caller)
+        backward = in_backward()
+        thread.let_it_wait(self._is_busy, for_backward=backward)
+        with self.recorder.lock:
+            if backward and not thread.ended():
+                if self._is_busy() or not thread.waits(for_backward=True):
+                    return False
+                thread.here = here
+                return self._begin(caller)
+            claims = torch.is_grad_enabled() and not self._trains()
+            if self._may_be_taken(claims):
+                self._change_thread(here)
+                return self._begin(caller)
+        if claims and not thread.waits() and thread.claim(here):
+            with self.recorder.lock:
+                if thread.thread == here:
+                    thread.here = here
+                    return self._begin(caller)
+        self._note_turned_away()
+        return False
+
+    def _trains(self) -> bool:
+        """Whether the counted thread ran any forward with gradients."""
+        return self.thread.graded or self.recorder.got_gradients
+
+    def _may_be_taken(self, claims: bool) -> bool:
+        """Whether another thread may become the counted one at once.
+
+        Args:
+            claims: Whether it has gradients, and the counted one had none.
+        """
+        thread = self.thread
+        if thread.ended():
+            return True
+        in_turn = thread.waits() and not thread.shared and not self.recorder.got_gradients
+        return (claims or in_turn) and not self._is_busy()
+
+    def _give_up(self) -> None:
+        """Give the place of the counted thread to the one that asks for it."""
+        claimer, claimed = self.thread.claimer, self.thread.claimed
+        self.recorder.forward.restart()
+        self._end()
+        self._change_thread(claimer)
+        self.thread.here = None  # its next call may be in the middle of a forward
+        if claimed is not None:
+            claimed.set()
+        self._note_turned_away()
+
+    def _change_thread(self, thread: int) -> None:
+        """Count another thread from now on."""
+        if self.thread.in_forward is not None:  # an interrupt ended the last thread
             self.recorder.forward.restart()
             self._end()
-            return self._thread.acquire()
+        self.thread.become(thread)
+        self.recorder.got_gradients = self._postponed = False
+        self._observe()
+
+    def _note_turned_away(self) -> None:
+        self.thread.shared = True
         self.recorder.unmeasured.reasons["(root)"] = (
-            "its forward ran in several threads at once, and only some of it was counted"
+            f"it ran in several threads at once, and only what the thread {self.thread.name()} ran was counted: run it "
+            "in one thread, or run and watch a copy of it (`copy.deepcopy`) in each"
         )
+
+    def _is_busy(self) -> bool:
+        """Whether the counted thread runs a forward, or is in an explicit step."""
+        frame = self._activation or self.callers.innermost
+        running = self.thread.in_forward is not None or self.thread.claimed is not None
+        return self._step_open or (running and (frame is None or self.thread.runs(frame)))  # or it was interrupted
+
+    def _is_inside(self, caller: FrameType) -> bool:
+        """Whether a module that calls its hooks runs inside another one of the model.
+
+        Args:
+            caller: The frame that calls a hook of the module.
+        """
+        for module in enclosing_modules(caller)[1:]:
+            for hook in list(module._forward_pre_hooks.values()):
+                if isinstance(hook, _EnterModule) and hook.manager is self:
+                    return True
         return False
+
+    def _begin(self, caller: FrameType) -> bool:
+        """Note that a forward begins in this thread if it is the counted one, and return whether to count it.
+
+        Args:
+            caller: The frame that calls the hook of its outermost module.
+        """
+        with self.recorder.lock:
+            if self.thread.here != get_ident():
+                return False
+            if self.thread.claimed is not None:
+                self._give_up()
+                return False
+            if self._postponed:
+                self._postponed = False
+                self._observe()
+            if self._may_be_inside:
+                if self._is_inside(caller):
+                    return False
+                self._may_be_inside = False
+            if self.observing:
+                self.thread.in_forward = self.thread.here
+                self.thread.graded = self.thread.graded or torch.is_grad_enabled()
+            return self.observing
+
+    def change(self) -> None:
+        """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
+
+        Between its forward and its backward pass, what is known of that forward is needed still.
+        """
+        with self.recorder.lock:
+            elsewhere = self.thread.is_elsewhere()
+            self._postponed = elsewhere and self.observing
+            if not self._postponed:
+                self._observe()
+                self._may_be_inside |= elsewhere and self.observing
 
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, and forget what an interrupt ended.
@@ -241,7 +403,7 @@ class HookManager:
             caller: The frame that called a hook or a torch function.
         """
         module_stack = self.recorder.forward.module_stack
-        if module_stack and self._thread.is_here():
+        if module_stack and self.thread.is_here():
             del module_stack[self.callers.running(len(module_stack), caller) :]
             if not module_stack:
                 self._end()
@@ -258,13 +420,13 @@ class HookManager:
         self.running.clear()
         self._fused.clear()
         self._hidden.put_back()
-        self._thread.release()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
+        self.thread.in_forward = None
 
     def fail(self, error: Exception) -> None:
         """Handle an error in our own code: warn once, detach, and let the training go on."""
-        if self.failure is None:
+        if self.failure is None and self._handles:  # another thread may have detached, while this one was counting
             self.failure = error
             if self._mode.handling:
                 self.observing = False  # torch puts the mode back after the call; the end of the forward takes it off
@@ -293,6 +455,8 @@ class HookManager:
             self._forget_interrupted(module, caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
+            if self.thread.in_forward != get_ident() and not self._begin(caller):
+                return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
         if path == "" and self.note_weights is not None and not is_tracing():
             self.note_weights()
@@ -386,6 +550,8 @@ class HookManager:
         call = None
         if caller is not None:
             self._forget_interrupted(module, caller)
+            if self.thread.in_forward != get_ident() and not self._begin(caller):
+                return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
             call = self.recorder.begin(path, "", activation, x, glu_dim)
@@ -410,7 +576,7 @@ class HookManager:
         elif not self.running:
             self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
-            self._thread.release()
+            self.thread.in_forward = None
 
 
 def _names_places(module: nn.Module) -> bool:
@@ -435,7 +601,7 @@ class _EnterModule(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here():
+        if self.manager.watches_here(begins=True):
             try:
                 self.manager.enter(self.path, module, args, kwargs, _caller())
             except Exception as error:
@@ -449,7 +615,7 @@ class _EnterFusable(_EnterModule):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
-        if self.manager.watches_here():
+        if self.manager.watches_here(begins=True):
             try:
                 self.manager.enter(self.path, module, args, kwargs, _caller())
                 if fused:
@@ -491,7 +657,7 @@ class _NoteLayout(InertHook):
         self.examples = examples
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here():
+        if self.manager.is_counted_here():
             try:
                 self.examples.note_layout(module, args, kwargs)
             except Exception as error:
@@ -518,7 +684,7 @@ class _SuspendInside(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here():
+        if self.manager.is_counted_here():
             self.manager.begin_activation(None, _caller())
 
 
@@ -527,7 +693,7 @@ class _ResumeInside(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here() and self.manager.running:
+        if self.manager.is_counted_here() and self.manager.running:
             self.manager.after(None, None)
 
 
@@ -538,7 +704,7 @@ class _BeforeActivation(InertHook):
         self.activation = activation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here():
+        if self.manager.watches_here(begins=True):
             try:
                 with unwatched():
                     self.manager.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
@@ -558,7 +724,3 @@ class _AfterActivation(InertHook):
                     self.manager.after(first_input(args, kwargs), given[-1])
             except Exception as error:
                 self.manager.fail(error)
-
-
-# Every module that a hook can call is loaded by now.
-skip_frames(module for name, module in list(sys.modules.items()) if name.startswith("neuronscope."))

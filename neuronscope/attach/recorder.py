@@ -7,6 +7,7 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,8 @@ class SiteRecorder:
         forward: The forward that is running.
         sites: Finds the sites.
         unmeasured: What is not measured.
+        lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
+        got_gradients: Whether a gradient has arrived.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class SiteRecorder:
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
         self.fail = fail
+        self.lock = threading.RLock()
+        self.got_gradients = False
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []
@@ -350,10 +355,11 @@ class SiteRecorder:
             plain, axis, left_out = _arranged(plain, layout, forward.mask)
             if not plain.numel():
                 return
-        examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
-        add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
-        if left_out is not None:
-            leave_out(counters, left_out)
+        with self.lock:
+            examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
+            add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
+            if left_out is not None:
+                leave_out(counters, left_out)
 
     def _count_in_graph(self, call: int, y: Tensor) -> None:
         counters = self._counters_of(call)
@@ -432,9 +438,11 @@ class SiteRecorder:
                 found, axis, left_out = _arranged(found, layout, mask)
                 if not found.numel():
                     return
-            add_gradients(counters, found, axis, self._scratch)
-            if left_out is not None:
-                leave_out(counters, left_out, gradients=True)
+            with self.lock:
+                self.got_gradients = True
+                add_gradients(counters, found, axis, self._scratch)
+                if left_out is not None:
+                    leave_out(counters, left_out, gradients=True)
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
         self.unmeasured.note(self.sites.name_of(counters), reason)

@@ -1,56 +1,161 @@
-"""Watch one thread at a time: the calls of several threads that run a model at once cannot be told apart.
+"""Count one thread: the calls of several threads that run a model at once cannot be told apart.
 
-Torch keeps a stack of function modes for each thread, and a forward is tracked from its first call to its last. So one
-thread is watched until its forward ends, and what other threads run meanwhile is not counted.
+A forward is tracked from its first call to its last, and torch keeps a stack of function modes for each thread. So the
+forwards of one thread are counted, and what other threads run beside it is left alone.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import time
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.compiling import is_tracing, thread_id
+from neuronscope.attach.interrupts import is_on_stack
 
-__all__ = ["EnteredMode", "SingleThread"]
+__all__ = ["CountedThread", "EnteredMode", "enclosing_modules"]
+
+#: Functions in which a thread waits for others, by their modules.
+_WAITING = {
+    "concurrent.futures.thread": {"_worker"},
+    "multiprocessing.connection": {"wait"},
+    "queue": {"get"},
+    "selectors": {"select"},
+    "threading": {"_wait_for_tstate_lock", "join", "wait"},
+}
+_BACKWARD = {"torch.autograd.graph": {"_engine_run_backward"}}
+#: Seconds for which a thread that trains waits, once, until one that does not gives its place up.
+_PATIENCE = 0.2
 
 
-class SingleThread:
-    """Says which thread is watched.
+class CountedThread:
+    """Says which thread is counted: the first that runs the model, until it ends.
 
-    >>> SingleThread().acquire()
-    True
+    Another thread takes its place
+
+    - if it waits for others, has got no gradient, and no thread has yet run the model beside it: then the model is run
+      in one thread after another;
+    - if it ran without gradients only, and the other one begins a forward with gradients.
+
+    During a backward pass, for which the counted thread waits, forwards that recompute activations run in autograd's
+    thread.
+
+    Attributes:
+        here: The thread whose next forward is counted: the counted one, or autograd's.
+        thread: The counted thread; ``None`` if none has run the model yet.
+        in_forward: The thread while a forward of it is running, and else ``None``.
+        graded: Whether it began a forward with gradients.
+        shared: Whether another thread was turned away.
+        claimed: Set when the counted thread has given its place up to the one that asked; ``None`` if none asks.
+        claimer: The thread that asked last.
     """
 
     def __init__(self) -> None:
-        self._watched: dict[str, int] = {}
+        self.here: int | None = None
+        self.thread: int | None = None
+        self.in_forward: int | None = None
+        self.graded = False
+        self.shared = False
+        self.claimed: threading.Event | None = None
+        self.claimer = 0
 
-    def acquire(self) -> bool:
-        """Make this thread the watched one if there is none, and return whether it is the watched one.
+    def become(self, thread: int) -> None:
+        """Count another thread from now on.
 
-        A graph is traced in one thread, so this is true while ``torch.compile`` traces.
+        Args:
+            thread: The thread.
         """
-        if is_tracing():
-            return True
-        here = threading.get_ident()
-        return self._watched.setdefault("thread", here) == here
+        self.here = self.thread = thread
+        self.in_forward, self.graded = None, False
+        self.claimed = None
 
     def is_here(self) -> bool:
-        """Whether this thread is the watched one."""
-        return self._watched.get("thread") == threading.get_ident()
+        """Whether this thread's calls are counted."""
+        return self.here == threading.get_ident()
 
-    def release_if_ended(self) -> bool:
-        """Forget the watched thread if it has ended, and return whether it had."""
-        owner = self._watched.get("thread")
-        return owner is not None and owner not in sys._current_frames() and self._watched.pop("thread", None) == owner
+    def is_elsewhere(self) -> bool:
+        """Whether another thread is counted, which has not ended."""
+        return self.thread != threading.get_ident() and not self.ended()
 
-    def release(self) -> None:
-        """Forget the watched thread: its forward is over, and the next one may run in any thread."""
-        if not is_tracing():
-            self._watched.clear()
+    def ended(self) -> bool:
+        """Whether no thread is counted, or it has ended."""
+        return self.thread is None or self.thread not in sys._current_frames()
+
+    def waits(self, *, for_backward: bool = False) -> bool:
+        """Whether the counted thread waits for other threads.
+
+        Args:
+            for_backward: Whether autograd's threads, which run a backward pass for it, are others too.
+        """
+        frame = sys._current_frames().get(self.thread or 0)
+        if frame is None:
+            return False
+        name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        return name in _WAITING.get(module, ()) or (for_backward and name in _BACKWARD.get(module, ()))
+
+    def let_it_wait(self, is_busy: Callable[[], bool], *, for_backward: bool) -> None:
+        """Give the counted thread a moment, once, to wait for this one, which it may just have started.
+
+        Args:
+            is_busy: Whether it runs the model itself.
+            for_backward: As of :meth:`waits`.
+        """
+        for _ in range(20):
+            if self.shared or self.ended() or self.waits(for_backward=for_backward) or is_busy():
+                break
+            time.sleep(0.001)
+
+    def runs(self, frame: FrameType) -> bool:
+        """Whether a frame is on the stack of the counted thread.
+
+        Args:
+            frame: A frame that may have ended.
+        """
+        last = sys._current_frames().get(self.thread or 0)
+        return last is not None and is_on_stack(frame, last)
+
+    def name(self) -> str:
+        """Return the name of the counted thread."""
+        for thread in threading.enumerate():
+            if thread.ident == self.thread:
+                return thread.name
+        return f"{self.thread}"
+
+    def claim(self, claimer: int) -> bool:
+        """Ask the counted thread to give its place up at the next module that it runs, and return whether it did.
+
+        It is waited for once, and shortly.
+
+        Args:
+            claimer: The thread that asks.
+        """
+        if self.claimed is not None:
+            return False
+        self.claimed, self.claimer = threading.Event(), claimer
+        self.in_forward = None  # so that it looks
+        return self.claimed.wait(_PATIENCE)
+
+
+def enclosing_modules(frame: FrameType) -> list[nn.Module]:
+    """Return the modules whose calls are running on a stack, the innermost first.
+
+    Args:
+        frame: The last frame of the stack to look at.
+    """
+    found: list[nn.Module] = []
+    above: FrameType | None = frame
+    while above is not None:
+        if above.f_code is nn.Module._call_impl.__code__:
+            found.append(above.f_locals["self"])
+        above = above.f_back
+    return found
 
 
 class EnteredMode:

@@ -95,16 +95,18 @@ class SiteFinder:
 
     def all_counters(self) -> list[SiteCounters]:
         """Return the counters of all sites and phases that are wanted."""
-        return [counters for counters in self._counters.values() if counters is not None]
+        return [counters for counters in list(self._counters.values()) if counters is not None]
 
     def name_of(self, counters: SiteCounters) -> str:
         """Return the name of the site of these counters."""
-        return next(key.name for (_, key), known in self._counters.items() if known is counters)
+        return next(key.name for (_, key), known in list(self._counters.items()) if known is counters)
 
     def all_not_measured(self) -> dict[str, str]:
         """Return all sites, layers and modules that are not measured so far, each with the reason."""
         forward = self._forward
-        not_measured = self.unmeasured.with_layers({name for _, key in self._counters for name in key.layer.split("+")})
+        not_measured = self.unmeasured.with_layers(
+            {name for _, key in list(self._counters) for name in key.layer.split("+")}
+        )
         if forward.ran_parts and not forward.ran_root:
             not_measured["(root)"] = (
                 "parts of the model were called, but never its forward: functional activations between them are not "
@@ -382,7 +384,7 @@ class SiteFinder:
 
     def _positions(self) -> dict[SiteKey, int]:
         found: dict[SiteKey, int] = {}
-        for (_, key), counters in self._counters.items():
+        for (_, key), counters in list(self._counters.items()):
             if counters is not None:
                 found[key] = found.get(key, 0) + counters.totals()[0]
         return found

@@ -42,7 +42,7 @@ class Unmeasured:
 
     def modules_that_ran(self, phase: str) -> set[str]:
         """Return the paths of the activation modules that ran in a phase."""
-        return {path for name, path in self.ran if name == phase}
+        return {path for name, path in list(self.ran) if name == phase}
 
     def note_transformed(self, phase: str, path: str, function: str, x: Tensor) -> None:
         """Note that an activation ran inside a function transform.
@@ -107,10 +107,10 @@ class Unmeasured:
         """
         not_measured = dict(self.reasons)
         flow = self._flow
-        for place, (reason, layers) in self._unclear.items():
+        for place, (reason, layers) in list(self._unclear.items()):
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
-        for layer, function in flow.bent.items():
+        for layer, function in list(flow.bent.items()):
             if layer in self._transformed:
                 continue
             if measured.intersection(layer.split("+")):

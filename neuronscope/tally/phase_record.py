@@ -9,6 +9,7 @@ has few examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,10 +51,12 @@ class PhaseRecord:
 
     Args:
         policy: The thresholds.
+        lock: Held while counts are read and set back, because another thread may be counting.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, lock: AbstractContextManager[Any] | None = None) -> None:
         self._policy = policy
+        self._lock = nullcontext() if lock is None else lock
         self._counters: dict[SiteKey, tuple[SiteInfo, SiteCounters]] = {}
         self._flushed = Census()  # the flushed part of the open window
         self._steps: list[int] = []  # observed steps of the open window
@@ -81,7 +84,8 @@ class PhaseRecord:
         self._drop_other_width(key.name, {neurons, info.whole or neurons})
         self._ran.add(key.name)
         counters = SiteCounters(neurons, device)
-        self._counters[key] = (info, counters)
+        with self._lock:
+            self._counters[key] = (info, counters)
         return counters
 
     def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
@@ -90,7 +94,7 @@ class PhaseRecord:
         Args:
             describe: A function that returns what is known of a site by now, from its key and what was known before.
         """
-        for key, (info, counters) in self._counters.items():
+        for key, (info, counters) in list(self._counters.items()):
             self._counters[key] = describe(key, info), counters
 
     def _drop_other_width(self, name: str, widths: Collection[int]) -> None:
@@ -166,8 +170,9 @@ class PhaseRecord:
 
     def _running(self) -> Census:
         """Return what was counted since the last flush."""
-        tallies = zip((key.name for key in self._counters), read_tallies(list(self._counters.values())), strict=True)
-        return Census(dict(tallies), **self._span(self._steps_flushed))
+        with self._lock:
+            names, sites = [key.name for key in self._counters], list(self._counters.values())
+            return Census(dict(zip(names, read_tallies(sites), strict=True)), **self._span(self._steps_flushed))
 
     def flush(self, join: Join | None = None) -> None:
         """Move the running counts into the census of the open window.
@@ -175,9 +180,10 @@ class PhaseRecord:
         Args:
             join: A function that adds up the counts of all ranks; ``None`` = keep those of this rank.
         """
-        running = self._running()
-        for _, counters in self._counters.values():
-            counters.reset()
+        with self._lock:
+            running = self._running()
+            for _, counters in self._counters.values():
+                counters.reset()
         self.add_joined(running if join is None else join(running))
 
     def add_joined(self, joined: Census) -> None:
@@ -208,8 +214,10 @@ class PhaseRecord:
         if self._short_at == len(self._steps):
             return False
         seen = self._flushed_examples()
-        running = observed(counters for _, counters in self._counters.values())
-        for key, (positions, examples) in zip(self._counters, running, strict=True):
+        with self._lock:
+            sites = {key: counters for key, (_, counters) in self._counters.items()}
+            running = observed(sites.values())
+        for key, (positions, examples) in zip(sites, running, strict=True):
             if positions:
                 seen[key.name] = seen.get(key.name, 0) + examples
         enough = self._is_enough(seen.values())
@@ -263,9 +271,10 @@ class PhaseRecord:
 
     def discard_running(self) -> None:
         """Discard what was counted since the last flush, without waiting for other ranks."""
-        for _, counters in self._counters.values():
-            if not counters.untouched:
-                counters.reset()
+        with self._lock:
+            for _, counters in self._counters.values():
+                if not counters.untouched:
+                    counters.reset()
 
     def census(self, window: str) -> Census:
         """Return the census of a window.
@@ -322,8 +331,9 @@ class PhaseRecord:
             raise StateError(
                 f"Expected the saved state of a phase, but got {type(state).__name__}: {error}."
             ) from error
-        for _, counters in self._counters.values():
-            counters.reset()
+        with self._lock:
+            for _, counters in self._counters.values():
+                counters.reset()
         self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)

@@ -101,8 +101,23 @@ class Nobody:
     def attach(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def backward(self, loss: Tensor, *, again: bool = False) -> None:
+        """Run a backward pass.
+
+        Args:
+            loss: Where it begins.
+            again: Whether another pass over the same graph follows.
+        """
+        loss.backward(retain_graph=again)
+
+    def grad(self, output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the gradients of an output, which can be differentiated.
+
+        Args:
+            output: Any tensor without dimensions.
+            inputs: Tensors before the first activation.
+        """
+        return torch.autograd.grad(output, list(inputs), create_graph=True)
 
     def step(self) -> None:
         pass
@@ -245,7 +260,18 @@ class Twin(Nobody):
 
         return leave  # a plain function, like the one above: a deep copy of a bound method would copy the twin
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, again: bool = False) -> None:
+        self._look(loss)
+        if not again:
+            self.pending = []
+        loss.backward(retain_graph=again)
+
+    def grad(self, output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._look(output)
+        return super().grad(output, inputs)
+
+    def _look(self, loss: Tensor) -> None:
+        """Keep the gradients of all pre-activations in one pass from a loss."""
         asked = [call for call in self.pending if call.edge is not None]
         if asked:
             edges = [call.edge for call in asked]
@@ -254,8 +280,6 @@ class Twin(Nobody):
                     if call.halved is not None:
                         gradient = gradient.chunk(2, call.halved)[1]
                     call.gradients.append(gradient.clone())
-        self.pending = []
-        loss.backward()
 
     def step(self) -> None:
         self.counter += 1
