@@ -18,7 +18,7 @@ from torch import nn
 
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.logs import Log
-from neuronscope.callbacks.publishing import Publisher
+from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
@@ -399,8 +399,9 @@ class Monitor:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue what was counted: at once in a training that runs, otherwise when one begins."""
         with SuppressErrors("take up what was saved"):
+            published = check_published(state_dict.get("published") if isinstance(state_dict, dict) else None)
             self._runs.load_state_dict(state_dict)
-            self._publisher.load_state_dict(state_dict["published"])
+            self._publisher.load_state_dict(published)
 
     def restart_logs(self) -> None:
         """Write to logs from step 0 again: the next training begins anew, in new logs."""

@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from neuronscope.callbacks.background import BackgroundDrawer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.errors import UsageError
+from neuronscope.errors import StateError, UsageError
 from neuronscope.report.report import Report
+from neuronscope.tally.check_state import integer, mapping
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
@@ -166,7 +168,25 @@ class Publisher:
         return {key: {"step": last.step, "report_step": last.report_step} for key, last in self._published.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Continue where a saved run stopped."""
+        """Continue where a saved run stopped; see :func:`check_published`."""
         self._published = {
-            key: _Published(int(saved["step"]), int(saved["report_step"]), drawn=True) for key, saved in state.items()
+            key: _Published(saved["step"], saved["report_step"], drawn=True) for key, saved in state.items()
         }
+
+
+def check_published(state: Any) -> Mapping[str, Mapping[str, int]]:
+    """Return what :meth:`Publisher.state_dict` returned, unchanged.
+
+    Raises:
+        StateError: It is anything else.
+    """
+    try:
+        for saved in mapping({"published": state}, "published").values():
+            integer(saved, "step")
+            integer(saved, "report_step")
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(
+            f"Expected the saved steps of a run's logs, but got {type(state).__name__}: {error}."
+        ) from error
+    checked: Mapping[str, Mapping[str, int]] = state
+    return checked

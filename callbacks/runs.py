@@ -152,6 +152,8 @@ class Runs:
         """
         if state.get("version") != _STATE_VERSION:
             raise StateError(f"Expected monitor state of version {_STATE_VERSION}, but got {state.get('version')!r}.")
+        if not isinstance(state.get("model"), str):
+            raise StateError(f"Expected monitor state with the name of a model, but got {state.get('model')!r}.")
         split_scope_state(state.get("scope", {}), self._options.thresholds)  # a bad state raises now, not in training
         if self.gate is not None and self._in_training:
             self._continue_from(state)

@@ -47,9 +47,10 @@ class Fault(NamedTuple):
         """
         if state is None:
             return None
-        if not isinstance(state, Mapping) or not {"step", "error"} <= state.keys():
+        step, error = (state.get("step"), state.get("error")) if isinstance(state, Mapping) else (None, None)
+        if not isinstance(step, int) or not isinstance(error, str) or step < 0:
             raise StateError(f"Expected the saved state of a fault, but got {type(state).__name__}.")
-        return cls(int(state["step"]), str(state["error"]), earlier=True)
+        return cls(step, error[:_MAX_LENGTH], earlier=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fault as primitives."""

@@ -19,6 +19,7 @@ from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.sites import SiteInfo
+from neuronscope.tally.check_state import MOST, array, integer, mapping
 
 __all__ = ["Census", "Tally"]
 
@@ -190,32 +191,36 @@ class Tally:
             StateError: A part of the state is missing, unknown or of a wrong type or shape.
         """
         try:
-            values: dict[str, Any] = {
-                name: value.cpu().numpy().copy() if isinstance(value, torch.Tensor) else int(value)
-                for name, value in state.items()
-                if name != "info"
-            }
-            tally = cls(info=_read_info(state["info"]), **values)
-            tally._check()
+            unknown = sorted(set(state) - {field.name for field in fields(cls)}, key=str)
+            if unknown:
+                raise ValueError(f"it has {unknown[0]!r}, which is unknown")
+            neurons = len(state["zero_outputs"])
+            positions, gradients, examples = (
+                integer(state, name) for name in ("positions", "gradient_positions", "examples")
+            )
+
+            def counts(name: str, low: int, high: int) -> IntArray:
+                return array(state, name, torch.int64, (neurons,), low, high)
+
+            last = counts("last_active_step", -1, MOST - 1)
+            first = counts("first_active_step", 0, NEVER)
+            if not np.array_equal(first == NEVER, last < 0) or (first > last)[last >= 0].any():
+                raise ValueError("first_active_step does not fit last_active_step")
+            return cls(
+                info=_read_info(mapping(state, "info")),
+                zero_outputs=counts("zero_outputs", 0, positions),
+                zero_gradients=counts("zero_gradients", 0, gradients),
+                not_finite_outputs=counts("not_finite_outputs", 0, positions),
+                abs_sum=array(state, "abs_sum", torch.float64, (neurons,), 0, np.inf),
+                last_active_step=last,
+                first_active_step=first,
+                positions=positions,
+                gradient_positions=gradients,
+                examples=examples,
+            )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            given = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            given = sorted(state, key=str) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"Expected the saved state of a tally, but got {given}: {error}.") from error
-        return tally
-
-    def _check(self) -> None:
-        """Check that every array has the annotated type and the shape ``(N,)``.
-
-        Raises:
-            ValueError: One of them has not.
-        """
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if field.type not in ("IntArray", "FloatArray"):
-                continue
-            expected = np.dtype(np.float64 if field.type == "FloatArray" else np.int64)
-            if not isinstance(value, np.ndarray) or value.dtype != expected or value.shape != (self.neurons,):
-                found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
-                raise ValueError(f"{field.name} is {found} and not {expected} ({self.neurons},)")
 
 
 class Census(Mapping[str, Tally]):
@@ -301,24 +306,38 @@ class Census(Mapping[str, Tally]):
             StateError: The state is not that of a census.
         """
         try:
-            tallies = {name: Tally.from_state(tally) for name, tally in state["tallies"].items()}
-            return cls(tallies, **{name: int(state[name]) for name in ("first_step", "last_step", "steps")})
-        except (KeyError, AttributeError, TypeError) as error:
-            raise StateError(f"Expected the saved state of a census, but got {type(state).__name__}.") from error
+            tallies = {name: Tally.from_state(tally) for name, tally in mapping(state, "tallies").items()}
+            last = integer(state, "last_step", -1)
+            first = integer(state, "first_step", min(last, 0), last)
+            return cls(tallies, first_step=first, last_step=last, steps=integer(state, "steps"))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, StateError):
+                raise
+            raise StateError(
+                f"Expected the saved state of a census, but got {type(state).__name__}: {error}."
+            ) from error
 
 
 def _read_info(state: Mapping[str, Any]) -> SiteInfo:
     """Return the description of a site that :meth:`Tally.state_dict` saved.
 
     Raises:
-        TypeError: A field is unknown or of a wrong type.
-        ValueError: A run of units is not (layer, start, stop, step).
+        TypeError: A field is unknown or missing.
+        ValueError: A field is not what it can be.
     """
     units = tuple((str(layer), int(start), int(stop), int(step)) for layer, start, stop, step in state.get("units", ()))
-    if any(step == 0 for *_, step in units):
-        raise ValueError("a run of units has a step of 0")
+    if any(step == 0 or min(start, stop) < -1 for _, start, stop, step in units):
+        raise ValueError("a run of units is not (layer, start, stop, step)")
     readers, notes = (tuple(map(str, state.get(name, ()))) for name in ("readers", "reader_notes"))
-    return SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
+    info = SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
+    types = {"str": str, "bool": bool}
+    for field in fields(info):
+        value = getattr(info, field.name)
+        if field.type == "int":
+            integer({field.name: value}, field.name, -1)
+        elif not isinstance(value, types.get(str(field.type), tuple)):
+            raise ValueError(f"{field.name} is {type(value).__name__}")
+    return info
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

@@ -8,6 +8,7 @@ separately and are exact.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from neuronscope.report.report import (
     SiteHistory,
 )
 from neuronscope.tally.census import Census, Tally
+from neuronscope.tally.check_state import MOST, array, integer, integers, mapping
 
 __all__ = ["History"]
 
@@ -198,13 +200,25 @@ class _Trail:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Trail:
-        """Return the history that :meth:`state_dict` saved."""
-        trail = cls(len(state["died_step"]))
-        for name in ("indices", *cls._LISTS):
-            setattr(trail, name, [int(value) for value in state[name]])
-        for name in (*cls._STEPS, "is_dead"):
-            setattr(trail, name, state[name].cpu().numpy().copy())
-        for row in state["levels"].cpu().numpy():
+        """Return the history that :meth:`state_dict` saved.
+
+        Raises:
+            ValueError: A part of it is not what it can be.
+        """
+        neurons = len(state["died_step"])
+        trail = cls(neurons)
+        trail.indices = integers(state, "indices")
+        if any(one >= later for one, later in itertools.pairwise(trail.indices)):
+            raise ValueError("indices do not ascend")
+        for name in cls._LISTS:
+            values = integers(state, name, high=MOST if name == "steps" else neurons)
+            if len(values) != len(trail.indices):
+                raise ValueError(f"{name} has {len(values)} windows and not {len(trail.indices)}")
+            setattr(trail, name, values)
+        for name in cls._STEPS:
+            setattr(trail, name, array(state, name, torch.int64, (neurons,), -1 if name.endswith("_step") else 0))
+        trail.is_dead = array(state, "is_dead", torch.bool, (neurons,))
+        for row in array(state, "levels", torch.uint8, (len(trail.indices), neurons)):
             trail._levels.append(row)
         return trail
 
@@ -284,7 +298,26 @@ class History:
             StateError: The state is not that of a history.
         """
         try:
-            self._windows, self._stride = int(state["windows"]), int(state["stride"])
-            self._trails = {name: _Trail.from_state(trail) for name, trail in state["trails"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"Expected the saved state of a history, but got {type(state).__name__}.") from error
+            windows, stride = integer(state, "windows"), integer(state, "stride", 1)
+            trails = {name: _Trail.from_state(trail) for name, trail in mapping(state, "trails").items()}
+            if any(trail.indices[-1:] >= [windows] for trail in trails.values()):
+                raise ValueError("a window has a higher number than there are windows")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StateError(
+                f"Expected the saved state of a history, but got {type(state).__name__}: {error}."
+            ) from error
+        self._windows, self._stride, self._trails = windows, stride, trails
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of neurons of each site."""
+        return {name: len(trail.died_step) for name, trail in self._trails.items()}
+
+    @property
+    def newest_step(self) -> int:
+        """The newest step of any window, death or revival; −1 if there is none."""
+        steps = (
+            max([-1, *trail.steps, *(int(each.max()) for each in (trail.died_step, trail.revived_step) if each.size)])
+            for trail in self._trails.values()
+        )
+        return max(steps, default=-1)

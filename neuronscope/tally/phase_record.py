@@ -8,7 +8,8 @@ has few examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +21,7 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
+from neuronscope.tally.check_state import integer, integers, mapping
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
 
@@ -148,6 +150,14 @@ class PhaseRecord:
         """Record that an optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
+
+    @property
+    def newest_step(self) -> int:
+        """The newest step that was observed, also on other ranks; −1 if there is none."""
+        censuses = (self.closed, self._flushed)
+        active = (int(each.last_active_step.max()) for census in censuses for each in census.values() if each.neurons)
+        observed_steps = (*self._steps[-1:], *self._steps_before[-1:], self._checked_step)
+        return max(-1, *(census.last_step for census in censuses), *active, *observed_steps, self.history.newest_step)
 
     @property
     def last_observed_step(self) -> int:
@@ -322,9 +332,10 @@ class PhaseRecord:
         history = History(self._policy)
         try:  # read everything before changing anything
             flushed, closed, last = (Census.from_state(state[name]) for name in names)
-            steps, before = ([int(step) for step in state[name]] for name in ("open_steps", "steps_before"))
-            looked_at_step = int(state["looked_at_step"])
-            history.load_state_dict(state["history"])
+            steps, before = (integers(state, name) for name in ("open_steps", "steps_before"))
+            looked_at_step = integer(state, "looked_at_step")
+            history.load_state_dict(mapping(state, "history"))
+            _check_together(flushed, closed, last, history, [*before, *steps])
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, StateError):
                 raise
@@ -356,6 +367,29 @@ def _together(census: Census, later: Census) -> Census:
     return census.without(*wider).merge(later.without(*(name for name in parts if name not in wider)))
 
 
+def _check_together(flushed: Census, closed: Census, last: Census, history: History, steps: Sequence[int]) -> None:
+    """Check that the parts of a saved record fit each other.
+
+    Args:
+        flushed: The open window.
+        closed: All closed windows.
+        last: The newest of them.
+        history: The history.
+        steps: Observed steps of the newest closed window and of the open one.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if any(one >= later for one, later in itertools.pairwise(steps)):
+        raise ValueError("the observed steps do not ascend")
+    widths = {name: tally.neurons for name, tally in closed.items()}
+    parts = [*history.widths.items(), *((name, tally.neurons) for name, tally in last.items())]
+    unlike = [name for name, neurons in parts if widths.get(name) != neurons]
+    unlike += [name for name, tally in flushed.items() if widths.get(name, tally.neurons) != tally.neurons]
+    if unlike:
+        raise ValueError(f"{unlike[0]} has different numbers of neurons, or is missing")
+
+
 def _place(name: str) -> str:
     """Return the layer and units in a site's name; ``""`` if no layer is known."""
     return name.rpartition("/")[0]
@@ -370,11 +404,12 @@ def scope_state(step: int, records: Mapping[str, PhaseRecord], fault: Fault | No
     """Return the state of a watch as tensors and primitives.
 
     Args:
-        step: Number of optimizer steps taken.
+        step: Number of optimizer steps taken. If another rank took more, its number is saved.
         records: Records by phase.
         fault: The error inside Neuronscope that ended the watch, if there was one.
     """
     phases = {name: record.state_dict() for name, record in records.items()}
+    step = max([step, *(record.newest_step for record in records.values())])
     state = {"version": _STATE_VERSION, "step": step, "phases": phases}
     return state if fault is None else {**state, "fault": fault.state_dict()}
 
@@ -404,13 +439,19 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
         StateError: The state is not that of a scope, or is from a later version.
     """
     try:
-        version, step, phases = state["version"], int(state["step"]), dict(state["phases"])
+        version, step, phases = state["version"], integer(state, "step"), dict(mapping(state, "phases"))
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
         return step, {}, None
     if version != _STATE_VERSION:
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
-    for saved in phases.values():
-        PhaseRecord(policy).load_state_dict(saved)  # raises if it cannot be loaded
+    for name, saved in phases.items():
+        record = PhaseRecord(policy)
+        record.load_state_dict(saved)  # raises if it cannot be loaded
+        if record.newest_step > step:
+            raise StateError(
+                f"Expected the saved state of a scope at step {step}, but its phase {name!r} is of step "
+                f"{record.newest_step}."
+            )
     return step, phases, Fault.from_state(state.get("fault"))

@@ -171,6 +171,22 @@ def test_a_state_that_is_not_understood_warns_and_training_goes_on(state: dict[s
     assert monitor.census()["first/relu"].positions == 16
 
 
+def test_a_checkpoint_with_impossible_counts_warns_and_counting_begins_anew(tmp_path: Path) -> None:
+    first = DeadNeuronMonitor(every_n_steps=1)
+    run = trainer(first, max_epochs=1)
+    run.fit(network(), batches(5), batches(1))
+    run.save_checkpoint(tmp_path / "damaged.ckpt")
+    saved = torch.load(tmp_path / "damaged.ckpt", weights_only=True)
+    for tally in saved["callbacks"][first.state_key]["scope"]["phases"]["train"]["open"]["tallies"].values():
+        tally["zero_gradients"] -= 10**9
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    monitor = DeadNeuronMonitor(every_n_steps=1)
+    with pytest.warns(NeuronscopeWarning, match=r"could not take up what was saved.* zero_gradients has -"):
+        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=tmp_path / "damaged.ckpt")
+    assert (monitor.census().first_step, monitor.census().last_step, monitor.census().steps) == (5, 9, 5)
+    assert monitor.census()["first/relu"].positions == 5 * 8
+
+
 def test_a_checkpoint_of_an_earlier_version_begins_anew_at_its_step_and_says_so_once(tmp_path: Path) -> None:
     first = DeadNeuronMonitor(every_n_steps=1)
     run = trainer(first, max_epochs=1)

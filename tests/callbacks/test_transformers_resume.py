@@ -94,13 +94,23 @@ def test_a_resumed_training_that_nobody_watched_before_begins_where_it_is(tmp_pa
     assert (callback.census().first_step, callback.census().last_step) == (5, 10)
 
 
-@pytest.mark.parametrize("content", [b"no file of torch's", None], ids=["damaged", "foreign"])
-def test_a_file_that_is_not_understood_warns_and_training_goes_on(tmp_path: Path, content: bytes | None) -> None:
-    trainer(tmp_path, DeadNeuronCallback(), **SAVING).train()
-    if content is None:
-        torch.save([1, 2], tmp_path / "checkpoint-5" / FILE)
+def impossible(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with more zeros than positions."""
+    for tally in state["scope"]["phases"]["train"]["open"]["tallies"].values():
+        tally["zero_outputs"] += 10**9
+    return state
+
+
+@pytest.mark.parametrize("damage", ["damaged", "foreign", "impossible"])
+def test_a_file_that_is_not_understood_warns_and_training_goes_on(tmp_path: Path, damage: str) -> None:
+    trainer(tmp_path, DeadNeuronCallback(every_n_steps=1), **SAVING).train()
+    path = tmp_path / "checkpoint-5" / FILE
+    if damage == "damaged":
+        path.write_bytes(b"no file of torch's")
+    elif damage == "foreign":
+        torch.save([1, 2], path)
     else:
-        (tmp_path / "checkpoint-5" / FILE).write_bytes(content)
+        torch.save({key: impossible(state) for key, state in torch.load(path, weights_only=True).items()}, path)
     callback = DeadNeuronCallback(every_n_steps=1)
     run = trainer(tmp_path, callback, **{**SAVING, "save_strategy": "no"})
     with pytest.warns(NeuronscopeWarning, match="could not take up what was saved; training goes on"):

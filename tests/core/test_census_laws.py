@@ -36,16 +36,18 @@ def tallies(draw, neurons: int = 3) -> Tally:
     def counts(strategy=COUNTS):
         return np.array(draw(st.lists(strategy, min_size=neurons, max_size=neurons)), dtype=np.int64)
 
+    positions, gradient_positions = draw(COUNTS), draw(COUNTS)
+    last = counts(st.integers(-1, 2**40))
     return Tally(
         info=INFO,
-        zero_outputs=counts(),
-        zero_gradients=counts(),
-        not_finite_outputs=counts(),
+        zero_outputs=counts(st.integers(0, positions)),
+        zero_gradients=counts(st.integers(0, gradient_positions)),
+        not_finite_outputs=counts(st.integers(0, positions)),
         abs_sum=counts().astype(np.float64),  # whole numbers below 2**53: their float sums are exact too
-        last_active_step=counts(st.integers(-1, 2**40)),
-        first_active_step=counts(st.one_of(st.just(NEVER), st.integers(0, 2**40))),
-        positions=draw(COUNTS),
-        gradient_positions=draw(COUNTS),
+        last_active_step=last,
+        first_active_step=np.where(last < 0, NEVER, np.minimum(last, counts())),
+        positions=positions,
+        gradient_positions=gradient_positions,
         examples=draw(COUNTS),
     )
 
