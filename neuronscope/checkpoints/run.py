@@ -16,7 +16,13 @@ from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.examine_file import examine_file
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
+from neuronscope.checkpoints.file.layers import (
+    NEURON_KINDS,
+    find_layers,
+    find_projections,
+    normalised_layers,
+    unexamined_types,
+)
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
@@ -145,7 +151,11 @@ def postmortem(
         abstentions += unmeasured
 
     # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
-    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers})
+    left_out = dict.fromkeys(examination.layers, "no activation")
+    if not left_out:
+        found = find_projections(find_layers(checkpoint.tensors), checkpoint.networks)
+        left_out = {path_of(path): kind for path, kind in found.items()}
+    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers}, left_out)
     notes += contradictions(evidence)
     verdicts = combine_evidence(evidence, joined.layers)
     name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}
