@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
+from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
@@ -60,7 +61,8 @@ class Examination(NamedTuple):
         sites: The sites that ran, one call of each.
         readers_known: Whether every consumer of every neuron was traced.
         normalised: Sites with a normalisation before their activation or before their layer's weights.
-        layers: Paths of the layers whose weights were used, if every call of the forward was seen; else empty.
+        layers: Paths of the layers whose weights were used, if it is known which of them an activation follows; else
+            empty.
     """
 
     evidence: tuple[Evidence, ...]
@@ -111,7 +113,8 @@ def examine_model(
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
     normalised = normalised_sites(graph)
-    layers = set() if graph.unseen_tensors or graph.not_seen else set(_layers_used(graph))
+    hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
+    layers = set() if hidden else set(_layers_used(graph))
     evidence = [one for site in sites for one in _batch_norm(graph, site, batch_positions)]
     if graph.branches:
         abstentions.append(
@@ -125,6 +128,7 @@ def examine_model(
         return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised, layers=layers)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
+    evidence += running_statistics_evidence(graph, free)
     in_box = propagate_bounds(graph, box) if box is not None else free
     evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
     if box is not None:
