@@ -34,6 +34,7 @@ class RawCheckpoint:
         format: Name of the format, for people.
         data: The content as plain data, with a :class:`LazyTensor` in place of each tensor.
         other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
+        optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
         config: The network's configuration, if a file holds one.
         step: Number of optimizer steps, if another file says so.
         notes: Sentences to show to the user.
@@ -42,6 +43,7 @@ class RawCheckpoint:
     format: str
     data: Any
     other_files: dict[str, Any] = field(default_factory=dict)
+    optimizer: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -74,7 +76,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
     if len(tensors) < len(weights):
         raise CheckpointError(f"{quoted(path)} is damaged: two of its tensors have the same name.")
     everything = {**data, **raw.other_files}
-    optimizers = find_optimizers(everything, strip, notes)
+    optimizers = find_optimizers(everything if raw.optimizer is None else raw.optimizer, strip, notes)
     records = find_records(everything)
     if not (weights or optimizers or records):
         raise CheckpointError(
