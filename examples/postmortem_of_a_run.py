@@ -5,7 +5,7 @@ is examined three times: the file alone, with the model, and with data.
 
 Output (shortened; numbers differ a little between machines)::
 
-    33 of 170 neurons are dead or get no gradient (19 %): 33 inferred.
+    33 of 160 neurons are dead or get no gradient (21 %): 33 inferred.
     Worst layer: `0`, with 16 of 32.
     1 more may be dead; it is not included in the totals.
     ...
@@ -15,9 +15,9 @@ Output (shortened; numbers differ a little between machines)::
     4           64     8  12 %  8 inferred   8 at steps 294–311, half by 304          ·
     ...
     2. The model too: what no input can wake is proved.
-       33 of 170 neurons: {'proved': 1, 'measured': 0, 'inferred': 32}
+       33 of 160 neurons: {'proved': 1, 'measured': 0, 'inferred': 32}
     3. Data too: every verdict is held against what the neurons really do.
-       33 of 170 neurons: {'proved': 1, 'measured': 32, 'inferred': 0}
+       33 of 160 neurons: {'proved': 1, 'measured': 32, 'inferred': 0}
        no gradient, inferred from adam state: 33 held, 0 refuted
        no gradient, suspected from adam state: 0 held, 1 refuted
        dead, proved from interval bound: 1 held, 0 refuted

@@ -54,6 +54,17 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     command.add_argument("--loss", metavar="PKG.MOD:FN", help="a function loss(output, batch); adds gradients")
     command.add_argument(
+        "--optimizer",
+        metavar="FILE",
+        help="the optimizer's state, if it lies apart from the weights: a file or a folder",
+    )
+    command.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="how many optimizer steps were taken, if the files do not say it, or count something else",
+    )
+    command.add_argument(
         "--earlier", metavar="CKPT", help="an earlier checkpoint of the same run; narrows down when neurons died"
     )
     command.add_argument(
@@ -98,6 +109,8 @@ def _run(parsed: argparse.Namespace) -> int:
                 parsed.model,
                 parsed.data,
                 parsed.loss,
+                optimizer=parsed.optimizer,
+                step=parsed.step,
                 earlier=parsed.earlier,
                 box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
                 example=parsed.example,

@@ -6,11 +6,13 @@ The format is recognised by the content. No code that a checkpoint names is impo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint, build_checkpoint
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
 from neuronscope.checkpoints.formats.folders import read_folder
+from neuronscope.checkpoints.formats.optimizer_state import find_optimizers
 from neuronscope.checkpoints.formats.sharded import read_index
 from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.errors import CheckpointError
@@ -18,7 +20,9 @@ from neuronscope.errors import CheckpointError
 __all__ = ["open_checkpoint"]
 
 
-def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, optimizer: str | Path | None = None, step: int | None = None, trust: bool = False
+) -> Checkpoint:
     """Open a checkpoint without loading its tensors; each tensor is read when it is needed.
 
     Supported are files of ``torch.save`` (a ``state_dict``, a training checkpoint, Lightning's), safetensors, sharded
@@ -27,6 +31,8 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
 
     Args:
         path: The checkpoint file or folder.
+        optimizer: A file or folder with the optimizer's state, if it lies apart from the weights.
+        step: Number of optimizer steps taken, if it is known better than from the files.
         trust: Allow full unpickling. **This runs code in the file.** Without it, a file that needs this is refused.
 
     Raises:
@@ -41,9 +47,13 @@ def open_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """
     path = Path(path)
     try:
-        return build_checkpoint(path, _contents(path, trust=trust))
+        raw = _contents(path, trust=trust)
+        raw.step = raw.step if step is None else step
+        if optimizer is not None:
+            raw.optimizer = _optimizer(Path(optimizer), trust=trust)
+        return build_checkpoint(path, raw)
     except OSError as error:
-        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
+        raise CheckpointError(f"Cannot read {quoted(error.filename or path)}: {error.strerror or error}.") from error
     except MemoryError as error:
         raise CheckpointError(f"Cannot read {quoted(path)}: there is not enough memory for it.") from error
 
@@ -54,3 +64,16 @@ def _contents(path: Path, *, trust: bool) -> RawCheckpoint:
     if path.name.endswith(".index.json"):
         return RawCheckpoint(*read_index(path, trust=trust))
     return RawCheckpoint(*read_single_file(ByteRange.of(path), trust=trust))
+
+
+def _optimizer(path: Path, *, trust: bool) -> Any:
+    """Return the plain data of a file that holds an optimizer's state.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds none.
+    """
+    raw = _contents(path, trust=trust)
+    found = {**(raw.data if isinstance(raw.data, dict) else {}), **raw.other_files}
+    if not find_optimizers(found):
+        raise CheckpointError(f"{quoted(path)} holds no state of an optimizer.")
+    return found

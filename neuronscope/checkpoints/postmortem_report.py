@@ -67,7 +67,7 @@ class PostmortemReport(Renderable):
 
     @property
     def headline_layers(self) -> tuple[LayerReport, ...]:
-        """The layers that totals include: not a site whose axis is assumed, nor a function of the network's outputs."""
+        """The layers that totals include; ``LayerReport.left_out`` says why others are left out."""
         return tuple(layer for layer in self.layers if layer.in_headlines)
 
     @property
@@ -95,8 +95,8 @@ class PostmortemReport(Renderable):
 
     @property
     def not_finite(self) -> int:
-        """Number of neurons with NaN or infinite weights or outputs."""
-        return self.count("not finite")
+        """Number of neurons with NaN or infinite weights or outputs, those of the network's outputs included."""
+        return sum(layer.count("not finite") for layer in self.layers)
 
     @property
     def unknown(self) -> int:

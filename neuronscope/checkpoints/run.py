@@ -16,7 +16,13 @@ from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.examine_file import examine_file
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers, normalised_layers, unexamined_types
+from neuronscope.checkpoints.file.layers import (
+    NEURON_KINDS,
+    find_layers,
+    find_projections,
+    normalised_layers,
+    unexamined_types,
+)
 from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
@@ -43,6 +49,8 @@ def postmortem(
     data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None = None,
     loss: Callable[[Any, Any], Tensor] | str | None = None,
     *,
+    optimizer: str | Path | None = None,
+    step: int | None = None,
     earlier: str | Path | None = None,
     box: tuple[float, float] | None = None,
     example: Any = None,
@@ -61,6 +69,8 @@ def postmortem(
         data: Batches as :func:`neuronscope.scan` takes them, a function that returns them, or ``pkg.mod:name`` of
             either. Adds measurements. Needs ``model``.
         loss: ``loss(output, batch)`` → scalar tensor, or its ``pkg.mod:name``. Adds gradients. Needs ``data``.
+        optimizer: A file or folder with the optimizer's state, if it lies apart from the weights.
+        step: Number of optimizer steps taken, if the files do not say it, or count something else.
         earlier: An earlier checkpoint of the same run. It narrows down when neurons died.
         box: ``(low, high)``: bounds of every element of the input. Proofs then hold for inputs within these bounds.
             Needs ``model``.
@@ -96,8 +106,12 @@ def postmortem(
         if value is not None and not present:
             raise UsageError(f"Expected argument `{needed}` with `{name}`: `{name}` is used only together with it.")
 
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        raise UsageError(f"Expected argument `step` to be a number of steps, 0 or more, but got {step!r}.")
+
     # Open the checkpoint, and resolve what the user passed as text or as functions.
-    checkpoint = track_reading(open_checkpoint(path, trust=trust), "reading", progress)
+    opened = open_checkpoint(path, optimizer=optimizer, step=step, trust=trust)
+    checkpoint = track_reading(opened, "reading", progress)
     before = None
     if earlier is not None:
         before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
@@ -145,7 +159,11 @@ def postmortem(
         abstentions += unmeasured
 
     # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
-    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers})
+    left_out = dict.fromkeys(examination.layers, "no activation")
+    if not left_out:
+        found = find_projections(find_layers(checkpoint.tensors), checkpoint.networks)
+        left_out = {path_of(path): kind for path, kind in found.items()}
+    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers}, left_out)
     notes += contradictions(evidence)
     verdicts = combine_evidence(evidence, joined.layers)
     name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}

@@ -93,7 +93,7 @@ def test_the_command_examines_a_file_alone(folder: Path, capsys: pytest.CaptureF
     assert out.startswith("Neuronscope post-mortem · last.ckpt · ")
     assert "42 optimizer steps" in out
     assert re.search(r"^0 +8 ", out, re.MULTILINE)  # a layer of which nothing is known is in the table all the same
-    assert "Nothing is known of 11 (100 %)." in out
+    assert "Nothing is known of 8 (100 %)." in out
 
 
 def test_the_command_proves_deaths_with_a_model_and_an_input_box(
@@ -136,10 +136,10 @@ def test_the_command_writes_every_requested_file(folder: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("limit", "code"),
     [
-        # Of 8 + 3 neurons 2 are proved dead: 18.18 %.
+        # Of 8 hidden neurons 2 are proved dead: 25 %. The 3 outputs are no neurons.
         ("0", 1),
-        ("18.1", 1),
-        ("18.2", 0),
+        ("24.9", 1),
+        ("25", 0),
         ("100", 0),
     ],
 )
@@ -148,8 +148,8 @@ def test_the_exit_code_is_1_when_more_neurons_are_dead_than_allowed(
 ) -> None:
     ended, out, err = run(f"last.ckpt --model theirs:network --box 0 1 --fail-above {limit}", capsys)
     assert ended == code
-    assert "2 of 11 neurons" in out
-    wanted = f"neuronscope: failed: 2 of 11 neurons (18.18 %) are dead, more than {limit} %."
+    assert "2 of 8 neurons" in out
+    wanted = f"neuronscope: failed: 2 of 8 neurons (25 %) are dead, more than {limit} %."
     assert err == ([wanted] if code else [])
 
 
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_fail_the_check_at_every_limit(
     torch.save(broken.state_dict(), "nan.pt")
     code, out, err = run("nan.pt --fail-above 100", capsys)
     assert code == 1
-    assert err == ["neuronscope: failed: 1 neurons are NaN or infinite; 0 of 11 neurons (0 %) are dead."]
+    assert err == ["neuronscope: failed: 1 neurons are NaN or infinite; 0 of 8 neurons (0 %) are dead."]
     assert "!! NOT FINITE" in out
     assert run("nan.pt", capsys)[0] == 0
 
@@ -375,6 +375,7 @@ def test_the_checkpoint_of_an_unwatched_run_is_examined(folder: Path) -> None:
     torch.manual_seed(1)
     images = torch.rand(64, 4)
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+    nn.init.zeros_(model[0].bias)  # so that a neuron whose weights are all negative is dead, and looks initialised
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     for name, steps in (("early.pt", range(180)), ("late.pt", range(180, 400))):
         train(model, images, steps, optimizer)

@@ -128,7 +128,10 @@ def test_every_unit_is_counted_once_at_every_level(
     path, data = saved(make, dead, tmp_path)
     report = ns.postmortem(path, None if level == "file" else make, data if level == "data" else None)
     of_its_own = 8 if make is Residual else 0  # the norm of a sum
-    assert report.neurons == rows(make()) + of_its_own
+    # With the model it is known which layers lead to an activation, as in a watched run. In the file alone the last
+    # layer is taken for the outputs, of which there are two.
+    hidden = ns.scan(make(), data).neurons
+    assert report.neurons == (rows(make()) + of_its_own - 2 if level == "file" else hidden)
     for layer, neurons in dead.items():
         assert set(neurons) <= set(report[layer].dead_mask.nonzero()[0].tolist())
         sources = {one.source for one in report[layer].evidence}
@@ -156,7 +159,7 @@ def test_a_unit_that_is_dead_at_one_of_its_activations_counts_as_in_the_report_o
     truth = ((h <= 0).all(0) | (h >= 0).all(0)).nonzero().flatten().tolist()
     assert {0, 2} <= set(truth)
     assert report["fc"].dead_mask.nonzero()[0].tolist() == truth
-    assert (report.neurons, scanned.neurons, scanned.dead) == (4 + 2, 4, len(truth))
+    assert (report.neurons, scanned.neurons, scanned.dead) == (4, 4, len(truth))
     assert report.contested == 0
 
 
@@ -172,7 +175,7 @@ def test_a_model_without_the_prefix_of_the_checkpoint_has_the_same_layers(tmp_pa
 
     path, data = saved(Holder, {"net.head": (0, 3)}, tmp_path)
     report = ns.postmortem(path, SharedHead, data)
-    assert report.neurons == rows(SharedHead())
+    assert report.neurons == rows(SharedHead()) - 2
     assert {0, 3} <= set(report["head"].dead_mask.nonzero()[0].tolist())
     assert {"monitor record", "adam state", "scan"} <= {one.source for one in report["head"].evidence}
 
@@ -206,3 +209,68 @@ def test_a_site_whose_axis_is_assumed_is_in_no_total(tmp_path: Path) -> None:
     assert (report.neurons, report.dead, report.collapsed) == (6 + 2, 0, ())
     assert "act is not in the totals" in str(report)
     assert report.to_dict()["summary"]["neurons"] == 6 + 2
+
+
+class Attention(nn.Module):
+    """A block of attention and of two layers, as transformers call them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(4, 4) for _ in range(4))
+        self.up_proj, self.down_proj, self.lm_head = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (4, 4))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        x = x + self.o_proj(nn.functional.scaled_dot_product_attention(q, k, v))
+        x = x + self.down_proj(nn.functional.relu(self.up_proj(x)))
+        result: Tensor = self.lm_head(x.mean(1))
+        return result
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_projections_and_outputs_dilute_no_share(with_model: bool, tmp_path: Path) -> None:
+    """Three of the six hidden neurons have rows of zeros and a bias below zero: half of them."""
+    torch.manual_seed(0)
+    model = Attention()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    with torch.no_grad():
+        model.up_proj.weight[:3] = 0
+        model.up_proj.bias[:3] = -1
+    for _ in range(300):
+        optimizer.zero_grad()
+        model(torch.rand(50, 16)).sum().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "net.pt")
+    report = ns.postmortem(
+        tmp_path / "net.pt", Attention if with_model else None, example="1x16" if with_model else None
+    )
+    assert (report.neurons, report.dead) == (6, 3)
+    reason = "no activation follows" if with_model else "taken for the network's outputs"
+    assert reason in " ".join(str(report).split())
+    assert report["lm_head"].left_out == ("no activation" if with_model else "output")
+
+
+def test_the_rows_of_a_network_that_nothing_tells_apart_all_count(tmp_path: Path) -> None:
+    torch.save(nn.Linear(4, 3).state_dict(), tmp_path / "one.pt")
+    assert ns.postmortem(tmp_path / "one.pt").neurons == 3
+
+
+def test_an_output_that_is_not_finite_is_reported_though_it_is_in_no_total(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model[2].bias.data[1] = torch.nan
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    report = ns.postmortem(tmp_path / "net.pt")
+    assert (report.neurons, report.not_finite) == (3, 1)
+    assert "NOT FINITE: 1 neuron" in str(report)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_network_of_a_file_has_outputs_of_its_own(shared: bool, tmp_path: Path) -> None:
+    """An encoder whose rows the head reads has none."""
+    heads = {"actor": nn.Linear(12, 2), "critic": nn.Linear(12, 1)}
+    bodies = {name: nn.Sequential(nn.Linear(4, 12), nn.ReLU(), head) for name, head in heads.items()}
+    shared_body = {"body": nn.Sequential(nn.Linear(4, 12), nn.ReLU()), "head": heads["actor"]}
+    networks = {name: net.state_dict() for name, net in (shared_body if shared else bodies).items()}
+    torch.save({"net": networks, "step": 3}, tmp_path / "agent.pt")
+    assert ns.postmortem(tmp_path / "agent.pt").neurons == (12 if shared else 24)

@@ -23,7 +23,7 @@ from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.checkpoints.formats.byte_range import ByteRange
 from neuronscope.checkpoints.formats.torch_distributed import ShardedTensor, _TensorPart
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
-from neuronscope.errors import CheckpointError
+from neuronscope.errors import CheckpointError, UsageError
 from tests.postmortem.files import distributed, trained, trainer_folder, wrapped
 
 
@@ -266,5 +266,34 @@ def test_the_weights_of_an_averaged_model_are_taken_with_the_network_itself(tmp_
     torch.save(wrap(AveragedModel(net).state_dict()), tmp_path / "averaged.pt")
     factory = (lambda: AveragedModel(make())) if averaged_factory else make
     report = ns.postmortem(tmp_path / "averaged.pt", model=factory, example="1x4")
-    assert (report.neurons, report.dead) == (5, 1)
+    assert (report.neurons, report.dead) == (3, 1)
     assert [layer.name for layer in ns.postmortem(tmp_path / "averaged.pt").layers] == ["0", "2"]
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["state", "inside a checkpoint"])
+def test_an_optimizer_in_a_file_of_its_own_is_read_with_the_weights(tmp_path, whole):
+    """The clock dates what the two files say together; ``step`` says what neither of them does."""
+    model = nn.Sequential(nn.Linear(20, 4), nn.ReLU(), nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(1, 401):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if step > 100:
+            model[0].weight.grad[2] = 0
+            model[0].bias.grad[2] = 0
+        optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    state = optimizer.state_dict()
+    torch.save({"optimizer": state, "epoch": 3} if whole else state, tmp_path / "optimizer.pt")
+    alone = ns.postmortem(tmp_path / "weights.pt")
+    assert (alone.dead, alone.global_step) == (0, None)
+    report = ns.postmortem(tmp_path / "weights.pt", optimizer=tmp_path / "optimizer.pt")
+    (dead,) = report.verdicts()
+    assert (report.global_step, dead.neuron, dead.label) == (400, 2, "no gradient")
+    assert 50 <= dead.since <= 100
+    later = ns.postmortem(tmp_path / "weights.pt", optimizer=tmp_path / "optimizer.pt", step=1003)
+    assert (later.global_step, next(later.verdicts()).since) == (1003, dead.since + 603)
+    with pytest.raises(CheckpointError, match="holds no state of an optimizer"):
+        ns.postmortem(tmp_path / "weights.pt", optimizer=tmp_path / "weights.pt")
+    with pytest.raises(UsageError, match="step"):
+        ns.postmortem(tmp_path / "weights.pt", step=-1)

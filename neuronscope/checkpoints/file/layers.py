@@ -20,6 +20,7 @@ __all__ = [
     "NEURON_KINDS",
     "Layer",
     "find_layers",
+    "find_projections",
     "is_floating",
     "is_parameter",
     "normalised_layers",
@@ -43,6 +44,14 @@ _EMBEDDING = re.compile(
 )
 _ADAPTER = re.compile(r"(^|\.)lora_")
 _EXPERTS = re.compile(r"(^|[._])experts?([._]|$)")
+#: Paths of layers whose rows go through no activation, by the names that they have in common networks: the projections
+#: of attention, and the one that leads out of a block of two layers.
+_PROJECTION = re.compile(
+    r"(^|[._])([qkvo]_proj|[qkv]_lin|out_lin|to_[qkv]|to_out(\.0)?|w?qkv|c_attn|query|key|value|query_key_value|"
+    r"w[qkvo]|down_proj|(attention|attn|self|mlp)\.(out_proj|c_proj|proj)|output\.dense|SelfAttention\.[qkvo]|"
+    r"EncDecAttention\.[qkvo])$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,32 @@ def normalised_layers(layers: Sequence[Layer]) -> set[str]:
             found.add(first.path)
         if first.kind == "norm" and second.kind in NEURON_KINDS and first.width == second.inputs:
             found.add(second.path)
+    return found
+
+
+def find_projections(layers: Sequence[Layer], networks: Sequence[str] = ()) -> dict[str, str]:
+    """Return the layers whose rows most likely go through no activation, as far as order, names and sizes show it.
+
+    Args:
+        layers: The checkpoint's layers, in the order of the file.
+        networks: With several networks, what the paths of each one's layers begin with.
+
+    Returns:
+        What each layer is, by its path: ``output`` (the last layer of a network, unless a norm follows it or a later
+        layer has as many inputs as it has rows) or ``projection``.
+    """
+    found = {
+        layer.path: "projection" for layer in layers if layer.kind in NEURON_KINDS and _PROJECTION.search(layer.path)
+    }
+    last = {
+        next((name for name in networks if layer.path.startswith(f"{name}.")), ""): number
+        for number, layer in enumerate(layers)
+    }
+    for number in last.values():
+        layer = layers[number]
+        is_read = any(later.inputs == layer.width for later in layers[number + 1 :])
+        if layer.kind in NEURON_KINDS and not is_read:
+            found[layer.path] = "output"
     return found
 
 

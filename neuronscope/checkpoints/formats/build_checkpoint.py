@@ -34,6 +34,7 @@ class RawCheckpoint:
         format: Name of the format, for people.
         data: The content as plain data, with a :class:`LazyTensor` in place of each tensor.
         other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
+        optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
         config: The network's configuration, if a file holds one.
         step: Number of optimizer steps, if another file says so.
         notes: Sentences to show to the user.
@@ -42,6 +43,7 @@ class RawCheckpoint:
     format: str
     data: Any
     other_files: dict[str, Any] = field(default_factory=dict)
+    optimizer: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     notes: list[str] = field(default_factory=list)
@@ -68,13 +70,13 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
             "own `zero_to_fp32.py` and give that."
         )
     lightning = "pytorch-lightning_version" in data
-    weights = _weights(data, notes)
+    weights, networks = _weights(data, notes)
     strip = prefix_stripper(weights, wrapped=not lightning)
     tensors = {strip(name): tensor for name, tensor in weights.items()}
     if len(tensors) < len(weights):
         raise CheckpointError(f"{quoted(path)} is damaged: two of its tensors have the same name.")
     everything = {**data, **raw.other_files}
-    optimizers = find_optimizers(everything, strip, notes)
+    optimizers = find_optimizers(everything if raw.optimizer is None else raw.optimizer, strip, notes)
     records = find_records(everything)
     if not (weights or optimizers or records):
         raise CheckpointError(
@@ -88,6 +90,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         format=_of_lightning(raw.format) if lightning else raw.format,
         tensors=tensors,
         is_ordered="safetensors" not in raw.format,
+        networks=networks,
         optimizers=optimizers,
         records=records,
         step=_step(data, raw.step, optimizers),
@@ -104,8 +107,8 @@ def _of_lightning(kind: str) -> str:
     return f"Lightning's {kind}"
 
 
-def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:
-    """Return the network's tensors by name. With several networks, each name starts with the key of its network."""
+def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return the network's tensors by name, and the keys of several networks, with which each name then starts."""
     chosen, where = data, []
     for _ in range(_DEEPEST):
         inner = next((key for key in _WEIGHTS if _holds_tensors(chosen.get(key), _DEEPEST)), None)
@@ -117,7 +120,7 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     if any(isinstance(value, LazyTensor | SkippedTensor) for value in chosen.values()):
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
-        return _tensors(chosen, notes)
+        return _tensors(chosen, notes), ()
     parts = _networks(chosen) or {
         f"{key}.{name}": part
         for key, inner in chosen.items()
@@ -126,11 +129,12 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     }
     if parts:
         notes.append(f"The weights were found under {quoted_list(parts)}.")
-    return {
+    tensors = {
         f"{key}.{name}" if len(parts) > 1 else name: tensor
         for key, part in parts.items()
         for name, tensor in _tensors(part, notes).items()
     }
+    return tensors, tuple(parts) if len(parts) > 1 else ()
 
 
 def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTensor]:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from neuronscope.attach.layer_names import layer_name
+from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
@@ -59,6 +61,8 @@ class Examination(NamedTuple):
         sites: The sites that ran, one call of each.
         readers_known: Whether every consumer of every neuron was traced.
         normalised: Sites with a normalisation before their activation or before their layer's weights.
+        layers: Paths of the layers whose weights were used, if it is known which of them an activation follows; else
+            empty.
     """
 
     evidence: tuple[Evidence, ...]
@@ -66,6 +70,7 @@ class Examination(NamedTuple):
     sites: tuple[Site, ...] = ()
     readers_known: bool = False
     normalised: Collection[str] = ()
+    layers: Collection[str] = ()
 
 
 def examine_model(
@@ -108,6 +113,8 @@ def examine_model(
     judged = places_but_gates(sites)
     abstentions = [Abstention(_SOURCE, name, f"Not seen: {reason}.") for name, reason in graph.not_seen.items()]
     normalised = normalised_sites(graph)
+    hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
+    layers = set() if hidden else set(_layers_used(graph))
     evidence = [one for site in sites for one in _batch_norm(graph, site, batch_positions)]
     if graph.branches:
         abstentions.append(
@@ -118,9 +125,10 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised)
+        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised, layers=layers)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
+    evidence += running_statistics_evidence(graph, free)
     in_box = propagate_bounds(graph, box) if box is not None else free
     evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
     if box is not None:
@@ -147,7 +155,7 @@ def examine_model(
         unread = unread_neurons(graph, in_box)
         found = {name: mask & unread[name] for name, mask in judged.items()}
         evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised)
+    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised, layers)
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:
@@ -176,6 +184,15 @@ def _no_forward(failures: list[str]) -> Abstention:
         "",
         f"The network could not be run once, which is needed to find its sites.{tried} Give an example input, or data.",
     )
+
+
+def _layers_used(graph: Graph) -> Iterator[str]:
+    """Yield the path of each layer whose weights the forward used."""
+    for step in graph.steps:
+        for number in step.reads:
+            module, _, leaf = graph.values[number].name.rpartition(".")
+            if leaf:
+                yield layer_name(module, leaf)
 
 
 def _end(end: float | Tensor) -> str:

@@ -155,7 +155,7 @@ def _combine_layer(name: str, layer: JoinedLayer, evidence: list[Evidence]) -> L
         contested=contested,
         evidence=tuple(evidence),
         sites=layer.sites,
-        in_headlines=layer.in_headlines,
+        left_out=layer.left_out,
     )
 
 

@@ -17,7 +17,16 @@ import numpy.typing as npt
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.judge.distinct import SiteUnits
 
-__all__ = ["JoinedLayer", "JoinedLayers", "NamedSite", "join_units", "places_but_gates", "renamed", "wherever_seen"]
+__all__ = [
+    "LEFT_OUT",
+    "JoinedLayer",
+    "JoinedLayers",
+    "NamedSite",
+    "join_units",
+    "places_but_gates",
+    "renamed",
+    "wherever_seen",
+]
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
@@ -35,6 +44,15 @@ class NamedSite(SiteUnits, Protocol):
         """Path of the layer that the site's layer normalises, unit by unit; ``""`` if there is none."""
 
 
+#: Why the units of a layer are no neurons of the totals.
+LEFT_OUT = {
+    "site": "which dimension holds the neurons is only assumed, or a function was applied to outputs of the network",
+    "no activation": "no activation follows, so that these are outputs or linear projections and no hidden neurons",
+    "output": "the last layer of the file is taken for the network's outputs (a model would tell)",
+    "projection": "these have the names of linear projections, which no activation follows (a model would tell)",
+}
+
+
 @dataclass(frozen=True)
 class JoinedLayer:
     """One layer of a post-mortem.
@@ -42,13 +60,12 @@ class JoinedLayer:
     Attributes:
         width: Number of its units.
         sites: Names of the sites at which they were seen.
-        in_headlines: Whether totals include it. They do not if it is a site whose axis is assumed, or a function that
-            was applied to outputs of the network.
+        left_out: Why totals leave it out, a key of :data:`LEFT_OUT`; ``""`` if they include it.
     """
 
     width: int
     sites: tuple[str, ...] = ()
-    in_headlines: bool = True
+    left_out: str = ""
 
 
 @dataclass
@@ -69,7 +86,10 @@ class JoinedLayers:
 
 
 def join_units(
-    evidence: Iterable[Evidence], sites: Sequence[NamedSite], widths: Mapping[str, int]
+    evidence: Iterable[Evidence],
+    sites: Sequence[NamedSite],
+    widths: Mapping[str, int],
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[list[Evidence], JoinedLayers]:
     """Turn all evidence into evidence on the units of layers.
 
@@ -78,6 +98,8 @@ def join_units(
         sites: The sites of all sources. The neurons of a site that is not in the totals, or whose units are not known
             or not among those of the checkpoint's layer, are a layer of their own, which has the site's name.
         widths: Number of units of each layer of the checkpoint by its path, in order.
+        left_out: Layers of the checkpoint that totals leave out unless there is a site of them, with the reason, a key
+            of :data:`LEFT_OUT`.
 
     Returns:
         The evidence, and the layers.
@@ -89,7 +111,7 @@ def join_units(
     ...                site="g(1:3)/silu")
     >>> found, joined = join_units([one], [site], {"g": 4})
     >>> found[0].layer, found[0].width, found[0].neurons, joined.layers
-    ('g', 4, array([2]), {'g': JoinedLayer(width=4, sites=('g(1:3)/silu',), in_headlines=True)})
+    ('g', 4, array([2]), {'g': JoinedLayer(width=4, sites=('g(1:3)/silu',), left_out='')})
     """
     units_of = {(site.name, site.neurons): _units_by_layer(site, widths) for site in sites}
     found: dict[str, int] = {}
@@ -101,8 +123,14 @@ def join_units(
         joined.layers[joined.name_of(path)] = JoinedLayer(width)
     for site in sites:
         for name in units_of[site.name, site.neurons]:
-            known = joined.layers.get(name) or JoinedLayer(found[name], in_headlines=site.in_headlines)
+            known = joined.layers.get(name) or JoinedLayer(found[name], left_out="" if site.in_headlines else "site")
             joined.layers[name] = replace(known, sites=tuple(dict.fromkeys((*known.sites, site.name))))
+    without = {joined.name_of(path): reason for path, reason in (left_out or {}).items()}
+    without = {
+        name: reason for name, reason in without.items() if name in joined.layers and not joined.layers[name].sites
+    }
+    if any(not (layer.left_out or name in without) for name, layer in joined.layers.items()):
+        joined.layers |= {name: replace(joined.layers[name], left_out=reason) for name, reason in without.items()}
     placed = []
     for one in evidence:
         units_by_layer = units_of.get((one.site, one.width), {})

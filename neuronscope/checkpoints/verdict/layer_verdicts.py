@@ -115,7 +115,7 @@ class LayerReport:
         contested: True for neurons with evidence of both *alive* or *silent* and its opposite, bool ``(N,)``.
         evidence: All evidence on the layer, used or not.
         sites: Names of the sites at which the neurons were seen.
-        in_headlines: Whether totals include the layer; see
+        left_out: Why totals leave the layer out; ``""`` if they include it; see
             :class:`~neuronscope.checkpoints.verdict.join_units.JoinedLayer`.
     """
 
@@ -129,7 +129,12 @@ class LayerReport:
     contested: BoolArray
     evidence: tuple[Evidence, ...]
     sites: tuple[str, ...] = ()
-    in_headlines: bool = True
+    left_out: str = ""
+
+    @property
+    def in_headlines(self) -> bool:
+        """Whether totals include the layer."""
+        return not self.left_out
 
     @property
     def neurons(self) -> int:
@@ -231,6 +236,7 @@ class LayerReport:
             "name": self.name,
             "sites": list(self.sites),
             "in_headlines": self.in_headlines,
+            "left_out": self.left_out or None,
             "neurons": self.neurons,
             "dead": self.dead,
             "suspected": self.suspected,

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
@@ -98,7 +99,7 @@ def findings(report: PostmortemReport) -> list[str]:
     """Return what was found as plain sentences, worst first."""
     sentences = []
     if report.not_finite:
-        where = [layer.name for layer in report.headline_layers if layer.count("not finite")]
+        where = [layer.name for layer in report.layers if layer.count("not finite")]
         sentences.append(
             f"NOT FINITE: {plural(report.not_finite, 'neuron')} {is_are(report.not_finite)} NaN or infinite, in "
             f"{_layers(where)}. This network is not healthy, whatever the rest says."
@@ -136,12 +137,13 @@ def findings(report: PostmortemReport) -> list[str]:
 
 def _left_out(report: PostmortemReport) -> list[str]:
     """Say which layers are not in the totals."""
-    names = [layer.name for layer in report.layers if not layer.in_headlines]
-    if not names:
-        return []
-    who = f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'}"
-    why = "which dimension holds the neurons is only assumed, or a function was applied to outputs of the network"
-    return [f"{who} not in the totals: {why}."]
+    sentences = []
+    for reason, why in LEFT_OUT.items():
+        names = [layer.name for layer in report.layers if layer.left_out == reason]
+        if names:
+            who = f"{_layers(names, 'Layer')} {'is' if len(names) == 1 else 'are'}"
+            sentences.append(f"{who} not in the totals: {why}.")
+    return sentences
 
 
 def is_alarm(report: PostmortemReport) -> bool:

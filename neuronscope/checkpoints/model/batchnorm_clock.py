@@ -1,0 +1,128 @@
+r"""Read from a batch norm behind an activation how long each neuron has been silent, and how large its output is.
+
+A batch norm in training keeps running means of the mean and of the variance of its input. Behind an activation whose
+output is never negative, both are sums of positive terms, and a neuron that outputs zero over a whole batch multiplies
+both by ``1 − momentum``. So ``R = mean² / variance`` falls by this factor in each silent step. For the positive half of
+a normal distribution R is .47. A neuron that fires at a share ``p`` of all positions has an R near ``p``, so that an R
+that is a little smaller shows a rare neuron as well as one that fell silent lately. Only a very small one tells them
+apart: a neuron that fired at one of the ``n`` positions of the last batch has at least ``momentum / n``.
+
+The running mean itself is the mean output, from which dormancy follows without data. A mean of exactly zero shows that
+the neuron never fired in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.model.before_site import producing_steps, step_before_copies
+from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
+from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
+from neuronscope.judge.verdicts import Policy
+
+__all__ = ["running_statistics_evidence"]
+
+_SOURCE = "batch norm statistics"
+#: ``R`` of the positive half of a normal distribution.
+_HALF_NORMAL = 0.47
+#: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
+_SILENT, _SURE = 50.0, 200.0
+
+
+def running_statistics_evidence(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
+    """Yield what the running statistics of batch norms say about the neurons of the sites right before them.
+
+    Args:
+        graph: A traced forward in evaluation mode.
+        intervals: The interval of each tensor; see
+            :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
+    """
+    steps = producing_steps(graph)
+    by_output = {site.after: site for site in graph.sites}
+    seen = set()
+    for step in graph.steps:
+        if getattr(step.function, "__name__", "") != "batch_norm" or not step.reads:
+            continue
+        before = step_before_copies(steps, step.reads[0])
+        site = next((by_output[number] for number in (before.outputs if before else ()) if number in by_output), None)
+        if site is None or site.name in seen or site.layout.axis != 1 or not _is_never_negative(intervals[site.after]):
+            continue
+        seen.add(site.name)
+        mean, variance = (_constant(graph, step, place) for place in (1, 2))
+        momentum = step.args[6] if len(step.args) > 6 else step.kwargs.get("momentum", 0.1)
+        if mean is not None and variance is not None and mean.shape == variance.shape == (site.neurons,):
+            yield from _evidence(site, mean.double(), variance.double(), momentum)
+
+
+def _is_never_negative(interval: Interval | None) -> bool:
+    return interval is not None and bool((interval.low >= 0).all())
+
+
+def _constant(graph: Graph, step: Step, place: int) -> Tensor | None:
+    name = ("input", "running_mean", "running_var")[place]
+    argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
+    return graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
+
+
+def _evidence(site: Site, mean: Tensor, variance: Tensor, momentum: object) -> Iterator[Evidence]:
+    """Yield the evidence on one site.
+
+    Args:
+        site: The site.
+        mean: The running mean of its outputs, float64 ``(N,)``.
+        variance: Their running variance, float64 ``(N,)``.
+        momentum: The batch norm's momentum.
+    """
+    evidence = partial(evidence_on_site, site.name, source=_SOURCE)
+    trained = bool((mean > 0).any())  # statistics begin at a mean of 0 and a variance of 1
+    if not trained:
+        return
+    never = (mean == 0).numpy()
+    yield from evidence(
+        never,
+        np.full(site.neurons, np.nan),
+        claim="dead",
+        basis="inferred",
+        measure="",
+        text=(
+            "The batch norm behind it has a running mean of exactly zero: it never fired in training since these "
+            "statistics began."
+        ),
+    )
+    if isinstance(momentum, float) and 0.0 < momentum < 0.5:
+        ratio = mean.square() / variance.clamp(min=1e-300)
+        steps = torch.log(_HALF_NORMAL / ratio.clamp(min=1e-300)) / -math.log1p(-momentum)
+        silent = torch.where(mean >= 0, steps, 0.0).numpy()
+        for basis, mask in (("inferred", silent > _SURE), ("suspected", (silent > _SILENT) & (silent <= _SURE))):
+            yield from evidence(
+                mask & ~never,
+                np.floor(silent),
+                claim="dead",
+                basis=basis,
+                measure="training steps since it fired, about",
+                text=(
+                    "The running mean of the batch norm behind it is far smaller, compared with the running deviation, "
+                    "than that of a neuron that fires: both have been falling for about this many steps. A neuron "
+                    "that fires very rarely looks alike."
+                ),
+            )
+    score = (mean / (mean.clamp(min=0).mean() + 1e-9)).numpy()
+    threshold = Policy().dormant_tau
+    yield from evidence(
+        (score <= threshold) & ~never,
+        score,
+        claim="quiet",
+        basis="inferred",
+        measure="mean output ÷ the layer's mean output",
+        text=(
+            f"Dormant: by the running mean of the batch norm behind it, its mean output in training was at most "
+            f"{threshold:g} times that of its layer."
+        ),
+    )

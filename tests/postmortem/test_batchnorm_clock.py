@@ -1,0 +1,107 @@
+"""Batch norm's running statistics behind an activation, against the steps at which neurons were counted to fire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.demo.digits import load_digits
+
+WIDTH = 64
+
+
+def found_in(model: nn.Module, example: Tensor | None = None) -> Iterator[Evidence]:
+    """What the running statistics say."""
+    found = examine_model(model.eval(), example=example).evidence
+    return (one for one in found if one.source == "batch norm statistics")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_silent_neurons_before_a_batch_norm_are_found_by_its_running_statistics(seed: int) -> None:
+    """Linear → ReLU → BN twice on the digits, and a learning rate 30 times as high for 20 steps; firing is counted."""
+    torch.manual_seed(seed)
+    digits = load_digits()
+    model = nn.Sequential(
+        *(nn.Linear(64, WIDTH), nn.ReLU(), nn.BatchNorm1d(WIDTH)),
+        *(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 10)),
+    )
+    last = {"0/relu": np.zeros(WIDTH), "3/relu": np.zeros(WIDTH)}
+    optimizer = torch.optim.Adam(model.parameters())
+    for step in range(1, 1001):
+        if step == 700:  # these die at a known step
+            with torch.no_grad():
+                model[0].bias[:8] -= 50
+                model[3].bias[8:20] -= 50
+        optimizer.param_groups[0]["lr"] = 3e-2 if 300 <= step < 320 else 1e-3
+        rows = torch.randint(0, len(digits.train_x), (64,))
+        x = first = model[1](model[0](digits.train_x[rows]))
+        x = second = model[4](model[3](model[2](x)))
+        for name, output in (("0/relu", first), ("3/relu", second)):
+            last[name][(output != 0).any(0).numpy()] = step
+        optimizer.zero_grad()
+        F.cross_entropy(model[6](model[5](x)), digits.train_y[rows]).backward()
+        optimizer.step()
+    silence = {name: step - at for name, at in last.items()}
+    said = {(name, claim): np.full(WIDTH, np.nan) for name in last for claim in ("inferred", "suspected")}
+    for one in found_in(model):
+        if one.claim == "dead":
+            said[one.site, one.basis][one.neurons] = one.numbers
+    firm = {name: ~np.isnan(said[name, "inferred"]) for name in last}
+    any_basis = {name: firm[name] | ~np.isnan(said[name, "suspected"]) for name in last}
+    for name, truth in silence.items():
+        assert (truth >= 300).sum() >= 8
+        assert any_basis[name][truth >= 60].all()
+        assert firm[name][truth >= 250].all()
+        assert not firm[name][truth < 45].any()
+        assert (any_basis[name] & (truth < 45)).sum() <= 0.05 * WIDTH
+        dated = firm[name] & (truth >= 250) & (truth < 400)
+        assert np.abs(said[name, "inferred"][dated] - truth[dated]).max() <= 60
+
+
+def test_a_neuron_that_never_fired_has_a_running_mean_of_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6))
+    model[0].bias.data[2] = -100.0
+    for _ in range(10):
+        model(torch.randn(8, 1, 5, 5))
+    (never,) = found_in(model)
+    assert (never.claim, never.basis, never.neurons.tolist()) == ("dead", "inferred", [2])
+
+
+def test_the_running_mean_behind_an_activation_tells_dormancy() -> None:
+    """Counted: the mean output of each channel over the same batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout(0.0), nn.BatchNorm2d(6, momentum=None))
+    model[0].weight.data[4] *= 1e-3
+    model[0].bias.data[4] = 0.0
+    batches = [torch.randn(8, 1, 5, 5) for _ in range(10)]
+    with torch.no_grad():
+        outputs = torch.cat([F.relu(model[0](batch)) for batch in batches])
+        for batch in batches:
+            model(batch)
+    means = outputs.mean((0, 2, 3))
+    (dormant,) = found_in(model)
+    assert (dormant.claim, dormant.neurons.tolist()) == ("quiet", [4])
+    assert dormant.numbers[0] == pytest.approx(float(means[4] / means.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),  # the statistics of a pre-activation
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.BatchNorm2d(6)),  # a mean of zero is no silence
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)),  # statistics that have not begun
+    ],
+    ids=["before", "tanh", "untrained"],
+)
+def test_running_statistics_that_show_no_silence_are_not_read(model: nn.Module) -> None:
+    if not isinstance(model[1], nn.ReLU):
+        model[-1 if isinstance(model[-1], nn.BatchNorm2d) else 1].running_mean.fill_(1e-20)
+    assert list(found_in(model, torch.zeros(1, 1, 5, 5))) == []
