@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
+from neuronscope.attach.compiling import hidden
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.module_paths import model_name
@@ -50,6 +51,7 @@ class Scope:
         NothingToWatchError: The model has no activation.
     """
 
+    @hidden
     def __init__(self, model: nn.Module, options: WatchOptions, *, optimizer: Optimizers | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
@@ -134,6 +136,7 @@ class Scope:
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         return self._count_step(step)
 
+    @hidden
     def _count_step(self, step: int | None = None) -> bool:
         closed = False
         record, inference = self._record("train"), self._records.get(INFERENCE)
@@ -182,7 +185,7 @@ class Scope:
                     record = self._record(name)
                     record.note_step(self._step)
                     self._flush(name, join=join)
-                    record.close()
+                    hidden(record.close)()
                 else:
                     self._record(name).discard_running()
             self._phase = before
@@ -222,6 +225,7 @@ class Scope:
         self._hooks.close_step()
         self._hooks.recorder.forward.step_is_forward = False
 
+    @hidden
     def detach(self, *, join: bool = True) -> None:
         """Remove every hook from the model. Counts stay readable; a second call does nothing.
 
@@ -265,6 +269,7 @@ class Scope:
         """
         return dict(self._hooks.recorder.not_neurons)
 
+    @hidden
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         """Flush a phase, and inference with training, in which it ran.
 
@@ -332,6 +337,7 @@ class Scope:
         """Names of the phases in which anything was observed."""
         return tuple(name for name, record in self._records.items() if not record.empty)
 
+    @hidden
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """Return the exact counts of one phase over one window.
 
@@ -354,6 +360,7 @@ class Scope:
         """
         return self._observed_record(phase).census(window)
 
+    @hidden
     def report(self, phase: str = "train") -> Report:
         """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
 
@@ -399,6 +406,7 @@ class Scope:
         failure = self._hooks.failure
         return self._fault if failure is None else Fault.from_error(failure, self._hooks.recorder.step)
 
+    @hidden
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
         """Return everything counted so far as tensors and primitives, which any checkpoint can hold.
 
@@ -410,6 +418,7 @@ class Scope:
             self._flush("train")
         return scope_state(self._step, self._records, self._current_fault())
 
+    @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
 

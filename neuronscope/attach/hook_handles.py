@@ -88,8 +88,10 @@ class HookHandles:
             module: The module.
             hook: The hook.
         """
-        key = self._add(module, module._forward_pre_hooks, hook)
-        module._forward_pre_hooks_with_kwargs[key] = _Flag(module._forward_pre_hooks, key)  # type: ignore[assignment]
+        _, table = tables(module)
+        key = self._add(module, table, hook)
+        _, _, with_kwargs = _flags(module)
+        with_kwargs[key] = _Flag(table, key)
 
     def add_after(self, module: nn.Module, hook: InertHook, *, with_kwargs: bool = False) -> None:
         """Call a hook with ``(module, args, output)`` after a module's forward; the output is ``None`` if it failed.
@@ -99,12 +101,14 @@ class HookHandles:
             hook: The hook.
             with_kwargs: Call it with ``(module, args, kwargs, output)``.
         """
-        key = self._add(module, module._forward_hooks, hook)
+        table, _ = tables(module)
+        key = self._add(module, table, hook)
+        named, always_called, _ = _flags(module)
         if with_kwargs:
-            module._forward_hooks_with_kwargs[key] = True
-        module._forward_hooks_always_called[key] = _Flag(module._forward_hooks, key)  # type: ignore[assignment]
+            named[key] = True
+        always_called[key] = _Flag(table, key)
 
-    def _add(self, module: nn.Module, table: Any, hook: InertHook) -> str:
+    def _add(self, module: nn.Module, table: Table, hook: InertHook) -> str:
         key = f"neuronscope {next(_numbers)}"  # torch's own keys are numbers, which another process gives again
         table[key] = hook
         self._hooks.add(hook)
@@ -154,7 +158,8 @@ def tables(module: nn.Module) -> tuple[Table, Table]:
     return module._forward_hooks, module._forward_pre_hooks  # type: ignore[return-value]
 
 
-def _flags(module: nn.Module) -> tuple[Any, ...]:
+def _flags(module: nn.Module) -> tuple[Any, Any, Any]:
+    """Return torch's tables of how hooks are called: after a forward with its keyword arguments, always; before it."""
     return (
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
