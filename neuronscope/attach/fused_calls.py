@@ -163,7 +163,7 @@ class HiddenHooks:
         """
         self.put_back()
         self._module = module
-        self._taken = take_off(module.modules())
+        self._taken = take_off(module.modules(), running=True)
         self._handle = register_module_forward_hook(self._after, always_call=True)
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:

@@ -24,8 +24,8 @@ from neuronscope.attach.gradient_hooks import InertHook
 __all__ = ["HookHandles", "Taken", "is_ours", "put_back", "tables", "take_off"]
 
 Table = OrderedDict[Any, Any]
-#: A table of hooks, all that it held, in order, and the keys of the hooks that were taken off.
-Taken = list[tuple[Table, dict[Any, Any], set[Any]]]
+#: A table of hooks, all that it held, in order, the keys of the hooks that were taken off, and how they are called.
+Taken = list[tuple[Table, dict[Any, Any], set[Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]]
 
 _numbers = itertools.count()
 
@@ -135,13 +135,14 @@ class HookHandles:
         Args:
             model: The model, if it is still there.
         """
+        self.put_back()
         bearers = {id(module): module for module in (*self._bearers(), *(() if model is None else model.modules()))}
         for module in bearers.values():
             for table in tables(module):
                 for key in [key for key, hook in table.items() if self._is_own(hook)]:
                     for each in (*tables(module), *_flags(module)):
                         each.pop(key, None)
-        self._hooks, self._modules, self._taken = set(), {}, []
+        self._hooks, self._modules = set(), {}
 
     def _bearers(self) -> Iterator[nn.Module]:
         for reference in self._modules.values():
@@ -172,19 +173,22 @@ def is_ours(hook: Any) -> bool:
     return isinstance(hook, InertHook)
 
 
-def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ours) -> Taken:
+def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ours, *, running: bool = False) -> Taken:
     """Take hooks off modules, and return what :func:`put_back` needs.
 
     Args:
         modules: The modules.
         wanted: Whether to take a hook off.
+        running: Whether torch is calling the hooks of a module, so that it goes on asking how they are called.
     """
     taken: Taken = []
     for module in modules:
         for table in tables(module):
             keys = {key for key, hook in table.items() if wanted(hook)}
             if keys:
-                taken.append((table, dict(table), keys))
+                settings = [] if running else _flags(module)
+                flags = [(each, {key: each.pop(key) for key in keys & each.keys()}) for each in settings]
+                taken.append((table, dict(table), keys, flags))
                 for key in keys:
                     del table[key]
     return taken
@@ -192,9 +196,11 @@ def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ou
 
 def put_back(taken: Taken) -> None:
     """Put hooks back where :func:`take_off` took them from: ahead of those that were registered since."""
-    for table, before, keys in taken:
+    for table, before, keys, flags in taken:
         now = dict(table)
         first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
         order = [*first, *(key for key in before if key in keys or key in now), *now]
         table.clear()
         table.update((key, now.get(key, before.get(key))) for key in order)
+        for each, values in flags:
+            each.update(values)
