@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao import quantization
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import neuronscope as ns
 from tests.core.slow_twin import hook_tables
@@ -216,6 +217,7 @@ def test_what_torch_records_of_a_watched_model_is_the_graph_of_an_unwatched_one(
             [node.kind() for node in traced.inlined_graph.nodes()],
             torch.jit.script(model).code,
             torch.fx.symbolic_trace(model).code,
+            make_fx(model)(x).code,
             torch.export.export(model, (x,), strict=False).module().code,
         ]
 
