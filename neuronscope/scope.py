@@ -435,7 +435,7 @@ class Scope:
                 "The saved counts are from an earlier version of Neuronscope, in which a neuron was an index of one "
                 f"call; now it is a unit of a layer. The counts begin anew at step {self._step}.",
                 NeuronscopeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved)
@@ -459,7 +459,7 @@ class Scope:
             return
         self._checked = True
         for message in self._patterns.unmatched_warnings(self._model_name):
-            warnings.warn(message, NeuronscopeWarning, stacklevel=3)
+            warnings.warn(message, NeuronscopeWarning, stacklevel=5)
 
 
 def watch(
