@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.compiling import skip_frames
+from neuronscope.attach.compiling import hidden, skip_frames
 from neuronscope.attach.copies import WeightDigest
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
@@ -57,6 +57,7 @@ class Scope:
         NothingToWatchError: The model has no activation.
     """
 
+    @hidden
     def __init__(self, model: nn.Module, options: WatchOptions, *, optimizer: Optimizers | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Expected argument `model` to be a torch.nn.Module, but got {type(model).__name__}.")
@@ -150,6 +151,7 @@ class Scope:
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         return self._count_step(step)
 
+    @hidden
     def _count_step(self, step: int | None = None) -> bool:
         with self._lock:
             return self._count_one_step(step)
@@ -220,6 +222,7 @@ class Scope:
                 self._phases[here] = own
             self._observe()
 
+    @hidden
     def _end_phase(self, name: str, thread: int, join: bool, keep: Callable[[], bool]) -> None:
         """End a pass of a phase, unless it was one of a thread beside the one that is counted."""
         if not (join or thread == self._home or thread == self._counted_thread()):
@@ -266,6 +269,7 @@ class Scope:
         """End the training step that :meth:`open_step` began. For the Lightning callback."""
         self._hooks.close_step()
 
+    @hidden
     def detach(self, *, join: bool = True) -> None:
         """Remove every hook from the model. Counts stay readable; a second call does nothing.
 
@@ -313,6 +317,7 @@ class Scope:
         """
         return dict(self._hooks.recorder.unmeasured.not_neurons)
 
+    @hidden
     def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
         """Flush a phase, and inference with training, in which it ran.
 
@@ -394,6 +399,7 @@ class Scope:
         """Names of the phases in which anything was observed."""
         return tuple(name for name, record in list(self._records.items()) if not record.empty)
 
+    @hidden
     def census(self, phase: str = "train", window: str = "all") -> Census:
         """Return the exact counts of one phase over one window.
 
@@ -417,6 +423,7 @@ class Scope:
         with self._lock:
             return self._observed_record(phase).census(window)
 
+    @hidden
     def report(self, phase: str = "train") -> Report:
         """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
 
@@ -466,6 +473,7 @@ class Scope:
         failure = self._hooks.failure
         return self._fault if failure is None else Fault.from_error(failure, self._hooks.recorder.step)
 
+    @hidden
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
         """Return everything counted so far as tensors and primitives, which any checkpoint can hold.
 
@@ -478,6 +486,7 @@ class Scope:
                 self._flush("train")
             return scope_state(self._step, self._records, self._current_fault())
 
+    @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the counts and the history of a saved scope. Layers of the model may have changed since.
 

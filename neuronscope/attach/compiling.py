@@ -7,23 +7,29 @@ whether it is being traced, or what was compiled: each imports the answer from h
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch._dynamo.comptime import ComptimeContext, comptime
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from neuronscope.attach.tensor_map import TensorMap
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 __all__ = [
     "comptime",
     "count_compilations",
     "has_real_tensors",
+    "hidden",
     "in_backward",
     "in_compiled_graph",
     "is_compiled",
@@ -43,8 +49,31 @@ is_tracing = torch.compiler.is_compiling
 
 
 def unwatched() -> Any:
-    """Return a context that hides our own arithmetic from every function mode. It does nothing while traced."""
-    return contextlib.nullcontext() if is_tracing() else torch._C.DisableTorchFunction()
+    """Return a context that hides our own arithmetic from modes and subclasses of users. It does nothing while traced.
+
+    Modes that torch itself keeps while it traces, and no user enters, go on seeing what is done.
+    """
+    if is_tracing():
+        return contextlib.nullcontext()
+    return _without_modes() if torch._C._len_torch_dispatch_stack() else torch._C.DisableTorchFunction()
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    torchs_own = any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+    with torch._C.DisableTorchFunction(), contextlib.nullcontext() if torchs_own else _disable_current_modes():
+        yield
+
+
+def hidden(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return the function, hidden from modes and subclasses of users as by :func:`unwatched`."""
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with unwatched():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def thread_id() -> int:
@@ -65,7 +94,14 @@ def in_backward() -> bool:
 
 def has_real_tensors() -> bool:
     """Whether tensors hold numbers, or will when the graph runs: not while a graph is recorded for export."""
-    return not torch.compiler.is_exporting() if is_tracing() else torch._C._get_tracing_state() is None
+    if is_tracing():
+        return not torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is None and not _is_recorded()
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is recorded of what is done to tensors, as ``make_fx`` does."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def in_compiled_graph() -> bool:

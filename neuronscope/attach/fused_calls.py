@@ -119,7 +119,8 @@ def last_weight(module: Any) -> Tensor | None:
         last: Any = module.linear2 if module.norm_first else module.norm2
     else:
         last = module.out_proj
-    return last._parameters.get("weight")  # a weight that is computed is not computed again
+    weight: Tensor | None = last._parameters.get("weight")  # a weight that is computed is not computed again
+    return weight
 
 
 def hidden_activation(layer: nn.TransformerEncoderLayer) -> str:
@@ -162,7 +163,7 @@ class HiddenHooks:
         """
         self.put_back()
         self._module = module
-        self._taken = take_off(module.modules())
+        self._taken = take_off(module.modules(), running=True)
         self._handle = register_module_forward_hook(self._after, always_call=True)
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:

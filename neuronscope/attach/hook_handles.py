@@ -24,8 +24,8 @@ from neuronscope.attach.gradient_hooks import InertHook
 __all__ = ["HookHandles", "Taken", "is_ours", "put_back", "tables", "take_off"]
 
 Table = OrderedDict[Any, Any]
-#: A table of hooks, all that it held, in order, and the keys of the hooks that were taken off.
-Taken = list[tuple[Table, dict[Any, Any], set[Any]]]
+#: A table of hooks, all that it held, in order, the keys of the hooks that were taken off, and how they are called.
+Taken = list[tuple[Table, dict[Any, Any], set[Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]]
 
 _numbers = itertools.count()
 
@@ -88,8 +88,10 @@ class HookHandles:
             module: The module.
             hook: The hook.
         """
-        key = self._add(module, module._forward_pre_hooks, hook)
-        module._forward_pre_hooks_with_kwargs[key] = _Flag(module._forward_pre_hooks, key)  # type: ignore[assignment]
+        _, table = tables(module)
+        key = self._add(module, table, hook)
+        _, _, with_kwargs = _flags(module)
+        with_kwargs[key] = _Flag(table, key)
 
     def add_after(self, module: nn.Module, hook: InertHook, *, with_kwargs: bool = False) -> None:
         """Call a hook with ``(module, args, output)`` after a module's forward; the output is ``None`` if it failed.
@@ -99,12 +101,14 @@ class HookHandles:
             hook: The hook.
             with_kwargs: Call it with ``(module, args, kwargs, output)``.
         """
-        key = self._add(module, module._forward_hooks, hook)
+        table, _ = tables(module)
+        key = self._add(module, table, hook)
+        named, always_called, _ = _flags(module)
         if with_kwargs:
-            module._forward_hooks_with_kwargs[key] = True
-        module._forward_hooks_always_called[key] = _Flag(module._forward_hooks, key)  # type: ignore[assignment]
+            named[key] = True
+        always_called[key] = _Flag(table, key)
 
-    def _add(self, module: nn.Module, table: Any, hook: InertHook) -> str:
+    def _add(self, module: nn.Module, table: Table, hook: InertHook) -> str:
         key = f"neuronscope {next(_numbers)}"  # torch's own keys are numbers, which another process gives again
         table[key] = hook
         self._hooks.add(hook)
@@ -131,13 +135,14 @@ class HookHandles:
         Args:
             model: The model, if it is still there.
         """
+        self.put_back()
         bearers = {id(module): module for module in (*self._bearers(), *(() if model is None else model.modules()))}
         for module in bearers.values():
             for table in tables(module):
                 for key in [key for key, hook in table.items() if self._is_own(hook)]:
                     for each in (*tables(module), *_flags(module)):
                         each.pop(key, None)
-        self._hooks, self._modules, self._taken = set(), {}, []
+        self._hooks, self._modules = set(), {}
 
     def _bearers(self) -> Iterator[nn.Module]:
         for reference in self._modules.values():
@@ -154,7 +159,8 @@ def tables(module: nn.Module) -> tuple[Table, Table]:
     return module._forward_hooks, module._forward_pre_hooks  # type: ignore[return-value]
 
 
-def _flags(module: nn.Module) -> tuple[Any, ...]:
+def _flags(module: nn.Module) -> tuple[Any, Any, Any]:
+    """Return torch's tables of how hooks are called: after a forward with its keyword arguments, always; before it."""
     return (
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
@@ -167,19 +173,22 @@ def is_ours(hook: Any) -> bool:
     return isinstance(hook, InertHook)
 
 
-def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ours) -> Taken:
+def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ours, *, running: bool = False) -> Taken:
     """Take hooks off modules, and return what :func:`put_back` needs.
 
     Args:
         modules: The modules.
         wanted: Whether to take a hook off.
+        running: Whether torch is calling the hooks of a module, so that it goes on asking how they are called.
     """
     taken: Taken = []
     for module in modules:
         for table in tables(module):
             keys = {key for key, hook in table.items() if wanted(hook)}
             if keys:
-                taken.append((table, dict(table), keys))
+                settings = [] if running else _flags(module)
+                flags = [(each, {key: each.pop(key) for key in keys & each.keys()}) for each in settings]
+                taken.append((table, dict(table), keys, flags))
                 for key in keys:
                     del table[key]
     return taken
@@ -187,10 +196,12 @@ def take_off(modules: Iterable[nn.Module], wanted: Callable[[Any], bool] = is_ou
 
 def put_back(taken: Taken) -> None:
     """Put hooks back where :func:`take_off` took them from: ahead of those that were registered since."""
-    for table, before, keys in taken:
+    for table, before, keys, flags in taken:
         now = list(table)
         first = itertools.takewhile(lambda key: key not in before, now)  # noqa: B023  # used at once
         order = [*first, *(key for key in before if key in keys or key in now), *now]
         table.update((key, before[key]) for key in before if key in keys)
         for key in dict.fromkeys(order):  # each stays in the table, which another thread may be reading
             table.move_to_end(key)
+        for each, values in flags:
+            each.update(values)

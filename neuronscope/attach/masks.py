@@ -56,9 +56,9 @@ class PositionMask:
         option = self._option
         if option is None:
             return None
-        if callable(option):
-            return self._ask(option, args, kwargs)
         with unwatched():
+            if callable(option):
+                return self._ask(option, args, kwargs)
             return self._find(option, module, self._arguments.named(module, args, kwargs))
 
     def _find(self, option: str, module: nn.Module, named: Mapping[str, Any]) -> Tensor | None:
@@ -91,8 +91,7 @@ class PositionMask:
         if answer is None:
             return None
         if isinstance(answer, Tensor) and answer.dim() == 2:
-            with unwatched():
-                return kept(answer)
+            return kept(answer)
         if not self._warned:
             self._warned = True
             warnings.warn(

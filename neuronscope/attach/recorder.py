@@ -22,6 +22,7 @@ from neuronscope.attach.compiling import (
     in_backward,
     is_tracing,
     trace_attempt,
+    unwatched,
     while_tracing,
 )
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
@@ -138,7 +139,8 @@ class SiteRecorder:
         self.phase = phase
         self.forward.training = phase == "train"
         self.step = step
-        self.step_tensor.fill_(step)
+        with unwatched():
+            self.step_tensor.fill_(step)
 
     @property
     def running_phase(self) -> str:

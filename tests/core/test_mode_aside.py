@@ -81,8 +81,7 @@ def test_a_function_mode_around_the_model_sees_the_same_calls():
         plain(torch.ones(2, 4))
     with ns.watch(net), Names() as seen:
         net(torch.ones(2, 4))
-    sizes = ("dim", "size")  # of the model's input, which we ask for
-    assert [name for name in seen.names if name not in sizes] == expected.names
+    assert seen.names == expected.names
 
 
 def test_a_mode_entered_in_the_forward_stays_above_ours():

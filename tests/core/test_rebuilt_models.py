@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao import quantization
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import neuronscope as ns
 from tests.core.slow_twin import hook_tables
@@ -139,9 +140,7 @@ def test_a_watched_model_is_rebuilt_as_an_unwatched_one(action: str, ran: bool) 
         if scope is not None:
             assert scope._hooks.failure is None
             scope.step()
-            assert not [
-                item for item in scope.report().not_measured if "Proxy" in item.reason or "function" in item.reason
-            ]
+            assert not [item for item in scope.report().not_measured if "Proxy" in item.reason]
             scope.detach()
         tables.append(hooks_by_class(model))
     assert torch.equal(outputs[0], outputs[2])
@@ -216,6 +215,7 @@ def test_what_torch_records_of_a_watched_model_is_the_graph_of_an_unwatched_one(
             [node.kind() for node in traced.inlined_graph.nodes()],
             torch.jit.script(model).code,
             torch.fx.symbolic_trace(model).code,
+            make_fx(model)(x).code,
             torch.export.export(model, (x,), strict=False).module().code,
         ]
 
@@ -225,3 +225,42 @@ def test_what_torch_records_of_a_watched_model_is_the_graph_of_an_unwatched_one(
         scope.step()
         assert not scope.census("train")
         assert not scope.report().not_measured
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="this torch cannot run it")
+def test_a_watched_model_is_converted_to_integers_as_an_unwatched_one() -> None:
+    """Torch moves the hooks of a module to the quantised one, whose tensors cannot be counted."""
+
+    class Quantised(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+            self.qconfig = quantization.get_default_qconfig("x86")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dequant(self.tail(self.fc(self.act(self.block(self.quant(x))).mean((2, 3)))))
+
+    x, outputs = torch.randn(5, 3, 4, 4), []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = Quantised().eval()
+        scope = ns.watch(model) if watched else None
+        quantization.fuse_modules(model, FUSED, inplace=True)
+        quantization.prepare(model, inplace=True)
+        model(x)
+        quantization.convert(model, inplace=True)
+        outputs.append(model(x))
+        if scope is not None:
+            assert scope._hooks.failure is None
+            assert {item.name: "quint8" in item.reason for item in scope.report().not_measured} == {"act": True}
+            scope.detach()
+            assert not any(hooks_by_class(model).values())
+    assert torch.equal(*outputs)
+
+
+def test_a_warning_of_a_scope_names_the_line_of_the_user() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    with ns.watch(model, sites="none") as scope, pytest.warns(ns.NeuronscopeWarning) as caught:
+        model(torch.ones(1, 2))
+        scope.step()
+    assert {warning.filename for warning in caught} == {__file__}
