@@ -218,6 +218,10 @@ class SiteRecorder:
         """Return the paths of the activation modules that ran in a phase."""
         return {path for name, path in list(self._ran) if name == phase}
 
+    def forget_ran(self, phase: str) -> None:
+        """Forget which activation modules ran in a phase."""
+        self._ran.difference_update([each for each in list(self._ran) if each[0] == phase])
+
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
         """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
 
@@ -281,6 +285,22 @@ class SiteRecorder:
         self.forward.training = phase == "train"
         self.step = step
         self.step_tensor.fill_(step)
+
+    def forget_phase(self, phase: str) -> set[SiteKey]:
+        """Forget the counters of a phase, so that they are made anew if it runs again.
+
+        Args:
+            phase: Name of the phase.
+
+        Returns:
+            The sites whose counters were forgotten. A compiled graph holds the others.
+        """
+        with self.lock:
+            held = [(name, key) for (name, key), each in self._counters.items() if name == phase and each is not None]
+            gone = {key: self._counters.pop((phase, key)) for _, key in held if not self._counters[phase, key].in_graph}
+            counters = set(map(id, gone.values()))
+            self._calls = {facts: call for facts, call in self._calls.items() if id(call.counters) not in counters}
+        return set(gone)
 
     @property
     def running_phase(self) -> str:
