@@ -1,4 +1,4 @@
-"""A training that names each evaluation anew: memory does not grow with the names, and the newest phases are right."""
+"""A long run holds no more than a short one: not with its steps, and not with the names of its evaluations."""
 
 from __future__ import annotations
 
@@ -66,6 +66,28 @@ def test_memory_does_not_grow_with_the_number_of_phases() -> None:
     assert len(scope.phases) == 64
     assert held[1] == pytest.approx(held[0], rel=0.01)
     assert held[0][0] < 64 * 3 * 64 * 500  # 500 bytes for each neuron, site and phase
+
+
+def test_memory_does_not_grow_with_the_number_of_steps() -> None:
+    """Windows of one step fill the history at once, which then keeps as many as it may."""
+    torch.manual_seed(0)
+    model, x, held = Net(), data(0), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with ns.watch(model, window_steps=1, policy=ns.Policy(max_rate=0.99)) as scope:
+        for step in range(3000):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scope.step()
+            if step % 2:
+                evaluate(scope, model, 0, "val")
+            if step + 1 in (600, 3000):
+                gc.collect()
+                held.append((*held_bytes(scope), len(gc.get_objects())))
+    (bytes_before, ours_before, all_before), (bytes_after, ours_after, all_after) = held
+    assert bytes_after <= bytes_before * 1.05
+    assert ours_after <= ours_before * 1.1
+    assert all_after <= all_before + 200
 
 
 def test_the_newest_phases_keep_their_counts_and_the_forgotten_ones_are_named() -> None:
