@@ -241,9 +241,9 @@ class Scope:
             self._forgotten += 1
             if self._forgotten == 1:
                 warnings.warn(
-                    f"More than {_MOST_PHASES} phases were counted: from now on the counts of the oldest are forgotten, "
-                    f"{name!r} first. Use one name, such as 'val', for all passes of a kind: each pass is a window of "
-                    "its own.",
+                    f"More than {_MOST_PHASES} phases were counted: from now on the counts of the oldest are "
+                    f"forgotten, {name!r} first. Use one name, such as 'val', for all passes of a kind: each pass is "
+                    "a window of its own.",
                     NeuronscopeWarning,
                     stacklevel=5,
                 )
@@ -382,7 +382,7 @@ class Scope:
             hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
 
     def _counted_thread(self) -> int:
-        return self._hooks.thread.thread if self._hooks.thread.is_elsewhere() else threading.get_ident()
+        return self._hooks.thread.elsewhere() or threading.get_ident()
 
     def _phase_in(self, thread: int) -> str:
         """Return the phase of a thread: its own, or that of the thread in which the watch began."""

@@ -296,8 +296,12 @@ class SiteRecorder:
             The sites whose counters were forgotten. A compiled graph holds the others.
         """
         with self.lock:
-            held = [(name, key) for (name, key), each in self._counters.items() if name == phase and each is not None]
-            gone = {key: self._counters.pop((phase, key)) for _, key in held if not self._counters[phase, key].in_graph}
+            known = self._counters.items()
+            gone = {
+                key: each for (name, key), each in known if name == phase and each is not None and not each.in_graph
+            }
+            for key in gone:
+                del self._counters[phase, key]
             counters = set(map(id, gone.values()))
             self._calls = {facts: call for facts, call in self._calls.items() if id(call.counters) not in counters}
         return set(gone)

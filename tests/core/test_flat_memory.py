@@ -36,13 +36,13 @@ def evaluate(scope: ns.Scope, model: nn.Module, number: int, name: str) -> None:
 
 
 def held_bytes(scope: ns.Scope) -> tuple[int, int]:
-    """Return the bytes of all tensors and arrays that a scope holds, and the number of objects."""
+    """Return the bytes of all tensors and arrays that a scope holds, and the number of objects but for integers."""
     queue: list[Any] = [scope]
     seen: dict[int, Any] = {}
     storages: dict[int, int] = {}
     while queue:
         each = queue.pop()
-        if id(each) in seen or isinstance(each, (ModuleType, FunctionType, type, nn.Module)):
+        if id(each) in seen or isinstance(each, (int, ModuleType, FunctionType, type, nn.Module)):
             continue
         seen[id(each)] = each
         if isinstance(each, Tensor):

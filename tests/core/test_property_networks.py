@@ -4,9 +4,9 @@ Hypothesis draws a program: layers, a layer that is called again and again, laye
 activations (as modules, reused, functional, in place), gated products (of a function, of a module, in place, of one
 layer's halves), GLU, heads that are split off before an activation, a head over several levels, recurrent cells written
 by hand, residual sums, changes of layout, dropout, segments under activation checkpointing of either kind, a loss
-inside the forward; and a way to train it: autocast, accumulation, the model called twice in a step, passes without gradients in a
-step, evaluation passes, steps left out, short windows, frozen layers, a new run that goes on from the last one's
-state.
+inside the forward; and a way to train it: autocast, accumulation, the model called twice in a step, passes without
+gradients in a step, evaluation passes, steps left out, short windows, frozen layers, a new run that goes on from the
+last one's state.
 """
 
 from __future__ import annotations
