@@ -40,6 +40,10 @@ from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state
 
 __all__ = ["Scope", "watch"]
 
+#: Maximal number of phases whose counts are kept, without `train` and `inference`, and of those that keep the buffers
+#: that they count with. The phases that ended last are kept.
+_MOST_PHASES, _MOST_COUNTING = 64, 8
+
 
 class Scope:
     """Watch one model. :func:`watch` makes a scope.
@@ -70,6 +74,8 @@ class Scope:
         )
         self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
+        self._ended: dict[str, bool] = {}  # phases, the one that ended last is the last; whether each has its buffers
+        self._forgotten = 0  # number of phases whose counts are no longer kept
         self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
         self._phases: dict[int, str] = {}  # by thread
         self._pauses: Counter[int] = Counter()  # by thread
@@ -192,6 +198,8 @@ class Scope:
     def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
         """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of that phase.
 
+        Use one name for all passes of a kind: the counts of the 64 phases that ended last are kept.
+
         Args:
             name: The phase's name.
             join: Add up the counts of all ranks at the end. Every rank of the distributed run must then run this phase
@@ -214,12 +222,12 @@ class Scope:
         try:
             yield self
         finally:
-            if not self._detached and name != "train" and name != before:
-                self._end_phase(name, here, join, keep)
             if own is None:
                 self._phases.pop(here, None)
             else:
                 self._phases[here] = own
+            if not self._detached and name != "train" and name != before:
+                self._end_phase(name, here, join, keep)
             self._observe()
 
     @hidden
@@ -235,6 +243,34 @@ class Scope:
                 record.close()
             else:
                 self._record(name).discard_running()
+            self._forget_old_phases(name)
+
+    def _forget_old_phases(self, *ended: str) -> None:
+        """Forget the phases that ended first, if there are too many, so that memory does not grow with their number.
+
+        Args:
+            ended: Phases that have just ended.
+        """
+        for name in ended:
+            self._ended.pop(name, None)
+            self._ended[name] = True
+        closed = [name for name in self._ended if name not in self._phases.values()]
+        for name in closed[:-_MOST_COUNTING]:
+            if self._ended[name]:
+                self._ended[name] = False
+                self._record(name).release(self._hooks.recorder.forget_phase(name))
+        for name in closed[:-_MOST_PHASES]:
+            del self._ended[name], self._records[name]
+            self._hooks.recorder.unmeasured.forget_ran(name)
+            self._forgotten += 1
+            if self._forgotten == 1:
+                warnings.warn(
+                    f"More than {_MOST_PHASES} phases were counted: from now on the counts of the oldest are "
+                    f"forgotten, {name!r} first. Use one name, such as 'val', for all passes of a kind: each pass is "
+                    "a window of its own.",
+                    NeuronscopeWarning,
+                    stacklevel=5,
+                )
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Scope]:
@@ -372,7 +408,7 @@ class Scope:
             hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
 
     def _counted_thread(self) -> int:
-        return self._hooks.thread.thread if self._hooks.thread.is_elsewhere() else threading.get_ident()
+        return self._hooks.thread.elsewhere() or threading.get_ident()
 
     def _phase_in(self, thread: int) -> str:
         """Return the phase of a thread: its own, or that of the thread in which the watch began."""
@@ -464,7 +500,10 @@ class Scope:
     def _observed_record(self, phase: str) -> PhaseRecord:
         if phase not in self._records and phase not in ("train", "val", "test", INFERENCE):
             known = ", ".join(self._records) or "none"
-            raise UsageError(f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.")
+            gone = f" The counts of {self._forgotten} older phases are no longer kept." if self._forgotten else ""
+            raise UsageError(
+                f"Expected argument `phase` to be one that was observed ({known}), but got {phase!r}.{gone}"
+            )
         record = self._records.get(phase) or PhaseRecord(self.policy)
         record.describe_sites(self._hooks.recorder.sites.current_info)
         return record
@@ -511,6 +550,7 @@ class Scope:
             )
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved, self._lacking_layers)
+        self._forget_old_phases(*(name for name in self._records if name not in ("train", INFERENCE)))
         self._applied = None
         self._observe()
 

@@ -233,7 +233,7 @@ class HookManager:
 
     def close_step(self) -> None:
         """Note that the training step is over."""
-        if self.thread.is_elsewhere():
+        if self.thread.elsewhere() is not None:
             return
         self._step_open = False
         self._set_explicit_step(False)
@@ -390,7 +390,7 @@ class HookManager:
         Between its forward and its backward pass, what is known of that forward is needed still.
         """
         with self.recorder.lock:
-            elsewhere = self.thread.is_elsewhere()
+            elsewhere = self.thread.elsewhere() is not None
             self._postponed = elsewhere and self.observing
             if not self._postponed:
                 self._observe()

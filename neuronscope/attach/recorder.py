@@ -142,6 +142,18 @@ class SiteRecorder:
         with unwatched():
             self.step_tensor.fill_(step)
 
+    def forget_phase(self, phase: str) -> set[SiteKey]:
+        """Forget the counters of a phase, so that they are made anew if it runs again.
+
+        Args:
+            phase: Name of the phase.
+
+        Returns:
+            The sites whose counters were forgotten. A compiled graph holds the others.
+        """
+        with self.lock:
+            return self.sites.forget_phase(phase)
+
     @property
     def running_phase(self) -> str:
         """The phase of the forward that is running."""

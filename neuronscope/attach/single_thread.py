@@ -80,9 +80,9 @@ class CountedThread:
         """Whether this thread's calls are counted."""
         return self.here == threading.get_ident()
 
-    def is_elsewhere(self) -> bool:
-        """Whether another thread is counted, which has not ended."""
-        return self.thread != threading.get_ident() and not self.ended()
+    def elsewhere(self) -> int | None:
+        """Return the counted thread if it is another one that has not ended, otherwise ``None``."""
+        return None if self.thread == threading.get_ident() or self.ended() else self.thread
 
     def ended(self) -> bool:
         """Whether no thread is counted, or it has ended."""

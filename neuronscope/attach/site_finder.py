@@ -101,6 +101,19 @@ class SiteFinder:
         """Return the name of the site of these counters."""
         return next(key.name for (_, key), known in list(self._counters.items()) if known is counters)
 
+    def forget_phase(self, phase: str) -> set[SiteKey]:
+        """Forget the counters of a phase; return the sites. A compiled graph holds those of others.
+
+        Args:
+            phase: Name of the phase.
+        """
+        known = [(key, counters) for (name, key), counters in self._counters.items() if name == phase]
+        gone = {key for key, counters in known if counters is not None and not counters.in_graph}
+        for key in gone:
+            del self._counters[phase, key]
+        self._calls = {facts: call for facts, call in self._calls.items() if facts[1] != phase}
+        return gone
+
     def all_not_measured(self) -> dict[str, str]:
         """Return all sites, layers and modules that are not measured so far, each with the reason."""
         forward = self._forward

@@ -44,6 +44,10 @@ class Unmeasured:
         """Return the paths of the activation modules that ran in a phase."""
         return {path for name, path in list(self.ran) if name == phase}
 
+    def forget_ran(self, phase: str) -> None:
+        """Forget which activation modules ran in a phase."""
+        self.ran.difference_update([each for each in list(self.ran) if each[0] == phase])
+
     def note_transformed(self, phase: str, path: str, function: str, x: Tensor) -> None:
         """Note that an activation ran inside a function transform.
 

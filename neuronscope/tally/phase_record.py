@@ -286,6 +286,16 @@ class PhaseRecord:
                 if not counters.untouched:
                     counters.reset()
 
+    def release(self, sites: Collection[SiteKey]) -> None:
+        """Let go of the counters of some sites, whose counts were flushed or discarded.
+
+        Args:
+            sites: The sites.
+        """
+        with self._lock:
+            for key in sites:
+                self._counters.pop(key, None)
+
     def census(self, window: str) -> Census:
         """Return the census of a window.
 

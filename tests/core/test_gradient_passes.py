@@ -22,7 +22,8 @@ ROWS, STEPS = 4, 5
 
 def network() -> nn.Module:
     """ReLU has no second derivative, and SiLU has one."""
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    first, second, third = nn.ReLU(), nn.SiLU(), nn.ReLU()
+    return nn.Sequential(nn.Linear(3, 8), first, nn.Linear(8, 8), second, nn.Linear(8, 8), third, nn.Linear(8, 1))
 
 
 def data(step: int) -> Tensor:
@@ -178,7 +179,7 @@ def test_a_checkpointed_part_of_a_retained_graph_gives_each_pass(reentrant: bool
                 y.relu().sum().backward(retain_graph=True)
                 y.square().sum().backward()
                 scope.step()
-        return {name: (tally.zero_gradients.tolist(), tally.gradient_positions) for name, tally in scope.census().items()}
+        return {name: (each.zero_gradients.tolist(), each.gradient_positions) for name, each in scope.census().items()}
 
     torch.manual_seed(0)
     model = network()

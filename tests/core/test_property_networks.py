@@ -2,16 +2,18 @@
 
 Hypothesis draws a program: layers, a layer that is called again and again, layers that some forwards skip, norms,
 activations (as modules, reused, functional, in place), gated products (of a function, of a module, in place, of one
-layer's halves), GLU, residual sums, changes of layout, dropout, segments under activation checkpointing of either
-kind; and a way to train it: autocast, accumulation, the model called twice in a step, passes without gradients in a
-step, evaluation passes, steps left out, short windows, frozen layers, a new run that goes on from the last one's
-state.
+layer's halves), GLU, heads that are split off before an activation, a head over several levels, recurrent cells written
+by hand, residual sums, changes of layout, dropout, segments under activation checkpointing of either kind, a loss
+inside the forward; and a way to train it: autocast, accumulation, the model called twice in a step, passes without
+gradients in a step, evaluation passes, steps left out, short windows, frozen layers, a new run that goes on from the
+last one's state.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -85,6 +87,11 @@ OPERATIONS = (
         "gated in place",
         "gated half",
         "glu",
+        "heads",
+        "heads first",
+        "levels",
+        "cell",
+        "long cell",
         "residual",
         "turn",
         "drop",
@@ -93,11 +100,22 @@ OPERATIONS = (
 )
 
 
+#: Losses of the outputs ``(…, N, …)`` that a forward computes itself, by the activation that they use.
+LOSSES: dict[str, tuple[str, Callable[[Tensor, int], Tensor]]] = {
+    "hinge": ("relu", lambda y, axis: F.relu(1 - y)),
+    "distance": ("relu", lambda y, axis: F.relu(0.5 - y.square().sum(axis, keepdim=True))),
+    "pairs": ("softplus", lambda y, axis: F.softplus(y[:1] - y)),
+    "probability": ("sigmoid", lambda y, axis: torch.sigmoid(y)),
+    "share": ("relu", lambda y, axis: F.relu(y.softmax(axis) - 0.1)),
+}
+
+
 @dataclass(frozen=True)
 class Program:
     """A network, and how it is trained."""
 
     layout: str
+    loss: str
     operations: tuple[tuple[str, str], ...]
     segment: tuple[int, int]
     checkpointing: str
@@ -129,6 +147,7 @@ def programs(draw: st.DrawFn) -> Program:
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     return Program(
         layout=layout,
+        loss=draw(st.sampled_from(["", "", *LOSSES])),
         operations=tuple(operations),
         segment=(start, stop),
         checkpointing=checkpointing,
@@ -159,8 +178,11 @@ class Step(nn.Module):
         self.function = FUNCTIONS[act]
         self.options = {"inplace": True} if kind == "in place" and act in IN_PLACE else {}
         self.axis = LAYOUTS[layout][1]
-        if kind in ("layer", "skipped", *GATED, *HALVED):
+        self.layout = layout
+        if kind in ("layer", "skipped", *GATED, *HALVED, *SPLIT, "levels"):
             self.layer = layer(layout, 2 * WIDTH if kind in HALVED else WIDTH)
+        if kind in CELLS:
+            self.inner, self.recurrent = (layer(layout, CELLS[kind] * WIDTH) for _ in range(2))
         if kind in GATED:
             self.up = layer(layout)
         if kind == "glu":
@@ -184,6 +206,26 @@ class Step(nn.Module):
         if self.kind == "gated half":
             gate, up = self.layer(x).chunk(2, self.axis)
             return self.function(gate) * up
+        if self.kind in SPLIT:
+            h = self.layer(x).unflatten(self.axis, (2, WIDTH // 2))
+            if self.kind == "heads first":
+                return self.function(h.movedim(self.axis, 0)).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+            return self.function(h).flatten(self.axis, self.axis + 1)
+        if self.kind == "levels":  # as a detector's head over maps of several sizes
+            fine, coarse = (self.function(self.layer(level)) for level in (x, smaller(x, self.layout)))
+            return fine + 0.5 * coarse.mean([dim for dim in range(x.dim()) if dim != self.axis], keepdim=True)
+        if self.kind == "cell":
+            h = torch.zeros_like(x)
+            for _ in range(3):
+                h = self.function(self.inner(x) + self.recurrent(h))
+            return h
+        if self.kind == "long cell":  # as an LSTM's
+            h = c = torch.full_like(x, 0.1)  # the twin looks at gradients, and behind a zero there is none
+            for _ in range(2):
+                enter, keep, new, give = (self.inner(x) + self.recurrent(h)).chunk(4, self.axis)
+                c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
+                h = torch.sigmoid(give) * torch.tanh(c)
+            return h
         for child in self.children():
             x = child(x)
         return x if self._modules else x * 1.5 - 0.1
@@ -191,6 +233,15 @@ class Step(nn.Module):
 
 GATED = ("gated", "gated by a module", "gated in place")
 HALVED = ("gated half", "glu")
+SPLIT = ("heads", "heads first")
+#: Cells, and how many times as wide as their state their layers are.
+CELLS = {"cell": 1, "long cell": 4}
+
+
+def smaller(x: Tensor, layout: str) -> Tensor:
+    """Every second position along one dimension; of a layout without, the first row."""
+    dims = [dim for dim in range(1, x.dim()) if dim != LAYOUTS[layout][1]]
+    return x[:1] if not dims else x.index_select(dims[-1], torch.arange(0, x.shape[dims[-1]], 2))
 
 
 def layer(layout: str, width: int = WIDTH) -> nn.Module:
@@ -215,7 +266,7 @@ class Network(nn.Module):
         self.shared = MODULES[program.shared](**({"inplace": True} if program.shared_in_place else {}))
         self.steps = nn.ModuleList()
         self.layouts = [program.layout]
-        self.axes: dict[str | None, int] = {}
+        self.axes: dict[str | None, int | tuple[int, ...]] = {}
         calls: Counter[str] = Counter()
         for number, (kind, act) in enumerate(program.operations):
             layout = self.layouts[-1]
@@ -223,17 +274,26 @@ class Network(nn.Module):
             axis = LAYOUTS[layout][1]
             for name in (f"{act}()", f"{act}().gated", "act", "act.gated"):
                 self.axes[f"steps.{number}.{name}"] = axis
+            if kind in SPLIT:  # the head, and the unit in it
+                self.axes[f"steps.{number}.{act}()"] = (axis, axis + 1) if kind == "heads" else (0, axis + 1)
+            if kind in (*CELLS, "levels"):
+                for name, call in itertools.product({act, "sigmoid", "tanh"}, range(6)):
+                    self.axes[f"steps.{number}.{name}()" + (f"#{call}" if call else "")] = axis
             reused = {"shared": "shared", "root": f"{act}()"}.get(kind)
             if reused is not None:
                 self.axes[f"{reused}#{calls[reused]}" if calls[reused] else reused] = axis
                 calls[reused] += 1
             self.layouts.append(OTHER.get(layout, layout) if kind == "turn" else layout)
         self.last = nn.Tanh()
-        self.axes["last"] = LAYOUTS[self.layouts[-1]][1]
+        self.axes["last"] = self.axis = LAYOUTS[self.layouts[-1]][1]
+        if program.loss:
+            self.logits = layer(self.layouts[-1])
+            name, _ = LOSSES[program.loss]
+            self.axes[f"{name}()#{calls[f'{name}()']}" if calls[f"{name}()"] else f"{name}()"] = self.axis
         if program.frozen and program.checkpointing != "reentrant":  # which asks that its input requires a gradient
             self.first.requires_grad_(False)
 
-    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def part(self, x: Tensor, start: int, stop: int, forward: int) -> Tensor:
         kept = x
         for number in range(start, stop):
             kind, act = self.program.operations[number]
@@ -246,7 +306,7 @@ class Network(nn.Module):
             elif kind == "same layer":  # as in a recurrent network, or a head over several levels
                 x = self.same(x) if self.layouts[number] == self.program.layout else x
             elif kind == "skipped":  # as LayerDrop skips one
-                x = self.steps[number](x) if self.forwards % 3 else x
+                x = self.steps[number](x) if forward % 3 else x
             elif kind == "root":
                 x = FUNCTIONS[act](x)
             else:
@@ -256,12 +316,16 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += self.training
         start, stop = self.program.segment
-        x = self.part(self.first(x), 0, start)
+        forward = self.forwards  # that of a part which runs again in a later backward pass, too
+        x = self.part(self.first(x), 0, start, forward)
         if self.checkpointing and self.training:
-            x = checkpoint(self.part, x, start, stop, use_reentrant=self.checkpointing == "reentrant")
+            x = checkpoint(self.part, x, start, stop, forward, use_reentrant=self.checkpointing == "reentrant")
         else:
-            x = self.part(x, start, stop)
-        return self.last(self.part(x, stop, len(self.steps)))
+            x = self.part(x, start, stop, forward)
+        x = self.last(self.part(x, stop, len(self.steps), forward))
+        if not self.program.loss:
+            return x
+        return LOSSES[self.program.loss][1](self.logits(x), self.axis)
 
 
 def turn(x: Tensor, layout: str) -> Tensor:

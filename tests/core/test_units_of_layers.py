@@ -5,6 +5,7 @@ Each network keeps what its activations give, by the name that the site must bea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -353,6 +354,25 @@ class Computed(Keeping):
         return self.keep("c/relu", F.relu(F.linear(h, weight, self.c.bias)))
 
 
+class ComputedByHooks(Keeping):
+    """Weights that hooks of their layers compute before each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.a = nn.utils.weight_norm(nn.Linear(4, 6))
+            self.b = nn.utils.weight_norm(nn.Conv1d(6, 5, 1), dim=None)
+        self.c, self.d = nn.utils.spectral_norm(nn.Linear(5, 4)), nn.utils.spectral_norm(nn.Conv1d(4, 3, 1))
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.keep("a/relu", F.relu(self.a(x)))
+        h = self.keep("b/relu", self.act(self.b(h[:, :, None])), 1)[:, :, 0]
+        h = self.keep("c/relu", F.relu(self.c(h)))
+        return self.keep("d/relu", self.act(self.d(h[:, :, None])), 1)[:, :, 0]
+
+
 class Segment(Keeping):
     """A layer with an activation module, and a fused gate with an activation function."""
 
@@ -446,6 +466,7 @@ CASES = {
     "triplets": Case(Triplets, rows(6, 4, number=3), 6, no_neurons=("relu()",)),
     "tied weights": Case(Tied, lambda: (torch.randint(9, (3, 4)),), 3, outputs=("head/relu",)),
     "computed weights": Case(Computed, rows(6, 4), 6, outputs=("c/relu",)),
+    "weights computed by hooks": Case(ComputedByHooks, rows(6, 4), 6),
     "checkpointed": Case(lambda: Checkpointed(False), rows(6, 4), 6, compiles=False),
     "checkpointed, reentrant": Case(lambda: Checkpointed(True), rows(6, 4), 6, compiles=False),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -69,6 +70,17 @@ def parametrized() -> nn.Module:
     torch.nn.utils.parametrize.register_parametrization(model[3], "weight", Symmetric())
     parametrizations.weight_norm(model[0])
     parametrizations.spectral_norm(model[5])
+    return model
+
+
+def normed_by_hooks() -> nn.Module:
+    """Hooks of the layers compute their weights before each forward, as torch did before parametrizations."""
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+        nn.utils.weight_norm(model[3], dim=None)
+    nn.utils.spectral_norm(model[5])
     return model
 
 
@@ -219,6 +231,7 @@ class Volumes(nn.Module):
 CASES = (
     Case("tied weights", Tied, lambda model, step: model(torch.arange(8).view(2, 4)).square().mean(), {None: 2}),
     Case("parametrized weights", parametrized),
+    Case("weight norm and spectral norm by hooks", normed_by_hooks),
     Case("pruned weights", pruned),
     Case("additions of low rank", adapted),
     Case("functional_call", mlp, with_other_weights),
