@@ -53,6 +53,7 @@ class Examination(NamedTuple):
         sites: The sites that ran, one call of each.
         readers_known: Whether every consumer of every neuron was traced.
         normalised: Sites with a normalisation before their activation or before their layer's weights.
+        example: The input that it was run on.
     """
 
     evidence: tuple[Evidence, ...]
@@ -60,6 +61,7 @@ class Examination(NamedTuple):
     sites: tuple[Site, ...] = ()
     readers_known: bool = False
     normalised: Collection[str] = ()
+    example: Example | None = None
 
 
 def examine_model(
@@ -112,7 +114,7 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised)
+        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised, example=traced_example)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     in_box = propagate_bounds(graph, box) if box is not None else free
@@ -141,7 +143,7 @@ def examine_model(
         unread = unread_neurons(graph, in_box)
         found = {name: mask & unread[name] for name, mask in judged.items()}
         evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised)
+    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised, traced_example)
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:

@@ -29,6 +29,11 @@ def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(example: Example) -> dict[str, Tensor]:
+    """Return the tensors of an example by the place of the argument.
+
+    >>> list(tensors_of(Example((torch.zeros(1),), {"mask": [torch.zeros(1)]}, "given")))
+    ['0', 'mask.0']
+    """
     tree = (tuple(example.args), dict(example.kwargs))
     return {name: tensor.detach().cpu() for part in tree for name, tensor in _named_tensors(part)}
 

@@ -161,7 +161,7 @@ class _Search:
         self._deadline = deadline
         self._sizes = {name: mask.size for name, mask in left.items()}
         one = network.row([*network.example.values()], 0)
-        numbers = sum(call.before.numel() for call in self._run(one)) + sum(tensor.numel() for tensor in one)
+        numbers = sum(call.before.numel() for call in network.run(one)) + sum(tensor.numel() for tensor in one)
         self._most_rows = max(1, min(_ROWS, _NUMBERS // numbers)) if network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
@@ -246,8 +246,8 @@ class _Search:
                 going = [row for row, pair in enumerate(pairs) if self._is_left(pair)]
                 if not going or step == _STEPS:
                     return
-                goals = [self._goal(call, pairs, starts, going) for call in calls]
-                goals = [goal for goal in goals if goal is not None and goal.requires_grad]
+                every = (self._goal(call, pairs, starts, going) for call in calls)
+                goals = [goal for goal in every if goal is not None and goal.requires_grad]
                 floating = [tensor for tensor in tensors if tensor.requires_grad]
                 if not goals:
                     return

@@ -14,6 +14,7 @@ COLUMNS = (
     Column("dead", "dead"),
     Column("%", "dead_share"),
     Column("how sure", "sure", right=False, narrowest=60, wraps=True),
+    Column("woken", "woken", narrowest=80, optional=True),
     Column("since", "since", right=False, wraps=True),
     Column("suspected", "suspected", narrowest=100, optional=True),
     Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),

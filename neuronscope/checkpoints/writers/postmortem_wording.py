@@ -11,7 +11,7 @@ import numpy.typing as npt
 from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
-from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
+from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
@@ -60,6 +60,7 @@ GLOSSARY = (
     ("no gradient", "its incoming weights got no gradient lately; counted as dead"),
     ("idle", "gets no gradient because its whole layer gets none (frozen, or cut off); not counted as dead"),
     ("zero row", "all of its incoming weights are zero"),
+    ("woken", "dead on the data or by its training, but an input of the box makes it fire"),
     ("unread", "its output cannot reach the network's output"),
     ("quiet", "it fires, but seldom at most"),
     ("alive", "it fires, or gets a gradient"),
@@ -108,6 +109,8 @@ def findings(report: PostmortemReport) -> list[str]:
         nothing = "No layer could be examined, so there is no verdict on any neuron."
         return [*sentences, *(_left_out(report) or [nothing])]
     sentences += _deaths(report)
+    if report.in_box is not None and report.in_box.dead:
+        sentences.append(_in_box(report.in_box))
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
@@ -192,6 +195,13 @@ def _deaths(report: PostmortemReport) -> list[str]:
     ]
 
 
+def _in_box(found: InBox) -> str:
+    return (
+        f"Of {plural(found.dead, 'dead neuron')}: {count(found.proved)} proved dead for every input of the box, "
+        f"{count(found.woken)} woken by an input of the box, {count(found.open)} open."
+    )
+
+
 def _idle(report: PostmortemReport) -> str:
     names = [layer.name for layer in report.headline_layers if layer.idle.any()]
     one = len(names) == 1
@@ -214,6 +224,7 @@ class LayerCells:
     name: str
     neurons: str
     dead: str
+    woken: str
     dead_share: str
     sure: str
     since: str
@@ -244,6 +255,7 @@ def layer_cells(layer: LayerReport) -> LayerCells:
         name=visible(layer.name) + (" (not in the totals)" if not layer.in_headlines else ""),
         neurons=count(layer.neurons),
         dead=number(layer.dead),
+        woken=number(layer.in_box.woken) if layer.in_box else NONE,
         dead_share=UNKNOWN if blank or (broken and not layer.dead) else at_least + percent(layer.dead_percent),
         sure=", ".join(by_basis) or number(0),
         since=when(layer.since[layer.dead_mask]) or number(0),
