@@ -48,6 +48,7 @@ def render(report: PostmortemReport) -> str:
             page.item(f"{what}: {text}", indent=4)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))
+    page.list("Woken by an input of the box", wording.woken(report, NAMED))
     page.list("Contested", wording.contested(report, LISTED, NAMED))
     page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report)])
     page.list("Notes", report.notes)

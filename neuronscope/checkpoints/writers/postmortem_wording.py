@@ -44,6 +44,7 @@ __all__ = [
     "layer_cells",
     "name",
     "title",
+    "woken",
 ]
 
 #: The words of the table in one line.
@@ -60,7 +61,6 @@ GLOSSARY = (
     ("no gradient", "its incoming weights got no gradient lately; counted as dead"),
     ("idle", "gets no gradient because its whole layer gets none (frozen, or cut off); not counted as dead"),
     ("zero row", "all of its incoming weights are zero"),
-    ("woken", "dead on the data or by its training, but an input of the box makes it fire"),
     ("unread", "its output cannot reach the network's output"),
     ("quiet", "it fires, but seldom at most"),
     ("alive", "it fires, or gets a gradient"),
@@ -70,6 +70,7 @@ GLOSSARY = (
     ("inferred", "follows from the optimizer's state or the weights"),
     ("suspected", "likely under an assumption that is stated; not included in totals and shares"),
     ("contested", "one source says that it is dead or gets no gradient, another that it is alive"),
+    ("woken", "silent on the data or without gradient, but an input of the box makes it fire"),
 )
 
 
@@ -355,6 +356,28 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
+def woken(report: PostmortemReport, most: int) -> list[str]:
+    """Say which neurons an input of the box makes fire, a line for each layer.
+
+    Args:
+        report: The post-mortem.
+        most: Most neurons that a line names.
+    """
+    lines = []
+    for layer in report.layers:
+        neurons = np.flatnonzero(layer.woken >= 0) if layer.woken is not None else np.array([])
+        if layer.woken is not None and neurons.size:
+            by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
+            lines.append(f"{visible(layer.name)}, {_named(neurons, most)}: {by}")
+    return lines
+
+
+def _named(neurons: npt.NDArray[np.int64], most: int) -> str:
+    """Return the numbers of neurons, up to ``most`` of them, as ``neurons 1, 2, 3 … (12)``."""
+    named = ", ".join(map(str, neurons[:most].tolist()))
+    return f"neuron{'s' if neurons.size > 1 else ''} {named}" + f" … ({count(neurons.size)})" * (neurons.size > most)
+
+
 def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
     """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike.
 
@@ -370,16 +393,13 @@ def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
 
 def _contest(one: Disagreement, most: int) -> str:
     """Return a line: which neurons, the verdict with its number, what speaks against it, and what that means."""
-    named = ", ".join(map(str, one.neurons[:most].tolist()))
-    which = f"neuron{'s' if one.neurons.size > 1 else ''} {named}"
-    which += f" … ({count(one.neurons.size)})" if one.neurons.size > most else ""
     parts = [_claim(one.verdict)]
     measured = _measured(one.verdict.measure, one.numbers)
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
         parts.append("as they got a gradient lately, most likely silent on this data only")
-    return f"{visible(one.layer)}, {which}: {'; '.join(parts)}"
+    return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
 def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
