@@ -37,6 +37,8 @@ Progress = Callable[[int, int], None]
 _STEPS, _FIRST, _LAST = 60, 0.25, 0.004
 #: Starts per neuron: the first ones are the inputs of a sample with the highest pre-activation, the others are random.
 _STARTS, _BEST = 120, 8
+#: Most starts of one neuron at the same time.
+_TOGETHER = 8
 #: Most inputs of the sample, and of the data in it.
 _SAMPLE, _REAL = 2048, 256
 #: Most inputs in one forward, and most numbers that the sites of one forward are given.
@@ -172,9 +174,9 @@ class _Search:
             waiting = (
                 (place, start) for start in range(_STARTS) for place, pair in enumerate(pairs) if self._is_left(pair)
             )
-            while batch := list(islice(waiting, self._most_rows)):
+            while batch := list(islice(waiting, min(self._most_rows, _TOGETHER * self._count_left(pairs)))):
                 if progress is not None:
-                    progress(sum(not self._is_left(pair) for pair in pairs), len(pairs))
+                    progress(len(pairs) - self._count_left(pairs), len(pairs))
                 tensors = self._inputs.draw(len(batch))
                 for row, (place, start) in enumerate(batch):
                     if start < len(best):
@@ -184,8 +186,11 @@ class _Search:
             return False
         finally:
             if progress is not None:
-                progress(sum(not self._is_left(pair) for pair in pairs), len(pairs))
+                progress(len(pairs) - self._count_left(pairs), len(pairs))
         return True
+
+    def _count_left(self, pairs: Sequence[Pair]) -> int:
+        return sum(map(self._is_left, pairs))
 
     def _is_left(self, pair: Pair) -> bool:
         return bool(self._left[pair[0]][pair[1]])
