@@ -37,8 +37,8 @@ Progress = Callable[[int, int], None]
 _STEPS, _FIRST, _LAST = 60, 0.25, 0.004
 #: Starts per neuron: the first ones are the inputs of a sample with the highest pre-activation, the others are random.
 _STARTS, _BEST = 120, 8
-#: Most starts of one neuron at the same time.
-_TOGETHER = 8
+#: Most starts of one neuron in a forward, unless the sites of the forward are given fewer numbers than this.
+_TOGETHER, _SMALL = 8, 2**19
 #: Most inputs of the sample, and of the data in it.
 _SAMPLE, _REAL = 2048, 256
 #: Most inputs in one forward, and most numbers that the sites of one forward are given.
@@ -163,8 +163,8 @@ class _Search:
         self._deadline = deadline
         self._sizes = {name: mask.size for name, mask in left.items()}
         one = network.row([*network.example.values()], 0)
-        numbers = sum(call.before.numel() for call in network.run(one)) + sum(tensor.numel() for tensor in one)
-        self._most_rows = max(1, min(_ROWS, _NUMBERS // numbers)) if network.batched else 1
+        self._numbers = sum(call.before.numel() for call in network.run(one)) + sum(tensor.numel() for tensor in one)
+        self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
         """Search until every target was woken or had all its starts; return whether that came before the deadline."""
@@ -174,7 +174,7 @@ class _Search:
             waiting = (
                 (place, start) for start in range(_STARTS) for place, pair in enumerate(pairs) if self._is_left(pair)
             )
-            while batch := list(islice(waiting, min(self._most_rows, _TOGETHER * self._count_left(pairs)))):
+            while batch := list(islice(waiting, self._batch_size(self._count_left(pairs)))):
                 if progress is not None:
                     progress(len(pairs) - self._count_left(pairs), len(pairs))
                 tensors = self._inputs.draw(len(batch))
@@ -188,6 +188,14 @@ class _Search:
             if progress is not None:
                 progress(len(pairs) - self._count_left(pairs), len(pairs))
         return True
+
+    def _batch_size(self, left: int) -> int:
+        """Return how many starts to run together: few of each neuron, unless the network is small.
+
+        Args:
+            left: Number of neurons that are still to be woken.
+        """
+        return min(self._most_rows, max(_TOGETHER * left, _SMALL // self._numbers)) if left else 0
 
     def _count_left(self, pairs: Sequence[Pair]) -> int:
         return sum(map(self._is_left, pairs))
