@@ -46,6 +46,7 @@ from neuronscope.count.counters import (
 from neuronscope.count.counting import ScratchBuffers
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.count.positions import blank_positions, keep_positions
+from neuronscope.sites import SiteKey
 
 __all__ = ["SiteRecorder"]
 

@@ -75,6 +75,13 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="bounds of every element of the input; proofs then hold within them",
     )
     command.add_argument(
+        "--wake",
+        type=_seconds,
+        metavar="SECONDS",
+        help="search the box for inputs that make dead neurons fire, at most so long (10; 0 = do not search)",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that search (0)")
+    command.add_argument(
         "--trust",
         action="store_true",
         help="allow full unpickling; this runs code in the file, so only for files that you trust",
@@ -113,6 +120,8 @@ def _run(parsed: argparse.Namespace) -> int:
                 step=parsed.step,
                 earlier=parsed.earlier,
                 box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
+                wake_seconds=parsed.wake,
+                seed=parsed.seed,
                 example=parsed.example,
                 trust=parsed.trust,
                 progress=progress,
@@ -130,8 +139,10 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _write(report: PostmortemReport, kind: str, path: Path) -> None:
-    render: Callable[[], str] = getattr(report, f"to_{kind}")
-    write_file(path, render())
+    if kind == "markdown":
+        write_file(path, report.to_markdown())
+    else:
+        (report.to_json if kind == "json" else report.to_html)(path)
 
 
 def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
@@ -197,6 +208,16 @@ def _progress_bars() -> Iterator[Progress | None]:
             bars.update(tasks[what], completed=done)
 
         yield progress
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, but got {text!r}")
+    return number
 
 
 def _percentage(text: str) -> float:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Abstention
-from neuronscope.checkpoints.verdict.layer_verdicts import FIRM, Confirmation, LayerReport, PostmortemVerdict
+from neuronscope.checkpoints.verdict.layer_verdicts import FIRM, Confirmation, InBox, LayerReport, PostmortemVerdict
+from neuronscope.checkpoints.verdict.waking_inputs import WakingInput, are_embedded, inputs_as_dicts, inputs_as_npz
 from neuronscope.judge.diagnosis import Diagnosis
+from neuronscope.output import write_file
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.report import NotMeasured
 
@@ -44,6 +47,7 @@ class PostmortemReport(Renderable):
         diagnoses: Symptoms that were found, with cause and remedy.
         confirmations: How often measurements agreed with claims that rest on something else.
         notes: Sentences that a reader should know.
+        waking_inputs: Inputs of the box that make dead neurons fire; see ``LayerReport.woken``.
         versions: Versions of neuronscope, torch and numpy that made the report.
     """
 
@@ -62,6 +66,7 @@ class PostmortemReport(Renderable):
     diagnoses: tuple[Diagnosis, ...] = ()
     confirmations: tuple[Confirmation, ...] = ()
     notes: tuple[str, ...] = ()
+    waking_inputs: tuple[WakingInput, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -114,6 +119,12 @@ class PostmortemReport(Renderable):
         return tuple(layer.name for layer in self.headline_layers if layer.collapse == "firm")
 
     @property
+    def in_box(self) -> InBox | None:
+        """How many dead neurons are proved dead, woken, or open for inputs of the box; ``None`` if not searched."""
+        found = [one for layer in self.headline_layers if (one := layer.in_box) is not None]
+        return InBox(*(sum(numbers) for numbers in zip(*found, strict=True))) if found else None
+
+    @property
     def contested(self) -> int:
         """Number of neurons for which there is evidence of both *alive* and its opposite."""
         return sum(int(layer.contested.sum()) for layer in self.headline_layers)
@@ -148,6 +159,21 @@ class PostmortemReport(Renderable):
             for neuron in np.flatnonzero(layer.contested | (layer.labels < CLAIMS.index("alive"))).tolist():
                 yield layer.verdict(neuron)
 
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the report as JSON text, and write it to ``path`` if given.
+
+        Large inputs that wake neurons are not in the text. They are written to a file beside it, for
+        :func:`numpy.load`: ``report-inputs.npz`` beside ``report.json``.
+
+        Raises:
+            OSError: A file cannot be written; an existing file is then unchanged.
+        """
+        if path is not None and not are_embedded(self.waking_inputs):
+            target = Path(path)
+            if target.is_file() or not target.exists():  # nothing is beside a pipe or a device
+                write_file(target.with_name(f"{target.stem}-inputs.npz"), inputs_as_npz(self.waking_inputs))
+        return super().to_json(path)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data: dicts, lists, strings and numbers; ``None`` = not known."""
         return {
@@ -167,6 +193,7 @@ class PostmortemReport(Renderable):
                 "idle": self.idle,
                 "collapsed": list(self.collapsed),
                 "contested": self.contested,
+                "in_box": None if self.in_box is None else self.in_box._asdict(),
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,
             },
@@ -175,5 +202,6 @@ class PostmortemReport(Renderable):
             "confirmations": [asdict(one) for one in self.confirmations],
             "abstentions": [asdict(one) for one in self.abstentions],
             "notes": list(self.notes),
+            "waking_inputs": inputs_as_dicts(self.waking_inputs),
             "versions": dict(self.versions),
         }

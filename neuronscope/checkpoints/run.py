@@ -35,6 +35,8 @@ from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmati
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
+from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites, take_places
+from neuronscope.checkpoints.wake_dead_neurons import WakeOptions, Woken, wake_dead_neurons
 from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
@@ -53,6 +55,8 @@ def postmortem(
     step: int | None = None,
     earlier: str | Path | None = None,
     box: tuple[float, float] | None = None,
+    wake_seconds: float | None = None,
+    seed: int = 0,
     example: Any = None,
     trust: bool = False,
     progress: Progress | None = None,
@@ -74,6 +78,9 @@ def postmortem(
         earlier: An earlier checkpoint of the same run. It narrows down when neurons died.
         box: ``(low, high)``: bounds of every element of the input. Proofs then hold for inputs within these bounds.
             Needs ``model``.
+        wake_seconds: How long to search the box at most for inputs that make dead neurons fire; 10 if there is a box,
+            0 = do not search. Needs ``box``.
+        seed: Seed of that search.
         example: An input for one forward pass, if neither the model nor the data shows what an input looks like: a
             tensor, a tuple of positional arguments, a mapping of named arguments, or a function that returns one of
             these. As text: a shape (``1x3x224x224``; several inputs: ``1x3x224x224,1x7``; another dtype:
@@ -101,6 +108,7 @@ def postmortem(
         ("data", data, "model", model is not None),
         ("loss", loss, "data", data is not None),
         ("box", box, "model", model is not None),
+        ("wake_seconds", wake_seconds, "box", box is not None),
         ("example", example, "model", model is not None),
     ):
         if value is not None and not present:
@@ -108,6 +116,7 @@ def postmortem(
 
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise UsageError(f"Expected argument `step` to be a number of steps, 0 or more, but got {step!r}.")
+    wake = WakeOptions.of(box, wake_seconds, seed)
 
     # Open the checkpoint, and resolve what the user passed as text or as functions.
     opened = open_checkpoint(path, optimizer=optimizer, step=step, trust=trust)
@@ -134,7 +143,7 @@ def postmortem(
 
     path_of: Callable[[str], str] = str
     # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
-    examination = Examination((), ())
+    examination, first = Examination((), ()), None
     if network is not None:
         first, batches = first_batch(batches)
         examination = examine_model(network, example=example_input, batch=first, box=box)
@@ -158,14 +167,23 @@ def postmortem(
         sites += scanned.layers
         abstentions += unmeasured
 
+    places = places_of_sites(examination.sites) if wake is not None else []
+
     # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
     left_out = dict.fromkeys(examination.layers, "no activation")
     if not left_out:
         found = find_projections(find_layers(checkpoint.tensors), checkpoint.networks)
         left_out = {path_of(path): kind for path, kind in found.items()}
-    evidence, joined = join_units(evidence, sites, {path_of(layer.path): layer.width for layer in layers}, left_out)
+    widths = {path_of(layer.path): layer.width for layer in layers}
+    evidence, joined = join_units(evidence + places, sites, widths, left_out)
+    evidence, unit_places = take_places(evidence)
     notes += contradictions(evidence)
     verdicts = combine_evidence(evidence, joined.layers)
+    # Search the box for inputs that make dead neurons fire.
+    woken = Woken(verdicts)
+    if network is not None and wake is not None:
+        woken = wake_dead_neurons(network, examination, verdicts, unit_places, wake, batch=first, progress=progress)
+    verdicts = woken.layers
     name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}
     decay = weight_decay_per_step(checkpoint)
     recorded = (path_of(site.name) for report in records for site in report.layers if site.is_norm)
@@ -192,10 +210,11 @@ def postmortem(
         level="file" if network is None else "model" if batches is None else "data",
         model="" if network is None else type(network).__name__,
         layers=verdicts,
-        abstentions=tuple(abstentions),
+        abstentions=(*abstentions, *woken.abstentions),
         diagnoses=diagnose(facts),
         confirmations=confirmations(verdicts),
-        notes=tuple(notes),
+        notes=(*notes, *woken.notes),
+        waking_inputs=woken.inputs,
         versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
 

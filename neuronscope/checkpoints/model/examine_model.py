@@ -63,6 +63,7 @@ class Examination(NamedTuple):
         normalised: Sites with a normalisation before their activation or before their layer's weights.
         layers: Paths of the layers whose weights were used, if it is known which of them an activation follows; else
             empty.
+        example: The input that it was run on.
     """
 
     evidence: tuple[Evidence, ...]
@@ -71,6 +72,7 @@ class Examination(NamedTuple):
     readers_known: bool = False
     normalised: Collection[str] = ()
     layers: Collection[str] = ()
+    example: Example | None = None
 
 
 def examine_model(
@@ -125,7 +127,14 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(tuple(evidence), tuple(abstentions), sites, normalised=normalised, layers=layers)
+        return Examination(
+            tuple(evidence),
+            tuple(abstentions),
+            sites,
+            normalised=normalised,
+            layers=layers,
+            example=traced_example,
+        )
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     evidence += running_statistics_evidence(graph, free)
@@ -155,7 +164,7 @@ def examine_model(
         unread = unread_neurons(graph, in_box)
         found = {name: mask & unread[name] for name, mask in judged.items()}
         evidence += _unread(sites, wherever_seen(found, judged, sites), f"{where} {scope}")
-    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised, layers)
+    return Examination(tuple(evidence), tuple(abstentions), sites, readers_known, normalised, layers, traced_example)
 
 
 def _trace_example(model: nn.Module, given: Any, batch: Any) -> tuple[Graph | None, Example | None, list[str]]:

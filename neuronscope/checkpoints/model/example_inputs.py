@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Example", "examples_for"]
+__all__ = ["Example", "batch_example", "examples_for"]
 
 # Side lengths to try, by the number of spatial dimensions. The first can be halved five times.
 _SIDES = {1: (1024, 16000), 2: (64, 224, 28), 3: (32, 96)}
@@ -68,9 +68,13 @@ def examples_for(model: nn.Module, given: Any = None, batch: Any = None) -> Iter
     if isinstance(dummies, Mapping):
         yield _example(dummies, "the model's dummy_inputs")
     if batch is not None:
-        first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        yield _example(first, "the first batch of the data")
+        yield batch_example(batch)
     yield from _guesses(model)
+
+
+def batch_example(batch: Any) -> Example:
+    """Return the arguments with which a batch of the user's data is given to a network."""
+    return _example(batch[0] if isinstance(batch, (tuple, list)) and batch else batch, "the first batch of the data")
 
 
 def _example(given: Any, origin: str) -> Example:

@@ -1,9 +1,9 @@
 """Trace one forward on an example: record a list of steps over numbered values.
 
-The model runs under two observers: the project's own :class:`~neuronscope.attach.hooks.HookManager`, so that sites have
-exactly the names that :func:`neuronscope.watch` gives them, and a function mode that records every call of a torch
-function. No activation is kept: of a tensor, the graph has its number, shape and dtype. Only tensors that do not depend
-on the input are kept: parameters, buffers, and what is computed from them alone.
+The model runs under two observers: the project's own hooks, so that sites have exactly the names that
+:func:`neuronscope.watch` gives them, and a function mode that records every call of a torch function. No activation is
+kept: of a tensor, the graph has its number, shape and dtype. Only tensors that do not depend on the input are kept:
+parameters, buffers, and what is computed from them alone.
 
 A call that we do not see cannot lead to a false claim. A tensor that was made by an unseen call, or that was changed by
 one (its version shows that), becomes a value of which nothing is known. Where the model reads numbers in Python code,
@@ -23,18 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import unwatched
-from neuronscope.attach.examples import ExampleCounter
-from neuronscope.attach.hooks import HookManager
-from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.module_paths import walk
-from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.data.user_code import describe_exception
+from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
@@ -71,7 +66,13 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     """
     kwargs = dict(kwargs or {})
     builder = _GraphBuilder(model)
-    hooks = _TracingHookManager(model, builder)
+    met: dict[SiteKey, SiteInfo] = {}
+
+    def note(call: Call, before: int | None, y: Tensor) -> None:
+        met.setdefault(call.key, call.info)
+        builder.add_site(call, before, y)
+
+    hooks = SiteCallHooks(model, builder.number, note)
     builder.graph.inputs = tuple(builder.number(tensor) for tensor in _Search().tensors((args, kwargs)))
     with model_state_restored(model), torch.no_grad():
         model.eval()
@@ -102,7 +103,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.output_not_searchable = search.failed
     graph.unseen_tensors = builder.unseen_tensors
     recorder = hooks.recorder
-    infos = {key.name: recorder.sites.current_info(key, info) for key, info in hooks.met.items()}
+    infos = {key.name: recorder.sites.current_info(key, info) for key, info in met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
     idle = set(hooks.module_sites) - recorder.unmeasured.modules_that_ran(recorder.phase)
     graph.not_seen = {
@@ -169,6 +170,23 @@ class _GraphBuilder:
         number = len(self.graph.values) - 1
         self._numbers.put(tensor, (number, tensor._version))
         return number
+
+    def add_site(self, call: Call, before: int | None, y: Tensor) -> None:
+        """Add one call of a site.
+
+        Args:
+            call: The call.
+            before: Number of its input; ``None`` for a gated product, which follows the output of its gate.
+            y: Its output ``(…, N, …)``.
+        """
+        if before is None:
+            before = next(
+                site.after for site in reversed(self.graph.sites) if call.gate and site.name == call.gate.name
+            )
+        by_neuron, axis = neurons_first(y, *call.layout)
+        self.graph.sites.append(
+            Site(call.key.name, call.info, call.layout, before, self.number(y), by_neuron.shape[axis])
+        )
 
     def is_parameter_or_buffer(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the network's parameters and buffers."""
@@ -261,92 +279,6 @@ class _StepRecorder(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             if name not in builder.graph.branches:
                 builder.graph.branches.append(name)
-
-
-class _TracingHookManager(HookManager):
-    """A hook manager that counts nothing, and notes the input and output of each call of a site.
-
-    Attributes:
-        met: The sites that ran, and what was known of each at its first call.
-    """
-
-    def __init__(self, model: nn.Module, builder: _GraphBuilder) -> None:
-        self.met: dict[SiteKey, SiteInfo] = {}
-        super().__init__(
-            model,
-            registry=Registry(),
-            new_counters=_count_nothing,
-            declared_axis=lambda *_: None,
-            functional=True,
-            tolerance=0.0,
-        )
-        scripted = self.recorder.unmeasured.reasons
-        self.recorder: SiteRecorder = _TracingRecorder(
-            LayerNames(model), self._examples, self._masks, builder, self.met, self.fail
-        )
-        self.recorder.unmeasured.reasons.update(scripted)
-
-
-def _count_nothing(*_: Any) -> None:
-    """Return no counters, so that nothing is counted."""
-
-
-class _TracingRecorder(SiteRecorder):
-    """Adds each call of a site to a graph, and counts nothing."""
-
-    def __init__(
-        self,
-        names: LayerNames,
-        examples: ExampleCounter,
-        masks: PositionMask,
-        builder: _GraphBuilder,
-        met: dict[SiteKey, SiteInfo],
-        fail: Callable[[Exception], None],
-    ) -> None:
-        super().__init__(
-            names=names,
-            examples=examples,
-            masks=masks,
-            new_counters=_count_nothing,
-            declared_axis=lambda *_: None,
-            tolerance=0.0,
-            fail=fail,
-        )
-        self._builder = builder
-        self._met = met
-        self._begun: list[int] = []  # the inputs of the calls that have begun, one inside another
-
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
-        call = super().begin(path, function, activation, x, glu_dim)
-        if call is not None:
-            self._begun.append(self._builder.number(x))
-        return call
-
-    def end(self, call: Call, x: Any, y: Any) -> None:
-        super().end(call, x, y)
-        before = self._begun.pop()
-        if isinstance(y, (tuple, list)) and y:
-            y = y[0]
-        if isinstance(y, Tensor):
-            self._note(call, before, y)
-
-    def product(self, args: tuple[Any, ...], y: Any) -> None:
-        factors = len(args) == 2 and isinstance(y, Tensor)
-        gated = self.sites.find_product(self.running_phase, args, y) if factors else None
-        if gated is not None and gated.gate is not None:
-            calls = reversed(self._builder.graph.sites)
-            self._note(gated, next(site.after for site in calls if site.name == gated.gate.name), y)
-
-    def _note(self, call: Call, before: int, y: Tensor) -> None:
-        layout = call.layout
-        if y.dim() <= layout.axis or (layout.dims is not None and y.dim() != len(layout.dims)):
-            return
-        self._met.setdefault(call.key, call.info)
-        by_neuron, axis = neurons_first(y, *layout)
-        neurons = by_neuron.shape[axis]
-        self._builder.graph.sites.append(
-            Site(call.key.name, call.info, layout, before, self._builder.number(y), neurons)
-        )
 
 
 class _Search:

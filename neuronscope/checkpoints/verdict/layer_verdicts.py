@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ __all__ = [
     "NO_BASIS",
     "UNKNOWN",
     "Confirmation",
+    "InBox",
     "LayerReport",
     "PostmortemVerdict",
     "contradicts",
@@ -60,6 +61,7 @@ class PostmortemVerdict:
         since_source: Where ``since`` comes from; ``""`` = not known.
         supports: All evidence for it, each as ``claim · basis · source``.
         contradictions: All evidence against it, in the same form.
+        woken_by: Index into the report's ``waking_inputs`` of an input that makes it fire; ``None`` if none is known.
     """
 
     site: str
@@ -73,6 +75,7 @@ class PostmortemVerdict:
     since_source: str
     supports: tuple[str, ...]
     contradictions: tuple[str, ...]
+    woken_by: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
@@ -100,6 +103,22 @@ class Confirmation:
     untested: int
 
 
+class InBox(NamedTuple):
+    """What is known of dead neurons for the inputs of the box.
+
+    Attributes:
+        dead: How many neurons are dead, never trained or without gradient on a firm basis: the sum of the others.
+        proved: Number of those that are proved dead for every input of the box.
+        woken: Number of those that an input of the box makes fire.
+        open: Number of those for which neither is known.
+    """
+
+    dead: int
+    proved: int
+    woken: int
+    open: int
+
+
 @dataclass(frozen=True, eq=False)
 class LayerReport:
     """The verdicts on the ``N`` neurons of one layer, and the evidence for them.
@@ -117,6 +136,8 @@ class LayerReport:
         sites: Names of the sites at which the neurons were seen.
         left_out: Why totals leave the layer out; ``""`` if they include it; see
             :class:`~neuronscope.checkpoints.verdict.join_units.JoinedLayer`.
+        woken: Index into the report's ``waking_inputs`` of an input of the box that makes each neuron fire, int64
+            ``(N,)``; −1 = none is known. ``None`` if none was searched for.
     """
 
     name: str
@@ -130,11 +151,27 @@ class LayerReport:
     evidence: tuple[Evidence, ...]
     sites: tuple[str, ...] = ()
     left_out: str = ""
+    woken: IntArray | None = None
 
     @property
     def in_headlines(self) -> bool:
         """Whether totals include the layer."""
         return not self.left_out
+
+    @cached_property
+    def proved_dead(self) -> BoolArray:
+        """True for neurons that are proved dead, bool ``(N,)``."""
+        mask: BoolArray = (self.labels == CLAIMS.index("dead")) & (self.basis == BASES.index("proved"))
+        return mask
+
+    @property
+    def in_box(self) -> InBox | None:
+        """How many of the dead neurons are proved dead, woken, or open; ``None`` if no input was searched for."""
+        if self.woken is None:
+            return None
+        proved = self.dead_mask & self.proved_dead
+        woken = self.dead_mask & ~proved & (self.woken >= 0)
+        return InBox(self.dead, int(proved.sum()), int(woken.sum()), self.dead - int(proved.sum() + woken.sum()))
 
     @property
     def neurons(self) -> int:
@@ -227,6 +264,7 @@ class LayerReport:
             since_source=dating.source_label if dating else "",
             supports=tuple(_one_line(one) for one in evidence if one not in against),
             contradictions=tuple(map(_one_line, against)),
+            woken_by=int(self.woken[neuron]) if self.woken is not None and self.woken[neuron] >= 0 else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,6 +292,8 @@ class LayerReport:
                 "since": [None if step == UNDATED else step for step in self.since[listed].tolist()],
                 "contested": self.contested[listed].tolist(),
             },
+            "in_box": None if self.in_box is None else self.in_box._asdict(),
+            "woken": None if self.woken is None else _woken_as_dict(self.woken),
             "evidence": [_evidence_as_dict(one) for one in self.evidence],
         }
 
@@ -290,6 +330,11 @@ def _evidence_as_dict(one: Evidence) -> dict[str, Any]:
         "number": _plain(one.numbers),
         "since": None if one.since is None else one.since.tolist(),
     }
+
+
+def _woken_as_dict(woken: IntArray) -> dict[str, list[int]]:
+    neurons = np.flatnonzero(woken >= 0)
+    return {"neuron": neurons.tolist(), "input": woken[neurons].tolist()}
 
 
 def _plain(values: FloatArray) -> list[float | None]:

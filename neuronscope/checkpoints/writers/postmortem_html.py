@@ -90,6 +90,7 @@ def render(report: PostmortemReport) -> str:
         legend=LEGEND,
         grounds=wording.grounds(report),
         confirmations=wording.confirmations(report),
+        woken=wording.woken(report, NAMED),
         contested=wording.contested(report, LISTED, NAMED),
         reasons=wording.abstentions(report),
         notes=report.notes,

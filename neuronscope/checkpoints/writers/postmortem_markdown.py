@@ -60,6 +60,7 @@ def render(report: PostmortemReport) -> str:
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
     for heading, lines in (
         ("Confirmed by measuring", wording.confirmations(report)),
+        ("Woken by an input of the box", wording.woken(report, NAMED)),
         ("Contested", wording.contested(report, LISTED, NAMED)),
     ):
         blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []

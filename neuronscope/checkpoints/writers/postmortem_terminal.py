@@ -14,6 +14,7 @@ COLUMNS = (
     Column("dead", "dead"),
     Column("%", "dead_share"),
     Column("how sure", "sure", right=False, narrowest=60, wraps=True),
+    Column("woken", "woken", narrowest=80, optional=True),
     Column("since", "since", right=False, wraps=True),
     Column("suspected", "suspected", narrowest=100, optional=True),
     Column("other", "other", right=False, narrowest=100, wraps=True, optional=True),
@@ -47,6 +48,7 @@ def render(report: PostmortemReport) -> str:
             page.item(f"{what}: {text}", indent=4)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))
+    page.list("Woken by an input of the box", wording.woken(report, NAMED))
     page.list("Contested", wording.contested(report, LISTED, NAMED))
     page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report)])
     page.list("Notes", report.notes)

@@ -12,7 +12,7 @@ from neuronscope.checkpoints.postmortem_report import LEVELS, PostmortemReport
 from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_disagreements
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
-from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
+from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
@@ -45,6 +45,7 @@ __all__ = [
     "layer_cells",
     "name",
     "title",
+    "woken",
 ]
 
 #: The words of the table in one line.
@@ -70,6 +71,7 @@ GLOSSARY = (
     ("inferred", "follows from the optimizer's state or the weights"),
     ("suspected", "likely under an assumption that is stated; not included in totals and shares"),
     ("contested", "one source says that it is dead or gets no gradient, another that it is alive"),
+    ("woken", "silent on the data or without gradient, but an input of the box makes it fire"),
 )
 
 
@@ -109,6 +111,8 @@ def findings(report: PostmortemReport) -> list[str]:
         nothing = "No layer could be examined, so there is no verdict on any neuron."
         return [*sentences, *(_left_out(report) or [nothing])]
     sentences += _deaths(report)
+    if report.in_box is not None and report.in_box.dead:
+        sentences.append(_in_box(report.in_box))
     if report.suspected:
         they = "it is" if report.suspected == 1 else "they are"
         sentences.append(f"{count(report.suspected)} more may be dead; {they} not included in the totals.")
@@ -194,6 +198,13 @@ def _deaths(report: PostmortemReport) -> list[str]:
     ]
 
 
+def _in_box(found: InBox) -> str:
+    return (
+        f"Of {plural(found.dead, 'dead neuron')}: {count(found.proved)} proved dead for every input of the box, "
+        f"{count(found.woken)} woken by an input of the box, {count(found.open)} open."
+    )
+
+
 def _idle(report: PostmortemReport) -> str:
     names = [layer.name for layer in report.headline_layers if layer.idle.any()]
     one = len(names) == 1
@@ -216,6 +227,7 @@ class LayerCells:
     name: str
     neurons: str
     dead: str
+    woken: str
     dead_share: str
     sure: str
     since: str
@@ -246,6 +258,7 @@ def layer_cells(layer: LayerReport) -> LayerCells:
         name=visible(layer.name) + (" (not in the totals)" if not layer.in_headlines else ""),
         neurons=count(layer.neurons),
         dead=number(layer.dead),
+        woken=number(layer.in_box.woken) if layer.in_box else NONE,
         dead_share=UNKNOWN if blank or (broken and not layer.dead) else at_least + percent(layer.dead_percent),
         sure=", ".join(by_basis) or number(0),
         since=when(layer.since[layer.dead_mask]) or number(0),
@@ -345,6 +358,28 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
+def woken(report: PostmortemReport, most: int) -> list[str]:
+    """Say which neurons an input of the box makes fire, a line for each layer.
+
+    Args:
+        report: The post-mortem.
+        most: Most neurons that a line names.
+    """
+    lines = []
+    for layer in report.layers:
+        neurons = np.flatnonzero(layer.woken >= 0) if layer.woken is not None else np.array([])
+        if layer.woken is not None and neurons.size:
+            by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
+            lines.append(f"{visible(layer.name)}, {_named(neurons, most)}: {by}")
+    return lines
+
+
+def _named(neurons: npt.NDArray[np.int64], most: int) -> str:
+    """Return the numbers of neurons, up to ``most`` of them, as ``neurons 1, 2, 3 … (12)``."""
+    named = ", ".join(map(str, neurons[:most].tolist()))
+    return f"neuron{'s' if neurons.size > 1 else ''} {named}" + f" … ({count(neurons.size)})" * (neurons.size > most)
+
+
 def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
     """Say where sources disagree: a line for the neurons of one layer over which the same sources disagree alike.
 
@@ -360,16 +395,13 @@ def contested(report: PostmortemReport, lines: int, neurons: int) -> list[str]:
 
 def _contest(one: Disagreement, most: int) -> str:
     """Return a line: which neurons, the verdict with its number, what speaks against it, and what that means."""
-    named = ", ".join(map(str, one.neurons[:most].tolist()))
-    which = f"neuron{'s' if one.neurons.size > 1 else ''} {named}"
-    which += f" … ({count(one.neurons.size)})" if one.neurons.size > most else ""
     parts = [_claim(one.verdict)]
     measured = _measured(one.verdict.measure, one.numbers)
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
         parts.append("as they got a gradient lately, most likely silent on this data only")
-    return f"{visible(one.layer)}, {which}: {'; '.join(parts)}"
+    return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
 def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:

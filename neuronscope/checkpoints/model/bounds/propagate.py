@@ -16,7 +16,7 @@ from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, Tensor
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
-__all__ = ["Box", "SiteBounds", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
+__all__ = ["Box", "SiteBounds", "box_ends", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
 
 #: Lower and upper bound of every element of the input: two numbers, or two tensors that broadcast to the input.
 Box = tuple["float | Tensor", "float | Tensor"]
@@ -66,18 +66,31 @@ def _input_interval(graph: Graph, number: int, box: Box | None) -> Interval:
     value = graph.values[number]
     if box is None or not value.dtype.is_floating_point:
         return Interval.unknown(value.shape)
+    return Interval(*box_ends(box, value.shape), value.shape).cleaned()
+
+
+def box_ends(box: Box, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper bound of each element of an input, both float64 of its shape.
+
+    Args:
+        box: The bounds as the user gave them.
+        shape: Shape of the input.
+
+    Raises:
+        UsageError: The box does not fit the input.
+    """
     ends = [torch.as_tensor(end, dtype=torch.float64) for end in box]
     try:
-        low, high = (end.expand(value.shape) for end in ends)
+        low, high = (end.expand(shape) for end in ends)
     except RuntimeError as error:
         shapes = [tuple(end.shape) for end in ends]
         raise UsageError(
-            f"Expected argument `box` to be two numbers, or two tensors that broadcast to the input's {value.shape}, "
+            f"Expected argument `box` to be two numbers, or two tensors that broadcast to the input's {shape}, "
             f"but got shapes {shapes}."
         ) from error
     if not bool((low <= high).all()):
         raise UsageError("Expected argument `box` to be (low, high) with low ≤ high throughout, but got a low above.")
-    return Interval(low, high, value.shape).cleaned()
+    return low, high
 
 
 def _output_intervals(graph: Graph, step: Step, known: list[Interval | None]) -> list[Interval]:

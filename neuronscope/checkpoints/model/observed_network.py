@@ -1,0 +1,150 @@
+"""Run a network on several inputs at once, and see what its activation sites were given and gave for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neuronscope.attach.recorder import Call
+from neuronscope.checkpoints.data.user_code import user_code
+from neuronscope.checkpoints.model.example_inputs import Example
+from neuronscope.checkpoints.model.site_calls import SiteCallHooks
+from neuronscope.checkpoints.model.traced_graph import substitute
+from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
+from neuronscope.errors import UsageError
+
+__all__ = ["ObservedNetwork", "SiteCall", "tensors_of"]
+
+
+def _named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of nested arguments in the order of :func:`substitute`, each named by its place."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _named_tensors(part, f"{name}.{key}" if name else str(key))
+
+
+def tensors_of(example: Example) -> dict[str, Tensor]:
+    """Return the tensors of an example by the place of the argument.
+
+    >>> list(tensors_of(Example((torch.zeros(1),), {"mask": [torch.zeros(1)]}, "given")))
+    ['0', 'mask.0']
+    """
+    tree = (tuple(example.args), dict(example.kwargs))
+    return {name: tensor.detach().cpu() for part in tree for name, tensor in _named_tensors(part)}
+
+
+class SiteCall(NamedTuple):
+    """What one call of a site was given and gave for ``R`` inputs.
+
+    Attributes:
+        name: Name of the site.
+        before: Its pre-activation, ``(R, P, N)``; of a product, that of its gate.
+        after: Its output, ``(R, P, N)``.
+        rises: Whether a higher pre-activation is the only way to an output that is not zero.
+    """
+
+    name: str
+    before: Tensor
+    after: Tensor
+    rises: bool
+
+
+class ObservedNetwork:
+    """Runs a network on several inputs at once, and returns what its sites were given and gave.
+
+    Attributes:
+        example: Tensors of one input, by name.
+        batched: Whether inputs can be joined along their first dimension.
+    """
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        self._model = model
+        self._arguments = (tuple(example.args), dict(example.kwargs))
+        self._calls: list[tuple[Call, Tensor | None, Tensor]] = []
+        self._hooks = SiteCallHooks(model, Tensor.clone, lambda *call: self._calls.append(call))
+        self._hooks.recorder.set_phase("search", 0)
+        self.example = tensors_of(example)
+        self.batched = self._can_join()
+
+    def close(self) -> None:
+        """Take the hooks off the network."""
+        self._hooks.detach()
+
+    def rows(self, tensors: Sequence[Tensor]) -> int:
+        """Return how many inputs these tensors hold."""
+        return len(tensors[0]) if self.batched else 1
+
+    def row(self, tensors: Sequence[Tensor], index: int) -> list[Tensor]:
+        """Return one of the inputs.
+
+        Args:
+            tensors: The inputs, in the order of the example's tensors.
+            index: Which of them.
+        """
+        return [tensor[index : index + 1].detach().clone() if self.batched else tensor.detach() for tensor in tensors]
+
+    def run(self, tensors: Sequence[Tensor]) -> list[SiteCall]:
+        """Run the network on inputs; an output of which the inputs' parts cannot be told apart is left out."""
+        self._calls.clear()
+        self._hooks.set_observing(True)
+        parts = iter(tensors)  # cloned, so that the network may change them in place
+        args, kwargs = substitute(
+            self._arguments, lambda leaf: next(parts).clone() if isinstance(leaf, Tensor) else leaf
+        )
+        with user_code("Expected the model to run on an input of the box"):
+            self._model(*args, **kwargs)
+        if self._hooks.failure is not None:
+            raise self._hooks.failure
+        found = (self._site_call(*call, self.rows(tensors)) for call in self._calls)
+        return [call for call in found if call is not None]
+
+    def _site_call(self, call: Call, before: Tensor | None, after: Tensor, rows: int) -> SiteCall | None:
+        if before is None and call.gate is not None:
+            earlier = (kept for gate, kept, _ in reversed(self._calls) if gate.key == call.gate)
+            before = next(earlier, None)
+        if before is None or before.shape != after.shape:  # such as GLU, whose input has two halves
+            before = after.abs()
+        given, gave = (_by_input(tensor, call.layout, rows) for tensor in (before, after))
+        if given is None or gave is None:
+            return None
+        return SiteCall(call.key.name, given, gave, rises=call.activation.name.startswith("relu"))
+
+    def _can_join(self) -> bool:
+        """Whether the network runs on inputs that are joined along the first dimension."""
+        sizes = {tensor.shape[:1] for tensor in self.example.values()}
+        if len(sizes) != 1 or () in sizes:
+            return False
+        self.batched = True
+        try:
+            with torch.no_grad():
+                self.run([tensor[:1].expand(3, *tensor.shape[1:]) for tensor in self.example.values()])
+        except UsageError:
+            return False
+        return True
+
+    def unreliable(self) -> str:
+        """Return why the network's outputs do not follow from its input, or ``""``."""
+        state = torch.get_rng_state()
+        first, second = (self.run(self.row([*self.example.values()], 0)) for _ in range(2))
+        pairs = zip(first, second, strict=False)
+        same = len(first) == len(second) and all(torch.equal(one.after, other.after) for one, other in pairs)
+        if same and torch.equal(state, torch.get_rng_state()):
+            return ""
+        return "the network gives other outputs when it runs on the same input again"
+
+
+def _by_input(tensor: Tensor, layout: NeuronLayout, rows: int) -> Tensor | None:
+    """Return what each input gave, ``(rows, positions, N)``; ``None`` if that cannot be told."""
+    tensor, axis = neurons_first(tensor, *layout)
+    tensor = tensor.movedim(axis, -1)
+    sizes = tensor.shape[:-1]
+    if rows in sizes:
+        tensor = tensor.movedim(sizes.index(rows), 0)
+    if tensor.numel() == 0 or tensor[..., 0].numel() % rows:
+        return None
+    return tensor.reshape(rows, -1, tensor.shape[-1])
