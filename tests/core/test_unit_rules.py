@@ -274,6 +274,19 @@ def indexed(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     return [("", tuple(parts))]
 
 
+def sliced(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+    start, size = draw(integers(0, 2)), draw(integers(1, 3))
+    return [("dim", dim_of(draw, x)), ("start", start), ("end", start + size), ("step", draw(integers(1, 2)))]
+
+
+def indexed_by_list(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+    """The index of ``aten.index``: a list of tensors, and ``None`` for a whole dimension."""
+    parts = [
+        draw(st.sampled_from([None, torch.tensor([size - 1, 0]), torch.arange(size) % 2 == 0])) for size in x.shape
+    ]
+    return [("", parts[: draw(integers(1, x.dim()))])]
+
+
 def selected(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     dim = dim_of(draw, x)
     return [("dim", dim), ("index", draw(integers(-x.shape[dim], x.shape[dim] - 1)))]
@@ -356,6 +369,20 @@ def resized_to(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 def scaled_up(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     assume(x.dim() == 4)
     return [("size", tuple(draw(integers(1, 6)) for _ in x.shape[2:]))]
+
+
+def resized_by_operator(dims: int, *options: bool) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
+    """The arguments of an operator of aten that resizes the last dimensions."""
+
+    def arguments(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+        assume(x.dim() == dims + 2)
+        return [("", [draw(integers(1, 5)) for _ in range(dims)]), *(("", option) for option in options)]
+
+    return arguments
+
+
+def pooled_by_operator(draw: Draw, x: Tensor, dims: int) -> list[tuple[str, Any]]:
+    return [("", list(pooled_to(draw, x, dims)[0][1]))]
 
 
 def at_rank(*ranks: int) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
@@ -449,6 +476,9 @@ MOVES: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "vsplit": lambda draw, x: at_rank(2, 3, 4)(draw, x) or [("", [1])],
     "hsplit": lambda draw, x: [("", [1])],
     "unbind": along_or_all,
+    "slice": sliced,
+    "index": indexed_by_list,
+    "_unsafe_view": lambda draw, x: [("", regroup(draw, x.shape))],
     "index_select": index_along,
     "gather": gathered,
     **dict.fromkeys(["amax", "amin", "mean", "nanmean"], reduced),
@@ -466,6 +496,10 @@ MOVES: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "upsample": resized_to,
     "upsample_nearest": scaled_up,
     "upsample_bilinear": scaled_up,
+    **{f"upsample_nearest{dims}d": resized_by_operator(dims) for dims in (1, 2, 3)},
+    "upsample_bilinear2d": resized_by_operator(2, False),
+    "upsample_bicubic2d": resized_by_operator(2, False),
+    **{f"_adaptive_avg_pool{dims}d": lambda draw, x, dims=dims: pooled_by_operator(draw, x, dims) for dims in (2, 3)},
 }
 for _dims in (1, 2, 3):
     for _kind in ("max_pool", "avg_pool"):
@@ -838,7 +872,7 @@ ELEMENTWISE = sorted(
         "max",
         "min",
     }
-    | {"to", "type", "type_as", "normalize", "renorm", "local_response_norm"}
+    | {"to", "type", "type_as", "normalize", "renorm", "local_response_norm", "alias", "_to_copy", "lift_fresh_copy"}
 )
 #: Functions that cannot run here, and why.
 NOT_RUN = {
@@ -899,6 +933,7 @@ REDUCTIONS: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "count_nonzero": along_or_all,
     "norm": lambda draw, x: [("p", draw(st.sampled_from([1, 2]))), *reduced(draw, x)],
     **dict.fromkeys(["softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"], along),
+    **dict.fromkeys(["_softmax", "_log_softmax"], lambda draw, x: [("", dim_of(draw, x)), ("", False)]),
     "gumbel_softmax": lambda draw, x: [("tau", 1), ("hard", False), ("eps", 1e-10), ("dim", dim_of(draw, x))],
     "argsort": along_or_all,
     "diff": lambda draw, x: [("n", 1), ("dim", dim_of(draw, x))],
@@ -971,11 +1006,12 @@ PRODUCTS = [
     "addmv",
     "addbmm",
     "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
 ]
 
 
 def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
-    if name == "scaled_dot_product_attention":
+    if "scaled_dot_product" in name:
         return lambda query, value: function(
             query, torch.ones(*value.shape[:-1], query.shape[-1]).double() * 0.3, value
         )
@@ -997,6 +1033,9 @@ def test_a_product_of_data_has_the_units_of_the_factor_that_its_rule_chooses(nam
         if name in ("bmm", "baddbmm", "addbmm") or name == "scaled_dot_product_attention":
             batch = data.draw(integers(1, 3))
             left_shape, right_shape = [batch, *left_shape[-2:]], [batch, *right_shape[-2:]]
+        if name.startswith("_scaled"):  # heads too, and queries as wide as values
+            width = data.draw(integers(1, 3))
+            left_shape, right_shape = [2, 3, 4, width], [2, 3, 5, width]
         left, of_left = draw_matrix(data.draw, left_shape, "a", 0)
         right, of_right = draw_matrix(data.draw, right_shape, "b", 1)
         call = product_call(name, data.draw(st.sampled_from(functions_of(name))))
@@ -1085,7 +1124,8 @@ def test_a_linear_layer_has_its_rows_as_units() -> None:
 def test_a_convolution_has_its_output_channels_as_units(dims: int, batched: bool, groups: int) -> None:
     x = generic((*((2,) if batched else ()), 4, *(5,) * dims))
     weight = generic((6, 4 // groups, *(3,) * dims), 1)
-    calls = [partial(function, x, padding=1, groups=groups) for function in functions_of(f"conv{dims}d")]
+    functions = [each for each in functions_of(f"conv{dims}d") if "padding" not in repr(each)]  # of aten: as a text
+    calls = [partial(function, x, padding=(1,) * dims, groups=groups) for function in functions]
     for call in calls:
         assert assert_each_unit_is_its_row(call, weight, lambda unit: unit) == 6
     weight = generic((4, 6 // groups, *(3,) * dims), 1)
@@ -1097,6 +1137,11 @@ def test_a_convolution_has_its_output_channels_as_units(dims: int, batched: bool
 
     for call in calls:
         assert assert_each_unit_is_its_row(call, weight, row) == 6
+    if batched:
+        weight, ones, zeros = generic((6, 4 // groups, *(3,) * dims), 1), (1,) * dims, (0,) * dims
+        convolve = torch.ops.aten.convolution.default
+        run = lambda w: convolve(x, w, None, ones, ones, ones, False, zeros, groups)  # noqa: E731
+        assert assert_each_unit_is_its_row(run, weight, lambda unit: unit) == 6
 
 
 def test_an_embedding_has_its_features_as_units() -> None:
@@ -1126,6 +1171,14 @@ def test_a_normalisation_with_a_weight_has_the_weights_elements_as_units() -> No
     assert assert_each_unit_is_its_row(lambda w: functional.instance_norm(x, weight=w), generic((6,)), row) == 6
     assert assert_each_unit_is_its_row(lambda w: functional.group_norm(x, 2, w), generic((6,)), row) == 6
     two = lambda u: (u // 5, u % 5)  # noqa: E731
+    operators_of_graphs: dict[Callable[[Tensor], Any], Tensor] = {
+        lambda w: torch.ops.aten.batch_norm.default(x, w, None, mean, variance, False, 0.1, 1e-5, False): generic((6,)),
+        lambda w: torch.ops.aten.native_batch_norm.default(x, w, None, mean, variance, False, 0.1, 1e-5): generic((6,)),
+        lambda w: torch.ops.aten.native_group_norm.default(x, w, None, 4, 6, 5, 2, 1e-5): generic((6,)),
+        lambda w: torch.ops.aten.native_layer_norm.default(x, [5], w, None, 1e-5): generic((5,)),
+    }
+    for run, weight in operators_of_graphs.items():
+        assert assert_each_unit_is_its_row(run, weight, row) == len(weight)
     for norm in (functional.layer_norm, functional.rms_norm):
         assert assert_each_unit_is_its_row(partial(norm, x, (5,)), generic((5,)), row) == 5
         assert assert_each_unit_is_its_row(partial(norm, x, (6, 5)), generic((6, 5)), two) == 30
@@ -1375,6 +1428,10 @@ def all_names() -> set[str]:
             "group_norm",
             "layer_norm",
             "rms_norm",
+            "convolution",
+            "native_layer_norm",
+            "native_group_norm",
+            "native_batch_norm",
         ],
         *["gru", "lstm", "gru_cell", "lstm_cell", "rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell", "einsum"],
         *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)),
@@ -1390,6 +1447,15 @@ NOT_DRAWN = {
     "grouped_mm": "claims rows of several layers, and never units",
     "_grouped_mm": "the same",
     "_native_multi_head_attention": "the fused form of multi_head_attention_forward, with the same rule",
+    **dict.fromkeys(
+        [
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_functional",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_with_update",
+        ],
+        "has the rule of native_batch_norm",
+    ),
     "inner": "claims no units",
     "max_unpool1d": "needs the indices of a pooling; the rule is that of the pooling",
     "max_unpool2d": "the same",
@@ -1426,7 +1492,7 @@ def listed_names() -> Iterator[str]:
 
 def test_every_name_in_the_lists_is_a_function_of_torch() -> None:
     names = list(listed_names())
-    homes = (functional, torch, Tensor)
+    homes = (functional, torch, Tensor, torch.ops.aten)
     assert len(names) > 300
     assert [name for name in names if not any(callable(getattr(home, name, None)) for home in homes)] == []
     assert len(set(names)) == len(names)

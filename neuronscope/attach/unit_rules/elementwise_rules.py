@@ -34,7 +34,7 @@ lt le gt ge greater greater_equal less less_equal __lt__ __le__ __gt__ __ge__ si
 """
 _LIKE_FIRST = """
 to type type_as normalize renorm local_response_norm quantize_per_tensor quantize_per_channel
-fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
+fake_quantize_per_tensor_affine fake_quantize_per_channel_affine alias _to_copy lift_fresh_copy
 """
 _FACTORIES = """
 zeros ones empty full arange linspace logspace eye rand randn randint randperm from_numpy tril_indices triu_indices

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, UNITS, UNKNOWN, WEIGHT, Operand, Origin, combine
+from neuronscope.attach.torch_functions import aten
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, lose, table
 from neuronscope.attach.units import Units, place
 
@@ -127,8 +128,13 @@ def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = 
     return rule
 
 
-def _named(names: str, home: object) -> frozenset[Function]:
-    return frozenset(getattr(home, name) for name in names.split())
+def _in_torch(names: str, rule: Rule) -> dict[Function, Rule]:
+    """Return a rule by each function of ``torch`` and operator of ``torch.ops.aten`` that it is for."""
+    return dict.fromkeys([*(getattr(torch, name) for name in names.split()), *aten(*names.split())], rule)
+
+
+def _convolution(operation: Operation) -> Origin:
+    return produce(operation, operation.argument(1, "weight"), (1,))
 
 
 LAYERS: dict[Function, Rule] = {
@@ -139,14 +145,22 @@ LAYERS: dict[Function, Rule] = {
     **table("bilinear", _layer_rule(2, "weight", 1)),
     **table("embedding embedding_bag", _layer_rule(1, "weight", 1)),
     # In these, the weight comes before the indices.
-    **dict.fromkeys(_named("embedding embedding_bag", torch), _layer_rule(0, "weight", 1)),
+    **_in_torch("embedding embedding_bag", _layer_rule(0, "weight", 1)),
     **table("lstm gru rnn_tanh rnn_relu", _recurrent),
     **table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
     **table("grouped_mm _grouped_mm", _grouped),
     **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
     **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
     **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),
-    **dict.fromkeys(_named("batch_norm instance_norm", torch), _norm_rule(1, 1, 3)),
+    **_in_torch("batch_norm instance_norm", _norm_rule(1, 1, 3)),
     **table("group_norm", _norm_rule(2, 1)),
-    **table("layer_norm rms_norm", _norm_rule(2, -1)),
+    **table("layer_norm rms_norm native_layer_norm", _norm_rule(2, -1)),
+    # What graphs of torch.export call after `run_decompositions`.
+    **table("convolution", _convolution),
+    **table("native_group_norm", _norm_rule(1, 1)),
+    **table(
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+        "_native_batch_norm_legit_no_training _batch_norm_with_update",
+        _norm_rule(1, 1, 3),
+    ),
 }

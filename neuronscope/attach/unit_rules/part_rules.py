@@ -19,6 +19,18 @@ def _index_rule(operation: Operation) -> Origin:
     return _indexed(operation, index if type(index) is tuple else (index,))
 
 
+def _index_operator(operation: Operation) -> Origin:
+    """Say what ``aten.index`` gives: its index is a list, in which ``None`` stands for a whole dimension."""
+    return _indexed(operation, tuple(_ALL if part is None else part for part in operation.args[1]))
+
+
+def _slice_rule(operation: Operation) -> Origin:
+    """Say what ``aten.slice`` gives, the operator of ``x[:, start:end:step]``."""
+    dim = operation.argument(1, "dim", default=0) % len(operation.first.shape)
+    part = Index(operation.argument(2, "start"), operation.argument(3, "end"), operation.argument(4, "step", default=1))
+    return _indexed(operation, (*[_ALL] * dim, part))
+
+
 def _select_rule(operation: Operation) -> Origin:
     dim, index = operation.argument(1, "dim"), operation.argument(2, "index")
     return _indexed(operation, (*[_ALL] * (dim % len(operation.first.shape)), index))
@@ -210,6 +222,8 @@ def _gather(operation: Operation) -> Origin:
 
 PARTS: dict[Function, Rule] = {
     **table("__getitem__", _index_rule),
+    **table("index", _index_operator),
+    **table("slice", _slice_rule),
     **table("select", _select_rule),
     **table("narrow", _narrow_rule),
     **table("chunk split tensor_split split_with_sizes", _split_rule),

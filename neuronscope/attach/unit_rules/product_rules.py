@@ -204,7 +204,7 @@ PRODUCTS: dict[Function, Rule] = {
     **table("addmm baddbmm addmv", _product_rule(1)),
     **table("addbmm", _summed_over_batch),
     **table("einsum", _einsum),
-    **table("scaled_dot_product_attention", _attend),
+    **table("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attend),
     **table("inner", _inner),
     **table("dot vdot outer ger cdist pairwise_distance cosine_similarity", end),
 }

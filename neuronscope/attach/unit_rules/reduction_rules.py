@@ -85,7 +85,9 @@ REDUCTIONS: dict[Function, Rule] = {
     **table("norm quantile nanquantile", _reduction_rule(2, keeps_zero=False)),
     torch.linalg.vector_norm: _reduction_rule(2, keeps_zero=False),
     torch.linalg.norm: _reduction_rule(2, keeps_zero=False),
-    **table("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)),
+    **table(
+        "softmax log_softmax _softmax _log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)
+    ),
     **table("sort argsort", _along_rule(1, -1, picks=True)),
     **table("topk kthvalue", _along_rule(2, -1, picks=True)),
     **table("diff", _along_rule(2, -1)),

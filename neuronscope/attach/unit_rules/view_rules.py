@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from neuronscope.attach.origins import LOST, WEIGHT, Origin
+from neuronscope.attach.torch_functions import aten
 from neuronscope.attach.unit_rules.elementwise_rules import like_first
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, table
 from neuronscope.attach.units import Units, broadcast, has_units, positions, reshape, resized
@@ -154,7 +155,7 @@ ATTRIBUTES: dict[Any, Rule] = {
 }
 VIEWS: dict[Function, Rule] = {
     **table(
-        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel squeeze_ unsqueeze_",
+        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel squeeze_ unsqueeze_ _unsafe_view",
         _move_rule(_reshaped),
     ),
     **table("transpose swapaxes swapdims transpose_ swapaxes_ swapdims_", _move_rule(_transposed)),
@@ -170,5 +171,5 @@ VIEWS: dict[Function, Rule] = {
     **table("flipud", _along_positions(lambda _: (0,))),
     **table("roll", _along_positions(_rolled)),
     **table("rot90", _along_positions(_rotated)),
-    Tensor.unfold: _move_rule(_windows),
+    **dict.fromkeys([Tensor.unfold, *aten("unfold")], _move_rule(_windows)),
 }
