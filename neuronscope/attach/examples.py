@@ -34,7 +34,7 @@ from neuronscope.attach.dtensor import local_tensor
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
-__all__ = ["ExampleCounter", "continues_earlier", "count_examples", "first_tensor", "is_time_first"]
+__all__ = ["ExampleCounter", "all_tensors", "continues_earlier", "count_examples", "first_tensor", "is_time_first"]
 
 #: How deep, and in how many containers, tensors are looked for in what a forward was given.
 _DEEPEST = 8
@@ -246,6 +246,13 @@ def first_tensor(value: Any) -> Tensor | None:
         The tensor, of any shape; ``None`` if there is none.
     """
     return _search(value, _has_rows, _DEEPEST, set())
+
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """Return every tensor in nested lists, tuples, mappings, dataclasses and other objects."""
+    found: list[Tensor] = []
+    _search(value, lambda tensor: bool(found.append(tensor)), _DEEPEST, set())  # none is wanted: it goes on
+    return found
 
 
 def _has_rows(tensor: Tensor) -> bool:

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 
 from neuronscope.attach.compiling import traced_call, traced_modules
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
-from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import Index, Listed, Operation, origins_of, set_item
-from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.layer_names import LayerNames, layers_before
+from neuronscope.attach.operators import Index, Listed, Operation, lose, origins_of, rule_of, set_item, tensors_in
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import has_units
 from neuronscope.count.neuron_layout import Dims
 
-__all__ = ["NeuronFlow"]
+__all__ = ["UNSEEN", "NeuronFlow"]
+
+#: Begins the name of a function that autograd's graph shows, and no function mode.
+UNSEEN = "unseen "
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
@@ -49,7 +53,7 @@ class _Outcome(NamedTuple):
         call: Its number among the calls of layers.
         reads: The calls of layers that it depends on, as bits.
         sites: The sites that it reads.
-        bent: Layers that it reads after a function that is not linear and no known activation; and the function.
+        bends: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
     """
@@ -59,7 +63,7 @@ class _Outcome(NamedTuple):
     call: int = -1
     reads: int = 0
     sites: tuple[Any, ...] = ()
-    bent: tuple[tuple[str, str], ...] = ()
+    bends: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
 
@@ -84,8 +88,11 @@ class NeuronFlow:
         self.read = 0
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
-        self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
+        self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
         self.read_layers: set[str] = set()
+        self.called: set[str] = set()  # layers that were called in forwards of the model that have ended
+        self._reached: set[str] = set()  # layers whose outputs a layer or a reduction reads, or the model returns
+        self.hidden: dict[str, str] = {}  # layers whose weight an unknown function was given: the function
         self.overwritten: Origin | None = None  # what the last result was before, if it was changed in place
         self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
@@ -104,6 +111,10 @@ class NeuronFlow:
             if self.read >> call & 1:
                 self.read_layers.add(layer)
 
+    def lost_layers(self) -> set[str]:
+        """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
+        return self.called - self._reached - self.read_layers
+
     def gives_outputs(self, layer: str) -> bool:
         """Whether no layer was seen to read what this layer gives."""
         self._close_calls()
@@ -119,11 +130,36 @@ class NeuronFlow:
 
     def _origin_in_graph(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
-        call = traced_call(tensor) if traced_modules() is not None else None
+        if traced_modules() is None:
+            return self._origin_by_autograd(tensor, unseen)
+        call = traced_call(tensor)
         if call is None:
             return unseen
         self.follow(*call, tensor)
         return self._origins.get(tensor) or unseen
+
+    def _origin_by_autograd(self, tensor: Tensor, unseen: Origin) -> Origin:
+        """Return what a tensor is that a function gave whose calls no function mode sees, by autograd's graph.
+
+        Such are compiled extensions, scripted functions, and whatever an ``autograd.Function`` does outside of torch.
+        """
+        base = self._origins.get(tensor._base) if tensor._base is not None else None
+        if base is not None and tensor._base.shape == tensor.shape:  # type: ignore[union-attr]  # it changes nothing
+            found = base
+        elif tensor.grad_fn is None or tensor._base is not None:
+            return unseen
+        else:
+            name = tensor.grad_fn.name()
+            calls = {layer: 1 << call for call, layer in enumerate(self.layers)}
+            layers, hidden = layers_before(tensor.grad_fn, calls, self._names)
+            for layer in hidden:
+                self.hidden.setdefault(layer, name)
+            if not layers:
+                return unseen
+            bends = tuple((layer, f"{UNSEEN}{name}") for layer in layers)
+            found = Origin.of(LOST, sum(calls[layer] for layer in layers), bends=bends)
+        self._origins.put(tensor, found)
+        return found
 
     def _unseen(self, tensor: Tensor) -> Origin:
         """Return what a tensor is that no function of this forward gave: a weight, or not known."""
@@ -203,8 +239,8 @@ class NeuronFlow:
             self.read |= outcome.reads
             for site in outcome.sites:
                 self.readers.setdefault(site, {})[outcome.layer] = None
-            for layer, name in outcome.bent:
-                self.bent.setdefault(layer, name)
+            for layer, name in outcome.bends:
+                self.bent.setdefault(layer, {})[name] = None
             if outcome.normalises is not None:
                 self._note_norm(outcome.layer, outcome.normalises)
             if is_distributed(outputs[0]):
@@ -253,23 +289,48 @@ class NeuronFlow:
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = operation.upstream  # an unknown way to call it
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
+        if any(not layer for origin in origins for layer, _ in origin.bends):
+            origins = tuple([self._with_last_layers(origin) for origin in origins])
+        if rule_of(function) is lose:
+            self._note_hidden(operation)
         sources = [each.origin for each in operation.tensors]
         carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
         if not origins[0].upstream >> call & 1:
+            if any(origin.state == ENDED for origin in origins):
+                self._reached.update(self._layers_of(operation.upstream))
             kept = {site for origin in origins for site in origin.carries}
             return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
-        layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
-        bent = [(layer, name) for layer, name in layers if layer and name]
+        bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
-        return _Outcome(origins, origins[0].layer, call, operation.upstream, carried, tuple(bent), notes, normalises)
+        return _Outcome(origins, origins[0].layer, call, operation.upstream, carried, bends, notes, normalises)
+
+    def _note_hidden(self, operation: Operation) -> None:
+        """Note the layer whose weight an unknown function was given beside data: it may be a call of the layer."""
+        weight = next((each.origin for each in operation.tensors if each.origin.state == WEIGHT), None)
+        data = any(each.origin.state not in (WEIGHT, CONSTANT) for each in operation.tensors)
+        if weight is not None and weight.layer and data:
+            self.hidden.setdefault(weight.layer, getattr(operation.function, "__name__", "?"))
+
+    def _with_last_layers(self, origin: Origin) -> Origin:
+        """Return an origin whose functions are said of the layers that came last, where their layer is not known."""
+        last = self.last_layers(origin)
+        found = [(each, name) for layer, name in origin.bends for each in ((layer,) if layer else last)]
+        return origin.but(bends=tuple(dict.fromkeys(found)))
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
-        for tensor in _nested_tensors(values):
+        if values is None:  # it failed
+            return
+        upstream = 0
+        for tensor in all_tensors(values):
             origin = self._origins.get(tensor)
-            for site in () if origin is None else origin.carries:
-                self.reader_notes.setdefault(site, {})["returned by the model"] = None
+            if origin is not None:
+                upstream |= origin.upstream
+                for site in origin.carries:
+                    self.reader_notes.setdefault(site, {})["returned by the model"] = None
+        self.called.update(self.layers)
+        self._reached.update(self._layers_of(upstream))
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -313,17 +374,20 @@ class NeuronFlow:
         place = self._describe(index)
         if not isinstance(value, Tensor):
             origin = self.origin(target)
-            mask = place.origin if isinstance(place, Operand) and place.boolean else None
-            if mask is not None and mask.bent and mask.units == origin.units and not origin.site:
-                self._origins.put(target, origin.but(bent=origin.bent or mask.bent))  # h[h < 0] = 0
+            if isinstance(place, Operand):
+                self._origins.put(target, origin.inherit([place]))  # h[h < 0] = 0
             return
         before, written = self._describe(target), self._describe(value)
-        self._origins.put(target, set_item(before, place if type(place) is tuple else (place,), written))
+        index = place if type(place) is tuple else (place,)
+        self._origins.put(target, set_item(before, index, written).inherit([before, written, *tensors_in(index)]))
 
     def last_layers(self, origin: Origin) -> tuple[str, ...]:
         """Return the layers that a tensor depends on and that no other layer has read so far."""
-        last = origin.upstream & ~self.read
-        return tuple({layer: None for call, layer in enumerate(self.layers) if last >> call & 1})
+        return self._layers_of(origin.upstream & ~self.read)
+
+    def _layers_of(self, calls: int) -> tuple[str, ...]:
+        """Return the layers of some calls, which are given as bits."""
+        return tuple({layer: None for call, layer in enumerate(self.layers) if calls >> call & 1})
 
     def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
         """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.

@@ -34,7 +34,7 @@ from neuronscope.attach.unit_rules.view_rules import ATTRIBUTES, VIEWS
 from neuronscope.attach.unit_rules.writing_rules import WRITING, set_item
 from neuronscope.attach.units import fits
 
-__all__ = ["RULES", "Index", "Listed", "Operation", "Rule", "origins_of", "rule_of", "set_item", "tensors_in"]
+__all__ = ["RULES", "Index", "Listed", "Operation", "Rule", "lose", "origins_of", "rule_of", "set_item", "tensors_in"]
 
 _ENDING = """
 mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy nll_loss binary_cross_entropy
@@ -77,7 +77,7 @@ def _lost_by_function(operation: Operation, lost: Origin) -> Origin:
     units, name = operation.first.origin.units, getattr(operation.function, "__name__", "")
     if units is None or not name or any(tuple(shape) != tuple(operation.first.shape) for shape in operation.outputs):
         return lost
-    return lost.but(layer=units.layer, bent=name)
+    return lost.but(bends=((units.layer, name),))
 
 
 def origins_of(operation: Operation) -> tuple[Origin, ...]:
@@ -94,7 +94,9 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
     if rule is lose and isinstance(found, Origin) and found.state == LOST:
         found = _lost_by_function(operation, found)
     origins = (found,) * len(operation.outputs) if isinstance(found, Origin) else tuple(found)
-    return tuple(
+    found = [
         origin if origin.units is None or fits(origin.units.dims, shape) else Origin.of(LOST, origin.upstream)
         for origin, shape in zip(origins, operation.outputs, strict=True)
-    )
+    ]
+    tensors = operation.tensors
+    return tuple(each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found)

@@ -7,7 +7,20 @@ from typing import Any, ClassVar, NamedTuple
 
 from neuronscope.attach.units import Units, broadcast
 
-__all__ = ["CONSTANT", "ENDED", "LOST", "RAW", "ROWS", "UNITS", "UNKNOWN", "WEIGHT", "Operand", "Origin", "combine"]
+__all__ = [
+    "ACTIVATED",
+    "CONSTANT",
+    "ENDED",
+    "LOST",
+    "RAW",
+    "ROWS",
+    "UNITS",
+    "UNKNOWN",
+    "WEIGHT",
+    "Operand",
+    "Origin",
+    "combine",
+]
 
 #: Its elements are units of a layer.
 UNITS = "units"
@@ -26,6 +39,9 @@ ROWS = "rows"
 #: Nothing is known of it.
 UNKNOWN = "unknown"
 
+#: Stands for the function where a known activation was applied to the units of a layer.
+ACTIVATED = ""
+
 # Which of several equally wide sources decides what the result is.
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
 
@@ -42,12 +58,14 @@ class Origin:
             or it is not known.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
-        bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
+        bends: Layers whose units a function was applied to that is not linear, and not known as an activation, each
+            with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
+            stands for those that came last.
         carries: The sites whose neurons the elements are or are multiplied by, each index one neuron.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
-    __slots__ = ("bent", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
+    __slots__ = ("bends", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -58,7 +76,7 @@ class Origin:
     layer: str
     picked: bool
     site: Any
-    bent: str
+    bends: tuple[tuple[str, str], ...]
     carries: tuple[Any, ...]
     unit_set: tuple[Any, ...]
 
@@ -72,7 +90,7 @@ class Origin:
         layer: str = "",
         picked: bool = False,
         site: Any = None,
-        bent: str = "",
+        bends: tuple[tuple[str, str], ...] = (),
         carries: tuple[Any, ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
@@ -84,17 +102,17 @@ class Origin:
             layer: Path of a layer.
             picked: Whether a weight was picked by data.
             site: A site.
-            bent: Name of a function.
+            bends: Layers and functions.
             carries: Sites.
         """
-        facts = (state, upstream, units, layer, picked, site, bent, carries)
+        facts = (state, upstream, units, layer, picked, site, bends, carries)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
-            found.picked, found.site, found.bent, found.carries = rest
+            found.picked, found.site, found.bends, found.carries = rest
             found.unit_set = () if units is None else (units.call, units.first, units.order)
         return found
 
@@ -114,6 +132,24 @@ class Origin:
             state: :data:`ENDED` or :data:`LOST`.
         """
         return self if self.state != UNITS else Origin.of(state, self.upstream)
+
+    def inherit(self, operands: Iterable[Operand]) -> Origin:
+        """Return this origin with the functions that were applied to what it was computed from.
+
+        They end where the units do, as in a sum over a layer. Of masks, only those count that were computed from the
+        same units, as in ``h * (h > 0)``.
+
+        Args:
+            operands: What it was computed from.
+        """
+        if self.state not in (UNITS, ROWS, LOST):
+            return self
+        sources = (each.origin for each in operands if not each.boolean or each.origin.units == self.units)
+        found = dict.fromkeys((*self.bends, *(bend for origin in sources for bend in origin.bends)))
+        if self.site is not None and self.units is not None:
+            own = self.units.layer.split("+")
+            found = dict.fromkeys(bend for bend in found if bend[1] == ACTIVATED or bend[0] not in own)
+        return self if len(found) == len(self.bends) else self.but(bends=tuple(found))
 
     def __repr__(self) -> str:
         known = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set" and getattr(self, name)}
@@ -153,13 +189,12 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
-    everything = data
     data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        alone = len(data) == 1
-        return Origin.of(origin.state, upstream, layer=origin.layer if alone else "", bent=origin.bent if alone else "")
+        bends = (("", bent),) if bent and origin.state == LOST else ()
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "", bends=bends)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
@@ -167,13 +202,15 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     units = origin.units
     if tuple(chosen.shape) != tuple(shape):
         units = units._replace(dims=broadcast(units.dims, shape))
-    same = [each for each in everything if each.origin.units == origin.units]  # of masks too: h * (h > 0)
-    bent = bent or next((each.origin.bent for each in same if each.origin.bent), "")
-    if not bent and product and sum(each in data for each in same) > 1:
-        bent = "mul"  # h * h, or an activation that is written out: h * sigmoid(h)
-    bent = "" if site else bent
+    bends: dict[tuple[str, str], None] = {}
+    if bent and not site:
+        bends = {(each.origin.units.layer, bent): None for each in data if each.origin.units is not None}
+    elif product and not site:
+        same = [each for each in data if each.origin.units == origin.units]
+        if len(same) > 1 and any(units.layer not in dict(each.origin.bends) for each in same):
+            bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
-    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent, carries=carries)
+    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bends=tuple(bends), carries=carries)
 
 
 def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:

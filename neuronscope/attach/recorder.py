@@ -31,7 +31,8 @@ from neuronscope.attach.forward import INFERENCE, ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
-from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Origin
+from neuronscope.attach.neuron_flow import UNSEEN
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.units import Units, slice_dim
 from neuronscope.attach.unsupported import (
     BATCHED_GRADIENT,
@@ -185,22 +186,46 @@ class SiteRecorder:
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
         measured = {layer for _, key in self._counters for layer in key.layer.split("+")}
-        for layer, function in flow.bent.items():
-            if layer in self._transformed:
+        said = {place.rpartition(".")[2] for place in self._unclear}
+        for layer, functions in flow.bent.items():
+            function = next((name for name in functions if f"{name}()" not in said), "")
+            if layer in self._transformed or not function:
                 continue
             if measured.intersection(layer.split("+")):
-                if function == "mul":
+                if "mul" in functions:
                     not_measured.setdefault(
                         layer,
                         "another layer read its product with a function of itself, which is an activation that is "
                         "written out: only the function is measured, and not the product. Register what it is part "
                         "of: `activations={...}`",
                     )
+            elif function.startswith(UNSEEN):
+                not_measured.setdefault(
+                    layer,
+                    f"a function whose calls torch does not report was applied to it (`{function.removeprefix(UNSEEN)}`"
+                    " in autograd's graph), and then another layer read it. Register the module that calls the "
+                    "function: `activations={...}`",
+                )
             else:
                 not_measured.setdefault(
                     layer,
                     f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
                     "it. Register what it is part of: `activations={...}`",
+                )
+        for layer, function in flow.hidden.items():
+            inside = any(layer.startswith(f"{path}.") for path in self.not_measured)  # of a scripted module
+            if layer not in measured and layer not in flow.called and not inside:
+                not_measured.setdefault(
+                    layer,
+                    f"its weight was given to `{function}`, which is not known as a layer, so that its units are not "
+                    "followed. Declare the axis of the activation behind it: `axes={...}`",
+                )
+        if not self.compiled and not self.forward.ran_parts:
+            for layer in sorted(flow.lost_layers() - measured - self._transformed):
+                not_measured.setdefault(
+                    layer,
+                    "its output reached no activation, no layer and no output of the model: what reads it is no "
+                    "function of torch, or nothing does. Register the module that reads it: `activations={...}`",
                 )
         if self.forward.ran_parts and not self.forward.ran_root:
             not_measured["(root)"] = (
@@ -511,7 +536,9 @@ class SiteRecorder:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
         after = (
-            origin.but(site=key, units=output_units, bent="", carries=(key,))
+            origin.but(site=key, units=output_units, bends=((output_units.layer, ACTIVATED),), carries=(key,)).inherit(
+                [Operand((), origin)]
+            )
             if output_units is not None
             else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         )
@@ -715,7 +742,7 @@ class SiteRecorder:
         before = self.forward.flow.origin(y)
         if units is None:
             return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
-        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        after = before.but(state=UNITS, units=units, layer="", site=key, carries=(key, *before.carries)).inherit(())
         self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 

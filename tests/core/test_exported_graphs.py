@@ -1,4 +1,4 @@
-"""Graphs of ``torch.export`` and ``torch.fx`` call operators of aten: they have the sites of the network they are of."""
+"""Graphs of ``torch.export`` call operators of aten, and have the sites of the network that they were made of."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
         return Origin.of(LOST, upstream)
     sites = {each.origin.site for each in data}
     site = data[0].origin.site if len(sites) == 1 else None
-    units, bent = first._replace(dims=found), data[0].origin.bent
-    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_all_carried(data))
+    units = first._replace(dims=found)
+    return Origin.of(UNITS, upstream, units=units, site=site, carries=_all_carried(data))
 
 
 def _all_carried(parts: Sequence[Operand]) -> tuple[Any, ...]:

@@ -69,7 +69,7 @@ def _along_rule(place: int, default: int | None = None, *, picks: bool = False) 
             dims = resized(origin.units.dims, shape) if len(shape) == rank else None
             units = None if dims is None else origin.units._replace(dims=dims)
             state = LOST if units is None else UNITS
-            found.append(Origin.of(state, operation.upstream, units=units, bent=origin.bent if units else ""))
+            found.append(Origin.of(state, operation.upstream, units=units))
         return found
 
     return rule
