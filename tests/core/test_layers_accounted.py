@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, assert_bits, state_of
 
-
 #: Torch's own, of what it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
