@@ -33,6 +33,9 @@ from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state
 
 __all__ = ["Scope", "watch"]
 
+#: After so many observed steps in which the model was not seen to run, a warning says so.
+_STEPS_WITHOUT_MODEL = 3
+
 
 class Scope:
     """Watch one model. :func:`watch` makes a scope.
@@ -66,6 +69,7 @@ class Scope:
         self._fault: Fault | None = None
         self._pauses = 0
         self._checked = False
+        self._steps_without_model = 0
         self._model_name = model_name(model)
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
@@ -377,10 +381,10 @@ class Scope:
             policy=self.policy,
             unseen=not_measured(
                 self._hooks.recorder.all_not_measured(),
+                phase,
                 self._hooks.module_sites,
-                self._hooks.recorder.ran(phase),
+                self._hooks.recorder.phases_of_modules,
                 self._patterns.wants,
-                inferred=self._hooks.recorder.ran(INFERENCE) if phase == "train" else (),
             ),
             note=note,
             exchanges=self._ranks.exchanges,
@@ -445,11 +449,14 @@ class Scope:
         return self._record(phase).add_site(key, info, neurons, device)
 
     def _check_patterns(self) -> None:
-        """Warn after the first observed step about patterns that match no site."""
-        if self._checked:
+        """Warn about patterns that match no site: after the first observed step in which the model is seen to run."""
+        recorder = self._hooks.recorder
+        ran = recorder.forward.number > 0 or bool(recorder.phases_of_modules)
+        self._steps_without_model += not ran
+        if self._checked or (not ran and self._steps_without_model < _STEPS_WITHOUT_MODEL):
             return
         self._checked = True
-        for message in self._patterns.unmatched_warnings(self._model_name):
+        for message in self._patterns.unmatched_warnings(self._model_name, ran=ran):
             warnings.warn(message, NeuronscopeWarning, stacklevel=3)
 
 

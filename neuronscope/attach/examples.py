@@ -251,7 +251,12 @@ def first_tensor(value: Any) -> Tensor | None:
 def all_tensors(value: Any) -> list[Tensor]:
     """Return every tensor in nested lists, tuples, mappings, dataclasses and other objects."""
     found: list[Tensor] = []
-    _search(value, lambda tensor: bool(found.append(tensor)), _DEEPEST, set())  # none is wanted: it goes on
+
+    def keep(tensor: Tensor) -> bool:
+        found.append(tensor)
+        return False  # go on
+
+    _search(value, keep, _DEEPEST, set())
     return found
 
 

@@ -110,10 +110,12 @@ class HookManager:
             if any(path.startswith(f"{parent}.") for parent in hidden):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                self.recorder.not_measured[path or "(root)"] = "a scripted module hides its activations from hooks"
+                self.recorder.not_measured[path or "(root)"] = (
+                    "a scripted or traced module hides its activations from hooks: watch the module that it was made of"
+                )
                 hidden.append(path)
                 continue
-            if isinstance(module, _FUSED):
+            if isinstance(module, _FUSED) and type(module).forward.__module__ == _FUSED[0].__module__:
                 self.recorder.not_measured[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )

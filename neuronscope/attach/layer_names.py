@@ -73,8 +73,8 @@ def _name_in(module: nn.Module, tensor: Tensor) -> str | None:
 
 def layers_before(
     node: Node, layers: Container[str], names: LayerNames, most: int = 50
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the layers that lie next before a node of autograd's graph.
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the layers that lie next before a node of autograd's graph, the node itself included.
 
     Args:
         node: The node.
@@ -83,19 +83,23 @@ def layers_before(
         most: How many nodes to look at.
 
     Returns:
-        The layers, and other layers whose weights the node itself was given.
+        The layers; other layers whose weights the node itself was given; and the names of the nodes in between, those
+        of the layers not included.
     """
     found: dict[str, None] = {}
+    between: list[str] = []
     hidden = tuple(layer for child in _children(node) if (layer := names.of_node(child)) and layer not in layers)
     queue, seen = [node], {node}
     while queue and len(seen) < most:
-        children = _children(queue.pop(0))
+        next_node = queue.pop(0)
+        children = _children(next_node)
         own = [layer for child in children if (layer := names.of_node(child)) in layers]
         found.update(dict.fromkeys(own))
         if not own:
+            between.append(next_node.name())
             queue.extend(child for child in children if child not in seen)
             seen.update(children)
-    return tuple(found), hidden
+    return tuple(found), hidden, tuple(between)
 
 
 def _children(node: Node) -> list[Node]:
@@ -149,15 +153,21 @@ class LayerNames:
         known = self._layers.get(id(tensor))
         return known[1:] if known is not None and known[0]() is tensor else None
 
-    def of_node(self, node: Node) -> str:
+    def layers(self) -> set[str]:
+        """Return the layers of all weights, but for biases."""
+        return {layer for _, layer, is_weight in self._layers.values() if is_weight and not layer.endswith("bias")}
+
+    def of_node(self, node: Node | None) -> str:
         """Return the layer of the weight that a node of autograd's graph gives, or a view of it; else ``""``."""
         for _ in range(_FARTHEST):
+            if node is None:
+                return ""
             weight = getattr(node, "variable", None)
             if weight is not None:
                 layer, is_weight = self.of(weight) or ("", False)
-                return layer if is_weight and not layer.endswith("bias") else ""
+                return layer if is_weight and not (layer.endswith("bias") or self.is_shared(weight)) else ""
             children = _children(node)
-            if len(children) != 1:
+            if len(children) != 1 or node.name().startswith("Embedding"):
                 return ""
             node = children[0]
         return ""

@@ -20,11 +20,21 @@ from neuronscope.attach.compiling import traced_call, traced_modules
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames, layers_before
-from neuronscope.attach.operators import Index, Listed, Operation, lose, origins_of, rule_of, set_item, tensors_in
-from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.operators import (
+    Index,
+    Listed,
+    Operation,
+    lose,
+    may_bend,
+    origins_of,
+    rule_of,
+    set_item,
+    tensors_in,
+)
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.units import has_units
+from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 
 __all__ = ["UNSEEN", "NeuronFlow"]
@@ -39,6 +49,12 @@ _NORMS = _MIXING_NORMS | spellings("batch_norm")
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
     "__iadd__", "__isub__"
 )
+#: By the name of a layer's node in autograd's graph: the place of the weight in it, and the dimension of the units.
+_WEIGHT_SLOTS = {
+    "AddmmBackward0": (2, -1),
+    "MmBackward0": (1, -1),
+    **dict.fromkeys(("ConvolutionBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"), (1, 1)),
+}
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
@@ -89,6 +105,7 @@ class NeuronFlow:
         self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
+        self.seen: set[str] = set()  # layers that were called
         self.read_layers: set[str] = set()
         self.called: set[str] = set()  # layers that were called in forwards of the model that have ended
         self._reached: set[str] = set()  # layers whose outputs a layer or a reduction reads, or the model returns
@@ -107,9 +124,20 @@ class NeuronFlow:
         self.read = 0
 
     def _close_calls(self) -> None:
+        self.seen.update(self.layers)
         for call, layer in enumerate(self.layers):
             if self.read >> call & 1:
                 self.read_layers.add(layer)
+
+    def unseen_layers(self) -> list[str]:
+        """Return the layers of the model that were never seen to be called."""
+        self._close_calls()
+        seen = {part for layer in self.seen for part in layer.split("+")}
+        parts = tuple(sorted(seen))  # of a stack, or of a fused weight: `w1.0`, `w1(0:3)`
+        found = self._names.layers() - seen
+        return sorted(
+            layer for layer in found if not any(part.startswith((f"{layer}.", f"{layer}(")) for part in parts)
+        )
 
     def lost_layers(self) -> set[str]:
         """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
@@ -149,15 +177,37 @@ class NeuronFlow:
         elif tensor.grad_fn is None or tensor._base is not None:
             return unseen
         else:
-            name = tensor.grad_fn.name()
             calls = {layer: 1 << call for call, layer in enumerate(self.layers)}
-            layers, hidden = layers_before(tensor.grad_fn, calls, self._names)
+            layers, hidden, between = layers_before(tensor.grad_fn, calls, self._names)
+            upstream = sum(calls[layer] for layer in layers)
+            slot, dim = _WEIGHT_SLOTS.get(tensor.grad_fn.name(), (None, 0))
+            if slot is not None and (layer := self._names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
+                return self._note_call(tensor, layer, dim, upstream)
             for layer in hidden:
-                self.hidden.setdefault(layer, name)
+                self.hidden.setdefault(layer, tensor.grad_fn.name())
             if not layers:
                 return unseen
-            bends = tuple((layer, f"{UNSEEN}{name}") for layer in layers)
-            found = Origin.of(LOST, sum(calls[layer] for layer in layers), bends=bends)
+            name = next((name for name in between if may_bend(name)), None)
+            bends = () if name is None else tuple((layer, f"{UNSEEN}{name}") for layer in layers)
+            found = Origin.of(LOST, upstream, bends=bends)
+        self._origins.put(tensor, found)
+        return found
+
+    def _note_call(self, tensor: Tensor, layer: str, dim: int, upstream: int) -> Origin:
+        """Note the call of a layer that was called outside of the model's forward, and return what its output is.
+
+        Args:
+            tensor: Its output.
+            layer: Path of the layer.
+            dim: The dimension of its units.
+            upstream: Calls that its input depends on, as bits.
+        """
+        call, shape = len(self.layers), _shape(tensor)
+        self.layers.append(layer)
+        self.read |= upstream
+        width = shape[dim]
+        units = Units((call,), layer, ((layer, 0, width, 1),), 0, place(shape, (dim % len(shape),)))
+        found = Origin.of(UNITS, upstream | 1 << call, units=units, layer=layer)
         self._origins.put(tensor, found)
         return found
 
@@ -200,7 +250,10 @@ class NeuronFlow:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in _nested_tensors(values):
             if self._origins.get(tensor) is None and self._names.of(tensor) is None:
-                self._origins.put(tensor, _RAW)
+                if tensor.grad_fn is not None and self.layers and traced_modules() is None:
+                    self._origin_by_autograd(tensor, _UNKNOWN)  # a part of the model is called with what another gave
+                if self._origins.get(tensor) is None:
+                    self._origins.put(tensor, _RAW)
 
     def follow(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any

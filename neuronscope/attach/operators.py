@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from neuronscope.attach.origins import LOST, Origin
-from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE
+from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
 from neuronscope.attach.unit_rules.layer_rules import LAYERS
 from neuronscope.attach.unit_rules.operation import (
@@ -34,7 +34,19 @@ from neuronscope.attach.unit_rules.view_rules import ATTRIBUTES, VIEWS
 from neuronscope.attach.unit_rules.writing_rules import WRITING, set_item
 from neuronscope.attach.units import fits
 
-__all__ = ["RULES", "Index", "Listed", "Operation", "Rule", "lose", "origins_of", "rule_of", "set_item", "tensors_in"]
+__all__ = [
+    "RULES",
+    "Index",
+    "Listed",
+    "Operation",
+    "Rule",
+    "lose",
+    "may_bend",
+    "origins_of",
+    "rule_of",
+    "set_item",
+    "tensors_in",
+]
 
 _ENDING = """
 mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy nll_loss binary_cross_entropy
@@ -70,6 +82,19 @@ def rule_of(function: Function) -> Rule:
     if getattr(function, "__name__", "") == "__get__" and owner is not None:
         return ATTRIBUTES.get(owner, lose)
     return lose
+
+
+def may_bend(node: str) -> bool:
+    """Whether a node of autograd's graph may be of a function that is not linear, by its name.
+
+    >>> may_bend("MeanBackward1"), may_bend("ReluBackward0"), may_bend("MySwishBackward")
+    (False, True, True)
+    """
+    rule = _BY_NODE.get(node.partition("Backward")[0].lower(), bending)
+    return rule in (bending, lose)
+
+
+_BY_NODE = {getattr(function, "__name__", "").replace("_", ""): rule for function, rule in RULES.items()}
 
 
 def _lost_by_function(operation: Operation, lost: Origin) -> Origin:

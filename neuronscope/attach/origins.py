@@ -193,8 +193,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        bends = (("", bent),) if bent and origin.state == LOST else ()
-        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "", bends=bends)
+        lost = (("", bent),) if bent and origin.state == LOST else ()
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "", bends=lost)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)

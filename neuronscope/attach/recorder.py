@@ -110,6 +110,7 @@ class SiteRecorder:
         compiled: Whether ``torch.compile`` traced any part of the model.
         forward: The forward that is running.
         not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
+        phases_of_modules: Maps the path of each activation module that ran to the phases in which it did.
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
     """
@@ -133,7 +134,7 @@ class SiteRecorder:
         self.forward = ForwardContext(names, examples, masks)
         self.not_measured: dict[str, str] = {}
         self.not_neurons: dict[str, str] = {}
-        self._ran: set[tuple[str, str]] = set()  # phases, and paths of the activation modules that ran in them
+        self.phases_of_modules: dict[str, dict[str, None]] = {}  # by path of each activation module that ran
         self.fail = fail
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
@@ -143,6 +144,7 @@ class SiteRecorder:
         self._declared = declared_axis
         self._calls: dict[tuple[Any, ...], Call] = {}  # by the facts that they follow from
         self._gates: dict[SiteKey, Call] = {}
+        self._failed: set[str] = set()  # sites whose last call gave no output
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
@@ -202,9 +204,10 @@ class SiteRecorder:
             elif function.startswith(UNSEEN):
                 not_measured.setdefault(
                     layer,
-                    f"a function whose calls torch does not report was applied to it (`{function.removeprefix(UNSEEN)}`"
-                    " in autograd's graph), and then another layer read it. Register the module that calls the "
-                    "function: `activations={...}`",
+                    f"a function was applied to it whose call was not seen (`{function.removeprefix(UNSEEN)}` in "
+                    "autograd's graph), and then another layer read it. Torch does not report it, or it was called "
+                    "outside of the model's forward: register the module that calls it (`activations={...}`), or call "
+                    "`scope.open_step()` before each step and `scope.close_step()` after it",
                 )
             else:
                 not_measured.setdefault(
@@ -227,16 +230,25 @@ class SiteRecorder:
                     "its output reached no activation, no layer and no output of the model: what reads it is no "
                     "function of torch, or nothing does. Register the module that reads it: `activations={...}`",
                 )
-        if self.forward.ran_parts and not self.forward.ran_root:
+        for name in self._failed:
+            not_measured.setdefault(
+                name,
+                "its last call gave no output, because it failed or returns nothing: that call was not counted",
+            )
+        if self.forward.ran_alone and not self.forward.ran_root:
             not_measured["(root)"] = (
-                "parts of the model were called, but never its forward: functional activations between them are not "
-                "seen. Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
+                "activations of the model were called outside of its forward and of all its parts: their examples are "
+                "not counted, and where the layer before one was not seen, its axis is assumed. Call the model itself, "
+                "or `scope.open_step(batch)` before each step and `scope.close_step()` after it"
+            )
+        elif self.forward.ran_parts and not self.forward.ran_root and (unseen := flow.unseen_layers()):
+            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+            not_measured["(root)"] = (
+                "parts of the model were called, and never its forward: its layers that were called outside of a part "
+                f"were not seen (`{unseen[0]}`{more} was not seen to run), nor are functions between parts. Call the "
+                "model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
             )
         return not_measured
-
-    def ran(self, phase: str) -> set[str]:
-        """Return the paths of the activation modules that ran in a phase."""
-        return {path for name, path in self._ran if name == phase}
 
     def current_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
         """Return what is known of a site by now: whether it gives outputs, and which layers read and feed it.
@@ -345,7 +357,7 @@ class SiteRecorder:
             return None
         outside_module = not forward.module_stack
         if outside_module and not forward.explicit_step:
-            forward.ran_parts = True
+            forward.ran_parts = forward.ran_alone = True
         recomputing = forward.recomputing
         if outside_module:
             if not has_real_tensors():
@@ -361,7 +373,7 @@ class SiteRecorder:
         place = _place(path, function)
         phase = self.running_phase
         if not function:
-            self._ran.add((phase, path))
+            self.phases_of_modules.setdefault(path, {})[phase] = None
         if transformed:
             self._note_transformed(place, x)
             return None
@@ -397,7 +409,7 @@ class SiteRecorder:
         """Find a call while ``torch.compile`` traces, and note its number."""
         self.compiled = True
         if not function:
-            self._ran.add((phase, path))
+            self.phases_of_modules.setdefault(path, {})[phase] = None
         place = _place(path, function)
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
@@ -485,7 +497,8 @@ class SiteRecorder:
         if declared is not None:
             if not -x.dim() <= declared < x.dim():
                 self.not_measured.setdefault(
-                    key.name, f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
+                    key.name,
+                    f"axis {declared} was declared for it, and its tensor has {x.dim()} axes: declare one of these",
                 )
                 return None
             layout, source = NeuronLayout(declared % x.dim()), "declared"
@@ -502,7 +515,9 @@ class SiteRecorder:
             glu_dim %= x.dim()
             output_units = None if units is None else slice_dim(units, glu_dim, 0, x.shape[glu_dim] // 2)
             if units is not None and output_units is None:
-                self.not_measured.setdefault(key.name, "it splits units and positions that lie on one dimension")
+                self.not_measured.setdefault(
+                    key.name, "it splits units and positions that lie on one dimension: declare its axis, `axes={...}`"
+                )
                 return None
             if output_units is not None and declared is None:
                 layout = output_units.layout
@@ -552,13 +567,15 @@ class SiteRecorder:
         if state == ROWS:
             self.not_measured.setdefault(
                 place,
-                "its rows are units of several layers (experts), so that one index is a neuron of each of them; "
-                "declare its axis to count those together",
+                "its rows are, or may be, units of several layers (experts), so that one index is a neuron of each of "
+                "them; declare its axis to count those together",
             )
             return False
         if state == ENDED and origin.layer:
             self.not_measured.setdefault(
-                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+                origin.layer,
+                f"data picked some of its units before the activation at {place}, so that one index is now this unit "
+                "and now that one. Register the module that picks them and puts them back: `activations={...}`",
             )
             return False
         if state in (ENDED, WEIGHT):
@@ -599,6 +616,11 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
+        if y is None and not is_tracing():
+            self._failed.add(call.key.name)
+            return
+        if self._failed:
+            self._failed.discard(call.key.name)
         given = y  # `comptime` reads variables
         if isinstance(y, dict):
             y = [*y.values()]
@@ -796,7 +818,8 @@ class SiteRecorder:
         known = self._counters[phase, key]
         if known is not None and known.neurons != neurons:
             self.not_measured.setdefault(
-                key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
+                key.name,
+                f"its neurons changed from {known.neurons} to {neurons}; only calls with {known.neurons} are counted",
             )
             return None
         return known

@@ -175,12 +175,13 @@ def test_a_layer_with_any_activation_has_a_site_or_is_listed(apply: Callable[[Te
     assert missing == []
 
 
-@pytest.mark.parametrize("apply", SPELLINGS.values(), ids=SPELLINGS)
-def test_watching_an_activation_that_is_written_out_changes_nothing(apply: Callable[[Tensor], Tensor]) -> None:
+# A scripted function is another one at its third call: torch optimizes it then.
+@pytest.mark.parametrize("name", sorted({*SPELLINGS} - {"a scripted function"}))
+def test_watching_an_activation_that_is_written_out_changes_nothing(name: str) -> None:
     states = []
     for watched in (False, True):
         torch.manual_seed(0)
-        model = Net(nn.Linear(6, 6), apply, ONWARD["residual"])
+        model = Net(nn.Linear(6, 6), SPELLINGS[name], ONWARD["residual"])
         scope = ns.watch(model) if watched else None
         for _ in range(2):
             Nobody().backward(model(torch.randn(6, 6)).sum())

@@ -102,7 +102,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     graph.unseen_tensors = builder.unseen_tensors
     infos = {key.name: hooks.recorder.current_info(key, info) for key, info in hooks.met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
-    idle = {path or "(root)" for path in set(hooks.module_sites) - hooks.recorder.ran(hooks.recorder.phase)}
+    idle = {path or "(root)" for path in set(hooks.module_sites) - {*hooks.recorder.phases_of_modules}}
     graph.not_seen = {
         **dict.fromkeys(sorted(idle), "it did not run on the example"),
         **hooks.recorder.all_not_measured(),
