@@ -251,13 +251,17 @@ def first_tensor(value: Any) -> Tensor | None:
 def all_tensors(value: Any) -> list[Tensor]:
     """Return every tensor in nested lists, tuples, mappings, dataclasses and other objects."""
     found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> bool:
-        found.append(tensor)
-        return False  # go on
-
-    _search(value, keep, _DEEPEST, set())
+    _collect(value, found, _DEEPEST, set())
     return found
+
+
+def _collect(value: Any, found: list[Tensor], depth: int, seen: set[int]) -> None:
+    """Add every tensor in a value to a list; the other arguments are those of :func:`_search`."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif _may_hold_tensors(value, depth, seen):
+        for member in _members(value):
+            _collect(member, found, depth - 1, seen)
 
 
 def _has_rows(tensor: Tensor) -> bool:

@@ -440,7 +440,11 @@ class NeuronFlow:
 
     def _layers_of(self, calls: int) -> tuple[str, ...]:
         """Return the layers of some calls, which are given as bits."""
-        return tuple({layer: None for call, layer in enumerate(self.layers) if calls >> call & 1})
+        found: dict[str, None] = {}
+        for call, layer in enumerate(self.layers):  # no comprehension: see `call_arguments`
+            if calls >> call & 1:
+                found[layer] = None
+        return tuple(found)
 
     def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
         """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.

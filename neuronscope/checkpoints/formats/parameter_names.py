@@ -10,6 +10,8 @@ __all__ = ["escape_surrogates", "prefix_stripper"]
 
 # Parts that wrappers add before all names.
 _LEADING = ("module.", "_module.", "base_model.model.")
+# What torch's AveragedModel holds beside the network, which has no such part.
+_AVERAGED = "n_averaged"
 
 
 def escape_surrogates(name: object) -> str:
@@ -26,7 +28,7 @@ def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[
 
     ``_orig_mod``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module`` and ``_forward_module`` are removed anywhere
     in a name. A leading ``module`` (data parallel wrappers), ``_module`` (Opacus) or ``base_model.model`` (PEFT) is
-    removed if every name has it. If two names would become the same, all names stay as they are.
+    removed if every name has it, but for the count of an ``AveragedModel``. If two names would become the same, all names stay as they are.
 
     Args:
         names: The names of all tensors of the network.
@@ -40,7 +42,7 @@ def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[
     >>> prefix_stripper(["module.fc.weight", "head.weight"])("module.fc.weight")
     'module.fc.weight'
     """
-    before = set(names)
+    before = set(names) - {_AVERAGED}
     removed: list[str] = []
     bare = {named_sites_path(name) for name in before}
     while wrapped and bare:
