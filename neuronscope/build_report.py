@@ -149,6 +149,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         is_norm=tally.info.is_norm,
         normalises=tally.info.normalises,
         readers=tally.readers,
+        reader_columns=tally.reader_columns,
         reader_notes=tally.reader_notes,
     )
 

@@ -10,7 +10,7 @@ While ``torch.compile`` traces, it receives the fake tensors that stand for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +32,12 @@ from neuronscope.attach.operators import (
     tensors_in,
 )
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.readers import columns_of, read_dim
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
+from neuronscope.sites import ReaderColumns
 
 __all__ = ["UNSEEN", "NeuronFlow"]
 
@@ -68,7 +70,7 @@ class _Outcome(NamedTuple):
         layer: The layer, if it is a call of one.
         call: Its number among the calls of layers.
         reads: The calls of layers that it depends on, as bits.
-        sites: The sites that it reads.
+        readers: The sites that it reads, each with the columns that do, or with its layer where they are not known.
         bends: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
@@ -78,7 +80,7 @@ class _Outcome(NamedTuple):
     layer: str | None = None
     call: int = -1
     reads: int = 0
-    sites: tuple[Any, ...] = ()
+    readers: tuple[tuple[Any, ReaderColumns | str], ...] = ()
     bends: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
@@ -102,7 +104,7 @@ class NeuronFlow:
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
-        self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
+        self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
         self.seen: set[str] = set()  # layers that were called
@@ -290,8 +292,8 @@ class NeuronFlow:
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
-            for site in outcome.sites:
-                self.readers.setdefault(site, {})[outcome.layer] = None
+            for site, reader in outcome.readers:
+                self.readers.setdefault(site, {})[reader] = None
             for layer, name in outcome.bends:
                 self.bent.setdefault(layer, {})[name] = None
             if outcome.normalises is not None:
@@ -347,16 +349,31 @@ class NeuronFlow:
         if rule_of(function) is lose:
             self._note_hidden(operation)
         sources = [each.origin for each in operation.tensors]
-        carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
+        carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
         if not origins[0].upstream >> call & 1:
             if any(origin.state == ENDED for origin in origins):
                 self._reached.update(self._layers_of(operation.upstream))
-            kept = {site for origin in origins for site in origin.carries}
+            kept = {each.site for origin in origins for each in origin.carries}
             return _Outcome(origins, notes=tuple((site, _note(function)) for site in carried if site not in kept))
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
-        return _Outcome(origins, origins[0].layer, call, operation.upstream, carried, bends, notes, normalises)
+        readers = tuple(dict.fromkeys(self._readers(operation, origins[0].layer)))
+        if not notes:
+            unknown = dict.fromkeys(site for site, reader in readers if isinstance(reader, str))
+            notes = tuple((site, f"columns of `{origins[0].layer}` not known") for site in unknown)
+        return _Outcome(origins, origins[0].layer, call, operation.upstream, readers, bends, notes, normalises)
+
+    def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
+        """Yield the sites that a call of a layer reads, each with the columns that do, or the layer; see `_Outcome`."""
+        tensors = operation.tensors
+        for place_of, operand in enumerate(tensors):
+            units = operand.origin.units
+            dim = read_dim(operation.function, place_of, len(tensors) - 1, len(operand.shape))
+            for carried in operand.origin.carries:
+                found = columns_of(carried, layer, units, dim)
+                if found is not None:
+                    yield carried.site, found or layer
 
     def _note_hidden(self, operation: Operation) -> None:
         """Note the layer whose weight an unknown function was given beside data: it may be a call of the layer."""
@@ -380,8 +397,8 @@ class NeuronFlow:
             origin = self._origins.get(tensor)
             if origin is not None:
                 upstream |= origin.upstream
-                for site in origin.carries:
-                    self.reader_notes.setdefault(site, {})["returned by the model"] = None
+                for carried in origin.carries:
+                    self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
         self.called.update(self.layers)
         self._reached.update(self._layers_of(upstream))
 

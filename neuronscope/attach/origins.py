@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from neuronscope.attach.readers import Carried, aligned
 from neuronscope.attach.units import Units, broadcast
 
 __all__ = [
@@ -61,7 +62,7 @@ class Origin:
         bends: Layers whose units a function was applied to that is not linear, and not known as an activation, each
             with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
             stands for those that came last.
-        carries: The sites whose neurons the elements are or are multiplied by, each index one neuron.
+        carries: The sites whose neurons the elements are or are multiplied by, and where each of these lies.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
     """
 
@@ -77,7 +78,7 @@ class Origin:
     picked: bool
     site: Any
     bends: tuple[tuple[str, str], ...]
-    carries: tuple[Any, ...]
+    carries: tuple[Carried, ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -91,7 +92,7 @@ class Origin:
         picked: bool = False,
         site: Any = None,
         bends: tuple[tuple[str, str], ...] = (),
-        carries: tuple[Any, ...] = (),
+        carries: tuple[Carried, ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -103,7 +104,7 @@ class Origin:
             picked: Whether a weight was picked by data.
             site: A site.
             bends: Layers and functions.
-            carries: Sites.
+            carries: Sites, and where their neurons lie.
         """
         facts = (state, upstream, units, layer, picked, site, bends, carries)
         found = cls._known.get(facts)
@@ -213,7 +214,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bends=tuple(bends), carries=carries)
 
 
-def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:
+def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Carried, ...]:
     """Return the sites whose neurons a result has, each at its own index.
 
     Args:
@@ -226,8 +227,13 @@ def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any,
         return carries
     if not product:
         return ()
-    aligned = (each.origin for each in data if each.origin.units is not None and each.origin.units.size == units.size)
-    return tuple(dict.fromkeys(site for origin in aligned for site in origin.carries))
+    found: dict[Carried, None] = {}
+    for each in data:
+        own = each.origin.units
+        if own is not None and own.size == units.size:
+            same = own.which[1:] == units.which[1:]  # the same numbers
+            found |= dict.fromkeys(each.origin.carries if same else aligned(each.origin.carries, own, units))
+    return tuple(found)
 
 
 def _source(data: Sequence[Operand]) -> Operand:

@@ -33,6 +33,7 @@ from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.neuron_flow import UNSEEN
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Operand, Origin
+from neuronscope.attach.readers import carry_site
 from neuronscope.attach.units import Units, slice_dim
 from neuronscope.attach.unsupported import (
     BATCHED_GRADIENT,
@@ -259,12 +260,14 @@ class SiteRecorder:
         """
         flow = self.forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
-        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
+        found, notes = flow.readers.get(key, {}), tuple(flow.reader_notes.get(key, ()))
+        readers = tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found))
         normalises = flow.normalised.get(info.layer)
         return replace(
             info,
             output=output,
             readers=readers,
+            reader_columns=tuple(each for each in found if not isinstance(each, str)),
             reader_notes=notes,
             is_norm=normalises is not None,
             normalises=normalises or "",
@@ -551,9 +554,12 @@ class SiteRecorder:
             counters.sharded_dims = sharded_dims(x)
         hook = None if counters is None else CountedGradient(self, (place, activation.name), glu_dim, counters, layout)
         after = (
-            origin.but(site=key, units=output_units, bends=((output_units.layer, ACTIVATED),), carries=(key,)).inherit(
-                [Operand((), origin)]
-            )
+            origin.but(
+                site=key,
+                units=output_units,
+                bends=((output_units.layer, ACTIVATED),),
+                carries=(carry_site(key, output_units),),
+            ).inherit([Operand((), origin)])
             if output_units is not None
             else origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         )
@@ -764,7 +770,8 @@ class SiteRecorder:
         before = self.forward.flow.origin(y)
         if units is None:
             return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
-        after = before.but(state=UNITS, units=units, layer="", site=key, carries=(key, *before.carries)).inherit(())
+        carries = (carry_site(key, units), *before.carries)
+        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries).inherit(())
         self.forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 

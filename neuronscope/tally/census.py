@@ -18,7 +18,7 @@ import torch
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
-from neuronscope.sites import SiteInfo
+from neuronscope.sites import ReaderColumns, SiteInfo
 
 __all__ = ["Census", "Tally"]
 
@@ -121,6 +121,11 @@ class Tally:
         return self.info.readers
 
     @property
+    def reader_columns(self) -> tuple[ReaderColumns, ...]:
+        """Which columns of these layers read which neurons; everything if there are no :attr:`reader_notes`."""
+        return self.info.reader_columns
+
+    @property
     def reader_notes(self) -> tuple[str, ...]:
         """Other ways in which the site's output is read, as ``added in`` (a residual sum)."""
         return self.info.reader_notes
@@ -175,8 +180,9 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
         units, readers = [list(run) for run in self.info.units], list(self.info.readers)
-        notes = list(self.info.reader_notes)
-        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers, "reader_notes": notes}}
+        notes, columns = list(self.info.reader_notes), [list(each) for each in self.info.reader_columns]
+        listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+        state: dict[str, Any] = {"info": {**vars(self.info), **listed}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -318,7 +324,11 @@ def _read_info(state: Mapping[str, Any]) -> SiteInfo:
     if any(step == 0 for *_, step in units):
         raise ValueError("a run of units has a step of 0")
     readers, notes = (tuple(map(str, state.get(name, ()))) for name in ("readers", "reader_notes"))
-    return SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
+    columns = tuple(
+        ReaderColumns(str(layer), *map(int, numbers)) for layer, *numbers in state.get("reader_columns", ())
+    )
+    listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+    return SiteInfo(**{**state, **listed})
 
 
 def _fraction(part: npt.NDArray[Any], whole: int) -> FloatArray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from neuronscope.attach.origins import (
     CONSTANT,
@@ -19,6 +18,7 @@ from neuronscope.attach.origins import (
     Origin,
     combine,
 )
+from neuronscope.attach.readers import Carried, joined
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, lose, table, tensors_in
 from neuronscope.attach.units import Units, has_units, join_runs, resized
 
@@ -68,8 +68,8 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
     return Origin.of(UNITS, upstream, units=units, site=site, carries=_all_carried(data))
 
 
-def _all_carried(parts: Sequence[Operand]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(site for each in parts for site in each.origin.carries))
+def _all_carried(parts: Sequence[Operand]) -> tuple[Carried, ...]:
+    return tuple(dict.fromkeys(carried for each in parts for carried in each.origin.carries))
 
 
 def _join_weights(parts: Sequence[Operand]) -> Origin:
@@ -99,7 +99,13 @@ def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, ups
     width = sum(units.size for units in every)
     dims = (*every[0].dims[:dim], ((width, 1),), *every[0].dims[dim + 1 :])
     units = Units(calls, "+".join(layers), runs, 0, dims)
-    return Origin.of(UNITS, upstream, units=units, carries=_all_carried(data))
+    carries: list[Carried] = []
+    before = 0
+    for each in data:
+        if each.origin.units is not None:
+            carries += joined(each.origin.carries, each.origin.units, before)
+            before += each.origin.units.size
+    return Origin.of(UNITS, upstream, units=units, carries=tuple(carries))
 
 
 def _stack_rule(operation: Operation) -> Origin:

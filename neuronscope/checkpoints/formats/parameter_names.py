@@ -28,7 +28,8 @@ def prefix_stripper(names: Iterable[str], *, wrapped: bool = True) -> Callable[[
 
     ``_orig_mod``, ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module`` and ``_forward_module`` are removed anywhere
     in a name. A leading ``module`` (data parallel wrappers), ``_module`` (Opacus) or ``base_model.model`` (PEFT) is
-    removed if every name has it, but for the count of an ``AveragedModel``. If two names would become the same, all names stay as they are.
+    removed if every name has it, but for the count of an ``AveragedModel``. If two names would become the same, all
+    names stay as they are.
 
     Args:
         names: The names of all tensors of the network.
