@@ -20,7 +20,7 @@ class SiteKey(NamedTuple):
     Attributes:
         layer: Path of the layer; ``a+b`` for two layers whose outputs were joined. If no layer is known, the place of
             the activation: the path of its module, or the function in the module that calls it, ``block.relu()``.
-        units: Which units of the layer, as ``0:28``; ``""`` for all of them.
+        units: Which units of the layer, as ``0:28``, or of several, as ``a:0:8,b:0:5``; ``""`` for all of them.
         activation: Name of the activation, or of the gated product; ``""`` for an activation without a known layer.
         ordinal: Number among the activations of one name that one call of the layer feeds with the same units.
 

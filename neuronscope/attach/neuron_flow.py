@@ -367,9 +367,10 @@ class NeuronFlow:
     def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
         """Yield the sites that a call of a layer reads, each with the columns that do, or the layer; see `_Outcome`."""
         tensors = operation.tensors
+        whole = all(each is None for operand in tensors for each in operand.origin.cuts[1:])  # of a weight's inputs
         for place_of, operand in enumerate(tensors):
             units = operand.origin.units
-            dim = read_dim(operation.function, place_of, len(tensors) - 1, len(operand.shape))
+            dim = read_dim(operation.function, place_of, len(tensors) - 1, len(operand.shape)) if whole else None
             for carried in operand.origin.carries:
                 found = columns_of(carried, layer, units, dim)
                 if found is not None:

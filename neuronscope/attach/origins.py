@@ -47,6 +47,10 @@ ACTIVATED = ""
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
 
 
+#: The start, the end and the step of a slice of a weight.
+Cut = tuple[int, int, int]
+
+
 class Origin:
     """What a tensor is. Two origins are equal if they are one object; :meth:`of` returns the same one for equal facts.
 
@@ -57,16 +61,18 @@ class Origin:
         layer: Path of the layer of a weight; of the layer that gave the units, if nothing was mixed into them since; or
             of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
             or it is not known.
+        cuts: Of a part of a weight: the slice of each dimension, or ``None`` where it is whole.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bends: Layers whose units a function was applied to that is not linear, and not known as an activation, each
             with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
             stands for those that came last.
         carries: The sites whose neurons the elements are or are multiplied by, and where each of these lies.
-        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
+        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
+            if the units are not each unit of the layers once.
     """
 
-    __slots__ = ("bends", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
+    __slots__ = ("bends", "carries", "cuts", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -75,6 +81,7 @@ class Origin:
     upstream: int
     units: Units | None
     layer: str
+    cuts: tuple[Cut | None, ...]
     picked: bool
     site: Any
     bends: tuple[tuple[str, str], ...]
@@ -89,6 +96,7 @@ class Origin:
         *,
         units: Units | None = None,
         layer: str = "",
+        cuts: tuple[Cut | None, ...] = (),
         picked: bool = False,
         site: Any = None,
         bends: tuple[tuple[str, str], ...] = (),
@@ -101,20 +109,23 @@ class Origin:
             upstream: Bits of calls.
             units: Units.
             layer: Path of a layer.
+            cuts: Slices of a weight.
             picked: Whether a weight was picked by data.
             site: A site.
             bends: Layers and functions.
             carries: Sites, and where their neurons lie.
         """
-        facts = (state, upstream, units, layer, picked, site, bends, carries)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
-            found.picked, found.site, found.bends, found.carries = rest
+            found.cuts, found.picked, found.site, found.bends, found.carries = rest
             found.unit_set = () if units is None else (units.call, units.first, units.order)
+            if units is not None and units.explicit:
+                found.unit_set += (units.runs,)
         return found
 
     def but(self, **changes: Any) -> Origin:
@@ -125,6 +136,17 @@ class Origin:
         """
         facts = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set"}
         return Origin.of(**{**facts, **changes})
+
+    def as_layer(self) -> Origin:
+        """Return the origin of a part of a weight as a layer of its own, as ``in_proj(0:8)``."""
+        texts = [
+            "" if cut is None else f"{cut[0]}:{cut[1]}" + (f":{cut[2]}" if cut[2] > 1 else "") for cut in self.cuts
+        ]
+        while texts and not texts[-1]:
+            texts.pop()
+        return self.but(
+            layer=f"{self.layer}({','.join(text or ':' for text in texts)})" if texts else self.layer, cuts=()
+        )
 
     def without_units(self, state: str = ENDED) -> Origin:
         """Return what the tensor becomes if its units cannot be followed, or are no units any more.
@@ -186,7 +208,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     """
     data = [each for each in operands if each.origin.state not in (WEIGHT, CONSTANT)]
     if not data:
-        return _of_weights(operands)
+        return _of_weights(operands, len(shape))
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
@@ -261,9 +283,11 @@ def _size(shape: Iterable[int]) -> int:
     return size
 
 
-def _of_weights(operands: Sequence[Operand]) -> Origin:
-    weights = [each.origin for each in operands if each.origin.state == WEIGHT]
+def _of_weights(operands: Sequence[Operand], rank: int) -> Origin:
+    """Return the origin of what was computed from weights, with a number of dimensions; a part of one stays a part."""
+    weights = [each for each in operands if each.origin.state == WEIGHT]
     if not weights:
         return Origin.of(CONSTANT)
-    named = next((each for each in weights if each.layer), weights[0])
-    return Origin.of(WEIGHT, layer=named.layer, picked=any(each.picked for each in weights))
+    named = next((each for each in weights if each.origin.layer), weights[0])
+    origin = named.origin if len(named.shape) == rank else named.origin.as_layer()
+    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=any(each.origin.picked for each in weights))

@@ -1371,7 +1371,7 @@ def test_a_part_of_a_weight_is_no_other_parts_layer() -> None:
         with mode:
             found = mode.flow.origin(part())
         assert found.state == WEIGHT
-        layers.append(found.layer)
+        layers.append(found.as_layer().layer)
     assert layers == [
         "w(0:3)",
         "w(3:6)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Operand, Origin
+from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin
 from neuronscope.attach.unit_rules.operation import Function, Index, Listed, Operation, Rule, Shape, lose, table
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
@@ -61,29 +61,35 @@ def _indexed(operation: Operation, index: tuple[Any, ...]) -> Origin:
 
 
 def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
-    """Return the origin of a part of a weight: it is a layer of its own, as ``experts.3`` or ``in_proj(0:8)``."""
+    """Return the origin of a part of a weight: some units of its layer, or a matrix of a stack, as ``experts.3``."""
     origin, shape = operand.origin, operand.shape
     if len(shape) < 2:
         return origin
+    if any(origin.cuts):  # a part of a part
+        origin = origin.as_layer()
     by_data = any(isinstance(part, (Operand, tuple)) and not isinstance(part, Index) for part in index)
     if by_data:
         return origin.but(picked=len(shape) > 2)
     index = _without_ellipsis(index, shape)
-    layer, dim, cuts = origin.layer, 0, []
+    layer, dim, whole = origin.layer, 0, True
+    cuts: list[Cut | None] = []
     for part in index:
         if isinstance(part, Index):
             start, stop, step = slice(*part).indices(shape[dim])
-            whole = len(range(start, stop, step)) == shape[dim]
-            cuts.append("" if whole else f"{start}:{stop}" + (f":{step}" if step > 1 else ""))
+            cuts.append(None if len(range(start, stop, step)) == shape[dim] else (start, stop, step))
             dim += 1
         elif isinstance(part, int) and not isinstance(part, bool):
-            cuts.append(str(part % shape[dim]))
+            if cuts:  # a row of each matrix
+                whole = False
+                cuts.append((part % shape[dim], part % shape[dim] + 1, 1))
+            else:
+                layer = f"{layer}.{part % shape[dim]}"
             dim += 1
-    if cuts and cuts[0].isdigit():
-        layer, cuts = f"{layer}.{cuts[0]}", cuts[1:]
-    while cuts and not cuts[-1]:
-        cuts.pop()
-    return origin.but(layer=layer + (f"({','.join(cut or ':' for cut in cuts)})" if cuts else ""))
+        else:
+            whole = False
+    cuts += [None] * (len(shape) - dim)
+    found = origin.but(layer=layer, cuts=tuple(cuts) if any(cuts) else ())
+    return found if whole else found.as_layer()
 
 
 def _without_ellipsis(index: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def _layer_from_right(operation: Operation, data: Operand, weight: Operand) -> O
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
     stack = _stack(weight, rank - (2 if len(data.shape) > 1 else 1))
-    return produce(operation, weight, (*stack, rank - 1))
+    return produce(operation, weight, (*stack, rank - 1), rows=-1)
 
 
 def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Origin:
@@ -45,7 +45,7 @@ def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Or
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
     rows = rank - (2 if len(data.shape) > 1 else 1)
-    return produce(operation, weight, (*_stack(weight, rows), rows))
+    return produce(operation, weight, (*_stack(weight, rows), rows), rows=-2)
 
 
 def _stack(weight: Operand, before: int) -> list[int]:

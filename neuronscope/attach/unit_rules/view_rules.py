@@ -28,6 +28,11 @@ def _move_rule(move: _Move) -> Rule:
     def rule(operation: Operation) -> Origin:
         operand = operation.first
         origin = operand.origin
+        if origin.units is None and any(origin.cuts):
+            if move not in (_transposed, _permute, _reversed, _last_two):
+                return origin.as_layer() if operation.outputs[0] != operand.shape else origin
+            moved = move(operation, Units((), "", (), 0, origin.cuts), operand.shape, operation.outputs[0])  # type: ignore[arg-type]
+            return origin.as_layer() if moved is None else origin.but(cuts=moved.dims)
         if origin.units is None:
             repeated = move in (_expanded, _repeated, _repeated_each) and len(operation.outputs[0]) > 2
             # Of a stack that repeats a matrix it is not known which dimension tells matrices apart.
