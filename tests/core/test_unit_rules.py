@@ -661,7 +661,11 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"]
+    "name",
+    [
+        *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce"),
+        *("__setitem__", "index_put"),
+    ],
 )
 def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: str) -> None:
     claimed: list[int] = []
@@ -674,7 +678,7 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
         mode = Following()
         target_shape = [*shape]
         dim = draw(integers(0, len(shape) - 1))
-        if name != "__setitem__" and draw(st.booleans()):
+        if name not in ("__setitem__", "index_put") and draw(st.booleans()):
             target_shape[dim] += 1
         target = torch.full(target_shape, UNWRITTEN, dtype=torch.float64)
         mode.flow.put(target, Origin.of(CONSTANT))
@@ -683,8 +687,8 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
             mode.flow.put(target, mode.flow.origin(other_part(draw, units, shape, mode)))
             target, before = _origin_pair(draw, units, shape, mode)
             mode.flow.put(target, before)
-        if name == "__setitem__":
-            index = indexed(draw, target)[0][1]
+        if name in ("__setitem__", "index_put"):
+            index = indexed(draw, target)[0][1] if name == "__setitem__" else indices_of(draw, target)
             try:
                 value_shape = list(target[index].shape)
             except (IndexError, RuntimeError):
@@ -697,7 +701,10 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
                 units = units._replace(dims=dims)
             value = source(mode, units, numbers(units, value_shape))
             with mode:
-                target[index] = value
+                if name == "__setitem__":
+                    target[index] = value
+                else:
+                    target = draw(st.sampled_from([torch.index_put, Tensor.index_put_]))(target, index, value)
             result = target
         else:
             value = source(mode, units, numbers(units, shape))
@@ -737,6 +744,13 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
             claimed.append(origin.units.size)
 
     try_until_claimed(tried, claimed)
+
+
+def indices_of(draw: Draw, x: Tensor) -> tuple[Tensor, ...]:
+    """The indices of ``index_put``: a tensor for each of the first dimensions."""
+    length = draw(integers(1, 2))
+    dims = draw(integers(1, x.dim()))
+    return tuple(torch.tensor([draw(integers(0, size - 1)) for _ in range(length)]) for size in x.shape[:dims])
 
 
 def _origin_pair(draw: Draw, units: Units, shape: list[int], mode: Following) -> tuple[Tensor, Origin]:
@@ -1007,6 +1021,8 @@ PRODUCTS = [
     "addbmm",
     "scaled_dot_product_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
+    "inner",
+    "tensordot",
 ]
 
 
@@ -1017,6 +1033,8 @@ def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
         )
     if name.startswith("add") or name == "baddbmm":
         return lambda left, right: function(torch.zeros((), dtype=torch.float64), left, right)
+    if name == "tensordot":
+        return lambda left, right: function(left, right, 1)
     if name == "__rmatmul__":
         return lambda left, right: function(right, left)
     return function
@@ -1033,6 +1051,8 @@ def test_a_product_of_data_has_the_units_of_the_factor_that_its_rule_chooses(nam
         if name in ("bmm", "baddbmm", "addbmm") or name == "scaled_dot_product_attention":
             batch = data.draw(integers(1, 3))
             left_shape, right_shape = [batch, *left_shape[-2:]], [batch, *right_shape[-2:]]
+        if name == "inner":  # it sums over the last dimension of both
+            right_shape = [*right_shape[:-2], *right_shape[-2:][::-1]]
         if name.startswith("_scaled"):  # heads too, and queries as wide as values
             width = data.draw(integers(1, 3))
             left_shape, right_shape = [2, 3, 4, width], [2, 3, 5, width]
@@ -1269,6 +1289,46 @@ def test_an_einsum_with_a_weight_has_the_letters_of_the_weight_that_are_left_as_
     try_until_claimed(tried, claimed)
 
 
+def test_patches_of_a_map_have_its_channels_as_units() -> None:
+    claimed: list[int] = []
+
+    @TRIED
+    @given(st.data())
+    def tried(data: st.DataObject) -> None:
+        units, shape = draw_units(data.draw, ranks=(3, 4))
+        mode = Following()
+        x = source(mode, units, numbers(units, shape))
+        kernel = tuple(data.draw(integers(1, size)) for size in shape[-2:])
+        one = (1, 1)
+        functions = [
+            lambda x: functional.unfold(x, kernel),
+            lambda x: functional.unfold(input=x, kernel_size=kernel),
+            lambda x: torch.ops.aten.im2col.default(x, kernel, one, (0, 0), one),
+        ]
+        result = run_drawn(data.draw, data.draw(st.sampled_from(functions)), x, [], mode)
+        origin = mode.flow.origin(result)
+        if origin.units is not None:
+            assert numbers(origin.units, result.shape).equal(result)
+            claimed.append(origin.units.size)
+
+    try_until_claimed(tried, claimed)
+
+
+def test_a_sum_over_pairs_of_dimensions_with_a_weight_has_its_other_dimensions_as_units() -> None:
+    x = generic((3, 4, 5))
+    calls: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...], Callable[[int], Any], int]] = [
+        (lambda w: torch.tensordot(x, w, 1), (5, 6), lambda u: (slice(None), u), 6),
+        (lambda w: torch.tensordot(x, w, dims=([2], [1])), (6, 5), lambda u: u, 6),
+        (lambda w: torch.tensordot(x, w, dims=([-1, 1], [0, 1])), (5, 4, 6), lambda u: (..., u), 6),
+        (lambda w: torch.tensordot(w, x, dims=([0], [1])), (4, 2, 3), lambda u: (slice(None), u // 3, u % 3), 6),
+        (lambda w: torch.ops.aten.tensordot.default(x, w, [2], [1]), (6, 5), lambda u: u, 6),
+        (lambda w: torch.inner(x, w), (6, 5), lambda u: u, 6),
+        (lambda w: w.inner(x), (6, 5), lambda u: u, 6),
+    ]
+    for run, shape, row, units in calls:
+        assert assert_each_unit_is_its_row(run, generic(shape, 1), row) == units
+
+
 def test_an_einsum_with_two_weights_has_the_units_of_the_one_whose_letters_are_left() -> None:
     low = generic((4, 2), 3)
     x = generic((3, 4))
@@ -1417,7 +1477,7 @@ def all_names() -> set[str]:
         *REDUCTIONS,
         *PRODUCTS,
         *["cat", "concat", "concatenate", "stack", "hstack", "column_stack", "vstack", "row_stack"],
-        *["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce"],
+        *["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "index_put", "im2col"],
         *[
             "linear",
             "bilinear",
@@ -1456,7 +1516,6 @@ NOT_DRAWN = {
         ],
         "has the rule of native_batch_norm",
     ),
-    "inner": "claims no units",
     "max_unpool1d": "needs the indices of a pooling; the rule is that of the pooling",
     "max_unpool2d": "the same",
     "max_unpool3d": "the same",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 
 from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Operand, Origin, combine
 from neuronscope.attach.unit_rules.layer_rules import is_weight, produce
-from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, lose, table, tensors_in
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, integers, lose, table, tensors_in
 from neuronscope.attach.units import has_units, positions, resized
 from neuronscope.count.neuron_layout import Dims
 
@@ -118,8 +119,34 @@ def _summed_over_batch(operation: Operation) -> Origin:
 
 
 def _inner(operation: Operation) -> Origin:
-    """Say what ``inner`` gives: a layer if a factor is a weight, and otherwise a sum over units."""
-    return lose(operation) if any(is_weight(each) for each in operation.tensors) else end(operation)
+    """Say what ``inner`` gives: a sum over the last dimension of both factors."""
+    left, right = operation.argument(0, "input"), operation.argument(1, "other")
+    if not left.shape or not right.shape:
+        return lose(operation)  # a product with a number
+    return _contracted(operation, left, right, [len(left.shape) - 1], [len(right.shape) - 1])
+
+
+def _tensordot(operation: Operation) -> Origin:
+    """Say what ``tensordot`` gives: a sum over pairs of dimensions, which are numbers or how many there are."""
+    left, right = operation.argument(0, "a"), operation.argument(1, "b")
+    dims = operation.argument(2, "dims", default=2)
+    if isinstance(dims, int):
+        return _contracted(operation, left, right, range(len(left.shape))[len(left.shape) - dims :], range(dims))
+    first, second = (dims, operation.args[3]) if len(operation.args) > 3 else dims  # aten has both one by one
+    return _contracted(operation, left, right, integers([first]), integers([second]))
+
+
+def _contracted(
+    operation: Operation, left: Operand, right: Operand, left_dims: Sequence[int], right_dims: Sequence[int]
+) -> Origin:
+    """Return the origin of sums of products over pairs of dimensions, as ``einsum`` would write it."""
+    letters = iter(string.ascii_letters)
+    terms = [[next(letters) for _ in operand.shape] for operand in (left, right)]
+    for one, other in zip(left_dims, right_dims, strict=True):
+        terms[1][other] = terms[0][one]
+    kept = [letter for term, other in (terms, terms[::-1]) for letter in term if letter not in other]
+    equation = f"{''.join(terms[0])},{''.join(terms[1])}->{''.join(kept)}"
+    return _einsum(operation._replace(args=(equation, left, right), kwargs={}))
 
 
 def _attend(operation: Operation) -> Origin:
@@ -206,5 +233,6 @@ PRODUCTS: dict[Function, Rule] = {
     **table("einsum", _einsum),
     **table("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attend),
     **table("inner", _inner),
+    **table("tensordot", _tensordot),
     **table("dot vdot outer ger cdist pairwise_distance cosine_similarity", end),
 }

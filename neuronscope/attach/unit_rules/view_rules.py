@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from neuronscope.attach.origins import LOST, WEIGHT, Origin
 from neuronscope.attach.torch_functions import aten
@@ -149,6 +150,15 @@ def _windows(operation: Operation, units: Units, before: Shape, after: Shape) ->
     return units._replace(dims=tuple(dims))
 
 
+def _patches(_: Operation, units: Units, before: Shape, after: Shape) -> Units | None:
+    """Return the units of patches of a map: each channel, and then the places in its patch."""
+    if has_units(units.dims[-1]) or has_units(units.dims[-2]):
+        return None
+    channels = before[-3]
+    patch = positions([after[-2] // channels])[0]
+    return units._replace(dims=(*units.dims[:-3], (*units.dims[-3], *patch), positions(after[-1:])[0]))
+
+
 #: The attributes of a tensor that are tensors themselves.
 ATTRIBUTES: dict[Any, Rule] = {
     Tensor.T: _move_rule(_reversed),
@@ -176,5 +186,6 @@ VIEWS: dict[Function, Rule] = {
     **table("flipud", _along_positions(lambda _: (0,))),
     **table("roll", _along_positions(_rolled)),
     **table("rot90", _along_positions(_rotated)),
+    **{function: _move_rule(_patches) for function in (functional.unfold, *aten("im2col"))},
     **dict.fromkeys([Tensor.unfold, *aten("unfold")], _move_rule(_windows)),
 }
