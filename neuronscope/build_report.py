@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import neuronscope
+from neuronscope.attach.forward import INFERENCE
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
@@ -93,33 +94,38 @@ def make_report(
 
 def not_measured(
     unseen: Mapping[str, str],
+    phase: str,
     modules: Iterable[str],
-    ran: Collection[str],
+    phases: Mapping[str, Collection[str]],
     wanted: Callable[[str], bool],
-    *,
-    inferred: Collection[str] = (),
 ) -> dict[str, str]:
     """Add the activation modules that did not run to what was not measured.
 
     Args:
         unseen: Reasons why something was not measured, by name.
+        phase: The phase that the report is on.
         modules: Paths of the watched activation modules.
-        ran: Paths of those that ran.
+        phases: In which phases each of them ran, by path.
         wanted: A function that returns whether the site of a given name should be counted.
-        inferred: Paths of those that ran in phase ``inference``, if the phase is ``train``.
 
     Returns:
         All reasons, by name.
     """
     reasons = dict(unseen)
     for path in modules:
-        name = path or "(root)"
-        if path not in ran and name not in reasons and wanted(name):
+        name, ran = path or "(root)", phases.get(path, ())
+        if phase in ran or name in reasons or not wanted(name):
+            continue
+        others = ", ".join(f"`{each}`" for each in ran)
+        if not others:
             reasons[name] = (
-                "this module ran without gradients only: see phase `inference`"
-                if path in inferred
-                else "this module did not run while it was watched"
+                "no call of this module was seen in an observed step: the network does not use it, or calls its "
+                "`forward` itself"
             )
+        elif INFERENCE in ran and phase == "train":
+            reasons[name] = f"this module ran without gradients only: see phase {others}"
+        else:
+            reasons[name] = f"no call of this module was seen in phase `{phase}`: see phase {others}"
     return reasons
 
 
@@ -149,6 +155,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         is_norm=tally.info.is_norm,
         normalises=tally.info.normalises,
         readers=tally.readers,
+        reader_columns=tally.reader_columns,
         reader_notes=tally.reader_notes,
     )
 

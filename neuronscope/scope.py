@@ -43,6 +43,8 @@ __all__ = ["Scope", "watch"]
 #: Maximal number of phases whose counts are kept, without `train` and `inference`, and of those that keep the buffers
 #: that they count with. The phases that ended last are kept.
 _MOST_PHASES, _MOST_COUNTING = 64, 8
+#: After so many observed steps in which the model was not seen to run, a warning says so.
+_STEPS_WITHOUT_MODEL = 3
 
 
 class Scope:
@@ -86,6 +88,7 @@ class Scope:
         self._retired = False
         self._fault: Fault | None = None
         self._checked = False
+        self._steps_without_model = 0
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
         registry = Registry(options.activations)
@@ -487,10 +490,10 @@ class Scope:
             policy=self.policy,
             unseen=not_measured(
                 self._hooks.recorder.sites.all_not_measured(),
+                phase,
                 self._hooks.module_sites,
-                self._hooks.recorder.unmeasured.modules_that_ran(phase),
+                self._hooks.recorder.unmeasured.phases_of_modules,
                 self._patterns.wants,
-                inferred=self._hooks.recorder.unmeasured.modules_that_ran(INFERENCE) if phase == "train" else (),
             ),
             notes=(note, self._ranks.note),
             exchanges=self._ranks.exchanges,
@@ -571,11 +574,14 @@ class Scope:
         return self._record(phase).add_site(key, info, neurons, device)
 
     def _check_patterns(self) -> None:
-        """Warn after the first observed step about patterns that match no site."""
-        if self._checked:
+        """Warn about patterns that match no site: after the first observed step in which the model is seen to run."""
+        recorder = self._hooks.recorder
+        ran = recorder.forward.number > 0 or bool(recorder.unmeasured.phases_of_modules)
+        self._steps_without_model += not ran
+        if self._checked or (not ran and self._steps_without_model < _STEPS_WITHOUT_MODEL):
             return
         self._checked = True
-        for message in self._patterns.unmatched_warnings(self._model_name):
+        for message in self._patterns.unmatched_warnings(self._model_name, ran=ran):
             warnings.warn(message, NeuronscopeWarning, stacklevel=5)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["SiteInfo", "SiteKey", "TotalsMember"]
+__all__ = ["ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
 
 
 class SiteKey(NamedTuple):
@@ -20,7 +20,7 @@ class SiteKey(NamedTuple):
     Attributes:
         layer: Path of the layer; ``a+b`` for two layers whose outputs were joined. If no layer is known, the place of
             the activation: the path of its module, or the function in the module that calls it, ``block.relu()``.
-        units: Which units of the layer, as ``0:28``; ``""`` for all of them.
+        units: Which units of the layer, as ``0:28``, or of several, as ``a:0:8,b:0:5``; ``""`` for all of them.
         activation: Name of the activation, or of the gated product; ``""`` for an activation without a known layer.
         ordinal: Number among the activations of one name that one call of the layer feeds with the same units.
 
@@ -43,6 +43,47 @@ class SiteKey(NamedTuple):
         units = f"({self.units})" if self.units else ""
         activation = f"/{self.activation}" if self.activation else ""
         return f"{self.layer}{units}{activation}" + (f"#{self.ordinal}" if self.ordinal else "")
+
+
+class ReaderColumns(NamedTuple):
+    """Which columns of a layer read which neurons of a site.
+
+    A column is an index of the layer's input: of the last dimension of a linear layer's, a channel of a convolution's.
+    Neuron ``neuron + j`` of the site is read by the columns ``column + j * step + k * column_step`` for ``k`` from 0 to
+    ``columns - 1``. After a flattening of ``(C, H, W)``, a channel has ``H * W`` columns.
+
+    Attributes:
+        layer: Path of the layer that reads.
+        neuron: The first neuron that it reads.
+        neurons: Number of neurons that it reads.
+        column: The first column of the first neuron.
+        step: Distance of the first columns of neighbouring neurons.
+        columns: Number of columns of a neuron.
+        column_step: Distance of the columns of one neuron.
+
+    >>> ReaderColumns("out", neuron=0, neurons=3, column=8, step=4, columns=4, column_step=1).of(1)
+    [12, 13, 14, 15]
+    """
+
+    layer: str
+    neuron: int
+    neurons: int
+    column: int
+    step: int
+    columns: int
+    column_step: int
+
+    def of(self, neuron: int) -> list[int]:
+        """Return the columns that read a neuron of the site; ``[]`` if there are none.
+
+        Args:
+            neuron: The neuron's number in the site.
+        """
+        place = neuron - self.neuron
+        if not 0 <= place < self.neurons:
+            return []
+        first = self.column + place * self.step
+        return [first + number * self.column_step for number in range(self.columns)]
 
 
 class TotalsMember:
@@ -86,9 +127,11 @@ class SiteInfo(TotalsMember):
             no layer is known.
         output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
             it, as a loss does.
-        readers: Paths of the layers that read the site's output as their input, one column (or channel) a neuron.
+        readers: Paths of the layers that read the site's output as their input.
+        reader_columns: Which columns of these layers read which neurons.
         reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
-            ``returned by the model``, or a function's name. If there are any, ``readers`` do not tell everything.
+            ``returned by the model``, a function's name, or that the columns of a layer are not known. If there are
+            any, ``reader_columns`` do not tell everything.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
             ``""`` if there is no such layer.
@@ -106,6 +149,7 @@ class SiteInfo(TotalsMember):
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    reader_columns: tuple[ReaderColumns, ...] = ()
     reader_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._ops import OpOverloadPacket
+from torch._ops import OpOverload, OpOverloadPacket
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.errors import UsageError
@@ -260,8 +260,10 @@ def _is_seen_by_modes(function: Callable[..., Any]) -> bool:
     """Whether a function mode sees the calls of a function: torch's own, and any that follows torch's protocol."""
     if isinstance(function, FunctionType):
         return "handle_torch_function" in function.__code__.co_names
-    return isinstance(function, (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, OpOverloadPacket))
+    return isinstance(function, _SEEN)
 
 
+# Types of functions whose calls a function mode sees.
+_SEEN = (BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType, OpOverload, OpOverloadPacket)
 # Modules that call no activation function themselves.
 _WITHOUT_FUNCTIONS = (nn.Linear, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Flatten, nn.Dropout)

@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -113,9 +113,26 @@ def in_compiled_graph() -> bool:
         return False
     frame = sys._getframe(2)
     for _ in range(4):  # between the mode and the graph's code are the function and its dispatcher
-        if frame.f_code.co_filename.startswith("<eval_with_key>"):
-            return frame.f_back is not None and "_dynamo" in frame.f_back.f_code.co_filename
+        if _is_graph(frame.f_code.co_filename):
+            return _is_run_by_compiler(frame.f_back)
         if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _is_graph(file: str) -> bool:
+    """Whether code was made from a graph, by the name of its file: AOTAutograd names the place that traced it."""
+    return file.startswith("<eval_with_key>") or file.endswith(" in wrapped")
+
+
+def _is_run_by_compiler(frame: FrameType | None) -> bool:
+    """Whether the code of a graph is called by the compiler, and not as an exported module is."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "_dynamo" in name or "_functorch" in name:
+            return True
+        if not name.endswith(("graph_module.py", "nn/modules/module.py")):
             return False
         frame = frame.f_back
     return False

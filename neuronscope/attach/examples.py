@@ -34,7 +34,7 @@ from neuronscope.attach.dtensor import local_tensor
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples
 
-__all__ = ["ExampleCounter", "continues_earlier", "count_examples", "first_tensor", "is_time_first"]
+__all__ = ["ExampleCounter", "all_tensors", "continues_earlier", "count_examples", "first_tensor", "is_time_first"]
 
 #: How deep, and in how many containers, tensors are looked for in what a forward was given.
 _DEEPEST = 8
@@ -246,6 +246,22 @@ def first_tensor(value: Any) -> Tensor | None:
         The tensor, of any shape; ``None`` if there is none.
     """
     return _search(value, _has_rows, _DEEPEST, set())
+
+
+def all_tensors(value: Any) -> list[Tensor]:
+    """Return every tensor in nested lists, tuples, mappings, dataclasses and other objects."""
+    found: list[Tensor] = []
+    _collect(value, found, _DEEPEST, set())
+    return found
+
+
+def _collect(value: Any, found: list[Tensor], depth: int, seen: set[int]) -> None:
+    """Add every tensor in a value to a list; the other arguments are those of :func:`_search`."""
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif _may_hold_tensors(value, depth, seen):
+        for member in _members(value):
+            _collect(member, found, depth - 1, seen)
 
 
 def _has_rows(tensor: Tensor) -> bool:

@@ -61,6 +61,7 @@ class ForwardContext:
             The forwards that the step makes are then one level deeper.
         ran_root: Whether the model's own forward was seen.
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
+        ran_alone: Whether an activation was called outside of all other modules, and of an explicit step.
         recomputation: Tells which call of the forward a recomputed call repeats.
     """
 
@@ -79,6 +80,7 @@ class ForwardContext:
         self.step_is_forward = False
         self.ran_root = False
         self.ran_parts = False
+        self.ran_alone = False
         self.recomputation = Recomputation()
         self._graded = True
         self._inference = False

@@ -130,10 +130,13 @@ class HookManager:
             if any(path.startswith(f"{parent}.") for parent in hidden):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                self.recorder.unmeasured.note(path or "(root)", "a scripted module hides its activations from hooks")
+                self.recorder.unmeasured.note(
+                    path or "(root)",
+                    "a scripted or traced module hides its activations from hooks: watch the module it was made of",
+                )
                 hidden.append(path)
                 continue
-            if isinstance(module, _FUSED):
+            if isinstance(module, _FUSED) and type(module).forward.__module__ == _FUSED[0].__module__:
                 self.recorder.unmeasured.reasons[path or "(root)"] = (
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
@@ -475,7 +478,7 @@ class HookManager:
         self.entered.leave(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoderLayer):
             prefix = f"{path}." if path else ""
-            self.recorder.unmeasured.ran.add((self.recorder.running_phase, f"{prefix}activation"))
+            self.recorder.unmeasured.note_ran(f"{prefix}activation", self.recorder.running_phase)
             self.recorder.unmeasured.note(f"{prefix}linear1/{hidden_activation(module)}", REASON)
 
     def hide_hooks(self, module: nn.Module) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from types import FrameType
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from neuronscope.attach.compiling import traced_modules
 from neuronscope.attach.module_paths import walk
@@ -98,6 +99,41 @@ def _name_in(module: nn.Module, tensor: Tensor) -> str | None:
     return None
 
 
+def layers_before(
+    node: Node, layers: Container[str], names: LayerNames, most: int = 50
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return the layers that lie next before a node of autograd's graph, the node itself included.
+
+    Args:
+        node: The node.
+        layers: The layers to look for.
+        names: The layers of the model's weights.
+        most: How many nodes to look at.
+
+    Returns:
+        The layers; other layers whose weights the node itself was given; and the names of the nodes in between, those
+        of the layers not included.
+    """
+    found: dict[str, None] = {}
+    between: list[str] = []
+    hidden = tuple(layer for child in _children(node) if (layer := names.of_node(child)) and layer not in layers)
+    queue, seen = [node], {node}
+    while queue and len(seen) < most:
+        next_node = queue.pop(0)
+        children = _children(next_node)
+        own = [layer for child in children if (layer := names.of_node(child)) in layers]
+        found.update(dict.fromkeys(own))
+        if not own:
+            between.append(next_node.name())
+            queue.extend(child for child in children if child not in seen)
+            seen.update(children)
+    return tuple(found), hidden, tuple(between)
+
+
+def _children(node: Node) -> list[Node]:
+    return [child for child, _ in node.next_functions if child is not None]
+
+
 class LayerNames:
     """The layers of a model's weights, by identity.
 
@@ -144,6 +180,25 @@ class LayerNames:
         """Return the layer of a parameter or buffer of the model, and whether it is a parameter; else ``None``."""
         known = self._layers.get(id(tensor))
         return known[1:] if known is not None and known[0]() is tensor else None
+
+    def layers(self) -> set[str]:
+        """Return the layers of all weights, but for biases."""
+        return {layer for _, layer, is_weight in self._layers.values() if is_weight and not layer.endswith("bias")}
+
+    def of_node(self, node: Node | None) -> str:
+        """Return the layer of the weight that a node of autograd's graph gives, or a view of it; else ``""``."""
+        for _ in range(_FARTHEST):
+            if node is None:
+                return ""
+            weight = getattr(node, "variable", None)
+            if weight is not None:
+                layer, is_weight = self.of(weight) or ("", False)
+                return layer if is_weight and not (layer.endswith("bias") or self.is_shared(weight)) else ""
+            children = _children(node)
+            if len(children) != 1 or node.name().startswith("Embedding"):
+                return ""
+            node = children[0]
+        return ""
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether several modules hold a parameter, so that the running one must be asked for."""

@@ -10,7 +10,7 @@ While ``torch.compile`` traces, it receives the fake tensors that stand for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,32 @@ from torch import Tensor, nn
 
 from neuronscope.attach.compiling import traced_call, traced_modules
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
-from neuronscope.attach.layer_names import LayerNames
-from neuronscope.attach.operators import LAYERS, Index, Listed, Operation, origins_of, set_item
-from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.layer_names import LayerNames, layers_before
+from neuronscope.attach.operators import (
+    LAYERS,
+    Index,
+    Listed,
+    Operation,
+    lose,
+    may_bend,
+    origins_of,
+    rule_of,
+    set_item,
+    tensors_in,
+)
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.readers import columns_of, read_dim
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.units import has_units
+from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
+from neuronscope.sites import ReaderColumns
 
-__all__ = ["NeuronFlow"]
+__all__ = ["UNSEEN", "NeuronFlow"]
+
+#: Begins the name of a function that autograd's graph shows, and no function mode.
+UNSEEN = "unseen "
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
@@ -35,6 +52,12 @@ _NORMS = _MIXING_NORMS | spellings("batch_norm")
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
     "__iadd__", "__isub__"
 )
+#: By the name of a layer's node in autograd's graph: the place of the weight in it, and the dimension of the units.
+_WEIGHT_SLOTS = {
+    "AddmmBackward0": (2, -1),
+    "MmBackward0": (1, -1),
+    **dict.fromkeys(("ConvolutionBackward0", "NativeBatchNormBackward0", "NativeGroupNormBackward0"), (1, 1)),
+}
 _UNKNOWN = Origin.of(UNKNOWN)
 _RAW = Origin.of(RAW)
 _NAMELESS = frozenset({WEIGHT, UNKNOWN})
@@ -49,8 +72,8 @@ class _Outcome(NamedTuple):
         layer: The layer, if it is a call of one.
         call: Its number among the calls of layers.
         reads: The calls of layers that it depends on, as bits.
-        sites: The sites that it reads.
-        bent: Layers that it reads after a function that is not linear and no known activation; and the function.
+        readers: The sites that it reads, each with the columns that do, or with its layer where they are not known.
+        bends: Layers that it reads after a function that is not linear and no known activation; and the function.
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
@@ -60,8 +83,8 @@ class _Outcome(NamedTuple):
     layer: str | None = None
     call: int = -1
     reads: int = 0
-    sites: tuple[Any, ...] = ()
-    bent: tuple[tuple[str, str], ...] = ()
+    readers: tuple[tuple[Any, ReaderColumns | str], ...] = ()
+    bends: tuple[tuple[str, str], ...] = ()
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
     nameless: bool = False
@@ -85,10 +108,14 @@ class NeuronFlow:
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self.layers: list[str] = []
         self.read = 0
-        self.readers: dict[Any, dict[str, None]] = {}  # of each site: the layers that read it
+        self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
-        self.bent: dict[str, str] = {}  # layers whose units only an unknown function changed: the function
+        self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
+        self.seen: set[str] = set()  # layers that were called
         self.read_layers: set[str] = set()
+        self.called: set[str] = set()  # layers that were called in forwards of the model that have ended
+        self._reached: set[str] = set()  # layers whose outputs a layer or a reduction reads, or the model returns
+        self.hidden: dict[str, str] = {}  # layers whose weight an unknown function was given: the function
         self.overwritten: Origin | None = None  # what the last result was before, if it was changed in place
         self.normalised: dict[str, str] = {}  # of each norm: the layer whose units it normalises one by one, or ""
         self.duplicate = False  # whether another rank was seen to hold the same data, and the first part of a weight
@@ -103,9 +130,24 @@ class NeuronFlow:
         self.read = 0
 
     def _close_calls(self) -> None:
+        self.seen.update(self.layers)
         for call, layer in enumerate(self.layers):
             if self.read >> call & 1:
                 self.read_layers.add(layer)
+
+    def unseen_layers(self) -> list[str]:
+        """Return the layers of the model that were never seen to be called."""
+        self._close_calls()
+        seen = {part for layer in self.seen for part in layer.split("+")}
+        parts = tuple(sorted(seen))  # of a stack, or of a fused weight: `w1.0`, `w1(0:3)`
+        found = self._names.layers() - seen
+        return sorted(
+            layer for layer in found if not any(part.startswith((f"{layer}.", f"{layer}(")) for part in parts)
+        )
+
+    def lost_layers(self) -> set[str]:
+        """Return the layers whose outputs were given to nothing that is known, in no forward of the model."""
+        return self.called - self._reached - self.read_layers
 
     def gives_outputs(self, layer: str) -> bool:
         """Whether no layer was seen to read what this layer gives."""
@@ -122,11 +164,58 @@ class NeuronFlow:
 
     def _origin_in_graph(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
-        call = traced_call(tensor) if traced_modules() is not None else None
+        if traced_modules() is None:
+            return self._origin_by_autograd(tensor, unseen)
+        call = traced_call(tensor)
         if call is None:
             return unseen
         self.follow(*call, tensor)
         return self._origins.get(tensor) or unseen
+
+    def _origin_by_autograd(self, tensor: Tensor, unseen: Origin) -> Origin:
+        """Return what a tensor is that a function gave whose calls no function mode sees, by autograd's graph.
+
+        Such are compiled extensions, scripted functions, and whatever an ``autograd.Function`` does outside of torch.
+        """
+        base = self._origins.get(tensor._base) if tensor._base is not None else None
+        if base is not None and tensor._base.shape == tensor.shape:  # type: ignore[union-attr]  # it changes nothing
+            found = base
+        elif tensor.grad_fn is None or tensor._base is not None:
+            return unseen
+        else:
+            calls = {layer: 1 << call for call, layer in enumerate(self.layers)}
+            layers, hidden, between = layers_before(tensor.grad_fn, calls, self._names)
+            upstream = sum(calls[layer] for layer in layers)
+            slot, dim = _WEIGHT_SLOTS.get(tensor.grad_fn.name(), (None, 0))
+            if slot is not None and (layer := self._names.of_node(tensor.grad_fn.next_functions[slot][0])) in hidden:
+                return self._note_call(tensor, layer, dim, upstream)
+            for layer in hidden:
+                self.hidden.setdefault(layer, tensor.grad_fn.name())
+            if not layers:
+                return unseen
+            name = next((name for name in between if may_bend(name)), None)
+            bends = () if name is None else tuple((layer, f"{UNSEEN}{name}") for layer in layers)
+            found = Origin.of(LOST, upstream, bends=bends)
+        self._origins.put(tensor, found)
+        return found
+
+    def _note_call(self, tensor: Tensor, layer: str, dim: int, upstream: int) -> Origin:
+        """Note the call of a layer that was called outside of the model's forward, and return what its output is.
+
+        Args:
+            tensor: Its output.
+            layer: Path of the layer.
+            dim: The dimension of its units.
+            upstream: Calls that its input depends on, as bits.
+        """
+        call, shape = len(self.layers), _shape(tensor)
+        self.layers.append(layer)
+        self.read |= upstream
+        width = shape[dim]
+        units = Units((call,), layer, ((layer, 0, width, 1),), 0, place(shape, (dim % len(shape),)))
+        found = Origin.of(UNITS, upstream | 1 << call, units=units, layer=layer)
+        self._origins.put(tensor, found)
+        return found
 
     def _unseen(self, tensor: Tensor) -> Origin:
         """Return what a tensor is that no function of this forward gave: a weight, or not known."""
@@ -167,7 +256,10 @@ class NeuronFlow:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in _nested_tensors(values):
             if self._origins.get(tensor) is None and self._names.of(tensor) is None:
-                self._origins.put(tensor, _RAW)
+                if tensor.grad_fn is not None and self.layers and traced_modules() is None:
+                    self._origin_by_autograd(tensor, _UNKNOWN)  # a part of the model is called with what another gave
+                if self._origins.get(tensor) is None:
+                    self._origins.put(tensor, _RAW)
 
     def follow(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
@@ -222,10 +314,10 @@ class NeuronFlow:
             self.reader_notes.setdefault(site, {})[note] = None
         if outcome.layer is None:
             return
-        for site in outcome.sites:
-            self.readers.setdefault(site, {})[outcome.layer] = None
-        for layer, name in outcome.bent:
-            self.bent.setdefault(layer, name)
+        for site, reader in outcome.readers:
+            self.readers.setdefault(site, {})[reader] = None
+        for layer, name in outcome.bends:
+            self.bent.setdefault(layer, {})[name] = None
         if outcome.normalises is not None:
             self._note_norm(outcome.layer, outcome.normalises)
 
@@ -274,26 +366,67 @@ class NeuronFlow:
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
             upstream = operation.upstream  # an unknown way to call it
             origins = (Origin.of(LOST, upstream) if upstream else _UNKNOWN,) * len(outputs)
+        if any(not layer for origin in origins for layer, _ in origin.bends):
+            origins = tuple([self._with_last_layers(origin) for origin in origins])
+        if rule_of(function) is lose:
+            self._note_hidden(operation)
         nameless = any(_is_nameless(origin) for origin in origins)
         sources = [each.origin for each in operation.tensors]
-        carried = tuple(dict.fromkeys(site for origin in sources for site in origin.carries))
+        carried = tuple(dict.fromkeys(each.site for origin in sources for each in origin.carries))
         if not origins[0].upstream >> call & 1:
-            kept = {site for origin in origins for site in origin.carries}
+            if any(origin.state == ENDED for origin in origins):
+                self._reached.update(self._layers_of(operation.upstream))
+            kept = {each.site for origin in origins for each in origin.carries}
             unkept = tuple((site, _note(function)) for site in carried if site not in kept)
             return _Outcome(origins, notes=unkept, nameless=nameless)
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
-        layers = [(each.layer if each.units is None else each.units.layer, each.bent) for each in sources]
-        bent = [(layer, name) for layer, name in layers if layer and name]
+        bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
+        readers = tuple(dict.fromkeys(self._readers(operation, origins[0].layer)))
+        if not notes:
+            unknown = dict.fromkeys(site for site, reader in readers if isinstance(reader, str))
+            notes = tuple((site, f"columns of `{origins[0].layer}` not known") for site in unknown)
         reads = operation.upstream
-        return _Outcome(origins, origins[0].layer, call, reads, carried, tuple(bent), notes, normalises, nameless)
+        return _Outcome(origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless)
+
+    def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
+        """Yield the sites that a call of a layer reads, each with the columns that do, or the layer; see `_Outcome`."""
+        tensors = operation.tensors
+        whole = all(each is None for operand in tensors for each in operand.origin.cuts[1:])  # of a weight's inputs
+        for place_of, operand in enumerate(tensors):
+            units = operand.origin.units
+            dim = read_dim(operation.function, place_of, len(tensors) - 1, len(operand.shape)) if whole else None
+            for carried in operand.origin.carries:
+                found = columns_of(carried, layer, units, dim)
+                if found is not None:
+                    yield carried.site, found or layer
+
+    def _note_hidden(self, operation: Operation) -> None:
+        """Note the layer whose weight an unknown function was given beside data: it may be a call of the layer."""
+        weight = next((each.origin for each in operation.tensors if each.origin.state == WEIGHT), None)
+        data = any(each.origin.state not in (WEIGHT, CONSTANT) for each in operation.tensors)
+        if weight is not None and weight.layer and data:
+            self.hidden.setdefault(weight.layer, getattr(operation.function, "__name__", "?"))
+
+    def _with_last_layers(self, origin: Origin) -> Origin:
+        """Return an origin whose functions are said of the layers that came last, where their layer is not known."""
+        last = self.last_layers(origin)
+        found = [(each, name) for layer, name in origin.bends for each in ((layer,) if layer else last)]
+        return origin.but(bends=tuple(dict.fromkeys(found)))
 
     def note_outputs(self, values: Any) -> None:
         """Note what the model returns: a site that it returns is read by whatever the caller does with it."""
-        for tensor in _nested_tensors(values):
+        if values is None:  # it failed
+            return
+        upstream = 0
+        for tensor in all_tensors(values):
             origin = self._origins.get(tensor)
-            for site in () if origin is None else origin.carries:
-                self.reader_notes.setdefault(site, {})["returned by the model"] = None
+            if origin is not None:
+                upstream |= origin.upstream
+                for carried in origin.carries:
+                    self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
+        self.called.update(self.layers)
+        self._reached.update(self._layers_of(upstream))
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -337,17 +470,24 @@ class NeuronFlow:
         place = self._describe(index)
         if not isinstance(value, Tensor):
             origin = self.origin(target)
-            mask = place.origin if isinstance(place, Operand) and place.boolean else None
-            if mask is not None and mask.bent and mask.units == origin.units and not origin.site:
-                self._origins.put(target, origin.but(bent=origin.bent or mask.bent))  # h[h < 0] = 0
+            if isinstance(place, Operand):
+                self._origins.put(target, origin.inherit([place]))  # h[h < 0] = 0
             return
         before, written = self._describe(target), self._describe(value)
-        self._origins.put(target, set_item(before, place if type(place) is tuple else (place,), written))
+        index = place if type(place) is tuple else (place,)
+        self._origins.put(target, set_item(before, index, written).inherit([before, written, *tensors_in(index)]))
 
     def last_layers(self, origin: Origin) -> tuple[str, ...]:
         """Return the layers that a tensor depends on and that no other layer has read so far."""
-        last = origin.upstream & ~self.read
-        return tuple({layer: None for call, layer in enumerate(self.layers) if last >> call & 1})
+        return self._layers_of(origin.upstream & ~self.read)
+
+    def _layers_of(self, calls: int) -> tuple[str, ...]:
+        """Return the layers of some calls, which are given as bits."""
+        found: dict[str, None] = {}
+        for call, layer in enumerate(self.layers):  # no comprehension: see `call_arguments`
+            if calls >> call & 1:
+                found[layer] = None
+        return tuple(found)
 
     def shard(self, tensor: Tensor, axis: int, layer: str) -> NeuronShard | None:
         """Return which neurons of a plain tensor this rank holds; ``None`` if ranks share them and that is not known.

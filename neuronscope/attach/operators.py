@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from neuronscope.attach.origins import LOST, Origin
-from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE
+from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
 from neuronscope.attach.unit_rules.layer_rules import LAYERS
 from neuronscope.attach.unit_rules.operation import (
@@ -34,7 +34,20 @@ from neuronscope.attach.unit_rules.view_rules import ATTRIBUTES, VIEWS
 from neuronscope.attach.unit_rules.writing_rules import WRITING, set_item
 from neuronscope.attach.units import fits
 
-__all__ = ["LAYERS", "RULES", "Index", "Listed", "Operation", "Rule", "origins_of", "rule_of", "set_item", "tensors_in"]
+__all__ = [
+    "LAYERS",
+    "RULES",
+    "Index",
+    "Listed",
+    "Operation",
+    "Rule",
+    "lose",
+    "may_bend",
+    "origins_of",
+    "rule_of",
+    "set_item",
+    "tensors_in",
+]
 
 _ENDING = """
 mse_loss l1_loss smooth_l1_loss huber_loss cross_entropy nll_loss binary_cross_entropy
@@ -72,12 +85,25 @@ def rule_of(function: Function) -> Rule:
     return lose
 
 
+def may_bend(node: str) -> bool:
+    """Whether a node of autograd's graph may be of a function that is not linear, by its name.
+
+    >>> may_bend("MeanBackward1"), may_bend("ReluBackward0"), may_bend("MySwishBackward")
+    (False, True, True)
+    """
+    rule = _BY_NODE.get(node.partition("Backward")[0].lower(), bending)
+    return rule in (bending, lose)
+
+
+_BY_NODE = {getattr(function, "__name__", "").replace("_", ""): rule for function, rule in RULES.items()}
+
+
 def _lost_by_function(operation: Operation, lost: Origin) -> Origin:
     """Return what an unknown function gives; if it keeps the shape, it may be an activation of the layer."""
     units, name = operation.first.origin.units, getattr(operation.function, "__name__", "")
     if units is None or not name or any(tuple(shape) != tuple(operation.first.shape) for shape in operation.outputs):
         return lost
-    return lost.but(layer=units.layer, bent=name)
+    return lost.but(bends=((units.layer, name),))
 
 
 def origins_of(operation: Operation) -> tuple[Origin, ...]:
@@ -94,7 +120,9 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
     if rule is lose and isinstance(found, Origin) and found.state == LOST:
         found = _lost_by_function(operation, found)
     origins = (found,) * len(operation.outputs) if isinstance(found, Origin) else tuple(found)
-    return tuple(
+    found = [
         origin if origin.units is None or fits(origin.units.dims, shape) else Origin.of(LOST, origin.upstream)
         for origin, shape in zip(origins, operation.outputs, strict=True)
-    )
+    ]
+    tensors = operation.tensors
+    return tuple(each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found)

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from neuronscope.attach.readers import Carried, aligned
 from neuronscope.attach.units import Units, broadcast
 
-__all__ = ["CONSTANT", "ENDED", "LOST", "RAW", "ROWS", "UNITS", "UNKNOWN", "WEIGHT", "Operand", "Origin", "combine"]
+__all__ = [
+    "ACTIVATED",
+    "CONSTANT",
+    "ENDED",
+    "LOST",
+    "RAW",
+    "ROWS",
+    "UNITS",
+    "UNKNOWN",
+    "WEIGHT",
+    "Operand",
+    "Origin",
+    "combine",
+]
 
 #: Its elements are units of a layer.
 UNITS = "units"
@@ -26,8 +40,15 @@ ROWS = "rows"
 #: Nothing is known of it.
 UNKNOWN = "unknown"
 
+#: Stands for the function where a known activation was applied to the units of a layer.
+ACTIVATED = ""
+
 # Which of several equally wide sources decides what the result is.
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
+
+
+#: The start, the end and the step of a slice of a weight.
+Cut = tuple[int, int, int]
 
 
 class Origin:
@@ -40,14 +61,18 @@ class Origin:
         layer: Path of the layer of a weight; of the layer that gave the units, if nothing was mixed into them since; or
             of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
             or it is not known.
+        cuts: Of a part of a weight: the slice of each dimension, or ``None`` where it is whole.
         picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
-        bent: Name of a function that is not linear, and not known as an activation, that was applied to the units.
-        carries: The sites whose neurons the elements are or are multiplied by, each index one neuron.
-        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor.
+        bends: Layers whose units a function was applied to that is not linear, and not known as an activation, each
+            with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
+            stands for those that came last.
+        carries: The sites whose neurons the elements are or are multiplied by, and where each of these lies.
+        unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
+            if the units are not each unit of the layers once.
     """
 
-    __slots__ = ("bent", "carries", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
+    __slots__ = ("bends", "carries", "cuts", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -56,10 +81,11 @@ class Origin:
     upstream: int
     units: Units | None
     layer: str
+    cuts: tuple[Cut | None, ...]
     picked: bool
     site: Any
-    bent: str
-    carries: tuple[Any, ...]
+    bends: tuple[tuple[str, str], ...]
+    carries: tuple[Carried, ...]
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -70,10 +96,11 @@ class Origin:
         *,
         units: Units | None = None,
         layer: str = "",
+        cuts: tuple[Cut | None, ...] = (),
         picked: bool = False,
         site: Any = None,
-        bent: str = "",
-        carries: tuple[Any, ...] = (),
+        bends: tuple[tuple[str, str], ...] = (),
+        carries: tuple[Carried, ...] = (),
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -82,20 +109,23 @@ class Origin:
             upstream: Bits of calls.
             units: Units.
             layer: Path of a layer.
+            cuts: Slices of a weight.
             picked: Whether a weight was picked by data.
             site: A site.
-            bent: Name of a function.
-            carries: Sites.
+            bends: Layers and functions.
+            carries: Sites, and where their neurons lie.
         """
-        facts = (state, upstream, units, layer, picked, site, bent, carries)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
-            found.picked, found.site, found.bent, found.carries = rest
+            found.cuts, found.picked, found.site, found.bends, found.carries = rest
             found.unit_set = () if units is None else (units.call, units.first, units.order)
+            if units is not None and units.explicit:
+                found.unit_set += (units.runs,)
         return found
 
     def but(self, **changes: Any) -> Origin:
@@ -107,6 +137,17 @@ class Origin:
         facts = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set"}
         return Origin.of(**{**facts, **changes})
 
+    def as_layer(self) -> Origin:
+        """Return the origin of a part of a weight as a layer of its own, as ``in_proj(0:8)``."""
+        texts = [
+            "" if cut is None else f"{cut[0]}:{cut[1]}" + (f":{cut[2]}" if cut[2] > 1 else "") for cut in self.cuts
+        ]
+        while texts and not texts[-1]:
+            texts.pop()
+        return self.but(
+            layer=f"{self.layer}({','.join(text or ':' for text in texts)})" if texts else self.layer, cuts=()
+        )
+
     def without_units(self, state: str = ENDED) -> Origin:
         """Return what the tensor becomes if its units cannot be followed, or are no units any more.
 
@@ -114,6 +155,24 @@ class Origin:
             state: :data:`ENDED` or :data:`LOST`.
         """
         return self if self.state != UNITS else Origin.of(state, self.upstream)
+
+    def inherit(self, operands: Iterable[Operand]) -> Origin:
+        """Return this origin with the functions that were applied to what it was computed from.
+
+        They end where the units do, as in a sum over a layer. Of masks, only those count that were computed from the
+        same units, as in ``h * (h > 0)``.
+
+        Args:
+            operands: What it was computed from.
+        """
+        if self.state not in (UNITS, ROWS, LOST):
+            return self
+        sources = (each.origin for each in operands if not each.boolean or each.origin.units == self.units)
+        found = dict.fromkeys((*self.bends, *(bend for origin in sources for bend in origin.bends)))
+        if self.site is not None and self.units is not None:
+            own = self.units.layer.split("+")
+            found = dict.fromkeys(bend for bend in found if bend[1] == ACTIVATED or bend[0] not in own)
+        return self if len(found) == len(self.bends) else self.but(bends=tuple(found))
 
     def __repr__(self) -> str:
         known = {name: getattr(self, name) for name in Origin.__slots__ if name != "unit_set" and getattr(self, name)}
@@ -149,17 +208,16 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     """
     data = [each for each in operands if each.origin.state not in (WEIGHT, CONSTANT)]
     if not data:
-        return _of_weights(operands)
+        return _of_weights(operands, len(shape))
     upstream = 0
     for each in data:
         upstream |= each.origin.upstream
-    everything = data
     data = [each for each in data if not each.boolean] or data
     chosen = data[0] if len(data) == 1 else _source(data)
     origin = chosen.origin
     if origin.units is None:
-        alone = len(data) == 1
-        return Origin.of(origin.state, upstream, layer=origin.layer if alone else "", bent=origin.bent if alone else "")
+        lost = (("", bent),) if bent and origin.state == LOST else ()
+        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "", bends=lost)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)
@@ -167,16 +225,18 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     units = origin.units
     if tuple(chosen.shape) != tuple(shape):
         units = units._replace(dims=broadcast(units.dims, shape))
-    same = [each for each in everything if each.origin.units == origin.units]  # of masks too: h * (h > 0)
-    bent = bent or next((each.origin.bent for each in same if each.origin.bent), "")
-    if not bent and product and sum(each in data for each in same) > 1:
-        bent = "mul"  # h * h, or an activation that is written out: h * sigmoid(h)
-    bent = "" if site else bent
+    bends: dict[tuple[str, str], None] = {}
+    if bent and not site:
+        bends = {(each.origin.units.layer, bent): None for each in data if each.origin.units is not None}
+    elif product and not site:
+        same = [each for each in data if each.origin.units == origin.units]
+        if len(same) > 1 and any(units.layer not in dict(each.origin.bends) for each in same):
+            bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
-    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bent=bent, carries=carries)
+    return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bends=tuple(bends), carries=carries)
 
 
-def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any, ...]:
+def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Carried, ...]:
     """Return the sites whose neurons a result has, each at its own index.
 
     Args:
@@ -189,8 +249,13 @@ def _carried(data: Sequence[Operand], units: Units, product: bool) -> tuple[Any,
         return carries
     if not product:
         return ()
-    aligned = (each.origin for each in data if each.origin.units is not None and each.origin.units.size == units.size)
-    return tuple(dict.fromkeys(site for origin in aligned for site in origin.carries))
+    found: dict[Carried, None] = {}
+    for each in data:
+        own = each.origin.units
+        if own is not None and own.size == units.size:
+            same = own.which[1:] == units.which[1:]  # the same numbers
+            found |= dict.fromkeys(each.origin.carries if same else aligned(each.origin.carries, own, units))
+    return tuple(found)
 
 
 def _source(data: Sequence[Operand]) -> Operand:
@@ -218,9 +283,11 @@ def _size(shape: Iterable[int]) -> int:
     return size
 
 
-def _of_weights(operands: Sequence[Operand]) -> Origin:
-    weights = [each.origin for each in operands if each.origin.state == WEIGHT]
+def _of_weights(operands: Sequence[Operand], rank: int) -> Origin:
+    """Return the origin of what was computed from weights, with a number of dimensions; a part of one stays a part."""
+    weights = [each for each in operands if each.origin.state == WEIGHT]
     if not weights:
         return Origin.of(CONSTANT)
-    named = next((each for each in weights if each.layer), weights[0])
-    return Origin.of(WEIGHT, layer=named.layer, picked=any(each.picked for each in weights))
+    named = next((each for each in weights if each.origin.layer), weights[0])
+    origin = named.origin if len(named.shape) == rank else named.origin.as_layer()
+    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=any(each.origin.picked for each in weights))

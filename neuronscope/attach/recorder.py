@@ -196,7 +196,7 @@ class SiteRecorder:
         recomputing = forward.recomputing
         if not forward.module_stack:
             if not forward.explicit_step:
-                forward.ran_parts = True
+                forward.ran_parts = forward.ran_alone = True
             if not has_real_tensors():
                 return None
             recomputing = in_backward()
@@ -266,6 +266,11 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
+        if y is None and not is_tracing():
+            self.unmeasured.failed.add(call.key.name)
+            return
+        if self.unmeasured.failed:
+            self.unmeasured.failed.discard(call.key.name)
         given = y  # `comptime` reads variables
         if isinstance(y, dict):
             y = [*y.values()]

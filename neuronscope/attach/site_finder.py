@@ -14,7 +14,8 @@ from neuronscope.attach.activations import Activation
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Gradients
-from neuronscope.attach.origins import CONSTANT, LOST, UNITS, WEIGHT, Origin
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
+from neuronscope.attach.readers import carry_site
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
@@ -90,6 +91,7 @@ class SiteFinder:
         self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
         self._calls: dict[tuple[Any, ...], Call | None] = {}  # by the facts that they follow from
         self._gates: dict[SiteKey, Call] = {}
+        self._traced = False  # whether any site is in a compiled graph
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -117,13 +119,21 @@ class SiteFinder:
     def all_not_measured(self) -> dict[str, str]:
         """Return all sites, layers and modules that are not measured so far, each with the reason."""
         forward = self._forward
-        not_measured = self.unmeasured.with_layers(
-            {name for _, key in list(self._counters) for name in key.layer.split("+")}
-        )
-        if forward.ran_parts and not forward.ran_root:
+        measured = {name for _, key in list(self._counters) for name in key.layer.split("+")}
+        all_seen = not (self._traced or forward.ran_parts)
+        not_measured = self.unmeasured.with_layers(measured, all_seen=all_seen)
+        if forward.ran_alone and not forward.ran_root:
             not_measured["(root)"] = (
-                "parts of the model were called, but never its forward: functional activations between them are not "
-                "seen. Call the model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
+                "activations of the model were called outside of its forward and of all its parts: their examples are "
+                "not counted, and where the layer before one was not seen, its axis is assumed. Call the model itself, "
+                "or `scope.open_step(batch)` before each step and `scope.close_step()` after it"
+            )
+        elif forward.ran_parts and not forward.ran_root and (unseen := forward.flow.unseen_layers()):
+            more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+            not_measured["(root)"] = (
+                "parts of the model were called, and never its forward: its layers that were called outside of a part "
+                f"were not seen (`{unseen[0]}`{more} was not seen to run), nor are functions between parts. Call the "
+                "model itself, or `scope.open_step()` before each step and `scope.close_step()` after it"
             )
         return not_measured
 
@@ -136,12 +146,14 @@ class SiteFinder:
         """
         flow = self._forward.flow
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
-        readers, notes = tuple(flow.readers.get(key, ())), tuple(flow.reader_notes.get(key, ()))
+        found, notes = flow.readers.get(key, {}), tuple(flow.reader_notes.get(key, ()))
+        readers = tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found))
         normalises = flow.normalised.get(info.layer)
         return replace(
             info,
             output=output,
             readers=readers,
+            reader_columns=tuple(each for each in found if not isinstance(each, str)),
             reader_notes=notes,
             is_norm=normalises is not None,
             normalises=normalises or "",
@@ -168,6 +180,7 @@ class SiteFinder:
             glu_dim: A dimension, or ``None``.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
+        self._traced = self._traced or traced
         origin = self._forward.flow.origin(x)
         ordinal = self._forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
@@ -197,7 +210,7 @@ class SiteFinder:
     ) -> Call | None:
         place, is_module = place_of(path, function), not function
         if is_module:
-            self.unmeasured.ran.add((phase, path))
+            self.unmeasured.note_ran(path, phase)
         units = origin.units if origin.units is not None and origin.units.layer else None
         key = (
             SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)
@@ -209,7 +222,7 @@ class SiteFinder:
         declared = self._declared(*names)
         if declared is not None:
             if not -x.dim() <= declared < x.dim():
-                reason = f"axis {declared} was declared for it, and its tensor has {x.dim()} axes"
+                reason = f"axis {declared} was declared for it, and its tensor has {x.dim()} axes: declare one of these"
                 self.unmeasured.note(key.name, reason)
                 return None
             layout, source = NeuronLayout(declared % x.dim()), "declared"
@@ -226,7 +239,9 @@ class SiteFinder:
             glu_dim %= x.dim()
             output_units = None if units is None else slice_dim(units, glu_dim, 0, x.shape[glu_dim] // 2)
             if units is not None and output_units is None:
-                self.unmeasured.note(key.name, "it splits units and positions that lie on one dimension")
+                self.unmeasured.note(
+                    key.name, "it splits units and positions that lie on one dimension: declare its axis, `axes={...}`"
+                )
                 return None
             if output_units is not None and declared is None:
                 layout = output_units.layout
@@ -257,7 +272,10 @@ class SiteFinder:
             if not traced:
                 counters.sharded_dims = sharded_dims(x)
         if output_units is not None:
-            after = origin.but(site=key, units=output_units, bent="", carries=(key,))
+            carries, bends = (carry_site(key, output_units),), ((output_units.layer, ACTIVATED),)
+            after = origin.but(site=key, units=output_units, bends=bends, carries=carries).inherit(
+                [Operand((), origin)]
+            )
         else:
             after = origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         fits = glu_dim is None and (output_units is None or len(output_units.dims) == x.dim())
@@ -325,7 +343,8 @@ class SiteFinder:
         before = self._forward.flow.origin(y)
         if units is None:
             return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
-        after = before.but(state=UNITS, units=units, layer="", bent="", site=key, carries=(key, *before.carries))
+        carries = (carry_site(key, units), *before.carries)
+        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries).inherit(())
         self._forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 
@@ -372,7 +391,8 @@ class SiteFinder:
         known = self._counters[phase, key]
         if known is not None and known.neurons != neurons:
             self.unmeasured.note(
-                key.name, f"its neurons changed from {known.neurons} to {neurons}; only the first count"
+                key.name,
+                f"its neurons changed from {known.neurons} to {neurons}; only calls with {known.neurons} are counted",
             )
             return None
         return known

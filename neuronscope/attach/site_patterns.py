@@ -48,18 +48,27 @@ class SitePatterns:
         self._registered[names[0]] = None
         return self.wants(*names)
 
-    def unmatched_warnings(self, model: str, most: int = 8) -> Iterator[str]:
+    def unmatched_warnings(self, model: str, most: int = 8, *, ran: bool = True) -> Iterator[str]:
         """Yield a warning for each pattern that matched no site, and one if the model has no site at all.
 
         Args:
             model: Name of the model.
             most: Maximal number of sites to name.
+            ran: Whether the model was seen to run.
         """
         seen = ", ".join([*self._registered][:most]) or "none"
         for pattern in sorted(self._unmatched):
             yield f"Expected pattern {pattern!r} to match a site, but it matched none of those seen: {seen}."
-        if not self._registered:
-            yield f"No activation of {model} was seen in the first observed step; nothing is being measured."
+        if not ran:
+            yield (
+                f"No call of {model} was seen in the steps observed so far: nothing is measured. Call the model "
+                "itself, or `scope.open_step()` before each step and `scope.close_step()` after it."
+            )
+        elif not self._registered:
+            yield (
+                f"No activation of {model} was seen in the first observed step in which it ran: nothing is measured so "
+                "far. `scope.report().not_measured` says what was seen and not counted."
+            )
 
     def wants(self, *names: str) -> bool:
         """Whether to count a site.

@@ -45,6 +45,8 @@ class Units(NamedTuple):
         runs: All units of the producer's output, in order; see :data:`Run`.
         first: Number of the first unit of the tensor, in ``runs``.
         dims: Where the units lie.
+        explicit: Whether a site's name must say which units these are although the tensor has all of ``runs``: they are
+            not each unit of the layers once.
     """
 
     call: tuple[int, ...]
@@ -52,6 +54,7 @@ class Units(NamedTuple):
     runs: tuple[Run, ...]
     first: int
     dims: Dims
+    explicit: bool = False
 
     @property
     def size(self) -> int:
@@ -101,7 +104,7 @@ class Units(NamedTuple):
 
     def text(self) -> str:
         """Return which of the producer's units the tensor holds, as a site's name shows it; ``""`` for all."""
-        if self.size == self.width:
+        if self.size == self.width and not self.explicit:
             return ""
         by_layer = itertools.groupby(self.tensor_runs(), lambda run: run[0])
         texts = [(layer, _runs_text([run[1:] for run in runs])) for layer, runs in by_layer]

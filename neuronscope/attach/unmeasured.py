@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from neuronscope.attach.neuron_flow import NeuronFlow
+from neuronscope.attach.neuron_flow import UNSEEN, NeuronFlow
 from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, WEIGHT, Origin
 from neuronscope.attach.unsupported import IN_TRANSFORM
 
@@ -20,13 +20,15 @@ class Unmeasured:
     Attributes:
         reasons: Maps a site, a layer or a module to the reason why it, or a part of its calls, is not measured.
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
-        ran: Phases, and paths of the activation modules that ran in them.
+        phases_of_modules: Maps the path of each activation module that ran to the phases in which it did.
+        failed: Sites whose last call gave no output.
     """
 
     def __init__(self, flow: NeuronFlow) -> None:
         self.reasons: dict[str, str] = {}
         self.not_neurons: dict[str, str] = {}
-        self.ran: set[tuple[str, str]] = set()
+        self.phases_of_modules: dict[str, dict[str, None]] = {}
+        self.failed: set[str] = set()
         self._flow = flow
         self._unclear: dict[str, tuple[str, tuple[str, ...]]] = {}  # functions without known neurons: reason, layers
         self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
@@ -40,13 +42,19 @@ class Unmeasured:
         """
         self.reasons.setdefault(name, reason)
 
-    def modules_that_ran(self, phase: str) -> set[str]:
-        """Return the paths of the activation modules that ran in a phase."""
-        return {path for name, path in list(self.ran) if name == phase}
+    def note_ran(self, path: str, phase: str) -> None:
+        """Note that an activation module ran.
+
+        Args:
+            path: Path of the module.
+            phase: The phase in which it ran.
+        """
+        self.phases_of_modules.setdefault(path, {})[phase] = None
 
     def forget_ran(self, phase: str) -> None:
         """Forget which activation modules ran in a phase."""
-        self.ran.difference_update([each for each in list(self.ran) if each[0] == phase])
+        for phases in list(self.phases_of_modules.values()):
+            phases.pop(phase, None)
 
     def note_transformed(self, phase: str, path: str, function: str, x: Tensor) -> None:
         """Note that an activation ran inside a function transform.
@@ -58,7 +66,7 @@ class Unmeasured:
             x: The pre-activation.
         """
         if not function:
-            self.ran.add((phase, path))
+            self.note_ran(path, phase)
         self.note(place_of(path, function), IN_TRANSFORM)
         units = self._flow.origin(x).units
         if units is not None:
@@ -76,13 +84,15 @@ class Unmeasured:
         if state == ROWS:
             self.note(
                 place,
-                "its rows are units of several layers (experts), so that one index is a neuron of each of them; "
-                "declare its axis to count those together",
+                "its rows are, or may be, units of several layers (experts), so that one index is a neuron of each of "
+                "them; declare its axis to count those together",
             )
             return False
         if state == ENDED and origin.layer:
             self.note(
-                origin.layer, f"data picked some of its units before the activation at {place}, so that they are mixed"
+                origin.layer,
+                f"data picked some of its units before the activation at {place}, so that one index is now this unit "
+                "and now that one. Register the module that picks them and puts them back: `activations={...}`",
             )
             return False
         if state in (ENDED, WEIGHT):
@@ -103,35 +113,74 @@ class Unmeasured:
         )
         return False
 
-    def with_layers(self, measured: set[str]) -> dict[str, str]:
+    def with_layers(self, measured: set[str], *, all_seen: bool) -> dict[str, str]:
         """Return all reasons, with those of layers that reach no known activation.
 
         Args:
             measured: Paths of the layers that have a site.
+            all_seen: Whether all that the model does was seen: it was not compiled, and not called in parts.
         """
         not_measured = dict(self.reasons)
         flow = self._flow
         for place, (reason, layers) in list(self._unclear.items()):
             if not layers or not all(flow.gives_outputs(layer) for layer in layers):
                 not_measured.setdefault(place, reason)
-        for layer, function in list(flow.bent.items()):
-            if layer in self._transformed:
-                continue
-            if measured.intersection(layer.split("+")):
-                if function == "mul":
-                    not_measured.setdefault(
-                        layer,
-                        "another layer read its product with a function of itself, which is an activation that is "
-                        "written out: only the function is measured, and not the product. Register what it is part "
-                        "of: `activations={...}`",
-                    )
-            else:
+        said = {place.rpartition(".")[2] for place in list(self._unclear)}
+        for layer, functions in list(flow.bent.items()):
+            function = next((name for name in list(functions) if f"{name}()" not in said), "")
+            if layer not in self._transformed and function:
+                reason = _why_bent(function, "mul" in functions, bool(measured.intersection(layer.split("+"))))
+                if reason:
+                    not_measured.setdefault(layer, reason)
+        for layer, function in list(flow.hidden.items()):
+            inside = any(layer.startswith(f"{path}.") for path in list(self.reasons))  # of a scripted module
+            if layer not in measured and layer not in flow.called and not inside:
                 not_measured.setdefault(
                     layer,
-                    f"`{function}` was applied to it, which is not known as an activation, and then another layer read "
-                    "it. Register what it is part of: `activations={...}`",
+                    f"its weight was given to `{function}`, which is not known as a layer, so that its units are not "
+                    "followed. Declare the axis of the activation behind it: `axes={...}`",
                 )
+        if all_seen:
+            for layer in sorted(flow.lost_layers() - measured - self._transformed):
+                not_measured.setdefault(
+                    layer,
+                    "its output reached no activation, no layer and no output of the model: what reads it is no "
+                    "function of torch, or nothing does. Register the module that reads it: `activations={...}`",
+                )
+        for name in list(self.failed):
+            not_measured.setdefault(
+                name,
+                "its last call gave no output, because it failed or returns nothing: that call was not counted",
+            )
         return not_measured
+
+
+def _why_bent(function: str, times: bool, measured: bool) -> str:
+    """Return why a layer is not measured that another one reads after a function which is no known activation.
+
+    Args:
+        function: Name of the function.
+        times: Whether the layer was multiplied by a function of itself.
+        measured: Whether the layer has a site; then ``""`` is returned, unless its product is another activation.
+    """
+    if measured and not times:
+        return ""
+    if measured:
+        return (
+            "another layer read its product with a function of itself, which is an activation that is written out: "
+            "only the function is measured, and not the product. Register what it is part of: `activations={...}`"
+        )
+    if function.startswith(UNSEEN):
+        return (
+            f"a function was applied to it whose call was not seen (`{function.removeprefix(UNSEEN)}` in autograd's "
+            "graph), and then another layer read it. Torch does not report it, or it was called outside of the model's "
+            "forward: register the module that calls it (`activations={...}`), or call `scope.open_step()` before each "
+            "step and `scope.close_step()` after it"
+        )
+    return (
+        f"`{function}` was applied to it, which is not known as an activation, and then another layer read it. "
+        "Register what it is part of: `activations={...}`"
+    )
 
 
 def place_of(path: str, function: str) -> str:

@@ -15,12 +15,12 @@ __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data"
 #: Why calls inside a function transform are not measured.
 IN_TRANSFORM = (
     "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
-    "not counted, and any others were"
+    "not counted, and any others were. Call the model outside of the transform to have it counted"
 )
 #: Why gradients that are batched tensors are not measured.
 BATCHED_GRADIENT = (
     "its gradients came in batches (`is_grads_batched=True`, `vectorize=True`, `torch.vmap`), whose tensors cannot be "
-    "read: these were not counted, and any others were"
+    "read: these were not counted, and any others were. Take them one at a time to have them counted"
 )
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
-from neuronscope.sites import TotalsMember
+from neuronscope.sites import ReaderColumns, TotalsMember
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -167,6 +167,7 @@ class SiteReport(TotalsMember):
         units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
         output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
         readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
+        reader_columns: Which columns of these layers read which neurons.
         reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
@@ -192,6 +193,7 @@ class SiteReport(TotalsMember):
     units: tuple[tuple[str, int, int, int], ...] = ()
     output: bool = False
     readers: tuple[str, ...] = ()
+    reader_columns: tuple[ReaderColumns, ...] = ()
     reader_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
@@ -269,6 +271,7 @@ class SiteReport(TotalsMember):
             "units": [list(run) for run in self.units],
             "output": self.output,
             "readers": list(self.readers),
+            "reader_columns": [each._asdict() for each in self.reader_columns],
             "reader_notes": list(self.reader_notes),
             "in_headlines": self.in_headlines,
             "positions": self.positions,

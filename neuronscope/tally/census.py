@@ -18,7 +18,7 @@ import torch
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
-from neuronscope.sites import SiteInfo
+from neuronscope.sites import ReaderColumns, SiteInfo
 from neuronscope.tally.check_state import MOST, array, integer, mapping
 
 __all__ = ["Census", "Tally"]
@@ -122,6 +122,11 @@ class Tally:
         return self.info.readers
 
     @property
+    def reader_columns(self) -> tuple[ReaderColumns, ...]:
+        """Which columns of these layers read which neurons; everything if there are no :attr:`reader_notes`."""
+        return self.info.reader_columns
+
+    @property
     def reader_notes(self) -> tuple[str, ...]:
         """Other ways in which the site's output is read, as ``added in`` (a residual sum)."""
         return self.info.reader_notes
@@ -176,8 +181,9 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """Return the tally as tensors and primitives."""
         units, readers = [list(run) for run in self.info.units], list(self.info.readers)
-        notes = list(self.info.reader_notes)
-        state: dict[str, Any] = {"info": {**vars(self.info), "units": units, "readers": readers, "reader_notes": notes}}
+        notes, columns = list(self.info.reader_notes), [list(each) for each in self.info.reader_columns]
+        listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+        state: dict[str, Any] = {"info": {**vars(self.info), **listed}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
@@ -329,7 +335,11 @@ def _read_info(state: Mapping[str, Any]) -> SiteInfo:
     if any(step == 0 or min(start, stop) < -1 for _, start, stop, step in units):
         raise ValueError("a run of units is not (layer, start, stop, step)")
     readers, notes = (tuple(map(str, state.get(name, ()))) for name in ("readers", "reader_notes"))
-    info = SiteInfo(**{**state, "units": units, "readers": readers, "reader_notes": notes})
+    columns = tuple(
+        ReaderColumns(str(layer), *map(int, numbers)) for layer, *numbers in state.get("reader_columns", ())
+    )
+    listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+    info = SiteInfo(**{**state, **listed})
     types = {"str": str, "bool": bool}
     for field in fields(info):
         value = getattr(info, field.name)

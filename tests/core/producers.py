@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,17 @@ SLOTS = {
 NORMS = ("NativeBatchNormBackward0", "NativeGroupNormBackward0", "NativeLayerNormBackward0", "FusedRmsNormBackward0")
 PRODUCTS = ("MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0")
 JOINS = ("CatBackward0", "StackBackward0")
+#: Nodes of functions that are not linear, element by element.
+NOT_LINEAR = re.compile(
+    "(Relu|Gelu|Silu|Sigmoid|Tanh|Elu|Hard|Mish|Softplus|Prelu|Clamp|Maximum|Minimum|Abs|Exp|Log|Pow|Erf|Sqrt|Rsqrt|Sin"
+    "|Cos|Sgn|Reciprocal|Special)[A-Za-z0-9]*Backward"
+)
+#: Nodes that look at several units or positions at once, so that what comes after them is no activation of the layer.
+MIXING = re.compile(
+    "(Sum|Mean|Softmax|LogSoftmax|Var|Std|StdMean|VarMean|Norm|LinalgVectorNorm|Max|Min|Amax|Amin|Topk|Sort|Gather|Cumsum"
+    "|ScaledDot[A-Za-z]*|Mm|Bmm|Baddbmm|Index[A-Za-z]*|Scatter[A-Za-z]*|NativeLayerNorm|NativeGroupNorm|NativeBatchNorm"
+    "|[A-Za-z]*Loss[A-Za-z0-9]*)Backward"
+)
 #: What a gated product is called, by the activation of the gate.
 GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
 
@@ -210,6 +222,45 @@ class Namer:
         layer = "+".join(dict.fromkeys(each.layer for each in producers))
         part = "" if len(units) == sum(each.width for each in producers) else f"({text_of(units)})"
         return f"{layer}{part}/{activation}" + (f"#{ordinal}" if ordinal else "")
+
+    def read_behind_functions(self, loss: Tensor) -> dict[str, set[str]]:
+        """Return the layers that another layer reads behind functions that are not linear, and those functions.
+
+        A sum of two branches that hold units, and whatever looks at several units at once, is a reader of its own.
+
+        Args:
+            loss: What the forward led to.
+        """
+        found: dict[str, set[str]] = {}
+        queue, known = deque([loss.grad_fn]), {loss.grad_fn}
+        while queue:
+            node = queue.popleft()
+            inputs = [each for each, _ in node.next_functions if each is not None and not self._is_weight(each)]
+            if isinstance(self._own(node), tuple):
+                for source in inputs:
+                    self._look_behind(source, found)
+            fresh = [each for each in inputs if each not in known]
+            queue.extend(fresh)
+            known.update(fresh)
+        return found
+
+    def _look_behind(self, node: Any, found: dict[str, set[str]]) -> None:
+        queue, seen = deque([(node, frozenset[str]())]), set()
+        while queue:
+            node, functions = queue.popleft()
+            own = self._own(node)
+            if isinstance(own, tuple):
+                for producer in own if functions else ():
+                    found.setdefault(producer.layer, set()).update(functions)
+                continue
+            inputs = [each for each, _ in node.next_functions if each is not None and not self._is_weight(each)]
+            sums = node.name().startswith(("Add", "Sub")) and len(inputs) > 1
+            if (node, functions) in seen or own is not None or sums or MIXING.match(node.name()):
+                continue
+            seen.add((node, functions))
+            if NOT_LINEAR.match(node.name()):
+                functions |= {node.name()}
+            queue.extend((each, functions) for each in inputs)
 
     # The units, measured.
 

@@ -99,5 +99,5 @@ def test_units_whose_rank_shrinks_are_lost() -> None:
 
 
 def test_a_function_that_is_not_linear_is_remembered() -> None:
-    assert combine([of("x", 0)], SHAPE, bent="tanh").bent == "tanh"
-    assert combine([of("x", 0)], SHAPE).bent == ""
+    assert combine([of("x", 0)], SHAPE, bent="tanh").bends == (("x", "tanh"),)
+    assert combine([of("x", 0)], SHAPE).bends == ()

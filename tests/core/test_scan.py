@@ -80,6 +80,7 @@ def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
     assert list(scope.census()) == ["net.0/relu"]
     (missing,) = scope.report().not_measured
     assert missing.name == "(root)"
+    assert "`head` was not seen to run" in missing.reason
     assert "open_step" in missing.reason
     with ns.watch(model) as scope:
         scope.open_step()

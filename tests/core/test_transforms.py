@@ -197,7 +197,7 @@ def test_a_call_after_a_call_in_a_transform_is_counted_under_its_plain_name() ->
 
 def test_a_model_that_runs_in_transforms_alone_is_not_said_never_to_have_run() -> None:
     net = Net()
-    with ns.watch(net) as scope, pytest.warns(ns.NeuronscopeWarning, match="nothing is being measured"):
+    with ns.watch(net) as scope, pytest.warns(ns.NeuronscopeWarning, match="nothing is measured so far"):
         ensemble(net, torch.ones(3, 4))
         scope.step()
     report = scope.report()

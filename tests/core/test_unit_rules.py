@@ -274,6 +274,19 @@ def indexed(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     return [("", tuple(parts))]
 
 
+def sliced(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+    start, size = draw(integers(0, 2)), draw(integers(1, 3))
+    return [("dim", dim_of(draw, x)), ("start", start), ("end", start + size), ("step", draw(integers(1, 2)))]
+
+
+def indexed_by_list(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+    """The index of ``aten.index``: a list of tensors, and ``None`` for a whole dimension."""
+    parts = [
+        draw(st.sampled_from([None, torch.tensor([size - 1, 0]), torch.arange(size) % 2 == 0])) for size in x.shape
+    ]
+    return [("", parts[: draw(integers(1, x.dim()))])]
+
+
 def selected(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     dim = dim_of(draw, x)
     return [("dim", dim), ("index", draw(integers(-x.shape[dim], x.shape[dim] - 1)))]
@@ -356,6 +369,20 @@ def resized_to(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
 def scaled_up(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
     assume(x.dim() == 4)
     return [("size", tuple(draw(integers(1, 6)) for _ in x.shape[2:]))]
+
+
+def resized_by_operator(dims: int, *options: bool) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
+    """The arguments of an operator of aten that resizes the last dimensions."""
+
+    def arguments(draw: Draw, x: Tensor) -> list[tuple[str, Any]]:
+        assume(x.dim() == dims + 2)
+        return [("", [draw(integers(1, 5)) for _ in range(dims)]), *(("", option) for option in options)]
+
+    return arguments
+
+
+def pooled_by_operator(draw: Draw, x: Tensor, dims: int) -> list[tuple[str, Any]]:
+    return [("", list(pooled_to(draw, x, dims)[0][1]))]
 
 
 def at_rank(*ranks: int) -> Callable[[Draw, Tensor], list[tuple[str, Any]]]:
@@ -449,6 +476,9 @@ MOVES: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "vsplit": lambda draw, x: at_rank(2, 3, 4)(draw, x) or [("", [1])],
     "hsplit": lambda draw, x: [("", [1])],
     "unbind": along_or_all,
+    "slice": sliced,
+    "index": indexed_by_list,
+    "_unsafe_view": lambda draw, x: [("", regroup(draw, x.shape))],
     "index_select": index_along,
     "gather": gathered,
     **dict.fromkeys(["amax", "amin", "mean", "nanmean"], reduced),
@@ -466,6 +496,10 @@ MOVES: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "upsample": resized_to,
     "upsample_nearest": scaled_up,
     "upsample_bilinear": scaled_up,
+    **{f"upsample_nearest{dims}d": resized_by_operator(dims) for dims in (1, 2, 3)},
+    "upsample_bilinear2d": resized_by_operator(2, False),
+    "upsample_bicubic2d": resized_by_operator(2, False),
+    **{f"_adaptive_avg_pool{dims}d": lambda draw, x, dims=dims: pooled_by_operator(draw, x, dims) for dims in (2, 3)},
 }
 for _dims in (1, 2, 3):
     for _kind in ("max_pool", "avg_pool"):
@@ -627,7 +661,11 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "__setitem__"]
+    "name",
+    [
+        *("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce"),
+        *("__setitem__", "index_put"),
+    ],
 )
 def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: str) -> None:
     claimed: list[int] = []
@@ -640,7 +678,7 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
         mode = Following()
         target_shape = [*shape]
         dim = draw(integers(0, len(shape) - 1))
-        if name != "__setitem__" and draw(st.booleans()):
+        if name not in ("__setitem__", "index_put") and draw(st.booleans()):
             target_shape[dim] += 1
         target = torch.full(target_shape, UNWRITTEN, dtype=torch.float64)
         mode.flow.put(target, Origin.of(CONSTANT))
@@ -649,8 +687,8 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
             mode.flow.put(target, mode.flow.origin(other_part(draw, units, shape, mode)))
             target, before = _origin_pair(draw, units, shape, mode)
             mode.flow.put(target, before)
-        if name == "__setitem__":
-            index = indexed(draw, target)[0][1]
+        if name in ("__setitem__", "index_put"):
+            index = indexed(draw, target)[0][1] if name == "__setitem__" else indices_of(draw, target)
             try:
                 value_shape = list(target[index].shape)
             except (IndexError, RuntimeError):
@@ -663,7 +701,10 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
                 units = units._replace(dims=dims)
             value = source(mode, units, numbers(units, value_shape))
             with mode:
-                target[index] = value
+                if name == "__setitem__":
+                    target[index] = value
+                else:
+                    target = draw(st.sampled_from([torch.index_put, Tensor.index_put_]))(target, index, value)
             result = target
         else:
             value = source(mode, units, numbers(units, shape))
@@ -703,6 +744,13 @@ def test_what_is_written_into_a_tensor_has_the_units_that_its_rule_says(name: st
             claimed.append(origin.units.size)
 
     try_until_claimed(tried, claimed)
+
+
+def indices_of(draw: Draw, x: Tensor) -> tuple[Tensor, ...]:
+    """The indices of ``index_put``: a tensor for each of the first dimensions."""
+    length = draw(integers(1, 2))
+    dims = draw(integers(1, x.dim()))
+    return tuple(torch.tensor([draw(integers(0, size - 1)) for _ in range(length)]) for size in x.shape[:dims])
 
 
 def _origin_pair(draw: Draw, units: Units, shape: list[int], mode: Following) -> tuple[Tensor, Origin]:
@@ -838,7 +886,7 @@ ELEMENTWISE = sorted(
         "max",
         "min",
     }
-    | {"to", "type", "type_as", "normalize", "renorm", "local_response_norm"}
+    | {"to", "type", "type_as", "normalize", "renorm", "local_response_norm", "alias", "_to_copy", "lift_fresh_copy"}
 )
 #: Functions that cannot run here, and why.
 NOT_RUN = {
@@ -899,6 +947,7 @@ REDUCTIONS: dict[str, Callable[[Draw, Tensor], list[tuple[str, Any]]]] = {
     "count_nonzero": along_or_all,
     "norm": lambda draw, x: [("p", draw(st.sampled_from([1, 2]))), *reduced(draw, x)],
     **dict.fromkeys(["softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"], along),
+    **dict.fromkeys(["_softmax", "_log_softmax"], lambda draw, x: [("", dim_of(draw, x)), ("", False)]),
     "gumbel_softmax": lambda draw, x: [("tau", 1), ("hard", False), ("eps", 1e-10), ("dim", dim_of(draw, x))],
     "argsort": along_or_all,
     "diff": lambda draw, x: [("n", 1), ("dim", dim_of(draw, x))],
@@ -971,16 +1020,21 @@ PRODUCTS = [
     "addmv",
     "addbmm",
     "scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "inner",
+    "tensordot",
 ]
 
 
 def product_call(name: str, function: Any) -> Callable[[Tensor, Tensor], Any]:
-    if name == "scaled_dot_product_attention":
+    if "scaled_dot_product" in name:
         return lambda query, value: function(
             query, torch.ones(*value.shape[:-1], query.shape[-1]).double() * 0.3, value
         )
     if name.startswith("add") or name == "baddbmm":
         return lambda left, right: function(torch.zeros((), dtype=torch.float64), left, right)
+    if name == "tensordot":
+        return lambda left, right: function(left, right, 1)
     if name == "__rmatmul__":
         return lambda left, right: function(right, left)
     return function
@@ -997,6 +1051,11 @@ def test_a_product_of_data_has_the_units_of_the_factor_that_its_rule_chooses(nam
         if name in ("bmm", "baddbmm", "addbmm") or name == "scaled_dot_product_attention":
             batch = data.draw(integers(1, 3))
             left_shape, right_shape = [batch, *left_shape[-2:]], [batch, *right_shape[-2:]]
+        if name == "inner":  # it sums over the last dimension of both
+            right_shape = [*right_shape[:-2], *right_shape[-2:][::-1]]
+        if name.startswith("_scaled"):  # heads too, and queries as wide as values
+            width = data.draw(integers(1, 3))
+            left_shape, right_shape = [2, 3, 4, width], [2, 3, 5, width]
         left, of_left = draw_matrix(data.draw, left_shape, "a", 0)
         right, of_right = draw_matrix(data.draw, right_shape, "b", 1)
         call = product_call(name, data.draw(st.sampled_from(functions_of(name))))
@@ -1085,7 +1144,8 @@ def test_a_linear_layer_has_its_rows_as_units() -> None:
 def test_a_convolution_has_its_output_channels_as_units(dims: int, batched: bool, groups: int) -> None:
     x = generic((*((2,) if batched else ()), 4, *(5,) * dims))
     weight = generic((6, 4 // groups, *(3,) * dims), 1)
-    calls = [partial(function, x, padding=1, groups=groups) for function in functions_of(f"conv{dims}d")]
+    functions = [each for each in functions_of(f"conv{dims}d") if "padding" not in repr(each)]  # of aten: as a text
+    calls = [partial(function, x, padding=(1,) * dims, groups=groups) for function in functions]
     for call in calls:
         assert assert_each_unit_is_its_row(call, weight, lambda unit: unit) == 6
     weight = generic((4, 6 // groups, *(3,) * dims), 1)
@@ -1097,6 +1157,11 @@ def test_a_convolution_has_its_output_channels_as_units(dims: int, batched: bool
 
     for call in calls:
         assert assert_each_unit_is_its_row(call, weight, row) == 6
+    if batched:
+        weight, ones, zeros = generic((6, 4 // groups, *(3,) * dims), 1), (1,) * dims, (0,) * dims
+        convolve = torch.ops.aten.convolution.default
+        run = lambda w: convolve(x, w, None, ones, ones, ones, False, zeros, groups)  # noqa: E731
+        assert assert_each_unit_is_its_row(run, weight, lambda unit: unit) == 6
 
 
 def test_an_embedding_has_its_features_as_units() -> None:
@@ -1126,6 +1191,14 @@ def test_a_normalisation_with_a_weight_has_the_weights_elements_as_units() -> No
     assert assert_each_unit_is_its_row(lambda w: functional.instance_norm(x, weight=w), generic((6,)), row) == 6
     assert assert_each_unit_is_its_row(lambda w: functional.group_norm(x, 2, w), generic((6,)), row) == 6
     two = lambda u: (u // 5, u % 5)  # noqa: E731
+    operators_of_graphs: dict[Callable[[Tensor], Any], Tensor] = {
+        lambda w: torch.ops.aten.batch_norm.default(x, w, None, mean, variance, False, 0.1, 1e-5, False): generic((6,)),
+        lambda w: torch.ops.aten.native_batch_norm.default(x, w, None, mean, variance, False, 0.1, 1e-5): generic((6,)),
+        lambda w: torch.ops.aten.native_group_norm.default(x, w, None, 4, 6, 5, 2, 1e-5): generic((6,)),
+        lambda w: torch.ops.aten.native_layer_norm.default(x, [5], w, None, 1e-5): generic((5,)),
+    }
+    for run, weight in operators_of_graphs.items():
+        assert assert_each_unit_is_its_row(run, weight, row) == len(weight)
     for norm in (functional.layer_norm, functional.rms_norm):
         assert assert_each_unit_is_its_row(partial(norm, x, (5,)), generic((5,)), row) == 5
         assert assert_each_unit_is_its_row(partial(norm, x, (6, 5)), generic((6, 5)), two) == 30
@@ -1214,6 +1287,46 @@ def test_an_einsum_with_a_weight_has_the_letters_of_the_weight_that_are_left_as_
         del result
 
     try_until_claimed(tried, claimed)
+
+
+def test_patches_of_a_map_have_its_channels_as_units() -> None:
+    claimed: list[int] = []
+
+    @TRIED
+    @given(st.data())
+    def tried(data: st.DataObject) -> None:
+        units, shape = draw_units(data.draw, ranks=(3, 4))
+        mode = Following()
+        x = source(mode, units, numbers(units, shape))
+        kernel = tuple(data.draw(integers(1, size)) for size in shape[-2:])
+        one = (1, 1)
+        functions = [
+            lambda x: functional.unfold(x, kernel),
+            lambda x: functional.unfold(input=x, kernel_size=kernel),
+            lambda x: torch.ops.aten.im2col.default(x, kernel, one, (0, 0), one),
+        ]
+        result = run_drawn(data.draw, data.draw(st.sampled_from(functions)), x, [], mode)
+        origin = mode.flow.origin(result)
+        if origin.units is not None:
+            assert numbers(origin.units, result.shape).equal(result)
+            claimed.append(origin.units.size)
+
+    try_until_claimed(tried, claimed)
+
+
+def test_a_sum_over_pairs_of_dimensions_with_a_weight_has_its_other_dimensions_as_units() -> None:
+    x = generic((3, 4, 5))
+    calls: list[tuple[Callable[[Tensor], Tensor], tuple[int, ...], Callable[[int], Any], int]] = [
+        (lambda w: torch.tensordot(x, w, 1), (5, 6), lambda u: (slice(None), u), 6),
+        (lambda w: torch.tensordot(x, w, dims=([2], [1])), (6, 5), lambda u: u, 6),
+        (lambda w: torch.tensordot(x, w, dims=([-1, 1], [0, 1])), (5, 4, 6), lambda u: (..., u), 6),
+        (lambda w: torch.tensordot(w, x, dims=([0], [1])), (4, 2, 3), lambda u: (slice(None), u // 3, u % 3), 6),
+        (lambda w: torch.ops.aten.tensordot.default(x, w, [2], [1]), (6, 5), lambda u: u, 6),
+        (lambda w: torch.inner(x, w), (6, 5), lambda u: u, 6),
+        (lambda w: w.inner(x), (6, 5), lambda u: u, 6),
+    ]
+    for run, shape, row, units in calls:
+        assert assert_each_unit_is_its_row(run, generic(shape, 1), row) == units
 
 
 def test_an_einsum_with_two_weights_has_the_units_of_the_one_whose_letters_are_left() -> None:
@@ -1318,7 +1431,7 @@ def test_a_part_of_a_weight_is_no_other_parts_layer() -> None:
         with mode:
             found = mode.flow.origin(part())
         assert found.state == WEIGHT
-        layers.append(found.layer)
+        layers.append(found.as_layer().layer)
     assert layers == [
         "w(0:3)",
         "w(3:6)",
@@ -1364,7 +1477,7 @@ def all_names() -> set[str]:
         *REDUCTIONS,
         *PRODUCTS,
         *["cat", "concat", "concatenate", "stack", "hstack", "column_stack", "vstack", "row_stack"],
-        *["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce"],
+        *["scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_reduce", "index_put", "im2col"],
         *[
             "linear",
             "bilinear",
@@ -1375,6 +1488,10 @@ def all_names() -> set[str]:
             "group_norm",
             "layer_norm",
             "rms_norm",
+            "convolution",
+            "native_layer_norm",
+            "native_group_norm",
+            "native_batch_norm",
         ],
         *["gru", "lstm", "gru_cell", "lstm_cell", "rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell", "einsum"],
         *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)),
@@ -1390,7 +1507,15 @@ NOT_DRAWN = {
     "grouped_mm": "claims rows of several layers, and never units",
     "_grouped_mm": "the same",
     "_native_multi_head_attention": "the fused form of multi_head_attention_forward, with the same rule",
-    "inner": "claims no units",
+    **dict.fromkeys(
+        [
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_functional",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_with_update",
+        ],
+        "has the rule of native_batch_norm",
+    ),
     "max_unpool1d": "needs the indices of a pooling; the rule is that of the pooling",
     "max_unpool2d": "the same",
     "max_unpool3d": "the same",
@@ -1426,7 +1551,7 @@ def listed_names() -> Iterator[str]:
 
 def test_every_name_in_the_lists_is_a_function_of_torch() -> None:
     names = list(listed_names())
-    homes = (functional, torch, Tensor)
+    homes = (functional, torch, Tensor, torch.ops.aten)
     assert len(names) > 300
     assert [name for name in names if not any(callable(getattr(home, name, None)) for home in homes)] == []
     assert len(set(names)) == len(names)

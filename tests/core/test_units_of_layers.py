@@ -337,6 +337,41 @@ class Tied(Keeping):
         return self.keep("head/relu", F.relu(self.head(h)))
 
 
+class Sliced(Keeping):
+    """Parts of weights: some units of a layer, in both orientations; and inputs that are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.elastic, self.conv = nn.Linear(4, 9), nn.Linear(9, 8), nn.Conv1d(4, 6, 1)
+        self.columns, self.fewer = nn.Parameter(torch.randn(5, 7)), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.fused.weight.split((5, 4))
+        one = self.keep("fused(0:5)/relu", F.relu(F.linear(x, first, self.fused.bias[:5])))
+        two = self.keep("fused(5:9)/relu", F.relu(x @ second.t()))
+        three = self.keep("columns(1:7:2)/relu", F.relu(one @ self.columns[:, 1::2]))
+        four = self.keep("elastic(2:6)/relu", F.relu(F.linear(two, self.elastic.weight[2:6, :4])))
+        five = self.keep("conv(0:3)/relu", F.relu(F.conv1d(four[..., None], self.conv.weight[:3])), 1)[..., 0]
+        return self.keep("fewer/relu", F.relu(F.linear(three + five, self.fewer.weight[:, :3])))
+
+
+class Joined(Keeping):
+    """Joined layers, and joined parts of the same layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(11, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        y = self.keep("a+b/relu", F.relu(torch.cat([a, b], 1)))
+        part = self.keep("a+b(a:0:4,b:0:5)/relu", F.relu(torch.cat([a[:, :4], b], 1)))
+        again = self.keep("a+b(a:2:6,b:0:5)/relu", F.relu(torch.cat([a[:, 2:], b], 1)))
+        both = self.keep("a(0:6,0:6)/relu", F.relu(torch.cat([a, -a], 1)))
+        alone = self.keep("a/relu", F.relu(torch.cat([a[:, :2], a[:, 2:]], 1)))
+        return self.out(y) + sum(each.sum(1, keepdim=True) for each in (part, again, both, alone))
+
+
 class Computed(Keeping):
     """Weights that are computed from parameters."""
 
@@ -467,6 +502,8 @@ CASES = {
     "tied weights": Case(Tied, lambda: (torch.randint(9, (3, 4)),), 3, outputs=("head/relu",)),
     "computed weights": Case(Computed, rows(6, 4), 6, outputs=("c/relu",)),
     "weights computed by hooks": Case(ComputedByHooks, rows(6, 4), 6),
+    "parts of weights": Case(Sliced, rows(6, 4), 6, outputs=("fewer/relu",)),
+    "joined parts": Case(Joined, rows(6, 4), 6),
     "checkpointed": Case(lambda: Checkpointed(False), rows(6, 4), 6, compiles=False),
     "checkpointed, reentrant": Case(lambda: Checkpointed(True), rows(6, 4), 6, compiles=False),
 }

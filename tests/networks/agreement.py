@@ -33,6 +33,7 @@ class Agreement:
         truth: The twin's tallies, by site name.
         products: Names of the gated products among them.
         not_measured: Site name → reason, of the watched run.
+        behind_functions: Layers that others read behind functions that are not linear, as autograd says.
         states: Weights, buffers and gradients of the watched run and of the twin's.
     """
 
@@ -40,6 +41,7 @@ class Agreement:
     truth: dict[str, dict[str, Any]]
     products: frozenset[str]
     not_measured: dict[str, str]
+    behind_functions: dict[str, set[str]]
     states: tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -59,7 +61,12 @@ def run(network: Network, **options: Any) -> Agreement:
     report = watched.scope.report("train")
     not_measured = {item.name: item.reason for item in report.not_measured}
     return Agreement(
-        watched.scope.census("train"), twin.tallies(), frozenset(twin.gates), not_measured, (states[0], states[1])
+        watched.scope.census("train"),
+        twin.tallies(),
+        frozenset(twin.gates),
+        not_measured,
+        twin.behind_functions,
+        (states[0], states[1]),
     )
 
 
@@ -72,6 +79,9 @@ def assert_agreement(network: Network, result: Agreement) -> None:
         assert all(result.not_measured[name].startswith(reason) for name in found)
     for name, tally in result.census.items():
         assert tally.axis_source == f"layer ({tally.layer})", f"{name}: {tally.axis_source}"
+    accounted = {layer for tally in result.census.values() for layer in tally.layer.split("+")} | {*result.not_measured}
+    if not network.unseen:  # of those, the place of the activation is listed
+        assert {layer: names for layer, names in result.behind_functions.items() if layer not in accounted} == {}
     assert len(result.products) == network.gated
     assert_bits(*result.states)
 

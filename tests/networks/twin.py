@@ -40,6 +40,7 @@ class NetworkTwin(Twin):
         self.declared = tuple(declared)
         self.patterns = axes
         self.unseen = tuple(unseen)
+        self.behind_functions: dict[str, set[str]] = {}  # layers that others read behind functions that are not linear
         self.unit: list[tuple[nn.Module, Tensor, Call | None]] = []  # the activation module that is running, if one is
 
     @contextlib.contextmanager
@@ -87,6 +88,10 @@ class NetworkTwin(Twin):
                     eyes.outputs.append((x, output, call))
 
         return close
+
+    def backward(self, loss: Tensor) -> None:
+        self.behind_functions |= self.namer.read_behind_functions(loss)
+        super().backward(loss)
 
     def axes_of(self, place: str, x: Tensor) -> tuple[int, ...]:
         found = next(axis for pattern, axis in self.patterns.items() if fnmatch.fnmatchcase(place, pattern))

@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
-EXPERTS = "its rows are units of several layers (experts)"
+EXPERTS = "its rows are, or may be, units of several layers (experts)"
 CHANNELS = {"*": 1}
 FEATURES = {"*": -1}
 #: Of the pixels of ImageNet, by colour: torchvision's and timm's networks are given pictures on that scale.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuronscope.attach.origins import CONSTANT, Operand, Origin, combine
+from neuronscope.attach.origins import CONSTANT, Origin, combine
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, lose, table
 
 __all__ = ["ELEMENTWISE", "bending", "like_first"]
@@ -34,7 +34,7 @@ lt le gt ge greater greater_equal less less_equal __lt__ __le__ __gt__ __ge__ si
 """
 _LIKE_FIRST = """
 to type type_as normalize renorm local_response_norm quantize_per_tensor quantize_per_channel
-fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
+fake_quantize_per_tensor_affine fake_quantize_per_channel_affine alias _to_copy lift_fresh_copy
 """
 _FACTORIES = """
 zeros ones empty full arange linspace logspace eye rand randn randint randperm from_numpy tril_indices triu_indices
@@ -66,15 +66,7 @@ def _masked(operation: Operation) -> Origin:
     tensors = operation.tensors
     mask = operation.argument(1, "mask")
     found = combine([each for each in tensors if each is not mask] or tensors, operation.outputs[0])
-    found = found.but(upstream=operation.upstream) if operation.upstream != found.upstream else found
-    return _bent_by(found, mask)
-
-
-def _bent_by(origin: Origin, mask: object) -> Origin:
-    """Return the origin of what a mask leaves; the mask may be computed from the same units: ``where(h > 0, h, 0)``."""
-    if isinstance(mask, Operand) and mask.origin.bent and mask.origin.units == origin.units and not origin.site:
-        return origin.but(bent=origin.bent or mask.origin.bent)
-    return origin
+    return found.but(upstream=operation.upstream) if operation.upstream != found.upstream else found
 
 
 def _where(operation: Operation) -> Origin:
@@ -88,7 +80,6 @@ def _where(operation: Operation) -> Origin:
     picked = combine([each for each in operation.tensors if each is not condition], shape)
     if picked.state == CONSTANT:
         return combine(operation.tensors, shape)
-    picked = _bent_by(picked, condition)
     return picked.but(upstream=operation.upstream) if operation.upstream != picked.upstream else picked
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from neuronscope.attach.origins import (
     CONSTANT,
@@ -19,6 +18,7 @@ from neuronscope.attach.origins import (
     Origin,
     combine,
 )
+from neuronscope.attach.readers import Carried, joined
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, lose, table, tensors_in
 from neuronscope.attach.units import Units, has_units, join_runs, resized
 
@@ -64,19 +64,19 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
         return Origin.of(LOST, upstream)
     sites = {each.origin.site for each in data}
     site = data[0].origin.site if len(sites) == 1 else None
-    units, bent = first._replace(dims=found), data[0].origin.bent
-    return Origin.of(UNITS, upstream, units=units, site=site, bent=bent, carries=_all_carried(data))
+    units = first._replace(dims=found)
+    return Origin.of(UNITS, upstream, units=units, site=site, carries=_all_carried(data))
 
 
-def _all_carried(parts: Sequence[Operand]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(site for each in parts for site in each.origin.carries))
+def _all_carried(parts: Sequence[Operand]) -> tuple[Carried, ...]:
+    return tuple(dict.fromkeys(carried for each in parts for carried in each.origin.carries))
 
 
 def _join_weights(parts: Sequence[Operand]) -> Origin:
     """Return the origin of weights that were joined: their layers are joined too."""
-    layers = dict.fromkeys(each.origin.layer for each in parts if each.origin.layer)
-    joined = combine(parts, ())
-    return joined.but(layer="+".join(layers)) if joined.state == WEIGHT else joined
+    layers = dict.fromkeys(each.origin.as_layer().layer for each in parts if each.origin.layer)
+    found = combine(parts, ())
+    return found.but(layer="+".join(layers)) if found.state == WEIGHT else found
 
 
 def _unit_dims(units: Units) -> list[object]:
@@ -98,8 +98,29 @@ def _join_units(parts: Sequence[Operand], data: Sequence[Operand], dim: int, ups
     calls = tuple(dict.fromkeys(call for units in every for call in units.call))
     width = sum(units.size for units in every)
     dims = (*every[0].dims[:dim], ((width, 1),), *every[0].dims[dim + 1 :])
-    units = Units(calls, "+".join(layers), runs, 0, dims)
-    return Origin.of(UNITS, upstream, units=units, carries=_all_carried(data))
+    units = Units(calls, "+".join(layers), runs, 0, dims, _is_explicit(every))
+    carries: list[Carried] = []
+    before = 0
+    for each in data:
+        if each.origin.units is not None:
+            carries += joined(each.origin.carries, each.origin.units, before)
+            before += each.origin.units.size
+    return Origin.of(UNITS, upstream, units=units, carries=tuple(carries))
+
+
+def _is_explicit(parts: Sequence[Units]) -> bool:
+    """Whether units that were put side by side are not each unit of their layers once."""
+    widths: dict[str, int] = {}
+    found: dict[str, list[int]] = {}
+    for part in parts:
+        own: dict[str, int] = {}
+        for layer, *bounds in part.runs:
+            own[layer] = own.get(layer, 0) + len(range(*bounds))
+        widths |= own
+        for layer, *bounds in part.tensor_runs():
+            found.setdefault(layer, []).extend(range(*bounds))
+    complete = all(len(set(numbers)) == len(numbers) == widths[layer] for layer, numbers in found.items())
+    return not complete or any(part.explicit for part in parts)
 
 
 def _stack_rule(operation: Operation) -> Origin:

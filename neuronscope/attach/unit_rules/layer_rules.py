@@ -7,7 +7,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from neuronscope.attach.origins import CONSTANT, ENDED, LOST, ROWS, UNITS, UNKNOWN, WEIGHT, Operand, Origin, combine
+from neuronscope.attach.origins import (
+    CONSTANT,
+    ENDED,
+    LOST,
+    ROWS,
+    UNITS,
+    UNKNOWN,
+    WEIGHT,
+    Cut,
+    Operand,
+    Origin,
+    combine,
+)
+from neuronscope.attach.torch_functions import aten
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, lose, table
 from neuronscope.attach.units import Units, place
 
@@ -19,7 +32,14 @@ def is_weight(value: object) -> bool:
     return isinstance(value, Operand) and value.origin.state == WEIGHT
 
 
-def produce(operation: Operation, weight: Operand | None, unit_dims: Sequence[int] | None, index: int = 0) -> Origin:
+def produce(
+    operation: Operation,
+    weight: Operand | None,
+    unit_dims: Sequence[int] | None,
+    index: int = 0,
+    *,
+    rows: int | None = None,
+) -> Origin:
     """Return the origin of a layer's output.
 
     Args:
@@ -27,17 +47,38 @@ def produce(operation: Operation, weight: Operand | None, unit_dims: Sequence[in
         weight: The layer's weight.
         unit_dims: The dimensions of the output that index its units, the outermost first; ``None`` if not known.
         index: Index of the output.
+        rows: The dimension of the weight that indexes its units, if there is one.
     """
     shape = operation.outputs[index]
     upstream = operation.upstream | 1 << operation.call
     if weight is None or unit_dims is None:
         return Origin.of(LOST, upstream)
-    layer = weight.origin.layer
     if weight.origin.picked:
-        return Origin.of(ROWS, upstream, layer=layer)
+        return Origin.of(ROWS, upstream, layer=weight.origin.as_layer().layer)
     width = math.prod(shape[dim] for dim in unit_dims)
-    units = Units((operation.call,), layer, ((layer, 0, width, 1),), 0, place(shape, unit_dims))
+    layer, cut = _cut_of(weight, rows, width)
+    run = (layer, 0, width, 1) if cut is None else (layer, *cut)
+    units = Units((operation.call,), layer, (run,), 0, place(shape, unit_dims), cut is not None)
     return Origin.of(UNITS, upstream, units=units, layer=layer)
+
+
+def _cut_of(weight: Operand, rows: int | None, width: int) -> tuple[str, Cut | None]:
+    """Return the layer of a weight, and which of the layer's units a part of the weight has; ``None`` for all.
+
+    Args:
+        weight: The weight. What is left out of its inputs leaves its units as they are.
+        rows: The dimension that indexes its units, if there is one; if it is negative, those before the last two index
+            the matrices of a stack.
+        width: Number of units.
+    """
+    origin = weight.origin
+    if not any(origin.cuts):
+        return origin.layer, None
+    cut = None if rows is None else origin.cuts[rows]
+    stack = origin.cuts[:-2] if rows is not None and rows < 0 else ()
+    if rows is None or any(stack) or (cut is not None and len(range(*cut)) != width):
+        return origin.as_layer().layer, None
+    return origin.layer, cut
 
 
 def _is_computed(weight: Operand) -> bool:
@@ -45,7 +86,7 @@ def _is_computed(weight: Operand) -> bool:
     return weight.origin.state not in (WEIGHT, CONSTANT, UNKNOWN)
 
 
-def _layer_rule(slot: int, name: str, from_right: int) -> Callable[[Operation], Sequence[Origin]]:
+def _layer_rule(slot: int, name: str, from_right: int, rows: int = 0) -> Callable[[Operation], Sequence[Origin]]:
     """Return the rule of a layer whose units lie on a fixed dimension of its first output.
 
     Other outputs are no units.
@@ -54,6 +95,7 @@ def _layer_rule(slot: int, name: str, from_right: int) -> Callable[[Operation], 
         slot: Place of the weight among the arguments.
         name: Name of the weight.
         from_right: Dimension of the units, counted from the right (1 = last).
+        rows: The dimension of the weight that indexes its units.
     """
 
     def rule(operation: Operation) -> Sequence[Origin]:
@@ -64,7 +106,7 @@ def _layer_rule(slot: int, name: str, from_right: int) -> Callable[[Operation], 
         if _is_computed(weight):
             return [Origin.of(ENDED, operation.upstream)] * (1 + rest)
         dim = len(operation.outputs[0]) - from_right
-        first = produce(operation, weight, (dim,) if dim >= 0 else None)
+        first = produce(operation, weight, (dim,) if dim >= 0 else None, rows=rows)
         return [first, *[Origin.of(ENDED, first.upstream)] * rest]
 
     return rule
@@ -77,7 +119,7 @@ def _linear(operation: Operation) -> Sequence[Origin]:
     """Say what ``linear`` gives; if its first argument is the weight, as in ``linear(W, x)``, rows are the units."""
     first, second = operation.argument(0, "input"), operation.argument(1, "weight")
     if is_weight(first) and isinstance(second, Operand) and _is_computed(second) and len(first.shape) > 1:
-        return [produce(operation, first, (len(operation.outputs[0]) - 2,))]
+        return [produce(operation, first, (len(operation.outputs[0]) - 2,), rows=0)]
     return _COLUMNS(operation)
 
 
@@ -127,26 +169,43 @@ def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = 
     return rule
 
 
-def _named(names: str, home: object) -> frozenset[Function]:
-    return frozenset(getattr(home, name) for name in names.split())
+def _in_torch(names: str, rule: Rule) -> dict[Function, Rule]:
+    """Return a rule by each function of ``torch`` and operator of ``torch.ops.aten`` that it is for."""
+    return dict.fromkeys([*(getattr(torch, name) for name in names.split()), *aten(*names.split())], rule)
+
+
+def _convolution(operation: Operation) -> Origin:
+    transposed = operation.argument(6, "transposed", default=False)
+    return produce(operation, operation.argument(1, "weight"), (1,), rows=1 if transposed else 0)
 
 
 LAYERS: dict[Function, Rule] = {
-    **table("conv1d conv_transpose1d", _layer_rule(1, "weight", 2)),
-    **table("conv2d conv_transpose2d", _layer_rule(1, "weight", 3)),
-    **table("conv3d conv_transpose3d", _layer_rule(1, "weight", 4)),
+    **table("conv1d", _layer_rule(1, "weight", 2)),
+    **table("conv2d", _layer_rule(1, "weight", 3)),
+    **table("conv3d", _layer_rule(1, "weight", 4)),
+    **table("conv_transpose1d", _layer_rule(1, "weight", 2, 1)),
+    **table("conv_transpose2d", _layer_rule(1, "weight", 3, 1)),
+    **table("conv_transpose3d", _layer_rule(1, "weight", 4, 1)),
     **table("linear", _linear),
     **table("bilinear", _layer_rule(2, "weight", 1)),
-    **table("embedding embedding_bag", _layer_rule(1, "weight", 1)),
+    **table("embedding embedding_bag", _layer_rule(1, "weight", 1, 1)),
     # In these, the weight comes before the indices.
-    **dict.fromkeys(_named("embedding embedding_bag", torch), _layer_rule(0, "weight", 1)),
+    **_in_torch("embedding embedding_bag", _layer_rule(0, "weight", 1, 1)),
     **table("lstm gru rnn_tanh rnn_relu", _recurrent),
     **table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
     **table("grouped_mm _grouped_mm", _grouped),
     **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
     **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
     **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),
-    **dict.fromkeys(_named("batch_norm instance_norm", torch), _norm_rule(1, 1, 3)),
+    **_in_torch("batch_norm instance_norm", _norm_rule(1, 1, 3)),
     **table("group_norm", _norm_rule(2, 1)),
-    **table("layer_norm rms_norm", _norm_rule(2, -1)),
+    **table("layer_norm rms_norm native_layer_norm", _norm_rule(2, -1)),
+    # What graphs of torch.export call after `run_decompositions`.
+    **table("convolution", _convolution),
+    **table("native_group_norm", _norm_rule(1, 1)),
+    **table(
+        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+        "_native_batch_norm_legit_no_training _batch_norm_with_update",
+        _norm_rule(1, 1, 3),
+    ),
 }

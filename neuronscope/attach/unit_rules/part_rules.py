@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Operand, Origin
+from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin
 from neuronscope.attach.unit_rules.operation import Function, Index, Listed, Operation, Rule, Shape, lose, table
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
@@ -17,6 +17,18 @@ _ALL = Index(None, None, None)
 def _index_rule(operation: Operation) -> Origin:
     index = operation.args[1]
     return _indexed(operation, index if type(index) is tuple else (index,))
+
+
+def _index_operator(operation: Operation) -> Origin:
+    """Say what ``aten.index`` gives: its index is a list, in which ``None`` stands for a whole dimension."""
+    return _indexed(operation, tuple(_ALL if part is None else part for part in operation.args[1]))
+
+
+def _slice_rule(operation: Operation) -> Origin:
+    """Say what ``aten.slice`` gives, the operator of ``x[:, start:end:step]``."""
+    dim = operation.argument(1, "dim", default=0) % len(operation.first.shape)
+    part = Index(operation.argument(2, "start"), operation.argument(3, "end"), operation.argument(4, "step", default=1))
+    return _indexed(operation, (*[_ALL] * dim, part))
 
 
 def _select_rule(operation: Operation) -> Origin:
@@ -49,29 +61,35 @@ def _indexed(operation: Operation, index: tuple[Any, ...]) -> Origin:
 
 
 def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
-    """Return the origin of a part of a weight: it is a layer of its own, as ``experts.3`` or ``in_proj(0:8)``."""
+    """Return the origin of a part of a weight: some units of its layer, or a matrix of a stack, as ``experts.3``."""
     origin, shape = operand.origin, operand.shape
     if len(shape) < 2:
         return origin
+    if any(origin.cuts):  # a part of a part
+        origin = origin.as_layer()
     by_data = any(isinstance(part, (Operand, tuple)) and not isinstance(part, Index) for part in index)
     if by_data:
         return origin.but(picked=len(shape) > 2)
     index = _without_ellipsis(index, shape)
-    layer, dim, cuts = origin.layer, 0, []
+    layer, dim, whole = origin.layer, 0, True
+    cuts: list[Cut | None] = []
     for part in index:
         if isinstance(part, Index):
             start, stop, step = slice(*part).indices(shape[dim])
-            whole = len(range(start, stop, step)) == shape[dim]
-            cuts.append("" if whole else f"{start}:{stop}" + (f":{step}" if step > 1 else ""))
+            cuts.append(None if len(range(start, stop, step)) == shape[dim] else (start, stop, step))
             dim += 1
         elif isinstance(part, int) and not isinstance(part, bool):
-            cuts.append(str(part % shape[dim]))
+            if cuts:  # a row of each matrix
+                whole = False
+                cuts.append((part % shape[dim], part % shape[dim] + 1, 1))
+            else:
+                layer = f"{layer}.{part % shape[dim]}"
             dim += 1
-    if cuts and cuts[0].isdigit():
-        layer, cuts = f"{layer}.{cuts[0]}", cuts[1:]
-    while cuts and not cuts[-1]:
-        cuts.pop()
-    return origin.but(layer=layer + (f"({','.join(cut or ':' for cut in cuts)})" if cuts else ""))
+        else:
+            whole = False
+    cuts += [None] * (len(shape) - dim)
+    found = origin.but(layer=layer, cuts=tuple(cuts) if any(cuts) else ())
+    return found if whole else found.as_layer()
 
 
 def _without_ellipsis(index: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
@@ -210,6 +228,8 @@ def _gather(operation: Operation) -> Origin:
 
 PARTS: dict[Function, Rule] = {
     **table("__getitem__", _index_rule),
+    **table("index", _index_operator),
+    **table("slice", _slice_rule),
     **table("select", _select_rule),
     **table("narrow", _narrow_rule),
     **table("chunk split tensor_split split_with_sizes", _split_rule),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
 
 from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Operand, Origin, combine
 from neuronscope.attach.unit_rules.layer_rules import is_weight, produce
-from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, lose, table, tensors_in
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, integers, lose, table, tensors_in
 from neuronscope.attach.units import has_units, positions, resized
 from neuronscope.count.neuron_layout import Dims
 
@@ -36,7 +37,7 @@ def _layer_from_right(operation: Operation, data: Operand, weight: Operand) -> O
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
     stack = _stack(weight, rank - (2 if len(data.shape) > 1 else 1))
-    return produce(operation, weight, (*stack, rank - 1))
+    return produce(operation, weight, (*stack, rank - 1), rows=-1)
 
 
 def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Origin:
@@ -45,7 +46,7 @@ def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Or
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
     rows = rank - (2 if len(data.shape) > 1 else 1)
-    return produce(operation, weight, (*_stack(weight, rows), rows))
+    return produce(operation, weight, (*_stack(weight, rows), rows), rows=-2)
 
 
 def _stack(weight: Operand, before: int) -> list[int]:
@@ -118,8 +119,34 @@ def _summed_over_batch(operation: Operation) -> Origin:
 
 
 def _inner(operation: Operation) -> Origin:
-    """Say what ``inner`` gives: a layer if a factor is a weight, and otherwise a sum over units."""
-    return lose(operation) if any(is_weight(each) for each in operation.tensors) else end(operation)
+    """Say what ``inner`` gives: a sum over the last dimension of both factors."""
+    left, right = operation.argument(0, "input"), operation.argument(1, "other")
+    if not left.shape or not right.shape:
+        return lose(operation)  # a product with a number
+    return _contracted(operation, left, right, [len(left.shape) - 1], [len(right.shape) - 1])
+
+
+def _tensordot(operation: Operation) -> Origin:
+    """Say what ``tensordot`` gives: a sum over pairs of dimensions, which are numbers or how many there are."""
+    left, right = operation.argument(0, "a"), operation.argument(1, "b")
+    dims = operation.argument(2, "dims", default=2)
+    if isinstance(dims, int):
+        return _contracted(operation, left, right, range(len(left.shape))[len(left.shape) - dims :], range(dims))
+    first, second = (dims, operation.args[3]) if len(operation.args) > 3 else dims  # aten has both one by one
+    return _contracted(operation, left, right, integers([first]), integers([second]))
+
+
+def _contracted(
+    operation: Operation, left: Operand, right: Operand, left_dims: Sequence[int], right_dims: Sequence[int]
+) -> Origin:
+    """Return the origin of sums of products over pairs of dimensions, as ``einsum`` would write it."""
+    letters = iter(string.ascii_letters)
+    terms = [[next(letters) for _ in operand.shape] for operand in (left, right)]
+    for one, other in zip(left_dims, right_dims, strict=True):
+        terms[1][other] = terms[0][one]
+    kept = [letter for term, other in (terms, terms[::-1]) for letter in term if letter not in other]
+    equation = f"{''.join(terms[0])},{''.join(terms[1])}->{''.join(kept)}"
+    return _einsum(operation._replace(args=(equation, left, right), kwargs={}))
 
 
 def _attend(operation: Operation) -> Origin:
@@ -204,7 +231,8 @@ PRODUCTS: dict[Function, Rule] = {
     **table("addmm baddbmm addmv", _product_rule(1)),
     **table("addbmm", _summed_over_batch),
     **table("einsum", _einsum),
-    **table("scaled_dot_product_attention", _attend),
+    **table("scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu", _attend),
     **table("inner", _inner),
+    **table("tensordot", _tensordot),
     **table("dot vdot outer ger cdist pairwise_distance cosine_similarity", end),
 }

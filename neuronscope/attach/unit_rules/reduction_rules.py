@@ -69,7 +69,7 @@ def _along_rule(place: int, default: int | None = None, *, picks: bool = False) 
             dims = resized(origin.units.dims, shape) if len(shape) == rank else None
             units = None if dims is None else origin.units._replace(dims=dims)
             state = LOST if units is None else UNITS
-            found.append(Origin.of(state, operation.upstream, units=units, bent=origin.bent if units else ""))
+            found.append(Origin.of(state, operation.upstream, units=units))
         return found
 
     return rule
@@ -85,7 +85,9 @@ REDUCTIONS: dict[Function, Rule] = {
     **table("norm quantile nanquantile", _reduction_rule(2, keeps_zero=False)),
     torch.linalg.vector_norm: _reduction_rule(2, keeps_zero=False),
     torch.linalg.norm: _reduction_rule(2, keeps_zero=False),
-    **table("softmax log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)),
+    **table(
+        "softmax log_softmax _softmax _log_softmax softmin cumsum cumprod logcumsumexp cummax cummin", _along_rule(1)
+    ),
     **table("sort argsort", _along_rule(1, -1, picks=True)),
     **table("topk kthvalue", _along_rule(2, -1, picks=True)),
     **table("diff", _along_rule(2, -1)),

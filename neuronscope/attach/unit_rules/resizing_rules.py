@@ -53,16 +53,19 @@ RESIZING: dict[Function, Rule] = {
     ),
     **table(
         "max_pool2d max_pool2d_with_indices avg_pool2d lp_pool2d max_unpool2d fractional_max_pool2d "
-        "fractional_max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_avg_pool2d",
+        "fractional_max_pool2d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_avg_pool2d "
+        "_adaptive_avg_pool2d",
         _last(2),
     ),
     **table(
         "max_pool3d max_pool3d_with_indices avg_pool3d lp_pool3d max_unpool3d fractional_max_pool3d "
-        "fractional_max_pool3d_with_indices adaptive_max_pool3d adaptive_max_pool3d_with_indices adaptive_avg_pool3d",
+        "fractional_max_pool3d_with_indices adaptive_max_pool3d adaptive_max_pool3d_with_indices adaptive_avg_pool3d "
+        "_adaptive_avg_pool3d",
         _last(3),
     ),
     **table(
-        "interpolate upsample upsample_nearest upsample_bilinear grid_sample",
+        "interpolate upsample upsample_nearest upsample_bilinear grid_sample "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d",
         _resizing_rule(lambda operation: range(2, len(operation.first.shape))),
     ),
     **table("pad constant_pad_nd", _resizing_rule(_padded)),

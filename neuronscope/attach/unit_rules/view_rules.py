@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from neuronscope.attach.origins import LOST, WEIGHT, Origin
+from neuronscope.attach.torch_functions import aten
 from neuronscope.attach.unit_rules.elementwise_rules import like_first
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, table
 from neuronscope.attach.units import Units, broadcast, has_units, positions, reshape, resized
@@ -27,6 +29,11 @@ def _move_rule(move: _Move) -> Rule:
     def rule(operation: Operation) -> Origin:
         operand = operation.first
         origin = operand.origin
+        if origin.units is None and any(origin.cuts):
+            if move not in (_transposed, _permute, _reversed, _last_two):
+                return origin.as_layer() if operation.outputs[0] != operand.shape else origin
+            moved = move(operation, Units((), "", (), 0, origin.cuts), operand.shape, operation.outputs[0])  # type: ignore[arg-type]
+            return origin.as_layer() if moved is None else origin.but(cuts=moved.dims)
         if origin.units is None:
             repeated = move in (_expanded, _repeated, _repeated_each) and len(operation.outputs[0]) > 2
             # Of a stack that repeats a matrix it is not known which dimension tells matrices apart.
@@ -143,6 +150,15 @@ def _windows(operation: Operation, units: Units, before: Shape, after: Shape) ->
     return units._replace(dims=tuple(dims))
 
 
+def _patches(_: Operation, units: Units, before: Shape, after: Shape) -> Units | None:
+    """Return the units of patches of a map: each channel, and then the places in its patch."""
+    if has_units(units.dims[-1]) or has_units(units.dims[-2]):
+        return None
+    channels = before[-3]
+    patch = positions([after[-2] // channels])[0]
+    return units._replace(dims=(*units.dims[:-3], (*units.dims[-3], *patch), positions(after[-1:])[0]))
+
+
 #: The attributes of a tensor that are tensors themselves.
 ATTRIBUTES: dict[Any, Rule] = {
     Tensor.T: _move_rule(_reversed),
@@ -154,7 +170,7 @@ ATTRIBUTES: dict[Any, Rule] = {
 }
 VIEWS: dict[Function, Rule] = {
     **table(
-        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel squeeze_ unsqueeze_",
+        "view reshape flatten unflatten squeeze unsqueeze view_as reshape_as ravel squeeze_ unsqueeze_ _unsafe_view",
         _move_rule(_reshaped),
     ),
     **table("transpose swapaxes swapdims transpose_ swapaxes_ swapdims_", _move_rule(_transposed)),
@@ -170,5 +186,6 @@ VIEWS: dict[Function, Rule] = {
     **table("flipud", _along_positions(lambda _: (0,))),
     **table("roll", _along_positions(_rolled)),
     **table("rot90", _along_positions(_rotated)),
-    Tensor.unfold: _move_rule(_windows),
+    **{function: _move_rule(_patches) for function in (functional.unfold, *aten("im2col"))},
+    **dict.fromkeys([Tensor.unfold, *aten("unfold")], _move_rule(_windows)),
 }

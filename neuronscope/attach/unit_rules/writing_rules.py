@@ -95,6 +95,13 @@ def set_item(target: Operand, index: tuple[Any, ...], value: Operand) -> Origin:
     return _written(target, value, target.shape, upstream)
 
 
+def _index_put(operation: Operation) -> Origin:
+    """Say what ``index_put`` gives; ``None`` among its indices stands for a whole dimension."""
+    index, value = operation.argument(1, "indices"), operation.argument(2, "values", "value")
+    parts = tuple(Index(None, None, None) if part is None else part for part in index)
+    return set_item(operation.first, parts, value)
+
+
 def _only_positions(index: tuple[Any, ...], shape: Shape, units: Units) -> bool:
     """Whether an index leaves the dimensions of the units of what is written as they are."""
     parts = [part for part in index if part is not Ellipsis]
@@ -112,6 +119,7 @@ def _only_positions(index: tuple[Any, ...], shape: Shape, units: Units) -> bool:
     )
 
 
-WRITING: dict[Function, Rule] = table(
-    "scatter scatter_add scatter_reduce index_add index_copy index_reduce", _scatter_rule, in_place=True
-)
+WRITING: dict[Function, Rule] = {
+    **table("scatter scatter_add scatter_reduce index_add index_copy index_reduce", _scatter_rule, in_place=True),
+    **table("index_put", _index_put, in_place=True),
+}

@@ -105,7 +105,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     recorder = hooks.recorder
     infos = {key.name: recorder.sites.current_info(key, info) for key, info in met.items()}
     graph.sites = [replace(site, info=infos[site.name]) for site in graph.sites]
-    idle = set(hooks.module_sites) - recorder.unmeasured.modules_that_ran(recorder.phase)
+    idle = set(hooks.module_sites) - {*recorder.unmeasured.phases_of_modules}
     graph.not_seen = {
         **dict.fromkeys(sorted(path or "(root)" for path in idle), "it did not run on the example"),
         **recorder.sites.all_not_measured(),
