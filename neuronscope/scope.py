@@ -189,7 +189,7 @@ class Scope:
 
     def _note_weights(self) -> None:
         """Note the weights with which training begins: ranks of which none is the same hold no copies."""
-        if self._phase == "train" and not self._ranks.alone:
+        if self._phase_in(self._counted_thread()) == "train" and not self._ranks.alone:
             self._weights.note()
 
     def _end_first_step(self) -> None:

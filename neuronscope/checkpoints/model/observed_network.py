@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.recorder import Call
+from neuronscope.attach.site_finder import Call
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
