@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch import Tensor
 
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
@@ -36,8 +37,11 @@ class CounterTensors(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added, less the
-            positions that :func:`leave_out` took off.
+        traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
+            :func:`leave_out` took off.
+        traced_gradients: int64 ``(1,)``: the same for gradient positions. Like ``zero_gradients``, no forward graph
+            changes it: a backward graph keeps the tensors that it changes from its forward on, and the forward may run
+            again in between.
     """
 
     zero_outputs: Tensor
@@ -47,6 +51,7 @@ class CounterTensors(NamedTuple):
     last_active: Tensor
     first_active: Tensor
     traced: Tensor
+    traced_gradients: Tensor
 
 
 class SiteCounters:
@@ -90,7 +95,8 @@ class SiteCounters:
                 abs_sum=double,
                 last_active=torch.full((neurons,), -1, dtype=torch.int64, device=device),
                 first_active=torch.full((neurons,), NEVER, dtype=torch.int64, device=device),
-                traced=torch.zeros(3, dtype=torch.int64, device=device),
+                traced=torch.zeros(2, dtype=torch.int64, device=device),
+                traced_gradients=torch.zeros(1, dtype=torch.int64, device=device),
             )
         self.outputs = PendingCounts(2, neurons)
         self.gradients = PendingCounts(1, neurons)
@@ -231,11 +237,12 @@ class SiteCounters:
         """Return the positions, gradient positions and examples so far.
 
         Args:
-            traced: ``tensors.traced`` as a list, if it was copied to the host already. Otherwise it is copied here,
-                which synchronizes.
+            traced: The numbers of ``tensors.traced`` and ``tensors.traced_gradients``, if they were copied to the host
+                already. Otherwise they are copied here, which synchronizes.
         """
-        traced = self.tensors.traced.tolist() if traced is None else traced
-        return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
+        if traced is None:
+            traced = (*self.tensors.traced.tolist(), *self.tensors.traced_gradients.tolist())
+        return self.positions + traced[0], self.gradient_positions + traced[2], self.examples + traced[1]
 
     def reset(self) -> None:
         """Set every count to its start, in the same tensors."""
@@ -326,8 +333,11 @@ def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = Fa
         positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
         gradients: Whether the tensor was a gradient, and not an output.
     """
-    zeros = counters.tensors.zero_gradients if gradients else counters.tensors.zero_outputs
-    _leave_out_in_graph(zeros, counters.tensors.traced, positions, 1 if gradients else 0)
+    tensors = counters.tensors
+    if gradients:
+        _leave_out_in_graph(tensors.zero_gradients, tensors.traced_gradients, positions)
+    else:
+        _leave_out_in_graph(tensors.zero_outputs, tensors.traced, positions)
 
 
 def register_gradient_hook(
@@ -343,8 +353,8 @@ def register_gradient_hook(
         counters: The counters of the site.
         mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
     """
-    zero_gradients, traced = counters.tensors.zero_gradients, counters.tensors.traced
-    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, traced, mask)
+    zero_gradients, positions = counters.tensors.zero_gradients, counters.tensors.traced_gradients
+    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, positions, mask)
 
 
 def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
@@ -375,7 +385,7 @@ def _add_outputs_in_graph(
     tolerance: float,
     *tensors: Tensor,
 ) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = tensors
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
     zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)
@@ -385,13 +395,13 @@ def _add_outputs_in_graph(
     last_active.copy_(torch.where(fired, step, last_active))
     first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
     traced[0].add_(positions)
-    traced[2].add_(examples)
+    traced[1].add_(examples)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
-def _leave_out_in_graph(zeros: Tensor, traced: Tensor, positions: Tensor, place: int) -> None:
+def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
     zeros.sub_(positions)
-    traced[place].sub_(positions)
+    counted[0].sub_(positions)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
@@ -401,18 +411,36 @@ def _register_gradient_hook_in_graph(
     dims: Dims | None,
     glu_dim: int | None,
     zero_gradients: Tensor,
-    traced: Tensor,
+    positions: Tensor,
     mask: Tensor | None,
 ) -> None:
+    _save_unchecked(zero_gradients, positions)
+
     def count(gradient: Tensor) -> None:
         part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
         left_out = None
         if dims is None:
             part, left_out = blank_positions(part, neurons, mask)
         zero_gradients.add_(plain_zeros(part, neurons, 0.0))
-        traced[1].add_(part.numel() // part.shape[neurons])
+        positions.add_(part.numel() // part.shape[neurons])
         if left_out is not None:
             zero_gradients.sub_(left_out)
-            traced[1].sub_(left_out)
+            positions.sub_(left_out)
 
     x.register_hook(count)
+
+
+def _save_unchecked(*counters: Tensor) -> None:
+    """Let a backward graph keep counters although another graph may change them before it runs.
+
+    If the forward runs twice before the first backward pass, both backward graphs add to the same counters. Torch
+    refuses that for tensors that an ``autograd.Function`` saves, and allows it for those that it keeps otherwise.
+    """
+    for counter in counters:
+        for proxy in _proxies_of(counter):
+            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+
+
+#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function; where it is missing,
+#: the back end ``aot_eager`` makes the check, and Inductor does not, since its graphs tell nobody what they change.
+_proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())

@@ -184,6 +184,40 @@ def test_after_detach_a_compiled_model_is_not_counted():
     assert scope.census()["0/relu"].gradient_positions == 18
 
 
+@pytest.mark.parametrize(
+    ("backend", "order"),
+    [
+        *(("aot_eager", order) for order in ("one sum", "in order", "last first", "validation between")),
+        ("inductor", "last first"),
+    ],
+)
+def test_a_compiled_model_that_runs_twice_before_its_backward_pass_is_counted_exactly(backend, order):
+    """As networks with two towers do. Numbers are small integers, so that every order of sums is exact."""
+    runs = []
+    for watcher, compiles in ((Nobody(), True), (Watched(window_steps=2), True), (Watched(window_steps=2), False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randint(-2, 3, parameter.shape))
+        with watcher.attach(model):
+            run = torch.compile(model, backend=backend, fullgraph=True) if compiles else model
+            for _ in range(3):
+                losses = [run(torch.randint(-3, 4, (6, 5)).float()).sum() for _ in range(2)]
+                if order == "validation between":
+                    with watcher.phase("val"), torch.no_grad():
+                        run(torch.ones(3, 5))
+                for loss in [sum(losses)] if order == "one sum" else losses[:: -1 if order == "last first" else 1]:
+                    loss.backward()
+                watcher.step()
+        runs.append((watcher, [parameter.grad for parameter in model.parameters()]))
+    (_, plain), (watched, gradients), (eager, _) = runs
+    assert all(torch.equal(*pair) for pair in zip(plain, gradients))
+    assert_same_census(watched.scope.census(), eager.scope.census())
+    assert watched.scope.census()["0/relu"].gradient_positions == 36
+
+
 class Scoped(Nobody):
     def __init__(self, scope: ns.Scope) -> None:
         self.scope = scope
