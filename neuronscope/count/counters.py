@@ -441,6 +441,6 @@ def _save_unchecked(*counters: Tensor) -> None:
             proxy.node.meta["saved_tensor_with_no_vc_check"] = True
 
 
-#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function; where it is missing,
-#: the back end ``aot_eager`` makes the check, and Inductor does not, since its graphs tell nobody what they change.
+#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
+#: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
 _proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())
