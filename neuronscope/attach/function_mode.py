@@ -68,7 +68,9 @@ class ActivationFunctionMode(TorchFunctionMode):
         super().__init__()
         self.manager = manager
         self.handling = False
-        self._follow_while_tracing = while_tracing(self._follow_traced, "func", "args", "kwargs", "output")
+        self._follow_while_tracing = while_tracing(
+            self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
+        )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -79,6 +81,8 @@ class ActivationFunctionMode(TorchFunctionMode):
             return self._see(func, args, kwargs or {})
         before, self.handling = self.handling, True
         try:
+            if self.manager.recorder.compiled and in_compiled_graph():
+                return func(*args, **(kwargs or {}))
             if self.manager.callers.runs(id(func)) or self.manager.runs(sys._getframe(1)):
                 return self._see(func, args, kwargs or {})
             try:  # an interrupt ended the watched forward, and this call belongs to other code
@@ -90,7 +94,7 @@ class ActivationFunctionMode(TorchFunctionMode):
 
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         manager = self.manager
-        if manager.running or not manager.observing or (manager.recorder.compiled and in_compiled_graph()):
+        if manager.running or not manager.observing:
             return func(*args, **kwargs)
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
         if activation is not None:
@@ -126,14 +130,15 @@ class ActivationFunctionMode(TorchFunctionMode):
                 manager.fail(error)
         return output
 
-    def _follow_traced(self, *call: Any) -> None:
-        self.manager.recorder.forward.flow.follow(*call)
+    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
+        self.manager.recorder.forward.flow.follow(func, args, kwargs, output)
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         manager = self.manager
         try:
             with unwatched():
                 if is_tracing():
+                    inputs = manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
                     comptime(self._follow_while_tracing)
                 else:
                     manager.recorder.forward.flow.follow(func, args, kwargs, output)

@@ -20,7 +20,14 @@ from torch import nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
-from neuronscope.attach.compiling import count_compilations, is_compiled, is_tracing, skip_frames, unwatched
+from neuronscope.attach.compiling import (
+    OptimizedModule,
+    count_compilations,
+    is_compiled,
+    is_tracing,
+    skip_frames,
+    unwatched,
+)
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
@@ -97,8 +104,10 @@ class HookManager:
         self._suspended: list[str] = []  # modules during whose call the mode is left
         self._step_open = False
         self._handles = HookHandles()
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of `torch.compile` with hooks
         self._model = weakref.ref(model)
         self.uneven_inputs = UnevenInputs(model)
+        self.recorder.own_code = _code_of_forward(model)
         self.recorder.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
@@ -133,7 +142,17 @@ class HookManager:
                 self.module_sites.append(path)
                 hidden.append(path)
 
+    def _attach_late_wrappers(self) -> None:
+        """Put hooks on wrappers that ``torch.compile`` made of parts of the model after the watch began."""
+        model = self._model()
+        self.recorder.forward.parts.met_unknown = False
+        for path, module in () if model is None else walk(model):
+            if isinstance(module, OptimizedModule) and module not in self._wrappers and path:
+                self._hook(module, path, None, is_root=False)
+
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
+        if isinstance(module, OptimizedModule):
+            self._wrappers.add(module)
         if activation is None or is_root:
             self._handles.add(module.register_forward_pre_hook(_EnterModule(self, path), with_kwargs=True))
         if activation is not None:
@@ -182,6 +201,8 @@ class HookManager:
         """Start or stop counting, and forget what is left of an interrupted forward."""
         if observing and self._handles.off:
             self._resume()
+        if observing and self.recorder.forward.parts.met_unknown:
+            self._attach_late_wrappers()
         self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
@@ -288,23 +309,32 @@ class HookManager:
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
             self.uneven_inputs.note_wrapper()
+            if not self.recorder.forward.ran_root:
+                self._attach_late_wrappers()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
+        if caller is not None and is_compiled(module):
+            self.recorder.forward.parts.enter(module, args, kwargs)
         if isinstance(module, nn.TransformerEncoder) and _goes_nested(module, args, kwargs):
             # Under a function mode it would not use nested tensors, and its outputs at padded positions would differ.
             self.recorder.not_measured.setdefault(path or "(root)", "it ran on nested tensors, which cannot be counted")
             self._suspended.append(path)
             self.entered.leave(handling=self._mode.handling)
 
-    def leave(self, path: str, output: Any) -> None:
+    def leave(self, path: str, module: nn.Module, output: Any) -> None:
         """Note that a watched module has ended or failed.
 
         Args:
             path: Path of the module.
+            module: The module.
             output: What it returned; ``None`` if it failed.
         """
-        if path == "" and not is_tracing():
-            self.recorder.forward.flow.note_outputs(output)
+        if self.recorder.compiled and not is_tracing():
+            if self.recorder.trace_error is not None:
+                raise self.recorder.trace_error
+            self.recorder.forward.parts.leave(module, output, (self.recorder.running_phase,))
+        if path == "":
+            self.recorder.forward.note_outputs(output)
         if self._suspended and self._suspended[-1] == path:
             self._suspended.pop()
             self.entered.enter(handling=self._mode.handling)
@@ -367,6 +397,13 @@ class HookManager:
             self._thread.release()
 
 
+def _code_of_forward(model: nn.Module) -> tuple[str, str]:
+    """Return the file and the name of the forward of the model inside its wrappers."""
+    own = [module for path, module in walk(model) if path == ""][-1]
+    code = getattr(type(own).forward, "__code__", None)
+    return ("", "") if code is None else (code.co_filename, code.co_name)
+
+
 def _may_call_functions(module: nn.Module) -> bool:
     """Whether a module may call activation functions itself: all but torch's own leaf modules and containers."""
     if type(module) in (nn.ModuleList, nn.ModuleDict):
@@ -409,7 +446,7 @@ class _LeaveModule(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here():
             try:
-                self.manager.leave(self.path, output)
+                self.manager.leave(self.path, module, output)
             except Exception as error:
                 self.manager.fail(error)
         elif self.manager.failure is not None:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import (
+    TracedEnd,
     comptime,
     has_real_tensors,
     in_backward,
@@ -47,6 +48,7 @@ from neuronscope.count.counters import (
     add_outputs,
     gate_half,
     leave_out,
+    once_a_forward,
     register_gradient_hook,
 )
 from neuronscope.count.counting import ScratchBuffers
@@ -107,9 +109,11 @@ class SiteRecorder:
         step: The optimizer step that is counted.
         step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
         compiled: Whether ``torch.compile`` traced any part of the model.
+        trace_error: An error of our own while ``torch.compile`` traced, if there was one.
         forward: The forward that is running.
         not_measured: Maps a site to the reason why it, or a part of its calls, is not measured.
         not_neurons: Maps the place of an activation to the reason why what it is applied to are no neurons.
+        own_code: File and name of the model's own forward.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
     """
 
@@ -126,6 +130,7 @@ class SiteRecorder:
     ) -> None:
         self.phase = ""
         self.compiled = False
+        self.trace_error: Exception | None = None
         self.step = 0
         with torch.inference_mode(False):
             self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -134,6 +139,7 @@ class SiteRecorder:
         self.not_neurons: dict[str, str] = {}
         self._ran: set[tuple[str, str]] = set()  # phases, and paths of the activation modules that ran in them
         self.fail = fail
+        self.own_code = "", ""
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
@@ -147,11 +153,12 @@ class SiteRecorder:
         self._transformed: set[str] = set()  # layers whose activations ran inside a function transform
         self._leaf_handles: list[RemovableHandle] = []
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
-        self._traced: list[tuple[Call, bool]] = []  # calls in graphs, and whether each adds to the examples
+        #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
+        self._traced: list[tuple[Call, bool, bool]] = []
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim"
+            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
@@ -172,10 +179,14 @@ class SiteRecorder:
         def adds_examples(call: int) -> bool:
             return self._traced[call][1]
 
+        def is_in_part(call: int) -> bool:
+            return self._traced[call][2]
+
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
+        self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def all_not_measured(self) -> dict[str, str]:
         """Return all sites, layers and modules that are not measured so far, each with the reason."""
@@ -356,6 +367,7 @@ class SiteRecorder:
         glu_dim: int | None,
     ) -> Any:
         phase = self.running_phase  # noqa: F841
+        inputs = self.forward.parts.inputs  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -366,11 +378,27 @@ class SiteRecorder:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
+    def begin_graph(self, code: tuple[str, str]) -> None:
+        """Note that a graph begins to be traced.
+
+        Args:
+            code: See :class:`~neuronscope.attach.compiling.GraphListener`.
+        """
+        self.compiled = True
+        self.forward.parts.begin_graph(self.forward.current_path == "" and code == self.own_code)
+
+    def end_graph(self, end: TracedEnd | None) -> None:
+        """Note that a graph was traced.
+
+        Args:
+            end: See :class:`~neuronscope.attach.compiling.GraphListener`.
+        """
+        self.forward.parts.end_graph(end)
+
     def _find_traced(
-        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
+        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None, _: str
     ) -> None:
         """Find a call while ``torch.compile`` traces, and note its number."""
-        self.compiled = True
         if not function:
             self._ran.add((phase, path))
         place = _place(path, function)
@@ -387,8 +415,9 @@ class SiteRecorder:
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
-        first = counters is not None and counters.is_first_call(self.forward.number, trace_attempt())
-        self._traced.append((call, first))
+        part = self.forward.parts.tracing
+        first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
+        self._traced.append((call, first, part))
 
     def _is_shared_in_graph(self, key: SiteKey) -> bool:
         """Whether ranks share the neurons of a traced site, after noting that it is not measured."""
@@ -727,6 +756,10 @@ class SiteRecorder:
             if not plain.numel():
                 return
         examples = counters.new_examples(self.forward.number, self.forward.examples, plain.numel() // counters.neurons)
+        if counters.in_graph and self.forward.parts.exist:  # a graph may have counted some of this forward
+            new = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
+            counters.tensors.traced[1].add_(new)
+            examples = 0
         add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)
@@ -740,10 +773,12 @@ class SiteRecorder:
         left_out = None
         if dims is None:
             plain, left_out = blank_positions(plain, axis, self.forward.mask)
-        examples = 0
+        examples: int | Tensor = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]
             examples = min(positions, self.forward.examples)
+            if self._is_in_part(call):
+                examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
         add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)

@@ -23,6 +23,7 @@ __all__ = [
     "add_outputs",
     "gate_half",
     "leave_out",
+    "once_a_forward",
     "register_gradient_hook",
 ]
 
@@ -77,6 +78,7 @@ class SiteCounters:
         positions: Positions that were counted in eager mode; those of compiled graphs are in ``tensors.traced``.
         gradient_positions: The same for gradients.
         examples: The same for examples.
+        last_forward: Number of the last forward that a graph of a part of the model counted: int64, without dimensions.
     """
 
     def __init__(self, neurons: int, device: torch.device) -> None:
@@ -98,6 +100,7 @@ class SiteCounters:
                 traced=torch.zeros(2, dtype=torch.int64, device=device),
                 traced_gradients=torch.zeros(1, dtype=torch.int64, device=device),
             )
+            self.last_forward = torch.full((), -1, dtype=torch.int64, device=device)
         self.outputs = PendingCounts(2, neurons)
         self.gradients = PendingCounts(1, neurons)
         self.small_outputs = SmallTensors(2)
@@ -260,7 +263,7 @@ def add_outputs(
     counters: SiteCounters,
     y: Tensor,
     axis: int,
-    examples: int,
+    examples: int | Tensor,
     step: int | Tensor,
     scratch: ScratchBuffers,
     tolerance: float,
@@ -273,7 +276,7 @@ def add_outputs(
         counters: The counters of the site.
         y: Output ``(…, N, …)``, detached.
         axis: Dimension of the neurons.
-        examples: Number of independent examples in the output.
+        examples: Number of independent examples in the output; may be a tensor while ``torch.compile`` traces.
         step: Optimizer step of the output: a tensor while ``torch.compile`` traces, otherwise an integer.
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
@@ -283,7 +286,7 @@ def add_outputs(
         return
     positions = y.numel() // counters.neurons
     counters.positions += positions
-    counters.examples += examples
+    counters.examples += int(examples)
     if counters.small_outputs.try_add(y, axis, step, tolerance):
         if counters.small_outputs.full:
             counters.make_room(scratch)
@@ -380,7 +383,7 @@ def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
 def _add_outputs_in_graph(
     y: Tensor,
     axis: int,
-    examples: int,
+    examples: int | Tensor,
     step: Tensor,
     tolerance: float,
     *tensors: Tensor,
@@ -396,6 +399,23 @@ def _add_outputs_in_graph(
     first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
     traced[0].add_(positions)
     traced[1].add_(examples)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
+    """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
+
+    Args:
+        examples: Number of examples that the forward was given.
+        forward: Number of the forward, int64 without dimensions.
+        last: Number of the last forward that was counted; is changed to this one.
+
+    Returns:
+        int64 without dimensions.
+    """
+    fresh = last != forward
+    last.copy_(torch.where(fresh, forward, last))
+    return fresh * examples
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
