@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType, FunctionType, ModuleType
-from typing import Any, ParamSpec, TypeVar
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,9 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 __all__ = [
+    "GraphListener",
+    "OptimizedModule",
+    "TracedEnd",
     "comptime",
     "count_compilations",
     "has_real_tensors",
@@ -39,6 +46,7 @@ __all__ = [
     "trace_attempt",
     "traced_call",
     "traced_modules",
+    "traced_variable",
     "unwatched",
     "while_tracing",
 ]
@@ -105,18 +113,21 @@ def _is_recorded() -> bool:
 
 
 def in_compiled_graph() -> bool:
-    """Whether the caller was called by a compiled graph: a debugging back end runs its functions one by one in Python.
+    """Whether a compiled graph called the function that a function mode is handling.
 
-    The counting calls that are part of the graph count what these functions compute.
+    A debugging back end runs its functions one by one in Python, and Inductor some of them. The counting calls that are
+    part of the graph count what these functions compute. It is not asked while ``torch.compile`` traces.
     """
-    if is_tracing():
-        return False
-    frame = sys._getframe(2)
-    for _ in range(4):  # between the mode and the graph's code are the function and its dispatcher
-        if _is_graph(frame.f_code.co_filename):
-            return _is_run_by_compiler(frame.f_back)
-        if frame.f_back is None:
-            return False
+    frame: FrameType | None = sys._getframe(2)  # the caller of the mode
+    in_graph_code = False
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if _is_graph(file):
+            in_graph_code = True
+        elif file.startswith(_GRAPH_CALLERS) or (in_graph_code and file.startswith(_DYNAMO)):
+            return True
+        elif not file.startswith(_TORCH):  # the user's, or what Inductor has written
+            return frame.f_back is not None and frame.f_back.f_code.co_filename.startswith(_INDUCTOR)
         frame = frame.f_back
     return False
 
@@ -126,16 +137,9 @@ def _is_graph(file: str) -> bool:
     return file.startswith("<eval_with_key>") or file.endswith(" in wrapped")
 
 
-def _is_run_by_compiler(frame: FrameType | None) -> bool:
-    """Whether the code of a graph is called by the compiler, and not as an exported module is."""
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if "_dynamo" in name or "_functorch" in name:
-            return True
-        if not name.endswith(("graph_module.py", "nn/modules/module.py")):
-            return False
-        frame = frame.f_back
-    return False
+_ROOT = Path(torch.__file__).parent
+_TORCH, _DYNAMO, _INDUCTOR = (f"{folder}{os.sep}" for folder in (_ROOT, _ROOT / "_dynamo", _ROOT / "_inductor"))
+_GRAPH_CALLERS = (_INDUCTOR, *(str(_ROOT / "_functorch" / name) for name in ("_aot_autograd", "aot_autograd")))
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -162,8 +166,11 @@ def skip_frames(modules: Iterable[ModuleType]) -> None:
     from torch._dynamo.eval_frame import skip_code
 
     for module in modules:
-        for function in _functions(module):
-            skip_code(function.__code__)
+        codes = [inspect.unwrap(function).__code__ for function in _functions(module)]
+        while codes:
+            code = codes.pop()
+            skip_code(code)
+            codes.extend(part for part in code.co_consts if isinstance(part, CodeType))  # functions in it, generators
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:
@@ -177,7 +184,78 @@ def _functions(module: ModuleType) -> Iterator[FunctionType]:
                 yield function
 
 
-def while_tracing(function: Callable[..., None], *names: str) -> Callable[[ComptimeContext], None]:
+class GraphListener(Protocol):
+    """Is told where the graphs begin and end that ``torch.compile`` traces.
+
+    Attributes:
+        trace_error: An error of its own that must wait until nothing is traced any more.
+    """
+
+    trace_error: Exception | None
+
+    def begin_graph(self, code: tuple[str, str]) -> None:
+        """Note that a graph begins to be traced.
+
+        Args:
+            code: Which function is traced, or a part of: its file and its name.
+        """
+
+    def end_graph(self, end: TracedEnd | None) -> None:
+        """Note that a graph was traced.
+
+        Args:
+            end: What the code has at its end; ``None`` if the compiler dropped the graph, and begins again.
+        """
+
+
+class TracedEnd(NamedTuple):
+    """What traced code has at its end, with a fake tensor for each tensor.
+
+    Attributes:
+        code: Which function it is, or a part of: its file and its name.
+        returned: What it returns; ``None`` if code of the same function follows that is not compiled.
+        variables: Its local variables that this code needs, by name.
+    """
+
+    code: tuple[str, str]
+    returned: Any
+    variables: dict[str, Any]
+
+
+class _GraphEnd(NamedTuple):
+    """What the compiler calls when it has traced a graph."""
+
+    graph: Any
+    listener: GraphListener
+
+    def __call__(self) -> None:
+        root, reason = self.graph.root_tx, getattr(self.graph, "compile_subgraph_reason", None)
+        try:
+            with torch._C.DisableTorchFunction(), _tracing(root):
+                self.listener.end_graph(None if reason is None else _traced_end(root, reason.graph_break))
+        except Exception as error:
+            self.listener.trace_error = error
+
+
+def _traced_end(translator: Any, breaks: bool) -> TracedEnd:
+    returned = _value(translator.stack[-1]) if translator.stack and not breaks else None
+    variables = {name: _value(variable) for name, variable in translator.symbolic_locals.items()} if breaks else {}
+    return TracedEnd(_code(translator), returned, variables)
+
+
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.*)_at_\d+")
+
+
+def _code(translator: Any) -> tuple[str, str]:
+    """Return the file and the name of a function that is traced, or of the function of which it is a part."""
+    code = translator.f_code
+    resumed = _RESUMED.fullmatch(code.co_name)
+    return code.co_filename, resumed[1] if resumed else code.co_name
+
+
+def while_tracing(
+    function: Callable[..., None], *names: str, listener: GraphListener | None = None
+) -> Callable[[ComptimeContext], None]:
     """Return a function for ``comptime``: it runs while ``torch.compile`` traces the code that calls ``comptime``.
 
     The function is run instead of being traced, so that nothing of what it does is part of the graph. It receives local
@@ -187,20 +265,31 @@ def while_tracing(function: Callable[..., None], *names: str) -> Callable[[Compt
     Args:
         function: Receives the variables, in their order.
         names: Names of the variables.
+        listener: Is told that the graph begins, if this is the first call in it, and when it ends.
     """
 
     def run(context: ComptimeContext) -> None:
         with torch._C.DisableTorchFunction():
-            _translators.append(context._ComptimeContext__tx)  # type: ignore[attr-defined]
-            try:
+            translator = context._ComptimeContext__tx  # type: ignore[attr-defined]
+            if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
+                end.graph.add_cleanup_hook(end)
+                listener.begin_graph(_code(end.graph.root_tx))
+            with _tracing(translator):
                 function(*(_value(_variable(context.get_local(name))) for name in names))
-            finally:
-                _translators.pop()
 
     return run
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`
+
+
+@contextlib.contextmanager
+def _tracing(translator: Any) -> Iterator[None]:
+    _translators.append(translator)
+    try:
+        yield
+    finally:
+        _translators.pop()
 
 
 def traced_modules() -> Iterator[nn.Module] | None:
@@ -247,6 +336,23 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
         function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
     return None if function is None else (function, tuple(args), dict(kwargs))
+
+
+def traced_variable(tensor: Tensor) -> tuple[tuple[str, str], str] | None:
+    """Return the variable that holds an input of a graph, if code of the same function ran before the graph.
+
+    Args:
+        tensor: A tensor that :func:`while_tracing` gave.
+
+    Returns:
+        The function, as in :class:`TracedEnd`, and the variable as an expression; ``None`` if there is none.
+    """
+    node, root = _nodes.get(tensor), _translators[-1].output.root_tx
+    argument = None if node is None else node.meta.get("grapharg")
+    if argument is None or _RESUMED.fullmatch(root.f_code.co_name) is None:
+        return None
+    name = argument.source.name
+    return _code(root), name() if callable(name) else name
 
 
 def _tensor_of(node: Any) -> Any:

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from neuronscope.attach.compiling import comptime, has_real_tensors, in_backward, is_tracing, while_tracing
+from neuronscope.attach.compiled_parts import CompiledParts
+from neuronscope.attach.compiling import (
+    comptime,
+    has_real_tensors,
+    in_backward,
+    is_tracing,
+    unwatched,
+    while_tracing,
+)
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -50,7 +58,9 @@ class ForwardContext:
     Attributes:
         module_stack: Paths of the watched modules that are running, the innermost last.
         flow: What each tensor is.
+        parts: The compiled parts of the model.
         number: Number of the forward.
+        number_tensor: The same as a tensor, for graphs of parts of the model: int64, without dimensions.
         examples: Number of examples that the forward was given.
         mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
         recomputing: Whether the forward runs again inside a backward pass.
@@ -72,6 +82,8 @@ class ForwardContext:
         self.module_stack: list[str] = []
         self.flow = NeuronFlow(names)
         self.number = 0
+        with torch.inference_mode(False):
+            self.number_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
         self.examples = 0
         self.recomputing = False
         self.exporting = False
@@ -88,6 +100,8 @@ class ForwardContext:
         self._numbers = 0
         self._step: tuple[int, int] | None = None  # number and examples of a training step that says what it was given
         self._ordinals: dict[tuple[Any, ...], int] = {}
+        self.parts = CompiledParts(self.flow, self._ordinals)
+        self._note_outputs_while_tracing = while_tracing(self.flow.note_outputs, "output")
         self._begin_while_tracing = while_tracing(self._begin, "path", "args", "kwargs")
 
     @property
@@ -128,7 +142,7 @@ class ForwardContext:
                 self._begin(path, args, kwargs)
             self.mask = self._masks.find(module, args, kwargs)
             if self._step is not None and not self._inference and not is_tracing():
-                self.number, self.examples = self._step
+                self._take_step(self._step)
             else:
                 self.examples = self._counter.count(module, args, kwargs) or 0
         elif self._runs_only_step:
@@ -152,7 +166,7 @@ class ForwardContext:
         if examples is not None:
             self._numbers += 1
             self._step = self._numbers, examples
-            self.number, self.examples = self._step
+            self._take_step(self._step)
         self.flow.note_inputs(inputs)
 
     def end_step(self) -> None:
@@ -186,10 +200,22 @@ class ForwardContext:
     def _begin(self, path: str, args: Any, kwargs: Any) -> None:
         """Forget the tensors of the last forward, and note the inputs of this one."""
         self._numbers += 1
-        self.number = self._numbers
+        self._set_number(self._numbers)
+        self.parts.clear()
         if (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
             self.forget()
         self.flow.note_inputs((args, kwargs))
+
+    def note_outputs(self, output: Any) -> None:
+        """Note what the model returns.
+
+        Args:
+            output: A tensor, or tensors in tuples, lists and mappings.
+        """
+        if is_tracing():
+            comptime(self._note_outputs_while_tracing)
+        else:
+            self.flow.note_outputs(output)
 
     def leave(self) -> bool:
         """Note that a watched module has ended or failed, and return whether the forward ended with it."""
@@ -202,8 +228,18 @@ class ForwardContext:
         if not self.explicit_step:
             self.mask = None
         if self._step is not None:
-            self.number, self.examples = self._step
+            self._take_step(self._step)
         return True
+
+    def _take_step(self, step: tuple[int, int]) -> None:
+        self._set_number(step[0])
+        self.examples = step[1]
+
+    def _set_number(self, number: int) -> None:
+        self.number = number
+        if self.parts.exist:
+            with unwatched():
+                self.number_tensor.fill_(number)
 
     def ordinal(self, origin: Origin, activation: str) -> int:
         """Return the number of an activation among those of its name that the same units of one call are given to.
@@ -229,6 +265,7 @@ class ForwardContext:
         self.recomputing = False
         self.exporting = False
         self.recomputation.clear()
+        self.parts.clear()
         self.forget()
 
 

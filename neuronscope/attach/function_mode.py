@@ -68,7 +68,9 @@ class ActivationFunctionMode(TorchFunctionMode):
         super().__init__()
         self.manager = manager
         self.handling = False
-        self._follow_while_tracing = while_tracing(self._follow_traced, "func", "args", "kwargs", "output")
+        self._follow_while_tracing = while_tracing(
+            self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
+        )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,10 +82,12 @@ class ActivationFunctionMode(TorchFunctionMode):
         manager = self.manager
         before, self.handling = self.handling, True
         try:
+            recorder = manager.recorder
+            if recorder.compiled and in_compiled_graph():
+                return func(*args, **kwargs)
             if not manager.callers.runs(id(func)) and not manager.runs(sys._getframe(1)):
                 return self._pass_on(func, args, kwargs)
-            recorder = manager.recorder
-            if manager.running or not manager.observing or (recorder.compiled and in_compiled_graph()):
+            if manager.running or not manager.observing:
                 return func(*args, **kwargs)
             activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
             call = None if activation is None else self._begin(activation, args, kwargs)
@@ -120,10 +124,13 @@ class ActivationFunctionMode(TorchFunctionMode):
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
         call = None if activation is None else self._begin(activation, args, kwargs)
         output = func(*args, **kwargs)
-        if call is not None:
-            manager.recorder.end(call, first_input(args, kwargs), output)
-        elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
-            self._follow_in_graph(func, args, kwargs, output)
+        try:
+            if call is not None:
+                manager.recorder.end(call, first_input(args, kwargs), output)
+            elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+                self._follow_in_graph(func, args, kwargs, output)
+        except Exception as error:
+            manager.fail(error)
         return output
 
     def _begin(self, activation: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,10 +148,11 @@ class ActivationFunctionMode(TorchFunctionMode):
     def _follow_in_graph(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Follow a function while ``torch.compile`` traces."""
-        comptime(self._follow_while_tracing)  # it reads the arguments
+        """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
+        inputs = self.manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
+        comptime(self._follow_while_tracing)
         if func in _PRODUCTS and self.manager.functional:
             self.manager.recorder.product(args, output)
 
-    def _follow_traced(self, *call: Any) -> None:
-        self.manager.recorder.forward.flow.follow(*call)
+    def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
+        self.manager.recorder.forward.flow.follow(func, args, kwargs, output)

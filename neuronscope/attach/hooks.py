@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
+    OptimizedModule,
     count_compilations,
     in_backward,
     is_compiled,
@@ -116,8 +117,10 @@ class HookManager:
         self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
+        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of `torch.compile` with hooks
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
+        self.recorder.own_code = _code_of_forward(model)
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
@@ -156,7 +159,17 @@ class HookManager:
                 self.module_sites.append(path)
                 hidden.append(path)
 
+    def _attach_late_wrappers(self) -> None:
+        """Put hooks on wrappers that ``torch.compile`` made of parts of the model after the watch began."""
+        model = self._model()
+        self.recorder.forward.parts.met_unknown = False
+        for path, module in () if model is None else walk(model):
+            if isinstance(module, OptimizedModule) and module not in self._wrappers and path:
+                self._hook(module, path, None, is_root=False)
+
     def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
+        if isinstance(module, OptimizedModule):
+            self._wrappers.add(module)
         if activation is None or is_root:
             enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
             self._handles.add_before(module, enter(self, path))
@@ -208,6 +221,8 @@ class HookManager:
         """Start or stop counting, and forget what is left of an interrupted forward."""
         if observing:
             self.put_back()
+        if observing and self.recorder.forward.parts.met_unknown:
+            self._attach_late_wrappers()
         self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
@@ -461,10 +476,15 @@ class HookManager:
             if self.thread.in_forward != get_ident() and not self._begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
-        if path == "" and self.note_weights is not None and not is_tracing():
-            self.note_weights()
+        if path == "" and not is_tracing():
+            if self.note_weights is not None:
+                self.note_weights()
+            if not self.recorder.forward.ran_root:
+                self._attach_late_wrappers()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
+        if caller is not None and is_compiled(module):
+            self.recorder.forward.parts.enter(module, args, kwargs)
 
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.
@@ -490,21 +510,26 @@ class HookManager:
         """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
         if output is not None and self._fused and self._fused[-1][1] is module and self.watches_here():
             try:
-                self.leave(self.recorder.forward.current_path, output)
+                self.leave(self.recorder.forward.current_path, module, output)
             except Exception as error:
                 self.fail(error)
 
-    def leave(self, path: str, output: Any) -> None:
+    def leave(self, path: str, module: nn.Module, output: Any) -> None:
         """Note that a watched module has ended or failed.
 
         Args:
             path: Path of the module.
+            module: The module.
             output: What it returned; ``None`` if it failed.
         """
         if self._fused:
             self._end_fused(output)
-        if path == "" and not is_tracing():
-            self.recorder.forward.flow.note_outputs(output)
+        if self.recorder.compiled and not is_tracing():
+            if self.recorder.trace_error is not None:
+                raise self.recorder.trace_error
+            self.recorder.forward.parts.leave(module, output, (self.recorder.running_phase,))
+        if path == "":
+            self.recorder.forward.note_outputs(output)
         if self.recorder.forward.leave():
             self._end()
         else:
@@ -582,6 +607,13 @@ class HookManager:
             self.thread.in_forward = None
 
 
+def _code_of_forward(model: nn.Module) -> tuple[str, str]:
+    """Return the file and the name of the forward of the model inside its wrappers."""
+    own = [module for path, module in walk(model) if path == ""][-1]
+    code = getattr(type(own).forward, "__code__", None)
+    return ("", "") if code is None else (code.co_filename, code.co_name)
+
+
 def _names_places(module: nn.Module) -> bool:
     """Whether the place of an activation function that is called in a module is named by its path.
 
@@ -644,7 +676,7 @@ class _LeaveModule(InertHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.watches_here():
             try:
-                self.manager.leave(self.path, output)
+                self.manager.leave(self.path, module, output)
             except Exception as error:
                 self.manager.fail(error)
         elif self.manager.failure is not None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import traced_call, traced_modules
+from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames, layers_before
@@ -40,7 +40,7 @@ from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["UNSEEN", "NeuronFlow"]
+__all__ = ["UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
@@ -104,8 +104,10 @@ class NeuronFlow:
     def __init__(self, names: LayerNames) -> None:
         self._names = names
         self._origins: TensorMap[Origin] = TensorMap()
+        self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
+        self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
@@ -126,6 +128,7 @@ class NeuronFlow:
         """Forget everything about tensors, because a forward begins or a step is over."""
         self._close_calls()
         self._origins.clear()
+        self._variables.clear()
         self.layers.clear()
         self.read = 0
 
@@ -162,15 +165,48 @@ class NeuronFlow:
         found = self._unseen(tensor)
         return self._origin_in_graph(tensor, found) if found.state == UNKNOWN else found
 
+    def known(self, tensor: Tensor) -> Origin | None:
+        """Return what the flow has noted of a tensor, or ``None``."""
+        return self._origins.get(tensor)
+
     def _origin_in_graph(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a fake tensor is by the call in the graph that gives it, which no function mode has seen."""
         if traced_modules() is None:
             return self._origin_by_autograd(tensor, unseen)
         call = traced_call(tensor)
-        if call is None:
+        if call is not None:
+            self.follow(*call, tensor)
+            return self._origins.get(tensor) or unseen
+        variable = traced_variable(tensor)
+        found = None if variable is None else self._variables.get(variable)
+        if found is None or found[1] != plain_shape(tensor):
             return unseen
-        self.follow(*call, tensor)
-        return self._origins.get(tensor) or unseen
+        self._origins.put(tensor, found[0])
+        return found[0]
+
+    def hide_units(self) -> None:
+        """Take it as not known of which layers the units are of all tensors so far, until :meth:`unhide_units`."""
+        self._hidden = self._origins
+        self._origins = TensorMap()
+        for key, (tensor, origin) in self._hidden.entries.items():
+            self._origins.entries[key] = tensor, origin.without_units(LOST)
+
+    def unhide_units(self) -> None:
+        """Take back what :meth:`hide_units` did; what was noted since stays."""
+        if self._hidden is not None:
+            self._origins.entries.update(self._hidden.entries)
+            self._hidden = None
+
+    def note_variables(self, code: tuple[str, str], variables: Mapping[str, Any]) -> None:
+        """Note what the tensors are that a graph leaves in the variables of a function, for the graph that follows.
+
+        Args:
+            code: Which function.
+            variables: Its variables, with a fake tensor for each tensor.
+        """
+        for name, value in variables.items():
+            for expression, tensor in _named_tensors(f"L[{name!r}]", value):
+                self._variables[code, expression] = self.origin(tensor), plain_shape(tensor)
 
     def _origin_by_autograd(self, tensor: Tensor, unseen: Origin) -> Origin:
         """Return what a tensor is that a function gave whose calls no function mode sees, by autograd's graph.
@@ -208,7 +244,7 @@ class NeuronFlow:
             dim: The dimension of its units.
             upstream: Calls that its input depends on, as bits.
         """
-        call, shape = len(self.layers), _shape(tensor)
+        call, shape = len(self.layers), plain_shape(tensor)
         self.layers.append(layer)
         self.read |= upstream
         width = shape[dim]
@@ -254,7 +290,7 @@ class NeuronFlow:
 
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
-        for tensor in _nested_tensors(values):
+        for tensor in nested_tensors(values):
             if self._origins.get(tensor) is None and self._names.of(tensor) is None:
                 if tensor.grad_fn is not None and self.layers and traced_modules() is None:
                     self._origin_by_autograd(tensor, _UNKNOWN)  # a part of the model is called with what another gave
@@ -275,7 +311,7 @@ class NeuronFlow:
         if isinstance(result, Tensor):
             outputs: tuple[Tensor, ...] = (result,)
         elif isinstance(result, (tuple, list)):
-            outputs = tuple(_nested_tensors(result))
+            outputs = tuple(nested_tensors(result))
         elif function is Tensor.__setitem__:
             self._set_item(args)
             return
@@ -286,7 +322,7 @@ class NeuronFlow:
         try:
             key = self._key(function, args, kwargs, outputs)
         except RuntimeError:  # strided nested tensors have no shape
-            key = (function, *map(self._describe, (*args, *kwargs.items())), *map(_shape, outputs))
+            key = (function, *map(self._describe, (*args, *kwargs.items())), *map(plain_shape, outputs))
         outcome = self._outcomes.get(key)
         if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
             outcome = self._find(function, args, kwargs, outputs)
@@ -350,7 +386,7 @@ class NeuronFlow:
         if kwargs:
             facts += kwargs
         for output in outputs:
-            facts.append(output.shape if type(output) is Tensor else _shape(output))
+            facts.append(output.shape if type(output) is Tensor else plain_shape(output))
         return tuple(facts)
 
     def _find(
@@ -360,7 +396,7 @@ class NeuronFlow:
         call = len(self.layers)
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
-        operation = Operation(function, described, named, tuple([_shape(output) for output in outputs]), call)
+        operation = Operation(function, described, named, tuple([plain_shape(output) for output in outputs]), call)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):
@@ -442,7 +478,7 @@ class NeuronFlow:
     def _describe(self, value: Any) -> Any:
         """Return a value as a rule sees it, which can be a key of a dictionary."""
         if isinstance(value, Tensor):
-            return Operand(_shape(value), self._origin_in_call(value), value.dtype in (torch.bool, torch.uint8))
+            return Operand(plain_shape(value), self._origin_in_call(value), value.dtype in (torch.bool, torch.uint8))
         if value is None or isinstance(value, (int, float, str)):
             return value
         if isinstance(value, (tuple, list)):
@@ -587,15 +623,25 @@ def _is_nameless(origin: Origin) -> bool:
     return not origin.layer and origin.state in _NAMELESS
 
 
-def _nested_tensors(values: Any) -> Iterable[Tensor]:
+def nested_tensors(values: Any) -> Iterable[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):
         for value in values.values():
-            yield from _nested_tensors(value)
+            yield from nested_tensors(value)
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from _nested_tensors(value)
+            yield from nested_tensors(value)
+
+
+def _named_tensors(expression: str, value: Any) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors in nested tuples, lists and mappings, each with the expression that is its value."""
+    if isinstance(value, Tensor):
+        yield expression, value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _named_tensors(f"{expression}[{key!r}]", member)
 
 
 def _local(dims: Dims, shape: Sequence[int]) -> Dims:
@@ -606,7 +652,8 @@ def _local(dims: Dims, shape: Sequence[int]) -> Dims:
     )
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
+def plain_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor in integers; that of a nested tensor is ``()``."""
     if tensor.is_nested:
         return ()
     shape = tensor.shape

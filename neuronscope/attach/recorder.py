@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import (
+    TracedEnd,
     comptime,
     has_real_tensors,
     in_backward,
@@ -41,6 +42,7 @@ from neuronscope.count.counters import (
     add_outputs,
     gate_half,
     leave_out,
+    once_a_forward,
     register_gradient_hook,
 )
 from neuronscope.count.counting import ScratchBuffers
@@ -68,9 +70,11 @@ class SiteRecorder:
         step: The optimizer step that is counted.
         step_tensor: The same as a tensor, for compiled graphs: int64, without dimensions.
         compiled: Whether ``torch.compile`` traced any part of the model.
+        trace_error: An error of our own while ``torch.compile`` traced, if there was one.
         forward: The forward that is running.
         sites: Finds the sites.
         unmeasured: What is not measured.
+        own_code: File and name of the model's own forward.
         lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
         got_gradients: Whether a gradient has arrived.
     """
@@ -88,6 +92,7 @@ class SiteRecorder:
     ) -> None:
         self.phase = ""
         self.compiled = False
+        self.trace_error: Exception | None = None
         self.step = 0
         with torch.inference_mode(False):
             self.step_tensor = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -95,16 +100,18 @@ class SiteRecorder:
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
         self.fail = fail
+        self.own_code = "", ""
         self.lock = threading.RLock()
         self.got_gradients = False
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []
-        self._traced: list[tuple[Call, bool]] = []  # calls in graphs, and whether each adds to the examples
+        #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
+        self._traced: list[tuple[Call, bool, bool]] = []
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
-            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim"
+            self._find_traced, "phase", "path", "function", "activation", "x", "glu_dim", "inputs", listener=self
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
@@ -125,10 +132,14 @@ class SiteRecorder:
         def adds_examples(call: int) -> bool:
             return self._traced[call][1]
 
+        def is_in_part(call: int) -> bool:
+            return self._traced[call][2]
+
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
+        self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def set_phase(self, phase: str, step: int) -> None:
         """Count for this phase and this optimizer step from now on.
@@ -227,6 +238,7 @@ class SiteRecorder:
         glu_dim: int | None,
     ) -> Any:
         phase = self.running_phase  # noqa: F841
+        inputs = self.forward.parts.inputs  # noqa: F841
         comptime(self._find_while_tracing)
         call = self._last_found()
         if call is None:
@@ -237,11 +249,27 @@ class SiteRecorder:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
+    def begin_graph(self, code: tuple[str, str]) -> None:
+        """Note that a graph begins to be traced.
+
+        Args:
+            code: See :class:`~neuronscope.attach.compiling.GraphListener`.
+        """
+        self.compiled = True
+        self.forward.parts.begin_graph(self.forward.current_path == "" and code == self.own_code)
+
+    def end_graph(self, end: TracedEnd | None) -> None:
+        """Note that a graph was traced.
+
+        Args:
+            end: See :class:`~neuronscope.attach.compiling.GraphListener`.
+        """
+        self.forward.parts.end_graph(end)
+
     def _find_traced(
-        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None
+        self, phase: str, path: str, function: str, activation: Activation, x: Tensor, glu_dim: int | None, _: str
     ) -> None:
         """Find a call while ``torch.compile`` traces, and note its number."""
-        self.compiled = True
         self._found.clear()
         if torch._C._functorch.maybe_current_level() is not None:
             self.unmeasured.note_transformed(phase, path, function, x)
@@ -255,8 +283,9 @@ class SiteRecorder:
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
-        first = counters is not None and counters.is_first_call(self.forward.number, trace_attempt())
-        self._traced.append((call, first))
+        part = self.forward.parts.tracing
+        first = part or (counters is not None and counters.is_first_call(self.forward.number, trace_attempt()))
+        self._traced.append((call, first, part))
 
     def end(self, call: Any, x: Any, y: Any) -> None:
         """End a call of a site: count its output.
@@ -377,6 +406,10 @@ class SiteRecorder:
                 return
         with self.lock:
             examples = counters.new_examples(forward.number, forward.examples, plain.numel() // counters.neurons)
+            if counters.in_graph and forward.parts.exist:  # a graph may have counted some of this forward
+                new = once_a_forward(examples, forward.number_tensor, counters.last_forward)
+                counters.tensors.traced[1].add_(new)
+                examples = 0
             add_outputs(counters, plain, axis, examples, self.step, self._scratch, self._tolerance)
             if left_out is not None:
                 leave_out(counters, left_out)
@@ -390,10 +423,12 @@ class SiteRecorder:
         left_out = None
         if dims is None:
             plain, left_out = blank_positions(plain, axis, self.forward.mask)
-        examples = 0
+        examples: int | Tensor = 0
         if self._adds_examples(call):
             positions = plain.numel() // plain.shape[axis]
             examples = min(positions, self.forward.examples)
+            if self._is_in_part(call):
+                examples = once_a_forward(examples, self.forward.number_tensor, counters.last_forward)
         add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)

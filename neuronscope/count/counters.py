@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch import Tensor
 
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
@@ -22,6 +23,7 @@ __all__ = [
     "add_outputs",
     "gate_half",
     "leave_out",
+    "once_a_forward",
     "register_gradient_hook",
 ]
 
@@ -36,8 +38,11 @@ class CounterTensors(NamedTuple):
         abs_sum: float64.
         last_active: int64; −1 = never.
         first_active: int64; ``NEVER`` = never.
-        traced: int64 ``(3,)``: positions, gradient positions and examples that compiled graphs added, less the
-            positions that :func:`leave_out` took off.
+        traced: int64 ``(2,)``: positions and examples that compiled graphs added, less the positions that
+            :func:`leave_out` took off.
+        traced_gradients: int64 ``(1,)``: the same for gradient positions. Like ``zero_gradients``, no forward graph
+            changes it: a backward graph keeps the tensors that it changes from its forward on, and the forward may run
+            again in between.
     """
 
     zero_outputs: Tensor
@@ -47,6 +52,7 @@ class CounterTensors(NamedTuple):
     last_active: Tensor
     first_active: Tensor
     traced: Tensor
+    traced_gradients: Tensor
 
 
 class SiteCounters:
@@ -72,6 +78,7 @@ class SiteCounters:
         positions: Positions that were counted in eager mode; those of compiled graphs are in ``tensors.traced``.
         gradient_positions: The same for gradients.
         examples: The same for examples.
+        last_forward: Number of the last forward that a graph of a part of the model counted: int64, without dimensions.
     """
 
     def __init__(self, neurons: int, device: torch.device) -> None:
@@ -90,8 +97,10 @@ class SiteCounters:
                 abs_sum=double,
                 last_active=torch.full((neurons,), -1, dtype=torch.int64, device=device),
                 first_active=torch.full((neurons,), NEVER, dtype=torch.int64, device=device),
-                traced=torch.zeros(3, dtype=torch.int64, device=device),
+                traced=torch.zeros(2, dtype=torch.int64, device=device),
+                traced_gradients=torch.zeros(1, dtype=torch.int64, device=device),
             )
+            self.last_forward = torch.full((), -1, dtype=torch.int64, device=device)
         self.outputs = PendingCounts(2, neurons)
         self.gradients = PendingCounts(1, neurons)
         self.small_outputs = SmallTensors(2)
@@ -231,11 +240,12 @@ class SiteCounters:
         """Return the positions, gradient positions and examples so far.
 
         Args:
-            traced: ``tensors.traced`` as a list, if it was copied to the host already. Otherwise it is copied here,
-                which synchronizes.
+            traced: The numbers of ``tensors.traced`` and ``tensors.traced_gradients``, if they were copied to the host
+                already. Otherwise they are copied here, which synchronizes.
         """
-        traced = self.tensors.traced.tolist() if traced is None else traced
-        return self.positions + traced[0], self.gradient_positions + traced[1], self.examples + traced[2]
+        if traced is None:
+            traced = (*self.tensors.traced.tolist(), *self.tensors.traced_gradients.tolist())
+        return self.positions + traced[0], self.gradient_positions + traced[2], self.examples + traced[1]
 
     def reset(self) -> None:
         """Set every count to its start, in the same tensors."""
@@ -253,7 +263,7 @@ def add_outputs(
     counters: SiteCounters,
     y: Tensor,
     axis: int,
-    examples: int,
+    examples: int | Tensor,
     step: int | Tensor,
     scratch: ScratchBuffers,
     tolerance: float,
@@ -266,7 +276,7 @@ def add_outputs(
         counters: The counters of the site.
         y: Output ``(…, N, …)``, detached.
         axis: Dimension of the neurons.
-        examples: Number of independent examples in the output.
+        examples: Number of independent examples in the output; may be a tensor while ``torch.compile`` traces.
         step: Optimizer step of the output: a tensor while ``torch.compile`` traces, otherwise an integer.
         scratch: Reusable buffers.
         tolerance: See :class:`neuronscope.judge.verdicts.Policy`.
@@ -276,7 +286,7 @@ def add_outputs(
         return
     positions = y.numel() // counters.neurons
     counters.positions += positions
-    counters.examples += examples
+    counters.examples += int(examples)
     if counters.small_outputs.try_add(y, axis, step, tolerance):
         if counters.small_outputs.full:
             counters.make_room(scratch)
@@ -326,8 +336,11 @@ def leave_out(counters: SiteCounters, positions: Tensor, *, gradients: bool = Fa
         positions: How many positions of each neuron were zeros in place of numbers, int64 without dimensions.
         gradients: Whether the tensor was a gradient, and not an output.
     """
-    zeros = counters.tensors.zero_gradients if gradients else counters.tensors.zero_outputs
-    _leave_out_in_graph(zeros, counters.tensors.traced, positions, 1 if gradients else 0)
+    tensors = counters.tensors
+    if gradients:
+        _leave_out_in_graph(tensors.zero_gradients, tensors.traced_gradients, positions)
+    else:
+        _leave_out_in_graph(tensors.zero_outputs, tensors.traced, positions)
 
 
 def register_gradient_hook(
@@ -343,8 +356,8 @@ def register_gradient_hook(
         counters: The counters of the site.
         mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
     """
-    zero_gradients, traced = counters.tensors.zero_gradients, counters.tensors.traced
-    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, traced, mask)
+    zero_gradients, positions = counters.tensors.zero_gradients, counters.tensors.traced_gradients
+    _register_gradient_hook_in_graph(x, axis, dims, glu_dim, zero_gradients, positions, mask)
 
 
 def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
@@ -370,12 +383,12 @@ def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
 def _add_outputs_in_graph(
     y: Tensor,
     axis: int,
-    examples: int,
+    examples: int | Tensor,
     step: Tensor,
     tolerance: float,
     *tensors: Tensor,
 ) -> None:
-    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced = tensors
+    zero_outputs, _, not_finite, abs_sum, last_active, first_active, traced, _ = tensors
     zeros, bad, magnitudes = plain_outputs(y.detach(), axis, tolerance)
     positions = y.numel() // y.shape[axis]
     zero_outputs.add_(zeros)
@@ -385,13 +398,30 @@ def _add_outputs_in_graph(
     last_active.copy_(torch.where(fired, step, last_active))
     first_active.copy_(torch.where(fired & (first_active == NEVER), step, first_active))
     traced[0].add_(positions)
-    traced[2].add_(examples)
+    traced[1].add_(examples)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
-def _leave_out_in_graph(zeros: Tensor, traced: Tensor, positions: Tensor, place: int) -> None:
+def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
+    """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
+
+    Args:
+        examples: Number of examples that the forward was given.
+        forward: Number of the forward, int64 without dimensions.
+        last: Number of the last forward that was counted; is changed to this one.
+
+    Returns:
+        int64 without dimensions.
+    """
+    fresh = last != forward
+    last.copy_(torch.where(fresh, forward, last))
+    return fresh * examples
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
     zeros.sub_(positions)
-    traced[place].sub_(positions)
+    counted[0].sub_(positions)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
@@ -401,18 +431,36 @@ def _register_gradient_hook_in_graph(
     dims: Dims | None,
     glu_dim: int | None,
     zero_gradients: Tensor,
-    traced: Tensor,
+    positions: Tensor,
     mask: Tensor | None,
 ) -> None:
+    _save_unchecked(zero_gradients, positions)
+
     def count(gradient: Tensor) -> None:
         part, neurons = neurons_first(gate_half(gradient, glu_dim).detach(), axis, dims)
         left_out = None
         if dims is None:
             part, left_out = blank_positions(part, neurons, mask)
         zero_gradients.add_(plain_zeros(part, neurons, 0.0))
-        traced[1].add_(part.numel() // part.shape[neurons])
+        positions.add_(part.numel() // part.shape[neurons])
         if left_out is not None:
             zero_gradients.sub_(left_out)
-            traced[1].sub_(left_out)
+            positions.sub_(left_out)
 
     x.register_hook(count)
+
+
+def _save_unchecked(*counters: Tensor) -> None:
+    """Let a backward graph keep counters although another graph may change them before it runs.
+
+    If the forward runs twice before the first backward pass, both backward graphs add to the same counters. Torch
+    refuses that for tensors that an ``autograd.Function`` saves, and allows it for those that it keeps otherwise.
+    """
+    for counter in counters:
+        for proxy in _proxies_of(counter):
+            proxy.node.meta["saved_tensor_with_no_vc_check"] = True
+
+
+#: Returns the nodes of a tensor in the graph that AOTAutograd traces. Torch 2.13 has this function. Without it, graphs
+#: of the back end ``aot_eager`` fail where the forward runs twice; those of Inductor tell nobody what they change.
+_proxies_of = getattr(torch.fx.experimental.proxy_tensor, "_get_proxies", lambda _: ())

@@ -1,6 +1,6 @@
 """Copy running counters to the host and return them as tallies, with one copy per device and dtype.
 
-A site has seven small tensors of counters, so a network of 200 sites has 1400. Copied one by one, each would wait for
+A site has eight small tensors of counters, so a network of 200 sites has 1600. Copied one by one, each would wait for
 the device. They are concatenated on the device first, so that two copies are enough.
 """
 
@@ -44,7 +44,9 @@ def observed(all_counters: Iterable[SiteCounters]) -> list[tuple[int, int]]:
     """
     all_counters = list(all_counters)
     traced = iter(_copied(counters.tensors.traced for counters in all_counters if counters.in_graph))
-    totals = [counters.totals(next(traced).tolist() if counters.in_graph else (0, 0, 0)) for counters in all_counters]
+    totals = [
+        counters.totals((*next(traced).tolist(), 0) if counters.in_graph else (0, 0, 0)) for counters in all_counters
+    ]
     return [(positions, examples) for positions, _, examples in totals]
 
 
@@ -52,8 +54,8 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyAr
     # A gated product has the pre-activation of its gate.
     gradients = counters if counters.gate is None else counters.gate
     own, gate = (dict(zip(CounterTensors._fields, counted[id(each)], strict=True)) for each in (counters, gradients))
-    positions, _, examples = counters.totals(own["traced"].tolist())
-    gradient_positions = gradients.totals(gate["traced"].tolist())[1]
+    positions, _, examples = counters.totals((*own["traced"].tolist(), 0))
+    gradient_positions = gradients.totals((0, 0, *gate["traced_gradients"].tolist()))[1]
     if gradients.unreadable:
         gate["zero_gradients"], gradient_positions = np.zeros_like(gate["zero_gradients"]), 0
     return Tally(

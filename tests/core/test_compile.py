@@ -184,6 +184,40 @@ def test_after_detach_a_compiled_model_is_not_counted():
     assert scope.census()["0/relu"].gradient_positions == 18
 
 
+@pytest.mark.parametrize(
+    ("backend", "order"),
+    [
+        *(("aot_eager", order) for order in ("one sum", "in order", "last first", "validation between")),
+        ("inductor", "last first"),
+    ],
+)
+def test_a_compiled_model_that_runs_twice_before_its_backward_pass_is_counted_exactly(backend, order):
+    """As networks with two towers do. Numbers are small integers, so that every order of sums is exact."""
+    runs = []
+    for watcher, compiles in ((Nobody(), True), (Watched(window_steps=2), True), (Watched(window_steps=2), False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randint(-2, 3, parameter.shape))
+        with watcher.attach(model):
+            run = torch.compile(model, backend=backend, fullgraph=True) if compiles else model
+            for _ in range(3):
+                losses = [run(torch.randint(-3, 4, (6, 5)).float()).sum() for _ in range(2)]
+                if order == "validation between":
+                    with watcher.phase("val"), torch.no_grad():
+                        run(torch.ones(3, 5))
+                for loss in [sum(losses)] if order == "one sum" else losses[:: -1 if order == "last first" else 1]:
+                    loss.backward()
+                watcher.step()
+        runs.append((watcher, [parameter.grad for parameter in model.parameters()]))
+    (_, plain), (watched, gradients), (eager, _) = runs
+    assert all(torch.equal(*pair) for pair in zip(plain, gradients))
+    assert_same_census(watched.scope.census(), eager.scope.census())
+    assert watched.scope.census()["0/relu"].gradient_positions == 36
+
+
 class Scoped(Nobody):
     def __init__(self, scope: ns.Scope) -> None:
         self.scope = scope
@@ -203,26 +237,154 @@ def test_windows_close_on_a_compiled_model():
     assert scope.report()["0/relu"].history.steps.tolist() == [1, 3, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="which units a compiled part returns is not known to the eager code around it")
-def test_a_compiled_part_of_an_eager_model_is_counted():
-    """A compiled block within an eager model: its sites bear their plain names and are counted."""
+class Plain(nn.Module):
+    """A module of a class of its own: its hooks run in eager code around the graph of its forward."""
 
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = torch.compile(mlp(), backend="aot_eager")
-            self.relu = nn.ReLU()
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(8, 8))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.block(x))
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(F.relu(x))
+        return x if next(self.children(), None) is not None else F.relu(x)
 
-    model = Outer()
-    with ns.watch(model) as scope:
-        train(model, model, Scoped(scope), (6, 5), 3)
-    census = scope.census()
-    assert sorted(census) == ["block.0/relu", "block.2/hardswish", "block.4/relu"]
-    assert {tally.positions for tally in census.values()} == {18}
-    assert {tally.gradient_positions for tally in census.values()} == {18}
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        gate, up = self.a(x).chunk(2, -1)
+        return {"gate": gate, "others": (up, 3)}
+
+
+class Breaking(nn.Module):
+    """Its forward is compiled in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = {"h": (self.a(x), 1)}
+        torch._dynamo.graph_break()
+        h = self.b(F.relu(kept["h"][0]))
+        torch._dynamo.graph_break()
+        return h + x
+
+
+class Partly(nn.Module):
+    """An eager model with a compiled part."""
+
+    def __init__(self, part: nn.Module, run: Callable[[Partly, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.relu = nn.ReLU()
+        self.part, self.run = part, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def gated_halves(net: Partly, x: Tensor) -> Tensor:
+    halves = net.part(x)
+    return net.last(F.silu(halves["gate"]) * halves["others"][0])
+
+
+class Sharing(nn.Module):
+    """Calls one block twice."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(self.first(x)))
+
+
+def shared_with_eager(net: Partly, x: Tensor) -> Tensor:
+    return net.last(net.part.block(net.part(x)))
+
+
+def two_layers(net: Partly, x: Tensor) -> Tensor:
+    return net.last(net.part(net.second(net.part(net.first(x)))))
+
+
+#: What the part is, and how the eager model around it uses it.
+PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Partly, Tensor], Tensor]]] = {
+    "function behind it": (lambda: Plain("a"), lambda net, x: net.last(F.relu(net.part(x)))),
+    "module behind it": (lambda: Plain("a", "b"), lambda net, x: net.last(net.relu(net.part(x)))),
+    "behind a container": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        lambda net, x: net.last(net.relu(net.part(x))),
+    ),
+    "behind one layer": (lambda: nn.Linear(8, 8), lambda net, x: net.last(F.relu(net.part(x)))),
+    "several outputs": (Halves, gated_halves),
+    "before it": (lambda: Plain("a"), lambda net, x: net.last(net.part(net.first(x)))),
+    "twice": (lambda: Plain("a"), lambda net, x: net.last(F.relu(net.part(net.part(x))))),
+    "activation of two layers": (Plain, two_layers),
+    "activation module of two layers": (nn.ReLU, two_layers),
+    "shared module": (lambda: Sharing(Plain("a")), shared_with_eager),
+    "residual": (Plain, lambda net, x: net.last(F.relu((h := net.first(x)) + net.part(h)))),
+    "activation behind an activation": (Plain, lambda net, x: net.last(F.relu(net.part(net.first(x))))),
+    "breaking": (Breaking, lambda net, x: net.last(F.relu(net.part(x)))),
+    "returned": (lambda: Plain("a"), lambda net, x: F.relu(net.part(x))),
+}
+
+
+def compiled_before(model: Partly, watcher: Nobody) -> object:
+    model.part = torch.compile(model.part, backend="aot_eager")
+    return watcher.attach(model)
+
+
+def compiled_in_place(model: Partly, watcher: Nobody) -> object:
+    model.part.compile(backend="aot_eager")
+    return watcher.attach(model)
+
+
+def compiled_after(model: Partly, watcher: Nobody) -> object:
+    context = watcher.attach(model)
+    model.part = torch.compile(model.part, backend="aot_eager")
+    return context
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, compiled_before) for name in PARTS),
+        *(
+            (name, way)
+            for name in ("module behind it", "behind a container", "twice", "activation of two layers")
+            for way in (compiled_in_place, compiled_after)
+        ),
+    ],
+)
+def test_a_compiled_part_of_an_eager_model_has_the_sites_and_counts_of_eager(name, way):
+    """Its sites bear their plain names, and so do those of the eager code around it, in every step and phase."""
+    build, run = PARTS[name]
+    scopes, states = [], []
+    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Partly(build(), run)
+        with way(model, watcher) if compiles else watcher.attach(model):
+            train(model, model, watcher, (6, 8), 3)
+            with watcher.phase("val"), torch.no_grad():
+                model(torch.ones(5, 8))
+        states.append(state_of(model))
+        scopes.append(getattr(watcher, "scope", None))
+    eager, compiled, _ = scopes
+    assert compiled._hooks.failure is None
+    for phase in ("train", "val"):
+        assert_same_census(compiled.census(phase), eager.census(phase))
+        assert [tally.info for tally in compiled.census(phase).values()] == [
+            tally.info for tally in eager.census(phase).values()
+        ]
+    assert compiled.report().not_measured == eager.report().not_measured
+    assert_bits(states[1], states[2])
 
 
 def assert_same_census(compiled: ns.Census, eager: ns.Census) -> None:

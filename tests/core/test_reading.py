@@ -19,9 +19,7 @@ INFO = SiteInfo("relu", "relu-like", True, 1, "declared")
 
 def filled(neurons: int, start: int) -> SiteCounters:
     counters = SiteCounters(neurons, torch.device("cpu"))
-    tensors = ("zero_outputs", "zero_gradients", "not_finite", "abs_sum", "last_active", "first_active", "traced")
-    for place, name in enumerate(tensors):
-        counter = getattr(counters.tensors, name)
+    for place, counter in enumerate(counters.tensors):
         counter.copy_(torch.arange(len(counter)) + start + 1000 * place)
     counters.positions, counters.gradient_positions, counters.examples = start, start + 1, start + 2
     return counters
@@ -44,8 +42,8 @@ def test_every_counter_of_every_meter_is_read_in_its_place_and_copied() -> None:
         assert totals == (counters.totals()[0], asked.totals()[1], counters.totals()[2])
         assert tally.abs_sum.dtype == np.float64
         assert {array.dtype for array in (tally.zero_outputs, tally.last_active_step)} == {np.dtype(np.int64)}
-    # The third meter begins at 90, and its traced totals at 6090: 90 + 6090, 91 + 6091, 92 + 6092.
-    assert (tallies[2].positions, tallies[2].gradient_positions, tallies[2].examples) == (6180, 6182, 6184)
+    # The third meter begins at 90, and its traced totals at 6090 and 7090: 90 + 6090, 91 + 7090, 92 + 6091.
+    assert (tallies[2].positions, tallies[2].gradient_positions, tallies[2].examples) == (6180, 7181, 6183)
     before = tallies[0].zero_outputs.copy()
     all_counters[0].reset()
     assert (tallies[0].zero_outputs == before).all()
@@ -61,8 +59,8 @@ def test_positions_and_examples_of_each_site_are_read_from_the_device_only_where
     copied: list[int] = []
     cat = torch.cat
     monkeypatch.setattr(torch, "cat", lambda tensors: copied.append(len(tensors)) or cat(tensors))
-    # Positions of their own 10, 50 and 30, examples 12, 52 and 32; traced 6050 and 6030, 6052 and 6032.
-    assert collect.observed(all_counters) == [(10, 12), (50 + 6050, 52 + 6052), (30 + 6030, 32 + 6032)]
+    # Positions of their own 10, 50 and 30, examples 12, 52 and 32; traced 6050 and 6030, 6051 and 6031.
+    assert collect.observed(all_counters) == [(10, 12), (50 + 6050, 52 + 6051), (30 + 6030, 32 + 6031)]
     assert copied == [2]
     assert collect.observed([]) == []
     assert collect.observed(all_counters[:1]) == [(10, 12)]
@@ -78,8 +76,8 @@ def test_a_census_is_one_copy_a_type_of_number(monkeypatch: pytest.MonkeyPatch, 
         cat = torch.cat
         monkeypatch.setattr(torch, "cat", lambda tensors: joined.append(len(tensors)) or cat(tensors))
         assert len(scope.census()) == sites
-    # Six counters of int64 (the traced totals among them) and one of float64 a site.
-    assert sorted(joined[:2]) == [sites, 6 * sites]
+    # Seven counters of int64 (the traced totals among them) and one of float64 a site.
+    assert sorted(joined[:2]) == [sites, 7 * sites]
 
 
 def test_idle_steps_of_a_window_that_wants_examples_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
