@@ -228,7 +228,7 @@ def test_the_report_says_that_a_captured_step_is_not_counted(monkeypatch: pytest
     with ns.watch(model) as scope:
         for number in range(4):
             if number == 3:
-                monkeypatch.setattr("neuronscope.attach.recorder.holds_no_data", lambda x: True)
+                monkeypatch.setattr("neuronscope.attach.site_finder.holds_no_data", lambda x: True)
                 monkeypatch.setattr("neuronscope.attach.unsupported.holds_no_data", lambda x: True)
             model(torch.randn(BATCH, 3)).sum().backward()
             scope.step()
