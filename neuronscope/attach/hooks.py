@@ -2,8 +2,8 @@
 
 A forward pre-hook on an activation module receives the pre-activation before an in-place function overwrites it, and
 registers a hook for its gradient; a forward hook receives the output. A function mode receives functional activations
-and gated products; it is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at
-random. An error in our own code removes the hooks and lets the training go on.
+and gated products; it is entered only for a forward of an observed step. No output is replaced, and nothing is kept
+alive or drawn at random. An error in our own code removes the hooks and lets the training go on.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class HookManager:
         self._thread = SingleThread()
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
-        self._fused: list[tuple[int, nn.Module, Any]] = []  # calls that torch fuses: modules around it, module, input
+        self._fused_calls: list[
+            tuple[int, nn.Module, Any]
+        ] = []  # calls that torch fuses: modules around it, module, input
         self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False
         self._handles = HookHandles()
@@ -256,7 +258,7 @@ class HookManager:
         self.callers.cut(0)
         self._activation = None
         self.running.clear()
-        self._fused.clear()
+        self._fused_calls.clear()
         self._hidden.put_back()
         self._thread.release()
         if not self._step_open:
@@ -307,7 +309,7 @@ class HookManager:
             module: The module.
             x: Its input ``(B, T, D)``.
         """
-        self._fused.append((len(self.recorder.forward.module_stack) - 1, module, x))
+        self._fused_calls.append((len(self.recorder.forward.module_stack) - 1, module, x))
         self.entered.leave(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoderLayer):
             prefix = f"{path}." if path else ""
@@ -321,7 +323,7 @@ class HookManager:
 
     def _leave_fused(self, module: nn.Module, output: Any) -> None:
         """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
-        if output is not None and self._fused and self._fused[-1][1] is module and self.watches_here():
+        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here():
             try:
                 self.leave(self.recorder.forward.current_path, output)
             except Exception as error:
@@ -334,7 +336,7 @@ class HookManager:
             path: Path of the module.
             output: What it returned; ``None`` if it failed.
         """
-        if self._fused:
+        if self._fused_calls:
             self._end_fused(output)
         if path == "" and not is_tracing():
             self.recorder.forward.flow.note_outputs(output)
@@ -346,9 +348,9 @@ class HookManager:
     def _end_fused(self, output: Any) -> None:
         """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
         depth, found = len(self.recorder.forward.module_stack) - 1, None
-        while self._fused and self._fused[-1][0] >= depth:
-            found = self._fused.pop()
-        if found is None or self._fused:
+        while self._fused_calls and self._fused_calls[-1][0] >= depth:
+            found = self._fused_calls.pop()
+        if found is None or self._fused_calls:
             return
         self.entered.enter(handling=self._mode.handling)
         _, module, x = found
