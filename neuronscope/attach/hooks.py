@@ -450,18 +450,18 @@ class _EnterFusable(_EnterModule):
     """A hook on a module that torch may run in a fused kernel."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
-        if self.manager.watches_here():
-            try:
-                self.manager.enter(self.path, module, args, kwargs, _caller())
-                if fused:
-                    self.manager.enter_fused(self.path, module, first_input(args, kwargs))
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.module_stack.append(self.path)
-        if fused:
-            self.manager.hide_hooks(module)
+        manager = self.manager
+        try:
+            if manager.watches_here():
+                manager.enter(self.path, module, args, kwargs, _caller())
+            elif manager.failure is not None:
+                manager.recorder.forward.module_stack.append(self.path)
+            if not is_tracing() and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
+                if manager.watches_here():
+                    manager.enter_fused(self.path, module, first_input(args, kwargs))
+                manager.hide_hooks(module)
+        except Exception as error:
+            manager.fail(error)
 
 
 def _is_ours(found: Any) -> bool:
