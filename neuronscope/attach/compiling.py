@@ -56,6 +56,9 @@ __all__ = [
 is_tracing = torch.compiler.is_compiling
 
 
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack  # under a name that is quick to find
+
+
 def unwatched() -> Any:
     """Return a context that hides our own arithmetic from modes and subclasses of users. It does nothing while traced.
 
@@ -63,7 +66,7 @@ def unwatched() -> Any:
     """
     if is_tracing():
         return contextlib.nullcontext()
-    return _without_modes() if torch._C._len_torch_dispatch_stack() else torch._C.DisableTorchFunction()
+    return _without_modes() if _count_dispatch_modes() else torch._C.DisableTorchFunction()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ class ActivationFunctionMode(TorchFunctionMode):
             output = func(*args, **kwargs)
             if manager.observing:  # it has not failed meanwhile
                 try:
-                    with torch._C.DisableTorchFunction():
+                    with unwatched():
                         if call is not None:
                             recorder.end(call, first_input(args, kwargs), output)
                         elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:

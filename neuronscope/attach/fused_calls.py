@@ -7,6 +7,7 @@ an encoder layer, and for function modes at all three classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -53,7 +54,7 @@ def runs_fused(
     modes = (torch._C._get_function_stack_at(depth) for depth in range(torch._C._len_torch_function_stack()))
     if not all(map(is_ours, modes)):
         return False
-    with unwatched():
+    with contextlib.suppress(AttributeError), unwatched():  # a subclass has other parts, and a forward of its own
         x = args[0] if args else kwargs.get("query", kwargs.get("src"))
         if not isinstance(x, Tensor) or x.dim() != 3 or x.device.type in _WITHOUT_KERNEL:
             return False
@@ -62,6 +63,7 @@ def runs_fused(
         if isinstance(module, nn.TransformerEncoder):
             return _goes_nested(module, x, args, kwargs)
         return _layer_runs_fused(module, x, args, kwargs, is_ours)
+    return False
 
 
 def _is_self_attention(x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -75,6 +75,7 @@ class HookHandles:
 
     def __init__(self) -> None:
         self._hooks: set[InertHook] = set()
+        self._keys: set[str] = set()
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
         self._taken: Taken = []
 
@@ -112,6 +113,7 @@ class HookHandles:
         key = f"neuronscope {next(_numbers)}"  # torch's own keys are numbers, which another process gives again
         table[key] = hook
         self._hooks.add(hook)
+        self._keys.add(key)
         self._modules[id(module)] = weakref.ref(module)
         return key
 
@@ -138,11 +140,11 @@ class HookHandles:
         self.put_back()
         bearers = {id(module): module for module in (*self._bearers(), *(() if model is None else model.modules()))}
         for module in bearers.values():
-            for table in tables(module):
-                for key in [key for key, hook in table.items() if self._is_own(hook)]:
-                    for each in (*tables(module), *_flags(module)):
-                        each.pop(key, None)
-        self._hooks, self._modules = set(), {}
+            moved = {key for table in tables(module) for key, hook in table.items() if self._is_own(hook)}
+            for each in (*tables(module), *_flags(module)):
+                for key in each.keys() & (moved | self._keys):
+                    del each[key]
+        self._hooks, self._keys, self._modules = set(), set(), {}
 
     def _bearers(self) -> Iterator[nn.Module]:
         for reference in self._modules.values():

@@ -2,8 +2,8 @@
 
 A forward pre-hook on an activation module receives the pre-activation before an in-place function overwrites it, and
 registers a hook for its gradient; a forward hook receives the output. A function mode receives functional activations
-and gated products; it is entered only for a forward of an observed step. Nothing is replaced, kept alive or drawn at
-random. An error in our own code removes the hooks and lets the training go on.
+and gated products; it is entered only for a forward of an observed step. No output is replaced, and nothing is kept
+alive or drawn at random. An error in our own code removes the hooks and lets the training go on.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class HookManager:
         self._may_be_inside = False  # whether a forward may be running of which nothing was observed
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
-        self._fused: list[tuple[int, nn.Module, Any]] = []  # calls that torch fuses: modules around it, module, input
+        #: Calls that torch fuses: how many modules run around each, the module, its input.
+        self._fused_calls: list[tuple[int, nn.Module, Any]] = []
         self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
@@ -436,7 +437,7 @@ class HookManager:
         self.callers.cut(0)
         self._activation = None
         self.running.clear()
-        self._fused.clear()
+        self._fused_calls.clear()
         self._hidden.put_back()
         if not self._step_open:
             self.entered.leave(handling=self._mode.handling)
@@ -494,7 +495,7 @@ class HookManager:
             module: The module.
             x: Its input ``(B, T, D)``.
         """
-        self._fused.append((len(self.recorder.forward.module_stack) - 1, module, x))
+        self._fused_calls.append((len(self.recorder.forward.module_stack) - 1, module, x))
         self.entered.leave(handling=self._mode.handling)
         if isinstance(module, nn.TransformerEncoderLayer):
             prefix = f"{path}." if path else ""
@@ -508,7 +509,7 @@ class HookManager:
 
     def _leave_fused(self, module: nn.Module, output: Any) -> None:
         """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
-        if output is not None and self._fused and self._fused[-1][1] is module and self.watches_here():
+        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here():
             try:
                 self.leave(self.recorder.forward.current_path, module, output)
             except Exception as error:
@@ -522,7 +523,7 @@ class HookManager:
             module: The module.
             output: What it returned; ``None`` if it failed.
         """
-        if self._fused:
+        if self._fused_calls:
             self._end_fused(output)
         if self.recorder.compiled and not is_tracing():
             if self.recorder.trace_error is not None:
@@ -538,9 +539,9 @@ class HookManager:
     def _end_fused(self, output: Any) -> None:
         """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
         depth, found = len(self.recorder.forward.module_stack) - 1, None
-        while self._fused and self._fused[-1][0] >= depth:
-            found = self._fused.pop()
-        if found is None or self._fused:
+        while self._fused_calls and self._fused_calls[-1][0] >= depth:
+            found = self._fused_calls.pop()
+        if found is None or self._fused_calls:
             return
         self.entered.enter(handling=self._mode.handling)
         _, module, x = found
@@ -649,18 +650,18 @@ class _EnterFusable(_EnterModule):
     """A hook on a module that torch may run in a fused kernel."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        fused = not is_tracing() and runs_fused(module, args, kwargs, _is_ours)
-        if self.manager.watches_here(begins=True):
-            try:
-                self.manager.enter(self.path, module, args, kwargs, _caller())
-                if fused:
-                    self.manager.enter_fused(self.path, module, first_input(args, kwargs))
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.module_stack.append(self.path)
-        if fused:
-            self.manager.hide_hooks(module)
+        manager = self.manager
+        try:
+            if manager.watches_here(begins=True):
+                manager.enter(self.path, module, args, kwargs, _caller())
+            elif manager.failure is not None:
+                manager.recorder.forward.module_stack.append(self.path)
+            if not is_tracing() and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
+                if manager.watches_here():
+                    manager.enter_fused(self.path, module, first_input(args, kwargs))
+                manager.hide_hooks(module)
+        except Exception as error:
+            manager.fail(error)
 
 
 def _is_ours(found: Any) -> bool:

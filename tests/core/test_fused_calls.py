@@ -75,6 +75,18 @@ class OwnLayer(nn.TransformerEncoderLayer):
         return super().forward(src, **options) + 1
 
 
+class OtherParts(nn.TransformerEncoderLayer):
+    """A subclass with another attention, no norms, and a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 2, 32, batch_first=True)
+        self.self_attn = nn.Linear(16, 16)  # type: ignore[assignment]
+        del self.norm1, self.norm2
+
+    def forward(self, src: Tensor, **options: Any) -> Tensor:
+        return src + self.linear2(F.relu(self.linear1(self.self_attn(src))))
+
+
 #: Networks, and whether torch fuses anything in them.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "attention": (Attention, True),
@@ -87,6 +99,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "encoder layer, SiLU module": (lambda: encoder_layer(activation=nn.SiLU()), True),  # its attention alone
     "encoder layer, time first": (lambda: encoder_layer(batch_first=False), False),
     "encoder layer, subclass": (lambda: OwnLayer(16, 2, 32, batch_first=True), True),
+    "encoder layer, other parts": (OtherParts, False),
     "encoder": (lambda: nn.TransformerEncoder(encoder_layer(), 2), True),
     "encoder, padded": (Padded, True),
     "encoder, padded, norm first": (lambda: Padded(norm_first=True), True),

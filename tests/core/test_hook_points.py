@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from tests.core.slow_twin import HOOK_TABLES, assert_bits
+from tests.core.slow_twin import HOOK_TABLES, assert_bits, hook_tables
 
 
 class Point(nn.Module):
@@ -101,3 +101,36 @@ def test_a_function_in_a_module_without_parameters_is_named_by_the_module_around
         scope.step()
         assert {name: tally.info.place for name, tally in scope.census().items()} == {"0/relu": "1.relu()"}
         assert scope.not_neurons() == {"relu()": "its input was computed from several units together"}
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 6])
+@pytest.mark.parametrize(
+    "tables", [("_forward_hooks",), ("_forward_pre_hooks",), ("_forward_hooks", "_forward_pre_hooks")]
+)
+def test_clearing_all_hooks_of_a_watched_model_does_no_harm(tables: tuple[str, ...], every_n_steps: int) -> None:
+    """Libraries reset a model by clearing the tables of hooks on all of its modules."""
+
+    def train(watched: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(Block(Point), nn.Sequential(nn.Linear(6, 4), nn.GELU()))
+        before = hook_tables(model)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        scope = ns.watch(model, every_n_steps=every_n_steps) if watched else None
+        for number in range(8):
+            if number == 3:
+                for module in model.modules():
+                    for table in tables:
+                        getattr(module, table).clear()
+            optimizer.zero_grad()
+            model(torch.randn(7, 6)).square().sum().backward()
+            optimizer.step()
+            if scope is not None:
+                scope.step()
+        if scope is not None:
+            assert scope._hooks.failure is None
+            scope.detach()
+        assert hook_tables(model) == before
+        assert torch.overrides._len_torch_function_stack() == 0
+        return model.state_dict()
+
+    assert_bits(train(False), train(True))
