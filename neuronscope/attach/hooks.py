@@ -285,7 +285,7 @@ class HookManager:
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
             self.callers.begin(len(module_stack), caller)
-        if path == "" and self.note_weights is not None and not is_tracing():
+        if path == "" and not is_tracing() and self.note_weights is not None:
             self.note_weights()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
