@@ -140,8 +140,7 @@ class RankSync:
             return True
 
     def _size(self) -> int:
-        group = self._process_group() if callable(self._process_group) else self._process_group
-        base = base_group(group)
+        base = base_group(self._process_group)
         if base is not self._group:  # the run may have ended its group and made another one
             self._group, self._networks, self._agreed, self._refused = base, [], {}, {}
             self._meetings = None if base is None else meetings_of(base)
