@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["MOST", "array", "integer", "integers", "mapping"]
 
-#: Counts and steps are below this, so that the sum of two is an int64.
-MOST = 2**62
+#: No run counts so many. What is below can be added up without an overflow.
+MOST = 2**60
 
 
 def integer(state: Mapping[str, Any], name: str, low: int = 0, high: int = MOST) -> int:

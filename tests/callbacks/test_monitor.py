@@ -183,6 +183,24 @@ def test_a_summary_writer_gets_numbers_and_a_folder_beside_it_pictures(tmp_path:
         assert [event.step for event in drawn.Images("neuronscope/overview")] == [5]
 
 
+@pytest.mark.parametrize("kind", [Monitor, lightning.DeadNeuronMonitor, transformers.DeadNeuronCallback])
+def test_every_callback_takes_a_process_group_which_is_no_part_of_its_saved_key(kind: Any) -> None:
+    """A function gives it, since a trainer makes its groups later; where nothing is distributed it is not asked for."""
+
+    def too_early() -> Any:
+        raise AssertionError
+
+    monitor = kind(process_group=too_early, every_n_steps=1)
+    assert monitor.state_key == kind(every_n_steps=1).state_key
+    if kind is Monitor:
+        monitor.attach(model := network())
+        train(monitor, model, range(1, 4))
+        monitor.finish()
+        assert examples(monitor, "train") == 3 * SIZE
+    with pytest.raises(UsageError, match="Expected argument `process_group`"):
+        kind(process_group="world")
+
+
 def test_a_copy_has_the_counts_and_neither_logs_nor_hooks(tmp_path: Path) -> None:
     model, monitor = network(), Monitor(every_n_steps=1)
     monitor.logs = [SummaryWriterLog(next(writers(tmp_path)))]

@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from neuronscope.options import ProcessGroup
+
 __all__ = ["Collectives", "base_group", "time_limit", "world_size"]
 
 #: The library's own group, by the default group that it was made beside: a run may end that one and begin another.
@@ -29,15 +31,19 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def base_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the process group whose ranks join their counts: the given one, else that of all ranks.
+def base_group(given: ProcessGroup) -> dist.ProcessGroup | None:
+    """Return the process group whose ranks join their counts.
+
+    Args:
+        given: The option ``process_group`` of :func:`neuronscope.watch`.
 
     Returns:
         ``None`` if nothing is distributed, or this rank is not in the group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    group = cast(dist.ProcessGroup, dist.group.WORLD) if given is None else given
+    group: Any = given() if callable(given) else given
+    group = dist.group.WORLD if group is None else group
     return group if isinstance(group, dist.ProcessGroup) else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from neuronscope.options import ProcessGroup
 from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.collectives import Collectives, base_group, world_size
-from neuronscope.tally.distributed.meetings import Meetings, meetings_of
+from neuronscope.tally.distributed.meetings import meetings_of
 from neuronscope.tally.distributed.reduce_layout import ReduceLayout, Sites, whole_site
 
 __all__ = ["Exchanges", "RankSync", "world_size"]
@@ -91,8 +92,8 @@ class RankSync:
         self._together = together
         self._process_group = process_group
         self._digest = digest
-        self._group: dist.ProcessGroup | None = None
-        self._meetings: Meetings | None = None
+        self._group: Callable[[], dist.ProcessGroup | None] = lambda: None  # weak: the trainer ends its group
+        self._rank = 0
         # These change only in exchanges, by what all ranks learn there, so they are the same on all ranks.
         self._networks: list[int] = []  # by rank, the number of the network that it holds; empty = not known yet
         self._agreed: dict[Part, ReduceLayout] = {}
@@ -112,7 +113,8 @@ class RankSync:
     @property
     def missed(self) -> int:
         """How often in a row ranks that train did not come together; see :meth:`ready`."""
-        return 0 if self._meetings is None else self._meetings.missed
+        group = self._group()
+        return 0 if group is None else meetings_of(group).missed
 
     @property
     def note(self) -> str:
@@ -131,26 +133,28 @@ class RankSync:
 
         For ranks that train. :meth:`join` waits for the others as long as the process group does.
         """
-        if self.alone or self._meetings is None:
+        group = None if self.alone else self._group()
+        if group is None:
             return True
         try:
-            return self._meetings.wait()
+            return meetings_of(group).wait()
         except Exception as error:  # noqa: BLE001  # the training goes on
             self._give_up(error)
             return True
 
     def _size(self) -> int:
-        group = self._process_group() if callable(self._process_group) else self._process_group
-        base = base_group(group)
-        if base is not self._group:  # the run may have ended its group and made another one
-            self._group, self._networks, self._agreed, self._refused = base, [], {}, {}
-            self._meetings = None if base is None else meetings_of(base)
-        return 1 if base is None else base.size()
+        base = base_group(self._process_group)
+        if base is None:
+            return 1
+        if base is not self._group():  # the run may have ended its group and made another one
+            self._group, self._rank = weakref.ref(base), base.rank()
+            self._networks, self._agreed, self._refused = [], {}, {}
+        return base.size()
 
     @property
     def _own(self) -> int:
         """The number of the network that this rank holds."""
-        return self._networks[self._group.rank()] if self._networks and self._group is not None else 0
+        return self._networks[self._rank] if self._networks else 0
 
     @property
     def _copies(self) -> int:
@@ -215,9 +219,10 @@ class RankSync:
 
     def _enter(self) -> Collectives:
         """Return the collectives of the next exchange, which this rank does not leave before all ranks have come."""
-        if self._meetings is not None:
-            self._meetings.enter()
-        return Collectives(None if self._process_group is None else self._group)
+        group = self._group()
+        if group is not None:
+            meetings_of(group).enter()
+        return Collectives(None if self._process_group is None else group)
 
     def _layout(self, part: Part) -> ReduceLayout:
         """Return the layout that was agreed on; one without sites where none was."""
