@@ -400,7 +400,8 @@ class Scope:
         if self.detached:
             return
         thread, hooks = self._counted_thread(), self._hooks
-        phase, paused = self._phase_in(thread), bool(self._pauses[thread] or self._pauses[self._home])
+        pauses = self._pauses[thread] + (self._pauses[self._home] if self._is_guided(thread) else 0)
+        phase, paused = self._phase_in(thread), pauses > 0
         observing = not paused and (phase != "train" or self._is_due())
         if (phase, self._step, observing) == self._applied or not (observing or hooks.observing):
             return
@@ -415,7 +416,16 @@ class Scope:
 
     def _phase_in(self, thread: int) -> str:
         """Return the phase of a thread: its own, or that of the thread in which the watch began."""
-        return self._phases.get(thread) or self._phases.get(self._home, "train")
+        guide = self._home if self._is_guided(thread) else thread
+        return self._phases.get(thread) or self._phases.get(guide, "train")
+
+    def _is_guided(self, thread: int) -> bool:
+        """Whether phases and pauses of the thread in which the watch began are also those of another one.
+
+        One that trains has its own.
+        """
+        trains = thread == self._hooks.thread.thread and self._hooks.recorder.got_gradients
+        return thread != self._home and not trains
 
     def _is_due(self) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since the last observed step.

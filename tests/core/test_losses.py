@@ -1,7 +1,7 @@
 """Losses use the functions that activations are: no loss adds a neuron, a dead one, or a word on what is not measured.
 
 A loss is computed outside of the forward, from outputs or distances, under a plain watch, in an explicit step and in
-Lightning's ``training_step``; or inside the forward. Each loss is zero everywhere, as after a training that went well.
+Lightning's ``training_step``, or inside the forward. Each loss is zero everywhere, as after a training that went well.
 """
 
 from __future__ import annotations

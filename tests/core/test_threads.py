@@ -349,12 +349,43 @@ def test_replicas_in_threads_run_as_if_unwatched():
             with pytest.warns(ns.NeuronscopeWarning, match="No activation") if step == 0 else contextlib.nullcontext():
                 outside.step()
             inside.step()
-    for scope in (outside, inside):
-        assert scope._hooks.failure is None
-        assert "in several threads" in not_measured(scope)["(root)"]
+    assert outside._hooks.failure is inside._hooks.failure is None
     assert outside.census() == {}
+    assert "in several threads" in not_measured(outside)["(root)"]
     for tally in inside.census().values():  # both parts of a forward, if their threads ran one after another
         assert 5 * ROWS // 2 <= tally.positions == tally.gradient_positions <= 5 * ROWS
+        assert tally.positions == 5 * ROWS or "in several threads" in not_measured(inside)["(root)"]
+
+
+def test_training_in_a_thread_is_counted_beside_an_evaluation_in_the_thread_that_watches():
+    weights, twin = trained_alone()
+    model, watched = net(), Watched()
+    trains, over = threading.Event(), threading.Event()
+
+    def work() -> None:
+        train(model, watched, begun=trains.set)
+        over.set()
+
+    with watched.attach(model), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        training = pool.submit(work)
+        trains.wait()
+        while not over.is_set():
+            validate(watched.scope, model)
+            pause(watched.scope, model)
+        training.result()
+    assert_bits(weights, state_of(model))
+    assert_same(watched.scope.census(), twin.tallies())
+    assert watched.scope.census("val") == {}
+
+
+def test_an_evaluation_in_threads_that_the_watching_thread_starts_has_its_phase():
+    model = net()
+    with ns.watch(model) as scope:
+        with scope.phase("val"):
+            in_thread(lambda: model(batch(0, 0)))
+        model(batch(0, 1)).sum().backward()
+        scope.step()
+    assert scope.census("val")["a/relu"].positions == scope.census("train")["a/relu"].positions == ROWS
 
 
 def test_a_watch_that_ends_in_the_middle_of_another_threads_forward_leaves_nothing_behind():
