@@ -123,7 +123,7 @@ def search_waking_inputs(
         try:
             result.refused = inputs.refused or network.unreliable()
             if not result.refused:
-                search = _Search(network, inputs, every, result, began + seconds)
+                search = _NeuronWaker(network, inputs, every, result, began + seconds)
                 result.complete = search.run(targets, data, progress)
         except UsageError as error:
             result.refused, result.complete = str(error), False
@@ -137,7 +137,7 @@ class _TimeUp(Exception):  # noqa: N818
     """The time for the search is over."""
 
 
-class _Search:
+class _NeuronWaker:
     """Looks for inputs that wake neurons, and notes those that do.
 
     Args:
