@@ -22,6 +22,11 @@ BOX = (-1.0, 1.0)
 LONG = 600.0
 
 
+@pytest.fixture(autouse=True)
+def fewer_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wake_search, "_STARTS", 120)
+
+
 def given(*args: Tensor, **kwargs: Tensor) -> Example:
     return Example(args, kwargs, "given")
 

@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 #: Steps of one ascent, and its first and last step length as a share of the box.
 _STEPS, _FIRST, _LAST = 60, 0.25, 0.004
 #: Starts per neuron: the first ones are the inputs of a sample with the highest pre-activation, the others are random.
-_STARTS, _BEST = 120, 8
+_STARTS, _BEST = 480, 8
 #: Most starts of one neuron in a forward, unless the sites of the forward are given fewer numbers than this.
 _TOGETHER, _SMALL = 8, 2**19
 #: Most inputs of the sample, and of the data in it.
@@ -123,7 +123,7 @@ def search_waking_inputs(
         try:
             result.refused = inputs.refused or network.unreliable()
             if not result.refused:
-                search = _Search(network, inputs, every, result, began + seconds)
+                search = _NeuronWaker(network, inputs, every, result, began + seconds)
                 result.complete = search.run(targets, data, progress)
         except UsageError as error:
             result.refused, result.complete = str(error), False
@@ -137,7 +137,7 @@ class _TimeUp(Exception):  # noqa: N818
     """The time for the search is over."""
 
 
-class _Search:
+class _NeuronWaker:
     """Looks for inputs that wake neurons, and notes those that do.
 
     Args:
