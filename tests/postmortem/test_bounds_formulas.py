@@ -219,6 +219,22 @@ def test_batch_norm_speaks_of_every_activation_that_is_zero_below_zero(activatio
         assert (fired.numpy()[one.neurons] <= one.numbers).all()
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()], ids=str)
+def test_a_channel_that_weight_decay_shrank_to_nothing_is_negligible(activation: nn.Module) -> None:
+    """|y| ≤ |β| + |γ| √(10⁶ − 1) = 1e-10 + 1e-6, counted below on inputs that are as far out as can be."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), activation)
+    with torch.no_grad():
+        model[1].weight[2], model[1].bias[2] = 1e-9, -1e-10
+    x = torch.randn(8, 3, 5, 5)
+    x[0, :, 0, 0] = 1e6
+    outputs = model.train()(x).detach().amax((0, 2, 3))
+    (found,) = [one for one in examine_model(model.eval()).evidence if one.measure == "output in training, at most"]
+    assert (found.claim, found.basis, found.neurons.tolist()) == ("quiet", "inferred", [2])
+    assert found.numbers[0] == pytest.approx(1e-6, rel=1e-3)
+    assert 0 < float(outputs[2]) <= found.numbers[0]
+
+
 def test_evidence_behind_a_batch_norm() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.GELU()

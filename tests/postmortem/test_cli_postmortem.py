@@ -427,3 +427,18 @@ def test_options_that_need_a_model_say_so(folder: Path, name: str, needs: str) -
     given: dict[str, Any] = {name: torch.rand(3, 4)}
     with pytest.raises(UsageError, match=f"Expected argument `{needs}` with `{name}`"):
         ns.postmortem("last.ckpt", **given)
+
+
+def test_the_command_takes_an_optimizer_that_lies_apart_and_the_step(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, torch.rand(64, 4), range(199), optimizer)
+    torch.save(model.state_dict(), "weights.pt")
+    torch.save(optimizer.state_dict(), "optimizer.pt")
+    ended, out, err = run("weights.pt --optimizer optimizer.pt --step 500", capsys)
+    assert (ended, err) == (0, [])
+    assert "500 optimizer steps" in out
+    assert "adam state" in out
+    assert run("weights.pt --optimizer weights.pt", capsys)[0] == 2

@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "adam": lambda parameters: torch.optim.Adam(parameters),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, weight_decay=0.1),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    "sgd, decay": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=1e-2),
 }
 
 

@@ -288,6 +288,19 @@ def test_a_file_that_counts_batches_gives_no_dates(batches):
     assert of(found, "never trained") == []  # the file may count the steps of another optimizer before this one
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9)])
+def test_a_cycled_momentum_gives_no_date_later_than_the_last_gradient(make):
+    """The schedule is in the middle of its cycle, and the group holds its two ends."""
+    model = network()
+    optimizer = make(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=1000)
+    run(model, optimizer, last=(STEPS, STEPS, 10, STEPS, STEPS), each=lambda step: schedule.step())
+    found, _ = examine_file(as_checkpoint(model, optimizer, step=STEPS))
+    silent = of(found, "no gradient")
+    assert [piece.neurons.tolist() for piece in silent] == [[2]]
+    assert all(piece.since is None or piece.since[0] <= 10 for piece in silent)
+
+
 def test_a_neuron_with_a_rare_gradient_is_not_called_dead_where_beta1_is_small():
     """Every 45th step, the last one 40 steps ago: with β1 = .5 the first mean has faded to nothing in between."""
     model = network()

@@ -65,7 +65,7 @@ def possible_places(shapes: Mapping[str, Shape], wanted: Sequence[Shape | None])
     if root.size != len(wanted):
         return {}
     try:
-        return _Search(wanted).places(root, 0) or {}
+        return _OrderSearch(wanted).places(root, 0) or {}
     except (_TooManyError, RecursionError):
         return {}
 
@@ -74,7 +74,7 @@ class _TooManyError(Exception):
     """Raised when there are too many orders."""
 
 
-class _Search:
+class _OrderSearch:
     """Looks for all orders of modules that give the wanted shapes."""
 
     def __init__(self, wanted: Sequence[Shape | None]) -> None:

@@ -115,7 +115,9 @@ def _never(read: LayerClock, mask: Tensor, whole: bool, cause: NoGradientCause |
     taken = read.taken
     if taken is not None and taken - 1 <= SILENT_STEPS:
         return
-    basis = "suspected" if taken is None or taken - 1 <= SURE_STEPS else "inferred"
+    has_collapsed = cause is not None and cause.kind == "collapsed"  # as the next layer's clock shows too
+    is_sure = has_collapsed or (taken is not None and taken - 1 > SURE_STEPS)
+    basis = "inferred" if is_sure else "suspected"
     numbers = no_numbers if taken is None else torch.full_like(no_numbers, float(taken))
     text += f"no gradient came since this optimizer began{_beginning(read)}. Others may have trained them before."
     found = clock_evidence(
@@ -162,7 +164,9 @@ def _stopped(
         text += _why(cause, "it was frozen, or cut off by a later layer, or its gradients became far smaller")
     since = None
     # Only a bound dates a whole layer: SGD's estimate compares with the largest layer, which may have stopped since.
-    if read.step is not None and not read.lag and (read.is_bound or not as_whole):
+    # Nor does an estimate date rows whose momentum a schedule cycles, since it would have to know the schedule.
+    cycled = read.rule.betas[0] != read.rule.least_beta
+    if read.step is not None and not read.lag and (read.is_bound or not (as_whole or cycled)):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
     text += _caveats(read)
     found = clock_evidence(read, "no gradient", mask, read.reading.steps, _measure(read), text, since, basis=basis)

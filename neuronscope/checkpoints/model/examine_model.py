@@ -7,6 +7,7 @@ the example's shape with any batch size; see ``docs/bounds.md``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,6 +48,9 @@ __all__ = ["Examination", "examine_model"]
 #: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
 #: suspected to be dead.
 _QUIET, _SUSPECTED = 3.0, 4.0
+#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
+#: many values per channel.
+_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
 _BATCH_NORM = "batch norm"
 _READERS = "readers"
@@ -270,6 +274,20 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
             "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
         ),
     )
+    most = scale.double().abs() * math.sqrt((positions or _MANY_VALUES) - 1) + shift.double().abs()
+    usual = float((scale.double().abs() + shift.double().abs()).median())
+    yield from evidence(
+        ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
+        most.numpy(),
+        claim="quiet",
+        basis="inferred",
+        measure="output in training, at most",
+        text=(
+            f"Negligible: whatever its input is, no value of a training batch of up to {positions or _MANY_VALUES:,} "
+            f"values is larger than this, which is less than {_NEGLIGIBLE:g} of the layer's median |γ| + |β| "
+            f"({usual:.3g}). In evaluation, this holds as far as the running statistics match the data."
+        ),
+    )
     yield from evidence(
         (c >= _SUSPECTED),
         normal_firing_share(scale, shift).numpy(),
@@ -280,10 +298,10 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         "is inaccurate in the tails.",
     )
     if positions is not None:
-        most = training_maximum(scale, shift, positions).numpy()
+        highest = training_maximum(scale, shift, positions).numpy()
         yield from evidence(
-            (most <= 0) & np.isfinite(c),
-            most,
+            (highest <= 0) & np.isfinite(c),
+            highest,
             claim="dead",
             basis="inferred",
             measure="pre-activation in training, at most",
