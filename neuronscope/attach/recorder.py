@@ -625,7 +625,7 @@ class SiteRecorder:
         if y is None and not is_tracing():
             self._failed.add(call.key.name)
             return
-        if self._failed:
+        if self._failed and not is_tracing():
             self._failed.discard(call.key.name)
         given = y  # `comptime` reads variables
         if isinstance(y, dict):
