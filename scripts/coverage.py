@@ -58,13 +58,13 @@ OPERATORS = """\
 Neuronscope follows the units of a layer through every torch function that a forward calls; the rules
 are a table, `neuronscope/attach/operators.py`. A function without a rule loses the units, and never
 gives wrong ones. In the networks above and the clients below, these operators ended a flow before an
-activation:
+activation, which is then not measured, or no neuron:
 
-- `topk`, then `scatter_` (the scores of Llama 4's router): what is picked by value is no unit.
-- an index by data into a stack of weights, `grouped_mm` (experts of Mixtral, Qwen2-MoE, GPT-OSS,
-  DeepSeek-V3): rows of several layers, not measured.
+{ends}
 
-Convolution weights that are standardised by `F.batch_norm` (NFNet) stay weights. Heads that were split
+What `topk` picks by value is no unit (the scores of a router). A `grouped_mm`, or a product with weights that
+data picked, gives rows of several layers (experts). A product of two layers' outputs is a score
+(attention). Convolution weights that are standardised by `F.batch_norm` (NFNet) stay weights. Heads that were split
 off keep exact units, also joined ones (`cat`, `view`, `split`: EfficientViT), and so does a product
 with a stack of weights (the experts of Llama 4).
 """
@@ -119,6 +119,11 @@ TESTS = {
     "Activation classes, and those of one's own": "tests/core/test_registration.py",
     "Activation classes of transformers and timm": "tests/networks/test_activation_classes.py",
     "Weights in other places": "tests/networks/test_weights.py",
+    "Layers behind activations of every spelling": "tests/core/test_layers_accounted.py",
+    "Exported graphs": "tests/core/test_exported_graphs.py",
+    "What is said not to be measured": "tests/core/test_true_reasons.py",
+    "Names in wrappers": "tests/core/test_names_in_wrappers.py",
+    "Which columns read a neuron": "tests/core/test_reader_columns.py",
     "Activations of what is no tensor of real numbers": "tests/core/test_strange_tensors.py",
     "Unusual programs": "tests/core/test_unusual_programs.py",
     "Counts made elsewhere": "tests/truth/test_truth.py",
@@ -144,7 +149,9 @@ def main() -> int:
         print(f"Not installed: {', '.join(missing)}. `make test` installs them.", file=sys.stderr)
         return 2
     disagreements: list[str] = []
-    page = _wrapped("\n".join([INTRODUCTION, *_networks(disagreements), OPERATORS, *_clients(), *_setups()])) + "\n"
+    rows = _rows(disagreements)
+    operators = OPERATORS.format(ends="\n".join(_ends(rows)))
+    page = _wrapped("\n".join([INTRODUCTION, *_networks(rows), operators, *_clients(), *_setups()])) + "\n"
     for line in disagreements:
         print(line, file=sys.stderr)
     if not check:
@@ -180,10 +187,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _networks(disagreements: list[str]) -> Iterator[str]:
+def _rows(disagreements: list[str]) -> list[Row]:
     from tests.networks.agreement import NETWORKS
 
-    rows = [_row(network, disagreements) for network in NETWORKS]
+    return [_row(network, disagreements) for network in NETWORKS]
+
+
+def _ends(rows: list[Row]) -> Iterator[str]:
+    """Yield a line for each operator that ended a flow before an activation: in which networks and clients."""
+    from tests.networks.test_clients import ENDED_BY
+
+    found: dict[str, dict[str, None]] = {}
+    for name, operators in [*((row.name, row.ended_by.values()) for row in rows), *ENDED_BY.items()]:
+        for operator in operators:
+            found.setdefault(operator, {})[name] = None
+    for operator, names in sorted(found.items()):
+        yield f"- `{operator}`: {', '.join(names)}"
+
+
+def _networks(rows: list[Row]) -> Iterator[str]:
     said = Counter(row.agreement for row in rows)
     sites, neurons = sum(row.sites for row in rows), sum(row.neurons for row in rows)
     versions = ", ".join(f"{package} {_version(package)}" for package in ("torch", *FAMILIES))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, assert_bits, assert_same, state_of
+from tests.networks.flow_ends import ending_operators
 from tests.networks.language import TRANSFORMERS
 from tests.networks.twin import NetworkTwin
 from tests.networks.vision import TIMM, TORCHVISION
@@ -34,6 +35,7 @@ class Agreement:
         products: Names of the gated products among them.
         not_measured: Site name → reason, of the watched run.
         behind_functions: Layers that others read behind functions that are not linear, as autograd says.
+        ended_by: Place of each activation whose flow of units ended before it → the operator that ended it.
         states: Weights, buffers and gradients of the watched run and of the twin's.
     """
 
@@ -42,6 +44,7 @@ class Agreement:
     products: frozenset[str]
     not_measured: dict[str, str]
     behind_functions: dict[str, set[str]]
+    ended_by: dict[str, str]
     states: tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
@@ -51,7 +54,7 @@ def run(network: Network, **options: Any) -> Agreement:
     unseen = [pattern for pattern in network.unseen if pattern not in declared]
     watched, twin = Watched(**options), NetworkTwin(network.axes, unseen, declared)
     states = []
-    with _threads(1), _quiet(bool(network.unseen)):
+    with _threads(1), _quiet(bool(network.unseen)), ending_operators() as ended_by:
         for watcher in (watched, twin):
             torch.manual_seed(0)
             model = network.build().train()
@@ -66,6 +69,7 @@ def run(network: Network, **options: Any) -> Agreement:
         frozenset(twin.gates),
         not_measured,
         twin.behind_functions,
+        ended_by,
         (states[0], states[1]),
     )
 

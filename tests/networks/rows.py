@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import neuronscope as ns
@@ -33,6 +33,7 @@ class Row:
         neurons: Of all sites.
         sources: Sites by what their neurons are known from: ``layer``, ``declared`` or ``assumed``.
         not_measured: Name → reason.
+        ended_by: Place of each activation whose flow of units ended before it → the operator that ended it.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Row:
     neurons: int
     sources: dict[str, int]
     not_measured: dict[str, str]
+    ended_by: dict[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> int:
@@ -62,6 +64,7 @@ def row_of(network: Network, result: Agreement, agreement: str = "") -> Row:
         neurons=sum(tally.neurons for tally in result.census.values()),
         sources=dict(Counter(sources)),
         not_measured=result.not_measured,
+        ended_by=result.ended_by,
     )
 
 
