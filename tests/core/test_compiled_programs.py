@@ -285,7 +285,7 @@ def main(first: int, stop: int) -> int:
             last = traceback.extract_tb(error.__traceback__)[-1]
             failed[seed] = f"{type(error).__name__} at {last.name}:{last.lineno}: {str(error)[:300]!r}"
             print(f"{seed} ({Program(seed).way}): {failed[seed]}", flush=True)
-        if seed % 20 == 19:
+        if seed % 5 == 4:
             print(f"up to {seed}: {len(failed)} failed, {sites} sites, {time.monotonic() - began:.0f} s", flush=True)
     print(f"{stop - first} programs, {sites} sites, {len(failed)} failed: {[*failed]}")
     return len(failed)
