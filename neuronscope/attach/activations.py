@@ -222,6 +222,11 @@ class Registry:
             return self._by_name[value]
         return Activation(getattr(target, "__name__", str(target)).lower(), value)
 
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """All functions that apply an activation."""
+        return tuple(self._functions)
+
     def of_module(self, module: nn.Module) -> Activation | None:
         """Return the activation that ``module`` applies, or ``None``; a subclass counts as its base class."""
         for cls in type(module).__mro__:

@@ -102,7 +102,7 @@ class CompiledParts:
         """Note that a graph begins to be traced.
 
         Args:
-            is_model: Whether it is the model's own forward, or a part of it.
+            is_model: Whether it is the model's own forward or a part of it, or nothing runs around it.
         """
         self.tracing = not is_model
         self.exist |= self.tracing

@@ -33,6 +33,7 @@ __all__ = [
     "GraphListener",
     "OptimizedModule",
     "TracedEnd",
+    "ask_modes_about",
     "comptime",
     "count_compilations",
     "has_real_tensors",
@@ -174,6 +175,17 @@ def skip_frames(modules: Iterable[ModuleType]) -> None:
             code = codes.pop()
             skip_code(code)
             codes.extend(part for part in code.co_consts if isinstance(part, CodeType))  # functions in it, generators
+
+
+def ask_modes_about(functions: Iterable[Callable[..., Any]]) -> None:
+    """Tell the compiler to ask function modes about these functions, as eager code does about all of torch's functions.
+
+    The compiler asks about those alone that torch's protocol for subclasses lists, which leaves out ``torch.relu_`` and
+    ``F.hardswish``, among others. It writes them into the graph without a word to any mode.
+    """
+    from torch._dynamo.variables.torch import get_overridable_functions
+
+    get_overridable_functions().update(functions)
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:

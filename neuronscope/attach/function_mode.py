@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.activations import Activation, Registry
-from neuronscope.attach.compiling import comptime, in_compiled_graph, is_tracing, unwatched, while_tracing
+from neuronscope.attach.compiling import (
+    ask_modes_about,
+    comptime,
+    in_compiled_graph,
+    is_tracing,
+    unwatched,
+    while_tracing,
+)
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
@@ -68,6 +75,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         super().__init__()
         self.manager = manager
         self.handling = False
+        ask_modes_about(manager.registry.functions)
         self._follow_while_tracing = while_tracing(
             self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
         )

@@ -256,7 +256,8 @@ class SiteRecorder:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
         """
         self.compiled = True
-        self.forward.parts.begin_graph(self.forward.current_path == "" and code == self.own_code)
+        running = self.forward.module_stack  # by hooks that ran in eager code, and were not traced
+        self.forward.parts.begin_graph(not running or (running[-1] == "" and code == self.own_code))
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced.

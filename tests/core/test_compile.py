@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
+from neuronscope.attach import activations
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 pytestmark = [
@@ -543,6 +544,42 @@ def test_calls_that_give_several_tensors_stay_in_one_graph(name):
         train(model, model, eager, (4, 5, 6), 2)
         model(torch.ones(4, 5, 6))
     assert_same_census(watched.scope.census(), eager.scope.census())
+
+
+SPELLINGS = sorted(
+    (function for function in activations.Registry().functions if getattr(function, "__name__", "") != "_threshold"),
+    key=str,
+)
+ARGUMENTS = {"threshold": (0.1, 20.0), "clamp": (0.0,), "clip": (0.0,), "clamp_min": (0.0,), "prelu": (torch.ones(1),)}
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_spelling_of_an_activation_function_is_seen_compiled_as_in_eager(place):
+    """Also those that bypass function modes where a module is compiled: `torch.relu_`, `F.hardswish`, `F.sigmoid`."""
+
+    class Applied(nn.Module):
+        def __init__(self, function: Callable[..., Tensor], name: str) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+            self.function, self.arguments = function, ARGUMENTS.get(name.rstrip("_"), ())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.function(self.layer(x), *self.arguments)
+            return self.last(torch.cat([y, y], -1)[..., :8])
+
+    for function in SPELLINGS[place::4]:
+        censuses = []
+        for compiles in (False, True):
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            model = Applied(function, function.__name__)
+            with ns.watch(model) as scope:
+                run = torch.compile(model, backend="eager", fullgraph=True) if compiles else model
+                run(torch.linspace(-2, 2, 24).view(4, 6)).sum().backward()
+            assert scope._hooks.failure is None
+            censuses.append(scope.census())
+        assert len(censuses[0]) == 1, function
+        assert_same_census(*censuses)
 
 
 def test_without_fullgraph_there_is_no_graph_break_either():
