@@ -184,7 +184,7 @@ def check_published(state: Any) -> Mapping[str, Mapping[str, int]]:
         for saved in mapping({"published": state}, "published").values():
             integer(saved, "step")
             integer(saved, "report_step")
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise StateError(
             f"Expected the saved steps of a run's logs, but got {type(state).__name__}: {error}."
         ) from error

@@ -224,7 +224,7 @@ class Tally:
                 gradient_positions=gradients,
                 examples=examples,
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             given = sorted(state, key=str) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"Expected the saved state of a tally, but got {given}: {error}.") from error
 
@@ -316,7 +316,7 @@ class Census(Mapping[str, Tally]):
             last = integer(state, "last_step", -1)
             first = integer(state, "first_step", min(last, 0), last)
             return cls(tallies, first_step=first, last_step=last, steps=integer(state, "steps"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, StateError):
                 raise
             raise StateError(

@@ -302,7 +302,7 @@ class History:
             trails = {name: _Trail.from_state(trail) for name, trail in mapping(state, "trails").items()}
             if any(trail.indices[-1:] >= [windows] for trail in trails.values()):
                 raise ValueError("a window has a higher number than there are windows")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise StateError(
                 f"Expected the saved state of a history, but got {type(state).__name__}: {error}."
             ) from error

@@ -346,7 +346,7 @@ class PhaseRecord:
             looked_at_step = integer(state, "looked_at_step")
             history.load_state_dict(mapping(state, "history"))
             _check_together(flushed, closed, last, history, [*before, *steps])
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, StateError):
                 raise
             raise StateError(
@@ -450,7 +450,7 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
     """
     try:
         version, step, phases = state["version"], integer(state, "step"), dict(mapping(state, "phases"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
         return step, {}, None
