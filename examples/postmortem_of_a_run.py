@@ -18,6 +18,7 @@ Output (shortened; numbers differ a little between machines)::
        33 of 160 neurons: {'proved': 1, 'measured': 0, 'inferred': 32}
     3. Data too: every verdict is held against what the neurons really do.
        33 of 160 neurons: {'proved': 1, 'measured': 32, 'inferred': 0}
+       in the box: 1 proved dead, 25 woken by some input
        no gradient, inferred from adam state: 33 held, 0 refuted
        no gradient, suspected from adam state: 0 held, 1 refuted
        dead, proved from interval bound: 1 held, 0 refuted
@@ -88,6 +89,8 @@ def main() -> None:
         checkpoint, network, batches, lambda output, batch: F.cross_entropy(output, batch[1]), box=(0.0, 1.0)
     )
     print(f"   {report.dead} of {report.neurons} neurons: {report.dead_by_basis()}")
+    if report.in_box is not None:  # an input that makes a neuron fire need not look like a digit
+        print(f"   in the box: {report.in_box.proved} proved dead, {report.in_box.woken} woken by some input")
     for one in report.confirmations:
         print(f"   {one.claim}, {one.basis} from {one.source}: {one.held} held, {one.refuted} refuted")
     for sign in report.diagnoses:

@@ -118,7 +118,8 @@ def wake_dead_neurons(
     )
     abstentions = []
     if result.refused:
-        abstentions.append(Abstention(_SOURCE, "", f"No input of the box was searched for: {result.refused}."))
+        how_far = " to the end" if result.inputs else ""
+        abstentions.append(Abstention(_SOURCE, "", f"The box was not searched{how_far}: {result.refused}."))
         if not result.inputs:
             return Woken(tuple(layers), abstentions=tuple(abstentions))
     elif not result.complete:

@@ -330,6 +330,24 @@ def test_inputs_of_the_data_are_starts() -> None:
     assert not unlike.refused
 
 
+class Centred(nn.Module):
+    """Subtracts the mean over the batch, so that one input alone never makes a neuron fire."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x - x.mean(0)))
+
+
+def test_an_input_that_makes_a_neuron_fire_only_beside_others_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wake_search, "_STARTS", 8)
+    found = search(Centred(), given(torch.zeros(1, 4)))
+    assert found.found["fc/relu"].tolist() == [-1, -1, -1]
+    assert not found.inputs
+
+
 def test_a_watched_neuron_is_noted_though_it_is_not_searched_for() -> None:
     watched = {"0/relu": np.array([True, False, False, True])}
     targets = {"0/relu": np.array([False, True, False, False])}
@@ -337,3 +355,22 @@ def test_a_watched_neuron_is_noted_though_it_is_not_searched_for() -> None:
         planted(), given(torch.zeros(1, 4)), BOX, targets, seconds=LONG, watched=watched
     ).found["0/relu"]
     assert (found >= 0).tolist() == [False, True, False, True]
+
+
+def test_a_site_where_neurons_are_only_watched_is_noted_too() -> None:
+    model = nn.Sequential(planted(), nn.Linear(4, 2), nn.ReLU())
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0, 0, 0, 1], [0, 0, 0, -1]]))
+        model[1].bias.copy_(torch.tensor([-1.0, 0.0]))
+    targets = {"0.0/relu": np.array([False, True, False, False])}
+    watched = {"1/relu": np.array([True, True])}
+    found = search_waking_inputs(model, given(torch.zeros(1, 4)), BOX, targets, seconds=LONG, watched=watched)
+    assert (found.found["1/relu"] >= 0).tolist() == [True, False]
+
+
+def test_where_there_is_no_neuron_to_wake_the_network_does_not_run() -> None:
+    watched = {"0/relu": np.array([True, True, True, True])}
+    found = search_waking_inputs(Picky(), given(torch.zeros(1, 4)), BOX, {}, seconds=LONG, watched=watched)
+    assert found.complete
+    assert not found.refused
+    assert not found.inputs

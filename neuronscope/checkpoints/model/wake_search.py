@@ -110,6 +110,8 @@ def search_waking_inputs(
     every = {name: mask | (watched or {}).get(name, False) for name, mask in targets.items()}
     every |= {name: mask for name, mask in (watched or {}).items() if name not in targets}
     result = WakeSearch({name: np.full(mask.size, -1, dtype=np.int64) for name, mask in every.items()})
+    if not targets:
+        return result
     with (
         torch.random.fork_rng(devices=[]),
         model_state_restored(model),
