@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable
+from neuronscope.attach.compiling import traced_call, traced_modules, traced_variable, unwatched
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, is_later_shard, local_tensor, neuron_shard
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames, layers_before
@@ -292,8 +292,9 @@ class NeuronFlow:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in nested_tensors(values):
             if self._origins.get(tensor) is None and self._names.of(tensor) is None:
-                if tensor.grad_fn is not None and self.layers and traced_modules() is None:
-                    self._origin_by_autograd(tensor, _UNKNOWN)  # a part of the model is called with what another gave
+                if self.layers and traced_modules() is None:
+                    with unwatched():  # a part of the model may be called with what another one gave
+                        self._origin_by_autograd(tensor, _UNKNOWN)
                 if self._origins.get(tensor) is None:
                     self._origins.put(tensor, _RAW)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model import needed_inputs as needed
@@ -48,14 +49,20 @@ class OperatorRule:
 OPERATORS: dict[Callable[..., Any], OperatorRule] = {}
 
 
+def _functions(*names: str, in_place: bool = False) -> list[Callable[..., Any]]:
+    """Return the functions of these names, but for operators of aten: some have their arguments in another order."""
+    found = spellings(*names, in_place=in_place)
+    return [function for function in found if not isinstance(function, (OpOverload, OpOverloadPacket))]
+
+
 def _register(rule: OperatorRule, *names: str, in_place: bool = False) -> None:
-    OPERATORS.update(dict.fromkeys(spellings(*names, in_place=in_place), rule))
+    OPERATORS.update(dict.fromkeys(_functions(*names, in_place=in_place), rule))
 
 
 def _register_monotone(
     kind: Literal["moves", "other"], inputs: needed.NeededInputs | None, *names: str, rounds: bool = False
 ) -> None:
-    for function in spellings(*names):
+    for function in _functions(*names):
         OPERATORS[function] = OperatorRule(kind, shape.monotone(function, rounds=rounds), inputs)
 
 
