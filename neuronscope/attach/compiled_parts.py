@@ -31,7 +31,7 @@ Ordinals = dict[tuple[Any, ...], int]
 Returned = tuple[tuple[Origin, tuple[int, ...]], ...]
 
 
-class _Graph(NamedTuple):
+class _GraphEffect(NamedTuple):
     """What a graph does to the flow; calls are numbered as when it was traced.
 
     Attributes:
@@ -49,15 +49,15 @@ class _Graph(NamedTuple):
     returned: Returned | None
 
 
-class _Graphs(NamedTuple):
+class _ModuleGraphs(NamedTuple):
     """The graphs of one call of a module: what it was given then, the graphs, and what the last one returns."""
 
     given: tuple[Origin, ...]
-    graphs: tuple[_Graph, ...]
+    graphs: tuple[_GraphEffect, ...]
     returned: Returned
 
 
-class _Call(NamedTuple):
+class _ModuleCall(NamedTuple):
     """A call of a compiled module that has begun: the module, what it was given, and the kind of that."""
 
     module: nn.Module
@@ -87,10 +87,10 @@ class CompiledParts:
         self._flow = flow
         self._ordinals = ordinals
         self._before: tuple[int, int, Ordinals] = 0, 0, {}  # the flow when the graph began that is being traced
-        self._traced: list[_Graph] = []  # since the last module left
-        self._running: list[_Call] = []
+        self._traced: list[_GraphEffect] = []  # since the last module left
+        self._running: list[_ModuleCall] = []
         self._kinds: dict[int, dict[tuple[Any, ...], str]] = {}  # of each module
-        self._graphs: dict[tuple[Any, ...], _Graphs] = {}
+        self._graphs: dict[tuple[Any, ...], _ModuleGraphs] = {}
 
     def clear(self) -> None:
         """Forget what is running, because a forward begins or did not end."""
@@ -129,7 +129,7 @@ class CompiledParts:
         made = {place: count - ordinals.get(place, 0) for place, count in self._ordinals.items()}
         flow.note_variables(end.code, end.variables)
         self._traced.append(
-            _Graph(
+            _GraphEffect(
                 first,
                 tuple(flow.layers[first:]),
                 flow.read & ~read,
@@ -155,7 +155,7 @@ class CompiledParts:
         if facts not in kinds:
             kinds[facts] = str(len(kinds)) if len(kinds) < _MOST_KINDS else _OTHER
         self.inputs = kinds[facts]
-        self._running.append(_Call(module, given, self.inputs))
+        self._running.append(_ModuleCall(module, given, self.inputs))
 
     def leave(self, module: nn.Module, output: Any, state: tuple[Any, ...]) -> None:
         """Note what the graphs did that ran in a module, if any did.
@@ -165,7 +165,7 @@ class CompiledParts:
             output: What it returned.
             state: All else that the graphs depend on, such as the phase.
         """
-        call = self._running[-1] if self._running else _Call(module, (), "")
+        call = self._running[-1] if self._running else _ModuleCall(module, (), "")
         tensors = list(nested_tensors(output))
         place = (id(module), call.kind, torch.is_grad_enabled(), module.training, *state)
         shapes = tuple(plain_shape(tensor) for tensor in tensors)
@@ -173,7 +173,7 @@ class CompiledParts:
         if graphs:  # what they did is in the flow already
             returned = graphs[-1].returned
             if returned is not None and tuple(shape for _, shape in returned) == shapes:
-                entry = _Graphs(call.given, tuple(graphs), returned)
+                entry = _ModuleGraphs(call.given, tuple(graphs), returned)
                 self._graphs[(*place, shapes)] = self._graphs[(*place, tuple(map(len, shapes)))] = entry
                 self._put(tensors, returned, lambda origin: origin)
         else:
@@ -184,16 +184,16 @@ class CompiledParts:
             self._running.pop()
             self.inputs = ""
 
-    def _came_from_graph(self, tensors: Sequence[Tensor], graphs: _Graphs) -> bool:
+    def _came_from_graph(self, tensors: Sequence[Tensor], graphs: _ModuleGraphs) -> bool:
         """Whether the tensors were not made by functions that the flow has seen, as they are if nothing is compiled."""
         return not any(graph.layers for graph in graphs.graphs) or any(
             self._flow.known(tensor) is None for tensor in tensors
         )
 
-    def _repeat(self, graphs: _Graphs, given: Sequence[Origin], tensors: Sequence[Tensor]) -> None:
+    def _repeat(self, graphs: _ModuleGraphs, given: Sequence[Origin], tensors: Sequence[Tensor]) -> None:
         """Do to the flow what graphs did when they were traced."""
         flow = self._flow
-        numbers = _Numbers(graphs.given, given, graphs.graphs[0].first)
+        numbers = _CallNumbers(graphs.given, given, graphs.graphs[0].first)
         for graph in graphs.graphs:
             numbers.shift(graph.first, len(graph.layers), len(flow.layers))
             flow.layers.extend(graph.layers)
@@ -238,7 +238,7 @@ def _facts(given: Sequence[Origin]) -> tuple[Any, ...]:
     return tuple(facts)
 
 
-class _Numbers:
+class _CallNumbers:
     """Maps the numbers that calls had when graphs were traced to those that they have in this forward.
 
     Args:
