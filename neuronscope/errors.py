@@ -5,6 +5,10 @@ Each message says what was expected, what was given, at which site, and what to 
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 __all__ = [
     "CheckpointError",
     "DetachedError",
@@ -14,6 +18,7 @@ __all__ = [
     "NothingToWatchError",
     "StateError",
     "UsageError",
+    "warn_user",
 ]
 
 
@@ -47,3 +52,16 @@ class MissingExtraError(NeuronscopeError, ImportError):
 
 class NeuronscopeWarning(UserWarning):
     """Something is wrong with the watching; training continues."""
+
+
+def warn_user(message: str) -> None:
+    """Warn with the line of the user's code that called Neuronscope, however many of its own functions lie between.
+
+    Args:
+        message: What is wrong, and what to do.
+    """
+    level = 2
+    above: FrameType | None = sys._getframe(1)
+    while above is not None and above.f_globals.get("__name__", "").partition(".")[0] in ("neuronscope", "contextlib"):
+        level, above = level + 1, above.f_back
+    warnings.warn(message, NeuronscopeWarning, stacklevel=level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
 from neuronscope.build_report import INFERENCE_APART, ONLY_INFERENCE, make_report, not_measured
 from neuronscope.count.counters import SiteCounters
-from neuronscope.errors import DetachedError, NeuronscopeWarning, NothingToWatchError, UsageError
+from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
 from neuronscope.report.fault import Fault
@@ -267,12 +266,10 @@ class Scope:
             self._hooks.recorder.unmeasured.forget_ran(name)
             self._forgotten += 1
             if self._forgotten == 1:
-                warnings.warn(
+                warn_user(
                     f"More than {_MOST_PHASES} phases were counted: from now on the counts of the oldest are "
                     f"forgotten, {name!r} first. Use one name, such as 'val', for all passes of a kind: each pass is "
-                    "a window of its own.",
-                    NeuronscopeWarning,
-                    stacklevel=5,
+                    "a window of its own."
                 )
 
     @contextlib.contextmanager
@@ -555,11 +552,9 @@ class Scope:
         self._step, phases, self._fault = split_scope_state(state, self.policy)
         if is_outdated(state):
             self._record("train").begin_at(self._step)
-            warnings.warn(
+            warn_user(
                 "The saved counts are from an earlier version of Neuronscope, in which a neuron was an index of one "
-                f"call; now it is a unit of a layer. The counts begin anew at step {self._step}.",
-                NeuronscopeWarning,
-                stacklevel=3,
+                f"call; now it is a unit of a layer. The counts begin anew at step {self._step}."
             )
         for name, saved in phases.items():
             self._record(name).load_state_dict(saved, self._lacking_layers)
@@ -592,7 +587,7 @@ class Scope:
             return
         self._checked = True
         for message in self._patterns.unmatched_warnings(self._model_name, ran=ran):
-            warnings.warn(message, NeuronscopeWarning, stacklevel=5)
+            warn_user(message)
 
 
 def watch(

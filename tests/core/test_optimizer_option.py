@@ -186,7 +186,7 @@ def test_an_error_of_ours_in_a_step_warns_once_and_training_goes_on(monkeypatch:
         def break_down(*_: Any) -> None:
             raise RuntimeError("our own mistake")
 
-        monkeypatch.setattr(scope._hooks.recorder, "note_missed_sites", break_down)
+        monkeypatch.setattr(scope._hooks.recorder.sites, "note_missed_sites", break_down)
         with pytest.warns(ns.NeuronscopeWarning, match="our own mistake") as caught:
             train(model, optimizer, 3)
     assert len(caught) == 1

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.ao import quantization
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import neuronscope as ns
+from neuronscope.attach import scripting
 from tests.core.slow_twin import hook_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -192,8 +194,10 @@ def test_hooks_of_a_copy_are_called_as_they_were_registered_whatever_their_numbe
     assert calls == [1]
 
 
-def test_scripting_is_torchs_own_again_after_the_last_watch() -> None:
-    before = torch.jit._recursive.create_script_module
+def test_scripting_is_torchs_own_again_after_the_last_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = scripting._original
+    monkeypatch.setattr(scripting, "_watches", weakref.WeakSet())  # another test may have left a watch
+    monkeypatch.setattr(torch.jit._recursive, "create_script_module", before)
     model = Net()
     first, second = ns.watch(model), ns.watch(model)
     assert torch.jit._recursive.create_script_module is not before

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import ENDED, LOST, ROWS, UNITS
-from neuronscope.attach.recorder import SiteRecorder
+from neuronscope.attach.site_finder import SiteFinder
 from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.attach.unmeasured import place_of
 
 WITHOUT_UNITS = (ENDED, LOST, ROWS)
 
@@ -26,7 +27,7 @@ def ending_operators() -> Iterator[dict[str, str]]:
     """Yield a mapping that fills while models are watched: place of an activation → operator that ended its flow."""
     found: dict[str, str] = {}
     ended_by: TensorMap[str] = TensorMap()
-    follow, find = NeuronFlow.follow, SiteRecorder._find_anew
+    follow, find = NeuronFlow.follow, SiteFinder._find_anew
 
     def following(flow: NeuronFlow, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         given = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
@@ -39,12 +40,10 @@ def ending_operators() -> Iterator[dict[str, str]]:
                 if name is not None:
                     ended_by.put(tensor, name)
 
-    def finding(
-        recorder: SiteRecorder, phase: str, place: str, is_module: bool, activation: Any, x: Tensor, *rest: Any
-    ):  # type: ignore[no-untyped-def]
-        if recorder.forward.flow.origin(x).state in WITHOUT_UNITS:
-            found[place] = ended_by.get(x) or "?"
-        return find(recorder, phase, place, is_module, activation, x, *rest)
+    def finding(finder: SiteFinder, phase: str, path: str, function: str, activation: Any, x: Tensor, *rest: Any):  # type: ignore[no-untyped-def]
+        if finder._forward.flow.origin(x).state in WITHOUT_UNITS:
+            found[place_of(path, function)] = ended_by.get(x) or "?"
+        return find(finder, phase, path, function, activation, x, *rest)
 
-    with mock.patch.object(NeuronFlow, "follow", following), mock.patch.object(SiteRecorder, "_find_anew", finding):
+    with mock.patch.object(NeuronFlow, "follow", following), mock.patch.object(SiteFinder, "_find_anew", finding):
         yield found
