@@ -249,8 +249,9 @@ class _GraphEnd(NamedTuple):
         root, reason = self.graph.root_tx, getattr(self.graph, "compile_subgraph_reason", None)
         try:
             with torch._C.DisableTorchFunction(), _tracing(root):
-                dropped = reason is None or root is None  # the compiler has forgotten the code of a graph without calls
-                self.listener.end_graph(None if dropped else _traced_end(root, reason.graph_break))
+                # Of a graph without calls the compiler has forgotten the code by now.
+                end = None if reason is None or root is None else _traced_end(root, reason.graph_break)
+                self.listener.end_graph(end)
         except Exception as error:
             self.listener.trace_error = error
 
