@@ -208,18 +208,20 @@ class GraphListener(Protocol):
 
     trace_error: Exception | None
 
-    def begin_graph(self, code: tuple[str, str]) -> None:
+    def begin_graph(self, code: tuple[str, str], owner: Any) -> None:
         """Note that a graph begins to be traced.
 
         Args:
             code: Which function is traced, or a part of: its file and its name.
+            owner: The ``self`` of that function; ``None`` if it has none, or does not need it any more.
         """
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced.
 
         Args:
-            end: What the code has at its end; ``None`` if the compiler dropped the graph, and begins again.
+            end: What the code has at its end; ``None`` if there is no graph, because the compiler dropped it and begins
+                again, or because nothing is called in it.
         """
 
 
@@ -247,7 +249,9 @@ class _GraphEnd(NamedTuple):
         root, reason = self.graph.root_tx, getattr(self.graph, "compile_subgraph_reason", None)
         try:
             with torch._C.DisableTorchFunction(), _tracing(root):
-                self.listener.end_graph(None if reason is None else _traced_end(root, reason.graph_break))
+                # Of a graph without calls the compiler has forgotten the code by now.
+                end = None if reason is None or root is None else _traced_end(root, reason.graph_break)
+                self.listener.end_graph(end)
         except Exception as error:
             self.listener.trace_error = error
 
@@ -288,7 +292,8 @@ def while_tracing(
             translator = context._ComptimeContext__tx  # type: ignore[attr-defined]
             if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
                 end.graph.add_cleanup_hook(end)
-                listener.begin_graph(_code(end.graph.root_tx))
+                root = end.graph.root_tx
+                listener.begin_graph(_code(root), root.f_locals.get("self"))
             with _tracing(translator):
                 function(*(_value(_variable(context.get_local(name))) for name in names))
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
-    OptimizedModule,
     count_compilations,
     in_backward,
     is_compiled,
@@ -118,10 +117,11 @@ class HookManager:
         self._hidden = HiddenHooks(self._leave_fused)
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
-        self._wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # those of `torch.compile` with hooks
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.own_code = _code_of_forward(model)
+        self.recorder.is_part = self._is_part
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
@@ -152,25 +152,36 @@ class HookManager:
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
-            if activation is not None or path == "" or _names_places(module):
-                self._hook(module, path, activation, is_root=path == "")
+            self._hook(module, path, activation)
             if is_time_first(module):
                 self._handles.add_before(module, _NoteLayout(self, self._examples))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
 
-    def _attach_late_wrappers(self) -> None:
-        """Put hooks on wrappers that ``torch.compile`` made of parts of the model after the watch began."""
+    def _attach_to_late_parts(self) -> None:
+        """Put hooks on parts of the model that got none, and that are compiled since."""
         model = self._model()
         self.recorder.forward.parts.met_unknown = False
         for path, module in () if model is None else walk(model):
-            if isinstance(module, OptimizedModule) and module not in self._wrappers and path:
-                self._hook(module, path, None, is_root=False)
+            if path and is_compiled(module) and module not in self._hooked:
+                self._hook(module, path, None)
 
-    def _hook(self, module: nn.Module, path: str, activation: Activation | None, is_root: bool) -> None:
-        if isinstance(module, OptimizedModule):
-            self._wrappers.add(module)
+    def _is_part(self, owner: Any) -> bool:
+        """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
+        model = self._model()
+        return model is not None and any(module is owner and path != "" for path, module in walk(model))
+
+    def _hook(self, module: nn.Module, path: str, activation: Activation | None) -> None:
+        """Put hooks on a module, if it needs any."""
+        is_root = path == ""
+        if activation is None and not is_root and not _names_places(module):
+            if is_compiled(module):
+                self._hooked.add(module)
+                self._handles.add_before(module, _EnterPart(self))
+                self._handles.add_after(module, _LeavePart(self))
+            return
+        self._hooked.add(module)
         if activation is None or is_root:
             enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
             self._handles.add_before(module, enter(self, path))
@@ -223,7 +234,7 @@ class HookManager:
         if observing:
             self.put_back()
         if observing and self.recorder.forward.parts.met_unknown:
-            self._attach_late_wrappers()
+            self._attach_to_late_parts()
         self.recorder.restart()
         self.entered.leave(handling=self._mode.handling)
         self._end()
@@ -481,7 +492,7 @@ class HookManager:
             if self.note_weights is not None:
                 self.note_weights()
             if not self.recorder.forward.ran_root:
-                self._attach_late_wrappers()
+                self._attach_to_late_parts()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
         if caller is not None and is_compiled(module):
@@ -525,16 +536,25 @@ class HookManager:
         """
         if self._fused_calls:
             self._end_fused(output)
-        if self.recorder.compiled and not is_tracing():
-            if self.recorder.trace_error is not None:
-                raise self.recorder.trace_error
-            self.recorder.forward.parts.leave(module, output, (self.recorder.running_phase,))
+        self.leave_part(module, output)
         if path == "":
             self.recorder.forward.note_outputs(output)
         if self.recorder.forward.leave():
             self._end()
         else:
             self.callers.cut(len(self.recorder.forward.module_stack))
+
+    def leave_part(self, module: nn.Module, output: Any) -> None:
+        """Note what the graphs of a module did, if it is compiled and has ended or failed.
+
+        Args:
+            module: The module.
+            output: What it returned; ``None`` if it failed.
+        """
+        if self.recorder.compiled and not is_tracing():
+            if self.recorder.trace_error is not None:
+                raise self.recorder.trace_error
+            self.recorder.forward.parts.leave(module, output, (self.recorder.running_phase,))
 
     def _end_fused(self, output: Any) -> None:
         """If the module that ends was run in a fused kernel, watch again, and note what it returned."""
@@ -683,6 +703,34 @@ class _LeaveModule(InertHook):
         elif self.manager.failure is not None:
             self.manager.recorder.forward.leave()
             self.manager.detach_when_idle()
+
+
+class _EnterPart(InertHook):
+    """A hook on a compiled module whose path names no place."""
+
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
+        if not is_tracing() and self.manager.is_counted_here():
+            try:
+                if self.manager.runs(sys._getframe(1)):
+                    self.manager.recorder.forward.parts.enter(module, args, kwargs)
+            except Exception as error:
+                self.manager.fail(error)
+
+
+class _LeavePart(InertHook):
+    def __init__(self, manager: HookManager) -> None:
+        self.manager = manager
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not is_tracing() and self.manager.is_counted_here():
+            try:
+                if self.manager.runs(sys._getframe(1)):
+                    self.manager.leave_part(module, output)
+            except Exception as error:
+                self.manager.fail(error)
 
 
 class _NoteLayout(InertHook):

@@ -75,6 +75,7 @@ class SiteRecorder:
         sites: Finds the sites.
         unmeasured: What is not measured.
         own_code: File and name of the model's own forward.
+        is_part: Returns whether an object is a module inside the model.
         lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
         got_gradients: Whether a gradient has arrived.
     """
@@ -101,6 +102,7 @@ class SiteRecorder:
         self.unmeasured = self.sites.unmeasured
         self.fail = fail
         self.own_code = "", ""
+        self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
         self._tolerance = tolerance
@@ -249,15 +251,21 @@ class SiteRecorder:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
-    def begin_graph(self, code: tuple[str, str]) -> None:
+    def begin_graph(self, code: tuple[str, str], owner: Any) -> None:
         """Note that a graph begins to be traced.
 
         Args:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
+            owner: See there.
         """
         self.compiled = True
-        running = self.forward.module_stack  # by hooks that ran in eager code, and were not traced
-        self.forward.parts.begin_graph(not running or (running[-1] == "" and code == self.own_code))
+        forward = self.forward
+        running = forward.module_stack  # by hooks that ran in eager code, and were not traced
+        if running:
+            is_model = running[-1] == "" and code == self.own_code and not self.is_part(owner)
+        else:
+            is_model = not forward.parts.inputs and not (forward.explicit_step and self.is_part(owner))
+        forward.parts.begin_graph(is_model)
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced.
