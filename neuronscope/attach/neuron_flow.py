@@ -338,7 +338,7 @@ class NeuronFlow:
             self.read |= outcome.reads
             if type(first) is not Tensor and is_distributed(first):
                 self._note_distributed((*args, *kwargs.values()), first, outcome.origins[0])
-        if result is first and not outcome.nameless:
+        if result is first and type(first) is Tensor and not outcome.nameless:  # a parameter stays one, see below
             self._origins.put(first, outcome.origins[0])
             return
         for output, origin in zip(outputs, outcome.origins, strict=True):

@@ -129,7 +129,7 @@ class CountedThread:
         return f"{self.thread}"
 
     def claim(self, claimer: int) -> bool:
-        """Ask the counted thread to give its place up at the next module that it runs, and return whether it did.
+        """Ask the counted thread to give its place up at the next hook of ours that it runs, and return if it did.
 
         It is waited for once, and shortly.
 

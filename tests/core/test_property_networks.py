@@ -141,9 +141,14 @@ def programs(draw: st.DrawFn) -> Program:
     start = draw(st.integers(0, len(operations)))
     stop = draw(st.integers(start, len(operations)))
     checkpointing = draw(st.sampled_from(["", "plain", "reentrant"]))
-    if checkpointing == "reentrant":  # a bare function in a recomputed segment is unseen; see test_setups.py
-        segment = [("functional" if kind == "root" else kind, act) for kind, act in operations[start:stop]]
-        operations[start:stop] = segment
+    if checkpointing == "reentrant":  # a recomputed function in no module with weights is unseen; see test_setups.py
+        bare = ("root", "functional", "in place")
+        operations[start:stop] = [("module" if kind in bare else kind, act) for kind, act in operations[start:stop]]
+    kinds = [kind for kind, _ in operations]
+    # Torch adds up the gradients of a weight over one autocast's calls in bfloat16, but apart for a part that reentrant
+    # checkpointing runs again. The twin's network runs none again, so that its weights would differ.
+    added_apart = checkpointing == "reentrant" and "same layer" in kinds[start:stop]
+    added_apart &= "same layer" in kinds[:start] + kinds[stop:]
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     return Program(
         layout=layout,
@@ -154,7 +159,7 @@ def programs(draw: st.DrawFn) -> Program:
         shared=draw(st.sampled_from(IN_PLACE)),
         shared_in_place=draw(st.booleans()),
         # Torch's own 3-d convolutions in bfloat16 give other bits from run to run, watched or not.
-        autocast=draw(st.booleans()) and layout not in ("BCDHW", "BDHWC"),
+        autocast=draw(st.booleans()) and layout not in ("BCDHW", "BDHWC") and not added_apart,
         accumulate=draw(st.integers(1, 2)),
         twice=draw(st.booleans()),
         window=draw(st.sampled_from([1, 2, 100])),

@@ -504,8 +504,14 @@ def test_a_second_watch_of_one_model_continues_from_a_loaded_state():
     )
 
 
-def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_no_wrong_ones():
-    """It is recomputed inside a backward pass, outside every module: no hook of ours can tell that it runs."""
+class ByFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+@pytest.mark.parametrize("act", [F.relu, ByFunction()], ids=["function", "module without parameters"])
+def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_no_wrong_ones(act):
+    """It is recomputed inside a backward pass, outside every module with hooks: none can tell that it runs."""
 
     class Bare(nn.Module):
         def __init__(self) -> None:
@@ -514,7 +520,7 @@ def test_a_bare_function_under_a_reentrant_checkpoint_has_unseen_gradients_and_n
             self.up = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = torch.utils.checkpoint.checkpoint(lambda x: F.relu(self.up(x)), self.fc(x), use_reentrant=True)
+            x = torch.utils.checkpoint.checkpoint(lambda x: act(self.up(x)), self.fc(x), use_reentrant=True)
             return F.relu(x - 0.1)
 
     model = Bare()

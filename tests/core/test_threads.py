@@ -299,7 +299,7 @@ def test_training_takes_the_place_of_a_thread_without_gradients_in_the_middle_of
 
         def __init__(self) -> None:
             super().__init__()
-            self.turn = nn.Sequential(nn.Identity())
+            self.turn = nn.Sequential(nn.Linear(6, 6))  # of modules without weights, no hook says that they run
 
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Waiting(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 2))
 

@@ -400,3 +400,20 @@ def test_a_model_quantised_after_training_is_counted():
     assert 0 < zeros.sum() < zeros.numel() * 50
     assert scope.census("val")["1"].zero_outputs.tolist() == zeros.tolist()
     assert list(scope.census("val")) == ["1", "4"]
+
+
+def test_a_weight_that_a_step_changes_in_place_is_a_weight_still() -> None:
+    """As LBFGS does, which runs the model again in its step."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    with ns.watch(model) as scope:
+        scope.open_step()
+        for _ in range(2):
+            x = torch.randn(5, 3)
+            for module in model:
+                x = module(x)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.mul_(x.mean())
+        scope.close_step()
+        scope.step()
+    assert {name: tally.positions for name, tally in scope.census().items()} == {"0/relu": 10}

@@ -1,14 +1,17 @@
-"""Runs of which every collective is noted where torch dispatches it, whoever asks for it by whatever function."""
+"""Runs of which every collective is noted at its process group, whoever asks for it by whatever function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_leaves
 
 import neuronscope as ns
 from tests.ranks.parallel import counted
@@ -20,18 +23,29 @@ BRANCHES = {"a": 7, "b": 9}
 SITES = {f"{name}.0/relu": (f"{name}.1",) * 2 for name in BRANCHES}
 
 
-class Noted(TorchDispatchMode):
+COLLECTIVES = [name for name in dir(ProcessGroup) if re.match("_?(all|barrier|broadcast|gather|reduce|scatter)", name)]
+
+
+class Noted(ExitStack):
     """The collectives that were made inside, each as its name and how many numbers a rank gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, int]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            tensors = [item for item in torch.utils._pytree.tree_leaves(args[0]) if isinstance(item, Tensor)]
-            self.made.append((function._schema.name.removeprefix("c10d::"), sum(item.numel() for item in tensors)))
-        return function(*args, **(kwargs or {}))
+    def __enter__(self) -> Noted:
+        for name in COLLECTIVES:
+            self.enter_context(mock.patch.object(ProcessGroup, name, self._noting(name, getattr(ProcessGroup, name))))
+        return self
+
+    def _noting(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            tensors = [[each for each in tree_leaves(arg) if isinstance(each, Tensor)] for arg in args]
+            given = next((found for found in reversed(tensors) if found), [])  # outputs come before inputs
+            self.made.append((name, sum(each.numel() for each in given)))
+            return collective(*args, **kwargs)
+
+        return note
 
 
 class Branches(nn.Module):

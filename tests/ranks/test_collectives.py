@@ -19,15 +19,15 @@ Runs = dict[int, list[dict[str, Any]]]
 Made = list[tuple[str, int]]
 
 # What a rank says of itself, and whether it is done.
-HEADER = [("allreduce_", 5)]
+HEADER = [("allreduce", 5)]
 # The names and widths of sites that are new: the sizes of the messages, then the messages.
-GATHERED = ["allgather_", "allgather_"]
+GATHERED = ["allgather", "allgather"]
 
 
 def reduced(*neurons: int) -> Made:
     """The collectives for sites of so many neurons: two sums, each of its dtype, and a maximum."""
     n = sum(neurons)
-    return [("allreduce_", 3 * n + 3 * len(neurons)), ("allreduce_", n), ("allreduce_", 2 * n + 2)]
+    return [("allreduce", 3 * n + 3 * len(neurons)), ("allreduce", n), ("allreduce", 2 * n + 2)]
 
 
 ONE, BOTH = reduced(BRANCHES["a"]), reduced(*BRANCHES.values())
