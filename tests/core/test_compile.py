@@ -410,18 +410,19 @@ def test_a_part_without_parameters_that_is_compiled_later_counts_for_no_other_la
         for step in range(steps):
             if step == 1:
                 model.part.compile(backend="aot_eager")
+            x = torch.randn(6, 8)
             if explicit:
-                scope.open_step()
-                two_layers(model, torch.randn(6, 8))
+                scope.open_step(inputs=(x,))
+                two_layers(model, x).sum().backward()
                 scope.close_step()
             else:
-                model(torch.randn(6, 8))
+                model(x).sum().backward()
             scope.step()
     assert scope._hooks.failure is None
     assert {name: tally.positions for name, tally in scope.census().items()} == dict.fromkeys(
         ("first/relu", "second/relu"), 6 * (steps - 1)
     )
-    assert [place.name for place in scope.report().not_measured] == ["relu()"]
+    assert "relu()" in [place.name for place in scope.report().not_measured]
 
 
 def assert_same_census(compiled: ns.Census, eager: ns.Census) -> None:
