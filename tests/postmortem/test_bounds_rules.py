@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds
+from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
 
 VECTOR, ROWS, LINE, PICTURE, CUBE = (2, 6), (2, 4, 6), (2, 6, 9), (2, 6, 8, 8), (2, 6, 5, 5, 5)
@@ -143,3 +144,23 @@ def test_the_bounds_of_a_single_input_are_its_output(name: str) -> None:
     assert bool((y >= found.low).all())
     if name in ("matmul", "slices", "cat", "permute", "square"):
         assert float((found.high - found.low).max()) < 1e-4
+
+
+def test_functions_of_torch_that_take_their_arguments_in_another_order_prove_nothing() -> None:
+    """Read as `F.batch_norm`, this one would be below zero for every input between 2 and 3; it is above."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+            self.register_buffer("mean", torch.full((3,), -10.0))
+            self.register_buffer("variance", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = torch.batch_norm(x, self.weight, self.bias, self.mean, self.variance, False, 0.1, 1e-5, False)
+            return F.relu(normed)
+
+    net = Normed().eval()
+    assert (net(torch.full((2, 3), 2.5)) > 0).all()
+    examination = examine_model(net, example=torch.full((2, 3), 2.5), box=(2.0, 3.0))
+    assert not [one for one in examination.evidence if one.claim == "dead"]

@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.checkpoints.model.before_site import producing_steps, step_before_copies
@@ -48,7 +49,7 @@ def running_statistics_evidence(graph: Graph, intervals: Sequence[Interval | Non
     by_output = {site.after: site for site in graph.sites}
     seen = set()
     for step in graph.steps:
-        if getattr(step.function, "__name__", "") != "batch_norm" or not step.reads:
+        if step.function is not F.batch_norm or not step.reads:
             continue
         before = step_before_copies(steps, step.reads[0])
         site = next((by_output[number] for number in (before.outputs if before else ()) if number in by_output), None)

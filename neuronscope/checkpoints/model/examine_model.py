@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
@@ -330,7 +331,7 @@ def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None
 
 def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
     """Return γ and β of a batch norm, both ``(C,)``; ``None`` for any other step."""
-    if getattr(step.function, "__name__", "") != "batch_norm":
+    if step.function is not F.batch_norm:
         return None
     parameters = []
     for place, name in ((3, "weight"), (4, "bias")):

@@ -167,3 +167,6 @@ _register(OperatorRule("norm", weighted.layer_norm), "layer_norm")
 _register(OperatorRule("norm", weighted.rms_norm), "rms_norm")
 _register(OperatorRule("norm", weighted.group_norm), "group_norm")
 _register(OperatorRule("norm", weighted.instance_norm), "instance_norm")
+# These functions of `torch` take their arguments in another order than those of `torch.nn.functional`.
+for _function in (torch.batch_norm, torch.embedding, torch.instance_norm):
+    OPERATORS.pop(_function)
