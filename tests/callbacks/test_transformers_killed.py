@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.callbacks.killed import COUNTS, train
+from tests.callbacks.killed import COUNTS
 from tests.callbacks.test_resume import assert_equal
 
 ROOT = Path(__file__).parents[2]
@@ -20,14 +20,15 @@ STEPS, SAVE_STEPS = 14, 3
 
 @pytest.mark.slow
 def test_a_training_killed_and_resumed_has_the_counts_of_an_unbroken_one(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", STEPS, SAVE_STEPS)
-    for killed_at in (2, 8, -1):  # before the first checkpoint, and in the middle of a window
-        command = [sys.executable, "-m", "tests.callbacks.killed", str(tmp_path / "run"), str(STEPS), str(SAVE_STEPS)]
+    runs = [("whole", -1), ("run", 2), ("run", 8), ("run", -1)]  # killed before the first checkpoint, and in a window
+    for name, killed_at in runs:
+        command = [sys.executable, "-m", "tests.callbacks.killed", str(tmp_path / name), str(STEPS), str(SAVE_STEPS)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = subprocess.run(
             [*command, str(killed_at)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         assert run.returncode == (0 if killed_at < 0 else -signal.SIGKILL), run.stderr[-4000:]
-    assert_equal(torch.load(tmp_path / "run" / COUNTS, weights_only=True), whole, "scope")
+    whole, broken = (torch.load(tmp_path / name / COUNTS, weights_only=True) for name in ("whole", "run"))
+    assert_equal(broken, whole, "scope")
     windows = whole["phases"]["train"]["history"]["windows"]
     assert windows >= 2

@@ -140,7 +140,7 @@ def test_a_neuron_without_gradient_is_woken_without_any_data(folder: Path) -> No
     """Adam's state of a neuron that never got a gradient; the model alone shows which input makes it fire."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
-    for _ in range(3):
+    for _ in range(250):
         model(data()).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
