@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,33 +172,36 @@ def test_a_state_that_is_not_understood_warns_and_training_goes_on(state: dict[s
     assert monitor.census()["first/relu"].positions == 16
 
 
-def test_a_checkpoint_with_impossible_counts_warns_and_counting_begins_anew(tmp_path: Path) -> None:
+def changed_checkpoint(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A checkpoint after five steps, whose saved scope was changed."""
     first = DeadNeuronMonitor(every_n_steps=1)
     run = trainer(first, max_epochs=1)
     run.fit(network(), batches(5), batches(1))
-    run.save_checkpoint(tmp_path / "damaged.ckpt")
-    saved = torch.load(tmp_path / "damaged.ckpt", weights_only=True)
-    for tally in saved["callbacks"][first.state_key]["scope"]["phases"]["train"]["open"]["tallies"].values():
-        tally["zero_gradients"] -= 10**9
-    torch.save(saved, tmp_path / "damaged.ckpt")
+    run.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    change(saved["callbacks"][first.state_key]["scope"])
+    torch.save(saved, path)
+    return path
+
+
+def test_a_checkpoint_with_impossible_counts_warns_and_counting_begins_anew(tmp_path: Path) -> None:
+    def damage(scope: dict[str, Any]) -> None:
+        for tally in scope["phases"]["train"]["open"]["tallies"].values():
+            tally["zero_gradients"] -= 10**9
+
+    damaged = changed_checkpoint(tmp_path / "damaged.ckpt", damage)
     monitor = DeadNeuronMonitor(every_n_steps=1)
     with pytest.warns(NeuronscopeWarning, match=r"could not take up what was saved.* zero_gradients has -"):
-        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=tmp_path / "damaged.ckpt")
+        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=damaged)
     assert (monitor.census().first_step, monitor.census().last_step, monitor.census().steps) == (5, 9, 5)
     assert monitor.census()["first/relu"].positions == 5 * 8
 
 
 def test_a_checkpoint_of_an_earlier_version_begins_anew_at_its_step_and_says_so_once(tmp_path: Path) -> None:
-    first = DeadNeuronMonitor(every_n_steps=1)
-    run = trainer(first, max_epochs=1)
-    run.fit(network(), batches(5), batches(1))
-    run.save_checkpoint(tmp_path / "old.ckpt")
-    saved = torch.load(tmp_path / "old.ckpt", weights_only=True)
-    saved["callbacks"][first.state_key]["scope"]["version"] = 1
-    torch.save(saved, tmp_path / "old.ckpt")
+    old = changed_checkpoint(tmp_path / "old.ckpt", lambda scope: scope.update(version=1))
     monitor = DeadNeuronMonitor(every_n_steps=1)
     with pytest.warns(NeuronscopeWarning) as given:
-        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=tmp_path / "old.ckpt")
+        trainer(monitor, max_epochs=2).fit(network(), batches(5), batches(1), ckpt_path=old)
     ours = [str(each.message) for each in given if each.category is NeuronscopeWarning]
     assert len(ours) == 1
     assert "from an earlier version of Neuronscope" in ours[0]

@@ -199,7 +199,12 @@ class _DecayCheck:
         self._decoupled: dict[int, bool] = {}
 
     def reason(self, state: ParameterState, rule: OptimizerRule) -> str | None:
-        """Return why a parameter's state cannot show missing gradients; ``None`` if it can."""
+        """Return why a parameter's state cannot show missing gradients; ``None`` if it can.
+
+        Args:
+            state: What the optimizer keeps of the parameter.
+            rule: How the optimizer changes its state.
+        """
         if not rule.is_adam:
             return None  # a momentum buffer is compared with the weights; exact zeros are zeros
         hides_zero_gradients = rule.decay.hides_zero_gradients

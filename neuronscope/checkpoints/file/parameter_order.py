@@ -83,7 +83,12 @@ class _OrderSearch:
         self._states = 0
 
     def places(self, module: _Module, start: int) -> dict[str, set[int]] | None:
-        """Return the possible places of a module's parameters if the first is at ``start``; ``None`` if none fits."""
+        """Return the possible places of a module's parameters; ``None`` if none fits.
+
+        Args:
+            module: The module.
+            start: The place of its first parameter.
+        """
         if module.name:
             fits = self._wanted[start] in (None, module.shape)
             return {module.name: {start}} if fits else None

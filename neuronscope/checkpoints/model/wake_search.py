@@ -169,7 +169,13 @@ class _NeuronWaker:
         self._most_rows = max(1, min(_ROWS, _NUMBERS // self._numbers)) if network.batched else 1
 
     def run(self, targets: Mapping[str, BoolArray], data: Example | None, progress: Progress | None) -> bool:
-        """Search until every target was woken or had all its starts; return whether that came before the deadline."""
+        """Search until every target was woken or had all its starts; return whether that came before the deadline.
+
+        Args:
+            targets: The neurons to wake, by site, bool ``(N,)`` each.
+            data: Inputs of the user's data to begin from; ``None`` = random ones only.
+            progress: Called with the number of neurons that are done, and of all.
+        """
         pairs = [(name, neuron) for name, mask in targets.items() for neuron in np.flatnonzero(mask).tolist()]
         try:
             sample, best = self._sample(pairs, data)
