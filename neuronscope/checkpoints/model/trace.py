@@ -33,7 +33,7 @@ from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.scanning import model_state_restored
+from neuronscope.running import model_state_restored
 from neuronscope.sites import SiteInfo, SiteKey
 
 __all__ = ["ForwardError", "trace"]
