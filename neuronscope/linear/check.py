@@ -7,6 +7,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -250,4 +252,10 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         kernel=found.kernel if found else (),
         parameters_of_one=found.parameters if found else -1,
         difference=found.difference if found else None,
+        matrix=_plain(found.matrix if found else None),
+        offset=_plain(found.offset if found else None),
     )
+
+
+def _plain(tensor: Tensor | None) -> npt.NDArray[np.floating[Any]] | None:
+    return None if tensor is None else tensor.detach().cpu().numpy()

@@ -30,6 +30,7 @@ class CollapsedMap(NamedTuple):
         kernel: Sizes of the kernel of the one convolution that it is; ``()`` otherwise.
         matrix: The matrix, float64 or the model's type, ``(outputs, inputs · kernel)``; ``None`` if it was not
             computed, or if there are several heads.
+        offset: What the map adds, ``(outputs,)``; at one position, if it maps each position.
         difference: Largest difference between the layers' output and the map's, as a share of the largest output;
             ``None`` if it was not computed.
     """
@@ -40,6 +41,7 @@ class CollapsedMap(NamedTuple):
     heads: int = 1
     kernel: tuple[int, ...] = ()
     matrix: Tensor | None = None
+    offset: Tensor | None = None
     difference: float | None = None
 
     @property
@@ -82,7 +84,7 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
         differences = []
     difference = float(max(differences) / scale.clamp_min(torch.finfo(scale.dtype).tiny)) if differences else None
     inputs_count = columns if not kernel else matrix.shape[1] // math.prod(kernel)
-    return CollapsedMap(inputs_count, len(rows), _rank(matrix), 1, kernel, matrix, difference)
+    return CollapsedMap(inputs_count, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from neuronscope.judge.verdicts import rate_bound
 from neuronscope.writers.formatting import at_most, count, listed, plural, visible
@@ -36,6 +39,9 @@ class LinearLayers:
         parameters_of_one: Number of parameters of one layer that computes the map; −1 if not known.
         difference: Largest difference between the layers' output and the map's, as a share of the largest output;
             ``None`` if it was not computed.
+        matrix: The map's matrix, ``(outputs, inputs)``, or ``(outputs, inputs · kernel)`` of a convolution; ``None``
+            if it was not computed, or if there are several heads.
+        offset: What the map adds, ``(outputs,)``; where each position is mapped, at the first one.
     """
 
     layers: tuple[str, ...]
@@ -52,30 +58,35 @@ class LinearLayers:
     kernel: tuple[int, ...]
     parameters_of_one: int
     difference: float | None
+    matrix: npt.NDArray[np.floating[Any]] | None = field(default=None, repr=False, compare=False)
+    offset: npt.NDArray[np.floating[Any]] | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return this as plain data, without the map itself."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("matrix", "offset")}
+
+    @property
+    def size(self) -> str:
+        """The map's size and rank, in words; ``""`` if they are not known."""
+        if self.inputs < 0:
+            return ""
+        heads = f"{plural(self.heads, 'head')}, each " if self.through_attention else ""
+        kernel = f", kernel {'×'.join(map(str, self.kernel))}" if self.kernel else ""
+        rank = "" if self.rank < 0 else f", rank {count(self.rank)}"
+        return f"{heads}{count(self.inputs)} → {count(self.outputs)}{kernel}{rank}"
 
     def __str__(self) -> str:
         names = " → ".join(f"`{visible(name)}`" for name in self.layers)
         source = self.source if self.source == "the input" else f"what `{visible(self.source.strip('`'))}` gives"
-        if self.through_attention:
-            lines = [f"{names}: attention lies between them, which is linear in its values, head by head."]
-        else:
-            lines = [f"{names} compute one linear map of {source}."]
-        if self.inputs >= 0:
-            lines.append(self._size())
+        lines = [f"{names} are one linear map of {source}."]
+        if self.size:
+            saved = f"{plural(self.parameters, 'parameter')}, where one layer needs {count(self.parameters_of_one)}"
+            lines.append(f"{self.size}{'' if self.through_attention else f': {saved}'}.")
         if self.through:
             lines.append(f"Between them {listed(self.through)} {'acts' if len(self.through) == 1 else 'act'} linear.")
         if self.difference is not None:
-            lines.append(f"That map gives their outputs to within {self.difference:.1e} of the largest.")
+            lines.append(f"The map gives what the layers give, to within {self.difference:.1e} of the largest output.")
         return " ".join(lines)
-
-    def _size(self) -> str:
-        kernel = f", kernel {'×'.join(map(str, self.kernel))}" if self.kernel else ""
-        rank = "" if self.rank < 0 else f", rank {count(self.rank)}"
-        if self.through_attention:
-            each = f"{plural(self.heads, 'head')}, each {count(self.inputs)} → {count(self.outputs)}{rank}"
-            return f"{each}: a factorisation that is meant so."
-        size = f"{count(self.inputs)} → {count(self.outputs)}{kernel}{rank}"
-        return f"{size}: {plural(self.parameters, 'parameter')}, where one layer needs {count(self.parameters_of_one)}."
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ class LinearReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {**json.loads(json.dumps(asdict(self))), "rate_bound": self.rate_bound}
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**plain, "stretches": [each.to_dict() for each in self.stretches], "rate_bound": self.rate_bound}
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -118,7 +130,9 @@ class LinearReport:
         if not found:
             lines.append("No two layers act as one: a nonlinearity lies between all of them, and bends on this data.")
         for each in found:
-            lines += ["", str(each), self._how_sure(each)]
+            if not each.through_attention:
+                lines += ["", str(each), self._how_sure(each)]
+        lines += self._attention([each for each in found if each.through_attention])
         if self.acting_linear:
             lines += ["", "Activations that act linear on this data (each neuron always on, or always off):"]
             lines += [
@@ -129,6 +143,15 @@ class LinearReport:
             norms = sum(len(each.layers) - 1 for each in folds)
             lines += ["", f"{plural(norms, 'norm')} can be folded into the layers beside them, as is usual."]
         return "\n".join(lines)
+
+    def _attention(self, found: list[LinearLayers]) -> list[str]:
+        """Return the lines on value and output projections, which are alike in most blocks."""
+        if not found:
+            return []
+        names = listed([" → ".join(each.layers) for each in found])
+        sizes = dict.fromkeys(each.size for each in found)
+        text = f"Attention is linear in its values. Head by head these are one map, meant so: {names}"
+        return ["", f"{text} ({'; '.join(filter(None, sizes))})."]
 
     def _how_sure(self, each: LinearLayers) -> str:
         if each.basis == "proved":
