@@ -214,8 +214,8 @@ smooth unit, and its gradient, underflow to exactly zero. From there on it is as
 
 ## From where on
 
-Measured with PyTorch {torch}, {machine}, {today}. In 16 bits every number was tried; in float32
-a dense grid, and at each edge every number. – means nowhere up to ±10,000. Where output and gradient
+Measured with PyTorch {torch}, {machine}, {today}. In 16 bits every number was tried; in float32 a
+dense grid, and at each edge every number. – means nowhere up to ±10,000. Where output and gradient
 do not end together, a neuron between the two is *silent* (no output, but a gradient) or *cut off*
 (an output, but no gradient).
 
@@ -225,12 +225,12 @@ The exact GELU ends soon (its tail is that of a normal distribution), its tanh f
 every type; SiLU, Mish and Softplus fall off like an exponential, and last to about −90 or −100 in
 float32 and bfloat16. In float16, whose smallest number is 6·10⁻⁸, they end at −17 to −20. ELU never
 has an output of zero below zero (it tends to −1), but its gradient ends. Sigmoid and tanh end on
-both sides: above, their gradient is zero as soon as the output rounds to 1, which comes first in the
-types with few digits.
+both sides: above, their gradient is zero as soon as the output rounds to 1, which comes first in
+the types with few digits.
 
-PyTorch computes most elements of a tensor in vectors, and the last few one by one, in other code. The
-table is of vectors. One by one GELU's output ends where the table says, but its gradient lasts to
-−14.3 in float32; those of SiLU and Mish end as in the table. GPUs have code of their own.
+PyTorch computes most elements of a tensor in vectors, and the last few one by one, in other code.
+The table is of vectors. One by one GELU's output ends where the table says, but its gradient lasts
+to −14.3 in float32; those of SiLU and Mish end as in the table. GPUs have code of their own.
 
 ## What networks show
 
@@ -239,11 +239,11 @@ activation, at the end of training:
 
 {demo}
 
-Zeros of smooth units are no rarity, then: after a spike many pre-activations lie far below zero, and
-GELU gives exact zeros for half of them. But a neuron is dead only if *all* of its inputs lie there,
-and one input that does not sends it a gradient. What a spike does leave behind are *dormant*
-neurons, whose output is next to nothing for all inputs: they are counted apart. See
-[the definitions](definitions.md).
+Zeros of smooth units are no rarity, then: after a spike many pre-activations lie far below zero,
+and GELU gives exact zeros for half of them. But a neuron is dead only if *all* of its inputs lie
+there, and one input that does not sends it a gradient. What a spike does leave behind are *dormant*
+neurons, whose output is next to nothing for all inputs: they are counted apart. See [the
+definitions](definitions.md).
 """
 
 
