@@ -132,7 +132,7 @@ doctest: $(VENV)/.test
 
 # A warning is an error: a broken link or anchor, a page that is not in the navigation, a diagram without its picture.
 docs: $(VENV)/.docs
-	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "The site is in site/: open site/index.html, or serve it: $(BIN)/mkdocs serve"
 
 examples: $(VENV)/.test $(VENV)/.specimens
