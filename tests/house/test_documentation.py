@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import neuronscope as ns
 from neuronscope import callbacks
@@ -62,3 +67,25 @@ def test_nothing_of_the_site_comes_from_the_network() -> None:
     assert not re.search(r"https?://", SITE)
     for path in [*DOCS.rglob("*.css"), *DOCS.rglob("*.js")]:
         assert not re.search(r"https?://|@import", path.read_text(encoding="utf-8")), path
+
+
+def test_the_built_site_loads_nothing_from_the_network_and_tells_programs_of_each_page(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=True,
+        capture_output=True,
+    )
+    for path in tmp_path.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"""<(?:script|img|iframe)[^>]* src=["']?(?:https?:)?//""", text), path
+        assert not re.search(r"""<link[^>]* href=["']?(?:https?:)?//""", text), path
+        assert not re.search(r":(?:class|func|meth|attr|mod|data):`|<p>&gt;&gt;&gt; ", text), path  # roles and doctests
+    told = re.findall(
+        r"^- \[[^\]]+\]\(([^)]+)\): \S", (tmp_path / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name in told if name in navigation()] == navigation()
+    assert {f"examples/{path.name}.md" for path in (ROOT / "examples").glob("*.py")} <= set(told)
+    assert all((tmp_path / name).read_text(encoding="utf-8").startswith("# ") for name in told)
