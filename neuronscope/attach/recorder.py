@@ -8,7 +8,7 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -251,8 +251,8 @@ class SiteRecorder:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
-    def begin_graph(self, code: tuple[str, str], owner: Any) -> None:
-        """Note that a graph begins to be traced.
+    def begin_graph(self, code: tuple[str, str], owner: Any) -> Hashable:
+        """Note that a graph begins to be traced, and return for what of ours it is made.
 
         Args:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
@@ -266,6 +266,7 @@ class SiteRecorder:
         else:
             is_model = not forward.parts.inputs and not (forward.explicit_step and self.is_part(owner))
         forward.parts.begin_graph(is_model)
+        return id(self), self.running_phase, forward.parts.inputs, *running
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced.
