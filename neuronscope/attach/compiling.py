@@ -37,6 +37,7 @@ __all__ = [
     "ask_modes_about",
     "comptime",
     "count_compilations",
+    "enters_graph",
     "has_real_tensors",
     "hidden",
     "in_backward",
@@ -407,6 +408,12 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
         function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
     return None if function is None else (function, tuple(args), dict(kwargs))
+
+
+def enters_graph(tensor: Tensor) -> bool:
+    """Whether a tensor that :func:`while_tracing` gave is an input of the graph, so that other code may use it too."""
+    node = _nodes.get(tensor)
+    return node is not None and node.op == "placeholder"
 
 
 def traced_variable(tensor: Tensor) -> tuple[tuple[str, str], str] | None:

@@ -162,8 +162,8 @@ class Segment(nn.Module):
         kept = x
         for number, (kind, step) in enumerate(zip(self.kinds, self.steps)):
             if self.breaks and number == len(self.kinds) // 2:
-                x = kept = x * 1.0  # a gradient that arrives from both sides of a break is seen from one of them
                 torch._dynamo.graph_break()
+                x = kept = x * 1.0  # of a tensor that is used on both sides of a break no gradient is counted
             if kind == "residual":
                 x = kept = x + kept
             elif kind == "same layer":
