@@ -89,6 +89,9 @@ eager one, with the same names, and all integers are equal; and a network that i
 unwatched is one graph watched. All in float32 on the CPU. `python -m tests.networks.compiled` tries
 them and keeps what came of it; a few run in CI (`tests/networks/test_compiled_networks.py`).
 Where there is more than one graph, torch's reason stands below.
+
+**Of {networks} networks {tried} were tried: {whole} are one graph, of which {equal} are equal; of the
+{parts} others {others} are.**
 """
 PROGRAMS = """\
 Random programs under `torch.compile` (`tests/core/test_compiled_programs.py`), each held to its
@@ -318,8 +321,17 @@ def _compiled() -> Iterator[str]:
     from tests.core import test_compiled_programs as programs
     from tests.networks import compiled
 
-    yield COMPILED_INTRODUCTION
     rows = compiled.kept()
+    whole = {name for name, ways in rows.items() if compiled.REASON not in ways["aot_eager"]}
+    equal = {name for name, ways in rows.items() if _outcome(ways["aot_eager"]) == "equal"}
+    yield COMPILED_INTRODUCTION.format(
+        networks=len(compiled.NETWORKS),
+        tried=len(rows),
+        whole=len(whole),
+        equal=len(whole & equal),
+        parts=len(rows) - len(whole),
+        others=len(equal - whole),
+    )
     yield "| Network | Graphs | Sites | `aot_eager` | Inductor | Tried |"
     yield "| --- | ---: | ---: | --- | --- | --- |"
     for name, ways in rows.items():
@@ -327,11 +339,7 @@ def _compiled() -> Iterator[str]:
         cells = [_outcome(ways.get(backend)) for backend in ("aot_eager", "inductor")]
         yield f"| {name} | {_graphs(row)} | {row.get('sites', '–')} | {' | '.join(cells)} | {row['date']} |"
     yield ""
-    yield from (
-        f"- {name}: {ways['aot_eager'][compiled.REASON]}"
-        for name, ways in rows.items()
-        if compiled.REASON in ways["aot_eager"]
-    )
+    yield from (f"- {name}: {ways['aot_eager'][compiled.REASON]}" for name, ways in rows.items() if name not in whole)
     yield ""
     parts = programs.kept().values()
     failed = {seed: way for part in parts for seed, way in part["failed"].items()}

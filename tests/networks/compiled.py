@@ -82,7 +82,7 @@ def run(network: Network, backend: str = "aot_eager", *, fullgraph: bool = True)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     if isinstance(watcher, Watched):
                         raise
-                    raise CannotCompile(str(getattr(error, "inner_exception", error)).splitlines()[0]) from error
+                    raise CannotCompile(_first_line(error)) from error
             states.append(state_of(model))
             graphs.append((counter.graphs, counter.outputs))
             if isinstance(watcher, Watched):
@@ -111,10 +111,15 @@ def describe(network: Network, backend: str) -> dict[str, Any]:
     except CannotCompile as reason:
         return {**row, "not compiled": str(reason)}
     except Exception as error:  # noqa: BLE001, it is shown
-        return {**row, "failed": f"{type(error).__name__}: {str(error)[:400]}"}
+        return {**row, "failed": f"{type(error).__name__}: {_first_line(error)}"}
     (unwatched, _), (watched, _) = runs.graphs
     row |= {"graphs": [unwatched, watched], "weights": _weights(*runs.states), "counts": _counts(runs)}
     return {**row, "sites": len(runs.eager), "seconds": round(time.monotonic() - began)}
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of what an error says; of an error of a back end, that of its cause."""
+    return str(getattr(error, "inner_exception", error)).partition("\n")[0]
 
 
 def _weights(unwatched: dict[str, Tensor], watched: dict[str, Tensor]) -> str:
