@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -78,6 +78,25 @@ out from the configuration: every site's name, its neurons and its positions, wh
 what is not measured and what is no neuron (`tests/networks/test_clients.py`). Every axis is known
 from a layer. For {direct} the zero outputs are counted
 again by plain hooks on the layers themselves.
+"""
+COMPILED_INTRODUCTION = """\
+## Compiled networks
+
+The networks above under `torch.compile`, trained for two steps from the same seed three times:
+compiled unwatched, compiled watched, and watched in eager mode. *Equal* means: weights, buffers and
+gradients of the two compiled runs are the same bit for bit; the compiled run has the sites of the
+eager one, with the same names, and all integers are equal; and a network that is one graph
+unwatched is one graph watched. All in float32 on the CPU. `python -m tests.networks.compiled` tries
+them and keeps what came of it; a few run in CI (`tests/networks/test_compiled_networks.py`).
+Where there is more than one graph, torch's reason stands below.
+
+**Of {networks} networks {tried} were tried: {whole} are one graph, of which {equal} are equal; of the
+{parts} others {others} are.**
+"""
+PROGRAMS = """\
+Random programs under `torch.compile` (`tests/core/test_compiled_programs.py`), each held to its
+unwatched run, to eager mode and to the slow twin: **{programs:,} tried, {failed:,} failed**,
+{sites:,} sites, {dates}. {breaks}
 """
 SETUPS_INTRODUCTION = """\
 ## Set-ups
@@ -166,7 +185,9 @@ def main() -> int:
     disagreements: list[str] = []
     rows = _rows(disagreements)
     operators = OPERATORS.format(ends="\n".join(_ends(rows)))
-    page = _wrapped("\n".join([INTRODUCTION, *_networks(rows), operators, *_clients(), *_setups()])) + "\n"
+    page = (
+        _wrapped("\n".join([INTRODUCTION, *_networks(rows), operators, *_clients(), *_compiled(), *_setups()])) + "\n"
+    )
     for line in disagreements:
         print(line, file=sys.stderr)
     if not check:
@@ -293,6 +314,63 @@ def _clients() -> Iterator[str]:
         cells = [f"{count:,}" if count else "–" for count in (*counts, len(expected.not_neurons))]
         yield f"| {name} | {PACKAGES.get(name, 'hand')} | {' | '.join(cells)} | {FOUND[name]} |"
     yield ""
+
+
+def _compiled() -> Iterator[str]:
+    """Yield the tables of what was tried compiled, from the files that those runs left."""
+    from tests.core import test_compiled_programs as programs
+    from tests.networks import compiled
+
+    rows = compiled.kept()
+    whole = {name for name, ways in rows.items() if compiled.REASON not in ways["aot_eager"]}
+    equal = {name for name, ways in rows.items() if _outcome(ways["aot_eager"]) == "equal"}
+    yield COMPILED_INTRODUCTION.format(
+        networks=len(compiled.NETWORKS),
+        tried=len(rows),
+        whole=len(whole),
+        equal=len(whole & equal),
+        parts=len(rows) - len(whole),
+        others=len(equal - whole),
+    )
+    yield "| Network | Graphs | Sites | `aot_eager` | Inductor | Tried |"
+    yield "| --- | ---: | ---: | --- | --- | --- |"
+    for name, ways in rows.items():
+        row = ways["aot_eager"]
+        cells = [_outcome(ways.get(backend)) for backend in ("aot_eager", "inductor")]
+        yield f"| {name} | {_graphs(row)} | {row.get('sites', '–')} | {' | '.join(cells)} | {row['date']} |"
+    yield ""
+    yield from (f"- {name}: {ways['aot_eager'][compiled.REASON]}" for name, ways in rows.items() if name not in whole)
+    yield ""
+    parts = programs.kept().values()
+    failed = {seed: way for part in parts for seed, way in part["failed"].items()}
+    yield PROGRAMS.format(
+        programs=sum(part["programs"] for part in parts),
+        failed=len(failed),
+        sites=sum(part["sites"] for part in parts),
+        dates=" and ".join(sorted({part["date"] for part in parts})),
+        breaks=f"Failed, by what is compiled: {_listed(failed)}." if failed else "",
+    )
+
+
+def _outcome(row: dict[str, Any] | None) -> str:
+    """Return in a word or two what came of a compiled network."""
+    if row is None:
+        return "–"
+    said = row.get("failed") or row.get("not compiled")
+    if said:
+        return f"{'failed' if 'failed' in row else 'torch cannot'}: {said.splitlines()[0]}"
+    apart = {part: row[part] for part in ("weights", "counts") if row[part] != "equal"}
+    return ", ".join(f"{part} {said}" for part, said in apart.items()) or "equal"
+
+
+def _graphs(row: dict[str, Any]) -> str:
+    unwatched, watched = row.get("graphs", ("–", "–"))
+    return f"{unwatched}" if unwatched == watched else f"{unwatched} (watched {watched})"
+
+
+def _listed(failed: dict[str, str]) -> str:
+    ways = Counter(failed.values())
+    return ", ".join(f"{way} ({count})" for way, count in ways.items())
 
 
 def _setups() -> Iterator[str]:

@@ -9,7 +9,7 @@ the layers that it was traced with: see :attr:`CompiledParts.inputs`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from neuronscope.attach.compiling import TracedEnd
 from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors, plain_shape
 from neuronscope.attach.origins import LOST, RAW, UNKNOWN, Origin
 from neuronscope.attach.units import has_units, resized
+from neuronscope.sites import SiteKey
 
-__all__ = ["CompiledParts"]
+__all__ = ["CompiledParts", "GivenPreActivation"]
 
 #: For how many kinds of inputs a module gets graphs of its own. ``torch.compile`` makes eight, in all phases together.
 _MOST_KINDS = 3
@@ -57,12 +58,39 @@ class _ModuleGraphs(NamedTuple):
     returned: Returned
 
 
+class GivenPreActivation(Protocol):
+    """The activation of a tensor that a graph is given, and that code outside of the graph may use too."""
+
+    def register(self, x: Tensor) -> None:
+        """Register a hook for the gradient of the tensor.
+
+        Args:
+            x: The tensor.
+        """
+
+    def give_up(self) -> None:
+        """Note that its gradients are not measured."""
+
+
+#: By the number of the tensor among what the module is given, and the site.
+GivenPreActivations = dict[tuple[int, SiteKey], GivenPreActivation]
+
+
 class _ModuleCall(NamedTuple):
-    """A call of a compiled module that has begun: the module, what it was given, and the kind of that."""
+    """A call of a compiled module that has begun: the module, what it was given, and the kind of that.
+
+    Attributes:
+        place: The module, the kind, and all else that the graphs depend on but shapes.
+        tensors: What it was given.
+        hooked: Which of these got a hook for a gradient.
+    """
 
     module: nn.Module
     given: tuple[Origin, ...]
     kind: str
+    place: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    hooked: GivenPreActivations
 
 
 class CompiledParts:
@@ -86,6 +114,8 @@ class CompiledParts:
         self.exist = self.tracing = self.met_unknown = False
         self._flow = flow
         self._ordinals = ordinals
+        self._pre_activations: GivenPreActivations = {}  # in the graph that is being traced
+        self._given_at: dict[tuple[Any, ...], GivenPreActivations] = {}  # of each place
         self._before: tuple[int, int, Ordinals] = 0, 0, {}  # the flow when the graph began that is being traced
         self._traced: list[_GraphEffect] = []  # since the last module left
         self._running: list[_ModuleCall] = []
@@ -111,6 +141,7 @@ class CompiledParts:
         if not known:
             self._flow.hide_units()
         self._before = len(self._flow.layers), self._flow.read, dict(self._ordinals)
+        self._pre_activations = {}
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced, or undo what it did to the flow if it was dropped.
@@ -139,23 +170,62 @@ class CompiledParts:
                 else tuple((flow.origin(tensor), plain_shape(tensor)) for tensor in nested_tensors(end.returned)),
             )
         )
+        self._hook_given()
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def note_given(self, x: Tensor, site: SiteKey, activation: GivenPreActivation) -> None:
+        """Note that an input of the graph that is traced is a pre-activation.
+
+        In the graph, its gradient is that of the uses in the graph alone. So the tensor itself gets a hook, each time
+        that the module runs which was given it.
+
+        Args:
+            x: The tensor.
+            site: The site of its activation.
+            activation: Its activation.
+        """
+        tensors = self._running[-1].tensors if self._running else ()
+        number = next((number for number, tensor in enumerate(tensors) if tensor is x), None)
+        if number is None:
+            activation.give_up()
+        else:
+            self._pre_activations[number, site] = activation
+
+    def _hook_given(self) -> None:
+        """Before a graph runs for the first time, register hooks on its inputs that are pre-activations in it."""
+        if not self._running:
+            return
+        call, found = self._running[-1], self._pre_activations
+        known = self._given_at.setdefault(call.place, found)
+        for place in known.keys() ^ found.keys():  # they depend on more than is known before the module runs
+            (known.get(place) or found[place]).give_up()
+        for (number, site), activation in found.items():
+            if (number, site) not in call.hooked:
+                call.hooked[number, site] = activation
+                activation.register(call.tensors[number])
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: tuple[Any, ...]
+    ) -> None:
         """Note that a module begins to run that is compiled.
 
         Args:
             module: The module.
             args: Positional arguments of its forward.
             kwargs: Keyword arguments of its forward.
+            state: All else that the graphs depend on, such as the phase.
         """
-        tensors = nested_tensors((args, kwargs))
+        tensors = tuple(nested_tensors((args, kwargs)))
         given = tuple(origin for origin in map(self._flow.known, tensors) if origin is not None)
         kinds = self._kinds.setdefault(id(module), {})
         facts = _facts(given)
         if facts not in kinds:
             kinds[facts] = str(len(kinds)) if len(kinds) < _MOST_KINDS else _OTHER
         self.inputs = kinds[facts]
-        self._running.append(_ModuleCall(module, given, self.inputs))
+        place = (id(module), self.inputs, torch.is_grad_enabled(), module.training, *state)
+        hooked = dict(self._given_at.get(place, {}))
+        for (number, _), activation in hooked.items():
+            activation.register(tensors[number])
+        self._running.append(_ModuleCall(module, given, self.inputs, place, tensors, hooked))
 
     def leave(self, module: nn.Module, output: Any, state: tuple[Any, ...]) -> None:
         """Note what the graphs did that ran in a module, if any did.
@@ -165,7 +235,7 @@ class CompiledParts:
             output: What it returned.
             state: All else that the graphs depend on, such as the phase.
         """
-        call = self._running[-1] if self._running else _ModuleCall(module, (), "")
+        call = self._running[-1] if self._running else _ModuleCall(module, (), "", (), (), {})
         tensors = list(nested_tensors(output))
         place = (id(module), call.kind, torch.is_grad_enabled(), module.training, *state)
         shapes = tuple(plain_shape(tensor) for tensor in tensors)

@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
@@ -36,6 +37,7 @@ __all__ = [
     "ask_modes_about",
     "comptime",
     "count_compilations",
+    "enters_graph",
     "has_real_tensors",
     "hidden",
     "in_backward",
@@ -208,8 +210,8 @@ class GraphListener(Protocol):
 
     trace_error: Exception | None
 
-    def begin_graph(self, code: tuple[str, str], owner: Any) -> None:
-        """Note that a graph begins to be traced.
+    def begin_graph(self, code: tuple[str, str], owner: Any) -> Hashable:
+        """Note that a graph begins to be traced, and return for what of ours it is made, so that others need another.
 
         Args:
             code: Which function is traced, or a part of: its file and its name.
@@ -293,11 +295,61 @@ def while_tracing(
             if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
                 end.graph.add_cleanup_hook(end)
                 root = end.graph.root_tx
-                listener.begin_graph(_code(root), root.f_locals.get("self"))
+                _leave_uncounted(root.f_code, listener.begin_graph(_code(root), root.f_locals.get("self")))
             with _tracing(translator):
                 function(*(_value(_variable(context.get_local(name))) for name in names))
 
     return run
+
+
+class _GraphState:
+    """Stands among the guards of a compiled graph for what of ours it was made for, so that torch does not count it.
+
+    Torch makes at most ``recompile_limit`` graphs of a function, and then raises or runs it uncompiled. It counts those
+    alone that were made for the same objects as the frame that it is about to compile, as far as these are alive. This
+    is another object, of no frame.
+
+    Args:
+        state: What the graph was made for; ``None`` if nothing of ours is in it.
+    """
+
+    def __init__(self, state: Hashable) -> None:
+        self.state = state
+        self.counts = False
+
+    def __call__(self) -> _GraphState | None:
+        """Return this object if it is alive, as a weak reference does."""
+        return None if self.counts else self
+
+
+_OWN = "neuronscope"
+
+
+def _leave_uncounted(code: CodeType, state: Hashable) -> None:
+    """Let the graph that is traced, and those before it, not count towards torch's limit of recompilations.
+
+    An unwatched function needs as many graphs as a watched one needs for one state of ours. So the graphs count, all of
+    them, as soon as there are more than the limit for one state: one later than unwatched.
+
+    Args:
+        code: The function.
+        state: What of ours the graph is made for.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+
+    entries: list[Any] = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+    made = [entry.guard_manager.id_matched_objs.setdefault(_OWN, _GraphState(None)) for entry in entries]
+    made.append(_GraphState(state))
+    most = max(Counter(graph.state for graph in made).values())
+    for graph in made:
+        graph.counts = most > config.recompile_limit
+
+    def leave_uncounted(guards: Any, _: Any) -> None:
+        guards.id_matched_objs[_OWN] = made[-1]
+
+    install_guard(GlobalStateSource().make_guard(leave_uncounted))
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`
@@ -356,6 +408,12 @@ def traced_call(tensor: Tensor) -> tuple[Any, tuple[Any, ...], dict[str, Any]] |
     elif getattr(function, "__module__", "") == "_operator" and args and isinstance(args[0], Tensor):
         function = getattr(Tensor, f"__{function.__name__.strip('_')}__", None)  # operator.mul → Tensor.__mul__
     return None if function is None else (function, tuple(args), dict(kwargs))
+
+
+def enters_graph(tensor: Tensor) -> bool:
+    """Whether a tensor that :func:`while_tracing` gave is an input of the graph, so that other code may use it too."""
+    node = _nodes.get(tensor)
+    return node is not None and node.op == "placeholder"
 
 
 def traced_variable(tensor: Tensor) -> tuple[tuple[str, str], str] | None:

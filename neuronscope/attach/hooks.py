@@ -496,7 +496,7 @@ class HookManager:
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
         if caller is not None and is_compiled(module):
-            self.recorder.forward.parts.enter(module, args, kwargs)
+            self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.
@@ -715,7 +715,8 @@ class _EnterPart(InertHook):
         if not is_tracing() and self.manager.is_counted_here():
             try:
                 if self.manager.runs(sys._getframe(1)):
-                    self.manager.recorder.forward.parts.enter(module, args, kwargs)
+                    recorder = self.manager.recorder
+                    recorder.forward.parts.enter(module, args, kwargs, (recorder.running_phase,))
             except Exception as error:
                 self.manager.fail(error)
 

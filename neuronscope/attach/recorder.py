@@ -8,8 +8,8 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from neuronscope.attach.activations import Activation
 from neuronscope.attach.compiling import (
     TracedEnd,
     comptime,
+    enters_graph,
     has_real_tensors,
     in_backward,
     is_tracing,
@@ -29,7 +30,7 @@ from neuronscope.attach.compiling import (
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import INFERENCE, ForwardContext
-from neuronscope.attach.gradient_hooks import GradientHook, RecomputedGradient, register
+from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import LOST
@@ -110,6 +111,7 @@ class SiteRecorder:
         self._leaf_handles: list[RemovableHandle] = []
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
+        self._given: set[int] = set()  # those of them whose pre-activation enters the graph
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
@@ -137,10 +139,14 @@ class SiteRecorder:
         def is_in_part(call: int) -> bool:
             return self._traced[call][2]
 
+        def is_given(call: int) -> bool:
+            return call in self._given
+
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
+        self._is_given = torch.compiler.assume_constant_result(is_given)
         self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -227,9 +233,21 @@ class SiteRecorder:
         if not torch.is_grad_enabled():
             if forward.may_be_recomputed:
                 forward.recomputation.add((path, function), call)
-        elif call is not None and call.hook is not None and x.requires_grad:
-            self._hook(x, call.hook if forward.mask is None else call.hook.with_mask(forward.mask))
+        elif call is not None and x.requires_grad:
+            self.hook_call(x, call)
         return call
+
+    def hook_call(self, x: Tensor, call: Call) -> None:
+        """Register a hook that counts the gradient of the pre-activation of a call.
+
+        Args:
+            x: The pre-activation.
+            call: The call.
+        """
+        hook, mask = call.hook, self.forward.mask
+        if hook is None or (self.compiled and any(known.counters is call.counters for known in _counted_gradients(x))):
+            return  # a compiled part was expected to apply the activation, and is not compiled any more
+        self._hook(x, hook if mask is None else hook.with_mask(mask))
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -246,13 +264,13 @@ class SiteRecorder:
         if call is None:
             return None
         counters = self._counters_of(call)
-        if counters is not None and x.requires_grad and torch.is_grad_enabled():
+        if counters is not None and not self._is_given(call) and x.requires_grad and torch.is_grad_enabled():
             axis, dims = self._layout_of(call)
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
-    def begin_graph(self, code: tuple[str, str], owner: Any) -> None:
-        """Note that a graph begins to be traced.
+    def begin_graph(self, code: tuple[str, str], owner: Any) -> Hashable:
+        """Note that a graph begins to be traced, and return for what of ours it is made.
 
         Args:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
@@ -266,6 +284,7 @@ class SiteRecorder:
         else:
             is_model = not forward.parts.inputs and not (forward.explicit_step and self.is_part(owner))
         forward.parts.begin_graph(is_model)
+        return id(self), self.running_phase, forward.parts.inputs, *running
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced.
@@ -286,6 +305,9 @@ class SiteRecorder:
         call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
             self._note_traced(call)
+            if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
+                self._given.add(len(self._traced) - 1)
+                self.forward.parts.note_given(x, call.key, _GivenPreActivation(self, call))
 
     def _note_traced(self, call: Call) -> None:
         counters = call.counters
@@ -510,6 +532,30 @@ class SiteRecorder:
 
     def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
         self.unmeasured.note(self.sites.name_of(counters), reason)
+
+
+def _counted_gradients(x: Tensor) -> list[CountedGradient]:
+    return [hook for hook in (x._backward_hooks or {}).values() if isinstance(hook, CountedGradient)]
+
+
+class _GivenPreActivation(NamedTuple):
+    """See :class:`~neuronscope.attach.compiled_parts.GivenPreActivation`."""
+
+    recorder: SiteRecorder
+    call: Call
+
+    def register(self, x: Tensor) -> None:
+        if x.requires_grad:
+            self.recorder.hook_call(x, self.call)
+
+    def give_up(self) -> None:
+        if self.call.counters is not None:
+            self.call.counters.unreadable = True
+            self.recorder.unmeasured.note(
+                self.call.key.name,
+                "its gradients are not counted: its pre-activation enters a compiled graph from code that may use it "
+                "too, such as code before a graph break, and a graph sees the gradient of its own uses alone",
+            )
 
 
 def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:

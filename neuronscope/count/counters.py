@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.fx.experimental.proxy_tensor
 from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.variables import TorchInGraphFunctionVariable
 
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
 from neuronscope.count.neuron_layout import Dims, neurons_first
@@ -26,6 +28,9 @@ __all__ = [
     "once_a_forward",
     "register_gradient_hook",
 ]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class CounterTensors(NamedTuple):
@@ -376,10 +381,17 @@ def gate_half(gradient: Tensor, glu_dim: int | None) -> Tensor:
     return gradient.narrow(glu_dim, half, half)
 
 
-# Each of these is a single call in a compiled graph. The compiler's back end fuses its body with what is around it.
+def _one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Tell ``torch.compile`` to write a function as one call into a graph; its back end fuses the body with the rest.
+
+    ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
+    because a value in it depends on data, the compiler raises, where it runs the code of an unmarked one eagerly.
+    """
+    get_torch_obj_rule_map()[function] = TorchInGraphFunctionVariable
+    return function
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+@_one_call_in_graph
 def _add_outputs_in_graph(
     y: Tensor,
     axis: int,
@@ -401,7 +413,7 @@ def _add_outputs_in_graph(
     traced[1].add_(examples)
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+@_one_call_in_graph
 def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
     """Return the number of examples of a call in a graph, 0 if a call of the same forward was counted.
 
@@ -418,13 +430,13 @@ def once_a_forward(examples: int, forward: Tensor, last: Tensor) -> Tensor:
     return fresh * examples
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+@_one_call_in_graph
 def _leave_out_in_graph(zeros: Tensor, counted: Tensor, positions: Tensor) -> None:
     zeros.sub_(positions)
     counted[0].sub_(positions)
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator, unused-ignore]
+@_one_call_in_graph
 def _register_gradient_hook_in_graph(
     x: Tensor,
     axis: int,

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import neuronscope as ns
 from neuronscope.attach import activations
@@ -654,3 +655,22 @@ def test_calls_that_give_several_tensors_under_inductor(name):
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0])
     assert_same_census(*censuses)
+
+
+def test_a_graph_that_the_back_end_cannot_compile_runs_in_eager_mode_as_unwatched():
+    """Because a value in it depends on data, as with the grouped experts of transformers: torch then runs the code."""
+
+    def refuse(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
+
+    states, watched, eager = [], Watched(), Watched()
+    for watcher, compiles in ((Nobody(), True), (watched, True), (eager, False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Net()
+        with watcher.attach(model):
+            train(model, torch.compile(model, backend=refuse) if compiles else model, watcher, (4, 3, 6), 2)
+        states.append(state_of(model))
+    assert_bits(*states[:2])
+    assert watched.scope._hooks.failure is None
+    assert_same_census(watched.scope.census(), eager.scope.census())

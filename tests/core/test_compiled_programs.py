@@ -8,17 +8,22 @@ validation, five times: compiled and unwatched, compiled and watched, eager and 
 counted slowly.
 
 Of a program with a break not all holds: behind it, a layer may be known by its place alone (seed 25).
-``python -m tests.core.test_compiled_programs 20 1000`` runs the seeds from 20 to 999, and tells which ones fail.
+``python -m tests.core.test_compiled_programs 20 1000`` runs the seeds from 20 to 999, tells which ones fail, and keeps
+that in ``compiled_programs.json``, with the date; ``docs/coverage.md`` shows that file.
 """
 
 from __future__ import annotations
 
+import datetime
+import gc
+import json
 import random
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
 ]
 
+RUNS = Path(__file__).with_name("compiled_programs.json")
 WIDTH = 6
 SHAPE = (4, 3, WIDTH)  # batch, time, features: neurons lie on the last dimension
 
@@ -162,8 +168,8 @@ class Segment(nn.Module):
         kept = x
         for number, (kind, step) in enumerate(zip(self.kinds, self.steps)):
             if self.breaks and number == len(self.kinds) // 2:
-                x = kept = x * 1.0  # a gradient that arrives from both sides of a break is seen from one of them
                 torch._dynamo.graph_break()
+                x = kept = x * 1.0  # of a tensor that is used on both sides of a break no gradient is counted
             if kind == "residual":
                 x = kept = x + kept
             elif kind == "same layer":
@@ -273,10 +279,17 @@ def test_a_random_program_counts_the_same_compiled_and_keeps_the_weights_of_its_
     check(seed)
 
 
+def kept() -> dict[str, dict[str, Any]]:
+    """Return what came of the programs that were tried, by their first and last seeds."""
+    return json.loads(RUNS.read_text(encoding="utf-8")) if RUNS.exists() else {}
+
+
 def main(first: int, stop: int) -> int:
-    """Check the programs of some seeds, tell which fail and why, and return how many do."""
+    """Check the programs of some seeds, tell which fail and why, keep that, and return how many do."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # as conftest.py does
     failed: dict[int, str] = {}
     began, sites = time.monotonic(), 0
     for seed in range(first, stop):
@@ -289,6 +302,9 @@ def main(first: int, stop: int) -> int:
         if seed % 5 == 4:
             print(f"up to {seed}: {len(failed)} failed, {sites} sites, {time.monotonic() - began:.0f} s", flush=True)
     print(f"{stop - first} programs, {sites} sites, {len(failed)} failed: {[*failed]}")
+    ways = {seed: Program(seed).way for seed in failed}
+    row = {"date": datetime.date.today().isoformat(), "programs": stop - first, "sites": sites, "failed": ways}
+    RUNS.write_text(json.dumps({**kept(), f"{first}-{stop - 1}": row}, indent=1) + "\n", encoding="utf-8")
     return len(failed)
 
 

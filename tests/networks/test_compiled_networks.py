@@ -1,7 +1,7 @@
 """Networks of others, compiled: one graph, the weights of the unwatched compiled run, and the counts of eager.
 
-A few run here. `NEURONSCOPE_COMPILED_NETWORKS=all` runs all of them that compile unwatched without a break; for the
-others torch's reason is shown.
+A few run here; ``NEURONSCOPE_COMPILED_NETWORKS=all`` runs more by Inductor. What came of the networks that do not run
+here is kept in ``compiled_runs.json``; see :mod:`tests.networks.compiled`.
 """
 
 from __future__ import annotations
@@ -12,55 +12,89 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
-import neuronscope as ns
-from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
-from tests.core.test_compile import Counter, assert_same_census
-from tests.networks.agreement import NETWORKS, _quiet, _threads, train
+from tests.core.slow_twin import assert_bits
+from tests.core.test_compile import assert_same_census
+from tests.networks.agreement import NETWORKS
+from tests.networks.clients import CLIENTS
+from tests.networks.compiled import EQUAL, REASON, kept, run
 from tests.networks.test_networks import name_of
-from tests.networks.zoo import Network
+from tests.networks.vision import timm
+from tests.networks.zoo import FEATURES, Network
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-#: Networks that call `chunk`, `split`, `topk` or `unbind`, and are quick to compile.
-FEW = ("shufflenet_v2_x0_5", "GPTNeoXForCausalLM", "Phi3ForCausalLM")
-CHOSEN = [
-    network for network in NETWORKS if os.environ.get("NEURONSCOPE_COMPILED_NETWORKS") == "all" or network.name in FEW
+#: Quick to compile, and between them they call `chunk`, `split`, `topk` and `unbind`. `tensor_split`, which
+#: none of these packages calls, is in `tests/core/test_compile.py` and in the random programs.
+FEW = (
+    "shufflenet_v2_x0_5",
+    "MaxVit",
+    "GPTNeoXForCausalLM",
+    "Phi3ForCausalLM",
+    "MambaForCausalLM",
+    "ModernBertModel",
+    "Llama4ForCausalLM",
+)
+
+BY_NAME = {network.name: network for network in NETWORKS}
+#: Attention and SwiGLU, and a fused QKV.
+BY_INDUCTOR = [
+    BY_NAME["Phi3ForCausalLM"],
+    timm("vit_tiny_patch16_224", 32, axes=FEATURES, img_size=32, depth=1, embed_dim=24, num_heads=2),
 ]
+if os.environ.get("NEURONSCOPE_COMPILED_NETWORKS") == "all":  # convolutions, experts by top-k, cells written by hand
+    cells = Network(
+        "torch",
+        "recurrent cells",
+        "by hand",
+        lambda: CLIENTS["recurrent cells"]()[0],
+        lambda generator: {"x": torch.rand(2, 3, 5, generator=generator)},
+    )
+    BY_INDUCTOR += [BY_NAME["ResNetModel"], BY_NAME["Llama4ForCausalLM"], cells]
+
+
+def _has_compiler() -> bool:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("network", CHOSEN, ids=name_of)
-def test_a_network_of_others_is_one_graph_with_the_counts_of_eager(network: Network) -> None:
+@pytest.mark.parametrize("name", FEW)
+def test_a_network_of_others_is_one_graph_with_the_counts_of_eager(name: str) -> None:
+    network = BY_NAME[name]
     pytest.importorskip(network.family, exc_type=ImportError)
-    states, backends, censuses = [], [], []
-    with _threads(1), _quiet(bool(network.unseen)):
-        for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            model, backend = network.build().train(), Counter("aot_eager")
-            with watcher.attach(model):
-                if compiles:
-                    model.compile(backend=backend, fullgraph=True)
-                try:
-                    train(model, watcher, network)
-                except torch._dynamo.exc.Unsupported as error:
-                    if isinstance(watcher, Watched):
-                        raise
-                    pytest.skip(f"unwatched, it does not compile without a break: {str(error).splitlines()[0]}")
-            states.append(state_of(model))
-            backends.append(backend)
-            if isinstance(watcher, Watched):
-                assert watcher.scope._hooks.failure is None
-                censuses.append(watcher.scope.census("train"))
-    assert_bits(states[0], states[1])
-    assert (backends[1].graphs, backends[1].outputs) == (backends[0].graphs, backends[0].outputs)
-    compiled, eager = censuses
-    assert isinstance(compiled, ns.Census)
-    assert_same_census(compiled, eager)
+    runs = run(network)
+    assert_bits(*runs.states)
+    assert_same_census(runs.compiled, runs.eager)
+    assert runs.compiled
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("network", BY_INDUCTOR, ids=name_of)
+def test_inductor_gives_a_watched_network_the_weights_of_the_unwatched_one(network: Network) -> None:
+    """In float32 on the CPU, bit for bit; and the counts of eager."""
+    pytest.importorskip(network.family, exc_type=ImportError)
+    runs = run(network, "inductor")
+    assert_bits(*runs.states)
+    assert_same_census(runs.compiled, runs.eager)
+    assert runs.compiled
+
+
+def test_of_all_that_were_tried_those_of_one_graph_are_equal() -> None:
+    for name, backends in kept().items():
+        for backend, row in backends.items():
+            if REASON not in row:
+                assert (row.get("weights"), row.get("counts"), row.get("failed")) == (EQUAL, EQUAL, None), (
+                    name,
+                    backend,
+                )

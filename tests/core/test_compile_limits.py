@@ -1,0 +1,157 @@
+"""A watched run meets torch's limits of recompilation where the unwatched run meets them, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.core.test_compile import Counter, assert_same_census, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Blocks of one class, and one of another."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.other = Other()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(torch.relu(self.other(x)))
+
+
+def in_place(model: Stack, backend: Counter, fullgraph: bool) -> None:
+    for block in (*model.blocks, model.other):
+        block.compile(backend=backend, fullgraph=fullgraph)
+
+
+def wrapped(model: Stack, backend: Counter, fullgraph: bool) -> None:
+    model.blocks = nn.ModuleList(torch.compile(each, backend=backend, fullgraph=fullgraph) for each in model.blocks)
+
+
+@pytest.mark.parametrize(("way", "fullgraph"), [(in_place, True), (wrapped, True), (in_place, False)])
+def test_more_blocks_than_the_limit_are_compiled_and_counted_as_in_eager(way, fullgraph):
+    """Unwatched, all blocks of a class share two graphs: one with gradients and one without."""
+    runs = []
+    for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, backend = Stack(4), Counter("aot_eager")
+        with torch._dynamo.config.patch(recompile_limit=2):
+            if compiles:
+                way(model, backend, fullgraph)
+            with watcher.attach(model):
+                train(model, model, watcher, (4, 5), 3)
+                with watcher.phase("val"), torch.no_grad():
+                    model(torch.ones(4, 5))
+        runs.append((watcher, state_of(model), backend.graphs))
+    (_, plain, _), (compiled, weights, graphs), (eager, _, _) = runs
+    assert_bits(weights, plain)
+    assert compiled.scope._hooks.failure is None
+    for phase in ("train", "val"):
+        assert_same_census(compiled.scope.census(phase), eager.scope.census(phase))
+    assert compiled.scope.report().not_measured == eager.scope.report().not_measured
+    assert graphs >= 2 * len(model.blocks)
+
+
+class Variants(nn.Module):
+    """Needs a graph for each value of an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.act, self.last = nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)
+        self.variant = "0"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.layer(x)) * len(self.variant))
+
+
+def run_variants(watches: bool, backend: Counter, phases: tuple[str, ...], variants: int, every: int) -> None:
+    torch.manual_seed(0)
+    model = Variants()
+    run = torch.compile(model, backend=backend)
+    watcher = Watched(every_n_steps=every) if watches else Nobody()
+    with watcher.attach(model):
+        for variant in range(variants):
+            model.variant = "v" * (variant + 1)
+            for phase in phases:
+                with watcher.phase(phase):
+                    for _ in range(2):
+                        run(torch.ones(4, 5)).sum().backward()
+                        watcher.step()
+
+
+def test_phases_and_unobserved_steps_do_not_bring_the_limit_nearer():
+    backends: list[Counter] = []
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for watches in (False, True):
+            torch._dynamo.reset()
+            backends.append(Counter("aot_eager"))
+            run_variants(watches, backends[-1], ("train", "a", "b"), 3, every=2)
+    assert backends[0].graphs == 3
+    assert backends[1].graphs > 3
+
+
+def test_a_function_that_meets_the_limit_meets_it_watched_too():
+    """Otherwise a watched run would compile again and again where the unwatched one goes on uncompiled."""
+    graphs: list[int] = []
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for watches in (False, True):
+            torch._dynamo.reset()
+            backend = Counter("aot_eager")
+            run_variants(watches, backend, ("train",), 6, every=1)
+            graphs.append(backend.graphs)
+    assert graphs == [3, 4]
+
+
+def test_more_models_of_one_class_than_the_limit_are_compiled_and_counted():
+    watchers = []
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(4):
+            model, watcher = nn.Sequential(Other()), Watched()
+            run = torch.compile(model, backend="aot_eager", fullgraph=True)
+            with watcher.attach(model):
+                run(torch.ones(4, 8)).sum().backward()
+            watchers.append(watcher)
+    assert [watcher.scope.census()["0.up/gelu"].positions for watcher in watchers] == [4] * 4
