@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading
+from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
 from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
@@ -79,6 +79,16 @@ class LayerClock:
     def is_decayed(self) -> bool:
         """Whether weight decay is part of its momentum buffer."""
         return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
+
+    @property
+    def sure_end(self) -> float:
+        """The end of the clock beyond which its rows are inferred, and not only suspected, to be without gradient.
+
+        Where decay is part of the buffer, the end is sharper than a bound: rounding hides little.
+        """
+        if self.is_decayed and isinstance(self.clock, SGDClock):
+            return silent_steps(self.clock.rate, self.clock.fastest_rate)
+        return self.clock.sure_steps
 
     @property
     def is_bound(self) -> bool:
