@@ -174,9 +174,9 @@ class Cell:
         """Why there is no such training; ``""`` if there is one."""
         recipe = OPTIMIZERS[self.optimizer]
         if self.optimizer == "Muon" and self.network not in ("MLP", "Transformer"):
-            return "for matrices only"
+            return "networks with convolutions, since it takes matrices only"
         if self.schedule == "β1 .5" and recipe.beta is None:
-            return "has no β1"
+            return "another β1, since it has none that can be chosen"
         if recipe.package and importlib.util.find_spec(recipe.package) is None:
             return f"{recipe.package} is not installed"
         return ""
@@ -496,8 +496,14 @@ def page(scores: Mapping[Cell, Score], today: str) -> Iterator[str]:
     yield ""
     yield from _wrapped(
         "Found of silent rows, and how many living rows are inferred or suspected to be silent (0 and 0 where nothing "
-        "is said). *None*: no clock, and the report says so. A dash: there is no such training, or it was not run."
+        "is said). *None*: no clock, and the report says so. A dash: it was not run."
     )
+    yield ""
+    absent: dict[str, dict[str, None]] = {}
+    for cell in all_cells(1):
+        if cell.absent:
+            absent.setdefault(cell.absent, {})[cell.optimizer] = None
+    yield from _wrapped("Not to be run: " + "; ".join(f"{', '.join(who)}: {why}" for why, who in absent.items()) + ".")
     yield ""
     for network in NETWORKS:
         yield f"### {network}"

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neuronscope.checkpoints.file.examine_file import examine_file
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from scripts.dying_networks import Held, as_checkpoint
 
 STEPS = 400
@@ -286,6 +288,33 @@ def test_a_file_that_counts_batches_gives_no_dates(batches):
     found, _ = examine_file(as_checkpoint(model, optimizer, step=batches * STEPS + 1))
     assert [piece.since for piece in of(found, "no gradient")] == [None, None, None]
     assert of(found, "never trained") == []  # the file may count the steps of another optimizer before this one
+
+
+def loop_file(averaged, optimizer):
+    return {"model": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def lightning_file(averaged, optimizer):
+    """As Lightning's callbacks that average weights write it."""
+    return {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": averaged.module.state_dict(),
+        "averaging_state": {"n_averaged": averaged.n_averaged},
+        "optimizer_states": [optimizer.state_dict()],
+    }
+
+
+@pytest.mark.parametrize("content", [loop_file, lightning_file])
+@pytest.mark.parametrize(("decay", "is_read"), [(5e-4, False), (0.0, True)])
+def test_a_buffer_with_decay_is_not_compared_with_averaged_weights(tmp_path, content, decay, is_read):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=decay)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    run(model, optimizer, each=lambda step: averaged.update_parameters(model))
+    torch.save(content(averaged, optimizer), tmp_path / "averaged.pt")
+    found, said = examine_file(open_checkpoint(tmp_path / "averaged.pt"))
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == ([[2], [3]] if is_read else [])
+    assert [piece.layer for piece in said if "averages" in piece.reason] == ([] if is_read else ["0", "2"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ from neuronscope.checkpoints.verdict.evidence import Abstention
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
 
 
+_AVERAGED = (
+    "weight decay is part of its momentum buffer, which must be compared with the weights; but the file's weights are "
+    "averages of those that the optimizer trained"
+)
+
+
 @dataclass(frozen=True)
 class NoClock:
     """Stands for the clock of an optimizer of whose state only exact zeros can be read."""
@@ -215,8 +221,9 @@ class _DecayCheck:
             state: What the optimizer keeps of the parameter.
             rule: How the optimizer changes its state.
         """
-        if not rule.is_adam:
-            return None  # a momentum buffer is compared with the weights; exact zeros are zeros
+        if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
+            compares = rule.is_momentum and rule.decay.hides_zero_gradients
+            return _AVERAGED if compares and self._checkpoint.is_averaged else None
         hides_zero_gradients = rule.decay.hides_zero_gradients
         if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
             return None
