@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import neuronscope as ns
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.demo.digits import load_digits
@@ -130,6 +132,22 @@ def test_the_counter_of_batches_dates_silence_only_if_a_batch_is_a_step() -> Non
         assert (dead.since is not None) == dates
         if dead.since is not None:
             assert abs(int(dead.since[0]) - 200) <= 20
+
+
+def test_a_report_says_that_its_dates_are_estimates(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    torch.manual_seed(0)
+    model = make()
+    for batch in range(400):
+        if batch == 100:
+            model[0].bias.data[1] = -100.0
+        model(torch.randn(16, 4))
+    torch.save(model.state_dict(), tmp_path / "last.pt")
+    text = str(ns.postmortem(tmp_path / "last.pt", model=make, example="2x4"))
+    assert "When they died (estimated by a clock, some too early and some too late): 1 at step" in text
+    assert "earliest" not in text
 
 
 @pytest.mark.parametrize(
