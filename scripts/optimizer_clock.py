@@ -174,8 +174,8 @@ def _tables(seeds: int) -> Iterator[str]:
         "| --- |" + " ---: |" * 9,
     ]
     second = [
-        "| network | living | bound > 80 | > 120 | > 200 | > 300 | > 400 |",
-        "| --- |" + " ---: |" * 6,
+        "| network | living | bound > 80 | > 120 | > 200 | > 400 |",
+        "| --- |" + " ---: |" * 5,
     ]
     third = [
         "| network | silent in between | found | trained in between | false alarms | died in between | found |",
@@ -193,7 +193,7 @@ def _tables(seeds: int) -> Iterator[str]:
             f"{error} |"
         )
         said = rows.said[~rows.never & (rows.silence < 45)]
-        shares = " | ".join(f"{(said > limit).mean():.1%}" for limit in (80, 120, 200, 300, 400))
+        shares = " | ".join(f"{(said > limit).mean():.1%}" for limit in (80, 120, 200, 400))
         second.append(f"| {case.label} | {got.living} | {shares} |")
         third.append(f"| {case.label} | {' | '.join(str(getattr(between, name)) for name in vars(between))} |")
     for table in (first, second, third):
