@@ -59,6 +59,7 @@ class Checkpoint:
         tensors: Parameters and buffers of the network by name, in the order of the file. Prefixes of wrappers
             (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``) are removed from the names.
         is_ordered: Whether this is the order of the network; safetensors sorts by name.
+        is_averaged: Whether they are averages of the weights that the optimizers trained (torch's ``AveragedModel``).
         networks: With several networks, what the names of each one's tensors begin with.
         optimizers: The states of the optimizers.
         records: The states of Neuronscope's own monitors, by the key under which each was found.
@@ -72,6 +73,7 @@ class Checkpoint:
     format: str
     tensors: Mapping[str, StoredTensor]
     is_ordered: bool = True
+    is_averaged: bool = False
     networks: tuple[str, ...] = ()
     optimizers: tuple[OptimizerState, ...] = ()
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

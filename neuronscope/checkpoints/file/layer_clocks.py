@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading
+from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
 from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
@@ -21,6 +21,12 @@ from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
+
+
+_AVERAGED = (
+    "weight decay is part of its momentum buffer, which must be compared with the weights; but the file's weights are "
+    "averages of those that the optimizer trained"
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,16 @@ class LayerClock:
     def is_decayed(self) -> bool:
         """Whether weight decay is part of its momentum buffer."""
         return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
+
+    @property
+    def sure_end(self) -> float:
+        """The end of the clock beyond which its rows are inferred, and not only suspected, to be without gradient.
+
+        Where decay is part of the buffer, the end is sharper than a bound: rounding hides little.
+        """
+        if self.is_decayed and isinstance(self.clock, SGDClock):
+            return silent_steps(self.clock.rate, self.clock.fastest_rate)
+        return self.clock.sure_steps
 
     @property
     def is_bound(self) -> bool:
@@ -205,8 +221,9 @@ class _DecayCheck:
             state: What the optimizer keeps of the parameter.
             rule: How the optimizer changes its state.
         """
-        if not rule.is_adam:
-            return None  # a momentum buffer is compared with the weights; exact zeros are zeros
+        if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
+            compares = rule.is_momentum and rule.decay.hides_zero_gradients
+            return _AVERAGED if compares and self._checkpoint.is_averaged else None
         hides_zero_gradients = rule.decay.hides_zero_gradients
         if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
             return None

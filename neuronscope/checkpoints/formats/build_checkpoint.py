@@ -13,7 +13,7 @@ from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
 from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.monitor_state import find_records
 from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
-from neuronscope.checkpoints.formats.parameter_names import prefix_stripper
+from neuronscope.checkpoints.formats.parameter_names import COUNTERS, prefix_stripper
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
 from neuronscope.errors import CheckpointError
 
@@ -22,6 +22,7 @@ __all__ = ["RawCheckpoint", "build_checkpoint"]
 # Keys under which training loops store the weights, most specific first.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
 _STEPS = ("global_step", "step")
+_AVERAGES = "averaging_state"  # Lightning's callbacks keep the counters apart from the averages
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
 _DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
 
@@ -90,6 +91,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         format=_of_lightning(raw.format) if lightning else raw.format,
         tensors=tensors,
         is_ordered="safetensors" not in raw.format,
+        is_averaged=not set(weights).isdisjoint(COUNTERS) or _AVERAGES in data,
         networks=networks,
         optimizers=optimizers,
         records=records,

@@ -87,6 +87,7 @@ def examine_model(
     batch: Any = None,
     box: Box | None = None,
     batch_positions: int | None = None,
+    training_step: int | None = None,
 ) -> Examination:
     """Examine a network that holds a checkpoint's weights.
 
@@ -97,6 +98,7 @@ def examine_model(
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
         batch_positions: How many values a channel has in a training batch (examples × positions); with it, more is
             proved of batch norm in training.
+        training_step: The checkpoint's number of optimizer steps, for dates.
 
     Returns:
         Evidence, abstentions, and the sites.
@@ -142,16 +144,19 @@ def examine_model(
         )
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
-    evidence += running_statistics_evidence(graph, free)
+    evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)
     in_box = propagate_bounds(graph, box) if box is not None else free
-    evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
+    bounds, inside = site_bounds(graph, free), f"for every finite input {scope}"
+    evidence += _proved_dead(sites, bounds, inside, judged)
     if box is not None:
         others = {name: mask.copy() for name, mask in judged.items()}
         for one in evidence:
             if one.basis == "proved" and one.claim == "dead":
                 others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        evidence += _proved_dead(sites, site_bounds(graph, in_box), inside, others)
+        bounds = site_bounds(graph, in_box)
+        evidence += _proved_dead(sites, bounds, inside, others)
+    evidence += _proved_negligible(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -200,6 +205,12 @@ def _no_forward(failures: list[str]) -> Abstention:
     )
 
 
+def _batches_counted(model: nn.Module) -> dict[str, int]:
+    """Return how many training batches each batch norm has counted, by its path."""
+    end = ".num_batches_tracked"
+    return {name.removesuffix(end): int(buffer) for name, buffer in model.named_buffers() if name.endswith(end)}
+
+
 def _layers_used(graph: Graph) -> Iterator[str]:
     """Yield the path of each layer whose weights the forward used."""
     for step in graph.steps:
@@ -234,6 +245,35 @@ def _proved_dead(
             measure="pre-activation, at most",
             text=f"In evaluation mode its output is exactly zero {scope}: by {method}, which allows for rounding.",
         )
+
+
+def _proved_negligible(
+    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
+) -> Iterator[Evidence]:
+    """Yield the neurons after a batch norm whose output is next to nothing for every input."""
+    for site in graph.first_calls():
+        parameters, found = _parameters_before(graph, site), bounds.get(site.name)
+        if parameters is None or found is None:
+            continue
+        usual = _usual_scale(*parameters)
+        yield from evidence_on_site(
+            site.name,
+            (found.output <= _NEGLIGIBLE * usual) & ~found.dead & judged[site.name],
+            found.output,
+            source=_BATCH_NORM,
+            claim="quiet",
+            basis="proved",
+            measure="output, at most",
+            text=(
+                f"Negligible: in evaluation mode its output is never larger than this, {scope}. It is less than "
+                f"{_NEGLIGIBLE:g} of the layer's median |γ| + |β| ({usual:.3g})."
+            ),
+        )
+
+
+def _usual_scale(scale: Tensor, shift: Tensor) -> float:
+    """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
+    return float((scale.double().abs() + shift.double().abs()).median())
 
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
@@ -276,7 +316,7 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         ),
     )
     most = scale.double().abs() * math.sqrt((positions or _MANY_VALUES) - 1) + shift.double().abs()
-    usual = float((scale.double().abs() + shift.double().abs()).median())
+    usual = _usual_scale(scale, shift)
     yield from evidence(
         ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
         most.numpy(),

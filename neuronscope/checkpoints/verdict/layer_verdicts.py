@@ -226,9 +226,17 @@ class LayerReport:
 
     @property
     def is_clocked(self) -> bool:
-        """Whether ``since`` of any dead neuron is from the optimizer's clock, and so the earliest possible step."""
-        dating = {int(index) for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])}
-        return any(self.evidence[index].basis != "measured" for index in dating)
+        """Whether ``since`` of any dead neuron is from a clock, and so the earliest possible step or an estimate."""
+        return any(one.basis != "measured" for one in self._dating_evidence)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether ``since`` of any dead neuron is an estimate, from SGD's clock or a batch norm's."""
+        return any(one.measure.endswith("about") for one in self._dating_evidence)
+
+    @property
+    def _dating_evidence(self) -> list[Evidence]:
+        return [self.evidence[index] for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])]
 
     def dead_by_basis(self) -> dict[str, int]:
         """Return the number of dead neurons by basis, the surest basis first."""

@@ -188,13 +188,17 @@ def _deaths(report: PostmortemReport) -> list[str]:
     worst = max(report.headline_layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
     what = "" if report.count("dead") == report.dead else f" or get{'s' * (report.dead == 1)} no gradient"
     at_least = "at least " if report.unknown else ""
-    clocked = any(layer.is_clocked for layer in report.headline_layers)
+    clock = ""
+    if any(layer.is_estimated for layer in report.headline_layers):
+        clock = " (estimated by a clock, some too early and some too late)"
+    elif any(layer.is_clocked for layer in report.headline_layers):
+        clock = " (earliest possible step, by the optimizer clock)"
     steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.headline_layers]))
     how_many = f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what}"
     return [
         f"{how_many} ({at_least}{percent(report.dead_percent)}): {sure}.",
         f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
-        f"When they died{' (earliest possible step, by the optimizer clock)' * clocked}: {steps}.",
+        f"When they died{clock}: {steps}.",
     ]
 
 
