@@ -152,13 +152,13 @@ def test_a_layer_has_one_line_for_each_way_in_which_sources_disagree() -> None:
     )
     silent = (
         "a, neurons 0, 1, 2 … (42): dead, measured (scan); share: 0.01; against it: alive, inferred (adam state); as "
-        "they got a gradient lately, most likely silent on this data only"
+        "they were alive in training lately, most likely silent on this data only"
     )
     fires = "a, neurons 50, 51: alive, measured (scan); against it: no gradient, inferred (adam state)"
     assert postmortem_wording.contested(said, 9, 3) == [silent, fires]
     assert postmortem_wording.contested(said, 1, 3) == [silent, "and 2 more neurons"]
     assert (
-        "42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only."
+        "42 of the dead fired or got a gradient lately in training, by adam state: most likely they are silent on this data only."
         in postmortem_wording.findings(said)
     )
     assert not any("gradient lately" in sentence for sentence in postmortem_wording.findings(samples.with_data()))

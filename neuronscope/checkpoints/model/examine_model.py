@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
+from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
@@ -143,6 +144,7 @@ def examine_model(
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     evidence += running_statistics_evidence(graph, free)
+    evidence += batch_norm_activity(graph, free)
     in_box = propagate_bounds(graph, box) if box is not None else free
     evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
     if box is not None:

@@ -131,11 +131,13 @@ def findings(report: PostmortemReport) -> list[str]:
             "alive. The surer source decides."
         )
     disagreements = find_disagreements(report.headline_layers)
-    silent = sum(contest.neurons.size for contest in disagreements if contest.silent_on_data)
+    silent = [contest for contest in disagreements if contest.silent_on_data]
     if silent:
+        number = sum(contest.neurons.size for contest in silent)
+        sources = listed(sorted({source for contest in silent for source in contest.alive_in_training}))
         sentences.append(
-            f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
-            f"{'it is' if silent == 1 else 'they are'} silent on this data only."
+            f"{count(number)} of the dead fired or got a gradient lately in training, by {sources}: most likely "
+            f"{'it is' if number == 1 else 'they are'} silent on this data only."
         )
     if report.unknown:
         sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
@@ -412,7 +414,7 @@ def _contest(one: Disagreement, most: int) -> str:
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
-        parts.append("as they got a gradient lately, most likely silent on this data only")
+        parts.append("as they were alive in training lately, most likely silent on this data only")
     return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
