@@ -146,7 +146,7 @@ def postmortem(
     examination, first = Examination((), ()), None
     if network is not None:
         first, batches = first_batch(batches)
-        examination = examine_model(network, example=example_input, batch=first, box=box)
+        examination = examine_model(network, example=example_input, batch=first, box=box, training_step=checkpoint.step)
         if (
             examination.readers_known
         ):  # The trace shows what reads each neuron; guesses from names are no longer needed.

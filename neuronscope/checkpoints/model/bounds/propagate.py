@@ -30,12 +30,14 @@ class SiteBounds:
         ground: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
         lowest: Lower bounds of the pre-activation, float64 ``(N,)``.
         highest: Upper bounds of the pre-activation, float64 ``(N,)``.
+        output: Upper bounds of the output's absolute value, float64 ``(N,)``.
         dead: Whether the output is exactly zero for every input, bool ``(N,)``.
     """
 
     source: str
     lowest: npt.NDArray[np.float64]
     highest: npt.NDArray[np.float64]
+    output: npt.NDArray[np.float64]
     dead: npt.NDArray[np.bool_]
 
 
@@ -193,6 +195,7 @@ def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, Sit
                 source=known[0].source,
                 lowest=np.min([one.lowest for one in known], axis=0),
                 highest=np.max([one.highest for one in known], axis=0),
+                output=np.max([one.output for one in known], axis=0),
                 dead=np.all([one.dead for one in known], axis=0),
             )
     return bounds
@@ -210,7 +213,8 @@ def _call_bounds(site: Site, before: Interval | None, after: Interval | None) ->
     else:  # GLU: the input has twice as many features as there are neurons
         lowest, highest = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
     dead = (low == 0) & (high == 0)
-    return SiteBounds(before.source, lowest.numpy(), highest.numpy(), dead.numpy())
+    output = torch.maximum(low.abs(), high.abs())
+    return SiteBounds(before.source, lowest.numpy(), highest.numpy(), output.numpy(), dead.numpy())
 
 
 def _by_neuron(interval: Interval, layout: NeuronLayout) -> tuple[Tensor, Tensor]:
