@@ -208,7 +208,10 @@ def _no_forward(failures: list[str]) -> Abstention:
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:
-    """Return how many training batches each batch norm has counted, by its path."""
+    """Return how many training batches each batch norm has counted, by its path; those that counted none are left out.
+
+    Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
+    """
     end = ".num_batches_tracked"
     return {name.removesuffix(end): int(buffer) for name, buffer in model.named_buffers() if name.endswith(end)}
 
