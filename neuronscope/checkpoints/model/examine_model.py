@@ -213,7 +213,8 @@ def _batches_counted(model: nn.Module) -> dict[str, int]:
     Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
     """
     end = ".num_batches_tracked"
-    return {name.removesuffix(end): int(buffer) for name, buffer in model.named_buffers() if name.endswith(end)}
+    counters = ((name, int(buffer)) for name, buffer in model.named_buffers() if name.endswith(end))
+    return {name.removesuffix(end): count for name, count in counters if count > 0}
 
 
 def _layers_used(graph: Graph) -> Iterator[str]:
