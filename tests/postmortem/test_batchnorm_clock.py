@@ -189,6 +189,17 @@ def test_the_running_mean_behind_an_activation_tells_dormancy() -> None:
     assert dormant.numbers[0] == pytest.approx(float(means[4] / means.mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("counted", [0, 5000])
+def test_silence_is_not_dated_by_a_norm_that_counted_no_batches(counted: int) -> None:
+    """Old files and converted ones hold statistics and a count of zero."""
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.BatchNorm2d(6))
+    model[2].running_mean.copy_(torch.tensor([1.0, 1.0, 1e-30, 1.0, 1.0, 1.0]))
+    model[2].running_var.copy_(torch.tensor([1.0, 1.0, 1e-30, 1.0, 1.0, 1.0]))
+    model[2].num_batches_tracked.fill_(counted)
+    (silent,) = (one for one in found_in(model) if one.claim == "dead")
+    assert (silent.neurons.tolist(), silent.since is None) == ([2], counted == 0)
+
+
 @pytest.mark.parametrize(
     "model",
     [

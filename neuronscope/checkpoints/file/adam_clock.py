@@ -35,6 +35,7 @@ times .9 rounds to ``n`` for n ≤ 4).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,6 +109,11 @@ class ClockReading:
     never: Tensor
     not_finite: Tensor
     unknown: Tensor
+
+    def split(self, rows: Sequence[int]) -> list[ClockReading]:
+        """Return the readings of so many rows each, in order."""
+        columns = (getattr(self, name).split(list(rows)) for name in self.__dataclass_fields__)
+        return [ClockReading(*parts) for parts in zip(*columns, strict=True)]
 
     def join(self, other: ClockReading) -> ClockReading:
         """Return the reading of the same rows with further elements (a weight's rows and the bias)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
@@ -21,6 +21,9 @@ from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
+
+#: Layers are read together until they have so many weights: reading one takes far longer than its numbers do.
+_TOGETHER = 1 << 16
 
 
 _AVERAGED = (
@@ -115,7 +118,9 @@ def read_clocks(
     """
     newest = _newest_steps(states)
     decay_check = _DecayCheck(checkpoint, states)
-    momentum_layers: dict[tuple[int, SGDClock], list[_MomentumLayer]] = {}
+    momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
+    together: list[_RuledLayer] = []
+    weights = 0
     for layer in layers:
         if layer.kind == "experts":
             yield Abstention(
@@ -135,16 +140,21 @@ def read_clocks(
             key = weight.optimizer, SGDClock(rule.betas[0], rule.least_beta)
             momentum_layers.setdefault(key, []).append((layer, known))
             continue
-        yield _read_means(checkpoint, layer, states, known, newest.get(weight.optimizer))
+        together.append((layer, known))
+        weights += math.prod(checkpoint.tensors[layer.weight].shape)
+        if weights >= _TOGETHER:
+            yield from _read_means(checkpoint, states, together, newest)
+            together, weights = [], 0
+    yield from _read_means(checkpoint, states, together, newest)
     for (_, clock), found in momentum_layers.items():
         yield from _read_momentum(checkpoint, states, clock, found)
 
 
-_MomentumLayer = tuple[Layer, Mapping[str, OptimizerRule]]
+_RuledLayer = tuple[Layer, Mapping[str, OptimizerRule]]
 
 
 def _read_momentum(
-    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_MomentumLayer]
+    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_RuledLayer]
 ) -> Iterator[LayerClock]:
     """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
 
@@ -301,43 +311,58 @@ def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: S
 
 def _read_means(
     checkpoint: Checkpoint,
-    layer: Layer,
     states: Mapping[str, ParameterState],
-    rules: Mapping[str, OptimizerRule],
-    newest: int | None,
-) -> LayerClock:
-    """Read a layer whose optimizer keeps Adam's means, or others of which only exact zeros are read.
+    layers: Sequence[_RuledLayer],
+    newest_steps: Mapping[int, int],
+) -> Iterator[LayerClock]:
+    """Read layers whose optimizer keeps Adam's means, or others of which only exact zeros are read.
 
     Args:
         checkpoint: The checkpoint.
-        layer: The layer.
         states: The optimizer state of each parameter.
-        rules: The optimizer of each of the layer's tensors that is read.
-        newest: Number of steps of the layer's optimizer; ``None`` = not known.
+        layers: The layers, with the optimizer of each tensor that is read.
+        newest_steps: Number of steps of each optimizer that is known.
     """
-    rule, weight = rules[layer.weight], states[layer.weight]
-    taken = steps_taken(weight.slots, weight.group)
-    each = {
-        name: _clock(own, steps_taken(states[name].slots, states[name].group)).read(
-            *(layer.rows(_read(states[name], slot)) for slot in own.slots)
+    readings = iter(_read_together(states, layers))
+    for layer, rules in layers:
+        rule, weight = rules[layer.weight], states[layer.weight]
+        taken, newest = steps_taken(weight.slots, weight.group), newest_steps.get(weight.optimizer)
+        each = {name: next(readings) for name in rules}
+        reading = reduce(ClockReading.join, each.values())
+        step, began = _training_steps(checkpoint, newest)
+        yield LayerClock(
+            layer=layer,
+            rule=rule,
+            clock=_clock(rule, taken),
+            reading=reading,
+            weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+            parameters=tuple(rules),
+            taken=taken,
+            lag=0 if taken is None or newest is None else newest - taken,
+            step=step,
+            began=began,
+            untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
         )
-        for name, own in rules.items()
-    }
-    reading = reduce(ClockReading.join, each.values())
-    step, began = _training_steps(checkpoint, newest)
-    return LayerClock(
-        layer=layer,
-        rule=rule,
-        clock=_clock(rule, taken),
-        reading=reading,
-        weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-        parameters=tuple(rules),
-        taken=taken,
-        lag=0 if taken is None or newest is None else newest - taken,
-        step=step,
-        began=began,
-        untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
-    )
+
+
+def _read_together(states: Mapping[str, ParameterState], layers: Sequence[_RuledLayer]) -> list[ClockReading]:
+    """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
+    alike: dict[tuple[Hashable, ...], list[tuple[int, AdamClock | NoClock, tuple[Tensor, ...]]]] = {}
+    number = 0
+    for layer, rules in layers:
+        for name, rule in rules.items():
+            kept = tuple(layer.rows(_read(states[name], slot)) for slot in rule.slots)
+            clock = _clock(rule, steps_taken(states[name].slots, states[name].group))
+            key = clock, kept[0].shape[1], *(tensor.dtype for tensor in kept)
+            alike.setdefault(key, []).append((number, clock, kept))
+            number += 1
+    found: dict[int, ClockReading] = {}
+    for members in alike.values():
+        numbers, (clock, *_), kept_by_each = zip(*members, strict=True)
+        slots = kept_by_each[0] if len(members) == 1 else map(torch.cat, zip(*kept_by_each, strict=True))
+        parts = clock.read(*slots).split([kept[0].shape[0] for kept in kept_by_each])
+        found.update(zip(numbers, parts, strict=True))
+    return [found[at] for at in range(number)]
 
 
 def _clock(rule: OptimizerRule, taken: int | None) -> AdamClock | NoClock:

@@ -43,7 +43,8 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
             rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 cannot be compared
             low, high = torch.aminmax(rows, dim=1)  # one pass; NaN if the row contains one
             affected = ~(torch.isfinite(low) & torch.isfinite(high))
-            not_finite[affected] += (~torch.isfinite(rows[affected])).sum(dim=1)
+            if affected.any():
+                not_finite[affected] += (~torch.isfinite(rows[affected])).sum(dim=1)
             zero = (low == 0) & (high == 0)
             if name == layer.bias:
                 bias = rows[:, 0].double()

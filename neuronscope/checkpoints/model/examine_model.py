@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
+from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
+from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
 from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
@@ -37,7 +38,7 @@ from neuronscope.checkpoints.model.bounds.propagate import (
 )
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
+from neuronscope.checkpoints.model.traced_graph import Graph, Site
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
@@ -145,6 +146,7 @@ def examine_model(
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)
+    evidence += batch_norm_activity(graph, free)
     in_box = propagate_bounds(graph, box) if box is not None else free
     bounds, inside = site_bounds(graph, free), f"for every finite input {scope}"
     evidence += _proved_dead(sites, bounds, inside, judged)
@@ -206,9 +208,13 @@ def _no_forward(failures: list[str]) -> Abstention:
 
 
 def _batches_counted(model: nn.Module) -> dict[str, int]:
-    """Return how many training batches each batch norm has counted, by its path."""
+    """Return how many training batches each batch norm has counted, by its path; those that counted none are left out.
+
+    Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
+    """
     end = ".num_batches_tracked"
-    return {name.removesuffix(end): int(buffer) for name, buffer in model.named_buffers() if name.endswith(end)}
+    counters = ((name, int(buffer)) for name, buffer in model.named_buffers() if name.endswith(end))
+    return {name.removesuffix(end): count for name, count in counters if count > 0}
 
 
 def _layers_used(graph: Graph) -> Iterator[str]:
@@ -361,23 +367,9 @@ def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None
     for call in graph.sites:
         if call.name == site.name:
             step = step_before_copies(steps, call.before)
-            parameters = _affine(graph, step) if step is not None else None
-            if parameters is None or any(parameter.shape != (site.neurons,) for parameter in parameters):
+            norm = read_batch_norm(graph, step)
+            if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
                 return None
-            found.append(parameters)
+            found.append((norm.scale, norm.shift))
     same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
     return found[0] if same else None
-
-
-def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
-    """Return γ and β of a batch norm, both ``(C,)``; ``None`` for any other step."""
-    if step.function is not F.batch_norm:
-        return None
-    parameters = []
-    for place, name in ((3, "weight"), (4, "bias")):
-        argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
-        tensor = graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
-        if tensor is None:
-            return None
-        parameters.append(tensor.detach())
-    return parameters[0], parameters[1]

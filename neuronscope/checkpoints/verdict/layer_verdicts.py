@@ -42,7 +42,8 @@ FIRM = ("proved", "measured", "inferred")
 NO_BASIS = 255
 
 _FIRM_CODES = BASES.index(FIRM[-1])
-_GONE_CODES = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
+#: Whether a label counts as dead, by its code.
+_IS_GONE = np.array([label in DEAD_CLAIMS for label in LABELS])
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,15 @@ class LayerReport:
     @cached_property
     def dead_or_suspected(self) -> BoolArray:
         """True for neurons that are dead, never trained or without gradient, suspected ones included, bool ``(N,)``."""
-        return np.isin(self.labels, _GONE_CODES)
+        mask: BoolArray = _IS_GONE[self.labels]
+        return mask
 
     @cached_property
     def idle(self) -> BoolArray:
         """True for neurons without gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
         whole = [index for index, one in enumerate(self.evidence) if one.whole_layer]
+        if not whole:
+            return np.zeros(self.neurons, dtype=np.bool_)
         mask: BoolArray = self.dead_or_suspected & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
         return mask
 
@@ -236,17 +240,22 @@ class LayerReport:
 
     @property
     def _dating_evidence(self) -> list[Evidence]:
-        return [self.evidence[index] for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])]
+        return [self.evidence[index] for index in set(self.dating[self.dead_mask & (self.since >= 0)].tolist())]
 
     def dead_by_basis(self) -> dict[str, int]:
         """Return the number of dead neurons by basis, the surest basis first."""
-        return {basis: int((self.dead_mask & (self.basis == BASES.index(basis))).sum()) for basis in FIRM}
+        by_basis = np.bincount(self.basis[self.dead_mask], minlength=len(BASES))
+        return {basis: int(by_basis[BASES.index(basis)]) for basis in FIRM}
 
     def count(self, label: str) -> int:
         """Return the number of neurons with a label, on a firm basis if the label has one."""
-        return int(
-            ((self.labels == LABELS.index(label)) & ((self.basis <= _FIRM_CODES) | (self.basis == NO_BASIS))).sum()
-        )
+        return int(self._firm_labels[LABELS.index(label)])
+
+    @cached_property
+    def _firm_labels(self) -> IntArray:
+        """Number of neurons with each label, int64 ``(labels,)``; those that are only suspected to have it left out."""
+        firm = (self.basis <= _FIRM_CODES) | (self.basis == NO_BASIS)
+        return np.bincount(self.labels[firm], minlength=len(LABELS))
 
     def label_of(self, neuron: int) -> str:
         """Return the label of one neuron."""

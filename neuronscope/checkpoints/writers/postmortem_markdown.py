@@ -29,7 +29,7 @@ GROUNDS = (
     ("layers", True),
     ("evidence", False),
 )
-#: Disagreements that are listed, and neurons that each names.
+#: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 20, 12
 
 
@@ -60,12 +60,12 @@ def render(report: PostmortemReport) -> str:
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
     for heading, lines in (
         ("Confirmed by measuring", wording.confirmations(report)),
-        ("Woken by an input of the box", wording.woken(report, NAMED)),
+        ("Woken by an input of the box", wording.woken(report, LISTED, NAMED)),
         ("Contested", wording.contested(report, LISTED, NAMED)),
     ):
         blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []
     if report.abstentions:
-        reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report)]
+        reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report, LISTED)]
         blocks += ["### Not known, and why", table([("what", False), ("why", False)], reasons)]
     if report.notes:
         blocks += ["### Notes", bullets(map(plain, report.notes))]

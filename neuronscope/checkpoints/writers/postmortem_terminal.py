@@ -21,7 +21,7 @@ COLUMNS = (
     Column("contested", "contested", narrowest=110, optional=True),
     Column("unknown", "unknown", narrowest=120, optional=True),
 )
-#: Disagreements that are listed, and neurons that each names.
+#: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 10, 8
 
 
@@ -48,9 +48,9 @@ def render(report: PostmortemReport) -> str:
             page.item(f"{what}: {text}", indent=4)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))
-    page.list("Woken by an input of the box", wording.woken(report, NAMED))
+    page.list("Woken by an input of the box", wording.woken(report, LISTED, NAMED))
     page.list("Contested", wording.contested(report, LISTED, NAMED))
-    page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report)])
+    page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report, LISTED)])
     page.list("Notes", report.notes)
     page.line()
     page.line(wording.LEGEND, "dim")

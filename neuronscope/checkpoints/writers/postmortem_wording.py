@@ -48,6 +48,9 @@ __all__ = [
     "woken",
 ]
 
+#: Collapsed layers that have a sentence each.
+COLLAPSES = 5
+
 #: The words of the table in one line.
 LEGEND = (
     "dead: dead, never trained or no gradient; proved, measured or inferred · suspected: likely, not in the totals · "
@@ -128,11 +131,13 @@ def findings(report: PostmortemReport) -> list[str]:
             "alive. The surer source decides."
         )
     disagreements = find_disagreements(report.headline_layers)
-    silent = sum(contest.neurons.size for contest in disagreements if contest.silent_on_data)
+    silent = [contest for contest in disagreements if contest.silent_on_data]
     if silent:
+        number = sum(contest.neurons.size for contest in silent)
+        sources = listed(sorted({source for contest in silent for source in contest.alive_in_training}))
         sentences.append(
-            f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
-            f"{'it is' if silent == 1 else 'they are'} silent on this data only."
+            f"{count(number)} of the dead fired or got a gradient lately in training, by {sources}: most likely "
+            f"{'it is' if number == 1 else 'they are'} silent on this data only."
         )
     if report.unknown:
         sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
@@ -171,7 +176,13 @@ def _collapses(report: PostmortemReport) -> list[str]:
             sentences["suspected"].append(
                 f"Layer {layer_name} may have collapsed: {none} gets a gradient{since}.{tell}"
             )
-    return sentences["firm"] + sentences["suspected"]
+    return [*_first(sentences["firm"], COLLAPSES, "layer"), *_first(sentences["suspected"], COLLAPSES, "layer")]
+
+
+def _first(lines: list[str], most: int, noun: str) -> list[str]:
+    """Return the first lines, and one that says how many were left out."""
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, f'more {noun}')}."]
 
 
 def _collapsed_since(layer: LayerReport) -> str:
@@ -294,15 +305,17 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
     """
     if len(report.layers) <= limit:
         return list(report.layers), []
-    found = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
-    worst = {id(layer) for layer in sorted(found, key=lambda layer: -layer.dead)[:most]}
-    shown = [layer for layer in found if id(layer) in worst]
+    tones = [_tone(layer) for layer in report.layers]
+    found = [number for number, tone in enumerate(tones) if tone not in ("calm", "unknown")]
+    worst = sorted(found, key=lambda number: (tones[number] != "alarm", -report.layers[number].dead))[:most]
     left_out = []
-    if len(found) > len(shown):
-        left_out.append(f"… {plural(len(found) - len(shown), 'more layer')} with no more dead than these")
+    if len(found) > most:
+        left_out.append(f"… {plural(len(found) - most, 'more layer')} with no more dead than these")
     if len(report.layers) > len(found):
         left_out.append(f"… {plural(len(report.layers) - len(found), 'more layer')} with nothing to report")
-    return shown, left_out
+    if left_out:
+        left_out.append("All layers are in the JSON report (--json, to_json)")
+    return [report.layers[number] for number in sorted(worst)], left_out
 
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
@@ -362,20 +375,21 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
-def woken(report: PostmortemReport, most: int) -> list[str]:
+def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
     """Say which neurons an input of the box makes fire, a line for each layer.
 
     Args:
         report: The post-mortem.
-        most: Most neurons that a line names.
+        most: Most lines; one more says how many layers were left out.
+        named: Most neurons that a line names.
     """
     lines = []
     for layer in report.layers:
         neurons = np.flatnonzero(layer.woken >= 0) if layer.woken is not None else np.array([])
         if layer.woken is not None and neurons.size:
             by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
-            lines.append(f"{visible(layer.name)}, {_named(neurons, most)}: {by}")
-    return lines
+            lines.append(f"{visible(layer.name)}, {_named(neurons, named)}: {by}")
+    return _first(lines, most, "layer")
 
 
 def _named(neurons: npt.NDArray[np.int64], most: int) -> str:
@@ -404,7 +418,7 @@ def _contest(one: Disagreement, most: int) -> str:
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
-        parts.append("as they got a gradient lately, most likely silent on this data only")
+        parts.append("as they were alive in training lately, most likely silent on this data only")
     return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
@@ -426,16 +440,23 @@ def _claim(one: Evidence) -> str:
     return f"{one.claim}, {one.basis} ({visible(one.source_label)})"
 
 
-def abstentions(report: PostmortemReport) -> list[tuple[str, str]]:
-    """Return what is not known, by source and layers, and why; layers with the same reason share an entry."""
+def abstentions(report: PostmortemReport, most: int) -> list[tuple[str, str]]:
+    """Return what is not known, by source and layers, and why; layers with the same reason share an entry.
+
+    Args:
+        report: The post-mortem.
+        most: Most entries; one more says how many reasons were left out.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for one in report.abstentions:
         layers = found.setdefault((one.source, one.reason), [])
         layers += [one.layer] if one.layer else []
-    return [
+    entries = [
         (visible(source) + (f", {listed(layers)}" if layers else ""), visible(reason))
         for (source, reason), layers in found.items()
     ]
+    more = len(entries) - most
+    return entries if more <= 0 else [*entries[:most], ("and", f"{plural(more, 'more reason')}, in the JSON report")]
 
 
 def _layers(names: Sequence[str], noun: str = "layer") -> str:

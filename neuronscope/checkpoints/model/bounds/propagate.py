@@ -16,7 +16,7 @@ from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, Tensor
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
-__all__ = ["Box", "SiteBounds", "box_ends", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
+__all__ = ["Box", "SiteBounds", "box_ends", "is_positive_from", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
 
 #: Lower and upper bound of every element of the input: two numbers, or two tensors that broadcast to the input.
 Box = tuple["float | Tensor", "float | Tensor"]
@@ -135,7 +135,6 @@ def _with_shape(interval: Interval, shape: tuple[int, ...]) -> Interval:
     return replace(interval, shape=shape).cleaned()
 
 
-@torch.no_grad()
 def is_zero_below_zero(graph: Graph, site: Site) -> bool:
     """Whether a site's output is exactly zero wherever its pre-activation is not above zero.
 
@@ -143,19 +142,37 @@ def is_zero_below_zero(graph: Graph, site: Site) -> bool:
         graph: A traced forward.
         site: A call of a site in it.
     """
+    result = _site_output(graph, site, -torch.inf, 0.0)
+    return result is not None and bool(((result.low == 0) & (result.high == 0)).all())
+
+
+def is_positive_from(graph: Graph, site: Site, lowest: float) -> bool:
+    """Whether a site's output is above zero wherever its pre-activation is not below ``lowest``.
+
+    Args:
+        graph: A traced forward.
+        site: A call of a site in it.
+        lowest: The least pre-activation.
+    """
+    result = _site_output(graph, site, lowest, torch.inf)
+    return result is not None and bool((result.low > 0).all())
+
+
+@torch.no_grad()
+def _site_output(graph: Graph, site: Site, low: float, high: float) -> Interval | None:
+    """Return the interval of a site's output for pre-activations between two ends; ``None`` if it is not known."""
     before, after = graph.values[site.before], graph.values[site.after]
     if before.shape != after.shape:
-        return False
+        return None
     made = [step.outputs for step in graph.steps]
     first = next((index + 1 for index, outputs in enumerate(made) if site.before in outputs), 0)
     last = next((index + 1 for index, outputs in enumerate(made) if site.after in outputs), 0)
     intervals: list[Interval | None] = [None] * len(graph.values)
-    intervals[site.before] = Interval.between(-torch.inf, 0.0, before.shape)
+    intervals[site.before] = Interval.between(low, high, before.shape)
     for step in graph.steps[first:last]:
         for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
             intervals[number] = interval
-    result = intervals[site.after]
-    return result is not None and bool(((result.low == 0) & (result.high == 0)).all())
+    return intervals[site.after]
 
 
 def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, SiteBounds]:
