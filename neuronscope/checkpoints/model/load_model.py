@@ -27,7 +27,15 @@ from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
-__all__ = ["build_model", "configured_parameters", "list_parameters", "load_named", "load_weights", "path_in_model"]
+__all__ = [
+    "build_model",
+    "configured_parameters",
+    "list_parameters",
+    "load_named",
+    "load_weights",
+    "path_in_model",
+    "stored_names",
+]
 
 
 def load_named(name: str, argument: str) -> Any:
@@ -302,13 +310,23 @@ def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         model: The model.
         checkpoint: The checkpoint.
     """
-    stored = _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
+    stored = stored_names(model, checkpoint)
     names: dict[int, str] = {}
     for path, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{name}" if path else name)
     return [stored.get(name, name) for name in names.values()]
+
+
+def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the name in a checkpoint of each parameter and buffer of a model that it holds.
+
+    Args:
+        model: The model.
+        checkpoint: The checkpoint.
+    """
+    return _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
 
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
@@ -338,7 +356,7 @@ def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], s
         model: The network.
         checkpoint: The checkpoint.
     """
-    pairs = _match_names((name for name, _ in _slots(model)), checkpoint.tensors).items()
+    pairs = stored_names(model, checkpoint).items()
     own, stored = next(((own, stored) for own, stored in pairs if own != stored), ("", ""))
     surplus = stored.removesuffix(own) if stored.endswith(f".{own}") else ""
     missing = own.removesuffix(stored) if own.endswith(f".{stored}") else ""
