@@ -5,7 +5,7 @@ post-mortem with ``fixed_data``. Then training goes on from there, on the same i
 run on all of them: a neuron that was called permanent and fires is a contradiction. The figures in
 ``docs/postmortem.md`` come from here::
 
-    python scripts/permanent_demo.py [--seeds 10] [--epochs 30]
+    python scripts/permanent_demo.py [--seeds 0 1 2] [--epochs 30]
 """
 
 import argparse
@@ -23,13 +23,13 @@ from neuronscope.demo.recipe import Recipe
 def main() -> None:
     """Print the figures of each seed, and their sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, help="number of networks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(10), help="seeds of the networks")
     parser.add_argument("--epochs", type=int, default=30, help="epochs for which training goes on")
     parsed = parser.parse_args()
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     data, recipe = load_digits(), Recipe()
     sums = [0] * 6
-    for seed in range(parsed.seeds):
+    for seed in parsed.seeds:
         network, optimizer = train(seed, data, recipe)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "demo.pt"

@@ -189,7 +189,7 @@ def _numbers(group: Mapping[str, Any], *names: str) -> list[float]:
     found = []
     for name in names:
         value = group.get(name)
-        if hasattr(value, "item") and getattr(value, "numel", lambda: 0)() == 1:
+        if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, (int, float)) and math.isfinite(value):
             found.append(float(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     threshold,
     training_maximum,
 )
-from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
+from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
     SiteBounds,
@@ -36,6 +37,8 @@ from neuronscope.checkpoints.model.bounds.propagate import (
     site_bounds,
 )
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
+from neuronscope.checkpoints.model.observed_network import tensors_of
+from neuronscope.checkpoints.model.separate_examples import two_examples
 from neuronscope.checkpoints.model.trace import ForwardError, trace
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
@@ -55,6 +58,10 @@ _NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
 _BATCH_NORM = "batch norm"
 _READERS = "readers"
+_METHODS = {
+    LAYER_NORM: "the norm of its weights after a layer norm",
+    BACKWARD: "linear bounds that are passed backwards to the input",
+}
 
 
 class Examination(NamedTuple):
@@ -151,7 +158,10 @@ def examine_model(
             if one.basis == "proved" and one.claim == "dead":
                 others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        evidence += _proved_dead(sites, site_bounds(graph, in_box), inside, others)
+        for bounds in (site_bounds(graph, in_box), _backward_bounds(model, traced_example, box, sites)):
+            for one in _proved_dead(sites, bounds, inside, others):
+                others[one.site][one.neurons] = False
+                evidence.append(one)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -223,7 +233,7 @@ def _proved_dead(
         if found is None:
             continue
         mask = found.dead & judged[site.name]
-        method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
+        method = _METHODS.get(found.source, "interval arithmetic")
         yield from evidence_on_site(
             site.name,
             mask,
@@ -234,6 +244,28 @@ def _proved_dead(
             measure="pre-activation, at most",
             text=f"In evaluation mode its output is exactly zero {scope}: by {method}, which allows for rounding.",
         )
+
+
+def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
+    """Return bounds of each site that are tighter than intervals; none where the network is not traced on two examples.
+
+    Args:
+        model: The network.
+        example: An example that it runs on.
+        box: Bounds of the input.
+        sites: Its sites.
+    """
+    two = two_examples(example)
+    if two is None:
+        return {}
+    try:
+        graph = trace(model, two.args, two.kwargs)
+        bounds = site_bounds(graph, propagate_bounds(graph, box, backwards=len(next(iter(tensors_of(two).values())))))
+    except (ForwardError, UsageError):  # such as a box that is not the same for all examples
+        return {}
+    widths = {site.name: site.neurons for site in sites}
+    found = {name: replace(one, source=BACKWARD) for name, one in bounds.items() if one.dead.size == widths.get(name)}
+    return {} if graph.branches else found
 
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:

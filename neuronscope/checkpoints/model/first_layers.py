@@ -23,12 +23,13 @@ from neuronscope.checkpoints.model.bounds.propagate import is_zero_below_zero
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import by_elementwise, by_move, by_same
-from neuronscope.checkpoints.model.observed_network import tensors_of
+from neuronscope.checkpoints.model.separate_examples import keeps_examples, two_examples
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 
 __all__ = ["FirstLayer", "find_first_layers"]
 
+_EXAMPLES = 2
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _POOLING = spellings("max_pool1d", "max_pool2d", "max_pool3d")
 _PADDING = spellings("pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack")
@@ -70,25 +71,20 @@ def find_first_layers(model: nn.Module, example: Example) -> list[FirstLayer] | 
     >>> [layer.path for layer in find_first_layers(net, Example((torch.zeros(1, 2, 2),), {}, ""))]
     ['1']
     """
-    sizes = {tuple(tensor.shape[:1]) for tensor in tensors_of(example).values()}
-    if len(sizes) != 1 or sizes == {()}:
+    two = two_examples(example)
+    if two is None:
         return "the inputs do not have examples along their first dimension"
-    examples = sizes.pop()[0]
-    arguments = tuple(example.args), dict(example.kwargs)
-    if examples == 1:  # functions that mix examples show only where there are two
-        examples = 2
-        arguments = substitute(arguments, lambda one: torch.cat([one, one]) if isinstance(one, Tensor) else one)
     try:
         with torch.random.fork_rng(devices=[]):
-            graph = trace(model, *arguments, training=True)
+            graph = trace(model, two.args, two.kwargs, training=True)
     except ForwardError as error:
-        return f"the network does not run in training mode on {examples} examples: {error}"
+        return f"the network does not run in training mode on two examples: {error}"
     if graph.branches:
         return f"in training, its Python code reads numbers that depend on the input ({', '.join(graph.branches)})"
     if graph.unseen_tensors or graph.output_not_searchable:
         return "in training, it computes with calls that were not seen"
     learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    found = [_FirstLayers(graph, examples, learned).before(site) for site in graph.sites]
+    found = [_FirstLayers(graph, learned).before(site) for site in graph.sites]
     layers = {layer.path: layer for layer in found if layer is not None}
     if not layers:
         return (
@@ -102,15 +98,13 @@ class _FirstLayers:
     """Finds the first layers of a traced forward.
 
     Args:
-        graph: A forward in training mode.
-        examples: Number of examples that it ran on.
+        graph: A forward in training mode on two examples.
         learned: Names of the parameters.
     """
 
-    def __init__(self, graph: Graph, examples: int, learned: set[str]) -> None:
+    def __init__(self, graph: Graph, learned: set[str]) -> None:
         self._graph = graph
         self._values = graph.values
-        self._examples = examples
         self._steps = producing_steps(graph)
         self._reads = Counter(number for step in graph.steps for number in set(step.reads))
         # A weight from which the forward computes something else may get a gradient from there.
@@ -164,7 +158,7 @@ class _FirstLayers:
             if layer.function is F.linear
             else rank == len(self._values[_argument(layer, 1, "weight").value].shape)
         )
-        if not wanted or self._values[number].shape[0] != self._examples:
+        if not wanted or self._values[number].shape[0] != _EXAMPLES:
             return False
         while number not in self._graph.inputs:
             before = self._preprocessed(self._steps[number]) if number in self._steps else None
@@ -186,12 +180,12 @@ class _FirstLayers:
         (number,) = inputs
         constants = [self._values[other].shape for other in step.reads if other not in inputs]
         shapes = self._values[number].shape, self._values[step.outputs[0]].shape
-        if not sources.isdisjoint(self._may_change) or any(shape[:1] != (self._examples,) for shape in shapes):
+        if not sources.isdisjoint(self._may_change) or any(shape[:1] != (_EXAMPLES,) for shape in shapes):
             return None
         if rule.needed_inputs in (by_elementwise, by_same):
             by_place = any(len(shape) >= len(shapes[0]) and shape[0] != 1 for shape in constants)
             return None if by_place or shapes[0] != shapes[1] else number
-        return number if rule.needed_inputs is by_move and _keeps_examples(step, shapes[0]) else None
+        return number if rule.needed_inputs is by_move and keeps_examples(self._graph, step, _EXAMPLES) else None
 
 
 def _keeps_sign(step: Step) -> bool:
@@ -205,28 +199,3 @@ def _keeps_sign(step: Step) -> bool:
 
 def _argument(step: Step, place: int, name: str) -> Any:
     return step.args[place] if len(step.args) > place else step.kwargs.get(name)
-
-
-def _keeps_examples(step: Step, shape: tuple[int, ...]) -> bool:
-    """Whether a function that moves elements keeps those of each example at the example's place.
-
-    Args:
-        step: One call of it.
-        shape: Shape of its input, ``(B, …)``.
-    """
-
-    def numbered(*sizes: int) -> Tensor:
-        return torch.arange(shape[0], dtype=torch.float64).view(-1, *(1 for _ in sizes))
-
-    owners = numbered(*shape[1:]).expand(shape)
-    args, kwargs = substitute(
-        (step.args, dict(step.kwargs)), lambda leaf: owners.clone() if isinstance(leaf, TensorRef) else leaf
-    )
-    padding = -1.0
-    if step.function is F.pad and kwargs.get("mode", "constant") == "constant" and len(args) < 4:
-        kwargs["value"] = padding
-    try:
-        moved = step.function(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return False
-    return bool(((moved == numbered(*moved.shape[1:])) | (moved == padding)).all())
