@@ -28,7 +28,13 @@ from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
-from neuronscope.checkpoints.model.load_model import build_model, configured_parameters, list_parameters, path_in_model
+from neuronscope.checkpoints.model.load_model import (
+    as_loaded,
+    build_model,
+    configured_parameters,
+    list_parameters,
+    path_in_model,
+)
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
@@ -131,6 +137,8 @@ def postmortem(
     if earlier is not None:
         before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
     network = None if model is None else build_model(model, checkpoint)
+    if network is not None:
+        checkpoint = as_loaded(network, checkpoint)
     batches = resolve_batches(data)
     loss_function = resolve_loss(loss)
     example_input = None if network is None else resolve_example(example, network)
