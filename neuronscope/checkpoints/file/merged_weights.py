@@ -107,13 +107,19 @@ def _masked(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | No
     if not name.endswith("_orig") or mask not in tensors:
         return None
     weight, kept = tensors[name], tensors[mask]
+
+    def compute() -> Tensor:
+        read = weight.read()
+        masked: Tensor = read * kept.read().to(read.dtype)
+        return masked
+
     return MergedWeight(
         name.removesuffix("_orig"),
         name,
         (name, mask),
         weight.shape,
         weight.dtype,
-        lambda: (read := weight.read()) * kept.read().to(read.dtype),
+        compute,
     )
 
 
@@ -128,7 +134,8 @@ def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight 
                 size = sizes.read()
                 dims = [dim for dim, length in enumerate(size.shape) if length == 1]
                 read = weight.read()
-                return read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
+                scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
+                return scaled
 
             return MergedWeight(
                 _unparametrized(name.removesuffix(direction)), name, (name, other), weight.shape, weight.dtype, compute
@@ -153,7 +160,8 @@ def _spectral(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | 
         read, u, v = weight.read(), left.read(), right.read()
         axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
         matrix = read.movedim(axis, 0).flatten(1)
-        return read / torch.dot(u, matrix @ v)
+        norm: Tensor = torch.dot(u, matrix @ v)
+        return read / norm
 
     bare = _unparametrized(name.removesuffix("_orig").removesuffix(".original"))
     return MergedWeight(bare, name, (name, *vectors), weight.shape, weight.dtype, compute)
