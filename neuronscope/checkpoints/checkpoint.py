@@ -65,6 +65,7 @@ class Checkpoint:
         records: The states of Neuronscope's own monitors, by the key under which each was found.
         step: Number of optimizer steps taken; ``None`` if the file does not hold it.
         config: The network's configuration (``config.json`` of a Hugging Face folder); empty if there is none.
+        adapter: The configuration of an adapter (``adapter_config.json`` of PEFT); empty if there is none.
         hyperparameters: Arguments that a LightningModule was created with, by name, if they are plain data.
         notes: Sentences that the report shows to the reader.
     """
@@ -79,5 +80,6 @@ class Checkpoint:
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -45,6 +45,14 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--data", metavar="PKG.MOD:FACTORY", help="a function that returns batches to run the network on"
     )
     command.add_argument(
+        "--fixed-data",
+        action="store_true",
+        help=(
+            "the data is the whole training set, the same in each epoch: prove which dead neurons no training on it "
+            "revives"
+        ),
+    )
+    command.add_argument(
         "--example",
         metavar="SHAPE|PKG.MOD:FN",
         help=(
@@ -119,6 +127,7 @@ def _run(parsed: argparse.Namespace) -> int:
                 optimizer=parsed.optimizer,
                 step=parsed.step,
                 earlier=parsed.earlier,
+                fixed_data=parsed.fixed_data,
                 box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
                 wake_seconds=parsed.wake,
                 seed=parsed.seed,

@@ -125,6 +125,11 @@ class PostmortemReport(Renderable):
         return InBox(*(sum(numbers) for numbers in zip(*found, strict=True))) if found else None
 
     @property
+    def permanent(self) -> int:
+        """Number of dead neurons of which it is proved that no training on the same data revives them."""
+        return sum(int(layer.permanent.sum()) for layer in self.headline_layers)
+
+    @property
     def contested(self) -> int:
         """Number of neurons for which there is evidence of both *alive* and its opposite."""
         return sum(int(layer.contested.sum()) for layer in self.headline_layers)
@@ -193,6 +198,7 @@ class PostmortemReport(Renderable):
                 "idle": self.idle,
                 "collapsed": list(self.collapsed),
                 "contested": self.contested,
+                "permanent": self.permanent,
                 "in_box": None if self.in_box is None else self.in_box._asdict(),
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import neuronscope
+from neuronscope.checkpoints.data.fixed_data import FixedData
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
@@ -27,12 +28,19 @@ from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
-from neuronscope.checkpoints.model.load_model import build_model, configured_parameters, list_parameters, path_in_model
+from neuronscope.checkpoints.model.load_model import (
+    as_loaded,
+    build_model,
+    configured_parameters,
+    list_parameters,
+    path_in_model,
+)
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
+from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites, take_places
@@ -54,6 +62,7 @@ def postmortem(
     optimizer: str | Path | None = None,
     step: int | None = None,
     earlier: str | Path | None = None,
+    fixed_data: bool = False,
     box: tuple[float, float] | None = None,
     wake_seconds: float | None = None,
     seed: int = 0,
@@ -76,6 +85,8 @@ def postmortem(
         optimizer: A file or folder with the optimizer's state, if it lies apart from the weights.
         step: Number of optimizer steps taken, if the files do not say it, or count something else.
         earlier: An earlier checkpoint of the same run. It narrows down when neurons died.
+        fixed_data: Whether ``data`` is the whole training set, the same in each epoch. Then dead neurons that no
+            training on it revives are proved to be permanent. Needs ``data``, which is read twice.
         box: ``(low, high)``: bounds of every element of the input. Proofs then hold for inputs within these bounds.
             Needs ``model``.
         wake_seconds: How long to search the box at most for inputs that make dead neurons fire; 10 if there is a box,
@@ -107,6 +118,7 @@ def postmortem(
     for name, value, needed, present in (
         ("data", data, "model", model is not None),
         ("loss", loss, "data", data is not None),
+        ("fixed_data", fixed_data or None, "data", data is not None),
         ("box", box, "model", model is not None),
         ("wake_seconds", wake_seconds, "box", box is not None),
         ("example", example, "model", model is not None),
@@ -125,6 +137,8 @@ def postmortem(
     if earlier is not None:
         before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
     network = None if model is None else build_model(model, checkpoint)
+    if network is not None:
+        checkpoint = as_loaded(network, checkpoint)
     batches = resolve_batches(data)
     loss_function = resolve_loss(loss)
     example_input = None if network is None else resolve_example(example, network)
@@ -160,12 +174,17 @@ def postmortem(
     # Measure: run the network over the data, and check that no proof is contradicted.
     moments = InputMoments()
     if network is not None and batches is not None:
-        batches = track_batches(batches, "scanning", progress, moments.add)
+        fixed = FixedData(network, batches, first, checkpoint, parameter_names) if fixed_data else None
+        on_batch = (moments.add,) if fixed is None else (moments.add, fixed.add)
+        batches = track_batches(batches, "scanning", progress, *on_batch)
         with user_code("Expected the model to run over the data"):
             measured, unmeasured, scanned = measure(network, batches, loss_function)
         evidence += measured
         sites += scanned.layers
         abstentions += unmeasured
+        permanent = () if fixed is None else tuple(fixed.evidence())
+        evidence += [one for one in permanent if isinstance(one, Evidence)]
+        abstentions += [one for one in permanent if not isinstance(one, Evidence)]
 
     places = places_of_sites(examination.sites) if wake is not None else []
 

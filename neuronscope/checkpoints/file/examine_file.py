@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
-from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.collapse import find_no_gradient_causes
 from neuronscope.checkpoints.file.compare_checkpoints import compare_with_earlier
 from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
+from neuronscope.checkpoints.file.merged_weights import MergedWeight, merged_weights
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from neuronscope.checkpoints.file.weights import examine_weights
 from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.errors import CheckpointError
 
 __all__ = ["examine_file"]
 
@@ -33,7 +36,9 @@ def examine_file(
         The evidence, and what could not be examined.
     """
     layers = find_layers(checkpoint.tensors)
-    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(checkpoint.tensors, layers)]
+    merged: dict[str, StoredTensor] = {one.stored: one for one in _merged(checkpoint)}
+    weights = examine_weights({**checkpoint.tensors, **merged}, layers)
+    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *weights]
     if checkpoint.optimizers:
         found += _examine_optimizers(checkpoint, layers, parameter_names, earlier)
     else:
@@ -42,6 +47,12 @@ def examine_file(
         )
     evidence = [one for one in found if isinstance(one, Evidence)]
     return evidence, [one for one in found if isinstance(one, Abstention)]
+
+
+def _merged(checkpoint: Checkpoint) -> Iterator[MergedWeight]:
+    """Yield the weights that masks and adapters change; not those whose rows are the same but for a positive factor."""
+    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the weights below are examined
+        yield from (one for one in merged_weights(checkpoint) if one.stored.endswith(("_orig", "weight")))
 
 
 def _examine_optimizers(

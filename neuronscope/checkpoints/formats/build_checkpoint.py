@@ -37,6 +37,7 @@ class RawCheckpoint:
         other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
         optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
         config: The network's configuration, if a file holds one.
+        adapter: The configuration of an adapter, if a file holds one.
         step: Number of optimizer steps, if another file says so.
         notes: Sentences to show to the user.
     """
@@ -46,6 +47,7 @@ class RawCheckpoint:
     other_files: dict[str, Any] = field(default_factory=dict)
     optimizer: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -97,6 +99,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         records=records,
         step=_step(data, raw.step, optimizers),
         config=raw.config,
+        adapter=raw.adapter,
         hyperparameters=find_hyperparameters(data),
         notes=tuple(notes),
     )

@@ -55,9 +55,10 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
                 raw.other_files[name] = read_distributed(folder / name, trust=trust).data
     else:
         raw = _weights(folder, names, trust=trust)
-    if "config.json" in names:
-        config = read_json(folder / "config.json")
-        raw.config = config if isinstance(config, dict) else {}
+    for name, kind in (("config.json", "config"), ("adapter_config.json", "adapter")):
+        if name in names:
+            config = read_json(folder / name)
+            setattr(raw, kind, config if isinstance(config, dict) else {})
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
             raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     threshold,
     training_maximum,
 )
-from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
+from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
     SiteBounds,
@@ -37,6 +38,8 @@ from neuronscope.checkpoints.model.bounds.propagate import (
     site_bounds,
 )
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
+from neuronscope.checkpoints.model.observed_network import tensors_of
+from neuronscope.checkpoints.model.separate_examples import two_examples
 from neuronscope.checkpoints.model.trace import ForwardError, trace
 from neuronscope.checkpoints.model.traced_graph import Graph, Site
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
@@ -56,6 +59,10 @@ _NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
 _BATCH_NORM = "batch norm"
 _READERS = "readers"
+_METHODS = {
+    LAYER_NORM: "the norm of its weights after a layer norm",
+    BACKWARD: "linear bounds that are passed backwards to the input",
+}
 
 
 class Examination(NamedTuple):
@@ -156,8 +163,12 @@ def examine_model(
             if one.basis == "proved" and one.claim == "dead":
                 others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        bounds = site_bounds(graph, in_box)
-        evidence += _proved_dead(sites, bounds, inside, others)
+        in_intervals = site_bounds(graph, in_box)
+        for bounds in (in_intervals, _backward_bounds(model, traced_example, box, sites)):
+            for one in _proved_dead(sites, bounds, inside, others):
+                others[one.site][one.neurons] = False
+                evidence.append(one)
+        bounds = in_intervals
     evidence += _proved_negligible(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
@@ -240,7 +251,7 @@ def _proved_dead(
         if found is None:
             continue
         mask = found.dead & judged[site.name]
-        method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
+        method = _METHODS.get(found.source, "interval arithmetic")
         yield from evidence_on_site(
             site.name,
             mask,
@@ -280,6 +291,28 @@ def _proved_negligible(
 def _usual_scale(scale: Tensor, shift: Tensor) -> float:
     """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
     return float((scale.double().abs() + shift.double().abs()).median())
+
+
+def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
+    """Return bounds of each site that are tighter than intervals; none where the network is not traced on two examples.
+
+    Args:
+        model: The network.
+        example: An example that it runs on.
+        box: Bounds of the input.
+        sites: Its sites.
+    """
+    two = two_examples(example)
+    if two is None:
+        return {}
+    try:
+        graph = trace(model, two.args, two.kwargs)
+        bounds = site_bounds(graph, propagate_bounds(graph, box, backwards=len(next(iter(tensors_of(two).values())))))
+    except (ForwardError, UsageError):  # such as a box that is not the same for all examples
+        return {}
+    widths = {site.name: site.neurons for site in sites}
+    found = {name: replace(one, source=BACKWARD) for name, one in bounds.items() if one.dead.size == widths.get(name)}
+    return {} if graph.branches else found
 
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, PERMANENT, Evidence
 from neuronscope.judge.symptoms import UNDATED
 
 __all__ = [
@@ -63,6 +63,7 @@ class PostmortemVerdict:
         supports: All evidence for it, each as ``claim · basis · source``.
         contradictions: All evidence against it, in the same form.
         woken_by: Index into the report's ``waking_inputs`` of an input that makes it fire; ``None`` if none is known.
+        permanent: Whether it is proved that no training on the same data revives it.
     """
 
     site: str
@@ -77,6 +78,7 @@ class PostmortemVerdict:
     supports: tuple[str, ...]
     contradictions: tuple[str, ...]
     woken_by: int | None = None
+    permanent: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
@@ -164,6 +166,18 @@ class LayerReport:
         """True for neurons that are proved dead, bool ``(N,)``."""
         mask: BoolArray = (self.labels == CLAIMS.index("dead")) & (self.basis == BASES.index("proved"))
         return mask
+
+    @cached_property
+    def permanent(self) -> BoolArray:
+        """True for dead neurons of which it is proved that no training on the same data revives them, bool ``(N,)``.
+
+        See :class:`neuronscope.checkpoints.data.fixed_data.FixedData`.
+        """
+        proved = np.zeros(self.neurons, dtype=np.bool_)
+        for one in self.evidence:
+            if one.source == PERMANENT:
+                proved[one.neurons] = True
+        return proved & self.dead_mask
 
     @property
     def in_box(self) -> InBox | None:
@@ -282,6 +296,7 @@ class LayerReport:
             supports=tuple(_one_line(one) for one in evidence if one not in against),
             contradictions=tuple(map(_one_line, against)),
             woken_by=int(self.woken[neuron]) if self.woken is not None and self.woken[neuron] >= 0 else None,
+            permanent=bool(self.permanent[neuron]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,6 +324,7 @@ class LayerReport:
                 "since": [None if step == UNDATED else step for step in self.since[listed].tolist()],
                 "contested": self.contested[listed].tolist(),
             },
+            "permanent": np.flatnonzero(self.permanent).tolist(),
             "in_box": None if self.in_box is None else self.in_box._asdict(),
             "woken": None if self.woken is None else _woken_as_dict(self.woken),
             "evidence": [_evidence_as_dict(one) for one in self.evidence],

@@ -114,6 +114,9 @@ def findings(report: PostmortemReport) -> list[str]:
         nothing = "No layer could be examined, so there is no verdict on any neuron."
         return [*sentences, *(_left_out(report) or [nothing])]
     sentences += _deaths(report)
+    if report.permanent:
+        which = f"{count(report.permanent)} of {plural(report.dead, 'dead neuron')} {is_are(report.permanent)}"
+        sentences.append(f"{which} permanent on this data, proved: no training on the same examples revives them.")
     if report.in_box is not None and report.in_box.dead:
         sentences.append(_in_box(report.in_box))
     if report.suspected:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.checkpoints.model.bounds.backward import RELU, tightened
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
@@ -42,12 +43,14 @@ class SiteBounds:
 
 
 @torch.no_grad()
-def propagate_bounds(graph: Graph, box: Box | None = None) -> list[Interval | None]:
+def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0) -> list[Interval | None]:
     """Compute an interval for every tensor that depends on the input.
 
     Args:
         graph: A traced forward.
         box: Bounds of the floating-point inputs; without it, nothing is assumed of them.
+        backwards: Number of examples of the forward, if what each ReLU is given is bounded backwards too
+            (:mod:`.backward`).
 
     Returns:
         Intervals by the tensor's number; ``None`` for constants.
@@ -59,6 +62,8 @@ def propagate_bounds(graph: Graph, box: Box | None = None) -> list[Interval | No
     for number in graph.inputs:
         intervals[number] = _input_interval(graph, number, box)
     for step in graph.steps:
+        if backwards and step.function in RELU and step.reads:
+            intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0], backwards)
         for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
             intervals[number] = interval
     return intervals
