@@ -35,7 +35,7 @@ from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.select_checkpoints import Selection, find_checkpoints, select_checkpoints
-from neuronscope.checkpoints.verdict.checkpoint_timeline import Gradients, LeftOut, TimelineBuilder
+from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
@@ -163,7 +163,7 @@ class _Examined(NamedTuple):
     """The report on one checkpoint, and which neurons got a gradient since the one before it, by the layer's name."""
 
     report: PostmortemReport
-    gradients: dict[str, Gradients]
+    gradients: dict[str, GradientMasks]
 
 
 def _paths(path: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
@@ -325,7 +325,7 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
         versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
     gradients = {
-        name_by_path[one.layer]: Gradients((one.none & (not one.whole_layer)).numpy(), one.some.numpy())
+        name_by_path[one.layer]: GradientMasks((one.none & (not one.whole_layer)).numpy(), one.some.numpy())
         for one in compared
     }
     return _Examined(report, gradients)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.verdict.checkpoint_timeline import Gradients, LeftOut, TimelineBuilder
+from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
@@ -233,7 +233,7 @@ def several() -> PostmortemReport:
             said += adam(name, 32, dead, since, step, born=[0] if name == "net.0" else [])
         layers = combine_evidence(said)
         some = np.isin(np.arange(32), 0, invert=True)
-        between = {layer.name: Gradients(~some & (at > 0), some & ~layer.dead_mask) for layer in layers}
+        between = {layer.name: GradientMasks(~some & (at > 0), some & ~layer.dead_mask) for layer in layers}
         builder.add(f"runs/step{step}.ckpt", step, layers, between, {})
     whole = report(said, path="runs/step5000.ckpt", notes=("Left out: runs/old.ckpt: it does not say its step",))
     left_out = (LeftOut("runs/old.ckpt", "it does not say its step", False),)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, Gradients, TimelineBuilder
+from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, GradientMasks, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence
 from neuronscope.demo.digits import load_digits
 from tests.postmortem import samples
@@ -30,6 +30,7 @@ SPANS = (
     [(1, 179)],  # dies just before a checkpoint
     [(1, 181)],  # and just after one
     [(1, 60), (330, 335)],  # wakes for a moment and dies again
+    [(310, 312)],  # born dead, wakes for a moment
 )
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
@@ -80,13 +81,13 @@ def test_every_death_and_revival_is_in_the_interval_between_two_checkpoints(name
     assert [point.step for point in report.timeline.checkpoints] == [*range(EVERY, STEPS + 1, EVERY)]
     died, revived = events(report, "0", DIED), events(report, "0", REVIVED)
     # The last gradients, by neuron; 0 = there was none. Each is known to within the time between two checkpoints.
-    deaths = {1: [0], 2: [100], 3: [245], 4: [380], 5: [0], 6: [179], 7: [181], 8: [60, 335]}
+    deaths = {1: [0], 2: [100], 3: [245], 4: [380], 5: [0], 6: [179], 7: [181], 8: [60, 335], 9: [0, 312]}
     assert died.keys() == deaths.keys()
     for neuron, steps in deaths.items():
         for step, (early, late) in zip(steps, died[neuron], strict=True):
             assert early <= step <= late or (early, late) == (-1, -1)
             assert late - max(early, 0) <= EVERY
-    births = {3: [550], 5: [500], 8: [330]}
+    births = {3: [550], 5: [500], 8: [330], 9: [310]}
     assert revived.keys() == births.keys()
     for neuron, steps in births.items():
         for step, (early, late) in zip(steps, revived[neuron], strict=True):
@@ -97,11 +98,11 @@ def test_every_death_and_revival_is_in_the_interval_between_two_checkpoints(name
 def test_counts_of_the_timeline_add_up_and_end_at_the_verdicts(name: str, tmp_path: Path) -> None:
     run(tmp_path, OPTIMIZERS[name])
     timeline = (report := ns.postmortem(tmp_path)).timeline
-    assert timeline.dead[-1] == report.dead == report["0"].dead == 6
+    assert timeline.dead[-1] == report.dead == report["0"].dead == 7
     died, revived = timeline.count(DIED), timeline.count(REVIVED)
     assert timeline.dead.tolist() == np.cumsum(died - revived).tolist()  # nobody's fate was lost in between
-    # 1 and 5 born; 8 at 60, 2 by 120, 6 by 180, 7 by 240, 3 by 300, 8 woke and died by 360, 4 by 420; 5 woke, then 3.
-    assert timeline.dead.tolist() == [3, 4, 5, 6, 7, 7, 8, 8, 7, 6, 6]
+    # 1, 5 and 9 born; 8 at 60, 2 by 120, 6 by 180, 7 by 240, 3 by 300, 8 and 9 woke and died by 360, 4 by 420; 5 woke, then 3.
+    assert timeline.dead.tolist() == [4, 5, 6, 7, 8, 8, 9, 9, 8, 7, 7]
 
 
 def test_a_watched_run_gives_the_exact_steps(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_dead_neuron_that_is_unknown_for_a_while_has_not_revived() -> None:
 
 
 def test_no_gradient_since_an_earlier_checkpoint_dates_a_death_before_it() -> None:
-    none = Gradients(mask(0), mask(1))
+    none = GradientMasks(mask(0), mask(1))
     last = at_step([0, 1], basis="inferred", source="x")
     layer = built(at_step(), at_step(), last, gradients=(None, none, none))
     assert layer.dead.tolist() == [1, 1, 2]

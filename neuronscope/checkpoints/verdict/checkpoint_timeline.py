@@ -34,7 +34,7 @@ __all__ = [
     "DEAD",
     "UNKNOWN",
     "CheckpointTimeline",
-    "Gradients",
+    "GradientMasks",
     "LayerTimeline",
     "LeftOut",
     "TimelineBuilder",
@@ -85,7 +85,7 @@ class TimelinePoint:
 
 
 @dataclass(frozen=True, eq=False)
-class Gradients:
+class GradientMasks:
     """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known.
 
     Attributes:
@@ -240,10 +240,10 @@ class _State:
     bound: IntArray
     exact: IntArray
     fires: BoolArray
-    gradients: Gradients | None
+    gradients: GradientMasks | None
 
     @classmethod
-    def of(cls, layer: LayerReport, gradients: Gradients | None) -> _State:
+    def of(cls, layer: LayerReport, gradients: GradientMasks | None) -> _State:
         alive = np.isin(layer.labels, _ALIVE_CLAIMS) & (layer.basis <= _INFERRED)
         state = np.where(layer.dead_mask, DEAD, np.where(alive, ALIVE, UNKNOWN)).astype(np.uint8)
         bound, exact = (np.full(layer.neurons, UNDATED, dtype=np.int64) for _ in range(2))
@@ -281,7 +281,7 @@ class TimelineBuilder:
         path: str,
         step: int,
         layers: tuple[LayerReport, ...],
-        gradients: Mapping[str, Gradients],
+        gradients: Mapping[str, GradientMasks],
         renamed: Mapping[str, str],
     ) -> None:
         """Add a checkpoint.
@@ -351,7 +351,7 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
         exact = one.exact
         dated = exact != UNDATED
         again = (before == DEAD) & (state == DEAD)
-        again &= np.where(dated & (died_at != UNDATED), exact > died_at, some & (died_at == UNDATED))
+        again &= np.where(dated & (died_at != UNDATED), exact > died_at, some)
         revived = (last_dead != UNDATED) & ((state == ALIVE) | again)
         first = np.where(dated & (state == ALIVE) & (exact >= 0), exact, last_dead + 1)
         last = np.where(dated & (exact >= 0), exact, step)

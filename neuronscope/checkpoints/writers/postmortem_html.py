@@ -11,7 +11,7 @@ from markupsafe import Markup
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
-from neuronscope.checkpoints.writers import checkpoint_timeline as timeline_wording
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
 from neuronscope.checkpoints.writers.timeline import Timeline, timeline

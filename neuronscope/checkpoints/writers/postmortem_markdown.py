@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import checkpoint_timeline as timeline_wording
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import checkpoint_timeline as timeline_wording
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.console import Column, Page
 from neuronscope.writers.formatting import plural

@@ -13,7 +13,7 @@ from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_dis
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
-from neuronscope.checkpoints.writers import checkpoint_timeline as timeline_wording
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (

@@ -12,7 +12,7 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, C
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, is_are, plural, visible
 
-__all__ = ["Chart", "CheckpointRow", "LayerRow", "chart", "checkpoint_rows", "explanation", "findings", "layer_rows"]
+__all__ = ["Chart", "CheckpointRow", "TimelineRow", "chart", "checkpoint_rows", "explanation", "findings", "layer_rows"]
 
 #: Width and height of a drawing.
 WIDTH, HEIGHT = 1000, 100
@@ -42,7 +42,7 @@ class CheckpointRow:
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class TimelineRow:
     """The table cells of one layer.
 
     Attributes:
@@ -166,7 +166,7 @@ def checkpoint_rows(timeline: CheckpointTimeline, most: int = 40) -> tuple[list[
     return rows, f"… {plural(left_out, 'more checkpoint')} with no more deaths and revivals" if left_out else ""
 
 
-def layer_rows(timeline: CheckpointTimeline, most: int = 40) -> tuple[list[LayerRow], str]:
+def layer_rows(timeline: CheckpointTimeline, most: int = 40) -> tuple[list[TimelineRow], str]:
     """Return the table cells of the layers in which a neuron died or revived, and a sentence about the others.
 
     Args:
@@ -224,10 +224,10 @@ def _area(dead: npt.NDArray[np.int64], steps: Sequence[int], most: int) -> str:
     return f"{path}V{HEIGHT}z"
 
 
-def _layer_row(layer: LayerTimeline, steps: Sequence[int]) -> LayerRow:
+def _layer_row(layer: LayerTimeline, steps: Sequence[int]) -> TimelineRow:
     died, revived = layer.events(DIED), layer.events(REVIVED)
     by_basis = [(basis, int((layer.basis[died] == code).sum())) for code, basis in enumerate(BASES)]
-    return LayerRow(
+    return TimelineRow(
         name=visible(layer.name),
         tone="bad" if layer.dead[-1] > 0 else "warn",
         neurons=count(layer.neurons),
