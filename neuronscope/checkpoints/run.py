@@ -133,10 +133,11 @@ def postmortem(
         progress=progress,
     )
     paths, left_out = find_checkpoints([Path(one) for one in _paths(path)])
-    if len(paths) == 1 and not left_out:
+    if len(paths) == 1:
         checkpoint = open_checkpoint(paths[0], optimizer=optimizer, step=step, trust=trust)
         before = None if earlier is None else open_checkpoint(earlier, trust=trust)
-        return _examine(checkpoint, before, what).report
+        report = _examine(checkpoint, before, what).report
+        return replace(report, notes=(*report.notes, *_left_out(left_out)))
     for name, value in (("optimizer", optimizer), ("step", step), ("earlier", earlier)):
         if value is not None:
             raise UsageError(
@@ -213,8 +214,13 @@ def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> Post
         before = checkpoint
     if report is None:
         raise CheckpointError("; ".join(f"{one.path}: {one.reason}" for one in left_out[:3]))
-    notes = (*report.notes, *selection.notes, *(f"Left out: {one.path}: {one.reason}" for one in left_out))
+    notes = (*report.notes, *selection.notes, *_left_out(left_out))
     return replace(report, timeline=timeline.build(tuple(left_out)), notes=notes)
+
+
+def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
+    """Yield a note on each checkpoint that the report leaves out."""
+    return (f"Left out: {one.path}: {one.reason}" for one in checkpoints)
 
 
 def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Examined:

@@ -101,7 +101,8 @@ def test_counts_of_the_timeline_add_up_and_end_at_the_verdicts(name: str, tmp_pa
     assert timeline.dead[-1] == report.dead == report["0"].dead == 7
     died, revived = timeline.count(DIED), timeline.count(REVIVED)
     assert timeline.dead.tolist() == np.cumsum(died - revived).tolist()  # nobody's fate was lost in between
-    # 1, 5 and 9 born; 8 at 60, 2 by 120, 6 by 180, 7 by 240, 3 by 300, 8 and 9 woke and died by 360, 4 by 420; 5 woke, then 3.
+    # 1, 5 and 9 born; 8 at 60, 2 by 120, 6 by 180, 7 by 240, 3 by 300, 8 and 9 woke and died by 360, 4 by 420; then 5
+    # woke, and 3.
     assert timeline.dead.tolist() == [4, 5, 6, 7, 8, 8, 9, 9, 8, 7, 7]
 
 

@@ -87,6 +87,18 @@ def test_the_output_folder_of_a_trainer_is_its_checkpoints(tmp_path: Path) -> No
     assert "do not say at which step" in reasons(report)[tmp_path.name]
 
 
+def test_a_folder_with_one_checkpoint_is_that_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "a.pt", 5)
+    report = ns.postmortem(tmp_path, step=7)
+    assert (report.path, report.timeline, report.global_step) == (str(tmp_path / "a.pt"), None, 7)
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-3"):
+        files.trainer_folder(folder, files.trained())
+    report = ns.postmortem(tmp_path / "out")
+    assert (report.global_step, report.timeline) == (files.STEPS, None)
+    assert any("the final weights" in note for note in report.notes)
+
+
 def test_a_folder_without_checkpoints_is_reported_as_before(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without a checkpoint in it"):
         ns.postmortem(tmp_path)

@@ -14,6 +14,7 @@ from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
+from neuronscope.checkpoints.file.weight_hints import hint_evidence
 from neuronscope.checkpoints.file.weights import examine_weights
 from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
@@ -48,6 +49,8 @@ def examine_file(
         found.append(
             Abstention("optimizer state", "", "The file holds no optimizer state, so past gradients are not known.")
         )
+        if not checkpoint.records:
+            found += hint_evidence(checkpoint, layers)
     evidence = [one for one in found if isinstance(one, Evidence)]
     return evidence, [one for one in found if isinstance(one, Abstention)]
 

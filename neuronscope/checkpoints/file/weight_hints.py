@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.checkpoint import StoredTensor
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_projections, normalised_layers
 from neuronscope.checkpoints.file.weights import sequential_readers
 from neuronscope.checkpoints.verdict.evidence import Evidence
 
@@ -32,14 +32,12 @@ class Hint:
 
     Attributes:
         name: Its name, a key of what :func:`hint_scores` returns.
-        claim: What it suggests.
         below: A neuron shows the sign if its score is below this.
         measure: The meaning of the score.
         text: What it rests on, for the reader.
     """
 
     name: str
-    claim: str
     below: float
     measure: str
     text: str
@@ -48,27 +46,26 @@ class Hint:
 HINTS = (
     Hint(
         "negative weights",
-        "dead",
         0.2,
         "norm of the positive incoming weights, as a share of the norm of all",
-        "Nearly all incoming weights are negative, so that inputs that are never negative (behind a ReLU) hold the "
-        "neuron below zero.",
+        "Nearly all incoming weights are negative. Inputs that are never negative, such as those from a ReLU, hold the "
+        "neuron below zero. On small trained networks, 15 % of the dead and 0.3 % of the living show this.",
     ),
     Hint(
         "small row",
-        "dead",
         0.2,
         "norm of the incoming weights, as a share of the layer's median",
         "The incoming weights are far smaller than those of the layer's other neurons, as weight decay makes those of "
-        "a neuron that gets no gradient.",
+        "a neuron that gets no gradient. On small trained networks, 15 % of the dead and 0.2 % of the living show "
+        "this.",
     ),
     Hint(
         "small column",
-        "unread",
-        0.05,
+        0.1,
         "norm of the outgoing weights, as a share of the layer's median",
-        "The outgoing weights are far smaller than those of the layer's other neurons. Which layer reads the neuron is "
-        "a guess from their places in one sequence.",
+        "The outgoing weights are far smaller than those of the layer's other neurons, as weight decay makes those of "
+        "a neuron whose output is zero. On small trained networks, 14 % of the dead and 0.1 % of the living show this. "
+        "Which layer reads the neuron is a guess from their places in one sequence.",
     ),
 )
 
@@ -91,14 +88,48 @@ def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer
         return scores
     norm = weight.norm(dim=1)
     scores["negative weights"] = weight.clamp(min=0.0).norm(dim=1) / norm
-    scores["small row"] = norm / norm.median()
+    scores["small row"] = norm / norm.nanmedian()
     if layer.bias is not None:
         weight = torch.cat([weight, layer.rows(tensors[layer.bias].read()).double()], dim=1)
     scores["duplicate"] = _distance_to_nearest(weight / weight.norm(dim=1, keepdim=True))
     if reader is not None:
         columns = reader.columns(tensors[reader.weight].read()).double().norm(dim=1)
-        scores["small column"] = columns / columns.median()
+        scores["small column"] = columns / columns.nanmedian()
     return scores
+
+
+def hint_evidence(checkpoint: Checkpoint, layers: Sequence[Layer]) -> Iterator[Evidence]:
+    """Yield the neurons that show a hint in their weights. Each weight is read once or twice.
+
+    Layers beside a norm are left out: it undoes the scale of weights, and what it gives may be negative. So are layers
+    that no activation seems to follow.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        layers: Its layers; see :func:`neuronscope.checkpoints.file.layers.find_layers`.
+    """
+    readers = {writer.path: reader for writer, reader in sequential_readers(layers)}
+    left_out = {*normalised_layers(layers), *find_projections(layers, checkpoint.networks)}
+    tensors = checkpoint.tensors
+    for layer in layers:
+        if layer.kind not in NEURON_KINDS or layer.path in left_out:
+            continue
+        scores = hint_scores(layer, tensors, readers.get(layer.path))
+        for hint in HINTS:
+            # A score of exactly zero is told for certain elsewhere: a row or a column of zeros.
+            neurons = torch.nonzero((scores[hint.name] < hint.below) & (scores[hint.name] > 0)).flatten()
+            if len(neurons):
+                yield Evidence(
+                    layer=layer.path,
+                    width=layer.width,
+                    source="weights alone",
+                    claim="dead",
+                    basis="suspected",
+                    neurons=neurons.numpy(),
+                    numbers=scores[hint.name][neurons].numpy(),
+                    measure=hint.measure,
+                    text=hint.text,
+                )
 
 
 def _distance_to_nearest(rows: Tensor) -> Tensor:
