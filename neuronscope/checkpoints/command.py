@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuronscope.checkpoints.data.user_code import describe_exception
-from neuronscope.errors import UsageError
+from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.output import check_writable, print_and_flush, write_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,15 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
             "--fail-above failed; 2: wrong usage, or a checkpoint that cannot be read."
         ),
     )
-    command.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a file or a folder")
+    command.add_argument(
+        "checkpoints",
+        metavar="CKPT",
+        nargs="+",
+        help=(
+            "the checkpoint: a file or a folder. Several of one run, or a folder of them: the report is on the one "
+            "with the most steps, with a timeline of deaths and revivals between them"
+        ),
+    )
     command.add_argument(
         "--model",
         metavar="PKG.MOD:FACTORY",
@@ -120,7 +128,7 @@ def _run(parsed: argparse.Namespace) -> int:
     with _progress_bars() as progress:
         try:
             report = postmortem(
-                parsed.checkpoint,
+                parsed.checkpoints,
                 parsed.model,
                 parsed.data,
                 parsed.loss,
@@ -144,6 +152,10 @@ def _run(parsed: argparse.Namespace) -> int:
     ]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _write_all(tasks)
+    unreadable = [] if report.timeline is None else [one for one in report.timeline.left_out if one.unreadable]
+    if unreadable:
+        reasons = "; ".join(one.reason.rstrip(".") for one in unreadable[:3])
+        raise CheckpointError(f"Left out, since it could not be read ({len(unreadable)} in all): {reasons}.")
     return EXIT_OK if parsed.fail_above is None else _check(report, parsed.fail_above)
 
 

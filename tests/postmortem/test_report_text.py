@@ -30,7 +30,7 @@ from . import samples
 GOLDENS = Path(__file__).parent / "goldens"
 SAMPLES = {
     name: getattr(samples, name)
-    for name in ("alone", "with_model", "with_data", "healthy", "broken", "empty", "hostile", "many", "idle")
+    for name in ("alone", "with_model", "with_data", "healthy", "broken", "empty", "hostile", "many", "idle", "several")
 }
 SCHEMA: dict[str, Any] = json.loads(
     (files("neuronscope.checkpoints.writers") / "assets" / "postmortem.schema.json").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def test_terminal_text_of_a_postmortem_equals_the_stored_text(columns: int, monk
     golden.check(f"terminal_with_data_{columns}.txt", text + "\n", GOLDENS)
 
 
-@pytest.mark.parametrize("name", ["with_data", "broken", "hostile"])
+@pytest.mark.parametrize("name", ["with_data", "broken", "hostile", "several"])
 def test_markdown_of_a_postmortem_equals_the_stored_text(name: str) -> None:
     golden.check(f"markdown_{name}.md", SAMPLES[name]().to_markdown(), GOLDENS)
 
@@ -272,6 +272,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 
 def test_the_postmortem_schema_describes_every_field_and_no_other() -> None:
     assert list(undescribed(samples.with_data().to_dict(), SCHEMA)) == []
+    assert list(undescribed(samples.several().to_dict(), SCHEMA)) == []
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from neuronscope.checkpoints.model.load_model import stored_names
 from neuronscope.checkpoints.model.observed_network import tensors_of
 from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence
 from neuronscope.errors import UsageError
-from neuronscope.scanning import model_state_restored
+from neuronscope.running import model_state_restored
 
 __all__ = ["FixedData"]
 

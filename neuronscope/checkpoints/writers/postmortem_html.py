@@ -12,6 +12,7 @@ from markupsafe import Markup
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
 from neuronscope.checkpoints.writers.timeline import Timeline, timeline
@@ -30,6 +31,8 @@ LAYER_BUDGET = 600
 LAYERS = 400
 #: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 40, 64
+#: Layers in the table of deaths between checkpoints.
+MOST_LAYERS = 100
 
 #: Columns after the layer's name, and how they are sorted (``""`` = they are not).
 COLUMNS = (
@@ -90,6 +93,7 @@ def render(report: PostmortemReport) -> str:
         cards=_cards(report) if report.neurons else [],
         diagnoses=[(one, wording.diagnosis(one)) for one in report.diagnoses],
         timeline=deaths,
+        checkpoints=_checkpoints(report),
         columns=COLUMNS,
         rows=[_row(layer, maps.get(index), _bars(deaths, index)) for index, layer in enumerate(shown)],
         left_out=left_out,
@@ -102,6 +106,23 @@ def render(report: PostmortemReport) -> str:
         notes=report.notes,
         glossary=wording.GLOSSARY,
     )
+
+
+def _checkpoints(report: PostmortemReport) -> dict[str, Any] | None:
+    """Return what the page shows of several checkpoints; ``None`` if there is one only."""
+    if report.timeline is None or (drawing := timeline_wording.chart(report.timeline)) is None:
+        return None
+    points, more_points = timeline_wording.checkpoint_rows(report.timeline)
+    layers, more_layers = timeline_wording.layer_rows(report.timeline, MOST_LAYERS)
+    return {
+        "chart": drawing,
+        "points": points,
+        "more_points": more_points,
+        "layers": layers,
+        "more_layers": more_layers,
+        "explanation": timeline_wording.explanation(),
+        "last": report.timeline.checkpoints[-1].step,
+    }
 
 
 def _cards(report: PostmortemReport) -> list[Card]:

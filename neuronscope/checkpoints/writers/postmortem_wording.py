@@ -13,6 +13,7 @@ from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_dis
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
@@ -97,7 +98,9 @@ def based_on(report: PostmortemReport) -> str:
         "model": " Data (--data) would confirm or refute what is not proved.",
         "data": "",
     }[report.level]
-    return f"Based on {LEVELS[report.level]}{model}.{more}"
+    several = report.timeline is not None and len(report.timeline.checkpoints) > 1
+    compared = " The verdicts are on the last checkpoint." if several else ""
+    return f"Based on {LEVELS[report.level]}{model}.{compared}{more}"
 
 
 def findings(report: PostmortemReport) -> list[str]:
@@ -117,6 +120,8 @@ def findings(report: PostmortemReport) -> list[str]:
     if report.permanent:
         which = f"{count(report.permanent)} of {plural(report.dead, 'dead neuron')} {is_are(report.permanent)}"
         sentences.append(f"{which} permanent on this data, proved: no training on the same examples revives them.")
+    if report.timeline is not None:
+        sentences += timeline_wording.findings(report.timeline)
     if report.in_box is not None and report.in_box.dead:
         sentences.append(_in_box(report.in_box))
     if report.suspected:
