@@ -290,6 +290,27 @@ def test_a_file_that_counts_batches_gives_no_dates(batches):
     assert of(found, "never trained") == []  # the file may count the steps of another optimizer before this one
 
 
+@pytest.mark.parametrize(
+    ("make", "changes", "dtype"),
+    [
+        (lambda p: torch.optim.Adamax(p, betas=(0.5, 0.999)), {}, torch.float32),
+        (lambda p: torch.optim.Adamax(p), {"base_momentum": 0.4, "max_momentum": 0.9}, torch.float32),
+        (lambda p: torch.optim.RMSprop(p, alpha=0.4), {}, torch.float32),
+        (lambda p: torch.optim.Adadelta(p, rho=0.4), {}, torch.float32),
+        (lambda p: torch.optim.SGD(p, momentum=0.4), {}, torch.bfloat16),
+    ],
+    ids=["Adamax", "cycled", "RMSprop", "Adadelta", "bfloat16"],
+)
+def test_means_that_fade_to_exact_zeros_show_nothing(make, changes, dtype):
+    """Row 2 was trained until step 60; with such a decay its mean is zero at the end, as if it had never been."""
+    model = network().to(dtype)
+    checkpoint = group_of(as_checkpoint(*run(model, make(model.parameters()))), **changes)
+    found, said = examine_file(checkpoint)
+    assert found == []
+    assert [piece.layer for piece in said] == ["0", "2"]
+    assert all("no clock for" in piece.reason and "reach exact zeros" in piece.reason for piece in said)
+
+
 def loop_file(averaged, optimizer):
     return {"model": averaged.state_dict(), "optimizer": optimizer.state_dict()}
 

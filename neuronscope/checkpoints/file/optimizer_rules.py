@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
+from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING
 
 __all__ = ["OptimizerRule", "WeightDecay", "recognize_optimizer", "steps_taken"]
 
@@ -86,16 +87,17 @@ class OptimizerRule:
 
 
 #: Optimizers without a clock that add each gradient, or its square, to a sum or a mean that does not reach zero again:
-#: the tensors that their state consists of, and those that are zero only if there never was a gradient.
-_ONLY_ZEROS: tuple[tuple[str, frozenset[str], tuple[str, ...]], ...] = (
-    ("Adagrad", frozenset({"sum"}), ("sum",)),
-    ("RMSprop", frozenset({"square_avg"}), ("square_avg",)),
-    ("RMSprop", frozenset({"square_avg", "momentum_buffer"}), ("square_avg",)),
-    ("RMSprop", frozenset({"square_avg", "grad_avg"}), ("square_avg",)),
-    ("RMSprop", frozenset({"square_avg", "momentum_buffer", "grad_avg"}), ("square_avg",)),
-    ("Adadelta", frozenset({"square_avg", "acc_delta"}), ("square_avg",)),
-    ("Adamax", frozenset({"exp_avg", "exp_inf"}), ("exp_avg",)),
-    ("Lion", frozenset({"exp_avg"}), ("exp_avg",)),
+#: the tensors that their state consists of, the one that is zero only if there never was a gradient, and its decay: the
+#: name of a hyperparameter, with the place in it; none for a sum.
+_ONLY_ZEROS: tuple[tuple[str, frozenset[str], str, tuple[str, int] | None], ...] = (
+    ("Adagrad", frozenset({"sum"}), "sum", None),
+    ("RMSprop", frozenset({"square_avg"}), "square_avg", ("alpha", 0)),
+    ("RMSprop", frozenset({"square_avg", "momentum_buffer"}), "square_avg", ("alpha", 0)),
+    ("RMSprop", frozenset({"square_avg", "grad_avg"}), "square_avg", ("alpha", 0)),
+    ("RMSprop", frozenset({"square_avg", "momentum_buffer", "grad_avg"}), "square_avg", ("alpha", 0)),
+    ("Adadelta", frozenset({"square_avg", "acc_delta"}), "square_avg", ("rho", 0)),
+    ("Adamax", frozenset({"exp_avg", "exp_inf"}), "exp_avg", ("betas", 0)),
+    ("Lion", frozenset({"exp_avg"}), "exp_avg", ("betas", 1)),
 )
 #: Optimizers of which nothing can be read, by tensors of their state.
 _UNREADABLE = (
@@ -121,9 +123,9 @@ def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> O
         return _momentum("Muon", group, slots)
     if "nesterov" in group and kept <= {"momentum_buffer"}:
         return _momentum("SGD", group, slots)
-    for name, parts, zeros in _ONLY_ZEROS:
+    for name, parts, zero, decay in _ONLY_ZEROS:
         if kept == parts:
-            return _only_zeros(name, group, slots, zeros, f"no clock for {name}")
+            return _only_zeros(name, group, slots, (zero,), decay, f"no clock for {name}")
     for name, marks in _UNREADABLE:
         if not kept.isdisjoint(marks):
             return f"no clock for {name}, which keeps {_listed(slots)}"
@@ -154,7 +156,7 @@ def _adam(group: Mapping[str, Any], slots: Mapping[str, Any]) -> OptimizerRule |
         )
     types = _dtypes(slots, _MEANS)
     if not types <= _EXACT_TYPES:
-        return _only_zeros(name, group, slots, _MEANS, _inexact(name, types))
+        return _only_zeros(name, group, slots, _MEANS, ("betas", 1), _inexact(name, types))
     betas, amount = _numbers(group.get("betas")), _number(group.get("weight_decay"))
     if betas is None or len(betas) != 2 or amount is None:
         return f"its group's betas are {group.get('betas')!r} and its weight decay {group.get('weight_decay')!r}"
@@ -192,13 +194,18 @@ def _momentum(name: str, group: Mapping[str, Any], slots: Mapping[str, Any]) -> 
         return f"with a momentum of {least:g} to {largest:g} its clock cannot be read"
     types = _dtypes(slots, ("momentum_buffer",))
     if not types <= _EXACT_TYPES:
-        return _only_zeros(name, group, slots, ("momentum_buffer",), _inexact(name, types))
+        return _only_zeros(name, group, slots, ("momentum_buffer",), ("momentum", 0), _inexact(name, types))
     decay = WeightDecay(amount, name == "Muon")
     return OptimizerRule(name, ("momentum_buffer",), (largest,), least, decay, dampening, _rate(group))
 
 
 def _only_zeros(
-    name: str, group: Mapping[str, Any], slots: Mapping[str, Any], zeros: tuple[str, ...], no_clock: str
+    name: str,
+    group: Mapping[str, Any],
+    slots: Mapping[str, Any],
+    zeros: tuple[str, ...],
+    decay_of: tuple[str, int] | None,
+    no_clock: str,
 ) -> OptimizerRule | str:
     """Return the rule of an optimizer of whose state only exact zeros can be read, or why not even these can be."""
     initial = _number(group.get("initial_accumulator_value", 0.0))
@@ -206,8 +213,23 @@ def _only_zeros(
         return f"{no_clock}: its sums begin at {group.get('initial_accumulator_value')!r}, so that none is ever zero"
     if not _dtypes(slots, zeros) <= _WIDE_TYPES:
         return no_clock
+    if decay_of is not None and not _least_decay(group, *decay_of) > FASTEST_FADING:
+        return f"{no_clock}: its means decay so fast that they reach exact zeros"
     decay = WeightDecay(_number(group.get("weight_decay")) or 0.0, None)
     return OptimizerRule(name, zeros, (), math.nan, decay, 0.0, _rate(group), no_clock)
+
+
+def _least_decay(group: Mapping[str, Any], name: str, place: int) -> float:
+    """Return the decay of a running mean, the least one if a schedule cycles it; NaN if the group has none.
+
+    Args:
+        group: The hyperparameters.
+        name: The one that holds the decay: a number, or several.
+        place: Which of several.
+    """
+    values = _numbers(group.get(name)) or (_number(group.get(name)),)
+    value = values[place] if place < len(values) else None
+    return math.nan if value is None else _cycled(group, value)[0]
 
 
 def _cycled(group: Mapping[str, Any], value: float) -> tuple[float, float]:
