@@ -18,7 +18,7 @@ Output (shortened)::
 
     56 of 256 neurons are dead (22 %): 56 measured.
     ...
-    42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only.
+    42 of the dead were alive lately in training (adam state): most likely they are silent on this data only.
     ...
     Confirmed by measuring
       - no gradient, inferred from adam state: 5 of 5 confirmed, 0 refuted.

@@ -14,7 +14,6 @@ other channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from neuronscope.checkpoints.model.batchnorm_step import HALF_NORMAL, BatchNormStep, read_batch_norm
-from neuronscope.checkpoints.model.before_site import producing_steps, step_before_copies
+from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
@@ -51,9 +50,8 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
         intervals: The interval of each tensor; see
             :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
     """
-    steps = producing_steps(graph)
-    calls = Counter(site.name for site in graph.sites)
-    sites = [site for site in graph.sites if calls[site.name] == 1 and site.layout.axis == 1]
+    steps = graph.producers
+    sites = [calls[0] for calls in graph.calls.values() if len(calls) == 1 and calls[0].layout.axis == 1]
     for site in sites:
         step = step_before_copies(steps, site.before)
         norm = read_batch_norm(graph, step)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.before_site import producing_steps, step_before_copies
+from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
@@ -58,7 +58,7 @@ def running_statistics_evidence(
         batches: Number of training batches that each batch norm has counted, by its path.
         training_step: The checkpoint's number of optimizer steps; ``None`` = not known, so that a batch counts as one.
     """
-    steps = producing_steps(graph)
+    steps = graph.producers
     by_output = {site.after: site for site in graph.sites}
     seen = set()
     for step in graph.steps:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
 
-__all__ = ["normalised_sites", "producing_steps", "step_before_copies"]
+__all__ = ["normalised_sites", "step_before_copies"]
 
 
 def normalised_sites(graph: Graph) -> set[str]:
@@ -22,7 +22,7 @@ def normalised_sites(graph: Graph) -> set[str]:
     >>> normalised_sites(trace(network, (zeros(1, 3),)))
     {'1/relu'}
     """
-    steps = producing_steps(graph)
+    steps = graph.producers
     others = {site.name for site in graph.sites if not _is_normalised(graph, steps, site)}
     return {site.name for site in graph.sites} - others
 
@@ -51,16 +51,11 @@ def _only_input(graph: Graph, step: Step) -> int | None:
     return inputs.pop() if len(inputs) == 1 else None
 
 
-def producing_steps(graph: Graph) -> dict[int, Step]:
-    """Return the step that made each tensor, by the tensor's number."""
-    return {number: step for step in graph.steps for number in step.outputs}
-
-
 def step_before_copies(steps: Mapping[int, Step], number: int) -> Step | None:
     """Return the step that computed a tensor, before copies, casts and dropout.
 
     Args:
-        steps: What :func:`producing_steps` returned.
+        steps: The step that made each tensor, by the tensor's number.
         number: The tensor's number.
     """
     step = steps.get(number)

@@ -22,7 +22,7 @@ from neuronscope.attach.layer_names import layer_name
 from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
 from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
-from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
+from neuronscope.checkpoints.model.before_site import normalised_sites, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
     normal_firing_share,
@@ -395,14 +395,11 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
 
 def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
     """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
-    steps = producing_steps(graph)
     found = []
-    for call in graph.sites:
-        if call.name == site.name:
-            step = step_before_copies(steps, call.before)
-            norm = read_batch_norm(graph, step)
-            if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
-                return None
-            found.append((norm.scale, norm.shift))
+    for call in graph.calls[site.name]:
+        norm = read_batch_norm(graph, step_before_copies(graph.producers, call.before))
+        if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
+            return None
+        found.append((norm.scale, norm.shift))
     same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
     return found[0] if same else None

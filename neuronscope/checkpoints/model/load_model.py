@@ -339,13 +339,12 @@ def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]
     for prefix in sorted(prefixes, key=len):
         added = {own: prefix + own for own in ours if prefix + own in theirs}
         best = max(best, added, key=len)
-    for prefix in {own.partition(".")[0] + "." for own in ours}:
-        removed = {
-            own: own.removeprefix(prefix)
-            for own in ours
-            if own.startswith(prefix) and own.removeprefix(prefix) in theirs
-        }
-        best = max(best, removed, key=len)
+    by_first_name: dict[str, dict[str, str]] = {}
+    for own in ours:
+        first, _, rest = own.partition(".")
+        if rest in theirs:
+            by_first_name.setdefault(first, {})[own] = rest
+    best = max([best, *by_first_name.values()], key=len)
     return best | {name: name for name in COUNTERS if name in ours and name in theirs}
 
 

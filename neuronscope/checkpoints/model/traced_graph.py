@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +136,20 @@ class Graph:
 
     def first_calls(self) -> tuple[Site, ...]:
         """Return the first call of each site."""
-        first: dict[str, Site] = {}
+        return tuple(calls[0] for calls in self.calls.values())
+
+    @cached_property
+    def calls(self) -> dict[str, list[Site]]:
+        """The calls of each site, by its name, in order; to be read when the forward is over."""
+        calls: dict[str, list[Site]] = {}
         for site in self.sites:
-            first.setdefault(site.name, site)
-        return tuple(first.values())
+            calls.setdefault(site.name, []).append(site)
+        return calls
+
+    @cached_property
+    def producers(self) -> dict[int, Step]:
+        """The step that made each tensor, by the tensor's number; to be read when the forward is over."""
+        return {number: step for step in self.steps for number in step.outputs}
 
 
 def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:

@@ -143,9 +143,10 @@ def findings(report: PostmortemReport) -> list[str]:
     if silent:
         number = sum(contest.neurons.size for contest in silent)
         sources = listed(sorted({source for contest in silent for source in contest.alive_in_training}))
+        were, they = ("was", "it is") if number == 1 else ("were", "they are")
         sentences.append(
-            f"{count(number)} of the dead fired or got a gradient lately in training, by {sources}: most likely "
-            f"{'it is' if number == 1 else 'they are'} silent on this data only."
+            f"{count(number)} of the dead {were} alive lately in training ({sources}): most likely {they} silent on "
+            "this data only."
         )
     if report.unknown:
         sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
