@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.formatting import count
@@ -15,6 +17,7 @@ COLUMNS = (
     ("dead", "dead", True),
     ("dead %", "dead_share", True),
     ("how sure", "sure", False),
+    ("woken", "woken", True),
     ("since", "since", False),
     ("suspected", "suspected", True),
     ("other", "other", False),
@@ -49,8 +52,9 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        rows = [_cells(wording.layer_cells(layer)) for layer in shown]
-        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
+        columns = [one for one in COLUMNS if one[1] != "woken" or report.in_box is not None]
+        rows = [_cells(wording.layer_cells(layer), columns) for layer in shown]
+        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in columns)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.diagnoses:
         blocks.append("### Why, and what to do")
@@ -72,8 +76,8 @@ def render(report: PostmortemReport) -> str:
     return "\n\n".join([*blocks, "### Words", pairs(wording.GLOSSARY)]) + "\n"
 
 
-def _cells(row: wording.LayerCells) -> list[str]:
-    return [code(row.name), *(plain(getattr(row, field)) for _, field, _ in COLUMNS)]
+def _cells(row: wording.LayerCells, columns: Iterable[tuple[str, str, bool]]) -> list[str]:
+    return [code(row.name), *(plain(getattr(row, field)) for _, field, _ in columns)]
 
 
 def _ground(row: wording.Ground) -> list[str]:
