@@ -110,6 +110,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor]] = {
     "returned": (Given(lambda net, x: (z := net.layer(x), net.out(F.relu(z)))), ROW),
     "half": (Given(lambda net, x: F.relu(net.layer(x).chunk(2, 1)[0]), 6), ROW),
     "tied": (behind(lambda net, z: F.relu(z) @ net.layer.weight @ net.layer.weight.T), ROW),
+    "tied, directly": (behind(lambda net, z: (F.relu(z) @ net.layer.weight)[:, :3]), ROW),
     "penalty": (Given(_penalised), ROW),
     "looks at numbers": (ahead(lambda net, x: x if x.max() > 3 else -x), ROW),
     "several axes": (nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.zeros(4)),
