@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor]] = {
     "learned scale": (ahead(lambda net, x: x * net.gain), ROW),
     "computed scale": (ahead(lambda net, x: x * net.gain.exp()), ROW),
     "noise": (ahead(lambda net, x: x + torch.rand_like(x)), ROW),
-    "noise in training": (ahead(lambda net, x: x + net.training * torch.rand(4)), ROW),
+    "noise in training": (ahead(lambda net, x: x + torch.rand_like(x) if net.training else x), ROW),
     "python's random": (ahead(lambda net, x: x * random.random()), ROW),
     "running mean": (ahead(_updated), ROW),
     "replaced mean": (ahead(_replaced), ROW),
