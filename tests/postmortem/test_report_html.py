@@ -138,7 +138,7 @@ def test_a_neuron_map_shows_every_neuron(sample: Callable[[], PostmortemReport])
         size, told = layer.neurons, field.marked
         index = raw[: 4 * size].reshape(4, size).T.copy().view("<u4")[:, 0]
         mask = raw[4 * size : 8 * size].reshape(4, size).T.copy().view("<u4")[:, 0]
-        deciding, dating, contested = raw[8 * size : 11 * size].reshape(3, size)
+        deciding, dating, marks = raw[8 * size : 11 * size].reshape(3, size)
         since = raw[11 * size : 11 * size + 4 * told].reshape(4, told).T.copy().view("<u4")[:, 0]
         numbers = raw[11 * size + 4 * told :].reshape(4, told).T.copy().view("<f4")[:, 0]
         assert sorted(index.tolist()) == list(range(size))
@@ -152,14 +152,15 @@ def test_a_neuron_map_shows_every_neuron(sample: Callable[[], PostmortemReport])
             assert (BASES[basis] if basis < len(BASES) else "") == verdict.basis
             assert deciding[place] == layer.deciding[neuron] + 1
             assert dating[place] == layer.dating[neuron] + 1
-            assert contested[place] == layer.contested[neuron]
+            woken = layer.woken is not None and layer.woken[neuron] >= 0
+            assert marks[place] == layer.contested[neuron] + 2 * woken
             assert mask[place] == sum(1 << at for at, one in enumerate(layer.evidence) if neuron in one.neurons)
             if place < told:
                 assert int(since[place]) - 2 == layer.since[neuron]
                 assert numbers[place] == np.float32(layer.numbers[neuron]) or np.isnan(layer.numbers[neuron])
             else:
                 assert verdict.label in ("alive", "unknown")
-                assert not contested[place]
+                assert not marks[place] & 1
 
 
 def test_detail_is_dropped_in_stages_and_labels_are_never_dropped() -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from neuronscope.checkpoints.verdict.combine import combine_evidence
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import join_units
 from neuronscope.checkpoints.verdict.waking_inputs import neurons_to_wake, note_woken, places_of_sites, take_places
+from neuronscope.checkpoints.writers.neuron_map import pack, worst_first
 from neuronscope.errors import UsageError
 
 #: No test here is decided by the clock.
@@ -87,6 +89,13 @@ def test_each_dead_neuron_is_proved_woken_or_open_and_the_counts_add_up(folder: 
         assert sentence in plain
         assert line in plain
     assert re.search(r"^0 +6 +4 +67 % +1 proved, 3 measured +3 ", str(report), re.MULTILINE)
+    assert re.search(
+        r"^\| `0` +\| +6 \| +4 \| +67 % \| 1 proved, 3 measured \| +3 \|", report.to_markdown(), re.MULTILINE
+    )
+    marks = zlib.decompress(base64.b64decode(pack(report.layers[0], 1 << 30).data))[10 * 6 : 11 * 6]
+    woken = report["0"].woken
+    assert woken is not None
+    assert list(marks) == [2 * int(woken[neuron] >= 0) for neuron in worst_first(report.layers[0])]
 
 
 def test_a_woken_neuron_stays_dead_on_the_data(folder: Path) -> None:

@@ -61,8 +61,8 @@ class NeuronMap:
         detail: What was kept.
         data: Base64 of the zlib-deflated planes, one after another, each one byte an item: if ``detail.neurons``, index
             (4 planes of N, lowest byte first), evidence mask (4 planes of N), deciding and dating evidence + 1, and
-            whether contested (N each); if ``detail.steps``, ``since + 2`` (4 planes of T); if ``detail.numbers``, the
-            number as float32 (4 planes of T).
+            marks (N each): 1 = contested, 2 = woken by an input of the box; if ``detail.steps``, ``since + 2``
+            (4 planes of T); if ``detail.numbers``, the number as float32 (4 planes of T).
     """
 
     runs: list[tuple[int, int, int]]
@@ -86,7 +86,7 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
         if detail.neurons:
             planes += [four_planes(order.astype("<u4")), four_planes(_mask(layer)[order])]
             planes += [(which[order] + 1).clip(0, 255).astype(np.uint8) for which in (layer.deciding, layer.dating)]
-            planes.append(layer.contested[order].astype(np.uint8))
+            planes.append(_marks(layer)[order])
         if detail.steps:
             since = layer.since[order[:marked]]
             rounded = np.where(since > 0, since // detail.steps * detail.steps, since)
@@ -112,6 +112,11 @@ def _runs(layer: LayerReport, order: npt.NDArray[np.int64]) -> list[tuple[int, i
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     sizes = np.diff([*starts, codes.size])
     return [(int(codes[at]) // 256, int(codes[at]) % 256, int(size)) for at, size in zip(starts, sizes, strict=True)]
+
+
+def _marks(layer: LayerReport) -> npt.NDArray[np.uint8]:
+    woken = np.zeros(layer.neurons, dtype=np.bool_) if layer.woken is None else layer.woken >= 0
+    return (layer.contested + 2 * woken).astype(np.uint8)
 
 
 def _mask(layer: LayerReport) -> npt.NDArray[np.uint32]:

@@ -19,6 +19,7 @@ COLUMNS = (
     ("dead", "dead", True),
     ("dead %", "dead_share", True),
     ("how sure", "sure", False),
+    ("woken", "woken", True),
     ("since", "since", False),
     ("suspected", "suspected", True),
     ("other", "other", False),
@@ -72,7 +73,8 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        blocks.append(_table("layer", COLUMNS, [wording.layer_cells(layer) for layer in shown]))
+        columns = [one for one in COLUMNS if one[1] != "woken" or report.in_box is not None]
+        blocks.append(_table("layer", columns, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         blocks.append("### Between the checkpoints")

@@ -47,7 +47,7 @@ _DROPOUT = spellings(
     in_place=True,
 )
 #: Most numbers in the coefficients of a part of the neurons, and of all of them: larger networks keep intervals.
-_PART, _MOST = 2**22, 2**30
+_PART, _MOST = 2**22, 2**27
 
 
 @torch.no_grad()

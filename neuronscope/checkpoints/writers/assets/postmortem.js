@@ -19,7 +19,7 @@
     unpack(planes) {
       if (this.hasNeurons) {
         [this.index, this.mask] = [planes.numbers(this.neurons), planes.numbers(this.neurons)];
-        [this.deciding, this.dating, this.contested] = [planes.take(this.neurons), planes.take(this.neurons), planes.take(this.neurons)];
+        [this.deciding, this.dating, this.marks] = [planes.take(this.neurons), planes.take(this.neurons), planes.take(this.neurons)];
       }
       if (this.stepUnit) this.since = planes.numbers(this.marked);
       if (this.hasNumbers) this.numbers = planes.numbers(this.marked, Float32Array);
@@ -65,7 +65,7 @@
         while (place >= this.ends[run]) run += 1;
         const label = LABELS[this.runs[run][0]];
         const [left, top] = [(cell % this.columns) * size, Math.floor(cell / this.columns) * size];
-        const marked = this.contested?.[place] && size - gap >= 6;
+        const marked = (this.marks?.[place] & 1) && size - gap >= 6;
         for (let y = top; y < top + size - gap; y++) {
           for (let x = left; x < left + size - gap; x++) {
             const stripe = (x + y) % 6 < 3;
@@ -138,7 +138,8 @@
       const mask = this.mask[place];
       const all = this.evidence.filter((_, at) => (mask >>> at) & 1).filter((one) => one !== decided);
       if (all.length) parts.push(`also: ${all.map(([claim, ground, who]) => `${claim}, ${ground} (${who})`).join("; ")}`);
-      if (this.contested[place]) parts.push("CONTESTED");
+      if (this.marks[place] & 2) parts.push("woken by an input of the box");
+      if (this.marks[place] & 1) parts.push("CONTESTED");
       return parts.join(" · ");
     }
   }
