@@ -114,7 +114,8 @@ def _tables(seeds: range) -> Iterator[str]:
     for name, thresholds in THRESHOLDS.items():
         for below in thresholds:
             right, wrong = caught(whole, {name: below})
-            yield f"| {name} | {below:g} | {right} ({100 * right / dead:.1f} %) | {wrong} ({100 * wrong / living:.2f} %) |"
+            shares = f"{right} ({100 * right / dead:.1f} %) | {wrong} ({100 * wrong / living:.2f} %)"
+            yield f"| {name} | {below:g} | {shares} |"
 
 
 def _cells(found: Mapping[str, Numbers]) -> Iterator[str]:
