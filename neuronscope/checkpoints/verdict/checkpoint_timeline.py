@@ -353,7 +353,7 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
             continue
         state, step, exact = states[at], steps[at], exacts[at]
         dead, alive, dated = state == DEAD, state == ALIVE, exact != UNDATED
-        if one.gradients is not None:
+        if one.gradients is not None and at:
             lower = np.where(one.gradients.some, np.maximum(lower, steps[at - 1] + 1), lower)
             woke |= one.gradients.some
         both = dated & (died_at != UNDATED)
