@@ -292,6 +292,32 @@ def test_the_bound_of_a_later_checkpoint_dates_a_death_before_an_earlier_one() -
     assert (layer.dead.tolist(), layer.earliest.tolist(), layer.latest.tolist()) == ([1, 1], [60], [100])
 
 
+def recorded(since: int) -> list:
+    return at_step([0], source="monitor record", since=since)
+
+
+def test_the_exact_step_that_a_later_record_has_dates_a_death() -> None:
+    layer = built(at_step(), at_step([0], basis="inferred", source="x"), recorded(150))
+    assert layer.to_dict()["events"] == {
+        "neuron": [0],
+        "event": ["died"],
+        "checkpoint": [1],
+        "earliest": [150],
+        "latest": [150],
+        "basis": ["measured"],
+    }
+
+
+def test_a_record_that_ends_before_its_checkpoint_hides_no_revival() -> None:
+    """The third record ends before the gradient that the optimizer's state shows; the fourth has the second death."""
+    some = GradientMasks(mask(), mask(0))
+    layer = built(recorded(50), recorded(50), recorded(50), recorded(250), gradients=(None, None, some, None))
+    assert layer.dead.tolist() == [1, 1, 0, 1]
+    died, revived = layer.events(DIED), layer.events(REVIVED)
+    assert (layer.earliest[died].tolist(), layer.latest[died].tolist()) == ([50, 250], [50, 250])
+    assert (layer.earliest[revived].tolist(), layer.latest[revived].tolist()) == ([51], [250])
+
+
 def test_a_layer_that_is_not_in_a_checkpoint_has_no_count_there() -> None:
     builder = TimelineBuilder()
     builder.add("a.pt", 1, combine_evidence([samples.evidence("b", 4, "dead", "proved", [1])]), {}, {})

@@ -314,7 +314,7 @@ def test_the_table_is_sorted_by_keyboard(show: Callable[..., Any]) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("sample", [samples.with_data, samples.broken, samples.alone])
+@pytest.mark.parametrize("sample", [samples.with_data, samples.broken, samples.alone, samples.several])
 def test_text_has_the_contrast_of_wcag_aa(
     show: Callable[..., Any], sample: Callable[[], PostmortemReport], theme: str
 ) -> None:
@@ -327,7 +327,7 @@ def test_text_has_the_contrast_of_wcag_aa(
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 768, 1280])
-@pytest.mark.parametrize("sample", [samples.hostile, samples.with_data])
+@pytest.mark.parametrize("sample", [samples.hostile, samples.with_data, samples.several])
 def test_the_page_never_scrolls_sideways(
     show: Callable[..., Any], sample: Callable[[], PostmortemReport], width: int
 ) -> None:

@@ -320,88 +320,102 @@ def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[
         found: What each checkpoint shows; ``None`` = the layer is not in it.
         steps: The step of each checkpoint.
     """
-    parts = [one if one is not None and one.state.size == layer.neurons else None for one in found]
-    states = np.array([np.zeros(layer.neurons, np.uint8) if one is None else one.state for one in parts])
-    basis = np.array([np.full(layer.neurons, NO_BASIS, np.uint8) if one is None else one.basis for one in parts])
+    neurons = layer.neurons
+    parts = [one if one is not None and one.state.size == neurons else None for one in found]
+    states = np.array([np.zeros(neurons, np.uint8) if one is None else one.state for one in parts])
+    basis = np.array([np.full(neurons, NO_BASIS, np.uint8) if one is None else one.basis for one in parts])
+    exacts = np.array([np.full(neurons, UNDATED) if one is None else one.exact for one in parts])
     pairs = [
-        (at, one, later, later.gradients.none)
+        (at, one, later, later.gradients)
         for at, (one, later) in enumerate(pairwise(parts), start=1)
         if one is not None and later is not None and later.gradients is not None
     ]
-    for at, _, later, none in pairs:
-        still_dead = (states[at - 1] == DEAD) & none & ~later.fires & (states[at] == UNKNOWN)
+    for at, _, _, gradients in pairs:
+        # A record ends with its last window. A neuron that was dead there and got a gradient since may be alive.
+        outdated = (exacts[at] != UNDATED) & (exacts[at] <= steps[at - 1]) & gradients.some & (states[at] == DEAD)
+        states[at, outdated], exacts[at, outdated] = UNKNOWN, UNDATED
+    for at, _, later, gradients in pairs:
+        still_dead = (states[at - 1] == DEAD) & gradients.none & ~later.fires & (states[at] == UNKNOWN)
         states[at, still_dead], basis[at, still_dead] = DEAD, _INFERRED
-    for at, one, later, none in reversed(pairs):
-        was_dead = (states[at] == DEAD) & none & ~one.fires & (states[at - 1] != DEAD)
-        was_dead &= (later.exact == UNDATED) | (later.exact <= steps[at - 1])
+    for at, earlier, _, gradients in reversed(pairs):
+        was_dead = (states[at] == DEAD) & gradients.none & ~earlier.fires & (states[at - 1] != DEAD)
+        was_dead &= (exacts[at] == UNDATED) | (exacts[at] <= steps[at - 1])
         states[at - 1, was_dead], basis[at - 1, was_dead] = DEAD, _INFERRED
     events = _Events()
-    lower = np.full(layer.neurons, -1, dtype=np.int64)  # the earliest step at which a death may have come
-    last_dead = np.full(layer.neurons, UNDATED, dtype=np.int64)  # step of the last checkpoint at which it was dead
-    died_at = np.full(layer.neurons, UNDATED, dtype=np.int64)  # the exact step of the death before, if it is known
-    before = np.full(layer.neurons, UNKNOWN, dtype=np.uint8)
-    spell = np.full(layer.neurons, -1, dtype=np.int64)  # index of the current death among the events
-    for at, found_here in enumerate(parts):
-        if found_here is None:
+    lower = np.full(neurons, -1, dtype=np.int64)  # the earliest step at which a death may have come
+    last_dead = np.full(neurons, UNDATED, dtype=np.int64)  # step of the last checkpoint at which it was dead
+    died_at = np.full(neurons, UNDATED, dtype=np.int64)  # the exact step of its current death, if it is known
+    known = np.full(neurons, UNKNOWN, dtype=np.uint8)  # the last state that was known
+    woke = np.zeros(neurons, dtype=np.bool_)  # whether it got a gradient since the last checkpoint at which it was dead
+    spell = np.full(neurons, -1, dtype=np.int64)  # index of its current death among the events
+    for at, one in enumerate(parts):
+        if one is None:
             continue
-        one, state, step = found_here, states[at], steps[at]
-        previous = steps[at - 1] if at else -1
-        some = np.zeros(layer.neurons, np.bool_) if one.gradients is None else one.gradients.some
-        lower = np.where(some, np.maximum(lower, previous + 1), lower)
-        exact = one.exact
-        dated = exact != UNDATED
-        again = (before == DEAD) & (state == DEAD)
-        again &= np.where(dated & (died_at != UNDATED), exact > died_at, some)
-        revived = (last_dead != UNDATED) & ((state == ALIVE) | again)
-        first = np.where(dated & (state == ALIVE) & (exact >= 0), exact, last_dead + 1)
-        last = np.where(dated & (exact >= 0), exact, step)
-        events.add(revived, REVIVED, at, first, np.maximum(last, first), basis[at])
-        last_dead[revived] = UNDATED
-        died = (state == DEAD) & ((before != DEAD) | again)
-        start = np.where(one.bound == UNDATED, lower, np.maximum(lower, one.bound))
-        start = np.where(dated, exact, start)
+        state, step, exact = states[at], steps[at], exacts[at]
+        dead, alive, dated = state == DEAD, state == ALIVE, exact != UNDATED
+        if one.gradients is not None and at:
+            lower = np.where(one.gradients.some, np.maximum(lower, steps[at - 1] + 1), lower)
+            woke |= one.gradients.some
+        both = dated & (died_at != UNDATED)
+        again = dead & (known == DEAD) & np.where(both, exact > died_at, woke)
+        revived = (known == DEAD) & (alive | again)
+        first, last = last_dead + 1, np.full(neurons, step)
+        first, last = np.where(again & both, (died_at + 1, exact), (first, last))
+        first, last = np.where(alive & dated & (exact >= 0), (exact, exact), (first, last))
+        events.add(revived, REVIVED, at, first, last, basis[at])
+        died = dead & ((known != DEAD) | again)
+        start = np.where(dated, exact, np.maximum(lower, one.bound))
         spell[died] = events.add(died, DIED, at, start, np.where(dated, exact, step), basis[at])
-        stays = (state == DEAD) & ~died & (one.bound != UNDATED) & ~dated
-        events.raise_earliest(spell[stays], one.bound[stays])
-        died_at = np.where(state == DEAD, np.where(dated, exact, np.where(died, UNDATED, died_at)), UNDATED)
-        lower = np.where(one.fires & (state == ALIVE), np.maximum(lower, step), lower)
-        last_dead[state == DEAD] = step
-        before = state
+        events.narrow(spell, dead & ~died, np.where(dated, exact, one.bound), dated, basis[at])
+        died_at = np.where(dead & (dated | died), exact, np.where(alive, UNDATED, died_at))
+        lower = np.where(one.fires & alive, np.maximum(lower, step), lower)
+        last_dead[dead], woke[dead] = step, False
+        known = np.where(state == UNKNOWN, known, state)
     return events.timeline(layer, parts, states)
 
 
 class _Events:
-    """Collects events."""
+    """Collects events, one array of each field for each checkpoint."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]] = []
-        self._count = 0
-        self._raised: list[tuple[IntArray, IntArray]] = []
+        self._fields: tuple[list[IntArray], ...] = ([], [], [], [], [], [])
+        self._narrowed: list[tuple[IntArray, IntArray, BoolArray, ByteArray]] = []
 
     def add(
         self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
     ) -> IntArray:
         """Add an event for each neuron in ``mask``, bool ``(N,)``, and return the events' indices."""
         neurons = np.flatnonzero(mask).astype(np.int64)
-        same = np.full_like(neurons, 1)
+        start = sum(part.size for part in self._fields[0])
+        same = np.ones_like(neurons)
         late = np.maximum(latest[mask], earliest[mask])
-        self._parts.append(
-            (neurons, same * kind, same * checkpoint, earliest[mask], late, basis[mask].astype(np.int64))
-        )
-        self._count += neurons.size
-        return np.arange(self._count - neurons.size, self._count)
+        values = (neurons, same * kind, same * checkpoint, earliest[mask], late, basis[mask].astype(np.int64))
+        for found, value in zip(self._fields, values, strict=True):
+            found.append(value)
+        return np.arange(start, start + neurons.size)
 
-    def raise_earliest(self, events: IntArray, steps: IntArray) -> None:
-        """Note that events did not happen before some steps."""
-        self._raised.append((events, steps))
+    def narrow(self, events: IntArray, mask: BoolArray, steps: IntArray, exact: BoolArray, basis: ByteArray) -> None:
+        """Note what a later checkpoint shows of the dates of deaths.
+
+        Args:
+            events: The event of each neuron, int64 ``(N,)``.
+            mask: The neurons of which it shows something, bool ``(N,)``.
+            steps: The exact step or the earliest one, int64 ``(N,)``; ``UNDATED`` = not known.
+            exact: Which of them are exact, bool ``(N,)``.
+            basis: The basis of the exact ones, uint8 ``(N,)``.
+        """
+        mask = mask & (steps != UNDATED)
+        self._narrowed.append((events[mask], steps[mask], exact[mask], basis[mask]))
 
     def timeline(self, layer: LayerReport, parts: list[_State | None], states: ByteArray) -> LayerTimeline:
         """Return the timeline of a layer with these events."""
-        neuron, kind, checkpoint, earliest, latest, basis = (
-            np.concatenate(one) for one in zip(*self._parts, strict=True)
-        )
-        for events, steps in self._raised:
-            np.maximum.at(earliest, events, np.minimum(steps, latest[events]))
+        neuron, kind, checkpoint, earliest, latest, basis = (np.concatenate(one) for one in self._fields)
+        for events, steps, exact, by in self._narrowed:
+            at, sure = events[exact], steps[exact]
+            inside = sure <= latest[at]  # else the record tells of another death, or means that it fell silent later
+            at, sure = at[inside], sure[inside]
+            earliest[at], latest[at], basis[at] = sure, sure, by[exact][inside]
+            np.maximum.at(earliest, events[~exact], np.minimum(steps[~exact], latest[events[~exact]]))
         present = np.array([one is not None for one in parts])
         return LayerTimeline(
             name=layer.name,
