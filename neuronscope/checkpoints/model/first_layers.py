@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.checkpoints.model.before_site import producing_steps
 from neuronscope.checkpoints.model.bounds.propagate import is_zero_below_zero
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.function_rules import OPERATORS
@@ -105,7 +104,7 @@ class _FirstLayers:
     def __init__(self, graph: Graph, learned: set[str]) -> None:
         self._graph = graph
         self._values = graph.values
-        self._steps = producing_steps(graph)
+        self._steps = graph.producers
         self._reads = Counter(number for step in graph.steps for number in set(step.reads))
         # A weight from which the forward computes something else may get a gradient from there.
         self._read_elsewhere = {name for value in graph.values if not value.name for name in value.sources}

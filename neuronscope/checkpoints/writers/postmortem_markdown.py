@@ -73,8 +73,8 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        columns = [one for one in COLUMNS if one[1] != "woken" or report.in_box is not None]
-        blocks.append(_table("layer", columns, [wording.layer_cells(layer) for layer in shown]))
+        shown_columns = [one for one in COLUMNS if one[1] != "woken" or report.in_box is not None]
+        blocks.append(_table("layer", shown_columns, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         blocks.append("### Between the checkpoints")
