@@ -26,12 +26,13 @@ RUN := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help demo test coverage tools lint format types imports doctest examples bench bench-peers wheel check browser lowest clean distclean
+.PHONY: help demo test coverage tools lint format types imports doctest docs examples bench bench-peers wheel check browser lowest clean distclean
 
 help:
 	@echo "make demo      train the activation comparison on real data; leaves a table, a picture, TensorBoard logs, a report"
 	@echo "make test      run the tests"
-	@echo "make check     all that CI runs: test, coverage, lint, types, imports, doctest, examples, wheel"
+	@echo "make check     all that CI runs: test, coverage, lint, types, imports, doctest, docs, examples, wheel"
+	@echo "make docs      build the documentation site into site/"
 	@echo "make bench     measure the cost of watching, in less than ten minutes (make bench-peers: of others too)"
 	@echo "make lowest    run the tests with the oldest versions that pyproject.toml allows"
 	@echo "make format    let ruff put the code in order"
@@ -63,6 +64,11 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.test
 	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+# The documentation site reads the code without running it, so this needs no torch; but the extra brings the package.
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 # torchvision and timm, for tests on networks of others. Apart from the rest and without their dependencies: the ordinary
@@ -97,14 +103,14 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.networks $(VENV)/.specimens browser
 	$(RUN) python -m pytest $(PYTEST_ARGS)
 
-check: test coverage lint types imports doctest examples wheel
+check: test coverage lint types imports doctest docs examples wheel
 
 # docs/coverage.md: says whether the page is what the networks and the tests are now. `python scripts/coverage.py` writes it.
 coverage: $(VENV)/.test $(VENV)/.networks
 	$(RUN) python scripts/coverage.py --check
 
-# What all checks need: the tests' packages, ruff, mypy and import-linter.
-tools: $(VENV)/.dev
+# What all checks need: the tests' packages, ruff, mypy, import-linter, and what builds the package and the site.
+tools: $(VENV)/.dev $(VENV)/.docs
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .
@@ -124,10 +130,15 @@ imports: $(VENV)/.dev
 doctest: $(VENV)/.test
 	$(RUN) python -m pytest --doctest-modules -p no:cacheprovider neuronscope
 
+# A warning is an error: a broken link or anchor, a page that is not in the navigation, a diagram without its picture.
+docs: $(VENV)/.docs
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "The site is in site/: open site/index.html, or serve it: $(BIN)/mkdocs serve"
+
 examples: $(VENV)/.test $(VENV)/.specimens
 	$(RUN) PYTHONPATH="$(abspath $(VENV))/specimens" python scripts/run_examples.py
 
-wheel: $(VENV)/.torch
+wheel: $(VENV)/.dev
 	TORCH_ARGS="$(TORCH_ARGS)" PIP_ARGS="$(PIP_ARGS)" scripts/check_wheel.sh $(BIN)/python
 
 # docs/performance.md keeps what `python -m benchmarks --into docs/performance.md` prints: all of it, or a part's.
@@ -147,7 +158,7 @@ lowest: $(VENV)/.made
 	PATH="$(abspath $(VENV)/lowest/bin):$$PATH" python -m pytest $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf build dist site runs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './.git/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean

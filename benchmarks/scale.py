@@ -29,6 +29,7 @@ import torch.multiprocessing as mp
 from torch.utils.tensorboard import SummaryWriter
 
 import neuronscope as ns
+from benchmarks.layers import peak
 from benchmarks.tables import Table
 from neuronscope.build_report import make_report
 from neuronscope.count.counters import SiteCounters
@@ -92,12 +93,6 @@ def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def peak() -> int:
-    """Bytes of this process at its largest: the kernel's own word, for ``ru_maxrss`` begins at what a parent held."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in status if "VmHWM" in line)
 
 
 def size(tensors: list[torch.Tensor]) -> int:

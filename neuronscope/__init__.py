@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from neuronscope.checkpoints.run import postmortem
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
     from neuronscope.judge.verdicts import Policy, Verdict
+    from neuronscope.linear.check import check_linear
+    from neuronscope.linear.linear_report import LinearLayers, LinearReport
     from neuronscope.report.report import Report
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
@@ -25,6 +27,8 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "Activation": "neuronscope.attach.activations",
     "Census": "neuronscope.tally.census",
+    "LinearLayers": "neuronscope.linear.linear_report",
+    "LinearReport": "neuronscope.linear.linear_report",
     "NeuronscopeError": "neuronscope.errors",
     "NeuronscopeWarning": "neuronscope.errors",
     "Policy": "neuronscope.judge.verdicts",
@@ -33,6 +37,7 @@ _MODULE_OF = {
     "Scope": "neuronscope.scope",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
+    "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "scan": "neuronscope.scanning",
     "watch": "neuronscope.scope",
@@ -41,6 +46,8 @@ _MODULE_OF = {
 __all__ = [
     "Activation",
     "Census",
+    "LinearLayers",
+    "LinearReport",
     "NeuronscopeError",
     "NeuronscopeWarning",
     "Policy",
@@ -50,6 +57,7 @@ __all__ = [
     "Tally",
     "Verdict",
     "__version__",
+    "check_linear",
     "postmortem",
     "scan",
     "watch",

@@ -81,6 +81,7 @@ def make_report(
             *filter(None, (fault_text, *notes)),
             *record.notes(),
             *_notes(judged, broken_since),
+            *_acting_linear(sites, policy),
             *_exchange_notes(exchanges),
         ),
         fault=fault_text,
@@ -196,6 +197,27 @@ def _notes(census: Census, broken_since: Collection[str]) -> tuple[str, ...]:
             "there are over all passes."
         )
     return tuple(notes)
+
+
+def _acting_linear(sites: Sequence[SiteReport], policy: Policy) -> tuple[str, ...]:
+    """Return the note on layers whose activation bent nothing in the judged window, if there are any.
+
+    Args:
+        sites: The layers of the report.
+        policy: The thresholds.
+    """
+    found = [
+        site
+        for site in sites
+        if site.examples >= policy.min_examples
+        and site.judgement.linear.any()
+        and bool((site.judgement.linear | site.judgement.dead).all())
+        and not site.output
+    ]
+    if not found:
+        return ()
+    names = ", ".join(site.name for site in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return (f"Every neuron of {names} was always on, or never: the activation bends nothing on this data.",)
 
 
 def _exchange_notes(exchanges: Exchanges) -> tuple[str, ...]:

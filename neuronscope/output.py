@@ -42,7 +42,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file completely; if that fails, keep the previous file and leave no partial one.
 
     The content is written to a temporary file in the same folder, which then replaces the target. A device or a pipe
-    is written to directly.
+    is written to directly; a pipe that nobody reads is not waited for.
 
     Args:
         path: The file; links are followed.
@@ -55,7 +55,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     try:
         check_writable(path)
         if _is_special(Path(path)):
-            Path(path).write_bytes(data)
+            _write_into(path, data)
         else:
             _replace(Path(os.path.realpath(path)), data)
     except OSError as error:
@@ -65,6 +65,20 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def _is_special(path: Path) -> bool:
     """Whether the path exists and is not a regular file; everything under ``/dev`` counts as special."""
     return path.exists() and (not stat.S_ISREG(path.stat().st_mode) or path.is_relative_to("/dev"))
+
+
+def _write_into(path: str | Path, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        opened = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "nothing reads from it") from error
+        raise
+    with os.fdopen(opened, "wb") as file:
+        if hasattr(os, "O_NONBLOCK"):
+            os.set_blocking(opened, True)
+        file.write(data)
 
 
 def _replace(target: Path, data: bytes) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build the wheel, look into it, install it into an empty environment and use it there, away from the repository.
+# Build the source archive and from it the wheel, look into them, install the wheel into an empty environment and use it
+# there, away from the repository.
 # Usage: scripts/check_wheel.sh PYTHON   (the Python that builds, and that the empty environment is made with)
 set -euo pipefail
 
@@ -13,8 +14,8 @@ torch_args=${TORCH_ARGS:-}
 
 cd "$root"
 rm -rf build
-# shellcheck disable=SC2086  # the arguments are words
-"$python" -m pip wheel -q $pip_args --no-deps -w "$work" .
+"$python" -m build --outdir "$work" . >"$work/log" 2>&1 || { cat "$work/log" && exit 1; }
+"$python" -m twine check --strict "$work"/neuronscope-*
 wheel=$(ls "$work"/neuronscope-*.whl)
 echo "built $(basename "$wheel"), $(($(wc -c <"$wheel") / 1024)) KiB"
 "$python" scripts/wheel_contents.py "$wheel"
@@ -24,7 +25,7 @@ empty=$work/venv/bin
 cd "$work" # nothing of the repository is importable from here
 
 # First without torch and Lightning: what promises to load neither must work where neither is installed.
-# shellcheck disable=SC2086
+# shellcheck disable=SC2086  # the arguments are words
 "$empty/python" -m pip install -q $pip_args -c "$root/constraints.txt" "$wheel" --no-deps
 # shellcheck disable=SC2086
 "$empty/python" -m pip install -q $pip_args --no-warn-conflicts -c "$root/constraints.txt" numpy rich jinja2 pillow

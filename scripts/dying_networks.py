@@ -95,6 +95,34 @@ def cnn() -> nn.Module:
     return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)))
 
 
+def cnn_with_norms() -> nn.Module:
+    """Three convolutions of 32 channels on the 8 × 8 pixels, each with a batch norm."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    for inputs in (1, 32, 32):
+        layers += [nn.Conv2d(inputs, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(inputs, width, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """A convolution and two residual blocks of 16 and 32 channels on the 8 × 8 pixels."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1, bias=False)]
+    layers += [nn.BatchNorm2d(16), nn.ReLU(), _Residual(16, 16, 1), _Residual(16, 32, 2)]
+    return _he(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)))
+
+
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Run every script of a folder as a user would, one after the other, and say how long each took.
+"""Run every script and notebook of a folder as a user would, one after the other, and say how long each took.
 
-``python scripts/run_examples.py [FOLDER] [--limit SECONDS]``; the folder is ``examples`` unless named. A script that
+``python scripts/run_examples.py [FOLDER] [--limit SECONDS]``; the folder is ``examples`` unless named. A file that
 starts with an underscore is a part of others and is left out. Exit code 1 when one failed or ran over the limit.
 """
 
@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+NOTEBOOK = Path(__file__).resolve().parent / "notebook.py"
+
 
 def main() -> int:
     """Run the scripts; see the module's docstring."""
@@ -20,7 +22,11 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", default="examples", type=Path)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that one script may take")
     arguments = parser.parse_args()
-    scripts = sorted(path for path in arguments.folder.glob("*.py") if not path.name.startswith("_"))
+    scripts = sorted(
+        path
+        for path in arguments.folder.iterdir()
+        if path.suffix in (".py", ".ipynb") and not path.name.startswith("_")
+    )
     if not scripts:
         print(f"No scripts in {arguments.folder}/.")
         return 1
@@ -30,7 +36,7 @@ def main() -> int:
         began = time.monotonic()
         try:
             code = subprocess.run(
-                [sys.executable, str(script)],
+                [sys.executable, *([str(NOTEBOOK)] if script.suffix == ".ipynb" else []), str(script)],
                 timeout=arguments.limit,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},

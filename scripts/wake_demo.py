@@ -10,6 +10,7 @@ that was found, and random inputs of the box. The figures in ``docs/postmortem.m
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +23,27 @@ from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.recipe import VARIANTS, Recipe, build_network
 
 
-def train(seed: int, data: Digits, recipe: Recipe) -> nn.Module:
+def train(seed: int, data: Digits, recipe: Recipe) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Train the demo's ReLU network as :func:`neuronscope.demo.training.train` does."""
     network = build_network(VARIANTS[0], recipe, seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.learning_rate)
     order = torch.Generator().manual_seed(seed)
     for number in range(1, recipe.epochs + 1):
         optimizer.param_groups[0]["lr"] = recipe.rate(number, spike=True)
-        for batch in torch.randperm(len(data.train_y), generator=order).split(recipe.batch_size):
-            F.cross_entropy(network(data.train_x[batch]), data.train_y[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return network
+        for _ in steps(network, optimizer, data, recipe, order):
+            pass
+    return network, optimizer
+
+
+def steps(
+    network: nn.Module, optimizer: torch.optim.Optimizer, data: Digits, recipe: Recipe, order: torch.Generator
+) -> Iterator[None]:
+    """Train for one epoch, and yield after each step."""
+    for batch in torch.randperm(len(data.train_y), generator=order).split(recipe.batch_size):
+        F.cross_entropy(network(data.train_x[batch]), data.train_y[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
 
 
 def outputs(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -59,7 +69,7 @@ def main() -> None:
     images = torch.cat([data.train_x, data.test_x])
     box = (float(images.min()), float(images.max()))  # of pixels that are black and white
     for seed in parsed.seeds:
-        network = train(seed, data, recipe).eval()
+        network = train(seed, data, recipe)[0].eval()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "demo.pt"
             torch.save(network.state_dict(), path)

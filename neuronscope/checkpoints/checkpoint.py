@@ -59,11 +59,13 @@ class Checkpoint:
         tensors: Parameters and buffers of the network by name, in the order of the file. Prefixes of wrappers
             (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``) are removed from the names.
         is_ordered: Whether this is the order of the network; safetensors sorts by name.
+        is_averaged: Whether they are averages of the weights that the optimizers trained (torch's ``AveragedModel``).
         networks: With several networks, what the names of each one's tensors begin with.
         optimizers: The states of the optimizers.
         records: The states of Neuronscope's own monitors, by the key under which each was found.
         step: Number of optimizer steps taken; ``None`` if the file does not hold it.
         config: The network's configuration (``config.json`` of a Hugging Face folder); empty if there is none.
+        adapter: The configuration of an adapter (``adapter_config.json`` of PEFT); empty if there is none.
         hyperparameters: Arguments that a LightningModule was created with, by name, if they are plain data.
         notes: Sentences that the report shows to the reader.
     """
@@ -72,10 +74,12 @@ class Checkpoint:
     format: str
     tensors: Mapping[str, StoredTensor]
     is_ordered: bool = True
+    is_averaged: bool = False
     networks: tuple[str, ...] = ()
     optimizers: tuple[OptimizerState, ...] = ()
     records: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     step: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

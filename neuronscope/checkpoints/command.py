@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neuronscope.checkpoints.data.user_code import describe_exception
-from neuronscope.errors import UsageError
+from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.output import check_writable, print_and_flush, write_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,15 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
             "--fail-above failed; 2: wrong usage, or a checkpoint that cannot be read."
         ),
     )
-    command.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a file or a folder")
+    command.add_argument(
+        "checkpoints",
+        metavar="CKPT",
+        nargs="+",
+        help=(
+            "the checkpoint: a file or a folder. Several of one run, or a folder of them: the report is on the one "
+            "with the most steps, with a timeline of deaths and revivals between them"
+        ),
+    )
     command.add_argument(
         "--model",
         metavar="PKG.MOD:FACTORY",
@@ -43,6 +51,14 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     command.add_argument(
         "--data", metavar="PKG.MOD:FACTORY", help="a function that returns batches to run the network on"
+    )
+    command.add_argument(
+        "--fixed-data",
+        action="store_true",
+        help=(
+            "the data is the whole training set, the same in each epoch: prove which dead neurons no training on it "
+            "revives"
+        ),
     )
     command.add_argument(
         "--example",
@@ -112,13 +128,14 @@ def _run(parsed: argparse.Namespace) -> int:
     with _progress_bars() as progress:
         try:
             report = postmortem(
-                parsed.checkpoint,
+                parsed.checkpoints,
                 parsed.model,
                 parsed.data,
                 parsed.loss,
                 optimizer=parsed.optimizer,
                 step=parsed.step,
                 earlier=parsed.earlier,
+                fixed_data=parsed.fixed_data,
                 box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
                 wake_seconds=parsed.wake,
                 seed=parsed.seed,
@@ -135,6 +152,10 @@ def _run(parsed: argparse.Namespace) -> int:
     ]
     tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
     _write_all(tasks)
+    unreadable = [] if report.timeline is None else [one for one in report.timeline.left_out if one.unreadable]
+    if unreadable:
+        reasons = "; ".join(one.reason.rstrip(".") for one in unreadable[:3])
+        raise CheckpointError(f"Left out, since it could not be read ({len(unreadable)} in all): {reasons}.")
     return EXIT_OK if parsed.fail_above is None else _check(report, parsed.fail_above)
 
 

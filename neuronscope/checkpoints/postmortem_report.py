@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from neuronscope.checkpoints.verdict.checkpoint_timeline import CheckpointTimeline
 from neuronscope.checkpoints.verdict.evidence import CLAIMS, Abstention
 from neuronscope.checkpoints.verdict.layer_verdicts import FIRM, Confirmation, InBox, LayerReport, PostmortemVerdict
 from neuronscope.checkpoints.verdict.waking_inputs import WakingInput, are_embedded, inputs_as_dicts, inputs_as_npz
@@ -47,6 +48,8 @@ class PostmortemReport(Renderable):
         diagnoses: Symptoms that were found, with cause and remedy.
         confirmations: How often measurements agreed with claims that rest on something else.
         notes: Sentences that a reader should know.
+        timeline: Who died and revived between several checkpoints, of which this report is on the last; ``None`` if
+            there was one only.
         waking_inputs: Inputs of the box that make dead neurons fire; see ``LayerReport.woken``.
         versions: Versions of neuronscope, torch and numpy that made the report.
     """
@@ -66,6 +69,7 @@ class PostmortemReport(Renderable):
     diagnoses: tuple[Diagnosis, ...] = ()
     confirmations: tuple[Confirmation, ...] = ()
     notes: tuple[str, ...] = ()
+    timeline: CheckpointTimeline | None = None
     waking_inputs: tuple[WakingInput, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -123,6 +127,11 @@ class PostmortemReport(Renderable):
         """How many dead neurons are proved dead, woken, or open for inputs of the box; ``None`` if not searched."""
         found = [one for layer in self.headline_layers if (one := layer.in_box) is not None]
         return InBox(*(sum(numbers) for numbers in zip(*found, strict=True))) if found else None
+
+    @property
+    def permanent(self) -> int:
+        """Number of dead neurons of which it is proved that no training on the same data revives them."""
+        return sum(int(layer.permanent.sum()) for layer in self.headline_layers)
 
     @property
     def contested(self) -> int:
@@ -193,6 +202,7 @@ class PostmortemReport(Renderable):
                 "idle": self.idle,
                 "collapsed": list(self.collapsed),
                 "contested": self.contested,
+                "permanent": self.permanent,
                 "in_box": None if self.in_box is None else self.in_box._asdict(),
                 "not_finite": self.not_finite,
                 "unknown": self.unknown,
@@ -202,6 +212,7 @@ class PostmortemReport(Renderable):
             "confirmations": [asdict(one) for one in self.confirmations],
             "abstentions": [asdict(one) for one in self.abstentions],
             "notes": list(self.notes),
+            "timeline": None if self.timeline is None else self.timeline.to_dict(),
             "waking_inputs": inputs_as_dicts(self.waking_inputs),
             "versions": dict(self.versions),
         }

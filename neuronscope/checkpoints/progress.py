@@ -87,7 +87,7 @@ def track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) 
 
 
 def track_batches(
-    data: Iterable[Any], what: str, progress: Progress | None, on_batch: Callable[[Any], None]
+    data: Iterable[Any], what: str, progress: Progress | None, *on_batch: Callable[[Any], None]
 ) -> Iterator[Any]:
     """Yield the batches of ``data``, and report each one to ``progress`` after it was used.
 
@@ -95,11 +95,12 @@ def track_batches(
         data: The user's batches; each is checked to be one.
         what: Name of the task, passed to ``progress``.
         progress: The function to call, or ``None``.
-        on_batch: Called with each batch before it is yielded.
+        on_batch: Functions that are called with each batch before it is yielded.
     """
     total = length_hint(data, -1) if progress is not None else -1
     for done, batch in enumerate(check_batches(data), start=1):
-        on_batch(batch)
+        for function in on_batch:
+            function(batch)
         yield batch
         if progress is not None:
             progress(what, done, total if total >= 0 else None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import neuronscope
+from neuronscope.checkpoints.checkpoint import Checkpoint
+from neuronscope.checkpoints.data.fixed_data import FixedData
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
 from neuronscope.checkpoints.data.user_code import user_code
+from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import (
     NEURON_KINDS,
@@ -27,17 +31,26 @@ from neuronscope.checkpoints.file.monitor_record import recorded_reports
 from neuronscope.checkpoints.file.training_settings import dead_norm_ratios, learning_rates, weight_decay_per_step
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.checkpoints.model.examine_model import Examination, examine_model
-from neuronscope.checkpoints.model.load_model import build_model, configured_parameters, list_parameters, path_in_model
+from neuronscope.checkpoints.model.load_model import (
+    as_loaded,
+    build_model,
+    configured_parameters,
+    list_parameters,
+    path_in_model,
+)
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
+from neuronscope.checkpoints.select_checkpoints import Selection, find_checkpoints, select_checkpoints
+from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
+from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites, take_places
 from neuronscope.checkpoints.wake_dead_neurons import WakeOptions, Woken, wake_dead_neurons
-from neuronscope.errors import UsageError
+from neuronscope.errors import CheckpointError, UsageError
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
 from neuronscope.report.run_facts import observed_every
@@ -46,7 +59,7 @@ __all__ = ["postmortem"]
 
 
 def postmortem(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     model: nn.Module | str | Path | Callable[..., nn.Module] | None = None,
     data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None = None,
     loss: Callable[[Any, Any], Tensor] | str | None = None,
@@ -54,6 +67,7 @@ def postmortem(
     optimizer: str | Path | None = None,
     step: int | None = None,
     earlier: str | Path | None = None,
+    fixed_data: bool = False,
     box: tuple[float, float] | None = None,
     wake_seconds: float | None = None,
     seed: int = 0,
@@ -67,7 +81,9 @@ def postmortem(
     examined. A model adds proofs and the names of sites; data adds exact counts.
 
     Args:
-        path: The checkpoint: a file or a folder.
+        path: The checkpoint: a file or a folder. Or several of one run, or a folder of them: then the report is on the
+            one with the most steps, and its ``timeline`` says who died and revived between them. All are examined in
+            the same way, so data is gone through once for each.
         model: The network of the checkpoint: a module (its weights are replaced by the checkpoint's), a function that
             returns one, ``pkg.mod:name`` of either, or a Hugging Face folder. Adds the names of sites and proofs.
         data: Batches as :func:`neuronscope.scan` takes them, a function that returns them, or ``pkg.mod:name`` of
@@ -76,6 +92,8 @@ def postmortem(
         optimizer: A file or folder with the optimizer's state, if it lies apart from the weights.
         step: Number of optimizer steps taken, if the files do not say it, or count something else.
         earlier: An earlier checkpoint of the same run. It narrows down when neurons died.
+        fixed_data: Whether ``data`` is the whole training set, the same in each epoch. Then dead neurons that no
+            training on it revives are proved to be permanent. Needs ``data``, which is read twice.
         box: ``(low, high)``: bounds of every element of the input. Proofs then hold for inputs within these bounds.
             Needs ``model``.
         wake_seconds: How long to search the box at most for inputs that make dead neurons fire; 10 if there is a box,
@@ -107,6 +125,7 @@ def postmortem(
     for name, value, needed, present in (
         ("data", data, "model", model is not None),
         ("loss", loss, "data", data is not None),
+        ("fixed_data", fixed_data or None, "data", data is not None),
         ("box", box, "model", model is not None),
         ("wake_seconds", wake_seconds, "box", box is not None),
         ("example", example, "model", model is not None),
@@ -116,24 +135,135 @@ def postmortem(
 
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise UsageError(f"Expected argument `step` to be a number of steps, 0 or more, but got {step!r}.")
-    wake = WakeOptions.of(box, wake_seconds, seed)
+    what = _What(
+        model=model,
+        data=data,
+        loss=resolve_loss(loss),
+        fixed_data=fixed_data,
+        box=box,
+        wake=WakeOptions.of(box, wake_seconds, seed),
+        example=example,
+        progress=progress,
+    )
+    paths, left_out = find_checkpoints([Path(one) for one in _paths(path)])
+    if len(paths) == 1:
+        checkpoint = open_checkpoint(paths[0], optimizer=optimizer, step=step, trust=trust)
+        before = None if earlier is None else open_checkpoint(earlier, trust=trust)
+        report = _examine(checkpoint, before, what).report
+        return replace(report, notes=(*report.notes, *_left_out(left_out)))
+    for name, value in (("optimizer", optimizer), ("step", step), ("earlier", earlier)):
+        if value is not None:
+            raise UsageError(
+                f"Expected one checkpoint with argument `{name}`, but got {len(paths)}. Several are put in the order "
+                "of the steps that they hold, and each is compared with the one before it."
+            )
+    return _examine_in_order(select_checkpoints(paths, left_out, trust=trust), what, trust=trust)
 
-    # Open the checkpoint, and resolve what the user passed as text or as functions.
-    opened = open_checkpoint(path, optimizer=optimizer, step=step, trust=trust)
+
+@dataclass(frozen=True)
+class _What:
+    """What is given beside the checkpoints; see the arguments of :func:`postmortem`."""
+
+    model: nn.Module | str | Path | Callable[..., nn.Module] | None
+    data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None
+    loss: Callable[[Any, Any], Tensor] | None
+    fixed_data: bool
+    box: tuple[float, float] | None
+    wake: WakeOptions | None
+    example: Any
+    progress: Progress | None
+
+
+class _Examined(NamedTuple):
+    """The report on one checkpoint, and which neurons got a gradient since the one before it, by the layer's name."""
+
+    report: PostmortemReport
+    gradients: dict[str, GradientMasks]
+
+
+def _paths(path: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    """Return the paths that the user gave, one or several.
+
+    Raises:
+        UsageError: There is none.
+    """
+    paths = [path] if isinstance(path, (str, Path)) else list(path)
+    if not paths:
+        raise UsageError("Expected argument `path` to name at least one checkpoint, but got none.")
+    return paths
+
+
+def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> PostmortemReport:
+    """Examine the checkpoints of a run one after another, and return the report on the last one, with the timeline.
+
+    At most two are open at a time.
+
+    Args:
+        selection: The checkpoints.
+        what: What is given beside them.
+        trust: Allow full unpickling.
+
+    Raises:
+        UsageError: The data can be gone through only once.
+    """
+    if isinstance(what.data, Iterator) and len(selection.chosen) > 1:
+        raise UsageError(
+            "Expected argument `data` to be a list, a loader or a function that returns batches, since it is gone "
+            f"through once for each of {len(selection.chosen)} checkpoints, but got an iterator."
+        )
+    timeline = TimelineBuilder()
+    left_out = list(selection.left_out)
+    before, report = None, None
+    for number, chosen in enumerate(selection.chosen, start=1):
+        if what.progress is not None:
+            what.progress("checkpoints", number - 1, len(selection.chosen))
+        is_last = number == len(selection.chosen)
+        try:
+            checkpoint = open_checkpoint(chosen.path, trust=trust)
+            given = what if is_last else replace(what, wake=None, fixed_data=False)
+            report, gradients = _examine(checkpoint, before, given)
+        except CheckpointError as error:
+            left_out.append(LeftOut(str(chosen.path), str(error), True))
+            continue
+        timeline.add(report.path, chosen.step, report.layers, gradients, chosen.renamed)
+        before = checkpoint
+    if report is None:
+        raise CheckpointError("; ".join(f"{one.path}: {one.reason}" for one in left_out[:3]))
+    notes = (*report.notes, *selection.notes, *_left_out(left_out))
+    return replace(report, timeline=timeline.build(tuple(left_out)), notes=notes)
+
+
+def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
+    """Yield a note on each checkpoint that the report leaves out."""
+    return (f"Left out: {one.path}: {one.reason}" for one in checkpoints)
+
+
+def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Examined:
+    """Examine one checkpoint in every way that the arguments allow.
+
+    Args:
+        opened: The checkpoint.
+        before: An earlier checkpoint of the same run, if there is one.
+        what: What is given beside it.
+    """
+    box, wake, progress, loss_function = what.box, what.wake, what.progress, what.loss
     checkpoint = track_reading(opened, "reading", progress)
-    before = None
-    if earlier is not None:
-        before = track_reading(open_checkpoint(earlier, trust=trust), "reading the earlier one", progress)
-    network = None if model is None else build_model(model, checkpoint)
-    batches = resolve_batches(data)
-    loss_function = resolve_loss(loss)
-    example_input = None if network is None else resolve_example(example, network)
+    if before is not None:
+        before = track_reading(before, "reading the earlier one", progress)
+    network = None if what.model is None else build_model(what.model, checkpoint)
+    if network is not None:
+        checkpoint = as_loaded(network, checkpoint)
+    batches = resolve_batches(what.data)
+    example_input = None if network is None else resolve_example(what.example, network)
 
     # Examine the file: the weights, the optimizer state, the records of a monitor.
     parameter_names = None if network is None else list_parameters(network, checkpoint)
     if parameter_names is None and checkpoint.optimizers and not checkpoint.is_ordered:
         parameter_names = configured_parameters(checkpoint)
-    evidence, abstentions = examine_file(checkpoint, parameter_names=parameter_names, earlier=before)
+    compared: list[GradientsBetween] = []
+    evidence, abstentions = examine_file(
+        checkpoint, parameter_names=parameter_names, earlier=before, on_compared=compared.append
+    )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     sites: list[NamedSite] = [site for report in records for site in report.layers]
     layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
@@ -146,7 +276,7 @@ def postmortem(
     examination, first = Examination((), ()), None
     if network is not None:
         first, batches = first_batch(batches)
-        examination = examine_model(network, example=example_input, batch=first, box=box)
+        examination = examine_model(network, example=example_input, batch=first, box=box, training_step=checkpoint.step)
         if (
             examination.readers_known
         ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
@@ -160,12 +290,17 @@ def postmortem(
     # Measure: run the network over the data, and check that no proof is contradicted.
     moments = InputMoments()
     if network is not None and batches is not None:
-        batches = track_batches(batches, "scanning", progress, moments.add)
+        fixed = FixedData(network, batches, first, checkpoint, parameter_names) if what.fixed_data else None
+        on_batch = (moments.add,) if fixed is None else (moments.add, fixed.add)
+        batches = track_batches(batches, "scanning", progress, *on_batch)
         with user_code("Expected the model to run over the data"):
             measured, unmeasured, scanned = measure(network, batches, loss_function)
         evidence += measured
         sites += scanned.layers
         abstentions += unmeasured
+        permanent = () if fixed is None else tuple(fixed.evidence())
+        evidence += [one for one in permanent if isinstance(one, Evidence)]
+        abstentions += [one for one in permanent if not isinstance(one, Evidence)]
 
     places = places_of_sites(examination.sites) if wake is not None else []
 
@@ -203,8 +338,8 @@ def postmortem(
         },
         observed_every=max(map(observed_every, records), default=1),
     )
-    return PostmortemReport(
-        path=str(path),
+    report = PostmortemReport(
+        path=str(checkpoint.path),
         format=checkpoint.format,
         global_step=checkpoint.step,
         level="file" if network is None else "model" if batches is None else "data",
@@ -217,6 +352,11 @@ def postmortem(
         waking_inputs=woken.inputs,
         versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
+    gradients = {
+        name_by_path[one.layer]: GradientMasks((one.none & (not one.whole_layer)).numpy(), one.some.numpy())
+        for one in compared
+    }
+    return _Examined(report, gradients)
 
 
 def _kinds(verdicts: Sequence[LayerReport], sites: Iterable[NamedSite]) -> dict[str, str]:

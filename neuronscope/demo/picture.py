@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["comparison_png", "draw_comparison", "import_matplotlib"]
+__all__ = ["comparison_png", "draw_comparison", "house_style", "import_matplotlib"]
 
 #: The variants in the picture and their short names; more curves could not be told apart.
 _SHOWN = {
@@ -95,7 +95,7 @@ def import_matplotlib() -> None:
 
 
 @contextmanager
-def _house_style() -> Iterator[None]:
+def house_style() -> Iterator[None]:
     """Use our matplotlib settings inside, and restore the user's on exit."""
     import_matplotlib()
     from matplotlib.style import context
@@ -104,7 +104,7 @@ def _house_style() -> Iterator[None]:
         yield
 
 
-@_house_style()
+@house_style()
 def comparison_png(result: Comparison) -> bytes:
     """Return the picture of a comparison as PNG, 1920 x 1080 pixels.
 
@@ -117,7 +117,7 @@ def comparison_png(result: Comparison) -> bytes:
     return content.getvalue()
 
 
-@_house_style()
+@house_style()
 def draw_comparison(result: Comparison) -> Figure:
     """Draw a comparison and return the figure. Lines are means over the seeds; bands and whiskers ± one deviation.
 

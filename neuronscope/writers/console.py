@@ -144,19 +144,22 @@ class Page:
         for sentence in sentences[alarm:]:
             self.line(sentence)
 
-    def table(self, columns: Sequence[Column], rows: Sequence[Any], left_out: Iterable[str] = ()) -> None:
-        """Write a table of layers below an empty line, and name the columns that the page is too narrow for.
+    def table(
+        self, columns: Sequence[Column], rows: Sequence[Any], left_out: Iterable[str] = (), first: str = "layer"
+    ) -> None:
+        """Write a table below an empty line, and name the columns that the page is too narrow for.
 
         Args:
-            columns: Its columns after the first, which holds the layer's name.
+            columns: Its columns after the first, which holds the name of a layer or another thing.
             rows: Objects with a ``name``, a ``tone`` and the fields of the columns.
             left_out: Sentences about rows that were left out.
+            first: The heading of the first column.
         """
         self.line()
         columns = [one for one in columns if not (one.optional and _is_empty(one, rows))]
         shown = [one for one in columns if self.width >= one.narrowest]
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        table.add_column("layer", overflow="fold")
+        table.add_column(first, overflow="fold")
         for one in shown:
             table.add_column(
                 one.heading, justify="right" if one.right else "left", overflow="fold", no_wrap=not one.wraps

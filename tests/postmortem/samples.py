@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
@@ -219,6 +220,24 @@ def with_data() -> PostmortemReport:
 def with_model_evidence() -> list[Evidence]:
     """All evidence of :func:`with_model`."""
     return [one for layer in with_model().layers for one in layer.evidence]
+
+
+def several() -> PostmortemReport:
+    """The last of four checkpoints: a spike before the third one, and two revivals after it."""
+    builder = TimelineBuilder()
+    for at, step in enumerate((1000, 3000, 4200, 5000)):
+        said = []
+        for name, gone in (("net.0", range(20, 32)), ("net.2", range(4)), ("head", range(0))):
+            dead = [[], [*gone][:1], [*gone], [*gone][:-1]][at]
+            since = [3990 + 10 * neuron % 100 if step > 4000 else 2900 for neuron in dead]
+            said += adam(name, 32, dead, since, step, born=[0] if name == "net.0" else [])
+        layers = combine_evidence(said)
+        some = np.isin(np.arange(32), 0, invert=True)
+        between = {layer.name: GradientMasks(~some & (at > 0), some & ~layer.dead_mask) for layer in layers}
+        builder.add(f"runs/step{step}.ckpt", step, layers, between, {})
+    whole = report(said, path="runs/step5000.ckpt", notes=("Left out: runs/old.ckpt: it does not say its step",))
+    left_out = (LeftOut("runs/old.ckpt", "it does not say its step", False),)
+    return replace(whole, timeline=builder.build(left_out))
 
 
 def healthy() -> PostmortemReport:

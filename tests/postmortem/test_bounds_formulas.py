@@ -235,6 +235,24 @@ def test_a_channel_that_weight_decay_shrank_to_nothing_is_negligible(activation:
     assert 0 < float(outputs[2]) <= found.numbers[0]
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()], ids=str)
+def test_a_negligible_channel_is_proved_where_a_box_bounds_its_input(activation: nn.Module) -> None:
+    """Outputs are counted at corners of the box. Without a box, some input makes any channel large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), activation, nn.Conv2d(5, 2, 1)).eval()
+    with torch.no_grad():
+        model[1].weight[2], model[1].bias[2] = 1e-6, 1e-7
+        model[1].weight[3] = 0.1  # small, and not next to nothing
+        model[1].running_mean[4] = 1000.0  # dead for this box: not negligible as well
+    (found,) = [
+        one for one in examine_model(model, box=(-1.0, 1.0)).evidence if (one.claim, one.basis) == ("quiet", "proved")
+    ]
+    outputs = model[:3](torch.rand(4096, 3, 1, 1).round() * 2 - 1).detach().abs().amax((0, 2, 3))
+    assert (found.source, found.neurons.tolist()) == ("batch norm", [2])
+    assert 0 < float(outputs[2]) <= found.numbers[0] <= 3e-6
+    assert not [one for one in examine_model(model).evidence if (one.claim, one.basis) == ("quiet", "proved")]
+
+
 def test_evidence_behind_a_batch_norm() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.GELU()

@@ -9,7 +9,7 @@ from hypothesis import event, given, settings
 from torch import nn
 
 import neuronscope as ns
-from neuronscope.checkpoints.model.bounds.propagate import propagate_bounds, site_bounds
+from neuronscope.checkpoints.model.bounds.propagate import SiteBounds, propagate_bounds, site_bounds
 from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.model.trace import trace
 from neuronscope.checkpoints.model.traced_graph import Site
@@ -35,11 +35,15 @@ def check(network: Network, box: tuple[float, float] | None) -> int:
     assert not graph.branches
     assert not graph.unseen_tensors
     bounds = site_bounds(graph, propagate_bounds(graph, box))
+    backwards = backward_bounds(network, box) if box is not None else bounds
+    for name, found in bounds.items():
+        assert (backwards[name].highest <= found.highest).all()
+        assert (backwards[name].lowest >= found.lowest).all()
     for x in adversarial_inputs(network, box):
         with torch.no_grad(), watched(network) as seen:
             network(x)
         for site, before, after in seen_sites(graph, seen):  # functions in the middle are looked at further on
-            found = bounds.get(site.name)
+            found = backwards.get(site.name)
             if found is None or not bool(before.isfinite().all()):
                 continue
             dead = torch.from_numpy(found.dead)
@@ -48,6 +52,13 @@ def check(network: Network, box: tuple[float, float] | None) -> int:
                 assert bool((before.double().amax(1) <= torch.from_numpy(found.highest)).all()), (site.name, box)
                 assert bool((before.double().amin(1) >= torch.from_numpy(found.lowest)).all()), (site.name, box)
     return sum(int(found.dead.sum()) for found in bounds.values())
+
+
+def backward_bounds(network: nn.Module, box: tuple[float, float]) -> dict[str, SiteBounds]:
+    """The bounds of each site that are passed backwards too, from a forward on two examples."""
+    example = network.example()
+    graph = trace(network, (torch.cat([example, example]),))
+    return site_bounds(graph, propagate_bounds(graph, box, backwards=2))
 
 
 @settings(max_examples=40)  # each operation has a test of its own, below

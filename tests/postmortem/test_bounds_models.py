@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,67 @@ def test_a_model_with_parametrized_layers_is_loaded_as_torch_loads_it(parametriz
     factory().load_state_dict(saved)  # torch finds nothing amiss
     built = build_model(factory, checkpoint_of(saved))
     assert all(torch.equal(tensor, saved[name]) for name, tensor in built.state_dict().items())
+
+
+class Keeper:
+    """An object of the user's that holds a tensor."""
+
+    def __init__(self) -> None:
+        self.shift = torch.full((2,), -3.0)
+
+
+class Shifted(nn.Module):
+    """A network whose checkpoint does not hold all of its tensors."""
+
+    def __init__(self, shift: Callable[[], torch.Tensor], held: Any = None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.held, self._shift = held, shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.fc(x) + self._shift())
+
+
+def _in_list() -> nn.Module:
+    held = [{"a": (torch.full((2,), -3.0),)}]
+    return Shifted(lambda: held[0]["a"][0], held)
+
+
+def _in_closure() -> nn.Module:
+    shift = torch.full((2,), -3.0)
+    return Shifted(lambda: shift)
+
+
+def _in_object() -> nn.Module:
+    held = Keeper()
+    return Shifted(lambda: held.shift, held)
+
+
+def _by_numbers() -> nn.Module:
+    width = int(torch.tensor([2]))
+    return Shifted(lambda: torch.full((width,), -3.0))
+
+
+@pytest.mark.parametrize("factory", [_in_list, _in_closure, _in_object, _by_numbers])
+def test_a_network_with_tensors_that_no_checkpoint_holds_is_built_for_real(factory: Callable[[], nn.Module]) -> None:
+    saved = factory().state_dict()
+    built = build_model(factory, checkpoint_of(saved))
+    assert torch.equal(built(torch.zeros(1, 2)), torch.relu(saved["fc.bias"] - 3)[None])
+
+
+def test_a_network_is_built_without_memory_for_its_weights() -> None:
+    devices = []
+
+    def factory() -> nn.Module:
+        network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LSTM(2, 2), nn.MultiheadAttention(2, 1))
+        nn.init.kaiming_normal_(network[0].weight)
+        devices.extend(parameter.device.type for parameter in network.parameters())
+        return network
+
+    saved = factory().state_dict()
+    devices.clear()
+    build_model(factory, checkpoint_of(saved))
+    assert set(devices) == {"meta"}
 
 
 def test_the_users_modules_are_found_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from neuronscope.output import write_file
 KINDS = ("html", "json", "markdown")
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no device here that is always full")
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 needs_limits = pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files there")
 
 
@@ -55,11 +58,22 @@ def run(*arguments: str, stdout: int = subprocess.DEVNULL, first: str = "") -> t
         ("there", "Is a directory"),
         ("nowhere/a", "there is no folder"),
         ("file/a", "there is no folder"),
+        ("dangling", "there is no folder"),
+        ("n" * 300, "File name too long"),
+        pytest.param("full", "No space left on device", marks=needs_full),
+        pytest.param("pipe", "nothing reads from it", marks=needs_pipes),
+        pytest.param("socket", "nothing reads from it", marks=needs_pipes),
     ],
 )
 def test_a_file_that_cannot_be_written_is_named(
     folder: Path, kind: str, target: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (folder / "dangling").symlink_to("nowhere/a")
+    (folder / "full").symlink_to(FULL)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe")
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind("socket")
     before = sorted(folder.rglob("*"))
     assert cli.main(["postmortem", "net.pt", f"--{kind}", target]) == 2
     said = capsys.readouterr().err
@@ -155,6 +169,55 @@ def test_files_keep_their_mode_and_links_are_followed(folder: Path) -> None:
     write_file(folder / "made", b"\xff\n")
     assert (folder / "made").read_bytes() == b"\xff\n"
     assert (folder / "made").stat().st_mode == (folder / "plain").stat().st_mode
+
+
+@needs_full
+@pytest.mark.parametrize("target", ["/dev/null", "/dev/stderr"])
+def test_a_device_that_takes_what_it_is_given_stays_a_device(folder: Path, target: str) -> None:
+    before = Path(target).stat()
+    code, _ = run("postmortem", "net.pt", "--markdown", target)
+    assert code == 0
+    assert Path(target).stat().st_rdev == before.st_rdev
+
+
+@needs_pipes
+def test_a_named_pipe_with_a_reader_is_written_into(folder: Path) -> None:
+    os.mkfifo("pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(Path("pipe").read_text(encoding="utf-8")))
+    reader.start()
+    torch.save({f"{at}.weight": torch.zeros(4, 4) for at in range(0, 200, 2)}, "large.pt")
+    large = ns.postmortem("large.pt").to_html()
+    while cli.main(["postmortem", "large.pt", "--html", "pipe"]) == 2:  # the reader has not opened it yet
+        pass
+    reader.join()
+    assert len(large) > 1 << 16  # more than a pipe holds
+    assert read == [large]
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        pytest.param("/dev/full", "Not a directory", marks=needs_full),
+        pytest.param("/dev/null", "Not a directory", marks=needs_full),
+        ("file", "Not a directory"),
+        ("file/a", "Not a directory"),
+        pytest.param("pipe", "Not a directory", marks=needs_pipes),
+        ("dangling", "Not a directory"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+def test_a_demo_whose_folder_cannot_be_made_names_it(
+    folder: Path, out: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "dangling").symlink_to("file/a")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe")
+    assert cli.main(["demo", "--quick", "--seeds", "1", "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"neuronscope: Expected a folder that can be written to, but got {out}: ")
+    assert words in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_pipe_is_written_into(folder: Path) -> None:

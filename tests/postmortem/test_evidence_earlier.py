@@ -11,9 +11,9 @@ from torch import nn
 from neuronscope.checkpoints.file.examine_file import examine_file
 from scripts.dying_networks import as_checkpoint
 
-FIRST, LAST = 300, 600
+FIRST, LAST = 300, 800
 #: Last step at which each of six neurons gets a gradient; 0 = never.
-UNTIL = (LAST, 0, 100, 290, 450, 320)
+UNTIL = (LAST, 0, 100, 290, 650, 320)
 
 OPTIMIZERS = {
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-3),
@@ -59,7 +59,7 @@ def test_neurons_silent_or_dead_between_two_checkpoints_are_found(name, schedule
     silent, died, lately, alive = found
     assert (silent.claim, silent.neurons.tolist()) == ("no gradient", [2, 3])  # 1 never trained: told by one alone
     assert silent.numbers.tolist() == [LAST - FIRST] * 2
-    # 5 at step 320, longer ago than 200 steps (263 where β2 is .95); 4 at step 450, longer than 80 and less than 200.
+    # 5 at step 320, longer ago than 300 steps (395 where β2 is .95); 4 at step 650, longer than 80 and less than 300.
     for piece, neuron, basis in ((died, 5, "inferred"), (lately, 4, "suspected")):
         assert (piece.claim, piece.neurons.tolist(), piece.basis) == ("no gradient", [neuron], basis)
         assert "stopped in between" in piece.text

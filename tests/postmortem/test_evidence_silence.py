@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neuronscope.checkpoints.file.examine_file import examine_file
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from scripts.dying_networks import Held, as_checkpoint
 
 STEPS = 400
 #: Last step, from 1, at which each of the hidden layer's five neurons gets a gradient; 0 = never, and two that go on.
-#: Of the silent ones the first has been so for longer than 200 steps, the second for longer than 80, less than 200.
+#: Of the silent ones the first has been so for longer than 300 steps, the second for longer than 80, less than 300.
 LAST = (STEPS, 0, 60, 310, STEPS)
 
 
@@ -288,6 +290,45 @@ def test_a_file_that_counts_batches_gives_no_dates(batches):
     assert of(found, "never trained") == []  # the file may count the steps of another optimizer before this one
 
 
+def loop_file(averaged, optimizer):
+    return {"model": averaged.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def lightning_file(averaged, optimizer):
+    """As Lightning's callbacks that average weights write it."""
+    return {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": averaged.module.state_dict(),
+        "averaging_state": {"n_averaged": averaged.n_averaged},
+        "optimizer_states": [optimizer.state_dict()],
+    }
+
+
+@pytest.mark.parametrize("content", [loop_file, lightning_file])
+@pytest.mark.parametrize(("decay", "is_read"), [(5e-4, False), (0.0, True)])
+def test_a_buffer_with_decay_is_not_compared_with_averaged_weights(tmp_path, content, decay, is_read):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=decay)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    run(model, optimizer, each=lambda step: averaged.update_parameters(model))
+    torch.save(content(averaged, optimizer), tmp_path / "averaged.pt")
+    found, said = examine_file(open_checkpoint(tmp_path / "averaged.pt"))
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == ([[2], [3]] if is_read else [])
+    assert [piece.layer for piece in said if "averages" in piece.reason] == ([] if is_read else ["0", "2"])
+
+
+@pytest.mark.parametrize(
+    ("cycle", "basis"), [({}, "inferred"), ({"base_momentum": 0.85, "max_momentum": 0.95}, "suspected")]
+)
+def test_a_buffer_of_decay_alone_shows_less_where_a_schedule_cycles_the_momentum(cycle, basis):
+    """A large decay hides the gradients' rest when it has fallen by 13 e-foldings: 80 steps at a momentum of .85."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=3.0)
+    checkpoint = as_checkpoint(*run(model, optimizer, last=(STEPS, STEPS, 60, STEPS, STEPS)), step=STEPS)
+    (silent,) = of(examine_file(group_of(checkpoint, **cycle))[0], "no gradient")
+    assert (silent.neurons.tolist(), silent.basis) == ([2], basis)
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9)])
 def test_a_cycled_momentum_gives_no_date_later_than_the_last_gradient(make):
     """The schedule is in the middle of its cycle, and the group holds its two ends."""
@@ -341,7 +382,7 @@ def test_after_few_steps_only_neurons_that_never_had_a_gradient_are_found():
     assert ["81 times" in piece.reason for piece in said] == [True, True]
 
 
-@pytest.mark.parametrize(("cut", "basis", "beyond"), [(90, "inferred", 200), (290, "suspected", 80)])
+@pytest.mark.parametrize(("cut", "basis", "beyond"), [(90, "inferred", 300), (290, "suspected", 80)])
 def test_a_layer_that_goes_silent_as_a_whole_is_not_reported_as_dead_neurons(cut, basis, beyond):
     """Two die at 20, 1 never learns; then the layer is cut off: that 0 and 4 go silent says nothing of themselves."""
     model = network()

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 from neuronscope.checkpoints.file.layers import find_layers
 from neuronscope.checkpoints.file.weights import examine_weights, sequential_readers
+from neuronscope.checkpoints.model.examine_model import examine_model
 from scripts.dying_networks import as_checkpoint
 
 
@@ -40,6 +41,41 @@ def test_rows_of_zeros_and_rows_that_are_not_finite_are_found(layer, rank):
     assert broken.neurons.tolist() == [2, 3]
     # One input's weights: one of a linear layer, 2 × 2 of a convolution. And a bias.
     assert broken.numbers.tolist() == [1 if rank == 2 else 4, 1]
+
+
+def with_scales(layers: list[nn.Module], scales: list[float], shifts: list[float]) -> nn.Sequential:
+    """The layers, of which the second is a norm with these parameters."""
+    with torch.no_grad():
+        layers[1].weight.copy_(torch.tensor(scales))
+        layers[1].bias.copy_(torch.tensor(shifts))
+    return nn.Sequential(*layers)
+
+
+def test_neurons_that_a_norm_makes_constant_are_suspected_from_the_file_and_proved_with_the_model():
+    layers = [nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
+    model = with_scales(layers, [0.0, 0.0, 0.0, 1e-9], [0.0, -1.0, 0.5, -1.0])
+    found = examined(model)
+    assert set(found) == {("0", "dead")}
+    constant = found["0", "dead"]
+    assert (constant.basis, constant.neurons.tolist(), constant.numbers.tolist()) == ("suspected", [0, 1], [0.0, -1.0])
+    assert (model(1e3 * torch.randn(64, 1, 3, 3)) == 0).all((0, 2, 3)).tolist()[:3] == [True, True, False]
+    proved = [one for one in examine_model(model.eval()).evidence if (one.claim, one.basis) == ("dead", "proved")]
+    assert [(one.site, one.neurons.tolist()) for one in proved] == [("1/relu", [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("layers", "scales"),
+    [
+        ([nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2)], [0.0, 0.0]),  # as residual branches are initialised
+        ([nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)], [0.0, 1.0]),  # the layer has a bias of its own
+        ([nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(3)], [0.0, 1.0, 1.0]),  # another width
+        ([nn.Sequential(nn.Conv2d(1, 2, 3, bias=False)), nn.BatchNorm2d(2)], [0.0, 1.0]),  # another module
+        ([nn.Embedding(5, 2), nn.LayerNorm(2)], [0.0, 1.0]),
+    ],
+    ids=["initial", "bias", "width", "module", "embedding"],
+)
+def test_a_scale_of_zero_that_may_mean_something_else_is_no_death(layers, scales):
+    assert examined(with_scales(layers, scales, [-1.0] * len(scales))) == {}
 
 
 def test_a_magnitude_of_zero_makes_a_zero_row():

@@ -35,6 +35,24 @@ def test_a_page_for_eighty_layers_of_28672_neurons_stays_below_a_megabyte() -> N
     assert len(samples.wide(80, 28_672).to_html().encode("utf-8")) < 1_000_000
 
 
+def test_of_very_many_layers_the_page_draws_the_worst_and_says_how_to_see_the_rest() -> None:
+    said = [samples.evidence(f"l{at}", 9, "dead", "proved", [0, 1] if at % 50 == 0 else [0]) for at in range(5_000)]
+    said.append(samples.evidence("broken", 9, "not finite", "inferred", [3]))
+    said.append(samples.evidence("calm", 9, "alive", "inferred", [3]))
+    text = samples.report(said).to_html()
+    assert len(text) < 1_000_000
+    page = Page(text)
+    shown = [str(a["aria-label"]) for tag, a in page.elements if a.get("class") == "map"]
+    assert len(shown) == 400
+    assert sum("Neurons of broken:" in label for label in shown) == 1
+    for at in range(0, 5_000, 50):
+        assert any(f"Neurons of l{at}:" in label for label in shown)
+    words = " ".join(" ".join(page.words).split())
+    assert "4,601 more layers with no more dead than these" in words
+    assert "1 more layer with nothing to report" in words
+    assert "All layers are in the JSON report" in words
+
+
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     page = Page(samples.hostile().to_html())
     for _, attributes in page.elements:
@@ -166,12 +184,12 @@ def test_the_worst_layers_and_neurons_come_first() -> None:
 
 def test_the_timeline_counts_every_dated_death() -> None:
     report = samples.alone()
-    line = timeline(report)
+    line = timeline(report, report.layers)
     assert line is not None
     assert line.most == 41  # bins of 5001 / 120 = 41.7 steps; all died at 4,097 to 4,119, in bin 98
     assert re.findall(r"M(\d+)", line.path) == ["98"]
     assert sorted(line.layers) == [0, 1, 2]
-    assert timeline(samples.healthy()) is None
+    assert timeline(samples.healthy(), ()) is None
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------

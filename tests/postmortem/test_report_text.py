@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.checkpoints.postmortem_report import SCHEMA_VERSION, PostmortemReport
 from neuronscope.checkpoints.verdict.disagreements import find_disagreements
-from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Abstention
 from neuronscope.checkpoints.writers import postmortem_wording
 from tests.writers import golden
 
@@ -29,7 +30,7 @@ from . import samples
 GOLDENS = Path(__file__).parent / "goldens"
 SAMPLES = {
     name: getattr(samples, name)
-    for name in ("alone", "with_model", "with_data", "healthy", "broken", "empty", "hostile", "many", "idle")
+    for name in ("alone", "with_model", "with_data", "healthy", "broken", "empty", "hostile", "many", "idle", "several")
 }
 SCHEMA: dict[str, Any] = json.loads(
     (files("neuronscope.checkpoints.writers") / "assets" / "postmortem.schema.json").read_text(encoding="utf-8")
@@ -71,7 +72,7 @@ def test_terminal_text_of_a_postmortem_equals_the_stored_text(columns: int, monk
     golden.check(f"terminal_with_data_{columns}.txt", text + "\n", GOLDENS)
 
 
-@pytest.mark.parametrize("name", ["with_data", "broken", "hostile"])
+@pytest.mark.parametrize("name", ["with_data", "broken", "hostile", "several"])
 def test_markdown_of_a_postmortem_equals_the_stored_text(name: str) -> None:
     golden.check(f"markdown_{name}.md", SAMPLES[name]().to_markdown(), GOLDENS)
 
@@ -151,14 +152,14 @@ def test_a_layer_has_one_line_for_each_way_in_which_sources_disagree() -> None:
     )
     silent = (
         "a, neurons 0, 1, 2 … (42): dead, measured (scan); share: 0.01; against it: alive, inferred (adam state); as "
-        "they got a gradient lately, most likely silent on this data only"
+        "they were alive in training lately, most likely silent on this data only"
     )
     fires = "a, neurons 50, 51: alive, measured (scan); against it: no gradient, inferred (adam state)"
     assert postmortem_wording.contested(said, 9, 3) == [silent, fires]
     assert postmortem_wording.contested(said, 1, 3) == [silent, "and 2 more neurons"]
     assert (
-        "42 of the dead got a gradient lately, by the optimizer's state: most likely they are silent on this data only."
-        in postmortem_wording.findings(said)
+        "42 of the dead fired or got a gradient lately in training, by adam state: most likely they are silent on this "
+        "data only." in postmortem_wording.findings(said)
     )
     assert not any("gradient lately" in sentence for sentence in postmortem_wording.findings(samples.with_data()))
 
@@ -215,6 +216,18 @@ def test_among_very_many_layers_with_findings_the_worst_are_shown() -> None:
     assert "… 300 more layers with no more dead than these" in text
 
 
+def test_lists_of_very_many_layers_are_cut_and_say_so() -> None:
+    said = [samples.evidence(f"l{at}", 4, "dead", "measured", [0, 1, 2, 3]) for at in range(300)]
+    reasons = tuple(Abstention("model", f"l{at}", f"Reason {at}.") for at in range(300))
+    report = samples.report(said, abstentions=reasons)
+    report = replace(report, layers=tuple(replace(layer, woken=np.zeros(4, dtype=np.int64)) for layer in report.layers))
+    for text in (str(report), report.to_markdown(), report.to_html()):
+        assert text.count("COLLAPSED: layer") == 5
+        assert "The same holds for 295 more layers" in text
+        assert text.count("Reason ") == text.count("by 1 input") < 50
+        assert re.search(r"2\d0 more reasons", text)
+
+
 def test_every_name_in_markdown_is_escaped() -> None:
     text = samples.hostile().to_markdown()
     rest = re.sub(r"&#\d+;", "", text)
@@ -259,6 +272,7 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 
 def test_the_postmortem_schema_describes_every_field_and_no_other() -> None:
     assert list(undescribed(samples.with_data().to_dict(), SCHEMA)) == []
+    assert list(undescribed(samples.several().to_dict(), SCHEMA)) == []
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,13 @@ def batches():
 def network() -> nn.Sequential:
     """On data near 1/2, and with inputs in [0, 1], neuron 0 is dead by a bound, 1 to 3 fire in corners of the box.
 
-    Of the second layer, neuron 0 fires, and 1 never does: x − x − 0.01, which a bound of each term cannot prove.
+    Of the second layer, neuron 0 fires, and 1 never does: relu(x) − relu(x) − 0.01, which no bound of ours proves.
     """
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 1))
     with torch.no_grad():
         model[0].weight.fill_(1.0)
         model[0].weight[3] = -1.0
-        model[0].bias.copy_(torch.tensor([-4.5, -3.9, -3.5, 0.2, 0.0, 0.0]))
+        model[0].bias.copy_(torch.tensor([-4.5, -3.9, -3.5, 0.2, -1.9, -1.9]))
         model[2].weight.zero_()[:, 4:] = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
         model[2].bias.copy_(torch.tensor([0.0, -0.01]))
     return model

@@ -35,6 +35,7 @@ times .9 rounds to ``n`` for n ≤ 4).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,10 +58,10 @@ __all__ = [
 SILENT_FOLDS = 8.4
 #: … and if this is at least as many steps. With a small β1, e-foldings pass in a few steps; rare inputs take more.
 SILENT_STEPS = 80
-#: With fewer e-foldings than this the claim is *suspected*, else *inferred*: 200 steps at default betas …
-SURE_FOLDS = 21.0
+#: With fewer e-foldings than this the claim is *suspected*, else *inferred*: 300 steps at default betas …
+SURE_FOLDS = 31.5
 #: … and with fewer steps than this.
-SURE_STEPS = 200
+SURE_STEPS = 300
 #: A mean that decays by this factor or a smaller one reaches an exact zero; with a larger one it stops at a denormal.
 FASTEST_FADING = 0.5
 
@@ -68,22 +69,26 @@ FASTEST_FADING = 0.5
 _CHUNK = 1 << 20
 
 
-def silent_steps(rate: float) -> float:
+def silent_steps(rate: float, fastest: float | None = None) -> float:
     """Return the steps since the last gradient above which a row counts as without gradient.
 
     Args:
-        rate: The number of e-foldings by which a clock falls in a step without gradient.
+        rate: The least number of e-foldings by which a clock falls in a step without gradient. Steps are e-foldings
+            divided by it.
+        fastest: The largest such number, if a schedule changes it: there must have been so many steps even if the clock
+            fell that fast. By default ``rate``, so that there may have been.
     """
-    return max(SILENT_FOLDS / rate, SILENT_STEPS)
+    return max(SILENT_FOLDS, SILENT_STEPS * (fastest or rate)) / rate
 
 
-def sure_steps(rate: float) -> float:
+def sure_steps(rate: float, fastest: float) -> float:
     """Return the steps since the last gradient above which this is inferred and not only suspected.
 
     Args:
-        rate: See :func:`silent_steps`.
+        rate: See :func:`silent_steps`, and so is the other.
+        fastest: The largest number of e-foldings in a step.
     """
-    return max(SURE_FOLDS / rate, SURE_STEPS)
+    return max(SURE_FOLDS, SURE_STEPS * fastest) / rate
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,11 @@ class ClockReading:
     never: Tensor
     not_finite: Tensor
     unknown: Tensor
+
+    def split(self, rows: Sequence[int]) -> list[ClockReading]:
+        """Return the readings of so many rows each, in order."""
+        columns = (getattr(self, name).split(list(rows)) for name in self.__dataclass_fields__)
+        return [ClockReading(*parts) for parts in zip(*columns, strict=True)]
 
     def join(self, other: ClockReading) -> ClockReading:
         """Return the reading of the same rows with further elements (a weight's rows and the bias)."""
@@ -146,8 +156,13 @@ class AdamClock:
 
     @property
     def rate(self) -> float:
-        """The number of e-foldings by which ``r`` falls in a step without gradient."""
+        """The number of e-foldings by which ``r`` falls in a step without gradient, at the largest β1."""
         return 0.5 * math.log(self.beta2) - math.log(self.beta1)
+
+    @property
+    def fastest_rate(self) -> float:
+        """The number of e-foldings by which ``r`` falls in a step without gradient, at the least β1."""
+        return self.rate if self.least_beta1 is None else 0.5 * math.log(self.beta2) - math.log(self.least_beta1)
 
     @property
     def supremum(self) -> float:
@@ -165,7 +180,7 @@ class AdamClock:
     @property
     def sure_steps(self) -> float:
         """The bound above which this is inferred and not only suspected, in steps."""
-        return sure_steps(self.rate)
+        return sure_steps(self.rate, self.fastest_rate)
 
     def bound(self, ratio: Tensor, epsilon: float) -> Tensor:
         """Return the upper bound on the steps since the last gradient, in the shape of ``ratio``.

@@ -4,12 +4,18 @@ Three laws hold for a row that gets no gradient over Δ steps: ``v₂ = v₁ β2
 by no more than ``m₁`` can still cause, apart from decoupled weight decay, which shrinks all weights of the row by the
 same factor for any learning rates. A row that satisfies all three got no gradient, as far as this dtype can show. A
 row whose ``v`` or ``|m|`` is larger certainly got one, since nothing else increases them.
+
+SGD with weight decay in its momentum buffer needs another law. Without a gradient of the loss, each step maps the pair
+(weight, buffer) of every element by the same two numbers by two, whatever the learning rates are. So the weights and
+the buffers of the later checkpoint are combinations of those of the earlier one, with the same factors for the whole
+row. A row of which this is true up to rounding got no gradient; one that is far from it certainly got one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +28,7 @@ from neuronscope.checkpoints.file.parameter_matching import ParameterState, matc
 from neuronscope.checkpoints.file.zero_gradient_rows import clock_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 
-__all__ = ["compare_with_earlier", "why_not_comparable"]
+__all__ = ["GradientsBetween", "compare_with_earlier", "why_not_comparable"]
 
 _SOURCE = "two checkpoints"
 _evidence = partial(clock_evidence, source=_SOURCE)
@@ -31,6 +37,35 @@ _evidence = partial(clock_evidence, source=_SOURCE)
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
 #: The learning rate in between may have been this many times that of either checkpoint.
 _RATE_FACTOR = 30.0
+#: A row is far from what it would be without a gradient if it differs by this many times the error that is allowed.
+_FAR = 10.0
+#: With weight decay in the buffer, the relative error allowed for a whole row of weights, apart from a step's rounding.
+_ROW_RELATIVE = 5e-7
+#: A row of fewer elements is always near a combination of two others.
+_FEWEST_ELEMENTS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class GradientsBetween:
+    """Which neurons of a layer got a gradient between two checkpoints.
+
+    A neuron that is in neither of the two masks may have got one or not.
+
+    Attributes:
+        layer: Path of the layer.
+        steps: Number of optimizer steps between the two.
+        none: True for rows that got no gradient, as far as the dtype can show it, bool ``(N,)``.
+        some: True for rows that certainly got one, bool ``(N,)``.
+        whole_layer: Whether the whole layer got none: it was frozen, or cut off by a later layer.
+        short: Whether the time between the two is no longer than a pause: a row that got a gradient is alive.
+    """
+
+    layer: str
+    steps: int
+    none: Tensor
+    some: Tensor
+    whole_layer: bool
+    short: bool
 
 
 def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
@@ -56,8 +91,8 @@ def compare_with_earlier(
     states: Mapping[str, ParameterState],
     readings: Sequence[LayerClock],
     parameter_names: Sequence[str] | None = None,
-) -> Iterator[Evidence | Abstention]:
-    """Yield what two checkpoints of one run show together.
+) -> Iterator[Evidence | Abstention | GradientsBetween]:
+    """Yield what two checkpoints of one run show together, and for each layer that can be compared, how it is known.
 
     Args:
         earlier: The earlier checkpoint.
@@ -79,7 +114,10 @@ def compare_with_earlier(
         if start is None or isinstance(passed, str):
             yield Abstention(_SOURCE, read.layer.path, passed if isinstance(passed, str) else "No clock in both.")
             continue
-        yield from _judge(start, read, passed, *_Pair(earlier, later, before, states, start, read, passed).tests())
+        pair = _Pair(earlier, later, before, states, start, read, passed)
+        between = _between(start, read, passed, *(pair.decayed_tests() if read.is_decayed else pair.tests()))
+        yield between
+        yield from _judge(start, read, between)
 
 
 def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
@@ -88,8 +126,8 @@ def _steps_between(start: LayerClock | None, end: LayerClock) -> int | str:
         return "The earlier checkpoint has no clock for this layer."
     if not end.rule.betas:
         return f"There is {end.rule.no_clock}."
-    if end.is_decayed:
-        return "Weight decay is part of the momentum buffer, so that it does not fall as it does without a gradient."
+    if start.is_decayed != end.is_decayed:
+        return "Weight decay was switched on or off in between."
     if start.rule.betas != end.rule.betas:
         return f"The optimizer's betas were changed in between, from {start.rule.betas} to {end.rule.betas}."
     first, last = (start.taken, end.taken) if start.taken is not None else (start.step, end.step)
@@ -129,6 +167,28 @@ class _Pair:
             room = self._means(name, touched)
             self._weights(name, room, kept)
         return kept & ~touched, touched
+
+    def decayed_tests(self) -> tuple[Tensor, Tensor]:
+        """Return the same as :meth:`tests`, for a momentum buffer that weight decay is part of."""
+        columns: list[list[Tensor]] = [[], [], [], []]  # weights and buffers of the earlier and of the later one
+        for name in self._names:
+            for at, (tensors, states) in enumerate(zip(self._tensors, self._entries, strict=True)):
+                columns[2 * at].append(self._rows(tensors[name]))
+                columns[2 * at + 1].append(self._rows(states[name].slots["momentum_buffer"]))
+        w1, b1, w2, b2 = (torch.cat(parts, dim=1) for parts in columns)
+        momentum, epsilon = self._rules[0].betas[0], torch.finfo(torch.float32).eps
+        # Rounding moves each weight by half of its epsilon a step at most, and a decayed buffer follows the weights.
+        size, old = w1.norm(dim=1), b1.norm(dim=1) * momentum**self._steps
+        allowed_weights = (_ROW_RELATIVE + epsilon / 2.0 * self._steps) * size
+        decayed = self._rules[1].decay.amount / (1.0 - momentum) * size
+        allowed_buffers = epsilon * ((decayed + old) / (1.0 - momentum) + old * self._steps / 2.0)
+        ratios = [
+            _distance(w2, w1, b1) / allowed_weights,
+            _distance(b2, w2, b1) / allowed_buffers,
+        ]
+        largest = torch.stack(ratios).amax(dim=0)  # NaN if any number is
+        informative = (w1 != 0).sum(dim=1) >= _FEWEST_ELEMENTS
+        return (largest <= 1.0) & informative, (largest > _FAR) & informative
 
     def _rows(self, value: StoredTensor | float) -> Tensor:
         tensor = torch.tensor(value) if isinstance(value, (int, float)) else value.read()
@@ -186,8 +246,16 @@ class _Pair:
         kept &= (moved.abs() <= room + 2 * self._tolerance * w1.abs()).all(dim=1)
 
 
-def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor, touched: Tensor) -> Iterator[Evidence]:
-    """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one.
+def _distance(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return how far each row is from all combinations of two others, ``(N,)``; all rows are float64 ``(N, F)``."""
+    basis = torch.linalg.qr(torch.stack([first, second], dim=2)).Q  # (N, F, 2)
+    along = basis @ (basis.transpose(1, 2) @ rows[:, :, None])
+    distance: Tensor = torch.linalg.vector_norm(rows - along[:, :, 0], dim=1)
+    return distance
+
+
+def _between(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor, touched: Tensor) -> GradientsBetween:
+    """Return which rows got a gradient, without those of which a clock shows nothing.
 
     Args:
         start: The layer's clock in the earlier checkpoint.
@@ -198,8 +266,24 @@ def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor,
     """
     before, after = start.reading, end.reading
     readable = ~(before.not_finite | before.unknown | after.not_finite | after.unknown)
-    no_gradient, touched = no_gradient & readable & ~after.never, touched & readable
-    whole = bool((no_gradient | after.never).all())
+    none, some = no_gradient & readable, touched & readable & ~no_gradient
+    whole = bool((none | after.never).all())
+    return GradientsBetween(end.layer.path, passed, none, some, whole, passed <= end.clock.silent_steps)
+
+
+def _judge(start: LayerClock, end: LayerClock, between: GradientsBetween) -> Iterator[Evidence]:
+    """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one.
+
+    Args:
+        start: The layer's clock in the earlier checkpoint.
+        end: The layer's clock in the later one.
+        between: Which rows got a gradient in between.
+    """
+    before, after, passed, whole = start.reading, end.reading, between.steps, between.whole_layer
+    no_gradient, touched = between.none & ~after.never, between.some
+    basis = "inferred" if passed > end.clock.sure_steps else "suspected"
+    if between.short:  # a neuron that fires rarely gets no gradient either
+        no_gradient = torch.zeros_like(no_gradient)
     if no_gradient.any():
         since = None
         if start.step is not None and not start.lag:
@@ -221,6 +305,7 @@ def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor,
             ),
             since,
             whole,
+            basis,
         )
     within = after.steps.clamp(max=float(passed))
     died = touched & (within > end.clock.silent_steps)
@@ -250,5 +335,5 @@ def _judge(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor,
             alive,
             within,
             "steps since the last gradient, at most",
-            "A running mean of its gradients is larger than decay alone leaves it: it got a gradient in between.",
+            "The optimizer's state is not what decay alone makes of the earlier one: it got a gradient in between.",
         )

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from neuronscope.checkpoints.checkpoint import Checkpoint
+import numpy as np
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.collapse import find_no_gradient_causes
-from neuronscope.checkpoints.file.compare_checkpoints import compare_with_earlier
+from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween, compare_with_earlier
 from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
+from neuronscope.checkpoints.file.merged_weights import MergedWeight, merged_weights
 from neuronscope.checkpoints.file.monitor_record import examine_records
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
+from neuronscope.checkpoints.file.weight_hints import hint_evidence
 from neuronscope.checkpoints.file.weights import examine_weights
 from neuronscope.checkpoints.file.zero_gradient_rows import zero_gradient_evidence
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.errors import CheckpointError
 
 __all__ = ["examine_file"]
 
 
 def examine_file(
-    checkpoint: Checkpoint, *, parameter_names: Sequence[str] | None = None, earlier: Checkpoint | None = None
+    checkpoint: Checkpoint,
+    *,
+    parameter_names: Sequence[str] | None = None,
+    earlier: Checkpoint | None = None,
+    on_compared: Callable[[GradientsBetween], None] | None = None,
 ) -> tuple[list[Evidence], list[Abstention]]:
     """Examine what a checkpoint contains: a monitor's records, the weights, the optimizer's state.
 
@@ -28,24 +39,39 @@ def examine_file(
         parameter_names: Names of ``model.named_parameters()`` in order, if the model is known. With them, more entries
             of the optimizer's state can be matched to parameters.
         earlier: An earlier checkpoint of the same run.
+        on_compared: Called for each layer that could be compared with the earlier checkpoint.
 
     Returns:
         The evidence, and what could not be examined.
     """
     layers = find_layers(checkpoint.tensors)
-    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *examine_weights(checkpoint.tensors, layers)]
+    merged: dict[str, StoredTensor] = {one.stored: one for one in _merged(checkpoint)}
+    weights = examine_weights({**checkpoint.tensors, **merged}, layers)
+    found: list[Evidence | Abstention] = [*examine_records(checkpoint), *weights]
     if checkpoint.optimizers:
-        found += _examine_optimizers(checkpoint, layers, parameter_names, earlier)
+        found += _examine_optimizers(checkpoint, layers, parameter_names, earlier, on_compared)
     else:
         found.append(
             Abstention("optimizer state", "", "The file holds no optimizer state, so past gradients are not known.")
         )
+        if not checkpoint.records:
+            found += hint_evidence(checkpoint, layers)
     evidence = [one for one in found if isinstance(one, Evidence)]
     return evidence, [one for one in found if isinstance(one, Abstention)]
 
 
+def _merged(checkpoint: Checkpoint) -> Iterator[MergedWeight]:
+    """Yield the weights that masks and adapters change; not those whose rows are the same but for a positive factor."""
+    with contextlib.suppress(CheckpointError):  # of adapters that are not understood, the weights below are examined
+        yield from (one for one in merged_weights(checkpoint) if one.stored.endswith(("_orig", "weight")))
+
+
 def _examine_optimizers(
-    checkpoint: Checkpoint, layers: Sequence[Layer], parameter_names: Sequence[str] | None, earlier: Checkpoint | None
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    parameter_names: Sequence[str] | None,
+    earlier: Checkpoint | None,
+    on_compared: Callable[[GradientsBetween], None] | None,
 ) -> Iterator[Evidence | Abstention]:
     """Yield which neurons got no gradient, by the state of the optimizers."""
     matches = match_parameters(checkpoint, parameter_names)
@@ -53,11 +79,35 @@ def _examine_optimizers(
     readings = list(read_clocks(checkpoint, layers, matches.states))
     clocks = [reading for reading in readings if isinstance(reading, LayerClock)]
     causes = find_no_gradient_causes(layers, clocks)
+    compared: dict[str, GradientsBetween] = {}
+    if earlier is not None:
+        of_neurons = [clock for clock in clocks if clock.layer.kind in NEURON_KINDS]
+        for one in compare_with_earlier(earlier, checkpoint, layers, matches.states, of_neurons, parameter_names):
+            if not isinstance(one, GradientsBetween):
+                yield one
+                continue
+            compared[one.layer] = one
+            if on_compared is not None:
+                on_compared(one)
     for reading in readings:
         if isinstance(reading, Abstention):
             yield reading
         elif reading.layer.kind in NEURON_KINDS:
-            yield from zero_gradient_evidence(reading, causes.get(reading.layer.path))
-    if earlier is not None:
-        clocks = [clock for clock in clocks if clock.layer.kind in NEURON_KINDS]
-        yield from compare_with_earlier(earlier, checkpoint, layers, matches.states, clocks, parameter_names)
+            for found in zero_gradient_evidence(reading, causes.get(reading.layer.path)):
+                left = _without_living(found, compared.get(reading.layer.path))
+                if isinstance(left, Abstention) or left.neurons.size:
+                    yield left
+
+
+def _without_living(found: Evidence | Abstention, compared: GradientsBetween | None) -> Evidence | Abstention:
+    """Return a clock's claim without the neurons that are known to have got a gradient within a pause.
+
+    Args:
+        found: What the clock of a layer shows.
+        compared: What the earlier checkpoint shows of the layer; ``None`` = nothing.
+    """
+    if isinstance(found, Abstention) or found.claim != "no gradient" or compared is None or not compared.short:
+        return found
+    kept = ~np.isin(found.neurons, np.flatnonzero(compared.some.numpy()))
+    since = None if found.since is None else found.since[kept]
+    return replace(found, neurons=found.neurons[kept], numbers=found.numbers[kept], since=since)

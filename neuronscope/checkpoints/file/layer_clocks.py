@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
-from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading
+from neuronscope.checkpoints.file.adam_clock import AdamClock, ClockReading, silent_steps
 from neuronscope.checkpoints.file.initial_weights import as_initialised
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
@@ -21,6 +21,15 @@ from neuronscope.checkpoints.file.sgd_clock import BufferPeaks, SGDClock
 from neuronscope.checkpoints.verdict.evidence import Abstention
 
 __all__ = ["LayerClock", "NoClock", "read_clocks"]
+
+#: Layers are read together until they have so many weights: reading one takes far longer than its numbers do.
+_TOGETHER = 1 << 16
+
+
+_AVERAGED = (
+    "weight decay is part of its momentum buffer, which must be compared with the weights; but the file's weights are "
+    "averages of those that the optimizer trained"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,16 @@ class LayerClock:
         return self.rule.is_momentum and self.rule.decay.amount != 0 and not self.rule.decay.decoupled
 
     @property
+    def sure_end(self) -> float:
+        """The end of the clock beyond which its rows are inferred, and not only suspected, to be without gradient.
+
+        Where decay is part of the buffer, the end is sharper than a bound: rounding hides little.
+        """
+        if self.is_decayed and isinstance(self.clock, SGDClock):
+            return silent_steps(self.clock.rate, self.clock.fastest_rate)
+        return self.clock.sure_steps
+
+    @property
     def is_bound(self) -> bool:
         """Whether the clock's steps are an upper bound (Adam and its variants), and not an estimate (SGD)."""
         return isinstance(self.clock, AdamClock)
@@ -99,7 +118,9 @@ def read_clocks(
     """
     newest = _newest_steps(states)
     decay_check = _DecayCheck(checkpoint, states)
-    momentum_layers: dict[tuple[int, SGDClock], list[_MomentumLayer]] = {}
+    momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
+    together: list[_RuledLayer] = []
+    weights = 0
     for layer in layers:
         if layer.kind == "experts":
             yield Abstention(
@@ -119,16 +140,21 @@ def read_clocks(
             key = weight.optimizer, SGDClock(rule.betas[0], rule.least_beta)
             momentum_layers.setdefault(key, []).append((layer, known))
             continue
-        yield _read_means(checkpoint, layer, states, known, newest.get(weight.optimizer))
+        together.append((layer, known))
+        weights += math.prod(checkpoint.tensors[layer.weight].shape)
+        if weights >= _TOGETHER:
+            yield from _read_means(checkpoint, states, together, newest)
+            together, weights = [], 0
+    yield from _read_means(checkpoint, states, together, newest)
     for (_, clock), found in momentum_layers.items():
         yield from _read_momentum(checkpoint, states, clock, found)
 
 
-_MomentumLayer = tuple[Layer, Mapping[str, OptimizerRule]]
+_RuledLayer = tuple[Layer, Mapping[str, OptimizerRule]]
 
 
 def _read_momentum(
-    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_MomentumLayer]
+    checkpoint: Checkpoint, states: Mapping[str, ParameterState], clock: SGDClock, found: Sequence[_RuledLayer]
 ) -> Iterator[LayerClock]:
     """Read all layers of one optimizer, compared with the largest buffer of linear and convolutional layers.
 
@@ -205,8 +231,9 @@ class _DecayCheck:
             state: What the optimizer keeps of the parameter.
             rule: How the optimizer changes its state.
         """
-        if not rule.is_adam:
-            return None  # a momentum buffer is compared with the weights; exact zeros are zeros
+        if not rule.is_adam:  # a momentum buffer with decay is compared with the weights; exact zeros are zeros
+            compares = rule.is_momentum and rule.decay.hides_zero_gradients
+            return _AVERAGED if compares and self._checkpoint.is_averaged else None
         hides_zero_gradients = rule.decay.hides_zero_gradients
         if hides_zero_gradients is False or (hides_zero_gradients is None and self._is_decoupled(state.optimizer)):
             return None
@@ -284,43 +311,58 @@ def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: S
 
 def _read_means(
     checkpoint: Checkpoint,
-    layer: Layer,
     states: Mapping[str, ParameterState],
-    rules: Mapping[str, OptimizerRule],
-    newest: int | None,
-) -> LayerClock:
-    """Read a layer whose optimizer keeps Adam's means, or others of which only exact zeros are read.
+    layers: Sequence[_RuledLayer],
+    newest_steps: Mapping[int, int],
+) -> Iterator[LayerClock]:
+    """Read layers whose optimizer keeps Adam's means, or others of which only exact zeros are read.
 
     Args:
         checkpoint: The checkpoint.
-        layer: The layer.
         states: The optimizer state of each parameter.
-        rules: The optimizer of each of the layer's tensors that is read.
-        newest: Number of steps of the layer's optimizer; ``None`` = not known.
+        layers: The layers, with the optimizer of each tensor that is read.
+        newest_steps: Number of steps of each optimizer that is known.
     """
-    rule, weight = rules[layer.weight], states[layer.weight]
-    taken = steps_taken(weight.slots, weight.group)
-    each = {
-        name: _clock(own, steps_taken(states[name].slots, states[name].group)).read(
-            *(layer.rows(_read(states[name], slot)) for slot in own.slots)
+    readings = iter(_read_together(states, layers))
+    for layer, rules in layers:
+        rule, weight = rules[layer.weight], states[layer.weight]
+        taken, newest = steps_taken(weight.slots, weight.group), newest_steps.get(weight.optimizer)
+        each = {name: next(readings) for name in rules}
+        reading = reduce(ClockReading.join, each.values())
+        step, began = _training_steps(checkpoint, newest)
+        yield LayerClock(
+            layer=layer,
+            rule=rule,
+            clock=_clock(rule, taken),
+            reading=reading,
+            weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
+            parameters=tuple(rules),
+            taken=taken,
+            lag=0 if taken is None or newest is None else newest - taken,
+            step=step,
+            began=began,
+            untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
         )
-        for name, own in rules.items()
-    }
-    reading = reduce(ClockReading.join, each.values())
-    step, began = _training_steps(checkpoint, newest)
-    return LayerClock(
-        layer=layer,
-        rule=rule,
-        clock=_clock(rule, taken),
-        reading=reading,
-        weights=reduce(ClockReading.join, (each[name] for name in _without_bias(layer, rules))),
-        parameters=tuple(rules),
-        taken=taken,
-        lag=0 if taken is None or newest is None else newest - taken,
-        step=step,
-        began=began,
-        untrained=as_initialised(layer, checkpoint.tensors, reading.never & _may_be_first(checkpoint, newest)),
-    )
+
+
+def _read_together(states: Mapping[str, ParameterState], layers: Sequence[_RuledLayer]) -> list[ClockReading]:
+    """Read the clocks of the tensors of several layers, layer by layer: those that are alike as one."""
+    alike: dict[tuple[Hashable, ...], list[tuple[int, AdamClock | NoClock, tuple[Tensor, ...]]]] = {}
+    number = 0
+    for layer, rules in layers:
+        for name, rule in rules.items():
+            kept = tuple(layer.rows(_read(states[name], slot)) for slot in rule.slots)
+            clock = _clock(rule, steps_taken(states[name].slots, states[name].group))
+            key = clock, kept[0].shape[1], *(tensor.dtype for tensor in kept)
+            alike.setdefault(key, []).append((number, clock, kept))
+            number += 1
+    found: dict[int, ClockReading] = {}
+    for members in alike.values():
+        numbers, (clock, *_), kept_by_each = zip(*members, strict=True)
+        slots = kept_by_each[0] if len(members) == 1 else map(torch.cat, zip(*kept_by_each, strict=True))
+        parts = clock.read(*slots).split([kept[0].shape[0] for kept in kept_by_each])
+        found.update(zip(numbers, parts, strict=True))
+    return [found[at] for at in range(number)]
 
 
 def _clock(rule: OptimizerRule, taken: int | None) -> AdamClock | NoClock:

@@ -14,6 +14,7 @@ from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.measure import blocked_by_next_layer, counted_evidence, example_count
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.errors import NeuronscopeError, StateError
+from neuronscope.judge.symptoms import UNDATED
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
@@ -114,5 +115,8 @@ def _examine_site(site: SiteReport, report: Report, judged: npt.NDArray[np.bool_
         if one.claim == "no gradient":
             positions = np.full(one.neurons.shape, float(site.gradient_positions))
             yield replace(one, numbers=positions, measure="positions at which its gradient was zero")
+        elif one.claim == "alive":
+            revived = site.history.revived_step[one.neurons]
+            yield replace(one, since=np.where(revived < 0, UNDATED, revived))
         else:
             yield one

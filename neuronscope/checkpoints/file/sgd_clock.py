@@ -139,6 +139,11 @@ class SGDClock:
         return -math.log(self.momentum)
 
     @property
+    def fastest_rate(self) -> float:
+        """The number of e-foldings by which a buffer shrinks in a step without gradient, at most."""
+        return -math.log(self.least)
+
+    @property
     def silent_steps(self) -> float:
         """The estimate above which a row counts as without gradient, in steps."""
         return silent_steps(self.rate)
@@ -146,7 +151,7 @@ class SGDClock:
     @property
     def sure_steps(self) -> float:
         """The estimate above which this is inferred and not only suspected, in steps."""
-        return sure_steps(self.rate)
+        return sure_steps(self.rate, self.fastest_rate)
 
     def read(self, peaks: Mapping[str, BufferPeaks]) -> dict[str, ClockReading]:
         """Read the clock of all layers of one optimizer.

@@ -1,9 +1,10 @@
-"""Examine the weights alone: rows of zeros, rows that are not finite, neurons that no layer reads."""
+"""Examine the weights alone: rows of zeros or not finite, neurons that no layer reads or that a norm makes constant."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,14 +19,17 @@ _SOURCE = "weights"
 
 
 def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]) -> Iterator[Evidence]:
-    """Yield zero rows, rows that are not finite, and neurons that the next layer of their ``Sequential`` does not read.
+    """Yield what the weights show of neurons.
 
-    Each tensor is read once and then released.
+    That is: zero rows, rows that are not finite, neurons that the next layer of their ``Sequential`` does not read, and
+    neurons that the norm behind them makes constant. Each tensor is read once and then released.
 
     Args:
         tensors: The network's tensors by name.
         layers: Its layers; see :func:`neuronscope.checkpoints.file.layers.find_layers`.
     """
+    for layer, norm in pairwise(layers):
+        yield from _constant(tensors, layer, norm)
     readers = sequential_readers(layers)
     read_by = {reader.weight: layer for layer, reader in readers}
     for layer in layers:
@@ -39,7 +43,8 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
             rows = layer.rows(tensor if tensor.dtype.itemsize > 1 else tensor.float())  # float8 cannot be compared
             low, high = torch.aminmax(rows, dim=1)  # one pass; NaN if the row contains one
             affected = ~(torch.isfinite(low) & torch.isfinite(high))
-            not_finite[affected] += (~torch.isfinite(rows[affected])).sum(dim=1)
+            if affected.any():
+                not_finite[affected] += (~torch.isfinite(rows[affected])).sum(dim=1)
             zero = (low == 0) & (high == 0)
             if name == layer.bias:
                 bias = rows[:, 0].double()
@@ -72,6 +77,33 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                 "All incoming weights are zero: the pre-activation is the bias for every input. Pruning and zero "
                 "initialisation cause this too.",
             )
+
+
+def _constant(tensors: Mapping[str, StoredTensor], layer: Layer, norm: Layer) -> Iterator[Evidence]:
+    """Yield the neurons that a norm with a scale of zero keeps at a constant that is not above zero.
+
+    That the norm normalises the layer's outputs is a guess from their order: it follows directly in the same module,
+    has as many channels, and takes the place of the layer's bias. Scales that are all zero are an initialisation.
+    """
+    parents = {one.path.rpartition(".")[0] for one in (layer, norm)}
+    if norm.kind != "norm" or layer.kind not in NEURON_KINDS or len(parents) > 1:
+        return
+    if norm.bias is None or layer.bias is not None or norm.width != layer.width:
+        return
+    zero, shift = tensors[norm.weight].read() == 0, tensors[norm.bias].read().double()
+    constant = zero & (shift <= 0)
+    if constant.any() and not zero.all():
+        yield _evidence(
+            layer,
+            "dead",
+            "suspected",
+            constant,
+            shift,
+            "output of the norm",
+            f"The scale of {norm.path}, which follows directly, is zero, so that its output is this number for every "
+            "input. The neuron is dead if an activation follows that is zero for it, as ReLU is; with `model=` it is "
+            "known.",
+        )
 
 
 def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:

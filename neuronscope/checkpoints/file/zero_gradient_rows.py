@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS, SURE_STEPS
+from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS
 from neuronscope.checkpoints.file.collapse import NoGradientCause
 from neuronscope.checkpoints.file.layer_clocks import LayerClock
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
@@ -17,6 +17,8 @@ __all__ = ["clock_evidence", "zero_gradient_evidence"]
 
 #: Steps by which the clocks of rows that stopped together may differ (measured: docs/optimizer-clock.md).
 _TOGETHER = 30
+#: With no gradient at all in more steps than this of an optimizer, silence is inferred.
+_LONG = 200
 
 
 def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = None) -> Iterator[Evidence | Abstention]:
@@ -69,8 +71,7 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
     for as_whole, mask in ((False, dated & ~together), (True, dated & together)):
         yield from _stopped(read, mask & sure, "inferred", as_whole, cause)
         yield from _stopped(read, mask & ~sure, "suspected", as_whole, cause)
-    # Where decay is part of the buffer, the end of the clock is sharper than a bound: rounding hides little.
-    sure = reading.least_steps > (read.clock.silent_steps if read.is_decayed else read.clock.sure_steps)
+    sure = reading.least_steps > read.sure_end
     for as_whole, mask in ((False, undated & ~together), (True, undated & together)):
         yield from _undated(read, mask & sure, "inferred", as_whole, cause)
         yield from _undated(read, mask & ~sure, "suspected", as_whole, cause)
@@ -116,7 +117,7 @@ def _never(read: LayerClock, mask: Tensor, whole: bool, cause: NoGradientCause |
     if taken is not None and taken - 1 <= SILENT_STEPS:
         return
     has_collapsed = cause is not None and cause.kind == "collapsed"  # as the next layer's clock shows too
-    is_sure = has_collapsed or (taken is not None and taken - 1 > SURE_STEPS)
+    is_sure = has_collapsed or (taken is not None and taken - 1 > _LONG)
     basis = "inferred" if is_sure else "suspected"
     numbers = no_numbers if taken is None else torch.full_like(no_numbers, float(taken))
     text += f"no gradient came since this optimizer began{_beginning(read)}. Others may have trained them before."
@@ -145,10 +146,11 @@ def _stopped(
     """Yield evidence on rows that the clock dates; ``as_whole``: the last rows of the layer, which stopped together."""
     if not mask.any():
         return
+    cycled = read.rule.betas[0] != read.rule.least_beta
     if read.is_bound:
         limit, living = {
-            "inferred": (read.clock.sure_steps, "at most 3 %"),
-            "suspected": (read.clock.silent_steps, "1 to 22 %"),
+            "inferred": (read.clock.sure_steps, "at most 1 %"),
+            "suspected": (read.clock.silent_steps, "up to 40 %" if cycled else "1 to 22 %"),
         }[basis]
         text = (
             "The last gradient came at most this many steps ago, for any gradients. Since that is more than "
@@ -165,7 +167,6 @@ def _stopped(
     since = None
     # Only a bound dates a whole layer: SGD's estimate compares with the largest layer, which may have stopped since.
     # Nor does an estimate date rows whose momentum a schedule cycles, since it would have to know the schedule.
-    cycled = read.rule.betas[0] != read.rule.least_beta
     if read.step is not None and not read.lag and (read.is_bound or not (as_whole or cycled)):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
     text += _caveats(read)

@@ -13,7 +13,7 @@ from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
 from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.monitor_state import find_records
 from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
-from neuronscope.checkpoints.formats.parameter_names import prefix_stripper
+from neuronscope.checkpoints.formats.parameter_names import COUNTERS, prefix_stripper
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
 from neuronscope.errors import CheckpointError
 
@@ -22,6 +22,7 @@ __all__ = ["RawCheckpoint", "build_checkpoint"]
 # Keys under which training loops store the weights, most specific first.
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
 _STEPS = ("global_step", "step")
+_AVERAGES = "averaging_state"  # Lightning's callbacks keep the counters apart from the averages
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
 _DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
 
@@ -36,6 +37,7 @@ class RawCheckpoint:
         other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
         optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
         config: The network's configuration, if a file holds one.
+        adapter: The configuration of an adapter, if a file holds one.
         step: Number of optimizer steps, if another file says so.
         notes: Sentences to show to the user.
     """
@@ -45,6 +47,7 @@ class RawCheckpoint:
     other_files: dict[str, Any] = field(default_factory=dict)
     optimizer: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -90,11 +93,13 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         format=_of_lightning(raw.format) if lightning else raw.format,
         tensors=tensors,
         is_ordered="safetensors" not in raw.format,
+        is_averaged=not set(weights).isdisjoint(COUNTERS) or _AVERAGES in data,
         networks=networks,
         optimizers=optimizers,
         records=records,
         step=_step(data, raw.step, optimizers),
         config=raw.config,
+        adapter=raw.adapter,
         hyperparameters=find_hyperparameters(data),
         notes=tuple(notes),
     )

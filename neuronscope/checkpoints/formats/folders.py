@@ -13,7 +13,7 @@ from neuronscope.checkpoints.formats.single_file import read_single_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
 
-__all__ = ["read_folder"]
+__all__ = ["is_folder_checkpoint", "read_folder"]
 
 # Names of files of weights; the first that exists is read. `.index.json` marks weights in several files.
 _WEIGHTS = (
@@ -30,6 +30,24 @@ _OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _FSDP = "pytorch_model_fsdp_0"  # the folder of a Trainer's sharded weights; its optimizer's is `optimizer_0`
 
 
+def is_folder_checkpoint(folder: Path) -> bool:
+    """Whether a folder is itself a checkpoint by its names, and not only a place where checkpoints lie.
+
+    A folder with one safetensors file is one if nothing else in it looks like weights.
+
+    Args:
+        folder: The folder.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    if METADATA in names or _FSDP in names or _is_deepspeed(names) or not set(_WEIGHTS).isdisjoint(names):
+        return True
+    if sum(name.endswith(".index.json") for name in names) == 1:
+        return True
+    return _only(names, ".safetensors") is not None and not any(
+        name.endswith((".ckpt", ".pt", ".pth")) for name in names
+    )
+
+
 def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
     """Read a folder that is a checkpoint.
 
@@ -43,7 +61,7 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
     if (folder / METADATA).exists():
         return read_distributed(folder, trust=trust)
     names = sorted(entry.name for entry in folder.iterdir())
-    if "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names):
+    if _is_deepspeed(names):
         raise CheckpointError(
             f"{quoted(folder)} is a checkpoint of DeepSpeed, which is not understood: turn it into a state_dict with "
             "its own `zero_to_fp32.py` and give that."
@@ -55,15 +73,20 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
                 raw.other_files[name] = read_distributed(folder / name, trust=trust).data
     else:
         raw = _weights(folder, names, trust=trust)
-    if "config.json" in names:
-        config = read_json(folder / "config.json")
-        raw.config = config if isinstance(config, dict) else {}
+    for name, kind in (("config.json", "config"), ("adapter_config.json", "adapter")):
+        if name in names:
+            config = read_json(folder / name)
+            setattr(raw, kind, config if isinstance(config, dict) else {})
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
             raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
     if "trainer_state.json" in names:
         _add_trainer_state(raw, read_json(folder / "trainer_state.json"))
     return raw
+
+
+def _is_deepspeed(names: list[str]) -> bool:
+    return "zero_to_fp32.py" in names or "latest" in names or any(name.startswith("mp_rank_") for name in names)
 
 
 def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:

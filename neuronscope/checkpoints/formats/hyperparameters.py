@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
+from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder
 
 __all__ = ["find_hyperparameters"]
 
@@ -18,6 +19,8 @@ _DEEPEST = 16
 def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the saved arguments of a LightningModule that are plain data: numbers, strings, lists, dictionaries.
 
+    Settings of omegaconf count as plain data too.
+
     Args:
         data: The content of the checkpoint.
 
@@ -29,7 +32,7 @@ def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
     >>> find_hyperparameters({"hyper_parameters": {"width": 7}, "hparams_name": "settings"})
     {'settings': {'width': 7}}
     """
-    saved = data.get(_KEY)
+    saved = _content(data.get(_KEY))
     if not isinstance(saved, Mapping):
         return {}
     name = data.get(_NAME)
@@ -49,6 +52,7 @@ def _parts(value: Any, remaining: int, depth: int) -> int | None:
     """Count the parts of a value; ``None`` if one is not plain data, or if there are more than ``remaining``."""
     if remaining < 1 or depth > _DEEPEST:
         return None
+    value = _content(value)
     if value is None or type(value) in (bool, int, float, str):
         return 1
     if isinstance(value, Mapping):
@@ -70,6 +74,23 @@ def _parts(value: Any, remaining: int, depth: int) -> int | None:
 
 def _plain(value: Any) -> Any:
     """Copy a value with Python's own types."""
+    value = _content(value)
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if type(value) is list else value
+
+
+def _content(value: Any) -> Any:
+    """Return what a container or a node of omegaconf holds, and any other value as it is.
+
+    A reference to another setting (``${model.width}``) is not resolved; it stays an object, and so is left out.
+    """
+    for _ in range(_DEEPEST):  # a damaged file may hold a circle
+        if not isinstance(value, AttributesPlaceholder) or not value.cls.startswith("omegaconf."):
+            break
+        state = value.state if isinstance(value.state, dict) else {}
+        inner = state.get("_content", state.get("_val", value))
+        if inner is value or (isinstance(inner, str) and "${" in inner):
+            break
+        value = inner
+    return value

@@ -12,6 +12,7 @@ million times overflows the C stack and ends the process); and BUILD sets attrib
 
 from __future__ import annotations
 
+import gc
 import pickle
 import pickletools
 from collections.abc import Callable, Iterator, Sequence
@@ -116,11 +117,24 @@ def read_pickle(file: BinaryIO, find: Callable[[str, str], Any], persistent: Cal
     """
     try:
         _check_opcodes(file)
-        return _RestrictedUnpickler(file, find, persistent).load()
+        with _garbage_collection_paused():
+            return _RestrictedUnpickler(file, find, persistent).load()
     except (CheckpointError, ValueError):
         raise
     except Exception as error:  # the unpickler raises whatever a wrong stack leads to
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause the search for circular garbage. Plain data has none, and a search takes the longer the more there is."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def safe_key(key: Any, *, inside: bool = False) -> Any:

@@ -202,6 +202,17 @@ _RENAMED = {
     "pathlib._local": "pathlib",
 }
 
+# Settings as omegaconf and Hydra store them: containers and nodes that hold plain data, and what describes their types.
+_OMEGACONF = (
+    *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
+    *(f"nodes.{kind}Node" for kind in ("Any", "Integer", "Float", "Boolean", "String", "Bytes", "Path", "Enum")),
+)
+
+
+def _attributes_of(cls: str) -> Callable[..., AttributesPlaceholder]:
+    return lambda *arguments: AttributesPlaceholder(cls, arguments)
+
+
 _MAKERS: dict[str, Callable[..., Any]] = {
     "builtins.set": _as_set,
     "builtins.frozenset": lambda items=(): frozenset(_as_set(items)),
@@ -244,6 +255,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
         for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
     },
     "argparse.Namespace": lambda *arguments: AttributesPlaceholder("Namespace", arguments),
+    **{f"omegaconf.{name}": _attributes_of(f"omegaconf.{name}") for name in _OMEGACONF},
     "datetime.datetime": _placeholder,
     "datetime.timedelta": _placeholder,
 }
@@ -271,5 +283,7 @@ _TABLE: dict[str, Any] = {
     **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
     **{f"torch.{name}": Placeholder() for name in ("contiguous_format", "preserve_format", "channels_last", "strided")},
+    **{f"typing.{name}": Placeholder() for name in ("Any", "Dict", "List", "Tuple", "Optional", "Union")},
+    **{f"builtins.{kind.__name__}": Placeholder() for kind in (dict, list, tuple, str, int, float, bool, object)},
     **{f"torch.per_{name}": Placeholder() for name in ("tensor_affine", "tensor_symmetric", "channel_affine")},
 }

@@ -9,12 +9,17 @@ apart: a neuron that fired at one of the ``n`` positions of the last batch has a
 
 The running mean itself is the mean output, from which dormancy follows without data. A mean of exactly zero shows that
 the neuron never fired in training.
+
+A depthwise convolution without bias may lie between the activation and the norm. Its output ``Σ w y`` is zero too when
+the neuron is silent, so that both statistics fall as before. Where the weights cancel each other, R is smaller for any
+neuron: with independent pixels, R is that of the neuron times ``(Σ w)² / Σ w²``. The smaller one of the two is taken
+for the R of a neuron that fires. The running mean is no mean output then.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,19 +36,27 @@ from neuronscope.judge.verdicts import Policy
 __all__ = ["running_statistics_evidence"]
 
 _SOURCE = "batch norm statistics"
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 #: ``R`` of the positive half of a normal distribution.
 _HALF_NORMAL = 0.47
 #: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
 _SILENT, _SURE = 50.0, 200.0
 
 
-def running_statistics_evidence(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
+def running_statistics_evidence(
+    graph: Graph,
+    intervals: Sequence[Interval | None],
+    batches: Mapping[str, int] | None = None,
+    training_step: int | None = None,
+) -> Iterator[Evidence]:
     """Yield what the running statistics of batch norms say about the neurons of the sites right before them.
 
     Args:
         graph: A traced forward in evaluation mode.
         intervals: The interval of each tensor; see
             :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
+        batches: Number of training batches that each batch norm has counted, by its path.
+        training_step: The checkpoint's number of optimizer steps; ``None`` = not known, so that a batch counts as one.
     """
     steps = producing_steps(graph)
     by_output = {site.after: site for site in graph.sites}
@@ -52,27 +65,63 @@ def running_statistics_evidence(graph: Graph, intervals: Sequence[Interval | Non
         if step.function is not F.batch_norm or not step.reads:
             continue
         before = step_before_copies(steps, step.reads[0])
+        gain = _depthwise_gain(graph, before)
+        if before is not None and gain is not None:
+            before = step_before_copies(steps, before.reads[0])
         site = next((by_output[number] for number in (before.outputs if before else ()) if number in by_output), None)
         if site is None or site.name in seen or site.layout.axis != 1 or not _is_never_negative(intervals[site.after]):
             continue
         seen.add(site.name)
-        mean, variance = (_constant(graph, step, place) for place in (1, 2))
-        momentum = step.args[6] if len(step.args) > 6 else step.kwargs.get("momentum", 0.1)
-        if mean is not None and variance is not None and mean.shape == variance.shape == (site.neurons,):
-            yield from _evidence(site, mean.double(), variance.double(), momentum)
+        mean, variance = (_constant(graph, step, at, name) for at, name in ((1, "running_mean"), (2, "running_var")))
+        if mean is None or variance is None or not mean.shape == variance.shape == (site.neurons,):
+            continue
+        if gain is None or gain.shape == mean.shape:
+            count = (batches or {}).get(_path(graph, step))
+            is_dated = count is not None and training_step in (None, count)
+            momentum = _argument(step, 6, "momentum", 0.1)
+            yield from _evidence(site, mean.double(), variance.double(), momentum, gain, count if is_dated else None)
+
+
+def _depthwise_gain(graph: Graph, step: Step | None) -> Tensor | None:
+    """Return by how much R may be smaller behind a depthwise convolution of ``C`` channels than before it.
+
+    Returns:
+        A number from 0 to 1 for each channel, float64 ``(C,)``, or an empty tensor if nothing is known of it; ``None``
+        if the step is no depthwise convolution.
+    """
+    if step is None or step.function not in _CONVOLUTIONS:
+        return None
+    weight, bias = (_constant(graph, step, at, name) for at, name in ((1, "weight"), (2, "bias")))
+    if weight is None or weight.shape[1] != 1 or _argument(step, 6, "groups") != weight.shape[0]:
+        return None
+    if bias is not None and bool((bias != 0).any()):
+        return torch.empty(0)
+    weight = weight.detach().flatten(1).double()
+    return (weight.sum(1).square() / weight.square().sum(1).clamp(min=1e-300)).clamp(max=1.0)
 
 
 def _is_never_negative(interval: Interval | None) -> bool:
     return interval is not None and bool((interval.low >= 0).all())
 
 
-def _constant(graph: Graph, step: Step, place: int) -> Tensor | None:
-    name = ("input", "running_mean", "running_var")[place]
-    argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
+def _argument(step: Step, place: int, name: str, default: object = None) -> object:
+    return step.args[place] if len(step.args) > place else step.kwargs.get(name, default)
+
+
+def _constant(graph: Graph, step: Step, place: int, name: str) -> Tensor | None:
+    argument = _argument(step, place, name)
     return graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
 
 
-def _evidence(site: Site, mean: Tensor, variance: Tensor, momentum: object) -> Iterator[Evidence]:
+def _path(graph: Graph, step: Step) -> str:
+    """Return the path of a batch norm; ``""`` if its running mean is no buffer of a module."""
+    argument = _argument(step, 1, "running_mean")
+    return graph.values[argument.value].name.rpartition(".")[0] if isinstance(argument, TensorRef) else ""
+
+
+def _evidence(
+    site: Site, mean: Tensor, variance: Tensor, momentum: object, gain: Tensor | None, batches: int | None
+) -> Iterator[Evidence]:
     """Yield the evidence on one site.
 
     Args:
@@ -80,9 +129,11 @@ def _evidence(site: Site, mean: Tensor, variance: Tensor, momentum: object) -> I
         mean: The running mean of its outputs, float64 ``(N,)``.
         variance: Their running variance, float64 ``(N,)``.
         momentum: The batch norm's momentum.
+        gain: See :func:`_depthwise_gain`; ``None`` if no convolution lies between.
+        batches: Number of training batches that the norm has counted, if each was an optimizer step; else ``None``.
     """
     evidence = partial(evidence_on_site, site.name, source=_SOURCE)
-    trained = bool((mean > 0).any())  # statistics begin at a mean of 0 and a variance of 1
+    trained = bool((mean != 0).any())  # statistics begin at a mean of 0 and a variance of 1
     if not trained:
         return
     never = (mean == 0).numpy()
@@ -99,8 +150,9 @@ def _evidence(site: Site, mean: Tensor, variance: Tensor, momentum: object) -> I
     )
     if isinstance(momentum, float) and 0.0 < momentum < 0.5:
         ratio = mean.square() / variance.clamp(min=1e-300)
-        steps = torch.log(_HALF_NORMAL / ratio.clamp(min=1e-300)) / -math.log1p(-momentum)
-        silent = torch.where(mean >= 0, steps, 0.0).numpy()
+        usual = _HALF_NORMAL if gain is None else _HALF_NORMAL * gain.clamp(min=1e-300)
+        silent = (torch.log(usual / ratio.clamp(min=1e-300)) / -math.log1p(-momentum)).numpy()
+        since = None if batches is None else np.clip(batches - np.floor(silent), 0, batches).astype(np.int64)
         for basis, mask in (("inferred", silent > _SURE), ("suspected", (silent > _SILENT) & (silent <= _SURE))):
             yield from evidence(
                 mask & ~never,
@@ -113,7 +165,10 @@ def _evidence(site: Site, mean: Tensor, variance: Tensor, momentum: object) -> I
                     "than that of a neuron that fires: both have been falling for about this many steps. A neuron "
                     "that fires very rarely looks alike."
                 ),
+                since=since,
             )
+    if gain is not None:
+        return
     score = (mean / (mean.clamp(min=0).mean() + 1e-9)).numpy()
     threshold = Policy().dormant_tau
     yield from evidence(

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
+from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
+from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
 from neuronscope.checkpoints.model.before_site import normalised_sites, producing_steps, step_before_copies
 from neuronscope.checkpoints.model.bounds.batchnorm import (
     firing_share_bound,
@@ -27,7 +29,7 @@ from neuronscope.checkpoints.model.bounds.batchnorm import (
     threshold,
     training_maximum,
 )
-from neuronscope.checkpoints.model.bounds.interval import LAYER_NORM
+from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
     SiteBounds,
@@ -36,8 +38,10 @@ from neuronscope.checkpoints.model.bounds.propagate import (
     site_bounds,
 )
 from neuronscope.checkpoints.model.example_inputs import Example, examples_for
+from neuronscope.checkpoints.model.observed_network import tensors_of
+from neuronscope.checkpoints.model.separate_examples import two_examples
 from neuronscope.checkpoints.model.trace import ForwardError, trace
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
+from neuronscope.checkpoints.model.traced_graph import Graph, Site
 from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
@@ -55,6 +59,10 @@ _NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
 _BATCH_NORM = "batch norm"
 _READERS = "readers"
+_METHODS = {
+    LAYER_NORM: "the norm of its weights after a layer norm",
+    BACKWARD: "linear bounds that are passed backwards to the input",
+}
 
 
 class Examination(NamedTuple):
@@ -87,6 +95,7 @@ def examine_model(
     batch: Any = None,
     box: Box | None = None,
     batch_positions: int | None = None,
+    training_step: int | None = None,
 ) -> Examination:
     """Examine a network that holds a checkpoint's weights.
 
@@ -97,6 +106,7 @@ def examine_model(
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
         batch_positions: How many values a channel has in a training batch (examples × positions); with it, more is
             proved of batch norm in training.
+        training_step: The checkpoint's number of optimizer steps, for dates.
 
     Returns:
         Evidence, abstentions, and the sites.
@@ -142,16 +152,24 @@ def examine_model(
         )
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
-    evidence += running_statistics_evidence(graph, free)
+    evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)
+    evidence += batch_norm_activity(graph, free)
     in_box = propagate_bounds(graph, box) if box is not None else free
-    evidence += _proved_dead(sites, site_bounds(graph, free), f"for every finite input {scope}", judged)
+    bounds, inside = site_bounds(graph, free), f"for every finite input {scope}"
+    evidence += _proved_dead(sites, bounds, inside, judged)
     if box is not None:
         others = {name: mask.copy() for name, mask in judged.items()}
         for one in evidence:
             if one.basis == "proved" and one.claim == "dead":
                 others[one.site][one.neurons] = False
         inside = f"for every input between {_end(box[0])} and {_end(box[1])} {scope}"
-        evidence += _proved_dead(sites, site_bounds(graph, in_box), inside, others)
+        in_intervals = site_bounds(graph, in_box)
+        for bounds in (in_intervals, _backward_bounds(model, traced_example, box, sites)):
+            for one in _proved_dead(sites, bounds, inside, others):
+                others[one.site][one.neurons] = False
+                evidence.append(one)
+        bounds = in_intervals
+    evidence += _proved_negligible(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -200,6 +218,16 @@ def _no_forward(failures: list[str]) -> Abstention:
     )
 
 
+def _batches_counted(model: nn.Module) -> dict[str, int]:
+    """Return how many training batches each batch norm has counted, by its path; those that counted none are left out.
+
+    Files of torch before 0.4.1 and converted ones have statistics and a count of zero.
+    """
+    end = ".num_batches_tracked"
+    counters = ((name, int(buffer)) for name, buffer in model.named_buffers() if name.endswith(end))
+    return {name.removesuffix(end): count for name, count in counters if count > 0}
+
+
 def _layers_used(graph: Graph) -> Iterator[str]:
     """Yield the path of each layer whose weights the forward used."""
     for step in graph.steps:
@@ -223,7 +251,7 @@ def _proved_dead(
         if found is None:
             continue
         mask = found.dead & judged[site.name]
-        method = "the norm of its weights after a layer norm" if found.source == LAYER_NORM else "interval arithmetic"
+        method = _METHODS.get(found.source, "interval arithmetic")
         yield from evidence_on_site(
             site.name,
             mask,
@@ -234,6 +262,57 @@ def _proved_dead(
             measure="pre-activation, at most",
             text=f"In evaluation mode its output is exactly zero {scope}: by {method}, which allows for rounding.",
         )
+
+
+def _proved_negligible(
+    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
+) -> Iterator[Evidence]:
+    """Yield the neurons after a batch norm whose output is next to nothing for every input."""
+    for site in graph.first_calls():
+        parameters, found = _parameters_before(graph, site), bounds.get(site.name)
+        if parameters is None or found is None:
+            continue
+        usual = _usual_scale(*parameters)
+        yield from evidence_on_site(
+            site.name,
+            (found.output <= _NEGLIGIBLE * usual) & ~found.dead & judged[site.name],
+            found.output,
+            source=_BATCH_NORM,
+            claim="quiet",
+            basis="proved",
+            measure="output, at most",
+            text=(
+                f"Negligible: in evaluation mode its output is never larger than this, {scope}. It is less than "
+                f"{_NEGLIGIBLE:g} of the layer's median |γ| + |β| ({usual:.3g})."
+            ),
+        )
+
+
+def _usual_scale(scale: Tensor, shift: Tensor) -> float:
+    """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
+    return float((scale.double().abs() + shift.double().abs()).median())
+
+
+def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
+    """Return bounds of each site that are tighter than intervals; none where the network is not traced on two examples.
+
+    Args:
+        model: The network.
+        example: An example that it runs on.
+        box: Bounds of the input.
+        sites: Its sites.
+    """
+    two = two_examples(example)
+    if two is None:
+        return {}
+    try:
+        graph = trace(model, two.args, two.kwargs)
+        bounds = site_bounds(graph, propagate_bounds(graph, box, backwards=len(next(iter(tensors_of(two).values())))))
+    except (ForwardError, UsageError):  # such as a box that is not the same for all examples
+        return {}
+    widths = {site.name: site.neurons for site in sites}
+    found = {name: replace(one, source=BACKWARD) for name, one in bounds.items() if one.dead.size == widths.get(name)}
+    return {} if graph.branches else found
 
 
 def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], scope: str) -> Iterator[Evidence]:
@@ -276,7 +355,7 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         ),
     )
     most = scale.double().abs() * math.sqrt((positions or _MANY_VALUES) - 1) + shift.double().abs()
-    usual = float((scale.double().abs() + shift.double().abs()).median())
+    usual = _usual_scale(scale, shift)
     yield from evidence(
         ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
         most.numpy(),
@@ -321,23 +400,9 @@ def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None
     for call in graph.sites:
         if call.name == site.name:
             step = step_before_copies(steps, call.before)
-            parameters = _affine(graph, step) if step is not None else None
-            if parameters is None or any(parameter.shape != (site.neurons,) for parameter in parameters):
+            norm = read_batch_norm(graph, step)
+            if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
                 return None
-            found.append(parameters)
+            found.append((norm.scale, norm.shift))
     same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
     return found[0] if same else None
-
-
-def _affine(graph: Graph, step: Step) -> tuple[Tensor, Tensor] | None:
-    """Return γ and β of a batch norm, both ``(C,)``; ``None`` for any other step."""
-    if step.function is not F.batch_norm:
-        return None
-    parameters = []
-    for place, name in ((3, "weight"), (4, "bias")):
-        argument = step.args[place] if len(step.args) > place else step.kwargs.get(name)
-        tensor = graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
-        if tensor is None:
-            return None
-        parameters.append(tensor.detach())
-    return parameters[0], parameters[1]

@@ -12,22 +12,35 @@ import contextlib
 import importlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.module_paths import walk
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.data.user_code import user_code
+from neuronscope.checkpoints.file.merged_weights import holds_only_adapters, plain_tensors
 from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
-__all__ = ["build_model", "configured_parameters", "list_parameters", "load_named", "load_weights", "path_in_model"]
+__all__ = [
+    "as_loaded",
+    "build_model",
+    "configured_parameters",
+    "list_parameters",
+    "load_named",
+    "load_weights",
+    "path_in_model",
+    "stored_names",
+]
 
 
 def load_named(name: str, argument: str) -> Any:
@@ -100,22 +113,27 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
                     "Expected argument `model` to be `package.module:name`, a torch.nn.Module, or a folder with a "
                     f"`config.json`, but got {name!r}."
                 )
+            if holds_only_adapters(checkpoint):
+                raise UsageError(
+                    f"Expected argument `model` to be a network with weights, since {checkpoint.path} holds only "
+                    "adapters, which change them: name a function that returns it, as `package.module:name`."
+                )
             model = _hugging_face(read_json(config))
     if not isinstance(model, nn.Module):
-        model = _call_factory(model, checkpoint.hyperparameters)
+        model = _call_factory(model, checkpoint)
     load_weights(model, checkpoint)
     return model.eval()
 
 
-def _call_factory(factory: Any, hyperparameters: Mapping[str, Any]) -> nn.Module:
+def _call_factory(factory: Any, checkpoint: Checkpoint) -> nn.Module:
     if not callable(factory):
         raise UsageError(
             f"Expected argument `model` to name a function or a class, but got a {type(factory).__name__}."
         )
     name = getattr(factory, "__qualname__", repr(factory))
     with user_code(f"Expected the arguments of `{name}` to be known"):
-        arguments = _accepted_arguments(factory, hyperparameters) if isinstance(factory, type) else {}
-    built = _build(factory, arguments, name)
+        arguments = _accepted_arguments(factory, checkpoint.hyperparameters) if isinstance(factory, type) else {}
+    built = _build(factory, arguments, name, real=holds_only_adapters(checkpoint))
     if not isinstance(built, nn.Module):
         result = "None" if built is None else f"a {type(built).__name__}"
         raise UsageError(f"Expected `{name}` to give a torch.nn.Module, but it gave {result}.")
@@ -130,36 +148,59 @@ def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> di
     return {each.name: hyperparameters[each.name] for each in parameters if each.name in hyperparameters}
 
 
-def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
+def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str, *, real: bool = False) -> Any:
     """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise.
 
     Args:
         factory: The factory.
         arguments: Its keyword arguments.
         name: Its name, for errors.
+        real: Whether to call it normally in any case.
     """
     described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
     with user_code(
         f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
     ):
-        with contextlib.suppress(Exception), torch.device("meta"):
+        with contextlib.suppress(Exception), torch.device("meta"), _NewTensors() as made:
             built = factory(**arguments)
-            if _is_saved_completely(built):
+            if not real and isinstance(built, nn.Module) and _is_saved_completely(built, made):
                 return built
         return factory(**arguments)
 
 
-def _is_saved_completely(built: Any) -> bool:
-    """Whether a checkpoint holds all tensors of a network: it has no non-persistent buffers and no tensor attributes.
+class _NewTensors(TorchFunctionMode):
+    """Remembers the tensors that torch's functions return, for as long as something else keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self._made.append(weakref.ref(output))
+        return output
+
+    def kept(self) -> Iterator[Tensor]:
+        """Yield those that still exist."""
+        return (tensor for made in self._made if (tensor := made()) is not None)
+
+
+def _is_saved_completely(built: nn.Module, made: _NewTensors) -> bool:
+    """Whether a checkpoint holds all tensors of a network: nothing keeps others, such as a list or a closure.
 
     A parametrization may decide by the numbers which buffers it registers, so it needs real numbers.
+
+    Args:
+        built: The network, on the meta device.
+        made: The tensors that were made for it.
     """
-    return isinstance(built, nn.Module) and not any(
-        module._non_persistent_buffers_set
-        or is_parametrized(module)
-        or any(isinstance(value, Tensor) for value in vars(module).values())
-        for module in built.modules()
-    )
+    if any(module._non_persistent_buffers_set or is_parametrized(module) for module in built.modules()):
+        return False
+    saved = {id(tensor) for tensor in (*built.parameters(), *built.buffers())}
+    return all(id(tensor) in saved for tensor in made.kept())
 
 
 def _hugging_face(config: Any) -> nn.Module:
@@ -188,6 +229,8 @@ def _hugging_face(config: Any) -> nn.Module:
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
+    Where they do not fit, masks, adapters (LoRA) and norms of weights in the checkpoint are merged into the weights.
+
     Names may differ by a prefix that all share (such as ``model.``, if a LightningModule holds the network). In a
     network on the meta device, the tensors that are read become its weights; otherwise they are copied into them.
 
@@ -199,14 +242,39 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
     slots = dict(_slots(model))
-    stored_names = _match_names(slots, checkpoint.tensors)
-    found, used = {id(slots[name][2]) for name in stored_names}, set(stored_names.values())
-    pairs = [(name, slots[name][2], checkpoint.tensors[stored]) for name, stored in stored_names.items()]
+    tensors = checkpoint.tensors
+    problems = _problems(slots, tensors)
+    if problems:
+        base = {name: tensor for name, (_, _, tensor) in slots.items() if tensor.device.type != "meta"}
+        plain = plain_tensors(checkpoint, base)
+        only = holds_only_adapters(checkpoint)  # what they do not change is in the network already
+        if plain.keys() != tensors.keys() and not _problems(_changed(slots, plain) if only else slots, plain):
+            tensors, problems = plain, []
+    if problems:
+        raise CheckpointError(
+            f"Expected the weights of {checkpoint.path} to fit {type(model).__name__}, but there are "
+            f"{'; '.join(problems)}. Is it the network that this checkpoint was saved from? "
+            f"{' '.join(checkpoint.notes)}".rstrip()
+        )
+    _fill(slots, _match_names(slots, tensors), tensors)
+    _require_memory(model, checkpoint)
+
+
+_Slots = Mapping[str, "tuple[nn.Module, str, Tensor]"]
+
+
+def _changed(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> _Slots:
+    return {name: slot for name, slot in slots.items() if name in tensors}
+
+
+def _problems(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return why a checkpoint's tensors do not fit a network."""
+    names = _match_names(slots, tensors)
+    found, used = {id(slots[name][2]) for name in names}, set(names.values())
+    pairs = [(name, slots[name][2], tensors[stored]) for name, stored in names.items()]
     wrong = {
-        "missing": [
-            name for name, (_, _, tensor) in slots.items() if name not in stored_names and id(tensor) not in found
-        ],
-        "unexpected": [name for name in checkpoint.tensors if name not in used and name not in COUNTERS],
+        "missing": [name for name, (_, _, tensor) in slots.items() if name not in names and id(tensor) not in found],
+        "unexpected": [name for name in tensors if name not in used and name not in COUNTERS],
         "of another shape": [
             f"{name} {tuple(tensor.shape)} ≠ {tuple(stored.shape)}"
             for name, tensor, stored in pairs
@@ -216,15 +284,42 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             name for name, tensor, stored in pairs if "complex" in stored.dtype and not tensor.is_complex()
         ],
     }
-    problems = [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
-    if problems:
-        raise CheckpointError(
-            f"Expected the weights of {checkpoint.path} to fit {type(model).__name__}, but there are "
-            f"{'; '.join(problems)}. Is it the network that this checkpoint was saved from? "
-            f"{' '.join(checkpoint.notes)}".rstrip()
-        )
-    _fill(slots, stored_names, checkpoint.tensors)
-    _require_memory(model, checkpoint)
+    return [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
+
+
+@dataclass(frozen=True)
+class _HeldTensor:
+    """A tensor of a network, in the form of a stored one."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    def read(self) -> Tensor:
+        return self.tensor.detach()
+
+
+def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose tensors are those of the network that it was loaded into.
+
+    That differs from the checkpoint where masks or adapters were merged into the weights.
+
+    Args:
+        model: The network, with the checkpoint's weights.
+        checkpoint: The checkpoint.
+    """
+    slots = dict(_slots(model))
+    if not _problems(slots, checkpoint.tensors):
+        return checkpoint
+    held: dict[str, StoredTensor] = {name: _HeldTensor(tensor) for name, (_, _, tensor) in slots.items()}
+    note = "Masks, adapters or norms of weights in the file were merged into the weights of the network."
+    return replace(checkpoint, tensors=held, notes=(*checkpoint.notes, note))
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor]]]:
@@ -302,13 +397,23 @@ def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         model: The model.
         checkpoint: The checkpoint.
     """
-    stored = _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
+    stored = stored_names(model, checkpoint)
     names: dict[int, str] = {}
     for path, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), f"{path}.{name}" if path else name)
     return [stored.get(name, name) for name in names.values()]
+
+
+def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the name in a checkpoint of each parameter and buffer of a model that it holds.
+
+    Args:
+        model: The model.
+        checkpoint: The checkpoint.
+    """
+    return _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
 
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
@@ -338,7 +443,7 @@ def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], s
         model: The network.
         checkpoint: The checkpoint.
     """
-    pairs = _match_names((name for name, _ in _slots(model)), checkpoint.tensors).items()
+    pairs = stored_names(model, checkpoint).items()
     own, stored = next(((own, stored) for own, stored in pairs if own != stored), ("", ""))
     surplus = stored.removesuffix(own) if stored.endswith(f".{own}") else ""
     missing = own.removesuffix(stored) if own.endswith(f".{stored}") else ""

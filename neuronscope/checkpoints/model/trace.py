@@ -33,7 +33,7 @@ from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
-from neuronscope.scanning import model_state_restored
+from neuronscope.running import model_state_restored
 from neuronscope.sites import SiteInfo, SiteKey
 
 __all__ = ["ForwardError", "trace"]
@@ -43,7 +43,9 @@ class ForwardError(NeuronscopeError):
     """A network failed on an example; the message is the first line of its own."""
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Graph:
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, training: bool = False
+) -> Graph:
     """Run a model once, in evaluation mode and without gradients, and record what it computes.
 
     The model is left as it was, including training flags, gradients and buffers.
@@ -52,6 +54,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
         model: The model, with real weights (not on the meta device).
         args: The example's positional arguments.
         kwargs: Its keyword arguments.
+        training: Run it in training mode instead.
 
     Returns:
         The graph.
@@ -75,7 +78,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     hooks = SiteCallHooks(model, builder.number, note)
     builder.graph.inputs = tuple(builder.number(tensor) for tensor in _Search().tensors((args, kwargs)))
     with model_state_restored(model), torch.no_grad():
-        model.eval()
+        model.train(training)
         try:
             hooks.recorder.set_phase("trace", 0)
             with _StepRecorder(builder):
@@ -93,6 +96,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
                 if _random_states() != random_states:
                     builder.graph.branches.append("random")
             builder.drop_overwritten()
+            builder.note_changed(model)
         finally:
             hooks.detach()
     if hooks.failure is not None:
@@ -153,19 +157,23 @@ class _GraphBuilder:
             return int(known[0])
         name, version = self._names.get(id(tensor), ("", 0))
         if name and version == tensor._version:
-            return self.put(tensor, constant=True, name=name)
+            return self.put(tensor, constant=True, name=name, sources=frozenset([name]))
         self.unseen_tensors += self._running
         return self.put(tensor)
 
-    def put(self, tensor: Tensor, *, constant: bool = False, name: str = "") -> int:
+    def put(
+        self, tensor: Tensor, *, constant: bool = False, name: str = "", sources: frozenset[str] = frozenset()
+    ) -> int:
         """Give a new number to a tensor that was made or changed.
 
         Args:
             tensor: The tensor.
             constant: Whether it does not depend on the input.
             name: Its name if it is a parameter or buffer.
+            sources: The parameters and buffers that a constant is or was computed from.
         """
-        self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, tensor if constant else None, name))
+        kept = tensor if constant else None
+        self.graph.values.append(Value(tuple(tensor.shape), tensor.dtype, kept, name, sources))
         self._versions.append(tensor._version)
         number = len(self.graph.values) - 1
         self._numbers.put(tensor, (number, tensor._version))
@@ -196,6 +204,21 @@ class _GraphBuilder:
         """Return the tensor of a constant, or ``None`` if it was overwritten since it was numbered."""
         tensor = self.graph.values[number].constant
         return tensor if tensor is not None and tensor._version == self._versions[number] else None
+
+    def sources(self, numbers: Iterable[int]) -> frozenset[str]:
+        """Return the names of the parameters and buffers that constants are or were computed from."""
+        return frozenset[str]().union(*(self.graph.values[number].sources for number in numbers))
+
+    def note_changed(self, model: nn.Module) -> None:
+        """After the forward, note the names of parameters and buffers that were overwritten or replaced in it."""
+        before = {name: (key, version) for key, (name, version) in self._names.items()}
+        for path, module in walk(model):
+            for table in (module._parameters, module._buffers):
+                for leaf, tensor in table.items():
+                    name = f"{path}.{leaf}" if path else leaf
+                    now = (id(tensor), 0 if tensor is None else tensor._version)
+                    if name in before and before[name] != now:
+                        self.graph.changed.add(name)
 
     def drop_overwritten(self) -> None:
         """After the forward, forget the constants that were overwritten in it."""
@@ -250,7 +273,8 @@ class _StepRecorder(TorchFunctionMode):
             if random_state is not None:
                 known = func not in _UNINITIALISED and torch.equal(random_state, torch.random.get_rng_state())
                 for tensor in made:  # not a buffer that the forward writes: it is restored after the forward
-                    builder.put(tensor, constant=known and not builder.is_parameter_or_buffer(tensor))
+                    constant = known and not builder.is_parameter_or_buffer(tensor)
+                    builder.put(tensor, constant=constant, sources=builder.sources(reads))
                 return output
             self._note_branches(func, args, reads, output)
             if made:

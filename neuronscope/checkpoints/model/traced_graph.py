@@ -34,12 +34,14 @@ class Value:
         dtype: Its dtype.
         constant: The tensor itself if it does not depend on the input, else ``None``.
         name: Its name if it is a parameter or buffer, else ``""``.
+        sources: The names of the parameters and buffers that a constant is or was computed from.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     constant: Tensor | None = None
     name: str = ""
+    sources: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class Graph:
         sites: The calls of the sites, in the order in which they ran.
         inputs: Numbers of the tensors that the model was called with.
         outputs: Numbers of the tensors that it returned.
+        changed: Names of the parameters and buffers that the forward overwrote or replaced.
         branches: Names of the functions through which numbers that depend on the input reached Python code.
         unseen_tensors: How many tensors were made by calls that were not seen.
         output_not_searchable: Whether the model returned something that could not be searched for tensors.
@@ -124,6 +127,7 @@ class Graph:
     sites: list[Site] = field(default_factory=list)
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    changed: set[str] = field(default_factory=set)
     branches: list[str] = field(default_factory=list)
     unseen_tensors: int = 0
     output_not_searchable: bool = False

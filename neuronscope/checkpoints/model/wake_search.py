@@ -22,7 +22,7 @@ from neuronscope.checkpoints.model.box_inputs import BoxInputs
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.observed_network import ObservedNetwork, SiteCall
 from neuronscope.errors import UsageError
-from neuronscope.scanning import model_state_restored
+from neuronscope.running import model_state_restored
 
 __all__ = ["WakeSearch", "search_waking_inputs"]
 

@@ -36,13 +36,18 @@ class Disagreement:
     against: tuple[Evidence, ...]
 
     @property
+    def alive_in_training(self) -> tuple[str, ...]:
+        """The sources that say, without data, that the neurons fired or got a gradient in recent training steps."""
+        return tuple(one.source_label for one in self.against if one.claim == "alive" and one.basis == "inferred")
+
+    @property
     def silent_on_data(self) -> bool:
-        """Whether the neurons never fired on the data, although they got gradients in recent training steps.
+        """Whether the neurons never fired on the data, although they were alive in recent training steps.
 
         Such neurons most likely fire for other inputs. (They may also have died in the last steps.)
         """
         counted = self.verdict.claim == "dead" and self.verdict.basis == "measured"
-        return counted and any(one.claim == "alive" and one.basis == "inferred" for one in self.against)
+        return counted and bool(self.alive_in_training)
 
 
 def find_disagreements(layers: Iterable[LayerReport]) -> list[Disagreement]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from neuronscope.errors import UsageError
 
-__all__ = ["BASES", "CLAIMS", "Abstention", "Evidence", "evidence_on_site"]
+__all__ = ["BASES", "CLAIMS", "PERMANENT", "Abstention", "Evidence", "evidence_on_site"]
 
 #: The possible claims about a neuron, most serious first.
 CLAIMS = (
@@ -33,6 +33,9 @@ CLAIMS = (
 #: *measured*: counted exactly on data; *inferred*: follows from the optimizer state or the weights; *suspected*: likely
 #: under an assumption that the text names.
 BASES = ("proved", "measured", "inferred", "suspected")
+
+#: The source of proofs that no training on the same data gives a neuron a gradient.
+PERMANENT = "fixed data"
 
 
 @dataclass(frozen=True, eq=False)

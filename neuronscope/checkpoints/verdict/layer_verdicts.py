@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, PERMANENT, Evidence
 from neuronscope.judge.symptoms import UNDATED
 
 __all__ = [
@@ -42,7 +42,8 @@ FIRM = ("proved", "measured", "inferred")
 NO_BASIS = 255
 
 _FIRM_CODES = BASES.index(FIRM[-1])
-_GONE_CODES = [CLAIMS.index(claim) for claim in DEAD_CLAIMS]
+#: Whether a label counts as dead, by its code.
+_IS_GONE = np.array([label in DEAD_CLAIMS for label in LABELS])
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class PostmortemVerdict:
         supports: All evidence for it, each as ``claim · basis · source``.
         contradictions: All evidence against it, in the same form.
         woken_by: Index into the report's ``waking_inputs`` of an input that makes it fire; ``None`` if none is known.
+        permanent: Whether it is proved that no training on the same data revives it.
     """
 
     site: str
@@ -76,6 +78,7 @@ class PostmortemVerdict:
     supports: tuple[str, ...]
     contradictions: tuple[str, ...]
     woken_by: int | None = None
+    permanent: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the verdict as plain data."""
@@ -164,6 +167,18 @@ class LayerReport:
         mask: BoolArray = (self.labels == CLAIMS.index("dead")) & (self.basis == BASES.index("proved"))
         return mask
 
+    @cached_property
+    def permanent(self) -> BoolArray:
+        """True for dead neurons of which it is proved that no training on the same data revives them, bool ``(N,)``.
+
+        See :class:`neuronscope.checkpoints.data.fixed_data.FixedData`.
+        """
+        proved = np.zeros(self.neurons, dtype=np.bool_)
+        for one in self.evidence:
+            if one.source == PERMANENT:
+                proved[one.neurons] = True
+        return proved & self.dead_mask
+
     @property
     def in_box(self) -> InBox | None:
         """How many of the dead neurons are proved dead, woken, or open; ``None`` if no input was searched for."""
@@ -181,12 +196,15 @@ class LayerReport:
     @cached_property
     def dead_or_suspected(self) -> BoolArray:
         """True for neurons that are dead, never trained or without gradient, suspected ones included, bool ``(N,)``."""
-        return np.isin(self.labels, _GONE_CODES)
+        mask: BoolArray = _IS_GONE[self.labels]
+        return mask
 
     @cached_property
     def idle(self) -> BoolArray:
         """True for neurons without gradient because their whole layer gets none, bool ``(N,)``; not counted as dead."""
         whole = [index for index, one in enumerate(self.evidence) if one.whole_layer]
+        if not whole:
+            return np.zeros(self.neurons, dtype=np.bool_)
         mask: BoolArray = self.dead_or_suspected & (self.labels != CLAIMS.index("dead")) & np.isin(self.deciding, whole)
         return mask
 
@@ -226,19 +244,32 @@ class LayerReport:
 
     @property
     def is_clocked(self) -> bool:
-        """Whether ``since`` of any dead neuron is from the optimizer's clock, and so the earliest possible step."""
-        dating = {int(index) for index in np.unique(self.dating[self.dead_mask & (self.since >= 0)])}
-        return any(self.evidence[index].basis != "measured" for index in dating)
+        """Whether ``since`` of any dead neuron is from a clock, and so the earliest possible step or an estimate."""
+        return any(one.basis != "measured" for one in self._dating_evidence)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether ``since`` of any dead neuron is an estimate, from SGD's clock or a batch norm's."""
+        return any(one.measure.endswith("about") for one in self._dating_evidence)
+
+    @property
+    def _dating_evidence(self) -> list[Evidence]:
+        return [self.evidence[index] for index in set(self.dating[self.dead_mask & (self.since >= 0)].tolist())]
 
     def dead_by_basis(self) -> dict[str, int]:
         """Return the number of dead neurons by basis, the surest basis first."""
-        return {basis: int((self.dead_mask & (self.basis == BASES.index(basis))).sum()) for basis in FIRM}
+        by_basis = np.bincount(self.basis[self.dead_mask], minlength=len(BASES))
+        return {basis: int(by_basis[BASES.index(basis)]) for basis in FIRM}
 
     def count(self, label: str) -> int:
         """Return the number of neurons with a label, on a firm basis if the label has one."""
-        return int(
-            ((self.labels == LABELS.index(label)) & ((self.basis <= _FIRM_CODES) | (self.basis == NO_BASIS))).sum()
-        )
+        return int(self._firm_labels[LABELS.index(label)])
+
+    @cached_property
+    def _firm_labels(self) -> IntArray:
+        """Number of neurons with each label, int64 ``(labels,)``; those that are only suspected to have it left out."""
+        firm = (self.basis <= _FIRM_CODES) | (self.basis == NO_BASIS)
+        return np.bincount(self.labels[firm], minlength=len(LABELS))
 
     def label_of(self, neuron: int) -> str:
         """Return the label of one neuron."""
@@ -265,6 +296,7 @@ class LayerReport:
             supports=tuple(_one_line(one) for one in evidence if one not in against),
             contradictions=tuple(map(_one_line, against)),
             woken_by=int(self.woken[neuron]) if self.woken is not None and self.woken[neuron] >= 0 else None,
+            permanent=bool(self.permanent[neuron]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -292,6 +324,7 @@ class LayerReport:
                 "since": [None if step == UNDATED else step for step in self.since[listed].tolist()],
                 "contested": self.contested[listed].tolist(),
             },
+            "permanent": np.flatnonzero(self.permanent).tolist(),
             "in_box": None if self.in_box is None else self.in_box._asdict(),
             "woken": None if self.woken is None else _woken_as_dict(self.woken),
             "evidence": [_evidence_as_dict(one) for one in self.evidence],

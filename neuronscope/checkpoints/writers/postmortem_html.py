@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -11,6 +12,7 @@ from markupsafe import Markup
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
 from neuronscope.checkpoints.writers.timeline import Timeline, timeline
@@ -25,8 +27,12 @@ __all__ = ["render"]
 DATA_BUDGET = 180_000
 #: … and the fewest that any layer gets.
 LAYER_BUDGET = 600
-#: Disagreements that are listed, and neurons that each names.
+#: Layers that get a row and a drawing; of more, those with the most dead neurons.
+LAYERS = 400
+#: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 40, 64
+#: Layers in the table of deaths between checkpoints.
+MOST_LAYERS = 100
 
 #: Columns after the layer's name, and how they are sorted (``""`` = they are not).
 COLUMNS = (
@@ -61,19 +67,21 @@ def render(report: PostmortemReport) -> str:
         report: The post-mortem.
 
     Returns:
-        A page below 300 KB for 12 layers of 4096 neurons. If detail was lost for that, the page says what.
+        A page below 300 KB for 12 layers of 4096 neurons, and below 2 MB for any number of layers. If detail or
+        layers were left out for that, the page says what.
     """
     home = files("neuronscope.checkpoints.writers")
+    shown, left_out = wording.fold(report, limit=LAYERS, most=LAYERS)
     maps = share_budget(
-        {index: layer for index, layer in enumerate(report.layers) if layer.neurons}, pack, DATA_BUDGET, LAYER_BUDGET
+        {index: layer for index, layer in enumerate(shown) if layer.neurons}, pack, DATA_BUDGET, LAYER_BUDGET
     )
-    deaths = timeline(report)
+    deaths = timeline(report, shown)
     sentences = wording.findings(report)
     return page.fill(
         home / "postmortem.html.j2",
         styles=[home / "assets" / "postmortem.css"],
         scripts=[home / "assets" / "postmortem.js"],
-        data=_payload(report, maps),
+        data=_payload(shown, maps),
         report=report,
         brand="Neuronscope post-mortem",
         title=wording.title(report),
@@ -85,17 +93,36 @@ def render(report: PostmortemReport) -> str:
         cards=_cards(report) if report.neurons else [],
         diagnoses=[(one, wording.diagnosis(one)) for one in report.diagnoses],
         timeline=deaths,
+        checkpoints=_checkpoints(report),
         columns=COLUMNS,
-        rows=[_row(layer, maps.get(index), _bars(deaths, index)) for index, layer in enumerate(report.layers)],
+        rows=[_row(layer, maps.get(index), _bars(deaths, index)) for index, layer in enumerate(shown)],
+        left_out=left_out,
         legend=LEGEND,
         grounds=wording.grounds(report),
         confirmations=wording.confirmations(report),
-        woken=wording.woken(report, NAMED),
+        woken=wording.woken(report, LISTED, NAMED),
         contested=wording.contested(report, LISTED, NAMED),
-        reasons=wording.abstentions(report),
+        reasons=wording.abstentions(report, LISTED),
         notes=report.notes,
         glossary=wording.GLOSSARY,
     )
+
+
+def _checkpoints(report: PostmortemReport) -> dict[str, Any] | None:
+    """Return what the page shows of several checkpoints; ``None`` if there is one only."""
+    if report.timeline is None or (drawing := timeline_wording.chart(report.timeline)) is None:
+        return None
+    points, more_points = timeline_wording.checkpoint_rows(report.timeline)
+    layers, more_layers = timeline_wording.layer_rows(report.timeline, MOST_LAYERS)
+    return {
+        "chart": drawing,
+        "points": points,
+        "more_points": more_points,
+        "layers": layers,
+        "more_layers": more_layers,
+        "explanation": timeline_wording.explanation(),
+        "last": report.timeline.checkpoints[-1].step,
+    }
 
 
 def _cards(report: PostmortemReport) -> list[Card]:
@@ -174,15 +201,15 @@ def _bars(deaths: Timeline | None, index: int) -> Markup:
     return Markup(shape).format(deaths.bins, deaths.layers[index])  # noqa: S704 - our own text
 
 
-def _payload(report: PostmortemReport, maps: dict[int, NeuronMap]) -> dict[str, Any]:
-    """Return what the page's script reads."""
+def _payload(layers: Sequence[LayerReport], maps: dict[int, NeuronMap]) -> dict[str, Any]:
+    """Return what the page's script reads of the layers that it shows."""
     return {
         "labels": [*LABELS, "idle"],
         "bases": BASES,
         "layers": [
             {
                 "id": index,
-                "neurons": report.layers[index].neurons,
+                "neurons": layers[index].neurons,
                 "runs": neurons.runs,
                 "marked": neurons.marked,
                 "hasNeurons": neurons.detail.neurons,
@@ -190,7 +217,7 @@ def _payload(report: PostmortemReport, maps: dict[int, NeuronMap]) -> dict[str, 
                 "hasNumbers": neurons.detail.numbers,
                 "evidence": [
                     [visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
-                    for one in report.layers[index].evidence[:MOST_EVIDENCE]
+                    for one in layers[index].evidence[:MOST_EVIDENCE]
                 ],
                 "data": neurons.data,
             }

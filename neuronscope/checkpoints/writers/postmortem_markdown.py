@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
@@ -29,7 +33,26 @@ GROUNDS = (
     ("layers", True),
     ("evidence", False),
 )
-#: Disagreements that are listed, and neurons that each names.
+#: Columns of the checkpoints and of the layers over them, as :data:`COLUMNS`.
+CHECKPOINT_COLUMNS = (
+    ("dead", "dead", True),
+    ("died", "died", True),
+    ("revived", "revived", True),
+    ("unknown", "unknown", True),
+    ("died in", "where", False),
+    ("file", "file", False),
+)
+TIMELINE_COLUMNS = (
+    ("neurons", "neurons", True),
+    ("dead at first", "first", True),
+    ("died", "died", True),
+    ("revived", "revived", True),
+    ("dead at last", "last", True),
+    ("died when", "when", False),
+    ("revived when", "back", False),
+    ("how sure", "basis", False),
+)
+#: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 20, 12
 
 
@@ -49,9 +72,17 @@ def render(report: PostmortemReport) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report)
-        rows = [_cells(wording.layer_cells(layer)) for layer in shown]
-        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
+        blocks.append(_table("layer", COLUMNS, [wording.layer_cells(layer) for layer in shown]))
         blocks += [f"{sentence}." for sentence in left_out]
+    if report.timeline is not None and len(report.timeline.checkpoints) > 1:
+        blocks.append("### Between the checkpoints")
+        for first, columns, (rows, without) in (
+            ("checkpoint", CHECKPOINT_COLUMNS, timeline_wording.checkpoint_rows(report.timeline)),
+            ("layer", TIMELINE_COLUMNS, timeline_wording.layer_rows(report.timeline)),
+        ):
+            blocks += [_table(first, columns, rows)] if rows else []
+            blocks += [f"{without}."] if without else []
+        blocks.append(plain(timeline_wording.explanation()))
     if report.diagnoses:
         blocks.append("### Why, and what to do")
     for one in report.diagnoses:
@@ -60,20 +91,28 @@ def render(report: PostmortemReport) -> str:
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
     for heading, lines in (
         ("Confirmed by measuring", wording.confirmations(report)),
-        ("Woken by an input of the box", wording.woken(report, NAMED)),
+        ("Woken by an input of the box", wording.woken(report, LISTED, NAMED)),
         ("Contested", wording.contested(report, LISTED, NAMED)),
     ):
         blocks += [f"### {heading}", bullets(map(plain, lines))] if lines else []
     if report.abstentions:
-        reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report)]
+        reasons = [[plain(what), plain(why)] for what, why in wording.abstentions(report, LISTED)]
         blocks += ["### Not known, and why", table([("what", False), ("why", False)], reasons)]
     if report.notes:
         blocks += ["### Notes", bullets(map(plain, report.notes))]
     return "\n\n".join([*blocks, "### Words", pairs(wording.GLOSSARY)]) + "\n"
 
 
-def _cells(row: wording.LayerCells) -> list[str]:
-    return [code(row.name), *(plain(getattr(row, field)) for _, field, _ in COLUMNS)]
+def _table(first: str, columns: Sequence[tuple[str, str, bool]], rows: Iterable[Any]) -> str:
+    """Format a table of objects with a ``name`` and the fields of the columns.
+
+    Args:
+        first: Heading of the first column, which holds the name.
+        columns: The columns after it.
+        rows: The objects.
+    """
+    cells = [[code(row.name), *(plain(getattr(row, field)) for _, field, _ in columns)] for row in rows]
+    return table([(first, False), *((heading, right) for heading, _, right in columns)], cells)
 
 
 def _ground(row: wording.Ground) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.console import Column, Page
 from neuronscope.writers.formatting import plural
@@ -21,7 +22,25 @@ COLUMNS = (
     Column("contested", "contested", narrowest=110, optional=True),
     Column("unknown", "unknown", narrowest=120, optional=True),
 )
-#: Disagreements that are listed, and neurons that each names.
+CHECKPOINT_COLUMNS = (
+    Column("dead", "dead"),
+    Column("died", "died"),
+    Column("revived", "revived", optional=True),
+    Column("unknown", "unknown", narrowest=70, optional=True),
+    Column("died in", "where", right=False, narrowest=60, wraps=True),
+    Column("file", "file", right=False, narrowest=100, wraps=True),
+)
+TIMELINE_COLUMNS = (
+    Column("neurons", "neurons", narrowest=100),
+    Column("dead at\nfirst", "first"),
+    Column("died", "died"),
+    Column("revived", "revived", optional=True),
+    Column("dead at\nlast", "last"),
+    Column("died when", "when", right=False, wraps=True),
+    Column("revived when", "back", right=False, narrowest=80, wraps=True, optional=True),
+    Column("how sure", "basis", right=False, narrowest=110, wraps=True),
+)
+#: Most lines of a list (disagreements, layers with woken neurons, reasons), and neurons that each names.
 LISTED, NAMED = 10, 8
 
 
@@ -40,6 +59,14 @@ def render(report: PostmortemReport) -> str:
     if report.layers:
         shown, left_out = wording.fold(report)
         page.table(COLUMNS, [wording.layer_cells(layer) for layer in shown], left_out)
+    if report.timeline is not None and len(report.timeline.checkpoints) > 1:
+        page.heading("Between the checkpoints")
+        checkpoints, without = timeline_wording.checkpoint_rows(report.timeline)
+        page.table(CHECKPOINT_COLUMNS, checkpoints, filter(None, [without]), first="checkpoint")
+        layers, without = timeline_wording.layer_rows(report.timeline)
+        if layers:
+            page.table(TIMELINE_COLUMNS, layers, filter(None, [without]))
+        page.line(timeline_wording.explanation(), "dim")
     if report.diagnoses:
         page.heading("Why, and what to do")
     for one in report.diagnoses:
@@ -48,9 +75,9 @@ def render(report: PostmortemReport) -> str:
             page.item(f"{what}: {text}", indent=4)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))
-    page.list("Woken by an input of the box", wording.woken(report, NAMED))
+    page.list("Woken by an input of the box", wording.woken(report, LISTED, NAMED))
     page.list("Contested", wording.contested(report, LISTED, NAMED))
-    page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report)])
+    page.list("Not known, and why", [f"{what}: {why}" for what, why in wording.abstentions(report, LISTED)])
     page.list("Notes", report.notes)
     page.line()
     page.line(wording.LEGEND, "dim")

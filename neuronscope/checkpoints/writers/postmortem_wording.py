@@ -13,6 +13,7 @@ from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_dis
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
+from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
@@ -47,6 +48,9 @@ __all__ = [
     "title",
     "woken",
 ]
+
+#: Collapsed layers that have a sentence each.
+COLLAPSES = 5
 
 #: The words of the table in one line.
 LEGEND = (
@@ -94,7 +98,9 @@ def based_on(report: PostmortemReport) -> str:
         "model": " Data (--data) would confirm or refute what is not proved.",
         "data": "",
     }[report.level]
-    return f"Based on {LEVELS[report.level]}{model}.{more}"
+    several = report.timeline is not None and len(report.timeline.checkpoints) > 1
+    compared = " The verdicts are on the last checkpoint." if several else ""
+    return f"Based on {LEVELS[report.level]}{model}.{compared}{more}"
 
 
 def findings(report: PostmortemReport) -> list[str]:
@@ -111,6 +117,11 @@ def findings(report: PostmortemReport) -> list[str]:
         nothing = "No layer could be examined, so there is no verdict on any neuron."
         return [*sentences, *(_left_out(report) or [nothing])]
     sentences += _deaths(report)
+    if report.permanent:
+        which = f"{count(report.permanent)} of {plural(report.dead, 'dead neuron')} {is_are(report.permanent)}"
+        sentences.append(f"{which} permanent on this data, proved: no training on the same examples revives them.")
+    if report.timeline is not None:
+        sentences += timeline_wording.findings(report.timeline)
     if report.in_box is not None and report.in_box.dead:
         sentences.append(_in_box(report.in_box))
     if report.suspected:
@@ -128,11 +139,13 @@ def findings(report: PostmortemReport) -> list[str]:
             "alive. The surer source decides."
         )
     disagreements = find_disagreements(report.headline_layers)
-    silent = sum(contest.neurons.size for contest in disagreements if contest.silent_on_data)
+    silent = [contest for contest in disagreements if contest.silent_on_data]
     if silent:
+        number = sum(contest.neurons.size for contest in silent)
+        sources = listed(sorted({source for contest in silent for source in contest.alive_in_training}))
         sentences.append(
-            f"{count(silent)} of the dead got a gradient lately, by the optimizer's state: most likely "
-            f"{'it is' if silent == 1 else 'they are'} silent on this data only."
+            f"{count(number)} of the dead fired or got a gradient lately in training, by {sources}: most likely "
+            f"{'it is' if number == 1 else 'they are'} silent on this data only."
         )
     if report.unknown:
         sentences.append(f"Nothing is known of {count(report.unknown)} ({share(report.unknown, report.neurons)}).")
@@ -171,7 +184,13 @@ def _collapses(report: PostmortemReport) -> list[str]:
             sentences["suspected"].append(
                 f"Layer {layer_name} may have collapsed: {none} gets a gradient{since}.{tell}"
             )
-    return sentences["firm"] + sentences["suspected"]
+    return [*_first(sentences["firm"], COLLAPSES, "layer"), *_first(sentences["suspected"], COLLAPSES, "layer")]
+
+
+def _first(lines: list[str], most: int, noun: str) -> list[str]:
+    """Return the first lines, and one that says how many were left out."""
+    more = len(lines) - most
+    return lines if more <= 0 else [*lines[:most], f"The same holds for {plural(more, f'more {noun}')}."]
 
 
 def _collapsed_since(layer: LayerReport) -> str:
@@ -188,13 +207,17 @@ def _deaths(report: PostmortemReport) -> list[str]:
     worst = max(report.headline_layers, key=lambda layer: layer.dead / max(layer.neurons, 1))
     what = "" if report.count("dead") == report.dead else f" or get{'s' * (report.dead == 1)} no gradient"
     at_least = "at least " if report.unknown else ""
-    clocked = any(layer.is_clocked for layer in report.headline_layers)
+    clock = ""
+    if any(layer.is_estimated for layer in report.headline_layers):
+        clock = " (estimated by a clock, some too early and some too late)"
+    elif any(layer.is_clocked for layer in report.headline_layers):
+        clock = " (earliest possible step, by the optimizer clock)"
     steps = when(np.concatenate([layer.since[layer.dead_mask] for layer in report.headline_layers]))
     how_many = f"{count(report.dead)} of {plural(report.neurons, 'neuron')} {is_are(report.dead)} dead{what}"
     return [
         f"{how_many} ({at_least}{percent(report.dead_percent)}): {sure}.",
         f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.neurons)}.",
-        f"When they died{' (earliest possible step, by the optimizer clock)' * clocked}: {steps}.",
+        f"When they died{clock}: {steps}.",
     ]
 
 
@@ -290,15 +313,17 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
     """
     if len(report.layers) <= limit:
         return list(report.layers), []
-    found = [layer for layer in report.layers if _tone(layer) not in ("calm", "unknown")]
-    worst = {id(layer) for layer in sorted(found, key=lambda layer: -layer.dead)[:most]}
-    shown = [layer for layer in found if id(layer) in worst]
+    tones = [_tone(layer) for layer in report.layers]
+    found = [number for number, tone in enumerate(tones) if tone not in ("calm", "unknown")]
+    worst = sorted(found, key=lambda number: (tones[number] != "alarm", -report.layers[number].dead))[:most]
     left_out = []
-    if len(found) > len(shown):
-        left_out.append(f"… {plural(len(found) - len(shown), 'more layer')} with no more dead than these")
+    if len(found) > most:
+        left_out.append(f"… {plural(len(found) - most, 'more layer')} with no more dead than these")
     if len(report.layers) > len(found):
         left_out.append(f"… {plural(len(report.layers) - len(found), 'more layer')} with nothing to report")
-    return shown, left_out
+    if left_out:
+        left_out.append("All layers are in the JSON report (--json, to_json)")
+    return [report.layers[number] for number in sorted(worst)], left_out
 
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
@@ -358,20 +383,21 @@ def confirmations(report: PostmortemReport) -> list[str]:
     return sentences
 
 
-def woken(report: PostmortemReport, most: int) -> list[str]:
+def woken(report: PostmortemReport, most: int, named: int) -> list[str]:
     """Say which neurons an input of the box makes fire, a line for each layer.
 
     Args:
         report: The post-mortem.
-        most: Most neurons that a line names.
+        most: Most lines; one more says how many layers were left out.
+        named: Most neurons that a line names.
     """
     lines = []
     for layer in report.layers:
         neurons = np.flatnonzero(layer.woken >= 0) if layer.woken is not None else np.array([])
         if layer.woken is not None and neurons.size:
             by = f"by {plural(np.unique(layer.woken[neurons]).size, 'input')}, stored in the JSON report"
-            lines.append(f"{visible(layer.name)}, {_named(neurons, most)}: {by}")
-    return lines
+            lines.append(f"{visible(layer.name)}, {_named(neurons, named)}: {by}")
+    return _first(lines, most, "layer")
 
 
 def _named(neurons: npt.NDArray[np.int64], most: int) -> str:
@@ -400,7 +426,7 @@ def _contest(one: Disagreement, most: int) -> str:
     parts += [visible(measured)] if measured else []
     parts.append(f"against it: {', '.join(dict.fromkeys(map(_claim, one.against)))}")
     if one.silent_on_data:
-        parts.append("as they got a gradient lately, most likely silent on this data only")
+        parts.append("as they were alive in training lately, most likely silent on this data only")
     return f"{visible(one.layer)}, {_named(one.neurons, most)}: {'; '.join(parts)}"
 
 
@@ -422,16 +448,23 @@ def _claim(one: Evidence) -> str:
     return f"{one.claim}, {one.basis} ({visible(one.source_label)})"
 
 
-def abstentions(report: PostmortemReport) -> list[tuple[str, str]]:
-    """Return what is not known, by source and layers, and why; layers with the same reason share an entry."""
+def abstentions(report: PostmortemReport, most: int) -> list[tuple[str, str]]:
+    """Return what is not known, by source and layers, and why; layers with the same reason share an entry.
+
+    Args:
+        report: The post-mortem.
+        most: Most entries; one more says how many reasons were left out.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     for one in report.abstentions:
         layers = found.setdefault((one.source, one.reason), [])
         layers += [one.layer] if one.layer else []
-    return [
+    entries = [
         (visible(source) + (f", {listed(layers)}" if layers else ""), visible(reason))
         for (source, reason), layers in found.items()
     ]
+    more = len(entries) - most
+    return entries if more <= 0 else [*entries[:most], ("and", f"{plural(more, 'more reason')}, in the JSON report")]
 
 
 def _layers(names: Sequence[str], noun: str = "layer") -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
+from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 
 __all__ = ["HEIGHT", "Timeline", "timeline"]
 
@@ -23,7 +25,7 @@ class Timeline:
 
     Attributes:
         path: An SVG path over ``0 0 BINS HEIGHT``: a bar for each bin in which neurons died.
-        layers: The same for each layer with dated deaths, by its index in the report, each on its own scale.
+        layers: The same for each shown layer with dated deaths, by its index among them, each on its own scale.
         most: Deaths in the highest bar.
         bins: Width of the drawing.
         steps: Steps of the run.
@@ -38,21 +40,30 @@ class Timeline:
     width: float
 
 
-def timeline(report: PostmortemReport) -> Timeline | None:
-    """Return the timeline of a post-mortem; ``None`` if no death is dated."""
-    dated = {
-        index: steps
-        for index, layer in enumerate(report.layers)
-        if (steps := layer.since[layer.dead_mask & (layer.since >= 0)]).size
-    }
-    if not dated:
+def timeline(report: PostmortemReport, shown: Sequence[LayerReport]) -> Timeline | None:
+    """Return the timeline of a post-mortem; ``None`` if no death is dated.
+
+    Args:
+        report: The post-mortem.
+        shown: The layers that get a timeline of their own.
+    """
+    steps = np.concatenate([np.zeros(0, dtype=np.int64), *map(_dated, report.layers)])
+    if not steps.size:
         return None
-    last = max(report.global_step or 0, *(int(steps.max()) for steps in dated.values()))
+    last = max(report.global_step or 0, int(steps.max()))
     bins = min(BINS, last + 1)
-    counts = {index: np.histogram(steps, bins=bins, range=(0, last + 1))[0] for index, steps in dated.items()}
-    total = np.sum(list(counts.values()), axis=0)
-    layers = {index: _bars(one) for index, one in counts.items()}
+
+    def deaths(of: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return np.histogram(of, bins=bins, range=(0, last + 1))[0]
+
+    total = deaths(steps)
+    layers = {index: _bars(deaths(found)) for index, layer in enumerate(shown) if (found := _dated(layer)).size}
     return Timeline(_bars(total), layers, int(total.max()), bins, last, (last + 1) / bins)
+
+
+def _dated(layer: LayerReport) -> npt.NDArray[np.int64]:
+    """Return the known steps at which neurons of a layer died, int64 ``(K,)``."""
+    return layer.since[layer.dead_mask & (layer.since >= 0)]
 
 
 def _bars(counts: npt.NDArray[np.int64]) -> str:

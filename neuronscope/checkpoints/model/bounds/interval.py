@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BACKWARD",
     "INTERVAL",
     "LAYER_NORM",
     "Interval",
@@ -30,6 +31,7 @@ __all__ = [
 #: Where a bound comes from, as in :attr:`neuronscope.checkpoints.verdict.evidence.Evidence.source` names them.
 INTERVAL = "interval bound"
 LAYER_NORM = "layer norm bound"
+BACKWARD = "backward bound"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from neuronscope.checkpoints.model.bounds.backward import RELU, tightened
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, substitute
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 
-__all__ = ["Box", "SiteBounds", "box_ends", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
+__all__ = ["Box", "SiteBounds", "box_ends", "is_positive_from", "is_zero_below_zero", "propagate_bounds", "site_bounds"]
 
 #: Lower and upper bound of every element of the input: two numbers, or two tensors that broadcast to the input.
 Box = tuple["float | Tensor", "float | Tensor"]
@@ -30,22 +31,26 @@ class SiteBounds:
         ground: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
         lowest: Lower bounds of the pre-activation, float64 ``(N,)``.
         highest: Upper bounds of the pre-activation, float64 ``(N,)``.
+        output: Upper bounds of the output's absolute value, float64 ``(N,)``.
         dead: Whether the output is exactly zero for every input, bool ``(N,)``.
     """
 
     source: str
     lowest: npt.NDArray[np.float64]
     highest: npt.NDArray[np.float64]
+    output: npt.NDArray[np.float64]
     dead: npt.NDArray[np.bool_]
 
 
 @torch.no_grad()
-def propagate_bounds(graph: Graph, box: Box | None = None) -> list[Interval | None]:
+def propagate_bounds(graph: Graph, box: Box | None = None, *, backwards: int = 0) -> list[Interval | None]:
     """Compute an interval for every tensor that depends on the input.
 
     Args:
         graph: A traced forward.
         box: Bounds of the floating-point inputs; without it, nothing is assumed of them.
+        backwards: Number of examples of the forward, if what each ReLU is given is bounded backwards too
+            (:mod:`.backward`).
 
     Returns:
         Intervals by the tensor's number; ``None`` for constants.
@@ -57,6 +62,8 @@ def propagate_bounds(graph: Graph, box: Box | None = None) -> list[Interval | No
     for number in graph.inputs:
         intervals[number] = _input_interval(graph, number, box)
     for step in graph.steps:
+        if backwards and step.function in RELU and step.reads:
+            intervals[step.reads[0]] = tightened(graph, intervals, step.reads[0], backwards)
         for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
             intervals[number] = interval
     return intervals
@@ -133,7 +140,6 @@ def _with_shape(interval: Interval, shape: tuple[int, ...]) -> Interval:
     return replace(interval, shape=shape).cleaned()
 
 
-@torch.no_grad()
 def is_zero_below_zero(graph: Graph, site: Site) -> bool:
     """Whether a site's output is exactly zero wherever its pre-activation is not above zero.
 
@@ -141,19 +147,37 @@ def is_zero_below_zero(graph: Graph, site: Site) -> bool:
         graph: A traced forward.
         site: A call of a site in it.
     """
+    result = _site_output(graph, site, -torch.inf, 0.0)
+    return result is not None and bool(((result.low == 0) & (result.high == 0)).all())
+
+
+def is_positive_from(graph: Graph, site: Site, lowest: float) -> bool:
+    """Whether a site's output is above zero wherever its pre-activation is not below ``lowest``.
+
+    Args:
+        graph: A traced forward.
+        site: A call of a site in it.
+        lowest: The least pre-activation.
+    """
+    result = _site_output(graph, site, lowest, torch.inf)
+    return result is not None and bool((result.low > 0).all())
+
+
+@torch.no_grad()
+def _site_output(graph: Graph, site: Site, low: float, high: float) -> Interval | None:
+    """Return the interval of a site's output for pre-activations between two ends; ``None`` if it is not known."""
     before, after = graph.values[site.before], graph.values[site.after]
     if before.shape != after.shape:
-        return False
+        return None
     made = [step.outputs for step in graph.steps]
     first = next((index + 1 for index, outputs in enumerate(made) if site.before in outputs), 0)
     last = next((index + 1 for index, outputs in enumerate(made) if site.after in outputs), 0)
     intervals: list[Interval | None] = [None] * len(graph.values)
-    intervals[site.before] = Interval.between(-torch.inf, 0.0, before.shape)
+    intervals[site.before] = Interval.between(low, high, before.shape)
     for step in graph.steps[first:last]:
         for number, interval in zip(step.outputs, _output_intervals(graph, step, intervals), strict=True):
             intervals[number] = interval
-    result = intervals[site.after]
-    return result is not None and bool(((result.low == 0) & (result.high == 0)).all())
+    return intervals[site.after]
 
 
 def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, SiteBounds]:
@@ -176,6 +200,7 @@ def site_bounds(graph: Graph, intervals: list[Interval | None]) -> dict[str, Sit
                 source=known[0].source,
                 lowest=np.min([one.lowest for one in known], axis=0),
                 highest=np.max([one.highest for one in known], axis=0),
+                output=np.max([one.output for one in known], axis=0),
                 dead=np.all([one.dead for one in known], axis=0),
             )
     return bounds
@@ -193,7 +218,8 @@ def _call_bounds(site: Site, before: Interval | None, after: Interval | None) ->
     else:  # GLU: the input has twice as many features as there are neurons
         lowest, highest = torch.full_like(low, -torch.inf), torch.full_like(high, torch.inf)
     dead = (low == 0) & (high == 0)
-    return SiteBounds(before.source, lowest.numpy(), highest.numpy(), dead.numpy())
+    output = torch.maximum(low.abs(), high.abs())
+    return SiteBounds(before.source, lowest.numpy(), highest.numpy(), output.numpy(), dead.numpy())
 
 
 def _by_neuron(interval: Interval, layout: NeuronLayout) -> tuple[Tensor, Tensor]:

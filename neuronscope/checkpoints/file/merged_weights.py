@@ -1,0 +1,228 @@
+"""Compute the weights that several tensors of a checkpoint give together: masks, adapters, weight and spectral norm.
+
+Pruning stores ``weight_orig`` and ``weight_mask``; LoRA, as PEFT stores it, the weight of a ``base_layer`` and two
+small matrices; weight norm a direction and a magnitude; spectral norm a weight and two vectors. A layer computes with
+what they give. PEFT need not be installed: the scale of an adapter is in its ``adapter_config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.formats.byte_range import quoted_list
+from neuronscope.errors import CheckpointError
+
+__all__ = ["MergedWeight", "holds_only_adapters", "merged_weights", "plain_tensors"]
+
+_LORA = re.compile(r"(?P<path>.+)\.lora_A(?P<adapter>\.[^.]+)?\.weight")
+_ADAPTER = re.compile(r"(^|\.)lora_")
+_SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """A weight that is computed from several stored tensors when it is read.
+
+    Attributes:
+        name: The name that it has in a network without masks, adapters or norms of weights.
+        stored: Name of the stored tensor that takes its place; ``""`` if the checkpoint holds an adapter only.
+        parts: Names of all stored tensors that it is computed from.
+        shape: Its shape.
+        dtype: Name of its dtype.
+        compute: Computes it.
+    """
+
+    name: str
+    stored: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    compute: Callable[[], Tensor]
+
+    def read(self) -> Tensor:
+        """Read the tensors that it consists of, and return what they give."""
+        return self.compute()
+
+
+def holds_only_adapters(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds adapters of LoRA, and not the weights that they change."""
+    found = [match["path"] for match in map(_LORA.fullmatch, checkpoint.tensors) if match is not None]
+    stored = (f"{path}{base}.weight" for path in found for base in ("", ".base_layer"))
+    return bool(found) and not any(name in checkpoint.tensors for name in stored)
+
+
+def merged_weights(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = None) -> Iterator[MergedWeight]:
+    """Yield the weights of a checkpoint that several tensors give together.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        base: The tensors of a network by name, to which the adapters belong if the file holds nothing else.
+
+    Raises:
+        CheckpointError: Adapters cannot be merged.
+    """
+    tensors = checkpoint.tensors
+    for name in tensors:
+        for own in (_masked, _normalised, _spectral):
+            found = own(name, tensors)
+            if found is not None:
+                yield found
+    yield from _adapted(checkpoint, base or {})
+
+
+def plain_tensors(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = None) -> dict[str, StoredTensor]:
+    """Return a checkpoint's tensors by the names that they have in a network without masks, adapters or such norms.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        base: See :func:`merged_weights`.
+    """
+    merged = list(merged_weights(checkpoint, base))
+    parts = {part for one in merged for part in one.parts}
+    at = {one.stored: one for one in merged}
+    plain: dict[str, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in at:
+            plain[_bare(at[name].name)] = at[name]
+        elif name not in parts and ".original_module." not in name:
+            saved = _SAVED.fullmatch(name)
+            plain[f"{saved['path']}.{saved['leaf']}" if saved else _bare(name)] = tensor
+    return plain | {one.name: one for one in merged if not one.stored}
+
+
+def _bare(name: str) -> str:
+    return name.replace(".base_layer.", ".")
+
+
+def _masked(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+    mask = name.removesuffix("_orig") + "_mask"
+    if not name.endswith("_orig") or mask not in tensors:
+        return None
+    weight, kept = tensors[name], tensors[mask]
+
+    def compute() -> Tensor:
+        read = weight.read()
+        masked: Tensor = read * kept.read().to(read.dtype)
+        return masked
+
+    return MergedWeight(
+        name.removesuffix("_orig"),
+        name,
+        (name, mask),
+        weight.shape,
+        weight.dtype,
+        compute,
+    )
+
+
+def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+    """Return what weight norm gives: a direction for each row, times the row's magnitude."""
+    for direction, magnitude in (("_v", "_g"), (".original1", ".original0")):
+        other = name.removesuffix(direction) + magnitude
+        if name.endswith(direction) and other in tensors and math.prod(tensors[other].shape) in tensors[name].shape:
+            weight, sizes = tensors[name], tensors[other]
+
+            def compute(weight: StoredTensor = weight, sizes: StoredTensor = sizes) -> Tensor:
+                size = sizes.read()
+                dims = [dim for dim, length in enumerate(size.shape) if length == 1]
+                read = weight.read()
+                scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
+                return scaled
+
+            return MergedWeight(
+                _unparametrized(name.removesuffix(direction)), name, (name, other), weight.shape, weight.dtype, compute
+            )
+    return None
+
+
+def _spectral(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+    """Return what spectral norm gives in evaluation: the weight divided by its largest singular value."""
+    if name.endswith(".original"):
+        vectors = [name.removesuffix("original") + f"0._{letter}" for letter in "uv"]
+    elif name.endswith("_orig"):
+        vectors = [name.removesuffix("orig") + letter for letter in "uv"]
+    else:
+        return None
+    if not all(vector in tensors for vector in vectors):
+        return None
+    weight = tensors[name]
+    left, right = (tensors[vector] for vector in vectors)
+
+    def compute() -> Tensor:
+        read, u, v = weight.read(), left.read(), right.read()
+        axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
+        matrix = read.movedim(axis, 0).flatten(1)
+        norm: Tensor = torch.dot(u, matrix @ v)
+        return read / norm
+
+    bare = _unparametrized(name.removesuffix("_orig").removesuffix(".original"))
+    return MergedWeight(bare, name, (name, *vectors), weight.shape, weight.dtype, compute)
+
+
+def _unparametrized(name: str) -> str:
+    return re.sub(r"(^|\.)parametrizations\.", r"\1", name)
+
+
+def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[MergedWeight]:
+    """Yield the weights that LoRA changes."""
+    tensors = checkpoint.tensors
+    found = [match for match in map(_LORA.fullmatch, tensors) if match is not None]
+    known = {match[0] for match in found} | {match[0].replace(".lora_A", ".lora_B") for match in found}
+    others = [name for name in tensors if _ADAPTER.search(name) and name not in known]
+    if others:
+        raise CheckpointError(
+            f"The adapters of {checkpoint.path} cannot be merged into the weights: only the two matrices of LoRA for "
+            f"linear layers and convolutions are understood, but there are {quoted_list(others)}."
+        )
+    if len({match["adapter"] for match in found}) > 1:
+        names = quoted_list(sorted({match["adapter"] or "" for match in found}))
+        raise CheckpointError(f"Expected one adapter in {checkpoint.path}, but it holds several: {names}.")
+    for match in found:
+        first, second = match[0], match[0].replace(".lora_A", ".lora_B")
+        path = match["path"]
+        stored = next((name for name in (f"{path}.base_layer.weight", f"{path}.weight") if name in tensors), "")
+        under = [name for name in base if name == f"{path}.weight" or name.endswith(f".{path}.weight")]
+        own = base[under[0]].detach().clone() if not stored and len(under) == 1 else None
+        if second not in tensors or (not stored and own is None):
+            raise CheckpointError(
+                f"{checkpoint.path} holds an adapter, but neither it nor the network has the weight `{path}.weight` "
+                "that it changes."
+            )
+        scale = _scale(checkpoint.adapter, path, tensors[first].shape[0])
+
+        def compute(
+            weight: StoredTensor | Tensor = own if own is not None else tensors[stored],
+            first: StoredTensor = tensors[first],
+            second: StoredTensor = tensors[second],
+            scale: float = scale,
+        ) -> Tensor:
+            read = weight if isinstance(weight, Tensor) else weight.read()
+            change = second.read().flatten(1).float() @ first.read().flatten(1).float() * scale
+            if checkpoint.adapter.get("fan_in_fan_out"):
+                change = change.T
+            return (read.float() + change.view(read.shape)).to(read.dtype)
+
+        shape = tuple(own.shape) if own is not None else tensors[stored].shape
+        dtype = str(own.dtype).removeprefix("torch.") if own is not None else tensors[stored].dtype
+        name = stored or under[0]
+        parts = (first, second, *([stored] if stored else []))
+        yield MergedWeight(_bare(name), stored, parts, shape, dtype, compute)
+
+
+def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Return the factor of a LoRA adapter: α / r, or 1 without its configuration."""
+    alpha = config.get("lora_alpha")
+    for pattern, value in dict(config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", path):
+            alpha = value
+    if not isinstance(alpha, (int, float)):
+        return 1.0
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,142 @@
+"""Look for signs of dead neurons in weights alone, where the file holds neither an optimizer's state nor a record.
+
+Weights do not show whether a neuron fires, so all of this is only *suspected*. ``scripts/weight_hints.py`` counts on
+trained networks how many of the dead each hint finds and how many of the living it takes for dead;
+``docs/postmortem.md`` has the table from which the thresholds were chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_projections, normalised_layers
+from neuronscope.checkpoints.file.weights import sequential_readers
+from neuronscope.checkpoints.verdict.evidence import Evidence
+
+__all__ = ["HINTS", "Hint", "hint_evidence", "hint_scores"]
+
+#: A layer is examined if it has this many rows, and each row this many weights: fewer show nothing by their spread.
+FEWEST_ROWS, FEWEST_WEIGHTS = 8, 16
+#: Rows of a chunk that are compared with all others at a time.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Hint:
+    """One sign in the weights.
+
+    Attributes:
+        name: Its name, a key of what :func:`hint_scores` returns.
+        below: A neuron shows the sign if its score is below this.
+        measure: The meaning of the score.
+        text: What it rests on, for the reader.
+    """
+
+    name: str
+    below: float
+    measure: str
+    text: str
+
+
+HINTS = (
+    Hint(
+        "negative weights",
+        0.2,
+        "norm of the positive incoming weights, as a share of the norm of all",
+        "Nearly all incoming weights are negative. Inputs that are never negative, such as those from a ReLU, hold the "
+        "neuron below zero. On small trained networks, 15 % of the dead and 0.3 % of the living show this.",
+    ),
+    Hint(
+        "small row",
+        0.2,
+        "norm of the incoming weights, as a share of the layer's median",
+        "The incoming weights are far smaller than those of the layer's other neurons, as weight decay makes those of "
+        "a neuron that gets no gradient. On small trained networks, 15 % of the dead and 0.2 % of the living show "
+        "this.",
+    ),
+    Hint(
+        "small column",
+        0.1,
+        "norm of the outgoing weights, as a share of the layer's median",
+        "The outgoing weights are far smaller than those of the layer's other neurons, as weight decay makes those of "
+        "a neuron whose output is zero. On small trained networks, 14 % of the dead and 0.1 % of the living show this. "
+        "Which layer reads the neuron is a guess from their places in one sequence.",
+    ),
+)
+
+
+def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer | None) -> dict[str, Tensor]:
+    """Return the score of each of a layer's ``N`` rows for each hint, float64 ``(N,)`` by the hint's name.
+
+    A score that cannot be known is NaN. *duplicate* is a further one that the table shows and no hint uses: 1 − the
+    largest cosine of a row, its bias included, with another row.
+
+    Args:
+        layer: The layer.
+        tensors: The network's tensors by name.
+        reader: The layer that reads its rows, as far as it is known.
+    """
+    unknown = torch.full((layer.width,), torch.nan, dtype=torch.float64)
+    scores = {"negative weights": unknown, "small row": unknown, "small column": unknown, "duplicate": unknown}
+    weight = layer.rows(tensors[layer.weight].read()).double()
+    if layer.width < FEWEST_ROWS or weight.shape[1] < FEWEST_WEIGHTS or layer.gain is not None:
+        return scores
+    norm = weight.norm(dim=1)
+    scores["negative weights"] = weight.clamp(min=0.0).norm(dim=1) / norm
+    scores["small row"] = norm / norm.nanmedian()
+    if layer.bias is not None:
+        weight = torch.cat([weight, layer.rows(tensors[layer.bias].read()).double()], dim=1)
+    scores["duplicate"] = _distance_to_nearest(weight / weight.norm(dim=1, keepdim=True))
+    if reader is not None:
+        columns = reader.columns(tensors[reader.weight].read()).double().norm(dim=1)
+        scores["small column"] = columns / columns.nanmedian()
+    return scores
+
+
+def hint_evidence(checkpoint: Checkpoint, layers: Sequence[Layer]) -> Iterator[Evidence]:
+    """Yield the neurons that show a hint in their weights. Each weight is read once or twice.
+
+    Layers beside a norm are left out: it undoes the scale of weights, and what it gives may be negative. So are layers
+    that no activation seems to follow.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        layers: Its layers; see :func:`neuronscope.checkpoints.file.layers.find_layers`.
+    """
+    readers = {writer.path: reader for writer, reader in sequential_readers(layers)}
+    left_out = {*normalised_layers(layers), *find_projections(layers, checkpoint.networks)}
+    tensors = checkpoint.tensors
+    for layer in layers:
+        if layer.kind not in NEURON_KINDS or layer.path in left_out:
+            continue
+        scores = hint_scores(layer, tensors, readers.get(layer.path))
+        for hint in HINTS:
+            # A score of exactly zero is told for certain elsewhere: a row or a column of zeros.
+            neurons = torch.nonzero((scores[hint.name] < hint.below) & (scores[hint.name] > 0)).flatten()
+            if len(neurons):
+                yield Evidence(
+                    layer=layer.path,
+                    width=layer.width,
+                    source="weights alone",
+                    claim="dead",
+                    basis="suspected",
+                    neurons=neurons.numpy(),
+                    numbers=scores[hint.name][neurons].numpy(),
+                    measure=hint.measure,
+                    text=hint.text,
+                )
+
+
+def _distance_to_nearest(rows: Tensor) -> Tensor:
+    """Return 1 − the largest cosine of each row with another one, ``(N,)``; the rows ``(N, F)`` have norm 1."""
+    nearest = []
+    for start in range(0, len(rows), _CHUNK):
+        cosines = rows[start : start + _CHUNK] @ rows.T
+        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1.0
+        nearest.append(1.0 - cosines.amax(dim=1))
+    return torch.cat(nearest)

@@ -1,0 +1,196 @@
+r"""Read from batch norms which neurons fire in training, and which pre-activations have become constant.
+
+**Before a norm.** A neuron that is never negative fires at a share of ``R / (1 + R)`` of all positions at least, with
+``R = mean² / variance``, by Cauchy and Schwarz: ``E[y]² ≤ P(y > 0) · E[y²]``. Where a depthwise convolution lies
+between, each channel reads one neuron, and a neuron whose channel varies fires.
+
+**Behind a norm.** In training, the mean of a neuron's pre-activations over each batch is the norm's shift β. With β > 0
+some of each batch are above zero. With β ≤ 0 none is, if what the norm is given is constant.
+
+A channel that does not vary over a whole batch multiplies the running variance by ``1 − momentum``. What the variance
+of a living channel is depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's
+other channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuronscope.checkpoints.model.batchnorm_step import HALF_NORMAL, BatchNormStep, read_batch_norm
+from neuronscope.checkpoints.model.before_site import producing_steps, step_before_copies
+from neuronscope.checkpoints.model.bounds.interval import Interval
+from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
+from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
+
+__all__ = ["batch_norm_activity"]
+
+_SOURCE = "batch norm activity"
+#: Up to this many steps since it varied a channel is taken to vary; above these, it is suspected and inferred to be
+#: constant. They lie far apart, since a living channel's variance is known to a factor of some thousands only.
+_VARIES, _SUSPECTED, _SURE = 50.0, 150.0, 300.0
+#: The layer's usual ``q`` is this quantile of it; below the second number nothing is left of a whole layer's.
+_USUAL, _FADED = 0.9, 1e-20
+_TINY = 1e-300
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
+    """Yield what batch norms say about the neurons before and behind them; see the module's docstring.
+
+    Args:
+        graph: A traced forward in evaluation mode.
+        intervals: The interval of each tensor; see
+            :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
+    """
+    steps = producing_steps(graph)
+    calls = Counter(site.name for site in graph.sites)
+    sites = [site for site in graph.sites if calls[site.name] == 1 and site.layout.axis == 1]
+    for site in sites:
+        step = step_before_copies(steps, site.before)
+        norm = read_batch_norm(graph, step)
+        if step is not None and norm is not None and norm.shift is not None and norm.shift.shape == (site.neurons,):
+            yield from _behind(graph, site, norm.shift, _constant_steps(norm, _layer_before(graph, steps, step)))
+    site_of = {site.after: site for site in sites}
+    for step in graph.steps:
+        norm = read_batch_norm(graph, step)
+        if norm is None or norm.variance is None or not norm.is_trained:
+            continue
+        layer = _layer_before(graph, steps, step)
+        number = layer.reads if layer is not None and layer.is_depthwise else step.reads[0]
+        made_by = step_before_copies(steps, number)
+        read = next((site_of[at] for at in (made_by.outputs if made_by else ()) if at in site_of), None)
+        if read is None or norm.variance.shape != (read.neurons,):
+            continue
+        if layer is not None and layer.is_depthwise:
+            yield from _varies(read, _constant_steps(norm, layer))
+        elif _is_never_negative(intervals[read.after]):
+            yield from _fires(read, norm)
+
+
+class _Layer(NamedTuple):
+    """The layer whose output a batch norm normalises.
+
+    Attributes:
+        size: ‖w‖² of the incoming weights of each channel, float64 ``(C,)``.
+        reads: Number of the tensor that it reads.
+        is_depthwise: Whether each channel reads one neuron, the one with its number.
+    """
+
+    size: Tensor
+    reads: int
+    is_depthwise: bool
+
+
+def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _Layer | None:
+    step = step_before_copies(steps, norm.reads[0])
+    if step is None or step.function not in (*_CONVOLUTIONS, F.linear):
+        return None
+    places = ((0, "input"), (1, "weight"))
+    read, weight = (step.args[at] if len(step.args) > at else step.kwargs.get(name) for at, name in places)
+    held = graph.values[weight.value].constant if isinstance(weight, TensorRef) else None
+    if held is None or not isinstance(read, TensorRef):
+        return None
+    one_each = held.shape[1] == 1 and graph.values[read.value].shape[1] == held.shape[0]
+    size = held.detach().to(torch.float64).flatten(1).square().sum(1)
+    return _Layer(size, read.value, one_each and step.function in _CONVOLUTIONS)
+
+
+def _is_never_negative(interval: Interval | None) -> bool:
+    return interval is not None and bool((interval.low >= 0).all())
+
+
+def _constant_steps(norm: BatchNormStep, layer: _Layer | None) -> npt.NDArray[np.float64] | None:
+    """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
+    if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
+        return None
+    if norm.variance.shape != layer.size.shape:
+        return None
+    per_weight = norm.variance / layer.size.clamp(min=_TINY)
+    usual = torch.quantile(per_weight, _USUAL)
+    if not usual > _FADED:
+        return None
+    return norm.steps_of_decay(usual / per_weight.clamp(min=_TINY)).floor().numpy()
+
+
+def _behind(graph: Graph, site: Site, shift: Tensor, constant: npt.NDArray[np.float64] | None) -> Iterator[Evidence]:
+    """Yield evidence on a site whose pre-activation is the output of a batch norm."""
+    above = shift > 0
+    if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
+        yield from evidence_on_site(
+            site.name,
+            above.numpy(),
+            shift.double().numpy(),
+            source=_SOURCE,
+            claim="alive",
+            basis="inferred",
+            measure="mean of its pre-activations over each training batch",
+            text=(
+                "In training, the mean of its pre-activations over each batch is the shift of the batch norm before "
+                "it, β > 0, so it fires in each batch; in evaluation, this holds as far as the running statistics "
+                "match the data."
+            ),
+        )
+    if constant is None or not is_zero_below_zero(graph, site):
+        return
+    for basis, mask in (("inferred", constant > _SURE), ("suspected", (constant > _SUSPECTED) & (constant <= _SURE))):
+        yield from evidence_on_site(
+            site.name,
+            mask & ~above.numpy(),
+            constant,
+            source=_SOURCE,
+            claim="dead",
+            basis=basis,
+            measure="training steps since its pre-activation varied, about",
+            text=(
+                "The running variance of the batch norm before it is far smaller than that of the layer's other "
+                "channels: what the norm is given has been constant for about this many training steps, or longer. So "
+                "its pre-activation in training is the norm's shift β, which is not above zero."
+            ),
+        )
+
+
+def _varies(site: Site, constant: npt.NDArray[np.float64] | None) -> Iterator[Evidence]:
+    """Yield evidence on a site whose neurons a depthwise convolution reads, one each, before a batch norm."""
+    if constant is not None:
+        yield from evidence_on_site(
+            site.name,
+            constant <= _VARIES,
+            constant.clip(min=0),
+            source=_SOURCE,
+            claim="alive",
+            basis="inferred",
+            measure="training steps since its output varied, about",
+            text=(
+                "By the running variance of the batch norm behind it, what the depthwise convolution made of its "
+                "output varied lately in training: it fires."
+            ),
+        )
+
+
+def _fires(site: Site, norm: BatchNormStep) -> Iterator[Evidence]:
+    """Yield evidence on a site whose output a batch norm normalises, if it is never negative."""
+    if norm.mean is None or norm.variance is None:
+        return
+    ratio = norm.mean.square() / norm.variance.clamp(min=_TINY)
+    lately = norm.has_clock
+    alive = norm.steps_of_decay(HALF_NORMAL / ratio.clamp(min=_TINY)) <= _VARIES
+    when = "lately" if lately else "at some time; whether lately is not known, since these statistics do not forget"
+    yield from evidence_on_site(
+        site.name,
+        (alive & (norm.mean > 0)).numpy(),
+        (ratio / (1 + ratio)).numpy(),
+        source=_SOURCE,
+        claim="alive",
+        basis="inferred" if lately else "suspected",
+        measure="share of positions in training at which it fired, at least",
+        text=f"By the running mean and variance of the batch norm behind it, it fired in training {when}.",
+    )

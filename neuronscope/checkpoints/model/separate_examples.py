@@ -1,0 +1,63 @@
+"""Tell whether a step of a traced forward treats each example of the batch for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neuronscope.checkpoints.model.example_inputs import Example
+from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
+
+__all__ = ["keeps_examples", "two_examples"]
+
+_PADDING = -1.0  # marks what is no element of an example
+
+
+def two_examples(example: Example) -> Example | None:
+    """Return an example with two rows along the first dimension of each tensor: its first two, or the only one twice.
+
+    ``None`` if the tensors do not have equally many rows. A function that mixes examples shows with two.
+    """
+    sizes = set()
+
+    def two(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        sizes.add(tuple(leaf.shape[:1]))
+        return torch.cat([leaf, leaf])[:2] if leaf.shape[:1] == (1,) else leaf[:2]
+
+    args, kwargs = substitute((tuple(example.args), dict(example.kwargs)), two)
+    return Example(args, kwargs, example.origin) if len(sizes) == 1 and not sizes & {(), (0,)} else None
+
+
+def keeps_examples(graph: Graph, step: Step, examples: int) -> bool:
+    """Whether a function that moves elements keeps those of each example at the example's place.
+
+    Args:
+        graph: A traced forward.
+        step: One call of the function in it.
+        examples: Number of examples, ``B``: the first dimension of each tensor that depends on the input.
+    """
+
+    def numbered(shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(examples, dtype=torch.float64).view(-1, *(1 for _ in shape[1:])).expand(shape)
+
+    def marked(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorRef):
+            return leaf
+        value = graph.values[leaf.value]
+        if value.constant is None:
+            return numbered(value.shape).clone()
+        return torch.full(value.shape, _PADDING) if value.dtype.is_floating_point else value.constant
+
+    try:
+        args, kwargs = substitute((step.args, dict(step.kwargs)), marked)
+        if step.function is F.pad and kwargs.get("mode", "constant") == "constant" and len(args) < 4:
+            kwargs["value"] = _PADDING
+        moved = step.function(*args, **kwargs)
+        return bool(((moved == numbered(tuple(moved.shape))) | (moved == _PADDING)).all())
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False

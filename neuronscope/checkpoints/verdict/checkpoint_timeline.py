@@ -1,0 +1,418 @@
+"""Derive from the verdicts on several checkpoints of one run which neurons died and revived between them.
+
+At each checkpoint a neuron is *dead* (on a firm basis), *alive* or *unknown*. What a later checkpoint shows counts too:
+a neuron that is dead at a checkpoint and got no gradient since an earlier one was dead there already.
+
+A **death** is the first of consecutive checkpoints at which a neuron is dead. Its step, that of the last gradient, lies
+
+- at the latest at that checkpoint;
+- at the earliest at the latest of: the earliest step by the optimizer's bound, at any checkpoint of this death; the
+  first step after the last checkpoint that shows a gradient after it; and the first step after the last checkpoint at
+  which the neuron fired on the data.
+
+A monitor's record has the exact step. A **revival** is the first checkpoint at which a neuron is alive again. Its step
+lies after the last checkpoint at which it was dead. If a dead neuron got a gradient between two checkpoints and is dead
+at the second, it revived and died again in between. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS
+from neuronscope.checkpoints.verdict.layer_verdicts import NO_BASIS, LayerReport
+from neuronscope.judge.symptoms import UNDATED
+
+__all__ = [
+    "ALIVE",
+    "DEAD",
+    "UNKNOWN",
+    "CheckpointTimeline",
+    "GradientMasks",
+    "LayerTimeline",
+    "LeftOut",
+    "TimelineBuilder",
+    "TimelinePoint",
+]
+
+BoolArray = npt.NDArray[np.bool_]
+ByteArray = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+
+#: States of a neuron at a checkpoint.
+UNKNOWN, ALIVE, DEAD = 0, 1, 2
+#: Kinds of events.
+DIED, REVIVED = 0, 1
+
+_ALIVE_CLAIMS = [CLAIMS.index(claim) for claim in ("silent", "quiet", "alive")]
+_MEASURED, _INFERRED = BASES.index("measured"), BASES.index("inferred")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A checkpoint that the timeline does not include.
+
+    Attributes:
+        path: The file or folder.
+        reason: Why it is left out.
+        unreadable: Whether it could not be read or examined.
+    """
+
+    path: str
+    reason: str
+    unreadable: bool
+
+
+@dataclass(frozen=True)
+class TimelinePoint:
+    """One checkpoint of the timeline.
+
+    Attributes:
+        path: The file or folder.
+        step: Number of optimizer steps taken.
+        not_finite: Number of neurons that are NaN or infinite in it.
+    """
+
+    path: str
+    step: int
+    not_finite: int
+
+
+@dataclass(frozen=True, eq=False)
+class GradientMasks:
+    """Which of ``N`` neurons got a gradient between a checkpoint and the one before it; those in neither: not known.
+
+    Attributes:
+        none: Those that got none, bool ``(N,)``.
+        some: Those that certainly got one, bool ``(N,)``.
+    """
+
+    none: BoolArray
+    some: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTimeline:
+    """The deaths and revivals in a layer of ``N`` neurons over ``C`` checkpoints.
+
+    Attributes:
+        name: The layer's name.
+        neurons: ``N``.
+        in_headlines: Whether totals include the layer.
+        dead: Number of neurons that are dead at each checkpoint, int64 ``(C,)``; −1 = the layer is not in it.
+        unknown: Number of neurons of which nothing is known at each checkpoint, int64 ``(C,)``.
+        neuron: The neuron of each of ``E`` events, int64 ``(E,)``; events are in the order of checkpoints.
+        kind: Whether it died (0) or revived (1), uint8 ``(E,)``.
+        checkpoint: Index of the first checkpoint that shows the event, int64 ``(E,)``. A death at index 0 came before
+            the first checkpoint.
+        earliest: The earliest step at which it happened, int64 ``(E,)``; −1 = since the beginning.
+        latest: The latest step, int64 ``(E,)``.
+        basis: Basis of the verdict at that checkpoint, an index into ``BASES``, uint8 ``(E,)``.
+    """
+
+    name: str
+    neurons: int
+    in_headlines: bool
+    dead: IntArray
+    unknown: IntArray
+    neuron: IntArray
+    kind: ByteArray
+    checkpoint: IntArray
+    earliest: IntArray
+    latest: IntArray
+    basis: ByteArray
+
+    def events(self, kind: int) -> BoolArray:
+        """Return which events are deaths (:data:`DIED`) or revivals (:data:`REVIVED`), bool ``(E,)``."""
+        mask: BoolArray = self.kind == kind
+        return mask
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layer as plain data."""
+        return {
+            "name": self.name,
+            "neurons": self.neurons,
+            "in_headlines": self.in_headlines,
+            "dead": [None if number < 0 else number for number in self.dead.tolist()],
+            "unknown": self.unknown.tolist(),
+            "events": {
+                "neuron": self.neuron.tolist(),
+                "event": [("died", "revived")[kind] for kind in self.kind],
+                "checkpoint": self.checkpoint.tolist(),
+                "earliest": self.earliest.tolist(),
+                "latest": self.latest.tolist(),
+                "basis": [BASES[code] for code in self.basis],
+            },
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointTimeline:
+    """Deaths and revivals between the checkpoints of one run.
+
+    Attributes:
+        checkpoints: The ``C`` checkpoints in the order of their steps. The report is on the last one.
+        layers: The layers of the last checkpoint that are in the totals, and those that are not, in order.
+        left_out: Checkpoints that are not included, and why.
+    """
+
+    checkpoints: tuple[TimelinePoint, ...]
+    layers: tuple[LayerTimeline, ...]
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def headline_layers(self) -> tuple[LayerTimeline, ...]:
+        """The layers that totals include."""
+        return tuple(layer for layer in self.layers if layer.in_headlines)
+
+    @property
+    def dead(self) -> IntArray:
+        """Number of dead neurons at each checkpoint, int64 ``(C,)``; a layer that is not in a checkpoint adds none."""
+        return self._sum(np.maximum(layer.dead, 0) for layer in self.headline_layers)
+
+    @property
+    def unknown(self) -> IntArray:
+        """Number of neurons of which nothing is known at each checkpoint, int64 ``(C,)``."""
+        return self._sum(layer.unknown for layer in self.headline_layers)
+
+    def count(self, kind: int) -> IntArray:
+        """Return the number of events that each checkpoint is the first to show, int64 ``(C,)``.
+
+        Args:
+            kind: :data:`DIED` or :data:`REVIVED`.
+        """
+        size = len(self.checkpoints)
+        return self._sum(
+            np.bincount(layer.checkpoint[layer.events(kind)], minlength=size) for layer in self.headline_layers
+        )
+
+    def _sum(self, parts: Any) -> IntArray:
+        total = np.zeros(len(self.checkpoints), dtype=np.int64)
+        for part in parts:
+            total += part
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the timeline as plain data."""
+        died, revived = self.count(DIED), self.count(REVIVED)
+        return {
+            "checkpoints": [
+                {
+                    "path": point.path,
+                    "step": point.step,
+                    "dead": int(self.dead[at]),
+                    "unknown": int(self.unknown[at]),
+                    "died": int(died[at]),
+                    "revived": int(revived[at]),
+                    "not_finite": point.not_finite,
+                }
+                for at, point in enumerate(self.checkpoints)
+            ],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "left_out": [
+                {"path": one.path, "reason": one.reason, "unreadable": one.unreadable} for one in self.left_out
+            ],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What one checkpoint shows of the ``N`` neurons of a layer.
+
+    Attributes:
+        state: :data:`UNKNOWN`, :data:`ALIVE` or :data:`DEAD`, uint8 ``(N,)``.
+        basis: Basis of that, uint8 ``(N,)``.
+        bound: The earliest step of the last gradient of dead neurons, int64 ``(N,)``; ``UNDATED`` = not known.
+        exact: The exact step at which dead neurons died and others revived, int64 ``(N,)``; −1 = dead since the
+            beginning, ``UNDATED`` = not known.
+        fires: Neurons that fire on the data, bool ``(N,)``.
+        gradients: Which neurons got a gradient since the checkpoint before; ``None`` = not known.
+    """
+
+    state: ByteArray
+    basis: ByteArray
+    bound: IntArray
+    exact: IntArray
+    fires: BoolArray
+    gradients: GradientMasks | None
+
+    @classmethod
+    def of(cls, layer: LayerReport, gradients: GradientMasks | None) -> _State:
+        alive = np.isin(layer.labels, _ALIVE_CLAIMS) & (layer.basis <= _INFERRED)
+        state = np.where(layer.dead_mask, DEAD, np.where(alive, ALIVE, UNKNOWN)).astype(np.uint8)
+        bound, exact = (np.full(layer.neurons, UNDATED, dtype=np.int64) for _ in range(2))
+        fires = np.zeros(layer.neurons, dtype=np.bool_)
+        for one in layer.evidence:
+            at = one.neurons
+            if one.source == "scan" and one.claim in ("alive", "silent"):
+                fires[at] = True
+            if one.since is None:
+                continue
+            if one.claim == "never trained" or (one.claim == "dead" and one.basis == "measured"):
+                exact[at] = np.where(layer.dead_mask[at], np.maximum(exact[at], one.since), exact[at])
+            elif one.claim == "alive" and one.basis == "measured":
+                exact[at] = np.where(alive[at] & (one.since >= 0), np.maximum(exact[at], one.since), exact[at])
+            elif one.claim == "no gradient" and one.source == "adam state" and one.measure.endswith("at most"):
+                bound[at] = np.where(layer.dead_mask[at], np.maximum(bound[at], one.since), bound[at])
+        if gradients is not None and gradients.none.shape != state.shape:
+            gradients = None
+        return cls(state, layer.basis, bound, exact, fires & alive, gradients)
+
+
+@dataclass
+class TimelineBuilder:
+    """Collects the verdicts on one checkpoint after another, in the order of their steps.
+
+    Of each neuron some bytes are kept, and nothing else of the reports but the last one's layers.
+    """
+
+    points: list[TimelinePoint] = field(default_factory=list)
+    _states: list[dict[str, _State]] = field(default_factory=list)
+    _layers: tuple[LayerReport, ...] = ()
+
+    def add(
+        self,
+        path: str,
+        step: int,
+        layers: tuple[LayerReport, ...],
+        gradients: Mapping[str, GradientMasks],
+        renamed: Mapping[str, str],
+    ) -> None:
+        """Add a checkpoint.
+
+        Args:
+            path: The file or folder.
+            step: Its step, larger than that of the one before.
+            layers: The verdicts on it.
+            gradients: Which neurons got a gradient since the checkpoint before, by the layer's name.
+            renamed: The names of layers in the last checkpoint by those in this one, where they differ.
+        """
+        self.points.append(TimelinePoint(path, step, sum(layer.count("not finite") for layer in layers)))
+        self._states.append(
+            {renamed.get(layer.name, layer.name): _State.of(layer, gradients.get(layer.name)) for layer in layers}
+        )
+        self._layers = layers
+
+    def build(self, left_out: tuple[LeftOut, ...] = ()) -> CheckpointTimeline:
+        """Return the timeline of the layers of the last checkpoint.
+
+        Args:
+            left_out: Checkpoints that are not included.
+        """
+        steps = [point.step for point in self.points]
+        layers = tuple(
+            _layer_timeline(layer, [one.get(layer.name) for one in self._states], steps) for layer in self._layers
+        )
+        return CheckpointTimeline(tuple(self.points), layers, left_out)
+
+
+def _layer_timeline(layer: LayerReport, found: list[_State | None], steps: list[int]) -> LayerTimeline:
+    """Return the timeline of one layer.
+
+    Args:
+        layer: The layer in the last checkpoint.
+        found: What each checkpoint shows; ``None`` = the layer is not in it.
+        steps: The step of each checkpoint.
+    """
+    parts = [one if one is not None and one.state.size == layer.neurons else None for one in found]
+    states = np.array([np.zeros(layer.neurons, np.uint8) if one is None else one.state for one in parts])
+    basis = np.array([np.full(layer.neurons, NO_BASIS, np.uint8) if one is None else one.basis for one in parts])
+    pairs = [
+        (at, one, later, later.gradients.none)
+        for at, (one, later) in enumerate(pairwise(parts), start=1)
+        if one is not None and later is not None and later.gradients is not None
+    ]
+    for at, _, later, none in pairs:
+        still_dead = (states[at - 1] == DEAD) & none & ~later.fires & (states[at] == UNKNOWN)
+        states[at, still_dead], basis[at, still_dead] = DEAD, _INFERRED
+    for at, one, later, none in reversed(pairs):
+        was_dead = (states[at] == DEAD) & none & ~one.fires & (states[at - 1] != DEAD)
+        was_dead &= (later.exact == UNDATED) | (later.exact <= steps[at - 1])
+        states[at - 1, was_dead], basis[at - 1, was_dead] = DEAD, _INFERRED
+    events = _Events()
+    lower = np.full(layer.neurons, -1, dtype=np.int64)  # the earliest step at which a death may have come
+    last_dead = np.full(layer.neurons, UNDATED, dtype=np.int64)  # step of the last checkpoint at which it was dead
+    died_at = np.full(layer.neurons, UNDATED, dtype=np.int64)  # the exact step of the death before, if it is known
+    before = np.full(layer.neurons, UNKNOWN, dtype=np.uint8)
+    spell = np.full(layer.neurons, -1, dtype=np.int64)  # index of the current death among the events
+    for at, found_here in enumerate(parts):
+        if found_here is None:
+            continue
+        one, state, step = found_here, states[at], steps[at]
+        previous = steps[at - 1] if at else -1
+        some = np.zeros(layer.neurons, np.bool_) if one.gradients is None else one.gradients.some
+        lower = np.where(some, np.maximum(lower, previous + 1), lower)
+        exact = one.exact
+        dated = exact != UNDATED
+        again = (before == DEAD) & (state == DEAD)
+        again &= np.where(dated & (died_at != UNDATED), exact > died_at, some)
+        revived = (last_dead != UNDATED) & ((state == ALIVE) | again)
+        first = np.where(dated & (state == ALIVE) & (exact >= 0), exact, last_dead + 1)
+        last = np.where(dated & (exact >= 0), exact, step)
+        events.add(revived, REVIVED, at, first, np.maximum(last, first), basis[at])
+        last_dead[revived] = UNDATED
+        died = (state == DEAD) & ((before != DEAD) | again)
+        start = np.where(one.bound == UNDATED, lower, np.maximum(lower, one.bound))
+        start = np.where(dated, exact, start)
+        spell[died] = events.add(died, DIED, at, start, np.where(dated, exact, step), basis[at])
+        stays = (state == DEAD) & ~died & (one.bound != UNDATED) & ~dated
+        events.raise_earliest(spell[stays], one.bound[stays])
+        died_at = np.where(state == DEAD, np.where(dated, exact, np.where(died, UNDATED, died_at)), UNDATED)
+        lower = np.where(one.fires & (state == ALIVE), np.maximum(lower, step), lower)
+        last_dead[state == DEAD] = step
+        before = state
+    return events.timeline(layer, parts, states)
+
+
+class _Events:
+    """Collects events."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]] = []
+        self._count = 0
+        self._raised: list[tuple[IntArray, IntArray]] = []
+
+    def add(
+        self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
+    ) -> IntArray:
+        """Add an event for each neuron in ``mask``, bool ``(N,)``, and return the events' indices."""
+        neurons = np.flatnonzero(mask).astype(np.int64)
+        same = np.full_like(neurons, 1)
+        late = np.maximum(latest[mask], earliest[mask])
+        self._parts.append(
+            (neurons, same * kind, same * checkpoint, earliest[mask], late, basis[mask].astype(np.int64))
+        )
+        self._count += neurons.size
+        return np.arange(self._count - neurons.size, self._count)
+
+    def raise_earliest(self, events: IntArray, steps: IntArray) -> None:
+        """Note that events did not happen before some steps."""
+        self._raised.append((events, steps))
+
+    def timeline(self, layer: LayerReport, parts: list[_State | None], states: ByteArray) -> LayerTimeline:
+        """Return the timeline of a layer with these events."""
+        neuron, kind, checkpoint, earliest, latest, basis = (
+            np.concatenate(one) for one in zip(*self._parts, strict=True)
+        )
+        for events, steps in self._raised:
+            np.maximum.at(earliest, events, np.minimum(steps, latest[events]))
+        present = np.array([one is not None for one in parts])
+        return LayerTimeline(
+            name=layer.name,
+            neurons=layer.neurons,
+            in_headlines=layer.in_headlines,
+            dead=np.where(present, (states == DEAD).sum(axis=1), -1),
+            unknown=(states == UNKNOWN).sum(axis=1),
+            neuron=neuron,
+            kind=kind.astype(np.uint8),
+            checkpoint=checkpoint,
+            earliest=earliest,
+            latest=latest,
+            basis=basis.astype(np.uint8),
+        )

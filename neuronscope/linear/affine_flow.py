@@ -1,0 +1,397 @@
+"""Follow a forward: of which earlier tensor is each tensor an affine function, and through which layers.
+
+A tensor that is no affine function of an earlier one is a *source*: the network's input, the output of a nonlinear
+function, a sum of two sources. All that is affine in one source is one affine map of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors
+from neuronscope.attach.origins import CONSTANT, WEIGHT
+from neuronscope.attach.tensor_map import TensorMap
+from neuronscope.linear import affine_functions as kinds
+from neuronscope.linear.affine_functions import Function, is_norm, kind_of_call
+
+__all__ = ["CONVOLUTION", "EACH_POSITION", "WHOLE", "Affine", "AffineFlow", "Made", "Passed", "Stretch"]
+
+#: The last dimension is mapped, in the same way at each position.
+EACH_POSITION = "each position"
+#: Channels are mapped by a convolution.
+CONVOLUTION = "convolution"
+#: All elements of an example are mapped together.
+WHOLE = "whole"
+
+_Args = tuple[Any, ...]
+_Kwargs = Mapping[str, Any]
+
+
+class Made(NamedTuple):
+    """Says where a tensor was made.
+
+    Attributes:
+        call: Number of the call of a torch function in the forward; −1 for the inputs.
+        output: Number of the tensor among what the call returned.
+    """
+
+    call: int
+    output: int
+
+
+class Passed(NamedTuple):
+    """A layer, or an activation that acts linear, between a source and a tensor.
+
+    Attributes:
+        call: Number of its call in the forward.
+        name: Path of the layer, or name of the activation's site.
+        kind: ``layer``, ``norm`` or ``activation``.
+    """
+
+    call: int
+    name: str
+    kind: str
+
+
+class Affine(NamedTuple):
+    """Says of which source a tensor is an affine function.
+
+    Attributes:
+        source: Where the source was made.
+        passed: What lies between, in the order of the calls.
+        end: Where the output of the last layer was made.
+        places: :data:`EACH_POSITION`, :data:`CONVOLUTION` or :data:`WHOLE`; ``""`` if no layer was passed.
+        moved: Whether elements were moved since the last layer.
+        mixing: Number of the call in which attention mixed positions, by weights that depend on the data; −1 if none.
+    """
+
+    source: Made
+    passed: tuple[Passed, ...]
+    end: Made
+    places: str = ""
+    moved: bool = False
+    mixing: int = -1
+
+
+class Stretch(NamedTuple):
+    """Two or more layers that compute one affine map.
+
+    Attributes:
+        affine: The map.
+        source_name: What the source is, in words.
+    """
+
+    affine: Affine
+    source_name: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers, norms included, in the order of their calls."""
+        return tuple(each.name for each in self.affine.passed if each.kind != "activation")
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The activations that act linear."""
+        return tuple(each.name for each in self.affine.passed if each.kind == "activation")
+
+    @property
+    def only_folds(self) -> bool:
+        """Whether all of its layers but one are norms, which can be folded into that one."""
+        return sum(each.kind == "layer" for each in self.affine.passed) < 2
+
+
+class AffineFlow:
+    """Tracks of which source each tensor of a forward is an affine function.
+
+    Args:
+        model: The model.
+        acting_linear: Names of the activations to take as linear.
+
+    Attributes:
+        reads_out: Whether the program read numbers that depend on the input, so that it may compute otherwise for
+            another input.
+    """
+
+    def __init__(self, model: nn.Module, acting_linear: Collection[str] = ()) -> None:
+        self.neurons = NeuronFlow(LayerNames(model))
+        self.reads_out = False
+        self._acting_linear = acting_linear
+        self._known: TensorMap[Affine | None] = TensorMap()  # None: a constant
+        self._sources: dict[Made, str] = {}
+        self._found: dict[tuple[Made, tuple[Passed, ...]], Stretch] = {}
+        self._site_calls: dict[str, int] = {}
+        self._call = -1
+
+    def begin(self, inputs: Any) -> None:
+        """Begin a forward.
+
+        Args:
+            inputs: The model's arguments, nested.
+        """
+        for facts in (self._known, self._sources, self._found, self._site_calls, self.neurons):
+            facts.clear()
+        self._call = -1
+        self.neurons.note_inputs(inputs)
+        for number, tensor in enumerate(all_tensors(inputs)):
+            self._put_source(tensor, Made(-1, number), "the input")
+
+    def end(self, outputs: Any) -> list[Stretch]:
+        """End a forward, and return its stretches.
+
+        Args:
+            outputs: What the model returned, nested.
+        """
+        for tensor in all_tensors(outputs):
+            self._close([self._known.get(tensor)])
+        found = list(self._found.values())
+        return [each for each in found if not any(_is_part(each, other) for other in found)]
+
+    def name_of(self, function: Function, tensor: Tensor) -> str:
+        """Return the name of an activation's site before it runs: ``fc/relu``, and ``fc/relu#1`` for the next one.
+
+        Args:
+            function: The activation function.
+            tensor: Its input.
+        """
+        units = self.neurons.origin(tensor).units
+        name = f"{'(unknown)' if units is None else units.layer}/{function.__name__.rstrip('_')}"
+        number = self._site_calls[name] = self._site_calls.get(name, -1) + 1
+        return f"{name}#{number}" if number else name
+
+    def depends_on_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor is no constant."""
+        return self._lookup(tensor) is not None
+
+    def follow(self, function: Function, args: _Args, kwargs: _Kwargs, result: Any, site: str = "") -> None:
+        """Note what a call gave.
+
+        Args:
+            function: The function.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            result: What it returned.
+            site: The name of the site if the call is of an activation.
+        """
+        self._call += 1
+        called = len(self.neurons.layers)
+        kind = kind_of_call(function, args, kwargs)
+        tensors = list(nested_tensors((args, dict(kwargs))))
+        data = [affine for affine in map(self._lookup, tensors) if affine is not None]
+        self.neurons.follow(function, args, kwargs, result)
+        layer = self.neurons.layers[-1] if len(self.neurons.layers) > called else ""
+        if kind == kinds.READ_OUT:
+            self.reads_out = self.reads_out or bool(data)
+        outputs = list(nested_tensors(result))
+        if not outputs:
+            return
+        if not data:
+            for tensor in outputs:
+                self._known.put(tensor, None)
+            return
+        passes = Passed(self._call, site or layer, "activation" if site else "norm" if is_norm(function) else "layer")
+        found = self._affine(kind, function, args, kwargs, tensors, data, passes, outputs[0])
+        self._close([affine for affine in data if found is None or affine.source != found.source])
+        name = passes.name or f"`{function.__name__}`"
+        if kind == kinds.MOVING:
+            name = self._sources.get(data[0].source, name)
+        for number, tensor in enumerate(outputs):
+            if found is None:
+                self._put_source(tensor, Made(self._call, number), name)
+            elif found.end.call == self._call:
+                self._known.put(tensor, found._replace(end=Made(self._call, number)))
+            else:
+                self._known.put(tensor, found)
+
+    def _affine(
+        self,
+        kind: str,
+        function: Function,
+        args: _Args,
+        kwargs: _Kwargs,
+        tensors: Sequence[Tensor],
+        data: Sequence[Affine],
+        passes: Passed,
+        output: Tensor,
+    ) -> Affine | None:
+        """Return of what the result of a call is an affine function; ``None`` if it is a source."""
+        first = self._lookup(tensors[0])
+        if kind == kinds.ACTIVATION:
+            linear = first is not None and passes.name in self._acting_linear
+            return first._replace(passed=(*first.passed, passes)) if first is not None and linear else None
+        if kind == kinds.SUM or kind == kinds.JOIN:
+            return self._sum(data, joined=kind == kinds.JOIN)
+        if kind == kinds.MATRIX_PRODUCT and len(data) > 1:
+            return self._mixed(function, args, kwargs, tensors, output)
+        if kind == kinds.FUSED_ATTENTION:
+            return self._fused_attention(args, kwargs, passes)
+        if len(data) > 1 or (first is None and kind not in (kinds.PRODUCT, kinds.MATRIX_PRODUCT)):
+            return None
+        (only,) = data
+        if kind == kinds.PRODUCT or kind == kinds.QUOTIENT:
+            factors = [each for each in tensors if self._lookup(each) is None]
+            alike = all(_is_alike(each, output.dim(), only.places) for each in factors)
+            return only if alike or not only.passed else only._replace(places=WHOLE)
+        if kind == kinds.IN_PLACE_ORDER:
+            return only
+        if kind == kinds.MOVING:
+            return only._replace(moved=True) if only.passed else None
+        if kind == kinds.LAYER or (kind == kinds.MATRIX_PRODUCT and passes.name):
+            data_first = (
+                self._lookup(tensors[len(tensors) - 2 if function.__name__.startswith("add") else 0]) is not None
+            )
+            return self._through_layer(only, function, output, passes, data_first=data_first)
+        return None
+
+    def _through_layer(
+        self, affine: Affine, function: Function, output: Tensor, passes: Passed, *, data_first: bool
+    ) -> Affine:
+        """Return what the output of a layer is.
+
+        Args:
+            affine: What its input is.
+            function: The layer's function.
+            output: Its output.
+            passes: The layer.
+            data_first: Whether its input is its first factor, as in ``x @ weight``.
+        """
+        if not data_first:
+            own = WHOLE
+        elif "conv" in function.__name__ or (is_norm(function) and output.dim() > 2):
+            own = CONVOLUTION
+        else:
+            own = EACH_POSITION
+        places = own if not affine.places or (affine.places == own and not affine.moved) else WHOLE
+        return affine._replace(passed=(*affine.passed, passes), places=places, moved=False, end=Made(self._call, 0))
+
+    def _sum(self, data: Sequence[Affine], *, joined: bool) -> Affine | None:
+        """Return what a sum is, or several tensors side by side.
+
+        Args:
+            data: What the terms are.
+            joined: Whether they are put side by side.
+        """
+        head = data[0]
+        if any(each.source != head.source or each.mixing != head.mixing for each in data):
+            return None
+        passed = tuple(sorted({step for each in data for step in each.passed}))
+        if not passed:
+            return None if joined else head
+        if len(data) == 1 and not joined:
+            return head
+        alike = len({each.places for each in data if each.places}) == 1 and not any(each.moved for each in data)
+        places = head.places if len(data) == 1 else next(each.places for each in data if each.places)
+        return head._replace(
+            passed=passed, places=places if alike and not joined else WHOLE, moved=False, end=Made(self._call, 0)
+        )
+
+    def _mixed(
+        self, function: Function, args: _Args, kwargs: _Kwargs, tensors: Sequence[Tensor], output: Tensor
+    ) -> Affine | None:
+        """Return what attention gives: an affine function of its values while the weights of the mixture stay.
+
+        Args:
+            function: A product of matrices, or attention.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            tensors: Its tensors.
+            output: Its result.
+        """
+        if function.__name__ == "scaled_dot_product_attention":
+            values = args[2] if len(args) > 2 else kwargs["value"]
+        elif len(tensors) == 2 and self._mixes_positions_only(tensors[1], output):
+            values = tensors[1]
+        else:
+            return None
+        affine = self._lookup(values)
+        if affine is None or not affine.passed or affine.mixing >= 0:
+            return None
+        self._close([self._lookup(each) for each in tensors if each is not values])
+        return affine._replace(mixing=self._call, moved=True)
+
+    def _mixes_positions_only(self, values: Tensor, output: Tensor) -> bool:
+        """Whether each unit of a product of matrices comes of the same unit of the second factor.
+
+        Args:
+            values: The second factor.
+            output: The product.
+        """
+        given, units = self.neurons.origin(values).units, self.neurons.origin(output).units
+        alike = given is not None and units is not None and given.call == units.call
+        return alike and output.shape[-1] == values.shape[-1]
+
+    def _fused_attention(self, args: _Args, kwargs: _Kwargs, passes: Passed) -> Affine | None:
+        """Return what attention with its projections gives: the value and the output projection lie in it.
+
+        Args:
+            args: The positional arguments of ``multi_head_attention_forward``.
+            kwargs: Its keyword arguments.
+            passes: The output projection.
+        """
+        values = args[2] if len(args) > 2 else kwargs["value"]
+        affine = self._lookup(values)
+        weight = kwargs.get("v_proj_weight") if kwargs.get("use_separate_proj_weight") else args[5]
+        if affine is None or weight is None or affine.mixing >= 0:
+            return None
+        width = args[3]
+        name = self.neurons.origin(weight).layer
+        value_projection = name if weight.shape[0] == width else f"{name}({2 * width}:{3 * width})"
+        return affine._replace(
+            passed=(*affine.passed, Passed(self._call, value_projection, "layer"), passes),
+            places=WHOLE,
+            mixing=self._call,
+            moved=False,
+            end=Made(self._call, 0),
+        )
+
+    def _lookup(self, tensor: Tensor) -> Affine | None:
+        """Return what a tensor is; what no call gave is a constant if it is held by the model, else a source."""
+        entry = self._known.entries.get(id(tensor))
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
+        if isinstance(tensor, nn.Parameter) or self.neurons.origin(tensor).state in (WEIGHT, CONSTANT):
+            return None
+        return self._put_source(tensor, Made(-2, id(tensor)), "a tensor that no torch function gave")
+
+    def _put_source(self, tensor: Tensor, made: Made, name: str) -> Affine:
+        self._sources[made] = name
+        affine = Affine(made, (), made)
+        self._known.put(tensor, affine)
+        return affine
+
+    def _close(self, read: Collection[Affine | None]) -> None:
+        """Note the stretches that end because what they give is read by something that is not affine in it.
+
+        Args:
+            read: What is read.
+        """
+        for affine in read:
+            if affine is None or sum(each.kind != "activation" for each in affine.passed) < 2:
+                continue
+            passed = affine.passed
+            while passed[-1].kind == "activation":
+                passed = passed[:-1]
+            stretch = Stretch(affine._replace(passed=passed), self._sources.get(affine.source, ""))
+            self._found.setdefault((affine.source, passed), stretch)
+
+
+def _is_part(stretch: Stretch, other: Stretch) -> bool:
+    own, whole = stretch.affine, other.affine
+    return own.source == whole.source and set(own.passed) < set(whole.passed)
+
+
+def _is_alike(factor: Tensor, dimensions: int, places: str) -> bool:
+    """Whether a constant factor is the same at all positions.
+
+    Args:
+        factor: The factor.
+        dimensions: How many dimensions the product has.
+        places: Where the units lie, as in :class:`Affine`.
+    """
+    units = {EACH_POSITION: dimensions - 1, CONVOLUTION: 1}.get(places, -1)
+    sizes = (1,) * (dimensions - factor.dim()) + tuple(factor.shape)
+    return all(size == 1 or dim == units for dim, size in enumerate(sizes))

@@ -1,0 +1,261 @@
+"""Check a model for layers that act as one linear map, on data."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from neuronscope.attach.compiling import is_compiled
+from neuronscope.attach.examples import all_tensors
+from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.neuron_flow import nested_tensors
+from neuronscope.errors import UsageError
+from neuronscope.linear.affine_flow import AffineFlow, Stretch
+from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
+from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
+from neuronscope.linear.linear_report import LinearLayers, LinearReport
+from neuronscope.linear.slopes import Slopes
+from neuronscope.running import call_model, model_state_restored, nothing_fused, to_device
+from neuronscope.writers.formatting import listed
+
+__all__ = ["LinearLayersOfForward", "check_linear"]
+
+
+def check_linear(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> LinearReport:
+    """Find the layers of a trained model between which no nonlinearity lies, or none that bends on this data.
+
+    Such layers compute one affine map: depth buys nothing there. The model runs in evaluation mode; its state is
+    restored afterwards. It runs once over the data, and a few times more on the first batch; the maps are computed on
+    a copy in float64.
+
+    Args:
+        model: The model.
+        data: An iterable of batches, or one tensor as the only batch, ``(B, …)``; as for
+            :func:`~neuronscope.scanning.scan`.
+        forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.
+
+    Returns:
+        The stretches of layers, each with the map that it collapses to, and how sure that is.
+
+    Raises:
+        UsageError: ``data`` has no batch.
+
+    >>> net = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    >>> found = check_linear(net, torch.randn(32, 8))
+    >>> found.stretches[0].layers, found.stretches[0].rank
+    (('0', '1'), 4)
+    """
+    call = forward or call_model
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    slopes: dict[str, Slopes] = {}
+    first, examples, reads_out = None, 0, False
+    with _evaluated(model):
+        for batch in (data,) if isinstance(data, Tensor) else data:
+            batch = to_device(batch, device)
+            first = batch if first is None else first
+            examples += next((len(tensor) for tensor in all_tensors(batch) if tensor.dim()), 1)
+            flow = AffineFlow(model)
+            _followed(flow, model, call, batch, slopes)
+            reads_out = reads_out or flow.reads_out
+        if first is None:
+            raise UsageError(
+                f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none."
+            )
+        linear = {name for name, each in slopes.items() if each.act_linear}
+        found = _followed(AffineFlow(model, linear), model, call, first)
+    maps = _maps(model, call, first, found)
+    return LinearReport(
+        model=type(model).__name__,
+        examples=examples,
+        reads_out=reads_out,
+        stretches=tuple(
+            _described(model, stretch, each, proved=not (stretch.activations or reads_out))
+            for stretch, each in zip(found, maps, strict=True)
+        ),
+        acting_linear={name: (len(slopes[name]), slopes[name].constant()) for name in sorted(linear)},
+    )
+
+
+class LinearLayersOfForward:
+    """Finds the layers of one forward between which no nonlinearity lies.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: list[Stretch] = []
+
+    def of(self, call: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        """Run the model on a batch, and return its output.
+
+        Args:
+            call: Runs the model on a batch.
+            batch: The batch.
+        """
+        if any(is_compiled(module) for module in self._model.modules()):  # the compiler would trace the mode
+            return call(self._model, batch)
+        flow = AffineFlow(self._model)
+        flow.begin(batch)
+        with _Following(flow, None) as following:
+            output = call(self._model, batch)
+        if not following.failed:
+            self._found = flow.end(output)
+        return output
+
+    def notes(self) -> list[str]:
+        """Return what a report says of the layers found: nothing of attention and norms, which are meant so."""
+        found = [each.layers for each in self._found if not each.only_folds and each.affine.mixing < 0]
+        names = listed([" → ".join(layers) for layers in found])
+        note = f"No nonlinearity lies between {names}: they are one linear map (see `neuronscope.check_linear`)."
+        return [note] if found else []
+
+
+class _Following(TorchFunctionMode):
+    """Passes the calls of a forward on to a flow, and measures the slopes of activations."""
+
+    def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None) -> None:
+        super().__init__()
+        self._flow = flow
+        self._slopes = slopes
+        self.failed = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        site = self._site(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._flow.follow(func, args, kwargs, result, site)
+        return result
+
+    def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """Return the name of the activation that a call is, and measure its slopes; ``""`` if it is none."""
+        if kind_of_call(func, args, kwargs) != ACTIVATION:
+            return ""
+        given = next(iter(nested_tensors((args, dict(kwargs)))))
+        if not self._flow.depends_on_input(given):
+            return ""
+        site = self._flow.name_of(func, given)
+        if self._slopes is not None:
+            self._slopes.setdefault(site, Slopes()).add(func, given, args, kwargs, self._flow.neurons.origin(given))
+        return site
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, without fused kernels and gradients, and restore the model's state."""
+    with model_state_restored(model), nothing_fused(), torch.no_grad():
+        model.eval()
+        yield
+
+
+def _followed(
+    flow: AffineFlow,
+    model: nn.Module,
+    call: Callable[[nn.Module, Any], Any],
+    batch: Any,
+    slopes: dict[str, Slopes] | None = None,
+) -> list[Stretch]:
+    """Run one batch, and return the stretches."""
+    flow.begin(batch)
+    with _Following(flow, slopes):
+        output = call(model, batch)
+    return flow.end(output)
+
+
+def _maps(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any, stretches: list[Stretch]
+) -> list[CollapsedMap | None]:
+    """Return the map of each stretch, ``None`` where none could be computed.
+
+    Args:
+        model: The model.
+        call: Runs the model on a batch.
+        batch: The first batch.
+        stretches: What to compute.
+    """
+    exact, inputs = _in_float64(model, call, batch) or (model, batch)
+
+    def run(inputs: Any) -> Any:
+        return call(exact, inputs)
+
+    with _evaluated(exact):
+        return [None if stretch.only_folds else _map(run, inputs, stretch) for stretch in stretches]
+
+
+def _map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch) -> CollapsedMap | None:
+    try:
+        with torch.enable_grad():
+            return collapsed_map(run, inputs, stretch, proved=not stretch.activations)
+    except (RuntimeError, ValueError, IndexError):  # no gradient passes, or the code does otherwise in float64
+        return None
+
+
+def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[nn.Module, Any] | None:
+    """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so."""
+    try:
+        exact = copy.deepcopy(model).double()
+        inputs = _doubled(batch)
+        with _evaluated(exact):
+            call(exact, inputs)
+    except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
+        return None
+    return exact, inputs
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {name: _doubled(member) for name, member in value.items()}
+    if isinstance(value, (tuple, list)):
+        members = [_doubled(member) for member in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    return value
+
+
+def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:
+    names = LayerNames(model)
+    own = {name.partition("(")[0] for name in stretch.layers}
+    parameters = 0
+    for path, parameter in model.named_parameters():
+        layer = (names.of(parameter) or ("", False))[0]
+        if layer in own or path.rpartition(".")[0] in own:
+            parameters += parameter.numel()
+    return LinearLayers(
+        layers=stretch.layers,
+        through=stretch.activations,
+        source=stretch.source_name,
+        only_folds=stretch.only_folds,
+        through_attention=stretch.affine.mixing >= 0,
+        basis="proved" if proved else "measured",
+        parameters=parameters,
+        inputs=found.inputs if found else -1,
+        outputs=found.outputs if found else -1,
+        rank=found.rank if found else -1,
+        heads=found.heads if found else 1,
+        kernel=found.kernel if found else (),
+        parameters_of_one=found.parameters if found else -1,
+        difference=found.difference if found else None,
+        matrix=_plain(found.matrix if found else None),
+        offset=_plain(found.offset if found else None),
+    )
+
+
+def _plain(tensor: Tensor | None) -> npt.NDArray[np.floating[Any]] | None:
+    return None if tensor is None else tensor.detach().cpu().numpy()

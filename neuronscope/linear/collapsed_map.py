@@ -1,0 +1,196 @@
+"""Compute the one map that several layers collapse to: its matrix, rank and size, and how well it does their work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, Stretch
+from neuronscope.linear.replay import Replayed, replay
+
+__all__ = ["CollapsedMap", "collapsed_map"]
+
+#: A matrix with more elements than this is not computed: its rank would take minutes.
+MOST_ELEMENTS = 1 << 23
+_MOST_AT_ONCE = 1 << 24  # elements of derivatives
+
+
+class CollapsedMap(NamedTuple):
+    """Describes the affine map that a stretch of layers computes.
+
+    Attributes:
+        inputs: Number of inputs: features at one position, channels of a convolution, or elements of an example.
+        outputs: Number of outputs, likewise.
+        rank: Rank of its matrix; of the largest of the heads' matrices if attention lies in between; −1 if not known.
+        heads: Number of matrices: one, or one for each head of attention.
+        kernel: Sizes of the kernel of the one convolution that it is; ``()`` otherwise.
+        matrix: The matrix, float64 or the model's type, ``(outputs, inputs · kernel)``; ``None`` if it was not
+            computed, or if there are several heads.
+        offset: What the map adds, ``(outputs,)``; at one position, if it maps each position.
+        difference: Largest difference between the layers' output and the map's, as a share of the largest output;
+            ``None`` if it was not computed.
+    """
+
+    inputs: int
+    outputs: int
+    rank: int = -1
+    heads: int = 1
+    kernel: tuple[int, ...] = ()
+    matrix: Tensor | None = None
+    offset: Tensor | None = None
+    difference: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the one layer needs that computes the map, its bias included."""
+        return self.heads * self.inputs * self.outputs * math.prod(self.kernel) + self.outputs
+
+
+def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, proved: bool) -> CollapsedMap:
+    """Return the map that a stretch of layers collapses to.
+
+    Args:
+        run: Runs the model on inputs, in evaluation mode.
+        inputs: One batch, ``(B, …)``.
+        stretch: The stretch.
+        proved: Whether it is affine for every input: then it is compared on random inputs too.
+
+    Raises:
+        RuntimeError: The model ran otherwise than before, or gave no gradients.
+    """
+    affine = stretch.affine
+    once = replay(run, inputs, affine, _leaf)
+    source, result = once.source, once.result
+    if affine.mixing >= 0:
+        return _by_heads(run, inputs, stretch, once)
+    rows, columns, kernel_of = _places(affine.places, source, result)
+    if len(rows) * source[0].numel() > MOST_ELEMENTS:
+        return CollapsedMap(*_widths(affine.places, source, result))
+    full = _jacobian(result[0].flatten()[rows], source)[:, 0].flatten(1)
+    matrix, kernel = kernel_of(full)
+    moved = result.detach().flatten(1)[:, rows] - source.detach().flatten(1) @ full.T  # the same for every example
+    differences = [(moved - moved[:1]).abs().max()]
+    scale = result.detach().abs().max()
+    if proved:
+        other = replay(run, inputs, affine, _random)
+        found = other.result.detach().flatten(1)[:, rows] - other.source.detach().flatten(1) @ full.T
+        differences.append((found - moved[:1]).abs().max())
+        scale = torch.maximum(scale, other.result.detach().abs().max())
+    elif len(moved) < 2:
+        differences = []
+    difference = float(max(differences) / scale.clamp_min(torch.finfo(scale.dtype).tiny)) if differences else None
+    inputs_count = columns if not kernel else matrix.shape[1] // math.prod(kernel)
+    return CollapsedMap(inputs_count, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_()
+
+
+def _random(tensor: Tensor) -> Tensor:
+    """Return random numbers of a tensor's shape and size, from a generator of their own."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    return drawn * tensor.abs().max().clamp_min(1)
+
+
+def _rank(matrix: Tensor) -> int:
+    return int(torch.linalg.matrix_rank(matrix))
+
+
+def _widths(places: str, source: Tensor, result: Tensor) -> tuple[int, int]:
+    if places == EACH_POSITION:
+        return source.shape[-1], result.shape[-1]
+    if places == CONVOLUTION:
+        return source.shape[1], result.shape[1]
+    return source[0].numel(), result[0].numel()
+
+
+def _places(
+    places: str, source: Tensor, result: Tensor
+) -> tuple[Tensor, int, Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]]:
+    """Return which outputs of an example to compute, how many inputs they have, and what makes the map of their rows.
+
+    Args:
+        places: As in :class:`~neuronscope.linear.affine_flow.Affine`.
+        source: The source, ``(B, …)``.
+        result: The map's result, ``(B, …)``.
+    """
+    every = torch.arange(result[0].numel(), device=result.device).reshape(result[0].shape)
+    if places == EACH_POSITION and source.shape[:-1] == result.shape[:-1]:
+        width = source.shape[-1]
+        return every.reshape(-1, result.shape[-1])[0], width, lambda rows: (rows[:, :width], ())
+    if places == CONVOLUTION and source.dim() == result.dim() > 2:
+        middle = every
+        for size in result.shape[2:]:
+            middle = middle[:, size // 2]  # far from the borders
+
+        def window(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+            maps = rows.reshape(len(rows), *source.shape[1:])
+            used = (maps != 0).any(0).any(0).nonzero()
+            if not len(used):
+                return maps.flatten(2)[:, :, 0], (1,) * (maps.dim() - 2)
+            low, high = used.amin(0), used.amax(0) + 1
+            cut = maps
+            for dim, (start, stop) in enumerate(zip(low.tolist(), high.tolist(), strict=True), start=2):
+                cut = cut.narrow(dim, start, stop - start)
+            return cut.flatten(1), tuple(cut.shape[2:])
+
+        return middle, source.shape[1], window
+    return every.flatten(), source[0].numel(), lambda rows: (rows, ())
+
+
+def _by_heads(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, once: Replayed) -> CollapsedMap:
+    """Return the map of a value projection and an output projection, one for each head.
+
+    Args:
+        run: Runs the model on inputs.
+        inputs: One batch.
+        stretch: The stretch, with attention in it.
+        once: The forward up to the end of the stretch: source ``(B, T, inputs)``, result ``(B, T, outputs)``.
+    """
+    source, result = once.source, once.result
+    width, outputs = source.shape[-1], result.shape[-1]
+    unknown = CollapsedMap(width, outputs)
+    if stretch.affine.mixing == stretch.affine.end.call:
+        return _fused(stretch, once) or unknown
+    if source.shape[:-1] != result.shape[:-1]:
+        return unknown
+    ranks, head, heads, matrix = [], 0, 1, None
+    while head < heads:
+        piece = replay(run, inputs, stretch.affine, _leaf, head)
+        if piece.result.shape != result.shape:
+            return unknown
+        row = piece.result.reshape(-1, outputs)[0]
+        matrix = _jacobian(row, piece.source).reshape(outputs, -1, width)[:, 0]
+        ranks.append(_rank(matrix))
+        heads, head = piece.heads, head + 1
+    return CollapsedMap(width, outputs, max(ranks), heads, matrix=matrix if heads == 1 else None)
+
+
+def _fused(stretch: Stretch, once: Replayed) -> CollapsedMap | None:
+    """Return the map of the projections of ``multi_head_attention_forward``; ``None`` if more layers lie before it."""
+    if len(stretch.layers) > 2:
+        return None
+    args, kwargs = once.mixing
+    width, heads, output = args[3], args[4], args[11]
+    values = kwargs["v_proj_weight"] if kwargs.get("use_separate_proj_weight") else args[5][2 * width :]
+    pairs = zip(output.chunk(heads, 1), values.chunk(heads, 0), strict=True)
+    ranks = [_rank(reads.detach() @ gives.detach()) for reads, gives in pairs]
+    return CollapsedMap(values.shape[1], len(output), max(ranks), heads)
+
+
+def _jacobian(outputs: Tensor, source: Tensor) -> Tensor:
+    """Return the derivatives of some outputs, ``(N,)``, by a tensor, as ``(N, *source.shape)``."""
+    step = max(1, _MOST_AT_ONCE // source.numel())
+    parts = []
+    for start in range(0, len(outputs), step):
+        chosen = torch.zeros(min(step, len(outputs) - start), len(outputs), dtype=outputs.dtype, device=outputs.device)
+        chosen[torch.arange(len(chosen)), start + torch.arange(len(chosen))] = 1
+        (found,) = torch.autograd.grad(outputs, source, chosen, retain_graph=True, is_grads_batched=True)
+        parts.append(found)
+    return torch.cat(parts)

@@ -1,0 +1,143 @@
+"""Run a part of a forward again: put another tensor in the place of one that was made, and stop at another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from neuronscope.attach.neuron_flow import nested_tensors
+from neuronscope.linear.affine_flow import Affine
+
+__all__ = ["Replayed", "replay"]
+
+#: Gives what stands in the place of a source: called with the source, it returns a tensor of its shape.
+Replace = Callable[[Tensor], Tensor]
+
+
+class Replayed(NamedTuple):
+    """What a part of a forward gave.
+
+    Attributes:
+        source: What stood in the source's place.
+        result: What the map gave.
+        mixing: The arguments of the call in which attention mixed positions, by position and by name.
+        heads: Number of heads of the values that attention mixes; 1 if they are not apart.
+    """
+
+    source: Tensor
+    result: Tensor
+    mixing: tuple[tuple[Any, ...], Mapping[str, Any]]
+    heads: int
+
+
+def replay(
+    run: Callable[[Any], Any], inputs: Any, affine: Affine, replace: Replace, head: int | None = None
+) -> Replayed:
+    """Run a model up to the end of a map, with gradients.
+
+    Args:
+        run: Runs the model on inputs.
+        inputs: The inputs, nested.
+        affine: The map.
+        replace: See :data:`Replace`.
+        head: If given, attention's mixture of positions is left out, and of its values only this head is kept.
+
+    Raises:
+        RuntimeError: The model did not come from the source to the end of the map.
+    """
+    piece = _Piece(affine, replace, head)
+    if affine.source.call < 0:
+        inputs = piece.with_source(inputs)
+    try:
+        with torch.enable_grad(), piece:
+            run(inputs)
+    except _StopForward:
+        pass
+    if piece.source is None or piece.result is None:
+        raise RuntimeError("the model ran otherwise than before")
+    return Replayed(piece.source, piece.result, piece.mixing, piece.heads)
+
+
+class _StopForward(Exception):  # noqa: N818, no error: the rest of the forward is not needed
+    """Ends a forward."""
+
+
+class _Piece(TorchFunctionMode):
+    """Replaces the source of a map, and keeps the source and what the map gives; see :func:`replay`."""
+
+    def __init__(self, affine: Affine, replace: Replace, head: int | None) -> None:
+        super().__init__()
+        self.source: Tensor | None = None
+        self.result: Tensor | None = None
+        self.mixing: tuple[tuple[Any, ...], Mapping[str, Any]] = ((), {})
+        self.heads = 1
+        self._affine = affine
+        self._replace = replace
+        self._head = head
+        self._call = -1
+
+    def with_source(self, inputs: Any) -> Any:
+        """Return inputs with the source, which is one of them, replaced."""
+        source, seen = self._affine.source.output, -1
+
+        def changed(value: Any) -> Any:
+            nonlocal seen
+            if isinstance(value, Tensor):
+                seen += 1
+                return self._replaced(value) if seen == source else value
+            if isinstance(value, Mapping):
+                return {name: changed(member) for name, member in value.items()}
+            if isinstance(value, (tuple, list)):
+                return _like(value, [changed(member) for member in value])
+            return value
+
+        return changed(inputs)
+
+    def _replaced(self, tensor: Tensor) -> Tensor:
+        self.source = self._replace(tensor.detach())
+        return self.source
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._call += 1
+        if self._call == self._affine.mixing:
+            self.mixing = args, kwargs
+            if self._head is not None:
+                return self._one_head(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if self._call == self._affine.source.call:
+            if isinstance(result, Tensor):
+                return self._replaced(result)
+            place = self._affine.source.output
+            return _like(
+                result, [self._replaced(each) if number == place else each for number, each in enumerate(result)]
+            )
+        if self._call == self._affine.end.call:
+            self.result = list(nested_tensors(result))[self._affine.end.output]
+            raise _StopForward
+        return result
+
+    def _one_head(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the values that attention mixes, unmixed, and zero but for one head."""
+        tensors = list(nested_tensors((args, dict(kwargs))))
+        grouped = func.__name__ == "scaled_dot_product_attention"
+        values = tensors[2] if grouped else tensors[1]
+        if values.dim() != 4:
+            return values.clone()
+        if grouped and values.shape[1] < tensors[0].shape[1]:  # several query heads read one head of values
+            values = values.repeat_interleave(tensors[0].shape[1] // values.shape[1], 1)
+        self.heads = values.shape[1]
+        kept = torch.zeros(self.heads, dtype=values.dtype, device=values.device)
+        kept[self._head] = 1
+        return values * kept[:, None, None]
+
+
+def _like(value: tuple[Any, ...] | list[Any], members: list[Any]) -> Any:
+    """Return a tuple, named tuple or list of the same type, with other members."""
+    return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
