@@ -118,13 +118,14 @@ class CompiledParts:
         tracing: Whether what is being traced is a part of the model, and not its own forward.
         met_unknown: Whether a part was traced that is no module with hooks. Of its inputs nothing is known then,
             because its graph would serve others too.
-        alone: Modules whose forward was traced by itself though they are not compiled: a graph broke around them.
+        alone: The ``id`` of each module whose forward was traced by itself though it is not compiled: a graph broke
+            around it. (Torch would compile what a ``WeakSet`` does in Python.)
     """
 
     def __init__(self, flow: NeuronFlow, ordinals: Ordinals) -> None:
         self.inputs = ""
         self.exist = self.tracing = self.met_unknown = self._whole = False
-        self.alone: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.alone: set[int] = set()
         self._flow = flow
         self._ordinals = ordinals
         self._pre_activations: list[GivenPreActivations] = []  # in the graph that is being traced, of each offer
@@ -176,7 +177,7 @@ class CompiledParts:
         if not known:
             self._flow.hide_units()
             if isinstance(owner, nn.Module):
-                self.alone.add(owner)
+                self.alone.add(id(owner))
         self._before = len(self._flow.layers), self._flow.read, dict(self._ordinals)
         self._pre_activations = [{} for _ in self._offers()]
 

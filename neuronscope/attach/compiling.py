@@ -304,7 +304,8 @@ def while_tracing(
                 end.graph.add_cleanup_hook(end)
                 root = end.graph.root_tx
                 state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"))
-                _leave_uncounted(root.f_code, state)
+                if _leave_uncounted(root.f_code, state):
+                    listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
             with _tracing(translator):
                 function(*(_value(_variable(context.get_local(name))) for name in names))
 
@@ -332,9 +333,13 @@ class _GraphState:
 
 
 _OWN = "neuronscope"
+_CROWDED = (
+    "torch.compile is about to reach torch._dynamo.config.accumulated_recompile_limit, because each module that runs "
+    "{} has graphs of its own while it is watched. Set the limit higher, or compile the whole model"
+)
 
 
-def _leave_uncounted(code: CodeType, state: Hashable) -> None:
+def _leave_uncounted(code: CodeType, state: Hashable) -> bool:
     """Let the graph that is traced, and those before it, not count towards torch's limit of recompilations.
 
     An unwatched function needs as many graphs as a watched one needs for one state of ours. So the graphs count, all of
@@ -343,6 +348,9 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> None:
     Args:
         code: The function.
         state: What of ours the graph is made for.
+
+    Returns:
+        Whether the limit of all graphs of a function is so near that an unwatched run might soon have none left.
     """
     from torch._dynamo import config
     from torch._dynamo.guards import install_guard
@@ -359,6 +367,7 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> None:
         guards.id_matched_objs[_OWN] = made[-1]
 
     install_guard(GlobalStateSource().make_guard(leave_uncounted))
+    return len(made) > config.accumulated_recompile_limit - 2 * config.recompile_limit
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`

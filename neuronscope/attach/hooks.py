@@ -169,7 +169,7 @@ class HookManager:
                 self._hook(module, path, None)
 
     def _is_traced_alone(self, module: nn.Module) -> bool:
-        return is_compiled(module) or module in self.recorder.forward.parts.alone
+        return is_compiled(module) or id(module) in self.recorder.forward.parts.alone
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
