@@ -8,13 +8,16 @@ the layers that it was traced with: see :attr:`CompiledParts.inputs`.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from neuronscope.attach.compiling import TracedEnd
+from neuronscope.attach.compiling import TracedEnd, code_of_forward, is_compiled
 from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors, plain_shape
 from neuronscope.attach.origins import LOST, RAW, UNKNOWN, Origin
 from neuronscope.attach.units import has_units, resized
@@ -40,18 +43,20 @@ class _GraphEffect(NamedTuple):
         layers: The layers that it calls.
         read: Calls that its layers read, as bits.
         ordinals: How many activations of each name it applies to which units.
-        returned: What it returns; ``None`` if code follows that is not compiled.
+        left: What it returns; if code of its function follows that is not compiled, what that code is about to use.
+        ends: Whether its function ends with it.
     """
 
     first: int
     layers: tuple[str, ...]
     read: int
     ordinals: Ordinals
-    returned: Returned | None
+    left: Returned
+    ends: bool
 
 
 class _ModuleGraphs(NamedTuple):
-    """The graphs of one call of a module: what it was given then, the graphs, and what the last one returns."""
+    """Graphs that run one after another: what was given before them, the graphs, and what is given behind them."""
 
     given: tuple[Origin, ...]
     graphs: tuple[_GraphEffect, ...]
@@ -72,25 +77,31 @@ class GivenPreActivation(Protocol):
         """Note that its gradients are not measured."""
 
 
-#: By the number of the tensor among what the module is given, and the site.
+#: By the number of the tensor, and the site.
 GivenPreActivations = dict[tuple[int, SiteKey], GivenPreActivation]
 
 
-class _ModuleCall(NamedTuple):
-    """A call of a compiled module that has begun: the module, what it was given, and the kind of that.
+class _Offer(NamedTuple):
+    """Tensors that eager code gives to graphs: what a module was given, or what the last module returned.
 
     Attributes:
-        place: The module, the kind, and all else that the graphs depend on but shapes.
-        tensors: What it was given.
+        place: Where that was, and all that the graphs depend on but shapes.
+        tensors: References to the tensors.
         hooked: Which of these got a hook for a gradient.
     """
+
+    place: tuple[Any, ...]
+    tensors: tuple[weakref.ref[Tensor], ...]
+    hooked: GivenPreActivations
+
+
+class _ModuleCall(NamedTuple):
+    """A call of a compiled module that has begun: the module, what it was given, and the kind of that."""
 
     module: nn.Module
     given: tuple[Origin, ...]
     kind: str
-    place: tuple[Any, ...]
-    tensors: tuple[Tensor, ...]
-    hooked: GivenPreActivations
+    offer: _Offer
 
 
 class CompiledParts:
@@ -105,21 +116,30 @@ class CompiledParts:
             for inputs of the kind that it was traced with. ``""`` outside of a compiled module.
         exist: Whether a part of the model was traced.
         tracing: Whether what is being traced is a part of the model, and not its own forward.
-        met_unknown: Whether a part was traced that is no compiled module with hooks. Of its inputs nothing is known
-            then, because its graph would serve others too.
+        met_unknown: Whether a part was traced that is no module with hooks. Of its inputs nothing is known then,
+            because its graph would serve others too.
+        alone: The ``id`` of each module whose forward was traced by itself though it is not compiled: a graph broke
+            around it. (Torch would compile what a ``WeakSet`` does in Python.)
     """
 
     def __init__(self, flow: NeuronFlow, ordinals: Ordinals) -> None:
         self.inputs = ""
-        self.exist = self.tracing = self.met_unknown = False
+        self.exist = self.tracing = self.met_unknown = self._whole = False
+        self.alone: set[int] = set()
         self._flow = flow
         self._ordinals = ordinals
-        self._pre_activations: GivenPreActivations = {}  # in the graph that is being traced
-        self._given_at: dict[tuple[Any, ...], GivenPreActivations] = {}  # of each place
+        self._pre_activations: list[GivenPreActivations] = []  # in the graph that is being traced, of each offer
+        self._returned: _Offer | None = None
+        #: Of each place and function that was traced there.
+        self._given_at: dict[tuple[Any, ...], dict[str, GivenPreActivations]] = {}
         self._before: tuple[int, int, Ordinals] = 0, 0, {}  # the flow when the graph began that is being traced
-        self._traced: list[_GraphEffect] = []  # since the last module left
+        self._traced: list[_GraphEffect] = []  # since the last module began or ended
+        self._last: tuple[Any, ...] = ()  # which module that was
+        self._given: tuple[Origin, ...] = ()  # what it was given, or returned
+        self._passed = 0  # how many modules have begun or ended since the outermost one began
         self._running: list[_ModuleCall] = []
         self._kinds: dict[int, dict[tuple[Any, ...], str]] = {}  # of each module
+        self._numbers = itertools.count()  # no kinds of two modules are equal
         self._graphs: dict[tuple[Any, ...], _ModuleGraphs] = {}
 
     def clear(self) -> None:
@@ -127,21 +147,39 @@ class CompiledParts:
         self.inputs = ""
         self._running.clear()
         self._traced.clear()
+        self._start()
 
-    def begin_graph(self, is_model: bool) -> None:
+    def _start(self) -> None:
+        self._last, self._given, self._returned, self._passed = (), (), None, 0
+
+    @property
+    def may_call_modules(self) -> bool:
+        """Whether compiled code may be running that calls modules in eager code: where a graph breaks inside them."""
+        return self._whole or bool(self._running)
+
+    def begin_graph(self, is_model: bool, code: CodeType, owner: Any) -> None:
         """Note that a graph begins to be traced.
 
         Args:
             is_model: Whether it is the model's own forward or a part of it, or nothing runs around it.
+            code: See :class:`~neuronscope.attach.compiling.GraphListener`.
+            owner: See there.
         """
+        self._whole |= is_model
         self.tracing = not is_model
         self.exist |= self.tracing
-        known = self.inputs not in ("", _OTHER) or is_model
+        module = self._running[-1].module if self._running else None
+        is_module = module is not None and (
+            is_compiled(module) or owner is module or (owner is None and code == code_of_forward(module))
+        )
+        known = (is_module and self.inputs != _OTHER) or is_model
         self.met_unknown |= not known
         if not known:
             self._flow.hide_units()
+            if isinstance(owner, nn.Module):
+                self.alone.add(id(owner))
         self._before = len(self._flow.layers), self._flow.read, dict(self._ordinals)
-        self._pre_activations = {}
+        self._pre_activations = [{} for _ in self._offers()]
 
     def end_graph(self, end: TracedEnd | None) -> None:
         """Note that a graph was traced, or undo what it did to the flow if it was dropped.
@@ -165,43 +203,55 @@ class CompiledParts:
                 tuple(flow.layers[first:]),
                 flow.read & ~read,
                 {place: count for place, count in made.items() if count},
-                None
-                if end.returned is None
-                else tuple((flow.origin(tensor), plain_shape(tensor)) for tensor in nested_tensors(end.returned)),
+                tuple((flow.origin(tensor), plain_shape(tensor)) for tensor in nested_tensors(end.left)),
+                end.ends,
             )
         )
-        self._hook_given()
+        self._hook_given(end.function)
 
     def note_given(self, x: Tensor, site: SiteKey, activation: GivenPreActivation) -> None:
         """Note that an input of the graph that is traced is a pre-activation.
 
         In the graph, its gradient is that of the uses in the graph alone. So the tensor itself gets a hook, each time
-        that the module runs which was given it.
+        that a module is given it or has returned it.
 
         Args:
             x: The tensor.
             site: The site of its activation.
             activation: Its activation.
         """
-        tensors = self._running[-1].tensors if self._running else ()
-        number = next((number for number, tensor in enumerate(tensors) if tensor is x), None)
-        if number is None:
-            activation.give_up()
-        else:
-            self._pre_activations[number, site] = activation
+        for offer, found in zip(self._offers(), self._pre_activations, strict=True):
+            for number, tensor in enumerate(offer.tensors):
+                if tensor() is x:
+                    found[number, site] = activation
+                    return
+        activation.give_up()
 
-    def _hook_given(self) -> None:
+    def _offers(self) -> list[_Offer]:
+        given = self._running[-1].offer if self._running else None
+        return [offer for offer in (given, self._returned) if offer is not None]
+
+    def _hook_given(self, function: str) -> None:
         """Before a graph runs for the first time, register hooks on its inputs that are pre-activations in it."""
-        if not self._running:
-            return
-        call, found = self._running[-1], self._pre_activations
-        known = self._given_at.setdefault(call.place, found)
-        for place in known.keys() ^ found.keys():  # they depend on more than is known before the module runs
-            (known.get(place) or found[place]).give_up()
-        for (number, site), activation in found.items():
-            if (number, site) not in call.hooked:
-                call.hooked[number, site] = activation
-                activation.register(call.tensors[number])
+        for offer, found in zip(self._offers(), self._pre_activations, strict=True):
+            known = self._given_at.setdefault(offer.place, {}).setdefault(function, found)
+            for place in known.keys() ^ found.keys():  # they depend on more than is known before the graph runs
+                (known.get(place) or found[place]).give_up()
+            self._hook(offer, found)
+
+    def _hook(self, offer: _Offer, found: GivenPreActivations) -> None:
+        for place, activation in found.items():
+            tensor = offer.tensors[place[0]]()
+            if place not in offer.hooked and tensor is not None:
+                offer.hooked[place] = activation
+                activation.register(tensor)
+
+    def _offer(self, place: tuple[Any, ...], tensors: Sequence[Tensor]) -> _Offer:
+        """Return what eager code gives to graphs, after registering hooks on what is known to be a pre-activation."""
+        offer = _Offer(place, tuple(map(weakref.ref, tensors)), {})
+        for found in self._given_at.get(place, {}).values():
+            self._hook(offer, found)
+        return offer
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: tuple[Any, ...]
@@ -215,17 +265,18 @@ class CompiledParts:
             state: All else that the graphs depend on, such as the phase.
         """
         tensors = tuple(nested_tensors((args, kwargs)))
+        if not self._running and not self._whole:
+            self._start()
+        self._pass_graphs(tensors, (True, id(module)), (torch.is_grad_enabled(), module.training, *state))
         given = tuple(origin for origin in map(self._flow.known, tensors) if origin is not None)
         kinds = self._kinds.setdefault(id(module), {})
         facts = _facts(given)
         if facts not in kinds:
-            kinds[facts] = str(len(kinds)) if len(kinds) < _MOST_KINDS else _OTHER
+            kinds[facts] = str(next(self._numbers)) if len(kinds) < _MOST_KINDS else _OTHER
         self.inputs = kinds[facts]
-        place = (id(module), self.inputs, torch.is_grad_enabled(), module.training, *state)
-        hooked = dict(self._given_at.get(place, {}))
-        for (number, _), activation in hooked.items():
-            activation.register(tensors[number])
-        self._running.append(_ModuleCall(module, given, self.inputs, place, tensors, hooked))
+        self._last, self._given = (True, id(module), self.inputs), given
+        offer = self._offer((*self._last, torch.is_grad_enabled(), module.training, *state), tensors)
+        self._running.append(_ModuleCall(module, given, self.inputs, offer))
 
     def leave(self, module: nn.Module, output: Any, state: tuple[Any, ...]) -> None:
         """Note what the graphs did that ran in a module, if any did.
@@ -235,24 +286,41 @@ class CompiledParts:
             output: What it returned.
             state: All else that the graphs depend on, such as the phase.
         """
-        call = self._running[-1] if self._running else _ModuleCall(module, (), "", (), (), {})
-        tensors = list(nested_tensors(output))
-        place = (id(module), call.kind, torch.is_grad_enabled(), module.training, *state)
+        tensors = tuple(nested_tensors(output))
+        self._pass_graphs(tensors, (False, id(module)), (torch.is_grad_enabled(), module.training, *state))
+        if self._running and self._running[-1].module is module:
+            call = self._running.pop()
+            self.inputs = self._running[-1].kind if self._running else ""
+            self._last, self._given = (False, id(module), call.kind), ()
+            place = (*self._last, self._passed, torch.is_grad_enabled(), module.training, *state)
+            self._returned = self._offer(place, tensors)
+
+    def _pass_graphs(self, tensors: Sequence[Tensor], module: tuple[bool, int], state: tuple[Any, ...]) -> None:
+        """Note what the graphs did that ran since a module began or ended the last time, or repeat it.
+
+        Args:
+            tensors: What the module that begins now is given, or what the one that ends returned.
+            module: Whether it begins, and its ``id``.
+            state: All else that the graphs depend on.
+        """
+        begins, number = module
+        is_all = not begins and self._last[:2] == (True, number)  # all graphs of a module that calls no other one
+        place = (self._last, *module, *state, -1 if is_all else self._passed)
+        self._passed += 1
         shapes = tuple(plain_shape(tensor) for tensor in tensors)
         graphs, self._traced = self._traced, []
         if graphs:  # what they did is in the flow already
-            returned = graphs[-1].returned
-            if returned is not None and tuple(shape for _, shape in returned) == shapes:
-                entry = _ModuleGraphs(call.given, tuple(graphs), returned)
+            left = graphs[-1].left
+            if begins:
+                left = left[max(0, len(left) - len(shapes)) :]
+            if graphs[-1].ends is not begins and tuple(shape for _, shape in left) == shapes:
+                entry = _ModuleGraphs(self._given, tuple(graphs), left)
                 self._graphs[(*place, shapes)] = self._graphs[(*place, tuple(map(len, shapes)))] = entry
-                self._put(tensors, returned, lambda origin: origin)
+                self._put(tensors, left, lambda origin: origin)
         else:
             known = self._graphs.get((*place, shapes)) or self._graphs.get((*place, tuple(map(len, shapes))))
             if known is not None and self._came_from_graph(tensors, known):
-                self._repeat(known, call.given, tensors)
-        if self._running and self._running[-1].module is module:
-            self._running.pop()
-            self.inputs = ""
+                self._repeat(known, self._given, tensors)
 
     def _came_from_graph(self, tensors: Sequence[Tensor], graphs: _ModuleGraphs) -> bool:
         """Whether the tensors were not made by functions that the flow has seen, as they are if nothing is compiled."""

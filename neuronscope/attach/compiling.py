@@ -10,7 +10,6 @@ import contextlib
 import functools
 import inspect
 import os
-import re
 import sys
 import threading
 from collections import Counter
@@ -35,6 +34,7 @@ __all__ = [
     "OptimizedModule",
     "TracedEnd",
     "ask_modes_about",
+    "code_of_forward",
     "comptime",
     "count_compilations",
     "enters_graph",
@@ -210,11 +210,11 @@ class GraphListener(Protocol):
 
     trace_error: Exception | None
 
-    def begin_graph(self, code: tuple[str, str], owner: Any) -> Hashable:
+    def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made, so that others need another.
 
         Args:
-            code: Which function is traced, or a part of: its file and its name.
+            code: Which function is traced, or a part of.
             owner: The ``self`` of that function; ``None`` if it has none, or does not need it any more.
         """
 
@@ -231,13 +231,17 @@ class TracedEnd(NamedTuple):
     """What traced code has at its end, with a fake tensor for each tensor.
 
     Attributes:
-        code: Which function it is, or a part of: its file and its name.
-        returned: What it returns; ``None`` if code of the same function follows that is not compiled.
-        variables: Its local variables that this code needs, by name.
+        code: Which function it is, or a part of.
+        function: The name of this part of it.
+        ends: Whether the function ends; otherwise code of it follows that is not compiled.
+        left: What it returns; else the values that the next call needs, its arguments last.
+        variables: Its local variables that the code that follows needs, by name.
     """
 
-    code: tuple[str, str]
-    returned: Any
+    code: CodeType
+    function: str
+    ends: bool
+    left: Any
     variables: dict[str, Any]
 
 
@@ -259,19 +263,23 @@ class _GraphEnd(NamedTuple):
 
 
 def _traced_end(translator: Any, breaks: bool) -> TracedEnd:
-    returned = _value(translator.stack[-1]) if translator.stack and not breaks else None
+    left = [_value(each) for each in translator.stack] if breaks else _value(translator.stack[-1])
     variables = {name: _value(variable) for name, variable in translator.symbolic_locals.items()} if breaks else {}
-    return TracedEnd(_code(translator), returned, variables)
+    return TracedEnd(_original_code(translator.f_code), translator.f_code.co_name, not breaks, left, variables)
 
 
-_RESUMED = re.compile(r"torch_dynamo_resume_in_(.*)_at_\d+")
+def _original_code(code: CodeType) -> CodeType:
+    """Return the code of a function; of one that torch made of the rest of a function, the code of the whole."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+
+    resumed: Any = ContinueExecutionCache.generated_code_metadata.get(code)
+    original: CodeType = code if resumed is None else resumed.code
+    return original
 
 
-def _code(translator: Any) -> tuple[str, str]:
-    """Return the file and the name of a function that is traced, or of the function of which it is a part."""
-    code = translator.f_code
-    resumed = _RESUMED.fullmatch(code.co_name)
-    return code.co_filename, resumed[1] if resumed else code.co_name
+def code_of_forward(module: nn.Module) -> CodeType | None:
+    """Return the code of the forward of a module; ``None`` if it is not written in Python."""
+    return getattr(type(module).forward, "__code__", None)
 
 
 def while_tracing(
@@ -295,7 +303,9 @@ def while_tracing(
             if listener is not None and (end := _GraphEnd(translator.output, listener)) not in end.graph.cleanup_hooks:
                 end.graph.add_cleanup_hook(end)
                 root = end.graph.root_tx
-                _leave_uncounted(root.f_code, listener.begin_graph(_code(root), root.f_locals.get("self")))
+                state = listener.begin_graph(_original_code(root.f_code), root.f_locals.get("self"))
+                if _leave_uncounted(root.f_code, state):
+                    listener.trace_error = RuntimeError(_CROWDED.format(root.f_code.co_qualname))
             with _tracing(translator):
                 function(*(_value(_variable(context.get_local(name))) for name in names))
 
@@ -323,9 +333,13 @@ class _GraphState:
 
 
 _OWN = "neuronscope"
+_CROWDED = (
+    "torch.compile is about to reach torch._dynamo.config.accumulated_recompile_limit, because each module that runs "
+    "{} has graphs of its own while it is watched. Set the limit higher, or compile the whole model"
+)
 
 
-def _leave_uncounted(code: CodeType, state: Hashable) -> None:
+def _leave_uncounted(code: CodeType, state: Hashable) -> bool:
     """Let the graph that is traced, and those before it, not count towards torch's limit of recompilations.
 
     An unwatched function needs as many graphs as a watched one needs for one state of ours. So the graphs count, all of
@@ -334,6 +348,9 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> None:
     Args:
         code: The function.
         state: What of ours the graph is made for.
+
+    Returns:
+        Whether the limit of all graphs of a function is so near that an unwatched run might soon have none left.
     """
     from torch._dynamo import config
     from torch._dynamo.guards import install_guard
@@ -350,6 +367,7 @@ def _leave_uncounted(code: CodeType, state: Hashable) -> None:
         guards.id_matched_objs[_OWN] = made[-1]
 
     install_guard(GlobalStateSource().make_guard(leave_uncounted))
+    return len(made) > config.accumulated_recompile_limit - 2 * config.recompile_limit
 
 
 _translators: list[Any] = []  # what traces the code that called `comptime`
@@ -416,7 +434,7 @@ def enters_graph(tensor: Tensor) -> bool:
     return node is not None and node.op == "placeholder"
 
 
-def traced_variable(tensor: Tensor) -> tuple[tuple[str, str], str] | None:
+def traced_variable(tensor: Tensor) -> tuple[CodeType, str] | None:
     """Return the variable that holds an input of a graph, if code of the same function ran before the graph.
 
     Args:
@@ -425,12 +443,12 @@ def traced_variable(tensor: Tensor) -> tuple[tuple[str, str], str] | None:
     Returns:
         The function, as in :class:`TracedEnd`, and the variable as an expression; ``None`` if there is none.
     """
-    node, root = _nodes.get(tensor), _translators[-1].output.root_tx
-    argument = None if node is None else node.meta.get("grapharg")
-    if argument is None or _RESUMED.fullmatch(root.f_code.co_name) is None:
+    node, code = _nodes.get(tensor), _translators[-1].output.root_tx.f_code
+    argument, original = None if node is None else node.meta.get("grapharg"), _original_code(code)
+    if argument is None or original is code:
         return None
     name = argument.source.name
-    return _code(root), name() if callable(name) else name
+    return original, name() if callable(name) else name
 
 
 def _tensor_of(node: Any) -> Any:

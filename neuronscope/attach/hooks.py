@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
+    code_of_forward,
     count_compilations,
     in_backward,
     is_compiled,
@@ -120,7 +121,7 @@ class HookManager:
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
-        self.recorder.own_code = _code_of_forward(model)
+        self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
         self.recorder.is_part = self._is_part
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
         self._compilations = count_compilations()
@@ -164,8 +165,11 @@ class HookManager:
         model = self._model()
         self.recorder.forward.parts.met_unknown = False
         for path, module in () if model is None else walk(model):
-            if path and is_compiled(module) and module not in self._hooked:
+            if path and self._is_traced_alone(module) and module not in self._hooked:
                 self._hook(module, path, None)
+
+    def _is_traced_alone(self, module: nn.Module) -> bool:
+        return is_compiled(module) or id(module) in self.recorder.forward.parts.alone
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
@@ -176,7 +180,7 @@ class HookManager:
         """Put hooks on a module, if it needs any."""
         is_root = path == ""
         if activation is None and not is_root and not _names_places(module):
-            if is_compiled(module):
+            if self._is_traced_alone(module):
                 self._hooked.add(module)
                 self._handles.add_before(module, _EnterPart(self))
                 self._handles.add_after(module, _LeavePart(self))
@@ -495,8 +499,9 @@ class HookManager:
                 self._attach_to_late_parts()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        if caller is not None and is_compiled(module):
-            self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
+        parts = self.recorder.forward.parts
+        if caller is not None and (self._is_traced_alone(module) or (path != "" and parts.may_call_modules)):
+            parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.
@@ -626,13 +631,6 @@ class HookManager:
             self.recorder.carry(x, y)
         if not self.running and not self.recorder.forward.module_stack:
             self.thread.in_forward = None
-
-
-def _code_of_forward(model: nn.Module) -> tuple[str, str]:
-    """Return the file and the name of the forward of the model inside its wrappers."""
-    own = [module for path, module in walk(model) if path == ""][-1]
-    code = getattr(type(own).forward, "__code__", None)
-    return ("", "") if code is None else (code.co_filename, code.co_name)
 
 
 def _names_places(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +198,7 @@ class NeuronFlow:
             self._origins.entries.update(self._hidden.entries)
             self._hidden = None
 
-    def note_variables(self, code: tuple[str, str], variables: Mapping[str, Any]) -> None:
+    def note_variables(self, code: CodeType, variables: Mapping[str, Any]) -> None:
         """Note what the tensors are that a graph leaves in the variables of a function, for the graph that follows.
 
         Args:

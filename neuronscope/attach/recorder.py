@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class SiteRecorder:
         forward: The forward that is running.
         sites: Finds the sites.
         unmeasured: What is not measured.
-        own_code: File and name of the model's own forward.
+        own_code: The model's own forward.
         is_part: Returns whether an object is a module inside the model.
         lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
         got_gradients: Whether a gradient has arrived.
@@ -102,7 +103,7 @@ class SiteRecorder:
         self.sites = SiteFinder(self.forward, self, new_counters, declared_axis)
         self.unmeasured = self.sites.unmeasured
         self.fail = fail
-        self.own_code = "", ""
+        self.own_code: CodeType | None = None
         self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
@@ -269,7 +270,7 @@ class SiteRecorder:
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
         return call
 
-    def begin_graph(self, code: tuple[str, str], owner: Any) -> Hashable:
+    def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made.
 
         Args:
@@ -283,7 +284,7 @@ class SiteRecorder:
             is_model = running[-1] == "" and code == self.own_code and not self.is_part(owner)
         else:
             is_model = not forward.parts.inputs and not (forward.explicit_step and self.is_part(owner))
-        forward.parts.begin_graph(is_model)
+        forward.parts.begin_graph(is_model, code, owner)
         return id(self), self.running_phase, forward.parts.inputs, *running
 
     def end_graph(self, end: TracedEnd | None) -> None:

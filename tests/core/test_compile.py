@@ -273,7 +273,7 @@ class Breaking(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept = {"h": (self.a(x), 1)}
         torch._dynamo.graph_break()
-        h = self.b(F.relu(kept["h"][0]))
+        h = self.b(F.relu(kept["h"][0] * 2))  # in the graph: see test_compile_inputs
         torch._dynamo.graph_break()
         return h + x
 

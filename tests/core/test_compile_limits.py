@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.core.test_compile import Counter, assert_same_census, train
 
@@ -155,3 +156,21 @@ def test_more_models_of_one_class_than_the_limit_are_compiled_and_counted():
                 run(torch.ones(4, 8)).sum().backward()
             watchers.append(watcher)
     assert [watcher.scope.census()["0.up/gelu"].positions for watcher in watchers] == [4] * 4
+
+
+def test_before_the_limit_of_all_graphs_is_met_the_watch_ends_and_training_goes_on():
+    states = []
+    for watcher in (Nobody(), Watched()):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, backend = Stack(6), Counter("aot_eager")
+        with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=6), watcher.attach(model):
+            in_place(model, backend, True)
+            if isinstance(watcher, Watched):
+                with pytest.warns(ns.NeuronscopeWarning, match="accumulated_recompile_limit"):
+                    train(model, model, watcher, (4, 5), 2)
+            else:
+                train(model, model, watcher, (4, 5), 2)
+        states.append(state_of(model))
+    assert_bits(*states)
+    assert "accumulated_recompile_limit" in str(watcher.scope.report())

@@ -1,0 +1,160 @@
+"""A graph that breaks inside a submodule: names and counts behind the break are those of eager code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
+from tests.core.test_compile import Counter, assert_same_census, train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Breaking(nn.Module):
+    """Breaks between two layers, or before the first."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.late = nn.Linear(8, 8), nn.Linear(8, 8), late
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.late:
+            x = self.a(x)
+        torch._dynamo.graph_break()
+        return self.b(F.relu(x * 2))
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner = nn.Linear(8, 8), Breaking(late=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.inner(F.silu(self.a(x)))) * 2
+
+
+class Outer(nn.Module):
+    """The compiled model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.early, self.part, self.nested = Breaking(late=False), Breaking(late=True), Nested()
+        self.relu = nn.ReLU()
+
+
+class Input(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.early(self.first(x)))
+
+
+class ModuleBehind(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.relu(self.part(self.first(x)) * 1.5))
+
+
+class FunctionBehind(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.early(self.first(x)) * 1.5))
+
+
+class Residual(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x) * 2
+        return self.last(F.relu(h + self.part(h)) + F.gelu(h * 3))
+
+
+class Twice(Outer):
+    """A part that is called twice, with units of other layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.early(self.first(x))
+        return self.last(F.relu(self.early(self.second(h)) * 2))
+
+
+class InNested(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.elu(h := self.nested(F.relu(self.first(x)))) * 2 + h)
+
+
+class ByName(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.early(x=self.second(F.silu(self.first(x)))))
+
+
+CASES = {case.__name__: case for case in (Input, ModuleBehind, FunctionBehind, Residual, Twice, InNested, ByName)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_behind_a_break_in_a_submodule_sites_and_counts_are_those_of_eager(name):
+    runs = []
+    for watcher, compiles in ((Watched(), False), (Watched(), True), (Nobody(), True)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = CASES[name]()
+        run = torch.compile(model, backend=Counter("aot_eager")) if compiles else model
+        with watcher.attach(model):
+            train(model, run, watcher, (4, 5), 3)
+            with watcher.phase("val"), torch.no_grad():
+                run(torch.ones(3, 5))
+        runs.append((getattr(watcher, "scope", None), state_of(model)))
+    (eager, _), (compiled, weights), (_, plain) = runs
+    assert_bits(weights, plain)
+    assert compiled._hooks.failure is None
+    for phase in ("train", "val"):
+        assert_same_census(compiled.census(phase), eager.census(phase))
+    assert compiled.report().not_measured == eager.report().not_measured
+
+
+class Plain(nn.Module):
+    """Has no parameters, and so no hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x * 2)
+
+
+class Loop(nn.Module):
+    """Breaks in a loop: torch runs its forward in eager code, and compiles what it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.plain = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in (self.second, self.last):
+            torch._dynamo.graph_break()
+            x = layer(self.plain(x))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:No activation of Loop was seen in the first observed step")
+def test_a_part_without_parameters_around_which_a_graph_breaks_is_told_apart_by_its_inputs():
+    """Of the step that traces it nothing is counted, which the report says; from the next one on, as in eager code."""
+    torch.manual_seed(0)
+    model, watcher = Loop(), Watched()
+    with watcher.attach(model):
+        train(model, torch.compile(model, backend="aot_eager"), watcher, (4, 5), 4)
+    assert watcher.scope._hooks.failure is None
+    counts = {name: (tally.positions, tally.gradient_positions) for name, tally in watcher.scope.census().items()}
+    assert counts == {"first/relu": (12, 12), "second/relu": (12, 12)}
+    assert [place.name for place in watcher.scope.report().not_measured] == ["relu()"]
