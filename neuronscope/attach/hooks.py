@@ -236,7 +236,8 @@ class HookManager:
         if observing and self.recorder.forward.parts.met_unknown:
             self._attach_to_late_parts()
         self.recorder.restart()
-        self.entered.leave(handling=self._mode.handling)
+        if self._step_open:
+            self.entered.leave(handling=self._mode.handling)
         self._end()
         self.observing = observing
         if observing and self._step_open:
@@ -277,13 +278,14 @@ class HookManager:
         self.recorder.forward.explicit_step = explicit_step
         self.recorder.forward.forget()
 
-    def watches_here(self, begins: bool = False) -> bool:
+    def watches_here(self, traced: bool, begins: bool = False) -> bool:
         """Whether to count what runs in this thread.
 
         Args:
+            traced: Whether ``torch.compile`` traces it.
             begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
         """
-        if is_tracing() or self.thread.in_forward == get_ident():  # a graph is traced in one thread
+        if traced or self.thread.in_forward == get_ident():  # a graph is traced in one thread
             return self.observing
         if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
             return False
@@ -520,7 +522,7 @@ class HookManager:
 
     def _leave_fused(self, module: nn.Module, output: Any) -> None:
         """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
-        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here():
+        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here(False):
             try:
                 self.leave(self.recorder.forward.current_path, module, output)
             except Exception as error:
@@ -536,7 +538,8 @@ class HookManager:
         """
         if self._fused_calls:
             self._end_fused(output)
-        self.leave_part(module, output)
+        if self.recorder.compiled:
+            self.leave_part(module, output)
         if path == "":
             self.recorder.forward.note_outputs(output)
         if self.recorder.forward.leave():
@@ -604,7 +607,8 @@ class HookManager:
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
             call = self.recorder.begin(path, "", activation, x, glu_dim)
-            self.entered.suspend()  # its inner calls are not watched
+            if caller is not None:
+                self.entered.suspend()  # its inner calls are not watched
         self.begin_activation(call, caller)
 
     def after(self, x: Any, y: Any) -> None:
@@ -657,9 +661,10 @@ class _EnterModule(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here(begins=True):
+        caller = None if is_tracing() else sys._getframe(1)
+        if self.manager.watches_here(caller is None, begins=True):
             try:
-                self.manager.enter(self.path, module, args, kwargs, _caller())
+                self.manager.enter(self.path, module, args, kwargs, caller)
             except Exception as error:
                 self.manager.fail(error)
         elif self.manager.failure is not None:
@@ -672,12 +677,13 @@ class _EnterFusable(_EnterModule):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
         manager = self.manager
         try:
-            if manager.watches_here(begins=True):
-                manager.enter(self.path, module, args, kwargs, _caller())
+            traced = is_tracing()
+            if manager.watches_here(traced, begins=True):
+                manager.enter(self.path, module, args, kwargs, None if traced else sys._getframe(1))
             elif manager.failure is not None:
                 manager.recorder.forward.module_stack.append(self.path)
-            if not is_tracing() and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
-                if manager.watches_here():
+            if not traced and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
+                if manager.watches_here(traced):
                     manager.enter_fused(self.path, module, first_input(args, kwargs))
                 manager.hide_hooks(module)
         except Exception as error:
@@ -695,7 +701,7 @@ class _LeaveModule(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here():
+        if self.manager.watches_here(is_tracing()):
             try:
                 self.manager.leave(self.path, module, output)
             except Exception as error:
@@ -756,7 +762,7 @@ class _LabelOutput(InertHook):
         self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here() and not is_tracing():
+        if not is_tracing() and self.manager.watches_here(False):
             try:
                 self.manager.recorder.forward.flow.label_output(self.path, output)
             except Exception as error:
@@ -788,10 +794,12 @@ class _BeforeActivation(InertHook):
         self.activation = activation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here(begins=True):
+        manager, caller = self.manager, None if is_tracing() else sys._getframe(1)
+        if manager.watches_here(caller is None, begins=True):
             try:
                 with unwatched():
-                    self.manager.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
+                    x = args[0] if args else first_input(args, kwargs)
+                    manager.before(self.path, self.activation, module, x, caller)
             except Exception as error:
                 self.manager.fail(error)
 
@@ -801,10 +809,10 @@ class _AfterActivation(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        if self.manager.watches_here():
+        if self.manager.watches_here(is_tracing()):
             try:
                 kwargs = given[0] if len(given) > 1 else _NOTHING
                 with unwatched():
-                    self.manager.after(first_input(args, kwargs), given[-1])
+                    self.manager.after(args[0] if args else first_input(args, kwargs), given[-1])
             except Exception as error:
                 self.manager.fail(error)

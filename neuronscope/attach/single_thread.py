@@ -237,9 +237,7 @@ class EnteredMode:
             torch._C._push_on_torch_function_stack(mode)
 
     def suspend(self) -> None:
-        """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it."""
-        if is_tracing():
-            return
+        """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it; in eager mode."""
         here = threading.get_ident()
         if here in self._threads and torch._C._len_torch_function_stack():
             last = torch._C._pop_torch_function_stack()

@@ -33,6 +33,7 @@ CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "
 DeclaredAxis = Callable[[str, str, str], "int | None"]
 
 _MOST_CALLS = 20_000
+_UNSEEN: Any = object()
 
 
 class Call(NamedTuple):
@@ -186,9 +187,11 @@ class SiteFinder:
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, holds_no_data(x))
-            if facts in self._calls:
-                return self._calls[facts]
+            without = not x.is_cpu and holds_no_data(x)
+            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
+            found: Call | None = self._calls.get(facts, _UNSEEN)
+            if found is not _UNSEEN:
+                return found
         call = self._find_anew(phase, path, function, activation, x, glu_dim, origin, ordinal, traced)
         if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
