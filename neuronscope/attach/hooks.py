@@ -31,13 +31,25 @@ from neuronscope.attach.compiling import (
 )
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
-from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
-from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight, runs_fused
-from neuronscope.attach.gradient_hooks import InertHook
+from neuronscope.attach.function_mode import ActivationFunctionMode
+from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
+from neuronscope.attach.module_hooks import (
+    AfterActivation,
+    BeforeActivation,
+    EnterFusable,
+    EnterModule,
+    EnterPart,
+    LabelOutput,
+    LeaveModule,
+    LeavePart,
+    NoteLayout,
+    ResumeInside,
+    SuspendInside,
+)
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
@@ -53,9 +65,6 @@ _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
-#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does; and if
-#: another thread takes it off while it is about to be called.
-_NOTHING: Mapping[str, Any] = {}
 
 
 class HookManager:
@@ -145,16 +154,16 @@ class HookManager:
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
-                self._handles.add_after(module, _LabelOutput(self, path))
+                self._handles.add_after(module, LabelOutput(self, path))
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
-                self._handles.add_before(module, _SuspendInside(self))
-                self._handles.add_after(module, _ResumeInside(self))
+                self._handles.add_before(module, SuspendInside(self))
+                self._handles.add_after(module, ResumeInside(self))
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
             self._hook(module, path, activation)
             if is_time_first(module):
-                self._handles.add_before(module, _NoteLayout(self, self._examples))
+                self._handles.add_before(module, NoteLayout(self, self._examples))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
@@ -178,18 +187,18 @@ class HookManager:
         if activation is None and not is_root and not _names_places(module):
             if is_compiled(module):
                 self._hooked.add(module)
-                self._handles.add_before(module, _EnterPart(self))
-                self._handles.add_after(module, _LeavePart(self))
+                self._handles.add_before(module, EnterPart(self))
+                self._handles.add_after(module, LeavePart(self))
             return
         self._hooked.add(module)
         if activation is None or is_root:
-            enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
+            enter = EnterFusable if isinstance(module, FUSABLE) else EnterModule
             self._handles.add_before(module, enter(self, path))
         if activation is not None:
-            self._handles.add_before(module, _BeforeActivation(self, path, activation))
-            self._handles.add_after(module, _AfterActivation(self), with_kwargs=True)
+            self._handles.add_before(module, BeforeActivation(self, path, activation))
+            self._handles.add_after(module, AfterActivation(self), with_kwargs=True)
         if activation is None or is_root:
-            self._handles.add_after(module, _LeaveModule(self, path))
+            self._handles.add_after(module, LeaveModule(self, path))
 
     def detach(self) -> None:
         """Remove every hook; does nothing if it was done before."""
@@ -388,7 +397,7 @@ class HookManager:
         """
         for module in enclosing_modules(caller)[1:]:
             for hook in list(module._forward_pre_hooks.values()):
-                if isinstance(hook, _EnterModule) and hook.manager is self:
+                if isinstance(hook, EnterModule) and hook.manager is self:
                     return True
         return False
 
@@ -648,171 +657,3 @@ def _names_places(module: nn.Module) -> bool:
     if type(module) in (nn.ModuleList, nn.ModuleDict) or next(module.parameters(), None) is None:
         return False
     return not type(module).__module__.startswith("torch.nn.modules.") or next(module.children(), None) is not None
-
-
-def _caller() -> FrameType | None:
-    """Return the frame that called the hook that calls this; ``None`` while ``torch.compile`` traces."""
-    return None if is_tracing() else sys._getframe(2)
-
-
-class _EnterModule(InertHook):
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        caller = None if is_tracing() else sys._getframe(1)
-        if self.manager.watches_here(caller is None, begins=True):
-            try:
-                self.manager.enter(self.path, module, args, kwargs, caller)
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.module_stack.append(self.path)
-
-
-class _EnterFusable(_EnterModule):
-    """A hook on a module that torch may run in a fused kernel."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        manager = self.manager
-        try:
-            traced = is_tracing()
-            if manager.watches_here(traced, begins=True):
-                manager.enter(self.path, module, args, kwargs, None if traced else sys._getframe(1))
-            elif manager.failure is not None:
-                manager.recorder.forward.module_stack.append(self.path)
-            if not traced and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
-                if manager.watches_here(traced):
-                    manager.enter_fused(self.path, module, first_input(args, kwargs))
-                manager.hide_hooks(module)
-        except Exception as error:
-            manager.fail(error)
-
-
-def _is_ours(found: Any) -> bool:
-    """Whether a hook or a function mode is one of Neuronscope's."""
-    return isinstance(found, (InertHook, ActivationFunctionMode))
-
-
-class _LeaveModule(InertHook):
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here(is_tracing()):
-            try:
-                self.manager.leave(self.path, module, output)
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.leave()
-            self.manager.detach_when_idle()
-
-
-class _EnterPart(InertHook):
-    """A hook on a compiled module whose path names no place."""
-
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    self.manager.recorder.forward.parts.enter(module, args, kwargs)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _LeavePart(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    self.manager.leave_part(module, output)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _NoteLayout(InertHook):
-    """A hook on a module that takes its time dimension first."""
-
-    def __init__(self, manager: HookManager, examples: ExampleCounter) -> None:
-        self.manager = manager
-        self.examples = examples
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.is_counted_here():
-            try:
-                self.examples.note_layout(module, args, kwargs)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _LabelOutput(InertHook):
-    """A hook on a layer whose weight is distributed."""
-
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not is_tracing() and self.manager.watches_here(False):
-            try:
-                self.manager.recorder.forward.flow.label_output(self.path, output)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _SuspendInside(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.is_counted_here():
-            self.manager.begin_activation(None, _caller())
-
-
-class _ResumeInside(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.is_counted_here() and self.manager.running:
-            self.manager.after(None, None)
-
-
-class _BeforeActivation(InertHook):
-    def __init__(self, manager: HookManager, path: str, activation: Activation) -> None:
-        self.manager = manager
-        self.path = path
-        self.activation = activation
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        manager, caller = self.manager, None if is_tracing() else sys._getframe(1)
-        if manager.watches_here(caller is None, begins=True):
-            try:
-                with unwatched():
-                    x = args[0] if args else first_input(args, kwargs)
-                    manager.before(self.path, self.activation, module, x, caller)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _AfterActivation(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        if self.manager.watches_here(is_tracing()):
-            try:
-                kwargs = given[0] if len(given) > 1 else _NOTHING
-                with unwatched():
-                    self.manager.after(args[0] if args else first_input(args, kwargs), given[-1])
-            except Exception as error:
-                self.manager.fail(error)
