@@ -24,7 +24,6 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     count_compilations,
-    in_backward,
     is_compiled,
     is_tracing,
     unwatched,
@@ -53,7 +52,7 @@ from neuronscope.attach.module_hooks import (
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
-from neuronscope.attach.single_thread import CountedThread, EnteredMode, enclosing_modules
+from neuronscope.attach.single_thread import CountedThread, EnteredMode, Turns, enclosing_modules
 from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
@@ -116,9 +115,9 @@ class HookManager:
         self._mode = ActivationFunctionMode(self)
         self.entered = EnteredMode(self._mode)
         self.thread = CountedThread()
-        self._observe = observe
-        self._postponed = False  # whether `observe` is to be called when the next forward begins
-        self._may_be_inside = False  # whether a forward may be running of which nothing was observed
+        self.observe = observe
+        self._turns = Turns(self, self.recorder, self.thread)
+        self.change = self._turns.change  # has the phase and the step set, now or when the next forward begins
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
         #: Calls that torch fuses: how many modules run around each, the module, its input.
@@ -247,7 +246,7 @@ class HookManager:
         self.recorder.restart()
         if self._step_open:
             self.entered.leave(handling=self._mode.handling)
-        self._end()
+        self.end()
         self.observing = observing
         if observing and self._step_open:
             self.entered.enter(handling=self._mode.handling)
@@ -260,10 +259,8 @@ class HookManager:
             inputs: What the step is given; see :meth:`neuronscope.attach.forward.ForwardContext.begin_step`.
         """
         with self.recorder.lock:
-            if self.thread.thread != get_ident():
-                if not self._may_be_taken(claims=not self._trains()):
-                    return
-                self._change_thread(get_ident())
+            if not self._turns.take_for_step():
+                return
             self._step_open = True
         self._set_explicit_step(True)
         self.recorder.forward.step_is_forward = in_forward
@@ -298,98 +295,23 @@ class HookManager:
             return self.observing
         if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
             return False
-        return self._take_turn(sys._getframe(2), begins)
+        return self._turns.take(sys._getframe(2), begins)
 
     def is_counted_here(self) -> bool:
         """Whether this thread is the counted one, in a forward or not."""
         return self.observing and (is_tracing() or self.thread.here == get_ident())
 
-    def _take_turn(self, caller: FrameType, begins: bool) -> bool:
-        """Begin a forward in this thread, if it is the counted one or may be, and return whether to count it."""
-        thread, here = self.thread, get_ident()
-        with self.recorder.lock:
-            if not self._handles or self.failure is not None:
-                return False
-            if thread.thread == here and thread.claimed is not None:
-                self._give_up()
-                return False
-            if thread.here == here:
-                return begins and self._begin(caller)
-            if not begins or self._is_inside(caller):
-                return False
-            if thread.thread == here:  # another one ran in its place during its backward pass
-                thread.here = here
-                return self._begin(caller)
-        backward = in_backward()
-        thread.let_it_wait(self._is_busy, for_backward=backward)
-        with self.recorder.lock:
-            if backward and not thread.ended():
-                if self._is_busy() or not thread.waits(for_backward=True):
-                    return False
-                thread.here = here
-                return self._begin(caller)
-            claims = torch.is_grad_enabled() and not self._trains()
-            if self._may_be_taken(claims):
-                self._change_thread(here)
-                return self._begin(caller)
-        if claims and not thread.waits() and thread.claim(here):
-            with self.recorder.lock:
-                if thread.thread == here:
-                    thread.here = here
-                    return self._begin(caller)
-        self._note_turned_away()
-        return False
+    def is_attached(self) -> bool:
+        """Return whether hooks are on the model, and no error of our own has ended the watch."""
+        return bool(self._handles) and self.failure is None
 
-    def _trains(self) -> bool:
-        """Whether the counted thread ran any forward with gradients."""
-        return self.thread.graded or self.recorder.got_gradients
-
-    def _may_be_taken(self, claims: bool) -> bool:
-        """Whether another thread may become the counted one at once.
-
-        Args:
-            claims: Whether it has gradients, and the counted one had none.
-        """
-        thread = self.thread
-        if thread.ended():
-            return True
-        in_turn = thread.waits() and not thread.shared and not self.recorder.got_gradients
-        return (claims or in_turn) and not self._is_busy()
-
-    def _give_up(self) -> None:
-        """Give the place of the counted thread to the one that asks for it."""
-        claimer, claimed = self.thread.claimer, self.thread.claimed
-        self.recorder.forward.restart()
-        self._end()
-        self._change_thread(claimer)
-        self.thread.here = None  # its next call may be in the middle of a forward
-        if claimed is not None:
-            claimed.set()
-        self._note_turned_away()
-
-    def _change_thread(self, thread: int) -> None:
-        """Count another thread from now on."""
-        if self.thread.in_forward is not None:  # an interrupt ended the last thread
-            self.recorder.forward.restart()
-            self._end()
-        self.thread.become(thread)
-        self.recorder.got_gradients = self._postponed = False
-        self._observe()
-
-    def _note_turned_away(self) -> None:
-        self.thread.shared = True
-        self.recorder.unmeasured.reasons["(root)"] = (
-            f"it ran in several threads at once, and only what the thread {self.thread.name()} ran was counted: run it "
-            "in one thread, or run and watch a copy of it (`copy.deepcopy`) in each"
-        )
-
-    def _is_busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether the counted thread runs a forward, or is in an explicit step."""
         frame = self._activation or self.callers.innermost
         running = self.thread.in_forward is not None or self.thread.claimed is not None
         return self._step_open or (running and (frame is None or self.thread.runs(frame)))  # or it was interrupted
 
-    def _is_inside(self, caller: FrameType) -> bool:
+    def is_inside(self, caller: FrameType) -> bool:
         """Whether a module that calls its hooks runs inside another one of the model.
 
         Args:
@@ -401,42 +323,6 @@ class HookManager:
                     return True
         return False
 
-    def _begin(self, caller: FrameType) -> bool:
-        """Note that a forward begins in this thread if it is the counted one, and return whether to count it.
-
-        Args:
-            caller: The frame that calls the hook of its outermost module.
-        """
-        with self.recorder.lock:
-            if self.thread.here != get_ident():
-                return False
-            if self.thread.claimed is not None:
-                self._give_up()
-                return False
-            if self._postponed:
-                self._postponed = False
-                self._observe()
-            if self._may_be_inside:
-                if self._is_inside(caller):
-                    return False
-                self._may_be_inside = False
-            if self.observing:
-                self.thread.in_forward = self.thread.here
-                self.thread.graded = self.thread.graded or torch.is_grad_enabled()
-            return self.observing
-
-    def change(self) -> None:
-        """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
-
-        Between its forward and its backward pass, what is known of that forward is needed still.
-        """
-        with self.recorder.lock:
-            elsewhere = self.thread.elsewhere() is not None
-            self._postponed = elsewhere and self.observing
-            if not self._postponed:
-                self._observe()
-                self._may_be_inside |= elsewhere and self.observing
-
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, and forget what an interrupt ended.
 
@@ -447,14 +333,14 @@ class HookManager:
         if module_stack and self.thread.is_here():
             del module_stack[self.callers.running(len(module_stack), caller) :]
             if not module_stack:
-                self._end()
+                self.end()
         if self._activation is not None and not is_on_stack(self._activation, caller):
             self._activation = None
             self.running.clear()
             self.entered.resume()
         return bool(module_stack) or self._step_open
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Reset the state of a forward that has ended, and leave the function mode unless a step is open."""
         self.callers.cut(0)
         self._activation = None
@@ -496,7 +382,7 @@ class HookManager:
             self._forget_interrupted(module, caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
-            if self.thread.in_forward != get_ident() and not self._begin(caller):
+            if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
@@ -552,7 +438,7 @@ class HookManager:
         if path == "":
             self.recorder.forward.note_outputs(output)
         if self.recorder.forward.leave():
-            self._end()
+            self.end()
         else:
             self.callers.cut(len(self.recorder.forward.module_stack))
 
@@ -611,7 +497,7 @@ class HookManager:
         call = None
         if caller is not None:
             self._forget_interrupted(module, caller)
-            if self.thread.in_forward != get_ident() and not self._begin(caller):
+            if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
