@@ -525,7 +525,7 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.recorder.sites.all_not_measured(),
+                self._hooks.recorder.sites.all_not_measured(compiled=self._hooks.recorder.compiled),
                 phase,
                 self._hooks.module_sites,
                 self._hooks.recorder.unmeasured.phases_of_modules,

@@ -108,7 +108,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | N
     idle = set(hooks.module_sites) - {*recorder.unmeasured.phases_of_modules}
     graph.not_seen = {
         **dict.fromkeys(sorted(path or "(root)" for path in idle), "it did not run on the example"),
-        **recorder.sites.all_not_measured(),
+        **recorder.sites.all_not_measured(compiled=recorder.compiled),
     }
     return graph
 
