@@ -98,6 +98,12 @@ def test_a_bound_that_is_not_finite_stays_so() -> None:
     assert bounds["act"].highest.max() == np.inf
 
 
+def test_a_relu_of_the_input_itself_has_its_interval() -> None:
+    graph = trace(nn.Sequential(nn.ReLU(), nn.Linear(3, 3), nn.ReLU()), (torch.zeros(2, 3),))
+    bounds = site_bounds(graph, propagate_bounds(graph, (-1.0, 1.0), backwards=2))
+    assert any(found.highest.max() == 1.0 for found in bounds.values())
+
+
 def test_proofs_name_their_method() -> None:
     found = examine_model(Given(CANCEL["relu"]), example=torch.zeros(1, 3), box=BOX).evidence
     (one,) = [one for one in found if one.claim == "dead"]
