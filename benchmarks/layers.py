@@ -45,8 +45,8 @@ def make_checkpoint(path: Path, layers: int, *, adam: bool, nested: bool) -> Non
     saved: dict[str, Any] = {"model": weights}
     if adam:
         state = {number: _moments(tensor, number // 2 % 40 == 0) for number, tensor in enumerate(weights.values())}
-        group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(state)}
-        saved["optimizer"] = {"state": state, "param_groups": [group]}
+        group = torch.optim.Adam([torch.zeros(1, requires_grad=True)]).state_dict()["param_groups"][0]
+        saved["optimizer"] = {"state": state, "param_groups": [{**group, "params": list(state)}]}
     torch.save(saved, path)
 
 
