@@ -83,6 +83,7 @@ class Scope:
         self._applied: tuple[str, int, bool] | None = None  # phase, step, and whether they are observed
         self._lock = threading.RLock()  # of the records, for threads that step and read
         self._step = 0
+        self._quiet_until = 0  # before this step nothing is observed and no window is due; 0 if that is not known
         self._detached = False
         self._retired = False
         self._fault: Fault | None = None
@@ -159,36 +160,52 @@ class Scope:
             raise UsageError(f"Expected argument `step` to be the number of optimizer steps taken, but got {step!r}.")
         return self._count_step(step)
 
-    @hidden
     def _count_step(self, step: int | None = None) -> bool:
         with self._lock:
-            return self._count_one_step(step)
+            now = self._step + 1 if step is None else step
+            if now < self._quiet_until and not (self._phases or self._pauses):
+                self._step = now
+                return False
+            return self._count_one_step(now)
 
-    def _count_one_step(self, step: int | None) -> bool:
-        closed = False
-        if self._hooks.note_weights is not None and self._hooks.observing:
-            self._end_first_step()
-        record, inference = self._record("train"), self._records.get(INFERENCE)
-        if self._hooks.observing and self._phase_in(self._counted_thread()) == "train":
-            record.note_step(self._step)
-            if inference is not None:
-                inference.note_step(self._step)
-            self._hooks.recorder.sites.note_missed_sites(self._hooks.recorder.step)
-            self._check_patterns()
-        self._step = self._step + 1 if step is None else step
+    def _count_one_step(self, step: int) -> bool:
+        hooks, record, inference = self._hooks, self._record("train"), self._records.get(INFERENCE)
+        if hooks.observing:
+            if hooks.note_weights is not None:
+                self._end_first_step()
+            if self._counted_phase() == "train":
+                record.note_step(self._step)
+                if inference is not None:
+                    inference.note_step(self._step)
+                hooks.recorder.sites.note_missed_sites(hooks.recorder.step)
+                if not self._checked:
+                    self._check_patterns()
+        self._step = step
+        waited = step - record.checked_step >= self.window_steps
+        closed = waited and self._close_if_due(record, inference)
+        self._observe()
+        if not hooks.observing and self._ranks.alone and (inference is None or not record.empty):
+            due = record.checked_step + (self.window_steps << self._ranks.missed)
+            if due <= step:  # the window has too few examples, and gets no more until a step is observed
+                due = sys.maxsize
+            self._quiet_until = min(self._next_observed(), due)
+        return closed
+
+    @hidden
+    def _close_if_due(self, record: PhaseRecord, inference: PhaseRecord | None) -> bool:
+        """Flush and close the open windows, if they are due, and return whether this closed one."""
         window_steps = self.window_steps << self._ranks.missed
         due = record.is_due(self._step, window_steps, lambda: self._ranks.alone)
-        if not due and record.empty and inference is not None and self._ranks.alone:
+        if not due and inference is not None and record.empty and self._ranks.alone:
             due = inference.is_due(self._step, window_steps, lambda: True)
-        if due and self._ranks.ready():
-            self._flush("train")
-            closed = self._close_windows()
-        self._observe()
-        return closed
+        if not due or not self._ranks.ready():
+            return False
+        self._flush("train")
+        return self._close_windows()
 
     def _note_weights(self) -> None:
         """Note the weights with which training begins: ranks of which none is the same hold no copies."""
-        if self._phase_in(self._counted_thread()) == "train" and not self._ranks.alone:
+        if self._counted_phase() == "train" and not self._ranks.alone:
             self._weights.note()
 
     def _end_first_step(self) -> None:
@@ -285,6 +302,8 @@ class Scope:
             yield self
         finally:
             self._pauses[here] -= 1
+            if not self._pauses[here]:
+                del self._pauses[here]
             self._observe()
 
     def open_step(self, *, in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
@@ -389,6 +408,7 @@ class Scope:
 
     def _observe(self) -> None:
         """Decide whether the next forward passes are counted, and in which phase and step."""
+        self._quiet_until = 0
         if not self.detached:
             self._hooks.change()
 
@@ -396,9 +416,10 @@ class Scope:
         """Set the phase and the step of the counted thread, and whether they are observed."""
         if self.detached:
             return
-        thread, hooks = self._counted_thread(), self._hooks
-        pauses = self._pauses[thread] + (self._pauses[self._home] if self._is_guided(thread) else 0)
-        phase, paused = self._phase_in(thread), pauses > 0
+        hooks, phase, paused = self._hooks, self._counted_phase(), False
+        if self._pauses:
+            thread = self._counted_thread()
+            paused = thread in self._pauses or (self._home in self._pauses and self._is_guided(thread))
         observing = not paused and (phase != "train" or self._is_due())
         if (phase, self._step, observing) == self._applied or not (observing or hooks.observing):
             return
@@ -410,6 +431,10 @@ class Scope:
 
     def _counted_thread(self) -> int:
         return self._hooks.thread.elsewhere() or threading.get_ident()
+
+    def _counted_phase(self) -> str:
+        """Return the phase of the counted thread."""
+        return self._phase_in(self._counted_thread()) if self._phases else "train"
 
     def _phase_in(self, thread: int) -> str:
         """Return the phase of a thread: its own, or that of the thread in which the watch began."""
@@ -429,9 +454,13 @@ class Scope:
 
         The step count may jump over the multiple itself, if the caller counts the steps.
         """
+        return self._step >= self._next_observed()
+
+    def _next_observed(self) -> int:
+        """Return the first step that is to be observed after the last one that was."""
         record = self._records.get("train")
         last = -1 if record is None else record.last_observed_step
-        return last < 0 or self._step // self.every_n_steps > last // self.every_n_steps
+        return 0 if last < 0 else (last // self.every_n_steps + 1) * self.every_n_steps
 
     def _require_attached(self, method: str) -> None:
         if self._detached:
@@ -496,7 +525,7 @@ class Scope:
             step=self._step,
             policy=self.policy,
             unseen=not_measured(
-                self._hooks.recorder.sites.all_not_measured(),
+                self._hooks.recorder.sites.all_not_measured(compiled=self._hooks.recorder.compiled),
                 phase,
                 self._hooks.module_sites,
                 self._hooks.recorder.unmeasured.phases_of_modules,

@@ -14,7 +14,7 @@ from torch import nn
 
 from neuronscope.attach.compiling import is_tracing
 
-__all__ = ["CACHES", "CallArguments", "inputs_only"]
+__all__ = ["CACHES", "CACHE_NAMES", "CallArguments", "inputs_only"]
 
 #: Arguments under which a forward is given what earlier forwards computed for the same rows: key-value caches,
 #: states of recurrent language models, memories of earlier segments.
@@ -33,6 +33,8 @@ CACHES = (
     "past_kv",
     "past_kvs",
 )
+#: The same as a set, for what is not traced.
+CACHE_NAMES = frozenset(CACHES)
 
 
 class CallArguments:
@@ -95,6 +97,8 @@ def inputs_only(named: Mapping[str, Any]) -> dict[str, Any]:
     {'x': 1}
     """
     inputs = dict(named)
+    if not is_tracing() and CACHE_NAMES.isdisjoint(named):
+        return inputs
     for name in CACHES:
         inputs.pop(name, None)
     return inputs

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from neuronscope.attach.call_arguments import CACHES, CallArguments, inputs_only
+from neuronscope.attach.call_arguments import CACHE_NAMES, CACHES, CallArguments, inputs_only
 from neuronscope.attach.compiling import is_tracing, unwatched
 from neuronscope.attach.dtensor import local_tensor
 from neuronscope.errors import NeuronscopeWarning
@@ -82,6 +82,8 @@ class ExampleCounter:
         if callable(option):
             return self._ask(option, args, kwargs)
         with unwatched():
+            if option == "auto" and not kwargs and len(args) == 1 and self._is_batch(module, args[0]):
+                return _size(args[0], 0)
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
     def count_step(self, inputs: tuple[Any, ...]) -> int | None:
@@ -93,7 +95,16 @@ class ExampleCounter:
         if not isinstance(self._option, (int, str)):
             return None
         with unwatched():
-            return self._rows_of(self._option, list(inputs))
+            return self._rows_of(self._option, list(inputs), first_tensor(inputs))
+
+    def _is_batch(self, module: nn.Module, x: Any) -> bool:
+        """Whether the only input of a module is a batch beyond doubt: most forwards are spared the longer search."""
+        if type(x) is not Tensor or x.dim() == 0 or self._time_first or is_tracing():
+            return False
+        if not (x.is_floating_point() or torch.is_grad_enabled()):  # tokens: see `_appends`
+            return False
+        self._tokens = (0, 0, 0)
+        return CACHE_NAMES.isdisjoint(self._arguments.names(module)[:1])
 
     def _count(self, option: int | str, module: nn.Module, named: Mapping[str, Any]) -> int | None:
         if continues_earlier(named):
@@ -102,10 +113,9 @@ class ExampleCounter:
         tensor = first_tensor(inputs)
         if not is_tracing() and self._appends(module, tensor):
             return 0
-        return self._rows_of(option, inputs)
+        return self._rows_of(option, inputs, tensor)
 
-    def _rows_of(self, option: int | str, inputs: list[Any]) -> int | None:
-        tensor = first_tensor(inputs)
+    def _rows_of(self, option: int | str, inputs: list[Any], tensor: Tensor | None) -> int | None:
         if isinstance(option, int):
             fits = tensor is not None and -tensor.dim() <= option < tensor.dim()
             return _size(tensor, option) if tensor is not None and fits else None
@@ -200,6 +210,8 @@ def continues_earlier(named: Mapping[str, Any]) -> bool:
     >>> continues_earlier({"x": torch.ones(2, 5), "past": None})
     False
     """
+    if not is_tracing() and CACHE_NAMES.isdisjoint(named):
+        return False
     for name in CACHES:  # noqa: SIM110  # no generator: see `call_arguments`
         if name in named and _holds_states(named[name]):
             return True

@@ -181,7 +181,7 @@ class ForwardContext:
     @property
     def inference(self) -> bool:
         """Whether what runs now is inference: the phase is ``train``, and its forward began without gradients."""
-        if self.module_stack and not self._runs_only_step:
+        if self.module_stack and not (self.step_is_forward and self._runs_only_step):  # most often without a call
             return self._inference
         return self._begins_inference()
 
@@ -204,7 +204,9 @@ class ForwardContext:
         self.parts.clear()
         if (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
             self.forget()
-        self.flow.note_inputs((args, kwargs))
+        self.flow.note_inputs(args)
+        if kwargs:
+            self.flow.note_inputs(kwargs)
 
     def note_outputs(self, output: Any) -> None:
         """Note what the model returns.

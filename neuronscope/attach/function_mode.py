@@ -76,6 +76,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         self.manager = manager
         self.handling = False
         ask_modes_about(manager.registry.functions)
+        self._functions = frozenset(manager.registry.functions if manager.functional else ())  # quick to look through
         self._follow_while_tracing = while_tracing(
             self._follow_traced, "func", "args", "kwargs", "output", "inputs", listener=manager.recorder
         )
@@ -97,15 +98,16 @@ class ActivationFunctionMode(TorchFunctionMode):
                 return self._pass_on(func, args, kwargs)
             if manager.running or not manager.observing:
                 return func(*args, **kwargs)
-            activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
+            activation = manager.registry.of_call(func, args, kwargs) if func in self._functions else None
             call = None if activation is None else self._begin(activation, args, kwargs)
             output = func(*args, **kwargs)
-            if manager.observing:  # it has not failed meanwhile
+            tensors = isinstance(output, (Tensor, tuple, list)) and type(output) is not torch.Size
+            if (tensors or call is not None or func is Tensor.__setitem__) and manager.observing:  # it has not failed
                 try:
                     with unwatched():
                         if call is not None:
                             recorder.end(call, first_input(args, kwargs), output)
-                        elif isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__:
+                        else:
                             recorder.forward.flow.follow(func, args, kwargs, output)
                             if func in _PRODUCTS and manager.functional:
                                 recorder.product(args, output)

@@ -182,6 +182,8 @@ class HiddenHooks:
 
     def put_back(self) -> None:
         """Put the hooks back, if they are off."""
+        if self._module is None and self._handle is None:
+            return
         self._put_back()
         if self._handle is not None:
             self._handle.remove()

@@ -25,24 +25,35 @@ from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     code_of_forward,
     count_compilations,
-    in_backward,
     is_compiled,
     is_tracing,
     unwatched,
 )
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
-from neuronscope.attach.function_mode import ActivationFunctionMode, first_input
-from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight, runs_fused
-from neuronscope.attach.gradient_hooks import InertHook
+from neuronscope.attach.function_mode import ActivationFunctionMode
+from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight
 from neuronscope.attach.hook_handles import HookHandles
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
+from neuronscope.attach.module_hooks import (
+    AfterActivation,
+    BeforeActivation,
+    EnterFusable,
+    EnterModule,
+    EnterPart,
+    LabelOutput,
+    LeaveModule,
+    LeavePart,
+    NoteLayout,
+    ResumeInside,
+    SuspendInside,
+)
 from neuronscope.attach.module_paths import walk
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
-from neuronscope.attach.single_thread import CountedThread, EnteredMode, enclosing_modules
+from neuronscope.attach.single_thread import CountedThread, EnteredMode, Turns, enclosing_modules
 from neuronscope.attach.site_finder import CountersFactory, DeclaredAxis
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.options import Examples, Mask
@@ -54,9 +65,6 @@ _METRIC_PACKAGES = frozenset({"torchmetrics"})
 #: Fewest unobserved steps for which it pays to take the hooks off the model and put them back.
 _FEWEST_UNOBSERVED = 4
 _FUSED = (nn.RNNBase, nn.RNNCellBase)
-#: What a hook is given if it was moved to another module as one without keyword arguments, as quantisation does; and if
-#: another thread takes it off while it is about to be called.
-_NOTHING: Mapping[str, Any] = {}
 
 
 class HookManager:
@@ -108,9 +116,9 @@ class HookManager:
         self._mode = ActivationFunctionMode(self)
         self.entered = EnteredMode(self._mode)
         self.thread = CountedThread()
-        self._observe = observe
-        self._postponed = False  # whether `observe` is to be called when the next forward begins
-        self._may_be_inside = False  # whether a forward may be running of which nothing was observed
+        self.observe = observe
+        self._turns = Turns(self, self.recorder, self.thread)
+        self.change = self._turns.change  # has the phase and the step set, now or when the next forward begins
         self.callers = CallStack()  # of the modules in ``observer.frame.owners``
         self._activation: FrameType | None = None  # the caller of the outermost of the `running` modules
         #: Calls that torch fuses: how many modules run around each, the module, its input.
@@ -146,16 +154,16 @@ class HookManager:
                     f"{type(module).__name__} applies its activations inside a fused kernel"
                 )
             if any(sharded_dims(weight) for weight in module.parameters(recurse=False)):
-                self._handles.add_after(module, _LabelOutput(self, path))
+                self._handles.add_after(module, LabelOutput(self, path))
             if type(module).__module__.partition(".")[0] in _METRIC_PACKAGES:
-                self._handles.add_before(module, _SuspendInside(self))
-                self._handles.add_after(module, _ResumeInside(self))
+                self._handles.add_before(module, SuspendInside(self))
+                self._handles.add_after(module, ResumeInside(self))
                 hidden.append(path)
                 continue
             activation = self.registry.of_module(module)
             self._hook(module, path, activation)
             if is_time_first(module):
-                self._handles.add_before(module, _NoteLayout(self, self._examples))
+                self._handles.add_before(module, NoteLayout(self, self._examples))
             if activation is not None:
                 self.module_sites.append(path)
                 hidden.append(path)
@@ -182,18 +190,18 @@ class HookManager:
         if activation is None and not is_root and not _names_places(module):
             if self._is_traced_alone(module):
                 self._hooked.add(module)
-                self._handles.add_before(module, _EnterPart(self))
-                self._handles.add_after(module, _LeavePart(self))
+                self._handles.add_before(module, EnterPart(self))
+                self._handles.add_after(module, LeavePart(self))
             return
         self._hooked.add(module)
         if activation is None or is_root:
-            enter = _EnterFusable if isinstance(module, FUSABLE) else _EnterModule
+            enter = EnterFusable if isinstance(module, FUSABLE) else EnterModule
             self._handles.add_before(module, enter(self, path))
         if activation is not None:
-            self._handles.add_before(module, _BeforeActivation(self, path, activation))
-            self._handles.add_after(module, _AfterActivation(self), with_kwargs=True)
+            self._handles.add_before(module, BeforeActivation(self, path, activation))
+            self._handles.add_after(module, AfterActivation(self), with_kwargs=True)
         if activation is None or is_root:
-            self._handles.add_after(module, _LeaveModule(self, path))
+            self._handles.add_after(module, LeaveModule(self, path))
 
     def detach(self) -> None:
         """Remove every hook; does nothing if it was done before."""
@@ -240,8 +248,9 @@ class HookManager:
         if observing and self.recorder.forward.parts.met_unknown:
             self._attach_to_late_parts()
         self.recorder.restart()
-        self.entered.leave(handling=self._mode.handling)
-        self._end()
+        if self._step_open:
+            self.entered.leave(handling=self._mode.handling)
+        self.end()
         self.observing = observing
         if observing and self._step_open:
             self.entered.enter(handling=self._mode.handling)
@@ -254,10 +263,8 @@ class HookManager:
             inputs: What the step is given; see :meth:`neuronscope.attach.forward.ForwardContext.begin_step`.
         """
         with self.recorder.lock:
-            if self.thread.thread != get_ident():
-                if not self._may_be_taken(claims=not self._trains()):
-                    return
-                self._change_thread(get_ident())
+            if not self._turns.take_for_step():
+                return
             self._step_open = True
         self._set_explicit_step(True)
         self.recorder.forward.step_is_forward = in_forward
@@ -281,108 +288,34 @@ class HookManager:
         self.recorder.forward.explicit_step = explicit_step
         self.recorder.forward.forget()
 
-    def watches_here(self, begins: bool = False) -> bool:
+    def watches_here(self, traced: bool, begins: bool = False) -> bool:
         """Whether to count what runs in this thread.
 
         Args:
+            traced: Whether ``torch.compile`` traces it.
             begins: Whether a forward may begin here. Then this is noted, and the thread may become the counted one.
         """
-        if is_tracing() or self.thread.in_forward == get_ident():  # a graph is traced in one thread
+        if traced or self.thread.in_forward == get_ident():  # a graph is traced in one thread
             return self.observing
         if self.thread.claimed is None and not (begins and (self.observing or self.thread.here != get_ident())):
             return False
-        return self._take_turn(sys._getframe(2), begins)
+        return self._turns.take(sys._getframe(2), begins)
 
     def is_counted_here(self) -> bool:
         """Whether this thread is the counted one, in a forward or not."""
         return self.observing and (is_tracing() or self.thread.here == get_ident())
 
-    def _take_turn(self, caller: FrameType, begins: bool) -> bool:
-        """Begin a forward in this thread, if it is the counted one or may be, and return whether to count it."""
-        thread, here = self.thread, get_ident()
-        with self.recorder.lock:
-            if not self._handles or self.failure is not None:
-                return False
-            if thread.thread == here and thread.claimed is not None:
-                self._give_up()
-                return False
-            if thread.here == here:
-                return begins and self._begin(caller)
-            if not begins or self._is_inside(caller):
-                return False
-            if thread.thread == here:  # another one ran in its place during its backward pass
-                thread.here = here
-                return self._begin(caller)
-        backward = in_backward()
-        thread.let_it_wait(self._is_busy, for_backward=backward)
-        with self.recorder.lock:
-            if backward and not thread.ended():
-                if self._is_busy() or not thread.waits(for_backward=True):
-                    return False
-                thread.here = here
-                return self._begin(caller)
-            claims = torch.is_grad_enabled() and not self._trains()
-            if self._may_be_taken(claims):
-                self._change_thread(here)
-                return self._begin(caller)
-        if claims and not thread.waits() and thread.claim(here):
-            with self.recorder.lock:
-                if thread.thread == here:
-                    thread.here = here
-                    return self._begin(caller)
-        self._note_turned_away()
-        return False
+    def is_attached(self) -> bool:
+        """Return whether hooks are on the model, and no error of our own has ended the watch."""
+        return bool(self._handles) and self.failure is None
 
-    def _trains(self) -> bool:
-        """Whether the counted thread ran any forward with gradients."""
-        return self.thread.graded or self.recorder.got_gradients
-
-    def _may_be_taken(self, claims: bool) -> bool:
-        """Whether another thread may become the counted one at once.
-
-        Args:
-            claims: Whether it has gradients, and the counted one had none.
-        """
-        thread = self.thread
-        if thread.ended():
-            return True
-        in_turn = thread.waits() and not thread.shared and not self.recorder.got_gradients
-        return (claims or in_turn) and not self._is_busy()
-
-    def _give_up(self) -> None:
-        """Give the place of the counted thread to the one that asks for it."""
-        claimer, claimed = self.thread.claimer, self.thread.claimed
-        self.recorder.forward.restart()
-        self._end()
-        self._change_thread(claimer)
-        self.thread.here = None  # its next call may be in the middle of a forward
-        if claimed is not None:
-            claimed.set()
-        self._note_turned_away()
-
-    def _change_thread(self, thread: int) -> None:
-        """Count another thread from now on."""
-        if self.thread.in_forward is not None:  # an interrupt ended the last thread
-            self.recorder.forward.restart()
-            self._end()
-        self.thread.become(thread)
-        self.recorder.got_gradients = self._postponed = False
-        self._observe()
-
-    def _note_turned_away(self) -> None:
-        self.thread.shared = True
-        self.recorder.unmeasured.reasons["(root)"] = (
-            f"it ran in several threads at once, and only what the thread {self.thread.name()} ran was counted: run it "
-            "in one thread, or run and watch a copy of it (`copy.deepcopy`) in each"
-        )
-
-    def _is_busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether the counted thread runs a forward, or is in an explicit step."""
         frame = self._activation or self.callers.innermost
         running = self.thread.in_forward is not None or self.thread.claimed is not None
         return self._step_open or (running and (frame is None or self.thread.runs(frame)))  # or it was interrupted
 
-    def _is_inside(self, caller: FrameType) -> bool:
+    def is_inside(self, caller: FrameType) -> bool:
         """Whether a module that calls its hooks runs inside another one of the model.
 
         Args:
@@ -390,45 +323,9 @@ class HookManager:
         """
         for module in enclosing_modules(caller)[1:]:
             for hook in list(module._forward_pre_hooks.values()):
-                if isinstance(hook, _EnterModule) and hook.manager is self:
+                if isinstance(hook, EnterModule) and hook.manager is self:
                     return True
         return False
-
-    def _begin(self, caller: FrameType) -> bool:
-        """Note that a forward begins in this thread if it is the counted one, and return whether to count it.
-
-        Args:
-            caller: The frame that calls the hook of its outermost module.
-        """
-        with self.recorder.lock:
-            if self.thread.here != get_ident():
-                return False
-            if self.thread.claimed is not None:
-                self._give_up()
-                return False
-            if self._postponed:
-                self._postponed = False
-                self._observe()
-            if self._may_be_inside:
-                if self._is_inside(caller):
-                    return False
-                self._may_be_inside = False
-            if self.observing:
-                self.thread.in_forward = self.thread.here
-                self.thread.graded = self.thread.graded or torch.is_grad_enabled()
-            return self.observing
-
-    def change(self) -> None:
-        """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
-
-        Between its forward and its backward pass, what is known of that forward is needed still.
-        """
-        with self.recorder.lock:
-            elsewhere = self.thread.elsewhere() is not None
-            self._postponed = elsewhere and self.observing
-            if not self._postponed:
-                self._observe()
-                self._may_be_inside |= elsewhere and self.observing
 
     def runs(self, caller: FrameType) -> bool:
         """Return whether anything that is watched runs in this thread, and forget what an interrupt ended.
@@ -440,14 +337,14 @@ class HookManager:
         if module_stack and self.thread.is_here():
             del module_stack[self.callers.running(len(module_stack), caller) :]
             if not module_stack:
-                self._end()
+                self.end()
         if self._activation is not None and not is_on_stack(self._activation, caller):
             self._activation = None
             self.running.clear()
             self.entered.resume()
         return bool(module_stack) or self._step_open
 
-    def _end(self) -> None:
+    def end(self) -> None:
         """Reset the state of a forward that has ended, and leave the function mode unless a step is open."""
         self.callers.cut(0)
         self._activation = None
@@ -489,7 +386,7 @@ class HookManager:
             self._forget_interrupted(module, caller)
             if path == "" and module_stack and self.callers.innermost is None:
                 self.set_observing(True)  # a compiled forward failed, and its state is left
-            if self.thread.in_forward != get_ident() and not self._begin(caller):
+            if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
         if path == "" and not is_tracing():
@@ -525,7 +422,7 @@ class HookManager:
 
     def _leave_fused(self, module: nn.Module, output: Any) -> None:
         """Leave a module whose hooks were off when it ended; if it failed, torch calls them now."""
-        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here():
+        if output is not None and self._fused_calls and self._fused_calls[-1][1] is module and self.watches_here(False):
             try:
                 self.leave(self.recorder.forward.current_path, module, output)
             except Exception as error:
@@ -541,11 +438,12 @@ class HookManager:
         """
         if self._fused_calls:
             self._end_fused(output)
-        self.leave_part(module, output)
+        if self.recorder.compiled:
+            self.leave_part(module, output)
         if path == "":
             self.recorder.forward.note_outputs(output)
         if self.recorder.forward.leave():
-            self._end()
+            self.end()
         else:
             self.callers.cut(len(self.recorder.forward.module_stack))
 
@@ -604,12 +502,13 @@ class HookManager:
         call = None
         if caller is not None:
             self._forget_interrupted(module, caller)
-            if self.thread.in_forward != get_ident() and not self._begin(caller):
+            if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
             call = self.recorder.begin(path, "", activation, x, glu_dim)
-            self.entered.suspend()  # its inner calls are not watched
+            if caller is not None:
+                self.entered.suspend()  # its inner calls are not watched
         self.begin_activation(call, caller)
 
     def after(self, x: Any, y: Any) -> None:
@@ -642,168 +541,3 @@ def _names_places(module: nn.Module) -> bool:
     if type(module) in (nn.ModuleList, nn.ModuleDict) or next(module.parameters(), None) is None:
         return False
     return not type(module).__module__.startswith("torch.nn.modules.") or next(module.children(), None) is not None
-
-
-def _caller() -> FrameType | None:
-    """Return the frame that called the hook that calls this; ``None`` while ``torch.compile`` traces."""
-    return None if is_tracing() else sys._getframe(2)
-
-
-class _EnterModule(InertHook):
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here(begins=True):
-            try:
-                self.manager.enter(self.path, module, args, kwargs, _caller())
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.module_stack.append(self.path)
-
-
-class _EnterFusable(_EnterModule):
-    """A hook on a module that torch may run in a fused kernel."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        manager = self.manager
-        try:
-            if manager.watches_here(begins=True):
-                manager.enter(self.path, module, args, kwargs, _caller())
-            elif manager.failure is not None:
-                manager.recorder.forward.module_stack.append(self.path)
-            if not is_tracing() and manager.failure is None and runs_fused(module, args, kwargs, _is_ours):
-                if manager.watches_here():
-                    manager.enter_fused(self.path, module, first_input(args, kwargs))
-                manager.hide_hooks(module)
-        except Exception as error:
-            manager.fail(error)
-
-
-def _is_ours(found: Any) -> bool:
-    """Whether a hook or a function mode is one of Neuronscope's."""
-    return isinstance(found, (InertHook, ActivationFunctionMode))
-
-
-class _LeaveModule(InertHook):
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here():
-            try:
-                self.manager.leave(self.path, module, output)
-            except Exception as error:
-                self.manager.fail(error)
-        elif self.manager.failure is not None:
-            self.manager.recorder.forward.leave()
-            self.manager.detach_when_idle()
-
-
-class _EnterPart(InertHook):
-    """A hook on a compiled module whose path names no place."""
-
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    recorder = self.manager.recorder
-                    recorder.forward.parts.enter(module, args, kwargs, (recorder.running_phase,))
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _LeavePart(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not is_tracing() and self.manager.is_counted_here():
-            try:
-                if self.manager.runs(sys._getframe(1)):
-                    self.manager.leave_part(module, output)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _NoteLayout(InertHook):
-    """A hook on a module that takes its time dimension first."""
-
-    def __init__(self, manager: HookManager, examples: ExampleCounter) -> None:
-        self.manager = manager
-        self.examples = examples
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.is_counted_here():
-            try:
-                self.examples.note_layout(module, args, kwargs)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _LabelOutput(InertHook):
-    """A hook on a layer whose weight is distributed."""
-
-    def __init__(self, manager: HookManager, path: str) -> None:
-        self.manager = manager
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.watches_here() and not is_tracing():
-            try:
-                self.manager.recorder.forward.flow.label_output(self.path, output)
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _SuspendInside(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.is_counted_here():
-            self.manager.begin_activation(None, _caller())
-
-
-class _ResumeInside(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.manager.is_counted_here() and self.manager.running:
-            self.manager.after(None, None)
-
-
-class _BeforeActivation(InertHook):
-    def __init__(self, manager: HookManager, path: str, activation: Activation) -> None:
-        self.manager = manager
-        self.path = path
-        self.activation = activation
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        if self.manager.watches_here(begins=True):
-            try:
-                with unwatched():
-                    self.manager.before(self.path, self.activation, module, first_input(args, kwargs), _caller())
-            except Exception as error:
-                self.manager.fail(error)
-
-
-class _AfterActivation(InertHook):
-    def __init__(self, manager: HookManager) -> None:
-        self.manager = manager
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        if self.manager.watches_here():
-            try:
-                kwargs = given[0] if len(given) > 1 else _NOTHING
-                with unwatched():
-                    self.manager.after(first_input(args, kwargs), given[-1])
-            except Exception as error:
-                self.manager.fail(error)

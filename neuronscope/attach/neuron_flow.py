@@ -10,6 +10,7 @@ While ``torch.compile`` traces, it receives the fake tensors that stand for the 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ UNSEEN = "unseen "
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
+_SETTINGS = _PLAIN | {type(None)}
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
 _NORMS = _MIXING_NORMS | spellings("batch_norm")
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
@@ -78,6 +80,7 @@ class _Outcome(NamedTuple):
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
+        held: What it was found out from, where it is known by identity: settings, and references to weights.
     """
 
     origins: tuple[Origin, ...]
@@ -89,6 +92,7 @@ class _Outcome(NamedTuple):
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
     nameless: bool = False
+    held: tuple[Any, ...] = ()
 
 
 class NeuronFlow:
@@ -108,9 +112,12 @@ class NeuronFlow:
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
+        self._steady: dict[tuple[Any, ...] | None, _Outcome] = {}  # see `_note_steady`
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
+        self._closed: tuple[int, list[str]] = 0, []  # what `_close_calls` noted last: most forwards are alike
+        self._returned: tuple[int, list[str]] = 0, []  # what `note_outputs` noted last
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
@@ -134,6 +141,9 @@ class NeuronFlow:
         self.read = 0
 
     def _close_calls(self) -> None:
+        if not self.layers or self._closed == (self.read, self.layers):
+            return
+        self._closed = self.read, self.layers.copy()
         self.seen.update(self.layers)
         for call, layer in enumerate(self.layers):
             if self.read >> call & 1:
@@ -160,9 +170,9 @@ class NeuronFlow:
 
     def origin(self, tensor: Tensor) -> Origin:
         """Return what a tensor is."""
-        found = self._origins.get(tensor)
-        if found is not None:
-            return found
+        entry = self._origins.entries.get(id(tensor))  # as `get`, without a call
+        if entry is not None and entry[0]() is tensor:
+            return entry[1]
         found = self._unseen(tensor)
         return self._origin_in_graph(tensor, found) if found.state == UNKNOWN else found
 
@@ -287,6 +297,7 @@ class NeuronFlow:
             tensor: The tensor.
             origin: What it is.
         """
+        self._forget_steady(tensor)
         self._origins.put(tensor, origin)
 
     def note_inputs(self, values: Any) -> None:
@@ -311,6 +322,9 @@ class NeuronFlow:
             result: What the function returned.
         """
         if isinstance(result, Tensor):
+            if len(args) == 2 and result is args[0] and type(args[1]) in _PLAIN and self._is_stored(result):
+                self.overwritten = None  # a counter of batches goes on, say: a stored tensor stays what it is
+                return
             outputs: tuple[Tensor, ...] = (result,)
         elif isinstance(result, (tuple, list)):
             outputs = tuple(nested_tensors(result))
@@ -321,18 +335,21 @@ class NeuronFlow:
             return
         if not outputs:
             return
-        try:
-            key = self._key(function, args, kwargs, outputs)
-        except RuntimeError:  # strided nested tensors have no shape
-            key = (function, *map(self._describe, (*args, *kwargs.items())), *map(plain_shape, outputs))
-        outcome = self._outcomes.get(key)
-        if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
-            outcome = self._find(function, args, kwargs, outputs)
-            self._learn(outcome)
-            if len(self._outcomes) >= _MOST_OUTCOMES:
-                self._outcomes.clear()
-            self._outcomes[key] = outcome
-        first = outputs[0]
+        first, steady = outputs[0], None
+        if function in LAYERS and args and type(args[0]) is type(result) is Tensor:
+            x = args[0]
+            entry = self._origins.entries.get(id(x))
+            if entry is not None and entry[0]() is x and not x.is_nested:
+                others = tuple(map(id, args[1:]))
+                steady = (function, entry[1], x.shape, first.shape, others, *kwargs, *map(id, kwargs.values()))
+        outcome = self._steady.get(steady)
+        if outcome is None or outcome.call != len(self.layers):
+            outcome = self._outcome(function, args, kwargs, outputs)
+            if steady is not None and outcome.layer is not None:
+                self._note_steady(steady, (*args[1:], *kwargs.values()), outcome)
+            if kwargs or (args and first is args[0]):
+                for output in outputs:
+                    self._forget_steady(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
@@ -345,6 +362,57 @@ class NeuronFlow:
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 self._origins.put(output, origin)
+
+    def _outcome(
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
+    ) -> _Outcome:
+        """Return what a call leads to, found anew unless it is known of an equal call."""
+        try:
+            key = self._key(function, args, kwargs, outputs)
+        except RuntimeError:  # strided nested tensors have no shape
+            key = (function, *map(self._describe, (*args, *kwargs.items())), *map(plain_shape, outputs))
+        outcome = self._outcomes.get(key)
+        if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
+            outcome = self._find(function, args, kwargs, outputs)
+            self._learn(outcome)
+            if len(self._outcomes) >= _MOST_OUTCOMES:
+                self._outcomes.clear()
+            self._outcomes[key] = outcome
+        return outcome
+
+    def _note_steady(self, facts: tuple[Any, ...], others: Iterable[Any], outcome: _Outcome) -> None:
+        """Remember what the call of a layer led to by the identity of its weights, which is quick to compare.
+
+        Only if all its arguments but the first are stored tensors and settings. Settings are kept, so that nothing else
+        gets their identity; when one of the tensors ends, or is overwritten, everything is forgotten.
+
+        Args:
+            facts: What is compared.
+            others: The arguments of the call but the first.
+            outcome: What it led to.
+        """
+        held: list[Any] = []
+        for other in others:
+            if isinstance(other, Tensor):
+                if not self._is_stored(other):
+                    return
+                held.append(weakref.ref(other, lambda _: self._steady.clear()))
+            elif not _SETTINGS.issuperset(map(type, other if type(other) is tuple else (other,))):
+                return
+            else:
+                held.append(other)
+        if len(self._steady) >= _MOST_OUTCOMES:
+            self._steady.clear()
+        self._steady[facts] = outcome._replace(held=tuple(held))
+
+    def _forget_steady(self, tensor: Tensor) -> None:
+        """Forget what :meth:`_note_steady` noted if a stored tensor is overwritten."""
+        if id(tensor) in self._weights.entries:
+            self._steady.clear()
+
+    def _is_stored(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known as a parameter or a buffer of the model, and as nothing else."""
+        return self._weights.get(tensor) is not None and self._origins.get(tensor) is None
 
     def _learn(self, outcome: _Outcome) -> None:
         """Note what an outcome tells about sites and layers; it holds for all forwards."""
@@ -376,11 +444,13 @@ class NeuronFlow:
                 entry = known.get(id(arg)) or weights.get(id(arg))
                 origin = entry[1] if entry is not None and entry[0]() is arg else self._origin_in_call(arg)
                 facts.append(origin)
-                if not is_layer or origin.state not in _STORED:
+                if not is_layer:
                     facts += arg.shape, arg.dtype
+                elif origin.state not in _STORED:
+                    facts.append(arg.shape)
             elif arg is None:
                 facts.append(None)
-            elif kind in _PLAIN or (kind is tuple and len(arg) == 2 and type(arg[0]) is type(arg[1]) is int):
+            elif kind in _PLAIN or (kind is tuple and 0 < len(arg) < 3 and type(arg[0]) is type(arg[-1]) is int):
                 if not is_layer:
                     facts.append(arg)
             else:
@@ -457,14 +527,16 @@ class NeuronFlow:
         if values is None:  # it failed
             return
         upstream = 0
-        for tensor in all_tensors(values):
+        for tensor in (values,) if isinstance(values, Tensor) else all_tensors(values):
             origin = self._origins.get(tensor)
             if origin is not None:
                 upstream |= origin.upstream
                 for carried in origin.carries:
                     self.reader_notes.setdefault(carried.site, {})["returned by the model"] = None
-        self.called.update(self.layers)
-        self._reached.update(self._layers_of(upstream))
+        if self._returned != (upstream, self.layers):
+            self._returned = upstream, self.layers.copy()
+            self.called.update(self.layers)
+            self._reached.update(self._layers_of(upstream))
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -505,6 +577,7 @@ class NeuronFlow:
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args
+        self._forget_steady(target)
         place = self._describe(index)
         if not isinstance(value, Tensor):
             origin = self.origin(target)
@@ -634,7 +707,10 @@ def nested_tensors(values: Any) -> Iterable[Tensor]:
             yield from nested_tensors(value)
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from nested_tensors(value)
+            if isinstance(value, Tensor):
+                yield value
+            elif not isinstance(value, (int, float, str)):
+                yield from nested_tensors(value)
 
 
 def _named_tensors(expression: str, value: Any) -> Iterable[tuple[str, Tensor]]:

@@ -222,7 +222,7 @@ class SiteRecorder:
             recomputing = in_backward()
         if is_tracing():
             return self._begin_in_graph(path, function, activation, x, glu_dim)
-        phase = self.running_phase
+        phase = INFERENCE if forward.training and forward.inference else self.phase  # `running_phase`, without a call
         if in_transform(x):
             if not recomputing:
                 self.unmeasured.note_transformed(phase, path, function, x)
@@ -327,23 +327,17 @@ class SiteRecorder:
             x: The pre-activation ``(…, N, …)``.
             y: The output ``(…, N, …)``.
         """
-        if y is None and not is_tracing():
+        if isinstance(call, int):
+            self._end_in_graph(call, _first_output(y))
+            return
+        if y is None:
             self.unmeasured.failed.add(call.key.name)
             return
-        if self.unmeasured.failed and not is_tracing():
+        if self.unmeasured.failed:
             self.unmeasured.failed.discard(call.key.name)
-        given = y  # `comptime` reads variables
-        if isinstance(y, dict):
-            y = [*y.values()]
-        if isinstance(y, (tuple, list)) and len(y) > 0:
-            y = y[0]  # a spiking neuron gives its spikes, and then its state
-        if is_tracing():
-            if isinstance(y, Tensor):
-                comptime(self._end_while_tracing)
-                self._count_in_graph(call, y)
-            else:
-                comptime(self._unreadable_while_tracing)
-            return
+        given = y
+        if type(y) is not Tensor:
+            y = _first_output(y)
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
             if call.counters is not None:
                 self._count(call.counters, y, call.layout)
@@ -362,6 +356,13 @@ class SiteRecorder:
                     f"its output has {neurons} neurons where {call.counters.neurons} were expected",
                 )
         self._end(call, y)
+
+    def _end_in_graph(self, call: int, y: Any) -> None:  # `comptime` reads its arguments
+        if isinstance(y, Tensor):
+            comptime(self._end_while_tracing)
+            self._count_in_graph(call, y)
+        else:
+            comptime(self._unreadable_while_tracing)
 
     def _unreadable(self, call: Call, given: Any) -> None:
         """Note that what an activation gave cannot be counted, so that its gradients are not either."""
@@ -519,15 +520,17 @@ class SiteRecorder:
             self._note_gradient(counters, "its gradient is spread over the ranks in another way than its output")
         else:
             plain = gradient.detach() if gradient.requires_grad else gradient
-            found, axis = gate_half(local_tensor(plain), glu_dim), layout.axis
+            if type(plain) is not Tensor or glu_dim is not None:
+                plain = gate_half(local_tensor(plain), glu_dim)
+            axis = layout.axis
             left_out = None
             if layout.dims is not None or mask is not None:
-                found, axis, left_out = _arranged(found, layout, mask)
-                if not found.numel():
+                plain, axis, left_out = _arranged(plain, layout, mask)
+                if not plain.numel():
                     return
             with self.lock:
                 self.got_gradients = True
-                add_gradients(counters, found, axis, self._scratch)
+                add_gradients(counters, plain, axis, self._scratch)
                 if left_out is not None:
                     leave_out(counters, left_out, gradients=True)
 
@@ -557,6 +560,13 @@ class _GivenPreActivation(NamedTuple):
                 "its gradients are not counted: its pre-activation enters a compiled graph from code that may use it "
                 "too, such as code before a graph break, and a graph sees the gradient of its own uses alone",
             )
+
+
+def _first_output(y: Any) -> Any:
+    """Return the first of several outputs: a spiking neuron gives its spikes, and then its state."""
+    if isinstance(y, dict):
+        y = [*y.values()]
+    return y[0] if isinstance(y, (tuple, list)) and len(y) > 0 else y
 
 
 def _arranged(tensor: Tensor, layout: NeuronLayout, mask: Tensor | None) -> tuple[Tensor, int, Tensor | None]:

@@ -11,16 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.attach.compiling import is_tracing, thread_id
+from neuronscope.attach.compiling import in_backward, is_tracing, thread_id
 from neuronscope.attach.interrupts import is_on_stack
 
-__all__ = ["CountedThread", "EnteredMode", "enclosing_modules"]
+if TYPE_CHECKING:
+    from neuronscope.attach.recorder import SiteRecorder
+
+__all__ = ["CountedThread", "EnteredMode", "Turns", "enclosing_modules"]
 
 #: Functions in which a thread waits for others, by their modules.
 _WAITING = {
@@ -143,6 +146,176 @@ class CountedThread:
         return self.claimed.wait(_PATIENCE)
 
 
+class Watched(Protocol):
+    """What is watched, as far as threads matter; see :class:`neuronscope.attach.hooks.HookManager`."""
+
+    observing: bool
+
+    def is_attached(self) -> bool:
+        """Return whether hooks are on the model."""
+
+    def is_busy(self) -> bool:
+        """Return whether the counted thread runs a forward, or is in an explicit step."""
+
+    def is_inside(self, caller: FrameType) -> bool:
+        """Return whether a module that calls its hooks runs inside another one of the model."""
+
+    def end(self) -> None:
+        """Reset the state of a forward."""
+
+    def observe(self) -> None:
+        """Set the phase, the step and whether they are observed, for the counted thread."""
+
+
+class Turns:
+    """Decides whether a forward that begins is counted, and gives the place of the counted thread to another one.
+
+    Args:
+        watch: What is watched.
+        recorder: Records what the counted thread runs.
+        thread: The counted thread.
+    """
+
+    def __init__(self, watch: Watched, recorder: SiteRecorder, thread: CountedThread) -> None:
+        self._watch = watch
+        self._recorder = recorder
+        self._thread = thread
+        self._postponed = False  # whether `observe` is to be called when the next forward begins
+        self._may_be_inside = False  # whether a forward may be running of which nothing was observed
+
+    def take_for_step(self) -> bool:
+        """Make this thread, in which an explicit step begins, the counted one if it may be; return whether it is."""
+        here = threading.get_ident()
+        if self._thread.thread != here:
+            if not self._may_be_taken(claims=not self._trains()):
+                return False
+            self._change_thread(here)
+        return True
+
+    def take(self, caller: FrameType, begins: bool) -> bool:
+        """Begin a forward in this thread, if it is the counted one or may be, and return whether to count it.
+
+        Args:
+            caller: The frame that calls a hook.
+            begins: Whether a forward may begin with it.
+        """
+        thread, here = self._thread, threading.get_ident()
+        with self._recorder.lock:
+            if not self._watch.is_attached():
+                return False
+            if thread.thread == here and thread.claimed is not None:
+                self._give_up()
+                return False
+            if thread.here == here:
+                return begins and self.begin(caller)
+            if not begins or self._watch.is_inside(caller):
+                return False
+            if thread.thread == here:  # another one ran in its place during its backward pass
+                thread.here = here
+                return self.begin(caller)
+        backward = in_backward()
+        thread.let_it_wait(self._watch.is_busy, for_backward=backward)
+        with self._recorder.lock:
+            if backward and not thread.ended():
+                if self._watch.is_busy() or not thread.waits(for_backward=True):
+                    return False
+                thread.here = here
+                return self.begin(caller)
+            claims = torch.is_grad_enabled() and not self._trains()
+            if self._may_be_taken(claims):
+                self._change_thread(here)
+                return self.begin(caller)
+        if claims and not thread.waits() and thread.claim(here):
+            with self._recorder.lock:
+                if thread.thread == here:
+                    thread.here = here
+                    return self.begin(caller)
+        self._note_turned_away()
+        return False
+
+    def _trains(self) -> bool:
+        """Whether the counted thread ran any forward with gradients."""
+        return self._thread.graded or self._recorder.got_gradients
+
+    def _may_be_taken(self, claims: bool) -> bool:
+        """Whether another thread may become the counted one at once.
+
+        Args:
+            claims: Whether it has gradients, and the counted one had none.
+        """
+        thread = self._thread
+        if thread.ended():
+            return True
+        in_turn = thread.waits() and not thread.shared and not self._recorder.got_gradients
+        return (claims or in_turn) and not self._watch.is_busy()
+
+    def _give_up(self) -> None:
+        """Give the place of the counted thread to the one that asks for it."""
+        claimer, claimed = self._thread.claimer, self._thread.claimed
+        self._stop_forward()
+        self._change_thread(claimer)
+        self._thread.here = None  # its next call may be in the middle of a forward
+        if claimed is not None:
+            claimed.set()
+        self._note_turned_away()
+
+    def _change_thread(self, thread: int) -> None:
+        """Count another thread from now on."""
+        if self._thread.in_forward is not None:  # an interrupt ended the last thread
+            self._stop_forward()
+        self._thread.become(thread)
+        self._recorder.got_gradients = self._postponed = False
+        self._watch.observe()
+
+    def _stop_forward(self) -> None:
+        """Forget the forward that runs: its thread has ended, or is counted no more."""
+        self._recorder.forward.restart()
+        self._watch.end()
+
+    def _note_turned_away(self) -> None:
+        self._thread.shared = True
+        self._recorder.unmeasured.reasons["(root)"] = (
+            f"it ran in several threads at once, and only what the thread {self._thread.name()} ran was counted: run "
+            "it in one thread, or run and watch a copy of it (`copy.deepcopy`) in each"
+        )
+
+    def begin(self, caller: FrameType) -> bool:
+        """Note that a forward begins in this thread if it is the counted one, and return whether to count it.
+
+        Args:
+            caller: The frame that calls the hook of its outermost module.
+        """
+        with self._recorder.lock:
+            if self._thread.here != threading.get_ident():
+                return False
+            if self._thread.claimed is not None:
+                self._give_up()
+                return False
+            if self._postponed:
+                self._postponed = False
+                self._watch.observe()
+            if self._may_be_inside:
+                if self._watch.is_inside(caller):
+                    return False
+                self._may_be_inside = False
+            if self._watch.observing:
+                self._thread.in_forward = self._thread.here
+                self._thread.graded = self._thread.graded or torch.is_grad_enabled()
+            return self._watch.observing
+
+    def change(self) -> None:
+        """Have the phase and the step set: now, or when the next forward begins if another thread is counted.
+
+        Between its forward and its backward pass, what is known of that forward is needed still.
+        """
+        with self._recorder.lock:
+            elsewhere = self._thread.elsewhere() is not None
+            self._postponed = elsewhere and self._watch.observing
+            if not self._postponed:
+                self._watch.observe()
+                self._may_be_inside |= elsewhere and self._watch.observing
+
+
 def enclosing_modules(frame: FrameType) -> list[nn.Module]:
     """Return the modules whose calls are running on a stack, the innermost first.
 
@@ -237,9 +410,7 @@ class EnteredMode:
             torch._C._push_on_torch_function_stack(mode)
 
     def suspend(self) -> None:
-        """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it."""
-        if is_tracing():
-            return
+        """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it; in eager mode."""
         here = threading.get_ident()
         if here in self._threads and torch._C._len_torch_function_stack():
             last = torch._C._pop_torch_function_stack()

@@ -33,6 +33,7 @@ CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "
 DeclaredAxis = Callable[[str, str, str], "int | None"]
 
 _MOST_CALLS = 20_000
+_UNSEEN: Any = object()
 
 
 class Call(NamedTuple):
@@ -59,6 +60,22 @@ class Call(NamedTuple):
     info: SiteInfo
     gate: SiteKey | None = None
     shape: torch.Size | None = None
+
+
+class _Applied(NamedTuple):
+    """An activation that is applied to something.
+
+    Attributes:
+        activation: The activation.
+        glu_dim: The dimension along which its input is split in two halves (GLU), otherwise ``None``.
+        place: Where it is applied.
+        ordinal: Its number among those of its name that are applied to the same units.
+    """
+
+    activation: Activation
+    glu_dim: int | None
+    place: str
+    ordinal: int
 
 
 class SiteFinder:
@@ -91,7 +108,6 @@ class SiteFinder:
         self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
         self._calls: dict[tuple[Any, ...], Call | None] = {}  # by the facts that they follow from
         self._gates: dict[SiteKey, Call] = {}
-        self._traced = False  # whether any site is in a compiled graph
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -116,11 +132,15 @@ class SiteFinder:
         self._calls = {facts: call for facts, call in self._calls.items() if facts[1] != phase}
         return gone
 
-    def all_not_measured(self) -> dict[str, str]:
-        """Return all sites, layers and modules that are not measured so far, each with the reason."""
+    def all_not_measured(self, *, compiled: bool) -> dict[str, str]:
+        """Return all sites, layers and modules that are not measured so far, each with the reason.
+
+        Args:
+            compiled: Whether ``torch.compile`` traced any part of the model.
+        """
         forward = self._forward
         measured = {name for _, key in list(self._counters) for name in key.layer.split("+")}
-        all_seen = not (self._traced or forward.ran_parts)
+        all_seen = not (compiled or forward.ran_parts)
         not_measured = self.unmeasured.with_layers(measured, all_seen=all_seen)
         if forward.ran_alone and not forward.ran_root:
             not_measured["(root)"] = (
@@ -180,16 +200,20 @@ class SiteFinder:
             glu_dim: A dimension, or ``None``.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
-        self._traced = self._traced or traced
         origin = self._forward.flow.origin(x)
         ordinal = self._forward.ordinal(origin, activation.name) if origin.units is not None else 0
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, holds_no_data(x))
-            if facts in self._calls:
-                return self._calls[facts]
-        call = self._find_anew(phase, path, function, activation, x, glu_dim, origin, ordinal, traced)
+            without = not x.is_cpu and holds_no_data(x)
+            facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
+            found: Call | None = self._calls.get(facts, _UNSEEN)
+            if found is not _UNSEEN:
+                return found
+        applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
+        if not function:
+            self.unmeasured.note_ran(path, phase)
+        call = self._find_anew(phase, applied, x, origin, is_module=not function, traced=traced)
         if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
@@ -197,20 +221,9 @@ class SiteFinder:
         return call
 
     def _find_anew(
-        self,
-        phase: str,
-        path: str,
-        function: str,
-        activation: Activation,
-        x: Tensor,
-        glu_dim: int | None,
-        origin: Origin,
-        ordinal: int,
-        traced: bool,
+        self, phase: str, applied: _Applied, x: Tensor, origin: Origin, *, is_module: bool, traced: bool
     ) -> Call | None:
-        place, is_module = place_of(path, function), not function
-        if is_module:
-            self.unmeasured.note_ran(path, phase)
+        activation, glu_dim, place, ordinal = applied
         units = origin.units if origin.units is not None and origin.units.layer else None
         key = (
             SiteKey(place, "", "", 0) if units is None else SiteKey(units.layer, units.text(), activation.name, ordinal)

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from neuronscope.attach.compiling import is_tracing
-
 __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
 
 #: Why calls inside a function transform are not measured.
@@ -45,7 +43,7 @@ def in_transform(tensor: Tensor) -> bool:
     taken with ``is_grads_batched=True``, or by ``torch.autograd.functional`` with ``vectorize=True``.
 
     Args:
-        tensor: Any tensor. While ``torch.compile`` traces, a tensor that was batched before is not recognized.
+        tensor: Any tensor that ``torch.compile`` is not tracing.
 
     >>> in_transform(torch.zeros(2))
     False
@@ -54,18 +52,8 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    if is_tracing():
-        return bool(_transforms())
     functorch = torch._C._functorch
     return bool(functorch.get_dynamic_layer_stack_depth() or functorch.is_legacy_batchedtensor(tensor))
-
-
-def _count_transforms() -> int:
-    """Return how many function transforms run, one inside another."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth()
-
-
-_transforms = torch.compiler.assume_constant_result(_count_transforms)  # torch.compile runs this while it traces
 
 
 def unsupported_reason(tensor: Tensor) -> str:

@@ -64,7 +64,7 @@ class PhaseRecord:
         self._steps: list[int] = []  # observed steps of the open window
         self._steps_flushed = 0  # how many of them were flushed
         self._steps_before: list[int] = []  # observed steps of the window before it
-        self._checked_step = 0  # step at which the open window was last due
+        self.checked_step = 0  # step at which the open window was last due
         self._short_at = -1  # number of observed steps when examples were last found too few; -1 = not known
         self._loaded: set[str] = set()  # sites of the saved counts
         self._lacking: set[str] = set()  # those of them whose layer the model does not have
@@ -144,7 +144,7 @@ class PhaseRecord:
 
     def begin_at(self, step: int) -> None:
         """Begin the open window at this optimizer step, because the steps before it were not counted here."""
-        self._checked_step = step
+        self.checked_step = step
 
     def note_step(self, step: int) -> None:
         """Record that an optimizer step was observed."""
@@ -156,7 +156,7 @@ class PhaseRecord:
         """The newest step that was observed, also on other ranks; −1 if there is none."""
         censuses = (self.closed, self._flushed)
         active = (int(each.last_active_step.max()) for census in censuses for each in census.values() if each.neurons)
-        observed_steps = (*self._steps[-1:], *self._steps_before[-1:], self._checked_step)
+        observed_steps = (*self._steps[-1:], *self._steps_before[-1:], self.checked_step)
         return max(-1, *(census.last_step for census in censuses), *active, *observed_steps, self.history.newest_step)
 
     @property
@@ -214,9 +214,9 @@ class PhaseRecord:
                 here although each has seen different examples. A window without enough examples is then checked again
                 only after another ``window_steps`` steps.
         """
-        if step - self._checked_step < window_steps or (alone() and not self._can_close()):
+        if step - self.checked_step < window_steps or (alone() and not self._can_close()):
             return False
-        self._checked_step = step
+        self.checked_step = step
         return True
 
     def _can_close(self) -> bool:
@@ -322,7 +322,7 @@ class PhaseRecord:
             "open": opened.without(*shared, *left).state_dict(),  # one rank's neurons are not the layer
             "open_steps": list(self._steps),
             "steps_before": list(self._steps_before),
-            "looked_at_step": self._checked_step,
+            "looked_at_step": self.checked_step,
             "closed": self.closed.without(*left).state_dict(),
             "last": self.last.without(*left).state_dict(),
             "history": self.history.state_dict(without=left),
@@ -358,7 +358,7 @@ class PhaseRecord:
         self._flushed, self.closed, self.last = flushed, closed, last
         self._steps, self._steps_before, self.history = steps, before, history
         self._steps_flushed = len(steps)
-        self._checked_step = looked_at_step
+        self.checked_step = looked_at_step
         self._short_at = -1
         loaded = {name: tally.layer or name for name, tally in {**flushed, **closed, **last}.items()}
         missing = lacking(loaded.values())

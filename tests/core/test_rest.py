@@ -5,7 +5,9 @@ What ``torch.compile`` may trace keeps its hooks, and what it traced without the
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
+from neuronscope.options import WatchOptions
+from neuronscope.scope import Scope
 from tests.core.slow_twin import Twin, Watched, assert_same, hook_tables
 
 
@@ -51,6 +55,56 @@ def test_hooks_are_on_the_model_at_observed_steps_only():
         # Steps 0, 5 and 10 are observed.
         assert seen == [number % 5 == 0 for number in range(11)]
     assert scope.census()["first/relu"].positions == 3 * 4
+
+
+class Wakeful(Scope):
+    """A scope that looks at every step what is due, also where it knows that nothing is."""
+
+    _quiet_until = property(lambda _: 0, lambda *_: None)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_scope_that_rests_does_what_a_wakeful_one_does(seed: int):
+    """Whatever the loop does between observed steps: phases, pauses, steps that are left out or told again."""
+    draw = random.Random(seed)
+    options = WatchOptions(
+        every_n_steps=draw.choice((3, 5, 20)),
+        window_steps=draw.choice((2, 7, 10)),
+        policy=ns.Policy(max_rate=draw.choice((0.95, 0.2, 0.05))),
+    )
+    models = [Net()] * 2
+    models[1] = copy.deepcopy(models[0])
+    scopes = [kind(model, options) for kind, model in zip((Scope, Wakeful), models, strict=True)]
+    states: list[dict[str, object]] = []
+    for _ in range(100):
+        kind, jump, x = draw.choice("......vpjbls"), draw.randrange(1, 12), torch.randn(4, 3)
+        seen = []
+        for number, (scope, net) in enumerate(zip(scopes, models, strict=True)):
+            known: list[object] = [scope.observing]
+            with contextlib.ExitStack() as inside:
+                if kind == "v":
+                    inside.enter_context(scope.phase("val"))
+                elif kind == "p":
+                    inside.enter_context(scope.paused())
+                net(x).sum().backward()
+                if kind in "vp" and jump % 2:
+                    known.append(scope.step())
+            if kind == "l" and states:
+                scope.load_state_dict(states[number])
+            told = {"j": scope.global_step + jump, "b": max(scope.global_step - jump, 0)}.get(kind)
+            known += [scope.step(told), scope.observing, scope.global_step]
+            seen.append(known)
+        assert seen[0] == seen[1], (kind, jump)
+        if kind == "s" and not states:
+            states = [scope.state_dict() for scope in scopes]
+    first, second = ({name: scope.census(name) for name in scope.phases} for scope in scopes)
+    assert first.keys() == second.keys()
+    for name, census in first.items():
+        assert {site: tally.zero_outputs.tolist() for site, tally in census.items()} == {
+            site: tally.zero_outputs.tolist() for site, tally in second[name].items()
+        }
+    for scope in scopes:
+        scope.detach()
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])

@@ -173,3 +173,75 @@ def test_the_dtype_may_change_between_calls(dtype: torch.dtype):
     tally = run(net, 4).census()["fc/relu"]
     assert tally.zero_outputs.tolist() == [16, 0, 0, 0]
     assert tally.mean_abs_output.tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
+class Weights(nn.Module):
+    """Applies ``F.linear`` with the weight and the bias that a function picks at each step."""
+
+    def __init__(self, pick: Callable[[Weights, Tensor], tuple[Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.eye(4)) for _ in range(2))
+        self.register_buffer("kept", torch.zeros(4))
+        self.fc, self.act, self.pick, self.step = nn.Linear(4, 4, bias=False), nn.ReLU(), pick, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x[:3])
+        return self.act(F.linear(x, *self.pick(self, h)))
+
+
+def positions(net: Weights, steps: int = 6) -> dict[str, int]:
+    with ns.watch(net, axes={"act": 1}) as scope:
+        for net.step in range(steps):
+            net(X).sum().backward()
+            scope.step()
+    return {name: tally.positions for name, tally in scope.census().items()}
+
+
+def test_one_call_may_be_given_another_weight_in_each_step():
+    net = Weights(lambda net, h: ((net.first, net.second)[net.step % 2], None))
+    assert positions(net) == {"first/relu": 12, "second/relu": 12}
+
+
+def test_one_call_may_be_given_another_part_of_a_weight_in_each_step():
+    net = Weights(lambda net, h: (net.first[:2] if net.step % 2 else net.first[2:], None))
+    assert positions(net) == {"first(2:4)/relu": 12, "first(0:2)/relu": 12}
+
+
+def computed(net: Weights, h: Tensor) -> Tensor | None:
+    return h.sum(0) if net.step == 4 else None
+
+
+def overwritten(net: Weights, h: Tensor) -> Tensor:
+    if net.step == 4:
+        net.kept.copy_(h.detach()[0])
+    return net.kept
+
+
+def overwritten_in_part(net: Weights, h: Tensor) -> Tensor:
+    if net.step == 4:
+        net.kept[:] = h.detach()[0]
+    return net.kept
+
+
+@pytest.mark.parametrize("bias", [computed, overwritten, overwritten_in_part])
+def test_a_bias_may_come_from_a_layer_in_some_steps_only(bias: Callable[[Weights, Tensor], Tensor | None]):
+    """Then that layer is read by the one whose bias it is, and gives no output of the network."""
+    net = Weights(lambda net, h: (net.first, bias(net, h)))
+    with ns.watch(net) as scope:
+        for net.step in range(6):
+            net(X).sum().backward()
+            scope.step()
+            assert scope._hooks.recorder.forward.flow.gives_outputs("fc") == (net.step < 4), net.step
+
+
+def test_what_is_known_by_the_identity_of_a_weight_ends_with_it():
+    """Another tensor may get that identity."""
+    net = Weights(lambda net, h: (net.first, None))
+    with ns.watch(net) as scope:
+        net(X).sum().backward()
+        steady = scope._hooks.recorder.forward.flow._steady
+        assert len(steady) == 2
+        del net.second
+        assert len(steady) == 2
+        del net.first
+        assert not steady

@@ -112,7 +112,7 @@ def trace(
     idle = set(hooks.module_sites) - {*recorder.unmeasured.phases_of_modules}
     graph.not_seen = {
         **dict.fromkeys(sorted(path or "(root)" for path in idle), "it did not run on the example"),
-        **recorder.sites.all_not_measured(),
+        **recorder.sites.all_not_measured(compiled=recorder.compiled),
     }
     return graph
 
