@@ -13,8 +13,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, REVIVED, GradientMasks, TimelineBuilder
+from neuronscope.checkpoints.verdict.checkpoint_timeline import (
+    DIED,
+    REVIVED,
+    CheckpointTimeline,
+    GradientMasks,
+    LayerTimeline,
+    TimelineBuilder,
+    TimelinePoint,
+)
 from neuronscope.checkpoints.verdict.combine import combine_evidence
+from neuronscope.checkpoints.writers.between_checkpoints import findings
 from neuronscope.demo.digits import load_digits
 from tests.postmortem import samples
 
@@ -325,3 +334,27 @@ def test_a_layer_that_is_not_in_a_checkpoint_has_no_count_there() -> None:
     builder.add("c.pt", 3, combine_evidence([replace(one, width=5) for one in at_step([1], [0])]), {}, {})
     (layer,) = builder.build().layers
     assert (layer.neurons, layer.dead.tolist()) == (5, [-1, -1, 1])
+
+
+def test_sentences_add_up_where_a_later_checkpoint_leaves_a_death_open() -> None:
+    def layer(dead: list[int]) -> LayerTimeline:
+        events = np.arange(2, dtype=np.int64)
+        return LayerTimeline(
+            name="0",
+            neurons=4,
+            in_headlines=True,
+            dead=np.array(dead),
+            unknown=np.zeros(3, np.int64),
+            neuron=events,
+            kind=np.full(2, DIED, np.uint8),
+            checkpoint=np.array([1, 1]),
+            earliest=np.array([101, 101]),
+            latest=np.array([200, 200]),
+            basis=np.zeros(2, np.uint8),
+        )
+
+    points = tuple(TimelinePoint(f"{step}.pt", step, 0) for step in (100, 200, 300))
+    assert findings(CheckpointTimeline(points, (layer([0, 2, 1]),)))[1] == (
+        "1 neuron was dead at a checkpoint, and a later one leaves it open."
+    )
+    assert not any("leaves it open" in each for each in findings(CheckpointTimeline(points, (layer([0, 2, 2]),))))

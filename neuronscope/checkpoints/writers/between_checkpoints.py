@@ -104,6 +104,12 @@ def findings(timeline: CheckpointTimeline) -> list[str]:
             f"{count(back)} revived; {count(int(timeline.dead[-1]))} {is_are(int(timeline.dead[-1]))} dead at the last."
         )
         sentences = [whole]
+        unconfirmed = int(died.sum() - revived.sum() - timeline.dead[-1])
+        if unconfirmed > 0:
+            were = "was" if unconfirmed == 1 else "were"
+            sentences.append(
+                f"{plural(unconfirmed, 'neuron')} {were} dead at a checkpoint, and a later one leaves it open."
+            )
         if later:
             worst = int(died[1:].argmax()) + 1
             since, until = timeline.checkpoints[worst - 1].step, timeline.checkpoints[worst].step
