@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from neuronscope.checkpoints.formats import restricted_pickle
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import CheckpointError
 from scripts import checkpoint_memory
@@ -261,3 +264,16 @@ def test_a_file_that_shrinks_after_it_was_opened_raises_a_clear_error(share: flo
         os.truncate(path, int(path.stat().st_size * share))
         with pytest.raises(CheckpointError, match="has become shorter"):
             tensor.read()
+
+
+def test_a_checkpoint_of_a_hundred_thousand_layers_with_adams_state_is_within_the_limits(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(50)))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as saved:
+        codes = [code.code.encode("latin-1") for code, _, _ in pickletools.genops(saved.read("w/data.pkl"))]
+    containers = sum(code in restricted_pickle._CONTAINERS for code in codes)
+    assert len(codes) / 50 * 100_000 < restricted_pickle._MAX_OPCODES
+    assert containers / 50 * 100_000 < restricted_pickle._MAX_CONTAINERS

@@ -28,8 +28,9 @@ from neuronscope.errors import CheckpointError
 __all__ = ["Placeholder", "SafeGlobal", "UnsafeGlobalError", "as_checkpoint_error", "read_pickle", "safe_key"]
 
 # Limits on the memory that a pickle can take: an opcode of one byte makes up to 56 bytes, or 216 if it makes an empty
-# container. A checkpoint of 100,000 tensors with both of Adam's averages needs a third of each limit.
-_MAX_OPCODES = 20_000_000
+# container. A checkpoint of 100,000 layers, weights and biases, with all of Adam's state has 24 million opcodes and 2
+# million containers.
+_MAX_OPCODES = 30_000_000
 _MAX_CONTAINERS = 4_000_000
 _MAX_COPIED = 1 << 26  # bytes or items that calls may copy from their arguments, in all
 
