@@ -377,7 +377,7 @@ def test_the_checkpoint_of_an_unwatched_run_is_examined(folder: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
     nn.init.zeros_(model[0].bias)  # so that a neuron whose weights are all negative is dead, and looks initialised
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    for name, steps in (("early.pt", range(180)), ("late.pt", range(180, 400))):
+    for name, steps in (("early.pt", range(180)), ("late.pt", range(180, 520))):
         train(model, images, steps, optimizer)
         torch.save(
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": steps.stop}, folder / name
