@@ -1,8 +1,8 @@
 """What a post-mortem of a checkpoint of very many layers takes: reading, examining, and writing the report.
 
-Each checkpoint is made up: linear layers of 8 × 8 with a bias. With Adam's state, one neuron in 40 layers has lost its
-gradient; in one layer of 50 a row of weights is zero. Each is examined in a process of its own, as the command line
-does it, and nothing is trained.
+Each checkpoint is made up: linear layers of 8 × 8 with a bias. With Adam's state, one neuron in each 40th layer never
+got a gradient; in each 50th layer a row of weights is zero. Each is examined in a process of its own, as the command
+line does it, and nothing is trained.
 
 Run it with ``python -m benchmarks.layers [--layers 1000 10000 100000]``; ``docs/scale.md`` has what it printed.
 """
@@ -45,15 +45,15 @@ def make_checkpoint(path: Path, layers: int, *, adam: bool, nested: bool) -> Non
     saved: dict[str, Any] = {"model": weights}
     if adam:
         state = {number: _moments(tensor, number // 2 % 40 == 0) for number, tensor in enumerate(weights.values())}
-        group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(state)}
-        saved["optimizer"] = {"state": state, "param_groups": [group]}
+        group = torch.optim.Adam([torch.zeros(1, requires_grad=True)]).state_dict()["param_groups"][0]
+        saved["optimizer"] = {"state": state, "param_groups": [{**group, "params": list(state)}]}
     torch.save(saved, path)
 
 
 def _moments(tensor: torch.Tensor, one_is_silent: bool) -> dict[str, torch.Tensor]:
     mean, square = torch.randn_like(tensor) * 1e-3, torch.rand_like(tensor) * 1e-6 + 1e-7
     if one_is_silent:
-        mean[5] = 0
+        mean[5] = square[5] = 0
     return {"step": torch.tensor(1000.0), "exp_avg": mean, "exp_avg_sq": square}
 
 

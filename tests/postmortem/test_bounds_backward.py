@@ -64,6 +64,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "batch mean, kept": lambda x: x - x.mean(0, keepdim=True) - 0.9,
     "all": lambda x: x - x.mean() - 0.9,
     "turned": lambda x: x - x.flip(0) - 0.9,
+    "turned by two": lambda x: x.roll(2, 0) - x - 0.9,
+    "by place": lambda x: x * torch.arange(float(len(x)))[:, None] - 0.9,
+    "chosen": lambda x: x[(torch.arange(len(x)) + 2) % len(x)] - x - 0.9,
     "merged": lambda x: x - x.view(1, -1)[:, :3] - 0.9,
     "rows": lambda x: x - (torch.full((len(x), len(x)), 1 / len(x)) @ x) - 0.9,
     "rows as columns": lambda x: x - x[0] - 0.9,
@@ -96,6 +99,12 @@ def test_a_bound_that_is_not_finite_stays_so() -> None:
     graph = trace(network, (torch.zeros(2, 3),))
     bounds = site_bounds(graph, propagate_bounds(graph, None, backwards=2))
     assert bounds["act"].highest.max() == np.inf
+
+
+def test_a_relu_of_the_input_itself_has_its_interval() -> None:
+    graph = trace(nn.Sequential(nn.ReLU(), nn.Linear(3, 3), nn.ReLU()), (torch.zeros(2, 3),))
+    bounds = site_bounds(graph, propagate_bounds(graph, (-1.0, 1.0), backwards=2))
+    assert any(found.highest.max() == 1.0 for found in bounds.values())
 
 
 def test_proofs_name_their_method() -> None:

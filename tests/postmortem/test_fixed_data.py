@@ -220,7 +220,8 @@ def test_no_element_moves_farther_than_the_bound(name: str, schedule: str) -> No
             farthest = torch.maximum(farthest, (now / shrunk - before).abs())
         decayed = motion.group is not None
         assert decayed == (float(shrunk) < 1 - 1e-9)
-        assert (farthest <= motion.reach + 1e-12).all(), (farthest / motion.reach).max()
+        # In float64 nothing is rounded to speak of, for which half of the bound is kept.
+        assert (farthest <= motion.reach / 2 + 1e-12).all(), (farthest / motion.reach).max()
         if schedule == "constant" and farthest.max() > 0:
             assert (motion.reach / farthest.clamp_min(1e-9)).median() < 20
 

@@ -74,7 +74,7 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
             yield from _fires(read, norm)
 
 
-class _Layer(NamedTuple):
+class _NormalisedLayer(NamedTuple):
     """The layer whose output a batch norm normalises.
 
     Attributes:
@@ -88,7 +88,7 @@ class _Layer(NamedTuple):
     is_depthwise: bool
 
 
-def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _Layer | None:
+def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _NormalisedLayer | None:
     step = step_before_copies(steps, norm.reads[0])
     if step is None or step.function not in (*_CONVOLUTIONS, F.linear):
         return None
@@ -99,14 +99,14 @@ def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _Layer
         return None
     one_each = held.shape[1] == 1 and graph.values[read.value].shape[1] == held.shape[0]
     size = held.detach().to(torch.float64).flatten(1).square().sum(1)
-    return _Layer(size, read.value, one_each and step.function in _CONVOLUTIONS)
+    return _NormalisedLayer(size, read.value, one_each and step.function in _CONVOLUTIONS)
 
 
 def _is_never_negative(interval: Interval | None) -> bool:
     return interval is not None and bool((interval.low >= 0).all())
 
 
-def _constant_steps(norm: BatchNormStep, layer: _Layer | None) -> npt.NDArray[np.float64] | None:
+def _constant_steps(norm: BatchNormStep, layer: _NormalisedLayer | None) -> npt.NDArray[np.float64] | None:
     """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
     if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
         return None

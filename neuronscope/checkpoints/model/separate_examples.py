@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
 
 __all__ = ["keeps_examples", "two_examples"]
 
+#: On two examples, turning by two looks as if it kept them.
+_TURNS = spellings("roll")
 _PADDING = -1.0  # marks what is no element of an example
 
 
@@ -49,10 +52,11 @@ def keeps_examples(graph: Graph, step: Step, examples: int) -> bool:
         if not isinstance(leaf, TensorRef):
             return leaf
         value = graph.values[leaf.value]
-        if value.constant is None:
-            return numbered(value.shape).clone()
-        return torch.full(value.shape, _PADDING) if value.dtype.is_floating_point else value.constant
+        return numbered(value.shape).clone() if value.constant is None else torch.full(value.shape, _PADDING)
 
+    constants = (graph.values[number] for number in step.reads if graph.values[number].constant is not None)
+    if step.function in _TURNS or not all(value.dtype.is_floating_point for value in constants):
+        return False  # an index may choose other examples from a larger batch
     try:
         args, kwargs = substitute((step.args, dict(step.kwargs)), marked)
         if step.function is F.pad and kwargs.get("mode", "constant") == "constant" and len(args) < 4:

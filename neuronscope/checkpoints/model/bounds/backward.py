@@ -61,11 +61,11 @@ def tightened(graph: Graph, intervals: list[Interval | None], number: int, examp
         examples: Number of examples of the forward, ``B``.
     """
     known, shape = intervals[number], graph.values[number].shape
-    if known is None or shape[:1] != (examples,) or known.low.shape[0] != 1:
+    steps = graph.steps[: _step_of(graph, number) + 1]
+    if known is None or not steps or shape[:1] != (examples,) or known.low.shape[0] != 1:
         return known
     low, high = (end[:1].expand(1, *shape[1:]).clone() for end in (known.low, known.high))
     unsure = torch.nonzero((low < 0) & (high > 0).logical_and(high < torch.inf))
-    steps = graph.steps[: _step_of(graph, number) + 1]
     numbers = sum(math.prod(graph.values[output].shape) for step in steps for output in step.outputs)
     if not len(unsure) or 2 * len(unsure) * numbers > _MOST:
         return known
