@@ -23,12 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
+from neuronscope.checkpoints.file.adam_clock import SURE_STEPS
 from neuronscope.checkpoints.verdict.checkpoint_timeline import DIED, CheckpointTimeline
 from neuronscope.demo.digits import Digits, load_digits
 
 STEPS, SPIKE, RESET = 960, range(240, 260), 610
-#: A silence of this many steps must be found: the clock's 200, and the time between checkpoints at either end.
-SURE = 200
 LAYERS = ("0", "2")
 
 #: Names of optimizers, how each is made, and by how much the learning rate jumps.
@@ -118,7 +117,7 @@ def score(timeline: CheckpointTimeline, noted: dict[str, npt.NDArray[np.bool_]],
             mine = layer.neuron == neuron
             early, late = layer.earliest[mine & died], layer.latest[mine & died]
             for last, following in zip([0, *steps], [*steps, STEPS + 1], strict=True):
-                if following - last > SURE + 2 * every:
+                if following - last > SURE_STEPS + every:  # the clock is sure at some checkpoint
                     found.silences += 1
                     found.found += bool(((early <= last) & (last <= late)).any() or (last == 0 and -1 in early))
             for first, end in zip(early, late, strict=True):
@@ -127,7 +126,7 @@ def score(timeline: CheckpointTimeline, noted: dict[str, npt.NDArray[np.bool_]],
                 last = int(before[-1]) if before.size else -1
                 after = steps[steps > end]
                 silent_until = int(after[0]) if after.size else STEPS + 1
-                found.held += first <= last and silent_until - last > SURE // 2
+                found.held += first <= last and silent_until - last > 100
             for first, end in zip(layer.earliest[mine & ~died], layer.latest[mine & ~died], strict=True):
                 found.revivals += 1
                 found.back += bool(((steps >= first) & (steps <= end)).any())
