@@ -509,7 +509,8 @@ class HookManager:
             call = self.recorder.begin(path, "", activation, x, glu_dim)
             if caller is not None:
                 self.entered.suspend()  # its inner calls are not watched
-        self.begin_activation(call, caller)
+            self._activation = caller
+        self.running.append(call)
 
     def after(self, x: Any, y: Any) -> None:
         """End the call of an activation module.

@@ -28,6 +28,10 @@ class SmallTensors:
     Args:
         quantities: 1 to count zeros, 2 for zeros and magnitudes.
 
+    Attributes:
+        steps: The optimizer step of each tensor.
+        full: Whether the buffer has no room for another tensor.
+
     >>> waiting = SmallTensors(2)
     >>> waiting.try_add(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 2.0]]), 1, step=7, tolerance=0.0)
     True
@@ -48,6 +52,7 @@ class SmallTensors:
         self._each: list[Tensor] = []  # views of it, made once
         self._full: tuple[Tensor, _Views] | None = None  # a buffer, and how a full room is counted in it
         self.steps: list[int] = []
+        self.full = False
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -77,14 +82,11 @@ class SmallTensors:
                 self._each = [each.view(tensor.shape) for each in self._room]
                 self._full = None
             self._kind = kind
-        self._each[len(self.steps)].copy_(tensor)
-        self.steps.append(step)
+        steps = self.steps
+        self._each[len(steps)].copy_(tensor)
+        steps.append(step)
+        self.full = len(steps) == len(self._each)
         return True
-
-    @property
-    def full(self) -> bool:
-        """Whether the buffer has no room for another tensor."""
-        return len(self.steps) == len(self._each)
 
     @property
     def axis(self) -> int:
@@ -103,6 +105,7 @@ class SmallTensors:
     def clear(self) -> None:
         """Empty the buffer."""
         self.steps.clear()
+        self.full = False
 
     def count(self, scratch: ScratchBuffers, out: Tensor) -> None:
         """Count the zeros of each tensor in the buffer, and add up its magnitudes if ``quantities`` is 2.
