@@ -308,7 +308,7 @@ class SiteRecorder:
             self._note_traced(call)
             if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
                 self._given.add(len(self._traced) - 1)
-                self.forward.parts.note_given(x, call.key, _GivenPreActivation(self, call))
+                self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
         counters = call.counters
@@ -542,7 +542,7 @@ def _counted_gradients(x: Tensor) -> list[CountedGradient]:
     return [hook for hook in (x._backward_hooks or {}).values() if isinstance(hook, CountedGradient)]
 
 
-class _GivenPreActivation(NamedTuple):
+class _PreActivationOfCall(NamedTuple):
     """See :class:`~neuronscope.attach.compiled_parts.GivenPreActivation`."""
 
     recorder: SiteRecorder
