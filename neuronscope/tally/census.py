@@ -224,7 +224,7 @@ class Tally:
                 gradient_positions=gradients,
                 examples=examples,
             )
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             given = sorted(state, key=str) if isinstance(state, Mapping) else type(state).__name__
             raise StateError(f"Expected the saved state of a tally, but got {given}: {error}.") from error
 

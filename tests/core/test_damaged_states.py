@@ -184,6 +184,7 @@ SITE = f"{RECORD}.closed.tallies.first/relu"
         (f"{SITE}.last_active_step", 10**6),  # after the state was saved
         (f"{SITE}.info.linear_when_on", "yes"),
         (f"{SITE}.info.units", [["first", 0, 5, 0]]),
+        (f"{SITE}.info.units", [["first", 0, float("inf"), 1]]),
         (f"{RECORD}.closed.last_step", 10**6),
         (f"{RECORD}.open_steps", [8, 3]),
         (f"{RECORD}.looked_at_step", -1),
