@@ -17,7 +17,6 @@ from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import ENDED, LOST, ROWS, UNITS
 from neuronscope.attach.site_finder import SiteFinder
 from neuronscope.attach.tensor_map import TensorMap
-from neuronscope.attach.unmeasured import place_of
 
 WITHOUT_UNITS = (ENDED, LOST, ROWS)
 
@@ -40,10 +39,10 @@ def ending_operators() -> Iterator[dict[str, str]]:
                 if name is not None:
                     ended_by.put(tensor, name)
 
-    def finding(finder: SiteFinder, phase: str, path: str, function: str, activation: Any, x: Tensor, *rest: Any):  # type: ignore[no-untyped-def]
-        if finder._forward.flow.origin(x).state in WITHOUT_UNITS:
-            found[place_of(path, function)] = ended_by.get(x) or "?"
-        return find(finder, phase, path, function, activation, x, *rest)
+    def finding(finder: SiteFinder, phase: str, applied: Any, x: Tensor, origin: Any, **more: Any):  # type: ignore[no-untyped-def]
+        if origin.state in WITHOUT_UNITS:
+            found[applied.place] = ended_by.get(x) or "?"
+        return find(finder, phase, applied, x, origin, **more)
 
     with mock.patch.object(NeuronFlow, "follow", following), mock.patch.object(SiteFinder, "_find_anew", finding):
         yield found
