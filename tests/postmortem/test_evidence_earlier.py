@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def test_neurons_silent_or_dead_between_two_checkpoints_are_found(name, schedule
         for piece, neurons in ((silent, (2, 3)), (died, (5,)), (lately, (4,))):
             for since, neuron in zip(piece.since, neurons):
                 assert UNTIL[neuron] - 48 <= since <= UNTIL[neuron]
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_averaged_weights_do_not_show_who_got_no_gradient(name):
+    """Averages move without a gradient, some rows' longer than others': a frozen layer would seem half silent."""
+    earlier, later = run(OPTIMIZERS[name])
+    plain, _ = compared(earlier, later)
+    for averaged in ((True, True), (True, False), (False, True)):
+        pair = [replace(one, is_averaged=which) for one, which in zip((earlier, later), averaged)]
+        found, said = compared(*pair)
+        assert [piece.neurons.tolist() for piece in found] == [[5], [4], [0]]  # died, or alive: by the means alone
+        assert [piece.text for piece in found] == [piece.text for piece in plain[1:]]
+        assert [piece.layer for piece in said] == [""]
+        assert "are averages" in said[0].reason
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -43,6 +43,10 @@ _FAR = 10.0
 _ROW_RELATIVE = 5e-7
 #: A row of fewer elements is always near a combination of two others.
 _FEWEST_ELEMENTS = 5
+_AVERAGED = (
+    "The weights of a checkpoint are averages of those that the optimizer trained, which move without a gradient too: "
+    "the two checkpoints do not show which neurons got no gradient in between."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +110,8 @@ def compare_with_earlier(
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
+    if earlier.is_averaged or later.is_averaged:
+        yield Abstention(_SOURCE, "", _AVERAGED)
     before = match_parameters(earlier, parameter_names).states
     clocks = {read.layer.path: read for read in read_clocks(earlier, layers, before) if isinstance(read, LayerClock)}
     for read in readings:
@@ -158,14 +164,16 @@ class _Pair:
         self._rules = start.rule, end.rule
         self._steps = steps
         self._tolerance = _RELATIVE + _RELATIVE_A_STEP * steps
+        self._averaged = earlier.is_averaged or later.is_averaged
 
     def tests(self) -> tuple[Tensor, Tensor]:
         """Return which rows got no gradient as far as can be seen, and which certainly got one, both bool ``(N,)``."""
-        kept = torch.ones(self._layer.width, dtype=torch.bool)
+        kept = torch.full((self._layer.width,), not self._averaged)
         touched = torch.zeros(self._layer.width, dtype=torch.bool)
         for name in self._names:
             room = self._means(name, touched)
-            self._weights(name, room, kept)
+            if not self._averaged:
+                self._weights(name, room, kept)
         return kept & ~touched, touched
 
     def decayed_tests(self) -> tuple[Tensor, Tensor]:
