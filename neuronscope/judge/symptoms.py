@@ -116,6 +116,7 @@ class RunFacts:
             a group; 0 = none or not known.
         clocked: Whether steps were derived from the optimizer's state. They are then the earliest possible steps,
             usually about 20 steps too early.
+        estimated: Whether some steps are estimates by a clock, too early or too late.
         input_offset: ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known.
         observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
             this many steps before its date.
@@ -126,6 +127,7 @@ class RunFacts:
     learning_rates: tuple[float, ...] = ()
     decay: float = 0.0
     clocked: bool = False
+    estimated: bool = False
     input_offset: float | None = None
     observed_every: int = 1
 
@@ -270,7 +272,9 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
     when = " and ".join(f"steps {first:,} to {last:,}" if first < last else f"step {first:,}" for first, last in spans)
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(facts.learning_rates), reverse=True))
     text = f"{number:,} of {dated.size:,} dated deaths are at {when} of {length:,}: {layers}."
-    if facts.clocked:
+    if facts.estimated:
+        text += " Steps are estimated by a clock, some too early and some too late."
+    elif facts.clocked:
         text += " Steps come from the optimizer's state: the earliest possible, usually about 20 steps too early."
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
@@ -362,7 +366,8 @@ def collapsed(facts: RunFacts) -> Support | None:
     steps = [step for layer in found if (step := last_deaths(layer.dead, layer.since)) is not None]
     if steps:
         when = "since the beginning" if max(steps) < 0 else f"since step {max(min(steps), 0):,}"
-        text += f" They have been dead {when}{' at the earliest' if facts.clocked and max(steps) >= 0 else ''}."
+        clock = "" if max(steps) < 0 else ", about" if facts.estimated else " at the earliest" if facts.clocked else ""
+        text += f" They have been dead {when}{clock}."
     idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
     if any(count for _, count, _ in idle):
         text += f" No gradient reaches {_affected(idle)[0]}."

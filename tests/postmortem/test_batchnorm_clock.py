@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import neuronscope as ns
 from neuronscope.checkpoints.model.examine_model import examine_model
+from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.demo.digits import load_digits
 
@@ -145,8 +146,10 @@ def test_a_report_says_that_its_dates_are_estimates(tmp_path: Path) -> None:
             model[0].bias.data[1] = -100.0
         model(torch.randn(16, 4))
     torch.save(model.state_dict(), tmp_path / "last.pt")
-    text = str(ns.postmortem(tmp_path / "last.pt", model=make, example="2x4"))
+    report = ns.postmortem(tmp_path / "last.pt", model=make, example="2x4")
+    text = str(report)
     assert "When they died (estimated by a clock, some too early and some too late): 1 at step" in text
+    assert postmortem_facts(report.layers).estimated
     assert "earliest" not in text
 
 

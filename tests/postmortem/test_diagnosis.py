@@ -200,6 +200,15 @@ def test_the_evidence_of_a_diagnosis_names_numbers_layers_and_steps() -> None:
     assert (one.neurons, one.layers, one.steps) == (8, ("a", "b"), (5000, 5003))
 
 
+def test_estimated_steps_are_not_called_the_earliest_possible() -> None:
+    (group,) = diagnose(RunFacts((layer("a", 64, [5000] * 6),), step=10_000, clocked=True, estimated=True))
+    assert "Steps are estimated by a clock, some too early and some too late." in group.evidence
+    facts = RunFacts((layer("a", 9, [5000] * 9),), step=10_000, clocked=True, estimated=True)
+    evidence = " ".join(one.evidence for one in diagnose(facts))
+    assert "They have been dead since step 5,000, about." in evidence
+    assert "earliest" not in evidence
+
+
 def test_of_many_layers_some_are_named_and_all_are_counted() -> None:
     (one,) = diagnose(RunFacts(tuple(layer(str(i), 64, [-1] * (i + 1)) for i in range(7)), step=9))
     assert "layers 6 (7 of 64), 5 (6 of 64), 4 (5 of 64), 3 (4 of 64) and 3 more" in one.evidence
@@ -274,6 +283,7 @@ def test_the_inputs_of_a_diagnosis_are_taken_from_a_postmortem() -> None:
     assert by_name["net.4"].dead_norm == 0.2
     assert by_name["net.0"].dead_norm is None
     assert facts.clocked
+    assert not facts.estimated
     assert facts.born() == 2
     assert facts.dated().size == 18 + 9 + 14
     assert facts.length() == 5000

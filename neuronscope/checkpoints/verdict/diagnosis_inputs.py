@@ -38,6 +38,7 @@ def postmortem_facts(
         observed_every: The largest number of steps between two observations of a monitor.
     """
     ratios = dead_norm_ratios or {}
+    headlines = [layer for layer in layers if layer.in_headlines]
     return RunFacts(
         layers=tuple(
             LayerFacts(
@@ -54,13 +55,13 @@ def postmortem_facts(
                 kind=(kinds or {}).get(layer.name, ""),
                 normalised=layer.name in normalised,
             )
-            for layer in layers
-            if layer.in_headlines
+            for layer in headlines
         ),
         step=step,
         learning_rates=tuple(learning_rates),
         decay=decay,
-        clocked=any(layer.is_clocked for layer in layers if layer.in_headlines),
+        clocked=any(layer.is_clocked for layer in headlines),
+        estimated=any(layer.is_estimated for layer in headlines),
         input_offset=input_offset,
         observed_every=observed_every,
     )

@@ -198,7 +198,8 @@ def _collapsed_since(layer: LayerReport) -> str:
     step = last_deaths(layer.dead_or_suspected, layer.since)
     if step is None:
         return ""
-    return " since the beginning" if step < 0 else f", since step {count(step)}{' at the earliest' * layer.is_clocked}"
+    clock = ", about" if layer.is_estimated else " at the earliest" if layer.is_clocked else ""
+    return " since the beginning" if step < 0 else f", since step {count(step)}{clock}"
 
 
 def _deaths(report: PostmortemReport) -> list[str]:
