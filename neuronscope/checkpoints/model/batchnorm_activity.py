@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.batchnorm_step import HALF_NORMAL, BatchNormStep, read_batch_norm
+from neuronscope.checkpoints.model.batchnorm_step import CONVOLUTIONS, HALF_NORMAL, BatchNormStep, read_batch_norm
 from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
@@ -39,7 +39,6 @@ _VARIES, _SUSPECTED, _SURE = 50.0, 150.0, 300.0
 #: The layer's usual ``q`` is this quantile of it; below the second number nothing is left of a whole layer's.
 _USUAL, _FADED = 0.9, 1e-20
 _TINY = 1e-300
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> Iterator[Evidence]:
@@ -70,7 +69,7 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
             continue
         if layer is not None and layer.is_depthwise:
             yield from _varies(read, _constant_steps(norm, layer))
-        elif _is_never_negative(intervals[read.after]):
+        elif (interval := intervals[read.after]) is not None and interval.is_never_negative:
             yield from _fires(read, norm)
 
 
@@ -90,20 +89,14 @@ class _NormalisedLayer(NamedTuple):
 
 def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _NormalisedLayer | None:
     step = step_before_copies(steps, norm.reads[0])
-    if step is None or step.function not in (*_CONVOLUTIONS, F.linear):
+    if step is None or step.function not in (*CONVOLUTIONS, F.linear):
         return None
-    places = ((0, "input"), (1, "weight"))
-    read, weight = (step.args[at] if len(step.args) > at else step.kwargs.get(name) for at, name in places)
-    held = graph.values[weight.value].constant if isinstance(weight, TensorRef) else None
+    read, held = step.argument(0, "input"), graph.constant(step.argument(1, "weight"))
     if held is None or not isinstance(read, TensorRef):
         return None
     one_each = held.shape[1] == 1 and graph.values[read.value].shape[1] == held.shape[0]
     size = held.detach().to(torch.float64).flatten(1).square().sum(1)
-    return _NormalisedLayer(size, read.value, one_each and step.function in _CONVOLUTIONS)
-
-
-def _is_never_negative(interval: Interval | None) -> bool:
-    return interval is not None and bool((interval.low >= 0).all())
+    return _NormalisedLayer(size, read.value, one_each and step.function in CONVOLUTIONS)
 
 
 def _constant_steps(norm: BatchNormStep, layer: _NormalisedLayer | None) -> npt.NDArray[np.float64] | None:

@@ -18,15 +18,14 @@ for the R of a neuron that fires. The running mean is no mean output then.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from neuronscope.checkpoints.model.batchnorm_step import CONVOLUTIONS, HALF_NORMAL, BatchNormStep, read_batch_norm
 from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
@@ -36,9 +35,6 @@ from neuronscope.judge.verdicts import Policy
 __all__ = ["running_statistics_evidence"]
 
 _SOURCE = "batch norm statistics"
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-#: ``R`` of the positive half of a normal distribution.
-_HALF_NORMAL = 0.47
 #: Silence is suspected above this many steps, and inferred above this many (docs/postmortem.md has the measured rates).
 _SILENT, _SURE = 50.0, 200.0
 
@@ -62,24 +58,24 @@ def running_statistics_evidence(
     by_output = {site.after: site for site in graph.sites}
     seen = set()
     for step in graph.steps:
-        if step.function is not F.batch_norm or not step.reads:
+        norm = read_batch_norm(graph, step)
+        if norm is None or norm.mean is None or norm.variance is None:
             continue
         before = step_before_copies(steps, step.reads[0])
         gain = _depthwise_gain(graph, before)
         if before is not None and gain is not None:
             before = step_before_copies(steps, before.reads[0])
         site = next((by_output[number] for number in (before.outputs if before else ()) if number in by_output), None)
-        if site is None or site.name in seen or site.layout.axis != 1 or not _is_never_negative(intervals[site.after]):
+        interval = None if site is None else intervals[site.after]
+        if site is None or site.name in seen or site.layout.axis != 1 or not (interval and interval.is_never_negative):
             continue
         seen.add(site.name)
-        mean, variance = (_constant(graph, step, at, name) for at, name in ((1, "running_mean"), (2, "running_var")))
-        if mean is None or variance is None or not mean.shape == variance.shape == (site.neurons,):
+        if not norm.mean.shape == norm.variance.shape == (site.neurons,):
             continue
-        if gain is None or gain.shape == mean.shape:
+        if gain is None or gain.shape == norm.mean.shape:
             count = (batches or {}).get(_path(graph, step))
             is_dated = count is not None and training_step in (None, count)
-            momentum = _argument(step, 6, "momentum", 0.1)
-            yield from _evidence(site, mean.double(), variance.double(), momentum, gain, count if is_dated else None)
+            yield from _evidence(site, norm, norm.mean, norm.variance, gain, count if is_dated else None)
 
 
 def _depthwise_gain(graph: Graph, step: Step | None) -> Tensor | None:
@@ -89,10 +85,10 @@ def _depthwise_gain(graph: Graph, step: Step | None) -> Tensor | None:
         A number from 0 to 1 for each channel, float64 ``(C,)``, or an empty tensor if nothing is known of it; ``None``
         if the step is no depthwise convolution.
     """
-    if step is None or step.function not in _CONVOLUTIONS:
+    if step is None or step.function not in CONVOLUTIONS:
         return None
-    weight, bias = (_constant(graph, step, at, name) for at, name in ((1, "weight"), (2, "bias")))
-    if weight is None or weight.shape[1] != 1 or _argument(step, 6, "groups") != weight.shape[0]:
+    weight, bias = (graph.constant(step.argument(at, name)) for at, name in ((1, "weight"), (2, "bias")))
+    if weight is None or weight.shape[1] != 1 or step.argument(6, "groups") != weight.shape[0]:
         return None
     if bias is not None and bool((bias != 0).any()):
         return torch.empty(0)
@@ -100,41 +96,27 @@ def _depthwise_gain(graph: Graph, step: Step | None) -> Tensor | None:
     return (weight.sum(1).square() / weight.square().sum(1).clamp(min=1e-300)).clamp(max=1.0)
 
 
-def _is_never_negative(interval: Interval | None) -> bool:
-    return interval is not None and bool((interval.low >= 0).all())
-
-
-def _argument(step: Step, place: int, name: str, default: object = None) -> object:
-    return step.args[place] if len(step.args) > place else step.kwargs.get(name, default)
-
-
-def _constant(graph: Graph, step: Step, place: int, name: str) -> Tensor | None:
-    argument = _argument(step, place, name)
-    return graph.values[argument.value].constant if isinstance(argument, TensorRef) else None
-
-
 def _path(graph: Graph, step: Step) -> str:
     """Return the path of a batch norm; ``""`` if its running mean is no buffer of a module."""
-    argument = _argument(step, 1, "running_mean")
+    argument = step.argument(1, "running_mean")
     return graph.values[argument.value].name.rpartition(".")[0] if isinstance(argument, TensorRef) else ""
 
 
 def _evidence(
-    site: Site, mean: Tensor, variance: Tensor, momentum: object, gain: Tensor | None, batches: int | None
+    site: Site, norm: BatchNormStep, mean: Tensor, variance: Tensor, gain: Tensor | None, batches: int | None
 ) -> Iterator[Evidence]:
     """Yield the evidence on one site.
 
     Args:
         site: The site.
-        mean: The running mean of its outputs, float64 ``(N,)``.
+        norm: The batch norm.
+        mean: The running mean of the site's outputs, float64 ``(N,)``.
         variance: Their running variance, float64 ``(N,)``.
-        momentum: The batch norm's momentum.
         gain: See :func:`_depthwise_gain`; ``None`` if no convolution lies between.
         batches: Number of training batches that the norm has counted, if each was an optimizer step; else ``None``.
     """
     evidence = partial(evidence_on_site, site.name, source=_SOURCE)
-    trained = bool((mean != 0).any())  # statistics begin at a mean of 0 and a variance of 1
-    if not trained:
+    if not norm.is_trained:
         return
     never = (mean == 0).numpy()
     yield from evidence(
@@ -148,10 +130,10 @@ def _evidence(
             "statistics began."
         ),
     )
-    if isinstance(momentum, float) and 0.0 < momentum < 0.5:
+    if norm.has_clock:
         ratio = mean.square() / variance.clamp(min=1e-300)
-        usual = _HALF_NORMAL if gain is None else _HALF_NORMAL * gain.clamp(min=1e-300)
-        silent = (torch.log(usual / ratio.clamp(min=1e-300)) / -math.log1p(-momentum)).numpy()
+        usual = HALF_NORMAL if gain is None else HALF_NORMAL * gain.clamp(min=1e-300)
+        silent = norm.steps_of_decay(usual / ratio.clamp(min=1e-300)).numpy()
         since = None if batches is None else np.clip(batches - np.floor(silent), 0, batches).astype(np.int64)
         for basis, mask in (("inferred", silent > _SURE), ("suspected", (silent > _SILENT) & (silent <= _SURE))):
             yield from evidence(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef
+from neuronscope.checkpoints.model.traced_graph import Graph, Step
 
-__all__ = ["HALF_NORMAL", "BatchNormStep", "read_batch_norm"]
+__all__ = ["CONVOLUTIONS", "HALF_NORMAL", "BatchNormStep", "read_batch_norm"]
 
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 #: mean² / variance of the positive half of a normal distribution, such as a ReLU gives.
 HALF_NORMAL = 0.47
 
@@ -75,9 +76,8 @@ def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:
     given.apply_defaults()
 
     def tensor(name: str) -> Tensor | None:
-        found = given.arguments[name]
-        constant = graph.values[found.value].constant if isinstance(found, TensorRef) else None
-        return None if constant is None else constant.detach()
+        found = graph.constant(given.arguments[name])
+        return None if found is None else found.detach()
 
     momentum = given.arguments["momentum"]
     mean, variance = (None if (found := tensor(name)) is None else found.to(torch.float64) for name in _STATISTICS)

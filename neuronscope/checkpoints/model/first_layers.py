@@ -20,7 +20,7 @@ from neuronscope.attach.layer_names import layer_name
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.bounds.propagate import is_zero_below_zero
 from neuronscope.checkpoints.model.example_inputs import Example
-from neuronscope.checkpoints.model.function_rules import OPERATORS
+from neuronscope.checkpoints.model.function_rules import DROPOUT, OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import by_elementwise, by_move, by_same
 from neuronscope.checkpoints.model.separate_examples import keeps_examples, two_examples
 from neuronscope.checkpoints.model.trace import ForwardError, trace
@@ -32,10 +32,6 @@ _EXAMPLES = 2
 _LAYERS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _POOLING = spellings("max_pool1d", "max_pool2d", "max_pool3d")
 _PADDING = spellings("pad", "cat", "concat", "concatenate", "stack", "hstack", "vstack")
-_DROPOUT = spellings(
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
-    in_place=True,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +127,7 @@ class _FirstLayers:
         names: list[str] = []
         tensors: list[Tensor | None] = []
         for place, name in ((1, "weight"), (2, "bias")):
-            argument = _argument(step, place, name)
+            argument = step.argument(place, name)
             if argument is None and name == "bias":
                 names.append("")
                 tensors.append(None)
@@ -150,12 +146,12 @@ class _FirstLayers:
 
     def _reads_input(self, layer: Step) -> bool:
         """Whether only fixed functions, each example for itself, are between the network's input and a layer."""
-        number = _argument(layer, 0, "input").value
+        number = layer.argument(0, "input").value
         rank = len(self._values[number].shape)
         wanted = (
             rank >= 2
             if layer.function is F.linear
-            else rank == len(self._values[_argument(layer, 1, "weight").value].shape)
+            else rank == len(self._values[layer.argument(1, "weight").value].shape)
         )
         if not wanted or self._values[number].shape[0] != _EXAMPLES:
             return False
@@ -174,7 +170,7 @@ class _FirstLayers:
         inputs = {number for number in step.reads if self._values[number].constant is None}
         sources = {name for number in step.reads for name in self._values[number].sources}
         rule = OPERATORS.get(step.function)
-        if len(inputs) != 1 or len(step.outputs) != 1 or rule is None or step.function in _DROPOUT:
+        if len(inputs) != 1 or len(step.outputs) != 1 or rule is None or step.function in DROPOUT:
             return None
         (number,) = inputs
         constants = [self._values[other].shape for other in step.reads if other not in inputs]
@@ -193,8 +189,4 @@ def _keeps_sign(step: Step) -> bool:
         return True
     rule = OPERATORS.get(step.function)
     moves = rule is not None and rule.needed_inputs in (by_move, by_same)
-    return moves and step.function not in (_DROPOUT | _PADDING)
-
-
-def _argument(step: Step, place: int, name: str) -> Any:
-    return step.args[place] if len(step.args) > place else step.kwargs.get(name)
+    return moves and step.function not in (DROPOUT | _PADDING)

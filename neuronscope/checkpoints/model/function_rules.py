@@ -23,7 +23,13 @@ from neuronscope.checkpoints.model.bounds import elementwise_ops as elementwise
 from neuronscope.checkpoints.model.bounds import shape_ops as shape
 from neuronscope.checkpoints.model.bounds import weighted_ops as weighted
 
-__all__ = ["OPERATORS", "OperatorRule"]
+__all__ = ["DROPOUT", "OPERATORS", "OperatorRule"]
+
+#: Functions that drop elements in training.
+DROPOUT = spellings(
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
+    in_place=True,
+)
 
 
 @dataclass(frozen=True)

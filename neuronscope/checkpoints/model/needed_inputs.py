@@ -52,14 +52,8 @@ class OutputsNeeded:
     intervals: list[Interval | None]
 
     def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """Return an argument of the step.
-
-        Args:
-            place: Its place among the positional arguments.
-            name: Its name, if it is given by name.
-            default: Returned if it is not given.
-        """
-        return self.step.args[place] if len(self.step.args) > place else self.step.kwargs.get(name, default)
+        """Return an argument of the step; see :meth:`.Step.argument`."""
+        return self.step.argument(place, name, default)
 
     def constant(self, argument: Any) -> Tensor:
         """Return the tensor that an argument stands for, which must not depend on the network's input."""

@@ -63,6 +63,16 @@ class Step:
     outputs: tuple[int, ...]
     reads: tuple[int, ...]
 
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument.
+
+        Args:
+            place: Its place among the positional arguments.
+            name: Its name, if it is given by name.
+            default: Returned if it is not given.
+        """
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -133,6 +143,14 @@ class Graph:
     unseen_tensors: int = 0
     output_not_searchable: bool = False
     not_seen: Mapping[str, str] = field(default_factory=dict)
+
+    def constant(self, argument: Any) -> Tensor | None:
+        """Return the tensor that an argument of a step stands for, if it does not depend on the input.
+
+        Args:
+            argument: The argument; of anything but such a tensor ``None`` is returned.
+        """
+        return self.values[argument.value].constant if isinstance(argument, TensorRef) else None
 
     def first_calls(self) -> tuple[Site, ...]:
         """Return the first call of each site."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.checkpoints.model.bounds.interval import Interval, gamma, product
-from neuronscope.checkpoints.model.function_rules import OPERATORS
+from neuronscope.checkpoints.model.function_rules import DROPOUT, OPERATORS
 from neuronscope.checkpoints.model.needed_inputs import by_move, by_reduction, by_same
 from neuronscope.checkpoints.model.separate_examples import keeps_examples
 from neuronscope.checkpoints.model.traced_graph import Graph, Step, TensorRef, substitute
@@ -41,10 +41,6 @@ _PRODUCTS = spellings("mul", "multiply", "__mul__", "__rmul__", "__imul__", in_p
 _QUOTIENTS = spellings("div", "divide", "true_divide", "__truediv__", "__itruediv__", in_place=True)
 _MEANS = spellings("mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d") | spellings(
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"
-)
-_DROPOUT = spellings(
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"),
-    in_place=True,
 )
 #: Most numbers in the coefficients of a part of the neurons, and of all of them: larger networks keep intervals.
 _PART, _MOST = 2**22, 2**27
@@ -232,7 +228,7 @@ class _Backward:
                 return None
             terms = weights[0][:, 0].numel() if transposed else weights[0].numel() // min(weights[0].shape[:2])
         elif function is F.batch_norm:
-            if not one or step.args[0] != TensorRef(inputs[0]) or _argument(step, 5, "training", False):
+            if not one or step.args[0] != TensorRef(inputs[0]) or step.argument(5, "training", False):
                 return None
             return self._batch_norm_error(step, made.dtype)
         elif function in _MEANS:
@@ -276,16 +272,12 @@ def _is(step: Step, rule: Any) -> bool:
 
 def _may_drop(step: Step) -> bool:
     """Whether a step is dropout that may be active: only the call that ``nn.Dropout`` makes is told to be idle."""
-    return step.function in _DROPOUT and (step.function is not F.dropout or _argument(step, 2, "training", True))
-
-
-def _argument(step: Step, place: int, name: str, default: Any) -> Any:
-    return step.args[place] if len(step.args) > place else step.kwargs.get(name, default)
+    return step.function in DROPOUT and (step.function is not F.dropout or step.argument(2, "training", True))
 
 
 def _reduces_other_dimensions(step: Step, rank: int) -> bool:
     """Whether a sum or mean is over named dimensions that do not include the first."""
-    dims = _argument(step, 1, "dim", None)
+    dims = step.argument(1, "dim", None)
     listed = [dims] if isinstance(dims, int) else list(dims or ())
     return bool(listed) and all(isinstance(dim, int) and dim % rank != 0 for dim in listed)
 

@@ -111,6 +111,11 @@ class Interval:
         """Whether any element has a bound."""
         return self.normed is not None or bool(((self.low > -torch.inf) | (self.high < torch.inf)).any())
 
+    @property
+    def is_never_negative(self) -> bool:
+        """Whether no element is below zero."""
+        return bool((self.low >= 0).all())
+
     def along(self, axis: int) -> tuple[Tensor, Tensor]:
         """Return the lowest and the highest bound of each index along ``axis``, both ``(shape[axis],)``."""
         others = [dimension for dimension in range(self.low.dim()) if dimension != axis]
