@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import neuronscope as ns
 from neuronscope import cli
@@ -369,6 +370,20 @@ def test_a_file_without_an_optimizer_proves_nothing(tmp_path: Path) -> None:
     assert any("optimizer's state of its weights is not known" in one.reason for one in found.abstentions)
     with pytest.raises(UsageError, match="`data` with `fixed_data`"):
         ns.postmortem(tmp_path / "a.pt", network(), fixed_data=True)
+
+
+def test_averaged_weights_prove_nothing_of_those_that_training_goes_on_with(tmp_path: Path) -> None:
+    model = network()
+    averaged = AveragedModel(model)
+    averaged.update_parameters(model)
+    optimizer = after_steps(model, lambda p: torch.optim.SGD(p, lr=1.0), tmp_path)
+    with torch.no_grad():
+        model[0].bias[1] = 1.0  # fires where training goes on, and not in the average
+    torch.save({"model": averaged.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    found = report(tmp_path, fixed_data=True)
+    assert found["0"].label_of(1) == "dead"
+    assert not found["0"].permanent.any()
+    assert any("averages" in one.reason for one in found.abstentions)
 
 
 @pytest.mark.parametrize("seed", range(3))

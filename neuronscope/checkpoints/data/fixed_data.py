@@ -70,6 +70,9 @@ class FixedData:
         self._seen, self._again = _ExampleSum(), _ExampleSum()
         self._bounds: list[_RowBounds] = []
         self._refused: list[Abstention] = []
+        if checkpoint.is_averaged:
+            self._refuse("", "the file's weights are averages of those that the optimizer trained")
+            return
         layers = find_first_layers(model, batch_example(first))
         if isinstance(layers, str):
             self._refuse("", layers)
