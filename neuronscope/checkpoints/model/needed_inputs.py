@@ -51,10 +51,6 @@ class OutputsNeeded:
     needed: list[Tensor]
     intervals: list[Interval | None]
 
-    def argument(self, place: int, name: str, default: Any = None) -> Any:
-        """Return an argument of the step; see :meth:`.Step.argument`."""
-        return self.step.argument(place, name, default)
-
     def constant(self, argument: Any) -> Tensor:
         """Return the tensor that an argument stands for, which must not depend on the network's input."""
         tensor: Tensor | None = self.graph.values[argument.value].constant
@@ -83,7 +79,7 @@ def _nonzero_columns(weight: Tensor, rows: Tensor) -> Tensor:
 
 def by_linear(call: OutputsNeeded) -> Masks:
     """Follow ``linear``: a feature is needed if a needed row has a weight for it that is not zero."""
-    x, weight = call.argument(0, "input"), call.matrix(call.argument(1, "weight"))
+    x, weight = call.step.argument(0, "input"), call.matrix(call.step.argument(1, "weight"))
     rows = call.needed[0].reshape(-1, weight.shape[0]).any(0)
     yield x.value, _nonzero_columns(weight, rows)
 
@@ -106,9 +102,9 @@ def by_convolution(*, transposed: bool) -> NeededInputs:
     """
 
     def rule(call: OutputsNeeded) -> Masks:
-        x, weight = call.argument(0, "input"), call.constant(call.argument(1, "weight"))
+        x, weight = call.step.argument(0, "input"), call.constant(call.step.argument(1, "weight"))
         # conv(input, weight, bias, stride, padding, dilation, groups); transposed: …, padding, output_padding, groups.
-        groups = call.argument(6, "groups", 1)
+        groups = call.step.argument(6, "groups", 1)
         if call.needed[0].dim() != weight.dim():
             raise ValueError("no batch")
         rows = call.needed[0].any(0).flatten(1).any(1)  # (O,)
@@ -129,9 +125,9 @@ def by_convolution(*, transposed: bool) -> NeededInputs:
 
 def by_batch_norm(call: OutputsNeeded) -> Masks:
     """Follow batch norm in evaluation mode: a channel whose γ is zero is not needed."""
-    if call.argument(5, "training", False):
+    if call.step.argument(5, "training", False):
         raise ValueError("the batch's own statistics")
-    x, weight = call.argument(0, "input"), call.argument(3, "weight")
+    x, weight = call.step.argument(0, "input"), call.step.argument(3, "weight")
     mask = call.needed[0]
     if isinstance(weight, TensorRef):
         mask = mask & (call.constant(weight) != 0).view(1, -1, *(1 for _ in mask.shape[2:]))
@@ -165,7 +161,7 @@ def _undo_broadcast(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def by_same(call: OutputsNeeded) -> Masks:
     """Follow a function that returns its input."""
-    yield call.argument(0, "input").value, call.needed[0]
+    yield call.step.argument(0, "input").value, call.needed[0]
 
 
 def by_move(call: OutputsNeeded) -> Masks:
@@ -207,16 +203,16 @@ def by_pooling(spatial: int) -> NeededInputs:
     def rule(call: OutputsNeeded) -> Masks:
         dims = tuple(range(-spatial, 0))
         channels = call.needed[0].any(dim=dims).reshape((*call.needed[0].shape[:-spatial], *(1 for _ in dims)))
-        yield call.argument(0, "input").value, channels
+        yield call.step.argument(0, "input").value, channels
 
     return rule
 
 
 def by_reduction(call: OutputsNeeded) -> Masks:
     """Follow a reduction over some dimensions, such as a mean: it needs all elements along them."""
-    x = call.argument(0, "input").value
+    x = call.step.argument(0, "input").value
     shape = call.graph.values[x].shape
-    dims = call.argument(1, "dim")
+    dims = call.step.argument(1, "dim")
     dropped = sorted(dim % len(shape) for dim in (dims if isinstance(dims, (tuple, list)) else (dims,)))
     mask = call.needed[0]
     if mask.dim() != len(shape):
