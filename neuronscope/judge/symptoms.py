@@ -146,8 +146,11 @@ class RunFacts:
         return max(self.step or 0, int(dated[-1]) if dated.size else 0, 1)
 
     def healthy_before(self, step: int | None) -> int | None:
-        """Return the step before which a checkpoint is older than deaths dated to ``step``, or ``None``."""
-        if step is None or step < self.observed_every:
+        """Return the step before which a checkpoint is older than deaths dated to ``step``, or ``None``.
+
+        An estimated date may be too late, so that no step follows from it.
+        """
+        if step is None or self.estimated or step < self.observed_every:
             return None
         return step - self.observed_every + 1
 

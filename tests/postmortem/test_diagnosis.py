@@ -204,9 +204,11 @@ def test_estimated_steps_are_not_called_the_earliest_possible() -> None:
     (group,) = diagnose(RunFacts((layer("a", 64, [5000] * 6),), step=10_000, clocked=True, estimated=True))
     assert "Steps are estimated by a clock, some too early and some too late." in group.evidence
     facts = RunFacts((layer("a", 9, [5000] * 9),), step=10_000, clocked=True, estimated=True)
-    evidence = " ".join(one.evidence for one in diagnose(facts))
+    found = diagnose(facts)
+    evidence = " ".join(one.evidence for one in found)
     assert "They have been dead since step 5,000, about." in evidence
     assert "earliest" not in evidence
+    assert not any("before step" in one.remedy for one in found)  # they may have died earlier
 
 
 def test_of_many_layers_some_are_named_and_all_are_counted() -> None:
