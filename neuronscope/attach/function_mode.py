@@ -30,6 +30,7 @@ from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
+_count_function_modes = torch._C._len_torch_function_stack  # under a name that is quick to find
 _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
@@ -101,16 +102,20 @@ class ActivationFunctionMode(TorchFunctionMode):
             activation = manager.registry.of_call(func, args, kwargs) if func in self._functions else None
             call = None if activation is None else self._begin(activation, args, kwargs)
             output = func(*args, **kwargs)
-            tensors = isinstance(output, (Tensor, tuple, list)) and type(output) is not torch.Size
-            if (tensors or call is not None or func is Tensor.__setitem__) and manager.observing:  # it has not failed
+            if manager.observing:  # it has not failed
+                flow = recorder.forward.flow
                 try:
-                    with unwatched():
-                        if call is not None:
-                            recorder.end(call, first_input(args, kwargs), output)
-                        else:
-                            recorder.forward.flow.follow(func, args, kwargs, output)
-                            if func in _PRODUCTS and manager.functional:
-                                recorder.product(args, output)
+                    if call is None and not _count_function_modes() and flow.repeats(func, args, kwargs, output):
+                        return output
+                    tensors = isinstance(output, (Tensor, tuple, list)) and type(output) is not torch.Size
+                    if tensors or call is not None or func is Tensor.__setitem__:
+                        with unwatched():
+                            if call is not None:
+                                recorder.end(call, first_input(args, kwargs), output)
+                            else:
+                                flow.follow(func, args, kwargs, output)
+                                if func in _PRODUCTS and manager.functional:
+                                    recorder.product(args, output)
                 except Exception as error:
                     manager.fail(error)
             return output

@@ -80,7 +80,6 @@ class _Outcome(NamedTuple):
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
-        held: What it was found out from, where it is known by identity: settings, and references to weights.
     """
 
     origins: tuple[Origin, ...]
@@ -92,7 +91,37 @@ class _Outcome(NamedTuple):
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
     nameless: bool = False
-    held: tuple[Any, ...] = ()
+
+
+class _SteadyCall:
+    """A call of a layer that is likely to come again as it was, and what it led to.
+
+    Attributes:
+        function: The layer's function.
+        given: What its input was.
+        shape: The shape of its input.
+        gives: The shape of its output.
+        others: The identities of all arguments but the first, and the names of the keyword arguments.
+        held: The settings, which keep their identity so, and references to the tensors.
+        layer: The layer.
+        reads: The calls of layers that it depends on, as bits.
+        origin: What its output is.
+    """
+
+    __slots__ = ("function", "given", "gives", "held", "layer", "origin", "others", "reads", "shape")
+
+    def __init__(
+        self,
+        function: Any,
+        given: Origin,
+        shape: torch.Size,
+        gives: torch.Size,
+        others: tuple[Any, ...],
+        held: tuple[Any, ...],
+        outcome: _Outcome,
+    ) -> None:
+        self.function, self.given, self.shape, self.gives, self.others = function, given, shape, gives, others
+        self.held, self.layer, self.reads, self.origin = held, outcome.layer or "", outcome.reads, outcome.origins[0]
 
 
 class NeuronFlow:
@@ -112,7 +141,7 @@ class NeuronFlow:
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
-        self._steady: dict[tuple[Any, ...] | None, _Outcome] = {}  # see `_note_steady`
+        self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
@@ -310,6 +339,42 @@ class NeuronFlow:
                 if self._origins.get(tensor) is None:
                     self._origins.put(tensor, _RAW)
 
+    def repeats(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
+        """Note what the result of a layer is, if the layer was called so before: quicker than :meth:`follow`.
+
+        It calls no torch function. The arguments are those of :meth:`follow`.
+
+        Args:
+            function: The function.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            result: What the function returned.
+
+        Returns:
+            Whether it was; otherwise nothing is noted.
+        """
+        known = self._steady.get((id(args[1]), len(self.layers))) if len(args) > 1 else None
+        if known is None or known.function is not function:
+            return False
+        x = args[0]
+        entry = self._origins.entries.get(id(x))
+        if (
+            entry is None
+            or entry[1] is not known.given
+            or entry[0]() is not x
+            or not type(x) is type(result) is Tensor
+            or x.is_nested
+            or x.shape != known.shape
+            or result.shape != known.gives
+            or known.others != (*map(id, args[1:]), *kwargs, *map(id, kwargs.values()))
+        ):
+            return False
+        self.overwritten = None
+        self.layers.append(known.layer)
+        self.read |= known.reads
+        self._origins.put(result, known.origin)
+        return True
+
     def follow(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> None:
@@ -335,21 +400,13 @@ class NeuronFlow:
             return
         if not outputs:
             return
-        first, steady = outputs[0], None
-        if function in LAYERS and args and type(args[0]) is type(result) is Tensor:
-            x = args[0]
-            entry = self._origins.entries.get(id(x))
-            if entry is not None and entry[0]() is x and not x.is_nested:
-                others = tuple(map(id, args[1:]))
-                steady = (function, entry[1], x.shape, first.shape, others, *kwargs, *map(id, kwargs.values()))
-        outcome = self._steady.get(steady)
-        if outcome is None or outcome.call != len(self.layers):
-            outcome = self._outcome(function, args, kwargs, outputs)
-            if steady is not None and outcome.layer is not None:
-                self._note_steady(steady, (*args[1:], *kwargs.values()), outcome)
-            if kwargs or (args and first is args[0]):
-                for output in outputs:
-                    self._forget_steady(output)
+        first = outputs[0]
+        outcome = self._outcome(function, args, kwargs, outputs)
+        if outcome.layer is not None and result is first and not outcome.nameless:
+            self._note_steady(function, args, kwargs, first, outcome)
+        if kwargs or (args and first is args[0]):
+            for output in outputs:
+                self._forget_steady(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
@@ -380,19 +437,29 @@ class NeuronFlow:
             self._outcomes[key] = outcome
         return outcome
 
-    def _note_steady(self, facts: tuple[Any, ...], others: Iterable[Any], outcome: _Outcome) -> None:
+    def _note_steady(
+        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, outcome: _Outcome
+    ) -> None:
         """Remember what the call of a layer led to by the identity of its weights, which is quick to compare.
 
         Only if all its arguments but the first are stored tensors and settings. Settings are kept, so that nothing else
         gets their identity; when one of the tensors ends, or is overwritten, everything is forgotten.
 
         Args:
-            facts: What is compared.
-            others: The arguments of the call but the first.
+            function: The layer's function.
+            args: The positional arguments of the call.
+            kwargs: The keyword arguments of the call.
+            output: What it returned.
             outcome: What it led to.
         """
+        x = args[0] if len(args) > 1 else None
+        if type(x) is not Tensor or x.is_nested or type(output) is not Tensor or output is x:
+            return
+        given = self._origins.get(x)
+        if given is None:
+            return
         held: list[Any] = []
-        for other in others:
+        for other in (*args[1:], *kwargs.values()):
             if isinstance(other, Tensor):
                 if not self._is_stored(other):
                     return
@@ -403,7 +470,10 @@ class NeuronFlow:
                 held.append(other)
         if len(self._steady) >= _MOST_OUTCOMES:
             self._steady.clear()
-        self._steady[facts] = outcome._replace(held=tuple(held))
+        others = (*map(id, args[1:]), *kwargs, *map(id, kwargs.values()))
+        self._steady[id(args[1]), outcome.call] = _SteadyCall(
+            function, given, x.shape, output.shape, others, tuple(held), outcome
+        )
 
     def _forget_steady(self, tensor: Tensor) -> None:
         """Forget what :meth:`_note_steady` noted if a stored tensor is overwritten."""
