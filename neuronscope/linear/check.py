@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from neuronscope.attach.compiling import is_compiled
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.neuron_flow import nested_tensors
-from neuronscope.errors import UsageError
+from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.linear.affine_flow import AffineFlow, Stretch
 from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
@@ -110,11 +111,14 @@ class LinearLayersOfForward:
         if any(is_compiled(module) for module in self._model.modules()):  # the compiler would trace the mode
             return call(self._model, batch)
         flow = AffineFlow(self._model)
-        flow.begin(batch)
-        with _Following(flow, None) as following:
+        following = _Following(flow, None, keep_going=True)
+        with following.guarded():
+            flow.begin(batch)
+        with following:
             output = call(self._model, batch)
         if not following.failed:
-            self._found = flow.end(output)
+            with following.guarded():
+                self._found = flow.end(output)
         return output
 
     def notes(self) -> list[str]:
@@ -126,21 +130,46 @@ class LinearLayersOfForward:
 
 
 class _Following(TorchFunctionMode):
-    """Passes the calls of a forward on to a flow, and measures the slopes of activations."""
+    """Passes the calls of a forward on to a flow, and measures the slopes of activations.
 
-    def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None) -> None:
+    Args:
+        flow: The flow.
+        slopes: Where to measure; ``None`` for not at all.
+        keep_going: Whether to warn of an error of our own, and follow no more, rather than to raise it.
+    """
+
+    def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None, *, keep_going: bool = False) -> None:
         super().__init__()
         self._flow = flow
         self._slopes = slopes
+        self._keep_going = keep_going
         self.failed = False
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep going after an error inside, if that is wanted."""
+        try:
+            yield
+        except Exception as error:
+            if not self._keep_going:
+                raise
+            if not self.failed:
+                message = f"Layers between which no nonlinearity lies were not looked for: {error!r}."
+                warnings.warn(message, NeuronscopeWarning, stacklevel=2)
+            self.failed = True
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        site = self._site(func, args, kwargs)
+        site = ""
+        with self.guarded():
+            self._flow.note_writes((args, kwargs))
+            site = self._site(func, args, kwargs)
         result = func(*args, **kwargs)
-        self._flow.follow(func, args, kwargs, result, site)
+        if not self.failed:
+            with self.guarded():
+                self._flow.follow(func, args, kwargs, result, site)
         return result
 
     def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -210,7 +239,7 @@ def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: 
     """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so."""
     try:
         exact = copy.deepcopy(model).double()
-        inputs = _doubled(batch)
+        inputs = _doubled(batch, {})
         with _evaluated(exact):
             call(exact, inputs)
     except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
@@ -218,13 +247,19 @@ def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: 
     return exact, inputs
 
 
-def _doubled(value: Any) -> Any:
+def _doubled(value: Any, known: dict[int, Tensor]) -> Any:
+    """Return a batch in float64.
+
+    Args:
+        value: The batch.
+        known: Tensors in float64 by the ``id`` of the batch's: one that is given twice stays one. This adds to it.
+    """
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return known.setdefault(id(value), value.double() if value.is_floating_point() else value)
     if isinstance(value, Mapping):
-        return {name: _doubled(member) for name, member in value.items()}
+        return {name: _doubled(member, known) for name, member in value.items()}
     if isinstance(value, (tuple, list)):
-        members = [_doubled(member) for member in value]
+        members = [_doubled(member, known) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
     return value
 
