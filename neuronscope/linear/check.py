@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from neuronscope.attach.compiling import is_compiled
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.module_paths import model_name, walk
 from neuronscope.attach.neuron_flow import nested_tensors
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.linear.affine_flow import AffineFlow, Stretch
@@ -79,7 +80,7 @@ def check_linear(
         found = _followed(AffineFlow(model, linear), model, call, first)
     maps = _maps(model, call, first, found)
     return LinearReport(
-        model=type(model).__name__,
+        model=model_name(model),
         examples=examples,
         reads_out=reads_out,
         stretches=tuple(
@@ -187,8 +188,9 @@ class _Following(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, without fused kernels and gradients, and restore the model's state."""
-    with model_state_restored(model), nothing_fused(), torch.no_grad():
+    """Run in evaluation mode, without compiled code, fused kernels and gradients, and restore the model's state."""
+    eager = torch.compiler.set_stance("force_eager")  # the compiler would trace the mode that follows the forward
+    with model_state_restored(model), nothing_fused(), torch.no_grad(), eager:
         model.eval()
         yield
 
@@ -267,11 +269,12 @@ def _doubled(value: Any, known: dict[int, Tensor]) -> Any:
 def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:
     names = LayerNames(model)
     own = {name.partition("(")[0] for name in stretch.layers}
-    parameters = 0
-    for path, parameter in model.named_parameters():
-        layer = (names.of(parameter) or ("", False))[0]
-        if layer in own or path.rpartition(".")[0] in own:
-            parameters += parameter.numel()
+    held = {
+        id(parameter): parameter.numel()  # one that several modules share is one
+        for path, module in walk(model)
+        for parameter in module.parameters(recurse=False)
+        if path in own or (names.of(parameter) or ("", False))[0] in own
+    }
     return LinearLayers(
         layers=stretch.layers,
         through=stretch.activations,
@@ -279,7 +282,7 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         only_folds=stretch.only_folds,
         through_attention=stretch.affine.mixing >= 0,
         basis="proved" if proved else "measured",
-        parameters=parameters,
+        parameters=sum(held.values()),
         inputs=found.inputs if found else -1,
         outputs=found.outputs if found else -1,
         rank=found.rank if found else -1,

@@ -129,7 +129,7 @@ class LinearReport:
         folds = [each for each in self.stretches if each.only_folds]
         lines = [f"{visible(self.model)}, {plural(self.examples, 'example')}"]
         if not found:
-            lines.append("No two layers act as one: a nonlinearity lies between all of them, and bends on this data.")
+            lines.append("No two layers were found that act as one.")
         for each in found:
             if not each.through_attention:
                 lines += ["", str(each), self._how_sure(each)]

@@ -340,6 +340,18 @@ def test_fused_attention_may_be_called_by_names() -> None:
     assert (found.layers, found.heads, found.rank) == (("m(16:24)", "m.out_proj"), 2, 4)
 
 
+def test_a_compiled_model_is_followed_in_eager_code() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6))
+    x = torch.randn(9, 6)
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    found = ns.check_linear(torch.compile(net, backend=fail), x)
+    assert found.to_dict() == ns.check_linear(net, x).to_dict()
+    assert found.stretches[0].parameters == 84
+
+
 def test_nothing_is_claimed_in_inference_mode_where_no_writes_are_counted() -> None:
     def run(model: nn.Module, x: Tensor) -> Tensor:
         with torch.inference_mode():
