@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.attach.compiling import is_compiled
+from neuronscope.attach.compiling import is_compiled, unwatched
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.module_paths import model_name, walk
@@ -113,12 +113,12 @@ class LinearLayersOfForward:
             return call(self._model, batch)
         flow = AffineFlow(self._model)
         following = _Following(flow, None, keep_going=True)
-        with following.guarded():
+        with following.guarded(), unwatched():
             flow.begin(batch)
         with following:
             output = call(self._model, batch)
         if not following.failed:
-            with following.guarded():
+            with following.guarded(), unwatched():
                 self._found = flow.end(output)
         return output
 
@@ -165,25 +165,25 @@ class _Following(TorchFunctionMode):
         kwargs = kwargs or {}
         site = ""
         with self.guarded():
-            self._flow.note_writes((args, kwargs))
-            site = self._site(func, args, kwargs)
+            with unwatched():
+                self._flow.note_writes((args, kwargs))
+                site = self._site(func, args, kwargs)
+            if site and self._slopes is not None:
+                given = next(iter(nested_tensors((args, dict(kwargs)))))
+                slopes = self._slopes.setdefault(site, Slopes())
+                slopes.add(func, given, args, kwargs, self._flow.neurons.origin(given))
         result = func(*args, **kwargs)
         if not self.failed:
-            with self.guarded():
+            with self.guarded(), unwatched():
                 self._flow.follow(func, args, kwargs, result, site)
         return result
 
     def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the name of the activation that a call is, and measure its slopes; ``""`` if it is none."""
+        """Return the name of the activation that a call is; ``""`` if it is none."""
         if kind_of_call(func, args, kwargs) != ACTIVATION:
             return ""
         given = next(iter(nested_tensors((args, dict(kwargs)))))
-        if not self._flow.depends_on_input(given):
-            return ""
-        site = self._flow.name_of(func, given)
-        if self._slopes is not None:
-            self._slopes.setdefault(site, Slopes()).add(func, given, args, kwargs, self._flow.neurons.origin(given))
-        return site
+        return self._flow.name_of(func, given) if self._flow.depends_on_input(given) else ""
 
 
 @contextlib.contextmanager

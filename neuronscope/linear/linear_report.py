@@ -135,9 +135,9 @@ class LinearReport:
                 lines += ["", str(each), self._how_sure(each)]
         lines += self._attention([each for each in found if each.through_attention])
         if self.acting_linear:
-            lines += ["", "Activations that act linear on this data (each neuron always on, or always off):"]
+            lines += ["", "Activations that act linear on this data (each neuron keeps one slope and one offset):"]
             lines += [
-                f"  {visible(name)}: {plural(neurons, 'neuron')}, {count(off)} of them always off"
+                f"  {visible(name)}: {plural(neurons, 'neuron')}, {count(off)} of them constant"
                 for name, (neurons, off) in self.acting_linear.items()
             ]
         if folds:

@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import neuronscope as ns
 from neuronscope.errors import UsageError
+from neuronscope.linear.check import LinearLayersOfForward
 
 
 def layers(model: nn.Module, data: Any) -> list[tuple[str, ...]]:
@@ -350,6 +352,30 @@ def test_a_compiled_model_is_followed_in_eager_code() -> None:
     found = ns.check_linear(torch.compile(net, backend=fail), x)
     assert found.to_dict() == ns.check_linear(net, x).to_dict()
     assert found.stretches[0].parameters == 84
+
+
+def test_a_mode_of_the_user_sees_no_call_of_ours() -> None:
+    class Names(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = model(x)
+        return output
+
+    net, x = Between(lambda h: h * 2), torch.randn(9, 6)
+    with Names() as alone:
+        net(x)
+    forward = LinearLayersOfForward(net)
+    with Names() as seen:
+        forward.of(run, x)
+    assert forward.notes()
+    assert seen.names == alone.names
 
 
 def test_nothing_is_claimed_in_inference_mode_where_no_writes_are_counted() -> None:
