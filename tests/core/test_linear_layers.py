@@ -116,6 +116,11 @@ def test_a_batch_in_which_the_activation_changes_is_enough() -> None:
     assert layers(net, [torch.randn(8, 8), torch.randn(8, 8) * 1000]) == []
 
 
+def test_one_position_does_not_show_that_an_activation_acts_linear() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    assert layers(net, torch.randn(1, 8)) == []
+
+
 class Attention(nn.Module):
     """Attention by torch's function, by hand, or by its module, behind a layer norm."""
 
