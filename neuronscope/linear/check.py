@@ -64,20 +64,23 @@ def check_linear(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     slopes: dict[str, Slopes] = {}
     first, examples, reads_out = None, 0, False
+    everywhere: set[tuple[str, ...]] | None = None  # the layers of the stretches that each batch has
     with _evaluated(model):
         for batch in (data,) if isinstance(data, Tensor) else data:
             batch = to_device(batch, device)
             first = batch if first is None else first
             examples += next((len(tensor) for tensor in all_tensors(batch) if tensor.dim()), 1)
             flow = AffineFlow(model)
-            _followed(flow, model, call, batch, slopes)
+            here = {stretch.layers for stretch in _followed(flow, model, call, batch, slopes)}
+            everywhere = here if everywhere is None else everywhere & here
             reads_out = reads_out or flow.reads_out
-        if first is None:
+        if everywhere is None:
             raise UsageError(
                 f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none."
             )
         linear = {name for name, each in slopes.items() if each.act_linear}
         found = _followed(AffineFlow(model, linear), model, call, first)
+        found = [stretch for stretch in found if stretch.activations or stretch.layers in everywhere]
     maps = _maps(model, call, first, found)
     return LinearReport(
         model=model_name(model),

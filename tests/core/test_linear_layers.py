@@ -304,6 +304,12 @@ def test_two_layers_are_found_before_what_they_gave_is_written_into() -> None:
     assert layers(Late(lambda h: h), torch.randn(9, 6)) == [("a", "b")]
 
 
+def test_where_a_nonlinearity_lies_in_one_batch_alone_nothing_is_claimed() -> None:
+    net = Between(lambda h: h if len(h) > 5 else h.abs())
+    assert layers(net, [torch.randn(9, 6), torch.randn(9, 6)]) == [("a", "b")]
+    assert layers(net, [torch.randn(9, 6), torch.randn(3, 6)]) == []
+
+
 @pytest.mark.parametrize("what", [lambda h: h - h.mean(0), lambda h: h + h[:1], lambda h: h.flip(0)])
 def test_where_examples_are_mixed_there_is_no_map_of_an_example(what: Callable[[Tensor], Tensor]) -> None:
     (found,) = ns.check_linear(Between(what), torch.randn(9, 6)).stretches
