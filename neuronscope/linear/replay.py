@@ -124,13 +124,17 @@ class _Piece(TorchFunctionMode):
 
     def _one_head(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the values that attention mixes, unmixed, and zero but for one head."""
-        tensors = list(nested_tensors((args, dict(kwargs))))
         grouped = func.__name__ == "scaled_dot_product_attention"
-        values = tensors[2] if grouped else tensors[1]
+        values: Tensor
+        if grouped:
+            values = args[2] if len(args) > 2 else kwargs["value"]
+        else:
+            values = list(nested_tensors((args, dict(kwargs))))[1]
         if values.dim() != 4:
             return values.clone()
-        if grouped and values.shape[1] < tensors[0].shape[1]:  # several query heads read one head of values
-            values = values.repeat_interleave(tensors[0].shape[1] // values.shape[1], 1)
+        heads = (args[0] if args else kwargs["query"]).shape[1] if grouped else values.shape[1]
+        if values.shape[1] < heads:  # several query heads read one head of values
+            values = values.repeat_interleave(heads // values.shape[1], 1)
         self.heads = values.shape[1]
         kept = torch.zeros(self.heads, dtype=values.dtype, device=values.device)
         kept[self._head] = 1

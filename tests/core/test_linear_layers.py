@@ -131,6 +131,7 @@ class Attention(nn.Module):
             self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         else:
             self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+            self.q.weight.data.zero_()  # so that a map of the queries is no map of the values
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -140,12 +141,14 @@ class Attention(nn.Module):
         q, k, v = (layer(h).view(batch, time, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if self.how == "function":
             mixed = functional.scaled_dot_product_attention(q, k, v)
+        elif self.how == "function, by names":
+            mixed = functional.scaled_dot_product_attention(value=v, key=k, query=q)
         else:
             mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return x + self.o(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
-@pytest.mark.parametrize("how", ["function", "by hand", "module"])
+@pytest.mark.parametrize("how", ["function", "function, by names", "by hand", "module"])
 def test_value_and_output_projection_are_one_map_for_each_head(how: str) -> None:
     (found,) = ns.check_linear(Attention(how), torch.randn(4, 5, 16)).stretches
     names = ("attention(32:48)", "attention.out_proj") if how == "module" else ("v", "o")
