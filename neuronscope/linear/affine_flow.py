@@ -6,15 +6,18 @@ function, a sum of two sources. All that is affine in one source is one affine m
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.neuron_flow import NeuronFlow, nested_tensors
 from neuronscope.attach.origins import CONSTANT, WEIGHT
+from neuronscope.attach.read_outs import reads_out
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.linear import affine_functions as kinds
 from neuronscope.linear.affine_functions import Function, is_norm, kind_of_call
@@ -28,6 +31,9 @@ CONVOLUTION = "convolution"
 #: All elements of an example are mapped together.
 WHOLE = "whole"
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_NEVER_ALIKE = itertools.count(-1, -1)
+
 _Args = tuple[Any, ...]
 _Kwargs = Mapping[str, Any]
 
@@ -36,8 +42,8 @@ class Made(NamedTuple):
     """Says where a tensor was made.
 
     Attributes:
-        call: Number of the call of a torch function in the forward; −1 for the inputs.
-        output: Number of the tensor among what the call returned.
+        call: Number of the call of a torch function in the forward; −1 for the inputs, −2 if it was no call.
+        output: Number of the tensor among what the call returned, or among the inputs or the tensors that no call gave.
     """
 
     call: int
@@ -121,11 +127,14 @@ class AffineFlow:
         self.neurons = NeuronFlow(LayerNames(model))
         self.reads_out = False
         self._acting_linear = acting_linear
+        self._model = model
         self._known: TensorMap[Affine | None] = TensorMap()  # None: a constant
+        self._versions: TensorMap[int] = TensorMap()
         self._sources: dict[Made, str] = {}
         self._found: dict[tuple[Made, tuple[Passed, ...]], Stretch] = {}
         self._site_calls: dict[str, int] = {}
         self._call = -1
+        self._strays = 0
 
     def begin(self, inputs: Any) -> None:
         """Begin a forward.
@@ -133,9 +142,12 @@ class AffineFlow:
         Args:
             inputs: The model's arguments, nested.
         """
-        for facts in (self._known, self._sources, self._found, self._site_calls, self.neurons):
+        for facts in (self._known, self._versions, self._sources, self._found, self._site_calls, self.neurons):
             facts.clear()
         self._call = -1
+        self._strays = 0
+        for held in (*self._model.parameters(), *self._model.buffers()):
+            self._put(held, None)
         self.neurons.note_inputs(inputs)
         for number, tensor in enumerate(all_tensors(inputs)):
             self._put_source(tensor, Made(-1, number), "the input")
@@ -147,6 +159,7 @@ class AffineFlow:
             outputs: What the model returned, nested.
         """
         for tensor in all_tensors(outputs):
+            self.note_writes(tensor)
             self._close([self._known.get(tensor)])
         found = list(self._found.values())
         return [each for each in found if not any(_is_part(each, other) for other in found)]
@@ -167,6 +180,18 @@ class AffineFlow:
         """Whether a tensor is no constant."""
         return self._lookup(tensor) is not None
 
+    def note_writes(self, values: Any) -> None:
+        """Note which tensors were written into, as by ``h[0] = x``, since a call gave them. Call it before each call.
+
+        Args:
+            values: What the call is given, nested.
+        """
+        for tensor in nested_tensors(values):
+            version = self._versions.get(tensor)
+            if version is not None and version != _version(tensor):
+                self._close([self._known.get(tensor)])
+                self._put_stray(tensor, "a tensor that was written into")
+
     def follow(self, function: Function, args: _Args, kwargs: _Kwargs, result: Any, site: str = "") -> None:
         """Note what a call gave.
 
@@ -184,17 +209,21 @@ class AffineFlow:
         data = [affine for affine in map(self._lookup, tensors) if affine is not None]
         self.neurons.follow(function, args, kwargs, result)
         layer = self.neurons.layers[-1] if len(self.neurons.layers) > called else ""
-        if kind == kinds.READ_OUT:
-            self.reads_out = self.reads_out or bool(data)
         outputs = list(nested_tensors(result))
+        if function == _DATA:  # what is written into it shows in no version
+            self.reads_out = True
+        if data and not self.reads_out:
+            masks = any(each.dtype in (torch.bool, torch.uint8) and self._lookup(each) is not None for each in tensors)
+            self.reads_out = reads_out(function, args, result, gives_tensors=bool(outputs), masks=masks)
         if not outputs:
             return
         if not data:
             for tensor in outputs:
-                self._known.put(tensor, None)
+                self._put(tensor, None)
             return
         passes = Passed(self._call, site or layer, "activation" if site else "norm" if is_norm(function) else "layer")
-        found = self._affine(kind, function, args, kwargs, tensors, data, passes, outputs[0])
+        numbers = all(each.is_floating_point() or each.is_complex() for each in outputs)  # integers are rounded
+        found = self._affine(kind, function, args, kwargs, tensors, data, passes, outputs[0]) if numbers else None
         self._close([affine for affine in data if found is None or affine.source != found.source])
         name = passes.name or f"`{function.__name__}`"
         if kind == kinds.MOVING:
@@ -203,9 +232,9 @@ class AffineFlow:
             if found is None:
                 self._put_source(tensor, Made(self._call, number), name)
             elif found.end.call == self._call:
-                self._known.put(tensor, found._replace(end=Made(self._call, number)))
+                self._put(tensor, found._replace(end=Made(self._call, number)))
             else:
-                self._known.put(tensor, found)
+                self._put(tensor, found)
 
     def _affine(
         self,
@@ -303,7 +332,7 @@ class AffineFlow:
         """
         if function.__name__ == "scaled_dot_product_attention":
             values = args[2] if len(args) > 2 else kwargs["value"]
-        elif len(tensors) == 2 and self._mixes_positions_only(tensors[1], output):
+        elif len(tensors) == 2 and self._mixes_positions_only(function, args, tensors[1], output):
             values = tensors[1]
         else:
             return None
@@ -313,13 +342,20 @@ class AffineFlow:
         self._close([self._lookup(each) for each in tensors if each is not values])
         return affine._replace(mixing=self._call, moved=True)
 
-    def _mixes_positions_only(self, values: Tensor, output: Tensor) -> bool:
-        """Whether each unit of a product of matrices comes of the same unit of the second factor.
+    def _mixes_positions_only(self, function: Function, args: _Args, values: Tensor, output: Tensor) -> bool:
+        """Whether each unit of a product of matrices is a sum over the same unit of the second factor.
 
         Args:
+            function: The product.
+            args: Its positional arguments.
             values: The second factor.
             output: The product.
         """
+        if function is torch.einsum:
+            equation = args[0] if isinstance(args[0], str) else ""
+            read, _, kept = equation.replace(" ", "").partition("->")
+            if not kept or set(read.split(",")[1]) <= set(kept):  # nothing of it is added up: a gate
+                return False
         given, units = self.neurons.origin(values).units, self.neurons.origin(output).units
         alike = given is not None and units is not None and given.call == units.call
         return alike and output.shape[-1] == values.shape[-1]
@@ -332,12 +368,12 @@ class AffineFlow:
             kwargs: Its keyword arguments.
             passes: The output projection.
         """
-        values = args[2] if len(args) > 2 else kwargs["value"]
-        affine = self._lookup(values)
-        weight = kwargs.get("v_proj_weight") if kwargs.get("use_separate_proj_weight") else args[5]
+        given = kinds.attention_arguments(args, kwargs)
+        affine = self._lookup(given["value"])
+        weight = given.get("v_proj_weight") if given.get("use_separate_proj_weight") else given["in_proj_weight"]
         if affine is None or weight is None or affine.mixing >= 0:
             return None
-        width = args[3]
+        width = given["embed_dim_to_check"]
         name = self.neurons.origin(weight).layer
         value_projection = name if weight.shape[0] == width else f"{name}({2 * width}:{3 * width})"
         return affine._replace(
@@ -355,12 +391,26 @@ class AffineFlow:
             return entry[1]
         if isinstance(tensor, nn.Parameter) or self.neurons.origin(tensor).state in (WEIGHT, CONSTANT):
             return None
-        return self._put_source(tensor, Made(-2, id(tensor)), "a tensor that no torch function gave")
+        return self._put_stray(tensor, "a tensor that no torch function gave")
+
+    def _put(self, tensor: Tensor, affine: Affine | None) -> None:
+        self._known.put(tensor, affine)
+        self._versions.put(tensor, _version(tensor))
+
+    def _put_stray(self, tensor: Tensor, name: str) -> Affine:
+        """Note a source that no call gave.
+
+        Args:
+            tensor: The tensor.
+            name: What it is, in words.
+        """
+        self._strays += 1
+        return self._put_source(tensor, Made(-2, self._strays), name)
 
     def _put_source(self, tensor: Tensor, made: Made, name: str) -> Affine:
         self._sources[made] = name
         affine = Affine(made, (), made)
-        self._known.put(tensor, affine)
+        self._put(tensor, affine)
         return affine
 
     def _close(self, read: Collection[Affine | None]) -> None:
@@ -377,6 +427,14 @@ class AffineFlow:
                 passed = passed[:-1]
             stretch = Stretch(affine._replace(passed=passed), self._sources.get(affine.source, ""))
             self._found.setdefault((affine.source, passed), stretch)
+
+
+def _version(tensor: Tensor) -> int:
+    """Return a number that changes if a tensor, or a view of it, is written into.
+
+    Inference mode keeps no such number: then each call returns another one, as if it were always written into.
+    """
+    return next(_NEVER_ALIKE) if tensor.is_inference() else tensor._version
 
 
 def _is_part(stretch: Stretch, other: Stretch) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,8 +24,8 @@ __all__ = [
     "OTHER",
     "PRODUCT",
     "QUOTIENT",
-    "READ_OUT",
     "SUM",
+    "attention_arguments",
     "is_norm",
     "kind_of_call",
 ]
@@ -51,8 +52,6 @@ MATRIX_PRODUCT = "matrix product"
 FUSED_ATTENTION = "fused attention"
 #: An activation function that works on each element by itself.
 ACTIVATION = "activation"
-#: Gives the program numbers: what it does with them cannot be followed.
-READ_OUT = "read out"
 #: Everything else: not affine, or not known to be.
 OTHER = "other"
 
@@ -63,6 +62,7 @@ _DROPOUT = spellings(
 )
 _ATTRIBUTES = frozenset(ATTRIBUTES)
 _REGISTRY = Registry()
+_ATTENTION = inspect.signature(functional.multi_head_attention_forward)
 
 _KINDS: dict[Function, str] = {
     **dict.fromkeys(_REGISTRY.functions, ACTIVATION),
@@ -91,13 +91,22 @@ _KINDS: dict[Function, str] = {
     **dict.fromkeys(spellings("addmm", "baddbmm", "addmv"), MATRIX_PRODUCT),
     **dict.fromkeys(spellings("scaled_dot_product_attention"), MATRIX_PRODUCT),
     functional.multi_head_attention_forward: FUSED_ATTENTION,
-    **dict.fromkeys(spellings("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"), READ_OUT),
 }
 
 
 def is_norm(function: Function) -> bool:
     """Whether a function is a normalisation."""
     return function in _NORMS
+
+
+def attention_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of ``multi_head_attention_forward`` by name.
+
+    Args:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+    """
+    return _ATTENTION.bind(*args, **kwargs).arguments
 
 
 def kind_of_call(function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -113,6 +122,8 @@ def kind_of_call(function: Function, args: tuple[Any, ...], kwargs: Mapping[str,
     >>> kind_of_call(functional.dropout, (torch.ones(1),), {"training": True})  # it draws a mask
     'other'
     """
+    if kwargs.get("out") is not None:
+        return OTHER
     kind = _KINDS.get(function, OTHER)
     if kind == OTHER and getattr(function, "__name__", "") == "__get__":
         return MOVING if getattr(function, "__self__", None) in _ATTRIBUTES else OTHER
@@ -123,5 +134,5 @@ def kind_of_call(function: Function, args: tuple[Any, ...], kwargs: Mapping[str,
         return OTHER if kwargs.get("training", args[2] if len(args) > 2 else True) else IN_PLACE_ORDER
     if function in _BATCH_NORM:
         return OTHER if kwargs.get("training", args[5] if len(args) > 5 else False) else LAYER
-    types = [each for each in (*args[1:], *kwargs.values()) if isinstance(each, torch.dtype)]
-    return kind if all(each.is_floating_point for each in types) else OTHER
+    types = any(isinstance(each, torch.dtype) for each in (*args[1:], *kwargs.values()))
+    return OTHER if (types and function in VIEWS) or kwargs.get("rounding_mode") else kind

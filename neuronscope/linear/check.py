@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from neuronscope.attach.compiling import is_compiled
+from neuronscope.attach.compiling import is_compiled, unwatched
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.layer_names import LayerNames
+from neuronscope.attach.module_paths import model_name, walk
 from neuronscope.attach.neuron_flow import nested_tensors
-from neuronscope.errors import UsageError
+from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.linear.affine_flow import AffineFlow, Stretch
 from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
@@ -62,23 +64,26 @@ def check_linear(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     slopes: dict[str, Slopes] = {}
     first, examples, reads_out = None, 0, False
+    everywhere: set[tuple[str, ...]] | None = None  # the layers of the stretches that each batch has
     with _evaluated(model):
         for batch in (data,) if isinstance(data, Tensor) else data:
             batch = to_device(batch, device)
             first = batch if first is None else first
             examples += next((len(tensor) for tensor in all_tensors(batch) if tensor.dim()), 1)
             flow = AffineFlow(model)
-            _followed(flow, model, call, batch, slopes)
+            here = {stretch.layers for stretch in _followed(flow, model, call, batch, slopes)}
+            everywhere = here if everywhere is None else everywhere & here
             reads_out = reads_out or flow.reads_out
-        if first is None:
+        if everywhere is None:
             raise UsageError(
                 f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none."
             )
         linear = {name for name, each in slopes.items() if each.act_linear}
         found = _followed(AffineFlow(model, linear), model, call, first)
+        found = [stretch for stretch in found if stretch.activations or stretch.layers in everywhere]
     maps = _maps(model, call, first, found)
     return LinearReport(
-        model=type(model).__name__,
+        model=model_name(model),
         examples=examples,
         reads_out=reads_out,
         stretches=tuple(
@@ -110,11 +115,14 @@ class LinearLayersOfForward:
         if any(is_compiled(module) for module in self._model.modules()):  # the compiler would trace the mode
             return call(self._model, batch)
         flow = AffineFlow(self._model)
-        flow.begin(batch)
-        with _Following(flow, None) as following:
+        following = _Following(flow, None, keep_going=True)
+        with following.guarded(), unwatched():
+            flow.begin(batch)
+        with following:
             output = call(self._model, batch)
         if not following.failed:
-            self._found = flow.end(output)
+            with following.guarded(), unwatched():
+                self._found = flow.end(output)
         return output
 
     def notes(self) -> list[str]:
@@ -126,40 +134,66 @@ class LinearLayersOfForward:
 
 
 class _Following(TorchFunctionMode):
-    """Passes the calls of a forward on to a flow, and measures the slopes of activations."""
+    """Passes the calls of a forward on to a flow, and measures the slopes of activations.
 
-    def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None) -> None:
+    Args:
+        flow: The flow.
+        slopes: Where to measure; ``None`` for not at all.
+        keep_going: Whether to warn of an error of our own, and follow no more, rather than to raise it.
+    """
+
+    def __init__(self, flow: AffineFlow, slopes: dict[str, Slopes] | None, *, keep_going: bool = False) -> None:
         super().__init__()
         self._flow = flow
         self._slopes = slopes
+        self._keep_going = keep_going
         self.failed = False
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Keep going after an error inside, if that is wanted."""
+        try:
+            yield
+        except Exception as error:
+            if not self._keep_going:
+                raise
+            if not self.failed:
+                message = f"Layers between which no nonlinearity lies were not looked for: {error!r}."
+                warnings.warn(message, NeuronscopeWarning, stacklevel=2)
+            self.failed = True
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        site = self._site(func, args, kwargs)
+        site = ""
+        with self.guarded():
+            with unwatched():
+                self._flow.note_writes((args, kwargs))
+                site = self._site(func, args, kwargs)
+            if site and self._slopes is not None:
+                given = next(iter(nested_tensors((args, dict(kwargs)))))
+                slopes = self._slopes.setdefault(site, Slopes())
+                slopes.add(func, given, args, kwargs, self._flow.neurons.origin(given))
         result = func(*args, **kwargs)
-        self._flow.follow(func, args, kwargs, result, site)
+        if not self.failed:
+            with self.guarded(), unwatched():
+                self._flow.follow(func, args, kwargs, result, site)
         return result
 
     def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return the name of the activation that a call is, and measure its slopes; ``""`` if it is none."""
+        """Return the name of the activation that a call is; ``""`` if it is none."""
         if kind_of_call(func, args, kwargs) != ACTIVATION:
             return ""
         given = next(iter(nested_tensors((args, dict(kwargs)))))
-        if not self._flow.depends_on_input(given):
-            return ""
-        site = self._flow.name_of(func, given)
-        if self._slopes is not None:
-            self._slopes.setdefault(site, Slopes()).add(func, given, args, kwargs, self._flow.neurons.origin(given))
-        return site
+        return self._flow.name_of(func, given) if self._flow.depends_on_input(given) else ""
 
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, without fused kernels and gradients, and restore the model's state."""
-    with model_state_restored(model), nothing_fused(), torch.no_grad():
+    """Run in evaluation mode, without compiled code, fused kernels and gradients, and restore the model's state."""
+    eager = torch.compiler.set_stance("force_eager")  # the compiler would trace the mode that follows the forward
+    with model_state_restored(model), nothing_fused(), torch.no_grad(), eager:
         model.eval()
         yield
 
@@ -210,7 +244,7 @@ def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: 
     """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so."""
     try:
         exact = copy.deepcopy(model).double()
-        inputs = _doubled(batch)
+        inputs = _doubled(batch, {})
         with _evaluated(exact):
             call(exact, inputs)
     except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
@@ -218,13 +252,19 @@ def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: 
     return exact, inputs
 
 
-def _doubled(value: Any) -> Any:
+def _doubled(value: Any, known: dict[int, Tensor]) -> Any:
+    """Return a batch in float64.
+
+    Args:
+        value: The batch.
+        known: Tensors in float64 by the ``id`` of the batch's: one that is given twice stays one. This adds to it.
+    """
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return known.setdefault(id(value), value.double() if value.is_floating_point() else value)
     if isinstance(value, Mapping):
-        return {name: _doubled(member) for name, member in value.items()}
+        return {name: _doubled(member, known) for name, member in value.items()}
     if isinstance(value, (tuple, list)):
-        members = [_doubled(member) for member in value]
+        members = [_doubled(member, known) for member in value]
         return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
     return value
 
@@ -232,11 +272,12 @@ def _doubled(value: Any) -> Any:
 def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:
     names = LayerNames(model)
     own = {name.partition("(")[0] for name in stretch.layers}
-    parameters = 0
-    for path, parameter in model.named_parameters():
-        layer = (names.of(parameter) or ("", False))[0]
-        if layer in own or path.rpartition(".")[0] in own:
-            parameters += parameter.numel()
+    held = {
+        id(parameter): parameter.numel()  # one that several modules share is one
+        for path, module in walk(model)
+        for parameter in module.parameters(recurse=False)
+        if path in own or (names.of(parameter) or ("", False))[0] in own
+    }
     return LinearLayers(
         layers=stretch.layers,
         through=stretch.activations,
@@ -244,7 +285,7 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         only_folds=stretch.only_folds,
         through_attention=stretch.affine.mixing >= 0,
         basis="proved" if proved else "measured",
-        parameters=parameters,
+        parameters=sum(held.values()),
         inputs=found.inputs if found else -1,
         outputs=found.outputs if found else -1,
         rank=found.rank if found else -1,

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from neuronscope.linear.affine_flow import CONVOLUTION, EACH_POSITION, Stretch
+from neuronscope.linear.affine_functions import attention_arguments
 from neuronscope.linear.replay import Replayed, replay
 
 __all__ = ["CollapsedMap", "collapsed_map"]
 
 #: A matrix with more elements than this is not computed: its rank would take minutes.
 MOST_ELEMENTS = 1 << 23
+#: A map that gives anything else than the layers by more than this, as a share of the largest output, is not shown.
+_MOST_DIFFERENCE = 0.01
 _MOST_AT_ONCE = 1 << 24  # elements of derivatives
 
 
@@ -61,6 +64,7 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
 
     Raises:
         RuntimeError: The model ran otherwise than before, or gave no gradients.
+        ValueError: No one map does for each example what the layers do, as where examples are mixed.
     """
     affine = stretch.affine
     once = replay(run, inputs, affine, _leaf)
@@ -70,7 +74,10 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
     rows, columns, kernel_of = _places(affine.places, source, result)
     if len(rows) * source[0].numel() > MOST_ELEMENTS:
         return CollapsedMap(*_widths(affine.places, source, result))
-    full = _jacobian(result[0].flatten()[rows], source)[:, 0].flatten(1)
+    derivatives = _jacobian(result[0].flatten()[rows], source)
+    if derivatives[:, 1:].any():
+        raise ValueError("an example's result depends on other examples")
+    full = derivatives[:, 0].flatten(1)
     matrix, kernel = kernel_of(full)
     moved = result.detach().flatten(1)[:, rows] - source.detach().flatten(1) @ full.T  # the same for every example
     differences = [(moved - moved[:1]).abs().max()]
@@ -83,6 +90,8 @@ def collapsed_map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch, *, p
     elif len(moved) < 2:
         differences = []
     difference = float(max(differences) / scale.clamp_min(torch.finfo(scale.dtype).tiny)) if differences else None
+    if difference is not None and not difference <= _MOST_DIFFERENCE:
+        raise ValueError("the layers do otherwise than the map, as where examples are mixed")
     inputs_count = columns if not kernel else matrix.shape[1] // math.prod(kernel)
     return CollapsedMap(inputs_count, len(rows), _rank(matrix), 1, kernel, matrix, moved[0], difference)
 
@@ -176,9 +185,10 @@ def _fused(stretch: Stretch, once: Replayed) -> CollapsedMap | None:
     """Return the map of the projections of ``multi_head_attention_forward``; ``None`` if more layers lie before it."""
     if len(stretch.layers) > 2:
         return None
-    args, kwargs = once.mixing
-    width, heads, output = args[3], args[4], args[11]
-    values = kwargs["v_proj_weight"] if kwargs.get("use_separate_proj_weight") else args[5][2 * width :]
+    given = attention_arguments(*once.mixing)
+    width, heads, output = given["embed_dim_to_check"], given["num_heads"], given["out_proj_weight"]
+    separate = given.get("use_separate_proj_weight")
+    values = given["v_proj_weight"] if separate else given["in_proj_weight"][2 * width :]
     pairs = zip(output.chunk(heads, 1), values.chunk(heads, 0), strict=True)
     ranks = [_rank(reads.detach() @ gives.detach()) for reads, gives in pairs]
     return CollapsedMap(values.shape[1], len(output), max(ranks), heads)

@@ -29,7 +29,8 @@ class LinearLayers:
         only_folds: Whether all layers but one are norms, which a deployed network can fold into that one.
         through_attention: Whether attention mixes positions between them: then it is one map for each head, and
             nothing is saved by putting one layer in their place.
-        basis: ``proved`` if it holds for every input, ``measured`` if it was seen on the data.
+        basis: ``proved`` if it holds for every input (behind attention: while attention's weights stay), ``measured``
+            if it was seen on the data.
         parameters: Number of parameters of the layers.
         inputs: Number of inputs of the map: features, channels, or all elements of an example; −1 if not known.
         outputs: Number of outputs, likewise.
@@ -96,8 +97,8 @@ class LinearReport:
     Attributes:
         model: Class name of the model.
         examples: Number of examples that it ran on.
-        reads_out: Whether the model's code read numbers out of tensors, so that it may compute otherwise for other
-            inputs; then nothing is proved.
+        reads_out: Whether the model's code read numbers out of tensors, or wrote through ``.data``, so that it may
+            compute otherwise for other inputs; then nothing is proved.
         stretches: The layers that compute one map together, in the order of the forward.
         acting_linear: Activations that act linear on the data: the number of their neurons, and how many of these
             give a constant (a ReLU that is never on).
@@ -128,15 +129,15 @@ class LinearReport:
         folds = [each for each in self.stretches if each.only_folds]
         lines = [f"{visible(self.model)}, {plural(self.examples, 'example')}"]
         if not found:
-            lines.append("No two layers act as one: a nonlinearity lies between all of them, and bends on this data.")
+            lines.append("No two layers were found that act as one.")
         for each in found:
             if not each.through_attention:
                 lines += ["", str(each), self._how_sure(each)]
         lines += self._attention([each for each in found if each.through_attention])
         if self.acting_linear:
-            lines += ["", "Activations that act linear on this data (each neuron always on, or always off):"]
+            lines += ["", "Activations that act linear on this data (each neuron keeps one slope and one offset):"]
             lines += [
-                f"  {visible(name)}: {plural(neurons, 'neuron')}, {count(off)} of them always off"
+                f"  {visible(name)}: {plural(neurons, 'neuron')}, {count(off)} of them constant"
                 for name, (neurons, off) in self.acting_linear.items()
             ]
         if folds:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.neuron_flow import nested_tensors
 from neuronscope.linear.affine_flow import Affine
 
@@ -50,7 +51,7 @@ def replay(
         RuntimeError: The model did not come from the source to the end of the map.
     """
     piece = _Piece(affine, replace, head)
-    if affine.source.call < 0:
+    if affine.source.call == -1:
         inputs = piece.with_source(inputs)
     try:
         with torch.enable_grad(), piece:
@@ -82,13 +83,11 @@ class _Piece(TorchFunctionMode):
 
     def with_source(self, inputs: Any) -> Any:
         """Return inputs with the source, which is one of them, replaced."""
-        source, seen = self._affine.source.output, -1
+        source = all_tensors(inputs)[self._affine.source.output]
 
         def changed(value: Any) -> Any:
-            nonlocal seen
-            if isinstance(value, Tensor):
-                seen += 1
-                return self._replaced(value) if seen == source else value
+            if value is source:
+                return self._replaced(value) if self.source is None else self.source
             if isinstance(value, Mapping):
                 return {name: changed(member) for name, member in value.items()}
             if isinstance(value, (tuple, list)):
@@ -125,13 +124,17 @@ class _Piece(TorchFunctionMode):
 
     def _one_head(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """Return the values that attention mixes, unmixed, and zero but for one head."""
-        tensors = list(nested_tensors((args, dict(kwargs))))
         grouped = func.__name__ == "scaled_dot_product_attention"
-        values = tensors[2] if grouped else tensors[1]
+        values: Tensor
+        if grouped:
+            values = args[2] if len(args) > 2 else kwargs["value"]
+        else:
+            values = list(nested_tensors((args, dict(kwargs))))[1]
         if values.dim() != 4:
             return values.clone()
-        if grouped and values.shape[1] < tensors[0].shape[1]:  # several query heads read one head of values
-            values = values.repeat_interleave(tensors[0].shape[1] // values.shape[1], 1)
+        heads = (args[0] if args else kwargs["query"]).shape[1] if grouped else values.shape[1]
+        if values.shape[1] < heads:  # several query heads read one head of values
+            values = values.repeat_interleave(heads // values.shape[1], 1)
         self.heads = values.shape[1]
         kept = torch.zeros(self.heads, dtype=values.dtype, device=values.device)
         kept[self._head] = 1

@@ -23,9 +23,7 @@ class Slopes:
 
     def __init__(self) -> None:
         self._ranges: list[tuple[Tensor, Tensor]] | None = None
-        self.neurons = 0
-        self.on = 0
-        self.off = 0
+        self._positions = 0  # of each neuron
 
     def add(
         self, function: Function, given: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any], origin: Origin
@@ -49,6 +47,7 @@ class Slopes:
         offset = y - slope * x
         offset = torch.where(offset.abs() <= 1e-6 * (y.abs() + (slope * x).abs()), torch.zeros_like(offset), offset)
         ranges = [self._by_neuron(values, origin) for values in (slope, offset)]
+        self._positions += y.numel() // max(1, len(ranges[0][0]))
         if self._ranges is not None and self._ranges[0][0].shape == ranges[0][0].shape:
             ranges = [
                 (torch.minimum(low, new_low), torch.maximum(high, new_high))
@@ -76,8 +75,12 @@ class Slopes:
 
     @property
     def act_linear(self) -> bool:
-        """Whether every neuron had one slope and one offset."""
-        return self._ranges is not None and all(bool((low == high).all()) for low, high in self._ranges)
+        """Whether every neuron had one slope and one offset at several positions; at one, any function has."""
+        return (
+            self._ranges is not None
+            and self._positions > 1
+            and all(bool((low == high).all()) for low, high in self._ranges)
+        )
 
     def constant(self) -> int:
         """Return how many neurons gave a constant: a slope of zero, if the activation acts linear."""

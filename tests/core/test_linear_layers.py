@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import neuronscope as ns
 from neuronscope.errors import UsageError
+from neuronscope.linear.check import LinearLayersOfForward
 
 
 def layers(model: nn.Module, data: Any) -> list[tuple[str, ...]]:
@@ -114,6 +116,11 @@ def test_a_batch_in_which_the_activation_changes_is_enough() -> None:
     assert layers(net, [torch.randn(8, 8), torch.randn(8, 8) * 1000]) == []
 
 
+def test_one_position_does_not_show_that_an_activation_acts_linear() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    assert layers(net, torch.randn(1, 8)) == []
+
+
 class Attention(nn.Module):
     """Attention by torch's function, by hand, or by its module, behind a layer norm."""
 
@@ -124,6 +131,7 @@ class Attention(nn.Module):
             self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         else:
             self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+            self.q.weight.data.zero_()  # so that a map of the queries is no map of the values
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -133,12 +141,14 @@ class Attention(nn.Module):
         q, k, v = (layer(h).view(batch, time, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if self.how == "function":
             mixed = functional.scaled_dot_product_attention(q, k, v)
+        elif self.how == "function, by names":
+            mixed = functional.scaled_dot_product_attention(value=v, key=k, query=q)
         else:
             mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
         return x + self.o(mixed.transpose(1, 2).reshape(batch, time, width))
 
 
-@pytest.mark.parametrize("how", ["function", "by hand", "module"])
+@pytest.mark.parametrize("how", ["function", "function, by names", "by hand", "module"])
 def test_value_and_output_projection_are_one_map_for_each_head(how: str) -> None:
     (found,) = ns.check_linear(Attention(how), torch.randn(4, 5, 16)).stretches
     names = ("attention(32:48)", "attention.out_proj") if how == "module" else ("v", "o")
@@ -200,7 +210,41 @@ NOT_LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
     "a unit of length 1": lambda h: functional.normalize(h),
     "clamp": lambda h: h.clamp(-1, 1),
     "rounding": torch.round,
+    "a quotient that is rounded": lambda h: torch.div(h, 0.5, rounding_mode="floor"),
+    "integers by the name of a type": lambda h: h.type("torch.IntTensor").to(h.dtype),
+    "integers of a sum": lambda h: h + h.sum(-1, keepdim=True, dtype=torch.int64),
+    "bits read as other numbers": lambda h: h.view(torch.bfloat16)[:, ::2].float(),
+    "a gate in einsum": lambda h: torch.einsum("bi,bj->bj", h, h),
+    "written into by an index": lambda h: written(h, lambda h: h.__setitem__(0, h[0].abs())),
+    "written into by a mask": lambda h: written(h, lambda h: h.__setitem__(h < 0, 0.0)),
+    "a part that is changed in place": lambda h: written(h, lambda h: h[:, :3].relu_()),
+    "a part that is overwritten": lambda h: written(h, lambda h: h[:, :3].copy_(h[:, :3] ** 2)),
+    "a part that is added to": lambda h: written(h, lambda h: h[:, :3].add_(h[:, :3] ** 2)),
+    "a view that is changed in place": lambda h: written(h, lambda h: h.transpose(0, 1)[0].abs_()),
+    "what shares its memory": lambda h: written(h, lambda h: h.detach().clamp_(min=0)),
+    "several in place": lambda h: written(h, lambda h: torch._foreach_abs_([h])),
+    "an output that is given": lambda h: torch.mul(h, h, out=h),
+    "an activation's output that is given": lambda h: torch.clamp(h, min=0, out=h),
+    "a constant that is written into": lambda h: h + written(torch.zeros_like(h), lambda z: z.copy_(h.abs())),
+    "a part of a constant": lambda h: h + written(torch.zeros(9, 6), lambda z: z.__setitem__(0, h[0].abs())),
 }
+READS_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "a number": lambda h: h * h[0, 0].item(),
+    "a truth": lambda h: h if torch.equal(h, h.abs()) else -h,
+    "a complex number": lambda h: h * abs(complex(h.detach()[0, 0])),
+    "a text": lambda h: h * float(f"{h[0, 0]}"),
+    "how many are positive": lambda h: h * len((h > 0).nonzero()),
+    "how many a mask leaves": lambda h: h * len(h[h > 0]),
+    "the end of a slice": lambda h: torch.cat([h[:, : (h[0] > 0).sum()], 2 * h[:, (h[0] > 0).sum() :]], 1),
+    "memory that is shared without a version": lambda h: written(h, lambda h: h.data.abs_()),
+    "another memory": lambda h: written(h, lambda h: setattr(h, "data", h.abs())),
+}
+
+
+def written(tensor: Tensor, write: Callable[[Tensor], Any]) -> Tensor:
+    """Return a tensor after something was written into it."""
+    write(tensor)
+    return tensor
 
 
 class Squared(torch.autograd.Function):
@@ -225,6 +269,148 @@ def test_what_is_linear_joins_two_layers(what: str) -> None:
 @pytest.mark.parametrize("what", NOT_LINEAR)
 def test_what_is_not_linear_parts_two_layers(what: str) -> None:
     assert layers(Between(NOT_LINEAR[what]), torch.randn(9, 6)) == []
+
+
+@pytest.mark.parametrize("what", READS_OUT)
+def test_nothing_is_proved_where_numbers_are_read_out(what: str) -> None:
+    found = ns.check_linear(Between(READS_OUT[what]), torch.randn(9, 6))
+    assert found.reads_out
+    assert [each.basis for each in found.stretches] == ["measured"] * len(found.stretches)
+
+
+def test_shapes_and_types_are_not_numbers_that_are_read_out() -> None:
+    assert not ns.check_linear(
+        Between(lambda h: h.view(h.shape[0], len(h[0])) * h.dim() * h.is_floating_point()), torch.randn(9, 6)
+    ).reads_out
+
+
+def test_a_buffer_that_the_forward_writes_is_no_constant() -> None:
+    class Remembers(Between):
+        def __init__(self) -> None:
+            super().__init__(self.add)
+            self.register_buffer("last", torch.zeros(9, 6))
+
+        def add(self, h: Tensor) -> Tensor:
+            self.last[0] = h[0].abs()
+            return h + self.last
+
+    assert layers(Remembers(), torch.randn(9, 6)) == []
+
+
+def test_two_layers_are_found_before_what_they_gave_is_written_into() -> None:
+    class Late(Between):
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            h[0] = 0.0
+            return h
+
+    assert layers(Late(lambda h: h), torch.randn(9, 6)) == [("a", "b")]
+
+
+def test_where_a_nonlinearity_lies_in_one_batch_alone_nothing_is_claimed() -> None:
+    net = Between(lambda h: h if len(h) > 5 else h.abs())
+    assert layers(net, [torch.randn(9, 6), torch.randn(9, 6)]) == [("a", "b")]
+    assert layers(net, [torch.randn(9, 6), torch.randn(3, 6)]) == []
+
+
+@pytest.mark.parametrize("what", [lambda h: h - h.mean(0), lambda h: h + h[:1], lambda h: h.flip(0)])
+def test_where_examples_are_mixed_there_is_no_map_of_an_example(what: Callable[[Tensor], Tensor]) -> None:
+    (found,) = ns.check_linear(Between(what), torch.randn(9, 6)).stretches
+    assert (found.layers, found.inputs, found.rank, found.matrix) == (("a", "b"), -1, -1, None)
+
+
+def test_a_tensor_that_is_given_twice_is_one_input() -> None:
+    class Both(Between):
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.b(self.a(left) + right)
+
+    x = torch.randn(9, 6)
+    (found,) = ns.check_linear(Both(lambda h: h), [{"left": x, "right": x}]).stretches
+    assert found.difference is not None
+    assert found.difference < 1e-6
+
+
+def test_fused_attention_may_be_called_by_names() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.MultiheadAttention(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = functional.multi_head_attention_forward(
+                *(x, x, x),
+                embed_dim_to_check=8,
+                num_heads=2,
+                add_zero_attn=False,
+                dropout_p=0.0,
+                in_proj_weight=self.m.in_proj_weight,
+                in_proj_bias=self.m.in_proj_bias,
+                out_proj_weight=self.m.out_proj.weight,
+                out_proj_bias=self.m.out_proj.bias,
+                bias_k=None,
+                bias_v=None,
+            )[0]
+            return output
+
+    (found,) = ns.check_linear(ByName(), torch.randn(3, 4, 8)).stretches
+    assert (found.layers, found.heads, found.rank) == (("m(16:24)", "m.out_proj"), 2, 4)
+
+
+def test_a_compiled_model_is_followed_in_eager_code() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6))
+    x = torch.randn(9, 6)
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    found = ns.check_linear(torch.compile(net, backend=fail), x)
+    assert found.to_dict() == ns.check_linear(net, x).to_dict()
+    assert found.stretches[0].parameters == 84
+
+
+def test_a_mode_of_the_user_sees_no_call_of_ours() -> None:
+    class Names(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = model(x)
+        return output
+
+    net, x = Between(lambda h: h * 2), torch.randn(9, 6)
+    with Names() as alone:
+        net(x)
+    forward = LinearLayersOfForward(net)
+    with Names() as seen:
+        forward.of(run, x)
+    assert forward.notes()
+    assert seen.names == alone.names
+
+
+def test_nothing_is_claimed_in_inference_mode_where_no_writes_are_counted() -> None:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            output: Tensor = model(x)
+            return output
+
+    assert ns.check_linear(Between(lambda h: h), torch.randn(9, 6), forward=run).stretches == ()
+
+
+@pytest.mark.parametrize("method", ["begin", "note_writes", "follow", "end"])
+def test_an_error_of_our_own_does_not_end_a_scan(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(f"neuronscope.linear.affine_flow.AffineFlow.{method}", fail)
+    with pytest.warns(ns.NeuronscopeWarning, match="no nonlinearity lies were not looked for") as warned:
+        report = ns.scan(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(5, 3))
+    assert report.neurons == 3
+    assert len(warned) == 1
 
 
 def test_a_norm_of_the_running_statistics_folds_and_one_of_the_batch_does_not() -> None:

@@ -112,6 +112,11 @@ class Chooses(Net):
         return h + 5 * len(h[h > 3])
 
 
+class Slices(Net):
+    def between(self, h: Tensor) -> Tensor:
+        return h + 5 * len(h[0, : (h > 3).sum()])
+
+
 class Draws(Net):
     def between(self, h: Tensor) -> Tensor:
         return h + 5 * torch.rand(3)
@@ -160,7 +165,7 @@ NOT_PROVED = [
         Branches,
         BranchesOnItem,
     ),
-    *(Chooses, Draws, DropsAlways, DrawsInNumpy, DrawsInPython, Unseen, UnknownFunction, NotWritten),
+    *(Chooses, Slices, Draws, DropsAlways, DrawsInNumpy, DrawsInPython, Unseen, UnknownFunction, NotWritten),
 ]
 
 
@@ -185,7 +190,7 @@ def test_nothing_is_proved_of_a_tensor_that_was_changed_outside_of_the_trace(kin
                 model.act(model.between(model.fc(torch.rand(64, 2) * 100 if kind is Branches else torch.rand(64, 2))))
                 > 0
             ).any(0)
-    assert kind in (Nothing, Branches, BranchesOnItem, Chooses, UnknownFunction, NotWritten) or bool(
+    assert kind in (Nothing, Branches, BranchesOnItem, Chooses, Slices, UnknownFunction, NotWritten) or bool(
         fires[0]
     )  # it was right to be careful
 
@@ -196,6 +201,7 @@ def test_nothing_is_proved_of_a_tensor_that_was_changed_outside_of_the_trace(kin
         (Branches, "__bool__"),
         (BranchesOnItem, "item"),
         (Chooses, "__getitem__"),
+        (Slices, "__getitem__"),
         (DrawsInPython, "random"),
         (DataChanged, "__get__"),
     ],

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.compiling import unwatched
 from neuronscope.attach.module_paths import walk
+from neuronscope.attach.read_outs import reads_out
 from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
@@ -226,18 +227,6 @@ class _GraphBuilder:
         values[:] = [replace(value, constant=self.constant(number)) for number, value in enumerate(values)]
 
 
-# Functions that return a property of a tensor other than its numbers.
-_METADATA = spellings(
-    *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__", "element_size"),
-    *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "get_device", "__hash__", "__repr__"),
-    *("data_ptr", "untyped_storage", "is_pinned", "is_shared", "type", "is_inference", "dim_order", "requires_grad_"),
-) | {torch.is_tensor}
-
-# Functions whose result has a shape that depends on numbers, or shares memory without sharing its version.
-_LEAKS = spellings(
-    *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "equal", "allclose"),
-) | {Tensor.data.__get__}  # type: ignore[attr-defined]
-_PICKS = (Tensor.__getitem__, torch.where)
 # Functions whose result has no numbers yet.
 _UNINITIALISED = spellings(
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"),
@@ -291,15 +280,8 @@ class _StepRecorder(TorchFunctionMode):
             builder.graph.values[number].dtype in (torch.bool, torch.uint8) and builder.constant(number) is None
             for number in reads
         )
-        picked = masks and func in _PICKS and (func is not torch.where or len(args) == 1)
-        getter = getattr(func, "__name__", "") == "__get__"
-        plain = (
-            output is not None
-            and not getter
-            and func not in _METADATA
-            and not any(True for _ in _Search().tensors(output))
-        )
-        if picked or plain or func in _LEAKS:
+        gives_tensors = any(True for _ in _Search().tensors(output))
+        if reads_out(func, args, output, gives_tensors=gives_tensors, masks=masks):
             name = getattr(func, "__name__", str(func))
             if name not in builder.graph.branches:
                 builder.graph.branches.append(name)
