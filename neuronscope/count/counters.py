@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 import torch.fx.experimental.proxy_tensor
 from torch import Tensor
-from torch._dynamo.trace_rules import get_torch_obj_rule_map
+from torch._dynamo.trace_rules import get_torch_obj_rule_map, manual_torch_name_rule_map
 from torch._dynamo.variables import TorchInGraphFunctionVariable
 
 from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain_outputs, plain_zeros
@@ -387,6 +387,8 @@ def _one_call_in_graph(function: Callable[Parameters, Result]) -> Callable[Param
     ``torch.compiler.allow_in_graph`` does so too, and marks the graph: where the back end cannot compile a marked graph
     because a value in it depends on data, the compiler raises, where it runs the code of an unmarked one eagerly.
     """
+    # By name too: the compiler makes the second table anew from the first, for example when DDP is set up.
+    manual_torch_name_rule_map[f"{function.__module__}.{function.__qualname__}"] = TorchInGraphFunctionVariable
     get_torch_obj_rule_map()[function] = TorchInGraphFunctionVariable
     return function
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import neuronscope as ns
 from neuronscope.attach import activations
+from neuronscope.count import counters
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
 pytestmark = [
@@ -674,3 +675,11 @@ def test_a_graph_that_the_back_end_cannot_compile_runs_in_eager_mode_as_unwatche
     assert_bits(*states[:2])
     assert watched.scope._hooks.failure is None
     assert_same_census(watched.scope.census(), eager.scope.census())
+
+
+def test_counting_stays_one_call_in_a_graph_when_the_compiler_makes_its_tables_anew():
+    """As it does when DDP is set up; later graphs would trace into the counting, and break there."""
+    torch._dynamo.trace_rules.clear_lru_cache()
+    table = torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    for name in ("_add_outputs_in_graph", "once_a_forward", "_leave_out_in_graph", "_register_gradient_hook_in_graph"):
+        assert getattr(counters, name) in table
