@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["call_model", "model_state_restored", "nothing_fused", "to_device"]
+__all__ = ["call_model", "map_tensors", "model_state_restored", "nothing_fused", "to_device"]
 
 
 @contextlib.contextmanager
@@ -73,11 +73,24 @@ def to_device(batch: Any, device: torch.device) -> Any:
         batch: The batch.
         device: The device.
     """
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device) for name, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+    return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return nested tuples, lists and mappings with each tensor changed; mappings become dictionaries.
+
+    Args:
+        change: Returns what stands in a tensor's place.
+        value: The nested value; whatever is no tensor stays.
+
+    >>> map_tensors(torch.neg, {"x": [torch.ones(1), 2]})
+    {'x': [tensor([-1.]), 2]}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(change, member) for name, member in value.items()}
+    if isinstance(value, (tuple, list)):
+        members = [map_tensors(change, member) for member in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    return value

@@ -25,7 +25,7 @@ from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
 from neuronscope.linear.linear_report import LinearLayers, LinearReport
 from neuronscope.linear.slopes import Slopes
-from neuronscope.running import call_model, model_state_restored, nothing_fused, to_device
+from neuronscope.running import call_model, map_tensors, model_state_restored, nothing_fused, to_device
 from neuronscope.writers.formatting import listed
 
 __all__ = ["LinearLayersOfForward", "check_linear"]
@@ -244,29 +244,13 @@ def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: 
     """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so."""
     try:
         exact = copy.deepcopy(model).double()
-        inputs = _doubled(batch, {})
+        known: dict[int, Tensor] = {}  # a tensor that is given twice stays one
+        inputs = map_tensors(lambda x: known.setdefault(id(x), x.double() if x.is_floating_point() else x), batch)
         with _evaluated(exact):
             call(exact, inputs)
     except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
         return None
     return exact, inputs
-
-
-def _doubled(value: Any, known: dict[int, Tensor]) -> Any:
-    """Return a batch in float64.
-
-    Args:
-        value: The batch.
-        known: Tensors in float64 by the ``id`` of the batch's: one that is given twice stays one. This adds to it.
-    """
-    if isinstance(value, Tensor):
-        return known.setdefault(id(value), value.double() if value.is_floating_point() else value)
-    if isinstance(value, Mapping):
-        return {name: _doubled(member, known) for name, member in value.items()}
-    if isinstance(value, (tuple, list)):
-        members = [_doubled(member, known) for member in value]
-        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
-    return value
 
 
 def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:

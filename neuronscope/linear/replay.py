@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.neuron_flow import nested_tensors
 from neuronscope.linear.affine_flow import Affine
+from neuronscope.running import map_tensors
 
 __all__ = ["Replayed", "replay"]
 
@@ -52,7 +53,7 @@ def replay(
     """
     piece = _Piece(affine, replace, head)
     if affine.source.call == -1:
-        inputs = piece.with_source(inputs)
+        inputs = piece.with_source(inputs, all_tensors(inputs)[affine.source.output])
     try:
         with torch.enable_grad(), piece:
             run(inputs)
@@ -81,23 +82,18 @@ class _Piece(TorchFunctionMode):
         self._head = head
         self._call = -1
 
-    def with_source(self, inputs: Any) -> Any:
-        """Return inputs with the source, which is one of them, replaced."""
-        source = all_tensors(inputs)[self._affine.source.output]
+    def with_source(self, value: Any, source: Tensor) -> Any:
+        """Return nested inputs or outputs with the source, which is one of their tensors, replaced.
 
-        def changed(value: Any) -> Any:
-            if value is source:
-                return self._replaced(value) if self.source is None else self.source
-            if isinstance(value, Mapping):
-                return {name: changed(member) for name, member in value.items()}
-            if isinstance(value, (tuple, list)):
-                return _like(value, [changed(member) for member in value])
-            return value
+        Args:
+            value: The inputs or outputs.
+            source: The source.
+        """
+        return map_tensors(lambda tensor: self._replacement(tensor) if tensor is source else tensor, value)
 
-        return changed(inputs)
-
-    def _replaced(self, tensor: Tensor) -> Tensor:
-        self.source = self._replace(tensor.detach())
+    def _replacement(self, source: Tensor) -> Tensor:
+        if self.source is None:
+            self.source = self._replace(source.detach())
         return self.source
 
     def __torch_function__(
@@ -111,12 +107,7 @@ class _Piece(TorchFunctionMode):
                 return self._one_head(func, args, kwargs)
         result = func(*args, **kwargs)
         if self._call == self._affine.source.call:
-            if isinstance(result, Tensor):
-                return self._replaced(result)
-            place = self._affine.source.output
-            return _like(
-                result, [self._replaced(each) if number == place else each for number, each in enumerate(result)]
-            )
+            return self.with_source(result, list(nested_tensors(result))[self._affine.source.output])
         if self._call == self._affine.end.call:
             self.result = list(nested_tensors(result))[self._affine.end.output]
             raise _StopForward
@@ -139,8 +130,3 @@ class _Piece(TorchFunctionMode):
         kept = torch.zeros(self.heads, dtype=values.dtype, device=values.device)
         kept[self._head] = 1
         return values * kept[:, None, None]
-
-
-def _like(value: tuple[Any, ...] | list[Any], members: list[Any]) -> Any:
-    """Return a tuple, named tuple or list of the same type, with other members."""
-    return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)

@@ -384,7 +384,16 @@ class _Events:
     def add(
         self, mask: BoolArray, kind: int, checkpoint: int, earliest: IntArray, latest: IntArray, basis: ByteArray
     ) -> IntArray:
-        """Add an event for each neuron in ``mask``, bool ``(N,)``, and return the events' indices."""
+        """Add an event for each of some neurons, and return the events' indices.
+
+        Args:
+            mask: The neurons, bool ``(N,)``.
+            kind: :data:`DIED` or :data:`REVIVED`.
+            checkpoint: Index of the first checkpoint that shows the events.
+            earliest: The earliest step of each neuron's event, int64 ``(N,)``.
+            latest: The latest step, int64 ``(N,)``.
+            basis: Basis of the verdicts at that checkpoint, uint8 ``(N,)``.
+        """
         neurons = np.flatnonzero(mask).astype(np.int64)
         start = sum(part.size for part in self._fields[0])
         same = np.ones_like(neurons)
@@ -408,7 +417,13 @@ class _Events:
         self._narrowed.append((events[mask], steps[mask], exact[mask], basis[mask]))
 
     def timeline(self, layer: LayerReport, parts: list[_State | None], states: ByteArray) -> LayerTimeline:
-        """Return the timeline of a layer with these events."""
+        """Return the timeline of a layer with these events.
+
+        Args:
+            layer: The layer in the last checkpoint.
+            parts: What each checkpoint shows; ``None`` = the layer is not in it.
+            states: The state of each neuron at each checkpoint, uint8 ``(C, N)``.
+        """
         neuron, kind, checkpoint, earliest, latest, basis = (np.concatenate(one) for one in self._fields)
         for events, steps, exact, by in self._narrowed:
             at, sure = events[exact], steps[exact]
