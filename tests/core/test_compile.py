@@ -6,7 +6,7 @@ compile, runs on a few small networks and is held to the counts of eager, and to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -18,24 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import neuronscope as ns
 from neuronscope.attach import activations
 from neuronscope.count import counters
+from tests.core.compiler_marks import COMPILES
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 
-pytestmark = [
-    pytest.mark.slow,
-    # The compiler's own: it warns of its deprecations and of this machine's limits.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
-    # And it looks at the .grad of a hook's arguments, with a warning that it hides itself where warnings are no errors.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = COMPILES
 
 
 class Net(nn.Module):

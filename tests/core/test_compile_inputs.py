@@ -5,7 +5,7 @@ A graph sees the gradient of the uses in the graph alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,22 +13,11 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.core.compiler_marks import COMPILES
 from tests.core.slow_twin import Nobody, Watched, assert_bits, state_of
 from tests.core.test_compile import Partly, assert_same_census, train
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = COMPILES
 
 
 class Applied(nn.Module):

@@ -32,16 +32,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from tests.core.compiler_marks import WARNINGS
 from tests.core.slow_twin import Nobody, Twin, Watched, assert_bits, assert_same, hook_tables, state_of
 from tests.core.test_compile import Counter, assert_same_census, train
 from tests.core.test_property_networks import FUNCTIONS, IN_PLACE, MODULES
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
-]
+pytestmark = [pytest.mark.slow, *WARNINGS]
 
 RUNS = Path(__file__).with_name("compiled_programs.json")
 WIDTH = 6
