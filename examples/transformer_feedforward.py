@@ -48,10 +48,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        gated = kind.endswith("GLU")
-        hidden = 8 * WIDTH // 3 if gated else 4 * WIDTH
+        hidden = 8 * WIDTH // 3 if kind.endswith("GLU") else 4 * WIDTH
         self.gate, self.act, self.down = nn.Linear(WIDTH, hidden), KINDS[kind](), nn.Linear(hidden, WIDTH)
-        self.up = nn.Linear(WIDTH, hidden) if gated else None
+        self.up = nn.Linear(WIDTH, hidden) if kind.endswith("GLU") else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, T, WIDTH)`` → ``(B, T, WIDTH)``; the neurons are on the last axis."""
@@ -93,10 +92,10 @@ def read_manual() -> tuple[Tensor, Tensor]:
     pages = "\n\n".join(topics[name] for name in sorted(topics))
     paragraphs = list(dict.fromkeys(pages.split("\n\n")))  # once each: many stand on several pages
     number = {character: place for place, character in enumerate(sorted(set(pages)))}
-    training = "\n\n".join(paragraph for place, paragraph in enumerate(paragraphs) if place % 10 != 5)
-    held_out = "\n\n".join(paragraphs[5::10])
-    text, rest = (torch.tensor([number[character] for character in part]) for part in (training, held_out))
-    return text, rest.unfold(0, CONTEXT + 1, CONTEXT)
+    kept = (paragraph for place, paragraph in enumerate(paragraphs) if place % 10 != 5)
+    texts = ("\n\n".join(part) for part in (kept, paragraphs[5::10]))
+    train, held_out = (torch.tensor([number[character] for character in text]) for text in texts)
+    return train, held_out.unfold(0, CONTEXT + 1, CONTEXT)
 
 
 def train(kind: str, seed: int, steps: int, lr: float, text: Tensor, held_out: Tensor) -> tuple[float, ns.Report]:
@@ -131,9 +130,9 @@ def train(kind: str, seed: int, steps: int, lr: float, text: Tensor, held_out: T
 
 def main() -> None:
     torch.set_num_threads(1)  # quicker for networks this small
-    text, held_out = read_manual()
+    pages = read_manual()
     for kind in KINDS:
-        loss, report = train(kind, seed=0, steps=60, lr=1e-2, text=text, held_out=held_out)
+        loss, report = train(kind, 0, 60, 1e-2, *pages)
         counts = f"{report.dead:3} dead, {report.silent} silent, {report.dormant:3} dormant"
         print(f"{kind:7} loss {loss:.3f}; of {report.neurons:4} neurons {counts}")
 
