@@ -55,16 +55,21 @@ def main_table(comparison: Comparison, width: int) -> Table:
 def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, int]], *, zeros: bool) -> Table:
     seeds = len(comparison.seeds)
     over = f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    table = _table(f"Of {comparison.neurons} neurons, over all training images; {over}")
+    sizes = {network.neurons for network in comparison.networks.values()}
+    of = f"Of {sizes.pop()} neurons" if len(sizes) == 1 else "Neurons"
+    table = _table(f"{of}, over all training images; {over}")
     table.add_column("activation", overflow="fold")
+    if sizes:
+        table.add_column("neurons", justify="right")
     for heading in [*(column[0] for column in columns), *(["zero\noutputs"] if zeros else []), "test\naccuracy"]:
         table.add_column(heading, justify="right", overflow="fold")
-    for name, label in comparison.labels.items():
-        cells = [_count(comparison.spread(name, of), style, comparison.neurons) for _, of, style, _ in columns]
+    for name, network in comparison.networks.items():
+        cells = [Text(str(network.neurons))] if sizes else []
+        cells += [_count(comparison.spread(name, of), style, network.neurons) for _, of, style, _ in columns]
         if zeros:
             cells.append(Text(f"{100 * comparison.spread(name, lambda run: run.end.zero_outputs).mean:.1f}%"))
         accuracy = comparison.spread(name, lambda run: 100 * run.accuracy)
-        table.add_row(Text(label, style="bold"), *cells, f"{number(accuracy)}%")
+        table.add_row(Text(network.label, style="bold"), *cells, f"{number(accuracy)}%")
     return table
 
 
@@ -81,12 +86,12 @@ def layer_table(comparison: Comparison, width: int) -> Table:
 
 def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
     layers = len(comparison.runs[0].end.dead)
-    size = comparison.neurons / layers
-    table = _table(f"By layer at the end, % of {size:.0f} neurons: dead{' + dormant' if dormant else ''}")
+    table = _table(f"By layer at the end, % of its neurons: dead{' + dormant' if dormant else ''}")
     table.add_column("activation", overflow="fold")
     for layer in range(1, layers + 1):
         table.add_column(f"layer {layer}", justify="right", overflow="fold")
-    for name, label in comparison.labels.items():
+    for name, network in comparison.networks.items():
+        size = network.neurons / layers
         dead = comparison.by_layer(name, lambda run: run.end.dead)
         dormant_counts = comparison.by_layer(name, lambda run: run.end.dormant)
         cells = []
@@ -95,7 +100,7 @@ def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
             if dormant:
                 cell.append(" + ", style=_NONE).append(_share(dormant_counts[layer] / size, _WARN))
             cells.append(cell)
-        table.add_row(Text(label, style="bold"), *cells)
+        table.add_row(Text(network.label, style="bold"), *cells)
     return table
 
 
