@@ -11,6 +11,8 @@ _WORTH_SAYING = 0.01
 
 #: Fraction of dead neurons from which on a network is said to die.
 _DIES = 0.1
+#: Test accuracy below which a network has not learned the digits.
+_LEARNED = 0.5
 #: The gradient at the first layer, as a fraction of that at the last, up to which it is called small.
 _SMALL_GRADIENT = 0.1
 
@@ -151,11 +153,16 @@ def _dormant(comparison: Comparison) -> list[str]:
 
 
 def _sloped(comparison: Comparison) -> list[str]:
-    """Say so if no neuron of the functions with a slope below zero is lost."""
+    """Say whether neurons of functions with a slope below zero are lost, and which slopes were learned."""
     names = [name for name in _SLOPED if name in comparison.networks]
-    if not names or any(sum(run.end.dead) + sum(run.end.dormant) for name in names for run in comparison.of(name)):
-        return []
-    return [f"A slope below zero keeps neurons working: none is dead or dormant with {_listed(names)}."]
+    sentences = []
+    if names and not any(sum(run.end.dead) + sum(run.end.dormant) for name in names for run in comparison.of(name)):
+        sentences.append(f"A slope below zero keeps neurons working: none is dead or dormant with {_listed(names)}.")
+    for name, network in comparison.networks.items():
+        slopes = [slope for run in comparison.of(name) for slope in run.slopes]
+        if slopes:
+            sentences.append(f"{network.label} learned slopes from {min(slopes):.2f} to {max(slopes):.2f} below zero.")
+    return [" ".join(sentences)] if sentences else []
 
 
 def _small_gradients(comparison: Comparison) -> list[str]:
@@ -243,13 +250,25 @@ def _gradients(comparison: Comparison) -> list[str]:
 
 
 def _accuracy(comparison: Comparison) -> list[str]:
-    """Say so if the test accuracy does not show that neurons died."""
-    if not {"ReLU", "LeakyReLU"} <= comparison.networks.keys():
-        return []
-    dying, living = (comparison.spread(name, lambda run: 100 * run.accuracy) for name in ("ReLU", "LeakyReLU"))
-    if abs(dying.mean - living.mean) > max(dying.deviation or 0.0, living.deviation or 0.0):
-        return []
-    return [f"Test accuracy does not show it: ReLU {number(dying)}%, LeakyReLU with no dead neuron {number(living)}%."]
+    """Say so if the test accuracy does not show that neurons died, and where none died and it is low all the same."""
+    sentences = []
+    if {"ReLU", "LeakyReLU"} <= comparison.networks.keys():
+        dying, living = (comparison.spread(name, lambda run: 100 * run.accuracy) for name in ("ReLU", "LeakyReLU"))
+        if abs(dying.mean - living.mean) <= max(dying.deviation or 0.0, living.deviation or 0.0):
+            sentences.append(
+                f"Test accuracy does not show it: ReLU {number(dying)}%, LeakyReLU with no dead neuron "
+                f"{number(living)}%."
+            )
+    low = [
+        f"{network.label} {_percent(min(run.accuracy for run in comparison.of(name)))}"
+        for name, network in comparison.networks.items()
+        if any(run.accuracy < _LEARNED and not _dead(run) for run in comparison.of(name))
+    ]
+    if low:
+        sentences.append(
+            f"Living neurons do not make a network learn. Test accuracy of the worst seed: {_listed(low)}."
+        )
+    return sentences
 
 
 def _check(comparison: Comparison) -> str:

@@ -114,6 +114,7 @@ class Run:
         recount_agrees: Whether the slow recount finds the same dead neurons at the end as the library.
         seconds: Duration of the run.
         gradient_reach: Before the first step, the gradient at the first layer ÷ that at the last hidden one.
+        slopes: The slope below zero that each layer has learned, if its activation learns one.
         collapse: The one linear map that the network is, if it has no activation.
     """
 
@@ -126,6 +127,7 @@ class Run:
     recount_agrees: bool
     seconds: float
     gradient_reach: float = 1.0
+    slopes: tuple[float, ...] = ()
     collapse: Collapse | None = None
 
     @property

@@ -19,6 +19,8 @@ __all__ = ["layer_table", "main_table"]
 _BAD, _WARN, _NONE = "bold red", "yellow", "dim"
 #: Fraction of the neurons from which on a number is coloured.
 _MANY = 0.1
+#: Fraction of the neurons of a variant from which on a rare label gets a column.
+_FEW = 0.01
 
 Number = Callable[[Run], float]
 
@@ -40,9 +42,9 @@ def main_table(comparison: Comparison, width: int) -> Table:
         ("died in\ntraining", lambda run: run.died, "", 4),
         ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
     ]
-    if any(sum(run.end.silent) for run in comparison.runs):
+    if any(comparison.share(name, lambda run: run.end.silent) >= _FEW for name in comparison.networks):
         columns.append(("silent at\nthe end", lambda run: sum(run.end.silent), _WARN, 3))
-    if any(sum(run.end.cut_off) for run in comparison.runs):
+    if any(comparison.share(name, lambda run: run.end.cut_off) >= _FEW for name in comparison.networks):
         columns.append(("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 2))
     for left_out in (6, 5, 4, 3, 2):
         shown = [column for column in columns if column[3] < left_out]
@@ -74,7 +76,7 @@ def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, in
 
 
 def layer_table(comparison: Comparison, width: int) -> Table:
-    """Return a table with one row per variant: percentage of dead and dormant neurons in each layer at the end.
+    """Return a table of the dead and dormant neurons in each layer at the end, in percent, by variants that have some.
 
     Args:
         comparison: All runs.
@@ -90,10 +92,14 @@ def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
     table.add_column("activation", overflow="fold")
     for layer in range(1, layers + 1):
         table.add_column(f"layer {layer}", justify="right", overflow="fold")
+    none = []
     for name, network in comparison.networks.items():
         size = network.neurons / layers
         dead = comparison.by_layer(name, lambda run: run.end.dead)
         dormant_counts = comparison.by_layer(name, lambda run: run.end.dormant)
+        if not any([*dead, *dormant_counts]):
+            none.append(network.label)
+            continue
         cells = []
         for layer in range(layers):
             cell = _share(dead[layer] / size, _BAD)
@@ -101,6 +107,8 @@ def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
                 cell.append(" + ", style=_NONE).append(_share(dormant_counts[layer] / size, _WARN))
             cells.append(cell)
         table.add_row(Text(network.label, style="bold"), *cells)
+    if none:
+        table.caption = f"None in any layer: {', '.join(none)}."
     return table
 
 
@@ -115,6 +123,7 @@ def _table(title: str) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

@@ -135,6 +135,9 @@ def test_a_slope_below_zero_is_praised_only_where_no_neuron_is_lost() -> None:
     assert "none is dead or dormant with LeakyReLU and ELU" in said(*kept, run("ReLU", 0, 30))
     assert "A slope below zero" not in said(*kept, run("PReLU", 0, 0, dormant=1))
     assert "A slope below zero" not in said(run("ReLU", 0, 0))
+    learned = [replace(run("PReLU", seed, 0, dormant=1), slopes=(0.25 - seed / 2, 0.1)) for seed in range(2)]
+    assert "PReLU learned slopes from -0.25 to 0.25 below zero." in said(*learned)
+    assert "learned slopes" not in said(*kept)
 
 
 def test_small_gradients_are_reported_as_a_mean_over_the_seeds() -> None:
@@ -201,6 +204,21 @@ def test_accuracy_is_called_uninformative_only_where_it_is() -> None:
     far = [replace(each, epochs=(*each.epochs[:-1], replace(each.epochs[-1], accuracy=0.99))) for each in near[2:]]
     assert "Test accuracy does not show it" in said(*near)
     assert "Test accuracy does not show it" not in said(*near[:2], *far)
+
+
+def test_a_network_that_lives_and_does_not_learn_is_named_with_its_worst_seed() -> None:
+    text = said(run("ELU", 0, 0, 0.9), run("ELU", 1, 0, 0.31), run("ReLU", 0, 30, 0.2), run("Tanh", 0, 0, 0.9))
+    assert "do not make a network learn. Test accuracy of the worst seed: ELU 31%." in text
+    assert "do not make a network learn" not in said(run("ReLU", 0, 30, 0.2), run("Tanh", 0, 0, 0.9))
+
+
+def test_rare_labels_and_layers_without_any_take_no_room_in_the_tables() -> None:
+    made = comparison(*(run(name, 0, dead, cut_off=1) for name, dead in (("ReLU", 30), ("Tanh", 0), ("ELU", 0))))
+    made = replace(made, networks={name: Network(name, 101, 1) for name in made.networks})
+    assert "cut\noff" not in [column.header for column in main_table(made, 200).columns]
+    table = layer_table(made, 200)
+    assert table.row_count == 1
+    assert table.caption == "None in any layer: Tanh, ELU."
 
 
 def test_a_recount_that_disagrees_is_reported() -> None:
