@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo import OptimizedModule
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
@@ -36,6 +37,7 @@ __all__ = [
     "ask_modes_about",
     "code_of_forward",
     "comptime",
+    "compiles_here",
     "count_compilations",
     "enters_graph",
     "has_real_tensors",
@@ -151,6 +153,19 @@ _GRAPH_CALLERS = (_INDUCTOR, *(str(_ROOT / "_functorch" / name) for name in ("_a
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` was asked to compile this module; it may not have done so yet."""
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
+
+
+def compiles_here(*, may_break: bool = False) -> bool:
+    """Whether ``torch.compile`` compiles what this thread calls now, or runs what it has compiled before.
+
+    Args:
+        may_break: Whether only a compiler counts that may break a graph.
+    """
+    compiler = set_eval_frame(None)
+    set_eval_frame(compiler)
+    if compiler is None or not may_break:
+        return compiler is not None
+    return not getattr(getattr(compiler, "_torchdynamo_orig_backend", None), "_one_graph", False)
 
 
 def count_compilations() -> tuple[int, int]:

@@ -24,6 +24,7 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     code_of_forward,
+    compiles_here,
     count_compilations,
     is_compiled,
     is_tracing,
@@ -33,7 +34,7 @@ from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode
 from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight
-from neuronscope.attach.hook_handles import HookHandles
+from neuronscope.attach.hook_handles import HookHandles, looks_at_hooks
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -127,6 +128,7 @@ class HookManager:
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._opened: set[int] = set()  # the `id` of each module that `_hook_parts_of` has seen
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
@@ -148,6 +150,7 @@ class HookManager:
                     "a scripted or traced module hides its activations from hooks: watch the module it was made of",
                 )
                 hidden.append(path)
+                self._hooked.add(module)
                 continue
             if isinstance(module, _FUSED) and type(module).forward.__module__ == _FUSED[0].__module__:
                 self.recorder.unmeasured.reasons[path or "(root)"] = (
@@ -159,6 +162,7 @@ class HookManager:
                 self._handles.add_before(module, SuspendInside(self))
                 self._handles.add_after(module, ResumeInside(self))
                 hidden.append(path)
+                self._hooked.add(module)
                 continue
             activation = self.registry.of_module(module)
             self._hook(module, path, activation)
@@ -173,11 +177,29 @@ class HookManager:
         model = self._model()
         self.recorder.forward.parts.met_unknown = False
         for path, module in () if model is None else walk(model):
-            if path and self._is_traced_alone(module) and module not in self._hooked:
+            if path and is_compiled(module) and module not in self._hooked:
                 self._hook(module, path, None)
 
-    def _is_traced_alone(self, module: nn.Module) -> bool:
-        return is_compiled(module) or id(module) in self.recorder.forward.parts.alone
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _hook_parts_of(self, module: nn.Module) -> None:
+        """Put hooks on what a module calls that has none: behind a graph break torch compiles each of these by itself.
+
+        Args:
+            module: A module that runs in eager code while torch compiles what it calls.
+        """
+        self._opened.add(id(module))
+        if isinstance(module, FUSABLE) or looks_at_hooks(module):
+            return
+        for part in module.children():
+            if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                self._hook_parts_of(part)
+            elif part not in self._hooked and not looks_at_hooks(part):
+                self._hook_part(part)
+
+    def _hook_part(self, module: nn.Module) -> None:
+        self._hooked.add(module)
+        self._handles.add_before(module, EnterPart(self))
+        self._handles.add_after(module, LeavePart(self))
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
@@ -188,10 +210,8 @@ class HookManager:
         """Put hooks on a module, if it needs any."""
         is_root = path == ""
         if activation is None and not is_root and not _names_places(module):
-            if self._is_traced_alone(module):
-                self._hooked.add(module)
-                self._handles.add_before(module, EnterPart(self))
-                self._handles.add_after(module, LeavePart(self))
+            if is_compiled(module):
+                self._hook_part(module)
             return
         self._hooked.add(module)
         if activation is None or is_root:
@@ -396,9 +416,24 @@ class HookManager:
                 self._attach_to_late_parts()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        parts = self.recorder.forward.parts
-        if caller is not None and (self._is_traced_alone(module) or (path != "" and parts.may_call_modules)):
-            parts.enter(module, args, kwargs, (self.recorder.running_phase,))
+        if caller is not None and (is_compiled(module) or compiles_here()):
+            self.enter_part(module, args, kwargs, is_root=path == "")
+
+    def enter_part(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_root: bool = False
+    ) -> None:
+        """Note that a module begins to run in eager code, and that it or what it calls may be compiled.
+
+        Args:
+            module: The module.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+            is_root: Whether it is the model.
+        """
+        if id(module) not in self._opened and compiles_here(may_break=True):
+            self._hook_parts_of(module)
+        if not is_root or is_compiled(module):
+            self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.
