@@ -104,6 +104,14 @@ class Unmeasured:
         if state in (RAW, CONSTANT):
             self.not_neurons.setdefault(place, "no layer came before it")
             return False
+        if self._flow.hides_units:
+            self.note(
+                place,
+                "torch.compile traced it by itself, behind a graph break or as a function of its own, so that its "
+                "graph serves inputs of any layer: have no graph break around it, or declare the axis of its neurons, "
+                f"as in `axes={{{place!r}: 1}}`",
+            )
+            return False
         self._unclear.setdefault(
             place,
             (
