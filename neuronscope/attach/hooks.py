@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from neuronscope.attach.compiling import (
     count_compilations,
     is_compiled,
     is_tracing,
+    skip_when_hooked,
+    stop_skipping,
     unwatched,
 )
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
@@ -128,6 +130,7 @@ class HookManager:
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._skipped: list[CodeType] = []  # see `skip_when_hooked`
         self._opened: set[int] = set()  # the `id` of each module that `_hook_parts_of` has seen
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
@@ -184,22 +187,30 @@ class HookManager:
     def _hook_parts_of(self, module: nn.Module) -> None:
         """Put hooks on what a module calls that has none: behind a graph break torch compiles each of these by itself.
 
+        Torch's own modules have no graph of their own then.
+
         Args:
             module: A module that runs in eager code while torch compiles what it calls.
         """
         self._opened.add(id(module))
-        if isinstance(module, FUSABLE) or looks_at_hooks(module):
-            return
-        for part in module.children():
-            if isinstance(part, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        for part in () if looks_at_hooks(module) else module.children():
+            if part in self._hooked or looks_at_hooks(part):
+                continue
+            if type(part).forward.__module__.startswith("torch."):
                 self._hook_parts_of(part)
-            elif part not in self._hooked and not looks_at_hooks(part):
+            else:
                 self._hook_part(part)
 
     def _hook_part(self, module: nn.Module) -> None:
-        self._hooked.add(module)
+        self._note_hooked(module)
         self._handles.add_before(module, EnterPart(self))
         self._handles.add_after(module, LeavePart(self))
+
+    def _note_hooked(self, module: nn.Module) -> None:
+        self._hooked.add(module)
+        code = skip_when_hooked(module)
+        if code is not None:
+            self._skipped.append(code)
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
@@ -213,7 +224,7 @@ class HookManager:
             if is_compiled(module):
                 self._hook_part(module)
             return
-        self._hooked.add(module)
+        self._note_hooked(module)
         if activation is None or is_root:
             enter = EnterFusable if isinstance(module, FUSABLE) else EnterModule
             self._handles.add_before(module, enter(self, path))
@@ -228,6 +239,8 @@ class HookManager:
         self.set_observing(False)
         self._handles.remove(self._model())
         stop_allowing_scripting(self)
+        stop_skipping(self._skipped)
+        self._skipped = []
         self.recorder.close()
 
     def pause(self, steps: int) -> None:
