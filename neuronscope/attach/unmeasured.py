@@ -99,11 +99,6 @@ class Unmeasured:
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
             return False
-        if is_module:
-            return True
-        if state in (RAW, CONSTANT):
-            self.not_neurons.setdefault(place, "no layer came before it")
-            return False
         if self._flow.hides_units:
             self.note(
                 place,
@@ -111,6 +106,11 @@ class Unmeasured:
                 "graph serves inputs of any layer: have no graph break around it, or declare the axis of its neurons, "
                 f"as in `axes={{{place!r}: 1}}`",
             )
+            return False
+        if is_module:
+            return True
+        if state in (RAW, CONSTANT):
+            self.not_neurons.setdefault(place, "no layer came before it")
             return False
         self._unclear.setdefault(
             place,
