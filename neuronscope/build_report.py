@@ -87,8 +87,8 @@ def make_report(
         fault=fault_text,
         versions={
             "neuronscope": neuronscope.__version__,
-            "torch": torch.__version__,
             "numpy": np.__version__,
+            "torch": torch.__version__,
         },
     )
 

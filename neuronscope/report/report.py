@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Version of the data that :meth:`Report.to_dict` returns. Increased when a field is renamed, moved or removed.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # A history has one byte per neuron and window. Values below LEVEL_MAX are zero-output fractions, in units of
 # 1 / LEVEL_MAX (0 = never zero). A neuron with zero output at every position that still gets gradient is silent, so
@@ -273,6 +273,8 @@ class SiteReport(TotalsMember):
             "readers": list(self.readers),
             "reader_columns": [each._asdict() for each in self.reader_columns],
             "reader_notes": list(self.reader_notes),
+            "is_norm": self.is_norm,
+            "normalises": self.normalises,
             "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,
@@ -518,6 +520,7 @@ class Report(Renderable):
             "layers": [site.to_dict() for site in self.layers],
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
+            "fault": self.fault,
             "versions": dict(self.versions),
         }
 
