@@ -198,6 +198,9 @@ class SiteReport(TotalsMember):
     is_norm: bool = False
     normalises: str = ""
 
+    def __repr__(self) -> str:
+        return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
+
     @property
     def dead(self) -> int:
         """Number of dead neurons."""
@@ -237,6 +240,11 @@ class SiteReport(TotalsMember):
     def linear(self) -> int:
         """Number of piecewise-linear neurons that were never off."""
         return int(self.judgement.linear.sum())
+
+    @property
+    def not_finite_neurons(self) -> int:
+        """Number of neurons that gave NaN or infinity."""
+        return int(self.judgement.not_finite.sum())
 
     @property
     def unseen(self) -> int:
@@ -298,7 +306,7 @@ class SiteReport(TotalsMember):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Renderable):
     """Hold the results on a watched network in one phase, as plain data.
 
@@ -321,7 +329,7 @@ class Report(Renderable):
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html")
+        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html", "table", "figure")
     }
 
     model: str
@@ -454,6 +462,11 @@ class Report(Renderable):
     def tau_dormant_percent(self) -> float:
         """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.tau_dormant / self.judged_neurons if self.judged_neurons else float("nan")
+
+    def _in_short(self) -> str:
+        broken = "; NaN or infinite outputs" if self.not_finite else ""
+        dead = f"{self.dead} of {self.judged_neurons} neurons dead{', provisional' if self.provisional else ''}{broken}"
+        return f"on {self.model!r}, phase {self.phase!r}, step {self.global_step}: {dead}"
 
     def __getitem__(self, name: str) -> SiteReport:
         """Return the site with this name.
