@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neuronscope.judge import symptoms
-from neuronscope.judge.symptoms import LayerFacts, RunFacts, Support
+from neuronscope.judge.symptoms import COLLAPSED, GROUPED, NOT_FINITE, LayerFacts, RunFacts, Support
 
-__all__ = ["SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose"]
+__all__ = ["SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose", "remedy_of"]
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,21 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
     return tuple(sorted(found, key=lambda each: -each.neurons))
 
 
+def remedy_of(name: str, support: Support, facts: RunFacts) -> str:
+    """Return the remedies of a symptom that apply to some evidence, as one text.
+
+    Args:
+        name: The symptom's name.
+        support: The evidence.
+        facts: The facts about the run.
+    """
+    return next(symptom for symptom in SYMPTOMS if symptom.name == name).remedy(support, facts)
+
+
 #: Symptoms, causes and remedies. Each claim that is not arithmetic names its source.
 SYMPTOMS = (
     Symptom(
-        "NaN or infinite numbers",
+        NOT_FINITE,
         "The weights overflowed: the learning rate was too high, a gradient exploded, or half precision overflowed.",
         (
             Remedy(
@@ -165,7 +176,7 @@ SYMPTOMS = (
         symptoms.not_finite,
     ),
     Symptom(
-        "deaths close together in time",
+        GROUPED,
         "A spike: the learning rate was too high then, or the gradient of one batch pushed biases far below zero.",
         (
             _GO_BACK,
@@ -236,7 +247,7 @@ SYMPTOMS = (
         symptoms.off_centre,
     ),
     Symptom(
-        "a layer nearly all dead",
+        COLLAPSED,
         "The layer has collapsed: almost no signal passes through it, and no earlier layer learns through it.",
         (
             _GO_BACK,

@@ -14,6 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "COLLAPSED",
+    "GROUPED",
+    "GROUP_LEAST",
+    "NOT_FINITE",
     "UNDATED",
     "LayerFacts",
     "RunFacts",
@@ -21,6 +25,7 @@ __all__ = [
     "born_deep",
     "born_plain",
     "collapsed",
+    "died_after",
     "drifted",
     "early",
     "grouped",
@@ -37,6 +42,9 @@ __all__ = [
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+
+#: Names of symptoms that others ask for.
+NOT_FINITE, COLLAPSED, GROUPED = "NaN or infinite numbers", "a layer nearly all dead", "deaths close together in time"
 
 #: Stands for a step that is not known.
 UNDATED = -2
@@ -282,6 +290,23 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
     return Support(text, number, names, (spans[0][0], spans[-1][1]), facts.healthy_before(spans[0][0]))
+
+
+def died_after(facts: RunFacts, step: int) -> Support | None:
+    """Return the evidence that neurons died after a step, or ``None`` if none did.
+
+    Args:
+        facts: The facts about the run.
+        step: The step.
+    """
+    number, layers, names = _count(facts, lambda layer: layer.dead & (layer.since > max(step, -1)))
+    if not number:
+        return None
+    dated = facts.dated()
+    first, last = int(dated[dated > step][0]), int(dated[-1])
+    when = f"steps {first:,} to {last:,}" if first < last else f"step {first:,}"
+    text = f"{number:,} neuron{'' if number == 1 else 's'} died at {when}: {layers}."
+    return Support(text, number, names, (first, last), facts.healthy_before(first))
 
 
 def grouped(facts: RunFacts) -> Support | None:
