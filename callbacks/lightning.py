@@ -67,6 +67,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the counts of all ranks into the checkpoint: Lightning makes it on every rank, and one rank writes it."""
+        self.note_checkpoint()
         if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
             with self.suppress_errors:
                 checkpoint["callbacks"][self.state_key] = self.state_dict(join=True)
@@ -115,8 +116,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         before, self._step = self._step, trainer.global_step
         reason, self._logged_step = self.stop_reason, logged_step(trainer)
         self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
-        if self.prog_bar and self._dead_percent is not None:
-            trainer.progress_bar_metrics["dead_pct"] = self._dead_percent
+        if self.prog_bar and self.dead_percent is not None:
+            trainer.progress_bar_metrics["dead_pct"] = self.dead_percent
         if self.stop_reason != reason and trainer.is_global_zero:
             logger_of(trainer).info("Neuronscope stops the training: %s", self.stop_reason)
         if self.on_dead == "stop":

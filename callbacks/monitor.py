@@ -64,6 +64,7 @@ class Monitor:
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
             The callback stops the training through its framework.
         prog_bar: Whether the trainer's progress bar shows the share of dead neurons.
+        dead_percent: Dead neurons in percent, as of the newest report on training; ``None`` before the first.
         console: The Python logger that says at once, as a warning, that a layer has collapsed, that many neurons died
             together or that NaN was seen, each once a run; ``None`` on every rank but the first.
         suppress_errors: Context manager for a callback's own code: an error inside it gives a warning and takes the
@@ -139,7 +140,7 @@ class Monitor:
         self.stop_reason: str | None = None
         self._threshold = DeadThreshold(on_dead, threshold)
         self._announcements = Announcements()
-        self._dead_percent: float | None = None  # of the newest report on training
+        self.dead_percent: float | None = None
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
         self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
@@ -206,7 +207,7 @@ class Monitor:
             model: The model.
             step: Optimizer steps taken before, where they are known by now; see :meth:`move_to`.
         """
-        self.stop_reason, self._announcements, self._dead_percent = None, Announcements(), None
+        self.stop_reason, self._announcements, self.dead_percent = None, Announcements(), None
         if self._finalizer is None:  # a training that ended in an exception may have left the hooks on
             self._finalizer = weakref.finalize(self, self._runs.detach, join=False)
             self._finalizer.atexit = False
@@ -396,11 +397,16 @@ class Monitor:
         report = self.report(phase)
         self._publisher.publish(report, self.logs, report.global_step if step is None else step, final=final)
         if report.phase == "train":
-            self._dead_percent = report.dead_percent
+            self.dead_percent = report.dead_percent
         for sentence in self._announcements.new(report):
             if self.console is not None:
                 self.console.warning("%s", visible(sentence))
         return report
+
+    def note_checkpoint(self) -> None:
+        """Note that the trainer saves a checkpoint now, so that reports name the last one before deaths."""
+        if self._runs.gate is not None:
+            self._runs.gate.scope.note_checkpoint()
 
     @property
     def state_key(self) -> str:

@@ -141,8 +141,8 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         self.begin_batch()  # the step that ends belongs to training
         reason = self.stop_reason
         self.step(state.global_step)
-        if self.prog_bar and self._dead_percent is not None:
-            self._show_in_bar(f"dead {percent(self._dead_percent)}")
+        if self.prog_bar and self.dead_percent is not None:
+            self._show_in_bar(f"dead {percent(self.dead_percent)}")
         if self.stop_reason != reason:
             control.should_training_stop = True
             if state.is_world_process_zero:
@@ -152,8 +152,9 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
     def _show_in_bar(self, text: str) -> None:
         """Show a few words beside the Trainer's progress bar, if it has one that can."""
         for callback in () if self._handler is None else self._handler.callbacks:
-            if hasattr(bar := getattr(callback, "training_bar", None), "set_postfix_str"):
-                bar.set_postfix_str(text)
+            show = getattr(getattr(callback, "training_bar", None), "set_postfix_str", None)
+            if show is not None:
+                show(text)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepare for an evaluation."""
@@ -229,6 +230,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         if not self.attached or state.is_hyper_param_search:
             return  # callbacks do not know the folder of a trial
         self._await_evaluation()
+        self.note_checkpoint()
         with SuppressErrors("save what was counted"):
             counted = self.state_dict(join=True)
             if args.should_save:

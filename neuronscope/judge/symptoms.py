@@ -128,6 +128,7 @@ class RunFacts:
         input_offset: ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known.
         observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
             this many steps before its date.
+        checkpoints: Steps at which checkpoints were saved, as far as known, ascending.
     """
 
     layers: tuple[LayerFacts, ...]
@@ -138,6 +139,7 @@ class RunFacts:
     estimated: bool = False
     input_offset: float | None = None
     observed_every: int = 1
+    checkpoints: tuple[int, ...] = ()
 
     def dated(self) -> IntArray:
         """Return the known steps of deaths, ascending, int64 ``(D,)``."""
@@ -161,6 +163,10 @@ class RunFacts:
         if step is None or self.estimated or step < self.observed_every:
             return None
         return step - self.observed_every + 1
+
+    def last_checkpoint(self, before: int | None) -> int | None:
+        """Return the step of the last known checkpoint before a step; ``None`` if there is none."""
+        return max((step for step in self.checkpoints if before is not None and step < before), default=None)
 
 
 @dataclass(frozen=True)

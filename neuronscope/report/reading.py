@@ -204,6 +204,7 @@ def _report(fields: _Fields) -> Report:
         not_measured=tuple(NotMeasured(one.text("name"), one.text("reason")) for one in fields.objects("not_measured")),
         notes=fields.texts("notes"),
         fault=fields.text("fault"),
+        checkpoints=tuple(fields.integers("checkpoints").tolist()),
         versions=fields.mapping("versions", "texts", lambda value: isinstance(value, str)),
     )
 

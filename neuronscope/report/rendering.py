@@ -43,7 +43,16 @@ class Renderable:
 
     def __str__(self) -> str:
         """Return the report as a table for a terminal."""
-        return self._render("terminal")
+        return self.to_text()
+
+    def to_text(self, top: int = 20) -> str:
+        """Return the report as text for a terminal.
+
+        Args:
+            top: Most layers that get a row of the table: of more, the worst.
+        """
+        text: str = self._writer("terminal").render(self, top)
+        return text
 
     def to_markdown(self) -> str:
         """Return the report as markdown."""

@@ -324,6 +324,7 @@ class Report(Renderable):
         notes: Sentences that a reader should know (the network gave NaN, no gradients were seen, …). If there is a
             ``fault``, it comes first.
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
+        checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
     """
@@ -341,6 +342,7 @@ class Report(Renderable):
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
     fault: str = ""
+    checkpoints: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -534,6 +536,7 @@ class Report(Renderable):
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "fault": self.fault,
+            "checkpoints": list(self.checkpoints),
             "versions": dict(self.versions),
         }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from transformers import TrainerCallback
@@ -159,6 +160,23 @@ def test_lightning_says_it_by_its_own_logger_and_only_on_the_first_rank(caplog: 
     lines = [record for record in caplog.records if record.levelno >= logging.WARNING and "dead" in record.getMessage()]
     assert [record.name for record in lines] == ["pytorch_lightning.neuronscope"]
     assert "first/relu (12 of 12)" in lines[0].getMessage()
+
+
+def test_the_last_checkpoint_before_a_collapse_is_named_also_after_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def saving(folder: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+
+    options = {"max_epochs": 1, "enable_checkpointing": True}
+    run = trainer(DeadNeuronMonitor(every_n_steps=1, window_steps=2), saving("first"), **options)
+    run.fit(collapsing(5), batches(10, size=ENOUGH), batches(1))
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "Go back to a checkpoint before step 5 (the last one was saved at step 4)." in said
+    resumed = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
+    run = trainer(resumed, saving("second"), **{**options, "max_epochs": 2})
+    run.fit(network(), batches(10, size=ENOUGH), batches(1), ckpt_path=tmp_path / "first" / "step=6.ckpt")
+    assert resumed.report().checkpoints[:3] == (2, 4, 6)
 
 
 def test_lightnings_progress_bar_shows_the_share_only_if_asked_to() -> None:
