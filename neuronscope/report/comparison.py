@@ -110,7 +110,7 @@ class ReportComparison:
         Args:
             top: Most layers that get a row of the table: of more, the worst.
         """
-        text: str = importlib.import_module("neuronscope.writers.comparison").render(self, top)
+        text: str = importlib.import_module("neuronscope.writers.comparison_text").render(self, top)
         return text
 
     def to_json(self, path: str | Path | None = None) -> str:
