@@ -45,6 +45,7 @@ PAGE = DATA.with_suffix(".md")
 PICTURES = ROOT / "docs" / "images"
 
 FACTORS = (1.0, 10.0, 20.0, 30.0, 40.0)
+MILD, HARSH = FACTORS[1:3], FACTORS[3:]
 SHARES = (0.125, 0.25, 0.5, 0.75, 0.875, 0.9375)
 #: Low enough that no input of these networks wakes the neuron.
 FAR_BELOW_ZERO = -1e4
@@ -444,7 +445,7 @@ def jump_table(results: Results, network: str) -> str:
             )
             dead = spread([100 * it.dead_share for it in relu.values()])
             more = spread(more_with_leaky(results, relu))
-            rows.append([f"{width} wide, × {factor:g}", dead, _accuracy_of(relu), _accuracy_of(leaky), more])
+            rows.append([f"{width} wide, ×\u00a0{factor:g}", dead, _accuracy_of(relu), _accuracy_of(leaky), more])
     return markdown_table(["jump", "ReLU: dead, %", "accuracy, %", "LeakyReLU: accuracy, %", "LeakyReLU − ReLU"], rows)
 
 
@@ -577,17 +578,19 @@ def summary(results: Results) -> str:
     )
 
 
+def after_jumps(results: Results, network: str, factors: Sequence[float]) -> Results:
+    """Return the results of ReLU after some jumps."""
+    chosen = select(results, network=network, activation="ReLU", way="jump")
+    return {run: it for run, it in chosen.items() if run.amount in factors}
+
+
 def verdict(results: Results) -> str:
     """Return what jumps say: how much of the loss LeakyReLU has too, and how much goes with the deaths."""
     sentences = []
     for network in TASKS:
         parts = []
-        for factors in ((10.0, 20.0), (30.0, 40.0)):
-            relu = {
-                run: it
-                for run, it in select(results, network=network, activation="ReLU", way="jump").items()
-                if run.amount in factors
-            }
+        for factors in (MILD, HARSH):
+            relu = after_jumps(results, network, factors)
             leaky = [run._replace(activation="LeakyReLU") for run in relu]
             damage = [100 * (results[run._replace(amount=1.0)].accuracy - results[run].accuracy) for run in leaky]
             dead = 100 * statistics.fmean(it.dead_share for it in relu.values())

@@ -29,6 +29,31 @@ def test_the_summary_stands_where_readers_look(name: str) -> None:
     assert " ".join(cost_of_death.summary(FILE).split()) in " ".join(words)
 
 
+@pytest.mark.parametrize("network", TASKS)
+def test_what_the_page_says_in_words_holds(network: str) -> None:
+    def beyond_leaky(factors: tuple[float, ...]) -> tuple[float, float]:
+        relu = cost_of_death.after_jumps(FILE, network, factors)
+        return cost_of_death.interval(cost_of_death.more_with_leaky(FILE, relu))
+
+    low, high = beyond_leaky(cost_of_death.MILD)  # up to × 20 the deaths make no difference that could be seen
+    assert low < 0 < high
+    assert beyond_leaky(cost_of_death.HARSH)[0] > 0  # beyond, ReLU loses more
+    narrow, wide = TASKS[network].widths
+    half = {width: statistics.fmean(cost_of_death.lost(FILE, network, width, "start", 0.5)) for width in (narrow, wide)}
+    assert half[wide] < 3 < half[narrow]  # the wide ones do without half of their neurons, or nearly
+    anywhere, matched = cost_of_death.correlations(FILE, network)
+    assert anywhere.value < matched.value < 0
+
+
+def test_when_and_where_neurons_die_matters_as_the_page_says() -> None:
+    def lost(way: str, share: float, *, at_once: bool = False) -> float:
+        return statistics.fmean(cost_of_death.lost(FILE, "MLP", 64, way, share, at_once=at_once))
+
+    for share in (0.125, 0.25, 0.5):
+        assert lost("middle", share, at_once=True) > 40 > 1 > lost("middle", share)
+    assert lost("layer", 0.875) < 1 < 30 < lost("start", 0.875)
+
+
 def test_neurons_killed_by_hand_are_dead_at_the_end() -> None:
     killed = 0
     for run, outcome in FILE.items():

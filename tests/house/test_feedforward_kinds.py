@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def test_the_page_is_what_the_script_makes_of_the_file() -> None:
 
 def test_the_faq_has_its_row() -> None:
     assert f"{feedforward_kinds.faq_row(FILE)}\n" in (PAGE.parent / "faq.md").read_text(encoding="utf-8")
+
+
+def test_what_the_page_says_in_words_holds() -> None:
+    loss = {kind: statistics.fmean(it.loss for it in trained) for kind, trained in FILE.items()}
+    assert sorted(loss, key=loss.__getitem__)[2:] == ["ReLU²", "GELU", "ReLU", "SiLU"]
+    assert not any(sum(it.dead) + sum(it.silent) + sum(it.dormant) for it in FILE["SiLU"])
 
 
 def test_all_kinds_have_equal_parameters() -> None:
