@@ -91,8 +91,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="compare activation functions on real data",
         description=(
-            "Trains the same network on scikit-learn's digits with ReLU, LeakyReLU, GELU, SiLU and others, and watches "
-            "which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report in a minute or two."
+            "Trains the same network on scikit-learn's digits with ReLU, GELU, SiLU and others, and with no "
+            "activation, and watches which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report "
+            "in a minute or two."
         ),
     )
     demo.add_argument(
@@ -110,6 +111,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="training runs per activation function (default: %(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
+    demo.add_argument(
+        "--processes",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="training runs at a time; the results do not depend on it (default: %(default)s)",
+    )
     demo.set_defaults(call=_demo)
 
 
@@ -117,7 +125,7 @@ def _demo(parsed: argparse.Namespace) -> int:
     from neuronscope.demo.program import run_demo  # loads torch
 
     try:
-        run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
+        run_demo(parsed.out, parsed.seeds, quick=parsed.quick, processes=parsed.processes)
     except OSError as error:
         if error.filename is None:
             discard_output()
