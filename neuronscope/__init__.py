@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
     from neuronscope.checkpoints.run import postmortem
@@ -35,11 +36,13 @@ _MODULE_OF = {
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "Report": "neuronscope.report.report",
     "Scope": "neuronscope.scope",
+    "Shrunk": "neuronscope.act.shrink",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "scan": "neuronscope.scanning",
+    "shrink": "neuronscope.act.shrink",
     "watch": "neuronscope.scope",
 }
 
@@ -54,12 +57,14 @@ __all__ = [
     "PostmortemReport",
     "Report",
     "Scope",
+    "Shrunk",
     "Tally",
     "Verdict",
     "__version__",
     "check_linear",
     "postmortem",
     "scan",
+    "shrink",
     "watch",
 ]
 
