@@ -56,7 +56,7 @@ def shrunk_and_checked(model: nn.Module, x: Tensor) -> ns.Shrunk:
     model = model.double().eval()
     before = copy.deepcopy(model)
     random_state = torch.random.get_rng_state()
-    shrunk = ns.shrink(model, ns.scan(model, [x]), [x])
+    shrunk = ns.shrink(model, ns.scan(model, [x]), x.split(100))
     assert torch.equal(random_state, torch.random.get_rng_state())
     for (name, was), (_, now) in zip(before.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(was, now), name
