@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from neuronscope.judge.verdicts import Policy, Verdict
     from neuronscope.linear.check import check_linear
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
+    from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
+    "read_report": "neuronscope.report.reading",
     "scan": "neuronscope.scanning",
     "shrink": "neuronscope.act.shrink",
     "watch": "neuronscope.scope",
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "check_linear",
     "postmortem",
+    "read_report",
     "scan",
     "shrink",
     "watch",
