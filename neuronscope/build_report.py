@@ -161,6 +161,8 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         readers=tally.readers,
         reader_columns=tally.reader_columns,
         reader_notes=tally.reader_notes,
+        incoming=tally.incoming,
+        incoming_notes=tally.incoming_notes,
     )
 
 

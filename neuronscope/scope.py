@@ -32,7 +32,7 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
@@ -510,6 +510,15 @@ class Scope:
         """
         with self._lock:
             return self._observed_record(phase).census(window)
+
+    @hidden
+    def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
+        """Return which columns read a layer's units before any activation, and how else they are read.
+
+        Args:
+            layer: Path of the layer.
+        """
+        return self._hooks.recorder.sites.layer_readers(layer)
 
     @hidden
     def report(self, phase: str = "train") -> Report:

@@ -26,7 +26,7 @@ from neuronscope.report.report import (
     SiteReport,
     WindowSpan,
 )
-from neuronscope.sites import ReaderColumns
+from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["read_report", "report_from_dict"]
 
@@ -235,6 +235,8 @@ def _site(fields: _Fields, policy: Policy) -> SiteReport:
         readers=fields.texts("readers"),
         reader_columns=tuple(_columns(one) for one in fields.objects("reader_columns")),
         reader_notes=fields.texts("reader_notes"),
+        incoming=tuple(_rows(one) for one in fields.objects("incoming")),
+        incoming_notes=fields.texts("incoming_notes"),
         is_norm=fields.flag("is_norm"),
         normalises=fields.text("normalises"),
     )
@@ -278,6 +280,11 @@ def _run(fields: _Fields, run: Any) -> tuple[str, int, int, int]:
     if not all(_is_integer(one, -_MOST) for one in run[1:]):
         fields.fail("has units that are not a layer, start, stop and step")
     return run[0], run[1], run[2], run[3]
+
+
+def _rows(fields: _Fields) -> IncomingRows:
+    layer, *numbers = IncomingRows._fields
+    return IncomingRows(fields.text(layer), *(fields.integer(name, -_MOST) for name in numbers))
 
 
 def _columns(fields: _Fields) -> ReaderColumns:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
-from neuronscope.sites import ReaderColumns, TotalsMember
+from neuronscope.sites import IncomingRows, ReaderColumns, TotalsMember
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -169,6 +169,8 @@ class SiteReport(TotalsMember):
         readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
         reader_columns: Which columns of these layers read which neurons.
         reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
+        incoming: Which rows of which layers lead into which neurons; see :class:`neuronscope.sites.IncomingRows`.
+        incoming_notes: Why these are not all, or lead elsewhere too; see :class:`neuronscope.sites.SiteInfo`.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
     """
@@ -195,6 +197,8 @@ class SiteReport(TotalsMember):
     readers: tuple[str, ...] = ()
     reader_columns: tuple[ReaderColumns, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    incoming: tuple[IncomingRows, ...] = ()
+    incoming_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
 
@@ -281,6 +285,9 @@ class SiteReport(TotalsMember):
             "readers": list(self.readers),
             "reader_columns": [each._asdict() for each in self.reader_columns],
             "reader_notes": list(self.reader_notes),
+            "incoming": [each._asdict() for each in self.incoming],
+            "incoming_notes": list(self.incoming_notes),
+            "weights_unknown": self.weights_unknown,
             "is_norm": self.is_norm,
             "normalises": self.normalises,
             "in_headlines": self.in_headlines,
