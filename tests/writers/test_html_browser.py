@@ -63,6 +63,7 @@ def open_page(browser: Any, path: Path, theme: str = "light", width: int = 1280)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # a test may have tabbed out of it
     browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0})
     browser.get(path.as_uri())
     browser.execute_script("localStorage.clear(); delete document.documentElement.dataset.theme")
