@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neuronscope.callbacks.lightning_compat import FRAMEWORKS, LightningLog, joined_callback, logger_of, step_inputs
+from neuronscope.callbacks.lightning_compat import (
+    FRAMEWORKS,
+    LightningLog,
+    joined_callback,
+    known_metrics,
+    logged_step,
+    logger_of,
+    step_inputs,
+)
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.report.report import Report
@@ -55,23 +63,28 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         "give it to a Trainer (`Trainer(callbacks=[monitor])`) and fit, validate or test a model that has activations"
     )
     _step = 0
+    _logged_step = 0  # the step of the row that the Trainer logged last in training
+    _logged: dict[str, Any]  # what the Trainer had logged at the last batch of training, by name
     _unpublished = False  # whether training was observed since its totals were given to other callbacks
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the counts of all ranks into the checkpoint: Lightning makes it on every rank, and one rank writes it."""
+        self.note_checkpoint()
         if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
             with self.suppress_errors:
                 checkpoint["callbacks"][self.state_key] = self.state_dict(join=True)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: the strategy is set up, and nothing has run yet. The step of a resumed run is known later."""
-        self._unpublished = False
+        self._unpublished, self._logged = False, {}
         self.logs = _logs(trainer)
+        self.console = logger_of(trainer) if trainer.is_global_zero else None
         self.attach(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue at the Trainer's step, if counting begins in the middle of a run."""
         self._step = trainer.global_step
+        self._logged_step = max(logged_step(trainer) - 1, 0)
         self.move_to(self._step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -82,7 +95,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach at the end of every run that failed, and show what was seen of training until then."""
         if _fits(trainer):
-            report = self.finish(step=trainer.global_step, failed=True)
+            report = self.finish(step=self._logged_step, failed=True)
             self._give_totals(trainer, report)
         else:
             self.detach()
@@ -103,12 +116,22 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count nothing until the next batch, and publish a report if a window closed."""
         before, self._step = self._step, trainer.global_step
-        reason = self.stop_reason
-        self._give_totals(trainer, self.step(self._step))
+        reason, self._logged_step = self.stop_reason, logged_step(trainer)
+        self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
+        if self.attached:
+            with self.suppress_errors:
+                self.note_metrics(self._known_metrics(trainer, outputs, before))
+        if self.prog_bar and self.dead_percent is not None:
+            trainer.progress_bar_metrics["dead_pct"] = self.dead_percent
         if self.stop_reason != reason and trainer.is_global_zero:
             logger_of(trainer).info("Neuronscope stops the training: %s", self.stop_reason)
         if self.on_dead == "stop":
             self._stop_together(trainer, before)
+
+    def _known_metrics(self, trainer: Any, outputs: Any, before: int) -> dict[str, Any]:
+        """Return what is known of the batch; what is on an accelerator only where a window ends, which waits anyway."""
+        window = self.options.window_steps
+        return known_metrics(trainer, outputs, self._logged, synchronise=before // window != self._step // window)
 
     def _stop_together(self, trainer: Any, before: int) -> None:
         """Stop if any rank has a reason. The ranks agree at steps that all of them reach, whatever they have seen."""
@@ -126,7 +149,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, which closes the last window if it is long enough, and log one line about the end."""
-        report = self.finish(step=trainer.global_step)
+        report = self.finish(step=self._logged_step)
         self._give_totals(trainer, report)
         if report is not None and trainer.is_global_zero:
             logger_of(trainer).info(summary(report))
@@ -144,6 +167,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
             return
         if not _fits(trainer):
             self.logs = _logs(trainer)
+            self.console = logger_of(trainer) if trainer.is_global_zero else None
             self.attach_for_evaluation(module)
         self.begin_evaluation(phase)
 
@@ -182,7 +206,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def _end_pass(self, trainer: Any) -> None:
         if not trainer.sanity_checking:
-            self._give_totals(trainer, self.end_evaluation(step=trainer.global_step, final=not _fits(trainer)))
+            self._give_totals(trainer, self.end_evaluation(step=logged_step(trainer), final=not _fits(trainer)))
             if _fits(trainer):
                 self._renew(trainer)
 

@@ -35,6 +35,8 @@ def make_report(
     exchanges: Exchanges,
     notes: Sequence[str] = (),
     fault: Fault | None = None,
+    checkpoints: Sequence[int] = (),
+    series: Mapping[str, tuple[tuple[int, float], ...]] | None = None,
 ) -> Report:
     """Judge a phase and return its report.
 
@@ -48,6 +50,8 @@ def make_report(
         exchanges: The cost of joining the counts of several ranks.
         notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
+        checkpoints: Steps at which checkpoints were saved, ascending.
+        series: What the training logged; see :attr:`neuronscope.report.report.Report.series`.
 
     Returns:
         The report on the newest closed window, in the state at its end. If no window has closed, the report is on
@@ -85,10 +89,12 @@ def make_report(
             *_exchange_notes(exchanges),
         ),
         fault=fault_text,
+        series=series or {},
+        checkpoints=tuple(checkpoints),
         versions={
             "neuronscope": neuronscope.__version__,
-            "torch": torch.__version__,
             "numpy": np.__version__,
+            "torch": torch.__version__,
         },
     )
 

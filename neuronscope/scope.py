@@ -36,12 +36,15 @@ from neuronscope.sites import SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
+from neuronscope.tally.series import SERIES, Series
 
 __all__ = ["Scope", "watch"]
 
 #: Maximal number of phases whose counts are kept, without `train` and `inference`, and of those that keep the buffers
 #: that they count with. The phases that ended last are kept.
 _MOST_PHASES, _MOST_COUNTING = 64, 8
+#: Of more checkpoints, every second one of the older is forgotten.
+_MOST_CHECKPOINTS = 1000
 #: After so many observed steps in which the model was not seen to run, a warning says so.
 _STEPS_WITHOUT_MODEL = 3
 
@@ -76,6 +79,8 @@ class Scope:
         self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
         self._ended: dict[str, bool] = {}  # phases, the one that ended last is the last; whether each has its buffers
+        self._checkpoints: list[int] = []  # steps at which checkpoints were saved
+        self._series = Series()
         self._forgotten = 0  # number of phases whose counts are no longer kept
         self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
         self._phases: dict[int, str] = {}  # by thread
@@ -126,6 +131,31 @@ class Scope:
     def global_step(self) -> int:
         """Optimizer steps taken since watching began."""
         return self._step
+
+    def note_checkpoint(self) -> None:
+        """Note that a checkpoint is saved at the current step, so that reports name the last one before deaths.
+
+        The callbacks do this.
+        """
+        if self._checkpoints[-1:] != [self._step]:
+            self._checkpoints = [step for step in self._checkpoints if step < self._step] + [self._step]
+        if len(self._checkpoints) > _MOST_CHECKPOINTS:
+            del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
+
+    def note_metrics(self, **values: float) -> None:
+        """Note what training logged at the current step, so that reports show it beside the deaths.
+
+        The callbacks do this.
+
+        Args:
+            **values: ``learning_rate``, ``loss`` and ``gradient_norm``, as far as they are known.
+
+        Raises:
+            UsageError: There is no such series.
+        """
+        if unknown := values.keys() - set(SERIES):
+            raise UsageError(f"Expected {', '.join(f'`{name}`' for name in SERIES)}, but got `{min(unknown)}`.")
+        self._series.note(self._step, values)
 
     @property
     def observing(self) -> bool:
@@ -534,6 +564,8 @@ class Scope:
             notes=(note, self._ranks.note),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
+            checkpoints=self._checkpoints,
+            series=self._series.points(),
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
@@ -562,7 +594,8 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            return scope_state(self._step, self._records, self._current_fault())
+            state = scope_state(self._step, self._records, self._current_fault(), self._checkpoints)
+            return {**state, "series": self._series.state_dict()}
 
     @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -578,7 +611,8 @@ class Scope:
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._step, phases, self._fault = split_scope_state(state, self.policy)
+        self._step, phases, self._fault, self._checkpoints = split_scope_state(state, self.policy)
+        self._series = Series.from_state(state.get("series"))
         if is_outdated(state):
             self._record("train").begin_at(self._step)
             warn_user(

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Version of the data that :meth:`Report.to_dict` returns. Increased when a field is renamed, moved or removed.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # A history has one byte per neuron and window. Values below LEVEL_MAX are zero-output fractions, in units of
 # 1 / LEVEL_MAX (0 = never zero). A neuron with zero output at every position that still gets gradient is silent, so
@@ -198,6 +198,9 @@ class SiteReport(TotalsMember):
     is_norm: bool = False
     normalises: str = ""
 
+    def __repr__(self) -> str:
+        return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
+
     @property
     def dead(self) -> int:
         """Number of dead neurons."""
@@ -239,6 +242,11 @@ class SiteReport(TotalsMember):
         return int(self.judgement.linear.sum())
 
     @property
+    def not_finite_neurons(self) -> int:
+        """Number of neurons that gave NaN or infinity."""
+        return int(self.judgement.not_finite.sum())
+
+    @property
     def unseen(self) -> int:
         """Number of neurons that were never observed."""
         return int(self.judgement.unseen.sum())
@@ -273,6 +281,8 @@ class SiteReport(TotalsMember):
             "readers": list(self.readers),
             "reader_columns": [each._asdict() for each in self.reader_columns],
             "reader_notes": list(self.reader_notes),
+            "is_norm": self.is_norm,
+            "normalises": self.normalises,
             "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,
@@ -296,7 +306,7 @@ class SiteReport(TotalsMember):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Renderable):
     """Hold the results on a watched network in one phase, as plain data.
 
@@ -315,14 +325,14 @@ class Report(Renderable):
             ``fault``, it comes first.
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
         series: What the training logged, as points ``(step, value)`` by name, steps rising: ``learning_rate``, ``loss``
-            and ``gradient_norm``, as far as a callback knows them. Of many neighbours the highest value is kept.
-        checkpoints: Steps at which a callback saw a checkpoint being saved, rising.
+            and ``gradient_norm``, as far as the watch was told. Of many neighbours the highest value is kept.
+        checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html")
+        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html", "table", "figure")
     }
 
     model: str
@@ -458,6 +468,11 @@ class Report(Renderable):
         """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.tau_dormant / self.judged_neurons if self.judged_neurons else float("nan")
 
+    def _in_short(self) -> str:
+        broken = "; NaN or infinite outputs" if self.not_finite else ""
+        dead = f"{self.dead} of {self.judged_neurons} neurons dead{', provisional' if self.provisional else ''}{broken}"
+        return f"on {self.model!r}, phase {self.phase!r}, step {self.global_step}: {dead}"
+
     def __getitem__(self, name: str) -> SiteReport:
         """Return the site with this name.
 
@@ -523,6 +538,7 @@ class Report(Renderable):
             "layers": [site.to_dict() for site in self.layers],
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
+            "fault": self.fault,
             "series": {
                 name: {
                     "steps": [step for step, _ in points],

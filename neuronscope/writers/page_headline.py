@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.judge.diagnosis import diagnose
+from neuronscope.judge.symptoms import COLLAPSED, GROUPED
 from neuronscope.report.report import Report
-from neuronscope.report.run_facts import death_steps, facts_from_report, observed_every
+from neuronscope.report.run_facts import death_steps, facts_from_report
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, plural, visible
 
@@ -16,8 +18,6 @@ __all__ = ["headline", "spike"]
 
 #: A layer has died if this share of its neurons is dead.
 DIED = 0.5
-#: Deaths have one cause if most of them lie within this share of the run.
-TOGETHER = 0.2
 #: A series has a spike where it is at least this many times its median.
 RISE = 3.0
 #: Fewest points of a series whose median says what is usual.
@@ -38,31 +38,29 @@ def headline(report: Report) -> list[str]:
     found = [text for text in wording.findings(report) if not text.startswith("NOT FINITE")]
     if not report.judged_neurons or not report.dead:
         return found[:1]
+    facts = facts_from_report(report)
+    spikes = [one for one in diagnose(facts) if one.sign in (COLLAPSED, GROUPED) and one.steps]
     worst = max(report.headline_layers, key=lambda site: (site.dead / max(wording.judged(site), 1), site.dead))
     if worst.dead >= DIED * wording.judged(worst):
-        steps = death_steps(worst)[worst.judgement.dead]
         born = 2 * worst.born_dead > worst.dead
-        how = "is dead from the start" if born else f"died{_at(steps)}"
+        how = "is dead from the start" if born else f"died{_at(death_steps(worst)[worst.judgement.dead])}"
         whole = plural(wording.judged(worst), "neuron")
         sentences = [f"Layer `{visible(worst.name)}` {how}: {count(worst.dead)} of {whole}."]
+        spikes = [] if born else [one for one in spikes if worst.name in one.layers]
     else:
-        steps = np.concatenate([layer.since[layer.dead] for layer in facts_from_report(report).layers])
         sentences = found[:2]
-    dated = steps[steps >= 0]
-    if 2 * dated.size <= steps.size:
-        return sentences
-    began, ended = (int(step) for step in np.quantile(dated, (0.1, 0.9), method="nearest"))  # as "most at steps …"
-    if ended - began > max(TOGETHER * report.global_step, 1):
+    began = min((one.steps[0] for one in spikes if one.steps), default=None)
+    if began is None:
         return sentences
     for name, words in (("learning_rate", "learning rate"), ("gradient_norm", "gradient norm")):
-        if rise := spike(report.series.get(name, ()), began, observed_every(report)):
+        if rise := spike(report.series.get(name, ()), began, facts.observed_every):
             times, start, end = rise
             when = f"step {count(start)}" if start == end else f"steps {count(start)}–{count(end)}"
             sentences.append(f"The {words} was {times:,.0f} × its median at {when}.")
             break
-    before = [step for step in report.checkpoints if step < began]
-    if before:
-        sentences.append(f"Last healthy checkpoint: step {count(max(before))}.")
+    healthy = facts.last_checkpoint(facts.healthy_before(began))
+    if healthy is not None:
+        sentences.append(f"Last healthy checkpoint: step {count(healthy)}.")
     elif report.checkpoints:
         sentences.append(f"No checkpoint was saved before step {count(began)}.")
     return sentences

@@ -330,8 +330,7 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
     """Return the parts of a diagnosis: the name of each, and its text."""
-    parts = [("What is seen", one.evidence), ("Likely cause", one.cause), ("What to do", one.remedy)]
-    return [*parts, ("Source", one.source)] if one.source else parts
+    return one.parts()
 
 
 @dataclass(frozen=True)
