@@ -77,7 +77,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: the strategy is set up, and nothing has run yet. The step of a resumed run is known later."""
         self._unpublished, self._logged = False, {}
-        self.logs = _logs(trainer)
+        self.logs, self.folder = _logs(trainer), _folder(trainer)
         self.console = logger_of(trainer) if trainer.is_global_zero else None
         self.attach(pl_module, trainer.global_step)
 
@@ -166,7 +166,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         if trainer.sanity_checking:
             return
         if not _fits(trainer):
-            self.logs = _logs(trainer)
+            self.logs, self.folder = _logs(trainer), _folder(trainer)
             self.console = logger_of(trainer) if trainer.is_global_zero else None
             self.attach_for_evaluation(module)
         self.begin_evaluation(phase)
@@ -226,6 +226,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
             trainer.callback_metrics.update(
                 {tag: torch.tensor(value, device=device) for tag, value in totals(report, report.phase).items()}
             )
+
+
+def _folder(trainer: Any) -> str | None:
+    """The folder of the first logger that has one, on the first rank; a Trainer without loggers leaves no files."""
+    found = (getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) for logger in trainer.loggers)
+    return next((str(folder) for folder in found if folder), None) if trainer.is_global_zero else None
 
 
 def _logs(trainer: Any) -> list[LightningLog]:

@@ -219,6 +219,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         """Set ``logs`` to everything that the Trainer reports to, on the first rank."""
         handler = self._handler if event.state.is_world_process_zero else None
         self.logs = () if handler is None else trainer_logs(handler, self, event)
+        self.folder = None if handler is None else event.args.output_dir
 
     def _end_training(self, event: Event) -> None:
         """End the training while the other callbacks' writers are still open, and log one line about it."""

@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # Python 3.10 has it elsewhere
 
 __all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data"]
 
-_PARTS = ("What to do", "Likely cause", "What is seen", "Source")
-
 
 class Card(NamedTuple):
     """A headline number: its name, its value, a line below it, and its tone."""
@@ -97,11 +95,7 @@ def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: di
 
 def causes(diagnoses: Iterable[Diagnosis]) -> list[tuple[Diagnosis, list[tuple[str, str]]]]:
     """Return each diagnosis with its parts, what to do first: the name of each part, and its text."""
-    found = []
-    for one in diagnoses:
-        parts = zip(_PARTS, (one.remedy, one.cause, one.evidence, one.source), strict=True)
-        found.append((one, [(what, text) for what, text in parts if text]))
-    return found
+    return [(one, sorted(one.parts(), key=lambda part: part[0] != "What to do")) for one in diagnoses]
 
 
 def fill(template: Traversable, styles: list[Traversable], scripts: list[Traversable], data: Any, **values: Any) -> str:
