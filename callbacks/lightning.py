@@ -69,7 +69,6 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the counts of all ranks into the checkpoint: Lightning makes it on every rank, and one rank writes it."""
-        self.note_checkpoint()
         if trainer.world_size > 1 and self.state_key in checkpoint.get("callbacks", {}):
             with self.suppress_errors:
                 checkpoint["callbacks"][self.state_key] = self.state_dict(join=True)

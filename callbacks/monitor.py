@@ -412,11 +412,6 @@ class Monitor:
                 self.console.warning("%s", visible(sentence))
         return report
 
-    def note_checkpoint(self) -> None:
-        """Note that the trainer saves a checkpoint now, so that reports name the last one before deaths."""
-        if self._runs.gate is not None:
-            self._runs.gate.scope.note_checkpoint()
-
     def note_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Note the learning rate, the loss and the gradient norm of training, so that reports show them beside deaths.
 
@@ -435,11 +430,15 @@ class Monitor:
         return self._state_key
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
-        """Return everything counted so far, as tensors and primitives; empty before the first run.
+        """Return everything counted so far, as tensors and primitives, for a checkpoint; empty before the first run.
+
+        Reports note the step, so that they can name the last checkpoint before deaths.
 
         Args:
             join: Whether every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
         """
+        if self._runs.gate is not None:
+            self._runs.gate.scope.note_checkpoint()
         counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
 

@@ -233,7 +233,6 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         if not self.attached or state.is_hyper_param_search:
             return  # callbacks do not know the folder of a trial
         self._await_evaluation()
-        self.note_checkpoint()
         with SuppressErrors("save what was counted"):
             counted = self.state_dict(join=True)
             if args.should_save:

@@ -454,6 +454,11 @@ class Report(Renderable):
         return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
 
     @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of the layers in the totals, of two neurons or more, in which every neuron is dead."""
+        return tuple(site.name for site in self.headline_layers if 1 < site.neurons == site.dead)
+
+    @property
     def silent_percent(self) -> float:
         """Silent neurons in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.silent / self.judged_neurons if self.judged_neurons else float("nan")
