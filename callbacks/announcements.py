@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from neuronscope.judge.diagnosis import diagnose, remedy_of
-from neuronscope.judge.symptoms import COLLAPSED, GROUP_LEAST, GROUPED, NOT_FINITE, RunFacts, died_after
-from neuronscope.report.report import Report
+from neuronscope.judge.symptoms import (
+    COLLAPSED,
+    COLLAPSED_SHARE,
+    GROUP_LEAST,
+    GROUPED,
+    NOT_FINITE,
+    RunFacts,
+    died_after,
+)
+from neuronscope.report.report import LEVEL_DEAD, Report
 from neuronscope.report.run_facts import facts_from_report
 
 __all__ = ["Announcements"]
@@ -32,10 +40,33 @@ class Announcements:
 
     def new(self, report: Report) -> list[str]:
         """Return some sentences for each finding that no earlier report had: where, since when, and what to do."""
-        if not (report.not_finite or report.dead):
+        if not self._may_have_news(report):
             return []
         facts = facts_from_report(report)
         return [f"Neuronscope at step {report.global_step:,}: {text}" for text in self._findings(report, facts)]
+
+    def _may_have_news(self, report: Report) -> bool:
+        """Whether a look at each layer's counts leaves open that something is new; the diagnosis takes much longer."""
+        if report.not_finite and NOT_FINITE not in self._said:
+            return True
+        if report.phase != "train" or report.provisional:
+            return False
+        grown = 0
+        for site in report.headline_layers:
+            if (
+                site.neurons > 1
+                and site.dead >= COLLAPSED_SHARE * site.neurons
+                and f"layer {site.name}" not in self._said
+            ):
+                return True
+            before = site.history.levels[-3:-1]
+            if len(before):
+                grown += int((site.judgement.dead & (before[0] != LEVEL_DEAD)).sum())
+        return GROUPED not in self._said and grown >= self._mass(report)
+
+    @staticmethod
+    def _mass(report: Report) -> float:
+        return max(GROUP_LEAST, MASS_SHARE * report.observed_neurons)
 
     def _findings(self, report: Report, facts: RunFacts) -> Iterator[str]:
         certain = report.phase == "train" and not report.provisional
@@ -51,7 +82,7 @@ class Announcements:
             return
         before = report.totals.steps()[-3:-2]
         died = died_after(facts, int(before[0]) if before.size else -1)
-        if died is None or died.neurons < max(GROUP_LEAST, MASS_SHARE * report.observed_neurons):
+        if died is None or died.neurons < self._mass(report):
             return
         if self._is_new(GROUPED) and not {*died.layers} <= {*collapsed}:
             yield f"{died.evidence} {remedy_of(GROUPED, died, facts)}"

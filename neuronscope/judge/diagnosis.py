@@ -103,7 +103,7 @@ class Symptom:
         layers = [layer for layer in facts.layers if layer.name in support.layers]
         saved, last = facts.last_checkpoint(support.before), ""
         if facts.checkpoints:
-            last = " (none was saved before it)" if saved is None else f" (the last one was saved at step {saved:,})"
+            last = " (none before it is known)" if saved is None else f" (the last one known is of step {saved:,})"
         return " ".join(
             each.text.format(before=support.before, last=last, where=each.where(layers))
             for each in self.remedies

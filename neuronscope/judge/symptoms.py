@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 __all__ = [
     "COLLAPSED",
+    "COLLAPSED_SHARE",
     "GROUPED",
     "GROUP_LEAST",
     "NOT_FINITE",

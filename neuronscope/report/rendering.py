@@ -39,7 +39,8 @@ class Renderable:
         """Return the report's page for a notebook, in a frame whose scripts and styles cannot reach the notebook."""
         page = html.escape(self.to_html())
         style = "width: 100%; height: 40rem; border: 1px solid #8888"
-        return f'<iframe title="Neuronscope report" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+        rights = 'sandbox="allow-scripts" allow="clipboard-write"'
+        return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
         """Return the report as a table for a terminal."""

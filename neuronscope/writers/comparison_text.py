@@ -28,7 +28,7 @@ COLUMNS = (
 NAMED = 6
 
 
-class _Row(NamedTuple):
+class _ComparisonRow(NamedTuple):
     name: str
     neurons: str
     before: str
@@ -75,8 +75,8 @@ def render(found: ReportComparison, top: int = 20) -> str:
     return page.text()
 
 
-def _row(layer: LayerComparison) -> _Row:
-    return _Row(
+def _row(layer: LayerComparison) -> _ComparisonRow:
+    return _ComparisonRow(
         name=f"{visible(layer.name)}{'' if layer.in_headlines else ' *'}",
         neurons=count(layer.neurons),
         before=_number(layer.dead_before),

@@ -172,7 +172,7 @@ def test_the_last_checkpoint_before_a_collapse_is_named_also_after_a_resume(
     run = trainer(DeadNeuronMonitor(every_n_steps=1, window_steps=2), saving("first"), **options)
     run.fit(collapsing(5), batches(10, size=ENOUGH), batches(1))
     said = " ".join(record.getMessage() for record in caplog.records)
-    assert "Go back to a checkpoint before step 5 (the last one was saved at step 4)." in said
+    assert "Go back to a checkpoint before step 5 (the last one known is of step 4)." in said
     resumed = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
     run = trainer(resumed, saving("second"), **{**options, "max_epochs": 2})
     run.fit(network(), batches(10, size=ENOUGH), batches(1), ckpt_path=tmp_path / "first" / "step=10.ckpt")

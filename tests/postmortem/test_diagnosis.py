@@ -320,8 +320,8 @@ def test_a_remedy_that_fits_some_layers_only_names_them() -> None:
     ("saved", "said"),
     [
         ((), "Go back to a checkpoint before step 300. "),
-        ((100, 288, 300, 400), "Go back to a checkpoint before step 300 (the last one was saved at step 288). "),
-        ((300, 400), "Go back to a checkpoint before step 300 (none was saved before it). "),
+        ((100, 288, 300, 400), "Go back to a checkpoint before step 300 (the last one known is of step 288). "),
+        ((300, 400), "Go back to a checkpoint before step 300 (none before it is known). "),
     ],
 )
 @pytest.mark.parametrize("sign", [COLLAPSED, GROUPED])
@@ -334,3 +334,23 @@ def test_what_follows_from_the_evidence_is_not_called_a_likely_cause() -> None:
     spike = diagnose(RunFacts((layer("a", 10, [300] * 9),), step=5000))
     heads = {one.sign: one.parts()[1][0] for one in spike}
     assert heads == {COLLAPSED: "What it means", GROUPED: "Likely cause"}
+
+
+def test_a_post_mortem_of_several_checkpoints_names_the_last_healthy_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(1, 301):
+        if step == 200:
+            net[0].bias.data.fill_(-1000.0)
+        net(torch.randn(32, 4)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        if step in (100, 150, 250, 300):
+            state = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": step}
+            torch.save(state, tmp_path / f"{step}.ckpt")
+    report = ns.postmortem([tmp_path / f"{step}.ckpt" for step in (100, 150, 250, 300)])
+    assert report.dead == 16
+    (spike,) = [one for one in report.diagnoses if one.sign == GROUPED]
+    # The clock's dates are the earliest possible: some steps before 200, and after 150.
+    assert "(the last one known is of step 150)" in spike.remedy
