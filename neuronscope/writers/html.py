@@ -12,6 +12,7 @@ import numpy.typing as npt
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report import report as levels
+from neuronscope.report.comparison import ReportComparison, compare_reports
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers import page, wording
@@ -100,7 +101,7 @@ def render(report: Report, against: Report | None = None) -> str:
         overview_hint=_hint(overview) if overview else "",
         left_out=left_out,
         legend=LEGEND,
-        against=None if against is None else _comparison(report, against),
+        against=None if against is None else _comparison(compare_reports(against, report)),
         reasons=[(item.name, item.reason) for item in report.not_measured],
         notes=report.other_notes,
         glossary=wording.glossary(report),
@@ -159,39 +160,30 @@ def _timeline(report: Report) -> Any:
     return timeline(died, revived, report.global_step, report.series, report.checkpoints)
 
 
-def _comparison(report: Report, against: Report) -> dict[str, Any]:
-    """Compare which neurons are dead in two reports on one network, at layers that both have observed."""
-    others = {site.name: site for site in against.layers if not wording.is_unseen(site)}
-    rows: list[dict[str, Any]] = []
-    died, revived, alike = 0, 0, 0
-    for site in report.layers:
-        other = others.get(site.name)
-        if other is None or other.neurons != site.neurons or wording.is_unseen(site):
-            continue
-        alike += 1
-        here, there = site.judgement.dead, other.judgement.dead
-        only_here, only_there = np.flatnonzero(here & ~there), np.flatnonzero(there & ~here)
-        if only_here.size or only_there.size:
-            rows.append(
-                {
-                    "name": visible(site.name),
-                    "before": other.dead,
-                    "after": site.dead,
-                    "died": _listed(only_here),
-                    "revived": _listed(only_there),
-                    "changed": only_here.size + only_there.size,
-                }
-            )
-            died, revived = died + only_here.size, revived + only_there.size
-    rows.sort(key=lambda row: row["changed"], reverse=True)
-    sentence = f"{plural(died, 'neuron')} dead only here and {plural(revived, 'neuron')} dead only there, "
-    sentence += f"in {plural(alike, 'layer')} that both have observed."
-    if len(rows) > COMPARED:
-        sentence += f" The {COMPARED} layers with the most are listed, of {count(len(rows))}."
+def _comparison(found: ReportComparison) -> dict[str, Any]:
+    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are."""
+    changed = sorted(
+        (layer for layer in found.layers if layer.died.size or layer.revived.size),
+        key=lambda layer: layer.died.size + layer.revived.size,
+        reverse=True,
+    )
+    sentence = f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
+    sentence += f"in {plural(len(found.layers), 'layer')} that both have; who was not observed in one is not counted."
+    if len(changed) > COMPARED:
+        sentence += f" The {COMPARED} layers with the most are listed, of {count(len(changed))}."
     return {
-        "name": f"phase {against.phase} at step {count(against.global_step)}",
+        "name": f"phase {found.before.phase} at step {count(found.before.global_step)}",
         "sentence": sentence,
-        "rows": rows[:COMPARED],
+        "rows": [
+            {
+                "name": visible(layer.name),
+                "before": layer.dead_before,
+                "after": layer.dead_after,
+                "died": _listed(layer.died),
+                "revived": _listed(layer.revived),
+            }
+            for layer in changed[:COMPARED]
+        ],
     }
 
 
