@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from neuronscope.callbacks.attachments import tracker_of
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.tensorboard import folder_of
 
@@ -143,6 +144,11 @@ class LightningLog:
         if self.event_folder() is not None:
             # Written now: the writer's thread would keep an error, and raise it in the training.
             self._logger.experiment.flush()
+
+    @property
+    def tracker(self) -> tuple[str, Any] | None:
+        """Where the page goes besides a folder; see :func:`neuronscope.callbacks.attachments.tracker_of`."""
+        return tracker_of(self._logger)
 
     def event_folder(self) -> str | None:
         """Return the folder of TensorBoard's writer; ``None`` if the logger is no ``TensorBoardLogger``."""

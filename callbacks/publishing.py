@@ -8,7 +8,10 @@ not in the training.
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neuronscope.callbacks.attachments import attach_files
 from neuronscope.callbacks.background import BackgroundDrawer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.suppress_errors import SuppressErrors
@@ -25,6 +29,7 @@ from neuronscope.report.report import Report
 from neuronscope.tally.check_state import integer, mapping
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.html import render
+from neuronscope.writers.pictures import overview
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
 from neuronscope.writers.wording import anything_seen
@@ -112,6 +117,8 @@ class Publisher:
         self._files: dict[str, EventFile] = {}  # by folder of the log
         self._pages: dict[Path, int] = {}  # step of the page that was written last, by its path
         self._training: Report | None = None  # the newest report on training, with which the other phases are compared
+        self._attachments: list[tuple[Any, list[Path]]] = []  # a log whose tracker takes files, and the files
+        self._scratch: str | None = None  # a folder for what trackers get, where the run has none
         self._suppress_errors = SuppressErrors("write to a logger")
         self._drawer = BackgroundDrawer()
 
@@ -142,21 +149,40 @@ class Publisher:
         if self._html and draws:
             with self._suppress_errors:
                 folders = {found for log in logs if (found := log.event_folder()) is not None}
+                takers = [log for log in logs if getattr(log, "tracker", None) is not None] if final else []
+                if takers and not folders and folder is None:
+                    folder = self._scratch = self._scratch or tempfile.mkdtemp(prefix="neuronscope")
                 if not folders and folder is not None:
                     Path(folder).mkdir(parents=True, exist_ok=True)  # some loggers make theirs with their first number
                     folders.add(folder)
-                self._write_pages(report, folders)
+                written = self._write_pages(report, folders, picture=bool(takers))
+                self._attachments += [(log, written[:2]) for log in takers if written]
         if report.phase == "train":
             self._training = report
 
-    def _write_pages(self, report: Report, folders: Collection[str]) -> None:
-        """Write the report as a page into the folder ``neuronscope`` of each folder, unless it is there."""
+    def _write_pages(self, report: Report, folders: Collection[str], *, picture: bool) -> list[Path]:
+        """Write the report as a page into the folder ``neuronscope`` of each folder, unless it is there.
+
+        Args:
+            report: The report.
+            folders: The folders.
+            picture: Whether the overview is written beside it.
+
+        Returns:
+            Paths of all that is there when drawing is finished.
+        """
+        written = []
         for folder in folders:
             path = Path(folder) / "neuronscope" / f"{report.phase}.html"
             if self._pages.get(path) != report.global_step:
                 self._pages[path] = report.global_step
                 against = None if report.phase == "train" else self._training
                 self._queue(report, partial(_write_page, report, against, path))
+            written.append(path)
+            if picture:
+                self._queue(report, partial(_write_picture, report, path.with_suffix(".png")))
+                written.append(path.with_suffix(".png"))
+        return written
 
     def _write(self, report: Report, log: Log, step: int, key: str, *, draws: bool) -> None:
         folder = log.event_folder()
@@ -197,6 +223,13 @@ class Publisher:
         """Wait until everything is drawn. Call this before the loggers are closed."""
         with self._suppress_errors:
             self._drawer.finish()
+        for log, files in self._attachments:
+            with self._suppress_errors:
+                attach_files(log.tracker, [file for file in files if file.exists()])
+        self._attachments.clear()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Return what was written last, as plain data for a checkpoint."""
@@ -212,6 +245,14 @@ class Publisher:
 def _write_page(report: Report, against: Report | None, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)  # a log's folder that is gone is not made anew: its own writer must notice
     write_file(path, render(report, against))
+
+
+def _write_picture(report: Report, path: Path) -> None:
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.fromarray(overview(report)).save(picture, format="PNG")
+    write_file(path, picture.getvalue())
 
 
 def check_published(state: Any) -> Mapping[str, Mapping[str, int]]:
