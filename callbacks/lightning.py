@@ -228,8 +228,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
 
 def _folder(trainer: Any) -> str | None:
-    """The folder of the first logger that has one, on the first rank; a Trainer without loggers leaves no files."""
-    found = (getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) for logger in trainer.loggers)
+    """The folder of the first logger that has one for each run, on the first rank. Without it, no file is left."""
+    found = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return next((str(folder) for folder in found if folder), None) if trainer.is_global_zero else None
 
 
