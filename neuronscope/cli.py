@@ -12,6 +12,7 @@ from pathlib import Path
 
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
+from neuronscope.command_output import positive_number
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush
 from neuronscope.report_commands import add_diff, add_report, add_scan
@@ -105,7 +106,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument(
         "--seeds",
-        type=_positive,
+        type=positive_number,
         default=5,
         metavar="N",
         help="training runs per activation function (default: %(default)s)",
@@ -113,7 +114,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
     demo.add_argument(
         "--processes",
-        type=_positive,
+        type=positive_number,
         default=2,
         metavar="N",
         help="training runs at a time; the results do not depend on it (default: %(default)s)",
@@ -132,10 +133,3 @@ def _demo(parsed: argparse.Namespace) -> int:
         target = error.filename or f"to standard output or into {parsed.out}"
         raise UsageError(f"Cannot write {target}: {error.strerror or error}.") from error
     return OK
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
-    return number

@@ -24,6 +24,8 @@ __all__ = [
     "add_output_options",
     "check_dead",
     "check_targets",
+    "fail",
+    "positive_number",
     "write_report",
 ]
 
@@ -79,7 +81,11 @@ def add_output_options(command: argparse.ArgumentParser, formats: Iterable[str] 
     for name in formats:
         command.add_argument(f"--{name}", type=Path, metavar="F", help=_FORMATS[name])
     command.add_argument(
-        "--top", type=_count, default=20, metavar="N", help="most layers with a row: of more, the worst (%(default)s)"
+        "--top",
+        type=positive_number,
+        default=20,
+        metavar="N",
+        help="most layers with a row: of more, the worst (%(default)s)",
     )
     command.add_argument(
         "--quiet", action="store_true", help="print no report; files, errors and the exit code stay the same"
@@ -189,7 +195,8 @@ def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
     return None
 
 
-def _count(text: str) -> int:
+def positive_number(text: str) -> int:
+    """Return the whole number, 1 or more, that an argument gives; for ``argparse``."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")

@@ -105,7 +105,7 @@ class Variant:
         return min(range(1, recipe.width + 1), key=lambda width: abs(parameters(width, 2 * width) - wanted))
 
 
-# Six layers of SwiGLU without a norm between them do not learn: each multiplies what it is given with itself, so the
+# Six layers of SwiGLU need a norm between them: each multiplies what it is given with itself, so that without one the
 # output grows like the 64th power of the input. In transformers a norm stands before each, too.
 VARIANTS = (
     Variant("ReLU", "ReLU", nn.ReLU),

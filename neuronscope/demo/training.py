@@ -75,7 +75,7 @@ def train(variant: Variant, seed: int, data: Digits, recipe: Recipe) -> tuple[Ru
         revived=int((dead_at_start & ~dead_at_end).sum()),
         recount_agrees=bool((dead_at_end == np.concatenate(recounted)).all()),
         gradient_reach=reach,
-        slopes=tuple(float(each.weight) for each in network if isinstance(each, nn.PReLU)),
+        slopes=tuple(float(each.weight.detach()) for each in network if isinstance(each, nn.PReLU)),
         collapse=_collapse(network, seed, data, recipe) if variant.activation is nn.Identity else None,
         seconds=time.monotonic() - start,
     )

@@ -1,4 +1,4 @@
-"""A graph that breaks inside a submodule: names and counts behind the break are those of eager code."""
+"""A graph that breaks, in a submodule or around it: names and counts behind the break are those of eager code."""
 
 from __future__ import annotations
 
@@ -180,3 +180,32 @@ def test_behind_a_break_what_can_have_no_hook_is_listed_and_not_counted(build, p
     not_measured = {place.name: place.reason for place in watcher.scope.report().not_measured}
     assert "traced it by itself" in not_measured[place]
     assert all(tally.axis_source != "assumed (rank)" for tally in watcher.scope.census().values())
+
+
+class Tied(nn.Module):
+    """A container of torch's own, of which a weight is used outside of it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.inner = nn.Sequential(self.layer, nn.SiLU(inplace=True), nn.Dropout(0.2), self.layer, nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.inner(F.relu(self.layer(x))))
+
+
+def test_a_container_of_torchs_own_is_not_compiled_because_it_has_hooks():
+    runs = []
+    for watcher, compiles in ((Nobody(), True), (Watched(), True), (Watched(), False)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, backend = Tied(), Counter("aot_eager")
+        if compiles:
+            model.inner.compile(backend=backend)
+        with watcher.attach(model):
+            train(model, model, watcher, (4, 8), 3)
+        runs.append((watcher, state_of(model), backend.graphs))
+    (_, plain, graphs), (compiled, weights, watched_graphs), (eager, _, _) = runs
+    assert_bits(weights, plain)
+    assert watched_graphs == graphs
+    assert_same_census(compiled.scope.census(), eager.scope.census())

@@ -45,8 +45,8 @@ def digits() -> Digits:
 
 @pytest.fixture(scope="session")
 def others(digits: Digits) -> dict[str, tuple[Run, list[Report]]]:
-    """What else is trained: two networks of gated products, and one without activations."""
-    names = ("GLU", "SwiGLU-LayerNorm", "none")
+    """What else is trained: two networks of gated products, one that learns slopes, and one without activations."""
+    names = ("GLU", "SwiGLU-LayerNorm", "PReLU", "none")
     return {each.name: train(each, 0, digits, MINIATURE) for each in VARIANTS if each.name in names}
 
 

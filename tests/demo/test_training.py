@@ -139,6 +139,13 @@ def test_the_recount_of_gated_products_sees_a_shut_gate_and_only_that(name: str,
     assert counted == [site.judgement.dead.tolist() for site in products]
 
 
+def test_the_slopes_that_a_network_learns_are_kept(others: Others) -> None:
+    run, _ = others["PReLU"]
+    assert len(run.slopes) == 4
+    assert all(slope != 0.25 for slope in run.slopes)  # what they begin as
+    assert others["GLU"][0].slopes == ()
+
+
 def test_a_network_without_activations_is_the_product_of_its_layers(others: Others) -> None:
     run, reports = others["none"]
     found = run.collapse
