@@ -13,8 +13,10 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
+import neuronscope as ns
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
 from neuronscope.callbacks.transformers import DeadNeuronCallback
+from neuronscope.errors import UsageError
 from neuronscope.tally.series import MOST_POINTS, Series
 from tests.callbacks import hugging
 from tests.callbacks.networks import batches, network, trainer
@@ -121,3 +123,20 @@ def test_a_long_series_keeps_its_spikes_evenly_and_in_bounded_memory() -> None:
     assert again.points()["loss"][-1][0] <= 300
     assert Series.from_state({"loss": torch.tensor([1.0]), "learning_rate": "x"}).points() == {}
     assert Series.from_state(None).points() == {}
+
+
+def test_a_plain_loop_notes_its_numbers_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    with ns.watch(model, every_n_steps=1) as scope:
+        for _ in range(3):
+            model(torch.randn(8, 4)).sum().backward()
+            scope.step()
+            scope.note_metrics(loss=1.0, learning_rate=0.1)
+        with pytest.raises(UsageError, match="Expected `learning_rate`, `loss`, `gradient_norm`, but got `accuracy`"):
+            scope.note_metrics(accuracy=0.5)
+    noted = scope.report().series
+    assert noted == {name: ((1, v), (2, v), (3, v)) for name, v in (("learning_rate", 0.1), ("loss", 1.0))}
+    again = ns.watch(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), every_n_steps=1)
+    again.load_state_dict(scope.state_dict())
+    assert again.report().series == scope.report().series
+    again.detach()

@@ -327,7 +327,7 @@ const page = (() => {
     table.querySelectorAll("thead th").forEach((heading, column) => {
       heading.querySelector("button")?.addEventListener("click", () => sortBy(table, column, heading));
     });
-    for (const cell of table.querySelectorAll("td.share[data-key]")) cell.style.backgroundSize = `${Math.max(cell.dataset.key * 0.9, 2)}% 3px`;
+    for (const cell of table.querySelectorAll("td.share[data-key]")) cell.style.backgroundSize = `${cell.dataset.key > 0 ? Math.max(cell.dataset.key * 0.9, 2) : 0}% 3px`;
     rove(table.tHead, "button", "ArrowLeft", "ArrowRight");
     refreshRows = rove(table.tBodies[0], "th a", "ArrowUp", "ArrowDown");
     table.tBodies[0].addEventListener("click", (event) => {
