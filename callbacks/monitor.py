@@ -15,15 +15,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.optim import Optimizer
 
+from neuronscope.act.revival import revive_in
+from neuronscope.act.rules import Rule, as_rule
 from neuronscope.attach.forward import INFERENCE
+from neuronscope.attach.optimizer_steps import every_optimizer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.options import Mask, WatchArguments, WatchOptions
+from neuronscope.options import Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -56,6 +60,8 @@ class Monitor:
     Attributes:
         logs: Where numbers are written; empty at first, and on every rank but the first. Set it before the training
             begins, or whenever the run's loggers are known.
+        optimizers: The optimizers of the model's weights, if ``revive`` is given. Set it before the first
+            :meth:`step`; the callback of a framework does.
         options: What is watched, and how often.
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
@@ -97,6 +103,8 @@ class Monitor:
         text: bool = True,
         vectors: bool = True,
         drawing_share: float = 0.01,
+        revive: Rule | str | None = None,
+        revive_every: int = 1,
         **options: Unpack[WatchArguments],
     ) -> None:
         """Set what is watched, and what is written and done.
@@ -113,6 +121,10 @@ class Monitor:
                 their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
                 lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
                 before the run returns.
+            revive: Which neurons get fresh weights: ``dead``, ``dormant`` or a rule of :mod:`neuronscope.act.rules`;
+                see :func:`neuronscope.revive`. By default none: watching alone changes nothing.
+            revive_every: Optimizer steps from one revival to the next at least. A revival comes with the end of a
+                window of training.
             **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
                 :attr:`default_mask` unless it is given.
 
@@ -125,6 +137,10 @@ class Monitor:
         self.options = WatchOptions(**options)
         self.on_dead = on_dead
         self.logs: Sequence[Log] = ()
+        self.optimizers: Sequence[Optimizer] = ()
+        self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
+        self._left: set[str] = set()  # sites of which it was said that their neurons are not revived
+        self._revive_every = positive_integer("revive_every", revive_every)
         self.stop_reason: str | None = None
         self._threshold = DeadThreshold(on_dead, threshold)
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
@@ -138,7 +154,7 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor logs."""
-        return {**vars(self), "logs": (), "_finalizer": None}
+        return {**vars(self), "logs": (), "optimizers": (), "_finalizer": None}
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +283,8 @@ class Monitor:
     def step(self, step: int) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.
 
+        Neurons are revived then, if that was asked for.
+
         Args:
             step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
 
@@ -278,6 +296,7 @@ class Monitor:
         if gate is not None:
             with self.suppress_errors:
                 if gate.end_training_batch(step):
+                    self._revive(gate.scope)
                     report = self._publish("train", step)
                     alarm = self._threshold.check(report)
         if alarm is not None and self.on_dead == "warn":
@@ -285,6 +304,17 @@ class Monitor:
         elif alarm is not None and self.on_dead == "stop":
             self.stop_reason = alarm
         return report
+
+    def _revive(self, scope: Scope) -> None:
+        """Revive neurons by the window that has just closed, if that is due."""
+        acts = scope.acts
+        if self._rule is None or (acts and scope.global_step - acts[-1].step < self._revive_every):
+            return
+        done = revive_in(scope, scope.closed_window, every_optimizer(self.optimizers), self._rule)
+        new = {site: reason for site, reason in done.left.items() if site not in self._left}
+        self._left.update(new)
+        for site, reason in new.items():
+            warnings.warn(f"Neurons of {site} are not revived: {reason}.", NeuronscopeWarning, stacklevel=4)
 
     @contextlib.contextmanager
     def evaluation(self, phase: str = "val") -> Iterator[None]:

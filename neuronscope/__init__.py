@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuronscope.act.revival import Revival, revive
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
     from neuronscope.checkpoints.run import postmortem
@@ -34,11 +35,13 @@ _MODULE_OF = {
     "Policy": "neuronscope.judge.verdicts",
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "Report": "neuronscope.report.report",
+    "Revival": "neuronscope.act.revival",
     "Scope": "neuronscope.scope",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
+    "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
     "watch": "neuronscope.scope",
 }
@@ -53,12 +56,14 @@ __all__ = [
     "Policy",
     "PostmortemReport",
     "Report",
+    "Revival",
     "Scope",
     "Tally",
     "Verdict",
     "__version__",
     "check_linear",
     "postmortem",
+    "revive",
     "scan",
     "watch",
 ]

@@ -30,9 +30,11 @@ from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
+from neuronscope.report.acts import Act
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
@@ -91,6 +93,7 @@ class Scope:
         self._steps_without_model = 0
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
+        self.act_record = ActRecord()
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -212,6 +215,63 @@ class Scope:
         if not self._weights.noted:  # only parts of the model ran, or a compiled one
             self._note_weights()
         self._hooks.note_weights = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model; ``None`` if it was collected."""
+        return self._model()
+
+    @property
+    def acts(self) -> tuple[Act, ...]:
+        """What was done to neurons by :func:`neuronscope.revive`, oldest first."""
+        return tuple(self.act_record.acts)
+
+    @hidden
+    def close_window(self) -> Census:
+        """Close the open window of training now, if it has enough examples for the policy. Call it between two steps.
+
+        In a distributed run every rank must call this, because the counts of all are added up.
+
+        Returns:
+            The newest closed window, the same on every rank; empty if none was closed so far.
+
+        Raises:
+            DetachedError: The scope was detached.
+        """
+        self._require_attached("close_window")
+        with self._lock:
+            record = self._flush("train")
+            if record.census("open").last_step >= 0 and self._close_windows(final=True):
+                record.begin_at(self._step)
+            self._observe()
+            return self.closed_window
+
+    @property
+    def closed_window(self) -> Census:
+        """The newest closed window of training; empty if none was closed so far."""
+        return self._record("train").census("last")
+
+    @property
+    def closed_windows(self) -> Census:
+        """The sum of all closed windows of training."""
+        return self._record("train").closed
+
+    def note_act(self, act: Act) -> None:
+        """Record an act. For :func:`neuronscope.revive`.
+
+        Args:
+            act: What was done.
+        """
+        with self._lock:
+            self.act_record.note(act, self.closed_windows[act.site])
+
+    def agrees(self, number: int) -> bool:
+        """Whether all ranks bring the same number, which each must; for acts, which all ranks do alike.
+
+        Args:
+            number: From 0 to 2**31.
+        """
+        return self._ranks.agree(number)
 
     @contextlib.contextmanager
     def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
@@ -534,6 +594,7 @@ class Scope:
             notes=(note, self._ranks.note),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
+            acts=self.act_record.acts,
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
@@ -562,7 +623,7 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            return scope_state(self._step, self._records, self._current_fault())
+            return scope_state(self._step, self._records, self._current_fault(), self.act_record)
 
     @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -578,7 +639,7 @@ class Scope:
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._step, phases, self._fault = split_scope_state(state, self.policy)
+        self._step, phases, self._fault, self.act_record = split_scope_state(state, self.policy)
         if is_outdated(state):
             self._record("train").begin_at(self._step)
             warn_user(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
+from neuronscope.report.acts import Act
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
 from neuronscope.sites import IncomingRows, ReaderColumns, TotalsMember
@@ -323,6 +324,7 @@ class Report(Renderable):
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
+        acts: What was done to neurons by :func:`neuronscope.revive`, oldest first.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
@@ -340,6 +342,7 @@ class Report(Renderable):
     fault: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    acts: tuple[Act, ...] = ()
 
     @property
     def provisional(self) -> bool:
@@ -526,6 +529,7 @@ class Report(Renderable):
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "versions": dict(self.versions),
+            **({"acts": [act.to_dict() for act in self.acts]} if self.acts else {}),
         }
 
 

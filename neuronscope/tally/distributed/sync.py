@@ -212,6 +212,24 @@ class RankSync:
         )
         return self._kept.pop(phase, Census())
 
+    def agree(self, number: int) -> bool:
+        """Return whether all ranks bring the same number. Every rank must call this equally often.
+
+        Ranks whose counts are not joined do not agree: what they would do rests on different counts.
+
+        Args:
+            number: The number, from 0 to 2**31.
+        """
+        if self.alone:
+            return world_size() == 1
+        try:
+            largest_and_smallest = np.array([number, -number], dtype=np.int64)
+            self._enter().max(largest_and_smallest)
+        except Exception as error:  # noqa: BLE001  # a rank is gone, or did not come in time
+            self._give_up(error)
+            return False
+        return bool(largest_and_smallest[0] == -largest_and_smallest[1])
+
     def pop_late(self) -> dict[str, Census]:
         """Return and forget, by phase, what others brought after this rank had joined that phase for the last time."""
         late, self._kept = self._kept, {}
