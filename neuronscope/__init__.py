@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronscope.act.revival import Revival, revive
+    from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
     from neuronscope.checkpoints.run import postmortem
@@ -37,12 +38,14 @@ _MODULE_OF = {
     "Report": "neuronscope.report.report",
     "Revival": "neuronscope.act.revival",
     "Scope": "neuronscope.scope",
+    "Shrunk": "neuronscope.act.shrink",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
+    "shrink": "neuronscope.act.shrink",
     "watch": "neuronscope.scope",
 }
 
@@ -58,6 +61,7 @@ __all__ = [
     "Report",
     "Revival",
     "Scope",
+    "Shrunk",
     "Tally",
     "Verdict",
     "__version__",
@@ -65,6 +69,7 @@ __all__ = [
     "postmortem",
     "revive",
     "scan",
+    "shrink",
     "watch",
 ]
 

@@ -33,7 +33,7 @@ from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOpt
 from neuronscope.report.acts import Act
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
 from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
@@ -557,6 +557,15 @@ class Scope:
         """
         with self._lock:
             return self._observed_record(phase).census(window)
+
+    @hidden
+    def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
+        """Return which columns read a layer's units before any activation, and how else they are read.
+
+        Args:
+            layer: Path of the layer.
+        """
+        return self._hooks.recorder.sites.layer_readers(layer)
 
     @hidden
     def report(self, phase: str = "train") -> Report:

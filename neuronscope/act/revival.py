@@ -20,6 +20,7 @@ from neuronscope.act.rules import Rule, SiteActivity, as_rule
 from neuronscope.act.structure import LayerWeights, Part, SiteStructure, Structure
 from neuronscope.attach.optimizer_steps import Optimizers, every_optimizer
 from neuronscope.errors import DetachedError, UsageError
+from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.report.acts import Act
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -177,7 +178,8 @@ def _plans(
     if window.last_step <= scope.act_record.last_window:
         return plans, left, held  # nothing was seen since the last act
     structure, closed = Structure(model), scope.closed_windows
-    for name, tally in window.items():
+    homes = DistinctNeurons(list(window.values())).homes()  # a gate and its product are one neuron, judged there
+    for (name, tally), home in zip(window.items(), homes, strict=True):
         if not tally.in_headlines or not tally.positions:
             continue
         found, before = structure.of(name, tally), scope.act_record.before(name, tally.neurons)
@@ -192,7 +194,7 @@ def _plans(
             structure=found,
             policy=scope.policy,
         )
-        neurons = [int(neuron) for neuron in np.flatnonzero(rule.choose(activity))]
+        neurons = [int(neuron) for neuron in np.flatnonzero(rule.choose(activity) & home)]
         reason = neurons and (
             _unclear(activity) or next(filter(None, (_unheld(layer, held) for layer in found.layers.values())), "")
         )

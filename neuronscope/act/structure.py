@@ -52,7 +52,7 @@ class LayerWeights(NamedTuple):
 
     Attributes:
         path: Path of the layer.
-        module: Its module.
+        module: Its module; an empty one if it has none, as a bare parameter.
         rows: What has one entry for each unit that the layer gives: its weight, bias, running statistics.
         columns: What has one entry for each unit that the layer reads: its weight, but for norms and depthwise
             convolutions, which take units one by one.
@@ -61,11 +61,21 @@ class LayerWeights(NamedTuple):
     """
 
     path: str
-    module: nn.Module | None
+    module: nn.Module
     rows: tuple[Part, ...] = ()
     columns: tuple[Part, ...] = ()
     one_by_one: bool = False
     unknown: str = ""
+
+    @property
+    def units(self) -> int:
+        """Number of units that the layer gives."""
+        return self.rows[0].tensor.shape[self.rows[0].dim] if self.rows else 0
+
+    @property
+    def inputs(self) -> int:
+        """Number of units that the layer reads."""
+        return self.columns[0].tensor.shape[self.columns[0].dim] if self.columns else self.units
 
     @classmethod
     def of(cls, path: str, module: nn.Module | None) -> LayerWeights:
@@ -76,13 +86,14 @@ class LayerWeights(NamedTuple):
             module: The module at that path; ``None`` if there is none, as of a bare parameter.
         """
         if module is None:
-            return cls(path, None, unknown=f"`{path}` is a parameter that no layer of its own holds")
+            return cls(path, nn.Module(), unknown=f"`{path}` is a parameter that no layer of its own holds")
         kind = type(module)
+        known = _known_forward(kind)
+        if known is None or kind.forward is not known:
+            return cls(path, module, unknown=f"`{path}` is of class {kind.__name__}, whose weights are not known")
         held = {name: each for name, each in (module._parameters | module._buffers).items() if each is not None}
         weight = held.get("weight")
         is_norm = isinstance(module, _NORMS)
-        if kind.forward is not _known_forward(kind):
-            return cls(path, module, unknown=f"`{path}` is of class {kind.__name__}, whose weights are not known")
         plain = all(type(each) in (nn.Parameter, Tensor) for each in held.values())
         if not plain or "parametrizations" in module._modules or (weight is None and not is_norm):
             return cls(path, module, unknown=f"the weight of `{path}` is made of other tensors")
@@ -121,6 +132,11 @@ class SiteStructure:
     unknown: str
     layers: Mapping[str, LayerWeights]
 
+    @property
+    def unknown_layers(self) -> str:
+        """Why the tensors of one of these layers are not known; ``""`` if all are."""
+        return next((layer.unknown for layer in self.layers.values() if layer.unknown), "")
+
     def rows(self, neuron: int) -> list[tuple[LayerWeights, int]]:
         """Return the rows that lead into a neuron: of each layer, its row.
 
@@ -149,8 +165,7 @@ class Structure:
     >>> import neuronscope, torch
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     >>> with neuronscope.watch(model) as scope:
-    ...     _ = model(torch.randn(5, 4))
-    ...     scope.step()
+    ...     _ = model(torch.randn(5, 4)), scope.step()
     >>> found = Structure(model).of("0/relu", scope.census()["0/relu"])
     >>> [(layer.path, row) for layer, row in found.rows(1)], [(layer.path, own) for layer, own in found.columns(1)]
     ([('0', 1)], [('2', [1])])
@@ -171,6 +186,11 @@ class Structure:
             self._layers[path] = LayerWeights.of(path, module)
         return self._layers[path]
 
+    def known(self) -> list[LayerWeights]:
+        """Return all layers whose tensors are known."""
+        found = [self.layer(path or "(root)") for path in self._modules]
+        return [layer for layer in found if layer.rows]
+
     def of(self, name: str, site: SiteReport | Tally | SiteInfo) -> SiteStructure:
         """Return the weights of a site.
 
@@ -180,8 +200,7 @@ class Structure:
         """
         paths = [each.layer for each in site.incoming] + [each.layer for each in site.reader_columns]
         layers = {path: self.layer(path) for path in paths}
-        reasons = [site.weights_unknown] if site.weights_unknown else []
-        reasons += dict.fromkeys(each.unknown for each in layers.values() if each.unknown)
+        reasons = filter(None, dict.fromkeys([site.weights_unknown, *(each.unknown for each in layers.values())]))
         neurons = len(site.zero_output_fraction) if not isinstance(site, SiteInfo) else 0
         return SiteStructure(name, neurons, site.incoming, site.reader_columns, "; ".join(reasons), layers)
 

@@ -28,6 +28,7 @@ from neuronscope.attach.operators import (
     Index,
     Listed,
     Operation,
+    is_elementwise,
     keeps_zero,
     lose,
     may_bend,
@@ -569,6 +570,8 @@ class NeuronFlow:
             read = [(site, _note(function)) for site in carried if site not in kept]
             if function in _MIXING:
                 read += [(site, "mixed by a norm") for site in kept]
+            elif kept and (stored := _meets_stored(operation, origins[0])) is not None:
+                read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
             elif kept and not keeps_zero(operation):
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
             return _Outcome(origins, notes=tuple(read), nameless=nameless)
@@ -782,6 +785,23 @@ def _as_carried(origin: Origin, call: int) -> Origin:
     """
     units = origin.units
     return origin if units is None or units.call != (call,) else origin.but(carries=(carry_layer(units),))
+
+
+def _meets_stored(operation: Operation, result: Origin) -> str | None:
+    """Return which weight or constant has a value for each unit in an elementwise function, ``None`` if none has.
+
+    Args:
+        operation: The call of a function.
+        result: What it gives.
+    """
+    units = result.units
+    if units is None or not is_elementwise(operation.function):
+        return None
+    places = [place - len(units.dims) for place, dim in enumerate(units.dims) if has_units(dim)]
+    for each in operation.tensors:
+        if each.origin.state in _STORED and any(-dim <= len(each.shape) and each.shape[dim] > 1 for dim in places):
+            return f"`{each.origin.layer}`" if each.origin.layer else "a constant"
+    return None
 
 
 def _name(function: Callable[..., Any]) -> str:

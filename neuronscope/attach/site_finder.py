@@ -22,7 +22,7 @@ from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "Names", "SiteFinder", "neurons_in"]
 
@@ -187,6 +187,18 @@ class SiteFinder:
             is_norm=normalises is not None,
             normalises=normalises or "",
         )
+
+    def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
+        """Return which columns read the units of a layer before any activation, and how else they are read.
+
+        Args:
+            layer: Path of the layer.
+        """
+        flow = self._forward.flow
+        found = flow.readers.get(layer, {})
+        notes = [*flow.reader_notes.get(layer, ()), *(f"read by `{each}`" for each in found if isinstance(each, str))]
+        reasons = (flow.applied_elsewhere(each.layer) for each in found if not isinstance(each, str))
+        return tuple(each for each in found if not isinstance(each, str)), (*notes, *filter(None, reasons))
 
     def _runs_of(self, key: SiteKey) -> tuple[Sequence[Run], Sequence[Run]]:
         """Return the units that the neurons of a site are, and those of the other half of a GLU."""
