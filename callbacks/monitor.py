@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from neuronscope.act.revival import revive_in
 from neuronscope.act.rules import Rule, as_rule
 from neuronscope.attach.forward import INFERENCE
-from neuronscope.attach.optimizer_steps import every_optimizer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
@@ -216,6 +215,8 @@ class Monitor:
         self._publisher.begin()
         with self._warn_if_nothing_to_watch():
             self._runs.begin_training(model, step)
+        if self.scope is not None:
+            self.scope.acting = self._rule is not None
         if self.scope is not None and self.scope.global_step < step:
             self.move_to(step)
 
@@ -306,11 +307,11 @@ class Monitor:
         return report
 
     def _revive(self, scope: Scope) -> None:
-        """Revive neurons by the window that has just closed, if that is due."""
+        """Revive neurons by the window that has just closed, if that is due. Every rank of a run comes here alike."""
         acts = scope.acts
         if self._rule is None or (acts and scope.global_step - acts[-1].step < self._revive_every):
             return
-        done = revive_in(scope, scope.closed_window, every_optimizer(self.optimizers), self._rule)
+        done = revive_in(scope, scope.closed_window, self.optimizers, self._rule)
         new = {site: reason for site, reason in done.left.items() if site not in self._left}
         self._left.update(new)
         for site, reason in new.items():

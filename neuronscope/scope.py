@@ -94,6 +94,7 @@ class Scope:
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
         self.act_record = ActRecord()
+        self.acting = False  # whether every rank calls `agrees()` whenever a step closes a window
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -203,7 +204,7 @@ class Scope:
             due = inference.is_due(self._step, window_steps, lambda: True)
         if not due or not self._ranks.ready():
             return False
-        self._flush("train")
+        self._flush("train", acting=self.acting)
         return self._close_windows()
 
     def _note_weights(self) -> None:
@@ -227,10 +228,13 @@ class Scope:
         return tuple(self.act_record.acts)
 
     @hidden
-    def close_window(self) -> Census:
+    def close_window(self, *, acting: bool = False) -> Census:
         """Close the open window of training now, if it has enough examples for the policy. Call it between two steps.
 
         In a distributed run every rank must call this, because the counts of all are added up.
+
+        Args:
+            acting: Whether :meth:`agrees` is called next. For :func:`neuronscope.revive`.
 
         Returns:
             The newest closed window, the same on every rank; empty if none was closed so far.
@@ -240,7 +244,7 @@ class Scope:
         """
         self._require_attached("close_window")
         with self._lock:
-            record = self._flush("train")
+            record = self._flush("train", acting=acting)
             if record.census("open").last_step >= 0 and self._close_windows(final=True):
                 record.begin_at(self._step)
             self._observe()
@@ -266,7 +270,7 @@ class Scope:
             self.act_record.note(act, self.closed_windows[act.site])
 
     def agrees(self, number: int) -> bool:
-        """Whether all ranks bring the same number, which each must; for acts, which all ranks do alike.
+        """Whether all ranks bring the same number. For acts, which all ranks must do alike.
 
         Args:
             number: From 0 to 2**31.
@@ -433,7 +437,7 @@ class Scope:
         return dict(self._hooks.recorder.unmeasured.not_neurons)
 
     @hidden
-    def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
+    def _flush(self, phase: str, *, join: bool = True, done: bool = False, acting: bool = False) -> PhaseRecord:
         """Flush a phase, and inference with training, in which it ran.
 
         Where any rank has counts of inference, all ranks join them, also those that have none or are in another phase.
@@ -441,6 +445,7 @@ class Scope:
         record, inference = self._record(phase), self._records.get(INFERENCE)
         record.describe_sites(self._hooks.recorder.sites.current_info)
         self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
+        self._ranks.acting = acting
         more = phase == "train" and inference is not None and not inference.empty
         record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
         if self._ranks.more if join else more:

@@ -56,7 +56,8 @@ class Revival:
 
     def __str__(self) -> str:
         done = ", ".join(f"{act.site} {len(act.neurons)}" for act in self.acts)
-        lines = [f"{self.neurons} neurons were revived{f': {done}' if done else ''}."]
+        one = self.neurons == 1
+        lines = [f"{self.neurons} {'neuron was' if one else 'neurons were'} revived{f': {done}' if done else ''}."]
         return "\n".join([*lines, *(f"Left as they are: {site}: {reason}." for site, reason in self.left.items())])
 
 
@@ -111,40 +112,41 @@ def revive(scope: Scope, optimizer: Optimizers, rule: Rule | str = "dead", *, se
     >>> before = model(x)
     >>> _ = scope.step()
     >>> print(revive(scope, optimizer))
-    1 neurons were revived: 0/relu 1.
+    1 neuron was revived: 0/relu 1.
     >>> torch.equal(model(x), before), bool(model[0].bias[0] > -1)
     (True, True)
     >>> scope.detach()
     """
     if not isinstance(scope, Scope):
         raise UsageError(f"Expected argument `scope` to be a neuronscope.Scope, but got {type(scope).__name__}.")
-    optimizers, rule = every_optimizer(optimizer), as_rule(rule, scope.policy)
-    return revive_in(scope, scope.close_window(), optimizers, rule, seed=seed)
+    rule = as_rule(rule, scope.policy)
+    every_optimizer(optimizer)  # raises before the window is closed
+    return revive_in(scope, scope.close_window(acting=True), optimizer, rule, seed=seed)
 
 
-def revive_in(scope: Scope, window: Census, optimizers: Sequence[Optimizer], rule: Rule, *, seed: int = 0) -> Revival:
-    """Do what :func:`revive` does, by a window that is closed.
+def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *, seed: int = 0) -> Revival:
+    """Do what :func:`revive` does, by a window that is closed. Every rank must call this, or none.
 
     Args:
         scope: The scope.
         window: The newest closed window of training.
-        optimizers: The optimizers of the model's weights.
+        optimizer: The optimizer of the model's weights, or several.
         rule: The rule.
         seed: See :func:`revive`.
 
     Raises:
         DetachedError: The scope was detached.
-        UsageError: The optimizers hold none of the model's weights.
+        UsageError: The optimizer is none, or holds none of the model's weights.
     """
     try:
-        plans, left, held = _plans(scope, window, optimizers, rule)
+        plans, left, held = _plans(scope, window, every_optimizer(optimizer), rule)
         fresh = _fresh_weights(plans, rule, seed=zlib.crc32(f"{seed} {scope.global_step}".encode()))
     except BaseException:
         scope.agrees(_DISAGREE)  # other ranks wait for the answer
         raise
     planned = repr([(plan.name, plan.neurons) for plan in plans])
     if not scope.agrees(1 + zlib.crc32(planned.encode()) % (_MOST - 1)):
-        reason = "the ranks of this run do not agree on what to revive, or their counts are not joined"
+        reason = "not every rank of this run would revive the same neurons now, by counts of all ranks"
         return Revival((), {**left, **{plan.name: reason for plan in plans}})
     _apply(plans, fresh, held)
     acts = tuple(
