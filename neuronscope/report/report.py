@@ -529,7 +529,7 @@ class Report(Renderable):
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "versions": dict(self.versions),
-            **({"acts": [act.to_dict() for act in self.acts]} if self.acts else {}),
+            "acts": [act.to_dict() for act in self.acts],
         }
 
 
