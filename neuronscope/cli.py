@@ -12,6 +12,7 @@ from pathlib import Path
 
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
+from neuronscope.checkpoints.shrink_command import add_shrink
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush
 from neuronscope.writers.formatting import visible
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     add_postmortem(commands)
+    add_shrink(commands)
     for command in commands.choices.values():  # `--debug` is accepted after the command too
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"

@@ -10,7 +10,7 @@ from torch import nn
 
 from neuronscope.act.column_ranges import ColumnRanges
 from neuronscope.act.structure import Structure
-from neuronscope.act.unit_groups import Group
+from neuronscope.act.unit_groups import UnitGroup
 
 __all__ = ["Choice", "Chosen"]
 
@@ -23,7 +23,7 @@ class Chosen(NamedTuple):
         constants: Of each layer that read it and got a constant other than zero: the value of each column.
     """
 
-    group: Group
+    group: UnitGroup
     constants: dict[str, list[float]]
 
 
@@ -47,7 +47,7 @@ class Choice:
         self._ranges = ranges
         self._idle = {(site, neuron) for site, neurons in idle.items() for neuron in neurons}
 
-    def add(self, groups: Iterable[Group]) -> None:
+    def add(self, groups: Iterable[UnitGroup]) -> None:
         """Choose those of some groups that can go.
 
         Args:
@@ -61,7 +61,7 @@ class Choice:
             else:
                 self.chosen.append(Chosen(group, constants))
 
-    def keep(self, group: Group, reason: str) -> None:
+    def keep(self, group: UnitGroup, reason: str) -> None:
         """Note that the idle neurons of a group stay.
 
         Args:
@@ -72,7 +72,7 @@ class Choice:
         if number := max(own, default=0):  # a gate and its product are one neuron
             self.kept[reason] += number
 
-    def _find_constants(self, group: Group, found: dict[str, list[float]]) -> str:
+    def _find_constants(self, group: UnitGroup, found: dict[str, list[float]]) -> str:
         """Find the constants that the columns of a group had; return why it must stay, ``""`` if it can go."""
         if not group.columns:
             return "no layer was seen to read them"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.act.structure import LayerWeights
+from neuronscope.attach.compiling import unwatched
 
 __all__ = ["ColumnRanges"]
 
@@ -32,7 +33,8 @@ class ColumnRanges:
         for layer in self._layers:
 
             def hook(module: nn.Module, args: tuple[Any, ...], path: str = layer.path) -> None:
-                self._add(path, module, args)
+                with unwatched(), torch.no_grad():  # what is measured is no part of the forward
+                    self._add(path, module, args)
 
             handles.append(layer.module.register_forward_pre_hook(hook))
         try:
@@ -41,7 +43,6 @@ class ColumnRanges:
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
     def _add(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None or x.numel() == 0:

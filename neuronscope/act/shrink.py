@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neuronscope.act.choose_groups import Choice
 from neuronscope.act.column_ranges import ColumnRanges
 from neuronscope.act.structure import Structure
+from neuronscope.act.tied_groups import TiedGroups
 from neuronscope.act.unit_groups import UnitGroups
 from neuronscope.act.widths import fold_columns, leave_out, widths_of
 from neuronscope.attach.compiling import is_compiled
@@ -157,7 +158,8 @@ def shrink(
             choice.kept["the data does not reach them"] = number
         if seen.report.examples >= seen.report.examples_needed:
             wanted |= {name: range(site.neurons) for name, site in reached.items() if site.in_headlines}
-        choice.add(seen.groups().of(wanted))
+        tied = TiedGroups(model, structure, call, seen.first, seen.neurons_of_rows())
+        choice.add(tied.resolved(seen.groups().of(wanted)))
     choice.leave_one()
     if choice.kept and not choice.chosen:
         reason, number = choice.kept.most_common(1)[0]
@@ -219,6 +221,7 @@ class _Seen:
     Attributes:
         report: The report on the data.
         ranges: What each layer read in each column.
+        first: The first batch.
     """
 
     def __init__(
@@ -227,14 +230,26 @@ class _Seen:
         self._structure = structure
         self.ranges = ColumnRanges(structure.known())
         self._scope = Scope(model, WatchOptions(join_ranks=False))
+        self.first: Any = None
         seen = False
         with evaluated(model), self._scope, self._scope.phase("scan"), self.ranges.measured():
             for batch in batches:
-                call(model, to_device(batch, _device(model)))
-                seen = True
+                batch = to_device(batch, _device(model))
+                self.first, seen = self.first if seen else batch, True
+                call(model, batch)
         if not seen:
             raise UsageError("Expected argument `data` to yield at least one batch, but it gave none.")
         self.report = self._scope.report("scan")
+
+    def neurons_of_rows(self) -> dict[tuple[str, int], list[tuple[str, int]]]:
+        """Return which neurons each row of each layer leads into."""
+        found: dict[tuple[str, int], list[tuple[str, int]]] = {}
+        for site in self.report.layers:
+            for each in site.incoming:
+                for place in range(each.neurons):
+                    key = each.layer, each.row + place * each.step
+                    found.setdefault(key, []).append((site.name, each.neuron + place))
+        return found
 
     def groups(self) -> UnitGroups:
         """Return what goes together."""

@@ -15,12 +15,12 @@ import numpy.typing as npt
 from neuronscope.act.structure import LayerWeights, Structure
 from neuronscope.sites import IncomingRows, ReaderColumns
 
-__all__ = ["Group", "UnitGroups"]
+__all__ = ["UnitGroup", "UnitGroups"]
 
 IntArray = npt.NDArray[np.int64]
 
 
-class Group(NamedTuple):
+class UnitGroup(NamedTuple):
     """Rows, columns and neurons that go together.
 
     Attributes:
@@ -121,17 +121,17 @@ class UnitGroups:
     def _tie(self, one: IntArray, other: IntArray) -> None:
         self._edges.append((one, other))
 
-    def of(self, neurons: Mapping[str, Iterable[int]]) -> Iterator[Group]:
+    def of(self, neurons: Mapping[str, Iterable[int]]) -> Iterator[UnitGroup]:
         """Yield the groups of some neurons, each group once.
 
         Args:
             neurons: The neurons of each site.
         """
         labels = self._labels()
-        reasons: dict[int, str] = {}
+        reasons: dict[int, dict[str, None]] = {}
         for nodes, reason in self._blocked:
             for label in np.unique(labels[nodes]).tolist():
-                reasons.setdefault(label, reason)
+                reasons.setdefault(label, {})[reason] = None
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(self._nodes + 1))
         names = list(self._first)  # by rising first node
@@ -142,7 +142,7 @@ class UnitGroups:
             for node in order[starts[label] : starts[label + 1]].tolist():
                 kind, name = names[int(np.searchsorted(firsts, node, side="right")) - 1]
                 held[kind].setdefault(name, []).append(node - self._first[kind, name])
-            yield Group(held["rows"], held["columns"], held["neurons"], reasons.get(label, ""))
+            yield UnitGroup(held["rows"], held["columns"], held["neurons"], "; ".join(reasons.get(label, ())))
 
     def _labels(self) -> IntArray:
         """Return the smallest node that each node is tied to, directly or through others."""

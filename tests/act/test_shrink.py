@@ -6,6 +6,7 @@ Models and data are float64 here, so that nothing rests on the last bits of floa
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -56,7 +57,7 @@ def shrunk_and_checked(model: nn.Module, x: Tensor) -> ns.Shrunk:
     model = model.double().eval()
     before = copy.deepcopy(model)
     random_state = torch.random.get_rng_state()
-    shrunk = ns.shrink(model, ns.scan(model, [x]), [x])
+    shrunk = ns.shrink(model, ns.scan(model, [x]), x.split(100))
     assert torch.equal(random_state, torch.random.get_rng_state())
     for (name, was), (_, now) in zip(before.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(was, now), name
@@ -250,6 +251,42 @@ def test_what_is_dead_elsewhere_and_not_on_the_data_stays() -> None:
     assert dict(shrunk.kept) == {"what `2` reads of them changes on the data": report.dead - 1}
 
 
+def residual_blocks() -> Net:
+    torch.manual_seed(0)
+
+    def path(net: Net, x: Tensor) -> Tensor:
+        h = torch.relu(net.bn0(net.conv0(x)))
+        for block in (net.first, net.second):
+            h = torch.relu(block(h) + h)
+        return net.out(h.mean((2, 3)))
+
+    def block() -> nn.Module:
+        inner = [nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+        return nn.Sequential(*inner, nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6))
+
+    net = Net(path, conv0=nn.Conv2d(2, 6, 3), bn0=nn.BatchNorm2d(6), first=block(), second=block(), out=nn.Linear(6, 3))
+    for layer in (net.bn0, net.first[4], net.second[4]):
+        kill(layer, 2)
+    kill(net.bn0, 3)  # in the first block alone
+    return net
+
+
+def test_channels_that_residual_sums_tie_go_together() -> None:
+    pytest.importorskip("torch_pruning")
+    shrunk = shrunk_and_checked(residual_blocks(), pictures())
+    assert {site: neurons for site, neurons in shrunk.removed.items() if 2 in neurons} == {
+        "bn0/relu": (2,), "first.4/relu": (2,), "second.4/relu": (2,)
+    }  # fmt: skip
+    assert shrunk.model.conv0.out_channels == shrunk.model.first[0].in_channels == shrunk.model.out.in_features == 5
+    assert list(shrunk.kept.values()) == [1]
+
+
+def test_without_torch_pruning_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(UsageError, match="added in"):
+        shrunk_and_checked(residual_blocks(), pictures())
+
+
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], str]] = {}
 
 
@@ -260,7 +297,7 @@ def refused(reason: str) -> Callable[[Callable[[], tuple[nn.Module, nn.Module]]]
     return note
 
 
-@refused("must stay: added in")
+@refused("must stay: ")  # "added in", or with torch-pruning what reads the sum
 def residual() -> tuple[nn.Module, nn.Module]:
     net = Net(lambda n, x: n.out(torch.relu(n.a(x)) + x), a=nn.Linear(4, 4), out=nn.Linear(4, 2))
     return net, net.a

@@ -1,0 +1,108 @@
+"""Take the dead neurons out of a checkpoint: read it, scan it, shrink it, and write the smaller weights."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronscope.act.shrink import Shrunk, shrink
+from neuronscope.checkpoints.data.user_arguments import check_batches, resolve_batches
+from neuronscope.checkpoints.data.user_code import user_code
+from neuronscope.checkpoints.model.load_model import build_model
+from neuronscope.checkpoints.open_checkpoint import open_checkpoint
+from neuronscope.errors import MissingExtraError, UsageError
+from neuronscope.output import check_writable, write_file
+from neuronscope.scanning import scan
+
+__all__ = ["record_path", "shrink_checkpoint"]
+
+
+def record_path(out: Path) -> Path:
+    """Return where the record of the new widths is written: ``small-widths.json`` beside ``small.pt``."""
+    return out.with_name(f"{out.stem}-widths.json")
+
+
+def shrink_checkpoint(
+    path: str | Path,
+    model: nn.Module | str | Path | Callable[..., nn.Module],
+    data: Iterable[Any] | str | Callable[[], Iterable[Any]],
+    out: str | Path,
+    *,
+    trust: bool = False,
+) -> Shrunk:
+    """Write a smaller checkpoint, without the neurons that are dead on data, and a record of the new widths beside it.
+
+    Args:
+        path: The checkpoint: a file or a folder.
+        model: The network, as for :func:`~neuronscope.checkpoints.run.postmortem`.
+        data: Batches, as for it.
+        out: The file to write: safetensors if its name ends so, else a state dict as ``torch.save`` writes it.
+        trust: Allow full unpickling. **This runs code in the file**, so only for files that you trust.
+
+    Returns:
+        The smaller model, and what was taken out.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or does not fit the model.
+        UsageError: An argument is wrong, or nothing can be taken out, or the smaller model computes something else.
+            Then nothing is written.
+        MissingExtraError: ``out`` is to be safetensors, which is not installed.
+        OSError: A file cannot be written.
+    """
+    target = Path(out)
+    for file in (target, record_path(target)):
+        check_writable(file)  # before the long work begins
+    encode = _as_safetensors if target.suffix == ".safetensors" else _as_torch_file
+    checkpoint = open_checkpoint(path, trust=trust)
+    network = build_model(model, checkpoint)
+    batches = resolve_batches(data)
+    if batches is None:
+        raise UsageError("Expected argument `data` to be batches, but got none.")
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    with user_code("Expected the model to run over the data"):
+        report = scan(network, check_batches(batches))
+        shrunk = shrink(network, report, batches)
+    if not shrunk.removed:
+        raise UsageError("Expected neurons to take out, but none is dead on the data: nothing was written.")
+    record = {
+        "schema_version": 1,
+        "checkpoint": Path(path).name,
+        "layers": shrunk.widths,
+        "removed": shrunk.removed,
+        "folded": shrunk.folded,
+        "parameters": shrunk.parameters,
+        "difference": None if shrunk.difference is None else shrunk.difference._asdict(),
+    }
+    content = encode(shrunk.model)
+    write_file(record_path(target), json.dumps(record, indent=1) + "\n")
+    write_file(target, content)
+    return shrunk
+
+
+def _as_torch_file(model: nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def _as_safetensors(model: nn.Module) -> bytes:
+    """Return the weights in the format of safetensors.
+
+    Raises:
+        MissingExtraError: The package is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtraError(
+            "Expected the package safetensors, which writes this format: `pip install safetensors`, or name a file "
+            "that ends in `.pt`."
+        ) from error
+    return save({name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()})
