@@ -65,7 +65,7 @@ class Revival:
 _Held = Mapping[Tensor, tuple[Optimizer, Mapping[str, Any]]]
 
 
-class _Chosen(NamedTuple):
+class _Intended(NamedTuple):
     """What is to be done at one site."""
 
     name: str
@@ -160,7 +160,7 @@ def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *
 
 def _plans(
     scope: Scope, window: Census, optimizers: Sequence[Optimizer], rule: Rule
-) -> tuple[list[_Chosen], dict[str, str], _Held]:
+) -> tuple[list[_Intended], dict[str, str], _Held]:
     """Return what to do at each site, why not at others, and the optimizer of each weight."""
     model = scope.model
     if scope.detached or model is None:
@@ -175,7 +175,7 @@ def _plans(
         raise UsageError(
             f"Expected an optimizer of the weights of {type(model).__name__}, but the given one holds none of them."
         )
-    plans: list[_Chosen] = []
+    plans: list[_Intended] = []
     left: dict[str, str] = {}
     if window.last_step <= scope.act_record.last_window:
         return plans, left, held  # nothing was seen since the last act
@@ -203,7 +203,7 @@ def _plans(
         outgoing = activity.outgoing() if neurons and not reason else np.zeros(0)
         finite = [neuron for neuron in neurons if len(outgoing) and np.isfinite(outgoing[neuron])]
         if finite:
-            plans.append(_Chosen(name, finite, found))
+            plans.append(_Intended(name, finite, found))
         if reason or finite != neurons:
             left[name] = reason or "weights that read some of its neurons are not finite"
     return plans, left, held
@@ -228,6 +228,8 @@ def _unheld(layer: LayerWeights, held: _Held) -> str:
         if part.tensor not in held:
             return f"the optimizer does not hold `{layer.path}.{part.name}`"
         optimizer = held[part.tensor][0]
+        if any(isinstance(each, Optimizer) for each in vars(optimizer).values()):
+            return f"{type(optimizer).__name__} wraps another optimizer"
         for weight, state in optimizer.state.items():
             for key, value in state.items():
                 known = key in _MOMENTS and (value is None or value.shape == weight.shape)
@@ -237,7 +239,7 @@ def _unheld(layer: LayerWeights, held: _Held) -> str:
     return ""
 
 
-def _fresh_weights(plans: Sequence[_Chosen], rule: Rule, *, seed: int) -> dict[str, dict[str, Tensor]]:
+def _fresh_weights(plans: Sequence[_Intended], rule: Rule, *, seed: int) -> dict[str, dict[str, Tensor]]:
     """Return fresh tensors of each layer that leads into the neurons, by the layer's path and by name, on the CPU."""
     layers = {row.layer: plan.structure.layers[row.layer] for plan in plans for row in plan.structure.incoming}
     own = torch.Generator().manual_seed(seed)
@@ -281,7 +283,7 @@ def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _apply(plans: Sequence[_Chosen], fresh: Mapping[str, Mapping[str, Tensor]], held: _Held) -> None:
+def _apply(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tensor]], held: _Held) -> None:
     found = [(plan.structure, neuron) for plan in plans for neuron in plan.neurons]
     rows = [(layer, [row]) for structure, neuron in found for layer, row in structure.rows(neuron)]
     columns = [each for structure, neuron in found for each in structure.columns(neuron)]

@@ -487,6 +487,16 @@ def test_an_optimizer_whose_state_is_not_known() -> None:
     assert "Adafactor keeps" in left(Perceptron, lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-4))
 
 
+class Wrapping(torch.optim.SGD):
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=1e-4)
+        self.inner = torch.optim.Adam(self.param_groups[0]["params"])
+
+
+def test_an_optimizer_that_hides_another_one() -> None:
+    assert left(Perceptron, lambda m: Wrapping(m.parameters())) == "Wrapping wraps another optimizer"
+
+
 def test_several_optimizers_hold_the_weights_together() -> None:
     run = Run()
     optimizers = [torch.optim.Adam(run.model[0].parameters()), torch.optim.SGD(run.model[3].parameters())]
