@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
@@ -112,7 +113,21 @@ def revives_on_one_rank_only(rank: int) -> dict[str, Any]:
     return monitored(rank, without_rule=True)
 
 
+def revives_sharded(rank: int) -> dict[str, Any]:
+    """The weights of FSDP2 are distributed tensors."""
+    model = network()
+    fully_shard(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with ns.watch(model, policy=POLICY) as scope:
+        for step in range(2):
+            model(data(rank, step)).square().mean().backward()
+            scope.step()
+        done = ns.revive(scope, optimizer)
+    return {"acts": scope.acts, "left": dict(done.left), "step": scope.global_step}
+
+
 ACTING = (
+    revives_sharded,
     revives_by_hand,
     revives_monitored,
     revives_with_a_retired_rank,

@@ -46,3 +46,9 @@ def test_a_rank_that_has_ended_is_not_waited_for(acting: Found) -> None:
     task = "revives_with_fewer_batches"
     assert [rank[task]["acts"] for rank in acting] == [(), ()]
     assert [rank[task]["step"] for rank in acting] == [6, 1]
+
+
+def test_distributed_weights_are_left_as_they_are(acting: Found) -> None:
+    for rank in acting:
+        assert rank["revives_sharded"]["acts"] == ()
+        assert "made of other tensors" in rank["revives_sharded"]["left"]["0/relu"]
