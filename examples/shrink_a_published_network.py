@@ -5,7 +5,15 @@ What a depthwise convolution makes of such a channel is a constant, which the bi
 
 Output (shortened)::
 
-OUTPUT
+    79 of 15,552 neurons are dead on 300 crops of two photographs.
+    102 neurons taken out of 28 layers: 2,223,872 → 2,214,975 parameters.
+    12 of them had a constant effect, which the biases have now.
+    Outputs on 15 batches differ by 6.2e-06 at most, where the largest output is 4.7: rounding, ...
+
+    | one crop | before | after | |
+    | --- | ---: | ---: | ---: |
+    | parameters | 2,223,872 | 2,214,975 | -0.4% |
+    | multiply-adds | 299,494,272 | 288,689,478 | -3.6% |
 
 Run it with::
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -86,6 +87,25 @@ class Choice:
                 found[path] = values
         return ""
 
+    def level(self) -> None:
+        """Keep as many neurons more as it takes for layers that only a number tells apart to stay equally wide."""
+        rows: Counter[str] = Counter()
+        for group, _ in self.chosen:
+            rows.update({path: len(own) for path, own in group.rows.items()})
+        fewest: dict[str, int] = {}
+        for layer in self._structure.known():
+            family = _family(layer.path)
+            fewest[family] = min(fewest.get(family, rows[layer.path]), rows[layer.path])
+        left = {path: fewest[_family(path)] for path in rows}
+        level = []
+        for each in self.chosen:
+            if all(left[path] >= len(own) for path, own in each.group.rows.items()):
+                left.update({path: left[path] - len(own) for path, own in each.group.rows.items()})
+                level.append(each)
+            else:
+                self.keep(each.group, "other layers of their kind have fewer that can go")
+        self.chosen = level
+
     def leave_one(self) -> None:
         """Keep one neuron of each layer that would be left without any."""
         rows: Counter[str] = Counter()
@@ -100,6 +120,11 @@ class Choice:
             else:
                 left.append(each)
         self.chosen = left
+
+
+def _family(path: str) -> str:
+    """Return the path of a layer without its numbers, which layers of one kind share."""
+    return re.sub(r"\d+", "#", path)
 
 
 def _takes_constants(module: nn.Module) -> bool:

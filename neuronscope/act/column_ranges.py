@@ -49,8 +49,8 @@ class ColumnRanges:
             return
         size = getattr(module, "kernel_size", ())
         dim = x.dim() - 1 - len(size if isinstance(size, tuple) else ())
-        flat = x.detach().transpose(0, dim).reshape(x.shape[dim], -1)
-        low, high = flat.amin(1), flat.amax(1)
+        others = [each for each in range(x.dim()) if each != dim]
+        low, high = (x.amin(others), x.amax(others)) if others else (x, x)
         known = self._ranges.get(path)
         if known is not None:  # NaN stays: `minimum` and `amin` pass it on
             low, high = torch.minimum(known[0], low), torch.maximum(known[1], high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,8 +34,8 @@ __all__ = ["Shrunk", "shrink"]
 
 #: Labels and bases of neurons that can go: what is inferred or suspected stays.
 _IDLE, _SURE = ("dead", "silent"), ("measured", "proved")
-#: How far outputs may be apart, in units of the largest output and the type's rounding: in float64 (where only what the
-#: model itself computes in its own type is rounded), and in the model's own type if it does not run in float64.
+#: How far outputs may be apart, in units of the largest output and the rounding of the model's type: in float64 (where
+#: only what the model itself computes in its own type is rounded so), and in the model's own type.
 _ROUNDING_IN_FLOAT64, _ROUNDING = 64, 4096
 
 
@@ -64,7 +65,8 @@ class Shrunk:
         parameters: Number of parameters before and after.
         batches: Number of batches on which both models ran; 0 if there was no data.
         difference: How far the outputs were apart there; ``None`` if there was no data.
-        in_float64: The same, with both models and the data in float64; ``None`` if they do not run so.
+        in_float64: The same on the first batch, with both models and the data in float64; ``None`` if they do not run
+            so, or were equal bit for bit.
     """
 
     model: nn.Module
@@ -77,11 +79,17 @@ class Shrunk:
     difference: Difference | None = None
     in_float64: Difference | None = None
 
+    @property
+    def neurons(self) -> int:
+        """Number of neurons that were taken out; a gate and its product are one."""
+        found = ((site.rpartition("/")[0] or site, neuron) for site, own in self.removed.items() for neuron in own)
+        return len(set(found))
+
     def __str__(self) -> str:
-        neurons = sum(map(len, self.removed.values()))
         before, after = self.parameters
-        where = plural(len(self.removed), "layer")
-        lines = [f"{plural(neurons, 'neuron')} taken out of {where}: {count(before)} → {count(after)} parameters."]
+        layers = {site.rpartition("/")[0] or site for site in self.removed}
+        where = plural(len(layers), "layer")
+        lines = [f"{plural(self.neurons, 'neuron')} taken out of {where}: {count(before)} → {count(after)} parameters."]
         if self.folded:
             lines.append(f"{count(self.folded)} of them had a constant effect, which the biases have now.")
         lines.append(self._checked())
@@ -89,16 +97,17 @@ class Shrunk:
         return "\n".join(lines)
 
     def _checked(self) -> str:
+        data = f"{count(self.batches)} {'batch' if self.batches == 1 else 'batches'}"
         if self.difference is None:
             return "Not checked: no data was given to run both models on."
         if self.difference.largest == 0:
-            return f"Both models gave the same outputs, bit for bit, on {plural(self.batches, 'batch')}."
+            return f"Both models gave the same outputs, bit for bit, on {data}."
         text = (
-            f"Outputs on {plural(self.batches, 'batch')} differ by {self.difference.largest:.2g} at most, where the "
+            f"Outputs on {data} differ by {self.difference.largest:.2g} at most, where the "
             f"largest output is {self.difference.scale:.2g}: rounding"
         )
         if self.in_float64 is not None:
-            text += f", since both in float64 differ by {self.in_float64.largest:.2g}"
+            text += f", since in float64 they differ by {self.in_float64.largest:.2g} (first batch)"
         return f"{text}."
 
 
@@ -108,6 +117,7 @@ def shrink(
     data: Iterable[Any] | None = None,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    same_widths: bool = False,
 ) -> Shrunk:
     """Take dead neurons out of a copy of a model, and check that the copy computes the same.
 
@@ -123,6 +133,8 @@ def shrink(
         data: Batches as :func:`~neuronscope.scanning.scan` takes them. Without any, nothing is checked, and neurons are
             kept that another layer passes on, one by one.
         forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.
+        same_widths: Whether layers whose paths differ in numbers only, as those of a transformer's blocks, must stay
+            equally wide: then as many neurons go from each as from the one with the fewest.
 
     Returns:
         The smaller model, what was taken out, and how far the outputs are apart.
@@ -161,6 +173,8 @@ def shrink(
         tied = TiedGroups(model, structure, call, seen.first, seen.neurons_of_rows())
         choice.add(tied.resolved(seen.groups().of(wanted)))
     choice.leave_one()
+    if same_widths:
+        choice.level()
     if choice.kept and not choice.chosen:
         reason, number = choice.kept.most_common(1)[0]
         every = f"all {count(number)}" if len(choice.kept) == 1 else f"{count(number)} of {count(choice.kept.total())}"
@@ -322,19 +336,20 @@ def _checked(shrunk: Shrunk, model: nn.Module, batches: Iterable[Any], call: Cal
     Raises:
         UsageError: The smaller model does not run, or does not compute the same.
     """
-    first = next(iter(batches))
     number, own = _compare(model, shrunk.model, batches, call)
-    exact = None
-    if own.largest > 0 and in_float64(model, call, to_device(first, _device(model))) is not None:
-        doubles = copy.deepcopy(model).double(), copy.deepcopy(shrunk.model).double()
-        _, exact = _compare(*doubles, map(as_float64, batches), call)
     floats = [each.dtype for each in model.parameters() if each.is_floating_point()]
     step = max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
-    judged, most = (own, _ROUNDING) if exact is None else (exact, _ROUNDING_IN_FLOAT64)
-    if not judged.largest <= most * step * judged.scale:
+    wrong = own if not own.largest <= _ROUNDING * step * own.scale else None
+    exact = None
+    if own.largest > 0 and step > torch.finfo(torch.float64).eps:
+        first = [as_float64(to_device(batch, _device(model))) for batch in itertools.islice(batches, 1)]
+        if in_float64(model, call, first[0]) is not None:
+            _, exact = _compare(copy.deepcopy(model).double(), copy.deepcopy(shrunk.model).double(), first, call)
+            wrong = exact if not exact.largest <= _ROUNDING_IN_FLOAT64 * step * exact.scale else wrong
+    if wrong is not None:
         raise UsageError(
-            f"Expected the smaller model to compute the same, but its outputs differ by {judged.largest:.3g}, where "
-            f"the largest output is {judged.scale:.3g}: it is not returned, and nothing was changed."
+            f"Expected the smaller model to compute the same, but its outputs differ by {wrong.largest:.3g}, where "
+            f"the largest output is {wrong.scale:.3g}: it is not returned, and nothing was changed."
         )
     return replace(shrunk, batches=number, difference=own, in_float64=exact)
 

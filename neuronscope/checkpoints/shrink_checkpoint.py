@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +20,20 @@ from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.errors import MissingExtraError, UsageError
 from neuronscope.output import check_writable, write_file
+from neuronscope.report.report import Report
 from neuronscope.scanning import scan
 
-__all__ = ["record_path", "shrink_checkpoint"]
+__all__ = ["config_path", "record_path", "shrink_checkpoint"]
 
 
 def record_path(out: Path) -> Path:
     """Return where the record of the new widths is written: ``small-widths.json`` beside ``small.pt``."""
     return out.with_name(f"{out.stem}-widths.json")
+
+
+def config_path(out: Path) -> Path:
+    """Return where the configuration of a smaller network of transformers is written: ``small-config.json``."""
+    return out.with_name(f"{out.stem}-config.json")
 
 
 def shrink_checkpoint(
@@ -37,6 +45,8 @@ def shrink_checkpoint(
     trust: bool = False,
 ) -> Shrunk:
     """Write a smaller checkpoint, without the neurons that are dead on data, and a record of the new widths beside it.
+
+    Of a network of transformers whose layers allow one width for all, the configuration is written too.
 
     Args:
         path: The checkpoint: a file or a folder.
@@ -56,7 +66,7 @@ def shrink_checkpoint(
         OSError: A file cannot be written.
     """
     target = Path(out)
-    for file in (target, record_path(target)):
+    for file in (target, record_path(target), config_path(target)):
         check_writable(file)  # before the long work begins
     encode = _as_safetensors if target.suffix == ".safetensors" else _as_torch_file
     checkpoint = open_checkpoint(path, trust=trust)
@@ -68,7 +78,7 @@ def shrink_checkpoint(
         batches = list(batches)
     with user_code("Expected the model to run over the data"):
         report = scan(network, check_batches(batches))
-        shrunk = shrink(network, report, batches)
+        shrunk, config = _with_config(network, report, batches)
     if not shrunk.removed:
         raise UsageError("Expected neurons to take out, but none is dead on the data: nothing was written.")
     record = {
@@ -81,9 +91,52 @@ def shrink_checkpoint(
         "difference": None if shrunk.difference is None else shrunk.difference._asdict(),
     }
     content = encode(shrunk.model)
+    if config is not None:
+        write_file(config_path(target), json.dumps(config, indent=1, sort_keys=True) + "\n")
     write_file(record_path(target), json.dumps(record, indent=1) + "\n")
     write_file(target, content)
     return shrunk
+
+
+def _with_config(network: nn.Module, report: Report, batches: Iterable[Any]) -> tuple[Shrunk, dict[str, Any] | None]:
+    """Return the smaller network, and the configuration that builds it if it is of transformers and has one.
+
+    A configuration has one width for all layers, so that as many neurons go from each. If none can go so, those go that
+    can, without a configuration.
+
+    Args:
+        network: The network.
+        report: The report on the data.
+        batches: The data.
+    """
+    if callable(getattr(getattr(network, "config", None), "to_dict", None)):
+        with contextlib.suppress(UsageError):
+            level = shrink(network, report, batches, same_widths=True)
+            config = _smaller_config(network, level.model) if level.removed else None
+            if config is not None:
+                return level, config
+    return shrink(network, report, batches), None
+
+
+def _smaller_config(network: Any, small: nn.Module) -> dict[str, Any] | None:
+    """Return the configuration that builds a smaller network: one number of it changed; ``None`` if there is none."""
+    wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    widths = {
+        (before, after)
+        for name, tensor in network.state_dict().items()
+        for before, after in zip(tensor.shape, wanted.get(name, tensor.shape), strict=True)
+        if before != after
+    }
+    for before, after in sorted(widths):
+        for name in [name for name, value in vars(network.config).items() if type(value) is int and value == before]:
+            config = copy.deepcopy(network.config)
+            setattr(config, name, after)
+            with contextlib.suppress(Exception), torch.device("meta"):
+                built = {name: tensor.shape for name, tensor in type(network)(config).state_dict().items()}
+                if built == wanted:
+                    found: dict[str, Any] = config.to_dict()
+                    return found
+    return None
 
 
 def _as_torch_file(model: nn.Module) -> bytes:

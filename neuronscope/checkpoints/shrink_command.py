@@ -62,5 +62,5 @@ def _run(parsed: argparse.Namespace) -> int:
         ) from error
     except OSError as error:
         raise UsageError(f"Cannot write {error.filename or parsed.out}: {error.strerror or error}.") from error
-    print_and_flush(f"{shrunk}\nWrote {parsed.out} and {record_path(parsed.out)}.\n")
+    print_and_flush(f"{shrunk}\nWrote {parsed.out}, and the new widths beside it: {record_path(parsed.out)}.\n")
     return 0

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from neuronscope.act.widths import set_widths
+from neuronscope.checkpoints.shrink_checkpoint import shrink_checkpoint
 from neuronscope.cli import main
 
 MODULE = """
@@ -69,7 +70,7 @@ def test_the_smaller_checkpoint_loads_and_computes_the_same(
     assert main(["shrink", "network.pt", *arguments]) == 0
     text = capsys.readouterr().out
     assert "1 neuron taken out of 1 layer: 44 → 37 parameters." in text
-    assert f"Wrote {out} and small-widths.json." in text
+    assert f"Wrote {out}, and the new widths beside it: small-widths.json." in text
     record = json.loads(Path("small-widths.json").read_text())
     assert record["removed"] == {"0/relu": [1]}
     assert record["layers"]["0"] == {"in_features": 4, "out_features": 5, "bias": True}
@@ -85,7 +86,7 @@ def test_the_smaller_checkpoint_loads_and_computes_the_same(
     ("checkpoint", "model", "data", "out", "reason"),
     [
         ("healthy.pt", "healthy", "data", "small.pt", "none is dead on the data: nothing was written"),
-        ("residual.pt", "Residual", "data", "small.pt", "must stay: added in"),
+        ("residual.pt", "Residual", "data", "small.pt", "must stay: "),
         ("network.pt", "network", "failing", "small.pt", "no disk"),
         ("network.pt", "network", "data", "no/small.pt", "there is no folder"),
         ("network.pt", "healthy", "missing", "small.pt", "has no 'missing'"),
@@ -102,3 +103,35 @@ def test_nothing_is_written_where_it_cannot_be_done(
     assert reason in error
     assert len(error.splitlines()) == 1
     assert [path for path in sorted(Path().rglob("*.*")) if path.suffix != ".pyc"] == before
+
+
+def test_a_hugging_face_folder_gets_a_config_where_every_layer_allows_one_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, hidden_act="relu",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[[5, 6]] = 0  # relu(0) is 0 for every input
+        model.model.layers[1].mlp.gate_proj.weight[[7, 8, 9]] = 0
+    model.save_pretrained("whole")
+    data = [{"input_ids": torch.randint(0, 50, (300, 3))}]
+    shrunk = shrink_checkpoint("whole", "whole", data, "small.safetensors")
+    assert list(shrunk.kept.values()) == [1]
+    built = LlamaForCausalLM(LlamaConfig.from_json_file("small-config.json")).eval()
+    assert built.config.intermediate_size == 22
+    built.load_state_dict(load_file("small.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(built(**data[0]).logits, model(**data[0]).logits, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.normal_()  # no neuron of this layer is dead
+    model.save_pretrained("other")
+    shrink_checkpoint("other", "other", data, "uneven.safetensors")
+    assert Path("uneven-widths.json").exists()
+    assert not Path("uneven-config.json").exists()
