@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neuronscope.callbacks.lightning_compat import FRAMEWORKS, LightningLog, joined_callback, logger_of, step_inputs
+from neuronscope.callbacks.lightning_compat import (
+    FRAMEWORKS,
+    LightningLog,
+    joined_callback,
+    logged_step,
+    logger_of,
+    step_inputs,
+)
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
 from neuronscope.report.report import Report
@@ -55,6 +62,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         "give it to a Trainer (`Trainer(callbacks=[monitor])`) and fit, validate or test a model that has activations"
     )
     _step = 0
+    _logged_step = 0  # the step of the row that the Trainer logged last in training
     _unpublished = False  # whether training was observed since its totals were given to other callbacks
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -67,11 +75,13 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         """Attach: the strategy is set up, and nothing has run yet. The step of a resumed run is known later."""
         self._unpublished = False
         self.logs = _logs(trainer)
+        self.console = logger_of(trainer) if trainer.is_global_zero else None
         self.attach(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Continue at the Trainer's step, if counting begins in the middle of a run."""
         self._step = trainer.global_step
+        self._logged_step = max(logged_step(trainer) - 1, 0)
         self.move_to(self._step)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -82,7 +92,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach at the end of every run that failed, and show what was seen of training until then."""
         if _fits(trainer):
-            report = self.finish(step=trainer.global_step, failed=True)
+            report = self.finish(step=self._logged_step, failed=True)
             self._give_totals(trainer, report)
         else:
             self.detach()
@@ -104,8 +114,10 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         """Count nothing until the next batch, and publish a report if a window closed."""
         before, self._step = self._step, trainer.global_step
         self.optimizers = trainer.optimizers
-        reason = self.stop_reason
-        self._give_totals(trainer, self.step(self._step))
+        reason, self._logged_step = self.stop_reason, logged_step(trainer)
+        self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
+        if self.prog_bar and self.dead_percent is not None:
+            trainer.progress_bar_metrics["dead_pct"] = self.dead_percent
         if self.stop_reason != reason and trainer.is_global_zero:
             logger_of(trainer).info("Neuronscope stops the training: %s", self.stop_reason)
         if self.on_dead == "stop":
@@ -127,7 +139,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach, which closes the last window if it is long enough, and log one line about the end."""
-        report = self.finish(step=trainer.global_step)
+        report = self.finish(step=self._logged_step)
         self._give_totals(trainer, report)
         if report is not None and trainer.is_global_zero:
             logger_of(trainer).info(summary(report))
@@ -145,6 +157,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
             return
         if not _fits(trainer):
             self.logs = _logs(trainer)
+            self.console = logger_of(trainer) if trainer.is_global_zero else None
             self.attach_for_evaluation(module)
         self.begin_evaluation(phase)
 
@@ -183,7 +196,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def _end_pass(self, trainer: Any) -> None:
         if not trainer.sanity_checking:
-            self._give_totals(trainer, self.end_evaluation(step=trainer.global_step, final=not _fits(trainer)))
+            self._give_totals(trainer, self.end_evaluation(step=logged_step(trainer), final=not _fits(trainer)))
             if _fits(trainer):
                 self._renew(trainer)
 

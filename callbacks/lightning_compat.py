@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.tensorboard import folder_of
 
-__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logger_of", "step_inputs"]
+__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logged_step", "logger_of", "step_inputs"]
 
 #: Packages that have a Trainer.
 FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
@@ -54,6 +54,17 @@ def logger_of(trainer: Any) -> logging.Logger:
             if kind.__module__.startswith(f"{name}."):
                 return logging.getLogger(f"{name}.neuronscope")
     return logging.getLogger("neuronscope")
+
+
+def logged_step(trainer: Any) -> int:
+    """Return the step under which the Trainer logs now, on which its loggers' rows and curves lie.
+
+    While a batch ends, and in the validation after it, that is one less than the optimizer steps taken; and it counts
+    batches, where several optimizers step in each. The Trainer has no public name for it; without its own one, the
+    optimizer steps are taken.
+    """
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
 def step_inputs(batch: Any, loader: Any) -> tuple[Any, ...]:

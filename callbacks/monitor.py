@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from neuronscope.act.revival import revive_in
 from neuronscope.act.rules import Rule, as_rule
 from neuronscope.attach.forward import INFERENCE
+from neuronscope.callbacks.announcements import Announcements
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
@@ -30,6 +32,7 @@ from neuronscope.options import Mask, WatchArguments, WatchOptions, positive_int
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
+from neuronscope.writers.formatting import visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -65,6 +68,10 @@ class Monitor:
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
             The callback stops the training through its framework.
+        prog_bar: Whether the trainer's progress bar shows the share of dead neurons.
+        dead_percent: Dead neurons in percent, as of the newest report on training; ``None`` before the first.
+        console: The Python logger that says at once, as a warning, that a layer has collapsed, that many neurons died
+            together or that NaN was seen, each once a run; ``None`` on every rank but the first.
         suppress_errors: Context manager for a callback's own code: an error inside it gives a warning and takes the
             hooks off, as one in the methods here does.
 
@@ -102,6 +109,7 @@ class Monitor:
         text: bool = True,
         vectors: bool = True,
         drawing_share: float = 0.01,
+        prog_bar: bool = False,
         revive: Rule | str | None = None,
         revive_every: int = 1,
         **options: Unpack[WatchArguments],
@@ -120,6 +128,8 @@ class Monitor:
                 their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
                 lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
                 before the run returns.
+            prog_bar: Whether the trainer's progress bar shows the share of dead neurons, in percent, as of the newest
+                report on training.
             revive: Which neurons get fresh weights: ``dead``, ``dormant`` or a rule of :mod:`neuronscope.act.rules`;
                 see :func:`neuronscope.revive`. By default none: watching alone changes nothing.
             revive_every: Optimizer steps from one revival to the next at least. A revival comes with the end of a
@@ -135,6 +145,8 @@ class Monitor:
         options.setdefault("mask", type(self).default_mask)
         self.options = WatchOptions(**options)
         self.on_dead = on_dead
+        self.prog_bar = prog_bar
+        self.console: logging.Logger | None = logging.getLogger("neuronscope")
         self.logs: Sequence[Log] = ()
         self.optimizers: Sequence[Optimizer] = ()
         self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
@@ -142,6 +154,8 @@ class Monitor:
         self._revive_every = positive_integer("revive_every", revive_every)
         self.stop_reason: str | None = None
         self._threshold = DeadThreshold(on_dead, threshold)
+        self._announcements = Announcements()
+        self.dead_percent: float | None = None
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
         self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
@@ -208,7 +222,7 @@ class Monitor:
             model: The model.
             step: Optimizer steps taken before, where they are known by now; see :meth:`move_to`.
         """
-        self.stop_reason = None
+        self.stop_reason, self._announcements, self.dead_percent = None, Announcements(), None
         if self._finalizer is None:  # a training that ended in an exception may have left the hooks on
             self._finalizer = weakref.finalize(self, self._runs.detach, join=False)
             self._finalizer.atexit = False
@@ -281,13 +295,15 @@ class Monitor:
             with self.suppress_errors:
                 gate.scope.close_step()
 
-    def step(self, step: int) -> Report | None:
+    def step(self, step: int, *, log_step: int | None = None) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.
 
         Neurons are revived then, if that was asked for.
 
         Args:
             step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
+            log_step: The step under which the trainer logs what it knows of this batch, so that the numbers of both
+                stand in one row; by default ``step``.
 
         Returns:
             The report of training if a window closed, otherwise ``None``.
@@ -298,7 +314,7 @@ class Monitor:
             with self.suppress_errors:
                 if gate.end_training_batch(step):
                     self._revive(gate.scope)
-                    report = self._publish("train", step)
+                    report = self._publish("train", step if log_step is None else log_step)
                     alarm = self._threshold.check(report)
         if alarm is not None and self.on_dead == "warn":
             warnings.warn(alarm, NeuronscopeWarning, stacklevel=2)
@@ -411,6 +427,11 @@ class Monitor:
     def _publish(self, phase: str, step: int | None, *, final: bool = False) -> Report:
         report = self.report(phase)
         self._publisher.publish(report, self.logs, report.global_step if step is None else step, final=final)
+        if report.phase == "train":
+            self.dead_percent = report.dead_percent
+        for sentence in self._announcements.new(report):
+            if self.console is not None:
+                self.console.warning("%s", visible(sentence))
         return report
 
     @property
@@ -419,11 +440,15 @@ class Monitor:
         return self._state_key
 
     def state_dict(self, *, join: bool = False) -> dict[str, Any]:
-        """Return everything counted so far, as tensors and primitives; empty before the first run.
+        """Return everything counted so far, as tensors and primitives, for a checkpoint; empty before the first run.
+
+        Reports note the step, so that they can name the last checkpoint before deaths.
 
         Args:
             join: Whether every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
         """
+        if self._runs.gate is not None:
+            self._runs.gate.scope.note_checkpoint()
         counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
 

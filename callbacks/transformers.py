@@ -38,6 +38,7 @@ from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.report.report import Report
 from neuronscope.tally.distributed.sync import world_size
+from neuronscope.writers.formatting import percent
 
 __all__ = ["DeadNeuronCallback"]
 
@@ -93,6 +94,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         self.detach()  # from a training that failed
         self._training, self._in_step, self._evaluation_logged = True, False, False
         self._handler = calling_handler()
+        self.console = _LOGGER if state.is_world_process_zero else None
         if self._handler is None:
             self._warn("could not find the Trainer that called it: it counts, and logs nothing")
         self._load_counts(state)
@@ -140,11 +142,20 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         self.begin_batch()  # the step that ends belongs to training
         reason = self.stop_reason
         self.step(state.global_step)
+        if self.prog_bar and self.dead_percent is not None:
+            self._show_in_bar(f"dead {percent(self.dead_percent)}")
         if self.stop_reason != reason:
             control.should_training_stop = True
             if state.is_world_process_zero:
                 _LOGGER.warning("Neuronscope stops the training: %s", self.stop_reason)
         self._await_evaluation()
+
+    def _show_in_bar(self, text: str) -> None:
+        """Show a few words beside the Trainer's progress bar, if it has one that can."""
+        for callback in () if self._handler is None else self._handler.callbacks:
+            show = getattr(getattr(callback, "training_bar", None), "set_postfix_str", None)
+            if show is not None:
+                show(text)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepare for an evaluation."""

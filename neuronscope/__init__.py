@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neuronscope.judge.verdicts import Policy, Verdict
     from neuronscope.linear.check import check_linear
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
+    from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
@@ -49,6 +50,7 @@ _MODULE_OF = {
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
+    "read_report": "neuronscope.report.reading",
     "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
     "shrink": "neuronscope.act.shrink",
@@ -78,6 +80,7 @@ __all__ = [
     "__version__",
     "check_linear",
     "postmortem",
+    "read_report",
     "revive",
     "scan",
     "shrink",

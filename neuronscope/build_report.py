@@ -37,6 +37,7 @@ def make_report(
     notes: Sequence[str] = (),
     fault: Fault | None = None,
     acts: Sequence[Act] = (),
+    checkpoints: Sequence[int] = (),
 ) -> Report:
     """Judge a phase and return its report.
 
@@ -51,6 +52,7 @@ def make_report(
         notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
         acts: What was done to neurons, oldest first.
+        checkpoints: Steps at which checkpoints were saved, ascending.
 
     Returns:
         The report on the newest closed window, in the state at its end. If no window has closed, the report is on
@@ -88,10 +90,11 @@ def make_report(
             *_exchange_notes(exchanges),
         ),
         fault=fault_text,
+        checkpoints=tuple(checkpoints),
         versions={
             "neuronscope": neuronscope.__version__,
-            "torch": torch.__version__,
             "numpy": np.__version__,
+            "torch": torch.__version__,
         },
         acts=tuple(acts),
     )

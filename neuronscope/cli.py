@@ -13,11 +13,13 @@ from pathlib import Path
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
 from neuronscope.checkpoints.shrink_command import add_shrink
+from neuronscope.command_output import positive_number
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush
+from neuronscope.report_commands import add_diff, add_report, add_scan
 from neuronscope.writers.formatting import visible
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
 OK, WRONG_USE, INTERRUPTED = 0, 2, 130
 
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser = command_parser()
     parsed = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -68,7 +70,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the ``neuronscope`` command; tools make shell completion from it."""
     parser = argparse.ArgumentParser(prog="neuronscope", description="Dead-neuron diagnostics for PyTorch.")
     parser.add_argument("--version", action="version", version=f"neuronscope {neuronscope.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -76,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     add_postmortem(commands)
     add_shrink(commands)
+    add_scan(commands)
+    add_report(commands)
+    add_diff(commands)
     for command in commands.choices.values():  # `--debug` is accepted after the command too
         command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
@@ -88,8 +94,9 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="compare activation functions on real data",
         description=(
-            "Trains the same network on scikit-learn's digits with ReLU, LeakyReLU, GELU, SiLU and others, and watches "
-            "which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report in a minute or two."
+            "Trains the same network on scikit-learn's digits with ReLU, GELU, SiLU and others, and with no "
+            "activation, and watches which neurons die. Makes a table, a picture, TensorBoard logs and an HTML report "
+            "in a minute or two."
         ),
     )
     demo.add_argument(
@@ -101,12 +108,19 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument(
         "--seeds",
-        type=_positive,
+        type=positive_number,
         default=5,
         metavar="N",
         help="training runs per activation function (default: %(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="ReLU, GELU and SiLU only")
+    demo.add_argument(
+        "--processes",
+        type=positive_number,
+        default=2,
+        metavar="N",
+        help="training runs at a time; the results do not depend on it (default: %(default)s)",
+    )
     demo.set_defaults(call=_demo)
 
 
@@ -114,17 +128,10 @@ def _demo(parsed: argparse.Namespace) -> int:
     from neuronscope.demo.program import run_demo  # loads torch
 
     try:
-        run_demo(parsed.out, parsed.seeds, quick=parsed.quick)
+        run_demo(parsed.out, parsed.seeds, quick=parsed.quick, processes=parsed.processes)
     except OSError as error:
         if error.filename is None:
             discard_output()
         target = error.filename or f"to standard output or into {parsed.out}"
         raise UsageError(f"Cannot write {target}: {error.strerror or error}.") from error
     return OK
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
-    return number

@@ -16,6 +16,7 @@ __all__ = [
     "NeuronscopeError",
     "NeuronscopeWarning",
     "NothingToWatchError",
+    "ReportError",
     "StateError",
     "UsageError",
     "warn_user",
@@ -44,6 +45,10 @@ class StateError(NeuronscopeError, ValueError):
 
 class CheckpointError(NeuronscopeError, ValueError):
     """A checkpoint cannot be read: it is missing, damaged, of an unknown format, or needs full unpickling."""
+
+
+class ReportError(NeuronscopeError, ValueError):
+    """A saved report cannot be read: it is missing, damaged, no report, or from another version of Neuronscope."""
 
 
 class MissingExtraError(NeuronscopeError, ImportError):

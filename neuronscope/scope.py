@@ -44,6 +44,8 @@ __all__ = ["Scope", "watch"]
 #: Maximal number of phases whose counts are kept, without `train` and `inference`, and of those that keep the buffers
 #: that they count with. The phases that ended last are kept.
 _MOST_PHASES, _MOST_COUNTING = 64, 8
+#: Of more checkpoints, every second one of the older is forgotten.
+_MOST_CHECKPOINTS = 1000
 #: After so many observed steps in which the model was not seen to run, a warning says so.
 _STEPS_WITHOUT_MODEL = 3
 
@@ -78,6 +80,7 @@ class Scope:
         self._patterns = SitePatterns(options.sites, options.exclude, options.axes)
         self._records: dict[str, PhaseRecord] = {}
         self._ended: dict[str, bool] = {}  # phases, the one that ended last is the last; whether each has its buffers
+        self._checkpoints: list[int] = []  # steps at which checkpoints were saved
         self._forgotten = 0  # number of phases whose counts are no longer kept
         self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
         self._phases: dict[int, str] = {}  # by thread
@@ -130,6 +133,16 @@ class Scope:
     def global_step(self) -> int:
         """Optimizer steps taken since watching began."""
         return self._step
+
+    def note_checkpoint(self) -> None:
+        """Note that a checkpoint is saved at the current step, so that reports name the last one before deaths.
+
+        The callbacks do this.
+        """
+        if self._checkpoints[-1:] != [self._step]:
+            self._checkpoints = [step for step in self._checkpoints if step < self._step] + [self._step]
+        if len(self._checkpoints) > _MOST_CHECKPOINTS:
+            del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
 
     @property
     def observing(self) -> bool:
@@ -609,6 +622,7 @@ class Scope:
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             acts=self.act_record.acts,
+            checkpoints=self._checkpoints,
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
@@ -637,7 +651,7 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            return scope_state(self._step, self._records, self._current_fault(), self.act_record)
+            return scope_state(self._step, self._records, self._current_fault(), self._checkpoints, self.act_record)
 
     @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -653,7 +667,7 @@ class Scope:
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._step, phases, self._fault, self.act_record = split_scope_state(state, self.policy)
+        self._step, phases, self._fault, self._checkpoints, self.act_record = split_scope_state(state, self.policy)
         if is_outdated(state):
             self._record("train").begin_at(self._step)
             warn_user(

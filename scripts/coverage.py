@@ -96,7 +96,8 @@ Where there is more than one graph, torch's reason stands below.
 PROGRAMS = """\
 Random programs under `torch.compile` (`tests/core/test_compiled_programs.py`), each held to its
 unwatched run, to eager mode and to the slow twin: **{programs:,} tried, {failed:,} failed**,
-{sites:,} sites, {dates}. {breaks}
+{sites:,} sites, {dates}. {again:,} more failed at first, and were run again after what failed in them was
+mended. {breaks}
 """
 SETUPS_INTRODUCTION = """\
 ## Set-ups
@@ -346,6 +347,7 @@ def _compiled() -> Iterator[str]:
     yield PROGRAMS.format(
         programs=sum(part["programs"] for part in parts),
         failed=len(failed),
+        again=sum(len(part.get("again", ())) for part in parts),
         sites=sum(part["sites"] for part in parts),
         dates=" and ".join(sorted({part["date"] for part in parts})),
         breaks=f"Failed, by what is compiled: {_listed(failed)}." if failed else "",

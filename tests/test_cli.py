@@ -19,8 +19,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The demo's calls, instead of the demo."""
     noted: list[dict[str, Any]] = []
 
-    def run_demo(out: Path, seeds: int, *, quick: bool) -> None:
-        noted.append({"out": out, "seeds": seeds, "quick": quick})
+    def run_demo(out: Path, seeds: int, *, quick: bool, processes: int) -> None:
+        noted.append({"out": out, "seeds": seeds, "quick": quick, "processes": processes})
 
     monkeypatch.setattr("neuronscope.demo.program.run_demo", run_demo)
     return noted
@@ -29,9 +29,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        ("demo", {"out": Path("runs/demo"), "seeds": 5, "quick": False}),
-        ("demo --out x/y --seeds 3", {"out": Path("x/y"), "seeds": 3, "quick": False}),
-        ("demo --quick", {"out": Path("runs/demo"), "seeds": 5, "quick": True}),
+        ("demo", {"out": Path("runs/demo"), "seeds": 5, "quick": False, "processes": 2}),
+        ("demo --out x/y --seeds 3", {"out": Path("x/y"), "seeds": 3, "quick": False, "processes": 2}),
+        ("demo --quick --processes 1", {"out": Path("runs/demo"), "seeds": 5, "quick": True, "processes": 1}),
     ],
 )
 def test_the_demo_command_passes_its_options_on(
@@ -46,6 +46,7 @@ def test_the_demo_command_passes_its_options_on(
     [
         ("demo --seeds 0", "at least 1"),
         ("demo --seeds two", "at least 1"),
+        ("demo --processes 0", "at least 1"),
         ("demo --sedes 3", "--sedes"),
         ("nonsense", "demo"),
     ],

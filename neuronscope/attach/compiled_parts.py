@@ -118,14 +118,11 @@ class CompiledParts:
         tracing: Whether what is being traced is a part of the model, and not its own forward.
         met_unknown: Whether a part was traced that is no module with hooks. Of its inputs nothing is known then,
             because its graph would serve others too.
-        alone: The ``id`` of each module whose forward was traced by itself though it is not compiled: a graph broke
-            around it. (Torch would compile what a ``WeakSet`` does in Python.)
     """
 
     def __init__(self, flow: NeuronFlow, ordinals: Ordinals) -> None:
         self.inputs = ""
         self.exist = self.tracing = self.met_unknown = self._whole = False
-        self.alone: set[int] = set()
         self._flow = flow
         self._ordinals = ordinals
         self._pre_activations: list[GivenPreActivations] = []  # in the graph that is being traced, of each offer
@@ -152,11 +149,6 @@ class CompiledParts:
     def _start(self) -> None:
         self._last, self._given, self._returned, self._passed = (), (), None, 0
 
-    @property
-    def may_call_modules(self) -> bool:
-        """Whether compiled code may be running that calls modules in eager code: where a graph breaks inside them."""
-        return self._whole or bool(self._running)
-
     def begin_graph(self, is_model: bool, code: CodeType, owner: Any) -> None:
         """Note that a graph begins to be traced.
 
@@ -176,8 +168,6 @@ class CompiledParts:
         self.met_unknown |= not known
         if not known:
             self._flow.hide_units()
-            if isinstance(owner, nn.Module):
-                self.alone.add(id(owner))
         self._before = len(self._flow.layers), self._flow.read, dict(self._ordinals)
         self._pre_activations = [{} for _ in self._offers()]
 

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code, set_eval_frame
 from torch._dynamo import OptimizedModule
 from torch._dynamo.comptime import ComptimeContext, comptime
+from torch._dynamo.eval_frame import skip_code
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from neuronscope.attach.tensor_map import TensorMap
@@ -35,6 +37,7 @@ __all__ = [
     "TracedEnd",
     "ask_modes_about",
     "code_of_forward",
+    "compiles_here",
     "comptime",
     "count_compilations",
     "enters_graph",
@@ -45,6 +48,8 @@ __all__ = [
     "is_compiled",
     "is_tracing",
     "skip_frames",
+    "skip_when_hooked",
+    "stop_skipping",
     "thread_id",
     "trace_attempt",
     "traced_call",
@@ -153,6 +158,19 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or isinstance(module, OptimizedModule)
 
 
+def compiles_here(*, may_break: bool = False) -> bool:
+    """Whether ``torch.compile`` compiles what this thread calls now, or runs what it has compiled before.
+
+    Args:
+        may_break: Whether only a compiler counts that may break a graph.
+    """
+    compiler = set_eval_frame(None)
+    set_eval_frame(compiler)
+    if compiler is None or not may_break:
+        return compiler is not None
+    return not getattr(getattr(compiler, "_torchdynamo_orig_backend", None), "_one_graph", False)
+
+
 def count_compilations() -> tuple[int, int]:
     """Return how many frames and graphs ``torch.compile`` has traced in this process so far."""
     convert = sys.modules.get("torch._dynamo.convert_frame")
@@ -169,14 +187,48 @@ def skip_frames(modules: Iterable[ModuleType]) -> None:
     function that they call as a graph of its own. That gains nothing, costs guards, and makes torch warn about the
     tensors that a hook receives.
     """
-    from torch._dynamo.eval_frame import skip_code
-
     for module in modules:
         codes = [inspect.unwrap(function).__code__ for function in _functions(module)]
         while codes:
             code = codes.pop()
             skip_code(code)
             codes.extend(part for part in code.co_consts if isinstance(part, CodeType))  # functions in it, generators
+
+
+_skipped: Counter[CodeType] = Counter()  # how many modules with hooks of ours run each
+
+
+def skip_when_hooked(module: nn.Module) -> CodeType | None:
+    """Let ``torch.compile`` treat a module of torch's own as if it had no hooks, until :func:`stop_skipping`.
+
+    If eager code calls such a module behind a graph break, torch runs it as it is, but compiles it if it has a hook. A
+    compiled one draws other random numbers, and one that works in place may fail in its backward pass.
+
+    Args:
+        module: A module that gets hooks.
+
+    Returns:
+        For :func:`stop_skipping`; ``None`` if it is no module of torch's own.
+    """
+    code = code_of_forward(module)
+    if code is None or not type(module).__module__.startswith(("torch.nn.", "torch.ao.")):
+        return None
+    _skipped[code] += 1
+    skip_code(code)
+    return code
+
+
+def stop_skipping(codes: Iterable[CodeType]) -> None:
+    """Undo what :func:`skip_when_hooked` did.
+
+    Args:
+        codes: What it returned, once for each call.
+    """
+    for code in codes:
+        _skipped[code] -= 1
+        if not _skipped[code]:
+            del _skipped[code]
+            reset_code(code)
 
 
 def ask_modes_about(functions: Iterable[Callable[..., Any]]) -> None:

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from threading import get_ident
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,16 +24,19 @@ from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.call_arguments import CallArguments
 from neuronscope.attach.compiling import (
     code_of_forward,
+    compiles_here,
     count_compilations,
     is_compiled,
     is_tracing,
+    skip_when_hooked,
+    stop_skipping,
     unwatched,
 )
 from neuronscope.attach.dtensor import is_tensor_parallel, sharded_dims
 from neuronscope.attach.examples import ExampleCounter, is_time_first
 from neuronscope.attach.function_mode import ActivationFunctionMode
 from neuronscope.attach.fused_calls import FUSABLE, REASON, HiddenHooks, hidden_activation, last_weight
-from neuronscope.attach.hook_handles import HookHandles
+from neuronscope.attach.hook_handles import HookHandles, looks_at_hooks
 from neuronscope.attach.interrupts import CallStack, is_on_stack
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -127,6 +130,8 @@ class HookManager:
         self._step_open = False  # in the counted thread
         self._handles = HookHandles()
         self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._skipped: list[CodeType] = []  # see `skip_when_hooked`
+        self._opened: set[int] = set()  # the `id` of each module that `_hook_parts_of` has seen
         self._model = weakref.ref(model)
         self.note_weights: Callable[[], None] | None = None  # called when the model's own forward begins
         self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
@@ -148,6 +153,7 @@ class HookManager:
                     "a scripted or traced module hides its activations from hooks: watch the module it was made of",
                 )
                 hidden.append(path)
+                self._hooked.add(module)
                 continue
             if isinstance(module, _FUSED) and type(module).forward.__module__ == _FUSED[0].__module__:
                 self.recorder.unmeasured.reasons[path or "(root)"] = (
@@ -159,6 +165,7 @@ class HookManager:
                 self._handles.add_before(module, SuspendInside(self))
                 self._handles.add_after(module, ResumeInside(self))
                 hidden.append(path)
+                self._hooked.add(module)
                 continue
             activation = self.registry.of_module(module)
             self._hook(module, path, activation)
@@ -173,11 +180,37 @@ class HookManager:
         model = self._model()
         self.recorder.forward.parts.met_unknown = False
         for path, module in () if model is None else walk(model):
-            if path and self._is_traced_alone(module) and module not in self._hooked:
+            if path and is_compiled(module) and module not in self._hooked:
                 self._hook(module, path, None)
 
-    def _is_traced_alone(self, module: nn.Module) -> bool:
-        return is_compiled(module) or id(module) in self.recorder.forward.parts.alone
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _hook_parts_of(self, module: nn.Module) -> None:
+        """Put hooks on what a module calls that has none: behind a graph break torch compiles each of these by itself.
+
+        Torch's own modules have no graph of their own then.
+
+        Args:
+            module: A module that runs in eager code while torch compiles what it calls.
+        """
+        self._opened.add(id(module))
+        for part in () if looks_at_hooks(module) else module.children():
+            if part in self._hooked or looks_at_hooks(part):
+                continue
+            if type(part).forward.__module__.startswith("torch."):
+                self._hook_parts_of(part)
+            else:
+                self._hook_part(part)
+
+    def _hook_part(self, module: nn.Module) -> None:
+        self._note_hooked(module)
+        self._handles.add_before(module, EnterPart(self))
+        self._handles.add_after(module, LeavePart(self))
+
+    def _note_hooked(self, module: nn.Module) -> None:
+        self._hooked.add(module)
+        code = skip_when_hooked(module)
+        if code is not None:
+            self._skipped.append(code)
 
     def _is_part(self, owner: Any) -> bool:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
@@ -188,12 +221,10 @@ class HookManager:
         """Put hooks on a module, if it needs any."""
         is_root = path == ""
         if activation is None and not is_root and not _names_places(module):
-            if self._is_traced_alone(module):
-                self._hooked.add(module)
-                self._handles.add_before(module, EnterPart(self))
-                self._handles.add_after(module, LeavePart(self))
+            if is_compiled(module):
+                self._hook_part(module)
             return
-        self._hooked.add(module)
+        self._note_hooked(module)
         if activation is None or is_root:
             enter = EnterFusable if isinstance(module, FUSABLE) else EnterModule
             self._handles.add_before(module, enter(self, path))
@@ -208,6 +239,8 @@ class HookManager:
         self.set_observing(False)
         self._handles.remove(self._model())
         stop_allowing_scripting(self)
+        stop_skipping(self._skipped)
+        self._skipped = []
         self.recorder.close()
 
     def pause(self, steps: int) -> None:
@@ -396,9 +429,24 @@ class HookManager:
                 self._attach_to_late_parts()
         if self.recorder.forward.enter(path, module, args, kwargs) and not self.recorder.forward.exporting:
             self.entered.enter(handling=self._mode.handling)
-        parts = self.recorder.forward.parts
-        if caller is not None and (self._is_traced_alone(module) or (path != "" and parts.may_call_modules)):
-            parts.enter(module, args, kwargs, (self.recorder.running_phase,))
+        if caller is not None and (is_compiled(module) or compiles_here()):
+            self.enter_part(module, args, kwargs, is_root=path == "")
+
+    def enter_part(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_root: bool = False
+    ) -> None:
+        """Note that a module begins to run in eager code, and that it or what it calls may be compiled.
+
+        Args:
+            module: The module.
+            args: Positional arguments of its forward.
+            kwargs: Keyword arguments of its forward.
+            is_root: Whether it is the model.
+        """
+        if id(module) not in self._opened and compiles_here(may_break=True):
+            self._hook_parts_of(module)
+        if not is_root or is_compiled(module):
+            self.recorder.forward.parts.enter(module, args, kwargs, (self.recorder.running_phase,))
 
     def enter_fused(self, path: str, module: nn.Module, x: Any) -> None:
         """Stand aside during a call that torch runs in a fused kernel.

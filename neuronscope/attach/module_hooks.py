@@ -101,7 +101,7 @@ class LeaveModule(InertHook):
 
 
 class EnterPart(InertHook):
-    """A hook on a compiled module whose path names no place, when it begins."""
+    """A hook on a module whose path names no place, and that is compiled by itself, when it begins."""
 
     def __init__(self, manager: HookManager) -> None:
         self.manager = manager
@@ -110,8 +110,7 @@ class EnterPart(InertHook):
         if not is_tracing() and self.manager.is_counted_here():
             try:
                 if self.manager.runs(sys._getframe(1)):
-                    recorder = self.manager.recorder
-                    recorder.forward.parts.enter(module, args, kwargs, (recorder.running_phase,))
+                    self.manager.enter_part(module, args, kwargs)
             except Exception as error:
                 self.manager.fail(error)
 

@@ -241,6 +241,11 @@ class NeuronFlow:
         for key, (tensor, origin) in self._hidden.entries.items():
             self._origins.entries[key] = tensor, origin.without_units(LOST)
 
+    @property
+    def hides_units(self) -> bool:
+        """Whether :meth:`hide_units` holds."""
+        return self._hidden is not None
+
     def unhide_units(self) -> None:
         """Take back what :meth:`hide_units` did; what was noted since stays."""
         if self._hidden is not None:

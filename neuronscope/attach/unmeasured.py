@@ -99,6 +99,14 @@ class Unmeasured:
             what = "parameters alone" if state == WEIGHT else "several units together"
             self.not_neurons.setdefault(place, f"its input was computed from {what}")
             return False
+        if self._flow.hides_units:
+            self.note(
+                place,
+                "torch.compile traced it by itself, behind a graph break or as a function of its own, so that its "
+                "graph serves inputs of any layer: have no graph break around it, or declare the axis of its neurons, "
+                f"as in `axes={{{place!r}: 1}}`",
+            )
+            return False
         if is_module:
             return True
         if state in (RAW, CONSTANT):

@@ -6,22 +6,24 @@ import argparse
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from neuronscope.checkpoints.data.user_code import describe_exception
+from neuronscope.command_output import (
+    EXIT_OK,
+    add_check_option,
+    add_output_options,
+    check_dead,
+    check_targets,
+    write_report,
+)
 from neuronscope.errors import CheckpointError, UsageError
-from neuronscope.output import check_writable, print_and_flush, write_file
 
 if TYPE_CHECKING:
-    from neuronscope.checkpoints.postmortem_report import PostmortemReport
     from neuronscope.checkpoints.progress import Progress
 
 __all__ = ["add_postmortem"]
-
-EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,18 +104,12 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         action="store_true",
         help="allow full unpickling; this runs code in the file, so only for files that you trust",
     )
-    command.add_argument("--html", type=Path, metavar="F", help="write an HTML page")
-    command.add_argument("--json", type=Path, metavar="F", help="write the whole report as JSON")
-    command.add_argument("--markdown", type=Path, metavar="F", help="write Markdown")
-    command.add_argument(
-        "--fail-above",
-        type=_percentage,
-        metavar="PCT",
-        help=(
-            "exit with code 1 if more than PCT percent of all neurons are dead, never trained or without gradient, if "
-            "a whole layer has collapsed, or if any neuron is NaN or infinite. Proved, measured and inferred verdicts "
-            "count; suspected ones and layers that get no gradient as a whole do not"
-        ),
+    add_output_options(command)
+    add_check_option(
+        command,
+        "more than PCT percent of all neurons are dead, never trained or without gradient, if a whole layer has "
+        "collapsed, or if any neuron is NaN or infinite. Proved, measured and inferred verdicts count; suspected ones "
+        "and layers that get no gradient as a whole do not",
     )
     command.set_defaults(call=_run)
 
@@ -121,10 +117,7 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def _run(parsed: argparse.Namespace) -> int:
     from neuronscope.checkpoints.run import postmortem  # loads torch
 
-    targets: list[tuple[Path, str]] = [
-        (path, kind) for kind in ("html", "json", "markdown") if (path := getattr(parsed, kind)) is not None
-    ]
-    _write_all((path, partial(check_writable, path)) for path, _ in targets)  # before the long work begins
+    check_targets(parsed)
     with _progress_bars() as progress:
         try:
             report = postmortem(
@@ -147,66 +140,12 @@ def _run(parsed: argparse.Namespace) -> int:
             raise UsageError(
                 f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
             ) from error
-    tasks: list[tuple[Path | str, Callable[[], None]]] = [
-        ("to standard output", lambda: print_and_flush(f"{report}\n"))
-    ]
-    tasks += [(path, partial(_write, report, kind, path)) for path, kind in targets]
-    _write_all(tasks)
+    write_report(report, parsed)
     unreadable = [] if report.timeline is None else [one for one in report.timeline.left_out if one.unreadable]
     if unreadable:
         reasons = "; ".join(one.reason.rstrip(".") for one in unreadable[:3])
         raise CheckpointError(f"Left out, since it could not be read ({len(unreadable)} in all): {reasons}.")
-    return EXIT_OK if parsed.fail_above is None else _check(report, parsed.fail_above)
-
-
-def _write(report: PostmortemReport, kind: str, path: Path) -> None:
-    if kind == "markdown":
-        write_file(path, report.to_markdown())
-    else:
-        (report.to_json if kind == "json" else report.to_html)(path)
-
-
-def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
-    """Write to every target, even if one before it failed.
-
-    Args:
-        tasks: The name of each target for messages, and a function that writes to it.
-
-    Raises:
-        UsageError: Some targets cannot be written to.
-    """
-    failures = [failure for target, write in tasks if (failure := _try_write(target, write)) is not None]
-    if failures:
-        raise UsageError(f"Cannot write {'; '.join(failures)}.")
-
-
-def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
-    """Write to one target, and return why it failed, or ``None``."""
-    try:
-        write()
-    except OSError as error:
-        return f"{target}: {error.strerror or error}"
-    return None
-
-
-def _check(report: PostmortemReport, limit: float) -> int:
-    """Return the exit code of ``--fail-above``, and print to standard error why the check failed."""
-    dead = report.dead_percent
-    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead"
-    if report.not_finite:
-        print(f"neuronscope: failed: {report.not_finite:,} neurons are NaN or infinite; {counted}.", file=sys.stderr)
-        return EXIT_FAILED
-    if report.collapsed:
-        which = f"layer{'s' if len(report.collapsed) > 1 else ''} {', '.join(report.collapsed[:3])}"
-        more = f" and {len(report.collapsed) - 3} more" if len(report.collapsed) > 3 else ""
-        print(f"neuronscope: failed: {which}{more} collapsed, no neuron is left; {counted}.", file=sys.stderr)
-        return EXIT_FAILED
-    if math.isnan(dead):
-        raise UsageError("Expected neurons to compare with --fail-above, but no layer was examined.")
-    if dead > limit:
-        print(f"neuronscope: failed: {counted}, more than {limit:g} %.", file=sys.stderr)
-        return EXIT_FAILED
-    return EXIT_OK
+    return EXIT_OK if parsed.fail_above is None else check_dead(report, parsed.fail_above, report.not_finite)
 
 
 @contextlib.contextmanager
@@ -238,14 +177,4 @@ def _seconds(text: str) -> float:
         number = math.nan
     if not 0.0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, but got {text!r}")
-    return number
-
-
-def _percentage(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.0 <= number <= 100.0:
-        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, but got {text!r}")
     return number

@@ -30,7 +30,7 @@ SCHEMA_VERSION = 2
 LEVELS = {"file": "the checkpoint alone", "model": "the checkpoint and the model", "data": "the model over data"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PostmortemReport(Renderable):
     """Which neurons of a checkpoint are dead, since when, how sure that is, and why.
 
@@ -55,7 +55,10 @@ class PostmortemReport(Renderable):
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        **{name: f"neuronscope.checkpoints.writers.postmortem_{name}" for name in ("terminal", "markdown", "html")},
+        **{
+            name: f"neuronscope.checkpoints.writers.postmortem_{name}"
+            for name in ("terminal", "markdown", "html", "table", "figure")
+        },
         "json": "neuronscope.writers.json",
     }
 
@@ -150,6 +153,11 @@ class PostmortemReport(Renderable):
     def dead_by_basis(self) -> dict[str, int]:
         """Return the number of dead neurons by basis, the surest basis first."""
         return {basis: sum(layer.dead_by_basis()[basis] for layer in self.headline_layers) for basis in FIRM}
+
+    def _in_short(self) -> str:
+        collapsed = f"; {len(self.collapsed)} collapsed" if self.collapsed else ""
+        broken = f"; {self.not_finite} NaN or infinite" if self.not_finite else ""
+        return f"on {self.path!r}: {self.dead} of {self.neurons} neurons dead{collapsed}{broken}"
 
     def __getitem__(self, name: str) -> LayerReport:
         """Return the layer with this name, or the one whose neurons were seen at the site with this name.

@@ -172,6 +172,7 @@ class _What:
     wake: WakeOptions | None
     example: Any
     progress: Progress | None
+    steps: tuple[int, ...] = ()  # of the earlier checkpoints
 
 
 class _Examined(NamedTuple):
@@ -221,6 +222,7 @@ def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> Post
         try:
             checkpoint = open_checkpoint(chosen.path, trust=trust)
             given = what if is_last else replace(what, wake=None, fixed_data=False)
+            given = replace(given, steps=tuple(one.step for one in selection.chosen[: number - 1]))
             report, gradients = _examine(checkpoint, before, given)
         except CheckpointError as error:
             left_out.append(LeftOut(str(chosen.path), str(error), True))
@@ -337,6 +339,7 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
             *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
         },
         observed_every=max(map(observed_every, records), default=1),
+        checkpoints={*what.steps, *(saved for report in records for saved in report.checkpoints)},
     )
     report = PostmortemReport(
         path=str(checkpoint.path),

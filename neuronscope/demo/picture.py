@@ -1,4 +1,4 @@
-"""Draw the demo's picture with matplotlib: dead and dormant neurons over time, test accuracy, dead neurons by layer."""
+"""Draw the demo's picture with matplotlib: dead and dormant neurons over time, and all variants at the end."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronscope.demo.conclusions import headline
-from neuronscope.demo.results import Comparison, Moment
+from neuronscope.demo.results import Comparison, Moment, Run
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import percent
-from neuronscope.writers.pictures.axis import spread, ticks
+from neuronscope.writers.pictures.axis import spread
 from neuronscope.writers.pictures.colours import (
+    ALIVE_LOW,
+    DEAD,
+    DORMANT,
     FRAME,
     INK,
     MUTED,
@@ -23,9 +26,7 @@ from neuronscope.writers.pictures.colours import (
     SERIES,
     UNSEEN_STRIPE,
     Colour,
-    ink_on,
     mix,
-    share_colours,
 )
 
 if TYPE_CHECKING:
@@ -34,21 +35,18 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_png", "draw_comparison", "house_style", "import_matplotlib"]
 
-#: The variants in the picture and their short names; more curves could not be told apart.
-_SHOWN = {
-    "ReLU": "ReLU",
-    "LeakyReLU": "LeakyReLU",
-    "GELU": "GELU",
-    "SiLU": "SiLU",
-    "Mish": "Mish",
-    "Tanh": "Tanh",
-    "ReLU-BatchNorm": "ReLU + BN",
-    "ReLU-no-spike": "no spike",
+#: The variants that have lines, their short names and colours; more lines could not be told apart.
+_LINES = {
+    "ReLU": ("ReLU", SERIES[0]),
+    "GELU": ("GELU", SERIES[2]),
+    "SiLU": ("SiLU", SERIES[3]),
+    "ReLU-BatchNorm": ("ReLU + BN", SERIES[6]),
+    "ReLU-no-spike": ("no spike", SERIES[7]),
 }
-#: Each variant has the same colour in every picture.
-_COLOURS = dict(zip(_SHOWN, SERIES, strict=False))
 
-_INCHES, _DPI = (12.8, 7.2), 150
+_INCHES, _DPI = (9.6, 6.4), 200
+_BARS = (0.665, 0.085, 0.09, 0.68)  # left, bottom, width and height, as fractions of the picture
+_ROWS_FROM = 0.48  # where the names left of the bars begin
 _LABEL_POINTS = 14.5  # minimum distance between the labels at the ends of lines
 
 
@@ -106,7 +104,7 @@ def house_style() -> Iterator[None]:
 
 @house_style()
 def comparison_png(result: Comparison) -> bytes:
-    """Return the picture of a comparison as PNG, 1920 x 1080 pixels.
+    """Return the picture of a comparison as PNG, 1920 x 1280 pixels.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -127,11 +125,11 @@ def draw_comparison(result: Comparison) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, dpi=_DPI)
-    figure.text(0.03, 0.937, headline(result), fontsize=18, fontweight="bold")
-    figure.text(0.03, 0.894, _subtitle(result), fontsize=11, color=_hex(MUTED))
-    names = [name for name in result.labels if name in _SHOWN]
-    lines = figure.add_gridspec(2, 1, left=0.066, right=0.5, top=0.805, bottom=0.095, hspace=0.24, height_ratios=(4, 3))
-    tables = figure.add_gridspec(2, 1, left=0.765, right=0.975, top=0.805, bottom=0.13, hspace=0.44)
+    title, _, share = headline(result).partition(": ")
+    figure.text(0.03, 0.925, title, fontsize=21, fontweight="bold")
+    figure.text(0.03, 0.873, f"{share[:1].upper()}{share[1:]}", fontsize=12.5)
+    lines = figure.add_gridspec(2, 1, left=0.07, right=0.315, top=0.765, bottom=0.155, hspace=0.36)
+    names = [name for name in result.networks if name in _LINES]
     dead, dormant = figure.add_subplot(lines[0]), figure.add_subplot(lines[1])
     _draw_shares(dead, result, names, "Dead neurons", lambda moment: moment.dead)
     _draw_shares(dormant, result, names, "Dormant neurons, not dead", lambda moment: moment.dormant)
@@ -142,22 +140,19 @@ def draw_comparison(result: Comparison) -> Figure:
         panel.axvspan(before, after, color=_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
     spike = f"learning rate × {result.recipe['spike_factor']:g}"
     dead.annotate(
-        spike, (before, 1), (0, 5), xycoords=("data", "axes fraction"), textcoords="offset points", color=_hex(MUTED)
+        spike, (before, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+        color=_hex(MUTED), fontsize=9.5,
     )  # fmt: skip
-    _draw_accuracy(figure.add_subplot(tables[0]), result, names)
-    _draw_layers(figure.add_subplot(tables[1]), result, names)
-    seeds = len(result.seeds)
-    note = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
-    figure.text(0.975, 0.028, note, ha="right", color=_hex(MUTED))
+    _draw_ends(figure.add_axes(_BARS), result)
+    figure.text(0.03, 0.03, _subtitle(result), fontsize=9.5, color=_hex(MUTED))
     return figure
 
 
 def _subtitle(result: Comparison) -> str:
     recipe, seeds = result.recipe, len(result.seeds)
-    return (
-        f"MLP of {recipe['layers']} × {recipe['width']} neurons on {recipe['images']} handwritten digits, Adam; "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, the same initial weights and batches for all"
-    ) + ("; no spike: ReLU without it" if "ReLU-no-spike" in result.labels else "")
+    return f"MLP of {recipe['layers']} hidden layers on {recipe['images']} handwritten digits, Adam; " + (
+        f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
+    )
 
 
 def _draw_shares(
@@ -172,18 +167,19 @@ def _draw_shares(
         title: Title of the panel.
         counts: A function that returns the affected neurons in each layer at a moment.
     """
-    panel.set_title(title, x=-0.083, pad=14)
+    panel.set_title(title, x=-0.163, pad=18)
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
     ends: list[tuple[float, str, str]] = []
     for name in names:
-        shares = np.array([[100 * sum(counts(scan)) / result.neurons for scan in run.scans] for run in result.of(name)])
+        size = result.networks[name].neurons
+        shares = np.array([[100 * sum(counts(scan)) / size for scan in run.scans] for run in result.of(name)])
         mean, deviation = shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else 0.0
-        colour = _hex(_COLOURS[name])
+        label, colour = _LINES[name][0], _hex(_LINES[name][1])
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
-        panel.plot(steps, mean, style, color=colour, label=_SHOWN[name], clip_on=False)
-        ends.append((float(mean[-1]), f"{_SHOWN[name]}  {percent(float(mean[-1]))}", _text_colour(name)))
+        panel.plot(steps, mean, style, color=colour, label=label, clip_on=False)
+        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1]))}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
     panel.yaxis.set_major_formatter("{x:g}%")
@@ -209,57 +205,54 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
         )  # fmt: skip
 
 
-def _draw_accuracy(panel: Axes, result: Comparison, names: list[str]) -> None:
-    """Draw the test accuracy of each variant as a dot with its deviation, and write the numbers next to it."""
-    panel.set_title("Test accuracy, %", x=-0.36, pad=14)
-    panel.grid(axis="y", visible=False)
-    for index, name in enumerate(names):
-        accuracy = result.spread(name, lambda run: 100 * run.accuracy)
-        panel.errorbar(
-            accuracy.mean, index, xerr=accuracy.deviation, fmt="o", color=_hex(_COLOURS[name]), markersize=7,
-            elinewidth=2.6, ecolor=_hex(mix(_COLOURS[name], PAPER, 0.35)),
-        )  # fmt: skip
-        text = f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}")
-        panel.annotate(text, (1, index), xycoords=("axes fraction", "data"), ha="right", va="center_baseline")
-    panel.margins(x=0.1)
-    low, high = panel.get_xlim()
-    panel.set_xlim(low, high + 0.6 * (high - low))  # room for the texts
-    panel.set_xticks(ticks(low, high, 3))
-    panel.xaxis.set_major_formatter("{x:g}")
-    _name_rows(panel, names)
-
-
-def _draw_layers(panel: Axes, result: Comparison, names: list[str]) -> None:
-    """Draw a table of the percentage of dead neurons in each layer at the end, with cells coloured by value."""
-    panel.set_title("Dead by layer at the end, %", x=-0.36, pad=10)
+def _draw_ends(panel: Axes, result: Comparison) -> None:
+    """Draw each variant at the end as a row: a bar of its dead and dormant neurons, and the numbers next to it."""
+    panel.set_title("At the end, %", x=(_ROWS_FROM - _BARS[0]) / _BARS[2], pad=18)
     panel.grid(visible=False)
-    width = result.recipe["width"]
-    shares = np.array([result.by_layer(name, lambda run: run.end.dead) for name in names]) / width
-    colours = share_colours(shares)
-    panel.imshow(colours, aspect="auto", interpolation="nearest")
-    for row, layer in np.ndindex(shares.shape):
-        red, green, blue = (int(channel) for channel in colours[row, layer])
-        text = percent(100.0 * float(shares[row, layer])).rstrip(" %")
-        panel.text(
-            layer, row, text, ha="center", va="center_baseline", fontsize=10, color=_hex(ink_on((red, green, blue)))
+    columns: list[tuple[float, str, Colour, Callable[[str], str]]] = [
+        (0.797, "dead", DEAD, lambda name: _percentage(result, name, lambda run: run.end.dead)),
+        (
+            0.872,
+            "dormant",
+            mix(DORMANT, INK, 0.35),
+            lambda name: _percentage(result, name, lambda run: run.end.dormant),
+        ),
+        (0.98, "accuracy", INK, lambda name: _accuracy(result, name)),
+    ]
+    for row, (name, network) in enumerate(result.networks.items()):
+        dead, dormant = (
+            result.share(name, counts) for counts in (lambda run: run.end.dead, lambda run: run.end.dormant)
         )
-    for edge in np.arange(0.5, shares.shape[0] - 1):
-        panel.axhline(edge, color=_hex(PAPER), linewidth=2)
-    for edge in np.arange(0.5, shares.shape[1] - 1):
-        panel.axvline(edge, color=_hex(PAPER), linewidth=2)
-    panel.set_xticks(range(shares.shape[1]), [str(layer + 1) for layer in range(shares.shape[1])])
-    panel.set_xlabel("layer")
-    _name_rows(panel, names)
+        for start, length, fill in ((0, 1, ALIVE_LOW), (0, dead, DEAD), (dead, dormant, DORMANT)):
+            panel.barh(row, length, 0.66, start, color=_hex(fill))
+        colour, weight = (_text_colour(name), "bold") if name in _LINES else (_hex(INK), "normal")
+        panel.annotate(
+            network.label, (_ROWS_FROM, row), xycoords=("figure fraction", "data"), va="center_baseline", color=colour,
+            fontweight=weight,
+        )  # fmt: skip
+        for place, _, _, cell in columns:
+            panel.annotate(
+                cell(name), (place, row), xycoords=("figure fraction", "data"), ha="right", va="center_baseline"
+            )  # fmt: skip
+    for place, heading, ink, _ in columns:
+        panel.annotate(
+            heading, (place, 1), (0, 4), xycoords=("figure fraction", "axes fraction"), textcoords="offset points",
+            ha="right", color=_hex(ink), fontsize=9.5, fontweight="bold",
+        )  # fmt: skip
+    panel.set_xlim(0, 1)
+    panel.set_ylim(len(result.networks) - 0.5, -0.5)
+    panel.set_xticks([])
+    panel.set_yticks([])
 
 
-def _name_rows(panel: Axes, names: list[str]) -> None:
-    """Label the rows in the colours of the lines, the first at the top."""
-    panel.set_ylim(len(names) - 0.5, -0.5)
-    panel.set_yticks(range(len(names)), [_SHOWN[name] for name in names])
-    panel.tick_params(axis="y", pad=0)
-    for name, label in zip(names, panel.get_yticklabels(), strict=True):
-        label.set(color=_text_colour(name), ha="left", x=-0.36)
+def _percentage(result: Comparison, name: str, counts: Callable[[Run], tuple[int, ...]]) -> str:
+    return percent(100.0 * result.share(name, counts)).rstrip(" %")
+
+
+def _accuracy(result: Comparison, name: str) -> str:
+    accuracy = result.spread(name, lambda run: 100 * run.accuracy)
+    return f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}")
 
 
 def _text_colour(name: str) -> str:
-    return _hex(mix(_COLOURS[name], INK, 0.2))
+    return _hex(mix(_LINES[name][1], INK, 0.2))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neuronscope.demo.compare import compare
-from neuronscope.demo.conclusions import findings
+from neuronscope.demo.conclusions import findings, headline
 from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.picture import comparison_png, import_matplotlib
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, Variant
@@ -31,7 +31,13 @@ _PIPE_WIDTH = 120
 
 
 def run_demo(
-    out: Path, seeds: int = 5, *, quick: bool = False, recipe: Recipe | None = None, console: Console | None = None
+    out: Path,
+    seeds: int = 5,
+    *,
+    quick: bool = False,
+    recipe: Recipe | None = None,
+    console: Console | None = None,
+    processes: int = 1,
 ) -> Comparison:
     """Train all variants, show the comparison and return it.
 
@@ -41,6 +47,8 @@ def run_demo(
         quick: Whether to train ReLU, GELU and SiLU only.
         recipe: The settings that all runs share; by default those of :class:`Recipe`.
         console: Where to print; standard output by default.
+        processes: Number of processes that train; 1 = this one. The results do not depend on it. If it is not 1, the
+            main module of the program must be one that can be imported.
 
     Raises:
         MissingExtraError: scikit-learn or matplotlib is not installed.
@@ -60,7 +68,7 @@ def run_demo(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with matrices this small, more threads are slower
     try:
-        result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console)
+        result, reports = compare(variants, range(seeds), data, recipe, out / LOGS, console, processes)
     finally:
         torch.set_num_threads(threads)
     write_file(out / RESULTS, json.dumps(result.to_dict(), allow_nan=False) + "\n")
@@ -98,6 +106,8 @@ def _announce(console: Console, variants: list[Variant], seeds: int, recipe: Rec
 
 
 def _conclude(console: Console, result: Comparison, out: Path) -> None:
+    console.print()
+    console.print(Text(f"{headline(result)}.", style="bold"))
     for table in (main_table(result, console.width), layer_table(result, console.width)):
         console.print()
         console.print(table)

@@ -1,7 +1,8 @@
 """Define the experiment: one network, one optimizer, one spike of the learning rate, and the activations to compare.
 
-All variants of a seed start with the same weights and see the same batches. No neuron is made dead on purpose: neurons
-die in training, in two epochs at twenty times the learning rate, in a deep network without normalisation.
+All variants of a seed see the same batches, and all that have the same layers start with the same weights. No neuron is
+made dead on purpose: neurons die in training, in two epochs at twenty times the learning rate, in a deep network
+without normalisation.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["QUICK", "VARIANTS", "Recipe", "Variant", "build_network"]
+from neuronscope.attach.activations import Activation
+
+__all__ = ["ACTIVATIONS", "QUICK", "VARIANTS", "Recipe", "SwiGLU", "Variant", "build_classifier", "build_network"]
 
 _PIXELS, _DIGITS = 64, 10
+
+#: What Neuronscope does not know as an activation: the demo counts the neurons of "no activation" too.
+ACTIVATIONS = {nn.Identity: Activation("identity", "leaky")}
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Recipe:
 
     Attributes:
         layers: Number of hidden layers.
-        width: Number of neurons in each.
+        width: Number of neurons in each; gated networks have fewer, see :meth:`Variant.width`.
         epochs: Number of passes over the training images.
         batch_size: Number of images in a batch.
         learning_rate: Learning rate of Adam.
@@ -40,11 +47,6 @@ class Recipe:
     spike_factor: float = 20.0
     spike_epochs: tuple[int, int] = (6, 7)
 
-    @property
-    def neurons(self) -> int:
-        """Number of hidden neurons of a network."""
-        return self.layers * self.width
-
     def rate(self, epoch: int, *, spike: bool) -> float:
         """Return the learning rate of an epoch.
 
@@ -56,6 +58,15 @@ class Recipe:
         return self.learning_rate * (self.spike_factor if spike and first <= epoch <= last else 1.0)
 
 
+class SwiGLU(nn.Module):
+    """Gate one half of the features with SiLU of the other: ``(…, 2 · N)`` → ``(…, N)``, as :class:`torch.nn.GLU`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated products."""
+        value, gate = x.chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+
 @dataclass(frozen=True)
 class Variant:
     """Describe one variant of the comparison.
@@ -64,25 +75,52 @@ class Variant:
         name: Name in folders and JSON.
         label: Name in tables and sentences.
         activation: A function that makes an activation module.
+        gated: Whether the activation makes one neuron of two features.
         batch_norm: Whether each layer is normalised over the batch before its activation.
+        layer_norm: Whether each layer's neurons are normalised after the activation, image by image.
         spike: Whether the learning rate has the spike.
     """
 
     name: str
     label: str
     activation: Callable[[], nn.Module]
+    gated: bool = False
     batch_norm: bool = False
+    layer_norm: bool = False
     spike: bool = True
 
+    def width(self, recipe: Recipe) -> int:
+        """Return the number of neurons in a layer: the recipe's, or with gates as many as cost the same parameters.
 
+        Args:
+            recipe: The settings that all runs share.
+        """
+        if not self.gated:
+            return recipe.width
+
+        def parameters(width: int, features: int) -> int:
+            return (_PIXELS + 1) * features + (width + 1) * ((recipe.layers - 1) * features + _DIGITS)
+
+        wanted = parameters(recipe.width, recipe.width)
+        return min(range(1, recipe.width + 1), key=lambda width: abs(parameters(width, 2 * width) - wanted))
+
+
+# Six layers of SwiGLU need a norm between them: each multiplies what it is given with itself, so that without one the
+# output grows like the 64th power of the input. In transformers a norm stands before each, too.
 VARIANTS = (
     Variant("ReLU", "ReLU", nn.ReLU),
-    Variant("LeakyReLU", "LeakyReLU", nn.LeakyReLU),
     Variant("GELU", "GELU", nn.GELU),
     Variant("SiLU", "SiLU", nn.SiLU),
     Variant("Mish", "Mish", nn.Mish),
-    Variant("Tanh", "Tanh", nn.Tanh),
     Variant("Hardswish", "Hardswish", nn.Hardswish),
+    Variant("LeakyReLU", "LeakyReLU", nn.LeakyReLU),
+    Variant("PReLU", "PReLU", nn.PReLU),
+    Variant("ELU", "ELU", nn.ELU),
+    Variant("Tanh", "Tanh", nn.Tanh),
+    Variant("Sigmoid", "Sigmoid", nn.Sigmoid),
+    Variant("GLU", "GLU", nn.GLU, gated=True),
+    Variant("SwiGLU-LayerNorm", "SwiGLU + LayerNorm", SwiGLU, gated=True, layer_norm=True),
+    Variant("none", "no activation", nn.Identity),
     Variant("ReLU-BatchNorm", "ReLU + BatchNorm", nn.ReLU, batch_norm=True),
     Variant("ReLU-no-spike", "ReLU, no spike", nn.ReLU, spike=False),
 )
@@ -94,23 +132,39 @@ QUICK = ("ReLU", "GELU", "SiLU")
 def build_network(variant: Variant, recipe: Recipe, seed: int) -> nn.Sequential:
     """Build the network of a variant: linear layers with He initialisation and zero biases, activations ``act1``, ….
 
-    Networks of the same seed have the same weights for every activation. The global random state does not change.
+    Networks of the same seed and width have the same weights for every activation. The global random state does not
+    change.
 
     Args:
         variant: The variant.
         recipe: The settings that all runs share.
         seed: Seed of the weights.
     """
+    width = variant.width(recipe)
+    features = 2 * width if variant.gated else width
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for number in range(1, recipe.layers + 1):
-            layers[f"linear{number}"] = _linear(recipe.width if number > 1 else _PIXELS, recipe.width)
+            layers[f"linear{number}"] = _linear(width if number > 1 else _PIXELS, features)
             if variant.batch_norm:
-                layers[f"norm{number}"] = nn.BatchNorm1d(recipe.width)
+                layers[f"norm{number}"] = nn.BatchNorm1d(features)
             layers[f"act{number}"] = variant.activation()
-        layers["head"] = _linear(recipe.width, _DIGITS)
+            if variant.layer_norm:
+                layers[f"norm{number}"] = nn.LayerNorm(width, elementwise_affine=False)
+        layers["head"] = _linear(width, _DIGITS)
     return nn.Sequential(layers)
+
+
+def build_classifier(seed: int) -> nn.Linear:
+    """Build a linear classifier, with the initialisation of the networks: what a network without activations equals.
+
+    Args:
+        seed: Seed of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _linear(_PIXELS, _DIGITS)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

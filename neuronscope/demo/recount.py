@@ -1,4 +1,4 @@
-"""Count dead neurons in a slow and simple way, without any of the library's code, as a check.
+"""Compute what the demo reports in a slow and simple way, without any of the library's code, as a check.
 
 All activations and their gradients are kept in memory. The demo compares the last scan of each run with this.
 """
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["recount_dead"]
+__all__ = ["gradient_reach", "product_of_layers", "recount_dead"]
 
 
 def recount_dead(network: nn.Sequential, images: Tensor, digits: Tensor) -> list[list[bool]]:
     """Return which neurons have zero output and zero gradient at the pre-activation for every image.
+
+    The pre-activation of a gated product is that of its gate, the second half of the features.
 
     Args:
         network: The network; its activations are the children named ``act…``. It runs in evaluation mode.
@@ -23,6 +25,46 @@ def recount_dead(network: nn.Sequential, images: Tensor, digits: Tensor) -> list
     Returns:
         For each layer, whether each of its neurons is dead.
     """
+    return [
+        ((output == 0).all(dim=0) & (gradient[:, -output.shape[1] :] == 0).all(dim=0)).tolist()
+        for output, gradient in zip(*_outputs_and_gradients(network, images, digits), strict=True)
+    ]
+
+
+def gradient_reach(network: nn.Sequential, images: Tensor, digits: Tensor) -> float:
+    """Return the gradient at the first layer's pre-activations ÷ that at the last layer's, as root mean squares.
+
+    Args:
+        network: The network, as for :func:`recount_dead`.
+        images: float32 ``(B, 64)``.
+        digits: int64 ``(B,)``.
+    """
+    _, gradients = _outputs_and_gradients(network, images, digits)
+    first, last = (float(gradients[place].double().square().mean().sqrt()) for place in (0, -1))
+    return first / last if last else 0.0
+
+
+def product_of_layers(network: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Multiply the linear layers of a network without activations, in float64.
+
+    Args:
+        network: The network; all that is not :class:`torch.nn.Linear` is taken to do nothing.
+
+    Returns:
+        The product, float64 ``(10, 64)``, and what is added to its outputs, float64 ``(10,)``.
+    """
+    first, *others = (layer for layer in network if isinstance(layer, nn.Linear))
+    matrix, offset = first.weight.detach().double(), first.bias.detach().double()
+    for layer in others:
+        weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+        matrix, offset = weight @ matrix, weight @ offset + bias
+    return matrix, offset
+
+
+def _outputs_and_gradients(
+    network: nn.Sequential, images: Tensor, digits: Tensor
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Return the outputs of all activations, and the gradients at their pre-activations."""
     training = network.training
     network.eval()
     before: list[Tensor] = []
@@ -37,7 +79,4 @@ def recount_dead(network: nn.Sequential, images: Tensor, digits: Tensor) -> list
             after.append(values)
     gradients = torch.autograd.grad(F.cross_entropy(values, digits), before)
     network.train(training)
-    return [
-        ((output == 0).all(dim=0) & (gradient == 0).all(dim=0)).tolist()
-        for output, gradient in zip(after, gradients, strict=True)
-    ]
+    return after, gradients

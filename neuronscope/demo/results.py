@@ -8,10 +8,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Comparison", "Epoch", "Moment", "Run", "Spread"]
+__all__ = ["Collapse", "Comparison", "Epoch", "Moment", "Network", "Run", "Spread"]
 
 #: Version of the data that :meth:`Comparison.to_dict` returns.
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Network:
+    """Describe the networks of a variant.
+
+    Attributes:
+        label: The variant's name in tables and sentences.
+        neurons: Number of hidden neurons; all layers have as many.
+        parameters: Number of parameters.
+    """
+
+    label: str
+    neurons: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,33 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Collapse:
+    """Hold what the layers of a network without activations come to: one linear map.
+
+    Attributes:
+        layers: Number of layers that are one map, the last one included.
+        inputs: Number of inputs of the map.
+        outputs: Number of outputs.
+        rank: Rank of its matrix.
+        parameters: Number of parameters of one layer that computes it.
+        difference: Largest difference between the network's outputs, in float32, and those of the product of its
+            layers, in float64, over all images, as a share of the largest output.
+        equal: Whether rounding to float32 explains the difference, and :func:`neuronscope.check_linear` finds the same
+            product.
+        classifier_accuracy: Fraction of the test images that a linear classifier, trained in the same way, gets right.
+    """
+
+    layers: int
+    inputs: int
+    outputs: int
+    rank: int
+    parameters: int
+    difference: float
+    equal: bool
+    classifier_accuracy: float
+
+
+@dataclass(frozen=True)
 class Run:
     """Hold the numbers of one training run.
 
@@ -71,6 +113,9 @@ class Run:
         revived: Neurons dead at the start that were not dead at the end.
         recount_agrees: Whether the slow recount finds the same dead neurons at the end as the library.
         seconds: Duration of the run.
+        gradient_reach: Before the first step, the gradient at the first layer ÷ that at the last hidden one.
+        slopes: The slope below zero that each layer has learned, if its activation learns one.
+        collapse: The one linear map that the network is, if it has no activation.
     """
 
     variant: str
@@ -81,6 +126,9 @@ class Run:
     revived: int
     recount_agrees: bool
     seconds: float
+    gradient_reach: float = 1.0
+    slopes: tuple[float, ...] = ()
+    collapse: Collapse | None = None
 
     @property
     def start(self) -> Moment:
@@ -132,15 +180,13 @@ class Comparison:
 
     Attributes:
         recipe: The settings that all runs share, as plain data.
-        neurons: Number of hidden neurons of a network.
-        labels: Labels by variant name, in the order in which variants are shown.
+        networks: The variants by name, in the order in which they are shown.
         runs: The runs, variant by variant.
         versions: Versions of the software that made them.
     """
 
     recipe: dict[str, Any]
-    neurons: int
-    labels: dict[str, str]
+    networks: dict[str, Network]
     runs: tuple[Run, ...]
     versions: dict[str, str]
 
@@ -168,6 +214,15 @@ class Comparison:
         """
         return Spread.of(number(run) for run in self.of(variant))
 
+    def share(self, variant: str, counts: Callable[[Run], tuple[int, ...]]) -> float:
+        """Return a mean count over the seeds of a variant as a fraction of its neurons.
+
+        Args:
+            variant: Name of the variant.
+            counts: A function that returns the counts of a run, ``(L,)``.
+        """
+        return sum(self.by_layer(variant, counts)) / self.networks[variant].neurons
+
     def by_layer(self, variant: str, counts: Callable[[Run], tuple[int, ...]]) -> list[float]:
         """Return the mean count in each layer over the seeds of a variant.
 
@@ -182,10 +237,9 @@ class Comparison:
         return {
             "schema_version": _SCHEMA_VERSION,
             "recipe": self.recipe,
-            "neurons": self.neurons,
             "seeds": self.seeds,
             "versions": self.versions,
-            "summary": {name: self._summary(name) for name in self.labels},
+            "summary": {name: self._summary(name) for name in self.networks},
             "runs": [_plain(asdict(run)) for run in self.runs],
         }
 
@@ -204,9 +258,10 @@ class Comparison:
             "zero_outputs_at_end": lambda run: run.end.zero_outputs,
             "zero_gradients_at_end": lambda run: run.end.zero_gradients,
             "test_accuracy": lambda run: run.accuracy,
+            "gradient_reach_at_start": lambda run: run.gradient_reach,
         }
         return {
-            "label": self.labels[variant],
+            **asdict(self.networks[variant]),
             **{name: _plain(asdict(self.spread(variant, number))) for name, number in numbers.items()},
             "dead_at_end_by_layer": self.by_layer(variant, lambda run: run.end.dead),
             "dormant_at_end_by_layer": self.by_layer(variant, lambda run: run.end.dormant),

@@ -19,6 +19,8 @@ __all__ = ["layer_table", "main_table"]
 _BAD, _WARN, _NONE = "bold red", "yellow", "dim"
 #: Fraction of the neurons from which on a number is coloured.
 _MANY = 0.1
+#: Fraction of the neurons of a variant from which on a rare label gets a column.
+_FEW = 0.01
 
 Number = Callable[[Run], float]
 
@@ -40,9 +42,9 @@ def main_table(comparison: Comparison, width: int) -> Table:
         ("died in\ntraining", lambda run: run.died, "", 4),
         ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
     ]
-    if any(sum(run.end.silent) for run in comparison.runs):
+    if any(comparison.share(name, lambda run: run.end.silent) >= _FEW for name in comparison.networks):
         columns.append(("silent at\nthe end", lambda run: sum(run.end.silent), _WARN, 3))
-    if any(sum(run.end.cut_off) for run in comparison.runs):
+    if any(comparison.share(name, lambda run: run.end.cut_off) >= _FEW for name in comparison.networks):
         columns.append(("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 2))
     for left_out in (6, 5, 4, 3, 2):
         shown = [column for column in columns if column[3] < left_out]
@@ -55,21 +57,26 @@ def main_table(comparison: Comparison, width: int) -> Table:
 def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, int]], *, zeros: bool) -> Table:
     seeds = len(comparison.seeds)
     over = f"mean ± deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    table = _table(f"Of {comparison.neurons} neurons, over all training images; {over}")
+    sizes = {network.neurons for network in comparison.networks.values()}
+    of = f"Of {sizes.pop()} neurons" if len(sizes) == 1 else "Neurons"
+    table = _table(f"{of}, over all training images; {over}")
     table.add_column("activation", overflow="fold")
+    if sizes:
+        table.add_column("neurons", justify="right")
     for heading in [*(column[0] for column in columns), *(["zero\noutputs"] if zeros else []), "test\naccuracy"]:
         table.add_column(heading, justify="right", overflow="fold")
-    for name, label in comparison.labels.items():
-        cells = [_count(comparison.spread(name, of), style, comparison.neurons) for _, of, style, _ in columns]
+    for name, network in comparison.networks.items():
+        cells = [Text(str(network.neurons))] if sizes else []
+        cells += [_count(comparison.spread(name, of), style, network.neurons) for _, of, style, _ in columns]
         if zeros:
             cells.append(Text(f"{100 * comparison.spread(name, lambda run: run.end.zero_outputs).mean:.1f}%"))
         accuracy = comparison.spread(name, lambda run: 100 * run.accuracy)
-        table.add_row(Text(label, style="bold"), *cells, f"{number(accuracy)}%")
+        table.add_row(Text(network.label, style="bold"), *cells, f"{number(accuracy)}%")
     return table
 
 
 def layer_table(comparison: Comparison, width: int) -> Table:
-    """Return a table with one row per variant: percentage of dead and dormant neurons in each layer at the end.
+    """Return a table of the dead and dormant neurons in each layer at the end, in percent, by variants that have some.
 
     Args:
         comparison: All runs.
@@ -81,21 +88,27 @@ def layer_table(comparison: Comparison, width: int) -> Table:
 
 def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
     layers = len(comparison.runs[0].end.dead)
-    size = comparison.neurons / layers
-    table = _table(f"By layer at the end, % of {size:.0f} neurons: dead{' + dormant' if dormant else ''}")
+    table = _table(f"By layer at the end, % of its neurons: dead{' + dormant' if dormant else ''}")
     table.add_column("activation", overflow="fold")
     for layer in range(1, layers + 1):
         table.add_column(f"layer {layer}", justify="right", overflow="fold")
-    for name, label in comparison.labels.items():
+    none = []
+    for name, network in comparison.networks.items():
+        size = network.neurons / layers
         dead = comparison.by_layer(name, lambda run: run.end.dead)
         dormant_counts = comparison.by_layer(name, lambda run: run.end.dormant)
+        if not any([*dead, *dormant_counts]):
+            none.append(network.label)
+            continue
         cells = []
         for layer in range(layers):
             cell = _share(dead[layer] / size, _BAD)
             if dormant:
                 cell.append(" + ", style=_NONE).append(_share(dormant_counts[layer] / size, _WARN))
             cells.append(cell)
-        table.add_row(Text(label, style="bold"), *cells)
+        table.add_row(Text(network.label, style="bold"), *cells)
+    if none:
+        table.caption = f"None in any layer: {', '.join(none)}."
     return table
 
 
@@ -110,6 +123,7 @@ def _table(title: str) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

@@ -12,9 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neuronscope.judge import symptoms
-from neuronscope.judge.symptoms import LayerFacts, RunFacts, Support
+from neuronscope.judge.symptoms import COLLAPSED, GROUPED, NOT_FINITE, LayerFacts, RunFacts, Support
 
-__all__ = ["SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose"]
+__all__ = ["GUESS", "SYMPTOMS", "Diagnosis", "Remedy", "Symptom", "diagnose", "remedy_of"]
+
+
+#: Heads a cause that does not follow from the evidence, so that every writer sets it apart.
+GUESS = "Likely cause"
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Remedy:
     """Hold one piece of advice and the conditions under which it applies.
 
     Attributes:
-        text: A sentence. ``{before}`` is replaced by the step before which checkpoints do not show the symptom yet.
+        text: A sentence. ``{before}`` is replaced by the step before which checkpoints do not show the symptom yet,
+            ``{last}`` by the last one that was saved before it, and ``{where}`` by the layers that the advice is for,
+            if it is not for all of the symptom's layers.
         dated: ``True``: applies only if that step is known. ``False``: applies only if no step is known at all.
             ``None``: always applies.
         kinds: Applies only if some layer's activation is of one of these kinds; ``unknown`` = no layer's kind is known.
@@ -34,6 +40,17 @@ class Remedy:
     dated: bool | None = None
     kinds: tuple[str, ...] = ()
     normalises: bool = False
+
+    def where(self, layers: Sequence[LayerFacts]) -> str:
+        """Return `` of <layers>``, the layers of the advice's kinds; empty if all layers are of them.
+
+        Args:
+            layers: The layers that show the symptom.
+        """
+        names = [layer.name for layer in layers if layer.kind in self.kinds]
+        if not names or len(names) == len(layers):
+            return ""
+        return f" of {', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}"
 
     def applies(self, support: Support, layers: Sequence[LayerFacts]) -> bool:
         """Whether the advice applies.
@@ -50,7 +67,7 @@ class Remedy:
         return not self.kinds or not found.isdisjoint(self.kinds)
 
 
-_GO_BACK = Remedy("Go back to a checkpoint before step {before:,}.", dated=True)
+_GO_BACK = Remedy("Go back to a checkpoint before step {before:,}{last}.", dated=True)
 _GO_BACK_UNDATED = Remedy("Go back to an earlier checkpoint that does not show this.", dated=False)
 _SLOPE = Remedy("If the activation is zero for all negative inputs, use one with a slope there.", kinds=("unknown",))
 _NORMALISE = Remedy("Normalise before the activation.", normalises=True)
@@ -66,6 +83,7 @@ class Symptom:
         remedies: What to do; only the remedies that apply are shown.
         source: Source of this knowledge; ``""`` if it is arithmetic.
         test: A function that returns the evidence in the facts, or ``None`` if there is none.
+        certain: Whether the cause follows from the evidence; otherwise it is the likely one.
     """
 
     name: str
@@ -73,6 +91,7 @@ class Symptom:
     remedies: tuple[Remedy, ...]
     source: str
     test: Callable[[RunFacts], Support | None]
+    certain: bool = False
 
     def remedy(self, support: Support, facts: RunFacts) -> str:
         """Return the remedies that apply, as one text.
@@ -82,8 +101,13 @@ class Symptom:
             facts: The facts about the run.
         """
         layers = [layer for layer in facts.layers if layer.name in support.layers]
+        saved, last = facts.last_checkpoint(support.before), ""
+        if facts.checkpoints:
+            last = " (none before it is known)" if saved is None else f" (the last one known is of step {saved:,})"
         return " ".join(
-            each.text.format(before=support.before) for each in self.remedies if each.applies(support, layers)
+            each.text.format(before=support.before, last=last, where=each.where(layers))
+            for each in self.remedies
+            if each.applies(support, layers)
         )
 
 
@@ -100,6 +124,7 @@ class Diagnosis:
         neurons: Number of neurons that show it.
         layers: Names of the layers that show it, the most affected first.
         steps: First and last step that it concerns; ``None`` if no step is known.
+        certain: Whether the cause follows from the evidence; otherwise it is the likely one.
     """
 
     sign: str
@@ -110,6 +135,16 @@ class Diagnosis:
     neurons: int
     layers: tuple[str, ...]
     steps: tuple[int, int] | None
+    certain: bool = False
+
+    def parts(self) -> list[tuple[str, str]]:
+        """Return what is seen, the cause, what to do and the source: the name of each, and its text.
+
+        The name of the cause says whether it is a guess.
+        """
+        cause = ("What it means" if self.certain else GUESS, self.cause)
+        parts = [("What is seen", self.evidence), cause, ("What to do", self.remedy)]
+        return [*parts, ("Source", self.source)] if self.source else parts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as plain data."""
@@ -145,15 +180,27 @@ def diagnose(facts: RunFacts) -> tuple[Diagnosis, ...]:
                     neurons=support.neurons,
                     layers=support.layers,
                     steps=support.steps,
+                    certain=symptom.certain,
                 )
             )
     return tuple(sorted(found, key=lambda each: -each.neurons))
 
 
+def remedy_of(name: str, support: Support, facts: RunFacts) -> str:
+    """Return the remedies of a symptom that apply to some evidence, as one text.
+
+    Args:
+        name: The symptom's name.
+        support: The evidence.
+        facts: The facts about the run.
+    """
+    return next(symptom for symptom in SYMPTOMS if symptom.name == name).remedy(support, facts)
+
+
 #: Symptoms, causes and remedies. Each claim that is not arithmetic names its source.
 SYMPTOMS = (
     Symptom(
-        "NaN or infinite numbers",
+        NOT_FINITE,
         "The weights overflowed: the learning rate was too high, a gradient exploded, or half precision overflowed.",
         (
             Remedy(
@@ -165,7 +212,7 @@ SYMPTOMS = (
         symptoms.not_finite,
     ),
     Symptom(
-        "deaths close together in time",
+        GROUPED,
         "A spike: the learning rate was too high then, or the gradient of one batch pushed biases far below zero.",
         (
             _GO_BACK,
@@ -189,7 +236,7 @@ SYMPTOMS = (
         "Loss of plasticity: neurons die one by one and stay dead, for example when the task or the data change.",
         (
             Remedy("Recycle dormant neurons (ReDo), or use continual backprop."),
-            Remedy("Replace the activation by CReLU.", kinds=("relu-like",)),
+            Remedy("Replace the activation{where} by CReLU.", kinds=("relu-like",)),
             Remedy("Use LayerNorm with weight decay.", normalises=True),
         ),
         "Sokar et al. 2023; Dohare et al. 2024; Abbas et al. 2023",
@@ -222,11 +269,12 @@ SYMPTOMS = (
         "The bias has become so negative that no input brings the pre-activation above zero.",
         (
             Remedy("Reset these biases."),
-            Remedy("Or give the activation a slope below zero (LeakyReLU, ELU, GELU).", kinds=("relu-like",)),
+            Remedy("Or give the activation{where} a slope below zero (LeakyReLU, ELU, GELU).", kinds=("relu-like",)),
             _SLOPE,
         ),
         "",
         symptoms.drifted,
+        certain=True,
     ),
     Symptom(
         "an input that is off centre",
@@ -236,17 +284,19 @@ SYMPTOMS = (
         symptoms.off_centre,
     ),
     Symptom(
-        "a layer nearly all dead",
+        COLLAPSED,
         "The layer has collapsed: almost no signal passes through it, and no earlier layer learns through it.",
         (
             _GO_BACK,
             _GO_BACK_UNDATED,
             Remedy("Lower the learning rate, warm it up, clip gradients."),
             Remedy(
-                "Replace the activation by one with a slope below zero (LeakyReLU, GELU, SiLU).", kinds=("relu-like",)
+                "Replace the activation{where} by one with a slope below zero (LeakyReLU, GELU, SiLU).",
+                kinds=("relu-like",),
             ),
             Remedy(
-                "Replace the activation by one that does not saturate (LeakyReLU, GELU, SiLU).", kinds=("saturating",)
+                "Replace the activation{where} by one that does not saturate (LeakyReLU, GELU, SiLU).",
+                kinds=("saturating",),
             ),
             _SLOPE,
             _NORMALISE,
@@ -254,6 +304,7 @@ SYMPTOMS = (
         ),
         "Zhang et al. 2021 (AutoTrainer)",
         symptoms.collapsed,
+        certain=True,
     ),
     Symptom(
         "a layer that may have collapsed",
@@ -261,7 +312,7 @@ SYMPTOMS = (
         "gradients. The optimizer's state alone does not show which.",
         (
             Remedy("Run the network over data (--data) to find out."),
-            Remedy("If it was not frozen, go back to a checkpoint before step {before:,}.", dated=True),
+            Remedy("If it was not frozen, go back to a checkpoint before step {before:,}{last}.", dated=True),
             Remedy("If it was not frozen, go back to an earlier checkpoint that does not show this.", dated=False),
         ),
         "",
@@ -294,6 +345,7 @@ SYMPTOMS = (
         "Bricken et al. 2023, Towards Monosemanticity (resampling); Gao et al. 2024, Scaling and evaluating sparse "
         "autoencoders (auxiliary loss)",
         symptoms.silent,
+        certain=True,
     ),
     Symptom(
         "outputs that nothing reads",
@@ -302,5 +354,6 @@ SYMPTOMS = (
         (Remedy("Remove them: the network computes the same without them."),),
         "",
         symptoms.unread,
+        certain=True,
     ),
 )

@@ -14,6 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "COLLAPSED",
+    "COLLAPSED_SHARE",
+    "GROUPED",
+    "GROUP_LEAST",
+    "NOT_FINITE",
     "UNDATED",
     "LayerFacts",
     "RunFacts",
@@ -21,6 +26,7 @@ __all__ = [
     "born_deep",
     "born_plain",
     "collapsed",
+    "died_after",
     "drifted",
     "early",
     "grouped",
@@ -37,6 +43,9 @@ __all__ = [
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+
+#: Names of symptoms that others ask for.
+NOT_FINITE, COLLAPSED, GROUPED = "NaN or infinite numbers", "a layer nearly all dead", "deaths close together in time"
 
 #: Stands for a step that is not known.
 UNDATED = -2
@@ -120,6 +129,7 @@ class RunFacts:
         input_offset: ‖mean‖ ÷ ‖standard deviation‖ of the network's input; ``None`` = not known.
         observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
             this many steps before its date.
+        checkpoints: Steps at which checkpoints were saved, as far as known, ascending.
     """
 
     layers: tuple[LayerFacts, ...]
@@ -130,6 +140,7 @@ class RunFacts:
     estimated: bool = False
     input_offset: float | None = None
     observed_every: int = 1
+    checkpoints: tuple[int, ...] = ()
 
     def dated(self) -> IntArray:
         """Return the known steps of deaths, ascending, int64 ``(D,)``."""
@@ -153,6 +164,10 @@ class RunFacts:
         if step is None or self.estimated or step < self.observed_every:
             return None
         return step - self.observed_every + 1
+
+    def last_checkpoint(self, before: int | None) -> int | None:
+        """Return the step of the last known checkpoint before a step; ``None`` if there is none."""
+        return max((step for step in self.checkpoints if before is not None and step < before), default=None)
 
 
 @dataclass(frozen=True)
@@ -282,6 +297,23 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
     if rates:
         text += f" Learning rate when the checkpoint was saved: {rates}."
     return Support(text, number, names, (spans[0][0], spans[-1][1]), facts.healthy_before(spans[0][0]))
+
+
+def died_after(facts: RunFacts, step: int) -> Support | None:
+    """Return the evidence that neurons died after a step, or ``None`` if none did.
+
+    Args:
+        facts: The facts about the run.
+        step: The step.
+    """
+    number, layers, names = _count(facts, lambda layer: layer.dead & (layer.since > max(step, -1)))
+    if not number:
+        return None
+    dated = facts.dated()
+    first, last = int(dated[dated > step][0]), int(dated[-1])
+    when = f"steps {first:,} to {last:,}" if first < last else f"step {first:,}"
+    text = f"{number:,} neuron{'' if number == 1 else 's'} died at {when}: {layers}."
+    return Support(text, number, names, (first, last), facts.healthy_before(first))
 
 
 def grouped(facts: RunFacts) -> Support | None:

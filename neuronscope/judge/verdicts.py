@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from neuronscope.errors import UsageError
 
-__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "judge", "rate_bound"]
+__all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -196,9 +196,7 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
     silent = never_fired & ~no_gradient if seen_gradients else np.zeros(shape, dtype=np.bool_)
     # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
-    finite = counts.mean_abs_output[~not_finite]
-    score = counts.mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
-    tau_dormant = (score <= policy.dormant_tau) & ~not_finite
+    tau_dormant = is_tau_dormant(counts.mean_abs_output, not_finite, policy.dormant_tau)
     dormant = tau_dormant & ~dead & ~silent & ~cut_off
     linear = np.zeros(shape, dtype=np.bool_)
     if counts.linear_when_on:
@@ -213,6 +211,23 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
         unseen=np.zeros(shape, dtype=np.bool_),
         tau_dormant=tau_dormant,
     )
+
+
+def is_tau_dormant(mean_abs_output: FloatArray, not_finite: BoolArray, tau: float) -> BoolArray:
+    """Return which neurons of a site have a score ``E|y_i| / (mean_k E|y_k| + 1e-9)`` of at most ``tau``.
+
+    Args:
+        mean_abs_output: Mean of ``|y|`` over positions, float64 ``(N,)``.
+        not_finite: Neurons with NaN or infinite output, which are left out, bool ``(N,)``.
+        tau: The threshold.
+
+    Returns:
+        bool ``(N,)``.
+    """
+    finite = mean_abs_output[~not_finite]
+    score = mean_abs_output / ((finite.mean() if finite.size else 0.0) + 1e-9)
+    dormant: BoolArray = (score <= tau) & ~not_finite
+    return dormant
 
 
 @dataclass(frozen=True)

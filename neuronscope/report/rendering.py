@@ -1,4 +1,4 @@
-"""Give every report the same output methods: printing, HTML, JSON and markdown.
+"""Give every report the same output methods: printing, HTML, JSON, markdown, a table of pandas and a figure.
 
 A report names the modules of its writers and imports them only when it is shown, so that reports do not depend on
 writers.
@@ -6,12 +6,17 @@ writers.
 
 from __future__ import annotations
 
+import html
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from neuronscope.errors import MissingExtraError, UsageError
 from neuronscope.output import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Renderable"]
 
@@ -20,14 +25,35 @@ class Renderable:
     """Base class of reports. A subclass names the module of each of its writers, which has a function ``render``.
 
     Attributes:
-        WRITERS: Names of the writers' modules, by format.
+        WRITERS: Names of the writers' modules, by format. ``table`` has functions that return columns, and ``figure``
+            has a function ``draw``.
     """
 
     WRITERS: ClassVar[Mapping[str, str]]
 
+    def __repr__(self) -> str:
+        """Return one line; :meth:`__str__` has the report."""
+        return f"<{type(self).__name__} {self._in_short()}; print(…) shows it>"
+
+    def _repr_html_(self) -> str:
+        """Return the report's page for a notebook, in a frame whose scripts and styles cannot reach the notebook."""
+        page = html.escape(self.to_html())
+        style = "width: 100%; height: 40rem; border: 1px solid #8888"
+        rights = 'sandbox="allow-scripts" allow="clipboard-write"'
+        return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
+
     def __str__(self) -> str:
         """Return the report as a table for a terminal."""
-        return self._render("terminal")
+        return self.to_text()
+
+    def to_text(self, top: int = 20) -> str:
+        """Return the report as text for a terminal.
+
+        Args:
+            top: Most layers that get a row of the table: of more, the worst.
+        """
+        text: str = self._writer("terminal").render(self, top)
+        return text
 
     def to_markdown(self) -> str:
         """Return the report as markdown."""
@@ -49,9 +75,55 @@ class Renderable:
         """
         return _write(self._render("html"), path)
 
+    def to_pandas(self, rows: str = "layer") -> Any:
+        """Return the report as a ``pandas.DataFrame``; pandas is optional, and only needed here.
+
+        Args:
+            rows: ``layer`` for a row a layer, with its counts, or ``neuron`` for a row a neuron, with its label.
+
+        Raises:
+            MissingExtraError: Pandas is not installed.
+            UsageError: ``rows`` is neither.
+        """
+        if rows not in ("layer", "neuron"):
+            raise UsageError(f"Expected argument `rows` to be 'layer' or 'neuron', but got {rows!r}.")
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingExtraError(
+                "Expected pandas for `to_pandas()`, but it is not installed: pip install pandas"
+            ) from error
+        return pandas.DataFrame(getattr(self._writer("table"), f"{rows}_columns")(self))
+
+    def plot(self, figure: Any = None) -> Figure:
+        """Draw dead neurons over the steps, and the labels of the worst layers, with matplotlib, which is optional.
+
+        The fonts, sizes and backgrounds are those of matplotlib's current style, and everything in the figure can be
+        changed afterwards: ``report.plot().axes[0].set_ylim(0, 100)``.
+
+        Args:
+            figure: A ``Figure`` or ``SubFigure`` to draw into, such as ``plt.figure()``, so that ``plt.show()`` shows
+                it; a new one of its own by default.
+
+        Returns:
+            The figure.
+
+        Raises:
+            MissingExtraError: Matplotlib is not installed.
+        """
+        drawn: Figure = self._writer("figure").draw(self, figure)
+        return drawn
+
+    def _in_short(self) -> str:
+        """Return what the report is on and how many neurons are dead, in one line."""
+        raise NotImplementedError
+
     def _render(self, writer: str) -> str:
-        text: str = importlib.import_module(self.WRITERS[writer]).render(self)
+        text: str = self._writer(writer).render(self)
         return text
+
+    def _writer(self, name: str) -> Any:
+        return importlib.import_module(self.WRITERS[name])
 
 
 def _write(text: str, path: str | Path | None) -> str:

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 #: Version of the data that :meth:`Report.to_dict` returns. Increased when a field is renamed, moved or removed.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # A history has one byte per neuron and window. Values below LEVEL_MAX are zero-output fractions, in units of
 # 1 / LEVEL_MAX (0 = never zero). A neuron with zero output at every position that still gets gradient is silent, so
@@ -203,6 +203,9 @@ class SiteReport(TotalsMember):
     is_norm: bool = False
     normalises: str = ""
 
+    def __repr__(self) -> str:
+        return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
+
     @property
     def dead(self) -> int:
         """Number of dead neurons."""
@@ -244,6 +247,11 @@ class SiteReport(TotalsMember):
         return int(self.judgement.linear.sum())
 
     @property
+    def not_finite_neurons(self) -> int:
+        """Number of neurons that gave NaN or infinity."""
+        return int(self.judgement.not_finite.sum())
+
+    @property
     def unseen(self) -> int:
         """Number of neurons that were never observed."""
         return int(self.judgement.unseen.sum())
@@ -281,6 +289,8 @@ class SiteReport(TotalsMember):
             "incoming": [each._asdict() for each in self.incoming],
             "incoming_notes": list(self.incoming_notes),
             "weights_unknown": self.weights_unknown,
+            "is_norm": self.is_norm,
+            "normalises": self.normalises,
             "in_headlines": self.in_headlines,
             "positions": self.positions,
             "gradient_positions": self.gradient_positions,
@@ -304,7 +314,7 @@ class SiteReport(TotalsMember):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Renderable):
     """Hold the results on a watched network in one phase, as plain data.
 
@@ -322,13 +332,14 @@ class Report(Renderable):
         notes: Sentences that a reader should know (the network gave NaN, no gradients were seen, …). If there is a
             ``fault``, it comes first.
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
+        checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
         acts: What was done to neurons by :func:`neuronscope.revive`, oldest first.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
-        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html")
+        name: f"neuronscope.writers.{name}" for name in ("terminal", "markdown", "json", "html", "table", "figure")
     }
 
     model: str
@@ -340,6 +351,7 @@ class Report(Renderable):
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
     fault: str = ""
+    checkpoints: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
     acts: tuple[Act, ...] = ()
@@ -449,6 +461,11 @@ class Report(Renderable):
         return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
 
     @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of the layers in the totals, of two neurons or more, in which every neuron is dead."""
+        return tuple(site.name for site in self.headline_layers if 1 < site.neurons == site.dead)
+
+    @property
     def silent_percent(self) -> float:
         """Silent neurons in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.silent / self.judged_neurons if self.judged_neurons else float("nan")
@@ -462,6 +479,11 @@ class Report(Renderable):
     def tau_dormant_percent(self) -> float:
         """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
         return 100.0 * self.tau_dormant / self.judged_neurons if self.judged_neurons else float("nan")
+
+    def _in_short(self) -> str:
+        broken = "; NaN or infinite outputs" if self.not_finite else ""
+        dead = f"{self.dead} of {self.judged_neurons} neurons dead{', provisional' if self.provisional else ''}{broken}"
+        return f"on {self.model!r}, phase {self.phase!r}, step {self.global_step}: {dead}"
 
     def __getitem__(self, name: str) -> SiteReport:
         """Return the site with this name.
@@ -528,6 +550,8 @@ class Report(Renderable):
             "layers": [site.to_dict() for site in self.layers],
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
+            "fault": self.fault,
+            "checkpoints": list(self.checkpoints),
             "versions": dict(self.versions),
             "acts": [act.to_dict() for act in self.acts],
         }

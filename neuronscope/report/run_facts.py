@@ -31,7 +31,12 @@ def facts_from_report(report: Report) -> RunFacts:
         )
         for (site, label), (_, steps) in zip(report.totals.at_home(labels), report.totals.at_home(since), strict=True)
     ]
-    return RunFacts(tuple(layers), step=report.global_step or None, observed_every=observed_every(report))
+    return RunFacts(
+        tuple(layers),
+        step=report.global_step or None,
+        observed_every=observed_every(report),
+        checkpoints=report.checkpoints,
+    )
 
 
 def death_steps(site: SiteReport) -> npt.NDArray[np.int64]:

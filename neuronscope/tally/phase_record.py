@@ -411,18 +411,25 @@ def _listed(names: Collection[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more layers"
 
 
-def scope_state(step: int, records: Mapping[str, PhaseRecord], fault: Fault | None, acts: ActRecord) -> dict[str, Any]:
+def scope_state(
+    step: int,
+    records: Mapping[str, PhaseRecord],
+    fault: Fault | None,
+    checkpoints: Sequence[int],
+    acts: ActRecord,
+) -> dict[str, Any]:
     """Return the state of a watch as tensors and primitives.
 
     Args:
         step: Number of optimizer steps taken. If another rank took more, its number is saved.
         records: Records by phase.
         fault: The error inside Neuronscope that ended the watch, if there was one.
+        checkpoints: Steps at which checkpoints were saved, ascending.
         acts: What was done to neurons.
     """
     phases = {name: record.state_dict() for name, record in records.items()}
     step = max([step, *(record.newest_step for record in records.values())])
-    state = {"version": _STATE_VERSION, "step": step, "phases": phases}
+    state = {"version": _STATE_VERSION, "step": step, "phases": phases, "checkpoints": list(checkpoints)}
     if acts:
         state["acts"] = acts.state_dict()
     return state if fault is None else {**state, "fault": fault.state_dict()}
@@ -438,7 +445,9 @@ def is_outdated(state: Any) -> bool:
     return isinstance(version, int) and not isinstance(version, bool) and version in _OUTDATED_VERSIONS
 
 
-def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None, ActRecord]:
+def split_scope_state(
+    state: Mapping[str, Any], policy: Policy
+) -> tuple[int, dict[str, Any], Fault | None, list[int], ActRecord]:
     """Check and split what :func:`scope_state` returned.
 
     Args:
@@ -446,18 +455,19 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
         policy: The thresholds.
 
     Returns:
-        Number of optimizer steps taken, the state of each phase's record, the fault, and the acts. Of a state from an
-        earlier version only the number of steps is taken: see :func:`is_outdated`.
+        Number of optimizer steps taken, the state of each phase's record, the fault, the steps of checkpoints, and the
+        acts. Of a state from an earlier version only the number of steps is taken: see :func:`is_outdated`.
 
     Raises:
         StateError: The state is not that of a scope, or is from a later version.
     """
     try:
         version, step, phases = state["version"], integer(state, "step"), dict(mapping(state, "phases"))
+        checkpoints = integers(state, "checkpoints") if "checkpoints" in state else []
     except (LookupError, TypeError, ValueError) as error:
         raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
-        return step, {}, None, ActRecord()
+        return step, {}, None, [], ActRecord()
     if version != _STATE_VERSION:
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
     for name, saved in phases.items():
@@ -468,4 +478,5 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
                 f"Expected the saved state of a scope at step {step}, but its phase {name!r} is of step "
                 f"{record.newest_step}."
             )
-    return step, phases, Fault.from_state(state.get("fault")), ActRecord.from_state(state.get("acts"))
+    acts = ActRecord.from_state(state.get("acts"))
+    return step, phases, Fault.from_state(state.get("fault")), sorted(checkpoints), acts

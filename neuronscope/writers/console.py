@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,13 +16,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from neuronscope.judge.diagnosis import GUESS, Diagnosis
 from neuronscope.writers.formatting import NONE, UNKNOWN, visible
 
 __all__ = ["PIPE_WIDTH", "Column", "Page"]
 
+#: Lines of a usual screen.
+SCREEN = 24
 #: Width of the text where standard output is not a terminal.
 PIPE_WIDTH = 120
 
+#: What a line ends with: spaces, and codes of colours.
+_TRAILING = re.compile(r"(?: |\x1b\[[\d;]*m)+$")
 _LOUD = "bold white on red"
 _STYLES = {"alarm": "bold red", "bad": "red", "warn": "yellow", "unknown": "magenta", "calm": ""}
 
@@ -127,7 +133,41 @@ class Page:
                 self.heading(heading)
             self.item(f"- {line}")
 
-    def summary(self, title: str, basis: str, sentences: Sequence[str], *, alarm: bool) -> None:
+    def causes(self, found: Sequence[Diagnosis], *, provisional: bool = False) -> None:
+        """Write what was diagnosed: what is sure in plain letters, what is a guess in italics.
+
+        Args:
+            found: The diagnoses; nothing is written if there are none.
+            provisional: Whether they rest on too few examples.
+        """
+        for index, one in enumerate(found):
+            if not index:
+                self.heading(f"Why, and what to do{' (provisional)' if provisional else ''}")
+            self.item(f"- {one.sign}", "bold")
+            for what, text in one.parts():
+                self.item(f"{what}: {text}", "italic" if what == GUESS else "", indent=4)
+
+    def end(self, title: str, sentence: str, provisional: bool = False, *, alarm: bool = False) -> None:
+        """Write the first sentence of a report again below one that has scrolled it off a screen.
+
+        Args:
+            title: The report's title.
+            sentence: What was found first.
+            provisional: Whether it rests on too few examples.
+            alarm: Whether it is an alarm.
+        """
+        if self._file.getvalue().count("\n") < SCREEN:
+            return
+        self.line()
+        self.line(f"{title}{' · provisional' if provisional else ''}", "bold")
+        if alarm:
+            self.alarm(sentence)
+        else:
+            self.line(sentence)
+
+    def summary(
+        self, title: str, basis: str, sentences: Sequence[str], *, alarm: bool, provisional: bool = False
+    ) -> None:
         """Write the beginning of a report.
 
         Args:
@@ -135,9 +175,10 @@ class Page:
             basis: What its verdicts are based on.
             sentences: What was found.
             alarm: Whether the first sentence is an alarm.
+            provisional: Whether they rest on too few examples.
         """
         self.line(title, "bold")
-        self.line(basis)
+        self.line(basis, _STYLES["warn"] if provisional else "")
         self.line()
         if alarm:
             self.alarm(sentences[0])
@@ -179,7 +220,8 @@ class Page:
         A character that the terminal's encoding lacks becomes ``?``: a report must not end a run on a console that is
         not UTF-8.
         """
-        text = "\n".join(line.rstrip() for line in self._file.getvalue().splitlines())
+        lines = self._file.getvalue().splitlines()
+        text = "\n".join(_TRAILING.sub(lambda found: found[0].replace(" ", ""), line) for line in lines)
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         return text.encode(encoding, errors="replace").decode(encoding)
 

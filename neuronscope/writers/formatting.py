@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,20 @@ import numpy.typing as npt
 from neuronscope.judge.symptoms import UNDATED
 from neuronscope.judge.verdicts import rate_bound
 
-__all__ = ["NONE", "UNKNOWN", "at_most", "count", "is_are", "listed", "percent", "plural", "share", "visible", "when"]
+__all__ = [
+    "NONE",
+    "UNKNOWN",
+    "at_most",
+    "bounded",
+    "count",
+    "is_are",
+    "listed",
+    "percent",
+    "plural",
+    "share",
+    "visible",
+    "when",
+]
 
 #: Shown where there is nothing to report.
 NONE = "·"
@@ -89,6 +103,20 @@ def share(part: int, whole: int) -> str:
         whole: Out of how many.
     """
     return percent(100.0 * part / whole) if whole else UNKNOWN
+
+
+def bounded(value: float, measure: str) -> str:
+    """Format a number with four digits: an upper bound is rounded up, a lower bound down.
+
+    Args:
+        value: The number.
+        measure: Its meaning, in which ``at most`` marks an upper bound and ``at least`` a lower one.
+
+    >>> bounded(0.0016692, "share of examples, at most"), bounded(1000, "steps, at most"), bounded(2 / 3, "share")
+    ('0.00167', '1000', '0.6667')
+    """
+    toward = ROUND_CEILING if "at most" in measure else ROUND_FLOOR if "at least" in measure else ROUND_HALF_EVEN
+    return f"{float(Context(prec=4, rounding=toward).create_decimal(repr(float(value)))):.4g}"
 
 
 def at_most(samples: int, level: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
-from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
+from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
 
 __all__ = ["render"]
 
@@ -38,7 +38,8 @@ def render(report: Report) -> str:
         Markdown that ends with a line end.
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
-    blocks += [f"## Neuronscope: {plain(wording.title(report))}", plain(wording.based_on(report))]
+    basis = plain(wording.based_on(report))
+    blocks += [f"## Neuronscope: {plain(wording.title(report))}", f"**{basis}**" if report.provisional else basis]
     sentences = list(map(prose, wording.findings(report)))
     if report.not_finite:
         sentences[0] = f"**{sentences[0]}**"
@@ -50,6 +51,10 @@ def render(report: Report) -> str:
         blocks += [f"{sentence}." for sentence in left_out]
     if found := wording.weights(report):
         blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
+    for index, one in enumerate(wording.causes(report)):
+        heading = f"### Why, and what to do{' (provisional)' if report.provisional else ''}"
+        blocks += [heading] if not index else []
+        blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
     if report.not_measured:
         reasons = [[code(item.name), plain(item.reason)] for item in report.not_measured]
         blocks += ["### Not measured", table([("what", False), ("why", False)], reasons)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from neuronscope.judge.diagnosis import GUESS, Diagnosis
 from neuronscope.writers.formatting import visible
 
-__all__ = ["bullets", "code", "pairs", "plain", "prose", "table"]
+__all__ = ["bullets", "code", "diagnosis_parts", "pairs", "plain", "prose", "table"]
 
 #: A name that every dialect shows unchanged inside a code span, in a table cell too.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.#()\-/:,=]([A-Za-z0-9_.#()\-/:,= ]*[A-Za-z0-9_.#()\-/:,=])?")
@@ -57,6 +58,13 @@ def bullets(lines: Iterable[str]) -> str:
 def pairs(items: Iterable[tuple[str, str]]) -> str:
     """Format words and their meanings as a list; both are made inert."""
     return bullets(f"**{plain(word)}**: {plain(meaning)}" for word, meaning in items)
+
+
+def diagnosis_parts(one: Diagnosis) -> str:
+    """Format a diagnosis as a list; a cause that is a guess is in italics."""
+    return bullets(
+        f"**{plain(what)}**: {f'*{plain(text)}*' if what == GUESS else plain(text)}" for what, text in one.parts()
+    )
 
 
 def table(headings: Sequence[tuple[str, bool]], rows: Iterable[Sequence[str]]) -> str:

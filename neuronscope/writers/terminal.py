@@ -27,11 +27,12 @@ COLUMNS = (
 EXAMPLES = (Column("examples", "examples"), Column("fires in", "bound"))
 
 
-def render(report: Report) -> str:
+def render(report: Report, top: int = 20) -> str:
     """Write a report as text, as wide as the terminal, or 120 columns without colour codes if there is none.
 
     Args:
         report: The report.
+        top: Most layers that get a row: of more, the worst.
 
     Returns:
         Lines of text, without a line end at the end.
@@ -40,16 +41,20 @@ def render(report: Report) -> str:
     if report.fault:
         page.alarm(report.fault)
     title, sentences = f"Neuronscope · {wording.title(report)}", wording.findings(report)
-    page.summary(title, wording.based_on(report), sentences, alarm=report.not_finite > 0)
+    page.summary(
+        title, wording.based_on(report), sentences, alarm=report.not_finite > 0, provisional=report.provisional
+    )
     if report.layers:
-        shown, left_out = wording.fold(report.layers)
+        shown, left_out = wording.fold(report.layers, top, top)
         alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
         cells = [wording.site_cells(site, report.policy["confidence"]) for site in shown]
         cells = [replace(one, name=one.marked_name) for one in cells]
         page.table(COLUMNS if alike else COLUMNS + EXAMPLES, cells, left_out)
     page.list("Weights of layers with idle neurons", wording.weights(report))
+    page.causes(wording.causes(report), provisional=report.provisional)
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)
     page.line()
     page.line(wording.LEGEND, "dim")
+    page.end(title, sentences[0], report.provisional, alarm=report.not_finite > 0)
     return page.text()

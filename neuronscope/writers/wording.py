@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from neuronscope.judge.diagnosis import Diagnosis, diagnose
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers.formatting import (
@@ -28,6 +29,7 @@ __all__ = [
     "SiteCells",
     "anything_seen",
     "based_on",
+    "causes",
     "confidence",
     "excluded_words",
     "findings",
@@ -146,6 +148,11 @@ def findings(report: Report) -> list[str]:
     return [*sentences, *_excluded(report)]
 
 
+def causes(report: Report) -> tuple[Diagnosis, ...]:
+    """Return why neurons died, as far as the report shows it, and what to do."""
+    return diagnose(facts_from_report(report))
+
+
 def _excluded(report: Report) -> list[str]:
     """Say which layers are not in the totals, one sentence for each reason."""
     excluded = [site for site in report.layers if not site.in_headlines]
@@ -235,7 +242,7 @@ def glossary(report: Report) -> list[tuple[str, str]]:
         ("born", "dead, and never fired since watching began"),
         ("died", "dead, but fired before"),
         ("silent", "output is zero at every position of the window, but gradient arrives, so training can wake it"),
-        ("dormant", f"neither dead nor silent, but its mean |y| is at most {tau} of the layer's mean"),
+        ("dormant", f"neither dead, silent nor cut off, but its mean |y| is at most {tau} of the layer's mean"),
         ("cut off", "fires, but its gradient is zero at every position"),
         ("linear", "never off, so it adds no non-linearity"),
         ("fires in", "a neuron called dead or silent may still fire in up to this share of examples"),
@@ -371,15 +378,26 @@ def _tone(site: SiteReport, unseen: bool) -> str:
     return "warn" if site.silent or site.dormant or site.cut_off else "calm"
 
 
-def fold(sites: Sequence[SiteReport], limit: int = 40) -> tuple[list[SiteReport], list[str]]:
-    """Return the layers that get a row of the table, and a sentence about those that were left out.
+def fold(sites: Sequence[SiteReport], limit: int = 40, most: int = 40) -> tuple[list[SiteReport], list[str]]:
+    """Return the layers that get a row of the table, and sentences about those that were left out.
 
     Args:
         sites: All layers.
         limit: Up to this many layers, each gets a row; of more, only those with something to report.
+        most: Most rows. If more layers have something to report, the worst get a row.
     """
     if len(sites) <= limit:
         return list(sites), []
-    shown = [site for site in sites if _tone(site, is_unseen(site)) != "calm" or site.linear]
-    left_out = len(sites) - len(shown)
-    return shown, [f"… {plural(left_out, 'more layer')} with nothing to report"] if left_out else []
+    found = [index for index, site in enumerate(sites) if _tone(site, is_unseen(site)) != "calm" or site.linear]
+    worst = sorted(found, key=lambda index: _rank(sites[index]), reverse=True)[:most]
+    left_out = []
+    if len(found) > most:
+        left_out.append(f"… {plural(len(found) - most, 'more layer')} with something to report, none worse than these")
+    if len(sites) > len(found):
+        left_out.append(f"… {plural(len(sites) - len(found), 'more layer')} with nothing to report")
+    return [sites[index] for index in sorted(worst)], left_out
+
+
+def _rank(site: SiteReport) -> tuple[bool, bool, tuple[float, float]]:
+    """Return how early a layer is shown if not all are: those in the totals and those that were seen come first."""
+    return site.in_headlines, not is_unseen(site), severity(site)

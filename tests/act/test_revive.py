@@ -19,6 +19,7 @@ from neuronscope.act.revival import Revival
 from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Rule, SelfNormalizedResets, SiteActivity
 from neuronscope.act.structure import Structure
 from neuronscope.errors import DetachedError, NeuronscopeWarning, StateError, UsageError
+from neuronscope.report.reading import report_from_dict
 from neuronscope.writers.tensorboard import scalars
 from tests.writers.test_json import VALIDATOR
 
@@ -286,6 +287,7 @@ def test_reports_and_states_have_the_acts() -> None:
     assert plain["acts"] == [
         {"step": 1, "site": "0/relu", "neurons": [0, 3], "rule": "Dead()", "first_step": 0, "last_step": 0}
     ]
+    assert report_from_dict(plain).acts == report.acts
     assert scalars(report)["neuronscope/revived_total"] == 2.0
     assert report["0/relu"].history.revivals[DEAD].tolist() == [1, 1]  # and they were seen to fire
 

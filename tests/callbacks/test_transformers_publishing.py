@@ -59,6 +59,7 @@ def test_the_trainers_history_keeps_the_numbers_and_its_own_entries_stay_last(tm
     told = [place for place, entry in enumerate(history) if "neuronscope/val_dead_pct" in entry]
     assert [history[place]["step"] for place in told] == [6, 12]
     assert all("eval_loss" in history[place + 1] for place in told)
+    assert all(history[place]["step"] == history[place + 1]["step"] for place in told)  # the rows join
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     assert any("neuronscope/val_dead_pct" in entry for entry in saved["log_history"])
 

@@ -12,8 +12,10 @@ from rich.console import Console
 
 from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.program import run_demo
-from neuronscope.demo.recipe import Recipe
-from neuronscope.demo.results import Comparison
+from neuronscope.demo.recipe import VARIANTS, Recipe
+from neuronscope.demo.results import Comparison, Run
+from neuronscope.demo.training import train
+from neuronscope.report.report import Report
 
 # Four layers, the spike early: ReLU's neurons die in the third epoch already.
 MINIATURE = Recipe(layers=4, epochs=5, spike_epochs=(3, 3), spike_factor=30.0)
@@ -39,6 +41,13 @@ def _one_thread() -> Iterator[None]:
 def digits() -> Digits:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed (the extra `demo`)")
     return load_digits()
+
+
+@pytest.fixture(scope="session")
+def others(digits: Digits) -> dict[str, tuple[Run, list[Report]]]:
+    """What else is trained: two networks of gated products, one that learns slopes, and one without activations."""
+    names = ("GLU", "SwiGLU-LayerNorm", "PReLU", "none")
+    return {each.name: train(each, 0, digits, MINIATURE) for each in VARIANTS if each.name in names}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The demo's picture: its lines, labels and tables say the comparison's own numbers."""
+"""The demo's picture: its lines, bars and labels say the comparison's own numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from neuronscope.demo.picture import comparison_png, draw_comparison
 from neuronscope.demo.program import run_demo
 from neuronscope.demo.recipe import VARIANTS
-from neuronscope.demo.results import Comparison, Epoch, Moment, Run
+from neuronscope.demo.results import Comparison, Epoch, Moment, Network, Run
 from neuronscope.errors import MissingExtraError
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `demo`)")
@@ -36,7 +36,7 @@ def comparison(seeds: int = 3) -> Comparison:
             epochs = tuple(Epoch(step, (0, 0), (0, 0), 1.0, 0.9 + seed / 100) for step in STEPS[1:])
             runs.append(Run(name, seed, scans, epochs, 0, 0, True, 1.0))
     recipe = {"layers": 2, "width": 50, "images": 1437, "spike_factor": 20.0, "spike_epochs": (2, 2)}
-    return Comparison(recipe, 100, {name: name for name in DEAD}, tuple(runs), {})
+    return Comparison(recipe, {name: Network(name, 100, 1000) for name in DEAD}, tuple(runs), {})
 
 
 def test_lines_are_means_and_bands_are_standard_deviations() -> None:
@@ -69,7 +69,7 @@ def test_lines_are_labelled_at_their_ends_and_labels_do_not_overlap() -> None:
 
 def test_a_variant_has_the_same_colour_whichever_others_are_shown() -> None:
     whole = comparison()
-    part = replace(whole, labels={"GELU": "GELU"}, runs=tuple(whole.of("GELU")))
+    part = replace(whole, networks={"GELU": whole.networks["GELU"]}, runs=tuple(whole.of("GELU")))
     assert draw_comparison(part).axes[0].lines[0].get_color() == draw_comparison(whole).axes[0].lines[1].get_color()
 
 
@@ -81,19 +81,26 @@ def test_the_spike_is_shaded_and_named() -> None:
     assert "learning rate × 20" in said
 
 
-def test_accuracies_and_layers_are_written_as_numbers() -> None:
-    _, _, accuracy, layers = draw_comparison(comparison()).axes
-    assert [text.get_text() for text in accuracy.texts] == ["91.0 ± 1.0"] * 3
-    assert [text.get_text() for text in layers.texts] == ["62", "0", "4.0", "0", "10", "0"]  # of 50 neurons a layer
-    for panel in (accuracy, layers):
-        assert [label.get_text() for label in panel.get_yticklabels()] == ["ReLU", "GELU", "no spike"]
-        assert panel.yaxis_inverted()  # the first at the top
+def test_every_variant_is_a_row_of_numbers_and_a_bar_of_its_own_neurons() -> None:
+    made = comparison()
+    made = replace(made, networks={**made.networks, "GELU": Network("GELU", 50, 1000)})  # half as many neurons
+    ends = draw_comparison(made).axes[2]
+    rows = [[text.get_text() for text in ends.texts[4 * row : 4 * row + 4]] for row in range(3)]
+    assert rows == [
+        ["ReLU", "31", "7.0", "91.0 ± 1.0"],
+        ["GELU", "4.0", "14", "91.0 ± 1.0"],
+        ["ReLU-no-spike", "5.0", "7.0", "91.0 ± 1.0"],
+    ]
+    bars = [(bar.get_x(), bar.get_width()) for bar in ends.patches]
+    expected = [(0, 1), (0, 0.31), (0.31, 0.07), (0, 1), (0, 0.04), (0.04, 0.14), (0, 1), (0, 0.05), (0.05, 0.07)]
+    assert np.array(bars) == pytest.approx(np.array(expected))
+    assert ends.yaxis_inverted()  # the first at the top
 
 
 def test_one_seed_has_no_deviation() -> None:
     figure = draw_comparison(comparison(seeds=1))
-    assert "one seed, so no deviation" in [text.get_text() for text in figure.texts]
-    assert figure.axes[2].texts[0].get_text() == "90.0"
+    assert any("one seed, so no deviation" in text.get_text() for text in figure.texts)
+    assert figure.axes[2].texts[3].get_text() == "90.0"
     assert comparison_png(comparison(seeds=1)).startswith(b"\x89PNG")
 
 
@@ -102,7 +109,7 @@ def test_the_chart_does_not_depend_on_the_users_matplotlib_settings() -> None:
 
     first = comparison_png(comparison())
     with Image.open(io.BytesIO(first)) as picture:
-        assert picture.size == (1920, 1080)
+        assert picture.size == (1920, 1280)
         edges = np.asarray(picture.convert("RGB"))
     paper = edges[0, 0]
     assert all((edge == paper).all() for edge in (edges[:20], edges[-20:], edges[:, :20], edges[:, -20:]))
@@ -129,7 +136,28 @@ def test_a_missing_matplotlib_is_reported_before_any_training(tmp_path: Path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_every_variant_in_the_picture_is_one_of_the_demos() -> None:
-    from neuronscope.demo.picture import _SHOWN
+def test_every_line_of_the_picture_is_one_of_the_demos_variants() -> None:
+    from neuronscope.demo.picture import _LINES
 
-    assert _SHOWN.keys() <= {variant.name for variant in VARIANTS}
+    assert _LINES.keys() <= {variant.name for variant in VARIANTS}
+
+
+def test_the_rows_of_all_variants_fit_with_their_labels_and_widest_numbers() -> None:
+    (*_, run) = comparison().of("ReLU")
+    scans = tuple(replace(scan, dead=(38, 0), dormant=(38, 0)) for scan in run.scans)
+    runs = [replace(run, variant=each.name, seed=seed, scans=scans) for each in VARIANTS for seed in range(2)]
+    runs = [replace(each, epochs=(replace(each.epochs[-1], accuracy=0.3 + each.seed / 2),)) for each in runs]
+    networks = {each.name: Network(each.label, 100, 1000) for each in VARIANTS}
+    figure = draw_comparison(replace(comparison(), networks=networks, runs=tuple(runs)))
+    figure.draw_without_rendering()
+    width, height = figure.canvas.get_width_height()
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert all(0 <= box.x0 <= box.x1 <= width and 0 <= box.y0 <= box.y1 <= height for box in boxes)
+    rows = [each.get_window_extent() for each in figure.axes[2].texts]
+    for row in range(len(VARIANTS)):
+        cells = rows[4 * row : 4 * row + 4]
+        assert all(left.x1 < right.x0 for left, right in zip(cells[:-1], cells[1:]))
+        assert cells[0].x1 < figure.axes[2].get_window_extent().x0  # the label ends before the bar begins
+    ends = max(text.get_window_extent().x1 for text in figure.axes[0].texts)
+    assert ends < min(box.x0 for box in rows)  # the labels of the lines end before the rows begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_the_demo_writes_all_its_files(shown: Shown) -> None:
     ]
     with Image.open(shown.out / "comparison.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.shape == (1080, 1920, 3)
+    assert pixels.shape == (1280, 1920, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # something is drawn
     html = (shown.out / "report-ReLU.html").read_text(encoding="utf-8")
     assert "linear1/relu" in html
@@ -57,7 +58,7 @@ def test_the_json_file_holds_the_measured_numbers(shown: Shown) -> None:
 def test_the_table_and_the_sentences_show_the_same_numbers(shown: Shown) -> None:
     end = shown.result.spread("ReLU", lambda run: sum(run.end.dead))
     said = f"{end.mean:.1f} ± {end.deviation:.1f}"
-    row = next(line for line in shown.text.splitlines() if line.startswith("ReLU "))
+    row = next(line for line in shown.text.splitlines() if line.startswith("ReLU  "))
     assert said in row
     text = " ".join(shown.text.split())
     assert f"ReLU ends with {said} of 256 neurons dead" in text
@@ -93,7 +94,9 @@ def test_each_variant_is_a_tensorboard_run_and_all_share_their_tags(shown: Shown
     assert "neuronscope.dead_pct/layer4" in scalars["ReLU"]
 
 
-def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digits, tmp_path: Path) -> None:
+def test_a_second_demo_in_processes_replaces_the_first_and_touches_nothing_else(
+    digits: Digits, tmp_path: Path, shown: Shown
+) -> None:
     mine = [tmp_path / "thesis.txt", tmp_path / "tensorboard" / "ReLU" / "notes.txt"]
     other = tmp_path / "tensorboard" / "my-run" / "events.out.tfevents.1.me"
     for path in (*mine, other):
@@ -106,7 +109,7 @@ def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digit
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("earlier")
     text = io.StringIO()
-    run_demo(tmp_path, 1, quick=True, recipe=MINIATURE, console=Console(file=text, width=120))
+    result = run_demo(tmp_path, 1, quick=True, recipe=MINIATURE, console=Console(file=text, width=120), processes=2)
     assert all(path.read_text() == "mine" for path in (*mine, other))
     assert not any(path.exists() for path in earlier)
     assert not (tmp_path / "tensorboard" / "Tanh").exists()  # an empty folder would be an empty run
@@ -114,6 +117,9 @@ def test_a_second_demo_replaces_the_first_and_touches_nothing_else(digits: Digit
         assert len(list((tmp_path / "tensorboard" / folder).glob("events.*"))) == 1
     assert re.search(r"Replacing the logs of an earlier demo .*\(3 files\)", " ".join(text.getvalue().split()))
     assert "±" not in text.getvalue()  # one seed has no deviation
+    # What other processes trained is what this one does.
+    same = [run for run in shown.result.runs if run.seed == 0]
+    assert [replace(run, seconds=0) for run in result.runs] == [replace(run, seconds=0) for run in same]
 
 
 def test_removing_logs_where_there_are_none_is_harmless(tmp_path: Path) -> None:

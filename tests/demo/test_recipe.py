@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from neuronscope.demo.digits import Digits, load_digits
-from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, build_network
+from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, SwiGLU, build_classifier, build_network
 from neuronscope.errors import MissingExtraError
 
 VARIANT = {variant.name: variant for variant in VARIANTS}
 
 
 def test_the_demo_compares_the_documented_variants() -> None:
-    assert {"ReLU", "LeakyReLU", "GELU", "SiLU", "Tanh", "Mish"} <= VARIANT.keys()
-    assert set(QUICK) <= VARIANT.keys()
+    assert list(VARIANT)[:3] == list(QUICK) == ["ReLU", "GELU", "SiLU"]
+    assert VARIANT.keys() >= {"LeakyReLU", "PReLU", "ELU", "Mish", "Tanh", "Sigmoid", "GLU", "SwiGLU-LayerNorm", "none"}
 
 
-@pytest.mark.parametrize("name", VARIANT)
+@pytest.mark.parametrize("name", [name for name, variant in VARIANT.items() if not variant.gated])
 def test_networks_of_a_seed_have_the_same_weights_whatever_their_activation(name: str) -> None:
     recipe = Recipe()
     one, other = build_network(VARIANT["ReLU"], recipe, seed=3), build_network(VARIANT[name], recipe, seed=3)
@@ -31,11 +32,50 @@ def test_networks_of_a_seed_have_the_same_weights_whatever_their_activation(name
         assert not theirs.bias.any()
     # Six activations, named alike in every variant, so that TensorBoard lays their curves over each other.
     assert [n for n, _ in other.named_children() if n.startswith("act")] == [f"act{i}" for i in range(1, 7)]
+    assert VARIANT[name].width(recipe) == 64
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANT.items() if variant.gated])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(layers=1, width=9), Recipe(layers=3, width=200)])
+def test_gated_networks_have_the_width_at_which_parameters_are_as_many_as_they_can_be(
+    name: str, recipe: Recipe
+) -> None:
+    def parameters(width: int, factor: int) -> int:
+        sizes = [64, *[width] * recipe.layers]
+        return sum((size + 1) * factor * width for size in sizes[:-1]) + (width + 1) * 10
+
+    network = build_network(VARIANT[name], recipe, 0)
+    width, wanted = VARIANT[name].width(recipe), parameters(recipe.width, 1)
+    assert sum(each.numel() for each in network.parameters()) == parameters(width, 2)
+    assert all(
+        abs(parameters(width, 2) - wanted) <= abs(parameters(other, 2) - wanted) for other in range(1, recipe.width + 1)
+    )
+    assert network(torch.randn(5, 64)).shape == (5, 10)
+    if recipe == Recipe():
+        assert (width, parameters(width, 2), wanted) == (44, 25970, 25610)  # 1.4 % more
+
+
+def test_swiglu_gates_the_first_half_with_the_second_as_glu_does() -> None:
+    x = torch.randn(7, 3, 10)
+    value, gate = x[..., :5], x[..., 5:]
+    torch.testing.assert_close(SwiGLU()(x), value * gate * torch.sigmoid(gate))
+    torch.testing.assert_close(nn.GLU()(x), value * torch.sigmoid(gate))
+
+
+def test_six_layers_of_swiglu_need_a_norm_between_them(digits: Digits) -> None:
+    variant, recipe = VARIANT["SwiGLU-LayerNorm"], Recipe()
+    bare = build_network(replace(variant, layer_norm=False), recipe, 0).double()
+    with torch.no_grad():
+        small, large = (bare(scale * digits.train_x.double()).abs().max().item() for scale in (4, 8))
+        assert large > 2**55 * small  # nearly the 64th power of the input
+        spread = build_network(variant, recipe, 0)(digits.train_x).std().item()
+    assert 0.1 < spread < 10
 
 
 def test_seeds_differ_and_the_global_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     one, other = (build_network(VARIANT["ReLU"], Recipe(), seed) for seed in (0, 1))
+    assert not torch.equal(build_classifier(0).weight, build_classifier(1).weight)
     assert not torch.equal(one.linear1.weight, other.linear1.weight)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -46,7 +86,6 @@ def test_the_learning_rate_jumps_in_the_epochs_of_the_spike_only() -> None:
     assert [epoch for epoch, rate in enumerate(rates, 1) if rate == pytest.approx(0.02)] == [6, 7]
     assert rates.count(1e-3) == 18
     assert {recipe.rate(epoch, spike=False) for epoch in range(1, 21)} == {1e-3}
-    assert recipe.neurons == 384
 
 
 def test_the_digits_are_split_once_and_standardised_by_the_training_images(digits: Digits) -> None:

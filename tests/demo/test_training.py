@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
+from neuronscope.demo import training
 from neuronscope.demo.digits import Digits
 from neuronscope.demo.recipe import VARIANTS, build_network
-from neuronscope.demo.recount import recount_dead
+from neuronscope.demo.recount import gradient_reach, product_of_layers, recount_dead
+from neuronscope.demo.results import Run
 from neuronscope.demo.training import train
+from neuronscope.report.report import Report
 
 from .conftest import MINIATURE, Shown
 
@@ -90,13 +96,116 @@ def test_watching_a_demo_run_does_not_change_it(name: str, digits: Digits, monke
 
 
 def test_a_window_is_an_epoch_and_the_last_one_agrees_with_the_scan(shown: Shown, digits: Digits) -> None:
-    run, report = train(VARIANT["ReLU"], 0, digits, MINIATURE)
+    run, reports = train(VARIANT["ReLU"], 0, digits, MINIATURE)
+    report = reports[-1]
+    assert [each.window.last_step for each in reports] == [44, 89, 134, 179, 224]
     assert (report.window.first_step, report.window.last_step, report.window.long_enough) == (180, 224, True)
     assert report.layers[0].examples == 1437
     assert abs(report.dead - sum(run.end.dead)) <= 10  # weights move while an epoch is watched
     # The same seed gives the same run.
     (same,) = [other for other in shown.result.of("ReLU") if other.seed == 0]
     assert (run.scans, run.epochs) == (same.scans, same.epochs)
+
+
+Others = dict[str, tuple[Run, list[Report]]]
+
+
+@pytest.mark.parametrize(("name", "site"), [("GLU", "linear{}/glu"), ("SwiGLU-LayerNorm", "linear{}(44:88)/swiglu")])
+def test_a_gated_neuron_is_the_product_and_its_gate_is_not_counted_beside_it(
+    name: str, site: str, others: Others
+) -> None:
+    run, reports = others[name]
+    width = VARIANT[name].width(MINIATURE)
+    sites = [site.replace("44", str(width)).replace("88", str(2 * width)).format(number) for number in range(1, 5)]
+    for report in reports:
+        assert [each.name for each in report.layers] == sites
+        assert (report.neurons, {each.neurons for each in report.layers}) == (4 * width, {width})
+    assert [len(scan.dead) for scan in run.scans] == [4] * 6
+    assert run.recount_agrees
+    assert run.collapse is None
+
+
+@pytest.mark.parametrize("name", ["GLU", "SwiGLU-LayerNorm"])
+def test_the_recount_of_gated_products_sees_a_shut_gate_and_only_that(name: str, digits: Digits) -> None:
+    network = build_network(VARIANT[name], MINIATURE, seed=0)
+    width = VARIANT[name].width(MINIATURE)
+    with torch.no_grad():
+        network.linear2.bias[width + 3] = -1e4  # a gate
+        network.linear2.bias[5] = -1e4  # what another gate lets through
+    whole = [(digits.train_x, digits.train_y)]
+    counted = recount_dead(network, *whole[0])
+    assert [place for place, dead in enumerate(counted[1]) if dead] == [3]
+    products = [site for site in ns.scan(network, whole, loss=loss_of).layers if site.kind == "gated"]
+    assert counted == [site.judgement.dead.tolist() for site in products]
+
+
+def test_the_slopes_that_a_network_learns_are_kept(others: Others) -> None:
+    run, _ = others["PReLU"]
+    assert len(run.slopes) == 4
+    assert all(slope != 0.25 for slope in run.slopes)  # what they begin as
+    assert others["GLU"][0].slopes == ()
+
+
+def test_a_network_without_activations_is_the_product_of_its_layers(others: Others) -> None:
+    run, reports = others["none"]
+    found = run.collapse
+    assert found is not None
+    assert (found.layers, found.inputs, found.outputs, found.rank, found.parameters) == (5, 64, 10, 10, 650)
+    assert found.equal
+    assert 0 < found.difference < 6e-6
+    assert found.classifier_accuracy > 0.8
+    assert abs(found.classifier_accuracy - run.accuracy) < 0.1
+    assert all(site.dead == 0 for report in reports for site in report.layers)
+    assert [site.name for site in reports[-1].layers] == [f"linear{number}/identity" for number in range(1, 5)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_product_of_layers_gives_what_the_network_gives_in_float64(seed: int) -> None:
+    network = build_network(VARIANT["none"], MINIATURE, seed)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.bias)
+    matrix, offset = product_of_layers(network)
+    with torch.no_grad():
+        at_zero = network.double()(torch.zeros(1, 64, dtype=torch.float64))
+        at_units = network(torch.eye(64, dtype=torch.float64))
+    torch.testing.assert_close(offset, at_zero[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(matrix.T + offset, at_units, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("wrong", ["product", "check_linear"])
+def test_a_product_that_differs_by_more_than_rounding_is_noticed(
+    wrong: str, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = build_network(VARIANT["none"], MINIATURE, 0)
+    changed = copy.deepcopy(network)
+    with torch.no_grad():
+        changed.linear3.weight[7] *= 1.0001
+    short = replace(MINIATURE, epochs=1)
+    assert training._collapse(network, 0, digits, short).equal
+    if wrong == "product":
+        monkeypatch.setattr(training, "product_of_layers", lambda _: product_of_layers(changed))
+    else:
+        found = ns.check_linear(changed, digits.train_x)
+        monkeypatch.setattr(ns, "check_linear", lambda *_: found)
+    assert not training._collapse(network, 0, digits, short).equal
+
+
+def test_sigmoid_lets_little_gradient_through_and_relu_lets_all(digits: Digits) -> None:
+    reach = {
+        name: gradient_reach(build_network(VARIANT[name], MINIATURE, 0), digits.train_x, digits.train_y)
+        for name in ("ReLU", "Sigmoid")
+    }
+    # Each sigmoid multiplies the gradient by 1/4 at most, and each layer by the root of 2, on average.
+    assert reach["Sigmoid"] < 2 * (2**0.5 / 4) ** 3
+    assert 0.3 < reach["ReLU"] < 3
+    # As a hook sees it.
+    network, sizes = build_network(VARIANT["Sigmoid"], MINIATURE, 0).eval(), []
+    for layer in (network.act4, network.act1):
+        layer.register_full_backward_hook(lambda _, gradients, __: sizes.append(gradients[0].pow(2).mean().sqrt()))
+    F.cross_entropy(network(digits.train_x.requires_grad_()), digits.train_y).backward()
+    digits.train_x.requires_grad_(False)
+    assert reach["Sigmoid"] == pytest.approx((sizes[1] / sizes[0]).item(), rel=1e-4)
 
 
 def test_batch_norm_runs_are_scanned_in_evaluation_mode(digits: Digits) -> None:

@@ -18,7 +18,7 @@ from neuronscope.checkpoints.model.examine_model import examine_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
 from neuronscope.judge.diagnosis import SYMPTOMS, diagnose
-from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts, groups
+from neuronscope.judge.symptoms import COLLAPSED, GROUPED, UNDATED, LayerFacts, RunFacts, groups
 from neuronscope.report.run_facts import facts_from_report
 from tests.writers import sample_reports
 
@@ -301,4 +301,56 @@ def test_a_diagnosis_as_a_dictionary_is_plain_data() -> None:
     plain = one.to_dict()
     assert plain["steps"] == [500, 500]
     assert plain["layers"] == ["a"]
-    assert set(plain) == {"sign", "cause", "remedy", "source", "evidence", "neurons", "layers", "steps"}
+    assert set(plain) == {"sign", "cause", "remedy", "source", "evidence", "neurons", "layers", "steps", "certain"}
+
+
+def test_a_remedy_that_fits_some_layers_only_names_them() -> None:
+    gone = [300] * 10
+    relu, gelu = layer("a", 10, gone, kind="relu-like"), layer("b", 10, gone, kind="smooth")
+    assert "Replace the activation of a by one with a slope" in remedy(COLLAPSED, relu, gelu)
+    assert "Replace the activation by one with a slope" in remedy(COLLAPSED, relu)
+    assert "Replace" not in remedy(COLLAPSED, gelu)
+    gone = [layer(name, 10, gone, kind="saturating") for name in "cdefg"]
+    assert "Replace the activation of c, d, e and 2 more by one that does not saturate" in remedy(
+        COLLAPSED, *gone, relu
+    )
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ((), "Go back to a checkpoint before step 300. "),
+        ((100, 288, 300, 400), "Go back to a checkpoint before step 300 (the last one known is of step 288). "),
+        ((300, 400), "Go back to a checkpoint before step 300 (none before it is known). "),
+    ],
+)
+@pytest.mark.parametrize("sign", [COLLAPSED, GROUPED])
+def test_going_back_names_the_last_healthy_checkpoint(saved: tuple[int, ...], said: str, sign: str) -> None:
+    # A checkpoint of step 300 holds the weights with which the neurons were first seen not to fire.
+    assert said in remedy(sign, layer("a", 10, [300] * 9), step=5000, checkpoints=saved)
+
+
+def test_what_follows_from_the_evidence_is_not_called_a_likely_cause() -> None:
+    spike = diagnose(RunFacts((layer("a", 10, [300] * 9),), step=5000))
+    heads = {one.sign: one.parts()[1][0] for one in spike}
+    assert heads == {COLLAPSED: "What it means", GROUPED: "Likely cause"}
+
+
+def test_a_post_mortem_of_several_checkpoints_names_the_last_healthy_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(1, 301):
+        if step == 200:
+            net[0].bias.data.fill_(-1000.0)
+        net(torch.randn(32, 4)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        if step in (100, 150, 250, 300):
+            state = {"state_dict": net.state_dict(), "optimizer_states": [optimizer.state_dict()], "global_step": step}
+            torch.save(state, tmp_path / f"{step}.ckpt")
+    report = ns.postmortem([tmp_path / f"{step}.ckpt" for step in (100, 150, 250, 300)])
+    assert report.dead == 16
+    (spike,) = [one for one in report.diagnoses if one.sign == GROUPED]
+    # The clock's dates are the earliest possible: some steps before 200, and after 150.
+    assert "(the last one known is of step 150)" in spike.remedy

@@ -23,7 +23,7 @@ from neuronscope.report.report import (
 )
 
 POLICY = Policy()
-VERSIONS = {"neuronscope": "0.1.0", "torch": "2.13.0", "numpy": "2.0.0"}
+VERSIONS = {"neuronscope": "0.1.0", "numpy": "2.0.0", "torch": "2.13.0"}
 HOSTILE = "<script>alert(1)</script>"
 
 

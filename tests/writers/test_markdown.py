@@ -49,7 +49,7 @@ def test_names_render_in_markdown_as_they_are(parse: object) -> None:
     assert [row[0] for row in cells(rendered)] == [formatting.visible(name) for name in NAMES]
     assert {len(row) for row in cells(rendered)} == {14}
     unescaped = set(re.findall(r"<(/?[a-z0-9]+)", rendered))
-    wanted = ["h2", "h3", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "strong", "code"]
+    wanted = ["h2", "h3", "h4", "em", "p", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "strong", "code"]
     assert unescaped <= {f"{slash}{tag}" for tag in wanted for slash in ("", "/")}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers import terminal
+from neuronscope.writers.tensorboard import diagnosis
 
 from . import golden
 from . import sample_reports as samples
@@ -103,14 +104,14 @@ def test_a_network_that_is_not_finite_never_looks_healthy(monkeypatch: pytest.Mo
     assert re.search(r"\x1b\[1;\d+;41m!! NOT FINITE", coloured)  # 41: on red
 
 
-@pytest.mark.parametrize(("sites", "folded"), [(40, 0), (41, 40)])
-def test_beyond_forty_sites_the_healthy_ones_are_folded(sites: int, folded: int) -> None:
+@pytest.mark.parametrize(("sites", "folded"), [(20, 0), (21, 20)])
+def test_beyond_twenty_sites_the_healthy_ones_are_folded(sites: int, folded: int) -> None:
     many = samples.report(
         *(samples.site(f"s{i:02}", 4, samples.Fate(born=int(i == 3)), windows=3) for i in range(sites))
     )
     text = str(many)
     assert len(re.findall(r"^s\d\d ", text, re.MULTILINE)) == sites - folded
-    assert ("… 40 more layers with nothing to report" in text) == bool(folded)
+    assert ("… 20 more layers with nothing to report" in text) == bool(folded)
 
 
 @pytest.mark.parametrize(
@@ -173,3 +174,52 @@ def test_the_report_of_a_scan_shows_counts_without_steps(at: int) -> None:
     )
     assert "Based on 1,000 examples. A neuron called dead" in str(scan)
     assert str(scan).startswith("Neuronscope · TinyNet · scan\n")
+
+
+@pytest.mark.parametrize("top", [5, 20])
+def test_of_many_layers_the_worst_are_shown_in_the_networks_order(top: int) -> None:
+    many = samples.report(
+        *(samples.site(f"s{i:02}", 100, samples.Fate(born=1 + i % 30), windows=3, seed=i) for i in range(60)),
+        samples.site("s97 assumed", 8, samples.Fate(born=8), axis_source="assumed (rank)"),
+        samples.site("s98", 8),
+        samples.site("s99", 8, positions=0, windows=0),
+    )
+    text = many.to_text(top)
+    shown = [int(name) for name in re.findall(r"^s(\d\d) ", text, re.MULTILINE)]
+    # Layers i and i + 30 have 1 + i % 30 dead of 100 each: the worst are those with the highest i % 30.
+    half = top // 2
+    expected = sorted([*range(30 - half, 30), *range(60 - half, 60)])
+    assert set(expected) <= set(shown)
+    assert len(shown) == top
+    assert shown == sorted(shown)
+    assert f"… {62 - top} more layers with something to report, none worse than these" in text
+    assert "… 1 more layer with nothing to report" in text
+
+
+def test_the_headline_stands_at_the_end_of_a_long_report_again() -> None:
+    for make in (samples.mixed, samples.broken, samples.many):
+        lines = str(make()).split("\n")
+        first = next(line for line in lines if "neurons are dead" in line or "NOT FINITE" in line)
+        assert lines.count(first) == 2
+        assert lines.index(first) < 8
+        assert first in lines[-4:]
+        assert lines[0] in lines[-6:]
+    assert str(samples.healthy()).count("No dead neuron") == 1  # it fits a screen
+
+
+def test_what_is_provisional_or_a_guess_looks_unlike_what_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    sure = samples.report(samples.site("a/relu", 30, samples.Fate(born=3, silent=2)))
+    unsure = replace(sure, window=replace(sure.window, long_enough=False))
+    plain, coloured = str(unsure), on_screen(monkeypatch, unsure, 120)
+    assert "Why, and what to do (provisional)" in plain
+    assert " (provisional)" not in str(sure)
+    assert "Provisional: based on" in plain
+    assert re.search(r"\x1b\[33mProvisional: based", coloured)  # yellow
+    assert not re.search(r"\x1b\[33mBased", on_screen(monkeypatch, sure, 120))
+    assert re.search(r"\x1b\[3mLikely cause: Born dead", coloured)  # italic
+    assert not re.search(r"\x1b\[3mWhat", coloured)
+    markdown, board = unsure.to_markdown(), diagnosis(unsure)
+    for text in (markdown, board):
+        assert "**Provisional: based on" in text
+        assert "- **Likely cause**: *Born dead" in text
+        assert "- **What it means**: Their output" in text

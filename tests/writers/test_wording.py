@@ -104,3 +104,10 @@ def test_neurons_that_are_not_finite_are_neither_dead_nor_alive() -> None:
     said = wording.findings(gone)
     assert said[0].startswith("NOT FINITE: 140 outputs")  # 20 neurons × 7
     assert said[1].startswith("No neuron gave only finite outputs")
+
+
+@given(st.floats(min_value=-1e9, max_value=1e9).filter(lambda value: value == 0 or abs(value) > 1e-12))
+def test_a_bound_with_few_digits_is_still_a_bound(value: float) -> None:
+    assert float(formatting.bounded(value, "output, at most")) >= value
+    assert float(formatting.bounded(value, "output, at least")) <= value
+    assert float(formatting.bounded(value, "output")) == pytest.approx(value, rel=1e-3)

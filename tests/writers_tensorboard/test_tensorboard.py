@@ -335,7 +335,7 @@ def test_the_diagnosis_states_each_problem_of_the_network(level: int, sentence: 
 
 def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() -> None:
     text = diagnosis(samples.many_sites())
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 75
     assert "more layers have such neurons" in text
 
 

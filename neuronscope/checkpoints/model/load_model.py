@@ -37,6 +37,7 @@ __all__ = [
     "configured_parameters",
     "list_parameters",
     "load_named",
+    "load_trained",
     "load_weights",
     "path_in_model",
     "stored_names",
@@ -68,6 +69,24 @@ def load_named(name: str, argument: str) -> Any:
                     f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
                 )
             found = getattr(found, part)
+    return found
+
+
+def load_trained(name: str) -> nn.Module:
+    """Return the trained network that ``package.module:name`` names: a module, or a function that returns one.
+
+    Args:
+        name: The name.
+
+    Raises:
+        UsageError: It names no network, or its code fails.
+    """
+    found = load_named(name, "model")
+    if not isinstance(found, nn.Module) and callable(found):
+        with user_code(f"Expected `model` ({name}) to return a network"):
+            found = found()
+    if not isinstance(found, nn.Module):
+        raise UsageError(f"Expected `model` ({name}) to be a torch.nn.Module, but got {type(found).__name__}.")
     return found
 
 

@@ -23,6 +23,7 @@ def postmortem_facts(
     kinds: Mapping[str, str] | None = None,
     normalised: Collection[str] = (),
     observed_every: int = 1,
+    checkpoints: Collection[int] = (),
 ) -> RunFacts:
     """Return the facts of a post-mortem in the form that :func:`neuronscope.judge.diagnosis.diagnose` takes.
 
@@ -36,6 +37,7 @@ def postmortem_facts(
         kinds: Kind of each layer's activation by layer, as far as known.
         normalised: Layers that are known to have a normalisation before their activation or their weights.
         observed_every: The largest number of steps between two observations of a monitor.
+        checkpoints: Steps of checkpoints of the run, as far as known.
     """
     ratios = dead_norm_ratios or {}
     headlines = [layer for layer in layers if layer.in_headlines]
@@ -64,6 +66,7 @@ def postmortem_facts(
         estimated=any(layer.is_estimated for layer in headlines),
         input_offset=input_offset,
         observed_every=observed_every,
+        checkpoints=tuple(sorted(checkpoints)),
     )
 
 

@@ -156,6 +156,9 @@ class LayerReport:
     left_out: str = ""
     woken: IntArray | None = None
 
+    def __repr__(self) -> str:
+        return f"<LayerReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
+
     @property
     def in_headlines(self) -> bool:
         """Whether totals include the layer."""

@@ -9,7 +9,7 @@ from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.writers.formatting import count
-from neuronscope.writers.markdown_text import bullets, code, pairs, plain, prose, table
+from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
 
 __all__ = ["render"]
 
@@ -88,7 +88,7 @@ def render(report: PostmortemReport) -> str:
     if report.diagnoses:
         blocks.append("### Why, and what to do")
     for one in report.diagnoses:
-        blocks += [f"#### {plain(one.sign)}", pairs(wording.diagnosis(one))]
+        blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
     if grounds := wording.grounds(report):
         blocks += ["### Evidence", table(GROUNDS, map(_ground, grounds))]
     for heading, lines in (

@@ -44,11 +44,12 @@ TIMELINE_COLUMNS = (
 LISTED, NAMED = 10, 8
 
 
-def render(report: PostmortemReport) -> str:
+def render(report: PostmortemReport, top: int = 20) -> str:
     """Write a post-mortem as text, as wide as the terminal, or 120 columns without colour codes if there is none.
 
     Args:
         report: The post-mortem.
+        top: Most layers that get a row: of more, the worst.
 
     Returns:
         Lines of text, without a line end at the end.
@@ -57,7 +58,7 @@ def render(report: PostmortemReport) -> str:
     title, sentences = f"Neuronscope post-mortem · {wording.title(report)}", wording.findings(report)
     page.summary(title, wording.based_on(report), sentences, alarm=wording.is_alarm(report))
     if report.layers:
-        shown, left_out = wording.fold(report)
+        shown, left_out = wording.fold(report, top, top)
         page.table(COLUMNS, [wording.layer_cells(layer) for layer in shown], left_out)
     if report.timeline is not None and len(report.timeline.checkpoints) > 1:
         page.heading("Between the checkpoints")
@@ -67,12 +68,7 @@ def render(report: PostmortemReport) -> str:
         if layers:
             page.table(TIMELINE_COLUMNS, layers, filter(None, [without]))
         page.line(timeline_wording.explanation(), "dim")
-    if report.diagnoses:
-        page.heading("Why, and what to do")
-    for one in report.diagnoses:
-        page.item(f"- {one.sign}", "bold")
-        for what, text in wording.diagnosis(one):
-            page.item(f"{what}: {text}", indent=4)
+    page.causes(report.diagnoses)
     page.list("Evidence", [_ground(row) for row in wording.grounds(report)])
     page.list("Confirmed by measuring", wording.confirmations(report))
     page.list("Woken by an input of the box", wording.woken(report, LISTED, NAMED))
@@ -81,6 +77,7 @@ def render(report: PostmortemReport) -> str:
     page.list("Notes", report.notes)
     page.line()
     page.line(wording.LEGEND, "dim")
+    page.end(title, sentences[0], alarm=wording.is_alarm(report))
     return page.text()
 
 

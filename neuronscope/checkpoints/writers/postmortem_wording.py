@@ -19,6 +19,7 @@ from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
     NONE,
     UNKNOWN,
+    bounded,
     count,
     is_are,
     listed,
@@ -330,8 +331,7 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
 
 def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
     """Return the parts of a diagnosis: the name of each, and its text."""
-    parts = [("What is seen", one.evidence), ("Likely cause", one.cause), ("What to do", one.remedy)]
-    return [*parts, ("Source", one.source)] if one.source else parts
+    return one.parts()
 
 
 @dataclass(frozen=True)
@@ -442,7 +442,7 @@ def _measured(measure: str, numbers: npt.NDArray[np.float64]) -> str:
     known = numbers[np.isfinite(numbers)]
     if not known.size or not measure:
         return ""
-    ends = dict.fromkeys(f"{end:.4g}" for end in (known.min(), known.max()))
+    ends = dict.fromkeys(bounded(float(end), measure) for end in (known.min(), known.max()))
     return f"{measure}: {' to '.join(ends)}"
 
 

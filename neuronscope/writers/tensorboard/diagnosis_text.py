@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from neuronscope.judge.diagnosis import diagnose
 from neuronscope.report.report import Report
-from neuronscope.report.run_facts import death_steps, facts_from_report
+from neuronscope.report.run_facts import death_steps
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, when
-from neuronscope.writers.markdown_text import bullets, code, plain, prose, table
+from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, plain, prose, table
 
 __all__ = ["diagnosis"]
 
@@ -47,11 +46,9 @@ def diagnosis(report: Report) -> str:
     ]
     blocks += [bullets(map(plain, report.other_notes))] if report.other_notes else []
     blocks += _layers(report)
-    causes = [
-        f"**{plain(one.sign)}**: {plain(f'{one.evidence} {one.cause} {one.remedy}')}"
-        for one in diagnose(facts_from_report(report))
-    ]
-    blocks += ["**Why, and what to do**", bullets(causes)] if causes else []
+    for index, one in enumerate(wording.causes(report)):
+        blocks += [f"**Why, and what to do**{' (provisional)' if report.provisional else ''}"] if not index else []
+        blocks += [f"**{plain(one.sign)}**", diagnosis_parts(one)]
     if report.not_measured:
         reasons = [f"{code(item.name)}: {plain(item.reason)}" for item in report.not_measured]
         blocks += ["**Not measured** (this is not zero):", bullets(reasons)]

@@ -1,0 +1,213 @@
+"""The options that say where a command's report goes, what is written there, and the check that ends with exit code 1.
+
+They are the same for every command that makes a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from neuronscope.errors import UsageError
+from neuronscope.output import check_writable, print_and_flush, write_file
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_OK",
+    "Printable",
+    "add_check_option",
+    "add_output_options",
+    "check_dead",
+    "check_targets",
+    "fail",
+    "positive_number",
+    "write_report",
+]
+
+EXIT_OK, EXIT_FAILED = 0, 1
+
+#: The formats of files, and what ``--help`` says of them.
+_FORMATS = {
+    "html": "write an HTML page",
+    "json": "write the whole report as JSON",
+    "markdown": "write Markdown",
+}
+
+
+class Printable(Protocol):
+    """A report that a terminal shows."""
+
+    def to_text(self, top: int = 20) -> str:
+        """Return the report as text for a terminal.
+
+        Args:
+            top: Most layers that get a row of the table.
+        """
+        ...
+
+
+class Checkable(Protocol):
+    """A report that ``--fail-above`` checks."""
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons in the totals."""
+
+    @property
+    def dead(self) -> int:
+        """Number of dead neurons."""
+
+    @property
+    def dead_percent(self) -> float:
+        """Dead neurons in percent."""
+
+    @property
+    def collapsed(self) -> tuple[str, ...]:
+        """Names of the layers in which every neuron is dead."""
+
+
+def add_output_options(command: argparse.ArgumentParser, formats: Iterable[str] = _FORMATS) -> None:
+    """Add the options that say where the report goes.
+
+    Args:
+        command: The command.
+        formats: The formats of files that its report has.
+    """
+    for name in formats:
+        command.add_argument(f"--{name}", type=Path, metavar="F", help=_FORMATS[name])
+    command.add_argument(
+        "--top",
+        type=positive_number,
+        default=20,
+        metavar="N",
+        help="most layers with a row: of more, the worst (%(default)s)",
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="print no report; files, errors and the exit code stay the same"
+    )
+
+
+def add_check_option(command: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--fail-above``.
+
+    Args:
+        command: The command.
+        what: When the command then exits with code 1, after ``exit with code 1 if``.
+    """
+    command.add_argument("--fail-above", type=_percentage, metavar="PCT", help=f"exit with code 1 if {what}")
+
+
+def check_targets(parsed: argparse.Namespace) -> None:
+    """Check, before the long work begins, that the files can be written.
+
+    Raises:
+        UsageError: Some cannot.
+    """
+    _write_all((path, partial(check_writable, path)) for _, path in _targets(parsed))
+
+
+def write_report(report: Printable, parsed: argparse.Namespace) -> None:
+    """Print a report and write its files; each is written even if one before it failed.
+
+    Args:
+        report: The report.
+        parsed: The options.
+
+    Raises:
+        UsageError: Some cannot be written.
+    """
+    tasks: list[tuple[Path | str, Callable[[], None]]] = []
+    if not parsed.quiet:
+        tasks.append(("to standard output", lambda: print_and_flush(f"{report.to_text(parsed.top)}\n")))
+    tasks += [(path, partial(_write, report, kind, path)) for kind, path in _targets(parsed)]
+    _write_all(tasks)
+
+
+def check_dead(report: Checkable, limit: float, not_finite: int, remark: str = "") -> int:
+    """Return the exit code of ``--fail-above``, and print to standard error why the check failed.
+
+    It fails if more than ``limit`` percent of the neurons are dead, if a layer has collapsed, or if there is NaN.
+
+    Args:
+        report: The report.
+        limit: Percent.
+        not_finite: Number of neurons that are NaN or infinite.
+        remark: What to add about how sure it is.
+
+    Raises:
+        UsageError: No neuron was examined, so there is nothing to check.
+    """
+    dead = report.dead_percent
+    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead{remark}"
+    if not_finite:
+        return fail(f"{not_finite:,} neurons are NaN or infinite; {counted}.")
+    if report.collapsed:
+        which = f"layer{'s' if len(report.collapsed) > 1 else ''} {', '.join(report.collapsed[:3])}"
+        more = f" and {len(report.collapsed) - 3} more" if len(report.collapsed) > 3 else ""
+        return fail(f"{which}{more} collapsed, no neuron is left; {counted}.")
+    if math.isnan(dead):
+        raise UsageError("Expected neurons to compare with --fail-above, but no layer was examined.")
+    return fail(f"{counted}, more than {limit:g} %.") if dead > limit else EXIT_OK
+
+
+def fail(reason: str) -> int:
+    """Print to standard error why a check failed, and return its exit code."""
+    print(f"neuronscope: failed: {reason}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _targets(parsed: argparse.Namespace) -> list[tuple[str, Path]]:
+    return [(kind, path) for kind in _FORMATS if (path := getattr(parsed, kind, None)) is not None]
+
+
+def _write(report: Any, kind: str, path: Path) -> None:
+    if kind == "markdown":
+        write_file(path, report.to_markdown())
+    else:
+        getattr(report, f"to_{kind}")(path)
+
+
+def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
+    """Write to every target, even if one before it failed.
+
+    Args:
+        tasks: The name of each target for messages, and a function that writes to it.
+
+    Raises:
+        UsageError: Some targets cannot be written to.
+    """
+    failures = [failure for target, write in tasks if (failure := _try_write(target, write)) is not None]
+    if failures:
+        raise UsageError(f"Cannot write {'; '.join(failures)}.")
+
+
+def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
+    """Write to one target, and return why it failed, or ``None``."""
+    try:
+        write()
+    except OSError as error:
+        return f"{target}: {error.strerror or error}"
+    return None
+
+
+def positive_number(text: str) -> int:
+    """Return the whole number, 1 or more, that an argument gives; for ``argparse``."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
+    return number
+
+
+def _percentage(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number <= 100.0:
+        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, but got {text!r}")
+    return number
