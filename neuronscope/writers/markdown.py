@@ -49,12 +49,12 @@ def render(report: Report) -> str:
         rows = [_cells(wording.site_cells(site, report.policy["confidence"])) for site in shown]
         blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
-    if found := wording.weights(report):
-        blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
     for index, one in enumerate(wording.causes(report)):
         heading = f"### Why, and what to do{' (provisional)' if report.provisional else ''}"
         blocks += [heading] if not index else []
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
+    if found := wording.weights(wording.fold(report.layers)[0]):
+        blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
     if report.not_measured:
         reasons = [[code(item.name), plain(item.reason)] for item in report.not_measured]
         blocks += ["### Not measured", table([("what", False), ("why", False)], reasons)]

@@ -180,11 +180,15 @@ def not_in_totals(site: SiteReport) -> str:
     return "output: not in the totals" if site.output else ""
 
 
-def weights(report: Report) -> list[str]:
-    """Say which weights lead into the neurons of each layer that has idle ones, and which read them."""
+def weights(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which weights lead into the neurons of each layer that has idle ones, and which read them.
+
+    Args:
+        sites: The layers that are shown.
+    """
     return [
         f"{visible(site.name)}: {_weights(site)}"
-        for site in report.layers
+        for site in sites
         if site.incoming and (site.dead or site.silent or site.dormant)
     ]
 
