@@ -43,8 +43,9 @@ def main() -> None:
     parser.add_argument("--spike", type=float, default=Recipe().spike_factor)
     given = parser.parse_args()
     data, recipe = load_digits(), Recipe(spike_factor=given.spike)
-    heads = "seed dead parameters multiply-adds ms_for_360_images largest_difference in_float64 test there".split()
-    print("| " + " | ".join(head.replace("_", " ") for head in heads) + " |")
+    heads = ["seed", "dead", "parameters", "multiply-adds", "ms for 360 images", "largest difference"]
+    heads += ["in float64", "test", "there"]
+    print(f"| {' | '.join(heads)} |")
     print("| --- |" + " ---: |" * (len(heads) - 1))
     for seed in range(given.seeds):
         network = trained(data, seed, recipe)
