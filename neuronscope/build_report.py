@@ -38,6 +38,7 @@ def make_report(
     fault: Fault | None = None,
     acts: Sequence[Act] = (),
     checkpoints: Sequence[int] = (),
+    series: Mapping[str, tuple[tuple[int, float], ...]] | None = None,
 ) -> Report:
     """Judge a phase and return its report.
 
@@ -53,6 +54,7 @@ def make_report(
         fault: The error inside Neuronscope that ended the watch, if there was one.
         acts: What was done to neurons, oldest first.
         checkpoints: Steps at which checkpoints were saved, ascending.
+        series: What the training logged; see :attr:`neuronscope.report.report.Report.series`.
 
     Returns:
         The report on the newest closed window, in the state at its end. If no window has closed, the report is on
@@ -90,6 +92,7 @@ def make_report(
             *_exchange_notes(exchanges),
         ),
         fault=fault_text,
+        series=series or {},
         checkpoints=tuple(checkpoints),
         versions={
             "neuronscope": neuronscope.__version__,

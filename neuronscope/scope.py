@@ -38,6 +38,7 @@ from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
+from neuronscope.tally.series import SERIES, Series
 
 __all__ = ["Scope", "watch"]
 
@@ -81,6 +82,7 @@ class Scope:
         self._records: dict[str, PhaseRecord] = {}
         self._ended: dict[str, bool] = {}  # phases, the one that ended last is the last; whether each has its buffers
         self._checkpoints: list[int] = []  # steps at which checkpoints were saved
+        self._series = Series()
         self._forgotten = 0  # number of phases whose counts are no longer kept
         self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
         self._phases: dict[int, str] = {}  # by thread
@@ -143,6 +145,21 @@ class Scope:
             self._checkpoints = [step for step in self._checkpoints if step < self._step] + [self._step]
         if len(self._checkpoints) > _MOST_CHECKPOINTS:
             del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
+
+    def note_metrics(self, **values: float) -> None:
+        """Note what training logged at the current step, so that reports show it beside the deaths.
+
+        The callbacks do this.
+
+        Args:
+            **values: ``learning_rate``, ``loss`` and ``gradient_norm``, as far as they are known.
+
+        Raises:
+            UsageError: There is no such series.
+        """
+        if unknown := values.keys() - set(SERIES):
+            raise UsageError(f"Expected {', '.join(f'`{name}`' for name in SERIES)}, but got `{min(unknown)}`.")
+        self._series.note(self._step, values)
 
     @property
     def observing(self) -> bool:
@@ -623,6 +640,7 @@ class Scope:
             fault=self._current_fault(),
             acts=self.act_record.acts,
             checkpoints=self._checkpoints,
+            series=self._series.points(),
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
@@ -651,7 +669,9 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            return scope_state(self._step, self._records, self._current_fault(), self._checkpoints, self.act_record)
+            checkpoints, acts = self._checkpoints, self.act_record
+            state = scope_state(self._step, self._records, self._current_fault(), checkpoints, acts)
+            return {**state, "series": self._series.state_dict()}
 
     @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -668,6 +688,7 @@ class Scope:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._step, phases, self._fault, self._checkpoints, self.act_record = split_scope_state(state, self.policy)
+        self._series = Series.from_state(state.get("series"))
         if is_outdated(state):
             self._record("train").begin_at(self._step)
             warn_user(

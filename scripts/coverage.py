@@ -96,8 +96,7 @@ Where there is more than one graph, torch's reason stands below.
 PROGRAMS = """\
 Random programs under `torch.compile` (`tests/core/test_compiled_programs.py`), each held to its
 unwatched run, to eager mode and to the slow twin: **{programs:,} tried, {failed:,} failed**,
-{sites:,} sites, {dates}. {again:,} more failed at first, and were run again after what failed in them was
-mended. {breaks}
+{sites:,} sites, {dates}. {again:,} of those that pass failed once, and were run again when that was mended. {breaks}
 """
 SETUPS_INTRODUCTION = """\
 ## Set-ups

@@ -146,6 +146,10 @@ class _Fields:
     def object(self, name: str) -> _Fields:
         return _Fields(self._get(name, "an object", lambda value: isinstance(value, dict)), f"{self._place}{name}.")
 
+    def members(self, name: str) -> dict[str, _Fields]:
+        found = self.mapping(name, "objects", lambda value: isinstance(value, dict))
+        return {key: _Fields(one, f"{self._place}{name}.{key}.") for key, one in found.items()}
+
     def objects(self, name: str) -> list[_Fields]:
         return [_Fields(one, f"{self._place}{name}[{index}].") for index, one in enumerate(self.items(name))]
 
@@ -205,6 +209,7 @@ def _report(fields: _Fields) -> Report:
         not_measured=tuple(NotMeasured(one.text("name"), one.text("reason")) for one in fields.objects("not_measured")),
         notes=fields.texts("notes"),
         fault=fields.text("fault"),
+        series={name: _points(one) for name, one in fields.members("series").items()},
         checkpoints=tuple(fields.integers("checkpoints").tolist()),
         versions=fields.mapping("versions", "texts", lambda value: isinstance(value, str)),
         acts=tuple(_act(one) for one in fields.objects("acts")),
@@ -220,6 +225,14 @@ def _act(fields: _Fields) -> Act:
         first_step=fields.integer("first_step", -1),
         last_step=fields.integer("last_step", -1),
     )
+
+
+def _points(fields: _Fields) -> tuple[tuple[int, float], ...]:
+    steps = fields.integers("steps").tolist()
+    values = fields.items("values", len(steps))
+    if not all(one is None or _is_number(one) for one in values):
+        fields.fail("holds values that are no numbers")
+    return tuple(zip(steps, (math.nan if one is None else float(one) for one in values), strict=True))
 
 
 def _site(fields: _Fields, policy: Policy) -> SiteReport:

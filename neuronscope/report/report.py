@@ -332,6 +332,8 @@ class Report(Renderable):
         notes: Sentences that a reader should know (the network gave NaN, no gradients were seen, …). If there is a
             ``fault``, it comes first.
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
+        series: What the training logged, as points ``(step, value)`` by name, steps rising: ``learning_rate``, ``loss``
+            and ``gradient_norm``, as far as the watch was told. Of many neighbours the highest value is kept.
         checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
@@ -351,6 +353,7 @@ class Report(Renderable):
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
     fault: str = ""
+    series: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     checkpoints: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -551,6 +554,13 @@ class Report(Renderable):
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "fault": self.fault,
+            "series": {
+                name: {
+                    "steps": [step for step, _ in points],
+                    "values": _plain(np.array([value for _, value in points])),
+                }
+                for name, points in self.series.items()
+            },
             "checkpoints": list(self.checkpoints),
             "versions": dict(self.versions),
             "acts": [act.to_dict() for act in self.acts],
