@@ -57,10 +57,11 @@ class Incoming:
         Args:
             site: The site.
         """
-        own = {(each.layer, column) for each in self._columns for column in _span(each)}
-        for key, readers in self._flow.readers.items():
-            found = [each for each in readers if isinstance(each, ReaderColumns)]
-            if key == site or not any((each.layer, column) in own for each in found for column in _span(each)):
+        beside = dict.fromkeys(key for each in self._columns for key in self._flow.sources[each.layer] if key != site)
+        own = {(each.layer, column) for each in self._columns for column in _span(each)} if beside else set()
+        for key in beside:
+            found = [each for each in self._flow.readers[key] if isinstance(each, ReaderColumns)]
+            if not any((each.layer, column) in own for each in found for column in _span(each)):
                 continue
             aligned = self._aligned(self._columns, key)
             if len(aligned) == len(found) == len(self._columns) == 1:

@@ -154,6 +154,7 @@ class NeuronFlow:
         self._closed: tuple[int, list[str]] = 0, []  # what `_close_calls` noted last: most forwards are alike
         self._returned: tuple[int, list[str]] = 0, []  # what `note_outputs` noted last
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
+        self.sources: dict[str, dict[Any, None]] = {}  # of each layer: the sites of which it reads known columns
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
         self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
         self.repeated: set[str] = set()  # layers that were called more than once in a forward
@@ -509,6 +510,8 @@ class NeuronFlow:
             return
         for site, reader in outcome.readers:
             self.readers.setdefault(site, {})[reader] = None
+            if not isinstance(reader, str):
+                self.sources.setdefault(reader.layer, {})[site] = None
         for layer, name in outcome.bends:
             self.bent.setdefault(layer, {})[name] = None
         if outcome.normalises is not None:
