@@ -225,6 +225,8 @@ def _unheld(layer: LayerWeights, held: _Held) -> str:
     for part in (*layer.rows, *layer.columns):
         if not isinstance(part.tensor, nn.Parameter):
             continue
+        if not part.tensor.requires_grad:
+            return f"`{layer.path}.{part.name}` is frozen"
         if part.tensor not in held:
             return f"the optimizer does not hold `{layer.path}.{part.name}`"
         optimizer = held[part.tensor][0]

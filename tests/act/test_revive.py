@@ -484,6 +484,15 @@ def test_an_optimizer_that_does_not_hold_the_weights() -> None:
     assert not run.scope.acts
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_frozen_weights_are_left_even_if_the_optimizer_holds_them(layer: int) -> None:
+    def frozen(model: nn.Module) -> torch.optim.Optimizer:
+        model.get_submodule(str(layer)).requires_grad_(False)
+        return adam(model)
+
+    assert left(Perceptron, frozen) == f"`{layer}.weight` is frozen"
+
+
 def test_an_optimizer_whose_state_is_not_known() -> None:
     assert "Rprop keeps" in left(Perceptron, lambda m: torch.optim.Rprop(m.parameters(), lr=1e-4))
     assert "Adafactor keeps" in left(Perceptron, lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-4))
