@@ -79,6 +79,8 @@ class Choice:
             return "no layer was seen to read them"
         for path, columns in group.columns.items():
             values = [0.0] * len(columns) if self._ranges is None else self._ranges.constants(path, columns)
+            if self._ranges is not None and not self._ranges.measured_at(path):
+                return f"what `{path}` reads was not seen, since its weight is used and the layer is not called"
             if values is None:
                 return f"what `{path}` reads of them changes on the data"
             if any(values):

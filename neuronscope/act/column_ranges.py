@@ -32,11 +32,11 @@ class ColumnRanges:
         handles = []
         for layer in self._layers:
 
-            def hook(module: nn.Module, args: tuple[Any, ...], path: str = layer.path) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = layer.path) -> None:
                 with unwatched(), torch.no_grad():  # what is measured is no part of the forward
-                    self._add(path, module, args)
+                    self._add(path, module, (*args, *kwargs.values()))
 
-            handles.append(layer.module.register_forward_pre_hook(hook))
+            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -55,6 +55,14 @@ class ColumnRanges:
         if known is not None:  # NaN stays: `minimum` and `amin` pass it on
             low, high = torch.minimum(known[0], low), torch.maximum(known[1], high)
         self._ranges[path] = low, high
+
+    def measured_at(self, path: str) -> bool:
+        """Whether a layer was seen to read anything; one whose weight a function was given was not.
+
+        Args:
+            path: Path of the layer.
+        """
+        return path in self._ranges
 
     def constants(self, path: str, columns: list[int]) -> list[float] | None:
         """Return the value that each column had throughout; ``None`` if one varied or was never seen.

@@ -161,17 +161,39 @@ def shrink(
             raise UsageError("Expected argument `data` with a post-mortem, which does not hold what reads a neuron.")
         choice = Choice(structure, None, idle)
         choice.add(_groups_of_report(structure, report).of(idle))
-    else:
-        seen = _Seen(model, structure, batches, call)
-        reached = {site.name: site for site in seen.report.layers}
+        return _without(model, _narrowed(choice, same_widths=same_widths))
+    seen = _Seen(model, structure, batches, call)
+    reached = {site.name: site for site in seen.report.layers}
+    for name, neurons in idle.items() if not isinstance(report, Report) else ():
+        _require_fit(name, max(neurons) < reached[name].neurons if name in reached else True)
+    for site in report.layers if isinstance(report, Report) else ():
+        _require_fit(site.name, site.name not in reached or site.neurons == reached[site.name].neurons)
+    wanted = {site: neurons for site, neurons in idle.items() if site in reached}
+    unreached = sum(map(len, idle.values())) - sum(map(len, wanted.values()))
+    if seen.report.examples >= seen.report.examples_needed:
+        wanted |= {name: range(site.neurons) for name, site in reached.items() if site.in_headlines}
+    groups = list(seen.groups().of(wanted))
+    tied = list(TiedGroups(model, structure, call, seen.first, seen.neurons_of_rows()).resolved(groups))
+    while True:
         choice = Choice(structure, seen.ranges, idle)
-        wanted = {site: neurons for site, neurons in idle.items() if site in reached}
-        if number := sum(map(len, idle.values())) - sum(map(len, wanted.values())):
-            choice.kept["the data does not reach them"] = number
-        if seen.report.examples >= seen.report.examples_needed:
-            wanted |= {name: range(site.neurons) for name, site in reached.items() if site.in_headlines}
-        tied = TiedGroups(model, structure, call, seen.first, seen.neurons_of_rows())
-        choice.add(tied.resolved(seen.groups().of(wanted)))
+        if unreached:
+            choice.kept["the data does not reach them"] = unreached
+        choice.add(tied)
+        shrunk = _without(model, _narrowed(choice, same_widths=same_widths))
+        try:
+            return _checked(shrunk, model, batches, call)
+        except UsageError:
+            if tied == groups:
+                raise
+            tied = groups  # what reads a sum is not always known: then what it ties stays
+
+
+def _narrowed(choice: Choice, *, same_widths: bool) -> Choice:
+    """Return a choice after all that must stay was taken out of it.
+
+    Raises:
+        UsageError: There are idle neurons, and all must stay.
+    """
     choice.leave_one()
     if same_widths:
         choice.level()
@@ -179,8 +201,17 @@ def shrink(
         reason, number = choice.kept.most_common(1)[0]
         every = f"all {count(number)}" if len(choice.kept) == 1 else f"{count(number)} of {count(choice.kept.total())}"
         raise UsageError(f"Expected idle neurons that can be taken out, but {every} must stay: {reason}.")
-    shrunk = _without(model, choice)
-    return shrunk if batches is None else _checked(shrunk, model, batches, call)
+    return choice
+
+
+def _require_fit(site: str, fits: bool) -> None:
+    """Check that a report is on the model.
+
+    Raises:
+        UsageError: A site has other neurons in the model.
+    """
+    if not fits:
+        raise UsageError(f"Expected a report on this model, but its neurons of `{site}` are not those of the model.")
 
 
 def _require_plain(model: nn.Module) -> None:
@@ -211,6 +242,9 @@ def _groups_of_report(structure: Structure, report: Report) -> UnitGroups:
     groups = UnitGroups(structure)
     for site in report.layers:
         blocked = structure.of(site.name, site).unknown or _own_widths(site)
+        for row in site.incoming:
+            layer = structure.layer(row.layer)
+            _require_fit(site.name, bool(layer.unknown) or row.row + (row.neurons - 1) * row.step < layer.units)
         for each in site.reader_columns:
             if structure.layer(each.layer).one_by_one:
                 blocked = blocked or f"`{each.layer}` passes them on, and to what shows only with data"

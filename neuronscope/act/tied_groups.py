@@ -84,7 +84,7 @@ class TiedGroups:
             known = self._structure.layer(path)
             gives = self._graph.is_out_channel_pruning_fn(dependency.handler)
             if not path or known.unknown:
-                if any(True for _ in target.parameters()):
+                if isinstance(target, nn.Parameter) or any(True for _ in target.parameters()):
                     return None
                 continue  # a view, a sum, an activation
             held = rows if gives or known.one_by_one else columns

@@ -281,6 +281,30 @@ def test_channels_that_residual_sums_tie_go_together() -> None:
     assert list(shrunk.kept.values()) == [1]
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        lambda n, h, g: n.out(h + g * n.scale),  # a parameter that no layer of its own holds
+        lambda n, h, g: n.out(h + g) + (h + g).mean(1, keepdim=True),
+    ],
+)
+def test_where_more_reads_a_sum_than_is_known_what_it_ties_stays(path: Callable[[Net, Tensor, Tensor], Tensor]) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.relu(net.first(x))
+        h = torch.relu(net.a(h))
+        return path(net, h, torch.relu(net.b(h)))
+
+    layers = {"first": nn.Linear(4, 5), "a": nn.Linear(5, 6), "b": nn.Linear(6, 6), "out": nn.Linear(6, 2)}
+    net = Net(forward, **layers)
+    net.scale = nn.Parameter(torch.ones(6))
+    kill(net.first, 3)
+    kill(net.a, 1)
+    kill(net.b, 1)
+    shrunk = shrunk_and_checked(net, vectors())
+    assert dict(shrunk.removed) == {"first/relu": (3,)}
+    assert any("added in" in reason for reason in shrunk.kept)
+
+
 def test_without_torch_pruning_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(UsageError, match="added in"):
@@ -376,6 +400,26 @@ def test_a_result_that_differs_is_not_returned() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_report_on_a_model_of_other_widths_is_refused() -> None:
+    net, x = Net(lambda n, x: n.out(torch.relu(n.a(x))), a=nn.Linear(4, 6), out=nn.Linear(6, 2)), vectors()
+    kill(net.double().a, 1, 2)
+    report = ns.scan(net, [x])
+    small = ns.shrink(net, report, [x]).model
+    for data in ([x], None):
+        with pytest.raises(UsageError, match="Expected a report on this model"):
+            ns.shrink(small, report, data)
+
+
+def test_a_layer_may_be_called_by_keyword_and_one_that_is_not_called_is_said_to_be_unseen() -> None:
+    net, x = Net(lambda n, x: n.out(input=torch.relu(n.a(x))), a=nn.Linear(4, 6), out=nn.Linear(6, 2)), vectors()
+    kill(net.a, 1)
+    assert shrunk_and_checked(net, x).removed == {"a/relu": (1,)}
+    net = Net(lambda n, x: F.linear(torch.relu(n.a(x)), n.out.weight), a=nn.Linear(4, 6), out=nn.Linear(6, 2))
+    kill(net.a, 1)
+    with pytest.raises(UsageError, match="what `out` reads was not seen"):
+        shrunk_and_checked(net, x)
+
+
 def test_compiled_scripted_and_quantised_models_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     kill(net[0], 1)
