@@ -728,8 +728,8 @@ fits what was killed by hand: many layers have few neurons left to recover with,
 is strong, because a harsher jump both kills more and breaks more. At equal jump and width only the
 seed tells the runs apart. But a seed may also make a jump harsher, and the last column shows where
 it does: LeakyReLU has the same initial weights and batches, and nothing dead. In the CNN its
-accuracy is lower, too, where many ReLUs die, so part of what is left is the jump's. In the MLP it
-is not, and what is left goes with the deaths.
+accuracy is lower, too, where many ReLUs die, so part of what is left is the jump's. In the MLP that
+does not show, and what is left goes with the deaths.
 
 ## What this does not show
 

@@ -72,7 +72,7 @@ def test_the_recount_notices_a_wrong_count(digits: Digits) -> None:
 
 
 @pytest.mark.parametrize("name", ["ReLU", "ReLU-BatchNorm"])
-def test_watching_a_demo_run_does_not_change_it(name: str, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_a_demo_run_does_not_change_it(name: str, digits: Digits) -> None:
     """The same run as a plain loop, without any of the library, ends with the same accuracy and the same losses."""
     run, _ = train(VARIANT[name], 1, digits, MINIATURE)
     network = build_network(VARIANT[name], MINIATURE, 1)
