@@ -400,9 +400,12 @@ def collapsed(facts: RunFacts) -> Support | None:
     text = f"Nearly all neurons of a layer are dead: {layers}."
     steps = [step for layer in found if (step := last_deaths(layer.dead, layer.since)) is not None]
     if steps:
-        when = "since the beginning" if max(steps) < 0 else f"since step {max(min(steps), 0):,}"
+        first, last = ("the beginning" if step < 0 else f"step {step:,}" for step in (min(steps), max(steps)))
         clock = "" if max(steps) < 0 else ", about" if facts.estimated else " at the earliest" if facts.clocked else ""
-        text += f" They have been dead {when}{clock}."
+        if first == last:
+            text += f" They have been dead since {first}{clock}."
+        else:
+            text += f" The first of these layers has been dead since {first}, the last since {last}{clock}."
     idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
     if any(count for _, count, _ in idle):
         text += f" No gradient reaches {_affected(idle)[0]}."

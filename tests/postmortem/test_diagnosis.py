@@ -154,6 +154,21 @@ def test_a_collapse_is_dated_by_its_last_deaths() -> None:
     assert "before step 5,000." in remedy(SIGN_OF_COLLAPSE, one)
 
 
+@pytest.mark.parametrize(
+    ("since", "said"),
+    [
+        ((-1, 305), "The first of these layers has been dead since the beginning, the last since step 305."),
+        ((300, 305), "The first of these layers has been dead since step 300, the last since step 305."),
+        ((305, 305), "They have been dead since step 305."),
+        ((-1, -1), "They have been dead since the beginning."),
+    ],
+)
+def test_the_dates_of_layers_that_collapsed_one_after_another_are_both_told(since: tuple[int, int], said: str) -> None:
+    layers = tuple(layer(str(step), 64, [step] * 64) for step in since)
+    (found,) = (one for one in diagnose(RunFacts(layers, step=5000)) if one.sign == SIGN_OF_COLLAPSE)
+    assert said in found.evidence
+
+
 def test_the_diagnosis_of_a_watched_run_knows_activations_and_norms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
@@ -321,7 +336,7 @@ def test_a_remedy_that_fits_some_layers_only_names_them() -> None:
     [
         ((), "Go back to a checkpoint before step 300. "),
         ((100, 288, 300, 400), "Go back to a checkpoint before step 300 (the last one known is of step 288). "),
-        ((300, 400), "Go back to a checkpoint before step 300 (none before it is known). "),
+        ((300, 400), "Go back to a checkpoint before step 300 (none is known). "),
     ],
 )
 @pytest.mark.parametrize("sign", [COLLAPSED, GROUPED])
