@@ -169,6 +169,17 @@ def test_the_dates_of_layers_that_collapsed_one_after_another_are_both_told(sinc
     assert said in found.evidence
 
 
+def test_a_scan_does_not_say_that_what_never_fired_in_it_was_dead_before_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    for index, dead in ((0, 3), (2, 8)):
+        nn.init.ones_(model[index].weight)
+        model[index].bias.data[:dead] = -1000.0
+    found = diagnose(facts_from_report(ns.scan(model, [torch.rand(320, 4)])))
+    assert [one.sign for one in found] == [SIGN_OF_COLLAPSE]
+    assert "beginning" not in found[0].evidence
+    assert "Go back to an earlier checkpoint that does not show this." in found[0].remedy
+
+
 def test_the_diagnosis_of_a_watched_run_knows_activations_and_norms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
