@@ -25,7 +25,7 @@ from benchmarks.tables import Picture
 #: In the order in which they are printed: modules of this package.
 PARTS = (
     *("importing", "counting", "sites", "steps", "trainers", "windows"),
-    *("writing", "growth", "memory", "profiling", "peers"),
+    *("writing", "reports", "growth", "memory", "profiling", "peers"),
 )
 
 #: Torch's threads where nobody says otherwise: what the page's figures are of.

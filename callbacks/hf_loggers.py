@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
+from neuronscope.callbacks.attachments import tracker_of
 from neuronscope.callbacks.logs import Log, SummaryWriterLog
 
 __all__ = ["Event", "trainer_logs"]
@@ -102,6 +103,10 @@ class _CallbackLog:
             train_dataloader=handler.train_dataloader,
             eval_dataloader=handler.eval_dataloader,
         )
+
+    @property
+    def tracker(self) -> tuple[str, Any] | None:
+        return tracker_of(self._callback)
 
     def event_folder(self) -> str | None:
         return None

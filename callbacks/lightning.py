@@ -16,6 +16,7 @@ from neuronscope.callbacks.lightning_compat import (
     FRAMEWORKS,
     LightningLog,
     joined_callback,
+    known_metrics,
     logged_step,
     logger_of,
     step_inputs,
@@ -63,6 +64,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     )
     _step = 0
     _logged_step = 0  # the step of the row that the Trainer logged last in training
+    _logged: dict[str, Any]  # what the Trainer had logged at the last batch of training, by name
     _unpublished = False  # whether training was observed since its totals were given to other callbacks
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -73,8 +75,8 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach: the strategy is set up, and nothing has run yet. The step of a resumed run is known later."""
-        self._unpublished = False
-        self.logs = _logs(trainer)
+        self._unpublished, self._logged = False, {}
+        self.logs, self.folder = _logs(trainer), _folder(trainer)
         self.console = logger_of(trainer) if trainer.is_global_zero else None
         self.attach(pl_module, trainer.global_step)
 
@@ -115,12 +117,20 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         before, self._step = self._step, trainer.global_step
         reason, self._logged_step = self.stop_reason, logged_step(trainer)
         self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
+        if self.attached:
+            with self.suppress_errors:
+                self.note_metrics(self._known_metrics(trainer, outputs, before))
         if self.prog_bar and self.dead_percent is not None:
             trainer.progress_bar_metrics["dead_pct"] = self.dead_percent
         if self.stop_reason != reason and trainer.is_global_zero:
             logger_of(trainer).info("Neuronscope stops the training: %s", self.stop_reason)
         if self.on_dead == "stop":
             self._stop_together(trainer, before)
+
+    def _known_metrics(self, trainer: Any, outputs: Any, before: int) -> dict[str, Any]:
+        """Return what is known of the batch; what is on an accelerator only where a window ends, which waits anyway."""
+        window = self.options.window_steps
+        return known_metrics(trainer, outputs, self._logged, synchronise=before // window != self._step // window)
 
     def _stop_together(self, trainer: Any, before: int) -> None:
         """Stop if any rank has a reason. The ranks agree at steps that all of them reach, whatever they have seen."""
@@ -155,7 +165,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         if trainer.sanity_checking:
             return
         if not _fits(trainer):
-            self.logs = _logs(trainer)
+            self.logs, self.folder = _logs(trainer), _folder(trainer)
             self.console = logger_of(trainer) if trainer.is_global_zero else None
             self.attach_for_evaluation(module)
         self.begin_evaluation(phase)
@@ -215,6 +225,12 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
             trainer.callback_metrics.update(
                 {tag: torch.tensor(value, device=device) for tag, value in totals(report, report.phase).items()}
             )
+
+
+def _folder(trainer: Any) -> str | None:
+    """The folder of the first logger that has one for each run, on the first rank. Without it, no file is left."""
+    found = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return next((str(folder) for folder in found if folder), None) if trainer.is_global_zero else None
 
 
 def _logs(trainer: Any) -> list[LightningLog]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, default_collate
 
+from neuronscope.callbacks.attachments import tracker_of
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.tensorboard import folder_of
 
-__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "logged_step", "logger_of", "step_inputs"]
+__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "known_metrics", "logged_step", "logger_of", "step_inputs"]
 
 #: Packages that have a Trainer.
 FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
@@ -67,6 +70,33 @@ def logged_step(trainer: Any) -> int:
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
 
 
+def known_metrics(trainer: Any, outputs: Any, seen: dict[str, Any], *, synchronise: bool) -> dict[str, Any]:
+    """Return what is known of a batch of training: the learning rate, its loss, and what was logged since the last one.
+
+    Args:
+        trainer: The Trainer.
+        outputs: What its training step returned.
+        seen: What was logged before, by name; brought up to date.
+        synchronise: Whether to wait for numbers that are on an accelerator. The Trainer's public ``logged_metrics``
+            would compute metrics, perhaps together with other ranks, so that what it has logged is read instead.
+    """
+    logged = getattr(getattr(trainer, "_logger_connector", None), "_logged_metrics", {})
+    metrics = {name: value for name, value in logged.items() if seen.get(name) is not value}
+    seen.update(metrics)
+    if isinstance(outputs, Mapping) and "loss" in outputs:
+        metrics["loss"] = outputs["loss"]
+    elif isinstance(outputs, torch.Tensor):
+        metrics["loss"] = outputs
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if groups:
+        metrics["lr"] = groups[0].get("lr")
+    return {
+        name: value
+        for name, value in reversed(metrics.items())  # the batch's own loss first
+        if not isinstance(value, torch.Tensor) or synchronise or value.device.type == "cpu"
+    }
+
+
 def step_inputs(batch: Any, loader: Any) -> tuple[Any, ...]:
     """Return what a step is given, as the arguments of a forward are: the inputs one by one, where they are known.
 
@@ -114,6 +144,11 @@ class LightningLog:
         if self.event_folder() is not None:
             # Written now: the writer's thread would keep an error, and raise it in the training.
             self._logger.experiment.flush()
+
+    @property
+    def tracker(self) -> tuple[str, Any] | None:
+        """Where the page goes besides a folder; see :func:`neuronscope.callbacks.attachments.tracker_of`."""
+        return tracker_of(self._logger)
 
     def event_folder(self) -> str | None:
         """Return the folder of TensorBoard's writer; ``None`` if the logger is no ``TensorBoardLogger``."""

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+import torch
 
 from neuronscope.writers.tensorboard import EventWriter, folder_of
 
-__all__ = ["Log", "SummaryWriterLog"]
+__all__ = ["Log", "SummaryWriterLog", "series_of"]
+
+#: How trainers and their users name what a report shows beside deaths.
+_NAMES = {
+    "learning_rate": re.compile(r"(train[/_])?(learning_rate|lr)([-/].*)?"),
+    "loss": re.compile(r"(train(ing)?[/_])?loss(_step)?"),
+    "gradient_norm": re.compile(r"(train[/_])?grad(ient)?(_(\d+(\.\d+)?|inf))?_norm(_total)?"),
+}
+
+
+def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the learning rate, the loss and the gradient norm among a trainer's metrics, under these names.
+
+    Args:
+        metrics: Numbers, or tensors of one element, by the trainer's names. What is neither is left out.
+
+    >>> series_of({"train/loss": 0.7, "grad_2.0_norm_total": torch.tensor(3.0), "lr-Adam": 0.001, "eval_loss": 9.0})
+    {'loss': 0.7, 'gradient_norm': 3.0, 'learning_rate': 0.001}
+    """
+    found: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = next((name for name, pattern in _NAMES.items() if pattern.fullmatch(key)), None)
+        is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+        if name is not None and is_number:
+            found.setdefault(name, float(value))
+    return found
 
 
 class Log(Protocol):

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.announcements import Announcements
-from neuronscope.callbacks.logs import Log
+from neuronscope.callbacks.logs import Log, series_of
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
@@ -59,6 +59,8 @@ class Monitor:
     Attributes:
         logs: Where numbers are written; empty at first, and on every rank but the first. Set it before the training
             begins, or whenever the run's loggers are known.
+        folder: Where the page is written if no log has a folder of event files; ``None`` = nowhere, as on every rank
+            but the first.
         options: What is watched, and how often.
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
@@ -103,6 +105,7 @@ class Monitor:
         images: bool = True,
         text: bool = True,
         vectors: bool = True,
+        html: bool = True,
         drawing_share: float = 0.01,
         prog_bar: bool = False,
         **options: Unpack[WatchArguments],
@@ -117,10 +120,12 @@ class Monitor:
             images: Whether TensorBoard gets pictures.
             text: Whether TensorBoard gets the diagnosis.
             vectors: Whether TensorBoard gets a byte a neuron and window, for Neuronscope's own tab.
-            drawing_share: Largest share of the run's time that pictures, diagnosis and vectors may take, in a thread of
-                their own: by default the first come after some 40 seconds. 1 draws them whenever a window closes, and
-                lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on the disk
-                before the run returns.
+            html: Whether the report is written as a page, into ``neuronscope/train.html`` (``val.html`` …) in the
+                folder of the run's logs, or in :attr:`folder` if they have none; anew at each drawing.
+            drawing_share: Largest share of the run's time that pictures, diagnosis, vectors and page may take, in a
+                thread of their own: by default the first come after some 40 seconds. 1 draws them whenever a window
+                closes, and lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on
+                the disk before the run returns.
             prog_bar: Whether the trainer's progress bar shows the share of dead neurons, in percent, as of the newest
                 report on training.
             **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
@@ -137,12 +142,13 @@ class Monitor:
         self.prog_bar = prog_bar
         self.console: logging.Logger | None = logging.getLogger("neuronscope")
         self.logs: Sequence[Log] = ()
+        self.folder: str | None = None
         self.stop_reason: str | None = None
         self._threshold = DeadThreshold(on_dead, threshold)
         self._announcements = Announcements()
         self.dead_percent: float | None = None
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
-        self._publisher = Publisher(images=images, text=text, vectors=vectors, drawing_share=drawing_share)
+        self._publisher = Publisher(images=images, text=text, vectors=vectors, html=html, drawing_share=drawing_share)
         self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
         self._finalizer: weakref.finalize[Any, Any] | None = None
         # Computed once: Lightning asks for it six times a step.
@@ -372,15 +378,16 @@ class Monitor:
         Returns:
             The report of training; ``None`` if nothing of it was observed.
         """
-        report = None
+        reports: dict[str, Report] = {}
         with self.suppress_errors:
             if self._runs.gate is not None:
                 scope = self._runs.gate.scope
                 self._runs.detach(join=not failed)
-                for phase in ("train",) if failed else ("val", "train"):
+                for phase in ("train",) if failed else ("train", "val"):
                     if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
-                        report = self._publish(phase, step, final=True)
+                        reports[phase] = self._publish(phase, step, final=True)
         self._publisher.finish()  # the logs may be closed next
+        report = reports.get("train")
         return report if report is not None and report.phase == "train" else None
 
     def detach(self, *, join: bool = False) -> None:
@@ -395,13 +402,27 @@ class Monitor:
 
     def _publish(self, phase: str, step: int | None, *, final: bool = False) -> Report:
         report = self.report(phase)
-        self._publisher.publish(report, self.logs, report.global_step if step is None else step, final=final)
+        self._publisher.publish(
+            report, self.logs, report.global_step if step is None else step, folder=self.folder, final=final
+        )
         if report.phase == "train":
             self.dead_percent = report.dead_percent
         if self.console is not None:
             for sentence in self._announcements.new(report):
                 self.console.warning("%s", visible(sentence))
         return report
+
+    def note_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Note the learning rate, the loss and the gradient norm of training, so that reports show them beside deaths.
+
+        Args:
+            metrics: What the trainer knows or logs at its step, by its own names, such as ``train_loss`` or
+                ``grad_norm``. What is none of the three, or no number, is left out.
+        """
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.scope.note_metrics(**series_of(metrics))
 
     @property
     def state_key(self) -> str:

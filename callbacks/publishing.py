@@ -8,20 +8,28 @@ not in the training.
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from neuronscope.callbacks.attachments import attach_files
 from neuronscope.callbacks.background import BackgroundDrawer
 from neuronscope.callbacks.logs import Log
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import StateError, UsageError
+from neuronscope.output import write_file
 from neuronscope.report.report import Report
 from neuronscope.tally.check_state import integer, mapping
 from neuronscope.writers.formatting import percent
+from neuronscope.writers.html import render
+from neuronscope.writers.pictures import overview
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
 from neuronscope.writers.tensorboard.tags import metric
 from neuronscope.writers.wording import anything_seen
@@ -86,7 +94,8 @@ class Publisher:
         images: Whether TensorBoard gets pictures.
         text: Whether TensorBoard gets the diagnosis.
         vectors: Whether TensorBoard gets a byte a neuron.
-        drawing_share: Largest share of the run's time that these three may take, for each phase by itself: a run of
+        html: Whether the page is written.
+        drawing_share: Largest share of the run's time that these four may take, for each phase by itself: a run of
             some seconds is drawn at its end only. With 1 every report is drawn, and training waits if drawing cannot
             keep up.
 
@@ -94,39 +103,86 @@ class Publisher:
         UsageError: ``drawing_share`` is not in (0, 1].
     """
 
-    def __init__(self, *, images: bool, text: bool, vectors: bool, drawing_share: float) -> None:
+    def __init__(self, *, images: bool, text: bool, vectors: bool, html: bool, drawing_share: float) -> None:
         if not 0 < drawing_share <= 1:
             raise UsageError(
                 f"Expected argument `drawing_share` to lie above 0 and up to 1, but got {drawing_share!r}."
             )
         self._parts = {"images": images, "text": text, "vectors": vectors}
+        self._html = html
         self._share = drawing_share
         self._next_drawing_at: dict[str, float] = {}  # by phase
         self._first_drawing_at = 0.0
         self._published: dict[str, _Published] = {}  # by phase and key of the log
         self._files: dict[str, EventFile] = {}  # by folder of the log
+        self._pages: dict[Path, int] = {}  # step of the page that was written last, by its path
+        self._training: Report | None = None  # the newest report on training, with which the other phases are compared
+        self._attachments: list[tuple[Any, list[Path]]] = []  # a log whose tracker takes files, and the files
+        self._scratch: str | None = None  # a folder for what trackers get, where the run has none
         self._suppress_errors = SuppressErrors("write to a logger")
         self._drawer = BackgroundDrawer()
 
     def begin(self) -> None:
         """Start the clock of a run: drawing gets a share of the time from here on."""
         self._next_drawing_at.clear()
+        self._pages.clear()
+        self._training = None
         self._first_drawing_at = time.monotonic() + self._pause_after(_USUAL_DRAWING_S)
 
-    def publish(self, report: Report, logs: Sequence[Log], step: int, *, final: bool = False) -> None:
-        """Write a report to every log that has nothing of its phase at this step or a later one.
+    def publish(
+        self, report: Report, logs: Sequence[Log], step: int, *, folder: str | None = None, final: bool = False
+    ) -> None:
+        """Write a report to every log that has nothing of its phase at this step or a later one, and as a page.
 
         Args:
             report: The report.
             logs: The run's logs.
             step: The trainer's step.
+            folder: Where the page is written if no log has a folder; ``None`` = nowhere.
             final: Whether this is the phase's last report: it is drawn, whatever share of the time that takes.
         """
         next_drawing_at = self._next_drawing_at.get(report.phase, self._first_drawing_at)
-        draws = any(self._parts.values()) and (final or time.monotonic() >= next_drawing_at)
+        draws = final or time.monotonic() >= next_drawing_at
         for log in logs:
             with self._suppress_errors:
-                self._write(report, log, step, f"{report.phase}:{log.key}", draws=draws)
+                self._write(report, log, step, f"{report.phase}:{log.key}", draws=draws and any(self._parts.values()))
+        if self._html and draws:
+            with self._suppress_errors:
+                folders = {found for log in logs if (found := log.event_folder()) is not None}
+                takers = [log for log in logs if getattr(log, "tracker", None) is not None] if final else []
+                if takers and not folders and folder is None:
+                    folder = self._scratch = self._scratch or tempfile.mkdtemp(prefix="neuronscope")
+                if not folders and folder is not None:
+                    Path(folder).mkdir(parents=True, exist_ok=True)  # some loggers make theirs with their first number
+                    folders.add(folder)
+                written = self._write_pages(report, folders, picture=bool(takers))
+                self._attachments += [(log, written[:2]) for log in takers if written]
+        if report.phase == "train":
+            self._training = report
+
+    def _write_pages(self, report: Report, folders: Collection[str], *, picture: bool) -> list[Path]:
+        """Write the report as a page into the folder ``neuronscope`` of each folder, unless it is there.
+
+        Args:
+            report: The report.
+            folders: The folders.
+            picture: Whether the overview is written beside it.
+
+        Returns:
+            Paths of all that is there when drawing is finished.
+        """
+        written = []
+        for folder in folders:
+            path = Path(folder) / "neuronscope" / f"{report.phase}.html"
+            if self._pages.get(path) != report.global_step:
+                self._pages[path] = report.global_step
+                against = None if report.phase == "train" else self._training
+                self._queue(report, partial(_write_page, report, against, path))
+            written.append(path)
+            if picture:
+                self._queue(report, partial(_write_picture, report, path.with_suffix(".png")))
+                written.append(path.with_suffix(".png"))
+        return written
 
     def _write(self, report: Report, log: Log, step: int, key: str, *, draws: bool) -> None:
         folder = log.event_folder()
@@ -141,18 +197,23 @@ class Publisher:
         if folder is not None and draws and not last.drawn:
             last.drawn = True
             file = self._files.setdefault(folder, EventFile(folder))
-            if self._share < 1.0:
-                self._next_drawing_at[report.phase] = math.inf  # until this one is drawn
-            self._drawer.draw(partial(self._draw, report, file, last.step))
+            self._queue(report, partial(append, report, file, last.step, **self._parts))
 
-    def _draw(self, report: Report, file: EventFile, step: int) -> None:
-        """Draw a report to the disk, in the drawer's thread, so that the end of the program cannot lose it."""
+    def _queue(self, report: Report, job: Callable[[], None]) -> None:
+        """Have something drawn in the drawer's thread, so that the end of the program cannot lose it."""
+        if self._share < 1.0:
+            self._next_drawing_at[report.phase] = math.inf  # until this one is drawn
+        self._drawer.draw(partial(self._draw, report.phase, job))
+
+    def _draw(self, phase: str, job: Callable[[], None]) -> None:
         began = time.monotonic()
         try:
-            append(report, file, step, **self._parts)
+            job()
         finally:
             ended = time.monotonic()
-            self._next_drawing_at[report.phase] = ended + self._pause_after(ended - began)
+            until = self._next_drawing_at.get(phase, ended)  # later than now if another drawing was just made
+            waits_from = ended if math.isinf(until) else max(until, ended)
+            self._next_drawing_at[phase] = waits_from + self._pause_after(ended - began)
 
     def _pause_after(self, drawing_s: float) -> float:
         """Seconds to wait after a drawing that took ``drawing_s``, so that drawing keeps to its share."""
@@ -162,6 +223,13 @@ class Publisher:
         """Wait until everything is drawn. Call this before the loggers are closed."""
         with self._suppress_errors:
             self._drawer.finish()
+        for log, files in self._attachments:
+            with self._suppress_errors:
+                attach_files(log.tracker, [file for file in files if file.exists()])
+        self._attachments.clear()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
 
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Return what was written last, as plain data for a checkpoint."""
@@ -172,6 +240,19 @@ class Publisher:
         self._published = {
             key: _Published(saved["step"], saved["report_step"], drawn=True) for key, saved in state.items()
         }
+
+
+def _write_page(report: Report, against: Report | None, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)  # a log's folder that is gone is not made anew: its own writer must notice
+    write_file(path, render(report, against))
+
+
+def _write_picture(report: Report, path: Path) -> None:
+    from PIL import Image
+
+    picture = io.BytesIO()
+    Image.fromarray(overview(report)).save(picture, format="PNG")
+    write_file(path, picture.getvalue())
 
 
 def check_published(state: Any) -> Mapping[str, Mapping[str, int]]:

@@ -169,6 +169,8 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Handle the end of an evaluation, before any callback looks for a metric, and the end of the training."""
+        if self._training and logs and not any(key.endswith(_RUNTIME) for key in logs):
+            self.note_metrics(logs)
         if not self._training or self._in_step:
             return
         event = Event(args, state, control, is_log=True)
@@ -217,6 +219,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         """Set ``logs`` to everything that the Trainer reports to, on the first rank."""
         handler = self._handler if event.state.is_world_process_zero else None
         self.logs = () if handler is None else trainer_logs(handler, self, event)
+        self.folder = None if handler is None else event.args.output_dir
 
     def _end_training(self, event: Event) -> None:
         """End the training while the other callbacks' writers are still open, and log one line about it."""

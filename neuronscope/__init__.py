@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
     from neuronscope.checkpoints.run import postmortem
@@ -36,12 +37,14 @@ _MODULE_OF = {
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "Report": "neuronscope.report.report",
     "Scope": "neuronscope.scope",
+    "Shrunk": "neuronscope.act.shrink",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "read_report": "neuronscope.report.reading",
     "scan": "neuronscope.scanning",
+    "shrink": "neuronscope.act.shrink",
     "watch": "neuronscope.scope",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "PostmortemReport",
     "Report",
     "Scope",
+    "Shrunk",
     "Tally",
     "Verdict",
     "__version__",
@@ -63,6 +67,7 @@ __all__ = [
     "postmortem",
     "read_report",
     "scan",
+    "shrink",
     "watch",
 ]
 

@@ -36,6 +36,7 @@ def make_report(
     notes: Sequence[str] = (),
     fault: Fault | None = None,
     checkpoints: Sequence[int] = (),
+    series: Mapping[str, tuple[tuple[int, float], ...]] | None = None,
 ) -> Report:
     """Judge a phase and return its report.
 
@@ -50,6 +51,7 @@ def make_report(
         notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
         checkpoints: Steps at which checkpoints were saved, ascending.
+        series: What the training logged; see :attr:`neuronscope.report.report.Report.series`.
 
     Returns:
         The report on the newest closed window, in the state at its end. If no window has closed, the report is on
@@ -87,6 +89,7 @@ def make_report(
             *_exchange_notes(exchanges),
         ),
         fault=fault_text,
+        series=series or {},
         checkpoints=tuple(checkpoints),
         versions={
             "neuronscope": neuronscope.__version__,
@@ -161,6 +164,8 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         readers=tally.readers,
         reader_columns=tally.reader_columns,
         reader_notes=tally.reader_notes,
+        incoming=tally.incoming,
+        incoming_notes=tally.incoming_notes,
     )
 
 

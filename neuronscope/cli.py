@@ -12,6 +12,7 @@ from pathlib import Path
 
 import neuronscope
 from neuronscope.checkpoints.command import add_postmortem
+from neuronscope.checkpoints.shrink_command import add_shrink
 from neuronscope.command_output import positive_number
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush
@@ -77,6 +78,7 @@ def command_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands)
     add_postmortem(commands)
+    add_shrink(commands)
     add_scan(commands)
     add_report(commands)
     add_diff(commands)

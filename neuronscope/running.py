@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call_model", "map_tensors", "model_state_restored", "nothing_fused", "to_device"]
+__all__ = [
+    "as_float64",
+    "call_model",
+    "evaluated",
+    "in_float64",
+    "map_tensors",
+    "model_state_restored",
+    "nothing_fused",
+    "to_device",
+]
 
 
 @contextlib.contextmanager
@@ -52,6 +62,42 @@ def nothing_fused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, without compiled code, fused kernels and gradients, and restore the model's state."""
+    eager = torch.compiler.set_stance("force_eager")  # the compiler would trace the mode that follows the forward
+    with model_state_restored(model), nothing_fused(), torch.no_grad(), eager:
+        model.eval()
+        yield
+
+
+def in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[nn.Module, Any] | None:
+    """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so.
+
+    Args:
+        model: The model.
+        call: Runs the model on a batch.
+        batch: The batch.
+    """
+    try:
+        exact, inputs = copy.deepcopy(model).double(), as_float64(batch)
+        with evaluated(exact):
+            call(exact, inputs)
+    except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
+        return None
+    return exact, inputs
+
+
+def as_float64(batch: Any) -> Any:
+    """Return a batch with its floating-point tensors in float64; a tensor that is given twice stays one.
+
+    Args:
+        batch: The batch.
+    """
+    known: dict[int, Tensor] = {}
+    return map_tensors(lambda x: known.setdefault(id(x), x.double() if x.is_floating_point() else x), batch)
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

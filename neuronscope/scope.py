@@ -32,10 +32,11 @@ from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
+from neuronscope.tally.series import SERIES, Series
 
 __all__ = ["Scope", "watch"]
 
@@ -79,6 +80,7 @@ class Scope:
         self._records: dict[str, PhaseRecord] = {}
         self._ended: dict[str, bool] = {}  # phases, the one that ended last is the last; whether each has its buffers
         self._checkpoints: list[int] = []  # steps at which checkpoints were saved
+        self._series = Series()
         self._forgotten = 0  # number of phases whose counts are no longer kept
         self._home = threading.get_ident()  # its phase is that of all threads that have none of their own
         self._phases: dict[int, str] = {}  # by thread
@@ -139,6 +141,21 @@ class Scope:
             self._checkpoints = [step for step in self._checkpoints if step < self._step] + [self._step]
         if len(self._checkpoints) > _MOST_CHECKPOINTS:
             del self._checkpoints[: _MOST_CHECKPOINTS // 2 : 2]
+
+    def note_metrics(self, **values: float) -> None:
+        """Note what training logged at the current step, so that reports show it beside the deaths.
+
+        The callbacks do this.
+
+        Args:
+            **values: ``learning_rate``, ``loss`` and ``gradient_norm``, as far as they are known.
+
+        Raises:
+            UsageError: There is no such series.
+        """
+        if unknown := values.keys() - set(SERIES):
+            raise UsageError(f"Expected {', '.join(f'`{name}`' for name in SERIES)}, but got `{min(unknown)}`.")
+        self._series.note(self._step, values)
 
     @property
     def observing(self) -> bool:
@@ -512,6 +529,15 @@ class Scope:
             return self._observed_record(phase).census(window)
 
     @hidden
+    def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
+        """Return which columns read a layer's units before any activation, and how else they are read.
+
+        Args:
+            layer: Path of the layer.
+        """
+        return self._hooks.recorder.sites.layer_readers(layer)
+
+    @hidden
     def report(self, phase: str = "train") -> Report:
         """Return a report on one phase, judged by its newest closed window; print it or use its ``to_…`` methods.
 
@@ -548,6 +574,7 @@ class Scope:
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             checkpoints=self._checkpoints,
+            series=self._series.points(),
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:
@@ -576,7 +603,8 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            return scope_state(self._step, self._records, self._current_fault(), self._checkpoints)
+            state = scope_state(self._step, self._records, self._current_fault(), self._checkpoints)
+            return {**state, "series": self._series.state_dict()}
 
     @hidden
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -593,6 +621,7 @@ class Scope:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self._step, phases, self._fault, self._checkpoints = split_scope_state(state, self.policy)
+        self._series = Series.from_state(state.get("series"))
         if is_outdated(state):
             self._record("train").begin_at(self._step)
             warn_user(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
+__all__ = ["IncomingRows", "ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
 
 
 class SiteKey(NamedTuple):
@@ -43,6 +43,39 @@ class SiteKey(NamedTuple):
         units = f"({self.units})" if self.units else ""
         activation = f"/{self.activation}" if self.activation else ""
         return f"{self.layer}{units}{activation}" + (f"#{self.ordinal}" if self.ordinal else "")
+
+
+class IncomingRows(NamedTuple):
+    """Which rows of a layer lead into which neurons of a site.
+
+    A row is an index of the layer's output: of the first dimension of a linear layer's or convolution's weight, of its
+    bias, of a normalisation's entries. Neuron ``neuron + j`` of the site has the row ``row + j * step``.
+
+    Attributes:
+        layer: Path of the layer.
+        neuron: The first neuron that it leads into.
+        neurons: Number of neurons that it leads into.
+        row: The row of the first neuron.
+        step: Distance of the rows of neighbouring neurons.
+
+    >>> IncomingRows("up_proj", neuron=0, neurons=3, row=8, step=1).of(1)
+    9
+    """
+
+    layer: str
+    neuron: int
+    neurons: int
+    row: int
+    step: int
+
+    def of(self, neuron: int) -> int | None:
+        """Return the row that leads into a neuron of the site, or ``None``.
+
+        Args:
+            neuron: The neuron's number in the site.
+        """
+        place = neuron - self.neuron
+        return self.row + place * self.step if 0 <= place < self.neurons else None
 
 
 class ReaderColumns(NamedTuple):
@@ -87,15 +120,35 @@ class ReaderColumns(NamedTuple):
 
 
 class TotalsMember:
-    """Decides whether totals include a site; for the classes that describe one.
+    """Decides whether totals include a site, and whether one can act on it; for the classes that describe one.
 
     Attributes:
         axis_source: How the axis of the neurons was found.
         output: Whether the neurons are outputs of the network.
+        reader_columns: See :class:`SiteInfo`, and so are the others.
+        reader_notes: See there.
+        incoming: See there.
+        incoming_notes: See there.
     """
 
     axis_source: str
     output: bool
+    reader_columns: tuple[ReaderColumns, ...]
+    reader_notes: tuple[str, ...]
+    incoming: tuple[IncomingRows, ...]
+    incoming_notes: tuple[str, ...]
+
+    @property
+    def weights_unknown(self) -> str:
+        """Why it is not known exactly which weights lead into the neurons and which read them; ``""`` if it is."""
+        reasons = [*self.incoming_notes, *self.reader_notes]
+        if self.assumed:
+            reasons.append("its axis is only assumed")
+        elif not self.incoming:
+            reasons.append("no weight that leads into it was seen")
+        elif not self.reader_columns and not reasons:
+            reasons.append("no layer was seen to read it")
+        return "; ".join(reasons)
 
     @property
     def assumed(self) -> bool:
@@ -132,6 +185,9 @@ class SiteInfo(TotalsMember):
         reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
             ``returned by the model``, a function's name, or that the columns of a layer are not known. If there are
             any, ``reader_columns`` do not tell everything.
+        incoming: Which rows of which layers lead into which neurons: those of the layer, of the layer that it
+            normalises one by one, and of the layers whose outputs multiply the neurons.
+        incoming_notes: Why these rows are not all that leads into the neurons, or lead elsewhere too.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
             ``""`` if there is no such layer.
@@ -151,6 +207,8 @@ class SiteInfo(TotalsMember):
     readers: tuple[str, ...] = ()
     reader_columns: tuple[ReaderColumns, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    incoming: tuple[IncomingRows, ...] = ()
+    incoming_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
     place: str = ""

@@ -144,6 +144,7 @@ class LayerNames:
     def __init__(self, model: nn.Module) -> None:
         self._layers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
         self._shared: set[int] = set()
+        self._shared_layers: set[str] = set()
         self._paths: dict[int, str] = {}
         self._model = weakref.ref(model)
         self.refresh()
@@ -155,6 +156,7 @@ class LayerNames:
             return
         self._layers.clear()
         self._shared.clear()
+        self._shared_layers.clear()
         self._paths.clear()
         for path, module in walk(model):
             self._paths[id(module)] = path
@@ -173,6 +175,7 @@ class LayerNames:
         layer = layer_name(path, name)
         if known is not None and known[0]() is tensor and known[1] != layer:
             self._shared.add(id(tensor))
+            self._shared_layers.update((layer, known[1]))
             return
         self._layers[id(tensor)] = (weakref.ref(tensor), layer, is_weight)
 
@@ -203,6 +206,10 @@ class LayerNames:
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether several modules hold a parameter, so that the running one must be asked for."""
         return id(tensor) in self._shared
+
+    def shared_layers(self) -> set[str]:
+        """Return the layers that hold a parameter or buffer which another one holds too."""
+        return self._shared_layers
 
     def running(self, tensor: Tensor, depth: int = 1) -> str | None:
         """Return the layer of a tensor in the module that runs now and holds it, or ``None``.

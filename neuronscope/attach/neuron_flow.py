@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from neuronscope.attach.operators import (
     Index,
     Listed,
     Operation,
+    is_elementwise,
+    keeps_zero,
     lose,
     may_bend,
     origins_of,
@@ -35,23 +38,26 @@ from neuronscope.attach.operators import (
     tensors_in,
 )
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
-from neuronscope.attach.readers import columns_of, read_dim
+from neuronscope.attach.readers import carry_layer, columns_of, read_dim
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
+__all__ = ["SHIFTED", "UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
+#: Begins the note that a function may make a neuron that is zero something else before a layer reads it.
+SHIFTED = "changed by `"
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
 _SETTINGS = _PLAIN | {type(None)}
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
 _NORMS = _MIXING_NORMS | spellings("batch_norm")
+_MIXING = _MIXING_NORMS | spellings("normalize", "renorm", "local_response_norm", in_place=True)
 _SUMS = spellings("add", "sub", "subtract", "__add__", "__radd__", "__sub__", "__rsub__", in_place=True) | spellings(
     "__iadd__", "__isub__"
 )
@@ -149,6 +155,8 @@ class NeuronFlow:
         self._returned: tuple[int, list[str]] = 0, []  # what `note_outputs` noted last
         self.readers: dict[Any, dict[ReaderColumns | str, None]] = {}  # of each site: columns, or layers, that read it
         self.reader_notes: dict[Any, dict[str, None]] = {}  # of each site: other ways in which it is read
+        self.activations: dict[Any, dict[Any, None]] = {}  # of each layer and site: the sites that read it
+        self.repeated: set[str] = set()  # layers that were called more than once in a forward
         self.bent: dict[str, dict[str, None]] = {}  # layers that another one reads after an unknown function: which
         self.seen: set[str] = set()  # layers that were called
         self.read_layers: set[str] = set()
@@ -174,6 +182,8 @@ class NeuronFlow:
             return
         self._closed = self.read, self.layers.copy()
         self.seen.update(self.layers)
+        if len(set(self.layers)) < len(self.layers):
+            self.repeated.update(layer for layer, times in Counter(self.layers).items() if times > 1)
         for call, layer in enumerate(self.layers):
             if self.read >> call & 1:
                 self.read_layers.add(layer)
@@ -277,6 +287,8 @@ class NeuronFlow:
             name = next((name for name in between if may_bend(name)), None)
             bends = () if name is None else tuple((layer, f"{UNSEEN}{name}") for layer in layers)
             found = Origin.of(LOST, upstream, bends=bends)
+            for layer in layers:
+                self.reader_notes.setdefault(layer, {})["read by a function that is not seen"] = None
         self._origins.put(tensor, found)
         return found
 
@@ -560,8 +572,15 @@ class NeuronFlow:
             if any(origin.state == ENDED for origin in origins):
                 self._reached.update(self._layers_of(operation.upstream))
             kept = {each.site for origin in origins for each in origin.carries}
-            unkept = tuple((site, _note(function)) for site in carried if site not in kept)
-            return _Outcome(origins, notes=unkept, nameless=nameless)
+            read = [(site, _note(function)) for site in carried if site not in kept]
+            if function in _MIXING:
+                read += [(site, "mixed by a norm") for site in kept]
+            elif kept and (stored := _meets_stored(operation, origins[0])) is not None:
+                read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
+            elif kept and not keeps_zero(operation):
+                read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
+            return _Outcome(origins, notes=tuple(read), nameless=nameless)
+        origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
         normalises = _normalised(sources[0], origins[0]) if function in _NORMS else None
@@ -612,6 +631,26 @@ class NeuronFlow:
             self._returned = upstream, self.layers.copy()
             self.called.update(self.layers)
             self._reached.update(self._layers_of(upstream))
+
+    def note_activation(self, origin: Origin, key: Any, name: str) -> None:
+        """Note that an activation reads what a tensor carries.
+
+        Args:
+            origin: What the tensor is.
+            key: The site; ``None`` if there is none, or its units are not known.
+            name: Name of the activation.
+        """
+        for carried in origin.carries:
+            if key is None:
+                self.reader_notes.setdefault(carried.site, {})[f"read by `{name}`"] = None
+            else:
+                self.activations.setdefault(carried.site, {})[key] = None
+
+    def applied_elsewhere(self, layer: str) -> str:
+        """Return why a layer's weight is used more than once in a forward; ``""`` if it is not."""
+        if layer in self.repeated:
+            return "is called more than once in a forward"
+        return "shares a weight with another layer" if layer in self._names.shared_layers() else ""
 
     def _note_norm(self, norm: str, layer: str) -> None:
         """Note which layer's units a norm normalises one by one.
@@ -742,9 +781,41 @@ def _normalised(source: Origin, result: Origin) -> str:
     return source.layer if alike else ""
 
 
+def _as_carried(origin: Origin, call: int) -> Origin:
+    """Return what a layer gives, with its own units among those that it carries.
+
+    Args:
+        origin: What it gives.
+        call: Number of its call.
+    """
+    units = origin.units
+    return origin if units is None or units.call != (call,) else origin.but(carries=(carry_layer(units),))
+
+
+def _meets_stored(operation: Operation, result: Origin) -> str | None:
+    """Return which weight or constant has a value for each unit in an elementwise function, ``None`` if none has.
+
+    Args:
+        operation: The call of a function.
+        result: What it gives.
+    """
+    units = result.units
+    if units is None or not is_elementwise(operation.function):
+        return None
+    places = [place - len(units.dims) for place, dim in enumerate(units.dims) if has_units(dim)]
+    for each in operation.tensors:
+        if each.origin.state in _STORED and any(-dim <= len(each.shape) and each.shape[dim] > 1 for dim in places):
+            return f"`{each.origin.layer}`" if each.origin.layer else "a constant"
+    return None
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", function))
+
+
 def _note(function: Callable[..., Any]) -> str:
     """Return how a function that is no layer reads a site."""
-    return "added in" if function in _SUMS else f"read by `{getattr(function, '__name__', function)}`"
+    return "added in" if function in _SUMS else f"read by `{_name(function)}`"
 
 
 def _became_weight(tensor: Tensor, origin: Origin) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from neuronscope.attach.origins import LOST, Origin
+from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
 from neuronscope.attach.unit_rules.layer_rules import LAYERS
@@ -41,6 +42,8 @@ __all__ = [
     "Listed",
     "Operation",
     "Rule",
+    "is_elementwise",
+    "keeps_zero",
     "lose",
     "may_bend",
     "origins_of",
@@ -93,6 +96,38 @@ def may_bend(node: str) -> bool:
     """
     rule = _BY_NODE.get(node.partition("Backward")[0].lower(), bending)
     return rule in (bending, lose)
+
+
+# Elementwise functions that turn zero into zero, whatever the other arguments are, as long as these are finite.
+_ZERO_KEEPING = """
+div divide true_divide neg negative positive dropout dropout1d dropout2d dropout3d feature_dropout native_dropout
+__truediv__ __div__ __neg__ __pos__ __itruediv__ __idiv__ clone contiguous detach float double half bfloat16
+int long cpu cuda requires_grad_ pin_memory resolve_conj conj tril triu mul multiply __mul__ __rmul__ __imul__
+to type type_as alias _to_copy lift_fresh_copy
+abs absolute __abs__ sqrt square sin tan asin atan sinh tanh asinh atanh arcsin arctan arcsinh arctanh erf expm1
+log1p sign sgn floor ceil round trunc fix relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish softsign
+tanhshrink hardswish hardshrink softshrink
+"""
+_KEEP_ZERO = spellings(*_ZERO_KEEPING.split(), in_place=True)
+
+
+def is_elementwise(function: Function) -> bool:
+    """Whether a function works on each element."""
+    return function in ELEMENTWISE
+
+
+def keeps_zero(operation: Operation) -> bool:
+    """Whether a neuron that is zero is zero in the result too, of functions that are no layers.
+
+    Args:
+        operation: The call of the function.
+    """
+    function = operation.function
+    if function in RESIZING and "pad" in getattr(function, "__name__", ""):
+        return not any(
+            isinstance(each, (int, float)) and each for each in (*operation.args, *operation.kwargs.values())
+        )
+    return function not in ELEMENTWISE or function in _KEEP_ZERO
 
 
 _BY_NODE = {getattr(function, "__name__", "").replace("_", ""): rule for function, rule in RULES.items()}

@@ -14,14 +14,14 @@ from neuronscope.attach.torch_functions import aten, spellings
 from neuronscope.attach.units import Units, has_units
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["Carried", "aligned", "carry_site", "columns_of", "joined", "read_dim"]
+__all__ = ["Carried", "aligned", "carry_layer", "carry_site", "columns_of", "joined", "read_dim"]
 
 
 class Carried(NamedTuple):
     """Some neurons of a site in a tensor: neuron ``neuron + j`` is the unit number ``number + j * step``.
 
     Attributes:
-        site: The site.
+        site: The site; or the path of a layer whose units are carried, before any activation.
         neuron: The first of its neurons.
         size: Number of its neurons.
         number: Number of the unit that the first neuron is.
@@ -45,6 +45,16 @@ def carry_site(site: Any, units: Units) -> Carried:
     order = units.order
     step = order[0][1] if len(order) == 1 else 0 if order else 1
     return Carried(site, 0, units.size, units.first, step)
+
+
+def carry_layer(units: Units) -> Carried:
+    """Return what the output of a layer carries: its units, as they are before any activation.
+
+    Args:
+        units: The units of its output.
+    """
+    _, start, _, step = units.runs[0]
+    return Carried(units.layer, start, units.width, units.first, 1 if step == 1 else 0)
 
 
 def _within(carried: Carried, first: int, count: int, stride: int) -> tuple[Carried, int, int] | None:

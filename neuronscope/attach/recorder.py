@@ -401,6 +401,7 @@ class SiteRecorder:
         origin = self.forward.flow.origin(x)
         if x.is_nested or y.is_nested or x.shape != y.shape:
             origin = origin.without_units(LOST)
+        self.forward.flow.note_activation(origin, None, "an activation that is not counted")
         self.forward.flow.put(y, origin.but(site=None, carries=()))
 
     def product(self, args: tuple[Any, ...], y: Any) -> None:

@@ -14,6 +14,7 @@ from neuronscope.attach.activations import Activation
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Gradients
+from neuronscope.attach.incoming import Incoming
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.units import Run, Units, slice_dim
@@ -21,7 +22,7 @@ from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "Names", "SiteFinder", "neurons_in"]
 
@@ -108,6 +109,8 @@ class SiteFinder:
         self._counters: dict[tuple[str, SiteKey], SiteCounters | None] = {}
         self._calls: dict[tuple[Any, ...], Call | None] = {}  # by the facts that they follow from
         self._gates: dict[SiteKey, Call] = {}
+        self._units: dict[SiteKey, tuple[Run, ...]] = {}  # which units the neurons of each site are
+        self._other_halves: dict[SiteKey, tuple[Run, ...]] = {}  # of a GLU: the units of its gate
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -169,15 +172,37 @@ class SiteFinder:
         found, notes = flow.readers.get(key, {}), tuple(flow.reader_notes.get(key, ()))
         readers = tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found))
         normalises = flow.normalised.get(info.layer)
+        incoming = Incoming(flow, key, self._runs_of)
+        notes += tuple(
+            f"read by `{layer}`, which {reason}" for layer in readers if (reason := flow.applied_elsewhere(layer))
+        )
         return replace(
             info,
             output=output,
             readers=readers,
             reader_columns=tuple(each for each in found if not isinstance(each, str)),
             reader_notes=notes,
+            incoming=tuple(incoming.rows),
+            incoming_notes=tuple(incoming.notes),
             is_norm=normalises is not None,
             normalises=normalises or "",
         )
+
+    def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
+        """Return which columns read the units of a layer before any activation, and how else they are read.
+
+        Args:
+            layer: Path of the layer.
+        """
+        flow = self._forward.flow
+        found = flow.readers.get(layer, {})
+        notes = [*flow.reader_notes.get(layer, ()), *(f"read by `{each}`" for each in found if isinstance(each, str))]
+        reasons = (flow.applied_elsewhere(each.layer) for each in found if not isinstance(each, str))
+        return tuple(each for each in found if not isinstance(each, str)), (*notes, *filter(None, reasons))
+
+    def _runs_of(self, key: SiteKey) -> tuple[Sequence[Run], Sequence[Run]]:
+        """Return the units that the neurons of a site are, and those of the other half of a GLU."""
+        return self._units.get(key, ()), self._other_halves.get(key, ())
 
     def find(
         self,
@@ -214,6 +239,8 @@ class SiteFinder:
         if not function:
             self.unmeasured.note_ran(path, phase)
         call = self._find_anew(phase, applied, x, origin, is_module=not function, traced=traced)
+        known = None if call is None or not call.info.units else call.key
+        self._forward.flow.note_activation(origin, known, activation.name)
         if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
@@ -258,6 +285,8 @@ class SiteFinder:
                 return None
             if output_units is not None and declared is None:
                 layout = output_units.layout
+            half = None if units is None else slice_dim(units, glu_dim, x.shape[glu_dim] // 2, x.shape[glu_dim] // 2)
+            self._other_halves[key] = () if half is None or half == output_units else half.tensor_runs()
         shard = self._shard(x, layout, units, key)
         if shard is None:
             return None
@@ -293,6 +322,7 @@ class SiteFinder:
             after = origin.but(site=key, units=None, state=LOST if origin.state == UNITS else origin.state)
         fits = glu_dim is None and (output_units is None or len(output_units.dims) == x.dim())
         shape = x.shape if type(x) is Tensor and fits else None
+        self._units[key] = info.units
         call = self._gates[key] = Call(key, counters, layout, hook, after, activation, info, shape=shape)
         return call
 
@@ -347,6 +377,7 @@ class SiteFinder:
             axis=layout.axis,
             units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
         )
+        self._units[key] = info.units
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, layout)
         hidden = traced and self._is_shared_in_graph(key)

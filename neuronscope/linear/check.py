@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from neuronscope.linear.affine_functions import ACTIVATION, kind_of_call
 from neuronscope.linear.collapsed_map import CollapsedMap, collapsed_map
 from neuronscope.linear.linear_report import LinearLayers, LinearReport
 from neuronscope.linear.slopes import Slopes
-from neuronscope.running import call_model, map_tensors, model_state_restored, nothing_fused, to_device
+from neuronscope.running import call_model, evaluated, in_float64, to_device
 from neuronscope.writers.formatting import listed
 
 __all__ = ["LinearLayersOfForward", "check_linear"]
@@ -65,7 +64,7 @@ def check_linear(
     slopes: dict[str, Slopes] = {}
     first, examples, reads_out = None, 0, False
     everywhere: set[tuple[str, ...]] | None = None  # the layers of the stretches that each batch has
-    with _evaluated(model):
+    with evaluated(model):
         for batch in (data,) if isinstance(data, Tensor) else data:
             batch = to_device(batch, device)
             first = batch if first is None else first
@@ -189,15 +188,6 @@ class _Following(TorchFunctionMode):
         return self._flow.name_of(func, given) if self._flow.depends_on_input(given) else ""
 
 
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, without compiled code, fused kernels and gradients, and restore the model's state."""
-    eager = torch.compiler.set_stance("force_eager")  # the compiler would trace the mode that follows the forward
-    with model_state_restored(model), nothing_fused(), torch.no_grad(), eager:
-        model.eval()
-        yield
-
-
 def _followed(
     flow: AffineFlow,
     model: nn.Module,
@@ -223,12 +213,12 @@ def _maps(
         batch: The first batch.
         stretches: What to compute.
     """
-    exact, inputs = _in_float64(model, call, batch) or (model, batch)
+    exact, inputs = in_float64(model, call, batch) or (model, batch)
 
     def run(inputs: Any) -> Any:
         return call(exact, inputs)
 
-    with _evaluated(exact):
+    with evaluated(exact):
         return [None if stretch.only_folds else _map(run, inputs, stretch) for stretch in stretches]
 
 
@@ -238,19 +228,6 @@ def _map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch) -> CollapsedM
             return collapsed_map(run, inputs, stretch, proved=not stretch.activations)
     except (RuntimeError, ValueError, IndexError):  # no gradient passes, or the code does otherwise in float64
         return None
-
-
-def _in_float64(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[nn.Module, Any] | None:
-    """Return a copy of a model and a batch in float64; ``None`` if it cannot be copied or does not run so."""
-    try:
-        exact = copy.deepcopy(model).double()
-        known: dict[int, Tensor] = {}  # a tensor that is given twice stays one
-        inputs = map_tensors(lambda x: known.setdefault(id(x), x.double() if x.is_floating_point() else x), batch)
-        with _evaluated(exact):
-            call(exact, inputs)
-    except Exception:  # noqa: BLE001, whatever the model raises: then its own type must do
-        return None
-    return exact, inputs
 
 
 def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:

@@ -114,6 +114,17 @@ class ReportComparison:
         text: str = importlib.import_module("neuronscope.writers.comparison_text").render(self, top)
         return text
 
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return the second report's page with this comparison in it, and write it to ``path`` if given.
+
+        Raises:
+            OSError: The file cannot be written; an existing file is then unchanged.
+        """
+        text: str = importlib.import_module("neuronscope.writers.html").render(self.after, self.before)
+        if path is not None:
+            write_file(path, text)
+        return text
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the comparison as JSON text, and write it to ``path`` if given.
 

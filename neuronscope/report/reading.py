@@ -27,7 +27,7 @@ from neuronscope.report.report import (
     SiteReport,
     WindowSpan,
 )
-from neuronscope.sites import ReaderColumns
+from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["read_report", "report_from_dict"]
 
@@ -146,6 +146,10 @@ class _Fields:
     def object(self, name: str) -> _Fields:
         return _Fields(self._get(name, "an object", lambda value: isinstance(value, dict)), f"{self._place}{name}.")
 
+    def members(self, name: str) -> dict[str, _Fields]:
+        found = self.mapping(name, "objects", lambda value: isinstance(value, dict))
+        return {key: _Fields(one, f"{self._place}{name}.{key}.") for key, one in found.items()}
+
     def objects(self, name: str) -> list[_Fields]:
         return [_Fields(one, f"{self._place}{name}[{index}].") for index, one in enumerate(self.items(name))]
 
@@ -206,9 +210,18 @@ def _report(fields: _Fields) -> Report:
         not_measured=tuple(NotMeasured(one.text("name"), one.text("reason")) for one in fields.objects("not_measured")),
         notes=fields.texts("notes"),
         fault=fields.text("fault"),
+        series={name: _points(one) for name, one in fields.members("series").items()},
         checkpoints=tuple(fields.integers("checkpoints").tolist()),
         versions=fields.mapping("versions", "texts", lambda value: isinstance(value, str)),
     )
+
+
+def _points(fields: _Fields) -> tuple[tuple[int, float], ...]:
+    steps = fields.integers("steps").tolist()
+    values = fields.items("values", len(steps))
+    if not all(one is None or _is_number(one) for one in values):
+        fields.fail("holds values that are no numbers")
+    return tuple(zip(steps, (math.nan if one is None else float(one) for one in values), strict=True))
 
 
 def _site(fields: _Fields, policy: Policy) -> SiteReport:
@@ -237,6 +250,8 @@ def _site(fields: _Fields, policy: Policy) -> SiteReport:
         readers=fields.texts("readers"),
         reader_columns=tuple(_columns(one) for one in fields.objects("reader_columns")),
         reader_notes=fields.texts("reader_notes"),
+        incoming=tuple(_rows(one) for one in fields.objects("incoming")),
+        incoming_notes=fields.texts("incoming_notes"),
         is_norm=fields.flag("is_norm"),
         normalises=fields.text("normalises"),
     )
@@ -280,6 +295,11 @@ def _run(fields: _Fields, run: Any) -> tuple[str, int, int, int]:
     if not all(_is_integer(one, -_MOST) for one in run[1:]):
         fields.fail("has units that are not a layer, start, stop and step")
     return run[0], run[1], run[2], run[3]
+
+
+def _rows(fields: _Fields) -> IncomingRows:
+    layer, *numbers = IncomingRows._fields
+    return IncomingRows(fields.text(layer), *(fields.integer(name, -_MOST) for name in numbers))
 
 
 def _columns(fields: _Fields) -> ReaderColumns:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
-from neuronscope.sites import ReaderColumns, TotalsMember
+from neuronscope.sites import IncomingRows, ReaderColumns, TotalsMember
 
 __all__ = [
     "LEVEL_CUT_OFF",
@@ -169,6 +169,8 @@ class SiteReport(TotalsMember):
         readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
         reader_columns: Which columns of these layers read which neurons.
         reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
+        incoming: Which rows of which layers lead into which neurons; see :class:`neuronscope.sites.IncomingRows`.
+        incoming_notes: Why these are not all, or lead elsewhere too; see :class:`neuronscope.sites.SiteInfo`.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
     """
@@ -195,6 +197,8 @@ class SiteReport(TotalsMember):
     readers: tuple[str, ...] = ()
     reader_columns: tuple[ReaderColumns, ...] = ()
     reader_notes: tuple[str, ...] = ()
+    incoming: tuple[IncomingRows, ...] = ()
+    incoming_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
 
@@ -281,6 +285,9 @@ class SiteReport(TotalsMember):
             "readers": list(self.readers),
             "reader_columns": [each._asdict() for each in self.reader_columns],
             "reader_notes": list(self.reader_notes),
+            "incoming": [each._asdict() for each in self.incoming],
+            "incoming_notes": list(self.incoming_notes),
+            "weights_unknown": self.weights_unknown,
             "is_norm": self.is_norm,
             "normalises": self.normalises,
             "in_headlines": self.in_headlines,
@@ -324,6 +331,8 @@ class Report(Renderable):
         notes: Sentences that a reader should know (the network gave NaN, no gradients were seen, …). If there is a
             ``fault``, it comes first.
         fault: How an error inside Neuronscope ended the watch; ``""`` if none did.
+        series: What the training logged, as points ``(step, value)`` by name, steps rising: ``learning_rate``, ``loss``
+            and ``gradient_norm``, as far as the watch was told. Of many neighbours the highest value is kept.
         checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
@@ -342,6 +351,7 @@ class Report(Renderable):
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()
     fault: str = ""
+    series: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     checkpoints: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -541,6 +551,13 @@ class Report(Renderable):
             "not_measured": [vars(item).copy() for item in self.not_measured],
             "notes": list(self.notes),
             "fault": self.fault,
+            "series": {
+                name: {
+                    "steps": [step for step, _ in points],
+                    "values": _plain(np.array([value for _, value in points])),
+                }
+                for name, points in self.series.items()
+            },
             "checkpoints": list(self.checkpoints),
             "versions": dict(self.versions),
         }

@@ -18,7 +18,7 @@ import torch
 from neuronscope.count.counters import NEVER
 from neuronscope.errors import StateError
 from neuronscope.judge.distinct import DistinctNeurons
-from neuronscope.sites import ReaderColumns, SiteInfo
+from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
 from neuronscope.tally.check_state import MOST, array, integer, mapping
 
 __all__ = ["Census", "Tally"]
@@ -132,6 +132,21 @@ class Tally:
         return self.info.reader_notes
 
     @property
+    def incoming(self) -> tuple[IncomingRows, ...]:
+        """Which rows of which layers lead into which neurons; exactly these if there are no :attr:`incoming_notes`."""
+        return self.info.incoming
+
+    @property
+    def incoming_notes(self) -> tuple[str, ...]:
+        """Why the rows are not all that leads into the neurons, or lead elsewhere too."""
+        return self.info.incoming_notes
+
+    @property
+    def weights_unknown(self) -> str:
+        """Why it is not known exactly which weights lead into the neurons and which read them; ``""`` if it is."""
+        return self.info.weights_unknown
+
+    @property
     def in_headlines(self) -> bool:
         """Whether totals include the site: its units are known, and are not outputs."""
         return self.info.in_headlines
@@ -183,6 +198,8 @@ class Tally:
         units, readers = [list(run) for run in self.info.units], list(self.info.readers)
         notes, columns = list(self.info.reader_notes), [list(each) for each in self.info.reader_columns]
         listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+        listed["incoming"] = [list(each) for each in self.info.incoming]
+        listed["incoming_notes"] = list(self.info.incoming_notes)
         state: dict[str, Any] = {"info": {**vars(self.info), **listed}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
@@ -338,7 +355,9 @@ def _read_info(state: Mapping[str, Any]) -> SiteInfo:
     columns = tuple(
         ReaderColumns(str(layer), *map(int, numbers)) for layer, *numbers in state.get("reader_columns", ())
     )
+    incoming = tuple(IncomingRows(str(layer), *map(int, numbers)) for layer, *numbers in state.get("incoming", ()))
     listed = {"units": units, "readers": readers, "reader_columns": columns, "reader_notes": notes}
+    listed |= {"incoming": incoming, "incoming_notes": tuple(map(str, state.get("incoming_notes", ())))}
     info = SiteInfo(**{**state, **listed})
     types = {"str": str, "bool": bool}
     for field in fields(info):

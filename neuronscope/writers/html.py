@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report import report as levels
+from neuronscope.report.comparison import ReportComparison, compare_reports
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers import page, wording
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
-from neuronscope.writers.packing import Packed, pack, share_budget
+from neuronscope.writers.packing import NetworkMap, Packed, pack, share_budget, summarise
 from neuronscope.writers.page import Card, Cell, LayerRow
+from neuronscope.writers.page_headline import headline
+from neuronscope.writers.page_timeline import timeline
 
 __all__ = ["ranges", "render"]
 
-#: Most characters for the maps of all layers …
-DATA_BUDGET = 200_000
+#: Most characters for the map of the network, and for the maps of its layers …
+OVERVIEW_BUDGET, DATA_BUDGET = 60_000, 180_000
 #: … and the fewest that any layer gets.
-LAYER_BUDGET = 2_000
-#: Most entries (neurons or ranges of neurons) that are listed of one layer.
-LISTED = 40
+LAYER_BUDGET = 300
+#: Layers that get a row and a map of their own; of more, the worst ones.
+LAYERS = 400
+#: Most rows of a comparison, and entries (neurons or ranges of neurons) that are listed of one layer.
+COMPARED, LISTED = 100, 20
 
 #: Columns after the layer's name, and how they are sorted (``""`` = they are not).
 COLUMNS = (
     *((heading, "number") for heading in ("Neurons", "Dead", "Dead %", "Born", "Died")),
     *((heading, "number") for heading in ("Silent", "Dormant", "Cut off", "Linear", "Not finite")),
     ("Worst neurons", ""),
-    ("Activation", "text"),
-    ("Axis", "text"),
-    ("Examples", "number"),
     ("Fires in", "number"),
 )
+#: Columns that are left out if no layer has such neurons.
+OPTIONAL = ("Born", "Died", "Silent", "Dormant", "Cut off", "Linear", "Not finite")
 LEGEND = (
     ("dead", "dead"),
     ("silent", "silent"),
@@ -46,31 +53,37 @@ LEGEND = (
 )
 
 
-def render(report: Report) -> str:
+def render(report: Report, against: Report | None = None) -> str:
     """Write a report as one HTML page.
 
     Args:
         report: The report.
+        against: Another report on the same network (another phase, an earlier one) to compare with, layer by layer.
 
     Returns:
-        A page below 300 KB for 12 layers of 4096 neurons, whatever their history. If resolution was lost for that,
-        the page says what and where.
+        A page below 500 KB for 12 layers of 4096 neurons and for 300 layers, whatever their history, and not much more
+        for any number of layers. If resolution or layers were left out for that, the page says what and where.
     """
     home = files("neuronscope.writers")
+    shown, left_out = _fold(report)
     maps = share_budget(
-        {index: site for index, site in enumerate(report.layers) if _has_map(site)},
+        {index: report.layers[index] for index in shown if _has_map(report.layers[index])},
         lambda site, budget: pack(site, budget, report.window.last_step),
         DATA_BUDGET,
         LAYER_BUDGET,
     )
+    overview = summarise(report.layers, OVERVIEW_BUDGET, report.window.last_step)
+    columns, rows = _table([_row(report, index) for index in shown])
     sentences = wording.findings(report)
     banners = [report.fault] if report.fault else []
     banners += [sentences.pop(0)] if report.not_finite else []
+    first = headline(report)
+    rest = " ".join(text for text in sentences if text not in first)
     return page.fill(
         home / "report.html.j2",
         styles=[],
         scripts=[home / "assets" / "report.js"],
-        data=_payload(report, maps),
+        data=_payload(report, shown, maps, overview),
         report=report,
         brand="Neuronscope",
         title=wording.title(report),
@@ -78,16 +91,108 @@ def render(report: Report) -> str:
         kind=report.phase,
         basis=wording.based_on(report),
         banners=banners,
-        sentences=sentences,
+        sentences=[" ".join(first), rest],
         cards=_cards(report),
-        columns=COLUMNS,
-        rows=[_row(report, site, maps.get(index)) for index, site in enumerate(report.layers)],
+        timeline=_timeline(report),
+        diagnoses=page.causes(diagnose(facts_from_report(report))),
+        columns=columns,
+        rows=rows,
+        overview=overview is not None,
+        overview_hint=_hint(overview) if overview else "",
+        left_out=left_out,
         legend=LEGEND,
-        deaths=[entry for site in report.layers if (entry := _deaths(site))],
+        against=None if against is None else _comparison(compare_reports(against, report)),
         reasons=[(item.name, item.reason) for item in report.not_measured],
         notes=report.other_notes,
         glossary=wording.glossary(report),
     )
+
+
+def _fold(report: Report) -> tuple[list[int], list[str]]:
+    """Return which layers get a row, in their order, and sentences about those that were left out."""
+    indices = range(len(report.layers))
+    if len(indices) <= LAYERS:
+        return list(indices), []
+    worst = sorted(indices, key=lambda at: (_is_broken(report.layers[at]), wording.severity(report.layers[at])))
+    shown, hidden = worst[-LAYERS:], worst[:-LAYERS]
+    ill = sum(any(wording.severity(report.layers[index])) for index in hidden)
+    sentences = [f"{plural(ill, 'more layer')} with a smaller share of such neurons than these"] if ill else []
+    sentences += [f"{plural(len(hidden) - ill, 'more layer')} with nothing to report"] if len(hidden) > ill else []
+    return sorted(shown), [f"… {', '.join(sentences)}. The map shows all, and the JSON report holds all"]
+
+
+def _table(rows: list[LayerRow]) -> tuple[list[tuple[str, str]], list[LayerRow]]:
+    """Return the columns and rows without the columns that say nothing of any layer."""
+    kept = [
+        place
+        for place, (heading, _) in enumerate(COLUMNS)
+        if heading not in OPTIONAL or any(row.cells[place].text not in (NONE, UNKNOWN) for row in rows)
+    ]
+    columns = [COLUMNS[place] for place in kept]
+    return columns, [replace(row, cells=[row.cells[place] for place in kept]) for row in rows]
+
+
+def _is_broken(site: SiteReport) -> bool:
+    return bool(site.not_finite or site.judgement.not_finite.any())
+
+
+def _hint(overview: NetworkMap) -> str:
+    """Say how to read the map of the network, and what it leaves out."""
+    text = (
+        "Each row is a layer, in the order in which they ran; the optimizer step runs from left to right. The more of "
+        "a layer are dead, the more it has the colour of the dead. Click a row, or focus the map and use the arrow "
+        "keys and Enter."
+    )
+    if len(overview.steps) < overview.windows:
+        text += f" {len(overview.steps)} of {count(overview.windows)} windows are drawn."
+    return text
+
+
+def _timeline(report: Report) -> Any:
+    """Return the drawings of what happened by step; ``None`` if nothing is known."""
+    died, revived = (
+        np.concatenate([np.zeros(0, np.int64), *(steps[steps >= 0] for _, steps in report.totals.at_home(values))])
+        for values in (
+            [site.history.died_step for site in report.layers],
+            [site.history.revived_step for site in report.layers],
+        )
+    )
+    return timeline(died, revived, report.global_step, report.series, report.checkpoints)
+
+
+def _comparison(found: ReportComparison) -> dict[str, Any]:
+    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are."""
+    changed = sorted(
+        (layer for layer in found.layers if layer.died.size or layer.revived.size),
+        key=lambda layer: layer.died.size + layer.revived.size,
+        reverse=True,
+    )
+    sentence = f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
+    sentence += f"in {plural(len(found.layers), 'layer')} that both have; who was not observed in one is not counted."
+    if len(changed) > COMPARED:
+        sentence += f" The {COMPARED} layers with the most are listed, of {count(len(changed))}."
+    return {
+        "name": f"phase {found.before.phase} at step {count(found.before.global_step)}",
+        "sentence": sentence,
+        "rows": [
+            {
+                "name": visible(layer.name),
+                "before": layer.dead_before,
+                "after": layer.dead_after,
+                "died": _listed(layer.died),
+                "revived": _listed(layer.revived),
+            }
+            for layer in changed[:COMPARED]
+        ],
+    }
+
+
+def _listed(indices: npt.NDArray[np.int64]) -> str:
+    """Return indices as ranges after their number."""
+    if not indices.size:
+        return NONE
+    text, more = ranges(indices, LISTED)
+    return f"{count(indices.size)}: {text}" + (f" and {count(more)} more" if more else "")
 
 
 def _cards(report: Report) -> list[Card]:
@@ -120,7 +225,8 @@ def _has_map(site: SiteReport) -> bool:
     return site.neurons > 0 and (not wording.is_unseen(site) or site.history.steps.size > 0)
 
 
-def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
+def _row(report: Report, index: int) -> LayerRow:
+    site = report.layers[index]
     cells = wording.site_cells(site, report.policy["confidence"])
     unseen, judged = wording.is_unseen(site), wording.judged(site)
     nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
@@ -128,16 +234,17 @@ def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
     silent, cut_off = (site.silent, site.cut_off) if site.gradient_positions else ("", "")
 
     def number(text: str, key: float | str, css: str = "") -> Cell:
-        return Cell(text, "" if unseen else key, f"n {css}".strip())
+        return Cell(text, "" if unseen else key, css)
 
     dead = cells.dead if unseen or not site.dead else count(site.dead)
     return LayerRow(
+        number=index,
         name=cells.name,
         tone=cells.tone,
         cells=[
-            Cell(cells.neurons, site.neurons, "n"),
+            Cell(cells.neurons, site.neurons),
             number(dead, site.dead, "dead"),
-            Cell(cells.dead_share, "" if share is None else share, "n share", page.bar(share or 0)),
+            Cell(cells.dead_share, "" if share is None else round(share, 4), "share"),
             number(count(site.born_dead) if site.born_dead else nothing, site.born_dead),
             number(count(site.died) if site.died else nothing, site.died),
             number(cells.silent, silent),
@@ -146,24 +253,21 @@ def _row(report: Report, site: SiteReport, packed: Packed | None) -> LayerRow:
             number(cells.linear, site.linear),
             number(cells.not_finite, site.not_finite),
             Cell(cells.worst, css="worst"),
-            Cell(cells.activation),
-            Cell(cells.axis),
-            Cell(cells.examples, site.examples or "", "n"),
             number(cells.bound, -site.examples if site.examples else ""),
         ],
-        meta=_meta(site, unseen),
-        drawn=packed is not None,
-        lost="; ".join(_lost(site, packed)) if packed else "",
         mark=cells.mark,
     )
 
 
-def _meta(site: SiteReport, unseen: bool) -> list[tuple[str, bool]]:
+def _meta(site: SiteReport) -> list[tuple[str, bool]]:
+    unseen = wording.is_unseen(site)
     deaths, revivals = int(site.history.deaths.sum()), int(site.history.revivals.sum())
     watched = f"{plural(deaths, 'death')} and {plural(revivals, 'revival')} while watched"
     pieces = [
         (visible(site.activation), False, True),
         (plural(site.neurons, "neuron"), False, True),
+        (f"axis {site.axis}: {visible(site.axis_source)}", False, True),
+        (plural(site.examples, "example"), False, site.examples > 0),
         (wording.not_in_totals(site), True, not site.in_headlines),
         ("unseen", True, unseen),
         (f"{plural(site.not_finite, 'output')} not finite", True, site.not_finite > 0),
@@ -195,8 +299,31 @@ def _lost(site: SiteReport, packed: Packed) -> list[str]:
     return lost
 
 
-def _payload(report: Report, maps: dict[int, Packed]) -> dict[str, Any]:
-    """Return what the page's script reads."""
+def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview: NetworkMap | None) -> dict[str, Any]:
+    """Return what the page's script reads. What many layers share is in lists, and a layer has its place there."""
+    lists: dict[str, list[Any]] = {"steps": [], "lost": []}
+
+    def place(name: str, value: Any) -> int:
+        if value not in lists[name]:
+            lists[name].append(value)
+        return lists[name].index(value)
+
+    def layer(index: int) -> dict[str, Any]:
+        site, packed = report.layers[index], maps.get(index)
+        if packed is None:
+            return page.layer_data(index, _meta(site), "", None)
+        drawing = {
+            "neurons": site.neurons,
+            "rows": packed.rows,
+            "steps": place("steps", packed.steps),
+            "hasNeurons": packed.resolution.neurons,
+            "hasSteps": packed.resolution.steps,
+            "data": packed.data,
+        }
+        data = page.layer_data(index, _meta(site), "; ".join(_lost(site, packed)), drawing)
+        return {**data, "lost": place("lost", data["lost"])}
+
+    layers, places = [layer(index) for index in shown], set(shown)
     return {
         "labels": LABELS,
         "levels": {
@@ -204,41 +331,18 @@ def _payload(report: Report, maps: dict[int, Packed]) -> dict[str, Any]:
             for name in levels.__all__
             if name.startswith("LEVEL_")
         },
-        "layers": [
-            {
-                "id": index,
-                "neurons": report.layers[index].neurons,
-                "rows": packed.rows,
-                "steps": packed.steps,
-                "hasNeurons": packed.resolution.neurons,
-                "hasSteps": packed.resolution.steps,
-                "data": packed.data,
-            }
-            for index, packed in maps.items()
-        ],
-    }
-
-
-def _deaths(site: SiteReport) -> dict[str, Any] | None:
-    """List a layer's dead neurons: those born dead as ranges, those that died with their step; ``None`` if none."""
-    if not site.dead:
-        return None
-    born = np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))
-    died = np.flatnonzero(site.judgement.dead & (site.last_active_step >= 0))
-    died = died[np.argsort(site.history.died_step[died], kind="stable")]
-    steps = site.history.died_step[died[:LISTED]].tolist()
-    return {
-        "name": site.name,
-        "mark": wording.mark(site),
-        "dead": site.dead,
-        "born": int(born.size),
-        "died": int(died.size),
-        "born_ranges": ranges(born, LISTED),
-        "died_items": [
-            f"{neuron} (step {count(step)})" if step >= 0 else f"{neuron} (step not known)"
-            for neuron, step in zip(died[:LISTED].tolist(), steps, strict=True)
-        ],
-        "died_more": max(int(died.size) - LISTED, 0),
+        "worst": max(maps, key=lambda index: wording.severity(report.layers[index]), default=-1),
+        "overview": None
+        if overview is None
+        else {
+            "neurons": len(report.layers),
+            "rows": len(report.layers),
+            "steps": overview.steps,
+            "layers": [index if index in places else -1 for index in range(len(report.layers))],
+            "data": overview.data,
+        },
+        **lists,
+        "layers": layers,
     }
 
 

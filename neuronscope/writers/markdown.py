@@ -53,6 +53,8 @@ def render(report: Report) -> str:
         heading = f"### Why, and what to do{' (provisional)' if report.provisional else ''}"
         blocks += [heading] if not index else []
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
+    if found := wording.weights(wording.fold(report.layers)[0]):
+        blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
     if report.not_measured:
         reasons = [[code(item.name), plain(item.reason)] for item in report.not_measured]
         blocks += ["### Not measured", table([("what", False), ("why", False)], reasons)]

@@ -7,6 +7,7 @@ the *share of dead* beside the mean of the rest, so that averaging never hides a
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from neuronscope.report.report import (
     LEVEL_UNSEEN,
     SiteReport,
 )
+from neuronscope.writers.formatting import visible
 
 __all__ = [
+    "NetworkMap",
     "Packed",
     "Resolution",
     "encode",
@@ -36,6 +39,7 @@ __all__ = [
     "fraction_levels",
     "pack",
     "share_budget",
+    "summarise",
     "verdict_levels",
 ]
 
@@ -89,24 +93,32 @@ def share_budget(
 
 
 def first_that_fits(rungs: Sequence[RungT], pack: Callable[[RungT], PackedT], budget: int) -> PackedT:
-    """Pack with the first rung of a ladder that keeps the budget, or else with the last one.
+    """Pack with a rung of a ladder that keeps the budget and whose finer neighbour does not, or else with the last one.
 
     Args:
-        rungs: From everything to little.
+        rungs: From everything to little; about half as many are tried as would be from the top.
         pack: Packs with a rung.
         budget: Most characters.
     """
-    for rung in rungs[:-1]:
-        packed = pack(rung)
+    packed = pack(rungs[0])
+    low, high = 1, len(rungs) - 1
+    if len(packed.data) <= budget or not high:
+        return packed
+    fits = None
+    while low < high:
+        middle = (low + high) // 2
+        packed = pack(rungs[middle])
         if len(packed.data) <= budget:
-            return packed
-    return pack(rungs[-1])
+            fits, high = packed, middle
+        else:
+            low = middle + 1
+    return fits if fits is not None and low < len(rungs) - 1 else pack(rungs[-1])
 
 
 def encode(planes: Iterable[npt.NDArray[np.uint8]]) -> str:
     """Return planes of bytes as base64 of the zlib-deflated bytes; empty if there are none."""
     raw = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes)
-    return base64.b64encode(zlib.compress(raw, 9)).decode("ascii") if raw else ""
+    return base64.b64encode(zlib.compress(raw, 7)).decode("ascii") if raw else ""
 
 
 def four_planes(values: npt.NDArray[np.generic]) -> ByteArray:
@@ -230,6 +242,59 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
     return first_that_fits(LADDER, packed, budget)
 
 
+@dataclass(frozen=True)
+class NetworkMap:
+    """The history of all layers, packed (``L`` layers, ``C`` columns).
+
+    Attributes:
+        steps: Last step of each column, rising, ``C`` numbers.
+        windows: Number of windows; more than ``C`` if some were left out.
+        data: Base64 of the zlib-deflated planes, one after another: neurons (4 planes of L, lowest byte first),
+            dead neurons (4 planes of L × C, layer by layer), level of the rest (L × C, one byte each), and the names of
+            the layers as JSON.
+    """
+
+    steps: list[int]
+    windows: int
+    data: str
+
+
+def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap | None:
+    """Pack the history of a network's layers with as many windows as the budget allows; ``None`` if nothing was seen.
+
+    Args:
+        sites: The layers.
+        budget: Most characters that ``NetworkMap.data`` should have; with few windows it may have more.
+        step: Step of the verdicts, for layers that have no history.
+    """
+    histories = [
+        (site.history.steps, site.history.levels)
+        if site.history.steps.size
+        else (np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :])
+        for site in sites
+    ]
+    seen = [steps for steps, levels in histories if levels.size and (levels != LEVEL_UNSEEN).any()]
+    if not seen:
+        return None
+    steps = np.unique(np.concatenate(seen))
+    names = np.frombuffer(json.dumps([visible(site.name) for site in sites]).encode(), dtype=np.uint8)
+    sizes = four_planes(np.array([site.neurons for site in sites], dtype="<u4"))
+
+    def packed(columns: int) -> NetworkMap:
+        picked = steps[_pick(len(steps), columns)]
+        dead = np.zeros((len(sites), picked.size), dtype="<u4")
+        rest = np.full(dead.shape, LEVEL_UNSEEN, dtype=np.uint8)
+        for row, (own, levels) in enumerate(histories):
+            at = np.searchsorted(own, picked, side="right") - 1
+            if levels.shape[1]:
+                found = levels[at[at >= 0]]
+                dead[row, at >= 0] = (found == LEVEL_DEAD).sum(axis=1)
+                rest[row, at >= 0] = _coarse(_bands(found, 1)[1][0], 25, LEVEL_MAX)
+        return NetworkMap(picked.tolist(), steps.size, encode([sizes, four_planes(dead.ravel()), rest, names]))
+
+    return first_that_fits((256, 128, 64, 32, 16), packed, budget)
+
+
 def _worst_first(site: SiteReport, levels: ByteArray) -> IntArray:
     """Sort neurons by label (worst first), earliest death, most dead windows, most zeros.
 
@@ -281,7 +346,7 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     sizes = np.diff([*starts, neurons])
 
     def total(mask: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-        return np.add.reduceat(mask.astype(np.int64), starts, axis=1)
+        return np.add.reduceat(mask, starts, axis=1, dtype=np.int64)
 
     dead = total(levels == LEVEL_DEAD)
     share = dead * 255 / sizes

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
-from neuronscope.writers.formatting import count, plural, visible
+from neuronscope.judge.diagnosis import Diagnosis
+from neuronscope.writers.formatting import NONE, UNKNOWN, count, plural, visible
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
-__all__ = ["Card", "Cell", "LayerRow", "bar", "fill"]
+__all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data"]
 
 
 class Card(NamedTuple):
@@ -39,7 +41,8 @@ class Cell(NamedTuple):
 
     Attributes:
         text: Its text.
-        key: The number that its column is sorted by; ``""`` = not known, which sorts last; ``None`` = sorted by text.
+        key: The number that its column is sorted by; ``""`` = not known, which sorts last; ``None`` = as the
+            text says: a number is itself, ``·`` is 0 and other text is not known.
         css: Its CSS class.
         drawing: SVG below the text.
     """
@@ -49,34 +52,50 @@ class Cell(NamedTuple):
     css: str = ""
     drawing: Markup = Markup("")
 
+    @property
+    def written_key(self) -> float | str | None:
+        """The key, unless the text says it."""
+        said = {NONE: "0", UNKNOWN: ""}.get(self.text, self.text.replace(",", ""))
+        return None if said == str(self.key) else self.key
+
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A layer's row in the table, and the text around its drawing.
+    """A layer's row in the table.
 
     Attributes:
+        number: Its place among the layers, from 0.
         name: The layer's name.
         tone: ``alarm``, ``bad``, ``warn``, ``unknown`` or ``calm``.
         cells: Its cells after the name.
-        meta: Pieces of the line below its name, each with whether it is bold.
-        drawn: Whether it has a drawing.
-        lost: What the drawing leaves out to keep the page small; ``""`` = nothing.
-        mark: Stands beside the name in the table.
+        mark: Stands beside the name.
     """
 
+    number: int
     name: str
     tone: str
     cells: list[Cell]
-    meta: list[tuple[str, bool]]
-    drawn: bool
-    lost: str
     mark: str = ""
 
 
-def bar(percent: float) -> Markup:
-    """Draw a percentage as a bar; one above 0 is always visible."""
-    shape = '<svg viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true"><rect width="{}" height="4"/></svg>'
-    return Markup(shape).format(round(max(percent, 2), 2)) if percent else Markup("")  # noqa: S704 - our own text
+def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what the script reads of a layer.
+
+    Args:
+        number: That of its :class:`LayerRow`.
+        meta: Pieces of the line below its name, each with whether it is bold.
+        lost: What its drawing leaves out; ``""`` = nothing.
+        drawing: Its drawing, with its bytes as ``data``; ``None`` if there is nothing to draw.
+    """
+    if drawing is None:
+        return {"id": number, "meta": meta, "lost": "Never observed: there is nothing to draw."}
+    said = f"To keep this page small, {lost}. The JSON report holds all." if lost else ""
+    return {"id": number, "meta": meta, "lost": said, **drawing}
+
+
+def causes(diagnoses: Iterable[Diagnosis]) -> list[tuple[Diagnosis, list[tuple[str, str]]]]:
+    """Return each diagnosis with its parts, what to do first: the name of each part, and its text."""
+    return [(one, sorted(one.parts(), key=lambda part: part[0] != "What to do")) for one in diagnoses]
 
 
 def fill(template: Traversable, styles: list[Traversable], scripts: list[Traversable], data: Any, **values: Any) -> str:

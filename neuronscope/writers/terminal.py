@@ -51,6 +51,7 @@ def render(report: Report, top: int = 20) -> str:
         cells = [replace(one, name=one.marked_name) for one in cells]
         page.table(COLUMNS if alike else COLUMNS + EXAMPLES, cells, left_out)
     page.causes(wording.causes(report), provisional=report.provisional)
+    page.list("Weights of layers with idle neurons", wording.weights(wording.fold(report.layers, top, top)[0]))
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)
     page.line()

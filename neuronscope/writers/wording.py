@@ -44,6 +44,7 @@ __all__ = [
     "severity",
     "site_cells",
     "title",
+    "weights",
 ]
 
 #: The words of the table in one line; :func:`glossary` explains them in full.
@@ -177,6 +178,27 @@ def not_in_totals(site: SiteReport) -> str:
     if site.assumed:
         return "axis assumed: not in the totals"
     return "output: not in the totals" if site.output else ""
+
+
+def weights(sites: Sequence[SiteReport]) -> list[str]:
+    """Say which weights lead into the neurons of each layer that has idle ones, and which read them.
+
+    Args:
+        sites: The layers that are shown.
+    """
+    return [
+        f"{visible(site.name)}: {_weights(site)}"
+        for site in sites
+        if site.incoming and (site.dead or site.silent or site.dormant)
+    ]
+
+
+def _weights(site: SiteReport) -> str:
+    rows = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.incoming)])
+    if site.weights_unknown:
+        return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
+    columns = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.reader_columns)])
+    return f"rows of {rows} lead in, columns of {columns} read it"
 
 
 def _deaths(report: Report) -> list[str]:

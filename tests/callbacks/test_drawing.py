@@ -193,7 +193,7 @@ class Log:  # as far as a publisher sees one; Lightning takes seconds to load
     key = "run"
     def log_metrics(self, metrics, step): pass
     def event_folder(self): return sys.argv[1]
-Publisher(images=True, text=True, vectors=True, drawing_share=1.0).publish(scope.report(), [Log()], 3)
+Publisher(images=True, text=True, vectors=True, html=False, drawing_share=1.0).publish(scope.report(), [Log()], 3)
 {end}
 """
 

@@ -17,7 +17,6 @@ from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS
 from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, pack, worst_first
-from neuronscope.checkpoints.writers.timeline import timeline
 from tests.writers.test_html import Page
 
 from . import samples
@@ -42,11 +41,9 @@ def test_of_very_many_layers_the_page_draws_the_worst_and_says_how_to_see_the_re
     text = samples.report(said).to_html()
     assert len(text) < 1_000_000
     page = Page(text)
-    shown = [str(a["aria-label"]) for tag, a in page.elements if a.get("class") == "map"]
-    assert len(shown) == 400
-    assert sum("Neurons of broken:" in label for label in shown) == 1
-    for at in range(0, 5_000, 50):
-        assert any(f"Neurons of l{at}:" in label for label in shown)
+    shown = [row[1][0] for row in page.rows[1:] if len(row) > 6]
+    assert len(shown) == 400 == len(page.data["layers"])
+    assert {"broken", *(f"l{at}" for at in range(0, 5_000, 50))} <= set(shown)
     words = " ".join(" ".join(page.words).split())
     assert "4,601 more layers with no more dead than these" in words
     assert "1 more layer with nothing to report" in words
@@ -93,12 +90,12 @@ def test_hostile_names_are_escaped_to_plain_text() -> None:
 @pytest.mark.parametrize(
     ("layer", "heading", "shown", "key"),
     [
-        ("net.0", "Dead", "16", "16"),
+        ("net.0", "Dead", "16", None),
         ("net.0", "Dead %", "25 %", "25.0"),
         ("net.0", "How sure", "16 measured", None),
         ("net.4", "How sure", "6 proved, 6 measured", None),
-        ("net.4", "Contested", "4", "4"),
-        ("net.6", "Dead", "·", "0"),
+        ("net.4", "Contested", "4", None),
+        ("net.6", "Dead", "·", None),
         ("net.6", "Other", "3 quiet", None),
         ("net.6", "Since", "·", ""),
     ],
@@ -184,13 +181,12 @@ def test_the_worst_layers_and_neurons_come_first() -> None:
 
 
 def test_the_timeline_counts_every_dated_death() -> None:
-    report = samples.alone()
-    line = timeline(report, report.layers)
-    assert line is not None
-    assert line.most == 41  # bins of 5001 / 120 = 41.7 steps; all died at 4,097 to 4,119, in bin 98
-    assert re.findall(r"M(\d+)", line.path) == ["98"]
-    assert sorted(line.layers) == [0, 1, 2]
-    assert timeline(samples.healthy(), ()) is None
+    text = samples.alone().to_html()
+    # Bins of 5001 / 120 = 41.7 steps; all died at 4,097 to 4,119, in bin 98.
+    assert "41 in all, at most 41 within about 42 steps" in text
+    drawn = re.findall(r'<svg viewBox="0 0 120 100"[^>]*><path d="([^"]*)"', text)
+    assert [re.findall(r"M(\d+)", path) for path in drawn] == [["98"]] * 3
+    assert 'id="h-when"' not in samples.healthy().to_html()
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------
@@ -220,8 +216,9 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 
 def pixels(browser: Any, layer: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    from tests.writers.test_html_browser import canvas_pixels
+    from tests.writers.test_html_browser import canvas_pixels, choose
 
+    choose(browser, layer)
     return canvas_pixels(browser, f'.map[data-layer="{layer}"] canvas')
 
 
@@ -255,13 +252,13 @@ def test_a_neuron_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
-    from tests.writers.test_html_browser import said, until
+    from tests.writers.test_html_browser import choose, said, until
 
     report = samples.with_data()
     browser = show(report)
     layer = report["net.4"]
     order = worst_first(layer)
-    browser.execute_script("document.querySelector('.map[data-layer=\"2\"]').focus()")
+    browser.execute_script("arguments[0].focus()", choose(browser, 2))
     until(browser, lambda: said(browser, 2) != "")
     first = layer.verdict(int(order[0]))
     text = said(browser, 2)
@@ -284,11 +281,11 @@ def test_a_neuron_map_is_read_by_keyboard(show: Callable[..., Any]) -> None:
 def test_pointing_at_a_cell_shows_its_neuron(show: Callable[..., Any]) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
-    from tests.writers.test_html_browser import said, until
+    from tests.writers.test_html_browser import choose, said, until
 
     report = samples.with_data()
     browser = show(report)
-    box = browser.find_element("css selector", '.map[data-layer="0"]')
+    box = choose(browser, 0)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", box)
     size = box.size
     offset = 3 * 16 + 8 - size["width"] // 2  # the middle of the fourth cell of 16 pixels
@@ -338,5 +335,33 @@ def test_the_page_never_scrolls_sideways(
 def test_hostile_names_do_not_run_and_nothing_is_fetched(show: Callable[..., Any]) -> None:
     browser = show(samples.hostile())  # an alert would make every later command fail
     assert len(browser.find_elements("css selector", "main script, main img, main a[href^='http']")) == 0
+    from tests.writers.test_html_browser import choose
+
+    choose(browser, 0)
     assert browser.find_elements("css selector", "article.layer h3")[0].get_attribute("textContent") == samples.HOSTILE
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("sample", [samples.with_data, samples.broken, samples.several, samples.hostile])
+def test_axe_finds_nothing(show: Callable[..., Any], sample: Callable[[], PostmortemReport]) -> None:
+    from tests.writers.test_html_browser import axe
+
+    browser = show(sample())
+    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    assert axe(browser) == []
+
+
+@pytest.mark.browser
+def test_the_indices_of_each_label_are_copied_with_a_click(show: Callable[..., Any]) -> None:
+    from tests.writers.test_html_browser import COPIED, choose, until
+
+    report = samples.with_data()
+    browser = show(report)
+    choose(browser, 2)
+    browser.execute_script(COPIED, True)
+    button = ".indices button"
+    until(browser, lambda: len(browser.find_elements("css selector", button)) > 0)
+    browser.find_element("css selector", button).click()
+    dead = np.flatnonzero(report["net.4"].dead_mask)
+    until(browser, lambda: browser.execute_script("return copied") == [", ".join(map(str, dead))])

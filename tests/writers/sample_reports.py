@@ -148,6 +148,12 @@ def site(
     )
 
 
+def renamed(plain: SiteReport, name: str) -> SiteReport:
+    """The same site under another name."""
+    layer = name.partition("/")[0]
+    return replace(plain, name=name, layer=layer, units=((layer, 0, plain.neurons, 1),))
+
+
 def report(*sites: SiteReport, notes: tuple[str, ...] = (), not_measured: tuple[NotMeasured, ...] = ()) -> Report:
     """A report of the last window over ``sites``."""
     last = max((int(site.history.steps[-1]) for site in sites if site.history.steps.size), default=0)

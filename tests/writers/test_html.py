@@ -6,14 +6,17 @@ import base64
 import hashlib
 import json
 import re
+import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
 import pytest
 
-from neuronscope.report.report import Report
-from neuronscope.writers.html import ranges
+from neuronscope.report.report import LEVEL_UNSEEN, Report
+from neuronscope.writers.html import ranges, render
+from neuronscope.writers.packing import summarise
 
 from . import sample_reports as samples
 
@@ -58,20 +61,91 @@ def realistic() -> Report:
     return samples.report(*(samples.site(f"layers.{i}", 4096, fate, windows=200, seed=i) for i in range(12)))
 
 
+def kept(page: Page) -> list[str]:
+    """What the page says of each layer's lost resolution."""
+    return [
+        layer["lost"] if isinstance(layer["lost"], str) else page.data["lost"][layer["lost"]]
+        for layer in page.data["layers"]
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", [samples.noisy, realistic])
 def test_a_page_for_twelve_sites_of_4096_neurons_stays_below_300_kb(sample: Any) -> None:
     text = sample().to_html()
     assert len(text.encode("utf-8")) < 300_000
-    said = re.findall(r"To keep this page small, ([^.]*)\. The JSON report holds all", text)
+    said = kept(Page(text))
     assert len(said) == 12
     for line in said:
-        assert "64 of 200 windows are drawn" in line
+        assert re.match(r"To keep this page small, \d+ of 200 windows are drawn", line)
         assert "neurons share a row" in line
+        assert line.endswith("The JSON report holds all.")
+
+
+@pytest.mark.slow
+def test_a_page_for_three_hundred_layers_stays_below_500_kb() -> None:
+    fate = samples.Fate(born=9, died=30, revived=3, dormant=7)
+    sites = (samples.site(f"blocks.{i}.mlp.fc1/relu", 256, fate, windows=60, seed=i) for i in range(300))
+    text = samples.report(*sites).to_html()
+    assert len(text.encode("utf-8")) < 500_000
+    assert len(Page(text).rows) == 301
+
+
+def test_of_thousands_of_layers_the_worst_have_a_row_and_the_map_shows_all() -> None:
+    calm = samples.site("x", 8, windows=2)
+    ill = samples.site("x", 8, samples.Fate(died=2), windows=2)
+    worse = samples.site("x", 8, samples.Fate(died=3), windows=2)
+    broken = samples.site("x", 8, samples.Fate(not_finite=1), windows=2)
+    kinds = [worse] * 5 + [ill] * 400 + [calm] * 1_594 + [broken]
+    sites = [replace(kind, name=f"layer.{at}/relu") for at, kind in enumerate(kinds)]
+    text = samples.report(*sites).to_html()
+    page = Page(text)
+    names = [row[1][0] for row in page.rows[1:]]
+    assert len(names) == 400
+    assert {f"layer.{at}/relu" for at in (0, 1, 2, 3, 4, 1_999)} <= set(names)
+    assert "6 more layers with a smaller share of such neurons than these, 1,594 more layers with nothing" in text
+    assert "The map shows all, and the JSON report holds all" in text
+    assert page.data["overview"]["rows"] == 2_000
+    shown = [place for place in page.data["overview"]["layers"] if place >= 0]
+    assert shown == [layer["id"] for layer in page.data["layers"]]
+    assert page.data["worst"] == 0
 
 
 def test_a_map_that_is_drawn_in_full_has_no_note_on_resolution() -> None:
     assert "To keep this page small" not in samples.mixed().to_html()
+
+
+def overview_planes(report: Report) -> tuple[list[int], np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]:
+    """The map of the network as its docstring describes it: steps, dead neurons, levels of the rest, names."""
+    packed = summarise(report.layers, 1 << 30, report.window.last_step)
+    assert packed is not None
+    raw = zlib.decompress(base64.b64decode(packed.data))
+    rows, columns = len(report.layers), len(packed.steps)
+    cells = rows * columns
+    planes = np.frombuffer(raw[4 * rows : 4 * rows + 4 * cells], np.uint8).reshape(4, rows, columns).astype(np.int64)
+    dead = (planes * 256 ** np.arange(4)[:, None, None]).sum(0)
+    rest = np.frombuffer(raw[4 * (rows + cells) : 4 * (rows + cells) + cells], np.uint8).reshape(rows, columns)
+    return packed.steps, dead, rest, json.loads(raw[4 * (rows + cells) + cells :])
+
+
+def test_the_map_of_the_network_counts_the_dead_of_each_layer_in_each_window() -> None:
+    report = samples.mixed()
+    steps, dead, rest, names = overview_planes(report)
+    assert steps == list(range(100, 2_100, 100))
+    assert names == [site.name for site in report.layers]
+    for row, site in enumerate(report.layers):
+        if site.name == "never.ran/relu":
+            assert (dead[row] == 0).all()
+            assert (rest[row] == LEVEL_UNSEEN).all()
+        else:
+            assert dead[row].tolist() == site.history.dead.tolist()
+            assert (rest[row] != LEVEL_UNSEEN).all()
+    late = samples.site("late", 4, windows=3)
+    late = replace(late, history=replace(late.history, steps=late.history.steps + 1_800))
+    _, dead, rest, _ = overview_planes(samples.report(samples.site("early", 8, windows=20), late))
+    assert (rest[1, :18] == LEVEL_UNSEEN).all()
+    assert (rest[1, 18:] != LEVEL_UNSEEN).all()
+    assert summarise(samples.unwatched().layers, 1 << 30, 0) is None
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
@@ -109,10 +183,10 @@ def test_hostile_names_are_escaped_to_plain_text() -> None:
     page = Page(samples.hostile().to_html())
     words = "".join(page.words)
     for site in samples.hostile().layers[:3]:
-        assert words.count(site.name) >= 3  # table, map, list of the dead
+        assert site.name in words
     assert "\\x1b[31mred\\n| x |" in words
     # The same report but for its names has the same elements, but for those of the extra sections and line breaks.
-    count = {tag: sum(t == tag for t, _ in page.elements) for tag in ("tr", "article", "script", "details", "canvas")}
+    count = {tag: sum(t == tag for t, _ in page.elements) for tag in ("tr", "article", "script", "canvas")}
     assert count == {tag: sum(t == tag for t, _ in plain.elements) for tag in count}
 
 
@@ -124,24 +198,33 @@ def cell(page: Page, site: str, heading: str) -> tuple[str, str | None]:
 @pytest.mark.parametrize(
     ("site", "heading", "shown", "key"),
     [
-        ("features.0/relu", "Dead", "12", "12"),
+        ("features.0/relu", "Dead", "12", None),  # the text says what it is sorted by
         ("features.0/relu", "Dead %", "19 %", "18.75"),
-        ("features.0/relu", "Born", "10", "10"),
-        ("features.0/relu", "Died", "2", "2"),
-        ("features.3/relu", "Born", "·", "0"),
-        ("block.gate/sigmoid", "Cut off", "5", "5"),
-        ("blind.fc/relu#1", "Cut off", "–", ""),
-        ("blind.fc/relu#1", "Dead", "1", "1"),
+        ("features.0/relu", "Born", "10", None),
+        ("features.0/relu", "Died", "2", None),
+        ("features.3/relu", "Born", "·", None),
+        ("block.gate/sigmoid", "Cut off", "5", None),
+        ("blind.fc/relu#1", "Cut off", "–", None),
+        ("blind.fc/relu#1", "Dead", "1", None),
         ("never.ran/relu", "Dead", "unseen", ""),
-        ("never.ran/relu", "Dormant", "–", ""),
-        ("never.ran/relu", "Not finite", "–", ""),
-        ("never.ran/relu", "Examples", "–", ""),
-        ("block.act*", "Axis", "1 · assumed ?", None),
-        ("classifier.1", "Dead", "·", "0"),
+        ("never.ran/relu", "Dormant", "–", None),
+        ("never.ran/relu", "Fires in", "–", None),
+        ("features.0/relu", "Fires in", "< 0.3 %", "-1000"),
+        ("block.act*", "Dead %", "0 %", "0.0"),
+        ("classifier.1", "Dead", "·", None),
     ],
 )
 def test_table_cells_show_their_values_and_sort_by_them(site: str, heading: str, shown: str, key: str | None) -> None:
     assert cell(Page(samples.mixed().to_html()), site, heading) == (shown, key)
+
+
+def test_columns_that_say_nothing_of_any_layer_are_left_out() -> None:
+    headings = {text for text, _ in Page(samples.mixed().to_html()).rows[0]}
+    assert "Not finite" not in headings
+    assert {"Silent", "Dormant", "Linear"} <= headings
+    assert {text for text, _ in Page(samples.healthy().to_html()).rows[0]} == {
+        *("#", "Layer", "Neurons", "Dead", "Dead %", "Worst neurons", "Fires in")
+    }
 
 
 def cards(report: Report) -> dict[str, str]:
@@ -178,25 +261,8 @@ def test_neurons_that_are_not_finite_are_shown_prominently() -> None:
     assert '<div class="card alarm"><dt>Not finite</dt>' in text
     assert cards(samples.broken())["Dead share"] == "–"
     assert cell(Page(text), "fc2/relu", "Dead") == ("not finite", "0")
-    assert cell(Page(text), "fc2/relu", "Dormant")[0] == "–"
+    assert cell(Page(text), "fc2/relu", "Not finite")[0] == "168"
     assert "banner" not in re.sub(r"<style>.*?</style>", "", samples.mixed().to_html(), flags=re.DOTALL)
-
-
-def test_dead_neurons_are_listed_with_their_step() -> None:
-    text = samples.mixed().to_html()
-    site = samples.mixed()["features.0/relu"]
-    born = np.flatnonzero(site.judgement.dead & (site.last_active_step < 0))
-    died = np.flatnonzero(site.judgement.dead & (site.last_active_step >= 0))
-    assert f"<b>Born dead (10):</b> {ranges(born, 40)[0]}</p>" in text
-    for neuron in died:
-        assert f"{neuron} (step {site.history.died_step[neuron]:,})" in text
-
-
-def test_a_list_that_is_cut_states_how_many_are_left_out() -> None:
-    text = samples.report(samples.site("relu", 500, samples.Fate(died=90))).to_html()
-    listed = re.search(r"<b>Died \(90\):</b> ([^<]*) and 50 more</p>", text)
-    assert listed
-    assert listed[1].count("(step ") == 40
 
 
 @pytest.mark.parametrize(
@@ -209,5 +275,25 @@ def test_runs_of_neurons_are_written_as_ranges(indices: list[int], limit: int, s
 
 def test_a_site_that_was_not_seen_has_no_map_and_a_note_says_so() -> None:
     page = Page(samples.mixed().to_html())
-    assert [site["id"] for site in page.data["layers"]] == [0, 1, 2, 3, 4, 5, 7]
-    assert "Never observed: there is nothing to draw." in page.words
+    assert [site["id"] for site in page.data["layers"] if "data" in site] == [0, 1, 2, 3, 4, 5, 7]
+    assert page.data["layers"][6]["lost"] == "Never observed: there is nothing to draw."
+
+
+def test_two_reports_are_compared_layer_by_layer() -> None:
+    fate = samples.Fate(born=3, died=2)
+    now = samples.site("fc1/relu", 16, fate, seed=1)
+    before = samples.site("fc1/relu", 16, samples.Fate(born=3), seed=1)
+    other = samples.site("fc2/relu", 16, samples.Fate(born=4), seed=2)
+    text = render(samples.report(now, other), replace(samples.report(before, other), phase="val"))
+    died = np.flatnonzero(now.judgement.dead & ~before.judgement.dead)
+    revived = np.flatnonzero(before.judgement.dead & ~now.judgement.dead)
+    assert died.size == 2
+    assert revived.size == 0
+    assert "Compared with phase val at step 2,000" in text
+    assert "2 neurons dead only here and 0 neurons dead only there, in 2 layers that both have;" in text
+    said = " ".join("".join(Page(text).words).split())
+    assert f"fc1/relu352: {ranges(died, 20)[0]}·" in said
+    assert said.count("fc2/relu") < said.count("fc1/relu")
+    unseen = samples.site("fc1/relu", 16, positions=0, windows=0)
+    text = render(samples.report(now), samples.report(unseen))
+    assert "0 neurons dead only here and 0 neurons dead only there" in text

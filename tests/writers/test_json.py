@@ -52,7 +52,12 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 
 
 def test_the_schema_describes_every_field_and_no_other() -> None:
-    assert list(undescribed(samples.mixed().to_dict(), SCHEMA)) == []
+    points = ((10, 0.5), (20, float("nan")))
+    series = dict.fromkeys(("learning_rate", "loss", "gradient_norm"), points)
+    plain = replace(samples.mixed(), series=series, checkpoints=(10,)).to_dict()
+    VALIDATOR.validate(plain)
+    assert list(undescribed(plain, SCHEMA)) == []
+    assert plain["series"]["loss"] == {"steps": [10, 20], "values": [0.5, None]}
 
 
 def spoil(path: str, value: Any) -> Callable[[dict[str, Any]], None]:

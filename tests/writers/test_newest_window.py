@@ -148,7 +148,8 @@ def in_html(report: Report) -> Shown:
     page = Page(report.to_html())
     text = " ".join(" ".join(page.words).split())
     (site,) = page.data["layers"]
-    packed = Packed(site["steps"], len(site["steps"]), site["rows"], Resolution(256, UNITS), site["data"])
+    steps = page.data["steps"][site["steps"]]
+    packed = Packed(steps, len(steps), site["rows"], Resolution(256, UNITS), site["data"])
     column = int((unpack(packed, UNITS).share[:, -1] == 255).sum())
     assert cards(report)["Dead"].startswith(str(report.dead))
     return Shown(said(text), column, text)

@@ -155,7 +155,7 @@ SMALL = samples.report(
     not_measured=(samples.NotMeasured("b", "It is hidden."),),
 ).to_dict()
 #: A report holds these for people and other programs; they follow from the rest.
-DERIVED = {"summary", "in_headlines", "provisional", "died"}
+DERIVED = {"summary", "in_headlines", "provisional", "died", "weights_unknown"}
 WAYS = [
     way
     for way in leaves(SMALL)

@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from markupsafe import Markup
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -15,11 +16,11 @@ from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
 from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
 from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
-from neuronscope.checkpoints.writers.timeline import Timeline, timeline
 from neuronscope.writers import page
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
 from neuronscope.writers.packing import share_budget
 from neuronscope.writers.page import Card, Cell, LayerRow
+from neuronscope.writers.page_timeline import BINS, bars, timeline
 
 __all__ = ["render"]
 
@@ -75,7 +76,8 @@ def render(report: PostmortemReport) -> str:
     maps = share_budget(
         {index: layer for index, layer in enumerate(shown) if layer.neurons}, pack, DATA_BUDGET, LAYER_BUDGET
     )
-    deaths = timeline(report, shown)
+    died = np.concatenate([np.zeros(0, dtype=np.int64), *map(_dated, report.layers)])
+    last = max([report.global_step or 0, *died.tolist()])
     sentences = wording.findings(report)
     return page.fill(
         home / "postmortem.html.j2",
@@ -91,11 +93,12 @@ def render(report: PostmortemReport) -> str:
         banners=[sentences.pop(0)] if wording.is_alarm(report) else [],
         sentences=sentences,
         cards=_cards(report) if report.neurons else [],
-        diagnoses=[(one, wording.diagnosis(one)) for one in report.diagnoses],
-        timeline=deaths,
+        diagnoses=page.causes(report.diagnoses),
+        timeline=timeline(died, np.zeros(0, dtype=np.int64), last, {}),
         checkpoints=_checkpoints(report),
         columns=COLUMNS,
-        rows=[_row(layer, maps.get(index), _bars(deaths, index)) for index, layer in enumerate(shown)],
+        rows=[_row(index, layer, last) for index, layer in enumerate(shown)],
+        overview=False,
         left_out=left_out,
         legend=LEGEND,
         grounds=wording.grounds(report),
@@ -150,7 +153,28 @@ def _cards(report: PostmortemReport) -> list[Card]:
     ]
 
 
-def _row(layer: LayerReport, neurons: NeuronMap | None, bars: Markup) -> LayerRow:
+def _row(number: int, layer: LayerReport, last: int) -> LayerRow:
+    cells = wording.layer_cells(layer)
+    share = layer.dead_percent if layer.neurons else ""
+    return LayerRow(
+        number=number,
+        name=cells.name,
+        tone=cells.tone,
+        cells=[
+            Cell(cells.neurons, layer.neurons),
+            Cell(cells.dead, layer.dead, "dead"),
+            Cell(cells.dead_share, share, "share"),
+            Cell(cells.sure, css="words"),
+            Cell(cells.since, _middle_step(layer), "words since", _bars(layer, last)),
+            Cell(cells.suspected, layer.suspected),
+            Cell(cells.other, css="words"),
+            Cell(cells.contested, int(layer.contested.sum())),
+            Cell(cells.unknown, layer.count("unknown")),
+        ],
+    )
+
+
+def _meta(layer: LayerReport) -> list[tuple[str, bool]]:
     cells = wording.layer_cells(layer)
     idle, unknown = int(layer.idle.sum()), layer.count("unknown")
     meta = [
@@ -161,25 +185,7 @@ def _row(layer: LayerReport, neurons: NeuronMap | None, bars: Markup) -> LayerRo
         (f"{count(idle)} idle", False, idle > 0),
         (f"{cells.unknown} unknown", False, unknown > 0),
     ]
-    share = layer.dead_percent if layer.neurons else ""
-    return LayerRow(
-        name=cells.name,
-        tone=cells.tone,
-        cells=[
-            Cell(cells.neurons, layer.neurons, "n"),
-            Cell(cells.dead, layer.dead, "n dead"),
-            Cell(cells.dead_share, share, "n share", page.bar(layer.dead_percent if layer.dead else 0)),
-            Cell(cells.sure, css="words"),
-            Cell(cells.since, _middle_step(layer), "words since", bars),
-            Cell(cells.suspected, layer.suspected, "n"),
-            Cell(cells.other, css="words"),
-            Cell(cells.contested, int(layer.contested.sum()), "n"),
-            Cell(cells.unknown, unknown, "n"),
-        ],
-        meta=[(text, bold) for text, bold, shown in meta if shown],
-        drawn=neurons is not None,
-        lost=neurons.detail.lost if neurons else "",
-    )
+    return [(text, bold) for text, bold, shown in meta if shown]
 
 
 def _middle_step(layer: LayerReport) -> int | str:
@@ -188,17 +194,25 @@ def _middle_step(layer: LayerReport) -> int | str:
     return int(known[(known.size - 1) // 2]) if known.size else ""
 
 
-def _bars(deaths: Timeline | None, index: int) -> Markup:
-    """Draw when the neurons of a layer died.
+def _dated(layer: LayerReport) -> npt.NDArray[np.int64]:
+    """Return the known steps at which neurons of a layer died, int64 ``(K,)``."""
+    return layer.since[layer.dead_mask & (layer.since >= 0)]
+
+
+def _bars(layer: LayerReport, last: int) -> Markup:
+    """Draw when the neurons of a layer died, on a scale of its own.
 
     Args:
-        deaths: The timeline of the whole network.
-        index: Index of the layer.
+        layer: The layer.
+        last: Last step of the run.
     """
-    if deaths is None or index not in deaths.layers:
+    found = _dated(layer)
+    if not found.size:
         return Markup("")
+    bins = min(BINS, last + 1)
     shape = '<svg viewBox="0 0 {} 100" preserveAspectRatio="none" aria-hidden="true"><path d="{}"/></svg>'
-    return Markup(shape).format(deaths.bins, deaths.layers[index])  # noqa: S704 - our own text
+    counts = np.histogram(found, bins=bins, range=(0, last + 1))[0]
+    return Markup(shape).format(bins, bars(counts))  # noqa: S704 - our own text
 
 
 def _payload(layers: Sequence[LayerReport], maps: dict[int, NeuronMap]) -> dict[str, Any]:
@@ -206,21 +220,29 @@ def _payload(layers: Sequence[LayerReport], maps: dict[int, NeuronMap]) -> dict[
     return {
         "labels": [*LABELS, "idle"],
         "bases": BASES,
+        "worst": max(maps, key=lambda index: layers[index].dead, default=-1),
         "layers": [
-            {
-                "id": index,
-                "neurons": layers[index].neurons,
-                "runs": neurons.runs,
-                "marked": neurons.marked,
-                "hasNeurons": neurons.detail.neurons,
-                "stepUnit": neurons.detail.steps,
-                "hasNumbers": neurons.detail.numbers,
-                "evidence": [
-                    [visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
-                    for one in layers[index].evidence[:MOST_EVIDENCE]
-                ],
-                "data": neurons.data,
-            }
-            for index, neurons in maps.items()
+            page.layer_data(
+                index, _meta(layer), maps[index].detail.lost if index in maps else "", _drawing(layer, maps.get(index))
+            )
+            for index, layer in enumerate(layers)
         ],
+    }
+
+
+def _drawing(layer: LayerReport, neurons: NeuronMap | None) -> dict[str, Any] | None:
+    if neurons is None:
+        return None
+    return {
+        "neurons": layer.neurons,
+        "runs": neurons.runs,
+        "marked": neurons.marked,
+        "hasNeurons": neurons.detail.neurons,
+        "stepUnit": neurons.detail.steps,
+        "hasNumbers": neurons.detail.numbers,
+        "evidence": [
+            [visible(text) for text in (one.claim, one.basis, one.source_label, one.measure)]
+            for one in layer.evidence[:MOST_EVIDENCE]
+        ],
+        "data": neurons.data,
     }

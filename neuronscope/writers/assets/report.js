@@ -1,15 +1,19 @@
-// The report page: each layer's map of neurons over steps.
+// The report page: the map of all layers, each layer's map of neurons over steps, and the comparison of two steps.
 (() => {
   "use strict";
-  const { labels: LABELS, levels: LEVEL, layers: LAYERS } = JSON.parse(document.getElementById("report-data").textContent);
-  const { number, percent, colour, mix, packed, niceStep } = page;
+  const { labels: LABELS, levels: LEVEL, layers: LAYERS } = page.data;
+  for (const layer of LAYERS) {
+    if (!("data" in layer)) continue;
+    [layer.steps, layer.lost] = [page.data.steps[layer.steps], page.data.lost[layer.lost]];
+  }
+  const { byId, make, number, percent, colour, mix, packed, niceStep } = page;
 
   class StepMap extends page.Drawing {
-    constructor(box, layer) {
-      super(box, layer);
+    constructor(box, layer, readout, height = Math.round(Math.min(Math.max(layer.neurons * 4, 28), 180))) {
+      super(box, layer, readout);
       this.columns = layer.steps.length;
       this.ticks = box.parentElement.querySelector(".ticks");
-      this.height = Math.round(Math.min(Math.max(layer.neurons * 4, 28), 180));
+      this.height = height;
       this.canvas.style.height = `${this.height}px`;
       const stride = this.columns > 1 ? layer.steps[1] - layer.steps[0] : 1;
       this.edges = [Math.max(layer.steps[0] - stride, -1), ...layer.steps];
@@ -25,7 +29,7 @@
 
     draw() {
       if (!this.loaded || !this.box.clientWidth) return;
-      const ratio = Math.min(devicePixelRatio || 1, 2);
+      const ratio = page.ratio();
       const [width, height] = [this.box.clientWidth, this.height].map((size) => Math.round(size * ratio));
       [this.canvas.width, this.canvas.height] = [width, height];
       const context = this.canvas.getContext("2d");
@@ -57,7 +61,7 @@
           }
           // The share of dead shows however small it is: a mean would let one dead neuron in a hundred vanish.
           const rest = others ? sum.map((value) => value / others) : dead;
-          const flat = packed(mix(rest, dead, share > 0 ? Math.max(share, 0.45) : 0));
+          const flat = packed(mix(rest, dead, share > 0 ? this.tint(share) : 0));
           const hatched = others > 0 && unseen === others && share === 0;
           for (let x = across[column]; x < across[column + 1]; x++) {
             const stripe = (x + y) % Math.round(8 * ratio) < 4 * ratio;
@@ -72,6 +76,11 @@
       this.drawTicks();
       this.box.dataset.drawn = "true";
       if (this.at !== null) this.mark();
+    }
+
+    // How much of the colour of the dead a share of them gives.
+    tint(share) {
+      return Math.max(share, 0.45);
     }
 
     // Where a column's left edge lies, 0 to 1, on the true axis of steps.
@@ -161,7 +170,146 @@
       }
       return `zero at ${percent(level / LEVEL.max)} of positions${several ? " on average" : ""}`;
     }
+
+    // Shows the life of a neuron (or of those that share its row) over the steps: how often its output was zero, and its dates.
+    pick([place]) {
+      const row = Math.floor(((place + 1) * this.rows - 1) / this.neurons);
+      const svg = (tag, attributes, ...children) => {
+        const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+        for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+        element.append(...children);
+        return element;
+      };
+      const bars = { dead: "", rest: "" };
+      for (let column = 0; column < this.columns; column++) {
+        const [share, rest] = [this.share, this.rest].map((plane) => plane[row * this.columns + column]);
+        const zero = Math.max(share / 255, rest <= LEVEL.max ? rest / LEVEL.max : 0);
+        const [left, right] = [this.x(column), this.x(column + 1)].map((x) => (1000 * x).toFixed(1));
+        bars[share ? "dead" : "rest"] += `M${left} 40V${(40 - 40 * zero).toFixed(1)}H${right}V40z`;
+      }
+      const life = this.box.parentElement.querySelector(".life");
+      const several = this.rows < this.neurons ? " (this row of the map)" : "";
+      const indices = this.hasNeurons ? [page.copyButton(`Copy index ${this.order[place]}`, [this.order[place]])] : [];
+      const text = this.describe([place, this.columns - 1]);
+      life.replaceChildren(
+        make("p", {}, text),
+        svg("svg", { viewBox: "0 0 1000 40", preserveAspectRatio: "none", role: "img", "aria-label": `Zero outputs over the steps${several}` },
+          svg("path", { class: "rest", d: bars.rest }), svg("path", { class: "dead", d: bars.dead })),
+        make("p", { className: "hint" }, `Height: the share of zero outputs in each window${several}, from step ${number.format(Math.max(this.edges[0], 0))} to ${number.format(this.edges[this.columns])}.`),
+        ...indices,
+      );
+      life.hidden = false;
+    }
+
+    // Lists of indices to copy.
+    lists() {
+      if (!this.hasNeurons) return [];
+      return ["dead", "silent", "dormant", "cut off", "not finite"].map((label) => {
+        const code = LABELS.indexOf(label);
+        const found = [...this.order].filter((_, place) => this.label[place] === code).sort((a, b) => a - b);
+        return [`Copy ${number.format(found.length)} ${label}`, found];
+      }).filter(([, found]) => found.length);
+    }
   }
 
-  page.show(StepMap, LAYERS);
+  // The map of the whole network: a row for each layer, in the order in which they ran.
+  class Overview extends StepMap {
+    unpack(planes) {
+      const cells = this.rows * this.columns;
+      this.sizes = planes.numbers(this.rows);
+      this.dead = planes.numbers(cells);
+      this.rest = planes.take(cells);
+      this.share = this.dead.map((dead, cell) => (dead ? Math.max(Math.floor((255 * dead) / this.sizes[Math.floor(cell / this.columns)]), 1) : 0));
+      this.names = JSON.parse(new TextDecoder().decode(planes.bytes.subarray(planes.offset)));
+    }
+
+    tint(share) {
+      return 0.2 + 0.8 * share; // layers are compared by it
+    }
+
+    start() {
+      return [Math.max(this.layers.indexOf(page.data.worst), 0), this.columns - 1];
+    }
+
+    describe([row, column]) {
+      const [dead, rest] = [this.dead, this.rest].map((plane) => plane[row * this.columns + column]);
+      const size = this.sizes[row];
+      const others = rest === LEVEL.dead ? "" : `, the rest ${this.level(rest, true)}`;
+      const where = `${this.names[row]} at step ${number.format(this.steps[column])}`;
+      if (rest === LEVEL.unseen && !dead) return `${where}: not observed`;
+      return `${where}: ${number.format(dead)} of ${number.format(size)} dead (${percent(dead / size)})${others}`;
+    }
+
+    pick([row]) {
+      if (this.layers[row] >= 0) page.choose(this.layers[row], true);
+      else this.readout.textContent = `${this.names[row]} has no row in the table below: see the sentence there.`;
+    }
+  }
+
+  // Who died between two steps: from the steps of death of single neurons where the page has them.
+  const compare = async (overview) => {
+    const [from, to] = ["from", "to"].map((id) => Number(byId(id).value)).sort((a, b) => a - b);
+    const rows = [];
+    let [died, revived] = [0, 0];
+    for (const layer of LAYERS.filter((each) => "data" in each)) {
+      await page.bytesOf(layer);
+      const planes = new page.Planes(layer.bytes);
+      const row = overview.layers.indexOf(layer.id);
+      const at = (column) => overview.dead[row * overview.columns + column];
+      const [before, after] = [at(from), at(to)];
+      let names = null;
+      let back = null;
+      if (layer.hasSteps) {
+        const [order] = [planes.numbers(layer.neurons), planes.take(2 * layer.neurons)];
+        const within = (steps) => [...order].filter((_, place) => steps[place] - 1 > overview.steps[from] && steps[place] - 1 <= overview.steps[to]).sort((a, b) => a - b);
+        [names, back] = [within(planes.numbers(layer.neurons)), within(planes.numbers(layer.neurons))];
+      }
+      if (before === after && !names?.length && !back?.length) continue;
+      died += names?.length ?? Math.max(after - before, 0);
+      revived += back?.length ?? Math.max(before - after, 0);
+      rows.push([overview.names[row], before, after, names, back]);
+    }
+    rows.sort((a, b) => (b[3]?.length ?? b[2] - b[1]) - (a[3]?.length ?? a[2] - a[1]));
+    const steps = [from, to].map((column) => number.format(overview.steps[column]));
+    const list = (found) => (!found ? ["–"] : found.length ? [page.copyButton(`Copy ${number.format(found.length)}`, found), ` ${found.slice(0, 6).join(", ")}${found.length > 6 ? " …" : ""}`] : ["·"]);
+    const cell = (tag, className, ...children) => make(tag, { className }, ...children);
+    const heading = ["Layer", `Dead at ${steps[0]}`, `Dead at ${steps[1]}`, "Died between", "Revived between"];
+    byId("between").replaceChildren(
+      make("p", {}, `Between steps ${steps[0]} and ${steps[1]}, ${number.format(died)} died and ${number.format(revived)} revived, in ${number.format(rows.length)} layers${rows.length > 40 ? ", of which the 40 with the most deaths are listed" : ""}.`),
+      ...(rows.length ? [make("div", { className: "scroll" }, make("table", {},
+        make("thead", {}, make("tr", {}, ...heading.map((text, i) => Object.assign(cell("th", i === 1 || i === 2 ? "n" : "", text), { scope: "col" })))),
+        make("tbody", {}, ...rows.slice(0, 40).map(([name, before, after, names, back]) => make("tr", {},
+          Object.assign(cell("th", "", name), { scope: "row" }), cell("td", "n", number.format(before)), cell("td", "n", number.format(after)),
+          cell("td", "words", ...list(names)), cell("td", "words", ...list(back)))))))] : []),
+    );
+    page.rove(byId("between"), "button", "ArrowUp", "ArrowDown");
+  };
+
+  const box = byId("overview");
+  if (!box) {
+    page.show(StepMap);
+    return;
+  }
+  const height = Math.round(Math.min(Math.max(page.data.overview.rows * 13, 39), 170));
+  const overview = new Overview(box, page.data.overview, byId("at-overview"), height);
+  box.drawing = overview;
+  page.show(StepMap, overview);
+  const names = byId("overview-names");
+  if (page.data.overview.rows <= 13) {
+    page.bytesOf(page.data.overview).then(() => {
+      names.replaceChildren(...overview.names.map((name) => make("span", { title: name }, name)));
+      names.style.height = `${height}px`;
+      names.hidden = false;
+    });
+  }
+  if (overview.columns > 1) {
+    const options = () => overview.steps.map((step, column) => make("option", { value: column, textContent: number.format(step) }));
+    byId("from").append(...options());
+    byId("to").append(...options());
+    byId("to").value = overview.columns - 1;
+    byId("compare").hidden = false;
+    const again = () => byId("compare").open && page.bytesOf(page.data.overview).then(() => compare(overview));
+    for (const id of ["from", "to"]) byId(id).addEventListener("change", again);
+    byId("compare").addEventListener("toggle", again);
+  }
 })();

@@ -1,7 +1,7 @@
 // The post-mortem's page: each layer's neurons as cells, and what is known of each.
 (() => {
   "use strict";
-  const { labels: LABELS, bases: BASES, layers: LAYERS } = JSON.parse(document.getElementById("report-data").textContent);
+  const { labels: LABELS, bases: BASES } = page.data;
   const { number, colour, packed } = page;
   const GONE = ["dead", "never trained", "no gradient"];
   const DEAD = { proved: "--proved", measured: "--dead", inferred: "--inferred", suspected: "--suspected" };
@@ -10,8 +10,8 @@
   };
 
   class NeuronMap extends page.Drawing {
-    constructor(box, layer) {
-      super(box, layer);
+    constructor(box, layer, readout) {
+      super(box, layer, readout);
       this.ends = [];
       layer.runs.reduce((sum, run) => (this.ends.push(sum + run[2]), sum + run[2]), 0);
     }
@@ -43,7 +43,7 @@
     draw() {
       if (!this.box.clientWidth) return;
       this.lay();
-      const ratio = Math.min(devicePixelRatio || 1, 2);
+      const ratio = page.ratio();
       const size = Math.round(this.cell * ratio);
       const [width, height] = [this.columns * size, Math.round((this.height / this.cell) * size)];
       [this.canvas.width, this.canvas.height] = [width, height];
@@ -142,7 +142,28 @@
       if (this.marks[place] & 1) parts.push("CONTESTED");
       return parts.join(" · ");
     }
+
+    // Shows what is known of a neuron, so that it stays on the page.
+    pick(place) {
+      const life = this.box.parentElement.querySelector(".life");
+      const button = this.hasNeurons ? [page.copyButton(`Copy index ${this.index[place]}`, [this.index[place]])] : [];
+      life.replaceChildren(page.make("p", {}, this.describe(place)), ...button);
+      life.hidden = false;
+    }
+
+    // Lists of indices to copy: a label's neurons stand side by side.
+    lists() {
+      if (!this.hasNeurons) return [];
+      const found = new Map();
+      let from = 0;
+      for (const [code, basis, size] of this.runs) {
+        const label = !GONE.includes(LABELS[code]) ? LABELS[code] : BASES[basis] === "suspected" ? "suspected" : "dead";
+        if (label !== "alive") found.set(label, [...(found.get(label) ?? []), ...this.index.subarray(from, from + size)]);
+        from += size;
+      }
+      return [...found].map(([label, list]) => [`Copy ${number.format(list.length)} ${label}`, list.sort((a, b) => a - b)]);
+    }
   }
 
-  page.show(NeuronMap, LAYERS);
+  page.show(NeuronMap);
 })();
