@@ -48,7 +48,7 @@ def add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     command.add_argument("before", metavar="BEFORE", help="the first report's JSON")
     command.add_argument("after", metavar="AFTER", help="the second report's JSON")
-    add_output_options(command, ["json"])
+    add_output_options(command, ["html", "json"])
     add_check_option(command, "more than PCT percent of the compared neurons died, or if any gives NaN only since")
     command.set_defaults(call=_diff)
 

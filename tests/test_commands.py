@@ -231,7 +231,8 @@ def test_a_diff_in_which_too_many_died_fails(folder: Path, capsys: pytest.Captur
         got, out, _ = run(f"diff {before}.json {after}.json --fail-above {limit} --quiet", capsys)
         assert (got, out) == (code, ""), files
     assert "no neuron was observed in both" in run("diff nan.json a.json --fail-above 9 --quiet", capsys)[2]
-    assert run("diff a.json b.json --json d.json", capsys)[0] == 0
+    assert run("diff a.json b.json --json d.json --html d.html", capsys)[0] == 0
+    assert Path("d.html").read_text() == compare_reports(scanned([0]), scanned([0, 1, 2])).to_html()
     assert json.loads(Path("d.json").read_text())["died"] == 2
 
 
