@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from neuronscope.judge.diagnosis import diagnose, remedy_of
+from neuronscope.judge.diagnosis import remedy_of
 from neuronscope.judge.symptoms import (
     COLLAPSED,
     COLLAPSED_SHARE,
@@ -12,7 +13,10 @@ from neuronscope.judge.symptoms import (
     GROUPED,
     NOT_FINITE,
     RunFacts,
+    Support,
+    collapsed,
     died_after,
+    not_finite,
 )
 from neuronscope.report.report import LEVEL_DEAD, Report
 from neuronscope.report.run_facts import facts_from_report
@@ -27,7 +31,7 @@ class Announcements:
     """Finds what is new and urgent in the reports of one run.
 
     That is NaN in any phase; in training, if the window is long enough for certain verdicts, each layer that has
-    collapsed, and the first time that many neurons died together.
+    collapsed, and the first time that many neurons of other layers died together.
 
     >>> from neuronscope.report.report import Report, WindowSpan
     >>> window = WindowSpan("all", -1, -1, 0, long_enough=False)
@@ -53,12 +57,10 @@ class Announcements:
             return False
         grown = 0
         for site in report.headline_layers:
-            if (
-                site.neurons > 1
-                and site.dead >= COLLAPSED_SHARE * site.neurons
-                and f"layer {site.name}" not in self._said
-            ):
-                return True
+            if site.neurons > 1 and site.dead >= COLLAPSED_SHARE * site.neurons:
+                if _layer(site.name) not in self._said:
+                    return True
+                continue
             before = site.history.levels[-3:-1]
             if len(before):
                 grown += int((site.judgement.dead & (before[0] != LEVEL_DEAD)).sum())
@@ -69,26 +71,27 @@ class Announcements:
         return max(GROUP_LEAST, MASS_SHARE * report.observed_neurons)
 
     def _findings(self, report: Report, facts: RunFacts) -> Iterator[str]:
-        certain = report.phase == "train" and not report.provisional
-        collapsed: tuple[str, ...] = ()
-        for one in diagnose(facts):
-            if one.sign == NOT_FINITE and self._is_new(NOT_FINITE):
-                yield f"{one.evidence} {one.remedy}"
-            if one.sign == COLLAPSED and certain:
-                collapsed = one.layers
-                if self._is_new(*(f"layer {name}" for name in one.layers)):
-                    yield f"{one.evidence} {one.remedy}"
-        if not certain:
+        broken = not_finite(facts)
+        if broken is not None and NOT_FINITE not in self._said:
+            yield self._say(NOT_FINITE, broken, facts)
+        if report.phase != "train" or report.provisional:
             return
+        new = replace(facts, layers=tuple(layer for layer in facts.layers if _layer(layer.name) not in self._said))
+        fallen = collapsed(new)
+        if fallen is not None:
+            yield self._say(COLLAPSED, fallen, new)
+            self._said.update(map(_layer, fallen.layers))
+            new = replace(facts, layers=tuple(layer for layer in new.layers if layer.name not in fallen.layers))
         before = report.totals.steps()[-3:-2]
-        died = died_after(facts, int(before[0]) if before.size else -1)
-        if died is None or died.neurons < self._mass(report):
-            return
-        if self._is_new(GROUPED) and not {*died.layers} <= {*collapsed}:
-            yield f"{died.evidence} {remedy_of(GROUPED, died, facts)}"
+        died = died_after(new, int(before[0]) if before.size else -1)
+        if died is not None and died.neurons >= self._mass(report) and GROUPED not in self._said:
+            yield self._say(GROUPED, died, new)
 
-    def _is_new(self, *names: str) -> bool:
-        """Whether any of some names was not said before; from now on all of them were."""
-        new = not self._said.issuperset(names)
-        self._said.update(names)
-        return new
+    def _say(self, sign: str, found: Support, facts: RunFacts) -> str:
+        self._said.add(sign)
+        return f"{found.evidence} {remedy_of(sign, found, facts)}"
+
+
+def _layer(name: str) -> str:
+    """Return what stands for the collapse of a layer among what was said."""
+    return f"layer {name}"

@@ -438,8 +438,8 @@ class Monitor:
         )
         if report.phase == "train":
             self.dead_percent = report.dead_percent
-        for sentence in self._announcements.new(report):
-            if self.console is not None:
+        if self.console is not None:
+            for sentence in self._announcements.new(report):
                 self.console.warning("%s", visible(sentence))
         return report
 

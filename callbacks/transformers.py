@@ -155,7 +155,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         for callback in () if self._handler is None else self._handler.callbacks:
             show = getattr(getattr(callback, "training_bar", None), "set_postfix_str", None)
             if show is not None:
-                show(text)
+                show(text, refresh=False)  # the bar's next update shows it: drawing it anew at each step takes time
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prepare for an evaluation."""

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from neuronscope.errors import UsageError
 from neuronscope.output import check_writable, print_and_flush, write_file
+from neuronscope.writers.formatting import visible
 
 __all__ = [
     "EXIT_FAILED",
@@ -55,8 +56,8 @@ class Checkable(Protocol):
     """A report that ``--fail-above`` checks."""
 
     @property
-    def neurons(self) -> int:
-        """Number of neurons in the totals."""
+    def judged_neurons(self) -> int:
+        """Number of neurons in the totals that ``dead_percent`` is a share of."""
 
     @property
     def dead(self) -> int:
@@ -143,7 +144,7 @@ def check_dead(report: Checkable, limit: float, not_finite: int, remark: str = "
         UsageError: No neuron was examined, so there is nothing to check.
     """
     dead = report.dead_percent
-    counted = f"{report.dead:,} of {report.neurons:,} neurons ({dead:.4g} %) are dead{remark}"
+    counted = f"{report.dead:,} of {report.judged_neurons:,} neurons ({dead:.4g} %) are dead{remark}"
     if not_finite:
         return fail(f"{not_finite:,} neurons are NaN or infinite; {counted}.")
     if report.collapsed:
@@ -157,7 +158,7 @@ def check_dead(report: Checkable, limit: float, not_finite: int, remark: str = "
 
 def fail(reason: str) -> int:
     """Print to standard error why a check failed, and return its exit code."""
-    print(f"neuronscope: failed: {reason}", file=sys.stderr)
+    print(f"neuronscope: failed: {visible(reason)}", file=sys.stderr)
     return EXIT_FAILED
 
 

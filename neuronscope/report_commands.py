@@ -48,8 +48,8 @@ def add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     command.add_argument("before", metavar="BEFORE", help="the first report's JSON")
     command.add_argument("after", metavar="AFTER", help="the second report's JSON")
-    add_output_options(command, ["json"])
-    add_check_option(command, "more than PCT percent of the neurons died between the reports, or gave NaN since")
+    add_output_options(command, ["html", "json"])
+    add_check_option(command, "more than PCT percent of the compared neurons died, or if any gives NaN only since")
     command.set_defaults(call=_diff)
 
 
@@ -102,14 +102,16 @@ def _diff(parsed: argparse.Namespace) -> int:
     check_targets(parsed)
     found = compare_reports(read_report(parsed.before), read_report(parsed.after))
     if not found.layers:
-        raise UsageError("Expected two reports on one network, but they have no layer in common.")
+        raise UsageError("Expected two reports on one network, but they have no layer of one name and width in common.")
     write_report(found, parsed)
     if parsed.fail_above is None:
         return EXIT_OK
     broken = sum(layer.broken for layer in found.layers)
     if broken:
         return fail(f"{broken:,} neurons give NaN or infinity since the first report.")
+    if not found.compared:
+        raise UsageError("Expected neurons to compare with --fail-above, but no neuron was observed in both reports.")
     if found.died_percent > parsed.fail_above:
-        died = f"{found.died:,} of {found.after.judged_neurons:,} neurons ({found.died_percent:.4g} %) died"
+        died = f"{found.died:,} of {found.compared:,} neurons ({found.died_percent:.4g} %) died"
         return fail(f"{died}, more than {parsed.fail_above:g} %.")
     return EXIT_OK

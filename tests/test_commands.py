@@ -219,18 +219,20 @@ def test_layers_that_cannot_be_compared_are_listed_with_the_reason(
     samples.report(samples.site("z/relu", 9)).to_json("strange.json")
     code, _, err = run("diff one.json strange.json", capsys)
     assert code == 2
-    assert "no layer in common" in err
+    assert "no layer of one name and width in common" in err
 
 
 def test_a_diff_in_which_too_many_died_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scanned([0]).to_json("a.json")
     scanned([0, 1, 2]).to_json("b.json")
     scanned([], value=float("nan")).to_json("nan.json")
-    for files, limit, code in (("a b", 25, 0), ("a b", 24.9, 1), ("b a", 0, 0), ("a nan", 100, 1), ("nan a", 0, 0)):
+    for files, limit, code in (("a b", 25, 0), ("a b", 24.9, 1), ("b a", 0, 0), ("a nan", 100, 1), ("nan a", 0, 2)):
         before, after = files.split()
         got, out, _ = run(f"diff {before}.json {after}.json --fail-above {limit} --quiet", capsys)
         assert (got, out) == (code, ""), files
-    assert run("diff a.json b.json --json d.json", capsys)[0] == 0
+    assert "no neuron was observed in both" in run("diff nan.json a.json --fail-above 9 --quiet", capsys)[2]
+    assert run("diff a.json b.json --json d.json --html d.html", capsys)[0] == 0
+    assert Path("d.html").read_text() == compare_reports(scanned([0]), scanned([0, 1, 2])).to_html()
     assert json.loads(Path("d.json").read_text())["died"] == 2
 
 

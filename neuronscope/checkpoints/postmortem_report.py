@@ -88,6 +88,11 @@ class PostmortemReport(Renderable):
         return sum(layer.neurons for layer in self.headline_layers)
 
     @property
+    def judged_neurons(self) -> int:
+        """Number of neurons that ``dead_percent`` is a share of: all, unknown ones included."""
+        return self.neurons
+
+    @property
     def dead(self) -> int:
         """Number of neurons that are dead, never trained or without gradient (proved, measured or inferred).
 

@@ -103,7 +103,7 @@ class Symptom:
         layers = [layer for layer in facts.layers if layer.name in support.layers]
         saved, last = facts.last_checkpoint(support.before), ""
         if facts.checkpoints:
-            last = " (none before it is known)" if saved is None else f" (the last one known is of step {saved:,})"
+            last = " (none is known)" if saved is None else f" (the last one known is of step {saved:,})"
         return " ".join(
             each.text.format(before=support.before, last=last, where=each.where(layers))
             for each in self.remedies
@@ -327,13 +327,13 @@ SYMPTOMS = (
     ),
     Symptom(
         "silent neurons",
-        "Their output is always zero, so the network computes the same without them. But an auxiliary loss or a "
-        "straight-through estimator sends them a gradient, so training can wake them. Papers on sparse autoencoders "
-        "call such latents dead.",
+        "Their output is always zero, so the network computes the same without them. But a gradient arrives, for "
+        "example from an auxiliary loss or a straight-through estimator, so training can wake them. Papers on sparse "
+        "autoencoders call such latents dead.",
         (
             Remedy(
-                "Keep the auxiliary loss: it keeps these neurons trainable. If their number does not fall, give that "
-                "loss more weight, or resample them."
+                "Keep an auxiliary loss that does this: it keeps these neurons trainable. If their number does not "
+                "fall, give that loss more weight, or resample them."
             ),
             Remedy(
                 "Or look at their incoming weights and biases: a pre-activation of exactly zero gives this (weights "

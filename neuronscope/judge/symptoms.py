@@ -130,6 +130,8 @@ class RunFacts:
         observed_every: Maximum number of steps between two observations of a monitor. A death may have happened up to
             this many steps before its date.
         checkpoints: Steps at which checkpoints were saved, as far as known, ascending.
+        in_training: Whether the network was seen in training. In a scan or an evaluation, a neuron that never fired may
+            have died long before.
     """
 
     layers: tuple[LayerFacts, ...]
@@ -141,6 +143,7 @@ class RunFacts:
     input_offset: float | None = None
     observed_every: int = 1
     checkpoints: tuple[int, ...] = ()
+    in_training: bool = True
 
     def dated(self) -> IntArray:
         """Return the known steps of deaths, ascending, int64 ``(D,)``."""
@@ -159,9 +162,9 @@ class RunFacts:
     def healthy_before(self, step: int | None) -> int | None:
         """Return the step before which a checkpoint is older than deaths dated to ``step``, or ``None``.
 
-        An estimated date may be too late, so that no step follows from it.
+        An estimated date may be too late, so that no step follows from it. Before the first step there is none.
         """
-        if step is None or self.estimated or step < self.observed_every:
+        if step is None or self.estimated or step <= self.observed_every:
             return None
         return step - self.observed_every + 1
 
@@ -349,7 +352,7 @@ def _is_deep_and_narrow(facts: RunFacts) -> bool:
 
 def _born(facts: RunFacts, deep: bool) -> Support | None:
     number, layers, names = _count(facts, lambda layer: layer.dead & (layer.since == -1))
-    if not number or _is_deep_and_narrow(facts) != deep:
+    if not number or not facts.in_training or _is_deep_and_narrow(facts) != deep:
         return None
     widths = [layer.width for layer in facts.layers]
     shape = (
@@ -399,10 +402,14 @@ def collapsed(facts: RunFacts) -> Support | None:
     layers, names = _affected([(layer.name, int(layer.dead.sum()), layer.width) for layer in found])
     text = f"Nearly all neurons of a layer are dead: {layers}."
     steps = [step for layer in found if (step := last_deaths(layer.dead, layer.since)) is not None]
+    steps = [step for step in steps if step >= 0 or facts.in_training]
     if steps:
-        when = "since the beginning" if max(steps) < 0 else f"since step {max(min(steps), 0):,}"
+        first, last = ("the beginning" if step < 0 else f"step {step:,}" for step in (min(steps), max(steps)))
         clock = "" if max(steps) < 0 else ", about" if facts.estimated else " at the earliest" if facts.clocked else ""
-        text += f" They have been dead {when}{clock}."
+        if first == last:
+            text += f" They have been dead since {first}{clock}."
+        else:
+            text += f" The first of these layers has been dead since {first}, the last since {last}{clock}."
     idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
     if any(count for _, count, _ in idle):
         text += f" No gradient reaches {_affected(idle)[0]}."

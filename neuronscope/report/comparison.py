@@ -82,6 +82,7 @@ class ReportComparison:
         died: Number of neurons in the totals that died. A neuron that goes through several activations counts once, by
             its most serious label, as in the reports.
         revived: Number of neurons in the totals that revived.
+        compared: Number of neurons in the totals that both reports observed, with finite outputs.
     """
 
     before: Report
@@ -90,12 +91,12 @@ class ReportComparison:
     left_out: tuple[tuple[str, str], ...]
     died: int
     revived: int
+    compared: int
 
     @property
     def died_percent(self) -> float:
-        """Neurons that died in percent of the second report's judged neurons; NaN if there are none."""
-        judged = self.after.judged_neurons
-        return 100.0 * self.died / judged if judged else float("nan")
+        """Neurons that died in percent of those that were compared; NaN if none was."""
+        return 100.0 * self.died / self.compared if self.compared else float("nan")
 
     def __repr__(self) -> str:
         return f"<ReportComparison: {self.died} neurons died, {self.revived} revived; print(…) shows it>"
@@ -146,6 +147,7 @@ class ReportComparison:
             **of,
             "died": self.died,
             "revived": self.revived,
+            "compared": self.compared,
             "layers": [layer.to_dict() for layer in self.layers],
             "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out],
         }
@@ -174,20 +176,20 @@ def compare_reports(before: Report, after: Report) -> ReportComparison:
     left_out += [(name, "only the first report has it") for name in first]
     distinct = DistinctNeurons([site for _, site in pairs])
     was, now = (distinct.label([pair[place].judgement.labels() for pair in pairs]) for place in (0, 1))
-    died, revived = (int(changed.sum()) for changed in _changes(was, now))
+    died, revived, known = (int(mask.sum()) for mask in _changes(was, now))
     layers = tuple(_compare(*pair) for pair in pairs)
-    return ReportComparison(before, after, layers, tuple(left_out), died, revived)
+    return ReportComparison(before, after, layers, tuple(left_out), died, revived, known)
 
 
-def _changes(was: ByteArray, now: ByteArray) -> tuple[BoolArray, BoolArray]:
-    """Return which neurons died and which revived, by their labels before and after."""
+def _changes(was: ByteArray, now: ByteArray) -> tuple[BoolArray, BoolArray, BoolArray]:
+    """Return which neurons died, which revived and which are known both times, by their labels before and after."""
     known = ~(np.isin(was, _NOT_JUDGED) | np.isin(now, _NOT_JUDGED))
-    return known & (was != _DEAD) & (now == _DEAD), known & (was == _DEAD) & (now != _DEAD)
+    return known & (was != _DEAD) & (now == _DEAD), known & (was == _DEAD) & (now != _DEAD), known
 
 
 def _compare(before: SiteReport, after: SiteReport) -> LayerComparison:
     was, now = before.judgement.labels(), after.judgement.labels()
-    died, revived = _changes(was, now)
+    died, revived, _ = _changes(was, now)
     return LayerComparison(
         name=after.name,
         neurons=after.neurons,

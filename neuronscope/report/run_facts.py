@@ -1,4 +1,4 @@
-"""Extract the facts for a diagnosis from the report of a watched run."""
+"""Extract the facts for a diagnosis from the report of a watched run or a scan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["death_steps", "facts_from_report", "observed_every"]
 
 
 def facts_from_report(report: Report) -> RunFacts:
-    """Return the facts about a watched run, one :class:`LayerFacts` per site.
+    """Return the facts about a watched run or a scan, one :class:`LayerFacts` per site.
 
     Each neuron in the totals is counted at one site. Sites that are not in the totals are left out.
     """
@@ -36,6 +36,7 @@ def facts_from_report(report: Report) -> RunFacts:
         step=report.global_step or None,
         observed_every=observed_every(report),
         checkpoints=report.checkpoints,
+        in_training=report.phase == "train",
     )
 
 

@@ -180,7 +180,7 @@ def _draw_curves(axes: Axes, panels: Panels) -> None:
         axes.plot(
             curve.steps,
             curve.percent,
-            label=_short(curve.name),
+            label=f" {name}" if (name := _short(curve.name)).startswith("_") else name,  # matplotlib leaves out "_…"
             color=_hex(colours.SERIES[place]),
             drawstyle="steps-post" if panels.stepped else "default",
             linewidth=2.5 if place == 0 else 1.3,
@@ -213,8 +213,7 @@ def _draw_bars(axes: Axes, bars: Sequence[LayerBar], panels: Panels) -> None:
 
 def _legend(axes: Axes) -> None:
     """Put a legend beside the axes."""
-    handles, labels = axes.get_legend_handles_labels()
-    legend = axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -78,7 +78,9 @@ def test_each_layer_that_collapses_is_said_by_itself(caplog: pytest.LogCaptureFi
     first, second = said(caplog)
     assert "layer 0/relu (20 of 20)" in first
     assert "2/relu" not in first
-    assert "2/relu (20 of 20)" in second
+    assert "layer 2/relu (20 of 20)" in second
+    assert "They have been dead since step 6." in second
+    assert "Go back to a checkpoint before step 6." in second
 
 
 def test_a_mass_death_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,6 +92,19 @@ def test_a_mass_death_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = said(caplog)
     assert line.startswith("Neuronscope at step 6: 6 neurons died at step 4: layer 0/relu (6 of 20).")
     assert "Go back to a checkpoint before step 4." in line
+
+
+def test_a_mass_death_after_a_collapse_is_said_of_the_other_layers(caplog: pytest.LogCaptureFixture) -> None:
+    def script(net: nn.Sequential, step: int) -> None:
+        if step == 2:
+            kill(net[0], 20)
+        if step == 8:
+            kill(net[2], 6)
+
+    play(script)
+    first, second = said(caplog)
+    assert "layer 0/relu (20 of 20)" in first
+    assert second.startswith("Neuronscope at step 10: 6 neurons died at step 8: layer 2/relu (6 of 20).")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +169,18 @@ def collapsing(at: int) -> Any:
     return model
 
 
-def test_lightning_says_it_by_its_own_logger_and_only_on_the_first_rank(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_lightning_says_it_by_its_own_logger_and_only_on_the_first_rank(
+    first: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
-    trainer(monitor, max_epochs=1).fit(collapsing(4), batches(10, size=ENOUGH), batches(1))
+    run = trainer(monitor, max_epochs=1)
+    monkeypatch.setattr(type(run), "is_global_zero", first)
+    run.fit(collapsing(4), batches(10, size=ENOUGH), batches(1))
     lines = [record for record in caplog.records if record.levelno >= logging.WARNING and "dead" in record.getMessage()]
+    if not first:
+        assert lines == []
+        return
     assert [record.name for record in lines] == ["pytorch_lightning.neuronscope"]
     assert "first/relu (12 of 12)" in lines[0].getMessage()
 
@@ -197,7 +220,8 @@ def test_hugging_face_says_it_by_its_own_logger_and_shows_the_share_in_its_bar(
     shown: list[str] = []
 
     class Bar:
-        def set_postfix_str(self, text: str) -> None:
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            assert not refresh  # the bar decides how often it is drawn
             shown.append(text)
 
     class Progress(TrainerCallback):

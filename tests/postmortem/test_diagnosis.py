@@ -154,6 +154,32 @@ def test_a_collapse_is_dated_by_its_last_deaths() -> None:
     assert "before step 5,000." in remedy(SIGN_OF_COLLAPSE, one)
 
 
+@pytest.mark.parametrize(
+    ("since", "said"),
+    [
+        ((-1, 305), "The first of these layers has been dead since the beginning, the last since step 305."),
+        ((300, 305), "The first of these layers has been dead since step 300, the last since step 305."),
+        ((305, 305), "They have been dead since step 305."),
+        ((-1, -1), "They have been dead since the beginning."),
+    ],
+)
+def test_the_dates_of_layers_that_collapsed_one_after_another_are_both_told(since: tuple[int, int], said: str) -> None:
+    layers = tuple(layer(str(step), 64, [step] * 64) for step in since)
+    (found,) = (one for one in diagnose(RunFacts(layers, step=5000)) if one.sign == SIGN_OF_COLLAPSE)
+    assert said in found.evidence
+
+
+def test_a_scan_does_not_say_that_what_never_fired_in_it_was_dead_before_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    for index, dead in ((0, 3), (2, 8)):
+        nn.init.ones_(model[index].weight)
+        model[index].bias.data[:dead] = -1000.0
+    found = diagnose(facts_from_report(ns.scan(model, [torch.rand(320, 4)])))
+    assert [one.sign for one in found] == [SIGN_OF_COLLAPSE]
+    assert "beginning" not in found[0].evidence
+    assert "Go back to an earlier checkpoint that does not show this." in found[0].remedy
+
+
 def test_the_diagnosis_of_a_watched_run_knows_activations_and_norms() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
@@ -321,7 +347,7 @@ def test_a_remedy_that_fits_some_layers_only_names_them() -> None:
     [
         ((), "Go back to a checkpoint before step 300. "),
         ((100, 288, 300, 400), "Go back to a checkpoint before step 300 (the last one known is of step 288). "),
-        ((300, 400), "Go back to a checkpoint before step 300 (none before it is known). "),
+        ((300, 400), "Go back to a checkpoint before step 300 (none is known). "),
     ],
 )
 @pytest.mark.parametrize("sign", [COLLAPSED, GROUPED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 
@@ -79,3 +80,10 @@ def test_a_note_is_one_item_of_plain_text(text: str) -> None:
     inside = re.fullmatch(r"<ul>\n<li>([^<]*)</li>\n</ul>\n", rendered)
     assert inside
     assert html.unescape(inside[1]) == formatting.visible(text).strip()
+
+
+def test_hostile_names_in_a_diagnosis_are_text() -> None:
+    text = dataclasses.replace(samples.hostile(), phase="train").to_markdown()
+    diagnosis = text[text.index("### Why, and what to do") :]
+    assert "dead since the beginning: layers &#60;script&#62;" in diagnosis
+    assert "<script" not in diagnosis

@@ -169,7 +169,7 @@ def test_a_report_without_one_of_its_fields_is_refused(way: tuple[Any, ...]) -> 
         report_from_dict(changed(SMALL, way, ...))
 
 
-WRONG = [None, -2, 1.5, 2**70, "x", [], {}, [[1]], {"a": 1}, True, 256]
+WRONG = [None, -2, 1.5, 2**70, 10**400, float("inf"), "x", [], {}, [[1]], {"a": 1}, True, 256]
 
 
 @settings(max_examples=400, deadline=None)
@@ -184,6 +184,13 @@ def test_a_damaged_report_is_refused_or_can_be_shown(way: tuple[Any, ...], value
         assert str(report)
         assert report.to_html()
         assert list(differences(report, read_again(report))) == []
+
+
+@pytest.mark.parametrize("value", [10**400, float("inf")])
+@pytest.mark.parametrize("way", [("layers", 0, "mean_abs_output", 0), ("policy", "confidence")])
+def test_a_number_that_float64_does_not_hold_is_refused(way: tuple[Any, ...], value: Any) -> None:
+    with pytest.raises(ReportError, match="damaged"):
+        report_from_dict(changed(SMALL, way, value))
 
 
 FOREIGN = {

@@ -130,6 +130,12 @@ def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
     assert [label.get_text() for label in figure.axes[-1].get_yticklabels()] == ["a$b_{/relu$"]
 
 
+def test_the_legend_has_names_that_begin_with_an_underscore() -> None:
+    sites = [samples.site(f"_{name}/relu", 8, samples.Fate(died=2), windows=3) for name in "ab"]
+    legend = samples.report(*sites).plot().axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["all layers", "_a/relu", "_b/relu"]
+
+
 def test_the_figure_follows_the_current_style_and_draws_into_a_given_one() -> None:
     with mpl.rc_context({"axes.facecolor": "#102030", "font.size": 7}):
         figure = samples.mixed().plot()
