@@ -24,6 +24,7 @@ from neuronscope.attach.compiling import (
     while_tracing,
 )
 from neuronscope.attach.interrupts import CallStack
+from neuronscope.attach.neuron_flow import LEAVING
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.single_thread import EnteredMode
 from neuronscope.attach.torch_functions import spellings
@@ -31,6 +32,8 @@ from neuronscope.attach.torch_functions import spellings
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
 _count_function_modes = torch._C._len_torch_function_stack  # under a name that is quick to find
+#: Functions that are followed although they return no tensor.
+_WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
 _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
@@ -108,7 +111,7 @@ class ActivationFunctionMode(TorchFunctionMode):
                     if call is None and not _count_function_modes() and flow.repeats(func, args, kwargs, output):
                         return output
                     tensors = isinstance(output, (Tensor, tuple, list)) and type(output) is not torch.Size
-                    if tensors or call is not None or func is Tensor.__setitem__:
+                    if tensors or call is not None or func in _WITHOUT_RESULT:
                         with unwatched():
                             if call is not None:
                                 recorder.end(call, first_input(args, kwargs), output)

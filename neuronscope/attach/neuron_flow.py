@@ -45,12 +45,14 @@ from neuronscope.attach.units import Units, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
-__all__ = ["SHIFTED", "UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
+__all__ = ["LEAVING", "SHIFTED", "UNSEEN", "NeuronFlow", "nested_tensors", "plain_shape"]
 
 #: Begins the name of a function that autograd's graph shows, and no function mode.
 UNSEEN = "unseen "
 #: Begins the note that a function may make a neuron that is zero something else before a layer reads it.
 SHIFTED = "changed by `"
+#: They give values to code outside of torch.
+LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__bool__})
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
@@ -415,8 +417,10 @@ class NeuronFlow:
             self._set_item(args)
             return
         else:
-            return
+            outputs = ()
         if not outputs:
+            if function in LEAVING:
+                self._note_left(args[0], function.__name__)
             return
         first = outputs[0]
         outcome = self._outcome(function, args, kwargs, outputs)
@@ -437,6 +441,16 @@ class NeuronFlow:
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 self._origins.put(output, origin)
+
+    def _note_left(self, tensor: Tensor, name: str) -> None:
+        """Note that code outside of torch reads a tensor.
+
+        Args:
+            tensor: The tensor.
+            name: Name of the function that gave it its values.
+        """
+        for carried in self._origin_in_call(tensor).carries:
+            self.reader_notes.setdefault(carried.site, {})[f"read by `{name}`"] = None
 
     def _outcome(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]

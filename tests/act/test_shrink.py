@@ -399,7 +399,6 @@ def test_a_result_that_differs_is_not_returned() -> None:
         shrunk_and_checked(net, vectors())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_report_on_a_model_of_other_widths_is_refused() -> None:
     net, x = Net(lambda n, x: n.out(torch.relu(n.a(x))), a=nn.Linear(4, 6), out=nn.Linear(6, 2)), vectors()
     kill(net.double().a, 1, 2)
@@ -420,6 +419,7 @@ def test_a_layer_may_be_called_by_keyword_and_one_that_is_not_called_is_said_to_
         shrunk_and_checked(net, x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_scripted_and_quantised_models_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     kill(net[0], 1)

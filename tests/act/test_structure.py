@@ -59,6 +59,16 @@ def through_numpy_like_function(net: Net, x: Tensor) -> Tensor:
     return net.out["6"](torch.relu(net.a(x)).softmax(-1))
 
 
+def through_numpy(net: Net, x: Tensor) -> Tensor:
+    h = torch.relu(net.a(x))
+    return net.out["6"](h) * float(h.detach().cpu().numpy().mean())
+
+
+def through_a_number(net: Net, x: Tensor) -> Tensor:
+    h = torch.relu(net.a(x))
+    return net.out["6"](h) * h[0, 0].item()
+
+
 #: The name of the site, the layers of its rows, the layers of its columns, the path.
 EXACT: dict[str, tuple[str, str, str, Path]] = {
     "linear": ("a/relu", "a", "out.6", lambda n, x: n.out["6"](torch.relu(n.a(x)))),
@@ -160,6 +170,8 @@ UNKNOWN: dict[str, tuple[str, Path, str]] = {
     ),
     "no zero any more": ("a/relu", lambda n, x: n.out["6"](torch.relu(n.a(x)) + 1), "changed by `add`"),
     "softmax": ("a/relu", through_numpy_like_function, "read by `softmax`"),
+    "NumPy": ("a/relu", through_numpy, "read by `numpy`"),
+    "a number": ("a/relu", through_a_number, "read by `item`"),
     "a bare parameter": ("a/relu", lambda n, x: torch.relu(n.a(x)) @ n.w, "`w` is a parameter that no layer"),
     "a norm of sums": (
         "batch/relu",
