@@ -87,7 +87,8 @@ def revive(scope: Scope, optimizer: Optimizers, rule: Rule | str = "dead", *, se
     in :attr:`Scope.acts`, in reports and in the saved state.
 
     Neurons are left as they are, with the reason, where the weights that lead into them or read them are not known
-    exactly (a residual sum, shared weights, layers of other classes), or where the optimizer does not hold them.
+    exactly (a residual sum, shared weights, layers of other classes), or where these are frozen or the optimizer does
+    not hold them.
 
     Args:
         scope: The scope that watches the model in training.
@@ -180,6 +181,7 @@ def _plans(
     if window.last_step <= scope.act_record.last_window:
         return plans, left, held  # nothing was seen since the last act
     structure, closed = Structure(model), scope.closed_windows
+    unknown = {optimizer: _unknown_state(optimizer) for optimizer in optimizers}
     homes = DistinctNeurons(list(window.values())).homes()  # a gate and its product are one neuron, judged there
     for (name, tally), home in zip(window.items(), homes, strict=True):
         if not tally.in_headlines or not tally.positions:
@@ -198,7 +200,8 @@ def _plans(
         )
         neurons = [int(neuron) for neuron in np.flatnonzero(rule.choose(activity) & home)]
         reason = neurons and (
-            _unclear(activity) or next(filter(None, (_unheld(layer, held) for layer in found.layers.values())), "")
+            _unclear(activity)
+            or next(filter(None, (_unheld(layer, held, unknown) for layer in found.layers.values())), "")
         )
         outgoing = activity.outgoing() if neurons and not reason else np.zeros(0)
         finite = [neuron for neuron in neurons if len(outgoing) and np.isfinite(outgoing[neuron])]
@@ -220,7 +223,7 @@ def _unclear(site: SiteActivity) -> str:
     return next((f"`{path}` reads it channel by channel" for path in one_by_one), "")
 
 
-def _unheld(layer: LayerWeights, held: _Held) -> str:
+def _unheld(layer: LayerWeights, held: _Held, unknown: Mapping[Optimizer, str]) -> str:
     """Return why the optimizer's state of a layer's weights cannot be reset; ``""`` if it can."""
     for part in (*layer.rows, *layer.columns):
         if not isinstance(part.tensor, nn.Parameter):
@@ -229,15 +232,21 @@ def _unheld(layer: LayerWeights, held: _Held) -> str:
             return f"`{layer.path}.{part.name}` is frozen"
         if part.tensor not in held:
             return f"the optimizer does not hold `{layer.path}.{part.name}`"
-        optimizer = held[part.tensor][0]
-        if any(isinstance(each, Optimizer) for each in vars(optimizer).values()):
-            return f"{type(optimizer).__name__} wraps another optimizer"
-        for weight, state in optimizer.state.items():
-            for key, value in state.items():
-                known = key in _MOMENTS and (value is None or value.shape == weight.shape)
-                if isinstance(value, Tensor) and value.dim() and not known:
-                    kind = type(optimizer).__name__
-                    return f"{kind} keeps `{key}`, of which it is not known with what a fresh weight begins"
+        if reason := unknown[held[part.tensor][0]]:
+            return reason
+    return ""
+
+
+def _unknown_state(optimizer: Optimizer) -> str:
+    """Return why it is not known with what the state of a fresh weight begins; ``""`` if it is."""
+    kind = type(optimizer).__name__
+    if any(isinstance(each, Optimizer) for each in vars(optimizer).values()):
+        return f"{kind} wraps another optimizer"
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            known = key in _MOMENTS and (value is None or value.shape == weight.shape)
+            if isinstance(value, Tensor) and value.dim() and not known:
+                return f"{kind} keeps `{key}`, of which it is not known with what a fresh weight begins"
     return ""
 
 
