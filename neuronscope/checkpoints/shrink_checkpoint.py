@@ -68,6 +68,8 @@ def shrink_checkpoint(
     target = Path(out)
     for file in (target, record_path(target), config_path(target)):
         check_writable(file)  # before the long work begins
+    if target.exists() and Path(path).resolve() in (target.resolve(), *target.resolve().parents):
+        raise UsageError(f"Expected the smaller weights to get a file of their own, but {target} is of the checkpoint.")
     encode = _as_safetensors if target.suffix == ".safetensors" else _as_torch_file
     checkpoint = open_checkpoint(path, trust=trust)
     network = build_model(model, checkpoint)

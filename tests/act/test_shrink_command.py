@@ -91,18 +91,20 @@ def test_the_smaller_checkpoint_loads_and_computes_the_same(
         ("network.pt", "network", "data", "no/small.pt", "there is no folder"),
         ("network.pt", "healthy", "missing", "small.pt", "has no 'missing'"),
         ("none.pt", "network", "data", "small.pt", "none.pt"),
+        ("network.pt", "network", "data", "network.pt", "network.pt is of the checkpoint"),
+        (".", "network", "data", "network.pt", "network.pt is of the checkpoint"),
     ],
 )
 def test_nothing_is_written_where_it_cannot_be_done(
     here: str, checkpoint: str, model: str, data: str, out: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = sorted(Path().rglob("*.*"))
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
     arguments = ["--model", f"{here}:{model}", "--data", f"{here}:{data}", "--out", out]
     assert main(["shrink", checkpoint, *arguments]) == 2
     error = capsys.readouterr().err
     assert reason in error
     assert len(error.splitlines()) == 1
-    assert [path for path in sorted(Path().rglob("*.*")) if path.suffix != ".pyc"] == before
+    assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.suffix != ".pyc"} == before
 
 
 def test_a_hugging_face_folder_gets_a_config_where_every_layer_allows_one_width(
