@@ -26,15 +26,16 @@ def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     Args:
         metrics: Numbers, or tensors of one element, by the trainer's names. What is neither is left out.
 
-    >>> series_of({"train/loss": 0.7, "grad_2.0_norm_total": torch.tensor(3.0), "lr-Adam": 0.001, "eval_loss": 9.0})
-    {'loss': 0.7, 'gradient_norm': 3.0, 'learning_rate': 0.001}
+    >>> loss = torch.tensor(0.75, requires_grad=True)
+    >>> series_of({"train/loss": loss, "grad_2.0_norm_total": 3.0, "lr-Adam": 0.001, "eval_loss": 9.0})
+    {'loss': 0.75, 'gradient_norm': 3.0, 'learning_rate': 0.001}
     """
     found: dict[str, float] = {}
     for key, value in metrics.items():
         name = next((name for name, pattern in _NAMES.items() if pattern.fullmatch(key)), None)
         is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
         if name is not None and is_number:
-            found.setdefault(name, float(value))
+            found.setdefault(name, float(value.detach() if isinstance(value, torch.Tensor) else value))
     return found
 
 
