@@ -187,7 +187,7 @@ def megabytes(size: float) -> str:
 
 def worked_out(sites: int, neurons: int) -> int:
     """Bytes that a rank gives to an exchange: of a neuron, of a site, and the header and the first and last step."""
-    return 48 * sites * neurons + 24 * sites + 56
+    return 48 * sites * neurons + 24 * sites + 64
 
 
 def tables(shapes: list[tuple[int, int]], worlds: list[int]) -> list[Table]:

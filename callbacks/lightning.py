@@ -89,7 +89,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Detach at the end of every run that succeeded, and wait until all is drawn: loggers are closed next."""
         self.detach(join=True)
-        self.logs = ()
+        self.logs, self.optimizers = (), ()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach at the end of every run that failed, and show what was seen of training until then."""
@@ -115,6 +115,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count nothing until the next batch, and publish a report if a window closed."""
         before, self._step = self._step, trainer.global_step
+        self.optimizers = trainer.optimizers
         reason, self._logged_step = self.stop_reason, logged_step(trainer)
         self._give_totals(trainer, self.step(self._step, log_step=self._logged_step))
         if self.attached:

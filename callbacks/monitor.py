@@ -16,7 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.optim import Optimizer
 
+from neuronscope.act.revival import revive_in
+from neuronscope.act.rules import Rule, as_rule
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.announcements import Announcements
 from neuronscope.callbacks.logs import Log, series_of
@@ -25,7 +28,7 @@ from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.options import Mask, WatchArguments, WatchOptions
+from neuronscope.options import Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -61,6 +64,8 @@ class Monitor:
             begins, or whenever the run's loggers are known.
         folder: Where the page is written if no log has a folder of event files; ``None`` = nowhere, as on every rank
             but the first.
+        optimizers: The optimizers of the model's weights, if ``revive`` is given. Set it before the first
+            :meth:`step`; the callback of a framework does.
         options: What is watched, and how often.
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
@@ -108,6 +113,8 @@ class Monitor:
         html: bool = True,
         drawing_share: float = 0.01,
         prog_bar: bool = False,
+        revive: Rule | str | None = None,
+        revive_every: int = 1,
         **options: Unpack[WatchArguments],
     ) -> None:
         """Set what is watched, and what is written and done.
@@ -128,6 +135,10 @@ class Monitor:
                 the disk before the run returns.
             prog_bar: Whether the trainer's progress bar shows the share of dead neurons, in percent, as of the newest
                 report on training.
+            revive: Which neurons get fresh weights: ``dead``, ``dormant`` or a rule of :mod:`neuronscope.act.rules`;
+                see :func:`neuronscope.revive`. By default none: watching alone changes nothing.
+            revive_every: Optimizer steps from one revival to the next at least. A revival comes with the end of a
+                window of training.
             **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
                 :attr:`default_mask` unless it is given.
 
@@ -143,6 +154,10 @@ class Monitor:
         self.console: logging.Logger | None = logging.getLogger("neuronscope")
         self.logs: Sequence[Log] = ()
         self.folder: str | None = None
+        self.optimizers: Sequence[Optimizer] = ()
+        self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
+        self._left: set[str] = set()  # sites of which it was said that their neurons are not revived
+        self._revive_every = positive_integer("revive_every", revive_every)
         self.stop_reason: str | None = None
         self._threshold = DeadThreshold(on_dead, threshold)
         self._announcements = Announcements()
@@ -158,7 +173,7 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor logs."""
-        return {**vars(self), "logs": (), "_finalizer": None}
+        return {**vars(self), "logs": (), "optimizers": (), "_finalizer": None}
 
     def __enter__(self) -> Self:
         return self
@@ -220,6 +235,8 @@ class Monitor:
         self._publisher.begin()
         with self._warn_if_nothing_to_watch():
             self._runs.begin_training(model, step)
+        if self.scope is not None:
+            self.scope.acting = self._rule is not None
         if self.scope is not None and self.scope.global_step < step:
             self.move_to(step)
 
@@ -287,6 +304,8 @@ class Monitor:
     def step(self, step: int, *, log_step: int | None = None) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.
 
+        Neurons are revived then, if that was asked for.
+
         Args:
             step: Optimizer steps taken so far. It stays the same while gradients are accumulated.
             log_step: The step under which the trainer logs what it knows of this batch, so that the numbers of both
@@ -300,6 +319,7 @@ class Monitor:
         if gate is not None:
             with self.suppress_errors:
                 if gate.end_training_batch(step):
+                    self._revive(gate.scope)
                     report = self._publish("train", step if log_step is None else log_step)
                     alarm = self._threshold.check(report)
         if alarm is not None and self.on_dead == "warn":
@@ -307,6 +327,17 @@ class Monitor:
         elif alarm is not None and self.on_dead == "stop":
             self.stop_reason = alarm
         return report
+
+    def _revive(self, scope: Scope) -> None:
+        """Revive neurons by the window that has just closed, if that is due. Every rank of a run comes here alike."""
+        acts = scope.acts
+        if self._rule is None or (acts and scope.global_step - acts[-1].step < self._revive_every):
+            return
+        done = revive_in(scope, scope.closed_window, self.optimizers, self._rule)
+        new = {site: reason for site, reason in done.left.items() if site not in self._left}
+        self._left.update(new)
+        for site, reason in new.items():
+            warnings.warn(f"Neurons of {site} are not revived: {reason}.", NeuronscopeWarning, stacklevel=4)
 
     @contextlib.contextmanager
     def evaluation(self, phase: str = "val") -> Iterator[None]:

@@ -87,7 +87,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
             join: See :meth:`neuronscope.callbacks.Monitor.detach`.
         """
         super().detach(join=join)
-        self._training, self._handler, self.logs = False, None, ()
+        self._training, self._handler, self.logs, self.optimizers = False, None, (), ()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Attach to the model under its wrappers: it was prepared and loaded, and nothing has run yet."""
@@ -134,8 +134,9 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         """Stop counting training after the last backward pass: what other callbacks run next is not training."""
         self._await_evaluation()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Count the optimizer step, and publish a report if a window closed."""
+        self.optimizers = () if optimizer is None else (optimizer,)
         self._find_logs(Event(args, state, control))
         self.discard_evaluation()
         self.begin_batch()  # the step that ends belongs to training

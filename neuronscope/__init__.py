@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuronscope.act.revival import Revival, revive
+    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Rule, SelfNormalizedResets
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -29,20 +31,27 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "Activation": "neuronscope.attach.activations",
     "Census": "neuronscope.tally.census",
+    "ContinualBackprop": "neuronscope.act.rules",
+    "Dead": "neuronscope.act.rules",
     "LinearLayers": "neuronscope.linear.linear_report",
     "LinearReport": "neuronscope.linear.linear_report",
     "NeuronscopeError": "neuronscope.errors",
     "NeuronscopeWarning": "neuronscope.errors",
     "Policy": "neuronscope.judge.verdicts",
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
+    "ReDo": "neuronscope.act.rules",
     "Report": "neuronscope.report.report",
+    "Revival": "neuronscope.act.revival",
+    "Rule": "neuronscope.act.rules",
     "Scope": "neuronscope.scope",
+    "SelfNormalizedResets": "neuronscope.act.rules",
     "Shrunk": "neuronscope.act.shrink",
     "Tally": "neuronscope.tally.census",
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "read_report": "neuronscope.report.reading",
+    "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
     "shrink": "neuronscope.act.shrink",
     "watch": "neuronscope.scope",
@@ -51,14 +60,20 @@ _MODULE_OF = {
 __all__ = [
     "Activation",
     "Census",
+    "ContinualBackprop",
+    "Dead",
     "LinearLayers",
     "LinearReport",
     "NeuronscopeError",
     "NeuronscopeWarning",
     "Policy",
     "PostmortemReport",
+    "ReDo",
     "Report",
+    "Revival",
+    "Rule",
     "Scope",
+    "SelfNormalizedResets",
     "Shrunk",
     "Tally",
     "Verdict",
@@ -66,6 +81,7 @@ __all__ = [
     "check_linear",
     "postmortem",
     "read_report",
+    "revive",
     "scan",
     "shrink",
     "watch",

@@ -10,6 +10,7 @@ import torch
 import neuronscope
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.judge.verdicts import Policy, judge
+from neuronscope.report.acts import Act, acts_note
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
 from neuronscope.tally.census import Census, Tally
@@ -35,6 +36,7 @@ def make_report(
     exchanges: Exchanges,
     notes: Sequence[str] = (),
     fault: Fault | None = None,
+    acts: Sequence[Act] = (),
     checkpoints: Sequence[int] = (),
     series: Mapping[str, tuple[tuple[int, float], ...]] | None = None,
 ) -> Report:
@@ -50,6 +52,7 @@ def make_report(
         exchanges: The cost of joining the counts of several ranks.
         notes: What else the report must say; empty ones are left out.
         fault: The error inside Neuronscope that ended the watch, if there was one.
+        acts: What was done to neurons, oldest first.
         checkpoints: Steps at which checkpoints were saved, ascending.
         series: What the training logged; see :attr:`neuronscope.report.report.Report.series`.
 
@@ -82,7 +85,7 @@ def make_report(
         layers=sites,
         not_measured=tuple(NotMeasured(name, reason) for name, reason in unseen.items()),
         notes=(
-            *filter(None, (fault_text, *notes)),
+            *filter(None, (fault_text, *notes, acts_note(acts))),
             *record.notes(),
             *_notes(judged, broken_since),
             *_acting_linear(sites, policy),
@@ -96,6 +99,7 @@ def make_report(
             "numpy": np.__version__,
             "torch": torch.__version__,
         },
+        acts=tuple(acts),
     )
 
 

@@ -30,9 +30,11 @@ from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
 from neuronscope.options import Examples, Mask, Patterns, ProcessGroup, WatchOptions
+from neuronscope.report.acts import Act
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import Report
 from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
+from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census
 from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
@@ -96,6 +98,8 @@ class Scope:
         self._steps_without_model = 0
         self._model_name = model_name(model)
         self._model = weakref.ref(model)
+        self.act_record = ActRecord()
+        self.acting = False  # whether every rank calls `agrees()` whenever a step closes a window
         registry = Registry(options.activations)
         if registry.finds_nothing(model, options.functional):
             raise NothingToWatchError(
@@ -230,7 +234,7 @@ class Scope:
             due = inference.is_due(self._step, window_steps, lambda: True)
         if not due or not self._ranks.ready():
             return False
-        self._flush("train")
+        self._flush("train", acting=self.acting)
         return self._close_windows()
 
     def _note_weights(self) -> None:
@@ -242,6 +246,66 @@ class Scope:
         if not self._weights.noted:  # only parts of the model ran, or a compiled one
             self._note_weights()
         self._hooks.note_weights = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model; ``None`` if it was collected."""
+        return self._model()
+
+    @property
+    def acts(self) -> tuple[Act, ...]:
+        """What was done to neurons by :func:`neuronscope.revive`, oldest first."""
+        return tuple(self.act_record.acts)
+
+    @hidden
+    def close_window(self, *, acting: bool = False) -> Census:
+        """Close the open window of training now, if it has enough examples for the policy. Call it between two steps.
+
+        In a distributed run every rank must call this, because the counts of all are added up.
+
+        Args:
+            acting: Whether :meth:`agrees` is called next. For :func:`neuronscope.revive`.
+
+        Returns:
+            The newest closed window, the same on every rank; empty if none was closed so far.
+
+        Raises:
+            DetachedError: The scope was detached.
+        """
+        self._require_attached("close_window")
+        with self._lock:
+            record = self._flush("train", acting=acting)
+            if record.census("open").last_step >= 0 and self._close_windows(final=True):
+                record.begin_at(self._step)
+            self._observe()
+            return self.closed_window
+
+    @property
+    def closed_window(self) -> Census:
+        """The newest closed window of training; empty if none was closed so far."""
+        return self._record("train").census("last")
+
+    @property
+    def closed_windows(self) -> Census:
+        """The sum of all closed windows of training."""
+        return self._record("train").closed
+
+    def note_act(self, act: Act) -> None:
+        """Record an act. For :func:`neuronscope.revive`.
+
+        Args:
+            act: What was done.
+        """
+        with self._lock:
+            self.act_record.note(act, self.closed_windows[act.site])
+
+    def agrees(self, number: int) -> bool:
+        """Whether all ranks bring the same number. For acts, which all ranks must do alike.
+
+        Args:
+            number: From 0 to 2**31.
+        """
+        return self._ranks.agree(number)
 
     @contextlib.contextmanager
     def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
@@ -403,7 +467,7 @@ class Scope:
         return dict(self._hooks.recorder.unmeasured.not_neurons)
 
     @hidden
-    def _flush(self, phase: str, *, join: bool = True, done: bool = False) -> PhaseRecord:
+    def _flush(self, phase: str, *, join: bool = True, done: bool = False, acting: bool = False) -> PhaseRecord:
         """Flush a phase, and inference with training, in which it ran.
 
         Where any rank has counts of inference, all ranks join them, also those that have none or are in another phase.
@@ -411,6 +475,7 @@ class Scope:
         record, inference = self._record(phase), self._records.get(INFERENCE)
         record.describe_sites(self._hooks.recorder.sites.current_info)
         self._ranks.duplicate = self._hooks.recorder.forward.flow.duplicate
+        self._ranks.acting = acting
         more = phase == "train" and inference is not None and not inference.empty
         record.flush(partial(self._ranks.join, phase=phase, done=done, more=more) if join else None)
         if self._ranks.more if join else more:
@@ -573,6 +638,7 @@ class Scope:
             notes=(note, self._ranks.note),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
+            acts=self.act_record.acts,
             checkpoints=self._checkpoints,
             series=self._series.points(),
         )
@@ -603,7 +669,8 @@ class Scope:
         with self._lock:
             if join:
                 self._flush("train")
-            state = scope_state(self._step, self._records, self._current_fault(), self._checkpoints)
+            checkpoints, acts = self._checkpoints, self.act_record
+            state = scope_state(self._step, self._records, self._current_fault(), checkpoints, acts)
             return {**state, "series": self._series.state_dict()}
 
     @hidden
@@ -620,7 +687,7 @@ class Scope:
             self._load(state)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._step, phases, self._fault, self._checkpoints = split_scope_state(state, self.policy)
+        self._step, phases, self._fault, self._checkpoints, self.act_record = split_scope_state(state, self.policy)
         self._series = Series.from_state(state.get("series"))
         if is_outdated(state):
             self._record("train").begin_at(self._step)

@@ -59,7 +59,8 @@ class Run(NamedTuple):
         activation: ``ReLU`` or ``LeakyReLU``.
         width: Neurons in each hidden layer.
         way: ``jump`` (of the learning rate), or neurons killed by hand: ``start`` (a share of each layer, before the
-            first step), ``layer`` (likewise, of one layer only) or ``middle`` (a share of each layer, half-way).
+            first step), ``layer`` (likewise, of one layer only), ``middle`` (a share of each layer, half-way) or
+            ``scaled`` (as ``start``, with initial weights for as many inputs as are left).
         amount: Factor of the jump, or share of neurons killed.
         seed: Seed of the weights, of the order of the images and of which neurons are killed.
     """
@@ -99,7 +100,7 @@ Results = dict[Run, Outcome]
 
 
 class Images(NamedTuple):
-    """Hold images, as the network takes them, and what they show."""
+    """Hold images, as the network takes them: float32 ``(B, 64)`` or ``(B, 1, 14, 14)``; and digits, int64 ``(B,)``."""
 
     train_x: Tensor
     train_y: Tensor
@@ -176,7 +177,7 @@ def runs() -> list[Run]:
                 for width in task.widths:
                     for activation in ("ReLU", "LeakyReLU"):
                         listed += [Run(network, activation, width, "jump", factor, seed) for factor in FACTORS]
-                    for way in ("start", "middle", "layer"):
+                    for way in ("start", "middle", "layer", "scaled"):
                         if way == "start" or (network, width) == ("MLP", 64):
                             shares = [share for share in SHARES if (width * share).is_integer()]
                             listed += [Run(network, "ReLU", width, way, share, seed) for share in shares]
@@ -197,7 +198,10 @@ def build(run: Run) -> nn.Sequential:
 
 
 def kill(model: nn.Sequential, run: Run) -> None:
-    """Set the biases of a random share of each layer's neurons far below zero; ``layer``: of the middle layer only."""
+    """Set the biases of a random share of each layer's neurons far below zero; ``layer``: of the middle layer only.
+
+    He's initial weights are for a number of inputs, of which dead neurons are none. ``scaled`` makes up for that.
+    """
     chance = torch.Generator().manual_seed(run.seed)
     hidden = model[:-1:2]
     for place, layer in enumerate(hidden):
@@ -205,6 +209,10 @@ def kill(model: nn.Sequential, run: Run) -> None:
         if run.way != "layer" or place == len(hidden) // 2:
             with torch.no_grad():
                 layer.bias[chosen] = FAR_BELOW_ZERO
+    if run.way == "scaled":
+        with torch.no_grad():
+            for layer in model[2::2]:
+                layer.weight.div_(math.sqrt(1 - run.amount))
 
 
 def _accuracy(model: nn.Module, data: Images) -> float:
@@ -217,7 +225,7 @@ def measure(run: Run) -> Outcome:
     task = TASKS[run.network]
     data = task.images()
     model = build(run)
-    if run.way in ("start", "layer"):
+    if run.way in ("start", "layer", "scaled"):
         kill(model, run)
     optimizer = torch.optim.Adam(model.parameters(), lr=task.learning_rate, fused=True)
     order = torch.Generator().manual_seed(run.seed)
@@ -309,7 +317,7 @@ def lost(results: Results, network: str, width: int, way: str, share: float, *, 
         results: The results.
         network: ``MLP`` or ``CNN``.
         width: Neurons in each hidden layer.
-        way: ``start``, ``layer`` or ``middle``.
+        way: ``start``, ``scaled``, ``layer`` or ``middle``.
         share: Share of neurons killed.
         at_once: For ``middle``: right after the kill and not at the end.
     """
@@ -374,16 +382,34 @@ def cells_of(results: Results) -> Iterator[tuple[str, Results]]:
                 yield f"{network}, {width} wide, × {factor:g}", chosen
 
 
-def correlations(results: Results, network: str) -> tuple[Correlation, Correlation]:
-    """Return how dead share and accuracy of ReLU networks correlate: over all jumps and widths, and at equal ones."""
+def correlations(results: Results, network: str) -> tuple[Correlation, Correlation, Correlation]:
+    """Return how dead share and accuracy of ReLU networks correlate: over all jumps and widths, and at equal ones.
+
+    The third is a control: at equal ones, with the accuracy of LeakyReLU after the same jump, in which nothing is dead.
+    What it shows is no work of deaths: chance made the jump harsher.
+    """
     of_network = select(results, network=network, activation="ReLU", way="jump")
     cells = [cell for name, cell in cells_of(results) if name.startswith(network)]
-    return correlation([of_network]), correlation(cells)
+    leaky = [
+        {run: it._replace(accuracy=results[run._replace(activation="LeakyReLU")].accuracy) for run, it in cell.items()}
+        for cell in cells
+    ]
+    return correlation([of_network]), correlation(cells), correlation(leaky)
 
 
 def more_with_leaky(results: Results, relu: Results) -> list[float]:
-    """Return by how many points LeakyReLU is more accurate than ReLU after the same jump, for each of some runs."""
-    return [100 * (results[run._replace(activation="LeakyReLU")].accuracy - it.accuracy) for run, it in relu.items()]
+    """Return by how many points LeakyReLU is more accurate than ReLU after the same jump, for each width and seed."""
+    return by_network(
+        {run: 100 * (results[run._replace(activation="LeakyReLU")].accuracy - it.accuracy) for run, it in relu.items()}
+    )
+
+
+def by_network(numbers: dict[Run, float]) -> list[float]:
+    """Return the mean over the jumps for each width and seed: those of one network are not independent."""
+    of: dict[tuple[int, int], list[float]] = {}
+    for run, number in numbers.items():
+        of.setdefault((run.width, run.seed), []).append(number)
+    return [statistics.fmean(several) for several in of.values()]
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -419,19 +445,20 @@ def killed_table(results: Results) -> str:
 
 
 def middle_table(results: Results) -> str:
-    """Return the table of what the 64 wide MLP loses by kills half-way, and by those in one layer only."""
+    """Return the table of what the 64 wide MLP loses by kills: with weights that fit, half-way, in one layer only."""
     rows = [
         [
             _percent(share),
             spread(lost(results, "MLP", 64, "start", share)),
+            spread(lost(results, "MLP", 64, "scaled", share)),
             spread(lost(results, "MLP", 64, "middle", share, at_once=True)),
             spread(lost(results, "MLP", 64, "middle", share)),
             spread(lost(results, "MLP", 64, "layer", share)),
         ]
         for share in SHARES
     ]
-    heads = ("before training", "half-way: right after", "half-way: at the end", "one layer only")
-    return markdown_table(["MLP, 64 wide; killed", *(f"{head}: points lost" for head in heads)], rows)
+    heads = ("before training", "weights scaled up", "half-way: right after", "half-way: at the end", "one layer only")
+    return markdown_table(["MLP, 64 wide: points lost", *heads], rows)
 
 
 def jump_table(results: Results, network: str) -> str:
@@ -467,8 +494,9 @@ def _panels(results: Results, draw: Callable[[Axes, str], None], name: str, labe
         columns: Columns of the legend.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(6.4, 11.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 11.4), dpi=150, layout=ConstrainedLayoutEngine(h_pad=0.15, w_pad=0.15))
     for panel, network in zip(figure.subplots(2, 1), TASKS, strict=True):
         draw(panel, network)
         errors = [100 * (1 - it.accuracy) for it in select(results, network=network).values()]
@@ -528,15 +556,19 @@ def draw_jumps(results: Results) -> None:
     def draw(panel: Axes, network: str) -> None:
         for place, (factor, colour) in enumerate(zip(FACTORS, _COLOURS, strict=True)):
             relu, leaky = (
-                list(select(results, network=network, activation=activation, way="jump", amount=factor).values())
+                select(results, network=network, activation=activation, way="jump", amount=factor)
                 for activation in ("ReLU", "LeakyReLU")
             )
             label = f"learning rate × {factor:g}" if place else "no jump"
+            for width, fill, of in zip(TASKS[network].widths, ("none", colour), (None, label), strict=True):
+                chosen = [it for run, it in relu.items() if run.width == width]
+                panel.plot(
+                    [100 * it.dead_share for it in chosen], _errors(it.accuracy for it in chosen), "o", color=colour,
+                    markersize=6, alpha=0.8, markerfacecolor=fill, label=of,
+                )  # fmt: skip
             panel.plot(
-                [100 * it.dead_share for it in relu], _errors(it.accuracy for it in relu), "o", color=colour,
-                markersize=6, alpha=0.75, markeredgewidth=0, label=label,
-            )  # fmt: skip
-            panel.plot([-1.5] * len(leaky), _errors(it.accuracy for it in leaky), "x", color=colour, markersize=7)
+                [-1.5] * len(leaky), _errors(it.accuracy for it in leaky.values()), "x", color=colour, markersize=7
+            )
         panel.plot([], [], "x", color="#50565e", markersize=7, label="LeakyReLU: none dead")
 
     _panels(results, draw, "jumps", "share of neurons dead at the end", 2)
@@ -570,11 +602,12 @@ def summary(results: Results) -> str:
     extinct = [it.accuracy for run, it in results.items() if run.way == "jump" and it.worst == run.width]
     return wrapped(
         f"Killed by hand before training, with all else equal, 12.5 % of the ReLUs of each layer cost the demo's "
-        f"network (6 × 64) {points(64, 0.125)} points of accuracy, half of them {points(64, 0.5)}, three in four "
-        f"{points(64, 0.75)} and 15 in 16 {points(64, 0.9375)}. A narrow network has fewer to spare: 16 wide, half of "
-        f"them cost {points(16, 0.5)} points. A layer whose neurons are all dead is the end: the {len(extinct)} "
-        f"networks in which a jump of the learning rate left one recognise {100 * statistics.fmean(extinct):.0f} % of "
-        "the digits, no more than guessing would."
+        f"network (6 × 64) no accuracy that shows ({points(64, 0.125)} points, {TASKS['MLP'].seeds} seeds), half of "
+        f"them hardly any ({points(64, 0.5)}), three in four cost {points(64, 0.75)}, and 15 in 16 cost "
+        f"{points(64, 0.9375)}. A narrow network has fewer to spare: 16 wide, half of them cost {points(16, 0.5)} "
+        f"points. A layer without a living neuron is the end: a jump of the learning rate left {len(extinct)} networks "
+        f"with one, and they recognise {100 * statistics.fmean(extinct):.0f} % of the digits, no more than guessing "
+        "would."
     )
 
 
@@ -592,7 +625,9 @@ def verdict(results: Results) -> str:
         for factors in (MILD, HARSH):
             relu = after_jumps(results, network, factors)
             leaky = [run._replace(activation="LeakyReLU") for run in relu]
-            damage = [100 * (results[run._replace(amount=1.0)].accuracy - results[run].accuracy) for run in leaky]
+            damage = by_network(
+                {run: 100 * (results[run._replace(amount=1.0)].accuracy - results[run].accuracy) for run in leaky}
+            )
             dead = 100 * statistics.fmean(it.dead_share for it in relu.values())
             parts.append(
                 f"after × {factors[0]:g} and × {factors[1]:g}, {dead:.0f} % of ReLUs are dead, LeakyReLU has lost "
@@ -619,9 +654,10 @@ jump kills them.
 Two networks with ReLU, small enough to train hundreds of them: the demo's MLP (6 hidden layers, 16
 or 64 wide; 8 × 8 digits, 360 of them for testing; {mlp_seeds} seeds) and a CNN (3 convolutions with
 stride 2, 8 or 16 wide; 5,000 images of MNIST at 14 × 14, 1,000 of them for testing; {cnn_seeds}
-seeds). These are {runs} trainings; `python -m scripts.cost_of_death --measure` does them again, and
-`cost-of-death.csv` beside this page has each. ± is the deviation over seeds. Dead neurons are
-counted by `ns.scan` over all training images at the end.
+seeds). These are {runs} trainings, each a line of `cost-of-death.csv` beside this page;
+`python -m scripts.cost_of_death --measure` trains those that the file lacks, all if there is none.
+± is the deviation over seeds. Dead neurons are counted by `ns.scan` over all training images at the
+end.
 
 ## Killed by hand: the cost of death itself
 
@@ -632,22 +668,28 @@ layer.
 <img src="images/cost-of-death-by-hand.png" width="480"
 alt="Accuracy against the share of neurons killed by hand, for both networks">
 
+(A dot is a training, a line the means. In both pictures the scale is finer near 100 %.)
+
 {killed}
 
-*Points lost* is against the same seed with none killed by hand. The wide networks do without half
-of their neurons, or nearly; the narrow ones need most of theirs. A network with dead neurons is a
-narrower network, and no better than one that was made narrow: with 16 of 64 neurons left in each
-layer the MLP is {narrow_killed} % accurate, made 16 wide {narrow_whole} %.
+*Points lost* is against the same seed with none killed by hand. The last row is rough: it is read
+off the line between two means, and 1 point is no more than the deviation of most. The wide networks
+do without half of their neurons, or nearly; the narrow ones need most of theirs.
 
-In the wide MLP the same was done half-way through training, and to one of its layers alone, before
-training:
+A network with dead neurons is a narrower network, and can be worse than one that was made narrow,
+because its initial weights are too small: He's are drawn for a number of inputs, and the dead ones
+give nothing. With 16 of 64 neurons left in each layer the MLP is {narrow_killed} % accurate, with
+initial weights scaled up for those that are left {narrow_scaled} %, made 16 wide {narrow_whole} %.
+
+In the wide MLP the same was done with weights scaled up in this way, half-way through training, and
+to one of its layers alone, before training:
 
 {middle}
 
 Right after a kill half-way much is lost, since the others were trained to work with those that are
-gone. Ten more epochs get it back where enough are left. So it matters *when* neurons die: those
-that die at the end of a run cost most. And it matters how many are left *where*: one layer alone
-can lose most of its neurons, and the network hardly notices.
+gone. Ten more epochs get it back where enough are left. So it matters *when* neurons are lost: most
+is lost if no training follows. And it matters how many are left *where*: one layer alone can lose
+most of its neurons, and the network hardly notices.
 
 ## Killed by a jump: the cost of what kills
 
@@ -658,6 +700,8 @@ nothing can die.
 <img src="images/cost-of-death-jumps.png" width="480"
 alt="Accuracy against the dead share after a jump of the learning rate, for both networks">
 
+(A mark is a training; hollow dots are of the narrow network.)
+
 The MLP:
 
 {mlp_jumps}
@@ -667,22 +711,25 @@ The CNN:
 {cnn_jumps}
 
 What the jump costs a network in which nothing dies, and what ReLU loses beyond that (means over
-both widths and all seeds, with their 95 % intervals):
+both widths and all seeds, with 95 % intervals in which the two jumps of a network are one value):
 
 {verdict}
 
 Up to × 20 the deaths make no difference that could be seen: README's table is one of those cases.
-Beyond, the jump alone does much damage, and ReLU loses much more than LeakyReLU in both networks:
-too few neurons are left to recover with, or none in some layer.
+Beyond, the jump alone does much damage, and ReLU loses more than LeakyReLU in both networks. That
+fits what was killed by hand: many layers have few neurons left to recover with, and some have none.
 
-| rank correlation of dead share and accuracy, ReLU | over all jumps and widths | at equal jump and width |
-| :--- | ---: | ---: |
-| MLP | {mlp_all} | {mlp_equal} |
-| CNN | {cnn_all} | {cnn_equal} |
+| rank correlation of ReLU's dead share with | its accuracy | … at equal jump and width | … of LeakyReLU, there |
+| :--- | ---: | ---: | ---: |
+| MLP | {mlp[0]} | {mlp[1]} | {mlp[2]} |
+| CNN | {cnn[0]} | {cnn[1]} | {cnn[2]} |
 
-(In brackets the 95 % interval.) Over all runs the correlation is strong, because a harsher jump
-both kills more and breaks more. At equal jump and width only chance tells the runs apart, and what
-is left is what goes with the deaths themselves.
+(In brackets the 95 % interval, as if all trainings were independent.) Over all runs the correlation
+is strong, because a harsher jump both kills more and breaks more. At equal jump and width only the
+seed tells the runs apart. But a seed may also make a jump harsher, and the last column shows where
+it does: LeakyReLU has the same initial weights and batches, and nothing dead. In the CNN its
+accuracy is lower, too, where many ReLUs die, so part of what is left is the jump's. In the MLP that
+does not show, and what is left goes with the deaths.
 
 ## What this does not show
 
@@ -695,8 +742,7 @@ the price of death.
 
 def page(results: Results) -> str:
     """Return the page."""
-    (mlp_all, mlp_equal), (cnn_all, cnn_equal) = (correlations(results, network) for network in TASKS)
-    left = select(results, network="MLP", width=64, way="start", amount=0.75)
+    left, scaled = (select(results, network="MLP", width=64, way=way, amount=0.75) for way in ("start", "scaled"))
     whole = select(results, network="MLP", activation="ReLU", width=16, way="jump", amount=1.0)
     return TEXT.format(
         summary=summary(results),
@@ -705,15 +751,14 @@ def page(results: Results) -> str:
         runs=len(results),
         killed=killed_table(results),
         narrow_killed=_accuracy_of(left),
+        narrow_scaled=_accuracy_of(scaled),
         narrow_whole=_accuracy_of(whole),
         middle=middle_table(results),
         mlp_jumps=jump_table(results, "MLP"),
         cnn_jumps=jump_table(results, "CNN"),
         verdict=verdict(results),
-        mlp_all=mlp_all,
-        mlp_equal=mlp_equal,
-        cnn_all=cnn_all,
-        cnn_equal=cnn_equal,
+        mlp=correlations(results, "MLP"),
+        cnn=correlations(results, "CNN"),
     )
 
 

@@ -127,12 +127,13 @@ def finding(found: Found) -> str:
     means = {kind: statistics.fmean(it.loss for it in found[kind]) for kind in KINDS}
     best, worst = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     of_seeds = statistics.fmean(statistics.stdev(it.loss for it in found[kind]) for kind in KINDS)
+    of_differences = statistics.fmean(statistics.stdev(less_than_relu(found, kind)) for kind in KINDS if kind != "ReLU")
     apart = told_apart(found)
     return wrapped(
         f"From the best ({best}) to the worst ({worst}) are {means[worst] - means[best]:.3f} nats, "
-        f"{100 * (means[worst] / means[best] - 1):.1f} % of the loss. Seeds of one kind deviate by {of_seeds:.3f}. "
-        f"Since all kinds of a seed see the same batches, their difference is surer than that: beyond chance "
-        f"(95 %, {SEEDS} seeds) {listed(apart, 5) or 'none'} {'differs' if len(apart) == 1 else 'differ'} from ReLU."
+        f"{100 * (means[worst] / means[best] - 1):.1f} % of the loss. Seeds of one kind deviate by {of_seeds:.3f}, "
+        f"differences from ReLU with the same seed by {of_differences:.3f}. Beyond chance (Student's t for each kind, "
+        f"95 %, {SEEDS} seeds) {listed(apart, 5) or 'none'} {'differs' if len(apart) == 1 else 'differ'} from ReLU."
     )
 
 
@@ -160,9 +161,10 @@ learning rate of {rate:g}. All kinds of a seed see the same batches.
 Loss (nats a character) and neurons are of every tenth paragraph, which training does not see. ± is
 the deviation over seeds; *below ReLU's* is by how much a kind's loss is lower than that of ReLU
 with the same seed; neurons are means over the seeds. A gated unit is judged by its product. The
-model is that of [transformer_feedforward.py](../examples/transformer_feedforward.py);
-`python -m scripts.feedforward_kinds --measure` trains all of it again, and
-`transformer-feedforward.csv` beside this page has each training.
+model is that of [transformer_feedforward.py](../examples/transformer_feedforward.py). Each training
+is a line of `transformer-feedforward.csv` beside this page;
+`python -m scripts.feedforward_kinds --measure` trains those that the file lacks, all if there is
+none.
 
 {losses}
 

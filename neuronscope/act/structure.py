@@ -88,11 +88,12 @@ class LayerWeights(NamedTuple):
         if module is None:
             return cls(path, nn.Module(), unknown=f"`{path}` is a parameter that no layer of its own holds")
         kind = type(module)
+        known = _known_forward(kind)
+        if known is None or kind.forward is not known:
+            return cls(path, module, unknown=f"`{path}` is of class {kind.__name__}, whose weights are not known")
         held = {name: each for name, each in (module._parameters | module._buffers).items() if each is not None}
         weight = held.get("weight")
         is_norm = isinstance(module, _NORMS)
-        if kind.forward is not _known_forward(kind):
-            return cls(path, module, unknown=f"`{path}` is of class {kind.__name__}, whose weights are not known")
         plain = all(type(each) in (nn.Parameter, Tensor) for each in held.values())
         if not plain or "parametrizations" in module._modules or (weight is None and not is_norm):
             return cls(path, module, unknown=f"the weight of `{path}` is made of other tensors")

@@ -330,8 +330,8 @@ def _original_code(code: CodeType) -> CodeType:
 
 
 def code_of_forward(module: nn.Module) -> CodeType | None:
-    """Return the code of the forward of a module; ``None`` if it is not written in Python."""
-    return getattr(type(module).forward, "__code__", None)
+    """Return the code of the forward of a module; ``None`` if it is not written in Python, or scripted."""
+    return getattr(getattr(type(module), "forward", None), "__code__", None)
 
 
 def while_tracing(

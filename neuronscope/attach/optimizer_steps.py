@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neuronscope.errors import UsageError
 
-__all__ = ["OptimizerSteps", "Optimizers"]
+__all__ = ["OptimizerSteps", "Optimizers", "every_optimizer"]
 
 #: One optimizer, or several.
 Optimizers = Optimizer | Sequence[Optimizer]
@@ -41,7 +41,7 @@ class OptimizerSteps:
     """
 
     def __init__(self, optimizer: Optimizers | None) -> None:
-        self._optimizer = None if optimizer is None else _first(optimizer)
+        self._optimizer = None if optimizer is None else every_optimizer(optimizer)[0]
         self._handle: RemovableHandle | None = None
 
     def attach(self, count: Callable[[], Any], *, fail: Callable[[Exception], None]) -> None:
@@ -71,8 +71,15 @@ class OptimizerSteps:
             self._handle.remove()
 
 
-def _first(optimizer: Any) -> Optimizer:
-    """Return the first of one or several optimizers, without the wrappers of frameworks."""
+def every_optimizer(optimizer: Any) -> list[Optimizer]:
+    """Return one or several optimizers as a list, without the wrappers of frameworks.
+
+    Args:
+        optimizer: The optimizer, or a list of them.
+
+    Raises:
+        UsageError: It is something else, or an empty list.
+    """
     several = [_unwrapped(each) for each in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
     wrong = [type(each).__name__ for each in several if not isinstance(each, Optimizer)]
     if wrong or not several:
@@ -80,8 +87,7 @@ def _first(optimizer: Any) -> Optimizer:
             "Expected argument `optimizer` to be a torch.optim.Optimizer or a list of them, but got "
             f"{wrong[0] if wrong else 'an empty list'}."
         )
-    first: Optimizer = several[0]
-    return first
+    return several
 
 
 def _unwrapped(optimizer: Any) -> Any:

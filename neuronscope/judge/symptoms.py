@@ -162,9 +162,9 @@ class RunFacts:
     def healthy_before(self, step: int | None) -> int | None:
         """Return the step before which a checkpoint is older than deaths dated to ``step``, or ``None``.
 
-        An estimated date may be too late, so that no step follows from it.
+        An estimated date may be too late, so that no step follows from it. Before the first step there is none.
         """
-        if step is None or self.estimated or step < self.observed_every:
+        if step is None or self.estimated or step <= self.observed_every:
             return None
         return step - self.observed_every + 1
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from neuronscope.errors import ReportError, UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, is_tau_dormant
+from neuronscope.report.acts import Act
 from neuronscope.report.report import (
     SCHEMA_VERSION,
     FloatArray,
@@ -213,6 +214,18 @@ def _report(fields: _Fields) -> Report:
         series={name: _points(one) for name, one in fields.members("series").items()},
         checkpoints=tuple(fields.integers("checkpoints").tolist()),
         versions=fields.mapping("versions", "texts", lambda value: isinstance(value, str)),
+        acts=tuple(_act(one) for one in fields.objects("acts")),
+    )
+
+
+def _act(fields: _Fields) -> Act:
+    return Act(
+        step=fields.integer("step"),
+        site=fields.text("site"),
+        neurons=tuple(fields.integers("neurons").tolist()),
+        rule=fields.text("rule"),
+        first_step=fields.integer("first_step", -1),
+        last_step=fields.integer("last_step", -1),
     )
 
 

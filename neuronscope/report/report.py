@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
+from neuronscope.report.acts import Act
 from neuronscope.report.rendering import Renderable
 from neuronscope.report.totals import Totals
 from neuronscope.sites import IncomingRows, ReaderColumns, TotalsMember
@@ -336,6 +337,7 @@ class Report(Renderable):
         checkpoints: Steps at which checkpoints were saved, as far as the watch was told, ascending.
         versions: Versions of neuronscope, torch and numpy that made the report.
         schema_version: Version of the data that :meth:`to_dict` returns.
+        acts: What was done to neurons by :func:`neuronscope.revive`, oldest first.
     """
 
     WRITERS: ClassVar[Mapping[str, str]] = {
@@ -355,6 +357,7 @@ class Report(Renderable):
     checkpoints: tuple[int, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    acts: tuple[Act, ...] = ()
 
     @property
     def provisional(self) -> bool:
@@ -560,6 +563,7 @@ class Report(Renderable):
             },
             "checkpoints": list(self.checkpoints),
             "versions": dict(self.versions),
+            "acts": [act.to_dict() for act in self.acts],
         }
 
 

@@ -20,6 +20,7 @@ from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
 from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.tally.act_record import ActRecord
 from neuronscope.tally.census import Census
 from neuronscope.tally.check_state import integer, integers, mapping
 from neuronscope.tally.collect import observed, read_tallies
@@ -411,7 +412,11 @@ def _listed(names: Collection[str], most: int = 3) -> str:
 
 
 def scope_state(
-    step: int, records: Mapping[str, PhaseRecord], fault: Fault | None, checkpoints: Sequence[int] = ()
+    step: int,
+    records: Mapping[str, PhaseRecord],
+    fault: Fault | None,
+    checkpoints: Sequence[int],
+    acts: ActRecord,
 ) -> dict[str, Any]:
     """Return the state of a watch as tensors and primitives.
 
@@ -420,10 +425,13 @@ def scope_state(
         records: Records by phase.
         fault: The error inside Neuronscope that ended the watch, if there was one.
         checkpoints: Steps at which checkpoints were saved, ascending.
+        acts: What was done to neurons.
     """
     phases = {name: record.state_dict() for name, record in records.items()}
     step = max([step, *(record.newest_step for record in records.values())])
     state = {"version": _STATE_VERSION, "step": step, "phases": phases, "checkpoints": list(checkpoints)}
+    if acts:
+        state["acts"] = acts.state_dict()
     return state if fault is None else {**state, "fault": fault.state_dict()}
 
 
@@ -437,7 +445,9 @@ def is_outdated(state: Any) -> bool:
     return isinstance(version, int) and not isinstance(version, bool) and version in _OUTDATED_VERSIONS
 
 
-def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, dict[str, Any], Fault | None, list[int]]:
+def split_scope_state(
+    state: Mapping[str, Any], policy: Policy
+) -> tuple[int, dict[str, Any], Fault | None, list[int], ActRecord]:
     """Check and split what :func:`scope_state` returned.
 
     Args:
@@ -445,8 +455,8 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
         policy: The thresholds.
 
     Returns:
-        Number of optimizer steps taken, the state of each phase's record, the fault, and the steps of checkpoints. Of a
-        state from an earlier version only the number of steps is taken: see :func:`is_outdated`.
+        Number of optimizer steps taken, the state of each phase's record, the fault, the steps of checkpoints, and the
+        acts. Of a state from an earlier version only the number of steps is taken: see :func:`is_outdated`.
 
     Raises:
         StateError: The state is not that of a scope, or is from a later version.
@@ -457,7 +467,7 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
     except (LookupError, TypeError, ValueError) as error:
         raise StateError(f"Expected the saved state of a scope, but got {type(state).__name__}: {error}.") from error
     if is_outdated(state):
-        return step, {}, None, []
+        return step, {}, None, [], ActRecord()
     if version != _STATE_VERSION:
         raise StateError(f"Expected scope state of version {_STATE_VERSION}, but got version {version}.")
     for name, saved in phases.items():
@@ -468,4 +478,5 @@ def split_scope_state(state: Mapping[str, Any], policy: Policy) -> tuple[int, di
                 f"Expected the saved state of a scope at step {step}, but its phase {name!r} is of step "
                 f"{record.newest_step}."
             )
-    return step, phases, Fault.from_state(state.get("fault")), sorted(checkpoints)
+    acts = ActRecord.from_state(state.get("acts"))
+    return step, phases, Fault.from_state(state.get("fault")), sorted(checkpoints), acts

@@ -12,6 +12,7 @@ from torch import nn
 
 from neuronscope.demo.digits import Digits, load_digits
 from neuronscope.demo.recipe import QUICK, VARIANTS, Recipe, SwiGLU, build_classifier, build_network
+from neuronscope.demo.training import _fit
 from neuronscope.errors import MissingExtraError
 
 VARIANT = {variant.name: variant for variant in VARIANTS}
@@ -70,6 +71,15 @@ def test_six_layers_of_swiglu_need_a_norm_between_them(digits: Digits) -> None:
         assert large > 2**55 * small  # nearly the 64th power of the input
         spread = build_network(variant, recipe, 0)(digits.train_x).std().item()
     assert 0.1 < spread < 10
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_swiglu_learns_with_the_norm_and_not_without(norm: bool, digits: Digits) -> None:
+    recipe = Recipe(epochs=2)
+    network = build_network(replace(VARIANT["SwiGLU-LayerNorm"], layer_norm=norm), recipe, 0)
+    losses: list[float] = []
+    _fit(network, 0, digits, recipe, lambda: None, losses.append, spike=False)
+    assert losses[1] < losses[0] < 5 if norm else losses[1] > 1e6  # guessing is 2.3
 
 
 def test_seeds_differ_and_the_global_random_numbers_are_left_alone() -> None:

@@ -41,8 +41,11 @@ def test_what_the_page_says_in_words_holds(network: str) -> None:
     narrow, wide = TASKS[network].widths
     half = {width: statistics.fmean(cost_of_death.lost(FILE, network, width, "start", 0.5)) for width in (narrow, wide)}
     assert half[wide] < 3 < half[narrow]  # the wide ones do without half of their neurons, or nearly
-    anywhere, matched = cost_of_death.correlations(FILE, network)
+    anywhere, matched, control = cost_of_death.correlations(FILE, network)
     assert anywhere.value < matched.value < 0
+    assert control.high < 0 if network == "CNN" else control.low < -0.1 < control.value < 0.1 < control.high
+    costs = {width: cost_of_death.share_that_costs(FILE, network, width, 1.0) for width in (narrow, wide)}
+    assert costs[narrow] < 0.2 < 0.3 < costs[wide]
 
 
 def test_when_and_where_neurons_die_matters_as_the_page_says() -> None:
@@ -52,6 +55,18 @@ def test_when_and_where_neurons_die_matters_as_the_page_says() -> None:
     for share in (0.125, 0.25, 0.5):
         assert lost("middle", share, at_once=True) > 40 > 1 > lost("middle", share)
     assert lost("layer", 0.875) < 1 < 30 < lost("start", 0.875)
+
+
+def test_what_few_dead_neurons_cost_does_not_show_as_the_summary_says() -> None:
+    for share in (0.125, 0.5):
+        low, high = cost_of_death.interval(cost_of_death.lost(FILE, "MLP", 64, "start", share))
+        assert low < 0 < high < 2
+
+
+def test_weights_that_fit_those_left_make_up_for_much_of_what_three_in_four_cost() -> None:
+    plain, scaled = (cost_of_death.lost(FILE, "MLP", 64, way, 0.75) for way in ("start", "scaled"))
+    low, _ = cost_of_death.interval([more - less for more, less in zip(plain, scaled, strict=True)])
+    assert low > 0
 
 
 def test_neurons_killed_by_hand_are_dead_at_the_end() -> None:
@@ -64,7 +79,7 @@ def test_neurons_killed_by_hand_are_dead_at_the_end() -> None:
     assert killed > 100
 
 
-@pytest.mark.parametrize(("way", "dead"), [("start", [4, 4, 4, 4, 4, 4]), ("layer", [0, 0, 0, 4, 0, 0])])
+@pytest.mark.parametrize(("way", "dead"), [("start", [4] * 6), ("scaled", [4] * 6), ("layer", [0, 0, 0, 4, 0, 0])])
 def test_kill_hits_the_share_of_each_layer_that_it_is_told_to(way: str, dead: list[int]) -> None:
     torch.manual_seed(0)
     run = Run("MLP", "LeakyReLU", 16, way, 0.25, seed=3)
@@ -74,6 +89,24 @@ def test_kill_hits_the_share_of_each_layer_that_it_is_told_to(way: str, dead: li
             layer.weight.abs_()
     cost_of_death.kill(model, run)
     assert [site.dead for site in ns.scan(model, torch.rand(400, 64)).layers] == dead
+
+
+def test_scaled_weights_make_up_for_dead_inputs() -> None:
+    plain, scaled = (
+        cost_of_death.build(Run("MLP", "ReLU", 64, way, 0.75, seed=3)).double() for way in ("start", "scaled")
+    )
+    for model, way in ((plain, "start"), (scaled, "scaled")):
+        cost_of_death.kill(model, Run("MLP", "ReLU", 64, way, 0.75, seed=3))
+    x = torch.rand(50, 64, dtype=torch.float64)
+    with torch.no_grad():  # 6 layers, in which a quarter of the inputs is left, each twice as large
+        torch.testing.assert_close(scaled(x), 2**6 * plain(x))
+
+
+def test_what_trainings_of_one_network_say_counts_once() -> None:
+    numbers = {
+        Run("MLP", "ReLU", 16, "jump", factor, seed): factor + seed for factor in (10.0, 20.0) for seed in (0, 1)
+    }
+    assert cost_of_death.by_network(numbers) == [15.0, 16.0]
 
 
 def test_networks_of_a_seed_begin_alike_whatever_the_activation() -> None:

@@ -19,7 +19,7 @@ Runs = dict[int, list[dict[str, Any]]]
 Made = list[tuple[str, int]]
 
 # What a rank says of itself, and whether it is done.
-HEADER = [("allreduce", 5)]
+HEADER = [("allreduce", 6)]
 # The names and widths of sites that are new: the sizes of the messages, then the messages.
 GATHERED = ["allgather", "allgather"]
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
 from tests.core.slow_twin import Nobody, Watched, hook_tables, state_of
+from tests.ranks.acting import ACTING
 from tests.ranks.exchanges import EXCHANGES
 from tests.ranks.late import LATE
 from tests.ranks.no_copies import NO_COPIES
@@ -181,6 +182,7 @@ TASKS = {
         fault,
         retired,
         other_widths,
+        *ACTING,
         *EXCHANGES,
         *OWN_GROUP,
         *NO_COPIES,

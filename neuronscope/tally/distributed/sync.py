@@ -1,7 +1,7 @@
 """Join the counts of all ranks of a distributed run that hold copies of one network, exactly.
 
 Every rank must call this equally often: see :meth:`neuronscope.scope.Scope.step`. Ranks have agreed on a layout of each
-phase, which says where the counts of every site lie in the arrays that are reduced. A header of five numbers tells
+phase, which says where the counts of every site lie in the arrays that are reduced. A header of six numbers tells
 whether all ranks bring counts of one such layout. If not, the ranks tell each other the sites that are new first; and
 the first time, which network they hold. What ranks of another network count has layouts of its own.
 """
@@ -103,6 +103,8 @@ class RankSync:
         self.duplicate = False  # another rank has the same data, and counts for both what is not split
         self.all_done = True  # whether every rank was done in the last exchange
         self.more = False  # whether any rank asked for another exchange right after the last one
+        self.acting = False  # whether this rank calls `agree` after an exchange that closes a window
+        self.all_acting = False  # whether all ranks do after the last exchange
         self.exchanges = Exchanges(1, 0, 0, 0, 0.0)
 
     @property
@@ -212,6 +214,28 @@ class RankSync:
         )
         return self._kept.pop(phase, Census())
 
+    def agree(self, number: int) -> bool:
+        """Return whether all ranks bring the same number. If :attr:`acting` is set, every rank must call this, once.
+
+        They do not agree if some rank does not act: it is done, in another phase, or its counts are not joined. No rank
+        waits for it then.
+
+        Args:
+            number: The number, from 0 to 2**31.
+        """
+        if self.alone:
+            return world_size() == 1
+        if not self.all_acting:
+            return False
+        self.all_acting = False
+        try:
+            largest_and_smallest = np.array([number, -number], dtype=np.int64)
+            self._enter().max(largest_and_smallest)
+        except Exception as error:  # noqa: BLE001  # a rank is gone, or did not come in time
+            self._give_up(error)
+            return False
+        return bool(largest_and_smallest[0] == -largest_and_smallest[1])
+
     def pop_late(self) -> dict[str, Census]:
         """Return and forget, by phase, what others brought after this rank had joined that phase for the last time."""
         late, self._kept = self._kept, {}
@@ -233,10 +257,10 @@ class RankSync:
         sites = {name: whole_site(tally) for name, tally in own.census.items()}
         signature = self._covering((self._own, own.phase), sites).signature if own.active else None
         largest_and_smallest = (-NEVER, -NEVER) if signature is None else (signature, -signature)
-        header = np.array([not done, own.active, *largest_and_smallest, more], dtype=np.int64)
+        header = np.array([not done, own.active, *largest_and_smallest, more, not self.acting], dtype=np.int64)
         collectives.max(header)
-        busy, active, largest, negated_smallest, asked = header.tolist()
-        self.all_done, self.more = not busy, bool(asked)
+        busy, active, largest, negated_smallest, asked, other_acts = header.tolist()
+        self.all_done, self.more, self.all_acting = not busy, bool(asked), not other_acts
         if not active:
             return {}
         refused: dict[str, list[int]] = {}

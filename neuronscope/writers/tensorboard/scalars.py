@@ -29,6 +29,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``,
       ``neuronscope/not_finite_pct`` and, in training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many
       neurons died and revived in the windows after ``since``. If gradients were seen, ``neuronscope/silent_pct`` too.
+      If neurons were revived by :func:`neuronscope.revive`, ``neuronscope/revived_total``: how many so far.
     - Details: ``neuronscope.more/born_dead_pct``, the neurons that never fired since watching began, and
       ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
 
@@ -55,6 +56,8 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
         deaths, revivals = _changes_of(report.totals, since)
         found["deaths"], found["revivals"] = float(deaths), float(revivals)
+    if report.phase == "train" and report.acts:
+        found["revived_total"] = float(sum(len(act.neurons) for act in report.acts))
     values = {f"{_group(name)}/{metric(name, report.phase)}": value for name, value in found.items()}
     if per_site:
         by_name = {site.name: site for site in sites}
