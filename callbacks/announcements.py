@@ -20,6 +20,7 @@ from neuronscope.judge.symptoms import (
 )
 from neuronscope.report.report import LEVEL_DEAD, Report
 from neuronscope.report.run_facts import facts_from_report
+from neuronscope.writers.formatting import listed
 
 __all__ = ["Announcements"]
 
@@ -71,9 +72,8 @@ class Announcements:
         return max(GROUP_LEAST, MASS_SHARE * report.observed_neurons)
 
     def _findings(self, report: Report, facts: RunFacts) -> Iterator[str]:
-        broken = not_finite(facts)
-        if broken is not None and NOT_FINITE not in self._said:
-            yield self._say(NOT_FINITE, broken, facts)
+        if report.not_finite and NOT_FINITE not in self._said:
+            yield self._say(NOT_FINITE, not_finite(facts) or _not_finite_outside(report), facts)
         if report.phase != "train" or report.provisional:
             return
         new = replace(facts, layers=tuple(layer for layer in facts.layers if _layer(layer.name) not in self._said))
@@ -90,6 +90,14 @@ class Announcements:
     def _say(self, sign: str, found: Support, facts: RunFacts) -> str:
         self._said.add(sign)
         return f"{found.evidence} {remedy_of(sign, found, facts)}"
+
+
+def _not_finite_outside(report: Report) -> Support:
+    """Return the evidence of NaN at layers that are not in the totals, which no diagnosis looks at."""
+    sites = [site for site in report.layers if site.not_finite]
+    names = tuple(site.name for site in sites)
+    numbers = sum(site.not_finite_neurons for site in sites)
+    return Support(f"Outputs that are not in the totals are NaN or infinite: {listed(names)}.", numbers, names)
 
 
 def _layer(name: str) -> str:

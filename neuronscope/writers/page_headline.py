@@ -43,7 +43,10 @@ def headline(report: Report) -> list[str]:
     worst = max(report.headline_layers, key=lambda site: (site.dead / max(wording.judged(site), 1), site.dead))
     if worst.dead >= DIED * wording.judged(worst):
         born = 2 * worst.born_dead > worst.dead
-        how = "is dead from the start" if born else f"died{_at(death_steps(worst)[worst.judgement.dead])}"
+        if born:  # of a scan or a pass of evaluation: never within it, which says nothing of the start
+            how = "is dead from the start" if facts.in_training else "is dead"
+        else:
+            how = f"died{_at(death_steps(worst)[worst.judgement.dead])}"
         whole = plural(wording.judged(worst), "neuron")
         sentences = [f"Layer `{visible(worst.name)}` {how}: {count(worst.dead)} of {whole}."]
         spikes = [] if born else [one for one in spikes if worst.name in one.layers]
@@ -62,7 +65,7 @@ def headline(report: Report) -> list[str]:
     if healthy is not None:
         sentences.append(f"Last healthy checkpoint: step {count(healthy)}.")
     elif report.checkpoints:
-        sentences.append(f"No checkpoint was saved before step {count(began)}.")
+        sentences.append(f"No checkpoint before step {count(began)} is known.")
     return sentences
 
 

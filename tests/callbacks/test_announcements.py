@@ -16,10 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
+from neuronscope.callbacks.announcements import Announcements
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from tests.callbacks.hugging import gpt2
 from tests.callbacks.hugging import trainer as hugging_trainer
 from tests.callbacks.networks import batches, network, trainer
+from tests.writers import sample_reports as samples
 
 #: 299 examples are enough for a certain window.
 ENOUGH = 320
@@ -137,6 +139,16 @@ def test_nan_is_said_once_also_in_a_short_validation(at: int, caplog: pytest.Log
     assert line.startswith("Neuronscope at step 8: ")
     assert "NaN or infinite" in line
     assert "Go back to an earlier checkpoint without NaN." in line
+
+
+def test_nan_of_a_layer_that_is_not_in_the_totals_is_said_once() -> None:
+    # The axis of the second layer's neurons is assumed.
+    sites = (samples.site("a/relu", 9), samples.site("b/relu", 9, samples.Fate(not_finite=2), axis_source="assumed"))
+    found, report = Announcements(), samples.report(*sites)
+    assert report.not_finite > report.not_finite_neurons == 0
+    (line,) = found.new(report)
+    assert "Outputs that are not in the totals are NaN or infinite: b/relu. Go back to" in line
+    assert found.new(report) == []
 
 
 def test_a_hostile_name_reaches_the_console_as_printable_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -271,8 +271,8 @@ def test_sites_that_are_not_in_the_totals_are_marked_in_every_writer(assumed: bo
     assert words in markdown
     page = report.to_html()
     assert f"loss</a> {mark}</th>" in page
-    assert f"<code>loss</code> {mark} 6 dead" in page
-    assert page.count(words) == 2  # among the findings, and beside the layer's map
+    assert f'["{words}",true],["6 dead",true]' in page  # beside the layer's map, which its script draws
+    assert page.count(words) == 2  # among the findings too
     text = diagnosis(report)
     assert f"`loss` {mark.replace('*', '&#42;')}" in text
     assert words in text

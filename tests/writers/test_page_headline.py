@@ -44,7 +44,7 @@ def test_what_is_not_known_is_left_out() -> None:
     died = "Layer `net.3/relu` died at steps 304–306: 61 of 64 neurons."
     assert headline(collapsed()) == [died]
     late = collapsed(checkpoints=(400, 500), series={"learning_rate": tuple((step, 0.001) for step, _ in RATE)})
-    assert headline(late) == [died, "No checkpoint was saved before step 304."]
+    assert headline(late) == [died, "No checkpoint before step 304 is known."]
     norm = tuple((step, 40.0 if step == 300 else 2.0) for step in range(0, 2_000, 10))
     assert headline(collapsed(series={"gradient_norm": norm}))[1:] == [
         "The gradient norm was 20 × its median at step 300."
@@ -53,6 +53,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert headline(replace(born, series={"learning_rate": RATE}, checkpoints=(1,))) == [
         "Layer `net.0/relu` is dead from the start: 16 of 16 neurons."
     ]
+    assert headline(replace(born, phase="scan")) == ["Layer `net.0/relu` is dead: 16 of 16 neurons."]
 
 
 @pytest.mark.parametrize("sample", [samples.mixed, samples.healthy, samples.broken, samples.unwatched, samples.hostile])

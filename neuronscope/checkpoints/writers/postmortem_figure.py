@@ -53,4 +53,4 @@ def _curve(report: PostmortemReport) -> list[Curve]:
     steps, counts = np.unique(dated, return_counts=True)
     percent = 100.0 * np.cumsum(counts) / report.neurons
     end = max(int(steps[-1]), report.global_step or 0)
-    return [Curve("dead now, by the step since when", [*steps.tolist(), end], [*percent.tolist(), percent[-1]])]
+    return [Curve("dead now, by step of death", [*steps.tolist(), end], [*percent.tolist(), percent[-1]])]
