@@ -124,7 +124,7 @@ class _SteadyCall:
         given: Origin,
         shape: torch.Size,
         gives: torch.Size,
-        others: tuple[Any, ...],
+        others: list[Any],
         held: tuple[Any, ...],
         outcome: _Outcome,
     ) -> None:
@@ -373,20 +373,24 @@ class NeuronFlow:
         Returns:
             Whether it was; otherwise nothing is noted.
         """
-        known = self._steady.get((id(args[1]), len(self.layers))) if len(args) > 1 else None
-        if known is None or known.function is not function:
+        if len(args) < 2:
             return False
         x = args[0]
+        if result is x:
+            return self._stays_stored(args)
+        known = self._steady.get((id(args[1]), len(self.layers)))
+        if known is None or known.function is not function:
+            return False
         entry = self._origins.entries.get(id(x))
         if (
             entry is None
             or entry[1] is not known.given
             or entry[0]() is not x
-            or not type(x) is type(result) is Tensor
+            or type(x) is not Tensor
             or x.is_nested
             or x.shape != known.shape
             or result.shape != known.gives
-            or known.others != (*map(id, args[1:]), *kwargs, *map(id, kwargs.values()))
+            or known.others != [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
         ):
             return False
         self.overwritten = None
@@ -407,8 +411,7 @@ class NeuronFlow:
             result: What the function returned.
         """
         if isinstance(result, Tensor):
-            if len(args) == 2 and result is args[0] and type(args[1]) in _PLAIN and self._is_stored(result):
-                self.overwritten = None  # a counter of batches goes on, say: a stored tensor stays what it is
+            if args and result is args[0] and self._stays_stored(args):
                 return
             outputs: tuple[Tensor, ...] = (result,)
         elif isinstance(result, (tuple, list)):
@@ -502,7 +505,7 @@ class NeuronFlow:
                 held.append(other)
         if len(self._steady) >= _MOST_OUTCOMES:
             self._steady.clear()
-        others = (*map(id, args[1:]), *kwargs, *map(id, kwargs.values()))
+        others = [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
         self._steady[id(args[1]), outcome.call] = _SteadyCall(
             function, given, x.shape, output.shape, others, tuple(held), outcome
         )
@@ -511,6 +514,17 @@ class NeuronFlow:
         """Forget what :meth:`_note_steady` noted if a stored tensor is overwritten."""
         if id(tensor) in self._weights.entries:
             self._steady.clear()
+
+    def _stays_stored(self, args: tuple[Any, ...]) -> bool:
+        """Return whether a call changed a stored tensor in place by a number, as a counter of batches is.
+
+        Args:
+            args: The arguments of the call.
+        """
+        if len(args) != 2 or type(args[1]) not in _PLAIN or not self._is_stored(args[0]):
+            return False
+        self.overwritten = None
+        return True
 
     def _is_stored(self, tensor: Tensor) -> bool:
         """Whether a tensor is known as a parameter or a buffer of the model, and as nothing else."""
