@@ -113,9 +113,9 @@ class ActivationFunctionMode(TorchFunctionMode):
                 return output
             flow = recorder.forward.flow
             try:
-                if call is None and kind is Tensor and not _count_function_modes():
-                    if flow.repeats(func, args, kwargs, output):
-                        return output
+                steady = call is None and kind is Tensor and not _count_function_modes()
+                if steady and flow.repeats(func, args, kwargs, output):
+                    return output
                 with unwatched():
                     if call is not None:
                         recorder.end(call, first_input(args, kwargs), output)
