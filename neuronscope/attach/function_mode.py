@@ -105,26 +105,23 @@ class ActivationFunctionMode(TorchFunctionMode):
             activation = manager.registry.of_call(func, args, kwargs) if func in self._functions else None
             call = None if activation is None else self._begin(activation, args, kwargs)
             output = func(*args, **kwargs)
-            if not manager.observing:  # it has failed
-                return output
             kind = type(output)
             tensors = kind is Tensor or (isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size)
-            if call is None and not tensors and func not in _WITHOUT_RESULT:
-                return output
-            flow = recorder.forward.flow
-            try:
-                steady = call is None and kind is Tensor and not _count_function_modes()
-                if steady and flow.repeats(func, args, kwargs, output):
-                    return output
-                with unwatched():
-                    if call is not None:
-                        recorder.end(call, first_input(args, kwargs), output)
-                    else:
-                        flow.follow(func, args, kwargs, output)
-                        if func in _PRODUCTS and manager.functional:
-                            recorder.product(args, output)
-            except Exception as error:
-                manager.fail(error)
+            if manager.observing and (tensors or call is not None or func in _WITHOUT_RESULT):  # it has not failed
+                flow = recorder.forward.flow
+                try:
+                    steady = call is None and kind is Tensor and not _count_function_modes()
+                    if steady and flow.repeats(func, args, kwargs, output):
+                        return output
+                    with unwatched():
+                        if call is not None:
+                            recorder.end(call, first_input(args, kwargs), output)
+                        else:
+                            flow.follow(func, args, kwargs, output)
+                            if func in _PRODUCTS and manager.functional:
+                                recorder.product(args, output)
+                except Exception as error:
+                    manager.fail(error)
             return output
         finally:
             self.handling = before
