@@ -90,6 +90,7 @@ class Scope:
         self._applied: tuple[str, int, bool] | None = None  # phase, step, and whether they are observed
         self._lock = threading.RLock()  # of the records, for threads that step and read
         self._step = 0
+        self._decided = 0, True  # the step, and whether training is observed in it
         self._quiet_until = 0  # before this step nothing is observed and no window is due; 0 if that is not known
         self._detached = False
         self._retired = False
@@ -503,9 +504,11 @@ class Scope:
 
     def _observe(self) -> None:
         """Decide whether the next forward passes are counted, and in which phase and step."""
-        self._quiet_until = 0
-        if not self.detached:
-            self._hooks.change()
+        with self._lock:
+            self._quiet_until = 0
+            if not self.detached:
+                self._decided = self._step, self._is_due()
+                self._hooks.change()
 
     def _apply(self) -> None:
         """Set the phase and the step of the counted thread, and whether they are observed."""
@@ -515,14 +518,15 @@ class Scope:
         if self._pauses:
             thread = self._counted_thread()
             paused = thread in self._pauses or (self._home in self._pauses and self._is_guided(thread))
-        observing = not paused and (phase != "train" or self._is_due())
-        if (phase, self._step, observing) == self._applied or not (observing or hooks.observing):
+        step, due = self._decided  # not as they are: another thread may be in the middle of a step
+        observing = not paused and (phase != "train" or due)
+        if (phase, step, observing) == self._applied or not (observing or hooks.observing):
             return
-        self._applied = phase, self._step, observing
-        hooks.recorder.set_phase(phase, self._step)
+        self._applied = phase, step, observing
+        hooks.recorder.set_phase(phase, step)
         hooks.set_observing(observing)
         if not observing and not paused and not self._phases:
-            hooks.pause(self.every_n_steps - self._step % self.every_n_steps)
+            hooks.pause(self.every_n_steps - step % self.every_n_steps)
 
     def _counted_thread(self) -> int:
         return self._hooks.thread.elsewhere() or threading.get_ident()
