@@ -725,6 +725,8 @@ class Scope:
         """Warn about patterns that match no site: after the first observed step in which the model is seen to run."""
         recorder = self._hooks.recorder
         ran = recorder.forward.number > 0 or bool(recorder.unmeasured.phases_of_modules)
+        if self._hooks.thread.elsewhere() is not None and (not ran or self._hooks.is_busy()):
+            return  # the counted thread may be in the middle of its first forward, while this one steps
         self._steps_without_model += not ran
         if self._checked or (not ran and self._steps_without_model < _STEPS_WITHOUT_MODEL):
             return

@@ -180,7 +180,11 @@ def test_eight_threads_that_train_count_as_one_of_them():
 
     def run(number: int) -> None:
         begin.wait()
-        train_elsewhere(model, watched if number == 3 else Unstepped(), number)
+        try:
+            train_elsewhere(model, watched if number == 3 else Unstepped(), number)
+        except BaseException:
+            done.abort()  # the others do not wait for it
+            raise
         done.wait()
 
     with watched.attach(model), concurrent.futures.ThreadPoolExecutor(8) as pool:
