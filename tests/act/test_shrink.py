@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import neuronscope as ns
 from neuronscope.act.widths import set_widths
 from neuronscope.errors import UsageError
+from tests.act.llama import small_llama
 
 Forward = Callable[["Net", Tensor], Tensor]
 
@@ -485,14 +486,7 @@ def test_float32_is_checked_in_float64() -> None:
 
 
 def test_a_llama_loses_neurons_of_its_feed_forward() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, hidden_act="relu",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight[5] = 0  # relu(0) is 0 for every input
         model.model.layers[1].mlp.gate_proj.weight[[7, 8]] = 0

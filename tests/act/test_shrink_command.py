@@ -13,6 +13,7 @@ from torch import nn
 from neuronscope.act.widths import set_widths
 from neuronscope.checkpoints.shrink_checkpoint import shrink_checkpoint
 from neuronscope.cli import main
+from tests.act.llama import small_llama
 
 MODULE = """
 import torch
@@ -113,12 +114,7 @@ def test_a_hugging_face_folder_gets_a_config_where_every_layer_allows_one_width(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, hidden_act="relu",
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.gate_proj.weight[[5, 6]] = 0  # relu(0) is 0 for every input
         model.model.layers[1].mlp.gate_proj.weight[[7, 8, 9]] = 0
