@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -32,11 +33,17 @@ def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for key, value in metrics.items():
-        name = next((name for name, pattern in _NAMES.items() if pattern.fullmatch(key)), None)
+        name = _series_name(key)
         is_number = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
         if name is not None and is_number:
             found.setdefault(name, float(value.detach() if isinstance(value, torch.Tensor) else value))
     return found
+
+
+@functools.lru_cache(maxsize=4096)  # a trainer logs the same names at each step
+def _series_name(key: str) -> str | None:
+    """Return which series a trainer's name stands for; ``None`` if it is another metric."""
+    return next((name for name, pattern in _NAMES.items() if pattern.fullmatch(key)), None)
 
 
 class Log(Protocol):
