@@ -11,7 +11,7 @@ import stat
 import sys
 from pathlib import Path
 
-__all__ = ["check_writable", "discard_output", "print_and_flush", "write_file"]
+__all__ = ["check_writable", "discard_output", "print_and_flush", "write_file", "write_if_named"]
 
 
 def check_writable(path: str | Path) -> None:
@@ -36,6 +36,21 @@ def check_writable(path: str | Path) -> None:
     for place in writable:
         if not os.access(place, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def write_if_named(text: str, path: str | Path | None) -> str:
+    """Return a text, and write it to a file as :func:`write_file` does, if one is named.
+
+    Args:
+        text: The text.
+        path: The file; ``None`` = none.
+
+    Raises:
+        OSError: The file cannot be written; the error names ``path``.
+    """
+    if path is not None:
+        write_file(path, text)
+    return text
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

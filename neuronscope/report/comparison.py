@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.judge.verdicts import LABELS
-from neuronscope.output import write_file
+from neuronscope.output import write_if_named
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.run_facts import death_steps
 
@@ -120,10 +120,7 @@ class ReportComparison:
         Raises:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
-        text: str = importlib.import_module("neuronscope.writers.html").render(self.after, self.before)
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_named(importlib.import_module("neuronscope.writers.html").render(self.after, self.before), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the comparison as JSON text, and write it to ``path`` if given.
@@ -132,9 +129,7 @@ class ReportComparison:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
         text = json.dumps(self.to_dict(), allow_nan=False, sort_keys=True, separators=(",", ":")) + "\n"
-        if path is not None:
-            write_file(path, text)
-        return text
+        return write_if_named(text, path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from neuronscope.errors import MissingExtraError, UsageError
-from neuronscope.output import write_file
+from neuronscope.output import write_if_named
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ class Renderable:
         Raises:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
-        return _write(self._render("json"), path)
+        return write_if_named(self._render("json"), path)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return the report as one HTML page without external resources, and write it to ``path`` if given.
@@ -73,7 +73,7 @@ class Renderable:
         Raises:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
-        return _write(self._render("html"), path)
+        return write_if_named(self._render("html"), path)
 
     def to_pandas(self, rows: str = "layer") -> Any:
         """Return the report as a ``pandas.DataFrame``; pandas is optional, and only needed here.
@@ -124,9 +124,3 @@ class Renderable:
 
     def _writer(self, name: str) -> Any:
         return importlib.import_module(self.WRITERS[name])
-
-
-def _write(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        write_file(path, text)
-    return text
