@@ -26,6 +26,7 @@ __all__ = [
     "check_dead",
     "check_targets",
     "fail",
+    "number_between",
     "positive_number",
     "write_report",
 ]
@@ -204,11 +205,25 @@ def positive_number(text: str) -> int:
     return number
 
 
-def _percentage(text: str) -> float:
+def number_between(text: str, highest: float, what: str) -> float:
+    """Return the number, from 0 to ``highest``, that an argument gives; for ``argparse``.
+
+    Args:
+        text: The argument.
+        highest: The highest number that is allowed.
+        what: What was expected, in words.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no such number.
+    """
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0.0 <= number <= 100.0:
-        raise argparse.ArgumentTypeError(f"expected a percentage from 0 to 100, but got {text!r}")
+    if not 0.0 <= number <= highest:
+        raise argparse.ArgumentTypeError(f"expected {what}, but got {text!r}")
     return number
+
+
+def _percentage(text: str) -> float:
+    return number_between(text, 100.0, "a percentage from 0 to 100")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from neuronscope.command_output import (
     add_output_options,
     check_dead,
     check_targets,
+    number_between,
     write_report,
 )
 from neuronscope.errors import CheckpointError, UsageError
@@ -171,10 +171,4 @@ def _progress_bars() -> Iterator[Progress | None]:
 
 
 def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds, 0 or more, but got {text!r}")
-    return number
+    return number_between(text, sys.float_info.max, "a number of seconds, 0 or more")
