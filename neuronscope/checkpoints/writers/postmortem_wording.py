@@ -14,7 +14,6 @@ from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
 from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
-from neuronscope.judge.diagnosis import Diagnosis
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
     NONE,
@@ -39,7 +38,6 @@ __all__ = [
     "based_on",
     "confirmations",
     "contested",
-    "diagnosis",
     "findings",
     "fold",
     "grounds",
@@ -327,11 +325,6 @@ def fold(report: PostmortemReport, limit: int = 40, most: int = 400) -> tuple[li
     if left_out:
         left_out.append("All layers are in the JSON report (--json, to_json)")
     return [report.layers[number] for number in sorted(worst)], left_out
-
-
-def diagnosis(one: Diagnosis) -> list[tuple[str, str]]:
-    """Return the parts of a diagnosis: the name of each, and its text."""
-    return one.parts()
 
 
 @dataclass(frozen=True)
