@@ -448,7 +448,7 @@ class Monitor:
 
         Args:
             metrics: What the trainer knows or logs at its step, by its own names, such as ``train_loss`` or
-                ``grad_norm``. What is none of the three, or no number, is left out.
+                ``grad_norm``. Other metrics are left out.
         """
         gate = self._runs.gate
         if gate is not None:

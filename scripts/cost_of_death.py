@@ -655,7 +655,7 @@ Two networks with ReLU, small enough to train hundreds of them: the demo's MLP (
 or 64 wide; 8 × 8 digits, 360 of them for testing; {mlp_seeds} seeds) and a CNN (3 convolutions with
 stride 2, 8 or 16 wide; 5,000 images of MNIST at 14 × 14, 1,000 of them for testing; {cnn_seeds}
 seeds). These are {runs} trainings, each a line of `cost-of-death.csv` beside this page;
-`python -m scripts.cost_of_death --measure` trains those that the file lacks, all if there is none.
+`python -m scripts.cost_of_death --measure` trains those that the file lacks.
 ± is the deviation over seeds. Dead neurons are counted by `ns.scan` over all training images at the
 end.
 

@@ -137,7 +137,7 @@ def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *
 
     Raises:
         DetachedError: The scope was detached.
-        UsageError: The optimizer is none, or holds none of the model's weights.
+        UsageError: The argument is no optimizer, or the optimizer has no weight of the model.
     """
     try:
         plans, left, held = _plans(scope, window, every_optimizer(optimizer), rule)

@@ -83,7 +83,7 @@ class LayerWeights(NamedTuple):
 
         Args:
             path: Path of the layer.
-            module: The module at that path; ``None`` if there is none, as of a bare parameter.
+            module: The module at that path; ``None`` for a bare parameter.
         """
         if module is None:
             return cls(path, nn.Module(), unknown=f"`{path}` is a parameter that no layer of its own holds")
@@ -211,7 +211,7 @@ def _is_conv1d(kind: type[nn.Module]) -> bool:
 
 
 def _known_forward(kind: type[nn.Module]) -> object:
-    """Return the ``forward`` of the known layer that a class is or extends; ``None`` if it is none."""
+    """Return the ``forward`` of the known layer that a class is or extends; ``None`` for other classes."""
     for base in kind.__mro__:
         if base in (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED, *_NORMS) or _is_conv1d(base):
             return vars(base).get("forward", getattr(base, "forward", None))

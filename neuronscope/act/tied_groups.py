@@ -98,7 +98,7 @@ class TiedGroups:
 
 
 def _graph_of(model: nn.Module, call: Callable[[nn.Module, Any], Any], batch: Any) -> tuple[Any, dict[str, nn.Module]]:
-    """Return torch-pruning's graph of a copy of a model, and the copy's modules; ``False`` if there is none."""
+    """Return torch-pruning's graph of a copy of a model, and the copy's modules; ``False`` if it cannot be made."""
     try:
         import torch_pruning
 

@@ -668,7 +668,7 @@ class NeuronFlow:
 
         Args:
             origin: What the tensor is.
-            key: The site; ``None`` if there is none, or its units are not known.
+            key: The site; ``None`` if the activation is not counted, or its units are not known.
             name: Name of the activation.
         """
         for carried in origin.carries:
