@@ -28,9 +28,9 @@ __all__ = ["PARTS", "disturbed", "log_of"]
 
 #: What is drawn, as :func:`neuronscope.writers.tensorboard.append` is told.
 PARTS: dict[str, dict[str, bool]] = {
-    "pictures": {"images": True, "text": False, "vectors": False},
-    "text": {"images": False, "text": True, "vectors": False},
-    "vectors": {"images": False, "text": False, "vectors": True},
+    "pictures": {"images": True, "text": False, "tab": False},
+    "text": {"images": False, "text": True, "tab": False},
+    "tab": {"images": False, "text": False, "tab": True},
 }
 
 #: Networks that are trained, and whether torch gets all cores: the small one has nothing to share out among them.

@@ -1,4 +1,4 @@
-"""The report's page: the time to write it, its size, and how soon a browser shows the map of the network."""
+"""The report's page and what TensorBoard's tab draws it from: time to write, size, and how soon a browser shows it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.tables import Table, milliseconds, size
 from neuronscope.report.report import Report
+from neuronscope.writers.report_bytes import from_bytes, to_bytes
 from tests.writers import sample_reports as samples
 
 __all__ = ["tables"]
+
+Made = TypeVar("Made")
 
 #: Layers, neurons of each, and windows of their history.
 NETWORKS = ((12, 4096, 200), (300, 512, 60), (5_000, 64, 60))
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """One row a network."""
+    """One row a network: of the page, and of the tab."""
+    packed = Table(
+        "TensorBoard's tab",
+        ("network", "windows", "packed in", "size", "read back in", "page of that written in"),
+        note="The same reports. Packed: at each drawing, in the drawing thread. The other times are TensorBoard's, "
+        "when somebody opens the tab. The least processor time of three.",
+    )
     table = Table(
         "The report's page",
         ("network", "windows", "written in", "size", "map of the network shown after", "all layers unpacked after"),
@@ -33,18 +43,31 @@ def tables(*, quick: bool = False) -> Iterator[Table]:
     try:
         for layers, neurons, windows in NETWORKS[: 1 if quick else None]:
             report = _report(*((2, 64, 4) if quick else (layers, neurons, windows)))
-            text, took = "", []
-            for _ in range(1 if quick else 3):
-                began = time.process_time()
-                text = report.to_html()
-                took.append(time.process_time() - began)
+            rounds = 1 if quick else 3
+            text, took = _timed(report.to_html, rounds)
+            data, packing = _timed(partial(to_bytes, report), rounds)
+            read, reading = _timed(partial(from_bytes, data), rounds)
+            _, drawing = _timed(read.to_html, rounds)
             opened = ["–", "–"] if browser is None else [milliseconds(at) for at in _opened(browser, text)]
             name = f"{layers:,} layers × {neurons:,}"
-            table.rows.append((name, str(windows), milliseconds(min(took)), size(len(text.encode())), *opened))
+            table.rows.append((name, str(windows), milliseconds(took), size(len(text.encode())), *opened))
+            times = (milliseconds(reading), milliseconds(drawing))
+            packed.rows.append((name, str(windows), milliseconds(packing), size(len(data)), *times))
     finally:
         if browser is not None:
             browser.quit()
     yield table
+    yield packed
+
+
+def _timed(make: Callable[[], Made], rounds: int) -> tuple[Made, float]:
+    """Return what is made, and the least processor time that it took, in seconds."""
+    took = []
+    for _ in range(rounds):
+        began = time.process_time()
+        made = make()
+        took.append(time.process_time() - began)
+    return made, min(took)
 
 
 def _report(layers: int, neurons: int, windows: int) -> Report:

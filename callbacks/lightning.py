@@ -40,7 +40,7 @@ __all__ = ["DeadNeuronMonitor"]
 class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Callbacks disagree about Trainers
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
 
-    Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's.
+    Scalars go to every logger, pictures, diagnosis and tab to a file beside TensorBoard's.
     ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and
     ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on), and of training
     ``neuronscope/silent_pct``, for ``EarlyStopping`` and ``ModelCheckpoint``. The counts are saved in checkpoints, and

@@ -68,7 +68,7 @@ class Log(Protocol):
 class SummaryWriterLog:
     """A log that writes through a ``SummaryWriter`` of ``torch.utils.tensorboard`` or of ``tensorboardX``.
 
-    Numbers go through the writer. Pictures, diagnosis and vectors go to an event file of Neuronscope's own, in the
+    Numbers go through the writer. Pictures, diagnosis and tab go to an event file of Neuronscope's own, in the
     folder ``neuronscope`` inside the writer's folder. The writer stays open: whoever made it closes it.
 
     Args:

@@ -109,7 +109,7 @@ class Monitor:
         threshold: float = 50.0,
         images: bool = True,
         text: bool = True,
-        vectors: bool = True,
+        tab: bool = True,
         html: bool = True,
         drawing_share: float = 0.01,
         prog_bar: bool = False,
@@ -126,10 +126,10 @@ class Monitor:
             threshold: Percent of all observed neurons.
             images: Whether TensorBoard gets pictures.
             text: Whether TensorBoard gets the diagnosis.
-            vectors: Whether TensorBoard gets a byte a neuron and window, for Neuronscope's own tab.
+            tab: Whether TensorBoard gets the report, for Neuronscope's own tab.
             html: Whether the report is written as a page, into ``neuronscope/train.html`` (``val.html`` …) in the
                 folder of the run's logs, or in :attr:`folder` if they have none; anew at each drawing.
-            drawing_share: Largest share of the run's time that pictures, diagnosis, vectors and page may take, in a
+            drawing_share: Largest share of the run's time that pictures, diagnosis, tab and page may take, in a
                 thread of their own: by default the first come after some 40 seconds. 1 draws them whenever a window
                 closes, and lets training wait where drawing cannot keep up. The end of a run is always drawn, and is on
                 the disk before the run returns.
@@ -163,7 +163,7 @@ class Monitor:
         self._announcements = Announcements()
         self.dead_percent: float | None = None
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
-        self._publisher = Publisher(images=images, text=text, vectors=vectors, html=html, drawing_share=drawing_share)
+        self._publisher = Publisher(images=images, text=text, tab=tab, html=html, drawing_share=drawing_share)
         self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
         self._finalizer: weakref.finalize[Any, Any] | None = None
         # Computed once: Lightning asks for it six times a step.

@@ -2,7 +2,7 @@
 
 A log never gets a lower step of a phase than before, and drawing never takes more of the run's time than was allowed.
 Numbers are written at once, in the thread of the training, which is the only one that loggers expect. Pictures, text
-and vectors are drawn in another thread, into an event file of our own: what does not fit on the disk fails there, and
+and tab are drawn in another thread, into an event file of our own: what does not fit on the disk fails there, and
 not in the training.
 """
 
@@ -93,7 +93,7 @@ class Publisher:
     Args:
         images: Whether TensorBoard gets pictures.
         text: Whether TensorBoard gets the diagnosis.
-        vectors: Whether TensorBoard gets a byte a neuron.
+        tab: Whether TensorBoard gets the report for Neuronscope's own tab.
         html: Whether the page is written.
         drawing_share: Largest share of the run's time that these four may take, for each phase by itself: a run of
             some seconds is drawn at its end only. With 1 every report is drawn, and training waits if drawing cannot
@@ -103,12 +103,12 @@ class Publisher:
         UsageError: ``drawing_share`` is not in (0, 1].
     """
 
-    def __init__(self, *, images: bool, text: bool, vectors: bool, html: bool, drawing_share: float) -> None:
+    def __init__(self, *, images: bool, text: bool, tab: bool, html: bool, drawing_share: float) -> None:
         if not 0 < drawing_share <= 1:
             raise UsageError(
                 f"Expected argument `drawing_share` to lie above 0 and up to 1, but got {drawing_share!r}."
             )
-        self._parts = {"images": images, "text": text, "vectors": vectors}
+        self._parts = {"images": images, "text": text, "tab": tab}
         self._html = html
         self._share = drawing_share
         self._next_drawing_at: dict[str, float] = {}  # by phase

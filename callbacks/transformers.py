@@ -50,7 +50,7 @@ _RUNTIME = "_runtime"
 class DeadNeuronCallback(Monitor, TrainerCallback):
     """Watches which neurons die while a Hugging Face Trainer trains, and shows it where the Trainer reports.
 
-    Scalars go to every callback that the Trainer reports to, pictures, diagnosis and vectors to a file beside
+    Scalars go to every callback that the Trainer reports to, pictures, diagnosis and tab to a file beside
     TensorBoard's. The metrics of an evaluation hold ``eval_neuronscope/dead_pct`` (of training so far),
     ``eval_neuronscope/val_dead_pct`` and the like for ``metric_for_best_model`` and ``EarlyStoppingCallback``. The
     counts are saved in the Trainer's checkpoints, as ``neuronscope.pt``, and a resumed training continues them. Steps

@@ -53,12 +53,13 @@ LEGEND = (
 )
 
 
-def render(report: Report, against: Report | None = None) -> str:
+def render(report: Report, against: Report | None = None, against_name: str = "") -> str:
     """Write a report as one HTML page.
 
     Args:
         report: The report.
         against: Another report on the same network (another phase, an earlier one) to compare with, layer by layer.
+        against_name: How the page names that report; ``""`` = by its phase and step.
 
     Returns:
         A page below 500 KB for 12 layers of 4096 neurons and for 300 layers, whatever their history, and not much more
@@ -101,7 +102,7 @@ def render(report: Report, against: Report | None = None) -> str:
         overview_hint=_hint(overview) if overview else "",
         left_out=left_out,
         legend=LEGEND,
-        against=None if against is None else _comparison(compare_reports(against, report)),
+        against=None if against is None else _comparison(compare_reports(against, report), against_name),
         reasons=[(item.name, item.reason) for item in report.not_measured],
         notes=report.other_notes,
         glossary=wording.glossary(report),
@@ -160,19 +161,29 @@ def _timeline(report: Report) -> Any:
     return timeline(died, revived, report.global_step, report.series, report.checkpoints)
 
 
-def _comparison(found: ReportComparison) -> dict[str, Any]:
-    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are."""
+def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
+    """Return what the page shows of a comparison: the layers with the most changes, and how many more there are.
+
+    Args:
+        found: The comparison.
+        name: The other report's name; ``""`` = its phase and step.
+    """
     changed = sorted(
         (layer for layer in found.layers if layer.died.size or layer.revived.size),
         key=lambda layer: layer.died.size + layer.revived.size,
         reverse=True,
     )
-    sentence = f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
+    here, there = (f"{count(one.dead)} of {plural(one.neurons, 'neuron')}" for one in (found.after, found.before))
+    sentence = f"Dead: {here} here, {there} there. "
+    sentence += f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
     sentence += f"in {plural(len(found.layers), 'layer')} that both have; who was not observed in one is not counted."
     if len(changed) > COMPARED:
         sentence += f" The {COMPARED} layers with the most are listed, of {count(len(changed))}."
+    if found.left_out:
+        left_out = plural(len(found.left_out), "layer")
+        sentence += f" Not compared: {left_out} that only one has, or whose size differs."
     return {
-        "name": f"phase {found.before.phase} at step {count(found.before.global_step)}",
+        "name": name or f"phase {found.before.phase} at step {count(found.before.global_step)}",
         "sentence": sentence,
         "rows": [
             {

@@ -33,12 +33,14 @@ __all__ = [
     "NetworkMap",
     "Packed",
     "Resolution",
+    "coarse_levels",
     "encode",
     "first_that_fits",
     "four_planes",
     "fraction_levels",
     "pack",
     "share_budget",
+    "spread_windows",
     "summarise",
     "verdict_levels",
 ]
@@ -227,7 +229,7 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
     order = _worst_first(site, levels)
 
     def packed(resolution: Resolution) -> Packed:
-        picked = _pick(len(steps), resolution.columns)
+        picked = spread_windows(len(steps), resolution.columns)
         rows = min(site.neurons, resolution.rows)
         planes: list[ByteArray] = []
         if resolution.neurons:
@@ -236,7 +238,7 @@ def pack(site: SiteReport, budget: int, step: int) -> Packed:
             died, revived = site.history.died_step[order], site.history.revived_step[order]
             planes += [four_planes(np.clip(at + 1, 0, (1 << 32) - 1).astype("<u4")) for at in (died, revived)]
         share, rest = _bands(levels[picked][:, order], rows)
-        planes += [_coarse(share, resolution.greys, 255), _coarse(rest, resolution.greys, LEVEL_MAX)]
+        planes += [_coarse(share, resolution.greys, 255), coarse_levels(rest, resolution.greys)]
         return Packed([int(step) for step in steps[picked]], len(steps), rows, resolution, encode(planes))
 
     return first_that_fits(LADDER, packed, budget)
@@ -281,7 +283,7 @@ def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap
     sizes = four_planes(np.array([site.neurons for site in sites], dtype="<u4"))
 
     def packed(columns: int) -> NetworkMap:
-        picked = steps[_pick(len(steps), columns)]
+        picked = steps[spread_windows(len(steps), columns)]
         dead = np.zeros((len(sites), picked.size), dtype="<u4")
         rest = np.full(dead.shape, LEVEL_UNSEEN, dtype=np.uint8)
         for row, (own, levels) in enumerate(histories):
@@ -289,7 +291,7 @@ def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap
             if levels.shape[1]:
                 found = levels[at[at >= 0]]
                 dead[row, at >= 0] = (found == LEVEL_DEAD).sum(axis=1)
-                rest[row, at >= 0] = _coarse(_bands(found, 1)[1][0], 25, LEVEL_MAX)
+                rest[row, at >= 0] = coarse_levels(_bands(found, 1)[1][0], 25)
         return NetworkMap(picked.tolist(), steps.size, encode([sizes, four_planes(dead.ravel()), rest, names]))
 
     return first_that_fits((256, 128, 64, 32, 16), packed, budget)
@@ -318,9 +320,24 @@ def _worst_first(site: SiteReport, levels: ByteArray) -> IntArray:
     ).astype(np.int64)
 
 
-def _pick(windows: int, columns: int) -> IntArray:
-    """Return indices of at most ``columns`` windows, spread evenly from the first to the last, int64 ``(C,)``."""
+def spread_windows(windows: int, columns: int) -> IntArray:
+    """Return indices of windows that are spread evenly from the first to the last, int64 ``(C,)``.
+
+    Args:
+        windows: Number of windows.
+        columns: Most indices.
+    """
     return np.unique(np.linspace(0, windows - 1, min(windows, columns)).round().astype(np.int64))
+
+
+def coarse_levels(levels: ByteArray, shades: int) -> ByteArray:
+    """Round levels between "never zero" and "always zero" to ``shades`` steps; verdicts stay unchanged.
+
+    Args:
+        levels: uint8, any shape.
+        shades: The number of steps.
+    """
+    return _coarse(levels, shades, LEVEL_MAX)
 
 
 def _coarse(plane: ByteArray, greys: int, top: int) -> ByteArray:

@@ -193,7 +193,7 @@ class Log:  # as far as a publisher sees one; Lightning takes seconds to load
     key = "run"
     def log_metrics(self, metrics, step): pass
     def event_folder(self): return sys.argv[1]
-Publisher(images=True, text=True, vectors=True, html=False, drawing_share=1.0).publish(scope.report(), [Log()], 3)
+Publisher(images=True, text=True, tab=True, html=False, drawing_share=1.0).publish(scope.report(), [Log()], 3)
 {end}
 """
 
@@ -206,4 +206,4 @@ def test_a_program_that_ends_while_it_draws_loses_nothing(tmp_path: Path, end: s
     found = read(tmp_path / "neuronscope")
     assert [event.step for event in found.Images(IMAGE)] == [3]
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [3]
-    assert [event.step for event in found.Tensors("neuronscope.vectors/0/relu")] == [3]
+    assert [event.step for event in found.Tensors("neuronscope/report")] == [3]

@@ -54,7 +54,7 @@ def events(logger: TensorBoardLogger) -> EventAccumulator:
 
 
 def drawings(logger: TensorBoardLogger) -> EventAccumulator:
-    """What is in our event file: pictures, text and vectors."""
+    """What is in our event file: pictures, text and tab."""
     return read(Path(logger.log_dir) / "neuronscope")
 
 
@@ -97,7 +97,7 @@ def test_fits_one_after_another_never_log_a_lower_step() -> None:
     assert logger.steps("neuronscope/dead_pct")[-1] == 23
 
 
-def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tmp_path: Path) -> None:
+def test_tensorboard_gets_pictures_text_and_tab_and_other_loggers_scalars(tmp_path: Path) -> None:
     board, table = TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")
     monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=4, drawing_share=1.0)
     run = trainer(monitor, logger=[table, board], log_every_n_steps=1)
@@ -108,7 +108,7 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     assert (numbers.Tags()["images"], numbers.Tags()["tensors"], found.Tags()["scalars"]) == ([], [], [])
     for tag in ("neuronscope/overview", f"neuronscope.neurons/{FIRST}", f"neuronscope.neurons/{SECOND}"):
         assert [event.step for event in found.Images(tag)] == [3, 7, 11, 15], tag
-    for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{FIRST}"):
+    for tag in ("neuronscope/diagnosis/text_summary", "neuronscope/report"):
         assert [event.step for event in found.Tensors(tag)] == [3, 7, 11, 15], tag
     assert [event.step for event in found.Images("neuronscope/val_overview")] == [7, 15]
     scalars = [(event.step, event.value) for event in numbers.Scalars("neuronscope/dead_pct")]
@@ -137,8 +137,8 @@ def test_drawing_keeps_to_its_share_of_time_and_the_end_is_always_drawn(
     assert [event.step for event in events(board).Scalars("mine-neuronscope/dead_pct")] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("left_out", ["images", "text", "vectors"])
-def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str) -> None:
+@pytest.mark.parametrize("left_out", ["images", "text", "tab"])
+def test_pictures_text_and_tab_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     board = TensorBoardLogger(tmp_path)
     monitor = DeadNeuronMonitor(every_n_steps=1, **{left_out: False})
     trainer(monitor, logger=board, log_every_n_steps=1, max_epochs=1).fit(network(), batches(2), batches(1))
@@ -146,7 +146,7 @@ def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],
-        "vectors": f"neuronscope.vectors/{FIRST}" in tags["tensors"],
+        "tab": "neuronscope/report" in tags["tensors"],
     }
     assert there == {name: name != left_out for name in there}
 

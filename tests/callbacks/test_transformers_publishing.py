@@ -76,21 +76,21 @@ def test_tensorboard_gets_the_tags_that_lightning_has(tmp_path: Path) -> None:
         assert [event.step for event in board.Scalars(tag)] == [13, 16], tag
     for tag in ("neuronscope/overview", f"neuronscope.neurons/{safe(ACTS[0])}"):
         assert [event.step for event in drawings.Images(tag)] == [13, 16], tag
-    for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{safe(ACTS[0])}"):
+    for tag in ("neuronscope/diagnosis/text_summary", "neuronscope/report"):
         assert [event.step for event in drawings.Tensors(tag)] == [13, 16], tag
     assert [event.step for event in board.Scalars("neuronscope/val_dead_pct")] == [8, 16]
     assert [event.value for event in board.Scalars("train/loss")]
 
 
-@pytest.mark.parametrize("left_out", ["images", "text", "vectors"])
-def test_pictures_text_and_vectors_can_be_left_out(tmp_path: Path, left_out: str) -> None:
+@pytest.mark.parametrize("left_out", ["images", "text", "tab"])
+def test_pictures_text_and_tab_can_be_left_out(tmp_path: Path, left_out: str) -> None:
     callback = DeadNeuronCallback(every_n_steps=1, **{left_out: False})
     trainer(tmp_path, callback, report_to=["tensorboard"], num_train_epochs=1).train()
     tags = events(tmp_path, DRAWINGS).Tags()
     there = {
         "images": "neuronscope/overview" in tags["images"],
         "text": "neuronscope/diagnosis/text_summary" in tags["tensors"],
-        "vectors": f"neuronscope.vectors/{safe(ACTS[0])}" in tags["tensors"],
+        "tab": "neuronscope/report" in tags["tensors"],
     }
     assert there == {name: name != left_out for name in there}
 

@@ -30,7 +30,11 @@ CASES = {
     "neuronscope.writers.html": HEAVY,
     "neuronscope.writers.json": HEAVY,
     "neuronscope.writers.markdown": HEAVY,
+    "neuronscope.writers.report_bytes": HEAVY,
     "neuronscope.writers.terminal": HEAVY,
+    # By its entry point it is imported whenever TensorBoard starts.
+    "neuronscope.writers.tensorboard_plugin.loader": (*FRAMEWORKS, "sklearn", "matplotlib", "jinja2", "rich"),
+    "neuronscope.writers.tensorboard_plugin.plugin": (*FRAMEWORKS, "sklearn", "matplotlib", "rich"),
     # One framework a file.
     "neuronscope.scope": ("lightning", "pytorch_lightning", "transformers", "tensorboard", "rich", "jinja2", "PIL"),
 }

@@ -27,8 +27,8 @@ from neuronscope.writers.packing import Packed, Resolution
 from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.canvas import Canvas
 from neuronscope.writers.pictures.colours import DEAD, share_colours
+from neuronscope.writers.report_bytes import from_bytes, to_bytes
 from neuronscope.writers.tensorboard import diagnosis, scalars, write
-from neuronscope.writers.tensorboard.vectors import codes
 
 from .test_html import Page, cards
 from .test_packing import unpack
@@ -165,9 +165,8 @@ def in_diagnosis(report: Report) -> Shown:
     return Shown(said(text.replace("*", "")), last_column(report), text)
 
 
-def in_vectors(report: Report) -> Shown:
-    (site,) = report.layers
-    return Shown(int((codes(site)[0] == LEVEL_DEAD).sum()), last_column(report), "")
+def in_tab(report: Report) -> Shown:
+    return in_html(from_bytes(to_bytes(report)))
 
 
 class Board:
@@ -195,7 +194,7 @@ def drawn(report: Report, name: str) -> tuple[Any, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Canvas, "text", text)
-        write(report, board, 1, text=False, vectors=False)
+        write(report, board, 1, text=False, tab=False)
     return board.pictures[name], texts
 
 
@@ -258,7 +257,7 @@ WRITERS: dict[str, Callable[[Report], Shown]] = {
     "html": in_html,
     "scalars": in_scalars,
     "diagnosis": in_diagnosis,
-    "vectors": in_vectors,
+    "tab": in_tab,
     "overview": in_overview,
     "heatmap": in_heatmap,
     "figure": in_figure,
@@ -266,7 +265,7 @@ WRITERS: dict[str, Callable[[Report], Shown]] = {
     "table": in_table,
 }
 #: These give numbers alone.
-WORDLESS = ("scalars", "vectors", "table")
+WORDLESS = ("scalars", "table")
 
 
 @pytest.mark.parametrize("writer", WRITERS)

@@ -61,7 +61,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for upto in range(2, 41, 2):
             rich = upto % 10 == 0
             for phase in ("train", "val"):
-                assert dashboard.write(conv_net(upto, phase=phase), images=rich, text=rich, vectors=rich)
+                assert dashboard.write(conv_net(upto, phase=phase), images=rich, text=rich, tab=rich)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -19,11 +19,11 @@ from neuronscope.writers.tensorboard import Dashboard, EventFile, append, event_
 from neuronscope.writers.tensorboard.event_file import SPARE_BYTES, EncodedEvents
 
 from . import samples
-from .test_tensorboard import IMAGES, SCALARS, VECTORS, read, summary_writer
+from .test_tensorboard import IMAGES, REPORT, SCALARS, read, summary_writer
 
 multiplexer = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_multiplexer")
-ALL = {"images": True, "text": True, "vectors": True}
-TEXT = {"images": False, "text": True, "vectors": False}
+ALL = {"images": True, "text": True, "tab": True}
+TEXT = {"images": False, "text": True, "tab": False}
 
 
 def file_of(run: Path) -> Path:
@@ -45,7 +45,7 @@ def test_the_event_file_holds_what_a_summary_writer_would_write(tmp_path: Path) 
     append(report, EventFile(str(tmp_path / "ours")), 4000, **ALL)
     theirs, ours = read(tmp_path / "theirs"), read(tmp_path / "ours" / "neuronscope")
     assert set(ours.Tags()["images"]) == IMAGES
-    assert set(ours.Tags()["tensors"]) == {*VECTORS, "neuronscope/diagnosis/text_summary"}
+    assert set(ours.Tags()["tensors"]) == {REPORT, "neuronscope/diagnosis/text_summary"}
     assert ours.file_version == theirs.file_version
     for tag in ours.Tags()["images"]:
         assert undated(ours.Images(tag)) == undated(theirs.Images(tag)), tag

@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
-from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
+from neuronscope.report.report import LEVEL_DEAD, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
 from neuronscope.writers.formatting import visible
 from neuronscope.writers.markdown_text import plain
+from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
 from neuronscope.writers.tensorboard.scalars import turnover
 from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, groups, safe
-from neuronscope.writers.tensorboard.vectors import CHANNELS, codes
 
 from . import samples
 
@@ -48,7 +48,7 @@ SCALARS = {
     *(f"neuronscope.{metric}/{site}" for metric in ("dead_pct", "dormant_pct") for site in SITES),
 }
 IMAGES = {"neuronscope/overview", *(f"neuronscope.neurons/{site}" for site in SITES)}
-VECTORS = {f"neuronscope.vectors/{site}" for site in SITES}
+REPORT = "neuronscope/report"
 
 
 def summary_writer(kind: str, folder: Path) -> Any:
@@ -75,7 +75,7 @@ def test_tensorboard_reads_back_what_was_written(kind: str, tmp_path: Path) -> N
     found = read(tmp_path)
     assert set(found.Tags()["scalars"]) == SCALARS
     assert set(found.Tags()["images"]) == IMAGES
-    assert set(found.Tags()["tensors"]) == {*VECTORS, "neuronscope/diagnosis/text_summary"}
+    assert set(found.Tags()["tensors"]) == {REPORT, "neuronscope/diagnosis/text_summary"}
     (event,) = found.Scalars("neuronscope/dead_pct")
     assert event.step == 4000
     assert event.value == pytest.approx(report.dead_percent)
@@ -84,34 +84,17 @@ def test_tensorboard_reads_back_what_was_written(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["torch", "tensorboardX"])
-def test_vectors_hold_the_codes_of_each_neuron_and_their_site(kind: str, tmp_path: Path) -> None:
+def test_the_tab_gets_the_report_itself(kind: str, tmp_path: Path) -> None:
     report = samples.conv_net()
     with summary_writer(kind, tmp_path) as writer:
         write(report, writer, 4000, images=False, text=False)
     found = read(tmp_path)
-    for order, site in enumerate(report.layers):
-        tag = f"neuronscope.vectors/{site.name}"
-        (event,) = found.Tensors(tag)
-        assert (tensor_util.make_ndarray(event.tensor_proto) == codes(site)).all()
-        metadata = found.SummaryMetadata(tag)
-        assert metadata.plugin_data.plugin_name == "neuronscope"
-        assert metadata.data_class == 2  # DATA_CLASS_TENSOR; without it the run does not show
-        content = json.loads(metadata.plugin_data.content)
-        assert (content["site"], content["order"], content["neurons"]) == (site.name, order, site.neurons)
-        assert content["channels"] == list(CHANNELS)
-
-
-def test_the_code_of_a_rate_of_exactly_0_or_1_is_that_of_no_other_rate() -> None:
-    site = samples.site_of("act", np.full((1, 6), 100, np.uint8), samples.windows(1))
-    fractions = np.array([0.0, 1e-9, 0.5, 1 - 1e-9, 1.0, np.nan])
-    judgement = replace(site.judgement, silent=fractions == 1.0)
-    site = replace(site, zero_output_fraction=fractions, zero_gradient_fraction=fractions, judgement=judgement)
-    # Never zero is 0 and always zero LEVEL_MAX, which is also the code of silence; one position off either is not.
-    wanted = [0, 1, LEVEL_MAX // 2, LEVEL_MAX - 1, LEVEL_MAX, LEVEL_UNSEEN]
-    assert codes(site).tolist() == [wanted, wanted]
-    assert LEVEL_SILENT == LEVEL_MAX
-    dead = samples.uniform(LEVEL_DEAD).layers[0]
-    assert set(codes(dead)[0].tolist()) == {LEVEL_DEAD}
+    (event,) = found.Tensors(REPORT)
+    assert from_bytes(tensor_util.make_ndarray(event.tensor_proto).tobytes()).to_html() == report.to_html()
+    metadata = found.SummaryMetadata(REPORT)
+    assert metadata.plugin_data.plugin_name == "neuronscope"
+    assert metadata.data_class == 2  # DATA_CLASS_TENSOR; without it the run does not show
+    assert json.loads(metadata.plugin_data.content) == {"phase": "train"}
 
 
 def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
@@ -125,7 +108,7 @@ def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
         write(samples.conv_net(phase="val"), writer, 1)
     tags = read(tmp_path).Tags()
     assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.0/relu"} <= set(tags["images"])
-    assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.0/relu"} <= set(tags["tensors"])
+    assert {"neuronscope/val_diagnosis/text_summary", "neuronscope/val_report"} <= set(tags["tensors"])
 
 
 def test_the_scalars_equal_the_numbers_of_the_report() -> None:
@@ -162,9 +145,9 @@ def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: 
         early.layers, reversed(early.layers), strict=True))[::-1])  # fmt: skip
     assert [site.name for site in late.layers] == [site.name for site in early.layers]
     with summary_writer("torch", tmp_path) as writer:
-        write(early, writer, 1200, vectors=False)
+        write(early, writer, 1200, tab=False)
         first = read(tmp_path).Tags()
-        write(late, writer, 2400, vectors=False)
+        write(late, writer, 2400, tab=False)
     both = read(tmp_path).Tags()
     assert {kind: set(tags) for kind, tags in first.items() if tags} == {
         kind: set(tags) for kind, tags in both.items() if tags
@@ -190,7 +173,7 @@ def test_every_death_between_two_logs_is_counted_once(tmp_path: Path) -> None:
     with summary_writer("torch", tmp_path) as writer:
         dashboard = Dashboard(writer)
         for upto in logged:
-            assert dashboard.write(samples.conv_net(upto), images=False, text=False, vectors=False)
+            assert dashboard.write(samples.conv_net(upto), images=False, text=False, tab=False)
     found, whole = read(tmp_path), samples.conv_net()
     for tag, name in (("deaths", "deaths"), ("revivals", "revivals")):
         events = found.Scalars(f"neuronscope/{tag}")
@@ -232,7 +215,7 @@ def test_deaths_and_revivals_equal_those_counted_by_hand(
 def test_logged_steps_never_decrease(tmp_path: Path) -> None:
     with summary_writer("torch", tmp_path) as writer:
         dashboard = Dashboard(writer)
-        options = {"images": False, "text": False, "vectors": False}
+        options = {"images": False, "text": False, "tab": False}
         assert dashboard.write(samples.conv_net(10), 50, **options)
         assert not dashboard.write(samples.conv_net(10), 50, **options)
         assert not dashboard.write(samples.conv_net(11), 49, **options)
@@ -341,12 +324,12 @@ def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() ->
 
 def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:
     from neuronscope.writers.tensorboard.dashboard import _add_summary
-    from neuronscope.writers.tensorboard.vectors import summaries
+    from neuronscope.writers.tensorboard.tab import summary
 
     writer = summary_writer("torch", tmp_path)
     writer.close()
     with pytest.raises(UsageError, match="was closed"):
-        _add_summary(writer, summaries(samples.conv_net(1))[0], 1)
+        _add_summary(writer, summary(samples.conv_net(1)), 1)
 
 
 def test_importing_the_writer_loads_nothing_heavy() -> None:

@@ -313,8 +313,17 @@ const page = (() => {
     });
   };
 
-  if (remembered()) root.dataset.theme = remembered();
-  themeButton.hidden = false;
+  // A frame of ours, as in TensorBoard's tab, says which theme its host has; anywhere else a person chooses.
+  const frame = frameElement?.dataset.theme ? frameElement : null;
+  const follow = () => {
+    root.dataset.theme = frame.dataset.theme;
+    showTheme();
+  };
+  if (frame) {
+    follow();
+    new MutationObserver(follow).observe(frame, { attributeFilter: ["data-theme"] });
+  } else if (remembered()) root.dataset.theme = remembered();
+  themeButton.hidden = frame !== null;
   themeButton.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
     remembered(root.dataset.theme);

@@ -13,8 +13,8 @@ from neuronscope.report.report import Report, SiteReport
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
+from neuronscope.writers.tensorboard.tab import summary
 from neuronscope.writers.tensorboard.tags import metric, safe
-from neuronscope.writers.tensorboard.vectors import summaries
 from neuronscope.writers.wording import provisional_note, severity
 
 if TYPE_CHECKING:
@@ -73,15 +73,15 @@ def write(
     since: int | None = None,
     images: bool = True,
     text: bool = True,
-    vectors: bool = True,
+    tab: bool = True,
     per_site: bool = True,
 ) -> None:
     """Write a report to TensorBoard at a step, all of it through ``writer``.
 
     Errors of the writer reach the caller. :class:`Dashboard` prevents a full disk from ending a training.
 
-    Scalars and text take milliseconds. Pictures take about 40 ms each, most of it for PNG: write them every few
-    windows. Vectors pass through a checksum in pure Python at 4 to 8 MB a second: write them every 100 to 500 steps.
+    Scalars and text take milliseconds. Pictures take about 40 ms each, most of it for PNG, and the report for the tab
+    grows with the network: write them every few windows.
 
     Args:
         report: The report.
@@ -93,16 +93,16 @@ def write(
             A network of more than :data:`MOST_HEATMAPS` layers gets ``neuronscope.neurons/worst-1`` … ``worst-8``; each
             picture names its layer, so that the tags stay the same while the worst layers change.
         text: Whether to write the diagnosis (``neuronscope/diagnosis``).
-        vectors: Whether to write one byte per neuron for Neuronscope's own tab.
+        tab: Whether to write the report for Neuronscope's own tab.
         per_site: Whether to write the scalars of each layer.
     """
     for tag, value in scalars(report, since=since, per_site=per_site).items():
         writer.add_scalar(tag, value, step)
-    _draw(report, writer, step, images=images, text=text, vectors=vectors)
+    _draw(report, writer, step, images=images, text=text, tab=tab)
 
 
-def append(report: Report, file: EventFile, step: int, *, images: bool, text: bool, vectors: bool) -> None:
-    """Append a report's pictures, text and vectors to an event file: all of them, or none.
+def append(report: Report, file: EventFile, step: int, *, images: bool, text: bool, tab: bool) -> None:
+    """Append a report's pictures, text and tab to an event file: all of them, or none.
 
     Args:
         report: The report.
@@ -110,18 +110,18 @@ def append(report: Report, file: EventFile, step: int, *, images: bool, text: bo
         step: The trainer's step, for the x axis.
         images: Whether to draw pictures.
         text: Whether to write the diagnosis.
-        vectors: Whether to write one byte per neuron.
+        tab: Whether to write the report for Neuronscope's own tab.
 
     Raises:
         OSError: The file cannot be written, or the disk is full.
     """
     require_room(file.run)  # before any work is done
     events = EncodedEvents()
-    _draw(report, events, step, images=images, text=text, vectors=vectors)
+    _draw(report, events, step, images=images, text=text, tab=tab)
     file.append(events.data)
 
 
-def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, text: bool, vectors: bool) -> None:
+def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, text: bool, tab: bool) -> None:
     if images:
         from neuronscope.writers.pictures import heatmap, overview  # Pillow, only where pictures are drawn
 
@@ -133,16 +133,15 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
             writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
-    if vectors:
-        for summary in summaries(report):
-            _add_summary(writer, summary, step)
+    if tab:
+        _add_summary(writer, summary(report), step)
 
 
 class Dashboard:
     """Writes reports to the folder of a ``SummaryWriter``, and remembers the steps that it wrote.
 
     It never writes a lower step than before: TensorBoard's data server drops the history of a tag when a lower step
-    comes. Scalars go through the writer. Pictures, text and vectors go to an event file in the subfolder
+    comes. Scalars go through the writer. Pictures, text and tab go to an event file in the subfolder
     ``neuronscope``, so that they cannot end a training whose disk is full: what cannot be written is left out, with
     one warning.
 
@@ -164,7 +163,7 @@ class Dashboard:
         *,
         images: bool = True,
         text: bool = True,
-        vectors: bool = True,
+        tab: bool = True,
         per_site: bool = True,
     ) -> bool:
         """Write a report as :func:`write` does, unless its phase was written at this step or a later one.
@@ -176,7 +175,7 @@ class Dashboard:
             step: The trainer's step; ``None`` = ``report.global_step``.
             images: Whether to draw pictures.
             text: Whether to write the diagnosis.
-            vectors: Whether to write one byte per neuron.
+            tab: Whether to write the report for Neuronscope's own tab.
             per_site: Whether to write the scalars of each layer.
 
         Returns:
@@ -186,11 +185,11 @@ class Dashboard:
         last_step, since = self._written.get(report.phase, (-1, -1))
         if step <= last_step:
             return False
-        drawn = {"images": images, "text": text, "vectors": vectors}
+        drawn = {"images": images, "text": text, "tab": tab}
         try:
             if self._file is not None:
                 require_room(self._file.run)
-            write(report, self._writer, step, since=since, images=False, text=False, vectors=False, per_site=per_site)
+            write(report, self._writer, step, since=since, images=False, text=False, tab=False, per_site=per_site)
             self._writer.flush()  # now: the writer's thread would keep an error, and raise it in the training
             self._written[report.phase] = (step, report.global_step)
             if self._file is None:
@@ -238,7 +237,7 @@ def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]
 
 
-def _add_summary(writer: Any, summary: Summary, step: int) -> None:
+def _add_summary(writer: Any, made: Summary, step: int) -> None:
     """Write a summary to the event file of a writer.
 
     A ``SummaryWriter`` has no method for a whole summary. Its ``file_writer`` has: a public attribute in torch and
@@ -246,7 +245,7 @@ def _add_summary(writer: Any, summary: Summary, step: int) -> None:
 
     Args:
         writer: A ``SummaryWriter`` or :class:`EncodedEvents`.
-        summary: The summary.
+        made: The summary.
         step: The step.
 
     Raises:
@@ -258,6 +257,6 @@ def _add_summary(writer: Any, summary: Summary, step: int) -> None:
     if type(file_writer).__module__.partition(".")[0] == "tensorboardX":  # accepts only protos of its own
         from tensorboardX.proto.summary_pb2 import Summary as ForeignSummary
 
-        file_writer.add_summary(ForeignSummary.FromString(summary.SerializeToString()), step)
+        file_writer.add_summary(ForeignSummary.FromString(made.SerializeToString()), step)
     else:
-        file_writer.add_summary(summary, step)
+        file_writer.add_summary(made, step)
