@@ -18,6 +18,7 @@ from neuronscope.act.tied_groups import TiedGroups
 from neuronscope.act.unit_groups import UnitGroups
 from neuronscope.act.widths import fold_columns, leave_out, widths_of
 from neuronscope.attach.compiling import is_compiled
+from neuronscope.attach.dtensor import is_distributed
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.neuron_flow import SHIFTED
 from neuronscope.errors import UsageError
@@ -215,11 +216,13 @@ def _require_fit(site: str, fits: bool) -> None:
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that a model can be followed.
+    """Check that a model can be followed and copied.
 
     Raises:
-        UsageError: A part of it is compiled or scripted.
+        UsageError: A part of it is compiled or scripted, or its weights are distributed.
     """
+    if path := next((name for name, weight in model.named_parameters() if is_distributed(weight)), None):
+        raise UsageError(f"Expected a model whose weights are whole, but `{path}` is distributed among ranks.")
     for name, module in model.named_modules():
         if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
             raise UsageError(
