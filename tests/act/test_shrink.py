@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -398,6 +399,55 @@ def test_a_result_that_differs_is_not_returned() -> None:
     kill(net.a, 1)
     with pytest.raises(UsageError, match="its outputs differ by"):
         shrunk_and_checked(net, vectors())
+
+
+def masked(logits: Tensor) -> Tensor:  # most of them, as for tokens that may not come
+    return logits.masked_fill(torch.arange(logits.shape[1]) > 1, -1e9)
+
+
+def added_mask(logits: Tensor) -> Tensor:
+    return logits + torch.where(torch.arange(logits.shape[1]) > 1, -1e9, 0.0)
+
+
+def lowest(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.arange(logits.shape[1]) > 5, torch.finfo(logits.dtype).min)
+
+
+@pytest.mark.parametrize("mask", [masked, added_mask, lowest])
+@pytest.mark.parametrize("error", [0.0, 1e-3])
+def test_fill_values_do_not_hide_a_difference_of_the_other_outputs(
+    mask: Callable[[Tensor], Tensor], error: float
+) -> None:
+    torch.manual_seed(0)
+
+    def path(net: Net, x: Tensor) -> Tensor:
+        return mask(net.out(torch.relu(net.a(x))) * (1 + error * net.a.out_features))
+
+    net, x = Net(path, a=nn.Linear(4, 6), out=nn.Linear(6, 9)), vectors().float()
+    kill(net.a, 1)
+    report = ns.scan(net, [x])
+    if error:
+        with pytest.raises(UsageError, match=r"its outputs differ by .*, where the largest output is \d\.\d+:"):
+            ns.shrink(net, report, [x])
+    else:
+        difference = ns.shrink(net, report, [x]).difference
+        assert difference is not None
+        with torch.no_grad():
+            values = net(x).abs()
+        assert difference.scale == float(values[values < 1e6].max())
+
+
+def test_each_output_is_measured_by_its_own_size() -> None:
+    torch.manual_seed(0)
+
+    def path(net: Net, x: Tensor) -> Any:
+        h = net.out(torch.relu(net.a(x)))
+        return 1e9 * h, h * (1 + 1e-3 * net.a.out_features)
+
+    net, x = Net(path, a=nn.Linear(4, 6), out=nn.Linear(6, 9)), vectors().float()
+    kill(net.a, 1)
+    with pytest.raises(UsageError, match="its outputs differ by"):
+        ns.shrink(net, ns.scan(net, [x]), [x])
 
 
 def test_a_report_on_a_model_of_other_widths_is_refused() -> None:
