@@ -6,6 +6,7 @@ Models and data are float64 here, so that nothing rests on the last bits of floa
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import neuronscope as ns
 from neuronscope.act.widths import set_widths
+from neuronscope.demo.recipe import VARIANTS, Recipe, build_network
 from neuronscope.errors import UsageError
 from tests.act.llama import small_llama
 
@@ -89,6 +92,54 @@ def test_dead_neurons_of_linear_layers_go() -> None:
     text = str(shrunk)
     assert "3 neurons taken out of 2 layers: 108 → " in text
     assert str(shrunk.model[0]) == "Linear(in_features=4, out_features=6, bias=True)"
+
+
+def digits() -> Tensor:
+    return torch.tensor(load_digits(return_X_y=True)[0][:320])  # whole numbers from 0 to 16
+
+
+def network_of_the_demo(living: list[list[int]], x: Tensor) -> nn.Module:
+    """The demo's network with weights of −1, 0 and 1; neurons that are not living are dead on purpose."""
+    chance = torch.Generator().manual_seed(0)
+    model = build_network(VARIANTS[0], Recipe(), seed=0).double()
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    with torch.no_grad():
+        for layer, own in zip(linears, [*living, range(10)], strict=True):
+            layer.weight.copy_(torch.randint(-1, 2, layer.weight.shape, generator=chance))
+            layer.bias.zero_()
+            for unit in own:
+                while len((x @ layer.weight[unit]).relu().unique()) < 100:  # it must not be idle by chance
+                    layer.weight[unit] = torch.randint(-1, 2, (layer.in_features,), generator=chance).double()
+            if layer.out_features == 64:
+                kill(layer, *set(range(64)).difference(own))
+            x = layer(x).relu()
+    return model
+
+
+def test_the_demos_network_without_its_268_dead_neurons_is_what_one_cuts_by_hand_bit_for_bit() -> None:
+    # Of 6 layers of 64 live 18 + 20 + 18 + 21 + 20 + 19 = 116, and 268 are dead. Of 65·64 + 5·65·64 + 65·10 = 25,610
+    # parameters stay 65·18 + 19·20 + 21·18 + 19·21 + 22·20 + 21·19 + 20·10 = 3,366. All numbers are whole and below
+    # 16 · 64⁷ < 2⁵³, so that no sum is rounded, whatever its order.
+    chance = torch.Generator().manual_seed(1)
+    living = [sorted(torch.randperm(64, generator=chance)[:width].tolist()) for width in (18, 20, 18, 21, 20, 19)]
+    x = digits()
+    model = network_of_the_demo(living, x)
+    report = ns.scan(model, [x])
+    assert (report.dead, report.neurons) == (268, 384)
+    shrunk = ns.shrink(model, report, [x])
+    assert shrunk.parameters == (25_610, 3_366)
+    assert shrunk.difference is not None
+    assert shrunk.difference.largest == 0.0
+    assert "Both models gave the same outputs, bit for bit, on 1 batch." in str(shrunk)
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    for (layer, reader), own in zip(itertools.pairwise(linears), living, strict=True):
+        layer.weight = nn.Parameter(layer.weight[own])
+        layer.bias = nn.Parameter(layer.bias[own])
+        reader.weight = nn.Parameter(reader.weight[:, own])
+    assert sum(each.numel() for each in model.parameters()) == 3_366
+    for (name, by_hand), ours in zip(model.state_dict().items(), shrunk.model.state_dict().values(), strict=True):
+        assert torch.equal(by_hand, ours), name
+    assert torch.equal(model(x), shrunk.model(x))
 
 
 def test_channels_go_with_their_norm_and_flattened_columns() -> None:
