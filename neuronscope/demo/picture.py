@@ -19,10 +19,6 @@ from neuronscope.writers.pictures.colours import (
     ALIVE_LOW,
     DEAD,
     DORMANT,
-    FRAME,
-    INK,
-    MUTED,
-    PAPER,
     SERIES,
     UNSEEN_STRIPE,
     Colour,
@@ -34,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["comparison_png", "draw_comparison", "house_style", "import_matplotlib"]
+
+#: A picture for documents, on light paper.
+PAPER, INK, MUTED, FRAME = (247, 246, 243), (33, 37, 43), (80, 86, 94), (205, 205, 200)
 
 #: The variants that have lines, their short names and colours; more lines could not be told apart.
 _LINES = {
