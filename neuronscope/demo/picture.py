@@ -178,10 +178,10 @@ def _draw_shares(
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
         panel.plot(steps, mean, style, color=colour, label=label, clip_on=False)
-        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1])).replace(' %', '%')}", _text_colour(name)))
+        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1]))}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
-    panel.yaxis.set_major_formatter("{x:g}%")
+    panel.yaxis.set_major_formatter("{x:g} %")
     panel.locator_params(axis="y", nbins=5)
     _name_lines(panel, steps[-1], sorted(ends))
 

@@ -64,7 +64,7 @@ def _layers(report: Report) -> list[str]:
         return [none] if report.observed_neurons else []
     rows = []
     for site in ill[:MOST_ROWS]:
-        cells = wording.site_cells(site, report.policy["confidence"])
+        cells = wording.site_cells(site, report)
         name = f"{code(cells.name)} {plain(cells.mark)}".rstrip()
         since = when(death_steps(site)[site.judgement.dead])
         rows.append([name, *(plain(getattr(cells, field)) for _, field, _ in COLUMNS), since])
