@@ -107,6 +107,8 @@ class SiteRecorder:
         self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
+        #: Called with each output that is counted, if somebody wants more of it than counts.
+        self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []
@@ -431,6 +433,8 @@ class SiteRecorder:
             self._note_traced(call)
 
     def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+        if self.sampler is not None:
+            self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
         plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
         left_out = None
