@@ -29,6 +29,7 @@ from neuronscope.writers.pictures.canvas import Canvas
 from neuronscope.writers.pictures.colours import DEAD, share_colours
 from neuronscope.writers.report_bytes import from_bytes, to_bytes
 from neuronscope.writers.tensorboard import diagnosis, scalars, write
+from neuronscope.writers.tensorboard.tags import card_name
 
 from .test_html import Page, cards
 from .test_packing import unpack
@@ -195,7 +196,7 @@ def drawn(report: Report, name: str) -> tuple[Any, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Canvas, "text", text)
         write(report, board, 1, text=False, tab=False)
-    return board.pictures[name], texts
+    return board.pictures[name if name in board.pictures else card_name(name)], texts
 
 
 def share_of(texts: list[str], pattern: str) -> int:
