@@ -66,6 +66,8 @@ class Monitor:
             but the first.
         optimizers: The optimizers of the model's weights, if ``revive`` is given. Set it before the first
             :meth:`step`; the callback of a framework does.
+        hyperparameters: Hyperparameters of the training by name. If there are any, TensorBoard's HParams tab shows them
+            beside the final numbers. Set it before :meth:`attach`; the callback of a framework does.
         options: What is watched, and how often.
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
@@ -157,6 +159,7 @@ class Monitor:
         self.console: logging.Logger | None = logging.getLogger("neuronscope")
         self.logs: Sequence[Log] = ()
         self.folder: str | None = None
+        self.hyperparameters: Mapping[str, Any] = {}
         self.optimizers: Sequence[Optimizer] = ()
         self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
         self._left: set[str] = set()  # sites of which it was said that their neurons are not revived
@@ -177,7 +180,7 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor logs."""
-        return {**vars(self), "logs": (), "optimizers": (), "_finalizer": None}
+        return {**vars(self), "logs": (), "optimizers": (), "hyperparameters": {}, "_finalizer": None}
 
     def __enter__(self) -> Self:
         return self
@@ -238,6 +241,7 @@ class Monitor:
             self._finalizer = weakref.finalize(self, self._runs.detach, join=False)
             self._finalizer.atexit = False
         self._publisher.begin()
+        self._publisher.list_hyperparameters(self.logs, self.hyperparameters, at_start=True)
         with self._warn_if_nothing_to_watch():
             self._runs.begin_training(model, step)
         if self.scope is not None:
@@ -451,6 +455,7 @@ class Monitor:
                 for phase in ("train",) if failed else ("train", "val"):
                     if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
                         reports[phase] = self._publish(phase, step, final=True)
+                self._publisher.list_hyperparameters(self.logs, self.hyperparameters, at_start=False)
         self._publisher.finish()  # the logs may be closed next
         report = reports.get("train")
         return report if report is not None and report.phase == "train" else None
