@@ -191,7 +191,7 @@ def test_numbers_go_through_the_logger_of_the_library(name: str, tmp_path: Path)
     watched.learn(ENVIRONMENT_STEPS, callback=[callback, evaluation(name)], log_interval=1)
     watched.logger.close()
     found = {key for _, row in recorded.rows for key in row}
-    some = "mlp_extractor.policy_net.2" if name == "PPO" else "critic.qf0.2"
+    some = "policy_net.2" if name == "PPO" else "qf0.2"
     assert {"neuronscope/dead_pct", "neuronscope/val_dead_pct"} <= found
     assert any(key.startswith("neuronscope.dead_pct/") and some in key for key in found)
     step, last = recorded.rows[-1]
