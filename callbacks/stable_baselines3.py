@@ -32,6 +32,7 @@ from neuronscope.callbacks.logs import SummaryWriterLog
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import warn_user
+from neuronscope.report.report import Report
 from neuronscope.writers.formatting import percent
 
 __all__ = ["DeadNeuronCallback"]
@@ -174,8 +175,7 @@ class DeadNeuronCallback(Monitor, BaseCallback):
         """Count what runs now as training."""
         self._leave_rollout()
         self._in_training = True
-        self.begin_batch()
-        self._share_examples()
+        self._go_on_training()
 
     def _on_training_end(self) -> None:
         """Detach, write the last numbers, and have the logger write them."""
@@ -213,20 +213,45 @@ class DeadNeuronCallback(Monitor, BaseCallback):
             self.interrupt_evaluation(ends=self._rollout_ends)
             self._in_rollout = self._rollout_ends = False
 
+    def begin_evaluation(self, phase: str = "val") -> None:
+        """Begin a pass of a phase, in the middle of a rollout too; see :meth:`Monitor.begin_evaluation`.
+
+        Args:
+            phase: ``val`` or ``test``.
+        """
+        if phase != "rollout":
+            self._leave_rollout()
+        super().begin_evaluation(phase)
+
+    def end_evaluation(self, *, step: int | None = None, final: bool = False) -> Report | None:
+        """End the pass; see :meth:`Monitor.end_evaluation`.
+
+        Args:
+            step: The step to write it at; by default the environment steps so far.
+            final: Whether no other pass is expected.
+        """
+        report = super().end_evaluation(step=self.num_timesteps if step is None else step, final=final)
+        self._go_on_training()
+        return report
+
+    def discard_evaluation(self) -> None:
+        """End the pass and forget what was counted in it."""
+        super().discard_evaluation()
+        self._go_on_training()
+
+    def _go_on_training(self) -> None:
+        """Count what runs now as training, if an evaluation came between a rollout and its gradient steps."""
+        if self._in_training:
+            self.begin_batch()
+            self._share_examples()
+
     def _evaluate(self, evaluation: EvalCallback, on_step: Callable[[], bool]) -> bool:
         """Run ``on_step`` of an ``EvalCallback``, and count the evaluation that it may run as a pass of ``val``."""
         if evaluation.eval_freq <= 0 or (evaluation.n_calls + 1) % evaluation.eval_freq:
             return on_step()
-        in_rollout = self._in_rollout
-        self._leave_rollout()
-        self.begin_evaluation("val")
-        self.begin_batch()
-        try:
+        in_rollout, self.num_timesteps = self._in_rollout, self.model.num_timesteps
+        with self.evaluation("val"):
             goes_on = on_step()
-        except BaseException:
-            self.discard_evaluation()
-            raise
-        self.end_evaluation(step=self.model.num_timesteps)
         if in_rollout:
             self._count_rollout()
         return goes_on

@@ -1,17 +1,19 @@
 """A DQN on CartPole whose ReLU network goes dormant, left alone and with its dead and dormant neurons revived.
 
-The agent is written by hand in plain torch. Its learning rate is ten times too high and it takes a gradient step after
-every step of the environment, which is how Sokar et al. (2023) make networks go dormant. Only gradient steps count as
-training; choosing an action runs without gradients and is phase ``inference``. A batch is a random draw from the replay
-buffer, so its rows are independent examples of what is in the buffer, and a dead verdict has a bound.
+The agent is written by hand in plain torch. Its learning rate is five times the usual one, and it takes a gradient step
+after every step of the environment: Sokar et al. (2023) found that many gradient steps make networks go dormant. Only
+gradient steps count as training; choosing an action runs without gradients and is phase ``inference``. A batch is a
+random draw from the replay buffer, so its rows are independent examples of what is in the buffer, and a dead verdict
+has a bound.
 
 Output (one seed; numbers differ between machines)::
 
-OUTPUT
+    seed 0, left alone: 45.4 % dormant, 39.5 % dead,   0 revived; return 103.5 (means of the second half)
+    seed 0, revived   : 31.2 % dormant, 29.5 % dead, 1516 revived; return 171.5 (means of the second half)
 
-What it shows: that a network goes dormant, and that ``ns.revive`` keeps it from that. It does not show that an agent
-gets better by it. CartPole needs few neurons, returns differ more between seeds than between the two ways, and
-docs/reinforcement-learning.md has a picture of all seeds.
+What it shows: that a network goes dormant, and that reviving keeps some of it awake; neurons die again while the
+learning rate stays. It does not show that an agent earns more by it: over five seeds the mean return is 118 left alone
+and 114 revived, and docs/reinforcement-learning.md has the picture.
 
 Run it with::
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -32,13 +35,13 @@ from torch.nn import functional as F
 
 import neuronscope as ns
 
-STEPS, WARM_UP, BATCH, TARGET_EVERY, REPORT_EVERY = 4000, 200, 64, 100, 200
-LEARNING_RATE, DISCOUNT = 1e-2, 0.99
+STEPS, WARM_UP, BATCH, TARGET_EVERY, REPORT_EVERY = 4000, 200, 64, 100, 100
+LEARNING_RATE, DISCOUNT = 5e-3, 0.99
 
 
 @dataclass
 class Run:
-    """What one training gave: shares every 200 steps, and the return of each episode with the step of its end."""
+    """What one training gave: shares every 100 steps, and the return of each episode with the step of its end."""
 
     steps: list[int] = field(default_factory=list)
     dormant: list[float] = field(default_factory=list)
@@ -55,7 +58,7 @@ class Replay:
         self.rows = np.zeros((size, 4 + 1 + 1 + 4 + 1), dtype=np.float32)  # state, action, reward, next state, ended
         self.count, self.rng = 0, rng
 
-    def add(self, *parts: object) -> None:
+    def add(self, *parts: Any) -> None:
         """Keep a transition, in the place of the oldest one."""
         self.rows[self.count % len(self.rows)] = np.hstack(parts)
         self.count += 1
