@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronscope.act.revival import Revival, revive
-    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Rule, SelfNormalizedResets
+    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Resampling, Rule, SelfNormalizedResets
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -40,6 +40,7 @@ _MODULE_OF = {
     "Policy": "neuronscope.judge.verdicts",
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "ReDo": "neuronscope.act.rules",
+    "Resampling": "neuronscope.act.rules",
     "Report": "neuronscope.report.report",
     "Revival": "neuronscope.act.revival",
     "Rule": "neuronscope.act.rules",
@@ -70,6 +71,7 @@ __all__ = [
     "PostmortemReport",
     "ReDo",
     "Report",
+    "Resampling",
     "Revival",
     "Rule",
     "Scope",
