@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
     from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
+    from neuronscope.sampled_features import LayerRepresentation, Representation, representation
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
     from neuronscope.tally.census import Census, Tally
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "Census": "neuronscope.tally.census",
     "ContinualBackprop": "neuronscope.act.rules",
     "Dead": "neuronscope.act.rules",
+    "LayerRepresentation": "neuronscope.sampled_features",
     "LinearLayers": "neuronscope.linear.linear_report",
     "LinearReport": "neuronscope.linear.linear_report",
     "NeuronscopeError": "neuronscope.errors",
@@ -40,8 +42,9 @@ _MODULE_OF = {
     "Policy": "neuronscope.judge.verdicts",
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "ReDo": "neuronscope.act.rules",
-    "Resampling": "neuronscope.act.rules",
     "Report": "neuronscope.report.report",
+    "Representation": "neuronscope.sampled_features",
+    "Resampling": "neuronscope.act.rules",
     "Revival": "neuronscope.act.revival",
     "Rule": "neuronscope.act.rules",
     "Scope": "neuronscope.scope",
@@ -52,6 +55,7 @@ _MODULE_OF = {
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "read_report": "neuronscope.report.reading",
+    "representation": "neuronscope.sampled_features",
     "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
     "shrink": "neuronscope.act.shrink",
@@ -63,6 +67,7 @@ __all__ = [
     "Census",
     "ContinualBackprop",
     "Dead",
+    "LayerRepresentation",
     "LinearLayers",
     "LinearReport",
     "NeuronscopeError",
@@ -71,6 +76,7 @@ __all__ = [
     "PostmortemReport",
     "ReDo",
     "Report",
+    "Representation",
     "Resampling",
     "Revival",
     "Rule",
@@ -83,6 +89,7 @@ __all__ = [
     "check_linear",
     "postmortem",
     "read_report",
+    "representation",
     "revive",
     "scan",
     "shrink",

@@ -19,12 +19,14 @@ import jinja2
 from markupsafe import Markup, escape
 
 from neuronscope.judge.diagnosis import Diagnosis
+from neuronscope.report import report
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, plural, visible
+from neuronscope.writers.packing import NetworkMap
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
-__all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data"]
+__all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data", "levels", "overview_data"]
 
 
 class Card(NamedTuple):
@@ -95,6 +97,25 @@ def layer_data(
         return {**about, "lost": "Never observed: there is nothing to draw."}
     said = f"To keep this page small, {lost}. The JSON report holds all." if lost else ""
     return {**about, "lost": said, **drawing}
+
+
+def levels() -> dict[str, int]:
+    """Return the codes of a map's levels by name, as the script knows them, such as ``dead`` and ``unseen``."""
+    names = [name for name in report.__all__ if name.startswith("LEVEL_")]
+    return {name.removeprefix("LEVEL_").lower(): getattr(report, name) for name in names}
+
+
+def overview_data(overview: NetworkMap | None, places: list[int]) -> dict[str, Any] | None:
+    """Return what the script reads of the map of all layers.
+
+    Args:
+        overview: The map; ``None`` if there is none.
+        places: Number of the :class:`LayerRow` of each of its rows; −1 if the table has none.
+    """
+    if overview is None:
+        return None
+    rows = len(places)
+    return {"neurons": rows, "rows": rows, "steps": overview.steps, "layers": places, "data": overview.data}
 
 
 def causes(diagnoses: Iterable[Diagnosis]) -> list[tuple[Diagnosis, list[tuple[str, str]]]]:
