@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronscope.act.revival import Revival, revive
-    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Rule, SelfNormalizedResets
+    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Resampling, Rule, SelfNormalizedResets
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -44,6 +44,7 @@ _MODULE_OF = {
     "ReDo": "neuronscope.act.rules",
     "Report": "neuronscope.report.report",
     "Representation": "neuronscope.sampled_features",
+    "Resampling": "neuronscope.act.rules",
     "Revival": "neuronscope.act.revival",
     "Rule": "neuronscope.act.rules",
     "Scope": "neuronscope.scope",
@@ -76,6 +77,7 @@ __all__ = [
     "ReDo",
     "Report",
     "Representation",
+    "Resampling",
     "Revival",
     "Rule",
     "Scope",

@@ -72,9 +72,9 @@ def markdown(courses: Courses) -> str:
         revived = statistics.fmean(sum(each[2] for each in course) for course in seeds)
         rows.append(
             [
-                words,
+                f"{words}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
                 *(_share(statistics.fmean(block)) for block in accuracy),
-                f"{_share(min(last))} – {_share(max(last))}",
+                f"{_share(min(last))} – {_share(max(last))}" if len(last) > 1 else "",
                 f"{dead:.0%}".replace("%", " %"),
                 f"{revived:,.0f}",
             ]

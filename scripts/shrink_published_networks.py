@@ -1,7 +1,7 @@
 """Shrink three published networks on real inputs, and print the table of docs/shrink.md.
 
 Run by hand, with the packages of ``requirements-specimens.txt`` on the path: ``python
-scripts/shrink_published_networks.py [NAME …]``; some minutes. Times are those of this machine, in turns of both networks.
+scripts/shrink_published_networks.py [NAME …]``; some minutes. Times are those of this machine, in turns.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def revive_in(scope: Scope, window: Census, optimizer: Optimizers, rule: Rule, *
     except BaseException:
         scope.agrees(_DISAGREE)  # other ranks wait for the answer
         raise
-    planned = repr([(plan.name, plan.neurons) for plan in plans])
+    planned = repr([[(plan.name, plan.neurons) for plan in plans], _checksums(plans, fresh)])
     if not scope.agrees(1 + zlib.crc32(planned.encode()) % (_MOST - 1)):
         reason = "not every rank of this run would revive the same neurons now, by counts of all ranks"
         return Revival((), {**left, **{plan.name: reason for plan in plans}})
@@ -286,14 +286,33 @@ def _unknown_state(optimizer: Optimizer) -> str:
 
 def _fresh_weights(plans: Sequence[_Intended], rule: Rule, *, seed: int) -> dict[str, dict[str, Tensor]]:
     """Return fresh tensors of each layer that leads into the neurons, by the layer's path and by name, on the CPU."""
-    layers = {row.layer: plan.structure.layers[row.layer] for plan in plans for row in plan.structure.incoming}
+    layers = _rows_of(plans)
     own = torch.Generator().manual_seed(seed)
     users = torch.default_generator.get_state()
     try:  # initialisers draw from the default generator and take no other
         torch.default_generator.set_state(own.get_state())
-        return {path: _initialised(layers[path], rule) for path in sorted(layers)}
+        fresh = {layer.path: _initialised(layer, rule) for layer, _ in layers}
+        for layer, rows in layers:
+            rule.refine(layer, fresh[layer.path], rows)
     finally:
         torch.default_generator.set_state(users)
+    return fresh
+
+
+def _rows_of(plans: Sequence[_Intended]) -> list[tuple[LayerWeights, list[int]]]:
+    """Return each layer that leads into neurons to be revived, by name, with their rows."""
+    found = [each for plan in plans for neuron in plan.neurons for each in plan.structure.rows(neuron)]
+    return sorted(_by_layer([(layer, [row]) for layer, row in found]), key=lambda each: each[0].path)
+
+
+def _checksums(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tensor]]) -> list[int]:
+    """Return a checksum of the bits of each fresh tensor's rows that will be used."""
+    found = []
+    for layer, rows in _rows_of(plans):
+        for part in layer.rows:
+            used = fresh[layer.path][part.name].index_select(part.dim, torch.tensor(rows)).contiguous()
+            found.append(zlib.crc32(used.flatten().view(torch.uint8).numpy().tobytes()))
+    return found
 
 
 def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
@@ -331,9 +350,8 @@ def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
 @torch.no_grad()
 def _apply(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tensor]], held: _Held) -> None:
     found = [(plan.structure, neuron) for plan in plans for neuron in plan.neurons]
-    rows = [(layer, [row]) for structure, neuron in found for layer, row in structure.rows(neuron)]
     columns = [each for structure, neuron in found for each in structure.columns(neuron)]
-    for layer, own in _by_layer(rows):
+    for layer, own in _rows_of(plans):
         for part in layer.rows:
             local, index = local_tensor(part.tensor), _places(part.tensor, part.dim, own)
             here = [local_range(part.tensor, dim) for dim in range(part.tensor.dim())]

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from neuronscope.act.structure import SiteStructure
+from neuronscope.act.structure import LayerWeights, SiteStructure
 from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.tally.census import Tally
 
-__all__ = ["ContinualBackprop", "Dead", "ReDo", "Rule", "SelfNormalizedResets", "SiteActivity", "as_rule"]
+__all__ = [
+    "ContinualBackprop",
+    "Dead",
+    "ReDo",
+    "Resampling",
+    "Rule",
+    "SelfNormalizedResets",
+    "SiteActivity",
+    "as_rule",
+]
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -102,6 +112,17 @@ class Rule:
             site: The site.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `choose(site)`")
+
+    def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        """Change fresh rows in place before they are used. By default they stay as the initialiser left them.
+
+        torch's default generator is not the user's meanwhile.
+
+        Args:
+            layer: A layer that leads into the neurons, with its weights of now.
+            fresh: Its freshly initialised tensors on the CPU, by name, whole.
+            rows: The rows that will be used.
+        """
 
 
 @dataclass(frozen=True)
@@ -202,6 +223,71 @@ class ContinualBackprop(Rule):
         chosen[np.argsort(utility, kind="stable")[: max(due, 0)]] = True
         chosen &= mature
         return chosen
+
+
+@dataclass(frozen=True)
+class Resampling(Rule):
+    """Choose the silent neurons of a sparse autoencoder, and turn each towards an example that is reconstructed badly.
+
+    An example is drawn with a chance proportional to its loss squared; the incoming row becomes its direction times
+    ``scale`` times the mean norm of the other rows, and the bias 0. Bricken et al. 2023, "Towards Monosemanticity:
+    Decomposing Language Models With Dictionary Learning". The paper also sets the outgoing column to the direction;
+    here it is 0, as for all rules, so that the network's function on the window does not change by a bit.
+
+    Args:
+        inputs: Inputs of the encoder's linear layer, ``(E, D)``; the same on all ranks. Linear layers of other inputs,
+            and those whose weights are distributed, are left alone.
+        losses: The loss of each of these examples, ``(E,)``.
+        scale: Norm of the fresh rows, relative to the mean norm of the others.
+
+    >>> Resampling(torch.randn(100, 4), torch.rand(100))
+    Resampling(scale=0.2)
+    """
+
+    inputs: Tensor = field(repr=False, compare=False)
+    losses: Tensor = field(repr=False, compare=False)
+    scale: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check(self, scale=(0.0, float("inf")))
+        inputs, losses = self.inputs, self.losses
+        fits = inputs.dim() == 2 and losses.shape == inputs.shape[:1] and bool(losses.isfinite().all())
+        if not fits or not bool((losses >= 0).all() & losses.any()):
+            raise UsageError(
+                "Expected `inputs` (E, D) of Resampling, and as many finite `losses` (E,), none negative, not all 0, "
+                f"but got shapes {tuple(inputs.shape)} and {tuple(losses.shape)}."
+            )
+
+    def choose(self, site: SiteActivity) -> BoolArray:
+        """Return which neurons are zero at every position of the window; none of layers that do not take the inputs."""
+        window, layers = site.window, [site.structure.layers[each.layer] for each in site.structure.incoming]
+        chosen: BoolArray = (window.zero_outputs == window.positions) & (window.not_finite_outputs == 0)
+        return chosen & all(map(self._fits, layers))
+
+    def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        """Turn fresh rows towards examples with a high loss.
+
+        Args:
+            layer: The encoder's linear layer.
+            fresh: Its freshly initialised tensors.
+            rows: The rows that will be used.
+
+        """
+        norms = layer.rows[0].tensor.detach().double().norm(dim=1).cpu()
+        others = norms[[row for row in range(len(norms)) if row not in set(rows)]]
+        drawn = torch.multinomial(self.losses.detach().double().cpu() ** 2, len(rows), replacement=True)
+        directions = nn.functional.normalize(self.inputs.detach().double().cpu()[drawn], dim=1)
+        size = self.scale * float((others if len(others) else norms).mean())
+        fresh["weight"][list(rows)] = (size * directions).to(fresh["weight"].dtype)
+        if "bias" in fresh:
+            fresh["bias"][list(rows)] = 0.0
+
+    def _fits(self, layer: LayerWeights) -> bool:
+        """Whether a layer is linear, takes inputs of this size, and is whole on this rank."""
+        weight = layer.rows[0] if layer.rows else None
+        if weight is None or weight.dim or is_distributed(weight.tensor):
+            return False
+        return weight.tensor.shape[1:] == self.inputs.shape[1:]
 
 
 def _check(rule: Rule, **ranges: tuple[float, float]) -> None:

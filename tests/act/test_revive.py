@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 import neuronscope as ns
 from neuronscope.act.revival import Revival
-from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Rule, SelfNormalizedResets, SiteActivity
-from neuronscope.act.structure import Structure
+from neuronscope.act.rules import (
+    ContinualBackprop,
+    Dead,
+    ReDo,
+    Resampling,
+    Rule,
+    SelfNormalizedResets,
+    SiteActivity,
+)
+from neuronscope.act.structure import LayerWeights, Structure
 from neuronscope.errors import DetachedError, NeuronscopeWarning, StateError, UsageError
 from neuronscope.report.reading import report_from_dict
 from neuronscope.writers.tensorboard import scalars
@@ -454,6 +462,57 @@ def test_continual_backprop_takes_the_least_useful_mature_ones_at_its_rate() -> 
         assert sorted(np.flatnonzero(chosen)) == sorted(order[:expected])
     weight = Run().model[3].weight.detach().double().abs().sum(0)
     assert np.allclose(site.outgoing(), weight.numpy())
+
+
+def autoencoder() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].bias.data[DEAD] = -100.0
+    return model
+
+
+def test_resampled_neurons_point_to_a_badly_reconstructed_example() -> None:
+    run = Run(autoencoder)
+    before, random, old = run.bits(), torch.get_rng_state(), weights(run.model)
+    losses = torch.zeros(320)
+    losses[17] = 3.0
+    done = ns.revive(run.scope, run.optimizer, Resampling(run.x, losses))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [(act.neurons, act.rule) for act in done.acts] == [((0, 3), "Resampling(scale=0.2)")]
+    new, example = weights(run.model), run.x[17].double()
+    living = [1, 2, 4, 5]
+    norm = sum(float(old["0.weight"][row].double().square().sum()) ** 0.5 for row in living) / 4
+    for row in DEAD:
+        expected = 0.2 * norm * example / float(example.square().sum()) ** 0.5
+        assert torch.allclose(new["0.weight"][row].double(), expected, rtol=1e-6, atol=0)
+        assert new["0.bias"][row] == 0
+    assert torch.equal(new["0.weight"][living], old["0.weight"][living])
+    assert not new["2.weight"][:, DEAD].any()
+    assert torch.equal(run.bits(), before)
+
+
+def test_an_example_is_drawn_with_its_loss_squared() -> None:
+    layer = LayerWeights.of("", nn.Linear(2, 5001))
+    rule, fresh = Resampling(torch.eye(2), torch.tensor([1.0, 2.0])), {"weight": torch.zeros(5001, 2)}
+    rule.refine(layer, fresh, range(5000))
+    second = float((fresh["weight"][:5000, 1] > 0).double().mean())
+    assert abs(second - 0.8) < 0.03  # 4 of 5; the standard deviation is 0.006
+    assert not fresh["weight"][5000].any()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "losses"), [((5, 4), [1.0] * 4), ((5,), [1.0] * 5), ((2, 4), [0.0, 0.0]), ((2, 4), [1.0, -1.0])]
+)
+def test_resampling_says_which_examples_it_needs(inputs: tuple[int, ...], losses: list[float]) -> None:
+    with pytest.raises(UsageError, match=r"as many finite `losses` \(E,\)"):
+        Resampling(torch.ones(inputs), torch.tensor(losses))
+
+
+@pytest.mark.parametrize("network", [autoencoder, Convolutions])
+def test_resampling_leaves_layers_of_other_inputs_alone(network: Callable[[], nn.Module]) -> None:
+    run = Run(network)
+    old = weights(run.model)
+    assert not ns.revive(run.scope, run.optimizer, Resampling(torch.ones(2, 7), torch.ones(2))).neurons
+    assert all(torch.equal(value, old[name]) for name, value in weights(run.model).items())
 
 
 def test_columns_of_a_flattened_map_are_all_in_the_utility() -> None:

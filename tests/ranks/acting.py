@@ -149,6 +149,18 @@ def revives_sharded(rank: int) -> dict[str, Any]:
     return {"acts": scope.acts, "left": dict(done.left), "states": states, "refused": refused, "uncut": uncut}
 
 
+def resamples_by_own_examples(rank: int) -> dict[str, Any]:
+    """Each rank would turn neurons to an example of its own."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    x = data(rank, 0)
+    with ns.watch(model, policy=POLICY) as scope:
+        model(x).square().mean().backward()
+        scope.step()
+        done = ns.revive(scope, optimizer, ns.Resampling(x, torch.ones(len(x))))
+    return {"acts": scope.acts, "left": dict(done.left)}
+
+
 def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """The weights, their moments and gradients, gathered from all ranks."""
     for module in model.modules():
@@ -164,6 +176,7 @@ def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[
 
 ACTING = (
     revives_sharded,
+    resamples_by_own_examples,
     revives_by_hand,
     revives_monitored,
     revives_with_a_retired_rank,

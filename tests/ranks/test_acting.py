@@ -76,6 +76,12 @@ def test_each_rank_revives_its_shards_of_weights_that_fsdp_distributes(acting: F
         assert not torch.equal(before["weights"]["0.weight"], after["weights"]["0.weight"])
 
 
+def test_ranks_that_would_write_other_numbers_do_not_act(acting: Found) -> None:
+    for rank in acting:
+        assert rank["resamples_by_own_examples"]["acts"] == ()
+        assert "not every rank" in rank["resamples_by_own_examples"]["left"]["0/relu"]
+
+
 def test_what_needs_whole_weights_is_refused_where_they_are_distributed(acting: Found) -> None:
     for rank in acting:
         assert "`2` are distributed among ranks" in rank["revives_sharded"]["refused"]
