@@ -281,6 +281,19 @@ def _meta(site: SiteReport) -> list[tuple[str, bool]]:
     return [(text, bold) for text, bold, shown in pieces if shown]
 
 
+def _facts(report: Report, site: SiteReport) -> list[str]:
+    """Say which weights lead into a layer's neurons and which read them, and which neurons were revived."""
+    facts = [f"Weights: {wording.weights_of(site)}."] if site.incoming else []
+    if acts := [act for act in report.acts if act.site == site.name]:
+        newest, total = acts[-1], sum(len(act.neurons) for act in acts)
+        which, more = ranges(np.array(newest.neurons), LISTED)
+        facts.append(
+            f"Revived: {plural(total, 'neuron')} at {plural(len(acts), 'step')}, last at step {count(newest.step)} by "
+            f"{visible(newest.rule)}: {which}{f' and {count(more)} more' if more else ''}."
+        )
+    return facts
+
+
 def _lost(site: SiteReport, packed: Packed) -> list[str]:
     """Say what the page leaves out of a layer's history."""
     resolution = packed.resolution
@@ -310,7 +323,7 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
     def layer(index: int) -> dict[str, Any]:
         site, packed = report.layers[index], maps.get(index)
         if packed is None:
-            return page.layer_data(index, _meta(site), "", None)
+            return page.layer_data(index, _meta(site), "", None, _facts(report, site))
         drawing = {
             "neurons": site.neurons,
             "rows": packed.rows,
@@ -319,7 +332,8 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
             "hasSteps": packed.resolution.steps,
             "data": packed.data,
         }
-        data = page.layer_data(index, _meta(site), "; ".join(_lost(site, packed)), drawing)
+        lost = "; ".join(_lost(site, packed))
+        data = page.layer_data(index, _meta(site), lost, drawing, _facts(report, site))
         return {**data, "lost": place("lost", data["lost"])}
 
     layers, places = [layer(index) for index in shown], set(shown)

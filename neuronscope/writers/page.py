@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +80,9 @@ class LayerRow:
     mark: str = ""
 
 
-def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: dict[str, Any] | None) -> dict[str, Any]:
+def layer_data(
+    number: int, meta: list[tuple[str, bool]], lost: str, drawing: dict[str, Any] | None, facts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what the script reads of a layer.
 
     Args:
@@ -88,11 +90,13 @@ def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: di
         meta: Pieces of the line below its name, each with whether it is bold.
         lost: What its drawing leaves out; ``""`` = nothing.
         drawing: Its drawing, with its bytes as ``data``; ``None`` if there is nothing to draw.
+        facts: Sentences on its weights and on what was done to its neurons.
     """
+    about = {"id": number, "meta": meta, **({"facts": list(facts)} if facts else {})}
     if drawing is None:
-        return {"id": number, "meta": meta, "lost": "Never observed: there is nothing to draw."}
+        return {**about, "lost": "Never observed: there is nothing to draw."}
     said = f"To keep this page small, {lost}. The JSON report holds all." if lost else ""
-    return {"id": number, "meta": meta, "lost": said, **drawing}
+    return {**about, "lost": said, **drawing}
 
 
 def levels() -> dict[str, int]:

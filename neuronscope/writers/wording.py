@@ -46,6 +46,7 @@ __all__ = [
     "tells_born",
     "title",
     "weights",
+    "weights_of",
 ]
 
 
@@ -196,13 +197,18 @@ def weights(sites: Sequence[SiteReport]) -> list[str]:
         sites: The layers that are shown.
     """
     return [
-        f"{visible(site.name)}: {_weights(site)}"
+        f"{visible(site.name)}: {weights_of(site)}"
         for site in sites
         if site.incoming and (site.dead or site.silent or site.dormant)
     ]
 
 
-def _weights(site: SiteReport) -> str:
+def weights_of(site: SiteReport) -> str:
+    """Say which weights lead into a layer's neurons, and which read them.
+
+    Args:
+        site: The layer, with weights that lead into it.
+    """
     rows = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.incoming)])
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
+from neuronscope.sites import IncomingRows
 from neuronscope.writers.formatting import visible
 from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
@@ -339,6 +340,20 @@ def test_the_diagnosis_text_equals_the_stored_text() -> None:
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_the_diagnosis_names_the_weights_of_layers_with_idle_neurons() -> None:
+    report = samples.conv_net()
+    layers = [
+        replace(site, incoming=(IncomingRows(site.name, 0, site.neurons, 0, 1),), reader_notes=("added in",))
+        for site in report.layers
+    ]
+    text = diagnosis(replace(report, layers=tuple(layers)))
+    block = text.partition("**Weights of layers with idle neurons**, worst first:\n\n")[2].partition("\n\n")[0]
+    worst = max(layers, key=lambda site: site.dead / site.neurons)
+    assert worst.name in unescape(block).splitlines()[0]
+    assert "not known exactly: added in" in unescape(block)
+    assert len(block.splitlines()) == sum(bool(site.dead or site.silent or site.dormant) for site in layers) <= 10
 
 
 def test_what_happened_why_and_what_to_do_stand_before_the_numbers() -> None:

@@ -11,8 +11,8 @@ from neuronscope.writers.page_headline import headline
 
 __all__ = ["diagnosis"]
 
-#: Most rows of the table.
-MOST_ROWS = 40
+#: Most rows of the table, and most layers of which the weights are named.
+MOST_ROWS, MOST_WEIGHTS = 40, 10
 
 #: Columns after the layer's name: heading, field of ``SiteCells``, whether it is aligned to the right.
 COLUMNS = (
@@ -76,4 +76,6 @@ def _layers(report: Report) -> list[str]:
     if report.dead:
         sure = f"{wording.confidence(report)} confidence"
         blocks.append(f"*Fires in*: a neuron called dead may still fire in up to this share of examples ({sure}).")
+    if found := wording.weights(ill)[:MOST_WEIGHTS]:
+        blocks += ["**Weights of layers with idle neurons**, worst first:", bullets(map(plain, found))]
     return blocks
