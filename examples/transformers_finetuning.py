@@ -7,9 +7,9 @@ library, at a learning rate that is too high. One callback does it all: it needs
 Output (shortened; numbers differ a little between machines and versions)::
 
     docstrings: 1062 pieces of 64 letters
-    {'neuronscope/dead_pct': '0.1953', 'neuronscope/dormant_pct': '20.12', ..., 'neuronscope/deaths': '0'}
+    {'neuronscope/dead_pct': '0.1953', 'neuronscope/dormant_pct': '20.12', ..., 'neuronscope.more/deaths': '0'}
     {'loss': '3.359', ..., 'epoch': '0.7407'}
-    {'neuronscope/dead_pct': '23.83', 'neuronscope/dormant_pct': '9.57', ..., 'neuronscope/deaths': '121'}
+    {'neuronscope/dead_pct': '23.83', 'neuronscope/dormant_pct': '9.57', ..., 'neuronscope.more/deaths': '121'}
     ...
     {'eval_loss': '2.972', ..., 'eval_neuronscope/dead_pct': '20.51', 'eval_neuronscope/val_dead_pct': '32.42'}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,14 @@ def test_lightnings_mlflow_logger_gets_the_page_and_the_picture(offline: Path) -
     assert found == ["train.html", "train.png", "val.html", "val.png"]
     (page,) = offline.rglob("artifacts/neuronscope/train.html")
     assert_is_page(page.read_text(encoding="utf-8"))
+
+
+def test_comets_experiment_takes_files_as_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+    comet = pytest.importorskip("comet_ml")
+    options = {"file_name": "neuronscope/train.html", "copy_to_tmp": True}
+    for kind in (comet.OfflineExperiment, comet.CometExperiment):
+        inspect.signature(kind.log_asset).bind(None, "train.html", **options)
 
 
 class Run:
