@@ -114,6 +114,8 @@ class SiteRecorder:
         self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
+        #: Called with each output that is counted, if somebody wants more of it than counts.
+        self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []
@@ -483,6 +485,8 @@ class SiteRecorder:
                 add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
 
     def _count_site(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+        if self.sampler is not None:
+            self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
         plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
         left_out = None
