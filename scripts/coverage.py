@@ -62,11 +62,10 @@ activation, which is then not measured, or no neuron:
 
 {ends}
 
-What `topk` picks by value is no unit (the scores of a router). A `grouped_mm`, or a product with weights that
-data picked, gives rows of several layers (experts). A product of two layers' outputs is a score
+What `topk` picks by value is no unit (the scores of a router). A product of two layers' outputs is a score
 (attention). Convolution weights that are standardised by `F.batch_norm` (NFNet) stay weights. Heads that were split
-off keep exact units, also joined ones (`cat`, `view`, `split`: EfficientViT), and so does a product
-with a stack of weights (the experts of Llama 4).
+off keep exact units, also joined ones (`cat`, `view`, `split`: EfficientViT), and so do grouped
+products, and products with weights that data picked: each expert of a mixture is a layer.
 """
 CLIENTS_INTRODUCTION = """\
 ## Real clients

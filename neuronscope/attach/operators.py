@@ -154,6 +154,10 @@ def _lost_by_function(operation: Operation, lost: Origin) -> Origin:
     return lost.but(bends=((units.layer, name),))
 
 
+#: Functions whose rules say whether the first dimensions of a weight are still those by which data picked it.
+_KEEP_PICKED = frozenset((*ELEMENTWISE, *VIEWS, *PARTS))
+
+
 def _rows_unless_known(origin: Origin) -> Origin:
     """Return what is made of rows of experts: rows still, of which it is not known any more whose they are."""
     known = origin.units is not None and origin.units.has_all_rows
@@ -179,6 +183,8 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
         for origin, shape in zip(origins, operation.outputs, strict=True)
     ]
     tensors = operation.tensors
+    if not (operation.function in _KEEP_PICKED or rule in ATTRIBUTES.values()):
+        found = [each.but(picked=True) if each.picked else each for each in found]
     if rule is not end and any(each.origin.units is not None and each.origin.units.experts for each in tensors):
         found = [_rows_unless_known(each) for each in found]
     return tuple(each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found)

@@ -285,7 +285,7 @@ class SiteFinder:
         if not isinstance(call.counters, JoinedCounters):
             return call
         owners = self._forward.flow.row_owners(units)
-        if owners is not None:
+        if owners is not None and (not isinstance(owners, Tensor) or owners.numel() == units.rows):
             return call._replace(owners=owners)
         self.unmeasured.note(
             call.key.name,

@@ -18,6 +18,7 @@ from neuronscope.writers import page, wording
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
 from neuronscope.writers.packing import NetworkMap, Packed, pack, share_budget, summarise
 from neuronscope.writers.page import Card, Cell, LayerRow
+from neuronscope.writers.page_experts import mixtures
 from neuronscope.writers.page_headline import headline
 from neuronscope.writers.page_timeline import timeline
 
@@ -79,6 +80,7 @@ def render(report: Report, against: Report | None = None, against_name: str = ""
     banners += [sentences.pop(0)] if report.not_finite else []
     first = headline(report)
     rest = " ".join(text for text in sentences if text not in first)
+    drawn, not_drawn = mixtures(report)
     return page.fill(
         home / "report.html.j2",
         styles=[],
@@ -102,6 +104,8 @@ def render(report: Report, against: Report | None = None, against_name: str = ""
         left_out=left_out,
         legend=LEGEND,
         against=None if against is None else _comparison(compare_reports(against, report), against_name),
+        mixtures=drawn,
+        mixtures_left_out=not_drawn,
         reasons=[(item.name, item.reason) for item in report.not_measured],
         notes=report.other_notes,
         glossary=wording.glossary(report),

@@ -159,6 +159,8 @@ MIXED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "rows in another order": lambda w, x, pick: torch.bmm(w[pick], x[:, :, None])[pick.argsort(), :, 0],
     "some rows": lambda w, x, pick: torch.bmm(w[pick], x[:, :, None])[1:, :, 0],
     "matrices in another order": lambda w, x, pick: torch.bmm(w[pick].flip(0), x[:, :, None])[..., 0],
+    "some matrices": lambda w, x, pick: torch.bmm(w[pick][1:], x[1:, :, None])[..., 0],
+    "sorted matrices": lambda w, x, pick: torch.bmm(w[pick].sort(0).values, x[:, :, None])[..., 0],
     "matrices by truth values": lambda w, x, pick: torch.einsum("nhi,bi->bnh", w[pick[:3] > 0], x)[:, 0],
     "a matrix for each row": lambda w, x, pick: torch.bmm(w[0].expand(len(x), 5, 4), x[:, :, None])[..., 0],
 }

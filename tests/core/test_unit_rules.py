@@ -1471,14 +1471,20 @@ def test_weights_that_are_joined_are_one_layer_of_both_names() -> None:
     assert mode.flow.origin(result).layer == "q+k"
 
 
-def test_rows_that_data_picks_from_a_stack_of_weights_are_rows_of_several_layers() -> None:
+def test_rows_that_data_picks_from_a_stack_of_weights_are_rows_of_its_layers() -> None:
     mode = Following()
     stack = generic((3, 6, 4))
     mode.flow.put(stack, Origin.of(WEIGHT, layer="s"))
     x, chosen = generic((2, 4, 1)), torch.tensor([0, 2])
     with mode:
         result = torch.bmm(stack[chosen], x)
-    assert mode.flow.origin(result).state == "rows"
+        turned = result.flip(0)
+    units = mode.flow.origin(result).units
+    assert units is not None
+    assert units.experts is not None
+    assert (units.experts.layers, units.size, units.rows) == (("s.0", "s.1", "s.2"), 6, 2)
+    assert mode.flow.row_owners(units).tolist() == [0, 2]
+    assert mode.flow.origin(turned).state == "rows"
 
 
 # The table.

@@ -428,3 +428,26 @@ def _mixtures() -> Iterator[Network]:
 
 
 TRANSFORMERS += (*_mixtures(),)
+
+#: Networks of whose other activations the twin sees a part: they call the functions of kernels that are missing here.
+MAMBAS = tuple(
+    transformers(
+        "JambaForCausalLM",
+        "JambaConfig",
+        _LM,
+        note=f"{way} experts",
+        **_LLAMA,
+        num_experts=4,
+        num_experts_per_tok=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        experts_implementation=way,
+        experts=_experts(28),
+        axes={"*.mamba.act": 1, "*": -1},
+    )
+    for way in _WAYS
+)

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.core.slow_twin import assert_same
+import neuronscope as ns
+from tests.core.slow_twin import assert_bits, assert_same
 from tests.networks.agreement import NETWORKS, assert_agreement, run
+from tests.networks.language import MAMBAS
 from tests.networks.rows import Row, leave, left, row_of
 from tests.networks.zoo import Network, images, tokens
 
@@ -30,6 +32,17 @@ def test_the_counts_of_a_network_equal_the_twins(network: Network) -> None:
     result = run(network)
     assert_agreement(network, result)
     leave(row_of(network, result))
+
+
+@pytest.mark.parametrize("network", MAMBAS, ids=name_of)
+def test_the_counts_of_experts_equal_the_twins_where_it_sees_no_other_activation(network: Network) -> None:
+    pytest.importorskip(network.family, exc_type=ImportError)
+    result = run(network)
+    truth = {name: tally for name, tally in result.truth.items() if ".experts." in name}
+    assert len(truth) == 8
+    assert_same(ns.Census({name: result.census[name] for name in result.census if ".experts." in name}), truth)
+    assert not [name for name in result.not_measured if "experts" in name]
+    assert_bits(*result.states)
 
 
 GATED = {

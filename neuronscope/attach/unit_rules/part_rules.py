@@ -90,6 +90,8 @@ def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
         else:
             whole = False
     cuts += [None] * (len(shape) - dim)
+    if isinstance(origin.picked, Pick) and any(cuts[: origin.picked.dims]):
+        origin = origin.but(picked=True)  # some of the matrices that were picked
     found = origin.but(layer=layer, cuts=tuple(cuts) if any(cuts) else ())
     return found if whole else found.as_layer()
 

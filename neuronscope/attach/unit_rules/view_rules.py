@@ -55,7 +55,7 @@ def _keeps_picked(operation: Operation, move: _Move, shape: Shape) -> bool:
         return all(
             operation.argument(*place) % rank >= rank - 2 for place in ((1, "dim0", "axis0"), (2, "dim1", "axis1"))
         )
-    return tuple(operation.outputs[0]) == tuple(shape)
+    return move in (_reshaped, _expanded) and tuple(operation.outputs[0]) == tuple(shape)
 
 
 def _reshaped(_: Operation, units: Units, __: Shape, after: Shape) -> Units | None:

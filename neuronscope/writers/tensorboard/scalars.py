@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from neuronscope.judge.symptoms import COLLAPSED_SHARE
 from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.expert_layers import expert_layers
 from neuronscope.report.report import Report, SiteHistory, SiteReport
 from neuronscope.report.totals import Totals
 from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, network_tag
@@ -39,6 +40,10 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
       ``neuronscope.more/born_dead_pct`` (neurons that never fired since watching began) and, in training,
       ``neuronscope.more/deaths`` and ``neuronscope.more/revivals``: how many neurons died and revived in the windows
       after ``since``. If gradients were seen, ``neuronscope.more/silent_pct`` and ``neuronscope.more/cut_off_pct`` too.
+    - Of mixtures of experts: ``neuronscope.experts/routing_entropy_pct`` (100 if all experts get as many tokens; the
+      mean over the mixtures), ``neuronscope.experts/fewest_tokens`` and ``neuronscope.experts/most_tokens`` of one
+      expert in the window, and, unless the window is too short to be sure, ``neuronscope.experts/dead_experts``: how
+      many got no token at all.
 
     By layer (or by group of layers, if there are more than 40): ``neuronscope.dead_pct/<layer>`` and
     ``neuronscope.dormant_pct/<layer>``. A neuron that goes through several activations counts once in the network's
@@ -70,6 +75,7 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     if report.phase == "train" and report.acts:
         found["revived_total"] = float(sum(len(act.neurons) for act in report.acts))
     values = {network_tag(name, report.phase): value for name, value in found.items()}
+    values |= _of_experts(report)
     return values | _by_layer(report) if per_site else values
 
 
@@ -88,6 +94,21 @@ def _by_layer(report: Report) -> dict[str, float]:
             if name in shares:
                 values[f"neuronscope.{metric(name, report.phase)}/{group_tag(group)}"] = shares[name]
     return values
+
+
+def _of_experts(report: Report) -> dict[str, float]:
+    """Return how tokens are spread over experts, by tag; empty if the network has none, or no token was seen."""
+    mixtures = [layer for layer in expert_layers(report.headline_layers) if layer.tokens.sum() > 0]
+    if not mixtures:
+        return {}
+    found = {
+        "routing_entropy_pct": 100 * sum(layer.routing_entropy for layer in mixtures) / len(mixtures),
+        "fewest_tokens": float(min(int(layer.tokens.min()) for layer in mixtures)),
+        "most_tokens": float(max(int(layer.tokens.max()) for layer in mixtures)),
+    }
+    if not report.provisional:
+        found["dead_experts"] = float(sum(len(layer.idle) for layer in mixtures))
+    return {f"neuronscope.experts/{metric(name, report.phase)}": value for name, value in found.items()}
 
 
 def turnover(history: SiteHistory, since: int | None = None) -> tuple[int, int]:

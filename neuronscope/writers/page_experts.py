@@ -1,0 +1,129 @@
+"""Draws the experts of a mixture for a report's page: a row for each expert, its tokens, and its neurons as a strip."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from neuronscope.judge.verdicts import LABELS
+from neuronscope.report.expert_layers import ExpertLayer, expert_layers
+from neuronscope.report.report import Report, SiteReport
+from neuronscope.writers.formatting import count, percent, plural
+
+__all__ = ["ExpertRow", "Mixture", "mixtures"]
+
+#: Mixtures and experts that are drawn, and places of a strip; of more neurons, several share a place.
+LAYERS, EXPERTS, PLACES = 12, 64, 256
+HEIGHT = 12
+#: What is drawn in a strip, the gravest last: the label, and the class of its colour.
+DRAWN = (("dormant", "warn"), ("cut off", "cut"), ("silent", "silent"), ("dead", "dead"), ("not finite", "alarm"))
+
+
+class ExpertRow(NamedTuple):
+    """One expert.
+
+    Attributes:
+        number: Its number.
+        tokens: How many tokens it was given.
+        share: Which share of all that is.
+        dead: How many of its neurons are dead.
+        strip: Its neurons, as SVG.
+    """
+
+    number: int
+    tokens: str
+    share: str
+    dead: str
+    strip: Markup
+
+
+class Mixture(NamedTuple):
+    """The experts of one mixture.
+
+    Attributes:
+        name: As of :class:`~neuronscope.report.expert_layers.ExpertLayer`.
+        sentence: How the tokens are spread.
+        rows: The experts.
+        left_out: What is not drawn; ``""`` = nothing.
+    """
+
+    name: str
+    sentence: str
+    rows: list[ExpertRow]
+    left_out: str
+
+
+def mixtures(report: Report) -> tuple[list[Mixture], str]:
+    """Return the drawings of a report's mixtures of experts, and a sentence on those that are left out.
+
+    Args:
+        report: The report.
+    """
+    found = expert_layers(report.headline_layers)
+    ill = sorted(found, key=_severity, reverse=True)[:LAYERS]
+    more = len(found) - len(ill)
+    sentence = f"{plural(more, 'more mixture')} with fewer idle experts and dead neurons." if more else ""
+    return [_mixture(layer, sure=not report.provisional) for layer in found if layer in ill], sentence
+
+
+def _severity(layer: ExpertLayer) -> tuple[int, int]:
+    return len(layer.idle), sum(int(expert.judgement.dead.sum()) for expert in layer.experts)
+
+
+def _mixture(layer: ExpertLayer, *, sure: bool) -> Mixture:
+    tokens, idle = layer.tokens, layer.idle
+    sentence = f"{count(len(layer.experts))} experts were given {plural(int(tokens.sum()), 'token')}."
+    if tokens.sum():
+        even = percent(100 * layer.routing_entropy)
+        sentence += f" Routing entropy: {even} of that of an even spread; the busiest has {percent(_most(layer))}."
+    if idle:
+        which = f"{plural(len(idle), 'expert')} got no token"
+        sentence += f" {which}: dead." if sure else f" {which} so far; the window is too short to call them dead."
+    rows = [
+        ExpertRow(
+            number,
+            count(expert.positions),
+            percent(100 * expert.positions / tokens.sum()) if tokens.sum() else "–",
+            count(int(expert.judgement.dead.sum())) if expert.positions else "unseen",
+            _strip(expert),
+        )
+        for number, expert in zip(layer.numbers, layer.experts, strict=True)
+    ]
+    more = len(rows) - EXPERTS
+    return Mixture(
+        layer.name, sentence, rows[:EXPERTS], f"… {plural(more, 'more expert')} in the JSON report" if more > 0 else ""
+    )
+
+
+def _most(layer: ExpertLayer) -> float:
+    return 100 * float(layer.tokens.max() / layer.tokens.sum())
+
+
+def _strip(expert: SiteReport) -> Markup:
+    """Return the neurons of an expert as a strip; where several share a place, the gravest label is drawn."""
+    places = min(PLACES, max(expert.neurons, 1))
+    if not expert.positions:
+        return _svg(places, [("unknown", f"M0 0h{places}v{HEIGHT}h-{places}z")])
+    place = np.arange(expert.neurons) * places // max(expert.neurons, 1)
+    grade = np.zeros(places, dtype=np.int64)
+    labels = expert.judgement.labels()
+    for number, (label, _) in enumerate(DRAWN, 1):
+        np.maximum.at(grade, place[labels == LABELS.index(label)], number)
+    paths = []
+    for number, (_, css) in enumerate(DRAWN, 1):
+        at = np.flatnonzero(grade == number)
+        starts = at[np.diff(at, prepend=-2) > 1]
+        ends = at[np.diff(at, append=places + 1) > 1] + 1
+        if at.size:
+            runs = zip(starts.tolist(), ends.tolist(), strict=True)
+            paths.append((css, "".join(f"M{a} 0h{b - a}v{HEIGHT}h-{b - a}z" for a, b in runs)))
+    return _svg(places, paths)
+
+
+def _svg(places: int, paths: list[tuple[str, str]]) -> Markup:
+    drawn = Markup("").join(Markup('<path class="fill-{}" d="{}"/>').format(css, path) for css, path in paths)
+    return Markup(
+        '<svg class="strip" viewBox="0 0 {} {}" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+    ).format(places, HEIGHT, drawn)
