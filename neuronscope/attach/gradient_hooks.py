@@ -74,10 +74,20 @@ class GradientHook(InertHook):
 
     def __call__(self, gradient: Tensor | None) -> None:
         """Count the gradient; it is ``None`` if only another part of a split tensor was used."""
-        if gradient is None:
-            return
-        counters, layout = self.site()
-        if counters is not None and counters.open:
+        if gradient is not None:
+            counters, layout = self.site()
+            if counters is not None:
+                self.count(gradient, counters, layout)
+
+    def count(self, gradient: Tensor, counters: SiteCounters, layout: NeuronLayout) -> None:
+        """Count a gradient of a known site, unless the watch has ended.
+
+        Args:
+            gradient: Gradient ``(…, N, …)``.
+            counters: The counters of the site.
+            layout: Where the neurons lie.
+        """
+        if counters.open:
             try:
                 with unwatched():
                     self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask)
@@ -110,9 +120,14 @@ class CountedGradient(GradientHook):
         hook.mask = mask
         return hook
 
-    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
+    def site(self) -> tuple[SiteCounters, NeuronLayout]:
         """Return what was known when the call was made."""
         return self._site
+
+    def __call__(self, gradient: Tensor | None) -> None:
+        """Count the gradient, as any hook does; this is the one that is called at each site and step."""
+        if gradient is not None:
+            self.count(gradient, *self._site)
 
 
 class RecomputedGradient(GradientHook):

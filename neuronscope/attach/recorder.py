@@ -160,8 +160,9 @@ class SiteRecorder:
         self.phase = phase
         self.forward.training = phase == "train"
         self.step = step
-        with unwatched():
-            self.step_tensor.fill_(step)
+        if self.compiled:
+            with unwatched():
+                self.step_tensor.fill_(step)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:
         """Forget the counters of a phase, so that they are made anew if it runs again.
@@ -193,7 +194,9 @@ class SiteRecorder:
         for counters in self.sites.all_counters():
             counters.open = False
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
+    def begin(
+        self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None, traced: bool = False
+    ) -> Any:
         """Begin a call of a site: find its neurons, and register a hook for the gradient of its input.
 
         Args:
@@ -202,6 +205,7 @@ class SiteRecorder:
             activation: The activation that is applied.
             x: The pre-activation ``(…, N, …)``.
             glu_dim: The dimension along which ``x`` is split in two halves (GLU), otherwise ``None``.
+            traced: Whether ``torch.compile`` traces it.
 
         Returns:
             The call, for :meth:`end`, or its number while ``torch.compile`` traces; ``None`` if it is not counted.
@@ -210,7 +214,7 @@ class SiteRecorder:
         if forward.exporting:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-            if not function and not is_tracing():  # a function of integers is not an activation
+            if not function and not traced:  # a function of integers is not an activation
                 self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
             return None
         recomputing = forward.recomputing
@@ -220,7 +224,7 @@ class SiteRecorder:
             if not has_real_tensors():
                 return None
             recomputing = in_backward()
-        if is_tracing():
+        if traced:
             return self._begin_in_graph(path, function, activation, x, glu_dim)
         phase = INFERENCE if forward.training and forward.inference else self.phase  # `running_phase`, without a call
         if in_transform(x):
@@ -248,7 +252,9 @@ class SiteRecorder:
         hook, mask = call.hook, self.forward.mask
         if hook is None or (self.compiled and any(known.counters is call.counters for known in _counted_gradients(x))):
             return  # a compiled part was expected to apply the activation, and is not compiled any more
-        self._hook(x, hook if mask is None else hook.with_mask(mask))
+        handle = register(x, hook if mask is None else hook.with_mask(mask))
+        if handle is not None:
+            self._keep_handle(x, handle)
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -277,7 +283,10 @@ class SiteRecorder:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
             owner: See there.
         """
-        self.compiled = True
+        if not self.compiled:
+            self.compiled = True
+            with torch._C.DisableTorchFunction():
+                self.step_tensor.fill_(self.step)
         forward = self.forward
         running = forward.module_stack  # by hooks that ran in eager code, and were not traced
         if running:
@@ -486,16 +495,17 @@ class SiteRecorder:
             call = recomputation.forward_call(place, number)
             return (None, NeuronLayout(0)) if call is None else (call.counters, call.layout)
 
-        self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
+        handle = register(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
+        if handle is not None:
+            self._keep_handle(x, handle)
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
         hooks = (x._backward_hooks or {}).values()
         return any(isinstance(hook, GradientHook) and (hook.recorder, hook.place) == (self, place) for hook in hooks)
 
-    def _hook(self, x: Tensor, hook: GradientHook) -> None:
-        handle = register(x, hook)
-        if handle is not None and x.is_leaf:
+    def _keep_handle(self, x: Tensor, handle: RemovableHandle) -> None:
+        if x.is_leaf:
             self._leaf_handles.append(handle)  # a leaf outlives the step, and its hook must not
 
     def gradient(
