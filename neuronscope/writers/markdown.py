@@ -46,7 +46,7 @@ def render(report: Report) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report.layers)
-        rows = [_cells(wording.site_cells(site, report.policy["confidence"])) for site in shown]
+        rows = [_cells(wording.site_cells(site, report)) for site in shown]
         blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
     for index, one in enumerate(wording.causes(report)):
