@@ -67,12 +67,15 @@ is_tracing = torch.compiler.is_compiling
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack  # under a name that is quick to find
 
 
-def unwatched() -> Any:
+def unwatched(traced: bool | None = None) -> Any:
     """Return a context that hides our own arithmetic from modes and subclasses of users. It does nothing while traced.
 
     Modes that torch itself keeps while it traces, and no user enters, go on seeing what is done.
+
+    Args:
+        traced: What :func:`is_tracing` says, if the caller has asked.
     """
-    if is_tracing():
+    if is_tracing() if traced is None else traced:
         return contextlib.nullcontext()
     return _without_modes() if _count_dispatch_modes() else torch._C.DisableTorchFunction()
 

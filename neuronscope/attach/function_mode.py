@@ -34,6 +34,10 @@ __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 _count_function_modes = torch._C._len_torch_function_stack  # under a name that is quick to find
 #: Functions that are followed although they return no tensor.
 _WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
+#: Functions that tell of a tensor what is no tensor. Modules ask often.
+_QUESTIONS = frozenset(
+    {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__}  # type: ignore[attr-defined]
+)
 _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
@@ -95,6 +99,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         manager = self.manager
         before, self.handling = self.handling, True
         try:
+            if func in _QUESTIONS:
+                return func(*args, **kwargs)
             recorder = manager.recorder
             if recorder.compiled and in_compiled_graph():
                 return func(*args, **kwargs)
@@ -103,7 +109,7 @@ class ActivationFunctionMode(TorchFunctionMode):
             if manager.running or not manager.observing:
                 return func(*args, **kwargs)
             activation = manager.registry.of_call(func, args, kwargs) if func in self._functions else None
-            call = None if activation is None else self._begin(activation, args, kwargs)
+            call = None if activation is None else self._begin(activation, args, kwargs, traced=False)
             output = func(*args, **kwargs)
             kind = type(output)
             tensors = kind is Tensor or (isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size)
@@ -113,7 +119,7 @@ class ActivationFunctionMode(TorchFunctionMode):
                     steady = call is None and kind is Tensor and not _count_function_modes()
                     if steady and flow.repeats(func, args, kwargs, output):
                         return output
-                    with unwatched():
+                    with unwatched(False):
                         if call is not None:
                             recorder.end(call, first_input(args, kwargs), output)
                         else:
@@ -141,7 +147,7 @@ class ActivationFunctionMode(TorchFunctionMode):
         if manager.running or not manager.observing:
             return func(*args, **kwargs)
         activation = manager.registry.of_call(func, args, kwargs) if manager.functional else None
-        call = None if activation is None else self._begin(activation, args, kwargs)
+        call = None if activation is None else self._begin(activation, args, kwargs, traced=True)
         output = func(*args, **kwargs)
         try:
             if call is not None:
@@ -152,15 +158,14 @@ class ActivationFunctionMode(TorchFunctionMode):
             manager.fail(error)
         return output
 
-    def _begin(self, activation: Activation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, activation: Activation, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool) -> Any:
         """Begin the call of an activation function; return ``None`` if it is no site, though what follows may be."""
         recorder = self.manager.recorder
         try:
-            with unwatched():
+            with unwatched(traced):
                 glu_dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) if activation.halves else None
-                return recorder.begin(
-                    recorder.forward.current_path, activation.name, activation, first_input(args, kwargs), glu_dim
-                )
+                x, path = first_input(args, kwargs), recorder.forward.current_path
+                return recorder.begin(path, activation.name, activation, x, glu_dim, traced)
         except Exception as error:
             self.manager.fail(error)
 

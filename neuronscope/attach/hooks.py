@@ -554,25 +554,27 @@ class HookManager:
                 return
         if not self.running:
             glu_dim = getattr(module, "dim", -1) if activation.halves else None
-            call = self.recorder.begin(path, "", activation, x, glu_dim)
+            call = self.recorder.begin(path, "", activation, x, glu_dim, caller is None)
             if caller is not None:
                 self.entered.suspend()  # its inner calls are not watched
             self._activation = caller
         self.running.append(call)
 
-    def after(self, x: Any, y: Any) -> None:
+    def after(self, x: Any, y: Any, traced: bool) -> None:
         """End the call of an activation module.
 
         Args:
             x: The pre-activation.
             y: The output; ``None`` if the module failed.
+            traced: Whether ``torch.compile`` traces it.
         """
         if not self.running:
             return  # the hook was moved to a module whose begin was not seen
         call = self.running.pop()
         if not self.running:
             self._activation = None
-            self.entered.resume()
+            if not traced:
+                self.entered.resume()
         if call is not None:
             self.recorder.end(call, x, y)
         elif not self.running:

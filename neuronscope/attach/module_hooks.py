@@ -179,7 +179,7 @@ class ResumeInside(InertHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.manager.is_counted_here() and self.manager.running:
-            self.manager.after(None, None)
+            self.manager.after(None, None, is_tracing())
 
 
 class BeforeActivation(InertHook):
@@ -191,10 +191,11 @@ class BeforeActivation(InertHook):
         self.activation = activation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NOTHING) -> None:
-        manager, caller = self.manager, None if is_tracing() else sys._getframe(1)
-        if manager.watches_here(caller is None, begins=True):
+        manager, traced = self.manager, is_tracing()
+        caller = None if traced else sys._getframe(1)
+        if manager.watches_here(traced, begins=True):
             try:
-                with unwatched():
+                with unwatched(traced):
                     x = args[0] if args else first_input(args, kwargs)
                     manager.before(self.path, self.activation, module, x, caller)
             except Exception as error:
@@ -208,10 +209,11 @@ class AfterActivation(InertHook):
         self.manager = manager
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> None:
-        if self.manager.watches_here(is_tracing()):
+        traced = is_tracing()
+        if self.manager.watches_here(traced):
             try:
                 kwargs = given[0] if len(given) > 1 else _NOTHING
-                with unwatched():
-                    self.manager.after(args[0] if args else first_input(args, kwargs), given[-1])
+                with unwatched(traced):
+                    self.manager.after(args[0] if args else first_input(args, kwargs), given[-1], traced)
             except Exception as error:
                 self.manager.fail(error)

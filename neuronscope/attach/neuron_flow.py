@@ -367,7 +367,8 @@ class NeuronFlow:
             tensor: The tensor.
             origin: What it is.
         """
-        self._forget_steady(tensor)
+        if id(tensor) in self._weights.entries:
+            self._forget_steady(tensor)
         self._origins.put(tensor, origin)
 
     def note_inputs(self, values: Any) -> None:
@@ -411,7 +412,7 @@ class NeuronFlow:
             or x.is_nested
             or x.shape != known.shape
             or result.shape != known.gives
-            or known.others != [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
+            or known.others != (_identities(args, kwargs) if kwargs else list(map(id, args[1:])))
         ):
             return False
         self.overwritten = None
@@ -627,9 +628,8 @@ class NeuronFlow:
                 held.append(other)
         if len(self._steady) >= _MOST_OUTCOMES:
             self._steady.clear()
-        others = [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
         self._steady[id(args[1]), outcome.call] = _SteadyCall(
-            function, given, x.shape, output.shape, others, tuple(held), outcome
+            function, given, x.shape, output.shape, _identities(args, kwargs), tuple(held), outcome
         )
 
     def _forget_steady(self, tensor: Tensor) -> None:
@@ -920,6 +920,11 @@ class NeuronFlow:
         self.duplicate = self.duplicate or any(
             is_later_shard(weight) for weight in args if isinstance(weight, nn.Parameter)
         )
+
+
+def _identities(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the identities of all arguments of a call but the first, and the names of the keyword arguments."""
+    return [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
 
 
 def _normalised(source: Origin, result: Origin) -> str:

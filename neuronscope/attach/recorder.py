@@ -174,8 +174,9 @@ class SiteRecorder:
         self.phase = phase
         self.forward.training = phase == "train"
         self.step = step
-        with unwatched():
-            self.step_tensor.fill_(step)
+        if self.compiled:
+            with unwatched():
+                self.step_tensor.fill_(step)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:
         """Forget the counters of a phase, so that they are made anew if it runs again.
@@ -207,7 +208,9 @@ class SiteRecorder:
         for counters in self.sites.all_counters():
             counters.open = False
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
+    def begin(
+        self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None, traced: bool = False
+    ) -> Any:
         """Begin a call of a site: find its neurons, and register a hook for the gradient of its input.
 
         Args:
@@ -216,6 +219,7 @@ class SiteRecorder:
             activation: The activation that is applied.
             x: The pre-activation ``(…, N, …)``.
             glu_dim: The dimension along which ``x`` is split in two halves (GLU), otherwise ``None``.
+            traced: Whether ``torch.compile`` traces it.
 
         Returns:
             The call, for :meth:`end`, or its number while ``torch.compile`` traces; ``None`` if it is not counted.
@@ -224,7 +228,7 @@ class SiteRecorder:
         if forward.exporting:
             return None
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
-            if not function and not is_tracing():  # a function of integers is not an activation
+            if not function and not traced:  # a function of integers is not an activation
                 self.unmeasured.note(path or "(root)", f"it ran on {describe_input(x)}, which cannot be counted")
             return None
         recomputing = forward.recomputing
@@ -234,7 +238,7 @@ class SiteRecorder:
             if not has_real_tensors():
                 return None
             recomputing = in_backward()
-        if is_tracing():
+        if traced:
             return self._begin_in_graph(path, function, activation, x, glu_dim)
         phase = INFERENCE if forward.training and forward.inference else self.phase  # `running_phase`, without a call
         if in_transform(x):
@@ -295,7 +299,10 @@ class SiteRecorder:
             code: See :class:`~neuronscope.attach.compiling.GraphListener`.
             owner: See there.
         """
-        self.compiled = True
+        if not self.compiled:
+            self.compiled = True
+            with torch._C.DisableTorchFunction():
+                self.step_tensor.fill_(self.step)
         forward = self.forward
         running = forward.module_stack  # by hooks that ran in eager code, and were not traced
         if running:

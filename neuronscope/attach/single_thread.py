@@ -420,9 +420,7 @@ class EnteredMode:
                 torch._C._push_on_torch_function_stack(last)
 
     def resume(self) -> None:
-        """Enter the mode again, if :meth:`suspend` left it."""
-        if not self._suspended or is_tracing():
-            return
+        """Enter the mode again, if :meth:`suspend` left it; in eager mode."""
         here = threading.get_ident()
         if here in self._suspended:
             self._suspended.remove(here)

@@ -15,7 +15,7 @@ from neuronscope.count.counting import ScratchBuffers, is_finite, measure, plain
 from neuronscope.count.neuron_layout import Dims, neurons_first
 from neuronscope.count.pending_counts import NEVER, PendingCounts
 from neuronscope.count.positions import blank_positions
-from neuronscope.count.small_tensors import SmallTensors
+from neuronscope.count.small_tensors import SMALL, SmallTensors
 
 __all__ = [
     "NEVER",
@@ -214,9 +214,7 @@ class SiteCounters:
         return counts
 
     def _keep(self, small: SmallTensors, rows: PendingCounts) -> None:
-        positions = small.tensors()[0].numel() // self.neurons
-        for step in small.steps:
-            rows.add_row(positions=positions, step=step)
+        rows.add_rows(small.tensors()[0].numel() // self.neurons, small.steps)
         if rows.full:
             self._add_rows()
 
@@ -307,17 +305,18 @@ def add_outputs(
     if isinstance(step, Tensor):
         _add_outputs_in_graph(y, axis, examples, step, tolerance, *counters.tensors)
         return
-    positions = y.numel() // counters.neurons
+    numbers, small = y.numel(), counters.small_outputs
+    positions = numbers // counters.neurons
     counters.positions += positions
     counters.examples += int(examples)
-    if counters.small_outputs.try_add(y, axis, step, tolerance):
-        if counters.small_outputs.full:
+    if numbers <= SMALL and small.try_add(y, axis, step, tolerance):
+        if small.full:
             counters.make_room(scratch)
         return
     rows = counters.outputs
     row = rows.next()
     if measure(y, axis, scratch, tolerance, row) and is_finite(row):
-        rows.add_row(positions=positions, step=step)
+        rows.add_rows(positions, (step,))
         if rows.full:
             counters.flush()
     else:
@@ -333,15 +332,16 @@ def add_gradients(counters: SiteCounters, gradient: Tensor, axis: int, scratch: 
         axis: Dimension of the neurons.
         scratch: Reusable buffers.
     """
-    positions = gradient.numel() // counters.neurons
+    numbers, small = gradient.numel(), counters.small_gradients
+    positions = numbers // counters.neurons
     counters.gradient_positions += positions
-    if counters.small_gradients.try_add(gradient, axis, 0, 0.0):
-        if counters.small_gradients.full:
+    if numbers <= SMALL and small.try_add(gradient, axis, 0, 0.0):
+        if small.full:
             counters.make_room(scratch)
         return
     rows = counters.gradients
     if measure(gradient, axis, scratch, 0.0, rows.next()):
-        rows.add_row(positions=positions, step=0)
+        rows.add_rows(positions, (0,))
         if rows.full:
             counters.flush()
     else:

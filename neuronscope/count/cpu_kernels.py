@@ -27,6 +27,8 @@ __all__ = ["Plan", "ScratchBuffers", "compare", "magnitudes"]
 _BLOCK = 1 << 20
 #: Number of elements up to which a tensor is small.
 _SMALL = 1 << 17
+#: Number of elements of a small tensor up to which one sum over both of its ends is quicker than two.
+_AT_ONCE = 1 << 13
 #: Whole numbers below this are exact in float32.
 _EXACT = 1 << 24
 #: Maximal number of words whose bytes can be added without a carry.
@@ -114,7 +116,7 @@ class ScratchBuffers(threading.local):
         if not self.words.numel():
             self.words = torch.empty(2 * _BLOCK // 8, dtype=torch.int64, device="cpu")
             self.sums = torch.empty(_BLOCK // 8, dtype=torch.int64, device="cpu")
-        return _Large(tensor, axis, quantities, self)
+        return _Large(tensor, axis, self)
 
 
 class _Order:
@@ -139,11 +141,12 @@ class _Small(Plan):
         self._parts = [part.view(order.sizes) for part in used.view(quantities, elements)]
         outer, _, inner = order.shape
         self._work = used.view(quantities, *order.shape)
-        self._dimension = -1  # two plain sums are quicker than one over both ends
+        self._dims: tuple[int, ...] = (1, 3)
+        self._in_two = elements > _AT_ONCE  # two plain sums are quicker then
         if inner == 1:
-            self._work, self._dimension = self._work.squeeze(3), 1
+            self._work, self._dims, self._in_two = self._work.squeeze(3), (1,), False
         elif outer == 1:
-            self._work, self._dimension = self._work.squeeze(1), 2
+            self._work, self._dims, self._in_two = self._work.squeeze(1), (2,), False
 
     def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
         if self._order is not None:
@@ -151,45 +154,48 @@ class _Small(Plan):
         compare(tensor, tolerance, self._zero, self._parts[0])
         if len(self._parts) > 1:
             magnitudes(tensor, self._parts[1])
-        if self._dimension < 0:
+        if self._in_two:
             torch.sum(self._work.sum(3), 1, out=out)
         else:
-            torch.sum(self._work, self._dimension, out=out)
+            torch.sum(self._work, self._dims, out=out)
 
 
 class _Large(Plan):
     """A plan for large tensors: cuts a tensor of shape ``(outer, N, inner)`` along all three dimensions into blocks."""
 
-    def __init__(self, tensor: Tensor, axis: int, quantities: int, scratch: ScratchBuffers) -> None:
+    def __init__(self, tensor: Tensor, axis: int, scratch: ScratchBuffers) -> None:
         order = _Order(tensor, axis)
         self._order, self._shape = order.order, order.shape
-        self._quantities = quantities
         self._scratch = scratch
-        self._blocks = {self._shape: _Block(self._shape, scratch)} if tensor.numel() <= _BLOCK else {}
+        self._blocks = {self._shape: _block(self._shape, scratch)} if tensor.numel() <= _BLOCK else {}
 
     def fill(self, tensor: Tensor, tolerance: float, out: Tensor) -> None:
         cube = tensor.permute(self._order).reshape(self._shape)
         whole = self._blocks.get(self._shape)
         if whole is not None:
-            self._fill(whole, cube, tolerance, out)
+            whole.fill(cube, tolerance, out)
+            return
+        cuts = list(self._cuts())
+        if len({(images.start, positions.start) for images, _, positions in cuts}) == 1:  # only neurons are apart
+            for _, neurons, _ in cuts:
+                part = cube[:, neurons]
+                self._block(part).fill(part, tolerance, out[:, neurons])
             return
         total = torch.zeros(out.shape, dtype=torch.float64, device="cpu")
         row = torch.empty(out.shape, dtype=torch.float32, device="cpu")
-        for images, neurons, positions in self._cuts():
+        for images, neurons, positions in cuts:
             part = cube[images, neurons, positions]
-            shape = (part.size(0), part.size(1), part.size(2))
-            block = self._blocks.get(shape)
-            if block is None:
-                with torch.inference_mode(False):
-                    block = self._blocks[shape] = _Block(shape, self._scratch)
-            self._fill(block, part, tolerance, row[:, neurons])
+            self._block(part).fill(part, tolerance, row[:, neurons])
             total[:, neurons] += row[:, neurons]
         out.copy_(total)
 
-    def _fill(self, block: _Block, part: Tensor, tolerance: float, out: Tensor) -> None:
-        block.zeros(part, tolerance, out[0])
-        if self._quantities > 1:
-            block.magnitudes(part, out[1])
+    def _block(self, part: Tensor) -> _Block | _Rows:
+        shape = (part.size(0), part.size(1), part.size(2))
+        block = self._blocks.get(shape)
+        if block is None:
+            with torch.inference_mode(False):
+                block = self._blocks[shape] = _block(shape, self._scratch)
+        return block
 
     def _cuts(self) -> Iterator[tuple[slice, slice, slice]]:
         outer, neurons, inner = self._shape
@@ -222,7 +228,19 @@ class _Block:
             self._wide = scratch.buffer[: math.prod(layout.left)].view(layout.left)
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
 
-    def zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
+    def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
+        """Count zeros, and add up magnitudes if ``out`` has two rows.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, inner)``.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(quantities, n)``, is overwritten.
+        """
+        self._zeros(part, tolerance, out[0])
+        if len(out) > 1:
+            self._magnitudes(part, out[1])
+
+    def _zeros(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Count the zeros of each neuron.
 
         Args:
@@ -244,7 +262,7 @@ class _Block:
         if tolerance == 0:
             torch.sub(self._positions, out, out=out)
 
-    def magnitudes(self, part: Tensor, out: Tensor) -> None:
+    def _magnitudes(self, part: Tensor, out: Tensor) -> None:
         """Add up the magnitudes of each neuron, piece by piece.
 
         Args:
@@ -258,6 +276,63 @@ class _Block:
             magnitudes(piece, numbers)
             _add_up(numbers, each)
         torch.sum(sums, 0, out=out)
+
+
+class _Rows:
+    """Reduces blocks of few positions, ``(outer, n, 1)``: whole rows are added as words, each from a new word on.
+
+    Magnitudes are added up in pieces that have all rows, so that no partial sums are left. The zeros are taken from
+    such a piece too, so that the tensor itself is read once.
+    """
+
+    def __init__(self, shape: Shape, scratch: ScratchBuffers) -> None:
+        outer, neurons, _ = shape
+        pitch = 8 * -(-neurons // 8)
+        self._positions = torch.tensor(float(outer), dtype=torch.float32, device="cpu")
+        self._zero = scratch.zero
+        self._words = scratch.words[: outer * pitch // 8].view(outer, pitch // 8)
+        rows = self._words.view(torch.bool)
+        self._flags, self._blank = rows[:, :neurons], rows[:, neurons:]
+        self._sums = scratch.sums[: pitch // 8]
+        self._bytes = self._sums.view(torch.uint8)[:neurons]
+        self._numbers = scratch.buffer[: outer * neurons].view(outer, neurons)
+        self._pieces = [
+            (piece, scratch.buffer[: outer * (piece.stop - piece.start)].view(outer, -1), self._flags[:, piece])
+            for piece in _slices(neurons, _PIECE // outer)
+        ]
+
+    def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
+        """Count zeros, and add up magnitudes if ``out`` has two rows, as :meth:`_Block.fill` does.
+
+        Args:
+            part: A block of the tensor, ``(outer, n, 1)``.
+            tolerance: ``|x| <= tolerance`` counts as zero.
+            out: float32 ``(quantities, n)``, is overwritten.
+        """
+        rows = part.squeeze(2)
+        in_float32 = rows.dtype is not torch.float64  # whose smallest numbers are zeros in float32
+        piecewise = len(out) > 1 and tolerance == 0 and in_float32
+        if tolerance != 0:
+            compare(rows, tolerance, self._zero, self._numbers)
+            self._flags.copy_(self._numbers)
+        elif not piecewise:
+            self._flags.copy_(rows)  # NaN is not zero
+        for columns, numbers, flags in self._pieces if len(out) > 1 else ():
+            magnitudes(rows[:, columns], numbers)
+            torch.sum(numbers, 0, out=out[1, columns])
+            if piecewise:
+                flags.copy_(numbers)  # they are still in the cache
+        self._blank.zero_()
+        torch.sum(self._words, 0, out=self._sums)
+        out[0].copy_(self._bytes)
+        if tolerance == 0:
+            torch.sub(self._positions, out[0], out=out[0])
+
+
+def _block(shape: Shape, scratch: ScratchBuffers) -> _Block | _Rows:
+    """Return what reduces blocks of a shape."""
+    outer, _, inner = shape
+    return _Rows(shape, scratch) if inner == 1 and 1 < outer < _ROWS else _Block(shape, scratch)
 
 
 def _add_up(numbers: Tensor, out: Tensor) -> None:

@@ -7,6 +7,8 @@ read, the 64-bit sums and the steps at which neurons fired are computed for all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ class PendingCounts:
 
     >>> rows = PendingCounts(1, 3)
     >>> _ = rows.next().copy_(torch.tensor([[4.0, 1.0, 0.0]]))
-    >>> rows.add_row(positions=4, step=7)
+    >>> rows.add_rows(4, [7])
     >>> last, first = rows.active()
     >>> rows.zeros(), last, first.eq(NEVER)
     (tensor([4, 1, 0]), tensor([-1,  7,  7]), tensor([ True, False, False]))
@@ -46,13 +48,13 @@ class PendingCounts:
         return len(self._steps)
 
     def next(self) -> Tensor:
-        """Return the next free row, float32 ``(quantities, N)``. After writing it, call :meth:`add_row`."""
+        """Return the next free row, float32 ``(quantities, N)``. After writing it, call :meth:`add_rows`."""
         if not self._each:
             self._make_room()
         return self._each[len(self._steps)]
 
     def next_rows(self, number: int) -> Tensor:
-        """Return ``number`` free rows, float32 ``(number, quantities, N)``. Then call :meth:`add_row` for each."""
+        """Return ``number`` free rows, float32 ``(number, quantities, N)``. Then call :meth:`add_rows`."""
         if not self._each:
             self._make_room()
         return self._rows[len(self._steps) : len(self._steps) + number]
@@ -62,15 +64,15 @@ class PendingCounts:
             self._rows = torch.empty(self._shape, dtype=torch.float32, device="cpu")
             self._each = list(self._rows)
 
-    def add_row(self, *, positions: int, step: int) -> None:
-        """Note that the next free row was written.
+    def add_rows(self, positions: int, steps: Sequence[int]) -> None:
+        """Note that the next free rows were written.
 
         Args:
-            positions: Number of positions of the tensor, below 2**24.
-            step: Optimizer step of the tensor.
+            positions: Number of positions of each tensor, below 2**24.
+            steps: Optimizer step of each tensor.
         """
-        self._positions.append(positions)
-        self._steps.append(step)
+        self._positions += [positions] * len(steps)
+        self._steps += steps
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -84,14 +86,21 @@ class PendingCounts:
 
     def zeros(self) -> Tensor:
         """Return the zeros of all rows together, int64 ``(N,)``."""
+        if len(self) == 1:  # of wide layers there is one: each tensor less is a good part of the cost
+            return self._each[0][0].long()
         return self._kept(0).sum(0, dtype=torch.float64).long()  # whole numbers below 2**53: exact
 
     def magnitudes(self) -> Tensor:
         """Return the magnitudes of all rows together, float64 ``(N,)``."""
+        if len(self) == 1:
+            return self._each[0][1].double()
         return self._kept(1).sum(0, dtype=torch.float64)
 
     def active(self) -> tuple[Tensor, Tensor]:
         """Return the last and the first step at which each neuron fired, int64 ``(N,)``; −1 and ``NEVER`` if none."""
+        if len(self) == 1:
+            fired, step = self._each[0][0] < self._positions[0], self._steps[0]
+            return torch.where(fired, step, -1), torch.where(fired, step, NEVER)
         positions, steps = torch.tensor([self._positions, self._steps], dtype=torch.int64, device="cpu")[:, :, None]
         fired = self._kept(0) < positions
         return torch.where(fired, steps, -1).amax(0), torch.where(fired, steps, NEVER).amin(0)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from neuronscope.count.cpu_kernels import ScratchBuffers, compare, magnitudes
 
-__all__ = ["SmallTensors"]
+__all__ = ["SMALL", "SmallTensors"]
 
 #: Maximal number of elements in the buffer, maximal number of tensors, and the fewest tensors for which it pays.
 _NUMBERS, _MOST, _FEWEST = 1 << 15, 32, 8
+#: Number of elements up to which a tensor is added to a buffer.
+SMALL = _NUMBERS // _FEWEST
 
 
 class SmallTensors:
@@ -29,6 +31,8 @@ class SmallTensors:
         quantities: 1 to count zeros, 2 for zeros and magnitudes.
 
     Attributes:
+        axis: The dimension of the neurons in the tensors of the buffer.
+        tolerance: The tolerance up to which ``|x|`` counts as zero in them.
         steps: The optimizer step of each tensor.
         full: Whether the buffer has no room for another tensor.
 
@@ -46,10 +50,14 @@ class SmallTensors:
 
     def __init__(self, quantities: int) -> None:
         self._quantities = quantities
-        self._kind: tuple[torch.Size, torch.dtype, int, float] | None = None
+        self._shape: torch.Size | None = None  # of the tensors in the buffer, and so are the next three
+        self._dtype = torch.float32
+        self.axis = 0
+        self.tolerance = 0.0
         with torch.inference_mode(False):
             self._room = torch.empty(0, device="cpu")
         self._each: list[Tensor] = []  # views of it, made once
+        self._last = -1  # number of the last of them
         self._full: tuple[Tensor, _Views] | None = None  # a buffer, and how a full room is counted in it
         self.steps: list[int] = []
         self.full = False
@@ -71,32 +79,28 @@ class SmallTensors:
         """
         if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
-        kind = (tensor.shape, tensor.dtype, axis, tolerance)
-        if kind != self._kind:
-            if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= _NUMBERS // _FEWEST:
+        alike = tensor.shape == self._shape and tensor.dtype is self._dtype
+        if not (alike and axis == self.axis and tolerance == self.tolerance):
+            if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
                 return False
-            with torch.inference_mode(False):
-                shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
-                most = min(_MOST, _NUMBERS // tensor.numel())
-                self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
-                self._each = [each.view(tensor.shape) for each in self._room]
-                self._full = None
-            self._kind = kind
+            self._make_room(tensor, axis, tolerance)
         steps = self.steps
-        self._each[len(steps)].copy_(tensor)
+        number = len(steps)
+        self._each[number].copy_(tensor)
         steps.append(step)
-        self.full = len(steps) == len(self._each)
+        self.full = number == self._last
         return True
 
-    @property
-    def axis(self) -> int:
-        """Return the dimension of the neurons in the tensors of the buffer."""
-        return self._kind[2] if self._kind is not None else 0
-
-    @property
-    def tolerance(self) -> float:
-        """Return the tolerance up to which ``|x|`` counts as zero in the tensors of the buffer."""
-        return self._kind[3] if self._kind is not None else 0.0
+    def _make_room(self, tensor: Tensor, axis: int, tolerance: float) -> None:
+        """Make the buffer anew, for tensors like this one; the arguments are those of :meth:`try_add`."""
+        with torch.inference_mode(False):
+            shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
+            most = min(_MOST, _NUMBERS // tensor.numel())
+            self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
+            self._each = [each.view(tensor.shape) for each in self._room]
+            self._full = None
+        self._shape, self._dtype, self.axis, self.tolerance = tensor.shape, tensor.dtype, axis, tolerance
+        self._last = most - 1
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the buffer, as views."""

@@ -125,6 +125,42 @@ def test_extremes_are_finite_and_not_zero(dtype, value):
         np.testing.assert_allclose(counted.abs_sum.numpy(), expected, rtol=1e-2, atol=1e-40)
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(9, 20_003), (2, 70_001), (31, 5_000)])
+def test_few_positions_of_many_neurons(shape, dtype, tolerance):
+    """Rows that do not end on a word, in one block."""
+    tensor = torch.randn(shape).relu().to(dtype)
+    tensor[:, 7], tensor[:, -1], tensor[0, -2] = 0, -0.0, 2.0**-14
+    tensor[0, 0] = 1e-300  # a zero in all types but float64
+    assert_counts(tensor, 1, tolerance)
+    assert_counts(layouts(tensor)["transposed"], 1, tolerance)
+    tensor[1, 3], tensor[0, 4] = math.nan, math.inf
+    assert_counts(tensor, 1, tolerance)
+
+
+def test_few_positions_of_more_neurons_than_a_block_holds():
+    tensor = torch.randn(3, 700_001).relu()
+    assert_counts(tensor, 1)
+
+
+def test_wide_counters_know_when_each_neuron_fired():
+    """So wide that only one row of counts waits: 2 × 20,000 numbers."""
+    counters, scratch = SiteCounters(20_000, torch.device("cpu")), ScratchBuffers()
+    outputs = [torch.randn(4, 20_000).relu() * (torch.rand(20_000) < 0.5) for _ in range(3)]
+    for step, y in zip((3, 5, 8), outputs, strict=True):
+        add_outputs(counters, y, 1, 4, step, scratch, 0.0)
+        add_gradients(counters, y, 1, scratch)
+    tensors = counters.flush()
+    zeros = sum(plain(y, 1)[0] for y in outputs)
+    assert tensors.zero_outputs.tolist() == tensors.zero_gradients.tolist() == zeros.tolist()
+    np.testing.assert_allclose(tensors.abs_sum.numpy(), sum(plain(y, 1)[2] for y in outputs), rtol=1e-5)
+    fired = [(y != 0).any(0).tolist() for y in outputs]
+    steps = [[step for step, those in zip((3, 5, 8), fired, strict=True) if those[n]] for n in range(20_000)]
+    assert tensors.last_active.tolist() == [each[-1] if each else -1 for each in steps]
+    assert tensors.first_active.tolist() == [each[0] if each else NEVER for each in steps]
+
+
 def test_counts_are_exact_beyond_a_block_and_beyond_float32():
     """2**24 + 3 positions of one neuron: a float32 counter would stick at 2**24."""
     tensor = torch.zeros(2**24 + 3, 1, dtype=torch.bfloat16)

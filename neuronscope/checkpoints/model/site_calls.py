@@ -79,8 +79,10 @@ class _CallRecorder(SiteRecorder):
         super().restart()
         self._begun.clear()
 
-    def begin(self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None) -> Any:
-        call = super().begin(path, function, activation, x, glu_dim)
+    def begin(
+        self, path: str, function: str, activation: Activation, x: Any, glu_dim: int | None, traced: bool = False
+    ) -> Any:
+        call = super().begin(path, function, activation, x, glu_dim, traced)
         if call is not None:
             self._begun.append(self._keep_input(x))
         return call
