@@ -153,6 +153,20 @@ class ForwardContext:
         self.module_stack.append(path)
         return outermost
 
+    def begin_outside(self, x: Tensor) -> None:
+        """Note that a tensor is counted; outside of every forward and step its rows are the examples.
+
+        Args:
+            x: The tensor.
+        """
+        if self.module_stack or self._step is not None:
+            return
+        self._numbers += 1
+        self._set_number(self._numbers)
+        self.examples = self._counter.count_step((x,)) or 0
+        if not self.explicit_step:
+            self.mask = None
+
     def begin_step(self, inputs: tuple[Any, ...]) -> None:
         """Note what a training step is given that stands for the forward of the model.
 

@@ -26,15 +26,14 @@ from neuronscope.attach.compiling import (
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.neuron_flow import LEAVING
 from neuronscope.attach.recorder import SiteRecorder
+from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.single_thread import EnteredMode
-from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
 _count_function_modes = torch._C._len_torch_function_stack  # under a name that is quick to find
 #: Functions that are followed although they return no tensor.
 _WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
-_PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
 class Watch(Protocol):
@@ -118,8 +117,8 @@ class ActivationFunctionMode(TorchFunctionMode):
                             recorder.end(call, first_input(args, kwargs), output)
                         else:
                             flow.follow(func, args, kwargs, output)
-                            if func in _PRODUCTS and manager.functional:
-                                recorder.product(args, output)
+                            if func in SELECTING and manager.functional:
+                                recorder.select(func, args, kwargs, output)
                 except Exception as error:
                     manager.fail(error)
             return output
@@ -170,8 +169,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
         inputs = self.manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
         comptime(self._follow_while_tracing)
-        if func in _PRODUCTS and self.manager.functional:
-            self.manager.recorder.product(args, output)
+        if func in SELECTING and self.manager.functional:
+            self.manager.recorder.select(func, args, kwargs, output)
 
     def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
         self.manager.recorder.forward.flow.follow(func, args, kwargs, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,14 +15,15 @@ from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor
 from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Gradients
 from neuronscope.attach.incoming import Incoming
-from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
+from neuronscope.attach.origins import ACTIVATED, LOST, UNITS, Operand, Origin
 from neuronscope.attach.readers import carry_site
+from neuronscope.attach.selections import Selections
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
-from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
+from neuronscope.sites import NAMED_TENSOR, ReaderColumns, SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "Names", "SiteFinder", "neurons_in"]
 
@@ -34,6 +35,8 @@ CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "
 DeclaredAxis = Callable[[str, str, str], "int | None"]
 
 _MOST_CALLS = 20_000
+#: Stands for the activation of a tensor that the user names.
+_NAMED = Activation("tensor", "sparse")
 _UNSEEN: Any = object()
 
 
@@ -91,6 +94,7 @@ class SiteFinder:
     Attributes:
         unmeasured: What is not measured.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+        paths: Returns the paths of the model's modules.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class SiteFinder:
     ) -> None:
         self.unmeasured = Unmeasured(forward.flow)
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
+        self.paths: Callable[[], Collection[str]] = tuple
         self._forward = forward
         self._gradients = gradients
         self._new_counters = new_counters
@@ -111,6 +116,9 @@ class SiteFinder:
         self._gates: dict[SiteKey, Call] = {}
         self._units: dict[SiteKey, tuple[Run, ...]] = {}  # which units the neurons of each site are
         self._other_halves: dict[SiteKey, tuple[Run, ...]] = {}  # of a GLU: the units of its gate
+        self.selections = Selections(self, forward, self._gates.get)
+        self._sparse: set[SiteKey] = set()  # sites of kind `sparse`
+        self._named: set[SiteKey] = set()  # tensors that the user names
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -143,6 +151,7 @@ class SiteFinder:
         """
         forward = self._forward
         measured = {name for _, key in list(self._counters) for name in key.layer.split("+")}
+        measured |= {layer for key in list(self._named) for layer, *_ in self._units.get(key, ())}
         all_seen = not (compiled or forward.ran_parts)
         not_measured = self.unmeasured.with_layers(measured, all_seen=all_seen)
         if forward.ran_alone and not forward.ran_root:
@@ -293,9 +302,13 @@ class SiteFinder:
         neurons = neurons_in(local_tensor(x).shape, layout)
         if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
             neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
+        sparse = origin.site is not None and origin.site in self._sparse
+        kind = "sparse" if sparse or activation.kind == "sparse" else activation.kind
+        if kind == "sparse":
+            self._sparse.add(key)
         info = SiteInfo(
             activation.name,
-            activation.kind,
+            kind,
             activation.linear_when_on,
             layout.axis,
             source,
@@ -315,7 +328,7 @@ class SiteFinder:
                 counters.sharded_dims = sharded_dims(x)
         if output_units is not None:
             carries, bends = (carry_site(key, output_units),), ((output_units.layer, ACTIVATED),)
-            after = origin.but(site=key, units=output_units, bends=bends, carries=carries).inherit(
+            after = origin.but(site=key, units=output_units, bends=bends, carries=carries, picks=None).inherit(
                 [Operand((), origin)]
             )
         else:
@@ -326,39 +339,75 @@ class SiteFinder:
         call = self._gates[key] = Call(key, counters, layout, hook, after, activation, info, shape=shape)
         return call
 
-    def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
-        """Return the call of a gated product, ``None`` if none of the factors is a gate of the other.
+    def find_named(
+        self, phase: str, name: str, axis: int, kind: str, y: Tensor, *, traced: bool
+    ) -> tuple[Call | None, str]:
+        """Return the call of a tensor that the user names, and why it is not counted, ``""`` if it is.
 
         Args:
             phase: The phase that it belongs to.
-            args: The two factors.
-            y: The product.
-            traced: Whether ``y`` is the fake tensor of a graph.
+            name: Its name.
+            axis: The dimension that indexes its neurons, ≥ 0.
+            kind: One of :data:`neuronscope.attach.activations.KINDS`.
+            y: The tensor ``(…, N, …)``.
+            traced: Whether it is the fake tensor of a graph.
         """
-        flow = self._forward.flow
-        for factor, other in (args, args[::-1]):
-            if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
-                continue
-            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
-            gate = None if origin.site is None else self._gates.get(origin.site)
-            if gate is None or factor.shape != y.shape or other.shape != y.shape:
-                continue
-            if origin.units is None:
-                if gate.info.axis_source == "declared":
-                    return self._gated(phase, gate, origin, None, y, traced)
-                continue
-            if gate.after.units is None or origin.units.size != gate.after.units.size:
-                continue  # a part of what the site gave: its gradients are not counted apart
-            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
-            if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
-                continue  # x · sigmoid(x) is an activation written out, and no gated product
-            return self._gated(phase, gate, origin, origin.units, y, traced)
-        return None
+        key, layout = SiteKey(name, "", "", 0), NeuronLayout(axis)
+        if key not in self._named and (name in self.paths() or any(each.name == name for _, each in self._counters)):
+            return None, "the name is that of a layer, a module or a site of the model: give it another one"
+        self._named.add(key)
+        if not traced and (reason := unsupported_reason(y)):
+            return None, reason
+        origin = self._forward.flow.origin(y)
+        units = origin.units if origin.units is not None and origin.units.layout == layout else None
+        shard = self._shard(y, layout, units, key)
+        if shard is None:
+            return None, self.unmeasured.reasons[name]
+        neurons = neurons_in(local_tensor(y).shape, layout)
+        info = SiteInfo(
+            "tensor",
+            kind,
+            linear_when_on=False,
+            axis=axis,
+            axis_source="declared",
+            first=shard.first,
+            whole=shard.whole,
+            layer="" if units is None else units.layer,
+            units=() if units is None else _runs(units, units, neurons, shard.whole),
+            place=NAMED_TENSOR,
+        )
+        hidden = traced and self._is_shared_in_graph(key)
+        names = (name, info.layer or name, NAMED_TENSOR)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
+        known = self._counters.get((phase, key))
+        if known is not None and counters is None:
+            return None, self.unmeasured.reasons[name]
+        hook = None
+        if counters is not None:
+            hook = CountedGradient(self._gradients, (name, NAMED_TENSOR), None, counters, layout)
+            if not traced:
+                counters.sharded_dims = sharded_dims(y)
+        if units is not None:
+            self._units[key] = info.units
+            carries, bends = (carry_site(key, units), *origin.carries), ((units.layer, ACTIVATED),)
+            self._forward.flow.put(y, origin.but(bends=bends, carries=carries))
+        return Call(key, counters, layout, hook, origin, _NAMED, info), ""
 
-    def _gated(
-        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
+    def find_derived(
+        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool, selection: str = ""
     ) -> Call | None:
-        name = gate.activation.gated_name or f"gated {gate.activation.name}"
+        """Return the call of what is computed from the output of a site: a gated product, or what was selected of it.
+
+        Args:
+            phase: The phase that it belongs to.
+            gate: The call of the site.
+            origin: What its output is, as it is multiplied or selected from.
+            units: The units of the result; ``None`` if the axis of the site was declared.
+            y: The result.
+            traced: Whether it is the fake tensor of a graph.
+            selection: Name of the selection; ``""`` for a gated product.
+        """
+        name = selection or gate.activation.gated_name or f"gated {gate.activation.name}"
         if units is None:  # its axis was declared
             key = SiteKey(gate.key.layer, gate.key.units, name, 0)
         else:
@@ -372,12 +421,14 @@ class SiteFinder:
         info = replace(
             gate.info,
             activation=name,
-            kind="gated",
+            kind="sparse" if selection else "gated",
             linear_when_on=False,
             axis=layout.axis,
             units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
         )
         self._units[key] = info.units
+        if selection:
+            self._sparse.add(key)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, layout)
         hidden = traced and self._is_shared_in_graph(key)
@@ -388,7 +439,7 @@ class SiteFinder:
         if units is None:
             return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
         carries = (carry_site(key, units), *before.carries)
-        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries).inherit(())
+        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries, picks=None).inherit(())
         self._forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 

@@ -32,7 +32,7 @@ from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["read_report", "report_from_dict"]
 
-_KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
+_KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated", "sparse")
 #: No run counts so many; what is below fits int64.
 _MOST = 2**60
 

@@ -149,7 +149,7 @@ class SiteReport(TotalsMember):
     Attributes:
         name: The site's name.
         activation: The activation function's name (``relu``, ``gelu``, …).
-        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
+        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``.
         neurons: ``N``.
         axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
         axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.

@@ -88,7 +88,7 @@ class Tally:
 
     @property
     def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
         return self.info.kind
 
     @property

@@ -19,9 +19,9 @@ from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import NAMED_TENSOR, SiteInfo, SiteKey
 from neuronscope.tally.act_record import ActRecord
-from neuronscope.tally.census import Census
+from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.check_state import integer, integers, mapping
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
@@ -361,7 +361,7 @@ class PhaseRecord:
         self._steps_flushed = len(steps)
         self.checked_step = looked_at_step
         self._short_at = -1
-        loaded = {name: tally.layer or name for name, tally in {**flushed, **closed, **last}.items()}
+        loaded = {name: _layer_of(name, tally) for name, tally in {**flushed, **closed, **last}.items()}
         missing = lacking(loaded.values())
         self._loaded = set(loaded)
         self._lacking = {name for name, layer in loaded.items() if layer in missing}
@@ -404,6 +404,11 @@ def _check_together(flushed: Census, closed: Census, last: Census, history: Hist
 def _place(name: str) -> str:
     """Return the layer and units in a site's name; ``""`` if no layer is known."""
     return name.rpartition("/")[0]
+
+
+def _layer_of(name: str, tally: Tally) -> str:
+    """Return the layer that a site needs to be in the model: none, the root, if the user names the tensor."""
+    return tally.layer or ("" if tally.info.place == NAMED_TENSOR else name)
 
 
 def _listed(names: Collection[str], most: int = 3) -> str:
