@@ -32,8 +32,9 @@ _PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul
 _PICKING = spellings("topk", "sort", "kthvalue")
 _WRITING_BACK = spellings("scatter", "scatter_", "scatter_add", "scatter_add_")
 _FILLING = spellings("where", "masked_fill", "masked_fill_")
+_READING = spellings("embedding_bag")
 #: All functions that may be a part of a selection, or a gated product.
-SELECTING = _PRODUCTS | _PICKING | _WRITING_BACK | _FILLING
+SELECTING = _PRODUCTS | _PICKING | _WRITING_BACK | _FILLING | _READING
 
 _COMPARISON = re.compile(r"_*(lt|le|gt|ge|greater|greater_equal|less|less_equal|heaviside)_*")
 _JUMP = Activation("jumprelu", "sparse")
@@ -84,6 +85,8 @@ class Selections:
             self._note_picked(args, y)
         elif not isinstance(y, Tensor):
             return None
+        elif function in _READING:
+            self._note_sparse_reader(args)
         elif function in _WRITING_BACK:
             return self._put_back(phase, args, kwargs, y, traced)
         elif function in _FILLING:
@@ -142,6 +145,16 @@ class Selections:
         """Note from which tensor an index was picked."""
         if len(args) and isinstance(args[0], Tensor) and isinstance(y, (tuple, list)) and len(y) == 2:
             self._picked_from.put(y[1], weakref.ref(args[0]))
+
+    def _note_sparse_reader(self, args: tuple[Any, ...]) -> None:
+        """Note that a layer reads the units that were picked without the zeros between them."""
+        picks = self._forward.flow.origin(args[0]).picks if args and isinstance(args[0], Tensor) else None
+        if picks is not None:
+            self._sites.unmeasured.note(
+                picks.units.layer,
+                f"{PICKED}, and `embedding_bag` reads these alone, so that no tensor has all of them: only what comes "
+                "before is counted. Put the values back into zeros, and count that: `scope.count()`",
+            )
 
     def _put_back(
         self, phase: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor, traced: bool

@@ -61,6 +61,7 @@ class PhaseRecord:
         self._policy = policy
         self._lock = nullcontext() if lock is None else lock
         self._counters: dict[SiteKey, tuple[SiteInfo, SiteCounters]] = {}
+        self._sparse: list[SiteCounters] = []  # of sites of which it is kept how long each neuron has not fired
         self._flushed = Census()  # the flushed part of the open window
         self._steps: list[int] = []  # observed steps of the open window
         self._steps_flushed = 0  # how many of them were flushed
@@ -89,6 +90,8 @@ class PhaseRecord:
         counters = SiteCounters(neurons, device)
         with self._lock:
             self._counters[key] = (info, counters)
+            if info.kind == "sparse":
+                self._sparse.append(counters)
         return counters
 
     def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
@@ -151,6 +154,8 @@ class PhaseRecord:
         """Record that an optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
+        for counters in self._sparse:
+            counters.note_step(step)
 
     @property
     def newest_step(self) -> int:
@@ -296,6 +301,7 @@ class PhaseRecord:
         with self._lock:
             for key in sites:
                 self._counters.pop(key, None)
+            self._sparse = [counters for info, counters in self._counters.values() if info.kind == "sparse"]
 
     def census(self, window: str) -> Census:
         """Return the census of a window.

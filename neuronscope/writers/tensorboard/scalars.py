@@ -150,7 +150,8 @@ def _shares(totals: Totals) -> dict[str, float]:
         born = totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
         shares["dead_pct"] = 100.0 * totals.count(lambda site: site.judgement.dead) / neurons
         shares["born_dead_pct"] = 100.0 * born / neurons
-        shares["dormant_pct"] = 100.0 * totals.count(lambda site: site.judgement.dormant) / neurons
+        if any(site.kind != "sparse" for site in totals.sites):
+            shares["dormant_pct"] = 100.0 * totals.count(lambda site: site.judgement.dormant) / neurons
     return shares
 
 
