@@ -13,6 +13,7 @@ rollout, generation. What a forward with gradients runs under ``no_grad`` is a p
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ __all__ = ["INFERENCE", "ForwardContext", "Recomputation"]
 
 #: The phase of forwards that begin without gradients while the phase is ``train``.
 INFERENCE = "inference"
+
+_APPLY = inspect.unwrap(torch.autograd.Function.apply).__func__.__code__
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
 
@@ -365,6 +368,8 @@ def _in_autograd_function() -> bool:
     frame = sys._getframe(1).f_back
     while frame is not None:
         code = frame.f_code
+        if code is _APPLY:  # the `forward` of a function with a `setup_context` has no context
+            return True
         named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
         if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
             return True

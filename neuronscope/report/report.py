@@ -273,14 +273,14 @@ class SiteReport(TotalsMember):
         """
         if self.idle_positions is None:
             raise UsageError(
-                f"Expected a layer of kind 'sparse', but {self.name!r} is of kind {self.kind!r}: for how many positions "
-                "its neurons have not fired is not kept. Count its output with `scope.count()`."
+                f"Expected a layer of kind 'sparse', but {self.name!r} is of kind {self.kind!r}: how long its neurons "
+                "have not fired is not kept. Count its output with `scope.count()`."
             )
         return int((self.idle_positions >= positions).sum())
 
     @property
     def log10_density(self) -> FloatArray:
-        """log10 of the share of positions at which each neuron fired, float64 ``(N,)``; −inf if never, NaN if unseen."""
+        """log10 of the share of positions at which each neuron fired, float64 ``(N,)``; −inf = never, NaN = unseen."""
         with np.errstate(divide="ignore"):
             density: FloatArray = np.log10(1.0 - self.zero_output_fraction)
         return density

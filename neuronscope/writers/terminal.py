@@ -49,9 +49,8 @@ def render(report: Report, top: int = 20) -> str:
         alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
         cells = [wording.site_cells(site, report.policy["confidence"]) for site in shown]
         cells = [replace(one, name=one.marked_name) for one in cells]
-        columns = COLUMNS if alike else COLUMNS + EXAMPLES
-        if wording.all_sparse(report):
-            columns = tuple(column for column in columns if column.field != "dormant")
+        hidden = "dormant" if wording.all_sparse(report) else ""
+        columns = [column for column in (COLUMNS if alike else COLUMNS + EXAMPLES) if column.field != hidden]
         page.table(columns, cells, left_out)
     page.causes(wording.causes(report), provisional=report.provisional)
     page.list("Latents", wording.sparse(wording.fold(report.layers, top, top)[0]))

@@ -40,6 +40,7 @@ _FACTORIES = """
 ones empty full arange linspace logspace eye rand randn randint randperm from_numpy tril_indices triu_indices
 ones_like empty_like rand_like randn_like randint_like new_ones new_empty
 """
+_ZEROS = "zeros zeros_like new_zeros zero_"
 
 
 def _elementwise(operation: Operation) -> Origin:
@@ -112,7 +113,7 @@ ELEMENTWISE: dict[Function, Rule] = {
     **table("masked_fill", _masked, in_place=True),
     **table("where", _where),
     **table(_FACTORIES, lambda _: Origin.of(CONSTANT)),
-    **table("zeros zeros_like new_zeros zero_", lambda _: Origin.of(CONSTANT, zeros=True)),
+    **table(_ZEROS, lambda _: Origin.of(CONSTANT, zeros=True)),
     **table("copy_ fill_ full_like new_full new_tensor", _overwritten),
     **table("tensor as_tensor asarray", _made),
     **table("meshgrid", _grid),

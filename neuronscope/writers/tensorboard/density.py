@@ -1,4 +1,4 @@
-"""Gives TensorBoard a histogram of how often the latents of each sparse layer fire: ``neuronscope.log10_density/<layer>``."""
+"""Gives TensorBoard a histogram of how often latents fire, for each sparse layer: ``neuronscope.log10_density/…``."""
 
 from __future__ import annotations
 
