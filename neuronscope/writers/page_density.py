@@ -78,13 +78,13 @@ def _density(site: SiteReport) -> Density:
     bars = [bar(0, never, f"{plural(never, 'latent')} never fired", "never")]
     for place, number in enumerate(counts.tolist()):
         between = f"fired at 10^{edges[place]:g} to 10^{edges[place + 1]:g} of the tokens"
-        bars.append(bar(place + 2, number, f"{plural(number, 'latent')} {between}", "fired"))
-    ticks = [((place + 2) * _WIDTH, f"{edge:g}".replace("-", "−")) for place, edge in enumerate(edges) if edge % 1 == 0]
+        bars.append(bar(place + 3, number, f"{plural(number, 'latent')} {between}", "fired"))
+    ticks = [((place + 3) * _WIDTH, f"{edge:g}".replace("-", "−")) for place, edge in enumerate(edges) if edge % 1 == 0]
     return Density(
         visible(site.name),
         sparse([site])[0].partition(": ")[2],
         bars,
-        (len(counts) + 2) * _WIDTH,
+        (len(counts) + 3) * _WIDTH,
         _HEIGHT,
         [(_WIDTH / 2, f"never ({count(never)})"), *ticks],
     )
