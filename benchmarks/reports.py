@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ __all__ = ["tables"]
 
 #: Layers, neurons of each, and windows of their history.
 NETWORKS = ((12, 4096, 200), (300, 512, 60), (5_000, 64, 60))
+#: Seconds within which a page must be shown.
+PATIENCE_S = 60.0
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
@@ -73,6 +75,8 @@ def _browser() -> Any:
 def _opened(browser: Any, text: str) -> list[float]:
     """Return the seconds until the map of the network is drawn, and until every layer is unpacked."""
     found: tuple[list[float], list[float]] = ([], [])
+    from selenium.webdriver.support.wait import WebDriverWait
+
     waits = ("document.querySelector('#overview[data-drawn]')", "document.documentElement.dataset.ready")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "page.html"
@@ -81,7 +85,10 @@ def _opened(browser: Any, text: str) -> list[float]:
             browser.get("about:blank")
             browser.get(path.as_uri())
             for wait, seconds in zip(waits, found, strict=True):
-                while not browser.execute_script(f"return Boolean({wait})"):
-                    time.sleep(0.01)
+                WebDriverWait(browser, PATIENCE_S, poll_frequency=0.01).until(_is_true(wait))
                 seconds.append(browser.execute_script("return performance.now()") / 1e3)
     return [sorted(seconds)[1] for seconds in found]
+
+
+def _is_true(expression: str) -> Callable[[Any], bool]:
+    return lambda browser: bool(browser.execute_script(f"return Boolean({expression})"))

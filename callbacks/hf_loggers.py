@@ -8,7 +8,7 @@ The Trainer reports through callbacks: each has an ``on_log``. They are called o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
@@ -123,6 +123,11 @@ class _TensorBoardLog(_CallbackLog):
     def event_folder(self) -> str | None:
         writer = self._writer()
         return None if writer is None else writer.event_folder()
+
+    def list_hyperparameters(self, hyperparameters: Mapping[str, Any], tags: Iterable[str], *, at_start: bool) -> None:
+        writer = self._writer()
+        if writer is not None:
+            writer.list_hyperparameters(hyperparameters, tags, at_start=at_start)
 
     def _writer(self) -> SummaryWriterLog | None:
         writer = getattr(self._callback, "tb_writer", None)

@@ -15,6 +15,7 @@ import torch
 from neuronscope.callbacks.lightning_compat import (
     FRAMEWORKS,
     LightningLog,
+    hyperparameters_of,
     joined_callback,
     known_metrics,
     logged_step,
@@ -41,13 +42,13 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
     """Watches which neurons die while a Trainer trains, and shows it in its loggers.
 
     Scalars go to every logger, pictures, diagnosis and vectors to a file beside TensorBoard's.
-    ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/dormant_pct`` and
-    ``neuronscope/not_finite_pct`` (of validation: ``neuronscope/val_dead_pct`` and so on), and of training
-    ``neuronscope/silent_pct``, for ``EarlyStopping`` and ``ModelCheckpoint``. The counts are saved in checkpoints, and
-    a resumed run continues them. Batches of training, validation and test count, each as its own phase; sanity checks
-    and predictions do not. What a training step runs without gradients (a target network, a reference model,
-    generation) counts as phase ``inference``. In eager mode the weights are the same, bit for bit, with the monitor and
-    without.
+    ``trainer.callback_metrics`` holds ``neuronscope/dead_pct``, ``neuronscope/worst_layer_dead_pct``,
+    ``neuronscope.more/collapsed_layers``, ``neuronscope.more/not_finite_pct`` and more (of validation:
+    ``neuronscope/val_dead_pct`` and so on), and of training ``neuronscope/deaths_total``, for ``EarlyStopping`` and
+    ``ModelCheckpoint``. The counts are saved in checkpoints, and a resumed run continues them. Batches of training,
+    validation and test count, each as its own phase; sanity checks and predictions do not. What a training step runs
+    without gradients (a target network, a reference model, generation) counts as phase ``inference``. In eager mode the
+    weights are the same, bit for bit, with the monitor and without.
 
     Raises:
         UsageError: An argument is not what is expected.
@@ -78,6 +79,7 @@ class DeadNeuronMonitor(Monitor, Callback):  # type: ignore[misc]  # the two Cal
         self._unpublished, self._logged = False, {}
         self.logs, self.folder = _logs(trainer), _folder(trainer)
         self.console = logger_of(trainer) if trainer.is_global_zero else None
+        self.hyperparameters = hyperparameters_of(trainer)
         self.attach(pl_module, trainer.global_step)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, default_collate
 
 from neuronscope.callbacks.attachments import tracker_of
+from neuronscope.callbacks.logs import list_in_hparams
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.tensorboard import folder_of
 
-__all__ = ["FRAMEWORKS", "LightningLog", "joined_callback", "known_metrics", "logged_step", "logger_of", "step_inputs"]
+__all__ = [
+    "FRAMEWORKS",
+    "LightningLog",
+    "hyperparameters_of",
+    "joined_callback",
+    "known_metrics",
+    "logged_step",
+    "logger_of",
+    "step_inputs",
+]
 
 #: Packages that have a Trainer.
 FRAMEWORKS = ("pytorch_lightning", "lightning.pytorch")
@@ -155,3 +165,31 @@ class LightningLog:
         # By name: each framework has a `TensorBoardLogger` of its own.
         is_tensorboard = any(kind.__name__ == "TensorBoardLogger" for kind in type(self._logger).__mro__)
         return folder_of(self._logger.experiment) if is_tensorboard else None
+
+    def list_hyperparameters(self, hyperparameters: Mapping[str, Any], tags: Iterable[str], *, at_start: bool) -> None:
+        """List the run in TensorBoard's HParams tab, if the logger is a ``TensorBoardLogger``.
+
+        Lightning lists a run when it begins, with the metric ``hp_metric``. TensorBoard takes the first list of a run,
+        so ours comes before, with that metric in it. With ``default_hp_metric=False`` the user may list metrics later;
+        then ours comes at the end.
+
+        Args:
+            hyperparameters: Values by name.
+            tags: Tags of the final numbers.
+            at_start: Whether the run begins; otherwise it ends.
+        """
+        default = getattr(self._logger, "_default_hp_metric", False)
+        if self.event_folder() is None or at_start != default:
+            return
+        prefix = getattr(self._logger, "_prefix", "")
+        found = [f"{prefix}-{tag}" if prefix else tag for tag in (*tags, *(["hp_metric"] if default else []))]
+        list_in_hparams(self._logger.experiment, hyperparameters, found)
+
+
+def hyperparameters_of(trainer: Any) -> dict[str, Any]:
+    """Return the hyperparameters that a Trainer's module and data module saved for its loggers."""
+    found: dict[str, Any] = {}
+    for holder in (trainer.datamodule, trainer.lightning_module):
+        if getattr(holder, "_log_hyperparams", False):
+            found.update(holder.hparams_initial)
+    return found

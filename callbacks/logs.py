@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from neuronscope.writers.tensorboard import EventWriter, folder_of
 
-__all__ = ["Log", "SummaryWriterLog", "series_of"]
+__all__ = ["Log", "SummaryWriterLog", "list_in_hparams", "series_of"]
 
 #: How trainers and their users name what a report shows beside deaths.
 _NAMES = {
@@ -44,6 +44,37 @@ def series_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _series_name(key: str) -> str | None:
     """Return which series a trainer's name stands for; ``None`` if it is another metric."""
     return next((name for name, pattern in _NAMES.items() if pattern.fullmatch(key)), None)
+
+
+def list_in_hparams(writer: Any, hyperparameters: Mapping[str, Any], tags: Iterable[str]) -> None:
+    """List a run in TensorBoard's HParams tab: its hyperparameters, beside the newest values of some scalars.
+
+    It stands in the run's own folder. Of several such lists of a run, TensorBoard takes the first.
+
+    Args:
+        writer: ``SummaryWriter`` of torch or tensorboardX; one that was closed is left alone.
+        hyperparameters: Values by name; what is neither a number nor a text is listed as text.
+        tags: Tags of the scalars.
+    """
+    file_writer = writer.file_writer
+    if file_writer is None:
+        return
+    if type(file_writer).__module__.partition(".")[0] == "tensorboardX":  # accepts only protos of its own
+        from tensorboardX.summary import hparams
+    else:
+        from torch.utils.tensorboard.summary import hparams
+    for summary in hparams(dict(_flat(hyperparameters)), dict.fromkeys(tags, 0.0)):
+        file_writer.add_summary(summary, 0)
+    writer.flush()
+
+
+def _flat(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield values of nested mappings under names such as ``optimizer/lr``, as the trainers do."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{place}{name}/")
+        else:
+            yield f"{place}{name}", value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 class Log(Protocol):
@@ -103,3 +134,14 @@ class SummaryWriterLog:
     def event_folder(self) -> str | None:
         """Return the writer's folder; ``None`` if it names none."""
         return folder_of(self._writer)
+
+    def list_hyperparameters(self, hyperparameters: Mapping[str, Any], tags: Iterable[str], *, at_start: bool) -> None:
+        """List the run in TensorBoard's HParams tab at its end, so that a list of the user's own comes first.
+
+        Args:
+            hyperparameters: Values by name.
+            tags: Tags of the final numbers.
+            at_start: Whether the run begins; otherwise it ends.
+        """
+        if not at_start:
+            list_in_hparams(self._writer, hyperparameters, tags)

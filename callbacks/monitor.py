@@ -28,7 +28,7 @@ from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
-from neuronscope.options import Mask, WatchArguments, WatchOptions, positive_integer
+from neuronscope.options import Examples, Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
 from neuronscope.tally.census import Census
@@ -66,6 +66,8 @@ class Monitor:
             but the first.
         optimizers: The optimizers of the model's weights, if ``revive`` is given. Set it before the first
             :meth:`step`; the callback of a framework does.
+        hyperparameters: Hyperparameters of the training by name. If there are any, TensorBoard's HParams tab shows them
+            beside the final numbers. Set it before :meth:`attach`; the callback of a framework does.
         options: What is watched, and how often.
         on_dead: What to do when ``threshold`` percent of the neurons are dead: ``log``, ``warn`` or ``stop``.
         stop_reason: Why the training should stop, set by :meth:`step` if ``on_dead`` is ``stop``; otherwise ``None``.
@@ -99,6 +101,8 @@ class Monitor:
     step_is_model: ClassVar[bool] = False
     #: Where the mask of a forward's positions is found, unless the user says otherwise.
     default_mask: ClassVar[Mask] = None
+    #: How the independent examples of a forward are counted, unless the user says otherwise.
+    default_examples: ClassVar[Examples] = "auto"
     #: How a user gives this callback to the framework, for an error message.
     how_to_use: ClassVar[str] = "call `attach(model)` and train a model that has activations"
 
@@ -140,7 +144,7 @@ class Monitor:
             revive_every: Optimizer steps from one revival to the next at least. A revival comes with the end of a
                 window of training.
             **options: As for :func:`neuronscope.watch`; here ``every_n_steps`` is 20 unless it is given. ``mask`` is
-                :attr:`default_mask` unless it is given.
+                :attr:`default_mask` unless it is given, ``examples`` :attr:`default_examples`.
 
         Raises:
             UsageError: An argument is not what is expected.
@@ -148,12 +152,14 @@ class Monitor:
         super().__init__()
         options.setdefault("every_n_steps", DEFAULT_EVERY_N_STEPS)
         options.setdefault("mask", type(self).default_mask)
+        options.setdefault("examples", type(self).default_examples)
         self.options = WatchOptions(**options)
         self.on_dead = on_dead
         self.prog_bar = prog_bar
         self.console: logging.Logger | None = logging.getLogger("neuronscope")
         self.logs: Sequence[Log] = ()
         self.folder: str | None = None
+        self.hyperparameters: Mapping[str, Any] = {}
         self.optimizers: Sequence[Optimizer] = ()
         self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
         self._left: set[str] = set()  # sites of which it was said that their neurons are not revived
@@ -162,6 +168,7 @@ class Monitor:
         self._threshold = DeadThreshold(on_dead, threshold)
         self._announcements = Announcements()
         self.dead_percent: float | None = None
+        self._closed = False  # whether a window has closed since the last report on training
         self._runs = Runs(self.options, step_is_model=self.step_is_model)
         self._publisher = Publisher(images=images, text=text, vectors=vectors, html=html, drawing_share=drawing_share)
         self.suppress_errors = SuppressErrors("watch this run any longer", self._runs.give_up)
@@ -173,7 +180,7 @@ class Monitor:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is sent to another process, keeps the counts but neither hooks nor logs."""
-        return {**vars(self), "logs": (), "optimizers": (), "_finalizer": None}
+        return {**vars(self), "logs": (), "optimizers": (), "hyperparameters": {}, "_finalizer": None}
 
     def __enter__(self) -> Self:
         return self
@@ -229,10 +236,12 @@ class Monitor:
             step: Optimizer steps taken before, where they are known by now; see :meth:`move_to`.
         """
         self.stop_reason, self._announcements, self.dead_percent = None, Announcements(), None
+        self._closed = False
         if self._finalizer is None:  # a training that ended in an exception may have left the hooks on
             self._finalizer = weakref.finalize(self, self._runs.detach, join=False)
             self._finalizer.atexit = False
         self._publisher.begin()
+        self._publisher.list_hyperparameters(self.logs, self.hyperparameters, at_start=True)
         with self._warn_if_nothing_to_watch():
             self._runs.begin_training(model, step)
         if self.scope is not None:
@@ -301,6 +310,20 @@ class Monitor:
             with self.suppress_errors:
                 gate.scope.close_step()
 
+    def note_step(self, step: int) -> None:
+        """Count an optimizer step in the middle of a batch; the next :meth:`step` publishes what came of it.
+
+        For trainers that take many optimizer steps before they call anybody, in the middle of which neither neurons may
+        be revived nor numbers logged.
+
+        Args:
+            step: Optimizer steps taken so far.
+        """
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                self._closed |= gate.scope.step(step)
+
     def step(self, step: int, *, log_step: int | None = None) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.
 
@@ -318,7 +341,9 @@ class Monitor:
         report = alarm = None
         if gate is not None:
             with self.suppress_errors:
-                if gate.end_training_batch(step):
+                self._closed |= gate.end_training_batch(step)
+                if self._closed:
+                    self._closed = False
                     self._revive(gate.scope)
                     report = self._publish("train", step if log_step is None else log_step)
                     alarm = self._threshold.check(report)
@@ -390,6 +415,19 @@ class Monitor:
                 report = self._publish(phase, step, final=final)
         return report
 
+    def interrupt_evaluation(self, *, ends: bool = False) -> None:
+        """Leave the pass without a report: the next :meth:`begin_evaluation` of its phase continues it.
+
+        For passes that come in many small parts, such as rollouts between gradient steps.
+
+        Args:
+            ends: Whether the pass is over, so that its window closes.
+        """
+        gate = self._runs.gate
+        if gate is not None:
+            with self.suppress_errors:
+                gate.leave(ends=ends)
+
     def discard_evaluation(self) -> None:
         """End the pass and forget what was counted in it. If no pass runs, only the batch ends."""
         gate = self._runs.gate
@@ -417,6 +455,7 @@ class Monitor:
                 for phase in ("train",) if failed else ("train", "val"):
                     if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
                         reports[phase] = self._publish(phase, step, final=True)
+                self._publisher.list_hyperparameters(self.logs, self.hyperparameters, at_start=False)
         self._publisher.finish()  # the logs may be closed next
         report = reports.get("train")
         return report if report is not None and report.phase == "train" else None

@@ -31,7 +31,7 @@ class PhaseGate:
         self.scope = scope
         self.phase: str | None = None
         self._step_is_model = step_is_model
-        self._keep_phase = True
+        self._keep_phase = self._ends_phase = True
         self._pause_context = ExitStack()
         self._phase_context = ExitStack()
         self.close()
@@ -70,19 +70,21 @@ class PhaseGate:
     def enter(self, phase: str) -> None:
         """Begin a pass of another phase, after the end of the previous one; the gate is closed."""
         self.leave()
-        self._phase_context.enter_context(self.scope.phase(phase, join=True, keep=lambda: self._keep_phase))
+        context = self.scope.phase(phase, join=True, keep=lambda: self._keep_phase, ends=lambda: self._ends_phase)
+        self._phase_context.enter_context(context)
         self.phase = phase
         self.close()
 
-    def leave(self, *, keep: bool = True) -> None:
+    def leave(self, *, keep: bool = True, ends: bool = True) -> None:
         """End the pass and close the gate. If no pass runs, only the gate is closed.
 
         Args:
             keep: Whether to keep what was counted in the pass.
+            ends: Whether the pass is over. If not, the next one of its phase continues its window.
         """
-        self._keep_phase = keep
+        self._keep_phase, self._ends_phase = keep, ends
         self._phase_context.close()
-        self._keep_phase, self.phase = True, None
+        self._keep_phase, self._ends_phase, self.phase = True, True, None
         self.close()
 
     def detach(self, *, join: bool) -> None:

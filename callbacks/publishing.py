@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,19 @@ from neuronscope.writers.formatting import percent
 from neuronscope.writers.html import render
 from neuronscope.writers.pictures import overview
 from neuronscope.writers.tensorboard import EventFile, append, require_room, scalars
-from neuronscope.writers.tensorboard.tags import metric
+from neuronscope.writers.tensorboard.tags import network_tag
 from neuronscope.writers.wording import anything_seen
 
 __all__ = ["Publisher", "summary", "totals"]
 
-_TOTALS = ("dead_pct", "dormant_pct", "not_finite_pct")
-#: Totals of the phases that have gradients.
-_TOTALS_OF_TRAINING = (*_TOTALS, "silent_pct")
+_TOTALS = ("dead_pct", "worst_layer_dead_pct", "collapsed_layers", "dormant_pct", "not_finite_pct")
+#: Totals of training, which has gradients and a history.
+_TOTALS_OF_TRAINING = (*_TOTALS, "deaths_total", "silent_pct")
+#: Final numbers in TensorBoard's HParams tab.
+_FINAL_TAGS = (
+    *(network_tag(name, "train") for name in ("dead_pct", "worst_layer_dead_pct", "deaths_total", "dormant_pct")),
+    network_tag("dead_pct", "val"),
+)
 #: Assumed seconds of a drawing before the first was made: as long as most take on one core of 2026.
 _USUAL_DRAWING_S = 0.4
 
@@ -46,17 +51,19 @@ _USUAL_DRAWING_S = 0.4
 def totals(report: Report | None, phase: str) -> dict[str, float]:
     """Return the network's totals by tag, ``neuronscope/dead_pct`` and the like; NaN for what is not known.
 
+    They are those numbers of :func:`neuronscope.writers.tensorboard.scalars` that an alarm can be set on.
+
     Args:
         report: The phase's report; ``None`` if nothing is watched.
-        phase: The phase. In tags of phases other than ``train`` its name stands before the metric's.
+        phase: The phase. In tags of phases other than ``train`` its name stands before the metric's, and there is
+            neither ``deaths_total`` nor ``silent_pct``: nobody dies in an evaluation, and without gradients no neuron
+            is known to be silent.
 
-    In training there is ``neuronscope/silent_pct`` too; without gradients, no neuron is known to be silent.
-
-    >>> totals(None, "val")
-    {'neuronscope/val_dead_pct': nan, 'neuronscope/val_dormant_pct': nan, 'neuronscope/val_not_finite_pct': nan}
+    >>> list(totals(None, "val"))[:3]
+    ['neuronscope/val_dead_pct', 'neuronscope/val_worst_layer_dead_pct', 'neuronscope.more/val_collapsed_layers']
     """
     known = {} if report is None else scalars(report, per_site=False)
-    tags = [f"neuronscope/{metric(name, phase)}" for name in (_TOTALS_OF_TRAINING if phase == "train" else _TOTALS)]
+    tags = [network_tag(name, phase) for name in (_TOTALS_OF_TRAINING if phase == "train" else _TOTALS)]
     return {tag: known.get(tag, float("nan")) for tag in tags}
 
 
@@ -143,9 +150,10 @@ class Publisher:
         """
         next_drawing_at = self._next_drawing_at.get(report.phase, self._first_drawing_at)
         draws = final or time.monotonic() >= next_drawing_at
+        numbers = lru_cache(partial(scalars, report))  # the same for all logs of a run
         for log in logs:
             with self._suppress_errors:
-                self._write(report, log, step, f"{report.phase}:{log.key}", draws=draws and any(self._parts.values()))
+                self._write(report, log, step, numbers, draws=draws and any(self._parts.values()))
         if self._html and draws:
             with self._suppress_errors:
                 folders = {found for log in logs if (found := log.event_folder()) is not None}
@@ -184,7 +192,10 @@ class Publisher:
                 written.append(path.with_suffix(".png"))
         return written
 
-    def _write(self, report: Report, log: Log, step: int, key: str, *, draws: bool) -> None:
+    def _write(
+        self, report: Report, log: Log, step: int, numbers: Callable[..., dict[str, float]], *, draws: bool
+    ) -> None:
+        key = f"{report.phase}:{log.key}"
         folder = log.event_folder()
         if folder is not None:
             # A number that cannot be written would break the Trainer's own writer: its next call would raise.
@@ -193,7 +204,7 @@ class Publisher:
         if last is None or step > last.step:
             since = None if last is None else last.report_step
             last = self._published[key] = _Published(step, report.global_step, drawn=False)
-            log.log_metrics(scalars(report, since=since), step)
+            log.log_metrics(dict(numbers(since=since)), step)
         if folder is not None and draws and not last.drawn:
             last.drawn = True
             file = self._files.setdefault(folder, EventFile(folder))
@@ -218,6 +229,22 @@ class Publisher:
     def _pause_after(self, drawing_s: float) -> float:
         """Seconds to wait after a drawing that took ``drawing_s``, so that drawing keeps to its share."""
         return drawing_s * (1.0 / self._share - 1.0)
+
+    def list_hyperparameters(self, logs: Sequence[Log], hyperparameters: Mapping[str, Any], *, at_start: bool) -> None:
+        """List the run in TensorBoard's HParams tab, with its final numbers.
+
+        Args:
+            logs: The run's logs. One that can list runs has a method of this name.
+            hyperparameters: Values by name; if there are none, nothing is listed.
+            at_start: Whether the run begins; otherwise it ends.
+        """
+        for log in logs if hyperparameters else ():
+            with self._suppress_errors:
+                listed = getattr(log, "list_hyperparameters", None)
+                folder = log.event_folder()
+                if listed is not None and folder is not None:
+                    require_room(folder)
+                    listed(hyperparameters, _FINAL_TAGS, at_start=at_start)
 
     def finish(self) -> None:
         """Wait until everything is drawn. Call this before the loggers are closed."""

@@ -10,6 +10,7 @@ over; otherwise it is discarded.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import MutableMapping
@@ -94,6 +95,7 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
         self.detach()  # from a training that failed
         self._training, self._in_step, self._evaluation_logged = True, False, False
         self._handler = calling_handler()
+        self.hyperparameters = _changed(args)
         self.console = _LOGGER if state.is_world_process_zero else None
         if self._handler is None:
             self._warn("could not find the Trainer that called it: it counts, and logs nothing")
@@ -239,6 +241,13 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
             if args.should_save:
                 folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
                 save_state(folder, self.state_key, counted)
+
+
+def _changed(args: Any) -> dict[str, Any]:
+    """Return the arguments of a training that differ from their defaults, without names and paths."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    found = {name: value for name, value in args.to_sanitized_dict().items() if isinstance(value, (bool, int, float))}
+    return {name: value for name, value in found.items() if name in defaults and value != defaults[name]}
 
 
 def _evaluation_prefix(metrics: Any) -> str | None:

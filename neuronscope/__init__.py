@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from neuronscope.linear.linear_report import LinearLayers, LinearReport
     from neuronscope.report.reading import read_report
     from neuronscope.report.report import Report
+    from neuronscope.sampled_features import LayerRepresentation, Representation, representation
     from neuronscope.scanning import scan
     from neuronscope.scope import Scope, watch
     from neuronscope.tally.census import Census, Tally
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "Census": "neuronscope.tally.census",
     "ContinualBackprop": "neuronscope.act.rules",
     "Dead": "neuronscope.act.rules",
+    "LayerRepresentation": "neuronscope.sampled_features",
     "LinearLayers": "neuronscope.linear.linear_report",
     "LinearReport": "neuronscope.linear.linear_report",
     "NeuronscopeError": "neuronscope.errors",
@@ -41,6 +43,7 @@ _MODULE_OF = {
     "PostmortemReport": "neuronscope.checkpoints.postmortem_report",
     "ReDo": "neuronscope.act.rules",
     "Report": "neuronscope.report.report",
+    "Representation": "neuronscope.sampled_features",
     "Revival": "neuronscope.act.revival",
     "Rule": "neuronscope.act.rules",
     "Scope": "neuronscope.scope",
@@ -51,6 +54,7 @@ _MODULE_OF = {
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
     "read_report": "neuronscope.report.reading",
+    "representation": "neuronscope.sampled_features",
     "revive": "neuronscope.act.revival",
     "scan": "neuronscope.scanning",
     "shrink": "neuronscope.act.shrink",
@@ -62,6 +66,7 @@ __all__ = [
     "Census",
     "ContinualBackprop",
     "Dead",
+    "LayerRepresentation",
     "LinearLayers",
     "LinearReport",
     "NeuronscopeError",
@@ -70,6 +75,7 @@ __all__ = [
     "PostmortemReport",
     "ReDo",
     "Report",
+    "Representation",
     "Revival",
     "Rule",
     "Scope",
@@ -81,6 +87,7 @@ __all__ = [
     "check_linear",
     "postmortem",
     "read_report",
+    "representation",
     "revive",
     "scan",
     "shrink",

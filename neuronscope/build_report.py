@@ -23,6 +23,11 @@ __all__ = ["INFERENCE_APART", "ONLY_INFERENCE", "make_report", "not_measured"]
 INFERENCE_APART = "Forwards that began without gradients are not counted here, but in phase `inference`."
 #: The note of a report that was asked for on training if no other forwards were seen.
 ONLY_INFERENCE = "No forward with gradients was seen in training, so this report is on phase `inference`."
+#: The note of a report that claims no bound because the user, or a callback, says so.
+NO_BOUND = (
+    "No bound is claimed (`examples=None`): rows that depend on each other, such as the steps of one trajectory, are "
+    "no independent examples."
+)
 
 
 def make_report(
@@ -39,6 +44,7 @@ def make_report(
     acts: Sequence[Act] = (),
     checkpoints: Sequence[int] = (),
     series: Mapping[str, tuple[tuple[int, float], ...]] | None = None,
+    claims_bounds: bool = True,
 ) -> Report:
     """Judge a phase and return its report.
 
@@ -55,6 +61,7 @@ def make_report(
         acts: What was done to neurons, oldest first.
         checkpoints: Steps at which checkpoints were saved, ascending.
         series: What the training logged; see :attr:`neuronscope.report.report.Report.series`.
+        claims_bounds: Whether the rows of a forward are independent examples, as far as nothing else is said.
 
     Returns:
         The report on the newest closed window, in the state at its end. If no window has closed, the report is on
@@ -87,6 +94,7 @@ def make_report(
         notes=(
             *filter(None, (fault_text, *notes, acts_note(acts))),
             *record.notes(),
+            *((NO_BOUND,) if judged and not (claims_bounds or judged.examples) else ()),
             *_notes(judged, broken_since),
             *_acting_linear(sites, policy),
             *_exchange_notes(exchanges),

@@ -19,7 +19,7 @@ from neuronscope.scope import Scope
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["scan"]
+__all__ = ["run_over", "scan"]
 
 
 def scan(
@@ -58,6 +58,35 @@ def scan(
     """
     for name in options.keys() & WatchArguments.__annotations__.keys() - ScanArguments.__annotations__.keys():
         raise UsageError(f"Expected options of a scan, but got `{name}`, which applies to training only: leave it out.")
+    in_a_row = LinearLayersOfForward(model)
+    scope = Scope(model, WatchOptions(**options, join_ranks=False))
+    run_over(model, scope, data, loss, forward, first=in_a_row.of)
+    report = scope.report("scan")
+    return replace(report, notes=(*report.notes, *in_a_row.notes()))
+
+
+def run_over(
+    model: nn.Module,
+    scope: Scope,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], torch.Tensor] | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    *,
+    first: Callable[[Callable[[nn.Module, Any], Any], Any], Any] | None = None,
+) -> None:
+    """Run a model over data as phase ``scan`` of a scope, which is detached afterwards.
+
+    Args:
+        model: The model.
+        scope: The scope that watches it.
+        data: See :func:`scan`.
+        loss: See there.
+        forward: See there.
+        first: Runs the first batch, given how the model is called and the batch, and returns the output.
+
+    Raises:
+        UsageError: ``data`` has no batch, or is no data.
+    """
     try:
         iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
     except TypeError as error:
@@ -65,8 +94,6 @@ def scan(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     call = forward or call_model
     batches = 0
-    in_a_row = LinearLayersOfForward(model)
-    scope = Scope(model, WatchOptions(**options, join_ranks=False))
     with model_state_restored(model), nothing_fused():
         model.eval()
         with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
@@ -76,11 +103,9 @@ def scan(
                 batch = to_device(batch, device)
                 for parameter in model.parameters():
                     parameter.grad = None
-                output = in_a_row.of(call, batch) if batches == 0 else call(model, batch)
+                output = first(call, batch) if first is not None and batches == 0 else call(model, batch)
                 if loss is not None:
                     loss(output, batch).backward()
                 batches += 1
     if batches == 0:
         raise UsageError(f"Expected argument `data` to yield at least one batch, but {type(data).__name__} gave none.")
-    report = scope.report("scan")
-    return replace(report, notes=(*report.notes, *in_a_row.notes()))

@@ -75,6 +75,7 @@ class Scope:
         self.every_n_steps = options.every_n_steps
         self.window_steps = options.window_steps
         self.policy = options.thresholds
+        self._claims_bounds = options.examples is not None
         self._weights = WeightDigest(model)
         self._ranks = RankSync(
             together=options.join_ranks, process_group=options.process_group, digest=self._weights.digest
@@ -310,7 +311,14 @@ class Scope:
         return self._ranks.agree(number)
 
     @contextlib.contextmanager
-    def phase(self, name: str, *, join: bool = False, keep: Callable[[], bool] = lambda: True) -> Iterator[Scope]:
+    def phase(
+        self,
+        name: str,
+        *,
+        join: bool = False,
+        keep: Callable[[], bool] = lambda: True,
+        ends: Callable[[], bool] = lambda: True,
+    ) -> Iterator[Scope]:
         """Count what runs inside as another phase, such as ``val`` or ``test``; each pass is one window of that phase.
 
         Use one name for all passes of a kind: the counts of the 64 phases that ended last are kept.
@@ -321,6 +329,8 @@ class Scope:
                 on its own part of the data. For callbacks that know this from their trainer.
             keep: Called at the end; if it returns ``False``, the counts of this pass are discarded. For callbacks that
                 only know afterwards whether this was a complete pass, such as Lightning's sanity check.
+            ends: Called at the end; if it returns ``False``, the pass is not over, and the next one continues its
+                window. For passes that come in many small parts, such as rollouts between gradient steps.
 
         Raises:
             DetachedError: The scope was detached.
@@ -342,11 +352,13 @@ class Scope:
             else:
                 self._phases[here] = own
             if not self._detached and name != "train" and name != before:
-                self._end_phase(name, here, join, keep)
+                self._end_phase(name, here, join, keep, ends)
             self._observe()
 
     @hidden
-    def _end_phase(self, name: str, thread: int, join: bool, keep: Callable[[], bool]) -> None:
+    def _end_phase(
+        self, name: str, thread: int, join: bool, keep: Callable[[], bool], ends: Callable[[], bool]
+    ) -> None:
         """End a pass of a phase, unless it was one of a thread beside the one that is counted."""
         if not (join or thread == self._home or thread == self._counted_thread()):
             return
@@ -354,6 +366,8 @@ class Scope:
             if keep():
                 record = self._record(name)
                 record.note_step(self._step)
+                if not ends():
+                    return
                 self._flush(name, join=join)
                 record.close()
             else:
@@ -451,6 +465,28 @@ class Scope:
     def close_step(self) -> None:
         """End the training step that :meth:`open_step` began. For the Lightning callback."""
         self._hooks.close_step()
+
+    def restart_at_parts(self) -> None:
+        """Take a part of the model that runs again for the begin of a new pass, as the model's own forward is.
+
+        For agents, which call the parts of their networks one by one. Otherwise a layer that two passes call between
+        two steps is taken for one that is used twice in a pass. Not for a model whose user calls one part several times
+        in a pass.
+        """
+        self._hooks.recorder.forward.restarts_at_parts = True
+
+    @hidden
+    def share_examples(self, examples: int | None) -> None:
+        """Say that the forwards of training until the next call are given the same independent examples.
+
+        They count once at each site. For training loops that run several networks, or one several times, on one batch.
+
+        Args:
+            examples: Their number; ``None`` = each forward has its own, as the option ``examples`` counts them.
+        """
+        with self._lock:
+            if not self.detached:
+                self._hooks.recorder.forward.share_examples(examples)
 
     @hidden
     def detach(self, *, join: bool = True) -> None:
@@ -678,6 +714,7 @@ class Scope:
             acts=self.act_record.acts,
             checkpoints=self._checkpoints,
             series=self._series.points(),
+            claims_bounds=self._claims_bounds,
         )
 
     def _observed_record(self, phase: str) -> PhaseRecord:

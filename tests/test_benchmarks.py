@@ -230,15 +230,3 @@ def test_timed_runs_alternate_and_warm_up_runs_are_left_out() -> None:
 def test_a_benchmark_table_is_written_as_markdown() -> None:
     table = Table("Title", ("a", "b"), [("1", "2")], note="How to read it.")
     assert table.markdown() == "#### Title\n\nHow to read it.\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n"
-
-
-def test_the_benchmark_of_reviving_learns_with_every_rule() -> None:
-    from benchmarks.continual_learning import RULES, learn, table
-
-    generator = torch.Generator().manual_seed(0)
-    data = torch.randn(640, 12, generator=generator), torch.randint(3, (640,), generator=generator)
-    courses = {name: [learn(rule, every, data, 6, 0)] for name, (rule, every) in RULES.items()}
-    assert all(len(course.accuracy) == 6 for (course,) in courses.values())
-    rows = table(courses).rows
-    assert [row[0] for row in rows] == list(RULES)
-    assert all(len(row) == 9 and 0 < float(row[1]) < 1 for row in rows)

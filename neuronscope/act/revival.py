@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronscope.act.rules import Rule, SiteActivity, as_rule
+from neuronscope.act.rules import FloatArray, IntArray, Rule, SiteActivity, as_rule
 from neuronscope.act.structure import LayerWeights, Part, SiteStructure, Structure
+from neuronscope.attach.dtensor import local_range, local_tensor, reshard
 from neuronscope.attach.optimizer_steps import Optimizers, every_optimizer
 from neuronscope.errors import DetachedError, UsageError
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.report.acts import Act
 from neuronscope.scope import Scope
-from neuronscope.tally.census import Census
+from neuronscope.tally.census import Census, Tally
 
 __all__ = ["Revival", "revive", "revive_in"]
 
@@ -166,6 +167,7 @@ def _plans(
     model = scope.model
     if scope.detached or model is None:
         raise DetachedError("Expected a scope that is attached to a model for `revive()`, but this one was detached.")
+    reshard(model)  # the optimizer holds the shards
     held = {
         weight: (optimizer, group)
         for optimizer in optimizers
@@ -192,6 +194,9 @@ def _plans(
             window=tally,
             zero_outputs=closed[name].zero_outputs - tally.zero_outputs - before.zero_outputs,
             positions=closed[name].positions - tally.positions - before.positions,
+            silent=_silent(
+                window, tally, closed[name].last_active_step.clip(np.maximum(before.step, closed.first_step) - 1)
+            ),
             age=scope.global_step - before.step,
             steps=scope.global_step,
             revived=scope.act_record.revived(name),
@@ -203,13 +208,42 @@ def _plans(
             _unclear(activity)
             or next(filter(None, (_unheld(layer, held, unknown) for layer in found.layers.values())), "")
         )
-        outgoing = activity.outgoing() if neurons and not reason else np.zeros(0)
-        finite = [neuron for neuron in neurons if len(outgoing) and np.isfinite(outgoing[neuron])]
+        infinite = set(neurons) if reason else _infinite(found) if neurons else set()
+        finite = [neuron for neuron in neurons if neuron not in infinite]
         if finite:
             plans.append(_Intended(name, finite, found))
         if reason or finite != neurons:
             left[name] = reason or "weights that read some of its neurons are not finite"
     return plans, left, held
+
+
+def _silent(window: Census, tally: Tally, last: IntArray) -> FloatArray:
+    """Return for how many examples each neuron of a site is silent, float64 ``(N,)``.
+
+    Args:
+        window: The newest closed window.
+        tally: The site's counts in it.
+        last: The step before the silence, int64 ``(N,)``.
+    """
+    each_step = (tally.examples or tally.positions) / (window.last_step - window.first_step + 1)
+    return (window.last_step - last).astype(np.float64) * each_step
+
+
+def _infinite(found: SiteStructure) -> set[int]:
+    """Return which neurons of a site are read by weights that are not finite, of those that this rank holds."""
+    columns = {}
+    for path in {each.layer for each in found.readers}:
+        for part in found.layers[path].columns:
+            finite = local_tensor(part.tensor).isfinite().movedim(part.dim, 0).flatten(1).all(1)
+            first = local_range(part.tensor, part.dim).start
+            columns[path] = {first + int(place) for place in (~finite).nonzero()}
+    if not any(columns.values()):
+        return set()
+    return {
+        neuron
+        for neuron in range(found.neurons)
+        if any(columns[layer.path].intersection(own) for layer, own in found.columns(neuron) if layer.columns)
+    }
 
 
 def _unclear(site: SiteActivity) -> str:
@@ -271,11 +305,12 @@ def _initialised(layer: LayerWeights, rule: Rule) -> dict[str, Tensor]:
     module: Any = layer.module
     copy: Any = object.__new__(type(module))  # no hook of the layer's, and none of its numbers
     parameters = {
-        name: each if each is None else nn.Parameter(torch.zeros_like(each, device="cpu"))
+        name: each if each is None else nn.Parameter(torch.zeros(each.shape, dtype=each.dtype))
         for name, each in module._parameters.items()
     }
     buffers = {
-        name: each if each is None else torch.zeros_like(each, device="cpu") for name, each in module._buffers.items()
+        name: each if each is None else torch.zeros(each.shape, dtype=each.dtype)
+        for name, each in module._buffers.items()
     }
     copy.__dict__.update({**vars(module), "_parameters": parameters, "_buffers": buffers})
     with torch.no_grad():
@@ -300,15 +335,15 @@ def _apply(plans: Sequence[_Intended], fresh: Mapping[str, Mapping[str, Tensor]]
     columns = [each for structure, neuron in found for each in structure.columns(neuron)]
     for layer, own in _by_layer(rows):
         for part in layer.rows:
-            index = torch.tensor(own, device=part.tensor.device)
-            new = fresh[layer.path][part.name].to(index.device)
-            part.tensor.index_copy_(part.dim, index, new.index_select(part.dim, index))
-            _forget(part, index, held)
+            local, index = local_tensor(part.tensor), _places(part.tensor, part.dim, own)
+            here = [local_range(part.tensor, dim) for dim in range(part.tensor.dim())]
+            new = fresh[layer.path][part.name][tuple(slice(each.start, each.stop) for each in here)].to(local.device)
+            local.index_copy_(part.dim, index, new.index_select(part.dim, index))
+            _forget(part, own, held)
     for layer, own in _by_layer(columns):  # after all rows: of two layers in a row, a weight is in both
         for part in layer.columns:
-            index = torch.tensor(own, device=part.tensor.device)
-            part.tensor.index_fill_(part.dim, index, 0.0)
-            _forget(part, index, held)
+            _fill(part.tensor, part.dim, own, 0.0)
+            _forget(part, own, held)
 
 
 def _by_layer(found: Sequence[tuple[LayerWeights, list[int]]]) -> list[tuple[LayerWeights, list[int]]]:
@@ -320,7 +355,19 @@ def _by_layer(found: Sequence[tuple[LayerWeights, list[int]]]) -> list[tuple[Lay
     ]
 
 
-def _forget(part: Part, index: Tensor, held: _Held) -> None:
+def _places(tensor: Tensor, dim: int, index: Sequence[int]) -> Tensor:
+    """Return where indices of a dimension lie in the part of a tensor that this rank holds; others are left out."""
+    here = local_range(tensor, dim)
+    places = [each - here.start for each in index if each in here]
+    return torch.tensor(places, dtype=torch.int64, device=tensor.device)
+
+
+def _fill(tensor: Tensor, dim: int, index: Sequence[int], value: float) -> None:
+    """Set rows or columns to a value, in the part of a tensor that this rank holds."""
+    local_tensor(tensor).index_fill_(dim, _places(tensor, dim, index), value)
+
+
+def _forget(part: Part, index: Sequence[int], held: _Held) -> None:
     """Set the optimizer's moments and the gradient of rows or columns to those of fresh weights."""
     if part.tensor not in held:
         return
@@ -328,6 +375,6 @@ def _forget(part: Part, index: Tensor, held: _Held) -> None:
     for key, value in optimizer.state.get(part.tensor, {}).items():
         if key in _MOMENTS and value is not None:
             start = settings.get("initial_accumulator_value", 0.0) if key == "sum" else 0.0
-            value.index_fill_(part.dim, index, start)
+            _fill(value, part.dim, index, start)
     if part.tensor.grad is not None:
-        part.tensor.grad.index_fill_(part.dim, index, 0.0)
+        _fill(part.tensor.grad, part.dim, index, 0.0)

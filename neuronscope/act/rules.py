@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import nn
 
 from neuronscope.act.structure import SiteStructure
+from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.tally.census import Tally
@@ -31,6 +32,7 @@ class SiteActivity:
         window: The counts of the newest closed window.
         zero_outputs: Zero outputs of each neuron before that window, since it was revived last, int64 ``(N,)``.
         positions: Positions of each neuron before that window, since it was revived last, int64 ``(N,)``.
+        silent: Examples since each neuron fired or was revived last, at a step's mean in the window, float64 ``(N,)``.
         age: Optimizer steps since each neuron was revived last, or since watching began, int64 ``(N,)``.
         steps: Optimizer steps taken since watching began.
         revived: How many neurons of the site were revived so far, each as often as it was.
@@ -42,6 +44,7 @@ class SiteActivity:
     window: Tally
     zero_outputs: IntArray
     positions: IntArray
+    silent: FloatArray
     age: IntArray
     steps: int
     revived: int
@@ -49,13 +52,24 @@ class SiteActivity:
     policy: Policy
 
     def outgoing(self) -> FloatArray:
-        """Return ``Σ |w|`` over the weights that read each neuron, float64 ``(N,)``; 0 where they are not known."""
+        """Return ``Σ |w|`` over the weights that read each neuron, float64 ``(N,)``; 0 where they are not known.
+
+        Raises:
+            UsageError: The weights are distributed, and this rank holds a part of them.
+        """
+        layers = [self.structure.layers[path] for path in {each.layer for each in self.structure.readers}]
+        for layer in layers:
+            if any(is_distributed(part.tensor) for part in layer.columns):
+                raise UsageError(
+                    "Expected a rule that does not ask for the size of outgoing weights, as `ns.Dead()` and "
+                    f"`ns.ReDo()`, since those of `{layer.path}` are distributed among ranks."
+                )
         sums = {
             layer.path: [
                 part.tensor.detach().double().movedim(part.dim, 0).flatten(1).abs().sum(1).cpu().numpy()
                 for part in layer.columns
             ]
-            for layer in self.structure.layers.values()
+            for layer in layers
         }
         return np.array(
             [
@@ -129,10 +143,11 @@ class SelfNormalizedResets(Rule):
     """Choose the neurons that are silent for longer than they ever were by chance, each by its own rate of firing.
 
     If a neuron fires with probability ``p`` in an example, it is silent in ``a`` examples with probability
-    ``(1 - p)^a``; it is chosen where that is at most η, so where ``a ≥ ln η / ln(1 - p)``. Here ``p`` is its rate over
-    all positions before the window since it was revived last, and ``a`` is the window's examples. A neuron that never
-    fired has no rate, and is not chosen. Farias & Jozefiak 2024, "Self-Normalized Resets for Plasticity in Continual
-    Learning". The network's function on the window does not change by a bit.
+    ``(1 - p)^a``; it is chosen where that is at most η, so where ``a ≥ ln η / ln(1 - p)``. Here ``a`` counts the
+    examples since it fired last, and ``p`` is its rate over all positions before that, since it was revived last. One
+    that has not fired since has no rate yet, and has the mean of its site's. Farias & Jozefiak 2024, "Self-Normalized
+    Resets for Plasticity in Continual Learning". Only neurons that are silent in the whole window are chosen, so the
+    network's function on it does not change by a bit.
 
     Args:
         eta: η, in (0, 1).
@@ -145,11 +160,16 @@ class SelfNormalizedResets(Rule):
 
     def choose(self, site: SiteActivity) -> BoolArray:
         """Return which neurons are silent for too long, bool ``(N,)``."""
-        window, fired = site.window, site.positions - site.zero_outputs
-        silent = (window.zero_outputs == window.positions) & (window.not_finite_outputs == 0)
-        rate = fired / np.maximum(site.positions, 1)
-        chance = (1.0 - rate) ** (window.examples or window.positions)
-        chosen: BoolArray = silent & (fired > 0) & (chance <= self.eta)
+        window = site.window
+        quiet = (window.zero_outputs == window.positions) & (window.not_finite_outputs == 0)
+        positions = site.positions + window.positions
+        fired = positions - site.zero_outputs - window.zero_outputs
+        silent_positions = site.silent * window.positions / (window.examples or window.positions)
+        rate = np.clip(fired / np.maximum(positions - silent_positions, 1), 0.0, 1.0)
+        if not fired.any():
+            return fired > 0
+        rate = np.where(fired > 0, rate, rate[fired > 0].mean())
+        chosen: BoolArray = quiet & ((1.0 - rate) ** site.silent <= self.eta)
         return chosen
 
 

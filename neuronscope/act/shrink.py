@@ -18,6 +18,7 @@ from neuronscope.act.tied_groups import TiedGroups
 from neuronscope.act.unit_groups import UnitGroups
 from neuronscope.act.widths import fold_columns, leave_out, widths_of
 from neuronscope.attach.compiling import is_compiled
+from neuronscope.attach.dtensor import is_distributed
 from neuronscope.attach.examples import all_tensors
 from neuronscope.attach.neuron_flow import SHIFTED
 from neuronscope.errors import UsageError
@@ -34,9 +35,13 @@ __all__ = ["Shrunk", "shrink"]
 
 #: Labels and bases of neurons that can go: what is inferred or suspected stays.
 _IDLE, _SURE = ("dead", "silent"), ("measured", "proved")
-#: How far outputs may be apart, in units of the largest output and the rounding of the model's type: in float64 (where
-#: only what the model itself computes in its own type is rounded so), and in the model's own type.
+#: How far outputs may be apart, in units of their size and the rounding of the model's type: in float64 (where only
+#: what the model itself computes in its own type is rounded so), and in the model's own type.
 _ROUNDING_IN_FLOAT64, _ROUNDING = 64, 4096
+#: An output is a fill value, as −10⁹ in masked places, if it is so many times the median of the different values …
+_FILL = 10_000
+#: … of at most so many outputs.
+_SAMPLE = 2**20
 
 
 class Difference(NamedTuple):
@@ -44,11 +49,13 @@ class Difference(NamedTuple):
 
     Attributes:
         largest: The largest absolute difference.
-        scale: The largest absolute output.
+        scale: The largest absolute output, but for fill values, as −10⁹ in masked places.
+        relative: The largest difference relative to that output of the same tensor, or to a fill value itself.
     """
 
     largest: float
     scale: float
+    relative: float
 
 
 @dataclass(frozen=True)
@@ -215,11 +222,13 @@ def _require_fit(site: str, fits: bool) -> None:
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that a model can be followed.
+    """Check that a model can be followed and copied.
 
     Raises:
-        UsageError: A part of it is compiled or scripted.
+        UsageError: A part of it is compiled or scripted, or its weights are distributed.
     """
+    if path := next((name for name, weight in model.named_parameters() if is_distributed(weight)), None):
+        raise UsageError(f"Expected a model whose weights are whole, but `{path}` is distributed among ranks.")
     for name, module in model.named_modules():
         if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
             raise UsageError(
@@ -373,13 +382,13 @@ def _checked(shrunk: Shrunk, model: nn.Module, batches: Iterable[Any], call: Cal
     number, own = _compare(model, shrunk.model, batches, call)
     floats = [each.dtype for each in model.parameters() if each.is_floating_point()]
     step = max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
-    wrong = own if not own.largest <= _ROUNDING * step * own.scale else None
+    wrong = own if not own.relative <= _ROUNDING * step else None
     exact = None
     if own.largest > 0 and step > torch.finfo(torch.float64).eps:
         first = [as_float64(to_device(batch, _device(model))) for batch in itertools.islice(batches, 1)]
         if in_float64(model, call, first[0]) is not None:
             _, exact = _compare(copy.deepcopy(model).double(), copy.deepcopy(shrunk.model).double(), first, call)
-            wrong = exact if not exact.largest <= _ROUNDING_IN_FLOAT64 * step * exact.scale else wrong
+            wrong = exact if not exact.relative <= _ROUNDING_IN_FLOAT64 * step else wrong
     if wrong is not None:
         raise UsageError(
             f"Expected the smaller model to compute the same, but its outputs differ by {wrong.largest:.3g}, where "
@@ -396,7 +405,7 @@ def _compare(
     Raises:
         UsageError: The smaller one does not run, or returns something else.
     """
-    largest, scale, number = 0.0, 0.0, 0
+    largest, scale, relative, number = 0.0, 0.0, 0.0, 0
     with evaluated(model), evaluated(small), torch.random.fork_rng():
         for batch in batches:
             number += 1
@@ -417,10 +426,22 @@ def _compare(
                     "was changed."
                 )
             for one, other in zip(outputs, others, strict=True):
+                size, values = _size(one)
+                scale = max(scale, size)
                 if not torch.equal(one, other):
                     apart = (one.double() - other.double()).abs().nan_to_num(nan=torch.inf)
                     apart[one.isnan() & other.isnan() | (one == other)] = 0
                     largest = max(largest, float(apart.max()))
-                if one.numel():
-                    scale = max(scale, float(one.double().abs().nan_to_num(nan=0, posinf=0, neginf=0).max()))
-    return number, Difference(largest, scale)
+                    relative = max(relative, float((apart / values.clamp(min=size)).nan_to_num(nan=0.0).max()))
+    return number, Difference(largest, scale, relative)
+
+
+def _size(output: Tensor) -> tuple[float, Tensor]:
+    """Return the largest absolute value of an output that is no fill value, and all absolute values, float64."""
+    values = output.double().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    sample = values.flatten()[:: max(values.numel() // _SAMPLE, 1)]
+    different = sample[sample > 0].unique()
+    if not len(different):
+        return 0.0, values
+    ordinary = values[values <= _FILL * different.median()]
+    return float(ordinary.max()), values

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from neuronscope.attach.dtensor import is_distributed, is_tensor_parallel
 from neuronscope.attach.module_paths import walk
 from neuronscope.report.report import SiteReport
 from neuronscope.sites import IncomingRows, ReaderColumns, SiteInfo
@@ -78,12 +79,13 @@ class LayerWeights(NamedTuple):
         return self.columns[0].tensor.shape[self.columns[0].dim] if self.columns else self.units
 
     @classmethod
-    def of(cls, path: str, module: nn.Module | None) -> LayerWeights:
+    def of(cls, path: str, module: nn.Module | None, *, whole_units: bool = True) -> LayerWeights:
         """Return the tensors of a layer; with the reason in ``unknown`` where its class is not known.
 
         Args:
             path: Path of the layer.
             module: The module at that path; ``None`` for a bare parameter.
+            whole_units: Whether each rank computes all units of the layer, also where it holds a part of its weights.
         """
         if module is None:
             return cls(path, nn.Module(), unknown=f"`{path}` is a parameter that no layer of its own holds")
@@ -94,7 +96,10 @@ class LayerWeights(NamedTuple):
         held = {name: each for name, each in (module._parameters | module._buffers).items() if each is not None}
         weight = held.get("weight")
         is_norm = isinstance(module, _NORMS)
-        plain = all(type(each) in (nn.Parameter, Tensor) for each in held.values())
+        distributed = [each for each in held.values() if is_distributed(each)]
+        if distributed and not whole_units:
+            return cls(path, module, unknown=f"the units of `{path}` are split among ranks (tensor parallelism)")
+        plain = all(type(each) in (nn.Parameter, Tensor) or is_distributed(each) for each in held.values())
         if not plain or "parametrizations" in module._modules or (weight is None and not is_norm):
             return cls(path, module, unknown=f"the weight of `{path}` is made of other tensors")
         is_turned = isinstance(module, _TRANSPOSED) or _is_conv1d(kind)  # its weight has a row for each input
@@ -173,6 +178,7 @@ class Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(walk(model))
+        self._whole_units = not is_tensor_parallel(model)
         self._layers: dict[str, LayerWeights] = {}
 
     def layer(self, path: str) -> LayerWeights:
@@ -183,7 +189,7 @@ class Structure:
         """
         if path not in self._layers:
             module = self._modules.get("" if path == "(root)" else path)
-            self._layers[path] = LayerWeights.of(path, module)
+            self._layers[path] = LayerWeights.of(path, module, whole_units=self._whole_units)
         return self._layers[path]
 
     def known(self) -> list[LayerWeights]:

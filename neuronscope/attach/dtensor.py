@@ -18,8 +18,10 @@ __all__ = [
     "is_later_shard",
     "is_partial",
     "is_tensor_parallel",
+    "local_range",
     "local_tensor",
     "neuron_shard",
+    "reshard",
     "sharded_dims",
 ]
 
@@ -78,21 +80,35 @@ def is_partial(tensor: Tensor) -> bool:
 def neuron_shard(tensor: Tensor, axis: int) -> NeuronShard:
     """Return which neurons of a distributed tensor this rank holds.
 
-    Sharding gives each rank ``ceil(N / ranks)`` neurons as long as any are left, as ``torch.chunk`` does.
-
     Args:
         tensor: A distributed tensor ``(…, N, …)``.
         axis: Dimension of the neurons.
     """
-    start, size, replicated = 0, tensor.shape[axis], False
+    along = zip(sharded_dims(tensor), _places(tensor), strict=True)
+    replicated = any(dimension is None and place > 0 for dimension, (_, place) in along)
+    return NeuronShard(-1 if replicated else local_range(tensor, axis).start, tensor.shape[axis])
+
+
+def local_range(tensor: Tensor, axis: int) -> range:
+    """Return which indices of a dimension this rank holds; of a plain tensor, all.
+
+    Sharding gives each rank ``ceil(N / ranks)`` indices as long as any are left, as ``torch.chunk`` does.
+
+    Args:
+        tensor: A tensor ``(…, N, …)``.
+        axis: The dimension, from 0.
+
+    >>> import torch
+    >>> local_range(torch.ones(2, 3), 1)
+    range(0, 3)
+    """
+    start, size = 0, tensor.shape[axis]
     for dimension, (parts, place) in zip(sharded_dims(tensor), _places(tensor), strict=True):
         if dimension == axis:
             each = -(-size // parts)
             before = min(each * place, size)
             start, size = start + before, min(each, size - before)
-        elif dimension is None:
-            replicated |= place > 0
-    return NeuronShard(-1 if replicated else start, tensor.shape[axis])
+    return range(start, start + size)
 
 
 def is_later_shard(weight: Tensor) -> bool:
@@ -111,8 +127,21 @@ def is_tensor_parallel(model: nn.Module | None) -> bool:
     """
     if model is None:
         return False
-    gathered = any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
+    gathered = any(map(_is_fsdp, model.modules()))
     return any(len(sharded_dims(weight)) - sharded_dims(weight).count(None) > gathered for weight in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Let each rank hold its shards of FSDP's weights again; after a forward without gradients it may hold all.
+
+    >>> reshard(nn.Linear(2, 2))
+    """
+    for module in filter(_is_fsdp, model.modules()):
+        module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def _places(tensor: Tensor) -> tuple[tuple[int, int], ...]:

@@ -74,6 +74,7 @@ class ForwardContext:
             The forwards that the step makes are then one level deeper.
         ran_root: Whether the model's own forward was seen.
         ran_parts: Whether parts of the model were called outside of its forward and of an explicit step.
+        restarts_at_parts: Whether a part of the model that runs again begins a new pass.
         ran_alone: Whether an activation was called outside of all other modules, and of an explicit step.
         recomputation: Tells which call of the forward a recomputed call repeats.
     """
@@ -96,6 +97,8 @@ class ForwardContext:
         self.ran_root = False
         self.ran_parts = False
         self.ran_alone = False
+        self.restarts_at_parts = False
+        self._ran: list[str] = []  # paths of the outermost modules of this pass, if parts that run again begin passes
         self.recomputation = Recomputation()
         self._graded = True
         self._inference = False
@@ -178,13 +181,20 @@ class ForwardContext:
         Args:
             inputs: What the step is given, such as its batch; ``()`` if that is not known.
         """
+        self.share_examples(self._counter.count_step(inputs) if inputs else None)
+        self.flow.note_inputs(inputs)
+
+    def share_examples(self, examples: int | None) -> None:
+        """Say that the forwards of training until the next call are given the same examples, which count once a site.
+
+        Args:
+            examples: Their number; ``None`` = each forward has its own, as at first.
+        """
         self._step = None
-        examples = self._counter.count_step(inputs) if inputs else None
         if examples is not None:
             self._numbers += 1
             self._step = self._numbers, examples
             self._take_step(self._step)
-        self.flow.note_inputs(inputs)
 
     def end_step(self) -> None:
         """Note that a training step has ended."""
@@ -219,8 +229,11 @@ class ForwardContext:
         self._numbers += 1
         self._set_number(self._numbers)
         self.parts.clear()
-        if (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
+        again = self.restarts_at_parts and any(_overlap(path, each) for each in self._ran)
+        if again or (path == "" and not self.explicit_step) or len(self.flow.layers) > _MOST_CALLS:
             self.forget()
+        if self.restarts_at_parts:
+            self._ran.append(path)
         self.flow.note_inputs(args)
         if kwargs:
             self.flow.note_inputs(kwargs)
@@ -276,6 +289,7 @@ class ForwardContext:
         """Forget what is known of every tensor."""
         self.flow.clear()
         self._ordinals.clear()
+        self._ran.clear()
         self.mask = None
 
     def restart(self) -> None:
@@ -286,6 +300,11 @@ class ForwardContext:
         self.recomputation.clear()
         self.parts.clear()
         self.forget()
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two modules are the same, or one is inside the other, by their paths."""
+    return not (one and other) or f"{one}.".startswith(f"{other}.") or other.startswith(f"{one}.")
 
 
 class Recomputation:

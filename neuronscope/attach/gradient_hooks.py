@@ -11,10 +11,17 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from neuronscope.attach.compiling import unwatched
+from neuronscope.attach.row_owners import Owners
 from neuronscope.count.counters import SiteCounters
+from neuronscope.count.expert_counters import JoinedCounters
 from neuronscope.count.neuron_layout import NeuronLayout
 
-__all__ = ["CountedGradient", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register"]
+#: The counters of one site, or those of the sites of a layer of experts.
+Counters = SiteCounters | JoinedCounters
+#: Counters, where the neurons lie, and which experts the rows are of.
+CountedSite = tuple[Counters | None, NeuronLayout, Owners | None]
+
+__all__ = ["CountedGradient", "Counters", "GradientHook", "Gradients", "InertHook", "RecomputedGradient", "register"]
 
 
 class Gradients(Protocol):
@@ -25,10 +32,11 @@ class Gradients(Protocol):
     def gradient(
         self,
         gradient: Tensor,
-        counters: SiteCounters,
+        counters: Counters,
         layout: NeuronLayout,
         glu_dim: int | None,
         mask: Tensor | None = None,
+        owners: Owners | None = None,
     ) -> None:
         """Count a gradient at a pre-activation.
 
@@ -38,6 +46,7 @@ class Gradients(Protocol):
             layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
             mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
+            owners: Which expert each row is of, if the layer is one of experts.
         """
 
 
@@ -68,19 +77,19 @@ class GradientHook(InertHook):
         self.glu_dim = glu_dim
         self.mask: Tensor | None = None
 
-    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
-        """Return the counters of the site, and where the neurons lie."""
+    def site(self) -> CountedSite:
+        """Return the counters of the site, where the neurons lie, and which experts the rows are of."""
         raise NotImplementedError
 
     def __call__(self, gradient: Tensor | None) -> None:
         """Count the gradient; it is ``None`` if only another part of a split tensor was used."""
         if gradient is None:
             return
-        counters, layout = self.site()
+        counters, layout, owners = self.site()
         if counters is not None and counters.open:
             try:
                 with unwatched():
-                    self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask)
+                    self.recorder.gradient(gradient, counters, layout, self.glu_dim, self.mask, owners)
             except Exception as error:
                 self.recorder.fail(error)
 
@@ -93,12 +102,12 @@ class CountedGradient(GradientHook):
         recorder: Gradients,
         place: tuple[str, str],
         glu_dim: int | None,
-        counters: SiteCounters,
+        counters: Counters,
         layout: NeuronLayout,
     ) -> None:
         super().__init__(recorder, place, glu_dim)
         self.counters = counters
-        self._site = (counters, layout)
+        self._site: CountedSite = (counters, layout, None)
 
     def with_mask(self, mask: Tensor) -> CountedGradient:
         """Return a hook for a call of a forward that was given a mask.
@@ -110,7 +119,17 @@ class CountedGradient(GradientHook):
         hook.mask = mask
         return hook
 
-    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
+    def with_owners(self, owners: Owners) -> CountedGradient:
+        """Return a hook for a call of a layer of experts.
+
+        Args:
+            owners: Which expert each row is of.
+        """
+        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self._site[1])
+        hook._site = (*self._site[:2], owners)
+        return hook
+
+    def site(self) -> CountedSite:
         """Return what was known when the call was made."""
         return self._site
 
@@ -123,12 +142,12 @@ class RecomputedGradient(GradientHook):
         recorder: Gradients,
         place: tuple[str, str],
         glu_dim: int | None,
-        site: Callable[[], tuple[SiteCounters | None, NeuronLayout]],
+        site: Callable[[], CountedSite],
     ) -> None:
         super().__init__(recorder, place, glu_dim)
         self._find = site
 
-    def site(self) -> tuple[SiteCounters | None, NeuronLayout]:
+    def site(self) -> CountedSite:
         """Return what is known now."""
         return self._find()
 

@@ -28,7 +28,9 @@ from neuronscope.attach.operators import (
     Index,
     Listed,
     Operation,
+    grouped_offsets,
     is_elementwise,
+    is_grouped,
     keeps_zero,
     lose,
     may_bend,
@@ -37,11 +39,24 @@ from neuronscope.attach.operators import (
     set_item,
     tensors_in,
 )
-from neuronscope.attach.origins import ACTIVATED, CONSTANT, ENDED, LOST, RAW, UNITS, UNKNOWN, WEIGHT, Operand, Origin
+from neuronscope.attach.origins import (
+    ACTIVATED,
+    CONSTANT,
+    ENDED,
+    LOST,
+    RAW,
+    UNITS,
+    UNKNOWN,
+    WEIGHT,
+    Operand,
+    Origin,
+    Pick,
+)
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
+from neuronscope.attach.row_owners import EveryExpert, Joined, JoinedRows, Offsets, Owners, Picked, RowOwners, Weighed
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.attach.units import Units, has_units, place
+from neuronscope.attach.units import Units, has_rows, has_units, place
 from neuronscope.count.neuron_layout import Dims
 from neuronscope.sites import ReaderColumns
 
@@ -88,6 +103,7 @@ class _Outcome(NamedTuple):
         notes: Sites that it reads in another way than a layer reads its inputs, and how.
         normalises: The layer whose units it normalises one by one, or ``""``; ``None`` if it is no norm.
         nameless: Whether an output may turn out to be a weight: see :func:`_stays_weight`.
+        rows: Whether data says which experts its rows are of, or which weights it is.
     """
 
     origins: tuple[Origin, ...]
@@ -99,6 +115,7 @@ class _Outcome(NamedTuple):
     notes: tuple[tuple[Any, str], ...] = ()
     normalises: str | None = None
     nameless: bool = False
+    rows: bool = False
 
 
 class _SteadyCall:
@@ -150,6 +167,8 @@ class NeuronFlow:
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
         self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
+        self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
+        self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
         self.layers: list[str] = []
         self.read = 0
@@ -176,6 +195,8 @@ class NeuronFlow:
         """Forget everything about tensors, because a forward begins or a step is over."""
         self._close_calls()
         self._origins.clear()
+        self._weighed.clear()
+        self._rows.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
@@ -427,12 +448,14 @@ class NeuronFlow:
             return
         first = outputs[0]
         outcome = self._outcome(function, args, kwargs, outputs)
-        if outcome.layer is not None and result is first and not outcome.nameless:
+        if outcome.layer is not None and result is first and not (outcome.nameless or outcome.rows):
             self._note_steady(function, args, kwargs, first, outcome)
         if kwargs or (args and first is args[0]):
             for output in outputs:
                 self._forget_steady(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
+        if outcome.rows and traced_modules() is None:
+            self._note_rows(function, (*args, *kwargs.values()), grouped_offsets(args, kwargs), first, outcome)
         if outcome.layer is not None:
             self.layers.append(outcome.layer)
             self.read |= outcome.reads
@@ -444,6 +467,105 @@ class NeuronFlow:
         for output, origin in zip(outputs, outcome.origins, strict=True):
             if not _stays_weight(output, origin):
                 self._origins.put(output, origin)
+
+    def _note_rows(
+        self, function: Any, values: tuple[Any, ...], offsets: Any, output: Tensor, outcome: _Outcome
+    ) -> None:
+        """Note what says which experts the rows of an output are of.
+
+        Args:
+            function: The function.
+            values: All its arguments.
+            offsets: Where the rows of each expert end, if the function is a grouped product.
+            output: What it returned.
+            outcome: What it led to.
+        """
+        tensors, (origin, *_) = [*nested_tensors(values)], outcome.origins
+        weighed = next((found for each in tensors if (found := self._weighed.get(each)) is not None), None)
+        if isinstance(origin.picked, Pick):
+            if weighed is None and len(tensors) > 1:
+                weighed = Weighed.of(tensors[1], origin.picked.matrices)
+            if weighed is not None:
+                self._weighed.put(output, weighed)
+            return
+        units = origin.units
+        if units is None or units.experts is None:
+            return
+        if is_grouped(function):
+            if isinstance(offsets, Tensor):
+                self._rows[units.call] = Offsets.of(offsets, units.rows)
+        elif outcome.layer is not None:
+            if function is Tensor.__rmatmul__:
+                tensors.reverse()
+            if weighed is not None:
+                self._rows[units.call] = Picked(weighed)
+            elif (rows := self._rows_of_every_expert(values, tensors, output)) is not None:
+                self._rows[units.call] = rows
+        else:
+            self._note_joined(tensors, output, units)
+
+    def _rows_of_every_expert(
+        self, values: tuple[Any, ...], tensors: Sequence[Tensor], output: Tensor
+    ) -> EveryExpert | None:
+        """Return what says which rows of a product with a whole stack are of which expert.
+
+        Args:
+            values: All arguments of the product.
+            tensors: The tensors among them.
+            output: What it returned.
+        """
+        weights = [each for each in tensors if self._origin_in_call(each).state == WEIGHT]
+        data = [each for each in tensors if self._origin_in_call(each).state not in _STORED]
+        if len(weights) != 1 or len(data) != 1:
+            return None
+        equation = values[0] if isinstance(values[0], str) else ""
+        if not equation:
+            is_left = data[0] is tensors[-2]  # x @ W
+            equation = _matrix_equation(data[0].dim(), output.dim(), is_left=is_left)
+        terms, _, result = equation.replace(" ", "").partition("->")
+        stack, given = terms.split(",")
+        if next(each for each in tensors if each is weights[0] or each is data[0]) is data[0]:
+            stack, given = given, stack
+        letters = [letter for letter in result if letter not in stack[1:]]
+        summed = [dim for dim, letter in enumerate(given) if letter not in letters]
+        used = data[0].detach().ne(0)
+        used = used.any(dim=summed) if summed else used
+        kept = [letter for letter in given if letter in letters]
+        if stack[0] not in kept:  # all experts are given the same rows
+            used = torch.ones_like(used)
+        used = used.permute([kept.index(letter) for letter in letters if letter in kept])
+        for dim, letter in enumerate(letters):
+            if letter not in kept:
+                used = used.unsqueeze(dim)
+        shape = tuple([output.shape[result.index(letter)] for letter in letters])
+        return EveryExpert(used, shape, letters.index(stack[0]))
+
+    def _note_joined(self, tensors: Sequence[Tensor], output: Tensor, units: Units) -> None:
+        """Note which expert each part of a concatenation is of.
+
+        Args:
+            tensors: The parts.
+            output: The concatenation.
+            units: Its units.
+        """
+        dim = next(place for place, each in enumerate(units.dims) if has_rows(each))
+        sizes = [each.shape[dim] if each.dim() == output.dim() else 1 for each in tensors]
+        own = [self.origin(each).units for each in tensors]
+        parts = [(each, size) for each, size in zip(own, sizes, strict=True) if each is not None and size]
+        if units.experts is not None and units.experts.joined:
+            numbers = {layer: number for number, layer in enumerate(units.experts.layers)}
+            self._rows[units.call] = Joined(tuple([(numbers[each.layer], size) for each, size in parts]))
+        elif all(each.call in self._rows for each, _ in parts):
+            self._rows[units.call] = JoinedRows(tuple([(self._rows[each.call], size) for each, size in parts]))
+
+    def row_owners(self, units: Units) -> Owners | None:
+        """Return which expert each row of a tensor is of; ``None`` if not known. It waits for no device.
+
+        Args:
+            units: The units of the tensor, which have experts.
+        """
+        found = self._rows.get(units.call)
+        return None if found is None else found.owners()
 
     def _note_left(self, tensor: Tensor, name: str) -> None:
         """Note that code outside of torch reads a tensor.
@@ -610,7 +732,7 @@ class NeuronFlow:
                 read += [(site, f"combined with {stored} by `{_name(function)}`") for site in kept]
             elif kept and not keeps_zero(operation):
                 read += [(site, f"{SHIFTED}{_name(function)}`") for site in kept]
-            return _Outcome(origins, notes=tuple(read), nameless=nameless)
+            return _Outcome(origins, notes=tuple(read), nameless=nameless, rows=_tells_rows(operation, origins[0]))
         origins = tuple([_as_carried(origin, call) for origin in origins])
         notes = tuple((site, "mixed by a norm") for site in carried) if function in _MIXING_NORMS else ()
         bends = tuple(dict.fromkeys(bend for origin in sources for bend in origin.bends if bend[1] != ACTIVATED))
@@ -620,7 +742,8 @@ class NeuronFlow:
             unknown = dict.fromkeys(site for site, reader in readers if isinstance(reader, str))
             notes = tuple((site, f"columns of `{origins[0].layer}` not known") for site in unknown)
         reads = operation.upstream
-        return _Outcome(origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless)
+        rows = origins[0].units is not None and origins[0].units.experts is not None
+        return _Outcome(origins, origins[0].layer, call, reads, readers, bends, notes, normalises, nameless, rows)
 
     def _readers(self, operation: Operation, layer: str) -> Iterator[tuple[Any, ReaderColumns | str]]:
         """Yield the sites that a call of a layer reads, each with the columns that do, or the layer; see `_Outcome`."""
@@ -838,6 +961,32 @@ def _meets_stored(operation: Operation, result: Origin) -> str | None:
         if each.origin.state in _STORED and any(-dim <= len(each.shape) and each.shape[dim] > 1 for dim in places):
             return f"`{each.origin.layer}`" if each.origin.layer else "a constant"
     return None
+
+
+def _tells_rows(operation: Operation, result: Origin) -> bool:
+    """Whether data says by a call that is no layer's which expert's weights its result is, or which experts' rows."""
+    if isinstance(result.picked, Pick):
+        return True
+    if result.units is None or result.units.experts is None:
+        return False
+    return all(each.origin.units is None or each.origin.units.call != result.units.call for each in operation.tensors)
+
+
+def _matrix_equation(rank: int, result: int, *, is_left: bool) -> str:
+    """Return the product of a tensor and a stack of matrices ``(E, …, …)`` as ``einsum`` writes it.
+
+    Args:
+        rank: Number of dimensions of the tensor.
+        result: Number of dimensions of the product.
+        is_left: Whether the tensor is the left factor.
+
+    >>> _matrix_equation(3, 3, is_left=True), _matrix_equation(3, 3, is_left=False)
+    ('etk,ekf->etf', 'efk,ekt->eft')
+    """
+    outer = "abcd"[: result - 3] + "e"
+    if is_left:
+        return f"{(outer + 'tk')[-rank:]},ekf->{outer}tf"
+    return f"efk,{(outer + 'kt')[-rank:]}->{outer}ft"
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronscope.attach.origins import LOST, Origin
+from neuronscope.attach.origins import ENDED, LOST, ROWS, UNITS, Origin
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules.elementwise_rules import ELEMENTWISE, bending
 from neuronscope.attach.unit_rules.join_rules import JOINS
-from neuronscope.attach.unit_rules.layer_rules import LAYERS
+from neuronscope.attach.unit_rules.layer_rules import GROUPED, LAYERS, grouped_offsets
 from neuronscope.attach.unit_rules.operation import (
     Function,
     Index,
@@ -42,7 +42,9 @@ __all__ = [
     "Listed",
     "Operation",
     "Rule",
+    "grouped_offsets",
     "is_elementwise",
+    "is_grouped",
     "keeps_zero",
     "lose",
     "may_bend",
@@ -82,10 +84,21 @@ def rule_of(function: Function) -> Rule:
     found = RULES.get(function)
     if found is not None:
         return found
+    if is_grouped(function):
+        return RULES[torch._grouped_mm]
     owner = getattr(function, "__self__", None)
     if getattr(function, "__name__", "") == "__get__" and owner is not None:
         return ATTRIBUTES.get(owner, lose)
     return lose
+
+
+def is_grouped(function: Function) -> bool:
+    """Whether a function multiplies the rows of each expert by the expert's matrix."""
+    return function in GROUPED or getattr(function, "_qualified_op_name", "") == _GROUPED_BY_TRANSFORMERS
+
+
+#: What transformers calls where torch has no such product for the type of the weights.
+_GROUPED_BY_TRANSFORMERS = "transformers::grouped_mm_fallback"
 
 
 def may_bend(node: str) -> bool:
@@ -141,6 +154,12 @@ def _lost_by_function(operation: Operation, lost: Origin) -> Origin:
     return lost.but(bends=((units.layer, name),))
 
 
+def _rows_unless_known(origin: Origin) -> Origin:
+    """Return what is made of rows of experts: rows still, of which it is not known any more whose they are."""
+    known = origin.units is not None and origin.units.has_all_rows
+    return origin if known or origin.state not in (UNITS, ENDED, LOST) else Origin.of(ROWS, origin.upstream)
+
+
 def origins_of(operation: Operation) -> tuple[Origin, ...]:
     """Return what each output of an operation is; what does not fit its shape is lost.
 
@@ -160,4 +179,6 @@ def origins_of(operation: Operation) -> tuple[Origin, ...]:
         for origin, shape in zip(origins, operation.outputs, strict=True)
     ]
     tensors = operation.tensors
+    if rule is not end and any(each.origin.units is not None and each.origin.units.experts for each in tensors):
+        found = [_rows_unless_known(each) for each in found]
     return tuple(each if each.upstream >> operation.call & 1 else each.inherit(tensors) for each in found)

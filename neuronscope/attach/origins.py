@@ -20,6 +20,7 @@ __all__ = [
     "WEIGHT",
     "Operand",
     "Origin",
+    "Pick",
     "Picks",
     "combine",
 ]
@@ -46,6 +47,20 @@ ACTIVATED = ""
 
 # Which of several equally wide sources decides what the result is.
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
+
+
+class Pick(NamedTuple):
+    """Which matrices of a stack of weights data picked.
+
+    Attributes:
+        layer: Path of the layer of the stack.
+        matrices: How many matrices the stack has.
+        dims: Number of dimensions of the index: the first dimensions of what was picked.
+    """
+
+    layer: str
+    matrices: int
+    dims: int
 
 
 #: The start, the end and the step of a slice of a weight.
@@ -75,7 +90,8 @@ class Origin:
             of the layer some of whose units were picked by data, if its state is :data:`ENDED`. ``""`` if there is none
             or it is not known.
         cuts: Of a part of a weight: the slice of each dimension, or ``None`` where it is whole.
-        picked: Whether data selected a weight from a stack, so that one index is a unit of several layers.
+        picked: What data selected from a stack of weights, so that one index is a unit of several layers. ``True`` if
+            more than this is not known; ``False`` if nothing was selected.
         site: The site that gave the tensor, if nothing but its activation changed the values since.
         bends: Layers whose units a function was applied to that is not linear, and not known as an activation, each
             with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
@@ -101,7 +117,7 @@ class Origin:
     units: Units | None
     layer: str
     cuts: tuple[Cut | None, ...]
-    picked: bool
+    picked: bool | Pick
     site: Any
     bends: tuple[tuple[str, str], ...]
     carries: tuple[Carried, ...]
@@ -118,7 +134,7 @@ class Origin:
         units: Units | None = None,
         layer: str = "",
         cuts: tuple[Cut | None, ...] = (),
-        picked: bool = False,
+        picked: bool | Pick = False,
         site: Any = None,
         bends: tuple[tuple[str, str], ...] = (),
         carries: tuple[Carried, ...] = (),
@@ -133,7 +149,7 @@ class Origin:
             units: Units.
             layer: Path of a layer.
             cuts: Slices of a weight.
-            picked: Whether a weight was picked by data.
+            picked: What data picked from a weight.
             site: A site.
             bends: Layers and functions.
             carries: Sites, and where their neurons lie.
@@ -319,4 +335,12 @@ def _of_weights(operands: Sequence[Operand], rank: int) -> Origin:
         return Origin.of(CONSTANT)
     named = next((each for each in weights if each.origin.layer), weights[0])
     origin = named.origin if len(named.shape) == rank else named.origin.as_layer()
-    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=any(each.origin.picked for each in weights))
+    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=_picked(weights, rank))
+
+
+def _picked(weights: Sequence[Operand], rank: int) -> bool | Pick:
+    """Return what data picked, of several weights that were computed from another."""
+    found = [each for each in weights if each.origin.picked]
+    if len(found) > 1 or any(len(each.shape) != rank for each in found):
+        return True
+    return found[0].origin.picked if found else False

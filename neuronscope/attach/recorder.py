@@ -8,7 +8,7 @@ traces, and is a constant of the graph: the counters, and where the neurons of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -31,10 +31,11 @@ from neuronscope.attach.compiling import (
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
 from neuronscope.attach.forward import INFERENCE, ForwardContext
-from neuronscope.attach.gradient_hooks import CountedGradient, GradientHook, RecomputedGradient, register
+from neuronscope.attach.gradient_hooks import CountedGradient, Counters, GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.origins import LOST
+from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.site_finder import Call, CountersFactory, DeclaredAxis, SiteFinder, neurons_in
 from neuronscope.attach.unmeasured import place_of
 from neuronscope.attach.unsupported import BATCHED_GRADIENT, describe_input, in_transform
@@ -48,7 +49,13 @@ from neuronscope.count.counters import (
     register_gradient_hook,
 )
 from neuronscope.count.counting import ScratchBuffers
-from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
+from neuronscope.count.expert_counters import (
+    ExpertCounters,
+    JoinedCounters,
+    add_expert_gradients,
+    add_expert_outputs,
+)
+from neuronscope.count.neuron_layout import Dims, NeuronLayout, neurons_first, rows_first
 from neuronscope.count.positions import blank_positions, keep_positions
 from neuronscope.sites import SiteKey
 
@@ -107,6 +114,8 @@ class SiteRecorder:
         self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
+        #: Called with each output that is counted, if somebody wants more of it than counts.
+        self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
         self._leaf_handles: list[RemovableHandle] = []
@@ -130,7 +139,8 @@ class SiteRecorder:
             return found.pop() if found else None
 
         def counters_of(call: int) -> SiteCounters | None:
-            return self._traced[call][0].counters
+            counters = self._traced[call][0].counters
+            return counters if isinstance(counters, SiteCounters) else None
 
         def layout_of(call: int) -> tuple[Any, ...]:
             return tuple(self._traced[call][0].layout)
@@ -140,6 +150,9 @@ class SiteRecorder:
 
         def is_in_part(call: int) -> bool:
             return self._traced[call][2]
+
+        def given_factor(call: int) -> int | None:
+            return self._traced[call][0].given
 
         def is_given(call: int) -> bool:
             return call in self._given
@@ -154,6 +167,7 @@ class SiteRecorder:
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
+        self._given_factor = torch.compiler.assume_constant_result(given_factor)
         self._is_given = torch.compiler.assume_constant_result(is_given)
         self._needs_gradient = torch.compiler.assume_constant_result(needs_gradient)
         self._pre_activation = torch.compiler.assume_constant_result(pre_activation)
@@ -257,7 +271,11 @@ class SiteRecorder:
         hook, mask = call.hook, self.forward.mask
         if hook is None or (self.compiled and any(known.counters is call.counters for known in _counted_gradients(x))):
             return  # a compiled part was expected to apply the activation, and is not compiled any more
-        self._hook(x, hook if mask is None else hook.with_mask(mask))
+        if call.owners is not None:
+            hook = hook.with_owners(call.owners)
+        elif mask is not None:
+            hook = hook.with_mask(mask)
+        self._hook(x, hook)
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -327,7 +345,7 @@ class SiteRecorder:
             self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
-        counters = call.counters
+        counters = call.counters if isinstance(call.counters, SiteCounters) else None
         if counters is not None:
             counters.in_graph = True
         self._found.append(len(self._traced))
@@ -356,7 +374,7 @@ class SiteRecorder:
             y = _first_output(y)
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
             if call.counters is not None:
-                self._count(call.counters, y, call.layout)
+                self._count(call.counters, y, call.layout, call.owners)
             self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
@@ -365,7 +383,7 @@ class SiteRecorder:
         if call.counters is not None:
             neurons = neurons_in(local_tensor(y).shape, call.layout)
             if neurons == call.counters.neurons and (not isinstance(x, Tensor) or sharded_dims(x) == sharded_dims(y)):
-                self._count(call.counters, y, call.layout)
+                self._count(call.counters, y, call.layout, call.owners)
             else:
                 self.unmeasured.note(
                     call.key.name,
@@ -436,7 +454,9 @@ class SiteRecorder:
                 return
             call, x = selected
             if call.counters is not None:
-                self._count(call.counters, y, call.layout)
+                self._count(call.counters, y, call.layout, call.owners)
+                if call.given is not None and args[call.given].requires_grad and torch.is_grad_enabled():
+                    self.hook_call(args[call.given], call)
             if x is not None and x.requires_grad:
                 self.hook_call(x, call)
             return
@@ -448,6 +468,11 @@ class SiteRecorder:
             if self._needs_gradient(number):
                 self._count_gradient_in_graph(number, args[self._pre_activation(number)], None)
             self._count_in_graph(number, y)
+            given = self._given_factor(number)
+            counters = None if given is None else self._counters_of(number)
+            if counters is not None and args[given].requires_grad and torch.is_grad_enabled():
+                axis, dims = self._layout_of(number)
+                register_gradient_hook(args[given], axis, dims, None, counters, self.forward.mask)
 
     def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         self._found.clear()
@@ -460,7 +485,38 @@ class SiteRecorder:
                     self._pre_activations[len(self._traced) - 1] = place
                     self._note_given(call, x)
 
-    def _count(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+    def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
+        if isinstance(counters, JoinedCounters):
+            self._count_rows(counters, y, layout, owners)
+        else:
+            self._count_site(counters, y, layout)
+
+    def _count_rows(self, counters: JoinedCounters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
+        """Count an output whose rows are of several experts.
+
+        Args:
+            counters: The counters of the experts.
+            y: The output.
+            layout: Where rows and units lie.
+            owners: Which expert each row is of.
+        """
+        dims, forward = layout.dims, self.forward
+        if dims is None or owners is None or not y.numel():
+            return
+        y = y.detach()
+        with self.lock:
+            if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
+                add_expert_outputs(
+                    counters, y, dims, owners, forward.examples, forward.number, self.step, self._tolerance
+                )
+                return
+            for own, part in _parts_of(counters, y, dims, owners):
+                examples = own.new_examples(forward.number, forward.examples, part.numel() // own.neurons)
+                add_outputs(own, part, 2, examples, self.step, self._scratch, self._tolerance)
+
+    def _count_site(self, counters: SiteCounters, y: Tensor, layout: NeuronLayout) -> None:
+        if self.sampler is not None:
+            self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
         plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
         left_out = None
@@ -518,7 +574,7 @@ class SiteRecorder:
         elif call is not None and x.requires_grad:
             self.hook_call(x, call)
         if call is not None and call.counters is not None:
-            self._count(call.counters, y, call.layout)
+            self._count(call.counters, y, call.layout, call.owners)
 
     def find_named_traced(self, call: Call | None, x: Any) -> None:
         """Note the call of a tensor that the user names, while ``torch.compile`` traces.
@@ -559,9 +615,9 @@ class SiteRecorder:
         recomputation = self.forward.recomputation
         number = recomputation.next_number(place)
 
-        def site() -> tuple[SiteCounters | None, NeuronLayout]:
+        def site() -> tuple[Counters | None, NeuronLayout, Owners | None]:
             call = recomputation.forward_call(place, number)
-            return (None, NeuronLayout(0)) if call is None else (call.counters, call.layout)
+            return (None, NeuronLayout(0), None) if call is None else (call.counters, call.layout, call.owners)
 
         self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
 
@@ -578,10 +634,11 @@ class SiteRecorder:
     def gradient(
         self,
         gradient: Tensor,
-        counters: SiteCounters,
+        counters: Counters,
         layout: NeuronLayout,
         glu_dim: int | None,
         mask: Tensor | None = None,
+        owners: Owners | None = None,
     ) -> None:
         """Count a gradient at a pre-activation.
 
@@ -591,6 +648,7 @@ class SiteRecorder:
             layout: Where the neurons lie.
             glu_dim: The dimension along which the input is split in two halves (GLU), otherwise ``None``.
             mask: Which positions are counted, bool ``(B, T)``; ``None`` = all.
+            owners: Which expert each row is of, if the layer is one of experts.
         """
         if in_transform(gradient):
             self._note_gradient(counters, BATCHED_GRADIENT)
@@ -600,6 +658,9 @@ class SiteRecorder:
             plain = gradient.detach() if gradient.requires_grad else gradient
             if type(plain) is not Tensor or glu_dim is not None:
                 plain = gate_half(local_tensor(plain), glu_dim)
+            if isinstance(counters, JoinedCounters):
+                self._count_gradient_rows(counters, plain, layout, owners)
+                return
             axis = layout.axis
             left_out = None
             if layout.dims is not None or mask is not None:
@@ -612,8 +673,42 @@ class SiteRecorder:
                 if left_out is not None:
                     leave_out(counters, left_out, gradients=True)
 
-    def _note_gradient(self, counters: SiteCounters, reason: str) -> None:
+    def _count_gradient_rows(
+        self, counters: JoinedCounters, gradient: Tensor, layout: NeuronLayout, owners: Owners | None
+    ) -> None:
+        """Count a gradient whose rows are of several experts; see :meth:`_count_rows`."""
+        dims = layout.dims
+        if dims is None or owners is None or not gradient.numel():
+            return
+        with self.lock:
+            self.got_gradients = True
+            if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
+                add_expert_gradients(counters, gradient, dims, owners)
+                return
+            for own, part in _parts_of(counters, gradient, dims, owners):
+                add_gradients(own, part, 2, self._scratch)
+
+    def _note_gradient(self, counters: Counters, reason: str) -> None:
         self.unmeasured.note(self.sites.name_of(counters), reason)
+
+
+def _parts_of(
+    counters: JoinedCounters, tensor: Tensor, dims: Dims, owners: Owners
+) -> Iterator[tuple[SiteCounters, Tensor]]:
+    """Yield the rows of each layer ``(R, P, N)`` with the counters of its site, of rows of several layers.
+
+    Args:
+        counters: The counters of the layers.
+        tensor: An output or a gradient.
+        dims: Where its rows and units lie.
+        owners: How many rows each part has, and of which layer it is.
+    """
+    rows, start = rows_first(tensor, dims), 0
+    for number, size in owners:
+        own = counters.members[number]
+        if own is not None:
+            yield own, rows[start : start + size]
+        start += size
 
 
 def _counted_gradients(x: Tensor) -> list[CountedGradient]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from neuronscope.attach.activations import Activation
-from neuronscope.attach.origins import ACTIVATED, CONSTANT, UNITS, WEIGHT, Origin
+from neuronscope.attach.origins import ACTIVATED, UNITS, Origin
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unmeasured import PICKED
@@ -95,35 +95,17 @@ class Selections:
         elif len(args) == 2:
             for factor, other in (args, args[::-1]):
                 if isinstance(factor, Tensor) and isinstance(other, Tensor) and other is not factor:
-                    found = self._product(phase, factor, other, y, traced)
+                    found = self._masked(phase, factor, other, y, traced)
                     if found is not None:
                         return found
+            call = self._sites.find_product(phase, args, y, traced)
+            return None if call is None else Selected(call)
         return None
 
     def _before(self, tensor: Tensor, y: Tensor) -> Origin:
         """Return what a tensor was before the call that gave ``y``, which may have changed it in place."""
         flow = self._forward.flow
         return flow.overwritten if tensor is y and flow.overwritten is not None else flow.origin(tensor)
-
-    def _product(self, phase: str, factor: Tensor, other: Tensor, y: Tensor, traced: bool) -> Selected | None:
-        if factor.shape != y.shape or other.shape != y.shape:
-            return None
-        origin = self._before(factor, y)
-        gate = self._call_of(origin.site)
-        if gate is None:
-            return self._masked(phase, factor, other, y, traced)
-        if origin.units is None:
-            if gate.info.axis_source == "declared":
-                return self._derived(phase, gate, origin, y, traced)
-            return None
-        if gate.after.units is None or origin.units.size != gate.after.units.size:
-            return None  # a part of what the site gave: its gradients are not counted apart
-        beside = self._before(other, y)
-        if _is_mask(other, beside, origin):
-            return self._derived(phase, gate, origin, y, traced, f"masked {gate.activation.name}")
-        if beside.state in (WEIGHT, CONSTANT) or (beside.unit_set and beside.unit_set == origin.unit_set):
-            return None  # x · sigmoid(x) is an activation written out, and no gated product
-        return self._derived(phase, gate, origin, y, traced)
 
     def _masked(self, phase: str, x: Tensor, mask: Tensor, y: Tensor, traced: bool) -> Selected | None:
         """Return the call of what a mask leaves of a tensor."""
@@ -191,10 +173,13 @@ class Selections:
         return Selected(call, x if x is not None and x.shape == y.shape else None)
 
     def _derived(
-        self, phase: str, gate: Call, origin: Origin, y: Tensor, traced: bool, selection: str = ""
+        self, phase: str, gate: Call, origin: Origin, y: Tensor, traced: bool, selection: str
     ) -> Selected | None:
-        call = self._sites.find_derived(phase, gate, origin, origin.units, y, traced, selection)
-        return None if call is None else Selected(call)
+        units = origin.units
+        if units is None or gate.after.units is None or units.size != gate.after.units.size:
+            return None  # a part of what the site gave: its gradients are not counted apart
+        call = self._sites.find_derived(phase, gate, origin, units, y, traced, selection)
+        return None if call is None else Selected(self._sites.with_owners(call, units))
 
 
 def _is_mask(tensor: Tensor, origin: Origin, selected: Origin) -> bool:

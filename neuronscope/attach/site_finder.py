@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from neuronscope.attach.activations import Activation
+from neuronscope.attach.activations import ROWS, Activation
 from neuronscope.attach.dtensor import NeuronShard, is_distributed, local_tensor, neuron_shard, sharded_dims
 from neuronscope.attach.forward import ForwardContext
-from neuronscope.attach.gradient_hooks import CountedGradient, Gradients
+from neuronscope.attach.gradient_hooks import CountedGradient, Counters, Gradients
 from neuronscope.attach.incoming import Incoming
-from neuronscope.attach.origins import ACTIVATED, LOST, UNITS, Operand, Origin
+from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
+from neuronscope.attach.row_owners import Owners
 from neuronscope.attach.selections import Selections
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
 from neuronscope.count.counters import SiteCounters
+from neuronscope.count.expert_counters import ExpertCounters, JoinedCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
 from neuronscope.sites import NAMED_TENSOR, ReaderColumns, SiteInfo, SiteKey
 
@@ -37,6 +39,9 @@ DeclaredAxis = Callable[[str, str, str], "int | None"]
 _MOST_CALLS = 20_000
 #: Stands for the activation of a tensor that the user names.
 _NAMED = Activation("tensor", "sparse")
+_SILU = next(row.activation for row in ROWS if row.activation.name == "silu")
+#: Functions that may come before a SiLU that is written out.
+_CLAMPS = {"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "minimum"}
 _UNSEEN: Any = object()
 
 
@@ -53,10 +58,12 @@ class Call(NamedTuple):
         info: What is known of the site.
         gate: The site of the gate, if the call is a gated product.
         shape: The shape of an output that needs no further examination, because the input has it; or ``None``.
+        owners: Which expert each row is of, if the layer is one of experts and anything is counted.
+        given: Which factor is the pre-activation, if the activation is written out as a product.
     """
 
     key: SiteKey
-    counters: SiteCounters | None
+    counters: Counters | None
     layout: NeuronLayout
     hook: CountedGradient | None
     after: Origin
@@ -64,6 +71,8 @@ class Call(NamedTuple):
     info: SiteInfo
     gate: SiteKey | None = None
     shape: torch.Size | None = None
+    owners: Owners | None = None
+    given: int | None = None
 
 
 class _Applied(NamedTuple):
@@ -119,6 +128,8 @@ class SiteFinder:
         self.selections = Selections(self, forward, self._gates.get)
         self._sparse: set[SiteKey] = set()  # sites of kind `sparse`
         self._named: set[SiteKey] = set()  # tensors that the user names
+        self._experts: dict[tuple[str, SiteKey], ExpertCounters] = {}  # of layers whose rows are of several experts
+        self._common: dict[SiteKey, SiteKey] = {}  # of each expert's site: the key of all experts together
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
         self._maybe_missed: dict[SiteKey, int] = {}  # positions of the sites that may have been compiled without hooks
 
@@ -126,9 +137,10 @@ class SiteFinder:
         """Return the counters of all sites and phases that are wanted."""
         return [counters for counters in list(self._counters.values()) if counters is not None]
 
-    def name_of(self, counters: SiteCounters) -> str:
-        """Return the name of the site of these counters."""
-        return next(key.name for (_, key), known in list(self._counters.items()) if known is counters)
+    def name_of(self, counters: Counters) -> str:
+        """Return the name of the site of these counters; of those of several experts, that of the first."""
+        own = counters.wanted[0] if isinstance(counters, JoinedCounters) else counters
+        return next(key.name for (_, key), known in list(self._counters.items()) if known is own)
 
     def forget_phase(self, phase: str) -> set[SiteKey]:
         """Forget the counters of a phase; return the sites. A compiled graph holds those of others.
@@ -140,6 +152,7 @@ class SiteFinder:
         gone = {key for key, counters in known if counters is not None and not counters.in_graph}
         for key in gone:
             del self._counters[phase, key]
+        self._experts = {place: counters for place, counters in self._experts.items() if place[0] != phase}
         self._calls = {facts: call for facts, call in self._calls.items() if facts[1] != phase}
         return gone
 
@@ -150,7 +163,8 @@ class SiteFinder:
             compiled: Whether ``torch.compile`` traced any part of the model.
         """
         forward = self._forward
-        measured = {name for _, key in list(self._counters) for name in key.layer.split("+")}
+        keys = [*(key for _, key in list(self._counters)), *self._common.values()]
+        measured = {name for key in keys for name in key.layer.split("+")}
         measured |= {layer for key in list(self._named) for layer, *_ in self._units.get(key, ())}
         all_seen = not (compiled or forward.ran_parts)
         not_measured = self.unmeasured.with_layers(measured, all_seen=all_seen)
@@ -177,6 +191,8 @@ class SiteFinder:
             info: What was known when it first ran.
         """
         flow = self._forward.flow
+        if key in self._common:
+            return self._expert_info(key, info)
         output = bool(info.layer) and key not in self._modules and flow.gives_outputs(info.layer)
         found, notes = flow.readers.get(key, {}), tuple(flow.reader_notes.get(key, ()))
         readers = tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found))
@@ -195,6 +211,18 @@ class SiteFinder:
             incoming_notes=tuple(incoming.notes),
             is_norm=normalises is not None,
             normalises=normalises or "",
+        )
+
+    def _expert_info(self, key: SiteKey, info: SiteInfo) -> SiteInfo:
+        """Return what is known of the site of an expert whose rows lie in one tensor with those of others."""
+        flow, common = self._forward.flow, self._common[key]
+        found = flow.readers.get(common, {})
+        return replace(
+            info,
+            output=common not in self._modules and flow.gives_outputs(common.layer),
+            readers=tuple(dict.fromkeys(each if isinstance(each, str) else each.layer for each in found)),
+            reader_notes=(*flow.reader_notes.get(common, ()), "its rows lie in one tensor with those of other experts"),
+            incoming_notes=("data picks its weights from those of all experts",),
         )
 
     def layer_readers(self, layer: str) -> tuple[tuple[ReaderColumns, ...], tuple[str, ...]]:
@@ -243,7 +271,7 @@ class SiteFinder:
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
-                return found
+                return found if found is None or origin.units is None else self.with_owners(found, origin.units)
         applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
         if not function:
             self.unmeasured.note_ran(path, phase)
@@ -254,7 +282,26 @@ class SiteFinder:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
             self._calls[facts] = call
-        return call
+        return call if call is None or origin.units is None else self.with_owners(call, origin.units)
+
+    def with_owners(self, call: Call, units: Units) -> Call:
+        """Return a call with what says in this forward which experts the rows are of, if the layer is one of experts.
+
+        Args:
+            call: The call.
+            units: The units of the pre-activation, or of the product.
+        """
+        if not isinstance(call.counters, JoinedCounters):
+            return call
+        owners = self._forward.flow.row_owners(units)
+        if owners is not None:
+            return call._replace(owners=owners)
+        self.unmeasured.note(
+            call.key.name,
+            "the tensor that says which expert each row is of was not seen, or was changed in place before the "
+            "activation ran",
+        )
+        return call._replace(counters=None, hook=None)
 
     def _find_anew(
         self, phase: str, applied: _Applied, x: Tensor, origin: Origin, *, is_module: bool, traced: bool
@@ -269,6 +316,9 @@ class SiteFinder:
             return None
         names = (key.name, key.layer, place)
         declared = self._declared(*names)
+        if declared is not None and units is not None and units.experts is not None:
+            units, key = None, SiteKey(place, "", "", 0)  # all experts are counted together
+            names = (key.name, key.layer, place)
         if declared is not None:
             if not -x.dim() <= declared < x.dim():
                 reason = f"axis {declared} was declared for it, and its tensor has {x.dim()} axes: declare one of these"
@@ -319,8 +369,8 @@ class SiteFinder:
         )
         if is_module:
             self._modules.add(key)
-        hidden = traced and self._is_shared_in_graph(key)
-        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, x)
+        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
+        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, x, units)
         hook = None
         if counters is not None:
             hook = CountedGradient(self._gradients, (place, activation.name), glu_dim, counters, layout)
@@ -393,6 +443,69 @@ class SiteFinder:
             self._forward.flow.put(y, origin.but(bends=bends, carries=carries))
         return Call(key, counters, layout, hook, origin, _NAMED, info), ""
 
+    def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
+        """Return the call of a gated product, ``None`` if none of the factors is a gate of the other.
+
+        Args:
+            phase: The phase that it belongs to.
+            args: The two factors.
+            y: The product.
+            traced: Whether ``y`` is the fake tensor of a graph.
+        """
+        flow = self._forward.flow
+        for factor, other in (args, args[::-1]):
+            if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
+                continue
+            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
+            gate = None if origin.site is None else self._gates.get(origin.site)
+            if gate is None or factor.shape != y.shape or other.shape != y.shape:
+                continue
+            if origin.units is None:
+                if gate.info.axis_source == "declared":
+                    return self.find_derived(phase, gate, origin, None, y, traced)
+                continue
+            if gate.after.units is None or origin.units.size != gate.after.units.size:
+                continue  # a part of what the site gave: its gradients are not counted apart
+            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
+            if beside.state in (WEIGHT, CONSTANT):
+                continue
+            if beside.unit_set and beside.unit_set == origin.unit_set:  # written out, and no gated product
+                if _is_swish(gate, origin, beside):
+                    place = 0 if args[0] is other else 1
+                    return self._swish(phase, gate, origin, origin.units, y, traced)._replace(given=place)
+                continue
+            found = self.find_derived(phase, gate, origin, origin.units, y, traced)
+            return None if found is None else self.with_owners(found, origin.units)
+        return None
+
+    def _swish(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call:
+        """Return the call of a SiLU that is written out as ``x * sigmoid(x)``, maybe with a factor inside.
+
+        Args:
+            phase: The phase that it belongs to.
+            gate: The call of the sigmoid.
+            origin: What its output is.
+            units: The units of that.
+            y: The product.
+            traced: Whether ``y`` is the fake tensor of a graph.
+        """
+        key = SiteKey(gate.key.layer, units.text(), _SILU.name, self._forward.ordinal(origin, _SILU.name))
+        info = replace(gate.info, activation=_SILU.name, kind=_SILU.kind, linear_when_on=False, axis=units.layout.axis)
+        names = (key.name, key.layer, info.place)
+        neurons = neurons_in(local_tensor(y).shape, units.layout)
+        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
+        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, y, units)
+        hook = None
+        if counters is not None:
+            hook = CountedGradient(self._gradients, (info.place, _SILU.name), None, counters, units.layout)
+        self._units[key] = info.units
+        before = self._forward.flow.origin(y)
+        carries = (carry_site(key, units),)
+        after = before.but(state=UNITS, units=units, site=key, carries=carries, bends=((units.layer, ACTIVATED),))
+        self._forward.flow.put(y, after)
+        call = self._gates[key] = Call(key, counters, units.layout, hook, after, _SILU, info)
+        return self.with_owners(call, units)
+
     def find_derived(
         self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool, selection: str = ""
     ) -> Call | None:
@@ -431,9 +544,12 @@ class SiteFinder:
             self._sparse.add(key)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, layout)
-        hidden = traced and self._is_shared_in_graph(key)
-        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
-        if counters is not None:
+        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
+        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, y, units)
+        if isinstance(counters, JoinedCounters):
+            if isinstance(gate.counters, JoinedCounters):
+                counters.gate_by(gate.counters)
+        elif counters is not None:
             counters.gate = self._counters.get((phase, gate.key))
         before = self._forward.flow.origin(y)
         if units is None:
@@ -464,6 +580,62 @@ class SiteFinder:
             "neurons are this rank's: watch the model without compiling it"
         )
         return True
+
+    def _is_of_experts_in_graph(self, key: SiteKey, units: Units | None) -> bool:
+        """Whether the rows of a traced site are of several experts, after noting that it is not measured."""
+        if units is None or units.experts is None:
+            return False
+        self.unmeasured.note(
+            key.name,
+            "torch.compile traced it, and its rows are of several experts: the tensor that says which expert each row "
+            "is of is not known in a traced graph. Watch the model without compiling it",
+        )
+        return True
+
+    def _all_counters_for(
+        self,
+        phase: str,
+        key: SiteKey,
+        info: SiteInfo,
+        names: Names,
+        neurons: int,
+        x: Tensor,
+        units: Units | None,
+    ) -> Counters | None:
+        """Return the counters of a site, or those of the sites of all experts; see :meth:`_counters_for`.
+
+        Args:
+            phase: The phase.
+            key: The site, or the key of all experts together.
+            info: What is known of it.
+            names: Its names.
+            neurons: Number of neurons, of one expert if there are several.
+            x: A tensor on its device.
+            units: The units, if they are known.
+        """
+        if units is None or units.experts is None:
+            return self._counters_for(phase, key, info, names, neurons, x)
+        known = self._experts.get((phase, key))
+        if known is not None and known.neurons == neurons:
+            return known
+        members = []
+        for layer in units.experts.layers:
+            own = key._replace(layer=layer)
+            runs = tuple((layer, *run[1:]) for run in info.units)
+            described = replace(info, layer=layer, units=runs, axis_source=f"layer ({layer})")
+            self._units[own], self._common[own] = runs, key
+            if key in self._modules:
+                self._modules.add(own)
+            members.append(self._counters_for(phase, own, described, (own.name, layer, names[2]), neurons, x))
+        if all(member is None for member in members):
+            return None
+        if units.experts.joined:
+            return JoinedCounters(members, neurons)
+        if any(member is not None and (member.shared or member.in_graph) for member in members):
+            self.unmeasured.note(key.name, "its experts are run in two ways in one phase, of which one is counted")
+            return None
+        found = self._experts[phase, key] = ExpertCounters(members, neurons, x.device)
+        return found
 
     def _counters_for(
         self, phase: str, key: SiteKey, info: SiteInfo, names: Names, neurons: int, x: Tensor
@@ -518,6 +690,23 @@ class SiteFinder:
         return found
 
 
+def _is_swish(gate: Call, origin: Origin, beside: Origin) -> bool:
+    """Whether the product of a site's output and another tensor of the same units is a SiLU that experts write out.
+
+    Elsewhere an activation that is written out is listed as not measured, so that its module gets registered.
+
+    Args:
+        gate: The site.
+        origin: What its output is.
+        beside: What the other factor is.
+    """
+    units = origin.units
+    if units is None or units.experts is None:
+        return False
+    own = {name for layer, name in beside.bends if layer == units.layer}
+    return gate.activation.name == "sigmoid" and beside.site is None and beside.units == units and own <= _CLAMPS
+
+
 def _runs(units: Units, output_units: Units, neurons: int, whole: int) -> tuple[Run, ...]:
     """Return which units of which layers the neurons of a site are; ``()`` if that is not known.
 
@@ -542,4 +731,4 @@ def neurons_in(shape: Sequence[int], layout: NeuronLayout) -> int:
     """
     if layout.dims is None:
         return shape[layout.axis]
-    return math.prod(size for dim in layout.dims for size, stride in dim if stride)
+    return math.prod(size for dim in layout.dims for size, stride in dim if stride > 0)

@@ -4,10 +4,14 @@ Each dimension of a tensor is a product of factors, from the outermost to the in
 positions (stride 0) or units. A unit factor of size ``n`` and stride ``s`` says that a step along it is a step of ``s``
 units of the layer. A linear layer of 12 units over (batch, time) has the dimensions ``((8, 0),), ((5, 0),), ((12,
 1),)``; split in 3 heads its last dimension becomes ``((3, 4),), ((4, 1),)``. A dimension of size 1 has no factor.
+
+Where data picks the weight of each row, as in a mixture of experts, the rows have negative strides: a factor of size
+``n`` and stride ``-s`` says that a step along it is a step of ``s`` rows.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -16,14 +20,18 @@ from typing import NamedTuple
 from neuronscope.count.neuron_layout import Dims, Factor, NeuronLayout
 
 __all__ = [
+    "Experts",
     "Run",
     "Units",
     "broadcast",
+    "experts_of",
     "fits",
+    "has_rows",
     "has_units",
     "join_runs",
     "merge_runs",
     "place",
+    "place_rows",
     "positions",
     "reduce",
     "reshape",
@@ -34,6 +42,31 @@ __all__ = [
 
 #: A run of units of one layer: its path, the first unit, the end and the step.
 Run = tuple[str, int, int, int]
+
+
+class Experts:
+    """The layers that rows belong to, of which data picks one for each row; :func:`experts_of` makes it.
+
+    Attributes:
+        layers: Path of each layer; a row says the number of its own.
+        joined: Whether rows of the layers were joined, so that it is known without data how many each has.
+    """
+
+    __slots__ = ("joined", "layers")
+
+    def __init__(self, layers: tuple[str, ...], joined: bool) -> None:
+        self.layers, self.joined = layers, joined
+
+
+@functools.lru_cache(maxsize=10_000)
+def experts_of(layers: tuple[str, ...], joined: bool = False) -> Experts:
+    """Return the experts that are these layers: the same object for the same layers, so that they are compared quickly.
+
+    Args:
+        layers: Path of each layer.
+        joined: Whether rows of the layers were joined.
+    """
+    return Experts(layers, joined)
 
 
 class Units(NamedTuple):
@@ -47,6 +80,8 @@ class Units(NamedTuple):
         dims: Where the units lie.
         explicit: Whether a site's name must say which units these are although the tensor has all of ``runs``: they are
             not each unit of the layers once.
+        experts: The layers of which each row has the units of one, or ``None``. ``layer`` is their common name then.
+        rows: Number of rows that were told apart, if there are experts; 1 if all positions are of one expert.
     """
 
     call: tuple[int, ...]
@@ -55,11 +90,25 @@ class Units(NamedTuple):
     first: int
     dims: Dims
     explicit: bool = False
+    experts: Experts | None = None
+    rows: int = 0
 
     @property
     def size(self) -> int:
         """Number of units in the tensor."""
-        return math.prod(size for dim in self.dims for size, stride in dim if stride)
+        return math.prod(size for dim in self.dims for size, stride in dim if stride > 0)
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether each row that was told apart is in the tensor once; also true if no rows are told apart."""
+        expected = 1
+        for size, stride in sorted(
+            (factor for dim in self.dims for factor in dim if factor[1] < 0), reverse=True, key=lambda factor: factor[1]
+        ):
+            if -stride != expected:
+                return False
+            expected *= size
+        return self.experts is None or expected == self.rows
 
     @property
     def width(self) -> int:
@@ -69,6 +118,9 @@ class Units(NamedTuple):
     @property
     def layout(self) -> NeuronLayout:
         """Where the units lie, to count them."""
+        if self.experts is not None:
+            own = [index for index, dim in enumerate(self.dims) if any(stride > 0 for _, stride in dim)]
+            return NeuronLayout(own[-1] if own else 0, self.dims)
         found = [index for index, dim in enumerate(self.dims) if has_units(dim)]
         if len(found) == 1 and len(self.dims[found[0]]) == 1:
             return NeuronLayout(found[0])
@@ -80,7 +132,7 @@ class Units(NamedTuple):
     @property
     def order(self) -> tuple[Factor, ...]:
         """The unit factors by falling stride: in this order they count the units upwards."""
-        factors = (factor for dim in self.dims for factor in dim if factor[1])
+        factors = (factor for dim in self.dims for factor in dim if factor[1] > 0)
         return tuple(_joined(sorted(factors, key=lambda factor: -factor[1])))
 
     @property
@@ -187,9 +239,32 @@ def place(shape: Sequence[int], unit_dims: Sequence[int]) -> Dims:
     return tuple(() if size == 1 else ((size, strides.get(dim, 0)),) for dim, size in enumerate(shape))
 
 
+def place_rows(shape: Sequence[int], unit_dims: Sequence[int], row_dims: Sequence[int]) -> Dims:
+    """Return the dimensions of the output of a layer of experts.
+
+    Args:
+        shape: Its shape.
+        unit_dims: The dimensions that index the units, the outermost first, ≥ 0.
+        row_dims: The dimensions that index the rows, likewise.
+
+    >>> place_rows((6, 4), (1,), (0,))
+    (((6, -1),), ((4, 1),))
+    """
+    units, rows = place(shape, unit_dims), place(shape, row_dims)
+    return tuple(
+        tuple((size, -stride) for size, stride in row) if has_units(row) else unit
+        for unit, row in zip(units, rows, strict=True)
+    )
+
+
 def has_units(dim: Iterable[Factor]) -> bool:
-    """Whether a dimension indexes units; never for one of size 1."""
+    """Whether a dimension indexes units, or rows of which each has the units of one expert; never for one of size 1."""
     return any(stride for _, stride in dim)
+
+
+def has_rows(dim: Iterable[Factor]) -> bool:
+    """Whether a dimension indexes rows of which each has the units of one expert; never for one of size 1."""
+    return any(stride < 0 for _, stride in dim)
 
 
 def reshape(dims: Dims, shape: Sequence[int]) -> Dims | None:

@@ -75,6 +75,7 @@ class SiteCounters:
         tensors: The counts; complete after :meth:`flush`.
         open: Whether gradients are still counted; false after the watch has ended.
         in_graph: Whether a compiled graph holds the tensors.
+        shared: Whether the tensors are counted in together with those of other sites: they are views then.
         unreadable: Whether an output was seen that cannot be counted. Then the gradients do not belong to what is
             counted, and a tally has none.
         gate: The counters of the gate if the site is a gated product. A product has no gradient counts of its own:
@@ -90,6 +91,7 @@ class SiteCounters:
         self.neurons = neurons
         self.open = True
         self.in_graph = False
+        self.shared = False
         self.unreadable = False
         self.gate: SiteCounters | None = None
         self.sharded_dims: tuple[int | None, ...] = ()
@@ -188,6 +190,17 @@ class SiteCounters:
             self._add_rows()
         return self.tensors
 
+    def share(self, tensors: CounterTensors) -> None:
+        """Count in other tensors from now on, which are counted in together with those of other sites.
+
+        Args:
+            tensors: Views, which get what was counted so far.
+        """
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+            for mine, view in zip(self.flush(), tensors, strict=True):
+                view.copy_(mine)
+        self.tensors, self.shared = tensors, True
+
     def make_room(self, scratch: ScratchBuffers) -> None:
         """Count the small tensors that wait, if there is no room for more."""
         with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
@@ -258,9 +271,14 @@ class SiteCounters:
         self._add(zeros, magnitudes, torch.where(fired, step, -1), torch.where(fired, step, NEVER))
 
     @property
+    def counts_on_device(self) -> bool:
+        """Whether positions and examples may have been counted in the tensors."""
+        return self.in_graph or self.shared
+
+    @property
     def untouched(self) -> bool:
-        """Whether nothing was counted. False if a compiled graph holds the tensors: reading them would synchronize."""
-        return not (self.in_graph or self.positions or self.gradient_positions)
+        """Whether nothing was counted. False if positions are counted in the tensors, which would have to be read."""
+        return not (self.counts_on_device or self.positions or self.gradient_positions)
 
     def totals(self, traced: Sequence[int] | None = None) -> tuple[int, int, int]:
         """Return the positions, gradient positions and examples so far.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first"]
+__all__ = ["Dims", "Factor", "NeuronLayout", "assumed_layout", "neurons_first", "rows_first"]
 
-#: Size, and by how many neurons one step along it leads on: 0 for positions.
+#: Size, and by how many neurons one step along it leads on: 0 for positions, and below 0 for rows of experts.
 Factor = tuple[int, int]
 #: The factors of each dimension of a tensor, from the outermost to the innermost; see :mod:`neuronscope.attach.units`.
 Dims = tuple[tuple[Factor, ...], ...]
@@ -69,3 +70,28 @@ def neurons_first(tensor: Tensor, axis: int, dims: Dims | None) -> tuple[Tensor,
     for place in neurons:
         count = count * sizes[place]
     return tensor.reshape(sizes).permute(neurons + others).reshape(count, -1), 0
+
+
+def rows_first(tensor: Tensor, dims: Dims) -> Tensor:
+    """Return a tensor of rows of which each has the neurons of one expert, as ``(R, P, N)``, which may be a copy.
+
+    Args:
+        tensor: Activation of the layout's shape, but for the sizes of the dimensions that index positions.
+        dims: As in :class:`NeuronLayout`; strides below 0 count rows.
+
+    >>> import torch
+    >>> rows_first(torch.arange(6).reshape(3, 2), (((3, -1),), ((2, 1),))).tolist()
+    [[[0, 1]], [[2, 3]], [[4, 5]]]
+    """
+    sizes: list[int] = []
+    strides: list[int] = []
+    for index, dim in enumerate(dims):
+        for size, stride in dim if any(stride for _, stride in dim) else ((tensor.shape[index], 0),):
+            sizes.append(size)
+            strides.append(stride)
+    rows = sorted((place for place, stride in enumerate(strides) if stride < 0), key=lambda place: strides[place])
+    others = [place for place, stride in enumerate(strides) if not stride]
+    units = sorted((place for place, stride in enumerate(strides) if stride > 0), key=lambda place: -strides[place])
+    moved = tensor.reshape(sizes).permute(rows + others + units)
+    count, width = math.prod(sizes[place] for place in rows), math.prod(sizes[place] for place in units)
+    return moved.reshape(count, math.prod(sizes[place] for place in others), width)

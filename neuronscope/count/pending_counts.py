@@ -35,9 +35,10 @@ class PendingCounts:
 
     def __init__(self, quantities: int, neurons: int) -> None:
         self.room = max(1, min(_ROWS, _NUMBERS // max(quantities * neurons, 1)))
+        self._shape = (self.room, quantities, neurons)
         with torch.inference_mode(False):
-            self._rows = torch.empty(self.room, quantities, neurons, dtype=torch.float32, device="cpu")
-            self._each: list[Tensor] = list(self._rows)  # views, made once
+            self._rows = torch.empty(0, dtype=torch.float32, device="cpu")  # made when it is needed
+        self._each: list[Tensor] = []  # views, made once
         self._positions: list[int] = []
         self._steps: list[int] = []
 
@@ -46,11 +47,20 @@ class PendingCounts:
 
     def next(self) -> Tensor:
         """Return the next free row, float32 ``(quantities, N)``. After writing it, call :meth:`add_row`."""
+        if not self._each:
+            self._make_room()
         return self._each[len(self._steps)]
 
     def next_rows(self, number: int) -> Tensor:
         """Return ``number`` free rows, float32 ``(number, quantities, N)``. Then call :meth:`add_row` for each."""
+        if not self._each:
+            self._make_room()
         return self._rows[len(self._steps) : len(self._steps) + number]
+
+    def _make_room(self) -> None:
+        with torch.inference_mode(False):
+            self._rows = torch.empty(self._shape, dtype=torch.float32, device="cpu")
+            self._each = list(self._rows)
 
     def add_row(self, *, positions: int, step: int) -> None:
         """Note that the next free row was written.

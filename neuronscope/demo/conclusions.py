@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from neuronscope.demo.results import Comparison, Run, Spread
+from neuronscope.writers.formatting import percent
 
 __all__ = ["findings", "headline", "number"]
 
@@ -43,7 +44,7 @@ def headline(comparison: Comparison) -> str:
         shares = {name: shares[name] for name in (*dying, *living)}
     else:
         said = f"{_listed(list(shares))}: {said}"
-    return said.format(_listed([_percent(share) for share in shares.values()]))
+    return said.format(_listed([percent(100.0 * share) for share in shares.values()]))
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -92,7 +93,7 @@ def _relu(comparison: Comparison) -> list[str]:
     died = comparison.spread("ReLU", lambda run: run.died)
     revived = comparison.spread("ReLU", lambda run: run.revived)
     neurons = comparison.networks["ReLU"].neurons
-    ended = f"ReLU ends with {number(end)} of {neurons} neurons dead ({_percent(end.mean / neurons)})."
+    ended = f"ReLU ends with {number(end)} of {neurons} neurons dead ({percent(100.0 * end.mean / neurons)})."
     born = f"{number(start)} were dead before the first step, because of the initial weights"
     changed = f"{number(revived)} of those came to life, and {number(died)} others died in training."
     sentences = [f"{ended} {born}; {changed}"]
@@ -133,8 +134,8 @@ def _zeros(comparison: Comparison) -> list[str]:
         always = comparison.spread(name, lambda run: sum(run.end.dead) + sum(run.end.silent))
         neurons = "no neuron is" if always.most == 0 else f"only {number(always)} neurons are"
         sentences.append(
-            f"{_percent(zeros.mean)} of {name}'s outputs are exactly zero, because inputs far below zero underflow; "
-            f"but {neurons} zero for every image."
+            f"{percent(100.0 * zeros.mean)} of {name}'s outputs are exactly zero, because inputs far below zero "
+            f"underflow; but {neurons} zero for every image."
         )
     return sentences
 
@@ -145,10 +146,10 @@ def _dormant(comparison: Comparison) -> list[str]:
     for name, network in comparison.networks.items():
         dormant = comparison.spread(name, lambda run: sum(run.end.dormant))
         if name not in _RELUS and dormant.mean >= _WORTH_SAYING * network.neurons:
-            shares.append(f"{network.label} {number(dormant)} ({_percent(dormant.mean / network.neurons)})")
+            shares.append(f"{network.label} {number(dormant)} ({percent(100.0 * dormant.mean / network.neurons)})")
     if not shares:
         return []
-    meaning = "outputs of at most 2.5% of the layer's mean"
+    meaning = "outputs of at most 2.5 % of the layer's mean"
     return [f"Not dead is not healthy. Dormant at the end ({meaning}): {_listed(shares)}."]
 
 
@@ -174,8 +175,8 @@ def _small_gradients(comparison: Comparison) -> list[str]:
             accuracy = comparison.spread(name, lambda run: 100 * run.accuracy)
             sentences.append(
                 f"{network.label} makes gradients small: before the first step, the first layer gets "
-                f"{_percent(reach.mean)} of the gradient that the last hidden layer gets. "
-                f"Test accuracy {number(accuracy)}%."
+                f"{percent(100.0 * reach.mean)} of the gradient that the last hidden layer gets. "
+                f"Test accuracy {number(accuracy)} %."
             )
     return sentences
 
@@ -202,7 +203,7 @@ def _collapse(comparison: Comparison) -> list[str]:
             f"within the rounding of float32 (differences of at most {apart:.0e} of the largest output)."
         )
         bought = (
-            f"Depth bought {'accuracy' if gained else 'nothing'}: test accuracy {number(deep)}%, and {number(flat)}% "
+            f"Depth bought {'accuracy' if gained else 'nothing'}: test accuracy {number(deep)} %, and {number(flat)} % "
             "for one linear layer that was trained beside it."
         )
         sentences += [f"{product} {bought}", checked]
@@ -229,7 +230,7 @@ def _gradients(comparison: Comparison) -> list[str]:
     for name, label in ((name, network.label) for name, network in comparison.networks.items()):
         beyond = comparison.spread(name, lambda run: run.end.zero_gradients - run.end.zero_outputs)
         if beyond.mean >= _WORTH_SAYING:
-            shares.append(f"{label} {_percent(beyond.mean)}")
+            shares.append(f"{label} {percent(100.0 * beyond.mean)}")
         zero = comparison.spread(name, lambda run: sum(run.end.silent))
         if zero.most > 0:
             silent.append(f"{label} {number(zero)}")
@@ -256,11 +257,11 @@ def _accuracy(comparison: Comparison) -> list[str]:
         dying, living = (comparison.spread(name, lambda run: 100 * run.accuracy) for name in ("ReLU", "LeakyReLU"))
         if abs(dying.mean - living.mean) <= max(dying.deviation or 0.0, living.deviation or 0.0):
             sentences.append(
-                f"Test accuracy does not show it: ReLU {number(dying)}%, LeakyReLU with no dead neuron "
-                f"{number(living)}%."
+                f"Test accuracy does not show it: ReLU {number(dying)} %, LeakyReLU with no dead neuron "
+                f"{number(living)} %."
             )
     low = [
-        f"{network.label} {_percent(min(run.accuracy for run in comparison.of(name)))}"
+        f"{network.label} {percent(100.0 * min(run.accuracy for run in comparison.of(name)))}"
         for name, network in comparison.networks.items()
         if any(run.accuracy < _LEARNED and not _dead(run) for run in comparison.of(name))
     ]
@@ -284,24 +285,6 @@ def _check(comparison: Comparison) -> str:
 
 def _dead(run: Run) -> int:
     return sum(run.end.dead)
-
-
-def _percent(share: float) -> str:
-    """Return a fraction in percent as text; only an exact 0 is shown as 0%.
-
-    >>> _percent(0.0), _percent(0.0004), _percent(0.014), _percent(0.49)
-    ('0%', '0.04%', '1.4%', '49%')
-    """
-    value = 100 * share
-    return (
-        "0%"
-        if value == 0
-        else f"{value:.0f}%"
-        if value >= 9.95
-        else f"{value:.1f}%"
-        if value >= 0.095
-        else f"{value:.1g}%"
-    )
 
 
 def _listed(parts: list[str]) -> str:

@@ -19,10 +19,6 @@ from neuronscope.writers.pictures.colours import (
     ALIVE_LOW,
     DEAD,
     DORMANT,
-    FRAME,
-    INK,
-    MUTED,
-    PAPER,
     SERIES,
     UNSEEN_STRIPE,
     Colour,
@@ -34,6 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["comparison_png", "draw_comparison", "house_style", "import_matplotlib"]
+
+#: A picture for documents, on light paper.
+PAPER, INK, MUTED, FRAME = (247, 246, 243), (33, 37, 43), (80, 86, 94), (205, 205, 200)
 
 #: The variants that have lines, their short names and colours; more lines could not be told apart.
 _LINES = {
@@ -179,10 +178,10 @@ def _draw_shares(
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
         panel.plot(steps, mean, style, color=colour, label=label, clip_on=False)
-        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1])).replace(' %', '%')}", _text_colour(name)))
+        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1]))}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
-    panel.yaxis.set_major_formatter("{x:g}%")
+    panel.yaxis.set_major_formatter("{x:g} %")
     panel.locator_params(axis="y", nbins=5)
     _name_lines(panel, steps[-1], sorted(ends))
 

@@ -155,6 +155,26 @@ class DistinctNeurons:
         """
         return self.stand_ins(self._alive())
 
+    def highest(self, values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+        """Return the highest value of each distinct neuron in the totals over the places that may be its home.
+
+        These are the products of a gate if the neuron has one, else all its places in headlines: see :meth:`homes`.
+
+        Args:
+            values: Values by site, each int64 ``(N,)``, ≥ 0.
+
+        Returns:
+            int64 ``(D,)``, ordered by layer and unit.
+        """
+        keys = self._keys(self._alive())
+        lowest = self._lowest(keys)
+        highest = np.zeros(self._size, dtype=np.int64)
+        for parts, key, value in zip(self._parts, keys, values, strict=True):
+            for neurons, distinct in parts:
+                may_be_home = key[neurons] == lowest[distinct]
+                np.maximum(highest[distinct], value[neurons], out=highest[distinct], where=may_be_home)
+        return highest[lowest < _OUTSIDE]
+
     def spread(
         self, values: Sequence[npt.NDArray[np.int64]], masks: Sequence[BoolArray]
     ) -> list[npt.NDArray[np.int64]]:

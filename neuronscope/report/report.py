@@ -63,6 +63,10 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 ByteArray = npt.NDArray[np.uint8]
 
+_CODES_OF_LEVELS: ByteArray = np.array(
+    [LABELS.index(_LABELS_OF_LEVELS.get(level, "alive")) for level in range(256)], dtype=np.uint8
+)
+
 
 @dataclass(frozen=True)
 class WindowSpan:
@@ -132,10 +136,7 @@ class SiteHistory:
 
         Levels do not tell neurons that were never off from others, so ``linear`` ones are ``alive`` here.
         """
-        codes = np.full(256, LABELS.index("alive"), dtype=np.uint8)
-        for level, label in _LABELS_OF_LEVELS.items():
-            codes[level] = LABELS.index(label)
-        labels: ByteArray = codes[self.levels[window]]
+        labels: ByteArray = _CODES_OF_LEVELS[self.levels[window]]
         return labels
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ class Totals:
         sites: The sites.
         stand_ins: Which neurons of each site stand for a neuron, one mask by site, bool ``(N,)``; see
             :meth:`neuronscope.judge.distinct.DistinctNeurons.stand_ins`.
+        neurons: Number of neurons.
 
     Args:
         sites: The sites, in the order in which they first ran.
@@ -36,10 +38,11 @@ class Totals:
     def __init__(self, sites: Sequence[SiteReport]) -> None:
         self.sites = tuple(sites)
         self._distinct = DistinctNeurons(self.sites)
-        self.stand_ins = self._distinct.stand_ins([site.judgement.labels() for site in self.sites])
+        self._labels = [site.judgement.labels() for site in self.sites]
+        self.stand_ins = self._distinct.stand_ins(self._labels)
         self.neurons = self.count(lambda site: np.ones(site.neurons, dtype=np.bool_))
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether some neuron is at several places, so that the sites' own numbers do not add up to the totals."""
         return self.neurons < sum(site.neurons for site in self.sites if site.in_headlines)
@@ -56,13 +59,29 @@ class Totals:
             if site.in_headlines
         )
 
+    @cached_property
+    def by_site(self) -> IntArray:
+        """Number of neurons by site, in the order of :attr:`sites`, and by label, in that of ``LABELS``, int64 (S, L).
+
+        Each neuron is counted at the place that stands for it, so that columns add up to the totals.
+        """
+        counts = np.zeros((len(self.sites), len(LABELS)), dtype=np.int64)
+        for row, site, labels, stands_in in zip(counts, self.sites, self._labels, self.stand_ins, strict=True):
+            if site.in_headlines:
+                row += np.bincount(labels[stands_in], minlength=len(LABELS))
+        return counts
+
     def label_counts(self) -> dict[str, int]:
         """Return the number of neurons by label, in the order of :data:`neuronscope.judge.verdicts.LABELS`."""
-        counts = np.zeros(len(LABELS), dtype=np.int64)
-        for site, stands_in in zip(self.sites, self.stand_ins, strict=True):
-            if site.in_headlines:
-                counts += np.bincount(site.judgement.labels()[stands_in], minlength=len(LABELS))
-        return dict(zip(LABELS, counts.tolist(), strict=True))
+        return dict(zip(LABELS, self.by_site.sum(axis=0).tolist(), strict=True))
+
+    def deaths(self) -> int:
+        """Return how often neurons died since watching began. It never falls while a run goes on.
+
+        A neuron that revived and died again counts again. The deaths of one at several places are those of its gate's
+        product, else of the place where it died most often.
+        """
+        return int(self._distinct.highest([site.history.deaths for site in self.sites]).sum())
 
     def sites_with(self, mask: Callable[[SiteReport], BoolArray]) -> list[SiteReport]:
         """Return the sites at which neurons with some property are counted. A gate of a product is not one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +42,13 @@ class ActRecord:
 
     def __init__(self) -> None:
         self.acts: list[Act] = []
+        self._revived: Counter[str] = Counter()
         self._before: dict[str, Before] = {}
 
     @property
     def last_window(self) -> int:
         """Last step of the newest window that was acted on; −1 if there is none."""
-        return max((act.last_step for act in self.acts), default=-1)
+        return self.acts[-1].last_step if self.acts else -1
 
     def revived(self, site: str) -> int:
         """Return how many neurons of a site were revived, each as often as it was.
@@ -54,7 +56,7 @@ class ActRecord:
         Args:
             site: The site's name.
         """
-        return sum(len(act.neurons) for act in self.acts if act.site == site)
+        return self._revived[site]
 
     def before(self, site: str, neurons: int) -> Before:
         """Return what was counted of each neuron before its newest revival.
@@ -75,13 +77,17 @@ class ActRecord:
             act: The act.
             counted: All closed windows of the site.
         """
-        self.acts.append(act)
+        self._add(act)
         before = Before(*(each.copy() for each in self.before(act.site, counted.neurons)))
         revived = list(act.neurons)
         before.zero_outputs[revived] = counted.zero_outputs[revived]
         before.positions[revived] = counted.positions
         before.step[revived] = act.step
         self._before[act.site] = before
+
+    def _add(self, act: Act) -> None:
+        self.acts.append(act)
+        self._revived[act.site] += len(act.neurons)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record as tensors and primitives."""
@@ -109,7 +115,7 @@ class ActRecord:
                 site, rule, neurons = saved["site"], saved["rule"], integers(saved, "neurons")
                 if not isinstance(site, str) or not isinstance(rule, str):
                     raise ValueError("the site or the rule of an act is no text")
-                record.acts.append(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
+                record._add(Act(site=site, neurons=tuple(neurons), rule=rule, **steps))
             for site, saved in mapping(state, "before").items():
                 shape = (len(saved["step"]),)
                 before = Before(*(array(saved, name, torch.int64, shape) for name in Before._fields))

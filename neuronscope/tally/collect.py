@@ -40,12 +40,13 @@ def read_tallies(sites: Sequence[tuple[SiteInfo, SiteCounters]]) -> list[Tally]:
 def observed(all_counters: Iterable[SiteCounters]) -> list[tuple[int, int]]:
     """Return the positions and the examples of each site so far.
 
-    Synchronizes with the devices of counters that a compiled graph holds, and with no others.
+    Synchronizes with the devices of counters in which positions are counted, and with no others.
     """
     all_counters = list(all_counters)
-    traced = iter(_copied(counters.tensors.traced for counters in all_counters if counters.in_graph))
+    traced = iter(_copied(counters.tensors.traced for counters in all_counters if counters.counts_on_device))
     totals = [
-        counters.totals((*next(traced).tolist(), 0) if counters.in_graph else (0, 0, 0)) for counters in all_counters
+        counters.totals((*next(traced).tolist(), 0) if counters.counts_on_device else (0, 0, 0))
+        for counters in all_counters
     ]
     return [(positions, examples) for positions, _, examples in totals]
 

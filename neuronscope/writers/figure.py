@@ -170,7 +170,12 @@ def draw_panels(panels: Panels, figure: Any = None) -> Figure:
     figure.suptitle(f"{panels.title}\n{panels.basis}", fontsize="medium", parse_math=False, wrap=True)
     if panels.curves:
         _draw_curves(axes[0], panels)
-    _draw_bars(axes[-1], bars, panels)
+    if bars:
+        _draw_bars(axes[-1], bars, panels)
+    else:
+        axes[-1].text(0.5, 0.5, "No layer was seen, so there is nothing to draw.", ha="center", va="center")
+        axes[-1].set(xticks=[], yticks=[])
+        axes[-1].set_axis_off()
     drawn: Figure = figure
     return drawn
 

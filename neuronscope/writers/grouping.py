@@ -39,7 +39,12 @@ class Group:
             return self.first
         if self.last is None:
             return f"{self.first}.*"
-        return f"{self.first} ... {_tail(self.first, self.last)}"
+        return f"{self.first} ... {self.short_last}"
+
+    @property
+    def short_last(self) -> str:
+        """The last path without the parts at its beginning that the first one has too; empty if there is only one."""
+        return "" if self.last is None else _tail(self.first, self.last)
 
 
 def group_sites(names: Sequence[str], most: int) -> list[Group]:

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS
-from neuronscope.report import report as levels
 from neuronscope.report.comparison import ReportComparison, compare_reports
-from neuronscope.report.report import Report, SiteReport
+from neuronscope.report.report import LEVEL_MAX, Report, SiteReport
 from neuronscope.report.run_facts import facts_from_report
 from neuronscope.writers import page, wording
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
@@ -83,7 +82,7 @@ def render(report: Report, against: Report | None = None) -> str:
     return page.fill(
         home / "report.html.j2",
         styles=[],
-        scripts=[home / "assets" / "report.js"],
+        scripts=[home / "assets" / "maps.js", home / "assets" / "report.js"],
         data=_payload(report, shown, maps, overview),
         report=report,
         brand="Neuronscope",
@@ -214,7 +213,7 @@ def _cards(report: Report) -> list[Card]:
     share = UNKNOWN if report.not_finite and not report.dead else percent(report.dead_percent)
     return [
         card("Neurons", report.neurons, f"{where}, {count(unseen)} unseen" if unseen else where, "calm", True),
-        card("Dead", report.dead, born if report.dead else among, "bad"),
+        card("Dead", report.dead, born if report.dead and wording.tells_born(report) else among, "bad"),
         Card("Dead share", share, among, "bad" if report.dead else "calm"),
         *([card("Silent", report.silent, "zero, but gradient arrives", "silent")] if report.silent else []),
         *([] if wording.all_sparse(report) else [card("Dormant", report.dormant, "almost no output", "warn")]),
@@ -229,8 +228,8 @@ def _has_map(site: SiteReport) -> bool:
 
 def _row(report: Report, index: int) -> LayerRow:
     site = report.layers[index]
-    cells = wording.site_cells(site, report.policy["confidence"])
-    unseen, judged = wording.is_unseen(site), wording.judged(site)
+    cells = wording.site_cells(site, report)
+    unseen, judged, born = wording.is_unseen(site), wording.judged(site), wording.tells_born(report)
     nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
     share = 100.0 * site.dead / judged if judged else None
     silent, cut_off = (site.silent, site.cut_off) if site.gradient_positions else ("", "")
@@ -247,8 +246,8 @@ def _row(report: Report, index: int) -> LayerRow:
             Cell(cells.neurons, site.neurons),
             number(dead, site.dead, "dead"),
             Cell(cells.dead_share, "" if share is None else round(share, 4), "share"),
-            number(count(site.born_dead) if site.born_dead else nothing, site.born_dead),
-            number(count(site.died) if site.died else nothing, site.died),
+            number(count(site.born_dead) if born and site.born_dead else nothing, site.born_dead),
+            number(count(site.died) if born and site.died else nothing, site.died),
             number(cells.silent, silent),
             number(cells.dormant, site.dormant),
             number(cells.cut_off, cut_off),
@@ -284,6 +283,19 @@ def _meta(site: SiteReport) -> list[tuple[str, bool]]:
     return [(text, bold) for text, bold, shown in pieces if shown]
 
 
+def _facts(report: Report, site: SiteReport) -> list[str]:
+    """Say which weights lead into a layer's neurons and which read them, and which neurons were revived."""
+    facts = [f"Weights: {wording.weights_of(site)}."] if site.incoming else []
+    if acts := [act for act in report.acts if act.site == site.name]:
+        newest, total = acts[-1], sum(len(act.neurons) for act in acts)
+        which, more = ranges(np.array(newest.neurons), LISTED)
+        facts.append(
+            f"Revived: {plural(total, 'neuron')} at {plural(len(acts), 'step')}, last at step {count(newest.step)} by "
+            f"{visible(newest.rule)}: {which}{f' and {count(more)} more' if more else ''}."
+        )
+    return facts
+
+
 def _lost(site: SiteReport, packed: Packed) -> list[str]:
     """Say what the page leaves out of a layer's history."""
     resolution = packed.resolution
@@ -292,7 +304,7 @@ def _lost(site: SiteReport, packed: Packed) -> list[str]:
         lost.append(f"{len(packed.steps)} of {count(packed.windows)} windows are drawn")
     if packed.rows < site.neurons:
         lost.append(f"about {round(site.neurons / packed.rows)} neurons share a row")
-    if resolution.greys < levels.LEVEL_MAX:
+    if resolution.greys < LEVEL_MAX:
         lost.append(f"fractions are rounded to {resolution.greys} steps")
     if not resolution.steps:
         lost.append("the steps of single deaths are left out")
@@ -313,7 +325,7 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
     def layer(index: int) -> dict[str, Any]:
         site, packed = report.layers[index], maps.get(index)
         if packed is None:
-            return page.layer_data(index, _meta(site), "", None)
+            return page.layer_data(index, _meta(site), "", None, _facts(report, site))
         drawing = {
             "neurons": site.neurons,
             "rows": packed.rows,
@@ -322,27 +334,17 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
             "hasSteps": packed.resolution.steps,
             "data": packed.data,
         }
-        data = page.layer_data(index, _meta(site), "; ".join(_lost(site, packed)), drawing)
+        lost = "; ".join(_lost(site, packed))
+        data = page.layer_data(index, _meta(site), lost, drawing, _facts(report, site))
         return {**data, "lost": place("lost", data["lost"])}
 
     layers, places = [layer(index) for index in shown], set(shown)
     return {
         "labels": LABELS,
-        "levels": {
-            name.removeprefix("LEVEL_").lower(): getattr(levels, name)
-            for name in levels.__all__
-            if name.startswith("LEVEL_")
-        },
+        "levels": page.levels(),
+        "words": {},
         "worst": max(maps, key=lambda index: wording.severity(report.layers[index]), default=-1),
-        "overview": None
-        if overview is None
-        else {
-            "neurons": len(report.layers),
-            "rows": len(report.layers),
-            "steps": overview.steps,
-            "layers": [index if index in places else -1 for index in range(len(report.layers))],
-            "data": overview.data,
-        },
+        "overview": page.overview_data(overview, [at if at in places else -1 for at in range(len(report.layers))]),
         **lists,
         "layers": layers,
     }

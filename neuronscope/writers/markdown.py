@@ -49,7 +49,7 @@ def render(report: Report) -> str:
     if report.layers:
         shown, left_out = wording.fold(report.layers)
         columns = [each for each in COLUMNS if each[1] != "dormant" or not wording.all_sparse(report)]
-        rows = [_cells(wording.site_cells(site, report.policy["confidence"]), columns) for site in shown]
+        rows = [_cells(wording.site_cells(site, report), columns) for site in shown]
         blocks.append(table([("layer", False), *((heading, right) for heading, _, right in columns)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
     for index, one in enumerate(wording.causes(report)):

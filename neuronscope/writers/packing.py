@@ -40,6 +40,7 @@ __all__ = [
     "pack",
     "share_budget",
     "summarise",
+    "summarise_histories",
     "verdict_levels",
 ]
 
@@ -273,16 +274,29 @@ def summarise(sites: Sequence[SiteReport], budget: int, step: int) -> NetworkMap
         else (np.array([max(step, 0)], dtype=np.int64), verdict_levels(site)[None, :])
         for site in sites
     ]
+    return summarise_histories([site.name for site in sites], histories, budget)
+
+
+def summarise_histories(
+    layers: Sequence[str], histories: Sequence[tuple[IntArray, ByteArray]], budget: int
+) -> NetworkMap | None:
+    """Pack the histories of layers with as many windows as the budget allows; ``None`` if nothing was seen.
+
+    Args:
+        layers: Names of the layers.
+        histories: The history of each: last step of each window, int64 ``(W,)``, and levels, uint8 ``(W, N)``.
+        budget: Most characters that ``NetworkMap.data`` should have; with few windows it may have more.
+    """
     seen = [steps for steps, levels in histories if levels.size and (levels != LEVEL_UNSEEN).any()]
     if not seen:
         return None
     steps = np.unique(np.concatenate(seen))
-    names = np.frombuffer(json.dumps([visible(site.name) for site in sites]).encode(), dtype=np.uint8)
-    sizes = four_planes(np.array([site.neurons for site in sites], dtype="<u4"))
+    names = np.frombuffer(json.dumps(list(map(visible, layers))).encode(), dtype=np.uint8)
+    sizes = four_planes(np.array([levels.shape[1] for _, levels in histories], dtype="<u4"))
 
     def packed(columns: int) -> NetworkMap:
         picked = steps[_pick(len(steps), columns)]
-        dead = np.zeros((len(sites), picked.size), dtype="<u4")
+        dead = np.zeros((len(layers), picked.size), dtype="<u4")
         rest = np.full(dead.shape, LEVEL_UNSEEN, dtype=np.uint8)
         for row, (own, levels) in enumerate(histories):
             at = np.searchsorted(own, picked, side="right") - 1

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,12 +19,14 @@ import jinja2
 from markupsafe import Markup, escape
 
 from neuronscope.judge.diagnosis import Diagnosis
+from neuronscope.report import report
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, plural, visible
+from neuronscope.writers.packing import NetworkMap
 
 if TYPE_CHECKING:  # Python 3.10 has it elsewhere
     from importlib.resources.abc import Traversable
 
-__all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data"]
+__all__ = ["Card", "Cell", "LayerRow", "causes", "fill", "layer_data", "levels", "overview_data"]
 
 
 class Card(NamedTuple):
@@ -78,7 +80,9 @@ class LayerRow:
     mark: str = ""
 
 
-def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: dict[str, Any] | None) -> dict[str, Any]:
+def layer_data(
+    number: int, meta: list[tuple[str, bool]], lost: str, drawing: dict[str, Any] | None, facts: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what the script reads of a layer.
 
     Args:
@@ -86,11 +90,32 @@ def layer_data(number: int, meta: list[tuple[str, bool]], lost: str, drawing: di
         meta: Pieces of the line below its name, each with whether it is bold.
         lost: What its drawing leaves out; ``""`` = nothing.
         drawing: Its drawing, with its bytes as ``data``; ``None`` if there is nothing to draw.
+        facts: Sentences on its weights and on what was done to its neurons.
     """
+    about = {"id": number, "meta": meta, **({"facts": list(facts)} if facts else {})}
     if drawing is None:
-        return {"id": number, "meta": meta, "lost": "Never observed: there is nothing to draw."}
+        return {**about, "lost": "Never observed: there is nothing to draw."}
     said = f"To keep this page small, {lost}. The JSON report holds all." if lost else ""
-    return {"id": number, "meta": meta, "lost": said, **drawing}
+    return {**about, "lost": said, **drawing}
+
+
+def levels() -> dict[str, int]:
+    """Return the codes of a map's levels by name, as the script knows them, such as ``dead`` and ``unseen``."""
+    names = [name for name in report.__all__ if name.startswith("LEVEL_")]
+    return {name.removeprefix("LEVEL_").lower(): getattr(report, name) for name in names}
+
+
+def overview_data(overview: NetworkMap | None, places: list[int]) -> dict[str, Any] | None:
+    """Return what the script reads of the map of all layers.
+
+    Args:
+        overview: The map; ``None`` if there is none.
+        places: Number of the :class:`LayerRow` of each of its rows; −1 if the table has none.
+    """
+    if overview is None:
+        return None
+    rows = len(places)
+    return {"neurons": rows, "rows": rows, "steps": overview.steps, "layers": places, "data": overview.data}
 
 
 def causes(diagnoses: Iterable[Diagnosis]) -> list[tuple[Diagnosis, list[tuple[str, str]]]]:

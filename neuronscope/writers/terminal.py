@@ -47,7 +47,7 @@ def render(report: Report, top: int = 20) -> str:
     if report.layers:
         shown, left_out = wording.fold(report.layers, top, top)
         alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
-        cells = [wording.site_cells(site, report.policy["confidence"]) for site in shown]
+        cells = [wording.site_cells(site, report) for site in shown]
         cells = [replace(one, name=one.marked_name) for one in cells]
         hidden = "dormant" if wording.all_sparse(report) else ""
         columns = [column for column in (COLUMNS if alike else COLUMNS + EXAMPLES) if column.field != hidden]
@@ -58,6 +58,6 @@ def render(report: Report, top: int = 20) -> str:
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)
     page.line()
-    page.line(wording.LEGEND, "dim")
+    page.line(wording.legend(report), "dim")
     page.end(title, sentences[0], report.provisional, alarm=report.not_finite > 0)
     return page.text()

@@ -25,7 +25,6 @@ from neuronscope.writers.formatting import (
 )
 
 __all__ = [
-    "LEGEND",
     "SiteCells",
     "all_sparse",
     "anything_seen",
@@ -38,6 +37,7 @@ __all__ = [
     "glossary",
     "is_unseen",
     "judged",
+    "legend",
     "mark",
     "not_in_totals",
     "observed",
@@ -45,15 +45,25 @@ __all__ = [
     "severity",
     "site_cells",
     "sparse",
+    "tells_born",
     "title",
     "weights",
+    "weights_of",
 ]
 
-#: The words of the table in one line; :func:`glossary` explains them in full.
-LEGEND = (
-    "dead: output always zero (born: since watching began) · silent: output always zero, but gradient arrives · "
-    f"dormant: almost no output · cut off: no gradient · linear: never zero · {UNKNOWN}: not seen"
-)
+
+def legend(report: Report) -> str:
+    """Return the words of the table in one line; :func:`glossary` explains them in full."""
+    born = " (born: since watching began)" if tells_born(report) else ""
+    return (
+        f"dead: output always zero{born} · silent: output always zero, but gradient arrives · "
+        f"dormant: almost no output · cut off: no gradient · linear: never zero · {UNKNOWN}: not seen"
+    )
+
+
+def tells_born(report: Report) -> bool:
+    """Whether born dead and died are told apart: a scan sees a network at one moment, and its past at none."""
+    return report.phase != "scan"
 
 
 #: Heights of a bar, from none to the highest.
@@ -193,7 +203,7 @@ def weights(sites: Sequence[SiteReport]) -> list[str]:
         sites: The layers that are shown.
     """
     return [
-        f"{visible(site.name)}: {_weights(site)}"
+        f"{visible(site.name)}: {weights_of(site)}"
         for site in sites
         if site.incoming and (site.dead or site.silent or site.dormant)
     ]
@@ -232,7 +242,12 @@ def _sparse(site: SiteReport) -> str:
     return "; ".join(parts)
 
 
-def _weights(site: SiteReport) -> str:
+def weights_of(site: SiteReport) -> str:
+    """Say which weights lead into a layer's neurons, and which read them.
+
+    Args:
+        site: The layer, with weights that lead into it.
+    """
     rows = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.incoming)])
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
@@ -247,7 +262,9 @@ def _deaths(report: Report) -> list[str]:
         what = "with finite outputs" if report.not_finite else "that were observed"
         return [f"No dead neuron among the {count(report.judged_neurons)} {what}."]
     died, born = report.dead - report.born_dead, report.born_dead
-    if not died:
+    if not tells_born(report):
+        how = f"{'Its' if report.dead == 1 else 'Their'} output was zero at every position of the data"
+    elif not died:
         how = f"{'It has' if born == 1 else 'All of them have'} never fired since watching began (born dead)"
     elif not born:
         how = f"{'It' if died == 1 else 'All of them'} worked before and stopped{_most_steps(report)}"
@@ -282,8 +299,11 @@ def glossary(report: Report) -> list[tuple[str, str]]:
     tau = f"{report.policy.get('dormant_tau', math.nan):g}"
     return [
         ("dead", "output is zero at every position of the window; where gradients were seen, they are zero too"),
-        ("born", "dead, and never fired since watching began"),
-        ("died", "dead, but fired before"),
+        *(
+            [("born", "dead, and never fired since watching began"), ("died", "dead, but fired before")]
+            if tells_born(report)
+            else []
+        ),
         ("silent", "output is zero at every position of the window, but gradient arrives, so training can wake it"),
         ("dormant", f"neither dead, silent nor cut off, but its mean |y| is at most {tau} of the layer's mean"),
         ("cut off", "fires, but its gradient is zero at every position"),
@@ -354,12 +374,12 @@ class SiteCells:
         return f"{self.name} {self.mark}".rstrip()
 
 
-def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
+def site_cells(site: SiteReport, report: Report, worst: int = 4) -> SiteCells:
     """Return the table cells of one layer.
 
     Args:
         site: The layer.
-        level: Confidence of the bound, in (0, 1).
+        report: The report that it is in.
         worst: How many of the worst neurons to name.
     """
     unseen = is_unseen(site)
@@ -379,7 +399,7 @@ def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
         activation=visible(site.activation),
         neurons=neurons,
         axis=_axis(site),
-        dead="unseen" if unseen else _dead(site),
+        dead="unseen" if unseen else _dead(site, born=tells_born(report)),
         dead_share=UNKNOWN if tone == "alarm" and not site.dead else share(site.dead, judged(site)),
         silent=number(site.silent, known=site.gradient_positions > 0),
         dormant=number(site.dormant),
@@ -388,15 +408,17 @@ def site_cells(site: SiteReport, level: float, worst: int = 4) -> SiteCells:
         not_finite=number(site.not_finite),
         worst=f"{some} …" if len(indices) > worst and not unseen else some,
         examples=count(site.examples) if site.examples else UNKNOWN,
-        bound=UNKNOWN if unseen or not site.examples else f"< {at_most(site.examples, level)}",
+        bound=UNKNOWN if unseen or not site.examples else f"< {at_most(site.examples, report.policy['confidence'])}",
         tone=tone,
         mark=mark(site),
     )
 
 
-def _dead(site: SiteReport) -> str:
+def _dead(site: SiteReport, *, born: bool) -> str:
     if not site.dead:
         return "not finite" if site.not_finite else NONE
+    if not born:
+        return count(site.dead)
     every = "" if site.dead == 1 else "all "
     if site.born_dead == site.dead:
         return f"{count(site.dead)} ({every}born)"

@@ -333,6 +333,7 @@ def activity(zeros: list[int], abs_sum: list[float], **changes: Any) -> SiteActi
     defaults = {
         "zero_outputs": np.zeros(6, dtype=np.int64),
         "positions": np.zeros(6, dtype=np.int64),
+        "silent": np.full(6, float(counts["examples"])),
         "age": np.full(6, 1000),
         "steps": 1000,
         "revived": 0,
@@ -350,15 +351,50 @@ def test_redo_takes_those_of_a_score_of_at_most_tau() -> None:
 
 def test_self_normalized_resets_ask_each_neuron_by_its_own_rate() -> None:
     # Rates of firing before: never, 1 %, 3 %, 5 %, always; the last one fires in the window. ln .02 / ln(1 - p) is 389,
-    # 128 and 76 examples.
+    # 128 and 76 examples. The first one has the mean of the others, 31.8 %: 11 examples.
     before = {"zero_outputs": np.array([1000, 990, 970, 950, 0, 500]), "positions": np.full(6, 1000)}
     zeros, sums = [100, 100, 100, 100, 100, 99], [0.0] * 5 + [1.0]
     chosen = {
         examples: SelfNormalizedResets(eta=0.02).choose(activity(zeros, sums, examples=examples, **before)).tolist()
-        for examples in (75, 100, 130, 390)
+        for examples in (10, 75, 100, 130, 390)
     }
-    for examples, expected in ((75, [4]), (100, [3, 4]), (130, [2, 3, 4]), (390, [1, 2, 3, 4])):
+    for examples, expected in ((10, [4]), (75, [0, 4]), (100, [0, 3, 4]), (130, [0, 2, 3, 4]), (390, [0, 1, 2, 3, 4])):
         assert [*np.flatnonzero(chosen[examples])] == expected
+    nobody = activity([100] * 6, [0.0] * 6)
+    assert not SelfNormalizedResets(eta=0.02).choose(nobody).any()  # no rate is known of any
+
+
+def test_self_normalized_resets_at_each_step_are_those_of_their_paper() -> None:
+    # The paper keeps the age of each neuron, in examples since it fired, at each step. Here a loop keeps all outputs.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 3))
+    optimizer, batch = torch.optim.Adam(model.parameters(), lr=0.03), 16
+    outputs: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, inputs, output: outputs.append(output.detach().clone()))
+    lives: list[list[list[bool]]] = [[] for _ in range(24)]  # of each neuron since it was revived: of each step
+    found, expected = [], []
+    with ns.watch(model, window_steps=1, policy=ns.Policy(max_rate=0.2)) as scope:
+        for _ in range(120):
+            x = torch.randn(batch, 4) + 1.5
+            (model(x) - x[:, :3]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scope.step()
+            for neuron, life in enumerate(lives):
+                life.append((outputs[-1][:, neuron] != 0).tolist())
+            ages = [next((age for age, step in enumerate(life[::-1]) if any(step)), len(life)) for life in lives]
+            spans = [(sum(map(sum, life)), batch * (len(life) - age)) for life, age in zip(lives, ages, strict=True)]
+            known = [fired / seen for fired, seen in spans if fired]
+            rates = [fired / seen if fired else sum(known) / len(known) for fired, seen in spans]
+            due = [n for n in range(24) if ages[n] and (1 - rates[n]) ** (batch * ages[n]) <= 0.02]
+            acts = ns.revive(scope, optimizer, SelfNormalizedResets(eta=0.02)).acts
+            found.append([neuron for act in acts for neuron in act.neurons])
+            expected.append(due)
+            for neuron in due:
+                lives[neuron] = []
+    assert found == expected
+    assert sum(map(len, found)) > 20
+    assert any(len(life) < 100 for life in lives)
 
 
 def test_self_normalized_resets_count_from_the_newest_revival() -> None:
@@ -376,9 +412,35 @@ def test_self_normalized_resets_count_from_the_newest_revival() -> None:
 
     ns.revive(run.scope, run.optimizer, Noting())
     site = next(each for each in seen if each.name == "0/relu")
+    assert not site.silent.any()  # all fired in the newest step
     assert site.positions.tolist() == [320, 640, 640, 320, 640, 640]
     assert (site.zero_outputs[DEAD] < 320).all()  # not the 320 zeros of the old neurons
     assert site.age.tolist() == [2, 3, 3, 2, 3, 3]
+
+
+def test_a_silence_is_counted_over_windows_at_their_steps_mean_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen: list[list[float]] = []
+
+    class Noting(Rule):
+        def choose(self, site: SiteActivity) -> Any:
+            seen.append(site.silent.tolist())
+            return np.zeros(3, dtype=np.bool_)
+
+    biases = {0: 9.0, 2: -100.0}  # from a step on, of neuron 1
+    with ns.watch(model, every_n_steps=1) as scope:
+        model[0].bias.data.fill_(9.0)
+        model[0].bias.data[2] = -100.0  # it never fires
+        for step in range(7):
+            model[0].bias.data[1] = biases.get(step, float(model[0].bias.data[1]))
+            model(torch.randn(300, 4)).sum().backward()
+            optimizer.step()
+            scope.step()
+            if step in (0, 3, 6):
+                ns.revive(scope, optimizer, Noting())
+    assert seen == [[0, 0, 300], [0, 600, 1200], [0, 1500, 2100]]
 
 
 def test_continual_backprop_takes_the_least_useful_mature_ones_at_its_rate() -> None:

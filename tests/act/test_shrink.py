@@ -6,18 +6,22 @@ Models and data are float64 here, so that nothing rests on the last bits of floa
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import neuronscope as ns
 from neuronscope.act.widths import set_widths
+from neuronscope.demo.recipe import VARIANTS, Recipe, build_network
 from neuronscope.errors import UsageError
 from tests.act.llama import small_llama
 
@@ -88,6 +92,54 @@ def test_dead_neurons_of_linear_layers_go() -> None:
     text = str(shrunk)
     assert "3 neurons taken out of 2 layers: 108 → " in text
     assert str(shrunk.model[0]) == "Linear(in_features=4, out_features=6, bias=True)"
+
+
+def digits() -> Tensor:
+    return torch.tensor(load_digits(return_X_y=True)[0][:320])  # whole numbers from 0 to 16
+
+
+def network_of_the_demo(living: list[list[int]], x: Tensor) -> nn.Module:
+    """The demo's network with weights of −1, 0 and 1; neurons that are not living are dead on purpose."""
+    chance = torch.Generator().manual_seed(0)
+    model = build_network(VARIANTS[0], Recipe(), seed=0).double()
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    with torch.no_grad():
+        for layer, own in zip(linears, [*living, range(10)], strict=True):
+            layer.weight.copy_(torch.randint(-1, 2, layer.weight.shape, generator=chance))
+            layer.bias.zero_()
+            for unit in own:
+                while len((x @ layer.weight[unit]).relu().unique()) < 100:  # it must not be idle by chance
+                    layer.weight[unit] = torch.randint(-1, 2, (layer.in_features,), generator=chance).double()
+            if layer.out_features == 64:
+                kill(layer, *set(range(64)).difference(own))
+            x = layer(x).relu()
+    return model
+
+
+def test_the_demos_network_without_its_268_dead_neurons_is_what_one_cuts_by_hand_bit_for_bit() -> None:
+    # Of 6 layers of 64 live 18 + 20 + 18 + 21 + 20 + 19 = 116, and 268 are dead. Of 65·64 + 5·65·64 + 65·10 = 25,610
+    # parameters stay 65·18 + 19·20 + 21·18 + 19·21 + 22·20 + 21·19 + 20·10 = 3,366. All numbers are whole and below
+    # 16 · 64⁷ < 2⁵³, so that no sum is rounded, whatever its order.
+    chance = torch.Generator().manual_seed(1)
+    living = [sorted(torch.randperm(64, generator=chance)[:width].tolist()) for width in (18, 20, 18, 21, 20, 19)]
+    x = digits()
+    model = network_of_the_demo(living, x)
+    report = ns.scan(model, [x])
+    assert (report.dead, report.neurons) == (268, 384)
+    shrunk = ns.shrink(model, report, [x])
+    assert shrunk.parameters == (25_610, 3_366)
+    assert shrunk.difference is not None
+    assert shrunk.difference.largest == 0.0
+    assert "Both models gave the same outputs, bit for bit, on 1 batch." in str(shrunk)
+    linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
+    for (layer, reader), own in zip(itertools.pairwise(linears), living, strict=True):
+        layer.weight = nn.Parameter(layer.weight[own])
+        layer.bias = nn.Parameter(layer.bias[own])
+        reader.weight = nn.Parameter(reader.weight[:, own])
+    assert sum(each.numel() for each in model.parameters()) == 3_366
+    for (name, by_hand), ours in zip(model.state_dict().items(), shrunk.model.state_dict().values(), strict=True):
+        assert torch.equal(by_hand, ours), name
+    assert torch.equal(model(x), shrunk.model(x))
 
 
 def test_channels_go_with_their_norm_and_flattened_columns() -> None:
@@ -398,6 +450,55 @@ def test_a_result_that_differs_is_not_returned() -> None:
     kill(net.a, 1)
     with pytest.raises(UsageError, match="its outputs differ by"):
         shrunk_and_checked(net, vectors())
+
+
+def masked(logits: Tensor) -> Tensor:  # most of them, as for tokens that may not come
+    return logits.masked_fill(torch.arange(logits.shape[1]) > 1, -1e9)
+
+
+def added_mask(logits: Tensor) -> Tensor:
+    return logits + torch.where(torch.arange(logits.shape[1]) > 1, -1e9, 0.0)
+
+
+def lowest(logits: Tensor) -> Tensor:
+    return logits.masked_fill(torch.arange(logits.shape[1]) > 5, torch.finfo(logits.dtype).min)
+
+
+@pytest.mark.parametrize("mask", [masked, added_mask, lowest])
+@pytest.mark.parametrize("error", [0.0, 1e-3])
+def test_fill_values_do_not_hide_a_difference_of_the_other_outputs(
+    mask: Callable[[Tensor], Tensor], error: float
+) -> None:
+    torch.manual_seed(0)
+
+    def path(net: Net, x: Tensor) -> Tensor:
+        return mask(net.out(torch.relu(net.a(x))) * (1 + error * net.a.out_features))
+
+    net, x = Net(path, a=nn.Linear(4, 6), out=nn.Linear(6, 9)), vectors().float()
+    kill(net.a, 1)
+    report = ns.scan(net, [x])
+    if error:
+        with pytest.raises(UsageError, match=r"its outputs differ by .*, where the largest output is \d\.\d+:"):
+            ns.shrink(net, report, [x])
+    else:
+        difference = ns.shrink(net, report, [x]).difference
+        assert difference is not None
+        with torch.no_grad():
+            values = net(x).abs()
+        assert difference.scale == float(values[values < 1e6].max())
+
+
+def test_each_output_is_measured_by_its_own_size() -> None:
+    torch.manual_seed(0)
+
+    def path(net: Net, x: Tensor) -> Any:
+        h = net.out(torch.relu(net.a(x)))
+        return 1e9 * h, h * (1 + 1e-3 * net.a.out_features)
+
+    net, x = Net(path, a=nn.Linear(4, 6), out=nn.Linear(6, 9)), vectors().float()
+    kill(net.a, 1)
+    with pytest.raises(UsageError, match="its outputs differ by"):
+        ns.shrink(net, ns.scan(net, [x]), [x])
 
 
 def test_a_report_on_a_model_of_other_widths_is_refused() -> None:

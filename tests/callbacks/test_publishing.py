@@ -16,14 +16,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from neuronscope.callbacks import DeadNeuronMonitor, publishing
 from neuronscope.writers.pictures.canvas import Canvas
-from neuronscope.writers.tensorboard.tags import safe
+from neuronscope.writers.tensorboard.tags import card_name, network_tag, safe
 from tests.callbacks.networks import SITES, batches, network, trainer
 
-#: The two layers in tags.
-FIRST, SECOND = map(safe, SITES)
-TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite", "silent")}
-#: Without gradients no neuron is known to be silent.
-VAL_TOTALS = {f"neuronscope/val_{name}_pct" for name in ("dead", "dormant", "not_finite")}
+#: The first layer in the tags of vectors, and both in those of charts and pictures.
+FIRST = safe("first/relu")
+FIRST_CARD, SECOND_CARD = map(card_name, SITES)
+FIRST_TOTALS, MORE_TOTALS = ("dead_pct", "worst_layer_dead_pct", "dormant_pct"), ("collapsed_layers", "not_finite_pct")
+VAL_TOTALS = {network_tag(name, "val") for name in (*FIRST_TOTALS, *MORE_TOTALS)}
+#: Nobody dies in an evaluation, and without gradients no neuron is known to be silent.
+TOTALS = {network_tag(name, "train") for name in (*FIRST_TOTALS, *MORE_TOTALS, "deaths_total", "silent_pct")}
 VAL_DEAD = "neuronscope/val_dead_pct"
 
 
@@ -72,14 +74,14 @@ def test_every_window_of_training_and_every_pass_is_logged_once_at_the_trainers_
     run.test(network(), batches(3), verbose=False)
     # 128 examples a step: windows of 3 steps are sure (384 ≥ 299). 16 steps: the last one is alone and is not.
     assert logger.steps("neuronscope/dead_pct") == [2, 5, 8, 11, 14, 15]
-    assert logger.steps(f"neuronscope.dead_pct/{FIRST}") == [2, 5, 8, 11, 14, 15]
+    assert logger.steps(f"neuronscope.dead_pct/{FIRST_CARD}") == [2, 5, 8, 11, 14, 15]
     # As the Trainer's own: batches are numbered from 0, and the test after them comes at the number of the next one.
     assert logger.steps("neuronscope/val_dead_pct") == [7, 15]
     assert logger.steps("neuronscope/test_dead_pct") == [16]
     values = [
-        metrics[f"neuronscope.dead_pct/{FIRST}"]
+        metrics[f"neuronscope.dead_pct/{FIRST_CARD}"]
         for _, metrics in logger.given
-        if f"neuronscope.dead_pct/{FIRST}" in metrics
+        if f"neuronscope.dead_pct/{FIRST_CARD}" in metrics
     ]
     assert all(value >= 25.0 for value in values)  # 3 of 12 never fire: 25 %
 
@@ -106,7 +108,7 @@ def test_tensorboard_gets_pictures_text_and_vectors_and_other_loggers_scalars(tm
     assert set(numbers.Tags()["scalars"]) >= TOTALS
     # The Trainer's own file holds nothing of ours but numbers, and ours holds no numbers.
     assert (numbers.Tags()["images"], numbers.Tags()["tensors"], found.Tags()["scalars"]) == ([], [], [])
-    for tag in ("neuronscope/overview", f"neuronscope.neurons/{FIRST}", f"neuronscope.neurons/{SECOND}"):
+    for tag in ("neuronscope/overview", f"neuronscope.neurons/{FIRST_CARD}", f"neuronscope.neurons/{SECOND_CARD}"):
         assert [event.step for event in found.Images(tag)] == [3, 7, 11, 15], tag
     for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{FIRST}"):
         assert [event.step for event in found.Tensors(tag)] == [3, 7, 11, 15], tag
@@ -174,7 +176,7 @@ class Looking(Callback):
         self.seen: dict[str, set[str]] = {}
 
     def look(self, hook: str, trainer: Any) -> None:
-        self.seen[hook] = {name for name in trainer.callback_metrics if name.startswith("neuronscope/")}
+        self.seen[hook] = {name for name in trainer.callback_metrics if name.startswith("neuronscope")}
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.sanity_checking:
@@ -203,12 +205,15 @@ def test_early_stopping_and_checkpoints_can_use_the_totals(tmp_path: Path) -> No
 
 
 class Killing(Callback):
-    """Kills nine neurons of the first layer at the beginning of the third epoch."""
+    """Kills some neurons of the first layer at the beginning of the third epoch."""
+
+    def __init__(self, neurons: int = 9) -> None:
+        self.neurons = neurons
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == 2:
             with torch.no_grad():
-                pl_module.first.bias[:9] = -1000.0
+                pl_module.first.bias[: self.neurons] = -1000.0
 
 
 def dead_percent_by_pass(model: Any, stage: str = "validate") -> list[float]:
@@ -240,6 +245,32 @@ def test_early_stopping_sees_deaths_found_in_short_passes() -> None:
     assert run.current_epoch == 3  # the first that begins with the nine dead is the last
 
 
+@pytest.mark.parametrize(
+    ("tag", "threshold"),
+    [
+        ("neuronscope/worst_layer_dead_pct", 100.0),
+        ("neuronscope.more/collapsed_layers", 1.0),
+        ("neuronscope/deaths_total", 9.0),  # nine of the first layer that worked before
+        ("neuronscope/val_worst_layer_dead_pct", 100.0),
+        ("neuronscope.more/val_collapsed_layers", 1.0),
+    ],
+)
+def test_a_layer_that_collapses_can_stop_a_training_and_choose_its_checkpoint(
+    tmp_path: Path, tag: str, threshold: float
+) -> None:
+    stop = EarlyStopping(
+        tag, stopping_threshold=threshold - 0.1, mode="max", patience=100, check_on_train_epoch_end="val" not in tag
+    )
+    keep = ModelCheckpoint(tmp_path, monitor=tag, mode="min", filename="best", save_on_train_epoch_end=True)
+    monitor = DeadNeuronMonitor(every_n_steps=1, window_steps=2)
+    run = trainer(stop, monitor, Killing(12), keep, max_epochs=6, enable_checkpointing=True)
+    run.fit(network(), batches(2, size=160), batches(2))
+    assert run.current_epoch == 3  # the twelve of the first layer are dead from the third epoch on
+    assert run.callback_metrics[tag] >= threshold
+    assert keep.best_model_score is not None
+    assert keep.best_model_score < threshold
+
+
 def test_pictures_of_a_short_pass_show_that_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
     whole = Canvas.text
@@ -269,7 +300,7 @@ def test_a_network_of_nothing_but_nan_has_no_dead_share() -> None:
     run = trainer(monitor, max_epochs=1)
     run.fit(model, batches(2), batches(1))
     assert math.isnan(run.callback_metrics["neuronscope/dead_pct"])
-    assert run.callback_metrics["neuronscope/not_finite_pct"] == 100.0
+    assert run.callback_metrics["neuronscope.more/not_finite_pct"] == 100.0
 
 
 @pytest.mark.parametrize("framework", ["pytorch_lightning", "lightning.pytorch"])

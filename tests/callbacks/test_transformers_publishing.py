@@ -14,12 +14,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from neuronscope.errors import NeuronscopeWarning
-from neuronscope.writers.tensorboard.tags import safe
+from neuronscope.writers.tensorboard.tags import card_name, network_tag, safe
 from tests.callbacks.hugging import ACTS, Noting, gpt2, trainer
 
-TOTALS = {f"neuronscope/{name}_pct" for name in ("dead", "dormant", "not_finite", "silent")}
-#: Without gradients no neuron is known to be silent.
-VAL_TOTALS = {f"neuronscope/val_{name}_pct" for name in ("dead", "dormant", "not_finite")}
+FIRST_TOTALS, MORE_TOTALS = ("dead_pct", "worst_layer_dead_pct", "dormant_pct"), ("collapsed_layers", "not_finite_pct")
+VAL_TOTALS = {network_tag(name, "val") for name in (*FIRST_TOTALS, *MORE_TOTALS)}
+#: Nobody dies in an evaluation, and without gradients no neuron is known to be silent.
+TOTALS = {network_tag(name, "train") for name in (*FIRST_TOTALS, *MORE_TOTALS, "deaths_total", "silent_pct")}
 DRAWINGS = "*/neuronscope/events*"
 #: All 24 sentences in every step, 16 steps.
 STEPS: dict[str, Any] = {"per_device_train_batch_size": 24, "num_train_epochs": 16}
@@ -72,9 +73,9 @@ def test_tensorboard_gets_the_tags_that_lightning_has(tmp_path: Path) -> None:
     tags = board.Tags()
     assert set(tags["scalars"]) >= TOTALS | VAL_TOTALS
     assert not any(tag.startswith("train/neuronscope") for tag in tags["scalars"])
-    for tag in ("neuronscope/dead_pct", f"neuronscope.dead_pct/{safe(ACTS[0])}"):
+    for tag in ("neuronscope/dead_pct", f"neuronscope.dead_pct/{card_name(ACTS[0])}"):
         assert [event.step for event in board.Scalars(tag)] == [13, 16], tag
-    for tag in ("neuronscope/overview", f"neuronscope.neurons/{safe(ACTS[0])}"):
+    for tag in ("neuronscope/overview", f"neuronscope.neurons/{card_name(ACTS[0])}"):
         assert [event.step for event in drawings.Images(tag)] == [13, 16], tag
     for tag in ("neuronscope/diagnosis/text_summary", f"neuronscope.vectors/{safe(ACTS[0])}"):
         assert [event.step for event in drawings.Tensors(tag)] == [13, 16], tag
@@ -140,7 +141,8 @@ def test_a_network_of_nothing_but_nan_has_no_dead_share(tmp_path: Path) -> None:
     trainer(tmp_path, DeadNeuronCallback(every_n_steps=1), noting, model=model, eval_strategy="epoch").train()
     evaluation = next(logs for _, logs in noting.given if "eval_runtime" in logs)
     assert math.isnan(evaluation["eval_neuronscope/dead_pct"])
-    assert evaluation["eval_neuronscope/not_finite_pct"] == evaluation["eval_neuronscope/val_not_finite_pct"] == 100.0
+    assert evaluation["eval_neuronscope.more/not_finite_pct"] == 100.0
+    assert evaluation["eval_neuronscope.more/val_not_finite_pct"] == 100.0
     assert [logs.get("neuronscope/dead_pct") for step, logs in noting.given if step == 12][-1] is None
 
 

@@ -149,3 +149,25 @@ def twin_turnover(
                 revivals += label != "dead" and was_dead
             was_dead = label == "dead"
     return deaths, revivals
+
+
+def twin_deaths(sites: Sequence[SiteReport], windows: Sequence[Mapping[str, Sequence[str]]]) -> int:
+    """Deaths since the start, place by place: of a neuron, those of the place with the most, products first."""
+    total = 0
+    for candidates in places(sites):
+        inside = [place for place in candidates if place[1].in_headlines]
+        products = [place for place in inside if place[1].kind == "gated"]
+        total += max((_deaths_at(site.name, at, windows) for _, site, at in products or inside), default=0)
+    return total
+
+
+def _deaths_at(name: str, neuron: int, windows: Sequence[Mapping[str, Sequence[str]]]) -> int:
+    """How often one neuron of a site was dead in a window after it had fired since its last death."""
+    deaths, fired, dead = 0, False, False
+    for ran in windows:
+        label = ran[name][neuron] if name in ran else "unseen"
+        if label in ("alive", "linear", "dormant", "cut off"):
+            fired, dead = True, False
+        elif label == "dead" and not dead:
+            deaths, dead = deaths + fired, True
+    return deaths

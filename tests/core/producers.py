@@ -55,7 +55,7 @@ PRODUCTS = ("MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0")
 JOINS = ("CatBackward0", "StackBackward0")
 #: Nodes of functions that are not linear, element by element.
 NOT_LINEAR = re.compile(
-    "(Relu|Gelu|Silu|Sigmoid|Tanh|Elu|Hard|Mish|Softplus|Prelu|Clamp|Maximum|Minimum|Abs|Exp|Log|Pow|Erf|Sqrt|Rsqrt|Sin"
+    "(Relu|Gelu|Silu|Sigmoid|Tanh|Elu|Hard|Mish|Softplus|Prelu|Clamp|Maximum|Minimum|Abs|Exp(?!and)|Log|Pow|Erf|Sqrt|Rsqrt|Sin"
     "|Cos|Sgn|Reciprocal|Special)[A-Za-z0-9]*Backward"
 )
 #: Nodes that look at several units or positions at once, so that what comes after them is no activation of the layer.

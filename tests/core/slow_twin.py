@@ -94,6 +94,10 @@ class Call:
     def name(self) -> str:
         return self.site.name
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """The part of an output or a gradient that is counted."""
+        return tensor
+
 
 class Nobody:
     """The run that nobody watches."""
@@ -279,7 +283,7 @@ class Twin(Nobody):
                 if gradient is not None:
                     if call.halved is not None:
                         gradient = gradient.chunk(2, call.halved)[1]
-                    call.gradients.append(gradient.clone())
+                    call.gradients.append(call.part(gradient).clone())
 
     def step(self) -> None:
         self.counter += 1
@@ -364,8 +368,8 @@ class Twin(Nobody):
         call.output = y.detach().clone()
         self.keep(call)
 
-    def multiply(self, gate: Call, other: Tensor, output: Tensor) -> None:
-        """Keep a product, if it is a gated one.
+    def multiply(self, gate: Call, other: Tensor, output: Tensor) -> Call | None:
+        """Keep a product, if it is a gated one or a SiLU that is written out; return the latter.
 
         Args:
             gate: The call whose output is a factor.
@@ -541,8 +545,10 @@ class _Eyes(TorchFunctionMode):
         return output
 
 
-def find_gated(twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: Any, product: Tensor) -> None:
-    """Keep a product of an activation's output and another tensor.
+def find_gated(
+    twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: Any, product: Tensor
+) -> tuple[Tensor, Tensor, Call] | None:
+    """Keep a product of an activation's output and another tensor; return it if it is an activation itself.
 
     Args:
         twin: Who counts.
@@ -553,8 +559,9 @@ def find_gated(twin: Twin, outputs: list[tuple[Tensor, Tensor, Call]], factors: 
     for factor, other in (factors, factors[::-1]):
         for x, y, call in reversed(outputs):
             if factor is y and other is not x and other is not y and other.shape == y.shape == product.shape:
-                twin.multiply(call, other, product)
-                return
+                written_out = twin.multiply(call, other, product)
+                return None if written_out is None else (other, product, written_out)
+    return None
 
 
 def assert_same(census: ns.Census, truth: dict[str, dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ def test_one_gradient_in_a_window_is_enough_and_the_history_tells_silent_windows
     assert history.levels[:, 1].tolist() == [LEVEL_DEAD, LEVEL_SILENT, LEVEL_SILENT]
     assert (history.levels[:, 2] == LEVEL_DEAD).all()
     assert history.deaths[1] == history.revivals[1] == 0, "it never fired: it neither died nor revived"
-    assert scalars(report, since=0)["neuronscope/revivals"] == 0.0
+    assert scalars(report, since=0)["neuronscope.more/revivals"] == 0.0
 
 
 def test_without_gradients_no_neuron_is_called_silent():
@@ -92,7 +92,7 @@ def test_counts_of_labels_add_up_to_the_neurons_in_every_form():
             assert site["labels"].count(label) == number
         assert sum(counted.values()) + site["labels"].count("alive") + site["labels"].count("not finite") == 4
     assert (plain["summary"]["silent"], plain["summary"]["tau_dormant"]) == (2, 3)
-    assert scalars(report)["neuronscope/silent_pct"] == 50.0
+    assert scalars(report)["neuronscope.more/silent_pct"] == 50.0
     assert "2 neurons are silent" in str(report)
     silent = [verdict for verdict in report.verdicts() if verdict.label == "silent"]
     assert [verdict.neuron for verdict in silent] == [1, 2]

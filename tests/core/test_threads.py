@@ -71,8 +71,11 @@ def train(model: nn.Module, watcher: Nobody, number: int = 0, *, begun: Callable
 
 
 @contextlib.contextmanager
-def beside(*works: Callable[[], object]) -> Iterator[None]:
-    """Run each function again and again in a thread of its own until the block ends; raise what one of them raised."""
+def beside(*works: Callable[[], object]) -> Iterator[Callable[[], bool]]:
+    """Run each function again and again in a thread of its own until the block ends; raise what one of them raised.
+
+    Yields a function that says whether one of them has ended, which is to say failed.
+    """
     over, begun = threading.Event(), threading.Barrier(len(works) + 1)
 
     def run(work: Callable[[], object]) -> None:
@@ -84,7 +87,7 @@ def beside(*works: Callable[[], object]) -> Iterator[None]:
         runs = [pool.submit(run, work) for work in works]
         try:
             begun.wait()
-            yield
+            yield lambda: any(each.done() for each in runs)
         finally:
             over.set()
     for each in runs:
@@ -308,17 +311,22 @@ def test_training_takes_the_place_of_a_thread_without_gradients_in_the_middle_of
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), Waiting(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 2))
 
     def act() -> list[str]:
-        with torch.no_grad():
-            model(batch(1, 0))
+        try:
+            with torch.no_grad():
+                model(batch(1, 0))
+        finally:
+            waits.set()
         return [type(mode).__name__ for mode in torch.overrides._get_current_function_mode_stack()]
 
     with ns.watch(model) as scope, concurrent.futures.ThreadPoolExecutor(1) as pool:
         actor = pool.submit(act)
         waits.wait()
-        for step in range(3):
-            model(batch(0, step)).sum().backward()
-            scope.step()
-        goes_on.set()
+        try:
+            for step in range(3):
+                model(batch(0, step)).sum().backward()
+                scope.step()
+        finally:
+            goes_on.set()
         assert actor.result() == []
     assert {name: tally.gradient_positions for name, tally in scope.census().items()} == {
         "0/relu": 3 * ROWS,
@@ -369,8 +377,11 @@ def test_training_in_a_thread_is_counted_beside_an_evaluation_in_the_thread_that
     trains, over = threading.Event(), threading.Event()
 
     def work() -> None:
-        train(model, watched, begun=trains.set)
-        over.set()
+        try:
+            train(model, watched, begun=trains.set)
+        finally:  # also if it fails, so that the test ends
+            trains.set()
+            over.set()
 
     with watched.attach(model), concurrent.futures.ThreadPoolExecutor(1) as pool:
         training = pool.submit(work)
@@ -399,8 +410,8 @@ def test_a_watch_that_ends_in_the_middle_of_another_threads_forward_leaves_nothi
     before = hook_tables(model)
     for _ in range(10):
         scope = ns.watch(model)
-        with beside(functools.partial(differentiate, scope, model)):
-            while not scope.phases:
+        with beside(functools.partial(differentiate, scope, model)) as failed:
+            while not (scope.phases or failed()):
                 pass
             scope.detach()
         assert scope._hooks.failure is None

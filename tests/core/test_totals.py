@@ -27,7 +27,7 @@ from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.site_rows import rows_of
 from neuronscope.writers.tensorboard import scalars
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
-from tests.core.made_up_censuses import FATES, Units, info, report_of, tally, twin, twin_turnover
+from tests.core.made_up_censuses import FATES, Units, info, report_of, tally, twin, twin_deaths, twin_turnover
 
 H, A, B, G = ("h", 0, 6, 1), ("a", 0, 3, 1), ("b", 0, 3, 1), ("g", 0, 5, 1)
 
@@ -137,15 +137,25 @@ def test_the_metrics_of_the_network_equal_those_of_the_slow_twin(case: MadeUp, s
     of_those = Counter(one.label for one in twin(with_gradients) if one.in_headlines)
     expected = {}
     if observed:
-        expected["neuronscope/not_finite_pct"] = 100.0 * counts["not finite"] / observed
+        expected["neuronscope.more/not_finite_pct"] = 100.0 * counts["not finite"] / observed
         if counts["not finite"] < observed:
             expected["neuronscope/dead_pct"] = 100.0 * counts["dead"] / observed
     if seen := sum(of_those.values()) - of_those["unseen"]:
-        expected["neuronscope/silent_pct"] = 100.0 * of_those["silent"] / seen
+        expected["neuronscope.more/silent_pct"] = 100.0 * of_those["silent"] / seen
         expected["neuronscope.more/cut_off_pct"] = 100.0 * of_those["cut off"] / seen
     if any(site.in_headlines for site in report.layers):
         deaths, revivals = twin_turnover(report.layers, case.windows, since)
-        expected |= {"neuronscope/deaths": float(deaths), "neuronscope/revivals": float(revivals)}
+        expected["neuronscope/deaths_total"] = float(twin_deaths(report.layers, case.windows))
+        expected |= {"neuronscope.more/deaths": float(deaths), "neuronscope.more/revivals": float(revivals)}
+    layers = [site for site in report.layers if site.in_headlines and site.neurons > 1]
+    labels = [[LABELS[code] for code in site.judgement.labels()] for site in layers]
+    known = [one for one in labels if set(one) - {"unseen", "not finite"}]
+    if known and "neuronscope/dead_pct" in expected:
+        worst = max(one.count("dead") / (len(one) - one.count("unseen")) for one in known)
+        expected["neuronscope/worst_layer_dead_pct"] = 100.0 * worst
+        expected["neuronscope.more/collapsed_layers"] = float(
+            sum(10 * one.count("dead") >= 9 * len(one) for one in labels)
+        )
     left = {"neuronscope/dormant_pct", "neuronscope.more/born_dead_pct"}  # the totals' test has these
     assert {tag: value for tag, value in found.items() if tag not in left} == expected
 

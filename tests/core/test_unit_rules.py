@@ -31,7 +31,7 @@ from neuronscope.attach.origins import CONSTANT, LOST, RAW, UNITS, WEIGHT, Origi
 from neuronscope.attach.torch_functions import spellings
 from neuronscope.attach.unit_rules import elementwise_rules
 from neuronscope.attach.unit_rules.operation import end
-from neuronscope.attach.units import Units, place, reshape, select, slice_dim
+from neuronscope.attach.units import Units, has_rows, place, reshape, select, slice_dim
 
 #: Some of torch's functions warn that they are new, or old.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,6 +74,19 @@ def numbers(units: Units, shape: Sequence[int]) -> Tensor:
         for unit in range(start, stop, step)
     ]
     return torch.tensor(every)[found].double()
+
+
+def numbers_of_rows(mode: Following, units: Units, shape: Sequence[int]) -> Tensor:
+    """The number of the unit that each element is said to be, where each row may have the units of another layer."""
+    if units.experts is None:
+        return numbers(units, shape)
+    (dim,) = (place for place, each in enumerate(units.dims) if has_rows(each))
+    positions_only = tuple(((each[0][0], 0),) if has_rows(each) else each for each in units.dims)
+    found = numbers(units._replace(dims=positions_only), shape)
+    parts = mode.flow.row_owners(units)
+    layers = [units.experts.layers[number] for number, size in parts for _ in range(size)]
+    of_b = torch.tensor([OF_B if layer == "b" else 0 for layer in layers], dtype=torch.float64)
+    return found + of_b.view([-1 if place == dim else 1 for place in range(len(shape))])
 
 
 def integers(low: int, high: int) -> st.SearchStrategy[int]:
@@ -654,7 +667,7 @@ def test_a_join_puts_each_unit_where_its_rule_says(name: str) -> None:
         result = run_drawn(data.draw, function, given_parts, arguments, mode)
         origin = mode.flow.origin(result)
         if origin.units is not None:
-            expected = numbers(origin.units, result.shape)
+            expected = numbers_of_rows(mode, origin.units, result.shape)
             assert torch.where(result == UNWRITTEN, expected, result).equal(expected)
             claimed.append(origin.units.width)
 

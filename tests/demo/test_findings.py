@@ -68,11 +68,11 @@ def test_a_spread_is_the_mean_deviation_and_range_over_seeds() -> None:
 @pytest.mark.parametrize(
     ("dead", "said"),
     [
-        ((35, 0.5, 0), "ReLU dies, GELU and SiLU live: after a spike 35%, 0.5% and 0% of their neurons are dead"),
-        ((35, 20, 0), "ReLU and GELU die, SiLU lives: after a spike 35%, 20% and 0% of their neurons are dead"),
-        ((0, 20, 0), "GELU dies, ReLU and SiLU live: after a spike 20%, 0% and 0% of their neurons are dead"),
-        ((35, 5, 0), "ReLU, GELU and SiLU: after a spike 35%, 5.0% and 0% of their neurons are dead"),
-        ((0, 0, 0), "ReLU, GELU and SiLU: after a spike 0%, 0% and 0% of their neurons are dead"),
+        ((35, 0.5, 0), "ReLU dies, GELU and SiLU live: after a spike 35 %, 0.5 % and 0 % of their neurons are dead"),
+        ((35, 20, 0), "ReLU and GELU die, SiLU lives: after a spike 35 %, 20 % and 0 % of their neurons are dead"),
+        ((0, 20, 0), "GELU dies, ReLU and SiLU live: after a spike 20 %, 0 % and 0 % of their neurons are dead"),
+        ((35, 5, 0), "ReLU, GELU and SiLU: after a spike 35 %, 5.0 % and 0 % of their neurons are dead"),
+        ((0, 0, 0), "ReLU, GELU and SiLU: after a spike 0 %, 0 % and 0 % of their neurons are dead"),
     ],
 )
 def test_the_headline_says_who_dies_only_where_it_is_so(dead: tuple[float, ...], said: str) -> None:
@@ -83,7 +83,7 @@ def test_the_headline_says_who_dies_only_where_it_is_so(dead: tuple[float, ...],
 
 def test_deaths_are_stated_as_mean_and_deviation() -> None:
     text = said(run("ReLU", 0, 30), run("ReLU", 1, 40))
-    assert "ReLU ends with 35.0 ± 7.1 of 100 neurons dead (35%)" in text
+    assert "ReLU ends with 35.0 ± 7.1 of 100 neurons dead (35 %)" in text
     assert "35.0 ± 7.1 others died in training" in text
 
 
@@ -102,7 +102,7 @@ def test_variants_with_and_without_dead_neurons_are_named() -> None:
 
 def test_underflow_is_reported_and_not_called_death() -> None:
     text = said(run("GELU", 0, 0, zero_outputs=0.49), run("SiLU", 0, 0, zero_outputs=0.004))
-    assert "49% of GELU's outputs are exactly zero" in text
+    assert "49 % of GELU's outputs are exactly zero" in text
     assert "no neuron is zero for every image" in text
     assert "SiLU's outputs" not in text
 
@@ -110,13 +110,13 @@ def test_underflow_is_reported_and_not_called_death() -> None:
 def test_dormant_neurons_of_smooth_functions_are_reported() -> None:
     text = said(run("GELU", 0, 0, dormant=30), run("SiLU", 0, 0))
     assert "Not dead is not healthy" in text
-    assert "GELU 30 (30%)." in text
+    assert "GELU 30 (30 %)." in text
     assert "Not dead is not healthy" not in said(run("GELU", 0, 0), run("SiLU", 0, 0))
 
 
 def test_vanished_gradients_and_cut_off_neurons_are_reported() -> None:
     text = said(run("Tanh", 0, 0, zero_gradients=0.02, cut_off=3))
-    assert "by Tanh 2.0%" in text
+    assert "by Tanh 2.0 %" in text
     assert "Cut off (they fire, but no image gives them a gradient): Tanh 3." in text
 
 
@@ -143,7 +143,7 @@ def test_a_slope_below_zero_is_praised_only_where_no_neuron_is_lost() -> None:
 def test_small_gradients_are_reported_as_a_mean_over_the_seeds() -> None:
     small = [replace(run("Sigmoid", seed, 0, 0.8), gradient_reach=0.02 * (1 + seed)) for seed in range(2)]
     text = said(*small, replace(run("Tanh", 0, 0), gradient_reach=0.5))
-    assert "Sigmoid makes gradients small: before the first step, the first layer gets 3.0% of the gradient" in text
+    assert "Sigmoid makes gradients small: before the first step, the first layer gets 3.0 % of the gradient" in text
     assert "Tanh makes" not in text
 
 
@@ -161,7 +161,9 @@ def test_what_depth_bought_is_what_a_linear_classifier_lacks(deep: float, flat: 
     text = said(*(no_activation(seed, deep - 0.02 * seed, flat - 0.02 * seed) for seed in range(2)))
     assert "With none, 3 layers are one: their product, computed in float64, is a matrix of 10 × 64 and rank 9" in text
     assert "650 parameters instead of 1,000" in text
-    assert f"Depth bought {bought}: test accuracy {100 * deep - 1:.1f} ± 1.4%, and {100 * flat - 1:.1f} ± 1.4%" in text
+    assert (
+        f"Depth bought {bought}: test accuracy {100 * deep - 1:.1f} ± 1.4 %, and {100 * flat - 1:.1f} ± 1.4 %" in text
+    )
     assert "in 2 of 2 runs" in text
     assert "differences of at most 4e-07 of the largest output" in text
 
@@ -180,7 +182,7 @@ def gated() -> Comparison:
 def test_shares_are_of_the_variants_own_neurons() -> None:
     made = gated()
     text = "\n".join(findings(made))
-    assert "GLU 8 (20%)" in text
+    assert "GLU 8 (20 %)" in text
     assert "GLU 40 (1,010 parameters), ReLU 100 (1,000)" in text
     assert "A gated neuron costs two" not in said(run("ReLU", 0, 30), run("GELU", 0, 0))
     summary = made.to_dict()["summary"]
@@ -208,7 +210,7 @@ def test_accuracy_is_called_uninformative_only_where_it_is() -> None:
 
 def test_a_network_that_lives_and_does_not_learn_is_named_with_its_worst_seed() -> None:
     text = said(run("ELU", 0, 0, 0.9), run("ELU", 1, 0, 0.31), run("ReLU", 0, 30, 0.2), run("Tanh", 0, 0, 0.9))
-    assert "do not make a network learn. Test accuracy of the worst seed: ELU 31%." in text
+    assert "do not make a network learn. Test accuracy of the worst seed: ELU 31 %." in text
     assert "do not make a network learn" not in said(run("ReLU", 0, 30, 0.2), run("Tanh", 0, 0, 0.9))
 
 
@@ -245,7 +247,7 @@ def test_tables_drop_columns_rather_than_numbers(width: int) -> None:
     lines = text.getvalue().splitlines()
     first, second = (lines[place] for place, line in enumerate(lines) if line.startswith("ReLU"))
     # Dead at the start, dead at the end, dormant at the end, accuracy: always there and whole.
-    assert re.findall(r"(?:30.5|20.0|90.0) ± [\d.]+%?", first)[-3:] == ["30.5 ± 0.7", "20.0 ± 0.0", "90.0 ± 0.0%"]
+    assert re.findall(r"(?:30.5|20.0|90.0) ± [\d.]+(?: %)?", first)[-3:] == ["30.5 ± 0.7", "20.0 ± 0.0", "90.0 ± 0.0 %"]
     assert re.fullmatch(r"ReLU +61.0( \+ 40.0)? +0( \+    0)? *", second)
     assert "…" not in text.getvalue()
 

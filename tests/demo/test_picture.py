@@ -56,7 +56,7 @@ def test_lines_are_labelled_at_their_ends_and_labels_do_not_overlap() -> None:
     figure = draw_comparison(comparison())
     figure.draw_without_rendering()
     named = [text for text in figure.axes[0].texts if text.get_text().split("  ")[0] in ("ReLU", "GELU", "no spike")]
-    assert {text.get_text() for text in named} == {"ReLU  31%", "GELU  2.0%", "no spike  5.0%"}
+    assert {text.get_text() for text in named} == {"ReLU  31 %", "GELU  2.0 %", "no spike  5.0 %"}
     boxes = sorted((text.get_window_extent() for text in named), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 for low, high in zip(boxes[:-1], boxes[1:]))
     width, height = figure.canvas.get_width_height()

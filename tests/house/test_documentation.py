@@ -37,7 +37,8 @@ def test_every_public_name_is_in_the_api_page() -> None:
     shown = set(re.findall(r"^::: (\S+)$", PAGES["api.md"], re.MULTILINE))
     names = {f"neuronscope.{name}" for name in ns.__all__ if name != "__version__"}
     names |= {f"neuronscope.callbacks.{name}" for name in callbacks.__all__}
-    assert names | {"neuronscope.callbacks.transformers.DeadNeuronCallback"} <= shown
+    frameworks = ("stable_baselines3", "transformers")
+    assert names | {f"neuronscope.callbacks.{each}.DeadNeuronCallback" for each in frameworks} <= shown
     assert "neuronscope.__version__" in PAGES["api.md"]
 
 

@@ -88,4 +88,5 @@ def test_no_two_classes_have_the_same_name() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 homes.setdefault(node.name.lstrip("_"), []).append(name)
+    del homes["DeadNeuronCallback"]  # of each framework that calls its callbacks so, in a module of its name
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}

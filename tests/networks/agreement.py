@@ -52,7 +52,7 @@ def run(network: Network, **options: Any) -> Agreement:
     """Build the network twice from the same seed; train one watched, with these options, and one counted slowly."""
     declared = options.get("axes", {})
     unseen = [pattern for pattern in network.unseen if pattern not in declared]
-    watched, twin = Watched(**options), NetworkTwin(network.axes, unseen, declared)
+    watched, twin = Watched(**options), NetworkTwin(network.axes, unseen, declared, {} if declared else network.experts)
     states = []
     with _threads(1), _quiet(bool(network.unseen)), ending_operators() as ended_by:
         for watcher in (watched, twin):
@@ -84,6 +84,8 @@ def assert_agreement(network: Network, result: Agreement) -> None:
     for name, tally in result.census.items():
         assert tally.axis_source == f"layer ({tally.layer})", f"{name}: {tally.axis_source}"
     accounted = {layer for tally in result.census.values() for layer in tally.layer.split("+")} | {*result.not_measured}
+    if network.experts:  # the stack that an expert's layer is of
+        accounted |= {layer.rpartition(".")[0] for layer in accounted if layer.rpartition(".")[2].isdigit()}
     if not network.unseen:  # of those, the place of the activation is listed
         assert {layer: names for layer, names in result.behind_functions.items() if layer not in accounted} == {}
     assert len(result.products) == network.gated

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tests.networks.zoo import CHANNELS, EXPERTS, FEATURES, Network, images, text, tokens, words
+from tests.networks.zoo import CHANNELS, FEATURES, Experts, Network, images, text, tokens, words
 
 
 def transformers(
@@ -21,6 +21,7 @@ def transformers(
     axes: Mapping[str, int | tuple[int, ...]] = FEATURES,
     gated: int = 0,
     unseen: Mapping[str, str] | None = None,
+    experts: Mapping[str, Experts] | None = None,
     **options: Any,
 ) -> Network:
     def build() -> nn.Module:
@@ -28,7 +29,7 @@ def transformers(
         return getattr(package, model)(getattr(package, config)(**options))
 
     name = f"{model} ({note})" if note else model
-    return Network("transformers", name, words(options), build, inputs, axes, gated, unseen or {})
+    return Network("transformers", name, words(options), build, inputs, axes, gated, unseen or {}, experts or {})
 
 
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
@@ -44,6 +45,31 @@ _T5 = {
 }
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LM = tokens(labels=True)
+_WAYS = ("eager", "batched_mm", "grouped_mm")
+
+
+def _chosen(module: nn.Module, given: tuple[Any, ...], x: Tensor, times: int) -> Tensor:
+    """The expert of each row, from the experts that were chosen for each token."""
+    chosen, way = given[1], module.config._experts_implementation
+    if way == "eager":  # one expert after another, without those that got no token
+        return chosen.unique()[times].expand(len(x))
+    return chosen.flatten() if way == "batched_mm" else chosen.flatten().sort().values
+
+
+def _sizes(module: nn.Module, given: tuple[Any, ...], x: Tensor, times: int) -> Tensor:
+    """The expert of each row, from the number of rows of each."""
+    return torch.arange(len(given[1])).repeat_interleave(torch.tensor(given[1]))
+
+
+def _not_zero(module: nn.Module, given: tuple[Any, ...], x: Tensor, times: int) -> Tensor:
+    """The expert of each row: each is given every token, but zeros for the tokens that are not its own."""
+    rows = given[0].view(*x.shape[:2], -1)
+    return torch.where(rows.abs().amax(-1) > 0, torch.arange(len(x))[:, None], len(x)).flatten()
+
+
+def _experts(width: int) -> dict[str, Experts]:
+    return {"*.experts.act_fn": Experts("gate_up_proj", f"0:{width}", _chosen)}
+
 
 TRANSFORMERS = (
     transformers(
@@ -103,9 +129,10 @@ TRANSFORMERS = (
             **_LLAMA,
             **_EXPERTS,
             experts_implementation=way,
-            unseen={"*.experts.act_fn": EXPERTS},
+            experts=_experts(28),
+            gated=8,
         )
-        for way in ("eager", "batched_mm", "grouped_mm")
+        for way in _WAYS
     ),
 )
 
@@ -277,19 +304,24 @@ TRANSFORMERS += (
         shared_expert_intermediate_size=24,
         num_experts=4,
         num_experts_per_tok=2,
-        unseen={"*.experts.act_fn": EXPERTS},
-        gated=2,
+        experts=_experts(20),
+        gated=10,
     ),
-    transformers(
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        _LM,
-        **_LLAMA,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        unseen={"*.experts.sigmoid()": EXPERTS},
+    *(
+        transformers(
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            _LM,
+            note=f"{way} experts",
+            **_LLAMA,
+            **_EXPERTS,
+            head_dim=8,
+            pad_token_id=0,
+            experts_implementation=way,
+            experts={"*.experts.sigmoid()": Experts("gate_up_proj", "0:55:2", _chosen, swish=True)},
+            gated=8,
+        )
+        for way in _WAYS
     ),
     transformers(
         "SwitchTransformersModel",
@@ -327,8 +359,8 @@ TRANSFORMERS += (
         num_local_experts=4,
         num_experts_per_tok=1,
         head_dim=8,
-        axes={"*.experts.act_fn": (0, -1), "*": -1},  # (expert, token, feature): all experts are one product
-        gated=4,
+        experts={"*.experts.act_fn": Experts("gate_up_proj", "0:28", _not_zero)},
+        gated=10,
     ),
     transformers(
         "DeepseekV3ForCausalLM",
@@ -351,7 +383,48 @@ TRANSFORMERS += (
         v_head_dim=8,
         qk_nope_head_dim=8,
         first_k_dense_replace=1,
-        unseen={"*.experts.act_fn": EXPERTS},
-        gated=2,
+        experts=_experts(20),
+        gated=6,
     ),
 )
+
+
+def _mixtures() -> Iterator[Network]:
+    """The mixtures of experts that transformers runs in several ways, in each of them."""
+    llama = {**_LLAMA, "num_experts_per_tok": 2}
+    known: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
+        ("Qwen3Moe", "ForCausalLM", 20, 8, {"moe_intermediate_size": 20, "num_experts": 4, "head_dim": 8}),
+        ("Olmoe", "ForCausalLM", 28, 8, {"num_experts": 4}),
+        ("GraniteMoe", "ForCausalLM", 28, 8, {"num_local_experts": 4}),
+        ("Phimoe", "ForCausalLM", 28, 8, {"num_local_experts": 4}),
+    )
+    for name, task, width, gated, more in known:
+        for way in _WAYS:
+            yield transformers(
+                name + task,
+                name + "Config",
+                _LM,
+                note=f"{way} experts",
+                **llama,
+                **more,
+                experts_implementation=way,
+                experts=_experts(width),
+                gated=gated,
+            )
+    yield transformers(
+        "JetMoeForCausalLM",
+        "JetMoeConfig",
+        _LM,
+        vocab_size=256,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        intermediate_size=28,
+        **_EXPERTS,
+        experts={"*.mlp.activation": Experts("input_linear", "0:28", _sizes, of="input_linear")},
+        gated=8,
+    )
+
+
+TRANSFORMERS += (*_mixtures(),)

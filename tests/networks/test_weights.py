@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neuronscope as ns
-from tests.networks.zoo import EXPERTS
 
 
 class Product(nn.Module):
@@ -73,19 +72,28 @@ def test_the_units_of_a_stack_are_counted_each_for_itself() -> None:
     assert tally.zero_outputs.tolist() == [0] * 8 + [3] + [0]
 
 
-@pytest.mark.parametrize(
-    ("product", "compiled"),
-    [
-        *((product, False) for product in ("picked by data", "picked rows")),
-        pytest.param("picked rows", True, marks=pytest.mark.slow),
-    ],
-)
-def test_weights_that_data_picks_are_measured_only_when_their_axis_is_declared(product: str, compiled: bool) -> None:
+@pytest.mark.parametrize("product", ["picked by data", "picked rows"])
+def test_weights_that_data_picks_are_those_of_the_layer_that_it_picks(product: str) -> None:
+    model = Product(product)
+    with ns.watch(model) as scope:
+        model(torch.randn(2, 3, 4)).sum().backward()
+        scope.step()
+    positions = {name: tally.positions for name, tally in scope.census("train").items()}
+    assert positions == {"(root).0/relu": 0, "(root).1/relu": 6}
+    with ns.watch(model, axes={"relu()": -1}) as scope:
+        model(torch.randn(2, 3, 4)).sum().backward()
+        scope.step()
+    (tally,) = scope.census("train").values()
+    assert (tally.neurons, tally.positions, tally.axis_source) == (5, 6, "declared")
+
+
+@pytest.mark.slow
+def test_in_a_graph_weights_that_data_picks_are_measured_only_when_their_axis_is_declared() -> None:
     for axes in (None, {"relu()": -1}):
         torch.compiler.reset()
-        model = Product(product)
+        model = Product("picked rows")
         with ns.watch(model, axes=axes, window_steps=1) as scope:
-            run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+            run = torch.compile(model, backend="eager", fullgraph=True)
             with (
                 pytest.warns(ns.NeuronscopeWarning, match="No activation") if axes is None else contextlib.nullcontext()
             ):
@@ -94,7 +102,7 @@ def test_weights_that_data_picks_are_measured_only_when_their_axis_is_declared(p
         if axes is None:
             assert len(scope.census("train")) == 0
             (item,) = scope.report("train").not_measured
-            assert (item.name, item.reason.startswith(EXPERTS)) == ("relu()", True)
+            assert item.reason.startswith("torch.compile traced it, and its rows are of several experts")
         else:
             assert scope.census("train")["relu()"].neurons == 5
 

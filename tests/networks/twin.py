@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from tests.core.producers import Namer, Site
+from tests.core.producers import GATED, Namer, Site
 from tests.core.slow_twin import NOT_ONE, PRODUCTS, Call, Twin, find_gated
+from tests.networks.zoo import Experts
 
 #: One dimension, or several that hold neurons together.
 Axis = int | tuple[int, ...]
@@ -33,10 +36,20 @@ class NetworkTwin(Twin):
         axes: The neurons' dimension, or dimensions, by pattern on where the activation is applied.
         unseen: Patterns of places that are not measured.
         declared: Patterns of places whose neurons are what the user says, whatever layer they come from.
+        experts: Activations whose rows are of several experts, by pattern on the place.
     """
 
-    def __init__(self, axes: Mapping[str, Axis], unseen: Iterable[str] = (), declared: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        axes: Mapping[str, Axis],
+        unseen: Iterable[str] = (),
+        declared: Iterable[str] = (),
+        experts: Mapping[str, Experts] | None = None,
+    ) -> None:
         super().__init__({})
+        self.experts = experts or {}
+        self.arguments: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {}  # of the last call of each module
+        self.times: dict[str, int] = {}  # calls of each activation of experts in the last call of its module
         self.declared = tuple(declared)
         self.patterns = axes
         self.unseen = tuple(unseen)
@@ -67,6 +80,9 @@ class NetworkTwin(Twin):
                 self.graded = torch.is_grad_enabled()
                 self.examples = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             self.stack.append((path, module))
+            if self.experts:
+                self.arguments[path] = module, (*args, *kwargs.values())
+                self.times[path] = 0
             kind = type(module)
             own = kind.__name__ in UNITS or (kind.__module__.startswith(HOMES) and kind.__name__ not in NO_ACTIVATIONS)
             if own and not isinstance(module, NOT_ONE) and not self.unit:
@@ -89,6 +105,59 @@ class NetworkTwin(Twin):
 
         return close
 
+    def begin(self, place: str, activation: str, x: Tensor, halved: int | None, *, is_module: bool) -> Any:
+        known = next((each for pattern, each in self.experts.items() if fnmatch.fnmatchcase(place, pattern)), None)
+        if known is None:
+            return super().begin(place, activation, x, halved, is_module=is_module)
+        holder = place.rpartition(".")[0]
+        module, given = self.arguments[f"{holder}.{known.of}" if known.of else holder]
+        owners = known.owners(module, given, x, self.times[holder])
+        self.times[holder] += 1
+        count = len(next(weight for name, weight in module.named_parameters() if weight.dim() == 3))
+        layer = f"{holder}.{known.layer}"
+        edge = get_gradient_edge(x)
+        calls = [
+            ExpertCall(
+                Site(f"{layer}.{number}({known.units})/{activation}", activation, (), ()),
+                self.running_phase,
+                self.counter,
+                (x.dim() - 1,),
+                self.forward,
+                self.examples,
+                x.detach(),
+                edge,
+                halved,
+                rows=owners == number,
+            )
+            for number in range(count)
+        ]
+        return ExpertCalls(calls, known)
+
+    def end(self, call: Any, y: Tensor) -> None:
+        if not isinstance(call, ExpertCalls):
+            super().end(call, y)
+            return
+        for each in call.calls:
+            each.output = each.part(y.detach()).clone()
+            self.keep(each)
+
+    def multiply(self, gate: Any, other: Tensor, output: Tensor) -> Any:
+        """Keep a product; return its calls, if it is a SiLU that is written out."""
+        if not isinstance(gate, ExpertCalls):
+            super().multiply(gate, other, output)
+            return None
+        swish = gate.experts.swish and gate.calls[0].site.activation == "sigmoid"
+        name = "silu" if swish else GATED[gate.calls[0].site.activation]
+        found = []
+        for each in gate.calls:
+            site = Site(f"{each.name.rpartition('/')[0]}/{name}", name, (), ())
+            edge = get_gradient_edge(other) if swish else None
+            found.append(replace(each, site=site, output=each.part(output.detach()).clone(), edge=edge, gradients=[]))
+            if not swish:
+                self.gates[site.name] = each.name
+            self.keep(found[-1])
+        return ExpertCalls(found, gate.experts) if swish else None
+
     def backward(self, loss: Tensor) -> None:
         self.behind_functions |= self.namer.read_behind_functions(loss)
         super().backward(loss)
@@ -103,6 +172,26 @@ class NetworkTwin(Twin):
         if any(fnmatch.fnmatchcase(place, pattern) for pattern in self.declared):
             return Site(place, activation, (), ())
         return super().name_site(place, activation, *facts, is_module=is_module)
+
+
+@dataclass
+class ExpertCall(Call):
+    """The part of a call whose rows are of one expert."""
+
+    rows: Tensor | None = None
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The rows of the expert, with as many dimensions as before."""
+        found = tensor.flatten(0, -2)[self.rows]
+        return found.view(len(found), *[1] * (tensor.dim() - 2), found.shape[-1])
+
+
+@dataclass
+class ExpertCalls:
+    """The calls of all experts that one activation is."""
+
+    calls: list[ExpertCall]
+    experts: Experts
 
 
 class _Eyes(TorchFunctionMode):
@@ -133,5 +222,7 @@ class _Eyes(TorchFunctionMode):
             return y
         output = func(*args, **kwargs)
         if func in PRODUCTS and len(args) == 2 and all(isinstance(arg, Tensor) for arg in args):
-            find_gated(twin, self.outputs, args, output)
+            written_out = find_gated(twin, self.outputs, args, output)
+            if written_out is not None:
+                self.outputs.append(written_out)
         return output

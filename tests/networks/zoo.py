@@ -15,7 +15,28 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
-EXPERTS = "its rows are, or may be, units of several layers (experts)"
+
+@dataclass(frozen=True)
+class Experts:
+    """Activations whose rows are of several experts, and how that is known from what the modules are given.
+
+    Attributes:
+        layer: The stack of their weights, beside the activation: ``gate_up_proj``.
+        units: Which of an expert's units are given to the activation, as a site's name shows it.
+        of: Path of the module, beside the activation, whose arguments say which rows are of which expert; ``""`` for
+            the module that holds the activation.
+        owners: Returns the number of each row's expert, or of experts for a row of none: from that module, its
+            arguments, the pre-activation, and how many times the activation ran before in this call of the module.
+        swish: The activation is a sigmoid whose product with its own units is a SiLU.
+    """
+
+    layer: str
+    units: str
+    owners: Callable[[nn.Module, tuple[Any, ...], Tensor, int], Tensor]
+    of: str = ""
+    swish: bool = False
+
+
 CHANNELS = {"*": 1}
 FEATURES = {"*": -1}
 #: Of the pixels of ImageNet, by colour: torchvision's and timm's networks are given pictures on that scale.
@@ -36,6 +57,7 @@ class Network:
             module, or ``block.relu()``); the first that matches.
         gated: How many gated products it has.
         unseen: Activations that cannot be measured: pattern on the place → how the reason begins.
+        experts: Activations whose rows are of several experts, by pattern on the place.
     """
 
     family: str
@@ -46,6 +68,7 @@ class Network:
     axes: Mapping[str, int | tuple[int, ...]] = field(default_factory=lambda: CHANNELS)
     gated: int = 0
     unseen: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, Experts] = field(default_factory=dict)
 
 
 def images(size: int, name: str = "x") -> Callable[[torch.Generator], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ import pytest
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
-from neuronscope.checkpoints.verdict.layer_verdicts import LABELS
-from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, pack, worst_first
+from neuronscope.checkpoints.verdict.layer_verdicts import DEAD_CLAIMS, FIRM, LABELS
+from neuronscope.checkpoints.writers.neuron_map import IDLE, LADDER, network_map, pack, worst_first
 from tests.writers.test_html import Page
 
 from . import samples
@@ -160,6 +161,34 @@ def test_a_neuron_map_shows_every_neuron(sample: Callable[[], PostmortemReport])
                 assert not marks[place] & 1
 
 
+def dead_by(report: PostmortemReport, index: int, step: int) -> int:
+    """How many neurons of a layer had died by a step, from their verdicts; at the checkpoint, all that are dead."""
+    layer, found = report.layers[index], 0
+    for neuron in range(layer.neurons):
+        one = layer.verdict(neuron)
+        if one.label in DEAD_CLAIMS and one.basis in FIRM and not layer.idle[neuron]:
+            found += step == report.global_step or (one.since is not None and one.since <= step)
+    return found
+
+
+@pytest.mark.parametrize("sample", [samples.with_data, samples.several, samples.hostile, samples.idle, samples.broken])
+def test_the_map_of_the_network_counts_who_had_died_by_each_step(sample: Callable[[], PostmortemReport]) -> None:
+    report = sample()
+    found = network_map(report.layers, report.global_step or 0, 40_000)
+    assert found is not None
+    assert found.steps[-1] == report.global_step
+    layers, columns = len(report.layers), len(found.steps)
+    data = zlib.decompress(base64.b64decode(found.data))
+    sizes, dead = (
+        np.frombuffer(data, np.uint8, 4 * count, at).reshape(4, count).T.copy().view("<u4").ravel()
+        for count, at in ((layers, 0), (layers * columns, 4 * layers))
+    )
+    assert sizes.tolist() == [layer.neurons for layer in report.layers]
+    expected = [[dead_by(report, index, step) for step in found.steps] for index in range(layers)]
+    assert dead.reshape(layers, columns).tolist() == expected
+    assert len(json.loads(data[4 * layers + 5 * layers * columns :])) == layers
+
+
 def test_detail_is_dropped_in_stages_and_labels_are_never_dropped() -> None:
     layer = samples.wide(1, 4096, noise=True).layers[0]
     runs = pack(layer, 1 << 30).runs
@@ -245,6 +274,25 @@ def test_each_neuron_has_a_cell_in_the_colour_of_its_evidence(show: Callable[...
 def test_one_dead_neuron_in_tens_of_thousands_is_visible(show: Callable[..., Any]) -> None:
     browser = show(samples.report(samples.adam("a", 65_536, [40_000], [4000], 5000)))
     assert (pixels(browser, 0)[..., :3] == COLOURS["light"]["inferred"]).all(axis=-1).any()
+
+
+@pytest.mark.browser
+def test_the_map_of_the_network_is_read_by_keyboard_and_chooses_a_layer(show: Callable[..., Any]) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    from tests.writers.test_html_browser import until
+
+    browser = show(samples.with_data())
+    until(browser, lambda: browser.execute_script("return document.querySelector('#overview[data-drawn]') !== null"))
+    said = "return document.querySelector('#at-overview').textContent"
+    browser.execute_script("document.querySelector('#overview').focus()")
+    until(browser, lambda: browser.execute_script(said).startswith("net.0 at step 5,000: 16 of 64 dead (25 %)"))
+    assert browser.execute_script(said).endswith("the rest alive")
+    ActionChains(browser).send_keys(Keys.HOME).perform()
+    until(browser, lambda: "net.0 at step 0" in browser.execute_script(said))
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN, Keys.ENTER).perform()
+    until(browser, lambda: browser.execute_script("return document.querySelector('#chosen h3').textContent") == "net.2")
 
 
 @pytest.mark.browser

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import neuronscope as ns
+from neuronscope.act.revival import Revival
 from neuronscope.callbacks import Monitor
-from neuronscope.errors import NeuronscopeWarning
+from neuronscope.errors import NeuronscopeWarning, UsageError
 from tests.core.slow_twin import state_of
 from tests.ranks.uneven import POLICY, batch, small
 
@@ -114,16 +115,51 @@ def revives_on_one_rank_only(rank: int) -> dict[str, Any]:
 
 
 def revives_sharded(rank: int) -> dict[str, Any]:
-    """The weights of FSDP2 are distributed tensors."""
+    """FSDP2 shards rows: the first layer's 7 and the second one's 9 are 4 and 3, 5 and 4 of two ranks."""
     model = network()
+    fully_shard(model[0])
     fully_shard(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    x = data(rank, 0)
     with ns.watch(model, policy=POLICY) as scope:
-        for step in range(2):
+        for step in range(3):
             model(data(rank, step)).square().mean().backward()
-            scope.step()
-        done = ns.revive(scope, optimizer)
-    return {"acts": scope.acts, "left": dict(done.left), "step": scope.global_step}
+            optimizer.step()
+            scope.step()  # gradients stay
+        states = []
+        for act in (lambda: None, lambda: ns.revive(scope, optimizer)):
+            with torch.no_grad():
+                output = model(x)  # the root's weights are whole after it
+            done = act()
+            with torch.no_grad():
+                again = model(x)
+            states.append({"output": output, "again": again, **whole(model, optimizer)})
+        assert isinstance(done, Revival)
+        model(data(rank, 3)).square().mean().backward()  # goes on
+        optimizer.step()
+        scope.step()
+        try:
+            ns.revive(scope, optimizer, ns.ContinualBackprop(maturity=0))
+        except UsageError as error:
+            refused = str(error)
+    try:
+        ns.shrink(model, scope.report())
+    except UsageError as error:
+        uncut = str(error)
+    return {"acts": scope.acts, "left": dict(done.left), "states": states, "refused": refused, "uncut": uncut}
+
+
+def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights, their moments and gradients, gathered from all ranks."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    weights = dict(model.named_parameters())
+    return {
+        "weights": {name: each.full_tensor().detach().clone() for name, each in weights.items()},
+        "moments": {name: optimizer.state[each]["exp_avg_sq"].full_tensor().clone() for name, each in weights.items()},
+        "gradients": {name: each.grad.full_tensor().clone() for name, each in weights.items()},
+    }
 
 
 ACTING = (

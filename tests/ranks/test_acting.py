@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.ranks.acting import ACTING, DEAD
 from tests.ranks.spawning import together
+from tests.ranks.uneven import WIDTH
 
 Found = list[dict[str, Any]]
 
@@ -48,7 +51,32 @@ def test_a_rank_that_has_ended_is_not_waited_for(acting: Found) -> None:
     assert [rank[task]["step"] for rank in acting] == [6, 1]
 
 
-def test_distributed_weights_are_left_as_they_are(acting: Found) -> None:
+def test_each_rank_revives_its_shards_of_weights_that_fsdp_distributes(acting: Found) -> None:
+    one, other = (rank["revives_sharded"] for rank in acting)
+    assert one["acts"] == other["acts"]
+    assert [(act.step, act.site, act.neurons) for act in one["acts"]] == [(3, "0/relu", (DEAD,)), (3, "2/relu", (7,))]
+    assert one["left"] == {}
+    torch.manual_seed(zlib.crc32(b"0 3"))  # the seed and the step
+    fresh = {"0": nn.Linear(WIDTH, 7), "2": nn.Linear(7, 9)}
+    rows, columns = {"0": DEAD, "2": 7}, {"2.weight": DEAD, "4.weight": 7}
+    for found in (one, other):
+        before, after = found["states"]
+        assert torch.equal(after["again"].view(torch.int32), after["output"].view(torch.int32))
+        for kind in ("weights", "moments", "gradients"):
+            for name, old in before[kind].items():
+                assert old.any()
+                expected = old.clone()
+                layer, _, part = name.partition(".")
+                if layer in rows:
+                    drawn = getattr(fresh[layer], part).detach()
+                    expected[rows[layer]] = drawn[rows[layer]] if kind == "weights" else 0.0
+                if name in columns:
+                    expected[:, columns[name]] = 0.0
+                assert torch.equal(after[kind][name], expected), (kind, name)
+        assert not torch.equal(before["weights"]["0.weight"], after["weights"]["0.weight"])
+
+
+def test_what_needs_whole_weights_is_refused_where_they_are_distributed(acting: Found) -> None:
     for rank in acting:
-        assert rank["revives_sharded"]["acts"] == ()
-        assert "made of other tensors" in rank["revives_sharded"]["left"]["0/relu"]
+        assert "`2` are distributed among ranks" in rank["revives_sharded"]["refused"]
+        assert "`0.weight` is distributed among ranks" in rank["revives_sharded"]["uncut"]

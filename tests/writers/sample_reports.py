@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from neuronscope.judge.verdicts import Policy, judge
+from neuronscope.report.acts import Act
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
     LEVEL_DEAD,
@@ -21,6 +22,7 @@ from neuronscope.report.report import (
     SiteReport,
     WindowSpan,
 )
+from neuronscope.sites import IncomingRows, ReaderColumns
 
 POLICY = Policy()
 VERSIONS = {"neuronscope": "0.1.0", "numpy": "2.0.0", "torch": "2.13.0"}
@@ -184,6 +186,22 @@ def mixed() -> Report:
         notes=("Gradients at blind.fc/relu#1 were not seen: its input needs none.",),
         not_measured=(NotMeasured("head.fused", "A fused kernel hides its activation."),),
     )
+
+
+def acted() -> Report:
+    """The weights of one layer are known and five of its neurons were revived; those of another are not known."""
+    known = replace(
+        site("fc1/relu", 16, Fate(died=4), seed=1),
+        incoming=(IncomingRows("fc1", 0, 16, 0, 1), IncomingRows("norm", 0, 16, 0, 1)),
+        reader_columns=(ReaderColumns("fc2", 0, 16, 0, 1, 1, 1),),
+    )
+    blocked = replace(
+        site(f"{HOSTILE}/relu", 24, Fate(died=4), seed=2),
+        incoming=(IncomingRows(HOSTILE, 0, 24, 0, 1),),
+        reader_notes=("added in (a residual sum)",),
+    )
+    acts = (Act(100, "fc1/relu", (3,), "Dead()", 0, 99), Act(1200, "fc1/relu", (1, 2, 3, 7), HOSTILE, 100, 1199))
+    return replace(report(known, blocked, site("fc3/relu", 8, seed=3)), acts=acts)
 
 
 def healthy() -> Report:

@@ -279,6 +279,19 @@ def test_a_site_that_was_not_seen_has_no_map_and_a_note_says_so() -> None:
     assert page.data["layers"][6]["lost"] == "Never observed: there is nothing to draw."
 
 
+def test_a_layers_details_name_its_weights_and_the_neurons_that_were_revived() -> None:
+    page = Page(samples.acted().to_html())
+    assert [layer.get("facts") for layer in page.data["layers"]] == [
+        [
+            "Weights: rows of fc1, norm lead in, columns of fc2 read it.",
+            f"Revived: 5 neurons at 2 steps, last at step 1,200 by {samples.HOSTILE}: 1–3, 7.",
+        ],
+        [f"Weights: rows of {samples.HOSTILE}; not known exactly: added in (a residual sum)."],
+        None,
+    ]
+    assert "alert(1)" not in "".join(text for tag, text in page.raw if tag == "script" and text[:1] != "{")
+
+
 def test_two_reports_are_compared_layer_by_layer() -> None:
     fate = samples.Fate(born=3, died=2)
     now = samples.site("fc1/relu", 16, fate, seed=1)

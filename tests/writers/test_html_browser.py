@@ -269,6 +269,23 @@ def test_pointing_at_a_map_shows_the_neuron_under_the_pointer(show: Callable[...
     assert "no death seen: dead from the start" in said(browser, 0)
 
 
+def test_a_layers_weights_and_revivals_stand_in_its_details_as_text(show: Callable[..., Any]) -> None:
+    browser = show(samples.acted())
+
+    def facts() -> list[str]:
+        return [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".layer .fact")]
+
+    choose(browser, 0)
+    until(browser, lambda: len(facts()) == 2)
+    assert facts()[0] == "Weights: rows of fc1, norm lead in, columns of fc2 read it."
+    assert facts()[1] == f"Revived: 5 neurons at 2 steps, last at step 1,200 by {samples.HOSTILE}: 1–3, 7."
+    choose(browser, 1)
+    until(browser, lambda: len(facts()) == 1)
+    assert facts()[0].startswith(f"Weights: rows of {samples.HOSTILE}; not known exactly: added in")
+    choose(browser, 2)
+    until(browser, lambda: not facts())
+
+
 @pytest.mark.slow
 def test_a_row_for_several_neurons_shows_its_share_of_dead_ones(show: Callable[..., Any]) -> None:
     report = samples.noisy(sites=2, neurons=65_536, windows=70)

@@ -28,6 +28,7 @@ from neuronscope.writers.pictures import heatmap, overview
 from neuronscope.writers.pictures.canvas import Canvas
 from neuronscope.writers.pictures.colours import DEAD, share_colours
 from neuronscope.writers.tensorboard import diagnosis, scalars, write
+from neuronscope.writers.tensorboard.tags import card_name
 from neuronscope.writers.tensorboard.vectors import codes
 
 from .test_html import Page, cards
@@ -196,7 +197,7 @@ def drawn(report: Report, name: str) -> tuple[Any, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Canvas, "text", text)
         write(report, board, 1, text=False, vectors=False)
-    return board.pictures[name], texts
+    return board.pictures[name if name in board.pictures else card_name(name)], texts
 
 
 def share_of(texts: list[str], pattern: str) -> int:

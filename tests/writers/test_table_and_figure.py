@@ -124,6 +124,12 @@ def test_every_report_is_drawn_without_a_word_of_markup(make: Callable[[], AnyRe
         assert f"{len(report.layers) - len(bars.get_yticklabels())} more layers not shown" in bars.get_xlabel()
 
 
+def test_a_figure_of_nothing_says_so_instead_of_empty_axes() -> None:
+    (axes,) = samples.report().plot().axes
+    assert [text.get_text() for text in axes.texts] == ["No layer was seen, so there is nothing to draw."]
+    assert not axes.axison
+
+
 def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
     figure = samples.report(samples.site("a$b_{/relu$", 8, samples.Fate(died=2))).plot()
     figure.canvas.draw()

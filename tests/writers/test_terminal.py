@@ -173,6 +173,11 @@ def test_the_report_of_a_scan_shows_counts_without_steps(at: int) -> None:
         window=replace(whole.window, name="all", first_step=at, last_step=at, steps=at + 1),
     )
     assert "Based on 1,000 examples. A neuron called dead" in str(scan)
+    for text in (str(scan), scan.to_markdown(), scan.to_html(), diagnosis(scan)):
+        assert "40 of 1,040 neurons are dead (3.8 %). Their output was zero at every position of the data." in text
+        shown = re.sub(r"<(script|style).*?</\1>", "", text, flags=re.DOTALL)
+        said = [word for word in ("since watching began", "born", ">Born<", "worked before") if word in shown]
+        assert not said, "a scan sees a network once, and nothing of its past"
     assert str(scan).startswith("Neuronscope · TinyNet · scan\n")
 
 

@@ -78,7 +78,7 @@ def test_layers_with_known_examples_keep_their_bound_beside_one_without() -> Non
     assert "on 400 to 1,000 training examples" in said
     assert "up to 0.75 % of inputs" in said
     assert "In 1 of 3 layers the number of examples is not known, and no bound is claimed." in said
-    cells = [wording.site_cells(site, 0.95) for site in unknown(0, 400).layers]
+    cells = [wording.site_cells(site, unknown(0, 400)) for site in unknown(0, 400).layers]
     assert [(each.examples, each.bound) for each in cells] == [("–", "–"), ("400", "< 0.75 %")]
 
 

@@ -70,13 +70,13 @@ def test_text_made_visible_can_be_printed_and_encoded(text: str) -> None:
     ],
 )
 def test_neurons_born_dead_and_neurons_that_died_are_described_differently(fate: samples.Fate, said: str) -> None:
-    assert wording.site_cells(samples.site("relu", 16, fate), 0.95).dead == said
+    assert wording.site_cells(samples.site("relu", 16, fate), samples.mixed()).dead == said
 
 
 def test_the_worst_neurons_are_listed_and_an_ellipsis_stands_for_the_rest() -> None:
     whole = samples.site("relu", 16, samples.Fate(born=4))
-    assert wording.site_cells(whole, 0.95, worst=4).worst == ", ".join(map(str, whole.worst(4)))
-    assert wording.site_cells(whole, 0.95, worst=3).worst == ", ".join(map(str, whole.worst(3))) + " …"
+    assert wording.site_cells(whole, samples.mixed(), worst=4).worst == ", ".join(map(str, whole.worst(4)))
+    assert wording.site_cells(whole, samples.mixed(), worst=3).worst == ", ".join(map(str, whole.worst(3))) + " …"
 
 
 def test_a_mixed_network_has_a_sentence_for_each_finding() -> None:
@@ -97,10 +97,10 @@ def test_the_worst_layer_is_the_one_with_the_largest_share_of_dead_neurons() -> 
 
 def test_neurons_that_are_not_finite_are_neither_dead_nor_alive() -> None:
     whole = samples.report(samples.site("relu", 20, samples.Fate(born=4, not_finite=10)))
-    assert wording.site_cells(whole.layers[0], 0.95).dead_share == "40 %"  # 4 of the 10 with finite outputs
+    assert wording.site_cells(whole.layers[0], whole).dead_share == "40 %"  # 4 of the 10 with finite outputs
     assert "4 of 10 neurons are dead (40 %)" in " ".join(wording.findings(whole))
     gone = samples.report(samples.site("relu", 20, samples.Fate(not_finite=20)))
-    assert wording.site_cells(gone.layers[0], 0.95).dead_share == "–"
+    assert wording.site_cells(gone.layers[0], gone).dead_share == "–"
     said = wording.findings(gone)
     assert said[0].startswith("NOT FINITE: 140 outputs")  # 20 neurons × 7
     assert said[1].startswith("No neuron gave only finite outputs")

@@ -103,8 +103,9 @@ def test_the_time_series_page_shows_our_charts_and_pictures(address: str, browse
     browser.execute_script(CLOSE_SETTINGS)
     wait_for(lambda: browser.execute_script(PICTURES) >= 1, "the pictures of the time-series page")
     titles = browser.execute_script("return [...document.querySelectorAll('card-view')].map(c => c.innerText)")
-    for tag in ("dead_pct", "dormant_pct", "deaths", "overview"):
+    for tag in ("dead_pct", "dormant_pct", "deaths_total", "worst_layer_dead_pct", "overview"):
         assert any(tag in title for title in titles), f"no card says {tag}: {titles}"
+    assert not any("not_finite" in title for title in titles), "a number that is zero in most runs takes a card"
     wait_for(lambda: browser.execute_script("return document.querySelectorAll('line-chart').length") >= 4, "charts")
     assert (browser.execute_script("return document.body.classList.contains('dark-mode')")) is dark
     screenshot(browser, f"timeseries_{'dark' if dark else 'light'}.png")
@@ -123,7 +124,9 @@ def test_the_scalars_page_shows_one_group_for_a_metric(address: str, browser: An
 def test_the_text_page_shows_the_diagnosis_as_a_table(address: str, browser: Any) -> None:
     browser.get(f"{address}/#text")
     wait_for(lambda: "features.15/relu" in browser.execute_script(ALL_TEXT), "the diagnosis on the text page")
-    assert "neurons are dead" in browser.execute_script(ALL_TEXT)
+    text = browser.execute_script(ALL_TEXT)
+    assert "neurons are dead" in text
+    assert text.index("What to do") < text.index("since step"), "what to do comes before the table"
     screenshot(browser, "text_light.png")
 
 

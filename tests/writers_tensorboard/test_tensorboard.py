@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from neuronscope.errors import UsageError
 from neuronscope.report.report import LEVEL_DEAD, LEVEL_MAX, LEVEL_NOT_FINITE, LEVEL_SILENT, LEVEL_UNSEEN, NotMeasured
+from neuronscope.sites import IncomingRows
 from neuronscope.writers.formatting import visible
 from neuronscope.writers.markdown_text import plain
 from neuronscope.writers.tensorboard import Dashboard, diagnosis, scalars, write
 from neuronscope.writers.tensorboard.scalars import turnover
-from neuronscope.writers.tensorboard.tags import MOST_CHARTS, group_tag, groups, safe
+from neuronscope.writers.tensorboard.tags import MOST_CHARTS, card_name, group_tag, groups, safe
 from neuronscope.writers.tensorboard.vectors import CHANNELS, codes
 
 from . import samples
@@ -39,15 +40,18 @@ SITES = [f"features.{i}/relu" for i in (0, 3, 6, 9, 12, 15)]
 SCALARS = {
     "neuronscope/dead_pct",
     "neuronscope/dormant_pct",
-    "neuronscope/not_finite_pct",
-    "neuronscope/silent_pct",
-    "neuronscope/deaths",
-    "neuronscope/revivals",
+    "neuronscope/deaths_total",
+    "neuronscope/worst_layer_dead_pct",
+    "neuronscope.more/collapsed_layers",
+    "neuronscope.more/not_finite_pct",
+    "neuronscope.more/silent_pct",
+    "neuronscope.more/deaths",
+    "neuronscope.more/revivals",
     "neuronscope.more/born_dead_pct",
     "neuronscope.more/cut_off_pct",
-    *(f"neuronscope.{metric}/{site}" for metric in ("dead_pct", "dormant_pct") for site in SITES),
+    *(f"neuronscope.{metric}/{card_name(site)}" for metric in ("dead_pct", "dormant_pct") for site in SITES),
 }
-IMAGES = {"neuronscope/overview", *(f"neuronscope.neurons/{site}" for site in SITES)}
+IMAGES = {"neuronscope/overview", *(f"neuronscope.neurons/{card_name(site)}" for site in SITES)}
 VECTORS = {f"neuronscope.vectors/{site}" for site in SITES}
 
 
@@ -117,14 +121,14 @@ def test_the_code_of_a_rate_of_exactly_0_or_1_is_that_of_no_other_rate() -> None
 def test_each_phase_has_tags_of_its_own(tmp_path: Path) -> None:
     train, val = scalars(samples.conv_net()), scalars(samples.conv_net(phase="val"))
     assert not set(train) & set(val)
-    assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.0/relu"} <= set(val)
+    assert {"neuronscope/val_dead_pct", "neuronscope.val_dead_pct/features.0--relu"} <= set(val)
     unknown = [tag for tag in val if "cut_off" in tag or "silent" in tag]
     assert not unknown, "no gradient is seen in validation: nothing can be said"
     assert not [tag for tag in val if "deaths" in tag]
     with summary_writer("torch", tmp_path) as writer:
         write(samples.conv_net(phase="val"), writer, 1)
     tags = read(tmp_path).Tags()
-    assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.0/relu"} <= set(tags["images"])
+    assert {"neuronscope/val_overview", "neuronscope.val_neurons/features.0--relu"} <= set(tags["images"])
     assert {"neuronscope/val_diagnosis/text_summary", "neuronscope.val_vectors/features.0/relu"} <= set(tags["tensors"])
 
 
@@ -133,11 +137,14 @@ def test_the_scalars_equal_the_numbers_of_the_report() -> None:
     found = scalars(report)
     assert found["neuronscope/dead_pct"] == pytest.approx(100 * report.dead / report.neurons)
     assert found["neuronscope/dormant_pct"] == pytest.approx(100 * report.dormant / report.neurons)
-    assert found["neuronscope/silent_pct"] == pytest.approx(100 * report.silent / report.neurons)
+    assert found["neuronscope.more/silent_pct"] == pytest.approx(100 * report.silent / report.neurons)
     assert report.silent
+    worst = max(100 * site.dead / site.neurons for site in report.layers)
+    assert found["neuronscope/worst_layer_dead_pct"] == pytest.approx(worst)
+    assert found["neuronscope.more/collapsed_layers"] == 0.0
     assert found["neuronscope.more/born_dead_pct"] == pytest.approx(100 * report.born_dead / report.neurons)
     assert found["neuronscope.more/cut_off_pct"] == pytest.approx(100 * report.cut_off / report.neurons)
-    assert found["neuronscope.dead_pct/features.15/relu"] == pytest.approx(100 * report["features.15/relu"].dead / 512)
+    assert found["neuronscope.dead_pct/features.15--relu"] == pytest.approx(100 * report["features.15/relu"].dead / 512)
 
 
 def test_a_quantity_that_was_not_seen_has_no_scalar() -> None:
@@ -145,15 +152,29 @@ def test_a_quantity_that_was_not_seen_has_no_scalar() -> None:
     assert [tag for tag in found if tag.rpartition("/")[2].endswith("pct") or "_pct/" in tag] == []
     mixed = samples.report_of([samples.uniform(LEVEL_UNSEEN).layers[0], samples.conv_net().layers[5]])
     assert [tag for tag in scalars(mixed) if tag.startswith("neuronscope.dead_pct/")] == [
-        "neuronscope.dead_pct/features.15/relu"
+        "neuronscope.dead_pct/features.15--relu"
     ]
 
 
 def test_a_network_of_nan_has_no_dead_share() -> None:
     found = scalars(samples.uniform(LEVEL_NOT_FINITE))
-    assert found["neuronscope/not_finite_pct"] == 100.0
+    assert found["neuronscope.more/not_finite_pct"] == 100.0
     assert not [tag for tag in found if "dead_pct" in tag or "dormant" in tag]
     assert all(np.isfinite(value) for value in found.values())
+
+
+def test_a_layer_counts_as_collapsed_from_nine_dead_in_ten() -> None:
+    def layer(name: str, dead: int, neurons: int) -> Any:
+        row = [LEVEL_DEAD] * dead + [100] * (neurons - dead)
+        return samples.site_of(name, np.array([row], np.uint8), samples.windows(1))
+
+    fine, fallen = layer("a/relu", 89, 100), layer("b/relu", 90, 100)
+    single = layer("c/relu", 1, 1)  # an only neuron says nothing of a layer
+    found = scalars(samples.report_of([fine, fallen, single]))
+    assert found["neuronscope.more/collapsed_layers"] == 1.0
+    assert found["neuronscope/worst_layer_dead_pct"] == pytest.approx(90.0)
+    assert scalars(samples.report_of([fine]))["neuronscope.more/collapsed_layers"] == 0.0
+    assert "neuronscope/worst_layer_dead_pct" not in scalars(samples.report_of([single]))
 
 
 def test_tags_stay_few_and_the_same_in_a_network_of_hundreds_of_sites(tmp_path: Path) -> None:
@@ -193,12 +214,15 @@ def test_every_death_between_two_logs_is_counted_once(tmp_path: Path) -> None:
             assert dashboard.write(samples.conv_net(upto), images=False, text=False, vectors=False)
     found, whole = read(tmp_path), samples.conv_net()
     for tag, name in (("deaths", "deaths"), ("revivals", "revivals")):
-        events = found.Scalars(f"neuronscope/{tag}")
+        events = found.Scalars(f"neuronscope.more/{tag}")
         assert [event.step for event in events] == [upto * 100 for upto in logged]
         # Every neuron was seen in every window, so the history's own count is the sum over the logs.
         assert (
             sum(event.value for event in events) == sum(int(getattr(s.history, name).sum()) for s in whole.layers) > 0
         )
+    so_far = [event.value for event in found.Scalars("neuronscope/deaths_total")]
+    deaths = [event.value for event in found.Scalars("neuronscope.more/deaths")]
+    assert np.diff(so_far).tolist() == deaths[1:], "whatever a chart smooths away, the total's rises are the deaths"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +281,9 @@ NAMES = st.text(max_size=200) | st.text("ab.()/#+:,1 -_", max_size=10)
 def test_names_made_safe_for_tags_stay_distinct(names: list[str]) -> None:
     one, two = (safe(name) for name in names)
     assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?", one, re.ASCII)
+    cards = [card_name(name) for name in names]
+    assert cards[0] != cards[1]
+    assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?", cards[0], re.ASCII)
     assert len(one) <= 140
     assert one != two
 
@@ -315,6 +342,29 @@ def test_the_diagnosis_text_equals_the_stored_text() -> None:
     assert text == GOLDEN.read_text(encoding="utf-8")
 
 
+def test_the_diagnosis_names_the_weights_of_layers_with_idle_neurons() -> None:
+    report = samples.conv_net()
+    layers = [
+        replace(site, incoming=(IncomingRows(site.name, 0, site.neurons, 0, 1),), reader_notes=("added in",))
+        for site in report.layers
+    ]
+    text = diagnosis(replace(report, layers=tuple(layers)))
+    block = text.partition("**Weights of layers with idle neurons**, worst first:\n\n")[2].partition("\n\n")[0]
+    worst = max(layers, key=lambda site: site.dead / site.neurons)
+    assert worst.name in unescape(block).splitlines()[0]
+    assert "not known exactly: added in" in unescape(block)
+    assert len(block.splitlines()) == sum(bool(site.dead or site.silent or site.dormant) for site in layers) <= 10
+
+
+def test_what_happened_why_and_what_to_do_stand_before_the_numbers() -> None:
+    text = diagnosis(samples.conv_net())
+    parts = ("neurons are dead", "**Why, and what to do**", "**What to do**", "### ConvNet", "Based on", "| layer |")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    fallen = diagnosis(samples.uniform(LEVEL_DEAD))
+    assert fallen.startswith("**Layer `layers.0/relu` is dead from the start: 96 of 96 neurons.**")
+
+
 def test_the_diagnosis_states_causes_where_there_is_evidence() -> None:
     assert "**Why, and what to do**" in diagnosis(samples.conv_net())
     assert "Why, and what to do" not in diagnosis(samples.uniform(100))
@@ -325,7 +375,7 @@ def test_the_diagnosis_states_causes_where_there_is_evidence() -> None:
     [
         (LEVEL_UNSEEN, "**No neuron was observed, so there is no verdict.**"),
         (LEVEL_NOT_FINITE, "NaN or infinite"),
-        (LEVEL_DEAD, "**384 of 384 neurons are dead (100 %). All of them"),
+        (LEVEL_DEAD, "384 of 384 neurons are dead (100 %). All of them"),
         (100, "No layer has dead, silent, dormant, cut-off or non-finite neurons."),
     ],
 )

@@ -20,7 +20,7 @@ from neuronscope.attach.origins import (
 )
 from neuronscope.attach.readers import Carried, joined
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, lose, table, tensors_in
-from neuronscope.attach.units import Units, has_units, join_runs, resized
+from neuronscope.attach.units import Units, experts_of, has_units, join_runs, resized
 
 __all__ = ["JOINS"]
 
@@ -34,15 +34,23 @@ def _cat_rule(operation: Operation) -> Origin:
     dim = operation.argument(1, "dim", "axis", default=0)
     if not parts or not isinstance(dim, int):
         return lose(operation)
-    return _join([each for each in parts if math.prod(each.shape) or len(parts) == 1], dim % len(shape), shape)
+    some = [each for each in parts if math.prod(each.shape) or len(parts) == 1]
+    return _join(some, dim % len(shape), shape, parts)
 
 
-def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
-    """Return the origin of tensors that were joined along a dimension, which each of them has."""
+def _join(parts: Sequence[Operand], dim: int, shape: Shape, every_part: Sequence[Operand] = ()) -> Origin:
+    """Return the origin of tensors that were joined along a dimension, which each of them has.
+
+    Args:
+        parts: The tensors.
+        dim: The dimension, ≥ 0.
+        shape: The shape of the result.
+        every_part: The tensors with those that are empty.
+    """
     if not parts:
         return Origin.of(CONSTANT)
     upstream = 0
-    for each in parts:
+    for each in every_part or parts:
         upstream |= each.origin.upstream
     data = [each for each in parts if each.origin.state not in (CONSTANT, WEIGHT, RAW)]
     if not data:
@@ -57,8 +65,9 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
     first = every[0]
     if any(has_units(units.dims[dim]) for units in every):
         return _join_units(parts, data, dim, upstream)
-    if any(units.which != first.which for units in every):
-        return Origin.of(ROWS, upstream)
+    if any(units.experts or units.which != first.which for units in every):
+        layers = [each.origin.units.layer for each in every_part or parts if each.origin.units is not None]
+        return _join_experts(parts, every, dim, shape, upstream, layers)
     found = resized(first.dims, shape)
     if found is None or any(_unit_dims(units) != _unit_dims(first) for units in every):
         return Origin.of(LOST, upstream)
@@ -66,6 +75,48 @@ def _join(parts: Sequence[Operand], dim: int, shape: Shape) -> Origin:
     site = data[0].origin.site if len(sites) == 1 else None
     units = first._replace(dims=found)
     return Origin.of(UNITS, upstream, units=units, site=site, carries=_all_carried(data))
+
+
+def _join_experts(
+    parts: Sequence[Operand],
+    every: Sequence[Units],
+    dim: int,
+    shape: Shape,
+    upstream: int,
+    layers_of_all: Sequence[str],
+) -> Origin:
+    """Return the origin of rows of several layers that were joined: each row has the units of the layer it is of.
+
+    Args:
+        parts: The tensors.
+        every: The units of each of them that has units.
+        dim: The dimension along which they were joined.
+        shape: The shape of the result.
+        upstream: Calls of layers that they depend on, as bits.
+        layers_of_all: The layers of all tensors, the empty ones too.
+    """
+    unknown, first = Origin.of(ROWS, upstream), every[0]
+    alike = all(
+        (units.text(), units.first, units.order, _unit_dims(units))
+        == (first.text(), first.first, first.order, _unit_dims(first))
+        and units.experts is first.experts
+        and units.rows <= 1
+        for units in every
+    )
+    dims = resized(first.dims, shape) if alike and len(every) == len(parts) else None
+    if dims is None or shape[dim] < 2 or any(len({*(run[0] for run in units.runs)}) > 1 for units in every):
+        return unknown
+    layers = first.experts.layers if first.experts else tuple(dict.fromkeys(layers_of_all))
+    layer = first.layer if first.experts else "+".join(layers)
+    units = first._replace(
+        call=tuple(dict.fromkeys(call for units in every for call in units.call)),
+        layer=layer,
+        runs=tuple((layer, *run[1:]) for run in first.runs),
+        dims=(*dims[:dim], ((shape[dim], -1),), *dims[dim + 1 :]),
+        experts=first.experts or experts_of(layers, joined=True),
+        rows=shape[dim],
+    )
+    return Origin.of(UNITS, upstream, units=units)
 
 
 def _all_carried(parts: Sequence[Operand]) -> tuple[Carried, ...]:

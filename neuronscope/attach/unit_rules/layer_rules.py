@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,13 +19,14 @@ from neuronscope.attach.origins import (
     Cut,
     Operand,
     Origin,
+    Pick,
     combine,
 )
-from neuronscope.attach.torch_functions import aten
-from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, lose, table
-from neuronscope.attach.units import Units, place
+from neuronscope.attach.torch_functions import aten, spellings
+from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, Shape, lose, table
+from neuronscope.attach.units import Units, experts_of, place, place_rows
 
-__all__ = ["LAYERS", "is_weight", "produce"]
+__all__ = ["GROUPED", "LAYERS", "cut_of", "grouped_offsets", "is_weight", "produce", "rows_of_experts"]
 
 
 def is_weight(value: object) -> bool:
@@ -39,6 +41,7 @@ def produce(
     index: int = 0,
     *,
     rows: int | None = None,
+    picked_dims: Sequence[int | None] = (),
 ) -> Origin:
     """Return the origin of a layer's output.
 
@@ -48,21 +51,77 @@ def produce(
         unit_dims: The dimensions of the output that index its units, the outermost first; ``None`` if not known.
         index: Index of the output.
         rows: The dimension of the weight that indexes its units, if there is one.
+        picked_dims: The dimension of the output that each of the weight's first dimensions indexes, if data picked it
+            from a stack; ``None`` for one that the output does not have.
     """
     shape = operation.outputs[index]
     upstream = operation.upstream | 1 << operation.call
     if weight is None or unit_dims is None:
         return Origin.of(LOST, upstream)
     if weight.origin.picked:
-        return Origin.of(ROWS, upstream, layer=weight.origin.as_layer().layer)
+        return _produce_rows(operation, weight, unit_dims, shape, rows, picked_dims)
     width = math.prod(shape[dim] for dim in unit_dims)
-    layer, cut = _cut_of(weight, rows, width)
+    layer, cut = cut_of(weight, rows, width)
     run = (layer, 0, width, 1) if cut is None else (layer, *cut)
     units = Units((operation.call,), layer, (run,), 0, place(shape, unit_dims), cut is not None)
     return Origin.of(UNITS, upstream, units=units, layer=layer)
 
 
-def _cut_of(weight: Operand, rows: int | None, width: int) -> tuple[str, Cut | None]:
+def _produce_rows(
+    operation: Operation,
+    weight: Operand,
+    unit_dims: Sequence[int],
+    shape: Shape,
+    rows: int | None,
+    picked_dims: Sequence[int | None],
+) -> Origin:
+    """Return the origin of a layer's output if data picked its weights from a stack; see :func:`produce`."""
+    upstream, pick = operation.upstream | 1 << operation.call, weight.origin.picked
+    unknown = Origin.of(ROWS, upstream, layer=weight.origin.as_layer().layer)
+    if not isinstance(pick, Pick) or len(picked_dims) < pick.dims:
+        return unknown
+    row_dims = [dim for dim, size in zip(picked_dims[: pick.dims], weight.shape, strict=False) if size > 1]
+    if None in row_dims:
+        return unknown
+    kept = [dim for dim in row_dims if dim is not None]
+    own = [dim for dim in unit_dims if dim not in kept]
+    width = math.prod(shape[dim] for dim in own)
+    layer, cut = cut_of(weight, rows, width)
+    if not layer.startswith(pick.layer):
+        return unknown
+    part = layer[len(pick.layer) :]
+    layers = tuple([f"{pick.layer}.{number}{part}" for number in range(pick.matrices)])
+    return rows_of_experts(operation, layer, layers, cut, shape, own, kept)
+
+
+def rows_of_experts(
+    operation: Operation,
+    layer: str,
+    layers: tuple[str, ...],
+    cut: Cut | None,
+    shape: Shape,
+    unit_dims: Sequence[int],
+    row_dims: Sequence[int],
+) -> Origin:
+    """Return the origin of a layer's output of which each row has the units of one expert.
+
+    Args:
+        operation: The call of the layer.
+        layer: The name that all experts have together.
+        layers: The layer of each expert.
+        cut: Which of an expert's units a part of its weight has; ``None`` for all.
+        shape: Shape of the output.
+        unit_dims: The dimensions that index the units, the outermost first, ≥ 0.
+        row_dims: The dimensions that index the rows, likewise.
+    """
+    width = math.prod(shape[dim] for dim in unit_dims)
+    run = (layer, 0, width, 1) if cut is None else (layer, *cut)
+    dims, count = place_rows(shape, unit_dims, row_dims), math.prod(shape[dim] for dim in row_dims)
+    units = Units((operation.call,), layer, (run,), 0, dims, cut is not None, experts_of(layers), count)
+    return Origin.of(UNITS, operation.upstream | 1 << operation.call, units=units, layer=layer)
+
+
+def cut_of(weight: Operand, rows: int | None, width: int) -> tuple[str, Cut | None]:
     """Return the layer of a weight, and which of the layer's units a part of the weight has; ``None`` for all.
 
     Args:
@@ -140,10 +199,26 @@ def _recurrent_cell(operation: Operation) -> Sequence[Origin]:
     return [produce(operation, given, (len(shape) - 1,), index) for index, shape in enumerate(operation.outputs)]
 
 
+def grouped_offsets(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return where the rows of each expert end, of the arguments of a grouped product; ``None`` if they do not say it.
+
+    Args:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+    """
+    return args[2] if len(args) > 2 else kwargs.get("offs")
+
+
 def _grouped(operation: Operation) -> Origin:
-    weights = [each for each in operation.tensors if is_weight(each)]
-    layer = weights[0].origin.layer if weights else ""
-    return Origin.of(ROWS, operation.upstream | 1 << operation.call, layer=layer)
+    """Say what a grouped product gives: of a stack of weights, each row has the units of the expert that it is of."""
+    weight, shape = operation.argument(1, "mat_b", "mat2", "weight"), operation.outputs[0]
+    if not is_weight(weight):
+        return lose(operation)
+    layer, cut = cut_of(weight, -1, shape[-1])
+    if weight.origin.picked or len(weight.shape) != 3 or len(shape) != 2:
+        return Origin.of(ROWS, operation.upstream | 1 << operation.call, layer=layer)
+    layers = tuple([f"{layer}.{number}" for number in range(weight.shape[0])])
+    return rows_of_experts(operation, layer, layers, cut, shape, (1,), (0,))
 
 
 def _norm_rule(weight_slot: int, unit_place: int, statistics_slot: int | None = None) -> Rule:
@@ -179,6 +254,8 @@ def _convolution(operation: Operation) -> Origin:
     return produce(operation, operation.argument(1, "weight"), (1,), rows=1 if transposed else 0)
 
 
+#: Products of matrices whose rows belong to the experts of a stack of weights, by the offsets at which each one's end.
+GROUPED = spellings("grouped_mm", "_grouped_mm")
 LAYERS: dict[Function, Rule] = {
     **table("conv1d", _layer_rule(1, "weight", 2)),
     **table("conv2d", _layer_rule(1, "weight", 3)),
@@ -193,7 +270,7 @@ LAYERS: dict[Function, Rule] = {
     **_in_torch("embedding embedding_bag", _layer_rule(0, "weight", 1, 1)),
     **table("lstm gru rnn_tanh rnn_relu", _recurrent),
     **table("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", _recurrent_cell),
-    **table("grouped_mm _grouped_mm", _grouped),
+    **dict.fromkeys(GROUPED, _grouped),
     **table("multi_head_attention_forward", _layer_rule(11, "out_proj_weight", 1)),
     **table("_native_multi_head_attention", _layer_rule(7, "proj_weight", 1)),
     **table("batch_norm instance_norm", _norm_rule(3, 1, 1)),

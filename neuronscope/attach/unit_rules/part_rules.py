@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin
-from neuronscope.attach.unit_rules.operation import Function, Index, Listed, Operation, Rule, Shape, lose, table
+from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin, Pick
+from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
 __all__ = ["PARTS", "index_units"]
@@ -69,7 +69,9 @@ def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
         origin = origin.as_layer()
     by_data = any(isinstance(part, (Operand, tuple)) and not isinstance(part, Index) for part in index)
     if by_data:
-        return origin.but(picked=len(shape) > 2)
+        return origin.but(picked=_pick_of(operand, origin, index))
+    if origin.picked and not all(isinstance(part, Index) or part is Ellipsis for part in index):
+        origin = origin.but(picked=True)
     index = _without_ellipsis(index, shape)
     layer, dim, whole = origin.layer, 0, True
     cuts: list[Cut | None] = []
@@ -90,6 +92,17 @@ def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
     cuts += [None] * (len(shape) - dim)
     found = origin.but(layer=layer, cuts=tuple(cuts) if any(cuts) else ())
     return found if whole else found.as_layer()
+
+
+def _pick_of(operand: Operand, origin: Origin, index: tuple[Any, ...]) -> bool | Pick:
+    """Return what data picks from a weight, by an index of tensors."""
+    shape, by = operand.shape, index[0]
+    if len(shape) < 3:
+        return False
+    alone = isinstance(by, Operand) and not by.boolean and all(part in (_ALL, Ellipsis) for part in index[1:])
+    if not alone or operand.origin.picked or any(operand.origin.cuts):
+        return True
+    return Pick(origin.layer, shape[0], len(by.shape))
 
 
 def _without_ellipsis(index: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:
@@ -210,7 +223,7 @@ def _unbind_rule(operation: Operation) -> Sequence[Origin]:
 def _index_select(operation: Operation) -> Origin:
     dim = operation.argument(1, "dim", "axis") % len(operation.first.shape)
     index = operation.argument(2, "index", "indices")
-    return _indexed(operation, (*[_ALL] * dim, Listed((0,)) if isinstance(index, Operand) else index))
+    return _indexed(operation, (*[_ALL] * dim, index))
 
 
 def _gather(operation: Operation) -> Origin:

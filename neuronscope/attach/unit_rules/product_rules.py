@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import string
 from collections.abc import Sequence
 
 from neuronscope.attach.origins import CONSTANT, ENDED, LOST, RAW, ROWS, UNITS, WEIGHT, Operand, Origin, combine
-from neuronscope.attach.unit_rules.layer_rules import is_weight, produce
+from neuronscope.attach.unit_rules.layer_rules import cut_of, is_weight, produce, rows_of_experts
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, end, integers, lose, table, tensors_in
 from neuronscope.attach.units import has_units, positions, resized
 from neuronscope.count.neuron_layout import Dims
 
-__all__ = ["PRODUCTS"]
+__all__ = ["PRODUCTS", "is_stack_of_experts"]
 
 
 def _matrix_product(operation: Operation, left: Operand, right: Operand) -> Origin:
@@ -36,8 +37,12 @@ def _layer_from_right(operation: Operation, data: Operand, weight: Operand) -> O
     rank = len(operation.outputs[0])
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
-    stack = _stack(weight, rank - (2 if len(data.shape) > 1 else 1))
-    return produce(operation, weight, (*stack, rank - 1), rows=-1)
+    before = rank - (2 if len(data.shape) > 1 else 1)
+    if is_stack_of_experts(weight) and rank >= 3:
+        return _every_expert(operation, weight, rank - 1, -1)
+    return produce(
+        operation, weight, (*_stack(weight, before), rank - 1), rows=-1, picked_dims=_picked_dims(weight, before)
+    )
 
 
 def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Origin:
@@ -46,7 +51,9 @@ def _layer_from_left(operation: Operation, weight: Operand, data: Operand) -> Or
     if len(weight.shape) == 1:
         return produce(operation, weight, ())
     rows = rank - (2 if len(data.shape) > 1 else 1)
-    return produce(operation, weight, (*_stack(weight, rows), rows), rows=-2)
+    if is_stack_of_experts(weight) and rank >= 3 and len(data.shape) > 1:
+        return _every_expert(operation, weight, rows, -2)
+    return produce(operation, weight, (*_stack(weight, rows), rows), rows=-2, picked_dims=_picked_dims(weight, rows))
 
 
 def _stack(weight: Operand, before: int) -> list[int]:
@@ -58,6 +65,51 @@ def _stack(weight: Operand, before: int) -> list[int]:
     """
     sizes = weight.shape[:-2]
     return [before - len(sizes) + place for place, size in enumerate(sizes) if size > 1]
+
+
+def is_stack_of_experts(weight: Operand) -> bool:
+    """Whether a weight is a matrix for each expert of a mixture, as its path says: ``mlp.experts.w1``.
+
+    Of other stacks, such as those of heads, all units together are the units of one layer.
+
+    >>> is_stack_of_experts(Operand((4, 2, 3), Origin.of(WEIGHT, layer="mlp.experts.w1")))
+    True
+    >>> is_stack_of_experts(Operand((4, 2, 3), Origin.of(WEIGHT, layer="attention.heads")))
+    False
+    """
+    origin, shape = weight.origin, weight.shape
+    named = len(shape) == 3 and shape[0] > 1 and not origin.picked and _EXPERT.search(origin.layer) is not None
+    return named and (not origin.cuts or origin.cuts[0] is None)
+
+
+_EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
+
+
+def _every_expert(operation: Operation, weight: Operand, unit_dim: int, rows: int) -> Origin:
+    """Return the origin of the products of all matrices of a stack of experts, each with rows of its own.
+
+    Args:
+        operation: The call.
+        weight: The stack ``(E, …)``.
+        unit_dim: The dimension of the output that indexes the units of an expert, ≥ 0. The others index its rows.
+        rows: The dimension of the weight that indexes its units, from the right.
+    """
+    shape = operation.outputs[0]
+    layer, cut = cut_of(weight, rows, shape[unit_dim])
+    layers = tuple([f"{layer}.{number}" for number in range(weight.shape[0])])
+    row_dims = [dim for dim in range(len(shape)) if dim != unit_dim]
+    return rows_of_experts(operation, layer, layers, cut, shape, (unit_dim,), row_dims)
+
+
+def _picked_dims(weight: Operand, before: int) -> list[int | None]:
+    """Return the dimensions of a product that index the matrices of a stack of weights, whatever their sizes.
+
+    Args:
+        weight: The weights ``(…, rows, columns)``.
+        before: Number of dimensions of the product before those of the matrices.
+    """
+    count = len(weight.shape) - 2
+    return [before - count + place for place in range(count)]
 
 
 def _sum_of_right(operation: Operation, left: Operand, right: Operand) -> Origin | None:
@@ -196,7 +248,24 @@ def _einsum_layer(operation: Operation, weights: Sequence[tuple[str, Operand]], 
     term, weight = found[0]
     if len(found) > 1 or any("." in each for each, _ in weights) or len(set(term)) < len(term):
         return produce(operation, None, None)
-    return produce(operation, weight, [places[letter] for letter in term if letter in places])
+    picked_dims = [places.get(letter) for letter in term]
+    if is_stack_of_experts(weight) and dense_equation(term, before + after if dots else before) and not dots:
+        unit = next(letter for letter in term[1:] if letter in places)
+        return _every_expert(operation, weight, places[unit], term.index(unit) - len(term))
+    return produce(operation, weight, [places[letter] for letter in term if letter in places], picked_dims=picked_dims)
+
+
+def dense_equation(weight: str, output: str) -> bool:
+    """Whether a product with a stack of matrices keeps its matrices apart, and has one dimension of units.
+
+    Args:
+        weight: The letters of the stack.
+        output: The letters of the result.
+
+    >>> dense_equation("emh", "ech"), dense_equation("emh", "ch")
+    (True, False)
+    """
+    return weight[0] in output and sum(letter in output for letter in weight[1:]) == 1
 
 
 def _einsum_sum(operation: Operation, data: Sequence[tuple[str, Operand]], output: str) -> Origin:

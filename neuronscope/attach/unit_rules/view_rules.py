@@ -35,6 +35,8 @@ def _move_rule(move: _Move) -> Rule:
             moved = move(operation, Units((), "", (), 0, origin.cuts), operand.shape, operation.outputs[0])  # type: ignore[arg-type]
             return origin.as_layer() if moved is None else origin.but(cuts=moved.dims)
         if origin.units is None:
+            if origin.picked and not _keeps_picked(operation, move, operand.shape):
+                return origin.but(picked=True)
             repeated = move in (_expanded, _repeated, _repeated_each) and len(operation.outputs[0]) > 2
             # Of a stack that repeats a matrix it is not known which dimension tells matrices apart.
             return origin.but(picked=True) if repeated and origin.state == WEIGHT else origin
@@ -42,6 +44,18 @@ def _move_rule(move: _Move) -> Rule:
         return Origin.of(LOST, origin.upstream) if units is None else origin.but(units=units)
 
     return rule
+
+
+def _keeps_picked(operation: Operation, move: _Move, shape: Shape) -> bool:
+    """Whether the dimensions of the index by which data picked a weight stay the first dimensions of the weight."""
+    if move is _last_two:
+        return True
+    if move is _transposed:
+        rank = len(shape)
+        return all(
+            operation.argument(*place) % rank >= rank - 2 for place in ((1, "dim0", "axis0"), (2, "dim1", "axis1"))
+        )
+    return tuple(operation.outputs[0]) == tuple(shape)
 
 
 def _reshaped(_: Operation, units: Units, __: Shape, after: Shape) -> Units | None:

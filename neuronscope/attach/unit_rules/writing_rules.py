@@ -72,6 +72,8 @@ def _selected(operation: Operation, target: Operand, source: Operand, dim: int) 
 def _written(target: Operand, source: Operand, shape: Shape, upstream: int) -> Origin:
     """Return the origin of a tensor into which rows of another one, with units, were written."""
     units = source.origin.units
+    if units is not None and units.experts is not None:
+        return Origin.of(ROWS, upstream)  # beside those of another expert, or not in their order
     dims = None if units is None or len(units.dims) > len(shape) else resized(units.dims, shape)
     if units is None or dims is None:
         return Origin.of(LOST, upstream)

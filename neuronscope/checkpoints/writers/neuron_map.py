@@ -1,4 +1,4 @@
-"""Packs the neurons of a layer as bytes for the page's drawing within a budget, and says what detail was lost.
+"""Packs the neurons of a layer, and the whole network over the steps, as bytes for the page's drawings.
 
 Neurons are sorted worst first: the dead ones at the top, the surest of them first. Whatever is lost, the number of
 neurons with each label and basis is kept.
@@ -6,6 +6,7 @@ neurons with each label and basis is kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,31 @@ import numpy.typing as npt
 from neuronscope.checkpoints.verdict.evidence import CLAIMS
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, UNKNOWN, LayerReport
 from neuronscope.judge.symptoms import UNDATED
-from neuronscope.writers.packing import encode, first_that_fits, four_planes
+from neuronscope.report.report import (
+    LEVEL_CUT_OFF,
+    LEVEL_DEAD,
+    LEVEL_DORMANT,
+    LEVEL_NOT_FINITE,
+    LEVEL_SILENT,
+    LEVEL_UNSEEN,
+)
+from neuronscope.writers.packing import NetworkMap, encode, first_that_fits, four_planes, summarise_histories
 
-__all__ = ["IDLE", "MOST_EVIDENCE", "Detail", "NeuronMap", "pack", "worst_first"]
+__all__ = ["IDLE", "MOST_EVIDENCE", "Detail", "NeuronMap", "network_map", "pack", "worst_first"]
 
 #: Code of idle neurons, beside those of LABELS.
 IDLE = len(LABELS)
+#: Columns of the map of the network, if deaths are dated; there is no history to take windows from.
+COLUMNS = 96
+#: Levels of labels that are not dead, as of the checkpoint.
+_LEVELS = {
+    "not finite": LEVEL_NOT_FINITE,
+    "silent": LEVEL_SILENT,
+    "zero row": LEVEL_CUT_OFF,
+    "unread": LEVEL_CUT_OFF,
+    "quiet": LEVEL_DORMANT,
+    "alive": 0,
+}
 #: Pieces of evidence that fit into a neuron's mask.
 MOST_EVIDENCE = 32
 
@@ -96,6 +116,38 @@ def pack(layer: LayerReport, budget: int) -> NeuronMap:
         return NeuronMap(_runs(layer, order), marked, detail, encode(planes))
 
     return first_that_fits(LADDER, packed, budget)
+
+
+def network_map(layers: Sequence[LayerReport], last: int, budget: int) -> NetworkMap | None:
+    """Pack all layers over the steps: who is dead now, from the step at which each died.
+
+    Before the checkpoint nothing is known of the others, so there they are *unseen*. A death that is not dated counts
+    at the checkpoint alone.
+
+    Args:
+        layers: The layers.
+        last: Step of the checkpoint.
+        budget: Most characters that ``NetworkMap.data`` should have.
+
+    Returns:
+        The map; ``None`` if nothing is known of any neuron.
+    """
+    dated = any((layer.dead_mask & (layer.since >= 0)).any() for layer in layers)
+    steps = np.unique(np.linspace(0, last, COLUMNS if dated else 1).astype(np.int64)) if last > 0 and dated else None
+    steps = np.array([max(last, 0)], dtype=np.int64) if steps is None else steps
+    histories = [(steps, _levels(layer, steps)) for layer in layers]
+    return summarise_histories([layer.name for layer in layers], histories, budget)
+
+
+def _levels(layer: LayerReport, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Return what is known of each neuron at each step, as ``LEVEL_*``, uint8 ``(W, N)``."""
+    levels = np.full((steps.size, layer.neurons), LEVEL_UNSEEN, dtype=np.uint8)
+    now = np.array([_LEVELS.get(label, LEVEL_UNSEEN) for label in LABELS], dtype=np.uint8)
+    levels[-1] = np.where(layer.idle, LEVEL_CUT_OFF, now[layer.labels])
+    since = np.where(layer.since == UNDATED, steps[-1], layer.since)
+    levels[layer.dead_mask & (since <= steps[:, None])] = LEVEL_DEAD
+    levels[-1, layer.dead_mask] = LEVEL_DEAD
+    return levels
 
 
 def worst_first(layer: LayerReport) -> npt.NDArray[np.int64]:

@@ -15,17 +15,17 @@ from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
 from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
-from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, pack
+from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, network_map, pack
 from neuronscope.writers import page
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
-from neuronscope.writers.packing import share_budget
+from neuronscope.writers.packing import NetworkMap, share_budget
 from neuronscope.writers.page import Card, Cell, LayerRow
 from neuronscope.writers.page_timeline import BINS, bars, timeline
 
 __all__ = ["render"]
 
-#: Most characters for the neurons of all layers …
-DATA_BUDGET = 180_000
+#: Most characters for the map of the network, and for the neurons of all layers …
+OVERVIEW_BUDGET, DATA_BUDGET = 40_000, 180_000
 #: … and the fewest that any layer gets.
 LAYER_BUDGET = 600
 #: Layers that get a row and a drawing; of more, those with the most dead neurons.
@@ -46,6 +46,11 @@ COLUMNS = (
     ("Other", ""),
     ("Contested", "number"),
     ("Unknown", "number"),
+)
+OVERVIEW_HINT = (
+    "In the map, each row is a layer, and the optimizer step runs from left to right: the more of a layer had died by "
+    "a step, the more it has the colour of the dead. Who is not dead now is not known before the checkpoint. Click a "
+    "row, or focus the map and use the arrow keys and Enter."
 )
 LEGEND = (
     ("proved", "dead, proved"),
@@ -78,12 +83,13 @@ def render(report: PostmortemReport) -> str:
     )
     died = np.concatenate([np.zeros(0, dtype=np.int64), *map(_dated, report.layers)])
     last = max([report.global_step or 0, *died.tolist()])
+    overview = network_map(report.layers, last, OVERVIEW_BUDGET)
     sentences = wording.findings(report)
     return page.fill(
         home / "postmortem.html.j2",
         styles=[home / "assets" / "postmortem.css"],
-        scripts=[home / "assets" / "postmortem.js"],
-        data=_payload(shown, maps),
+        scripts=[files("neuronscope.writers") / "assets" / "maps.js", home / "assets" / "postmortem.js"],
+        data=_payload(report, shown, maps, overview),
         report=report,
         brand="Neuronscope post-mortem",
         title=wording.title(report),
@@ -98,7 +104,8 @@ def render(report: PostmortemReport) -> str:
         checkpoints=_checkpoints(report),
         columns=COLUMNS,
         rows=[_row(index, layer, last) for index, layer in enumerate(shown)],
-        overview=False,
+        overview=overview is not None,
+        overview_hint=OVERVIEW_HINT,
         left_out=left_out,
         legend=LEGEND,
         grounds=wording.grounds(report),
@@ -215,12 +222,18 @@ def _bars(layer: LayerReport, last: int) -> Markup:
     return Markup(shape).format(bins, bars(counts))  # noqa: S704 - our own text
 
 
-def _payload(layers: Sequence[LayerReport], maps: dict[int, NeuronMap]) -> dict[str, Any]:
-    """Return what the page's script reads of the layers that it shows."""
+def _payload(
+    report: PostmortemReport, layers: Sequence[LayerReport], maps: dict[int, NeuronMap], overview: NetworkMap | None
+) -> dict[str, Any]:
+    """Return what the page's script reads: the layers that the page shows, and the map of all."""
+    places = {id(layer): index for index, layer in enumerate(layers)}
     return {
         "labels": [*LABELS, "idle"],
         "bases": BASES,
+        "levels": page.levels(),
+        "words": {"alive": "alive", "dormant": "quiet", "cut_off": "zero row, unread or idle", "unseen": "not known"},
         "worst": max(maps, key=lambda index: layers[index].dead, default=-1),
+        "overview": page.overview_data(overview, [places.get(id(layer), -1) for layer in report.layers]),
         "layers": [
             page.layer_data(
                 index, _meta(layer), maps[index].detail.lost if index in maps else "", _drawing(layer, maps.get(index))

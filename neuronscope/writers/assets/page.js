@@ -231,6 +231,7 @@ const page = (() => {
     box.className += ` ${rowOf(layer.id).className}`;
     box.querySelector("h3").textContent = name;
     box.querySelector(".meta").append(...layer.meta.flatMap(([text, bold], i) => [i ? " · " : "", bold ? make("b", {}, text) : text]));
+    box.querySelector(".facts").append(...(layer.facts ?? []).map((text) => make("p", { className: "fact" }, text)));
     box.querySelector(".kept").textContent = layer.lost;
     readout.id = `at-${layer.id}`;
     if (!("data" in layer)) {

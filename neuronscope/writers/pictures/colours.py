@@ -31,10 +31,11 @@ Colour = tuple[int, int, int]
 ByteArray = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float64]
 
-PAPER: Colour = (247, 246, 243)
-INK: Colour = (33, 37, 43)
-MUTED: Colour = (80, 86, 94)
-FRAME: Colour = (205, 205, 200)
+#: Pictures do not know whether the page around them is light or dark: this grey glares on neither.
+PAPER: Colour = (206, 207, 205)
+INK: Colour = (20, 23, 28)
+MUTED: Colour = (58, 63, 70)
+FRAME: Colour = (150, 151, 148)
 
 # Verdicts. Lightness differs as well as hue, so that they stay apart in grey.
 DEAD: Colour = (190, 26, 36)

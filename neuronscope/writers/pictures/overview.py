@@ -187,7 +187,7 @@ def _scale(canvas: Canvas, x: float, baseline: float) -> None:
         x += canvas.text_width(text, _TEXT) + 6
         canvas.pixels((round(x), round(baseline - 15)), share_colours(shares[None].repeat(16, axis=0)))
         x += len(shares) + 10
-    canvas.text((x - 4, baseline), "100 % dead", _TEXT, MUTED)
+    canvas.text((x - 4, baseline), "100 %", _TEXT, MUTED)
 
 
 def _swatch(canvas: Canvas, x: float, baseline: float, text: str, colour: Colour | None) -> float:

@@ -14,7 +14,7 @@ from neuronscope.writers.tensorboard.density import densities
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
-from neuronscope.writers.tensorboard.tags import metric, safe
+from neuronscope.writers.tensorboard.tags import card_name, metric
 from neuronscope.writers.tensorboard.vectors import summaries
 from neuronscope.writers.wording import provisional_note, severity
 
@@ -237,7 +237,7 @@ class Dashboard:
 def _heatmaps(report: Report) -> list[tuple[str, SiteReport]]:
     """Return the layers that get a heat map, each with the last part of its tag."""
     if len(report.layers) <= MOST_HEATMAPS:
-        return [(safe(site.name), site) for site in report.layers]
+        return [(card_name(site.name), site) for site in report.layers]
     worst = sorted(report.layers, key=severity, reverse=True)  # stable: ties stay in network order
     worst.sort(key=lambda site: not site.in_headlines)  # what is not in the totals comes last
     return [(f"worst-{rank}", site) for rank, site in enumerate(worst[:MOST_HEATMAPS], 1)]

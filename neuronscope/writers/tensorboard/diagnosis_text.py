@@ -7,11 +7,12 @@ from neuronscope.report.run_facts import death_steps
 from neuronscope.writers import wording
 from neuronscope.writers.formatting import count, when
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, plain, prose, table
+from neuronscope.writers.page_headline import headline
 
 __all__ = ["diagnosis"]
 
-#: Most rows of the table.
-MOST_ROWS = 40
+#: Most rows of the table, and most layers of which the weights are named.
+MOST_ROWS, MOST_WEIGHTS = 40, 10
 
 #: Columns after the layer's name: heading, field of ``SiteCells``, whether it is aligned to the right.
 COLUMNS = (
@@ -28,7 +29,7 @@ COLUMNS = (
 
 
 def diagnosis(report: Report) -> str:
-    """Write what is wrong with a network as markdown.
+    """Write what is wrong with a network as markdown: what happened, why, and what to do come before the numbers.
 
     Args:
         report: The report.
@@ -37,18 +38,17 @@ def diagnosis(report: Report) -> str:
         Markdown that ends with a line end; every name in it is inert.
     """
     blocks = [f"**{plain(report.fault)}**"] if report.fault else []
-    first, *sentences = map(prose, wording.findings(report))
+    sentences = wording.findings(report)
+    first = [*(sentences[:1] if report.not_finite else []), *headline(report)]
+    rest = " ".join(prose(text) for text in sentences if text not in first)
     basis = plain(wording.based_on(report))
-    blocks += [
-        f"### {plain(wording.title(report))}",
-        " ".join([f"**{first}**", *sentences]),
-        f"**{basis}**" if report.provisional else basis,
-    ]
-    blocks += [bullets(map(plain, report.other_notes))] if report.other_notes else []
-    blocks += _layers(report)
+    blocks += [f"**{prose(' '.join(first))}** {rest}".rstrip()]
     for index, one in enumerate(wording.causes(report)):
         blocks += [f"**Why, and what to do**{' (provisional)' if report.provisional else ''}"] if not index else []
         blocks += [f"**{plain(one.sign)}**", diagnosis_parts(one)]
+    blocks += [f"### {plain(wording.title(report))}", f"**{basis}**" if report.provisional else basis]
+    blocks += [bullets(map(plain, report.other_notes))] if report.other_notes else []
+    blocks += _layers(report)
     if report.not_measured:
         reasons = [f"{code(item.name)}: {plain(item.reason)}" for item in report.not_measured]
         blocks += ["**Not measured** (this is not zero):", bullets(reasons)]
@@ -64,7 +64,7 @@ def _layers(report: Report) -> list[str]:
         return [none] if report.observed_neurons else []
     rows = []
     for site in ill[:MOST_ROWS]:
-        cells = wording.site_cells(site, report.policy["confidence"])
+        cells = wording.site_cells(site, report)
         name = f"{code(cells.name)} {plain(cells.mark)}".rstrip()
         since = when(death_steps(site)[site.judgement.dead])
         rows.append([name, *(plain(getattr(cells, field)) for _, field, _ in COLUMNS), since])
@@ -76,4 +76,6 @@ def _layers(report: Report) -> list[str]:
     if report.dead:
         sure = f"{wording.confidence(report)} confidence"
         blocks.append(f"*Fires in*: a neuron called dead may still fire in up to this share of examples ({sure}).")
+    if found := wording.weights(ill)[:MOST_WEIGHTS]:
+        blocks += ["**Weights of layers with idle neurons**, worst first:", bullets(map(plain, found))]
     return blocks

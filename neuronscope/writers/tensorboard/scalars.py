@@ -5,19 +5,23 @@ What was not measured gets no number: a missing number leaves a gap in a chart, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.judge.symptoms import COLLAPSED_SHARE
 from neuronscope.judge.verdicts import LABELS
-from neuronscope.report.report import Report, SiteHistory
+from neuronscope.report.report import Report, SiteHistory, SiteReport
 from neuronscope.report.totals import Totals
-from neuronscope.writers.tensorboard.tags import group_tag, groups, metric
+from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, network_tag
 
 __all__ = ["scalars", "turnover"]
 
 BoolArray = npt.NDArray[np.bool_]
+
+#: Whether a neuron with a label is dead or not; with any other it keeps its state: it neither died nor revived.
+_HAS_STATE = np.array([label not in ("unseen", "not finite", "silent") for label in LABELS], dtype=np.bool_)
 
 
 def scalars(report: Report, *, since: int | None = None, per_site: bool = True) -> dict[str, float]:
@@ -26,12 +30,15 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     Percentages are of the neurons that were observed. Phases other than ``train`` have their name before the metric's:
     ``neuronscope/val_dead_pct``.
 
-    - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/dormant_pct``,
-      ``neuronscope/not_finite_pct`` and, in training, ``neuronscope/deaths`` and ``neuronscope/revivals``: how many
-      neurons died and revived in the windows after ``since``. If gradients were seen, ``neuronscope/silent_pct`` too.
-      If neurons were revived by :func:`neuronscope.revive`, ``neuronscope/revived_total``: how many so far.
-    - Details: ``neuronscope.more/born_dead_pct``, the neurons that never fired since watching began, and
-      ``neuronscope.more/cut_off_pct`` (only if gradients were seen).
+    - What matters most, in one group: ``neuronscope/dead_pct``, ``neuronscope/worst_layer_dead_pct`` (the highest share
+      of any layer of two neurons or more), ``neuronscope/dormant_pct`` and, in training, ``neuronscope/deaths_total``:
+      how often neurons died since watching began, which never falls. If neurons were revived by
+      :func:`neuronscope.revive`, ``neuronscope/revived_total``: how many so far.
+    - What is zero in most runs, in a second group: ``neuronscope.more/not_finite_pct``,
+      ``neuronscope.more/collapsed_layers`` (layers of two neurons or more of which 90 % or more are dead),
+      ``neuronscope.more/born_dead_pct`` (neurons that never fired since watching began) and, in training,
+      ``neuronscope.more/deaths`` and ``neuronscope.more/revivals``: how many neurons died and revived in the windows
+      after ``since``. If gradients were seen, ``neuronscope.more/silent_pct`` and ``neuronscope.more/cut_off_pct`` too.
 
     By layer (or by group of layers, if there are more than 40): ``neuronscope.dead_pct/<layer>`` and
     ``neuronscope.dormant_pct/<layer>``. A neuron that goes through several activations counts once in the network's
@@ -47,25 +54,42 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     Returns:
         Finite floats by tag, in a stable order.
     """
-    sites = report.headline_layers
-    found = dict(_shares(report.totals))
-    with_gradient = Totals([site for site in sites if site.gradient_positions > 0])
-    if neurons := _observed(with_gradient):
-        found["silent_pct"] = 100.0 * with_gradient.count(lambda site: site.judgement.silent) / neurons
-        found["cut_off_pct"] = 100.0 * with_gradient.count(lambda site: site.judgement.cut_off) / neurons
+    sites, totals = report.headline_layers, report.totals
+    found = _shares(totals.label_counts())
+    if _never_dormant(sites):
+        found.pop("dormant_pct", None)
+    if "dead_pct" in found:
+        found["born_dead_pct"] = 100.0 * report.born_dead / report.observed_neurons
+        found |= _layers(sites)
+    seen = [site for site in sites if site.gradient_positions > 0]
+    labels = (totals if len(seen) == len(sites) else Totals(seen)).label_counts()
+    if observed := _observed(labels):
+        found["silent_pct"] = 100.0 * labels["silent"] / observed
+        found["cut_off_pct"] = 100.0 * labels["cut off"] / observed
     if report.phase == "train" and any(len(site.history.steps) for site in sites):
-        deaths, revivals = _changes_of(report.totals, since)
-        found["deaths"], found["revivals"] = float(deaths), float(revivals)
+        deaths, revivals = _changes_of(totals, since)
+        found |= {"deaths_total": float(totals.deaths()), "deaths": float(deaths), "revivals": float(revivals)}
     if report.phase == "train" and report.acts:
         found["revived_total"] = float(sum(len(act.neurons) for act in report.acts))
-    values = {f"{_group(name)}/{metric(name, report.phase)}": value for name, value in found.items()}
-    if per_site:
-        by_name = {site.name: site for site in sites}
-        for group in groups(list(by_name)):
-            shares = _shares(Totals([by_name[name] for name in group.sites]))
-            for name in ("dead_pct", "dormant_pct"):
-                if name in shares:
-                    values[f"neuronscope.{metric(name, report.phase)}/{group_tag(group)}"] = shares[name]
+    values = {network_tag(name, report.phase): value for name, value in found.items()}
+    return values | _by_layer(report) if per_site else values
+
+
+def _by_layer(report: Report) -> dict[str, float]:
+    """Return the shares of each layer, or of each group of layers."""
+    places = {site.name: at for at, site in enumerate(report.layers) if site.in_headlines}
+    values: dict[str, float] = {}
+    for group in groups(list(places)):
+        found = [places[name] for name in group.sites]
+        if report.totals.shared:  # a neuron that two layers share stands at one place in the network's totals
+            labels = Totals([report.layers[at] for at in found]).label_counts()
+        else:
+            labels = dict(zip(LABELS, report.totals.by_site[found].sum(axis=0).tolist(), strict=True))
+        shares = _shares(labels)
+        sparse = _never_dormant([report.layers[at] for at in found])
+        for name in ("dead_pct",) if sparse else ("dead_pct", "dormant_pct"):
+            if name in shares:
+                values[f"neuronscope.{metric(name, report.phase)}/{group_tag(group)}"] = shares[name]
     return values
 
 
@@ -125,35 +149,36 @@ def _count_changes(first: int, count: int, labels_in: Callable[[int], npt.NDArra
     return deaths, revivals
 
 
-# A neuron with one of these labels keeps its state: it neither died nor revived.
-_STATELESS = ("unseen", "not finite", "silent")
-
-
 def _state(labels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
     """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
-    return labels == LABELS.index("dead"), ~np.isin(labels, [LABELS.index(label) for label in _STATELESS])
+    return labels == LABELS.index("dead"), _HAS_STATE[labels]
 
 
-def _group(name: str) -> str:
-    """Return the group of a metric. TensorBoard sorts a group by name and shows 12 cards: details come last."""
-    return "neuronscope.more" if name in ("born_dead_pct", "cut_off_pct") else "neuronscope"
-
-
-def _shares(totals: Totals) -> dict[str, float]:
-    """Return percentages over some layers; empty if nothing was observed."""
-    neurons = _observed(totals)
-    if not neurons:
+def _shares(labels: Mapping[str, int]) -> dict[str, float]:
+    """Return percentages of observed neurons, by the number of neurons with each label; empty if there are none."""
+    observed, broken = _observed(labels), labels["not finite"]
+    if not observed:
         return {}
-    broken = totals.count(lambda site: site.judgement.not_finite)
-    shares = {"not_finite_pct": 100.0 * broken / neurons}
-    if broken < neurons:
-        born = totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
-        shares["dead_pct"] = 100.0 * totals.count(lambda site: site.judgement.dead) / neurons
-        shares["born_dead_pct"] = 100.0 * born / neurons
-        if any(site.kind != "sparse" for site in totals.sites):
-            shares["dormant_pct"] = 100.0 * totals.count(lambda site: site.judgement.dormant) / neurons
-    return shares
+    whole = ("dead", "dormant") if broken < observed else ()
+    return {f"{label.replace(' ', '_')}_pct": 100.0 * labels[label] / observed for label in (*whole, "not finite")}
 
 
-def _observed(totals: Totals) -> int:
-    return totals.neurons - totals.count(lambda site: site.judgement.unseen)
+def _never_dormant(sites: Sequence[SiteReport]) -> bool:
+    """Whether all layers are of latents that seldom fire, of which none is called dormant."""
+    return all(site.kind == "sparse" for site in sites)
+
+
+def _layers(sites: Sequence[SiteReport]) -> dict[str, float]:
+    """Return the share of the worst layer, and how many have collapsed; empty if no layer of two neurons was seen."""
+    wide = [site for site in sites if site.neurons > 1]
+    numbers = [(site.dead, site.unseen, site.not_finite_neurons, site.neurons) for site in wide]
+    seen = [(dead, neurons - unseen) for dead, unseen, broken, neurons in numbers if unseen + broken < neurons]
+    if not seen:
+        return {}
+    collapsed = sum(dead >= COLLAPSED_SHARE * neurons for dead, *_, neurons in numbers)
+    worst = max(dead / observed for dead, observed in seen)
+    return {"worst_layer_dead_pct": 100.0 * worst, "collapsed_layers": float(collapsed)}
+
+
+def _observed(labels: Mapping[str, int]) -> int:
+    return sum(labels.values()) - labels["unseen"]

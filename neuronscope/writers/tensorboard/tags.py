@@ -1,23 +1,31 @@
 """Names the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
 
-The metric comes first and the layer second (``neuronscope.dead_pct/layer1.0.bn2/relu``): TensorBoard makes a group of
+The metric comes first and the layer second (``neuronscope.dead_pct/layer1.0.bn2--relu``): TensorBoard makes a group of
 the text before the first ``/``, and hundreds of groups with one chart each are of no help.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Sequence
 
 from neuronscope.writers.grouping import Group, group_sites
 
-__all__ = ["MOST_CHARTS", "group_tag", "groups", "metric", "safe"]
+__all__ = ["MOST_CHARTS", "card_name", "group_tag", "groups", "metric", "network_tag", "safe"]
 
 #: Most charts of one metric; more layers are grouped by their place in the network.
 MOST_CHARTS = 40
 
+#: The network's numbers in the first group. What is zero in most runs would fill that with empty charts.
+_FIRST = ("dead_pct", "deaths_total", "dormant_pct", "worst_layer_dead_pct", "revived_total")
+
 _LONGEST = 120
+#: Characters that a card's title shows of what follows the last ``/``, beside a beginning that is cut.
+_ON_CARD = 23
+#: Stands where a ``/`` would make TensorBoard cut the name before it; no safe name that is shorter has it.
+_JOINT = "--"
 _FUNCTION, _PART = "-fn", "-"
 
 # A layer's path, which of its units, the activation (several words for some gated products), and the ordinal.
@@ -68,20 +76,60 @@ def metric(name: str, phase: str) -> str:
     return name if phase == "train" else f"{safe(phase).replace('/', _PART)}_{name}"
 
 
+def network_tag(name: str, phase: str) -> str:
+    """Return the tag of one of the network's numbers: in the first group what matters most, in a second what is left.
+
+    Args:
+        name: The metric.
+        phase: The phase.
+
+    >>> network_tag("dead_pct", "val"), network_tag("not_finite_pct", "train")
+    ('neuronscope/val_dead_pct', 'neuronscope.more/not_finite_pct')
+    """
+    return f"neuronscope{'' if name in _FIRST else '.more'}/{metric(name, phase)}"
+
+
 def groups(names: Sequence[str]) -> list[Group]:
     """Return what gets a chart of its own: every layer, or groups if there are more than :data:`MOST_CHARTS`."""
-    return group_sites(names, MOST_CHARTS)
+    return list(_groups(tuple(names)))
+
+
+@functools.lru_cache(maxsize=8)  # a run asks for the same names at every window
+def _groups(names: tuple[str, ...]) -> tuple[Group, ...]:
+    return tuple(group_sites(names, MOST_CHARTS))
 
 
 def group_tag(group: Group) -> str:
-    """Return the last part of the tag of a layer or a group of layers.
+    """Return the last part of the tag of a layer or a group of layers; see :func:`card_name`.
 
     >>> from neuronscope.writers.grouping import Group
     >>> group_tag(Group("layers.0", "layers.3", ("layers.0.fc/relu", "layers.3.fc/relu"), False))
-    'layers.0--to--layers.3'
+    'layers.0--to--3'
     """
     if group.single:
-        return safe(group.first)
+        return card_name(group.first)
     if group.last is None:
-        return f"{safe(group.first)}--all"
-    return f"{safe(group.first)}--to--{safe(group.last)}"
+        return card_name(group.first, f"{_JOINT}all")
+    return card_name(group.first, f"{_JOINT}to{_JOINT}{safe(group.short_last)}")
+
+
+def card_name(name: str, ending: str = "") -> str:
+    """Return a layer's name for the tag of a chart or a picture, so that the titles of cards can be told apart.
+
+    Of a long title, TensorBoard shows the beginning and what follows the last ``/``. So the one ``/`` stands where the
+    rest just fits on a card.
+
+    Args:
+        name: The layer's name.
+        ending: Stands behind it.
+
+    >>> card_name("model.decoder.layers.11.mlp.fc1/relu"), card_name("layer1.0.bn2/relu")
+    ('model.decoder/layers.11.mlp.fc1--relu', 'layer1.0.bn2--relu')
+    """
+    layer, _, activation = safe(name).rpartition("/")
+    whole = f"{layer}{_JOINT}{activation}{ending}" if layer else f"{activation}{ending}"
+    dots = [at for at, char in enumerate(layer or activation) if char == "."]
+    if len(whole) <= _ON_CARD or not dots:
+        return whole
+    cut = next((at for at in dots if len(whole) - at - 1 <= _ON_CARD), dots[-1])
+    return f"{whole[:cut]}/{whole[cut + 1 :]}"

@@ -165,5 +165,5 @@
     }
   }
 
-  page.show(NeuronMap);
+  page.show(NeuronMap, page.overview());
 })();
