@@ -166,6 +166,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         zero_gradient_fraction=tally.zero_gradient_fraction,
         mean_abs_output=tally.mean_abs_output,
         last_active_step=total.last_active_step,
+        idle_positions=total.idle_positions,
         judgement=judge(tally, policy),
         history=record.history.for_site(name, tally.neurons),
         layer=tally.layer,

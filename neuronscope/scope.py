@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neuronscope.attach.activations import Activation, Registry
 from neuronscope.attach.compiling import hidden, skip_frames
@@ -22,6 +22,7 @@ from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.hooks import HookManager
 from neuronscope.attach.layer_names import lacking_layers
 from neuronscope.attach.module_paths import model_name
+from neuronscope.attach.named_tensors import NamedTensor
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
@@ -397,6 +398,38 @@ class Scope:
                     f"forgotten, {name!r} first. Use one name, such as 'val', for all passes of a kind: each pass is "
                     "a window of its own."
                 )
+
+    def count(
+        self, name: str, activations: Tensor, pre: Tensor | None = None, *, axis: int = -1, kind: str = "sparse"
+    ) -> None:
+        """Count a tensor as a site, wherever it was made: in a forward, in ``encode()``, in the training loop.
+
+        It is counted like every other site: by phase and window, over ranks, in saved states, and in observed steps
+        only. If it cannot be counted, a warning says so once, the report lists it, and the training goes on. After
+        :meth:`detach` this does nothing.
+
+        Args:
+            name: Name of the site. It must not be that of a module or of another site.
+            activations: What the next layer reads, such as the latents of a sparse autoencoder, ``(…, N)``. A neuron is
+                an index of dimension ``axis``.
+            pre: The pre-activation, of the same shape, at which zero gradients are counted; by default the tensor
+                itself, if it requires a gradient.
+            axis: The dimension that indexes the neurons.
+            kind: The kind of activation: ``sparse`` for what is meant to be zero nearly always, so that no neuron is
+                called dormant; or ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
+
+        Raises:
+            UsageError: ``name``, ``axis`` or ``kind`` has a wrong type or value.
+
+        >>> import torch
+        >>> sae = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> with watch(sae) as scope:
+        ...     scope.count("latents", torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 2.0]]))
+        ...     _ = scope.step()
+        >>> scope.census("train")["latents"].zero_outputs.tolist()
+        [2, 0, 1]
+        """
+        self._hooks.named.count(NamedTensor(name, axis, kind), activations, pre)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Scope]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["IncomingRows", "ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
+__all__ = ["NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
+
+
+#: The place of a tensor that the user named.
+NAMED_TENSOR = "scope.count()"
 
 
 class SiteKey(NamedTuple):

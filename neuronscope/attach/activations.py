@@ -21,7 +21,7 @@ from neuronscope.errors import UsageError
 __all__ = ["KINDS", "ROWS", "Activation", "ActivationRow", "Registry"]
 
 #: What an activation function does to its neurons; see ``docs/definitions.md``.
-KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
+KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated", "sparse")
 
 
 @dataclass(frozen=True)

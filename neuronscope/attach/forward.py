@@ -13,6 +13,7 @@ rollout, generation. What a forward with gradients runs under ``no_grad`` is a p
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ __all__ = ["INFERENCE", "ForwardContext", "Recomputation"]
 
 #: The phase of forwards that begin without gradients while the phase is ``train``.
 INFERENCE = "inference"
+
+_APPLY = inspect.unwrap(torch.autograd.Function.apply).__func__.__code__
 
 Place = tuple[str, str]  # path of a module, and name of a function or ""
 
@@ -155,6 +158,20 @@ class ForwardContext:
                 self._examples_of_step, self.examples = self.examples, self._counter.count(module, args, kwargs) or 0
         self.module_stack.append(path)
         return outermost
+
+    def begin_outside(self, x: Tensor) -> None:
+        """Note that a tensor is counted; outside of every forward and step its rows are the examples.
+
+        Args:
+            x: The tensor.
+        """
+        if self.module_stack or self._step is not None:
+            return
+        self._numbers += 1
+        self._set_number(self._numbers)
+        self.examples = self._counter.count_step((x,)) or 0
+        if not self.explicit_step:
+            self.mask = None
 
     def begin_step(self, inputs: tuple[Any, ...]) -> None:
         """Note what a training step is given that stands for the forward of the model.
@@ -370,6 +387,8 @@ def _in_autograd_function() -> bool:
     frame = sys._getframe(1).f_back
     while frame is not None:
         code = frame.f_code
+        if code is _APPLY:  # the `forward` of a function with a `setup_context` has no context
+            return True
         named = code.co_name == "forward" and code.co_argcount > 0 and code.co_varnames[0] != "self"
         if named and isinstance(frame.f_locals.get(code.co_varnames[0]), BackwardCFunction):
             return True

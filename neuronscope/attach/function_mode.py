@@ -26,8 +26,8 @@ from neuronscope.attach.compiling import (
 from neuronscope.attach.interrupts import CallStack
 from neuronscope.attach.neuron_flow import LEAVING
 from neuronscope.attach.recorder import SiteRecorder
+from neuronscope.attach.selections import SELECTING
 from neuronscope.attach.single_thread import EnteredMode
-from neuronscope.attach.torch_functions import spellings
 
 __all__ = ["ActivationFunctionMode", "Watch", "first_input"]
 
@@ -38,7 +38,6 @@ _WITHOUT_RESULT = LEAVING | {Tensor.__setitem__}
 _QUESTIONS = frozenset(
     {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__}  # type: ignore[attr-defined]
 )
-_PRODUCTS = spellings("mul", "multiply", "mul_", "multiply_", "__mul__", "__rmul__", "__imul__")
 
 
 class Watch(Protocol):
@@ -124,8 +123,8 @@ class ActivationFunctionMode(TorchFunctionMode):
                             recorder.end(call, first_input(args, kwargs), output)
                         else:
                             flow.follow(func, args, kwargs, output)
-                            if func in _PRODUCTS and manager.functional:
-                                recorder.product(args, output)
+                            if func in SELECTING and manager.functional:
+                                recorder.select(func, args, kwargs, output)
                 except Exception as error:
                     manager.fail(error)
             return output
@@ -175,8 +174,8 @@ class ActivationFunctionMode(TorchFunctionMode):
         """Follow a function while ``torch.compile`` traces; `comptime` reads the arguments and variables."""
         inputs = self.manager.recorder.forward.parts.inputs  # noqa: F841, the graph is for these
         comptime(self._follow_while_tracing)
-        if func in _PRODUCTS and self.manager.functional:
-            self.manager.recorder.product(args, output)
+        if func in SELECTING and self.manager.functional:
+            self.manager.recorder.select(func, args, kwargs, output)
 
     def _follow_traced(self, func: Any, args: Any, kwargs: Any, output: Any, _: str) -> None:
         self.manager.recorder.forward.flow.follow(func, args, kwargs, output)

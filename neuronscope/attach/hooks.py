@@ -54,6 +54,7 @@ from neuronscope.attach.module_hooks import (
     SuspendInside,
 )
 from neuronscope.attach.module_paths import walk
+from neuronscope.attach.named_tensors import NamedTensors
 from neuronscope.attach.recorder import SiteRecorder
 from neuronscope.attach.scripting import allow_scripting, stop_allowing_scripting
 from neuronscope.attach.single_thread import CountedThread, EnteredMode, Turns, enclosing_modules
@@ -137,6 +138,8 @@ class HookManager:
         self.recorder.own_code = code_of_forward([module for path, module in walk(model) if path == ""][-1])
         self.recorder.is_part = self._is_part
         self.recorder.sites.is_tensor_parallel = lambda: is_tensor_parallel(self._model())
+        self.recorder.sites.paths = self._paths
+        self.named = NamedTensors(self)
         self._compilations = count_compilations()
         self._compiles = False  # whether the model was or will be compiled, as far as is known
         self._attach(model)
@@ -216,6 +219,15 @@ class HookManager:
         """Whether an object is a module of the model, and neither the model itself nor a wrapper of it."""
         model = self._model()
         return model is not None and any(module is owner and path != "" for path, module in walk(model))
+
+    def _paths(self) -> set[str]:
+        model = self._model()
+        return set() if model is None else {path for path, _ in walk(model)}
+
+    def end_outside(self) -> None:
+        """Note that what was counted outside of every module has ended."""
+        if not self.running and not self.recorder.forward.module_stack:
+            self.thread.in_forward = None
 
     def _hook(self, module: nn.Module, path: str, activation: Activation | None) -> None:
         """Put hooks on a module, if it needs any."""
@@ -579,8 +591,7 @@ class HookManager:
             self.recorder.end(call, x, y)
         elif not self.running:
             self.recorder.carry(x, y)
-        if not self.running and not self.recorder.forward.module_stack:
-            self.thread.in_forward = None
+        self.end_outside()
 
 
 def _names_places(module: nn.Module) -> bool:

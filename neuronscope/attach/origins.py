@@ -21,6 +21,7 @@ __all__ = [
     "Operand",
     "Origin",
     "Pick",
+    "Picks",
     "combine",
 ]
 
@@ -66,6 +67,18 @@ class Pick(NamedTuple):
 Cut = tuple[int, int, int]
 
 
+class Picks(NamedTuple):
+    """What data picked from.
+
+    Attributes:
+        units: The units of the tensor, as they lie in it.
+        site: The site that gave it, if there was one.
+    """
+
+    units: Units
+    site: Any
+
+
 class Origin:
     """What a tensor is. Two origins are equal if they are one object; :meth:`of` returns the same one for equal facts.
 
@@ -84,11 +97,17 @@ class Origin:
             with the name of the function; and :data:`ACTIVATED` for a layer whose activation is known. The layer ``""``
             stands for those that came last.
         carries: The sites whose neurons the elements are or are multiplied by, and where each of these lies.
+        picks: Of a tensor that was picked by data from the units of another one, such as the largest or their indices:
+            these units, as they lie in the other one, and its site.
+        zeros: Whether it is a constant of which every element is zero.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
-    __slots__ = ("bends", "carries", "cuts", "layer", "picked", "site", "state", "unit_set", "units", "upstream")
+    __slots__ = (
+        *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
+        "zeros",
+    )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
     _MOST_KNOWN: ClassVar[int] = 100_000
@@ -102,6 +121,8 @@ class Origin:
     site: Any
     bends: tuple[tuple[str, str], ...]
     carries: tuple[Carried, ...]
+    picks: Picks | None
+    zeros: bool
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -117,6 +138,8 @@ class Origin:
         site: Any = None,
         bends: tuple[tuple[str, str], ...] = (),
         carries: tuple[Carried, ...] = (),
+        picks: Picks | None = None,
+        zeros: bool = False,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -130,15 +153,17 @@ class Origin:
             site: A site.
             bends: Layers and functions.
             carries: Sites, and where their neurons lie.
+            picks: Units and a site.
+            zeros: Whether every element is zero.
         """
-        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
-            found.cuts, found.picked, found.site, found.bends, found.carries = rest
+            found.cuts, found.picked, found.site, found.bends, found.carries, found.picks, found.zeros = rest
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -209,6 +234,9 @@ class Operand(NamedTuple):
     boolean: bool = False
 
 
+_UNKNOWN = Origin.of(UNKNOWN)
+
+
 def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = "", product: bool = False) -> Origin:
     """Return what an elementwise function of several tensors is.
 
@@ -233,7 +261,8 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
     origin = chosen.origin
     if origin.units is None:
         lost = (("", bent),) if bent and origin.state == LOST else ()
-        return Origin.of(origin.state, upstream, layer=origin.layer if len(data) == 1 else "", bends=lost)
+        alone = origin if len(data) == 1 else _UNKNOWN
+        return Origin.of(origin.state, upstream, layer=alone.layer, bends=lost, picks=alone.picks)
     if len(chosen.shape) > len(shape):
         return Origin.of(LOST, upstream)
     alike = all(each.origin.units == origin.units and each.origin.site == origin.site for each in data)

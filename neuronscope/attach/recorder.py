@@ -122,6 +122,7 @@ class SiteRecorder:
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
+        self._pre_activations: dict[int, int] = {}  # of selections: which argument is the pre-activation
 
         # torch.compile runs these while it traces.
         self._find_while_tracing = while_tracing(
@@ -129,7 +130,7 @@ class SiteRecorder:
         )
         self._end_while_tracing = while_tracing(self._end_traced, "call", "y")
         self._unreadable_while_tracing = while_tracing(self._unreadable_traced, "call")
-        self._product_while_tracing = while_tracing(self._product_traced, "phase", "args", "y")
+        self._select_while_tracing = while_tracing(self._select_traced, "phase", "function", "args", "kwargs", "y")
         self._carry_while_tracing = while_tracing(self._carry, "x", "y")
         found: list[int | None] = []
         self._found = found
@@ -156,12 +157,20 @@ class SiteRecorder:
         def is_given(call: int) -> bool:
             return call in self._given
 
+        def needs_gradient(call: int) -> bool:
+            return call in self._pre_activations
+
+        def pre_activation(call: int) -> int:
+            return self._pre_activations[call]
+
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
         self._given_factor = torch.compiler.assume_constant_result(given_factor)
         self._is_given = torch.compiler.assume_constant_result(is_given)
+        self._needs_gradient = torch.compiler.assume_constant_result(needs_gradient)
+        self._pre_activation = torch.compiler.assume_constant_result(pre_activation)
         self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
     def set_phase(self, phase: str, step: int) -> None:
@@ -286,11 +295,14 @@ class SiteRecorder:
         call = self._last_found()
         if call is None:
             return None
+        self._count_gradient_in_graph(call, x, glu_dim)
+        return call
+
+    def _count_gradient_in_graph(self, call: int, x: Tensor, glu_dim: int | None) -> None:
         counters = self._counters_of(call)
         if counters is not None and not self._is_given(call) and x.requires_grad and torch.is_grad_enabled():
             axis, dims = self._layout_of(call)
             register_gradient_hook(x, axis, dims, glu_dim, counters, self.forward.mask)
-        return call
 
     def begin_graph(self, code: CodeType, owner: Any) -> Hashable:
         """Note that a graph begins to be traced, and return for what of ours it is made.
@@ -331,9 +343,13 @@ class SiteRecorder:
         call = self.sites.find(phase, path, function, activation, x, glu_dim, traced=True)
         if call is not None:
             self._note_traced(call)
-            if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
-                self._given.add(len(self._traced) - 1)
-                self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
+            self._note_given(call, x)
+
+    def _note_given(self, call: Call, x: Tensor) -> None:
+        """Note the call that was noted last as one whose pre-activation enters the graph, if it does."""
+        if enters_graph(x) and x.requires_grad and torch.is_grad_enabled():
+            self._given.add(len(self._traced) - 1)
+            self.forward.parts.note_given(x, call.key, _PreActivationOfCall(self, call))
 
     def _note_traced(self, call: Call) -> None:
         counters = call.counters if isinstance(call.counters, SiteCounters) else None
@@ -429,26 +445,35 @@ class SiteRecorder:
         self.forward.flow.note_activation(origin, None, "an activation that is not counted")
         self.forward.flow.put(y, origin.but(site=None, carries=()))
 
-    def product(self, args: tuple[Any, ...], y: Any) -> None:
-        """Count a product as gated if one factor is the output of a site and the other has other units.
+    def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        """Count what a function leaves of a site: a gated product, or what was selected by data.
 
         Args:
-            args: The two factors.
-            y: The product.
+            function: One of :data:`neuronscope.attach.selections.SELECTING`.
+            args: The positional arguments of its call.
+            kwargs: The keyword arguments.
+            y: What it returned.
         """
-        if len(args) != 2 or not isinstance(y, Tensor):
-            return
         phase = self.running_phase
         if not is_tracing():
-            call = self.sites.find_product(phase, args, y)
-            if call is not None and call.counters is not None:
+            selected = self.sites.selections.find(phase, function, args, kwargs, y)
+            if selected is None:
+                return
+            call, x = selected
+            if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
                 if call.given is not None and args[call.given].requires_grad and torch.is_grad_enabled():
                     self.hook_call(args[call.given], call)
+            if x is not None and x.requires_grad:
+                self.hook_call(x, call)
             return
-        comptime(self._product_while_tracing)
+        if not isinstance(y, Tensor):
+            return
+        comptime(self._select_while_tracing)
         number = self._last_found()
         if number is not None:
+            if self._needs_gradient(number):
+                self._count_gradient_in_graph(number, args[self._pre_activation(number)], None)
             self._count_in_graph(number, y)
             given = self._given_factor(number)
             counters = None if given is None else self._counters_of(number)
@@ -456,11 +481,16 @@ class SiteRecorder:
                 axis, dims = self._layout_of(number)
                 register_gradient_hook(args[given], axis, dims, None, counters, self.forward.mask)
 
-    def _product_traced(self, phase: str, args: tuple[Any, ...], y: Tensor) -> None:
+    def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         self._found.clear()
-        call = self.sites.find_product(phase, args, y, traced=True)
-        if call is not None:
+        selected = self.sites.selections.find(phase, function, args, kwargs, y, traced=True)
+        if selected is not None:
+            call, x = selected
             self._note_traced(call)
+            for place, arg in enumerate(args):
+                if arg is x and x is not None:
+                    self._pre_activations[len(self._traced) - 1] = place
+                    self._note_given(call, x)
 
     def _count(self, counters: Counters, y: Tensor, layout: NeuronLayout, owners: Owners | None) -> None:
         if isinstance(counters, JoinedCounters):
@@ -529,6 +559,53 @@ class SiteRecorder:
         add_outputs(counters, plain, axis, examples, self.step_tensor, self._scratch, self._tolerance)
         if left_out is not None:
             leave_out(counters, left_out)
+
+    def count_named(self, call_of: Callable[[str], Call | None], place: tuple[str, str], y: Tensor, x: Tensor) -> None:
+        """Count a tensor that the user names, and register a hook for the gradient at its pre-activation.
+
+        Args:
+            call_of: Returns the call of its site in a phase, or ``None`` if it is not counted.
+            place: Its name, and the function that counts it.
+            y: The tensor ``(…, N, …)``.
+            x: Its pre-activation, of the same shape; it may be the tensor itself.
+        """
+        forward = self.forward
+        if forward.recomputing or in_backward():
+            self._register_recomputed(x, *place, "", None)
+            return
+        forward.begin_outside(y)
+        call = call_of(self.running_phase)
+        if not torch.is_grad_enabled():
+            if forward.may_be_recomputed:
+                forward.recomputation.add(place, call)
+        elif call is not None and x.requires_grad:
+            self.hook_call(x, call)
+        if call is not None and call.counters is not None:
+            self._count(call.counters, y, call.layout, call.owners)
+
+    def find_named_traced(self, call: Call | None, x: Any) -> None:
+        """Note the call of a tensor that the user names, while ``torch.compile`` traces.
+
+        Args:
+            call: The call, or ``None``.
+            x: Its pre-activation.
+        """
+        self._found.clear()
+        if call is not None:
+            self._note_traced(call)
+            self._note_given(call, x)
+
+    def count_named_in_graph(self, y: Any, x: Any) -> None:
+        """Count in a graph the tensor whose call was noted last.
+
+        Args:
+            y: The tensor ``(…, N, …)``.
+            x: Its pre-activation.
+        """
+        call = self._last_found()
+        if call is not None:
+            self._count_gradient_in_graph(call, x, None)
+            self._count_in_graph(call, y)
 
     def _register_recomputed(self, x: Tensor, path: str, function: str, activation: str, glu_dim: int | None) -> None:
         """Register a gradient hook for a recomputed call: activation checkpointing runs a site again in backward.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,13 +18,14 @@ from neuronscope.attach.incoming import Incoming
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.row_owners import Owners
+from neuronscope.attach.selections import Selections
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.expert_counters import ExpertCounters, JoinedCounters
 from neuronscope.count.neuron_layout import NeuronLayout, assumed_layout
-from neuronscope.sites import ReaderColumns, SiteInfo, SiteKey
+from neuronscope.sites import NAMED_TENSOR, ReaderColumns, SiteInfo, SiteKey
 
 __all__ = ["Call", "CountersFactory", "DeclaredAxis", "Names", "SiteFinder", "neurons_in"]
 
@@ -36,6 +37,8 @@ CountersFactory = Callable[[str, SiteKey, SiteInfo, Names, int, torch.device], "
 DeclaredAxis = Callable[[str, str, str], "int | None"]
 
 _MOST_CALLS = 20_000
+#: Stands for the activation of a tensor that the user names.
+_NAMED = Activation("tensor", "sparse")
 _SILU = next(row.activation for row in ROWS if row.activation.name == "silu")
 #: Functions that may come before a SiLU that is written out.
 _CLAMPS = {"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "minimum"}
@@ -100,6 +103,7 @@ class SiteFinder:
     Attributes:
         unmeasured: What is not measured.
         is_tensor_parallel: Returns whether ranks share the neurons of the model's layers.
+        paths: Returns the paths of the model's modules.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class SiteFinder:
     ) -> None:
         self.unmeasured = Unmeasured(forward.flow)
         self.is_tensor_parallel: Callable[[], bool] = lambda: False
+        self.paths: Callable[[], Collection[str]] = tuple
         self._forward = forward
         self._gradients = gradients
         self._new_counters = new_counters
@@ -120,6 +125,9 @@ class SiteFinder:
         self._gates: dict[SiteKey, Call] = {}
         self._units: dict[SiteKey, tuple[Run, ...]] = {}  # which units the neurons of each site are
         self._other_halves: dict[SiteKey, tuple[Run, ...]] = {}  # of a GLU: the units of its gate
+        self.selections = Selections(self, forward, self._gates.get)
+        self._sparse: set[SiteKey] = set()  # sites of kind `sparse`
+        self._named: set[SiteKey] = set()  # tensors that the user names
         self._experts: dict[tuple[str, SiteKey], ExpertCounters] = {}  # of layers whose rows are of several experts
         self._common: dict[SiteKey, SiteKey] = {}  # of each expert's site: the key of all experts together
         self._modules: set[SiteKey] = set()  # sites whose activation is a module
@@ -157,6 +165,7 @@ class SiteFinder:
         forward = self._forward
         keys = [*(key for _, key in list(self._counters)), *self._common.values()]
         measured = {name for key in keys for name in key.layer.split("+")}
+        measured |= {layer for key in list(self._named) for layer, *_ in self._units.get(key, ())}
         all_seen = not (compiled or forward.ran_parts)
         not_measured = self.unmeasured.with_layers(measured, all_seen=all_seen)
         if forward.ran_alone and not forward.ran_root:
@@ -262,7 +271,7 @@ class SiteFinder:
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
-                return found if found is None or origin.units is None else self._with_owners(found, origin.units)
+                return found if found is None or origin.units is None else self.with_owners(found, origin.units)
         applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
         if not function:
             self.unmeasured.note_ran(path, phase)
@@ -273,9 +282,9 @@ class SiteFinder:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
             self._calls[facts] = call
-        return call if call is None or origin.units is None else self._with_owners(call, origin.units)
+        return call if call is None or origin.units is None else self.with_owners(call, origin.units)
 
-    def _with_owners(self, call: Call, units: Units) -> Call:
+    def with_owners(self, call: Call, units: Units) -> Call:
         """Return a call with what says in this forward which experts the rows are of, if the layer is one of experts.
 
         Args:
@@ -343,9 +352,13 @@ class SiteFinder:
         neurons = neurons_in(local_tensor(x).shape, layout)
         if glu_dim is not None and layout.dims is None and glu_dim == layout.axis:
             neurons, shard = neurons // 2, NeuronShard(shard.first // 2, shard.whole // 2)
+        sparse = origin.site is not None and origin.site in self._sparse
+        kind = "sparse" if sparse or activation.kind == "sparse" else activation.kind
+        if kind == "sparse":
+            self._sparse.add(key)
         info = SiteInfo(
             activation.name,
-            activation.kind,
+            kind,
             activation.linear_when_on,
             layout.axis,
             source,
@@ -365,7 +378,7 @@ class SiteFinder:
                 counters.sharded_dims = sharded_dims(x)
         if output_units is not None:
             carries, bends = (carry_site(key, output_units),), ((output_units.layer, ACTIVATED),)
-            after = origin.but(site=key, units=output_units, bends=bends, carries=carries).inherit(
+            after = origin.but(site=key, units=output_units, bends=bends, carries=carries, picks=None).inherit(
                 [Operand((), origin)]
             )
         else:
@@ -375,6 +388,60 @@ class SiteFinder:
         self._units[key] = info.units
         call = self._gates[key] = Call(key, counters, layout, hook, after, activation, info, shape=shape)
         return call
+
+    def find_named(
+        self, phase: str, name: str, axis: int, kind: str, y: Tensor, *, traced: bool
+    ) -> tuple[Call | None, str]:
+        """Return the call of a tensor that the user names, and why it is not counted, ``""`` if it is.
+
+        Args:
+            phase: The phase that it belongs to.
+            name: Its name.
+            axis: The dimension that indexes its neurons, ≥ 0.
+            kind: One of :data:`neuronscope.attach.activations.KINDS`.
+            y: The tensor ``(…, N, …)``.
+            traced: Whether it is the fake tensor of a graph.
+        """
+        key, layout = SiteKey(name, "", "", 0), NeuronLayout(axis)
+        if key not in self._named and (name in self.paths() or any(each.name == name for _, each in self._counters)):
+            return None, "the name is that of a layer, a module or a site of the model: give it another one"
+        self._named.add(key)
+        if not traced and (reason := unsupported_reason(y)):
+            return None, reason
+        origin = self._forward.flow.origin(y)
+        units = origin.units if origin.units is not None and origin.units.layout == layout else None
+        shard = self._shard(y, layout, units, key)
+        if shard is None:
+            return None, self.unmeasured.reasons[name]
+        neurons = neurons_in(local_tensor(y).shape, layout)
+        info = SiteInfo(
+            "tensor",
+            kind,
+            linear_when_on=False,
+            axis=axis,
+            axis_source="declared",
+            first=shard.first,
+            whole=shard.whole,
+            layer="" if units is None else units.layer,
+            units=() if units is None else _runs(units, units, neurons, shard.whole),
+            place=NAMED_TENSOR,
+        )
+        hidden = traced and self._is_shared_in_graph(key)
+        names = (name, info.layer or name, NAMED_TENSOR)
+        counters = None if hidden else self._counters_for(phase, key, info, names, neurons, y)
+        known = self._counters.get((phase, key))
+        if known is not None and counters is None:
+            return None, self.unmeasured.reasons[name]
+        hook = None
+        if counters is not None:
+            hook = CountedGradient(self._gradients, (name, NAMED_TENSOR), None, counters, layout)
+            if not traced:
+                counters.sharded_dims = sharded_dims(y)
+        if units is not None:
+            self._units[key] = info.units
+            carries, bends = (carry_site(key, units), *origin.carries), ((units.layer, ACTIVATED),)
+            self._forward.flow.put(y, origin.but(bends=bends, carries=carries))
+        return Call(key, counters, layout, hook, origin, _NAMED, info), ""
 
     def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
         """Return the call of a gated product, ``None`` if none of the factors is a gate of the other.
@@ -395,7 +462,7 @@ class SiteFinder:
                 continue
             if origin.units is None:
                 if gate.info.axis_source == "declared":
-                    return self._gated(phase, gate, origin, None, y, traced)
+                    return self.find_derived(phase, gate, origin, None, y, traced)
                 continue
             if gate.after.units is None or origin.units.size != gate.after.units.size:
                 continue  # a part of what the site gave: its gradients are not counted apart
@@ -407,8 +474,8 @@ class SiteFinder:
                     place = 0 if args[0] is other else 1
                     return self._swish(phase, gate, origin, origin.units, y, traced)._replace(given=place)
                 continue
-            found = self._gated(phase, gate, origin, origin.units, y, traced)
-            return None if found is None else self._with_owners(found, origin.units)
+            found = self.find_derived(phase, gate, origin, origin.units, y, traced)
+            return None if found is None else self.with_owners(found, origin.units)
         return None
 
     def _swish(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call:
@@ -437,12 +504,23 @@ class SiteFinder:
         after = before.but(state=UNITS, units=units, site=key, carries=carries, bends=((units.layer, ACTIVATED),))
         self._forward.flow.put(y, after)
         call = self._gates[key] = Call(key, counters, units.layout, hook, after, _SILU, info)
-        return self._with_owners(call, units)
+        return self.with_owners(call, units)
 
-    def _gated(
-        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool
+    def find_derived(
+        self, phase: str, gate: Call, origin: Origin, units: Units | None, y: Tensor, traced: bool, selection: str = ""
     ) -> Call | None:
-        name = gate.activation.gated_name or f"gated {gate.activation.name}"
+        """Return the call of what is computed from the output of a site: a gated product, or what was selected of it.
+
+        Args:
+            phase: The phase that it belongs to.
+            gate: The call of the site.
+            origin: What its output is, as it is multiplied or selected from.
+            units: The units of the result; ``None`` if the axis of the site was declared.
+            y: The result.
+            traced: Whether it is the fake tensor of a graph.
+            selection: Name of the selection; ``""`` for a gated product.
+        """
+        name = selection or gate.activation.gated_name or f"gated {gate.activation.name}"
         if units is None:  # its axis was declared
             key = SiteKey(gate.key.layer, gate.key.units, name, 0)
         else:
@@ -456,12 +534,14 @@ class SiteFinder:
         info = replace(
             gate.info,
             activation=name,
-            kind="gated",
+            kind="sparse" if selection else "gated",
             linear_when_on=False,
             axis=layout.axis,
             units=gate.info.units if units is None or shared or not gate.info.units else units.tensor_runs(),
         )
         self._units[key] = info.units
+        if selection:
+            self._sparse.add(key)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, layout)
         hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
@@ -475,7 +555,7 @@ class SiteFinder:
         if units is None:
             return Call(key, counters, layout, None, before, gate.activation, info, gate.key)
         carries = (carry_site(key, units), *before.carries)
-        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries).inherit(())
+        after = before.but(state=UNITS, units=units, layer="", site=key, carries=carries, picks=None).inherit(())
         self._forward.flow.put(y, after)
         return Call(key, counters, layout, None, after, gate.activation, info, gate.key)
 

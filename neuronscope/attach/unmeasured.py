@@ -8,7 +8,10 @@ from neuronscope.attach.neuron_flow import UNSEEN, NeuronFlow
 from neuronscope.attach.origins import CONSTANT, ENDED, RAW, ROWS, WEIGHT, Origin
 from neuronscope.attach.unsupported import IN_TRANSFORM
 
-__all__ = ["Unmeasured", "place_of"]
+__all__ = ["PICKED", "Unmeasured", "place_of"]
+
+#: Begins the reason why an activation of units that data picked is not measured.
+PICKED = "data picked some of its units"
 
 
 class Unmeasured:
@@ -41,6 +44,16 @@ class Unmeasured:
             reason: Why.
         """
         self.reasons.setdefault(name, reason)
+
+    def withdraw(self, name: str, beginning: str) -> None:
+        """Forget the reason why something is not measured, if it begins so.
+
+        Args:
+            name: Name of a layer.
+            beginning: How the reason begins.
+        """
+        if self.reasons.get(name, "").startswith(beginning):
+            del self.reasons[name]
 
     def note_ran(self, path: str, phase: str) -> None:
         """Note that an activation module ran.
@@ -91,7 +104,7 @@ class Unmeasured:
         if state == ENDED and origin.layer:
             self.note(
                 origin.layer,
-                f"data picked some of its units before the activation at {place}, so that one index is now this unit "
+                f"{PICKED} before the activation at {place}, so that one index is now this unit "
                 "and now that one. Register the module that picks them and puts them back: `activations={...}`",
             )
             return False

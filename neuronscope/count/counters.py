@@ -115,11 +115,32 @@ class SiteCounters:
         self.positions = 0
         self.gradient_positions = 0
         self.examples = 0
+        self._by_step: list[tuple[int, int, Tensor | None]] = []  # see `note_step`
         self._forward = -1  # number of the last forward that was counted
         #: Where the first call of a forward was traced: compilation, attempt, and changes of the counters until then.
         self._first_traced: tuple[Any, int, int] = None, 0, -1
         self._forward_positions = 0  # its positions and its examples so far
         self._forward_examples = 0
+
+    def note_step(self, step: int) -> None:
+        """Note that everything counted so far is of this optimizer step or an earlier one. Does not synchronize.
+
+        Args:
+            step: Number of the step.
+        """
+        if self._by_step and self._by_step[-1][0] == step:
+            self._by_step.pop()
+        traced = None
+        if self.in_graph:
+            with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction():
+                traced = self.tensors.traced[0].clone()
+        self._by_step.append((step, self.positions, traced))
+
+    def positions_by_step(self) -> tuple[tuple[int, int], ...]:
+        """Return the steps that were noted, each with the positions counted up to its end."""
+        traced = [each for *_, each in self._by_step if each is not None]
+        copied = iter(torch.stack(traced).tolist() if traced else ())
+        return tuple((step, eager + (0 if graph is None else next(copied))) for step, eager, graph in self._by_step)
 
     def new_examples(self, forward: int, examples: int, positions: int) -> int:
         """Return by how much the number of examples grows with a call: they count once a forward.
@@ -278,6 +299,7 @@ class SiteCounters:
             self.tensors.last_active.fill_(-1)
             self.tensors.first_active.fill_(NEVER)
         self.positions = self.gradient_positions = self.examples = 0
+        self._by_step.clear()
 
 
 def add_outputs(

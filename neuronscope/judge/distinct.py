@@ -21,6 +21,8 @@ BoolArray = npt.NDArray[np.bool_]
 ByteArray = npt.NDArray[np.uint8]
 
 _UNSEEN = LABELS.index("unseen")
+#: Kinds of sites that are what the next layer reads of an activation: a gate's product, latents after their selection.
+_READ = ("gated", "sparse")
 # A key is one byte that orders the places of a neuron: the place with the lowest key stands for it.
 _STEP = 40  # between ranks of keys; a key modulo this is the label
 _OUTSIDE = 3 * _STEP  # keys of sites out of headlines start here
@@ -202,7 +204,7 @@ class DistinctNeurons:
         """Return keys by site, uint8 ``(N,)``: first in headlines, then observed, then a product, then serious."""
         keys = []
         for site, label in zip(self._sites, labels, strict=True):
-            table = np.arange(len(LABELS), dtype=np.uint8) + (0 if site.kind == "gated" else _STEP)
+            table = np.arange(len(LABELS), dtype=np.uint8) + (0 if site.kind in _READ else _STEP)
             table[_UNSEEN] = 2 * _STEP + _UNSEEN
             keys.append((table + (0 if site.in_headlines else _OUTSIDE)).astype(np.uint8)[label])
         return keys

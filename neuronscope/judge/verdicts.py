@@ -101,7 +101,7 @@ class SiteCounts(Protocol):
 
     @property
     def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
 
     @property
     def linear_when_on(self) -> bool:
@@ -196,7 +196,10 @@ def judge(counts: SiteCounts, policy: Policy) -> Judgement:
     silent = never_fired & ~no_gradient if seen_gradients else np.zeros(shape, dtype=np.bool_)
     # Cut off: fires but gets no gradient. A leaky unit is never dead, so it is cut off even if it does not fire.
     cut_off = no_gradient & ~dead & ~not_finite
-    tau_dormant = is_tau_dormant(counts.mean_abs_output, not_finite, policy.dormant_tau)
+    if counts.kind == "sparse":  # a latent that seldom fires is as it should be
+        tau_dormant = np.zeros(shape, dtype=np.bool_)
+    else:
+        tau_dormant = is_tau_dormant(counts.mean_abs_output, not_finite, policy.dormant_tau)
     dormant = tau_dormant & ~dead & ~silent & ~cut_off
     linear = np.zeros(shape, dtype=np.bool_)
     if counts.linear_when_on:

@@ -32,7 +32,7 @@ from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["read_report", "report_from_dict"]
 
-_KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated")
+_KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated", "sparse")
 #: No run counts so many; what is below fits int64.
 _MOST = 2**60
 
@@ -124,6 +124,9 @@ class _Fields:
         if not fits(value):
             raise _DamagedError(f"{self._place}{name} is not {what}")
         return value
+
+    def has(self, name: str) -> bool:
+        return name in self._plain
 
     def text(self, name: str, among: Sequence[str] = ()) -> str:
         what = f"one of {', '.join(among)}" if among else "text"
@@ -267,6 +270,7 @@ def _site(fields: _Fields, policy: Policy) -> SiteReport:
         incoming_notes=fields.texts("incoming_notes"),
         is_norm=fields.flag("is_norm"),
         normalises=fields.text("normalises"),
+        idle_positions=fields.integers("idle_positions", neurons) if fields.has("idle_positions") else None,
     )
     for name in ("dead", "born_dead", "silent", "dormant", "tau_dormant", "cut_off", "linear", "unseen"):
         if fields.integer(name) != getattr(site, name):
@@ -280,7 +284,7 @@ def _judgement(fields: _Fields, means: FloatArray, policy: Policy) -> Judgement:
         fields.fail("has a label that no neuron can have")
     codes = np.array([LABELS.index(label) for label in labels], dtype=np.uint8)
     masks = {label.replace(" ", "_"): codes == code for code, label in enumerate(LABELS[:-1])}
-    if masks["unseen"].all():
+    if masks["unseen"].all() or fields.text("kind", _KINDS) == "sparse":
         return Judgement(**masks, tau_dormant=np.zeros(codes.shape, dtype=np.bool_))
     return Judgement(**masks, tau_dormant=is_tau_dormant(means, masks["not_finite"], policy.dormant_tau))
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.acts import Act
 from neuronscope.report.rendering import Renderable
@@ -150,7 +151,7 @@ class SiteReport(TotalsMember):
     Attributes:
         name: The site's name.
         activation: The activation function's name (``relu``, ``gelu``, …).
-        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``.
+        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``.
         neurons: ``N``.
         axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
         axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.
@@ -175,6 +176,9 @@ class SiteReport(TotalsMember):
         incoming_notes: Why these are not all, or lead elsewhere too; see :class:`neuronscope.sites.SiteInfo`.
         is_norm: Whether the layer is a normalisation.
         normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
+        idle_positions: Of a site of kind ``sparse``: positions since the last step in which each neuron fired, from the
+            start of watching to the end of the window, int64 ``(N,)``; all of them for one that never did. ``None`` for
+            other kinds.
     """
 
     name: str
@@ -203,6 +207,7 @@ class SiteReport(TotalsMember):
     incoming_notes: tuple[str, ...] = ()
     is_norm: bool = False
     normalises: str = ""
+    idle_positions: IntArray | None = None
 
     def __repr__(self) -> str:
         return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
@@ -256,6 +261,46 @@ class SiteReport(TotalsMember):
     def unseen(self) -> int:
         """Number of neurons that were never observed."""
         return int(self.judgement.unseen.sum())
+
+    def not_fired_in(self, positions: int) -> int:
+        """Return how many neurons of a site of kind ``sparse`` did not fire in the last positions (tokens).
+
+        Args:
+            positions: Number of positions. A neuron counts from the end of the last step in which it fired, as in the
+                training libraries for sparse autoencoders.
+
+        Raises:
+            UsageError: This is not kept for the site's kind.
+        """
+        if self.idle_positions is None:
+            raise UsageError(
+                f"Expected a layer of kind 'sparse', but {self.name!r} is of kind {self.kind!r}: how long its neurons "
+                "have not fired is not kept. Count its output with `scope.count()`."
+            )
+        return int((self.idle_positions >= positions).sum())
+
+    @property
+    def log10_density(self) -> FloatArray:
+        """log10 of the share of positions at which each neuron fired, float64 ``(N,)``; −inf = never, NaN = unseen."""
+        with np.errstate(divide="ignore"):
+            density: FloatArray = np.log10(1.0 - self.zero_output_fraction)
+        return density
+
+    def density_histogram(self, bins_per_decade: int = 2) -> tuple[IntArray, FloatArray]:
+        """Return how many neurons have which log10 firing density; those that never fired are in no bin.
+
+        Args:
+            bins_per_decade: Number of bins for a factor of 10.
+
+        Returns:
+            The numbers, int64 ``(B,)``, and the edges, float64 ``(B + 1,)``: from a whole number that is low enough for
+            a neuron that fired once, up to 0. A neuron on an edge is in the bin above it; 0 is in the last one.
+        """
+        decades = max(1, int(np.ceil(np.log10(max(self.positions, 1)))))
+        edges: FloatArray = np.linspace(-decades, 0, decades * bins_per_decade + 1)
+        density = self.log10_density
+        counts, _ = np.histogram(density[np.isfinite(density)].clip(-decades, 0), edges)
+        return counts.astype(np.int64), edges
 
     def worst(self, count: int = 5) -> list[int]:
         """Return the neurons that are not alive, the most serious label first, then the lowest output.
@@ -311,6 +356,7 @@ class SiteReport(TotalsMember):
             "zero_gradient_fraction": _plain(self.zero_gradient_fraction),
             "mean_abs_output": _plain(self.mean_abs_output),
             "last_active_step": self.last_active_step.tolist(),
+            **({} if self.idle_positions is None else {"idle_positions": self.idle_positions.tolist()}),
             "history": self.history.to_dict(),
         }
 

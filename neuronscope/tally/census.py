@@ -42,6 +42,9 @@ class Tally:
         positions: Number of positions at which each neuron's output was observed.
         gradient_positions: Number of positions at which each neuron's gradient was observed.
         examples: Number of independent examples in the counts; 0 if that is not known, so that no bound is claimed.
+        idle_positions: Positions in the steps after the last one in which the neuron fired, int64 ``(N,)``: all of them
+            if it never did. ``None`` if that is not kept; it is for sites of kind ``sparse``.
+        step_positions: Of running counts: each step, with the positions up to its end.
     """
 
     info: SiteInfo
@@ -54,6 +57,8 @@ class Tally:
     positions: int
     gradient_positions: int
     examples: int
+    idle_positions: IntArray | None = None
+    step_positions: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def empty(cls, info: SiteInfo, neurons: int) -> Tally:
@@ -74,6 +79,7 @@ class Tally:
             positions=0,
             gradient_positions=0,
             examples=0,
+            idle_positions=np.zeros(neurons, dtype=np.int64) if info.kind == "sparse" else None,
         )
 
     @property
@@ -88,7 +94,7 @@ class Tally:
 
     @property
     def kind(self) -> str:
-        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating`` or ``gated``."""
+        """The activation's kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``."""
         return self.info.kind
 
     @property
@@ -171,6 +177,34 @@ class Tally:
         """Mean of ``|y|`` over positions, float64 ``(N,)``; non-finite outputs add 0; NaN if unseen."""
         return _fraction(self.abs_sum, self.positions)
 
+    def idle_since(self, last_active_step: IntArray) -> IntArray:
+        """Return how many positions of running counts are in the steps after some other ones.
+
+        Args:
+            last_active_step: A step for each neuron, int64 ``(N,)``; −1 = before all of them.
+
+        Returns:
+            int64 ``(N,)``. What was counted since the newest step that was noted belongs to the step after it.
+        """
+        steps = np.array([step for step, _ in self.step_positions], dtype=np.int64)
+        until = np.array([0, *(positions for _, positions in self.step_positions)], dtype=np.int64)
+        idle: IntArray = self.positions - until[np.searchsorted(steps, last_active_step, side="right")]
+        idle[last_active_step > (steps[-1] if len(steps) else -1)] = 0
+        return idle
+
+    def with_idle(self) -> Tally:
+        """Return this tally of running counts with the positions since each neuron last fired, if these are kept."""
+        if self.idle_positions is None:
+            return self
+        return replace(self, idle_positions=self.idle_since(self.last_active_step))
+
+    def _idle_after(self, other: Tally) -> IntArray | None:
+        if self.idle_positions is None and other.idle_positions is None:
+            return None
+        none = np.zeros(self.neurons, dtype=np.int64)
+        before, later = (none if each.idle_positions is None else each.idle_positions for each in (self, other))
+        return np.where(other.last_active_step >= 0, later, before + other.positions)
+
     def merge(self, other: Tally) -> Tally:
         """Return the sum of this tally and a later one, equal to counting everything in one.
 
@@ -191,6 +225,8 @@ class Tally:
             positions=self.positions + other.positions,
             gradient_positions=self.gradient_positions + other.gradient_positions,
             examples=self.examples + other.examples,
+            idle_positions=self._idle_after(other),
+            step_positions=(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +239,8 @@ class Tally:
         state: dict[str, Any] = {"info": {**vars(self.info), **listed}}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
+            if field.name == "step_positions" or value is None:
+                continue
             state[field.name] = torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
         return state
 
@@ -214,7 +252,7 @@ class Tally:
             StateError: A part of the state is missing, unknown or of a wrong type or shape.
         """
         try:
-            unknown = sorted(set(state) - {field.name for field in fields(cls)}, key=str)
+            unknown = sorted(set(state) - {field.name for field in fields(cls)[:-1]}, key=str)
             if unknown:
                 raise ValueError(f"it has {unknown[0]!r}, which is unknown")
             neurons = len(state["zero_outputs"])
@@ -240,6 +278,7 @@ class Tally:
                 positions=positions,
                 gradient_positions=gradients,
                 examples=examples,
+                idle_positions=counts("idle_positions", 0, positions) if "idle_positions" in state else None,
             )
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             given = sorted(state, key=str) if isinstance(state, Mapping) else type(state).__name__

@@ -59,8 +59,11 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyAr
     gradient_positions = gradients.totals((0, 0, *gate["traced_gradients"].tolist()))[1]
     if gradients.unreadable:
         gate["zero_gradients"], gradient_positions = np.zeros_like(gate["zero_gradients"]), 0
+    sparse = info.kind == "sparse"
     return Tally(
         info=info,
+        step_positions=counters.positions_by_step() if sparse else (),
+        idle_positions=np.zeros(counters.neurons, dtype=np.int64) if sparse else None,
         zero_outputs=own["zero_outputs"].astype(np.int64, copy=False),
         zero_gradients=gate["zero_gradients"].astype(np.int64, copy=False),
         not_finite_outputs=own["not_finite"].astype(np.int64, copy=False),
@@ -70,7 +73,7 @@ def _tally(info: SiteInfo, counters: SiteCounters, counted: dict[int, list[AnyAr
         positions=positions,
         gradient_positions=gradient_positions,
         examples=examples,
-    )
+    ).with_idle()
 
 
 def _copied(tensors: Iterable[Tensor]) -> list[AnyArray]:

@@ -19,9 +19,9 @@ from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import StateError, UsageError
 from neuronscope.judge.verdicts import Policy
 from neuronscope.report.fault import Fault
-from neuronscope.sites import SiteInfo, SiteKey
+from neuronscope.sites import NAMED_TENSOR, SiteInfo, SiteKey
 from neuronscope.tally.act_record import ActRecord
-from neuronscope.tally.census import Census
+from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.check_state import integer, integers, mapping
 from neuronscope.tally.collect import observed, read_tallies
 from neuronscope.tally.history import History
@@ -61,6 +61,7 @@ class PhaseRecord:
         self._policy = policy
         self._lock = nullcontext() if lock is None else lock
         self._counters: dict[SiteKey, tuple[SiteInfo, SiteCounters]] = {}
+        self._sparse: list[SiteCounters] = []  # of sites of which it is kept how long each neuron has not fired
         self._flushed = Census()  # the flushed part of the open window
         self._steps: list[int] = []  # observed steps of the open window
         self._steps_flushed = 0  # how many of them were flushed
@@ -89,6 +90,8 @@ class PhaseRecord:
         counters = SiteCounters(neurons, device)
         with self._lock:
             self._counters[key] = (info, counters)
+            if info.kind == "sparse":
+                self._sparse.append(counters)
         return counters
 
     def describe_sites(self, describe: Callable[[SiteKey, SiteInfo], SiteInfo]) -> None:
@@ -151,6 +154,8 @@ class PhaseRecord:
         """Record that an optimizer step was observed."""
         if not self._steps or step > self._steps[-1]:
             self._steps.append(step)
+        for counters in self._sparse:
+            counters.note_step(step)
 
     @property
     def newest_step(self) -> int:
@@ -296,6 +301,7 @@ class PhaseRecord:
         with self._lock:
             for key in sites:
                 self._counters.pop(key, None)
+            self._sparse = [counters for info, counters in self._counters.values() if info.kind == "sparse"]
 
     def census(self, window: str) -> Census:
         """Return the census of a window.
@@ -361,7 +367,7 @@ class PhaseRecord:
         self._steps_flushed = len(steps)
         self.checked_step = looked_at_step
         self._short_at = -1
-        loaded = {name: tally.layer or name for name, tally in {**flushed, **closed, **last}.items()}
+        loaded = {name: _layer_of(name, tally) for name, tally in {**flushed, **closed, **last}.items()}
         missing = lacking(loaded.values())
         self._loaded = set(loaded)
         self._lacking = {name for name, layer in loaded.items() if layer in missing}
@@ -404,6 +410,11 @@ def _check_together(flushed: Census, closed: Census, last: Census, history: Hist
 def _place(name: str) -> str:
     """Return the layer and units in a site's name; ``""`` if no layer is known."""
     return name.rpartition("/")[0]
+
+
+def _layer_of(name: str, tally: Tally) -> str:
+    """Return the layer that a site needs to be in the model: none, the root, if the user names the tensor."""
+    return tally.layer or ("" if tally.info.place == NAMED_TENSOR else name)
 
 
 def _listed(names: Collection[str], most: int = 3) -> str:

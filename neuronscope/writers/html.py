@@ -18,6 +18,7 @@ from neuronscope.writers import page, wording
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
 from neuronscope.writers.packing import NetworkMap, Packed, pack, share_budget, summarise
 from neuronscope.writers.page import Card, Cell, LayerRow
+from neuronscope.writers.page_density import densities
 from neuronscope.writers.page_experts import mixtures
 from neuronscope.writers.page_headline import headline
 from neuronscope.writers.page_timeline import timeline
@@ -103,6 +104,7 @@ def render(report: Report, against: Report | None = None, against_name: str = ""
         overview_hint=_hint(overview) if overview else "",
         left_out=left_out,
         legend=LEGEND,
+        densities=densities([report.layers[index] for index in shown]),
         against=None if against is None else _comparison(compare_reports(against, report), against_name),
         mixtures=drawn,
         mixtures_left_out=not_drawn,
@@ -229,7 +231,7 @@ def _cards(report: Report) -> list[Card]:
         card("Dead", report.dead, born if report.dead and wording.tells_born(report) else among, "bad"),
         Card("Dead share", share, among, "bad" if report.dead else "calm"),
         *([card("Silent", report.silent, "zero, but gradient arrives", "silent")] if report.silent else []),
-        card("Dormant", report.dormant, "almost no output", "warn"),
+        *([] if wording.all_sparse(report) else [card("Dormant", report.dormant, "almost no output", "warn")]),
         card("Cut off", report.cut_off, "no gradient" if gradients else "gradients unseen", "cut", gradients),
         card("Not finite", report.not_finite, "NaN or infinite outputs", "alarm", wording.anything_seen(report)),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from neuronscope.report.report import Report
 from neuronscope.writers import wording
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
@@ -46,13 +48,16 @@ def render(report: Report) -> str:
     blocks.append(bullets(sentences))
     if report.layers:
         shown, left_out = wording.fold(report.layers)
-        rows = [_cells(wording.site_cells(site, report)) for site in shown]
-        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in COLUMNS)], rows))
+        columns = [each for each in COLUMNS if each[1] != "dormant" or not wording.all_sparse(report)]
+        rows = [_cells(wording.site_cells(site, report), columns) for site in shown]
+        blocks.append(table([("layer", False), *((heading, right) for heading, _, right in columns)], rows))
         blocks += [f"{sentence}." for sentence in left_out]
     for index, one in enumerate(wording.causes(report)):
         heading = f"### Why, and what to do{' (provisional)' if report.provisional else ''}"
         blocks += [heading] if not index else []
         blocks += [f"#### {plain(one.sign)}", diagnosis_parts(one)]
+    if found := wording.sparse(wording.fold(report.layers)[0]):
+        blocks += ["### Latents", bullets(map(plain, found))]
     if found := wording.weights(wording.fold(report.layers)[0]):
         blocks += ["### Weights of layers with idle neurons", bullets(map(plain, found))]
     if report.not_measured:
@@ -63,8 +68,8 @@ def render(report: Report) -> str:
     return "\n\n".join([*blocks, "### Words", pairs(wording.glossary(report))]) + "\n"
 
 
-def _cells(row: wording.SiteCells) -> list[str]:
-    cells = [(field, plain(getattr(row, field))) for _, field, _ in COLUMNS]
+def _cells(row: wording.SiteCells, columns: Sequence[tuple[str, str, bool]]) -> list[str]:
+    cells = [(field, plain(getattr(row, field))) for _, field, _ in columns]
     bold = BOLD.get(row.tone, ())
     name = f"{code(row.name)} {plain(row.mark)}".rstrip()
     return [name, *(f"**{text}**" if field in bold else text for field, text in cells)]

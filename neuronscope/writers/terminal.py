@@ -49,8 +49,11 @@ def render(report: Report, top: int = 20) -> str:
         alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
         cells = [wording.site_cells(site, report) for site in shown]
         cells = [replace(one, name=one.marked_name) for one in cells]
-        page.table(COLUMNS if alike else COLUMNS + EXAMPLES, cells, left_out)
+        hidden = "dormant" if wording.all_sparse(report) else ""
+        columns = [column for column in (COLUMNS if alike else COLUMNS + EXAMPLES) if column.field != hidden]
+        page.table(columns, cells, left_out)
     page.causes(wording.causes(report), provisional=report.provisional)
+    page.list("Latents", wording.sparse(wording.fold(report.layers, top, top)[0]))
     page.list("Weights of layers with idle neurons", wording.weights(wording.fold(report.layers, top, top)[0]))
     page.list("Not measured", [f"{item.name}: {item.reason}" for item in report.not_measured])
     page.list("Notes", report.other_notes)

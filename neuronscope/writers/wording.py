@@ -26,6 +26,7 @@ from neuronscope.writers.formatting import (
 
 __all__ = [
     "SiteCells",
+    "all_sparse",
     "anything_seen",
     "based_on",
     "causes",
@@ -43,6 +44,7 @@ __all__ = [
     "provisional_note",
     "severity",
     "site_cells",
+    "sparse",
     "tells_born",
     "title",
     "weights",
@@ -62,6 +64,10 @@ def legend(report: Report) -> str:
 def tells_born(report: Report) -> bool:
     """Whether born dead and died are told apart: a scan sees a network at one moment, and its past at none."""
     return report.phase != "scan"
+
+
+#: Heights of a bar, from none to the highest.
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
 def title(report: Report) -> str:
@@ -201,6 +207,39 @@ def weights(sites: Sequence[SiteReport]) -> list[str]:
         for site in sites
         if site.incoming and (site.dead or site.silent or site.dormant)
     ]
+
+
+def sparse(sites: Sequence[SiteReport]) -> list[str]:
+    """Say of each layer of latents how many never fired, not lately, and how often the others do.
+
+    Args:
+        sites: The layers that are shown.
+    """
+    return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not is_unseen(site)]
+
+
+def all_sparse(report: Report) -> bool:
+    """Whether all layers are of latents that seldom fire, so that none can be called dormant."""
+    return bool(report.layers) and all(site.kind == "sparse" for site in report.layers)
+
+
+def _sparse(site: SiteReport) -> str:
+    density = site.log10_density
+    fired = density[np.isfinite(density)]
+    counts, edges = site.density_histogram()
+    bars = "".join(_BARS[-(-int(number) * (len(_BARS) - 1) // max(int(counts.max()), 1))] for number in counts)
+    parts = [f"{count(site.neurons - len(fired))} of {plural(site.neurons, 'latent')} fired at none of "]
+    parts[0] += f"{plural(site.positions, 'token')}"
+    if site.idle_positions is not None:
+        seen = int(site.idle_positions.max(initial=0))
+        lately = min(10_000_000, 10 ** (len(str(max(seen, site.positions))) - 1))
+        parts.append(f"{count(site.not_fired_in(lately))} not in the last {plural(lately, 'token')}")
+    if fired.size:
+        parts.append(
+            f"log10 of the firing density, from {edges[0]:g} to 0: {bars.rstrip()} (half of those that fired below "
+            f"{np.median(fired):.1f})"
+        )
+    return "; ".join(parts)
 
 
 def weights_of(site: SiteReport) -> str:

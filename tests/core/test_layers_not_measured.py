@@ -35,10 +35,6 @@ def cut(h: Tensor) -> Tensor:
 BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "maximum": lambda h: torch.maximum(torch.zeros_like(h), h),
     "max": lambda h: torch.max(h, h.new_zeros(())),
-    "mask": lambda h: h * (h > 0),
-    "mask as a number": lambda h: (h > 0).to(h.dtype) * h,
-    "where": lambda h: torch.where(h >= 0, h, 0.0),
-    "masked_fill": lambda h: h.masked_fill(h.lt(0), 0.0),
     "assignment": cut,
     "absolute values": lambda h: (h + h.abs()) / 2,
     "softplus": lambda h: h.exp().log1p(),
@@ -61,6 +57,26 @@ def test_a_layer_behind_an_activation_that_is_written_out_is_listed(by_hand: Cal
     assert set(missing) == {"first"}
     assert "activations={...}" in missing["first"]
     assert scope.census()["second/softsign"].positions == 24
+
+
+MASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": lambda h: h * (h > 0),
+    "mask as a number": lambda h: (h > 0).to(h.dtype) * h,
+    "where": lambda h: torch.where(h >= 0, h, 0.0),
+    "masked_fill": lambda h: h.masked_fill(h.lt(0), 0.0),
+}
+
+
+@pytest.mark.parametrize("by_hand", MASKED.values(), ids=MASKED)
+def test_a_layer_from_which_a_mask_selects_is_counted(by_hand: Callable[[Tensor], Tensor]) -> None:
+    model = Net(by_hand)
+    with ns.watch(model) as scope:
+        for _ in range(4):
+            model(torch.randn(6, 5)).sum().backward()
+            scope.step()
+    report = scope.report()
+    assert not report.not_measured
+    assert (report["first/jumprelu"].neurons, report["first/jumprelu"].dead) == (9, 9)
 
 
 UNCHANGED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -137,11 +153,13 @@ def test_units_that_are_written_back_to_their_places_are_counted() -> None:
     model = Slots(keep_largest)
     model(torch.randn(2, 6))
     with ns.watch(model) as scope:
-        model(torch.randn(8, 6)).square().sum().backward()
+        x = torch.randn(8, 6)
+        model(x).square().sum().backward()
         scope.step()
-    # Which units a scatter along the units wrote is not followed.
-    assert list(scope.census()) == ["decode/tanh"]
-    assert scope.report().not_measured or scope.not_neurons()
+        fired = (keep_largest(model.encode(x)) > 0).sum(0)
+    assert list(scope.census()) == ["encode/topk", "encode/relu", "decode/tanh"]
+    assert (8 - scope.census()["encode/relu"].zero_outputs).tolist() == fired.tolist()
+    assert not scope.report().not_measured
 
 
 class Mixed(nn.Module):

@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from neuronscope.report.report import SCHEMA_VERSION, Report
@@ -54,7 +55,10 @@ def undescribed(value: Any, schema: dict[str, Any], path: str = "$") -> Iterator
 def test_the_schema_describes_every_field_and_no_other() -> None:
     points = ((10, 0.5), (20, float("nan")))
     series = dict.fromkeys(("learning_rate", "loss", "gradient_norm"), points)
-    plain = replace(samples.mixed(), series=series, checkpoints=(10,)).to_dict()
+    report = samples.mixed()
+    latents = replace(report.layers[0], idle_positions=np.arange(report.layers[0].neurons))  # as only sparse ones have
+    layers = (latents, *report.layers[1:])
+    plain = replace(report, layers=layers, series=series, checkpoints=(10,)).to_dict()
     VALIDATOR.validate(plain)
     assert list(undescribed(plain, SCHEMA)) == []
     assert plain["series"]["loss"] == {"steps": [10, 20], "values": [0.5, None]}

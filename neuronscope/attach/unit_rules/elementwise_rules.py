@@ -37,9 +37,10 @@ to type type_as normalize renorm local_response_norm quantize_per_tensor quantiz
 fake_quantize_per_tensor_affine fake_quantize_per_channel_affine alias _to_copy lift_fresh_copy
 """
 _FACTORIES = """
-zeros ones empty full arange linspace logspace eye rand randn randint randperm from_numpy tril_indices triu_indices
-zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty zero_
+ones empty full arange linspace logspace eye rand randn randint randperm from_numpy tril_indices triu_indices
+ones_like empty_like rand_like randn_like randint_like new_ones new_empty
 """
+_ZEROS = "zeros zeros_like new_zeros zero_"
 
 
 def _elementwise(operation: Operation) -> Origin:
@@ -112,6 +113,7 @@ ELEMENTWISE: dict[Function, Rule] = {
     **table("masked_fill", _masked, in_place=True),
     **table("where", _where),
     **table(_FACTORIES, lambda _: Origin.of(CONSTANT)),
+    **table(_ZEROS, lambda _: Origin.of(CONSTANT, zeros=True)),
     **table("copy_ fill_ full_like new_full new_tensor", _overwritten),
     **table("tensor as_tensor asarray", _made),
     **table("meshgrid", _grid),

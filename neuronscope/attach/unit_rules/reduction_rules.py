@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin
+from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin, Picks
 from neuronscope.attach.unit_rules.elementwise_rules import bending
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, integers, table
 from neuronscope.attach.units import has_units, reduce, resized
@@ -58,12 +58,16 @@ def _along_rule(place: int, default: int | None = None, *, picks: bool = False) 
         operand = operation.first
         origin, rank = operand.origin, len(operand.shape)
         if origin.units is None:
-            return [origin] * len(operation.outputs)
+            return [origin.but(picks=None) if origin.picks else origin] * len(operation.outputs)
         dim = operation.argument(place, "dim", "axis", default=default)
         along = [dim % rank] if isinstance(dim, int) and not isinstance(dim, bool) and rank else range(rank)
         if any(has_units(origin.units.dims[axis]) for axis in along):
-            layer = origin.units.layer if picks else ""
-            return [Origin.of(ENDED, operation.upstream, layer=layer)] * len(operation.outputs)
+            if not picks:
+                return [Origin.of(ENDED, operation.upstream)] * len(operation.outputs)
+            source = Picks(origin.units, origin.site)
+            return [Origin.of(ENDED, operation.upstream, layer=origin.units.layer, picks=source)] * len(
+                operation.outputs
+            )
         found = []
         for shape in operation.outputs:
             dims = resized(origin.units.dims, shape) if len(shape) == rank else None

@@ -18,7 +18,7 @@ from neuronscope.attach.origins import (
 )
 from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
 from neuronscope.attach.unit_rules.part_rules import index_units
-from neuronscope.attach.units import Units, has_units, resized
+from neuronscope.attach.units import Units, fits, has_units, resized
 
 __all__ = ["WRITING", "set_item"]
 
@@ -33,12 +33,40 @@ def _scatter_rule(operation: Operation) -> Origin:
             return target.origin.but(upstream=upstream, site=None, carries=())
         return Origin.of(ENDED, upstream) if upstream else target.origin
     units = source.origin.units
+    if isinstance(dim, int) and (selected := _selected(operation, target, source, dim)) is not None:
+        return selected
     if units is None or not isinstance(dim, int):
         return Origin.of(source.origin.state, upstream) if units is None else lose(operation)
     shape = operation.outputs[0]
     if len(source.shape) != len(shape) or has_units(units.dims[dim % len(shape)]):
         return Origin.of(ENDED, operation.upstream)
     return _written(target, source, shape, operation.upstream)
+
+
+def _selected(operation: Operation, target: Operand, source: Operand, dim: int) -> Origin | None:
+    """Return the units from which data picked some, if these are put back into zeros; ``None`` if they are not.
+
+    That is what is left of a layer after a top-k selection. Index and values may come from different picks of one
+    tensor: the index says which units they are.
+
+    Args:
+        operation: The call of a function that writes.
+        target: What it writes into.
+        source: What it writes.
+        dim: The dimension along which the index says where.
+    """
+    index = operation.argument(2, "index")
+    if not isinstance(index, Operand) or not target.origin.zeros or source.origin.picks is None:
+        return None
+    picks, shape = index.origin.picks, operation.outputs[0]
+    if picks is None or source.origin.picks.units.which != picks.units.which or not fits(picks.units.dims, shape):
+        return None
+    units = picks.units
+    dim %= len(shape)
+    kept = [size for place, size in enumerate(index.shape) if place != dim]
+    if not has_units(units.dims[dim]) or kept != [size for place, size in enumerate(shape) if place != dim]:
+        return None
+    return Origin.of(UNITS, operation.upstream, units=units, picks=picks)
 
 
 def _written(target: Operand, source: Operand, shape: Shape, upstream: int) -> Origin:

@@ -95,11 +95,10 @@ class _CallRecorder(SiteRecorder):
         if isinstance(y, Tensor):
             self._pass_on(call, kept, y)
 
-    def product(self, args: tuple[Any, ...], y: Any) -> None:
-        factors = len(args) == 2 and isinstance(y, Tensor)
-        gated = self.sites.find_product(self.running_phase, args, y) if factors else None
-        if gated is not None and gated.gate is not None:
-            self._pass_on(gated, None, y)
+    def select(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
+        selected = self.sites.selections.find(self.running_phase, function, args, kwargs, y)
+        if selected is not None and selected.call.gate is not None:
+            self._pass_on(selected.call, None, y)
 
     def _pass_on(self, call: Call, kept: Any, y: Tensor) -> None:
         layout = call.layout

@@ -42,14 +42,19 @@ class ReduceLayout:
         self.sites = dict(sites)
         self._slices: dict[str, slice] = {}
         self._neurons = 0
-        for name, (_, neurons) in self.sites.items():
+        self._idle: dict[str, slice] = {}  # sites of which it is kept how long each neuron has not fired
+        self._idle_neurons = 0
+        for name, (info, neurons) in self.sites.items():
             self._slices[name] = slice(self._neurons, self._neurons + neurons)
             self._neurons += neurons
+            if info.kind == "sparse":
+                self._idle[name] = slice(self._idle_neurons, self._idle_neurons + neurons)
+                self._idle_neurons += neurons
 
     @cached_property
     def signature(self) -> int:
         """A number below ``2**62`` that is the same for equal layouts, and different for others."""
-        widths = [(name, neurons) for name, (_, neurons) in self.sites.items()]
+        widths = [(name, neurons, info.kind == "sparse") for name, (info, neurons) in self.sites.items()]
         digest = hashlib.sha256(repr((self.part, widths)).encode()).digest()
         return int.from_bytes(digest[:8], "big") >> 2
 
@@ -73,9 +78,12 @@ class ReduceLayout:
             collectives: Those of this exchange.
             duplicate: Another rank has the same data, and counts for both what is not split.
         """
-        integers = np.zeros(len(_COUNTS) * self._neurons + len(_TOTALS) * len(self.sites), dtype=np.int64)
-        counts = integers[: len(_COUNTS) * self._neurons].reshape(len(_COUNTS), self._neurons)
-        totals = integers[counts.size :].reshape(len(self.sites), len(_TOTALS))
+        shapes = (len(_COUNTS), self._neurons), (len(self.sites), len(_TOTALS)), (1, self._idle_neurons)
+        ends = np.cumsum([rows * columns for rows, columns in shapes])
+        integers = np.zeros(ends[-1], dtype=np.int64)
+        counts, totals, (idle,) = (
+            part.reshape(shape) for part, shape in zip(np.split(integers, ends[:-1]), shapes, strict=True)
+        )
         abs_sum = np.zeros(self._neurons)
         steps = np.full(2 + 2 * self._neurons, -NEVER)
         last, first = steps[2:].reshape(2, self._neurons)
@@ -91,14 +99,21 @@ class ReduceLayout:
             first[own] = -tally.first_active_step
             if tally.info.first == 0:  # the positions are the same for all parts of a layer: one rank counts them
                 totals[number] = [getattr(tally, field) for field in _TOTALS]
-        collectives.sum(integers)
-        collectives.sum(abs_sum)
         collectives.max(steps)
         np.maximum(last, -1, out=last)
         np.negative(first, out=first)
+        for name, layer in self._idle.items():  # how long ago a neuron fired depends on when it did on any rank
+            tally = census.get(name)
+            if tally is not None and tally.info.first >= 0 and not (duplicate and not tally.info.whole):
+                own = slice(tally.info.first, tally.info.first + tally.neurons)
+                idle[layer][own] = tally.idle_since(last[self._slices[name]][own])
+        collectives.sum(integers)
+        collectives.sum(abs_sum)
         tallies = {}
         for name, layer, total in zip(self._slices, self._slices.values(), totals.tolist(), strict=True):
             values: dict[str, Any] = dict(zip((*_COUNTS, *_TOTALS), (*counts[:, layer], *total), strict=True))
+            if name in self._idle:
+                values.update(idle_positions=idle[self._idle[name]])
             values.update(abs_sum=abs_sum[layer], last_active_step=last[layer], first_active_step=first[layer])
             tallies[name] = Tally(info=self.sites[name][0], **values)
         last_step, first_step = steps[0].item(), -steps[1].item()

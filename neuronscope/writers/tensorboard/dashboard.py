@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.report.report import Report, SiteReport
+from neuronscope.writers.tensorboard.density import densities
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
@@ -91,7 +92,8 @@ def write(
             :func:`scalars`.
         images: Whether to draw the overview (``neuronscope/overview``) and heat maps (``neuronscope.neurons/<layer>``).
             A network of more than :data:`MOST_HEATMAPS` layers gets ``neuronscope.neurons/worst-1`` … ``worst-8``; each
-            picture names its layer, so that the tags stay the same while the worst layers change.
+            picture names its layer, so that the tags stay the same while the worst layers change. Sparse layers get a
+            histogram of log10 firing densities too (``neuronscope.log10_density/<layer>``).
         text: Whether to write the diagnosis (``neuronscope/diagnosis``).
         tab: Whether to write the report for Neuronscope's own tab.
         per_site: Whether to write the scalars of each layer.
@@ -133,6 +135,9 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
             writer.add_image(tag, picture, step, dataformats="HWC")
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
+    if images:
+        for histogram in densities(report):
+            _add_summary(writer, histogram, step)
     if tab:
         _add_summary(writer, summary(report), step)
 

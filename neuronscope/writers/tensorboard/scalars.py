@@ -61,6 +61,8 @@ def scalars(report: Report, *, since: int | None = None, per_site: bool = True) 
     """
     sites, totals = report.headline_layers, report.totals
     found = _shares(totals.label_counts())
+    if _never_dormant(sites):
+        found.pop("dormant_pct", None)
     if "dead_pct" in found:
         found["born_dead_pct"] = 100.0 * report.born_dead / report.observed_neurons
         found |= _layers(sites)
@@ -90,7 +92,8 @@ def _by_layer(report: Report) -> dict[str, float]:
         else:
             labels = dict(zip(LABELS, report.totals.by_site[found].sum(axis=0).tolist(), strict=True))
         shares = _shares(labels)
-        for name in ("dead_pct", "dormant_pct"):
+        sparse = _never_dormant([report.layers[at] for at in found])
+        for name in ("dead_pct",) if sparse else ("dead_pct", "dormant_pct"):
             if name in shares:
                 values[f"neuronscope.{metric(name, report.phase)}/{group_tag(group)}"] = shares[name]
     return values
@@ -179,6 +182,11 @@ def _shares(labels: Mapping[str, int]) -> dict[str, float]:
         return {}
     whole = ("dead", "dormant") if broken < observed else ()
     return {f"{label.replace(' ', '_')}_pct": 100.0 * labels[label] / observed for label in (*whole, "not finite")}
+
+
+def _never_dormant(sites: Sequence[SiteReport]) -> bool:
+    """Whether all layers are of latents that seldom fire, of which none is called dormant."""
+    return all(site.kind == "sparse" for site in sites)
 
 
 def _layers(sites: Sequence[SiteReport]) -> dict[str, float]:

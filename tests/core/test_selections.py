@@ -1,0 +1,207 @@
+"""What data selects of a layer is counted after the selection: the latents that the decoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neuronscope as ns
+
+INPUTS, LATENTS, ROWS, STEPS = 4, 9, 6, 4
+
+Select = Callable[["Coder", Tensor], Tensor]
+
+
+class Coder(nn.Module):
+    """A sparse autoencoder.
+
+    Args:
+        select: Returns the latents of the pre-activation ``(B, N)``.
+    """
+
+    def __init__(self, select: Select) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(INPUTS, LATENTS), nn.Linear(LATENTS, INPUTS)
+        self.theta = nn.Parameter(torch.full((LATENTS,), 0.3))
+        self.select = select
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dec(self.select(self, self.enc(x)))
+
+
+class Jump(torch.autograd.Function):
+    """JumpReLU with a derivative of its own, as in training libraries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, theta)
+        return x * (x > theta).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, theta = ctx.saved_tensors
+        return gradient * (x > theta), torch.zeros_like(theta)
+
+
+def top_k(_: Coder, x: Tensor) -> Tensor:
+    values, index = x.topk(3, -1, sorted=False)
+    return torch.zeros_like(x).scatter_(-1, index, values.relu())
+
+
+def top_k_of_relu(_: Coder, x: Tensor) -> Tensor:
+    largest = F.relu(x).topk(3, sorted=False)
+    return x.new_zeros(x.shape).scatter(dim=-1, index=largest.indices, src=largest.values)
+
+
+def batch_top_k(_: Coder, x: Tensor) -> Tensor:
+    flat = F.relu(x).flatten()
+    values, index = flat.topk(2 * len(x))
+    return torch.zeros_like(flat).scatter(-1, index, values).reshape(x.shape)
+
+
+def jump(coder: Coder, x: Tensor) -> Tensor:
+    return x * (x > coder.theta)
+
+
+def jump_with_its_own_derivative(coder: Coder, x: Tensor) -> Tensor:
+    return Jump.apply(x, coder.theta)
+
+
+def jump_then_relu(coder: Coder, x: Tensor) -> Tensor:
+    return nn.ReLU()((x > coder.theta - 1).to(x.dtype) * x)  # some thresholds are below zero
+
+
+def relu_and_mask(coder: Coder, x: Tensor) -> Tensor:
+    return F.relu(x) * (x > coder.theta).to(x.dtype)
+
+
+def relu_above_threshold(coder: Coder, x: Tensor) -> Tensor:
+    latents = F.relu(x)
+    return latents * (latents > coder.theta)
+
+
+def where(coder: Coder, x: Tensor) -> Tensor:
+    return torch.where(x > coder.theta, x, 0.0)
+
+
+def fill(coder: Coder, x: Tensor) -> Tensor:
+    return x.masked_fill(x < coder.theta, 0)
+
+
+def gated(coder: Coder, x: Tensor) -> Tensor:
+    return (x + coder.theta - 0.5 > 0).to(x.dtype) * F.relu(coder.theta.exp() * x + 0.1)
+
+
+#: Each selection, and the name of its site.
+SELECTIONS = {
+    top_k: "enc/topk",
+    top_k_of_relu: "enc/topk relu",
+    batch_top_k: "enc/topk relu",
+    jump: "enc/jumprelu",
+    jump_with_its_own_derivative: "enc/jumprelu",
+    jump_then_relu: "enc/relu",
+    relu_and_mask: "enc/masked relu",
+    relu_above_threshold: "enc/masked relu",
+    where: "enc/jumprelu",
+    fill: "enc/jumprelu",
+    gated: "enc/masked relu",
+}
+
+
+def train(select: Select, *, watched: bool, compiled: bool = False) -> tuple[Coder, ns.Scope | None, list[Tensor]]:
+    """Train a small autoencoder, and return it, the scope, and the latents of each step, computed beside it."""
+    torch.manual_seed(0)
+    coder = Coder(select)
+    with torch.no_grad():
+        coder.enc.bias[0] = -50
+    torch._dynamo.reset()
+    run = torch.compile(coder, backend="aot_eager", fullgraph=True) if compiled else coder
+    optimizer = torch.optim.SGD(coder.parameters(), lr=0.1)
+    draw = torch.Generator().manual_seed(1)
+    scope, latents = ns.watch(coder) if watched else None, []
+    for _ in range(STEPS):
+        x = torch.randn(ROWS, INPUTS, generator=draw)
+        with torch.no_grad():
+            latents.append(select(coder, coder.enc(x)))
+        (run(x) - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scope is not None:
+            scope.step()
+    return coder, scope, latents
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_counts_are_those_of_the_latents(select: Select) -> None:
+    _, scope, latents = train(select, watched=True)
+    assert scope is not None
+    tally, report = scope.census()[SELECTIONS[select]], scope.report()
+    zeros = torch.stack(latents).eq(0).sum((0, 1))
+    assert tally.zero_outputs.tolist() == zeros.tolist()
+    assert tally.zero_gradients.tolist() == zeros.tolist()  # the decoder's rows are dense
+    assert (tally.positions, tally.gradient_positions, tally.examples) == (STEPS * ROWS,) * 3
+    assert (tally.kind, tally.layer) == ("sparse", "enc")
+    assert "dec" in tally.readers
+    assert (report.neurons, report.dead) == (LATENTS, int((zeros == STEPS * ROWS).sum()))
+    assert not report.dormant
+    assert not report.not_measured
+    scope.detach()
+
+
+@pytest.mark.parametrize("select", SELECTIONS)
+def test_training_is_the_same_bit_for_bit(select: Select) -> None:
+    (alone, _, _), (watched, scope, _) = (train(select, watched=each) for each in (False, True))
+    assert scope is not None
+    scope.detach()
+    for one, other in zip(alone.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("select", [top_k, batch_top_k, jump, relu_and_mask, where])
+def test_compiled_graphs_count_alike(select: Select) -> None:
+    (_, eager, _), (_, traced, _) = (train(select, watched=True, compiled=each) for each in (False, True))
+    assert eager is not None
+    assert traced is not None
+    assert list(eager.census()) == list(traced.census())
+    for name, tally in eager.census().items():
+        other = traced.census()[name]
+        assert tally.zero_outputs.tolist() == other.zero_outputs.tolist()
+        assert (tally.positions, tally.examples) == (other.positions, other.examples)
+        if select is top_k:  # in a graph the tensor that was picked from is out of reach
+            assert other.gradient_positions == 0
+        else:
+            assert tally.zero_gradients.tolist() == other.zero_gradients.tolist()
+    eager.detach()
+    traced.detach()
+
+
+def other_fill(_: Coder, x: Tensor) -> Tensor:
+    values, index = x.topk(3)
+    return torch.full_like(x, -1.0).scatter(-1, index, values).exp()
+
+
+def picked_elsewhere(coder: Coder, x: Tensor) -> Tensor:
+    """Write values at places that are no units of the layer."""
+    values, _ = x.topk(3)
+    index = coder.theta.detach()[None].expand(len(x), -1).topk(3).indices
+    return torch.zeros_like(x).scatter(-1, index, values).relu()
+
+
+def scores(_: Coder, x: Tensor) -> Tensor:
+    """Weight by what is left of a softmax, as a router of experts does."""
+    values, index = x.topk(3)
+    return torch.zeros_like(x).scatter(-1, index, values.softmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:No activation of Coder")
+@pytest.mark.parametrize("select", [other_fill, picked_elsewhere, scores])
+def test_what_is_no_selection_is_not_counted_as_one(select: Select) -> None:
+    _, scope, _ = train(select, watched=True)
+    assert scope is not None
+    assert [tally.kind for tally in scope.census().values() if tally.kind == "sparse"] == []
+    scope.detach()
