@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronscope.act.revival import Revival, revive
-    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Resampling, Rule, SelfNormalizedResets
+    from neuronscope.act.rules import ContinualBackprop, Dead, GraMa, ReDo, Resampling, Rule, SelfNormalizedResets
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
@@ -34,6 +34,7 @@ _MODULE_OF = {
     "Census": "neuronscope.tally.census",
     "ContinualBackprop": "neuronscope.act.rules",
     "Dead": "neuronscope.act.rules",
+    "GraMa": "neuronscope.act.rules",
     "LayerRepresentation": "neuronscope.sampled_features",
     "LinearLayers": "neuronscope.linear.linear_report",
     "LinearReport": "neuronscope.linear.linear_report",
@@ -67,6 +68,7 @@ __all__ = [
     "Census",
     "ContinualBackprop",
     "Dead",
+    "GraMa",
     "LayerRepresentation",
     "LinearLayers",
     "LinearReport",
