@@ -6,16 +6,16 @@ sparse latents: for how many tokens (here: images) each has not fired, and how d
 steps, every 100, latents that fired at no image of the window are resampled as in Bricken et al. 2023, "Towards
 Monosemanticity": they get the direction of an image that is badly rebuilt.
 
-Output (numbers differ a little between machines)::
+Output (dead: fired at no image of the newest window; numbers differ a little between machines)::
 
     left alone
-      step  500: 137 of 512 latents fired at none of the last images, 85 not for 20,000; squared error 1.00
-      step 1000: 220 of 512 latents fired at none of the last images, 199 not for 20,000; squared error 0.73
-      step 1500: 255 of 512 latents fired at none of the last images, 240 not for 20,000; squared error 0.70
+      step  500: 137 of 512 latents are dead, 85 have not fired for 20,000 images; squared error 1.00
+      step 1000: 220 of 512 latents are dead, 199 have not fired for 20,000 images; squared error 0.73
+      step 1500: 255 of 512 latents are dead, 240 have not fired for 20,000 images; squared error 0.70
     resampled
-      step  500: 97 of 512 latents fired at none of the last images, 30 not for 20,000; squared error 0.98
-      step 1000: 77 of 512 latents fired at none of the last images, 38 not for 20,000; squared error 0.85
-      step 1500: 153 of 512 latents fired at none of the last images, 148 not for 20,000; squared error 0.70
+      step  500: 97 of 512 latents are dead, 30 have not fired for 20,000 images; squared error 0.98
+      step 1000: 77 of 512 latents are dead, 38 have not fired for 20,000 images; squared error 0.85
+      step 1500: 153 of 512 latents are dead, 148 have not fired for 20,000 images; squared error 0.70
 
 Run it with (matplotlib draws a picture if you name a file)::
 
@@ -23,6 +23,7 @@ Run it with (matplotlib draws a picture if you name a file)::
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.report.report import SiteReport
 
 FEATURES, LATENTS, LARGEST, BATCH, STEPS = 64, 512, 16, 128, 1500
 #: The latents, as the decoder reads them.
@@ -88,8 +88,8 @@ def resample(coder: SparseAutoencoder, optimizer: torch.optim.Adam, dead: torch.
                 optimizer.state[parameter][name][own] = 0
 
 
-def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], SiteReport]:
-    """Train an autoencoder; return after each 100 steps how many latents are long silent, and the report at the end."""
+def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], Any]:
+    """Train an autoencoder; return after each 100 steps how many latents are long silent, and the layer's report."""
     torch.manual_seed(0)
     coder = SparseAutoencoder()
     optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
@@ -110,13 +110,13 @@ def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], SiteReport
                 silent.append(latents_now.not_fired_in(LONG))
                 if step % 500 == 0:
                     print(
-                        f"  step {step:4}: {latents_now.dead} of {LATENTS} latents fired at none of the last images, "
-                        f"{silent[-1]} not for {LONG:,}; squared error {loss.item():.2f}"
+                        f"  step {step:4}: {latents_now.dead} of {LATENTS} latents are dead, "
+                        f"{silent[-1]} have not fired for {LONG:,} images; squared error {loss.item():.2f}"
                     )
     return silent, scope.report()[SITE]
 
 
-def draw(path: str, runs: dict[str, tuple[list[int], SiteReport]]) -> None:
+def draw(path: str, runs: dict[str, tuple[list[int], Any]]) -> None:
     """Draw both runs: latents that have not fired for long, by step, and how densely the others fire at the end."""
     import matplotlib
 
