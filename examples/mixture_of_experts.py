@@ -59,7 +59,7 @@ def train() -> ns.Report:
     model = Mixture()
     with torch.no_grad():
         model.router.bias[3] = -100.0
-        model.experts[5][0].bias[:24] = -100.0
+        model.experts.get_parameter("5.0.bias")[:24] = -100.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with ns.watch(model) as scope:
         for _ in range(STEPS):

@@ -17,15 +17,13 @@ Output (dead: fired at no image of the newest window; numbers differ a little be
       step 1000: 77 of 512 latents are dead, 38 have not fired for 20,000 images; squared error 0.85
       step 1500: 153 of 512 latents are dead, 148 have not fired for 20,000 images; squared error 0.70
 
-Run it with (matplotlib draws a picture if you name a file)::
+Run it with::
 
-    python examples/sparse_autoencoder.py [PICTURE]
+    python examples/sparse_autoencoder.py
 """
 
-import sys
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -116,36 +114,13 @@ def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], Any]:
     return silent, scope.report()[SITE]
 
 
-def draw(path: str, runs: dict[str, tuple[list[int], Any]]) -> None:
-    """Draw both runs: latents that have not fired for long, by step, and how densely the others fire at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for (name, (silent, latents)), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
-        left.plot(np.arange(1, len(silent) + 1) * 100, silent, label=name, color=colour)
-        counts, edges = latents.density_histogram(bins_per_decade=4)
-        right.stairs(counts, edges, label=name, color=colour, linewidth=1.8)
-    left.set(xlabel="optimizer step", ylabel=f"latents silent for {LONG:,} images", ylim=(0, None))
-    right.set(xlabel="log10 of the firing density", ylabel="latents")
-    left.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     torch.manual_seed(0)
     data = features()
-    runs = {}
     for name in ("left alone", "resampled"):
         print(name)
-        runs[name] = train(data, resamples=name == "resampled")
-    if len(sys.argv) > 1:
-        draw(sys.argv[1], runs)
+        train(data, resamples=name == "resampled")
 
 
 if __name__ == "__main__":
