@@ -26,7 +26,7 @@ from neuronscope.writers.formatting import count, visible
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LayerRepresentation", "Representation", "representation"]
+__all__ = ["LayerRepresentation", "Representation", "has_low_gradient", "representation"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -211,7 +211,7 @@ def representation(
                 mean_abs_output=means,
                 mean_abs_gradient=gradients,
                 dormant=int(is_tau_dormant(means, report[name].judgement.not_finite, tau).sum()),
-                gradient_dormant=None if gradients is None else int(_has_low_gradient(gradients, tau).sum()),
+                gradient_dormant=None if gradients is None else int(has_low_gradient(gradients, tau).sum()),
                 rows=len(features),
                 effective_rank=effective,
                 stable_rank=stable,
@@ -311,7 +311,7 @@ def _ranks(features: Tensor) -> tuple[float, float]:
     return float(np.exp(entropy)), float(((values / largest) ** 2).sum())
 
 
-def _has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[np.bool_]:
+def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[np.bool_]:
     """Return which neurons have a GraMa score of at most ``tau``.
 
     Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from neuronscope.act.structure import LayerWeights, SiteStructure
 from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
-from neuronscope.judge.verdicts import Policy, is_tau_dormant, judge
-from neuronscope.sampled_features import Representation
+from neuronscope.judge.verdicts import Policy, judge
+from neuronscope.sampled_features import Representation, has_low_gradient
 from neuronscope.tally.census import Tally
 
 __all__ = [
@@ -266,7 +266,7 @@ class GraMa(Rule):
         gradients = next((each.mean_abs_gradient for each in self.measured.layers if each.name == site.name), None)
         if gradients is None or len(gradients) != site.window.neurons:
             return np.zeros(site.window.neurons, dtype=np.bool_)
-        return is_tau_dormant(gradients, ~np.isfinite(gradients), self.tau)
+        return has_low_gradient(gradients, self.tau)
 
 
 @dataclass(frozen=True)
