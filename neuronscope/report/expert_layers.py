@@ -16,6 +16,7 @@ __all__ = ["ExpertLayer", "expert_layers"]
 #: A number in a path that comes after a part named so is the number of an expert.
 _NAMED = re.compile(r"(?:^|[._])(?:experts?|moe)(?=[._]|$)")
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+_LAST_NUMBER = re.compile(r"\.(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def _number_in(layer: str) -> tuple[int, int, int] | None:
 
     >>> _number_in("layers.2.experts.5.up"), _number_in("mlp.w1.3"), _number_in("layers.2.up")
     ((17, 18, 5), (7, 8, 3), None)
+    >>> _number_in("moe.layers.0.experts.5.2")  # the third module of expert 5
+    (21, 22, 5)
     """
-    named = _NAMED.search(layer)
-    found = [*_NUMBER.finditer(layer, named.end() if named else 0)]
-    if not found or (named is None and found[-1].end() < len(layer)):
-        return None
-    return found[-1].start(1), found[-1].end(1), int(found[-1][1])
+    for named in reversed([*_NAMED.finditer(layer)]):
+        if found := _NUMBER.search(layer, named.end()):
+            return found.start(1), found.end(1), int(found[1])
+    found = _LAST_NUMBER.search(layer)
+    return found and (found.start(1), found.end(1), int(found[1]))
