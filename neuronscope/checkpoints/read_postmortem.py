@@ -175,8 +175,14 @@ def _diagnosis(fields: Fields) -> Diagnosis:
 
 
 def _confirmation(fields: Fields) -> Confirmation:
-    texts = {name: fields.text(name) for name in ("source", "claim", "basis")}
-    return Confirmation(**texts, **{name: fields.integer(name) for name in ("held", "refuted", "untested")})
+    return Confirmation(
+        source=fields.text("source"),
+        claim=fields.text("claim"),
+        basis=fields.text("basis"),
+        held=fields.integer("held"),
+        refuted=fields.integer("refuted"),
+        untested=fields.integer("untested"),
+    )
 
 
 def _timeline(fields: Fields) -> CheckpointTimeline:
