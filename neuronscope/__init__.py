@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
+    from neuronscope.checkpoints.read_postmortem import read_postmortem
     from neuronscope.checkpoints.run import postmortem
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
     from neuronscope.judge.verdicts import Policy, Verdict
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
+    "read_postmortem": "neuronscope.checkpoints.read_postmortem",
     "read_report": "neuronscope.report.reading",
     "representation": "neuronscope.sampled_features",
     "revive": "neuronscope.act.revival",
@@ -90,6 +92,7 @@ __all__ = [
     "__version__",
     "check_linear",
     "postmortem",
+    "read_postmortem",
     "read_report",
     "representation",
     "revive",

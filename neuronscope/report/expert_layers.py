@@ -92,6 +92,8 @@ def _number_in(layer: str) -> tuple[int, int, int] | None:
 
     >>> _number_in("layers.2.experts.5.0"), _number_in("mlp.w1.3"), _number_in("layers.2.up")
     ((17, 18, 5), (7, 8, 3), None)
+    >>> _number_in("moe.layers.0.experts.5.2")  # the third module of expert 5
+    (21, 22, 5)
     """
     for named in reversed([*_NAMED.finditer(layer)]):
         found = [*_NUMBER.finditer(layer, named.end())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -17,6 +18,8 @@ from neuronscope.writers import page_experts
 from neuronscope.writers.page_experts import mixtures
 from neuronscope.writers.tensorboard.scalars import scalars
 from tests.core.test_experts import DEAD, EXPERTS, IDLE, WAYS, WIDTH, Mixture, batches, loss_of
+
+from . import sample_reports as samples
 
 
 def report_of(way: str = "bmm", *, sure: bool = True) -> tuple[ns.Report, Counter[int]]:
@@ -121,3 +124,17 @@ def test_a_place_of_many_neurons_shows_the_gravest_of_them() -> None:
         assert (path is None) == (expected is None)
         assert path is None or expected is None or path[1].startswith(expected)
     assert any(expert.judgement.dead.any() for expert in layer.experts)
+
+
+def test_an_expert_of_several_modules_is_one_expert() -> None:
+    """The number of the expert is the first after `experts`, not that of the module in it."""
+    sites = [
+        replace(samples.site(f"moe.{block}.experts.{expert}.0/relu", 8), layer=f"moe.{block}.experts.{expert}.0")
+        for block in range(2)
+        for expert in range(3)
+    ]
+    found = expert_layers(sites)
+    assert [(one.name, one.numbers) for one in found] == [
+        ("moe.0.experts.*.0/relu", (0, 1, 2)),
+        ("moe.1.experts.*.0/relu", (0, 1, 2)),
+    ]
