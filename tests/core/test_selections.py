@@ -198,8 +198,24 @@ def scores(_: Coder, x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(-1, index, values.softmax(-1))
 
 
+def guarded(_: Coder, x: Tensor) -> Tensor:
+    """Set what is not finite to zero."""
+    return torch.where(torch.isnan(x), 0.0, x).masked_fill(torch.isinf(x), 0.0) * torch.isfinite(x)
+
+
+def dropped(_: Coder, x: Tensor) -> Tensor:
+    """Leave out whole rows and single elements by chance, as stochastic depth, LayerDrop and dropout do."""
+    kept = torch.where(torch.rand_like(x) > 0.2, x, 0.0) * torch.empty_like(x).bernoulli_(0.8)
+    return kept * (torch.rand(len(x), 1) > 0.2)
+
+
+def masked_by_another(coder: Coder, x: Tensor) -> Tensor:
+    """Leave what a buffer or another tensor says, and not the units themselves."""
+    return x.masked_fill(coder.theta.detach() > 10, 0.0) * (x.new_ones(x.shape) > 0)
+
+
 @pytest.mark.filterwarnings("ignore:No activation of Coder")
-@pytest.mark.parametrize("select", [other_fill, picked_elsewhere, scores])
+@pytest.mark.parametrize("select", [other_fill, picked_elsewhere, scores, guarded, dropped, masked_by_another])
 def test_what_is_no_selection_is_not_counted_as_one(select: Select) -> None:
     _, scope, _ = train(select, watched=True)
     assert scope is not None
