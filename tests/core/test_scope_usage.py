@@ -387,7 +387,7 @@ def test_a_saved_state_is_not_changed_when_counting_goes_on():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["begin", "end", "gradient", "product"])
+@pytest.mark.parametrize("place", ["begin", "end", "gradient", "select"])
 def test_a_fault_of_our_own_warns_once_detaches_and_lets_training_go_on(place, monkeypatch):
     runs = []
     for watching in (False, True):
@@ -498,7 +498,7 @@ def test_a_scan_within_no_grad_has_gradients_when_requested():
     assert report["0/relu"].gradient_positions == 4
 
 
-@pytest.mark.parametrize("place", ["begin", "gradient", "product"])
+@pytest.mark.parametrize("place", ["begin", "gradient", "select"])
 def test_a_fault_of_ours_within_a_users_function_mode_is_handled(place, monkeypatch):
     """Torch takes a function mode off its stack while it handles a call: ours must not take off another's then."""
 

@@ -221,3 +221,21 @@ def test_what_is_no_selection_is_not_counted_as_one(select: Select) -> None:
     assert scope is not None
     assert [tally.kind for tally in scope.census().values() if tally.kind == "sparse"] == []
     scope.detach()
+
+
+class JoinedMasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encode(x).relu()
+        output: Tensor = self.decode(h * ((h > 0.1) * (h < 1)))
+        return output
+
+
+def test_a_product_of_truth_values_is_a_mask_and_no_fault() -> None:
+    with ns.watch(model := JoinedMasks()) as scope:
+        model(torch.randn(8, 4)).sum().backward()
+        scope.step()
+    assert list(scope.census()) == ["encode/relu", "encode/masked relu"]
