@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from neuronscope.act.revival import revive_in
-from neuronscope.act.rules import Rule, as_rule
+from neuronscope.act.rules import GraMa, Rule, as_rule
 from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.announcements import Announcements
 from neuronscope.callbacks.logs import Log, series_of
@@ -162,6 +162,11 @@ class Monitor:
         self.hyperparameters: Mapping[str, Any] = {}
         self.optimizers: Sequence[Optimizer] = ()
         self._rule = None if revive is None else as_rule(revive, self.options.thresholds)
+        if isinstance(self._rule, GraMa):
+            raise UsageError(
+                "Expected argument `revive` to be a rule that goes by the counts of each window, but got GraMa, whose "
+                "measure is out of date after one act: call `ns.revive` yourself, with a new one each time."
+            )
         self._left: set[str] = set()  # sites of which it was said that their neurons are not revived
         self._revive_every = positive_integer("revive_every", revive_every)
         self.stop_reason: str | None = None

@@ -244,7 +244,12 @@ class DeadNeuronCallback(Monitor, TrainerCallback):
 
 
 def _changed(args: Any) -> dict[str, Any]:
-    """Return the arguments of a training that differ from their defaults, without names and paths."""
+    """Return the arguments of a training that differ from their defaults, without names and paths.
+
+    Of what an unknown trainer gives in their place nothing is known.
+    """
+    if not dataclasses.is_dataclass(args) or not hasattr(args, "to_sanitized_dict"):
+        return {}
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     found = {name: value for name, value in args.to_sanitized_dict().items() if isinstance(value, (bool, int, float))}
     return {name: value for name, value in found.items() if name in defaults and value != defaults[name]}

@@ -6,10 +6,10 @@ gradient steps count as training; choosing an action runs without gradients and 
 random draw from the replay buffer, so its rows are independent examples of what is in the buffer, and a dead verdict
 has a bound.
 
-Output (one seed; numbers differ between machines)::
+Output (one seed, means of the second half; numbers differ between machines)::
 
-    seed 0, left alone: 45.4 % dormant, 39.5 % dead,   0 revived; return 103.5 (means of the second half)
-    seed 0, revived   : 31.2 % dormant, 29.5 % dead, 1516 revived; return 171.5 (means of the second half)
+    seed 0, left alone: 45.4 % dormant, 39.5 % dead,   0 revived; return 103.5
+    seed 0, revived   : 31.2 % dormant, 29.5 % dead, 1516 revived; return 171.5
 
 What it shows: that a network goes dormant, and that reviving keeps some of it awake; neurons die again while the
 learning rate stays. It does not show that an agent earns more by it: over five seeds the mean return is 118 left alone
@@ -17,7 +17,7 @@ and 114 revived, and docs/reinforcement-learning.md has the picture.
 
 Run it with::
 
-    python examples/dqn_cartpole.py [--seeds 5] [--picture FILE]
+    python examples/dqn_cartpole.py [--seeds 5]
 """
 
 from __future__ import annotations
@@ -121,58 +121,17 @@ def learn(value: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer,
     optimizer.step()
 
 
-def draw(runs: dict[str, list[Run]], path: str) -> None:
-    """Draw the dormant share and the return of every run, and their means in bold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for (name, those), colour in zip(runs.items(), ("#b3261e", "#1a5fb4"), strict=True):
-        every = np.arange(REPORT_EVERY, STEPS + 1, REPORT_EVERY)
-        earned = [np.interp(every, run.ended, smooth(run.returns)) for run in those]
-        for axes, steps, curves in (
-            (left, those[0].steps, [run.dormant for run in those]),
-            (right, every, earned),
-        ):
-            for curve in curves:
-                axes.plot(steps, curve, color=colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, np.mean(curves, axis=0), color=colour, linewidth=2.2, label=name)
-            axes.set_xlabel("environment steps")
-    left.set_title("τ-dormant neurons, % (Sokar et al. 2023)", fontsize=10)
-    right.set_title("return, mean of the last 10 episodes", fontsize=10)
-    left.set_ylim(0, None)
-    right.set_ylim(0, None)
-    left.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def smooth(returns: list[float], last: int = 10) -> list[float]:
-    return [float(np.mean(returns[max(0, end - last) : end])) for end in range(1, len(returns) + 1)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="A DQN on CartPole, left alone and revived.")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each kind")
-    parser.add_argument("--picture", help="file for a picture of all runs")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
-    runs: dict[str, list[Run]] = {"left alone": [], "revived": []}
-    for seed in range(arguments.seeds):
-        for name, those in runs.items():
+    for seed in range(parser.parse_args().seeds):
+        for name in ("left alone", "revived"):
             run = train(seed, revives=name == "revived")
-            those.append(run)
             half = len(run.steps) // 2
             last = np.mean([earned for earned, end in zip(run.returns, run.ended, strict=True) if end > STEPS // 2])
-            print(
-                f"seed {seed}, {name:10}: {np.mean(run.dormant[half:]):4.1f} % dormant, "
-                f"{np.mean(run.dead[half:]):4.1f} % dead, {run.revived:3} revived; "
-                f"return {last:5.1f} (means of the second half)",
-                flush=True,
-            )
-    if arguments.picture:
-        draw(runs, arguments.picture)
+            shares = f"{np.mean(run.dormant[half:]):4.1f} % dormant, {np.mean(run.dead[half:]):4.1f} % dead"
+            print(f"seed {seed}, {name:10}: {shares}, {run.revived:3} revived; return {last:5.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,32 +6,30 @@ sparse latents: for how many tokens (here: images) each has not fired, and how d
 steps, every 100, latents that fired at no image of the window are resampled as in Bricken et al. 2023, "Towards
 Monosemanticity": they get the direction of an image that is badly rebuilt.
 
-Output (numbers differ a little between machines)::
+Output (dead: fired at no image of the newest window; numbers differ a little between machines)::
 
     left alone
-      step  500: 137 of 512 latents fired at none of the last images, 85 not for 20,000; squared error 1.00
-      step 1000: 220 of 512 latents fired at none of the last images, 199 not for 20,000; squared error 0.73
-      step 1500: 255 of 512 latents fired at none of the last images, 240 not for 20,000; squared error 0.70
+      step  500: 137 of 512 latents are dead, 85 have not fired for 20,000 images; squared error 1.00
+      step 1000: 220 of 512 latents are dead, 199 have not fired for 20,000 images; squared error 0.73
+      step 1500: 255 of 512 latents are dead, 240 have not fired for 20,000 images; squared error 0.70
     resampled
-      step  500: 97 of 512 latents fired at none of the last images, 30 not for 20,000; squared error 0.98
-      step 1000: 77 of 512 latents fired at none of the last images, 38 not for 20,000; squared error 0.85
-      step 1500: 153 of 512 latents fired at none of the last images, 148 not for 20,000; squared error 0.70
+      step  500: 97 of 512 latents are dead, 30 have not fired for 20,000 images; squared error 0.98
+      step 1000: 77 of 512 latents are dead, 38 have not fired for 20,000 images; squared error 0.85
+      step 1500: 153 of 512 latents are dead, 148 have not fired for 20,000 images; squared error 0.70
 
-Run it with (matplotlib draws a picture if you name a file)::
+Run it with::
 
-    python examples/sparse_autoencoder.py [PICTURE]
+    python examples/sparse_autoencoder.py
 """
 
-import sys
+from typing import Any
 
-import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 import neuronscope as ns
-from neuronscope.report.report import SiteReport
 
 FEATURES, LATENTS, LARGEST, BATCH, STEPS = 64, 512, 16, 128, 1500
 #: The latents, as the decoder reads them.
@@ -88,8 +86,8 @@ def resample(coder: SparseAutoencoder, optimizer: torch.optim.Adam, dead: torch.
                 optimizer.state[parameter][name][own] = 0
 
 
-def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], SiteReport]:
-    """Train an autoencoder; return after each 100 steps how many latents are long silent, and the report at the end."""
+def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], Any]:
+    """Train an autoencoder; return after each 100 steps how many latents are long silent, and the layer's report."""
     torch.manual_seed(0)
     coder = SparseAutoencoder()
     optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
@@ -110,42 +108,19 @@ def train(data: torch.Tensor, *, resamples: bool) -> tuple[list[int], SiteReport
                 silent.append(latents_now.not_fired_in(LONG))
                 if step % 500 == 0:
                     print(
-                        f"  step {step:4}: {latents_now.dead} of {LATENTS} latents fired at none of the last images, "
-                        f"{silent[-1]} not for {LONG:,}; squared error {loss.item():.2f}"
+                        f"  step {step:4}: {latents_now.dead} of {LATENTS} latents are dead, "
+                        f"{silent[-1]} have not fired for {LONG:,} images; squared error {loss.item():.2f}"
                     )
     return silent, scope.report()[SITE]
-
-
-def draw(path: str, runs: dict[str, tuple[list[int], SiteReport]]) -> None:
-    """Draw both runs: latents that have not fired for long, by step, and how densely the others fire at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for (name, (silent, latents)), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
-        left.plot(np.arange(1, len(silent) + 1) * 100, silent, label=name, color=colour)
-        counts, edges = latents.density_histogram(bins_per_decade=4)
-        right.stairs(counts, edges, label=name, color=colour, linewidth=1.8)
-    left.set(xlabel="optimizer step", ylabel=f"latents silent for {LONG:,} images", ylim=(0, None))
-    right.set(xlabel="log10 of the firing density", ylabel="latents")
-    left.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     torch.set_num_threads(1)  # for matrices this small, more threads only wait for each other
     torch.manual_seed(0)
     data = features()
-    runs = {}
     for name in ("left alone", "resampled"):
         print(name)
-        runs[name] = train(data, resamples=name == "resampled")
-    if len(sys.argv) > 1:
-        draw(sys.argv[1], runs)
+        train(data, resamples=name == "resampled")
 
 
 if __name__ == "__main__":

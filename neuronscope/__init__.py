@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronscope.act.revival import Revival, revive
-    from neuronscope.act.rules import ContinualBackprop, Dead, ReDo, Resampling, Rule, SelfNormalizedResets
+    from neuronscope.act.rules import ContinualBackprop, Dead, GraMa, ReDo, Resampling, Rule, SelfNormalizedResets
     from neuronscope.act.shrink import Shrunk, shrink
     from neuronscope.attach.activations import Activation
     from neuronscope.checkpoints.postmortem_report import PostmortemReport
+    from neuronscope.checkpoints.read_postmortem import read_postmortem
     from neuronscope.checkpoints.run import postmortem
     from neuronscope.errors import NeuronscopeError, NeuronscopeWarning
     from neuronscope.judge.verdicts import Policy, Verdict
@@ -34,6 +35,7 @@ _MODULE_OF = {
     "Census": "neuronscope.tally.census",
     "ContinualBackprop": "neuronscope.act.rules",
     "Dead": "neuronscope.act.rules",
+    "GraMa": "neuronscope.act.rules",
     "LayerRepresentation": "neuronscope.sampled_features",
     "LinearLayers": "neuronscope.linear.linear_report",
     "LinearReport": "neuronscope.linear.linear_report",
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "Verdict": "neuronscope.judge.verdicts",
     "check_linear": "neuronscope.linear.check",
     "postmortem": "neuronscope.checkpoints.run",
+    "read_postmortem": "neuronscope.checkpoints.read_postmortem",
     "read_report": "neuronscope.report.reading",
     "representation": "neuronscope.sampled_features",
     "revive": "neuronscope.act.revival",
@@ -67,6 +70,7 @@ __all__ = [
     "Census",
     "ContinualBackprop",
     "Dead",
+    "GraMa",
     "LayerRepresentation",
     "LinearLayers",
     "LinearReport",
@@ -88,6 +92,7 @@ __all__ = [
     "__version__",
     "check_linear",
     "postmortem",
+    "read_postmortem",
     "read_report",
     "representation",
     "revive",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from neuronscope.checkpoints.read_postmortem import read_either
 from neuronscope.command_output import (
     EXIT_OK,
     add_check_option,
@@ -30,7 +31,8 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command = commands.add_parser(
         "report",
         help="show a report that was saved as JSON",
-        description="Reads the JSON of a report (report.to_json) and shows it, here and as a page. Loads no torch.",
+        description="Reads the JSON of a report or a post-mortem (report.to_json) and shows it, here and as a page. "
+        "Loads no torch.",
     )
     command.add_argument("file", metavar="FILE", help="the report's JSON")
     add_output_options(command)
@@ -73,7 +75,11 @@ def add_scan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _report(parsed: argparse.Namespace) -> int:
     check_targets(parsed)
-    return _show(read_report(parsed.file), parsed)
+    report = read_either(parsed.file)
+    if isinstance(report, Report):
+        return _show(report, parsed)
+    write_report(report, parsed)
+    return EXIT_OK if parsed.fail_above is None else check_dead(report, parsed.fail_above, report.not_finite)
 
 
 def _scan(parsed: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from neuronscope.writers.formatting import count, visible
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["LayerRepresentation", "Representation", "representation"]
+__all__ = ["LayerRepresentation", "Representation", "has_low_gradient", "representation"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -43,8 +43,8 @@ class LayerRepresentation:
         mean_abs_output: Mean of ``|y|`` over all positions, float64 ``(N,)``.
         mean_abs_gradient: Mean of ``|∂L/∂y|`` over all positions, float64 ``(N,)``; ``None`` without a loss.
         dormant: Dormant neurons as Sokar et al. 2023 count them: dead ones included.
-        gradient_dormant: Neurons whose mean of ``|∂L/∂y|`` is at most τ of the layer's mean (GraMa); ``None`` without
-            a loss.
+        gradient_dormant: Neurons whose GraMa score ``E|∂L/∂y_i| / mean_k E|∂L/∂y_k|`` is at most τ (Liu et al. 2025);
+            all of them if the layer gets no gradient; ``None`` without a loss.
         rows: Number of sampled positions, of which the ranks are.
         effective_rank: ``exp(-Σ p ln p)`` of the singular values' shares ``p = σ / Σσ`` (Roy & Vetterli 2007).
         stable_rank: ``Σσ² / max σ²``.
@@ -108,7 +108,7 @@ class Representation:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        heads = ("layer", "neurons", "dead", "dormant", "no gradient", "effective rank", "stable rank", "weight norm")
+        heads = ("layer", "neurons", "dead", "dormant", "low gradient", "effective rank", "stable rank", "weight norm")
         table = [heads, *(_cells(layer) for layer in self.layers)]
         widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
         lines = [
@@ -119,11 +119,16 @@ class Representation:
             for row in table
         ]
         share = f"{self.dormant_percent:.1f} % of the neurons of {visible(self.model)} are dormant"
+        heading = f"{share} (Sokar et al. 2023, τ = {self.tau:g}; dead ones included)."
+        if not np.isnan(self.gradient_dormant_percent):
+            heading += (
+                f" {self.gradient_dormant_percent:.1f} % have a low gradient (GraMa, Liu et al. 2025, the same τ)."
+            )
         rows = sorted({layer.rows for layer in self.layers})
         sampled = f"{count(rows[0])}{f' to {count(rows[-1])}' if len(rows) > 1 else ''}" if rows else "0"
         return "\n".join(
             [
-                f"{share} (Sokar et al. 2023, τ = {self.tau:g}; dead ones included).",
+                heading,
                 *lines,
                 f"Ranks are of {sampled} sampled rows; a rank is at most the number of its rows.",
             ]
@@ -155,14 +160,15 @@ def representation(
 
     The model runs in evaluation mode. Its training flags, gradients and buffers are restored afterwards. What is
     measured are: neurons that are dormant as Sokar et al. 2023 define it ("The Dormant Neuron Phenomenon in Deep
-    Reinforcement Learning"), dead ones included; with a loss, those whose gradient is as small (GraMa: Liu et al. 2025,
-    "Measure gradients, not activations!"); effective and stable rank of the features of sampled positions; the norm of
-    each layer's weight.
+    Reinforcement Learning"), dead ones included; with a loss, those whose gradient at the output is as
+    small (GraMa: Liu et al. 2025, "Measure gradients, not activations!"); effective and stable rank of the features of
+    sampled positions; the norm of each layer's weight.
 
     Args:
         model: The model.
         data: As for :func:`neuronscope.scan`.
-        loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are measured too.
+        loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are measured too; a
+            scope that watches the model would count them as training, so call this inside ``with scope.paused():``.
         tau: τ, the share of the layer's mean up to which a neuron is dormant.
         rows: Largest number of positions whose features are kept for the ranks, evenly spaced among all.
         forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.
@@ -205,9 +211,7 @@ def representation(
                 mean_abs_output=means,
                 mean_abs_gradient=gradients,
                 dormant=int(is_tau_dormant(means, report[name].judgement.not_finite, tau).sum()),
-                gradient_dormant=None
-                if gradients is None
-                else int(is_tau_dormant(gradients, ~np.isfinite(gradients), tau).sum()),
+                gradient_dormant=None if gradients is None else int(has_low_gradient(gradients, tau).sum()),
                 rows=len(features),
                 effective_rank=effective,
                 stable_rank=stable,
@@ -305,6 +309,25 @@ def _ranks(features: Tensor) -> tuple[float, float]:
     shares = values / values.sum()
     entropy = float(-torch.special.xlogy(shares, shares).sum())
     return float(np.exp(entropy)), float(((values / largest) ** 2).sum())
+
+
+def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[np.bool_]:
+    """Return which neurons have a GraMa score of at most ``tau``.
+
+    Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often
+    smaller than that, and the score must not depend on the scale of the loss.
+
+    Args:
+        mean_abs_gradient: Mean of ``|∂L/∂y|`` over positions, float64 ``(N,)``.
+        tau: The threshold.
+
+    Returns:
+        bool ``(N,)``; False where the mean is not finite.
+    """
+    finite = np.isfinite(mean_abs_gradient)
+    mean = mean_abs_gradient[finite].mean() if finite.any() else 0.0
+    low: npt.NDArray[np.bool_] = finite & (mean_abs_gradient <= tau * mean)
+    return low
 
 
 def _weight_norm(model: nn.Module, layer: str) -> float | None:

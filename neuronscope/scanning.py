@@ -87,16 +87,16 @@ def run_over(
     Raises:
         UsageError: ``data`` has no batch, or is no data.
     """
-    try:
-        iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
-    except TypeError as error:
-        raise UsageError(f"Expected argument `data` to be an iterable of batches, but got {data!r}.") from error
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    call = forward or call_model
     batches = 0
-    with model_state_restored(model), nothing_fused():
+    with scope, model_state_restored(model), nothing_fused():
+        try:
+            iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
+        except TypeError as error:
+            raise UsageError(f"Expected argument `data` to be an iterable of batches, but got {data!r}.") from error
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        call = forward or call_model
         model.eval()
-        with scope, scope.phase("scan"), torch.set_grad_enabled(loss is not None):
+        with scope.phase("scan"), torch.set_grad_enabled(loss is not None):
             for parameter in model.parameters():  # so that gradients reach every neuron, also in frozen layers
                 parameter.requires_grad_(loss is not None and parameter.is_floating_point())
             for batch in iterator:

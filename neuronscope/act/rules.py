@@ -15,11 +15,13 @@ from neuronscope.act.structure import LayerWeights, SiteStructure
 from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy, judge
+from neuronscope.sampled_features import Representation, has_low_gradient
 from neuronscope.tally.census import Tally
 
 __all__ = [
     "ContinualBackprop",
     "Dead",
+    "GraMa",
     "ReDo",
     "Resampling",
     "Rule",
@@ -223,6 +225,48 @@ class ContinualBackprop(Rule):
         chosen[np.argsort(utility, kind="stable")[: max(due, 0)]] = True
         chosen &= mature
         return chosen
+
+
+@dataclass(frozen=True)
+class GraMa(Rule):
+    """Choose the neurons whose gradient is small beside their layer's, measured on data of your own.
+
+    A neuron is chosen if ``E|∂L/∂y_i| / mean_k E|∂L/∂y_k| ≤ τ``, with its output ``y_i`` and the mean over its layer.
+    Liu et al. 2025, "Measure gradients, not activations! Enhancing neuronal activity in deep reinforcement learning".
+    A chosen neuron may well fire, and reviving it then changes the network's function. A dead ReLU may have a large
+    gradient at its output, which does not reach its weights; :class:`Dead` is the rule that chooses it.
+
+    Args:
+        measured: What :func:`neuronscope.representation` returned for the model as it is now, with a loss; the same on
+            all ranks. Call it inside ``with scope.paused():``, so that the watch does not count it as training. It is
+            out of date after an act, so measure anew before each: callbacks refuse this rule.
+        tau: τ.
+
+    >>> import neuronscope
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> measured = neuronscope.representation(model, torch.randn(300, 4), lambda output, batch: output.mean())
+    >>> GraMa(measured, tau=0.1)
+    GraMa(tau=0.1)
+    """
+
+    measured: Representation = field(repr=False, compare=False)
+    tau: float = 0.025
+
+    def __post_init__(self) -> None:
+        _check(self, tau=(0.0, float("inf")))
+        known = isinstance(self.measured, Representation)
+        if not known or all(layer.mean_abs_gradient is None for layer in self.measured.layers):
+            raise UsageError(
+                "Expected argument `measured` of GraMa to be what `ns.representation(model, data, loss)` returns with "
+                f"a loss, but got {'one without' if known else type(self.measured).__name__}."
+            )
+
+    def choose(self, site: SiteActivity) -> BoolArray:
+        """Return which neurons have a small gradient, bool ``(N,)``; none of a site that was not measured."""
+        gradients = next((each.mean_abs_gradient for each in self.measured.layers if each.name == site.name), None)
+        if gradients is None or len(gradients) != site.window.neurons:
+            return np.zeros(site.window.neurons, dtype=np.bool_)
+        return has_low_gradient(gradients, self.tau)
 
 
 @dataclass(frozen=True)

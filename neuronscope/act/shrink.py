@@ -100,7 +100,10 @@ class Shrunk:
         if self.folded:
             lines.append(f"{count(self.folded)} of them had a constant effect, which the biases have now.")
         lines.append(self._checked())
-        lines += [f"{plural(number, 'idle neuron')} stay: {reason}." for reason, number in self.kept.items()]
+        lines += [
+            f"{plural(number, 'idle neuron')} {'stays' if number == 1 else 'stay'}: {reason}."
+            for reason, number in self.kept.items()
+        ]
         return "\n".join(lines)
 
     def _checked(self) -> str:

@@ -83,8 +83,8 @@ class Selections:
         """
         if function in _PICKING:
             self._note_picked(args, y)
-        elif not isinstance(y, Tensor) or not y.is_floating_point():
-            return None  # a product of truth values is a mask
+        elif not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):
+            return None  # as where two masks are joined
         elif function in _READING:
             self._note_sparse_reader(args)
         elif function in _WRITING_BACK:

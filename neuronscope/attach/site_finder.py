@@ -267,7 +267,7 @@ class SiteFinder:
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            without = not x.is_cpu and holds_no_data(x)
+            without = holds_no_data(x)
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:

@@ -13,8 +13,9 @@ from neuronscope.report.report import SiteReport
 
 __all__ = ["ExpertLayer", "expert_layers"]
 
-#: A number in a path that comes after a part named so is the number of an expert.
-_NAMED = re.compile(r"(?:^|[._])(?:experts?|moe)(?=[._]|$)")
+#: A number in a path that comes after a part named so is the number of an expert: the first one after ``experts``, as
+#: an expert may be a list of layers; the last one after ``moe``, which may be a list of mixtures.
+_NAMED = re.compile(r"(?:^|[._])(?:(experts?)|moe)(?=[._]|$)")
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -89,11 +90,19 @@ def expert_layers(layers: Iterable[SiteReport]) -> list[ExpertLayer]:
 def _number_in(layer: str) -> tuple[int, int, int] | None:
     """Return where the number of an expert begins and ends in a layer's path, and the number; ``None`` without one.
 
-    >>> _number_in("layers.2.experts.5.up"), _number_in("mlp.w1.3"), _number_in("layers.2.up")
+    >>> _number_in("layers.2.experts.5.0"), _number_in("mlp.w1.3"), _number_in("layers.2.up")
     ((17, 18, 5), (7, 8, 3), None)
+    >>> _number_in("moe.layers.0.experts.5.2")  # the third module of expert 5
+    (21, 22, 5)
     """
-    named = _NAMED.search(layer)
-    found = [*_NUMBER.finditer(layer, named.end() if named else 0)]
-    if not found or (named is None and found[-1].end() < len(layer)):
-        return None
-    return found[-1].start(1), found[-1].end(1), int(found[-1][1])
+    for named in reversed([*_NAMED.finditer(layer)]):
+        found = [*_NUMBER.finditer(layer, named.end())]
+        if found:
+            number = found[0 if named[1] else -1]
+            break
+    else:
+        found = [*_NUMBER.finditer(layer)]
+        if not found or _NAMED.search(layer) or found[-1].end() < len(layer):
+            return None
+        number = found[-1]
+    return number.start(1), number.end(1), int(number[1])

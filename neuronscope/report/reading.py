@@ -6,22 +6,28 @@ file is refused here and does not come out later as a count.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from neuronscope.errors import ReportError, UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, is_tau_dormant
 from neuronscope.report.acts import Act
+from neuronscope.report.json_fields import (
+    MOST,
+    DamagedError,
+    Fields,
+    check_version,
+    each,
+    is_integer,
+    is_number,
+    read_json,
+)
 from neuronscope.report.report import (
     SCHEMA_VERSION,
     FloatArray,
-    IntArray,
     NotMeasured,
     Report,
     SiteHistory,
@@ -30,11 +36,9 @@ from neuronscope.report.report import (
 )
 from neuronscope.sites import IncomingRows, ReaderColumns
 
-__all__ = ["read_report", "report_from_dict"]
+__all__ = ["is_postmortem", "read_report", "report_from_dict"]
 
 _KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated", "sparse")
-#: No run counts so many; what is below fits int64.
-_MOST = 2**60
 
 
 def read_report(path: str | Path) -> Report:
@@ -53,17 +57,7 @@ def read_report(path: str | Path) -> Report:
     Traceback (most recent call last):
     neuronscope.errors.ReportError: Cannot read loss.csv: No such file or directory.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ReportError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ReportError(f"Expected a report in JSON, but {path} is not text.") from error
-    try:
-        plain = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"Expected a report in JSON, but {path} is not JSON: {error}.") from error
-    return report_from_dict(plain, str(path))
+    return report_from_dict(read_json(path), str(path))
 
 
 def report_from_dict(plain: Any, source: str = "the data") -> Report:
@@ -76,127 +70,29 @@ def report_from_dict(plain: Any, source: str = "the data") -> Report:
     Raises:
         ReportError: It is damaged, is no report, or is from another version of Neuronscope.
     """
-    if isinstance(plain, dict) and {"level", "diagnoses"} <= plain.keys():
+    if is_postmortem(plain):
         raise ReportError(
-            f"Expected the report of a watched run or a scan, but {source} is a post-mortem, which is made anew from "
-            "its checkpoint: `neuronscope postmortem`."
+            f"Expected the report of a watched run or a scan, but {source} is a post-mortem: "
+            "`neuronscope.read_postmortem` reads it."
         )
     if not isinstance(plain, dict) or not {"schema_version", "phase", "layers", "policy"} <= plain.keys():
         raise ReportError(f"Expected a report in JSON, but {source} holds something else.")
-    version = plain["schema_version"]
-    if version != SCHEMA_VERSION:
-        age = "an older" if isinstance(version, int) and version < SCHEMA_VERSION else "another"
-        raise ReportError(
-            f"Expected a report of schema version {SCHEMA_VERSION}, but {source} has {str(version)[:20]}: {age} "
-            "version of Neuronscope wrote it."
-        )
+    check_version(plain["schema_version"], SCHEMA_VERSION, source)
     try:
-        return _report(_Fields(plain))
-    except (_DamagedError, UsageError) as error:
+        return _report(Fields(plain))
+    except (DamagedError, UsageError) as error:
         raise ReportError(f"Expected a whole report in JSON, but {source} is damaged: {error}.") from error
 
 
-class _DamagedError(ValueError):
-    """A field is missing, or is not what it can be."""
+def is_postmortem(plain: Any) -> bool:
+    """Whether plain data looks like a post-mortem's."""
+    return isinstance(plain, dict) and {"level", "diagnoses"} <= plain.keys()
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-class _Fields:
-    """Read the fields of one JSON object, and check each.
-
-    Args:
-        plain: The object.
-        place: Where it is in the report, for messages.
-    """
-
-    def __init__(self, plain: Any, place: str = "") -> None:
-        if not isinstance(plain, dict):
-            raise _DamagedError(f"{place.rstrip('.') or 'the report'} is no object")
-        self._plain, self._place = plain, place
-
-    def _get(self, name: str, what: str, fits: Callable[[Any], bool]) -> Any:
-        if name not in self._plain:
-            raise _DamagedError(f"{self._place}{name} is missing")
-        value = self._plain[name]
-        if not fits(value):
-            raise _DamagedError(f"{self._place}{name} is not {what}")
-        return value
-
-    def has(self, name: str) -> bool:
-        return name in self._plain
-
-    def text(self, name: str, among: Sequence[str] = ()) -> str:
-        what = f"one of {', '.join(among)}" if among else "text"
-        found: str = self._get(name, what, lambda value: isinstance(value, str) and (not among or value in among))
-        return found
-
-    def flag(self, name: str) -> bool:
-        return self._get(name, "true or false", lambda value: isinstance(value, bool)) is True
-
-    def integer(self, name: str, low: int = 0) -> int:
-        return int(self._get(name, f"a whole number of at least {low}", lambda value: _is_integer(value, low)))
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        return tuple(self._get(name, "a list of texts", lambda value: _each(value, lambda one: isinstance(one, str))))
-
-    def items(self, name: str, length: int | None = None) -> list[Any]:
-        what = "a list" if length is None else f"a list of {length}"
-        found: list[Any] = self._get(name, what, lambda value: isinstance(value, list) and length in (None, len(value)))
-        return found
-
-    def object(self, name: str) -> _Fields:
-        return _Fields(self._get(name, "an object", lambda value: isinstance(value, dict)), f"{self._place}{name}.")
-
-    def members(self, name: str) -> dict[str, _Fields]:
-        found = self.mapping(name, "objects", lambda value: isinstance(value, dict))
-        return {key: _Fields(one, f"{self._place}{name}.{key}.") for key, one in found.items()}
-
-    def objects(self, name: str) -> list[_Fields]:
-        return [_Fields(one, f"{self._place}{name}[{index}].") for index, one in enumerate(self.items(name))]
-
-    def integers(self, name: str, length: int | None = None, low: int = 0) -> IntArray:
-        values = self.items(name, length)
-        if not all(_is_integer(one, low) for one in values):
-            raise _DamagedError(f"{self._place}{name} holds something else than whole numbers of at least {low}")
-        return np.array(values, dtype=np.int64)
-
-    def numbers(self, name: str, length: int, high: float = math.inf) -> FloatArray:
-        """Return numbers from 0 to ``high``, float64; those that are ``null`` become NaN."""
-        values = self.items(name, length)
-        if not all(one is None or (_is_number(one) and 0 <= one <= high) for one in values):
-            raise _DamagedError(f"{self._place}{name} holds something else than numbers from 0 to {high:g}")
-        return np.array([math.nan if one is None else one for one in values], dtype=np.float64)
-
-    def mapping(self, name: str, what: str, fits: Callable[[Any], bool]) -> dict[str, Any]:
-        found = self._get(name, f"an object of {what}", lambda value: isinstance(value, dict))
-        if not all(map(fits, found.values())):
-            raise _DamagedError(f"{self._place}{name} is not an object of {what}")
-        return dict(found)
-
-    def fail(self, reason: str) -> NoReturn:
-        raise _DamagedError(f"{self._place.rstrip('.')} {reason}")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that float64 holds; JSON has no infinity, but ``1e999`` is read as one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_integer(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= _MOST
-
-
-def _each(value: Any, fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _report(fields: _Fields) -> Report:
-    window, policy = fields.object("window"), fields.mapping("policy", "numbers", _is_number)
+def _report(fields: Fields) -> Report:
+    window, policy = fields.object("window"), fields.mapping("policy", "numbers", is_number)
     if policy.keys() != Policy().to_dict().keys():
-        raise _DamagedError("policy has other thresholds than it can have")
+        raise DamagedError("policy has other thresholds than it can have")
     thresholds = Policy(**policy)
     return Report(
         model=fields.text("model"),
@@ -221,7 +117,7 @@ def _report(fields: _Fields) -> Report:
     )
 
 
-def _act(fields: _Fields) -> Act:
+def _act(fields: Fields) -> Act:
     return Act(
         step=fields.integer("step"),
         site=fields.text("site"),
@@ -232,15 +128,15 @@ def _act(fields: _Fields) -> Act:
     )
 
 
-def _points(fields: _Fields) -> tuple[tuple[int, float], ...]:
+def _points(fields: Fields) -> tuple[tuple[int, float], ...]:
     steps = fields.integers("steps").tolist()
     values = fields.items("values", len(steps))
-    if not all(one is None or _is_number(one) for one in values):
+    if not all(one is None or is_number(one) for one in values):
         fields.fail("holds values that are no numbers")
     return tuple(zip(steps, (math.nan if one is None else float(one) for one in values), strict=True))
 
 
-def _site(fields: _Fields, policy: Policy) -> SiteReport:
+def _site(fields: Fields, policy: Policy) -> SiteReport:
     neurons = fields.integer("neurons")
     means = fields.numbers("mean_abs_output", neurons)
     site = SiteReport(
@@ -278,7 +174,7 @@ def _site(fields: _Fields, policy: Policy) -> SiteReport:
     return site
 
 
-def _judgement(fields: _Fields, means: FloatArray, policy: Policy) -> Judgement:
+def _judgement(fields: Fields, means: FloatArray, policy: Policy) -> Judgement:
     labels = fields.items("labels", len(means))
     if not all(isinstance(label, str) and label in LABELS for label in labels):
         fields.fail("has a label that no neuron can have")
@@ -289,11 +185,11 @@ def _judgement(fields: _Fields, means: FloatArray, policy: Policy) -> Judgement:
     return Judgement(**masks, tau_dormant=is_tau_dormant(means, masks["not_finite"], policy.dormant_tau))
 
 
-def _history(fields: _Fields, neurons: int) -> SiteHistory:
+def _history(fields: Fields, neurons: int) -> SiteHistory:
     steps = fields.integers("steps", low=-1)
     windows = len(steps)
     rows = fields.items("levels", windows)
-    if not all(_each(row, lambda one: _is_integer(one, 0) and one <= 255) and len(row) == neurons for row in rows):
+    if not all(each(row, lambda one: is_integer(one, 0) and one <= 255) and len(row) == neurons for row in rows):
         fields.fail(f"has levels that are not {windows} rows of {neurons} bytes")
     if (np.diff(steps) < 0).any():
         fields.fail("has steps that do not ascend")
@@ -306,19 +202,19 @@ def _history(fields: _Fields, neurons: int) -> SiteHistory:
     )
 
 
-def _run(fields: _Fields, run: Any) -> tuple[str, int, int, int]:
+def _run(fields: Fields, run: Any) -> tuple[str, int, int, int]:
     if not (isinstance(run, list) and len(run) == 4 and isinstance(run[0], str)) or run[3] == 0:
         fields.fail("has units that are not a layer, start, stop and step")
-    if not all(_is_integer(one, -_MOST) for one in run[1:]):
+    if not all(is_integer(one, -MOST) for one in run[1:]):
         fields.fail("has units that are not a layer, start, stop and step")
     return run[0], run[1], run[2], run[3]
 
 
-def _rows(fields: _Fields) -> IncomingRows:
+def _rows(fields: Fields) -> IncomingRows:
     layer, *numbers = IncomingRows._fields
-    return IncomingRows(fields.text(layer), *(fields.integer(name, -_MOST) for name in numbers))
+    return IncomingRows(fields.text(layer), *(fields.integer(name, -MOST) for name in numbers))
 
 
-def _columns(fields: _Fields) -> ReaderColumns:
+def _columns(fields: Fields) -> ReaderColumns:
     layer, *numbers = ReaderColumns._fields
-    return ReaderColumns(fields.text(layer), *(fields.integer(name, -_MOST) for name in numbers))
+    return ReaderColumns(fields.text(layer), *(fields.integer(name, -MOST) for name in numbers))

@@ -300,7 +300,7 @@ def _meta(site: SiteReport) -> list[tuple[str, bool]]:
 
 def _facts(report: Report, site: SiteReport) -> list[str]:
     """Say which weights lead into a layer's neurons and which read them, and which neurons were revived."""
-    facts = [f"Weights: {wording.weights_of(site)}."] if site.incoming else []
+    facts = [f"Weights: {wording.weights_of(site)}.".replace("`", "")] if site.incoming else []
     if acts := [act for act in report.acts if act.site == site.name]:
         newest, total = acts[-1], sum(len(act.neurons) for act in acts)
         which, more = ranges(np.array(newest.neurons), LISTED)

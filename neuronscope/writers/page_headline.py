@@ -42,13 +42,19 @@ def headline(report: Report) -> list[str]:
     spikes = [one for one in diagnose(facts) if one.sign in (COLLAPSED, GROUPED) and one.steps]
     worst = max(report.headline_layers, key=lambda site: (site.dead / max(wording.judged(site), 1), site.dead))
     if worst.dead >= DIED * wording.judged(worst):
-        born = 2 * worst.born_dead > worst.dead
-        if born:  # of a scan or a pass of evaluation: never within it, which says nothing of the start
-            how = "is dead from the start" if facts.in_training else "is dead"
+        later = worst.dead - worst.born_dead
+        born = worst.born_dead > later
+        many, rest = worst.dead, ""
+        if born and not facts.in_training:  # never fired within a scan or a pass: this says nothing of the start
+            how = "is dead"
+        elif born:
+            many, how, rest = worst.born_dead, "is dead from the start", f"{count(later)} more died later"
         else:
             how = f"died{_at(death_steps(worst)[worst.judgement.dead])}"
+            many, rest = later, f"{count(worst.born_dead)} more never fired"
+        rest = f"; {rest}" if many < worst.dead else ""
         whole = plural(wording.judged(worst), "neuron")
-        sentences = [f"Layer `{visible(worst.name)}` {how}: {count(worst.dead)} of {whole}."]
+        sentences = [f"Layer `{visible(worst.name)}` {how}: {count(many)} of {whole}{rest}."]
         spikes = [] if born else [one for one in spikes if worst.name in one.layers]
     else:
         sentences = found[:2]

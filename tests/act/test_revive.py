@@ -19,6 +19,7 @@ from neuronscope.act.revival import Revival
 from neuronscope.act.rules import (
     ContinualBackprop,
     Dead,
+    GraMa,
     ReDo,
     Resampling,
     Rule,
@@ -462,6 +463,42 @@ def test_continual_backprop_takes_the_least_useful_mature_ones_at_its_rate() -> 
         assert sorted(np.flatnonzero(chosen)) == sorted(order[:expected])
     weight = Run().model[3].weight.detach().double().abs().sum(0)
     assert np.allclose(site.outgoing(), weight.numpy())
+
+
+def test_grama_chooses_the_neurons_with_a_small_gradient_at_their_output() -> None:
+    run = Run()
+    run.model[3].weight.data *= torch.tensor([1.0, 1e-3, 1.0, 1.0, 2e-2, 0.3])  # 1 and 4 fire, and matter little
+    run.model.eval()
+    with run.scope.paused():
+        measured = ns.representation(run.model, run.x, lambda output, x: (output - x[:, :1]).square().mean())
+    assert run.scope.census()["0/relu"].examples == len(run.x)  # those of the window alone
+    model = copy.deepcopy(run.model)
+    output = model[1](model[0](run.x)).detach().requires_grad_()
+    (model[5](model[4](model[3](output))) - run.x[:, :1]).square().mean().backward()
+    assert output.grad is not None
+    sizes = output.grad.double().abs().mean(0)
+    chosen = {}
+    for tau in (0.0, 0.025, 0.5, 2.0):
+        chosen[tau] = GraMa(measured, tau=tau).choose(activity([0] * 6, [1.0] * 6)).tolist()
+        assert chosen[tau] == (sizes / sizes.mean() <= tau).tolist()
+    assert len({sum(each) for each in chosen.values()}) > 2
+    done = ns.revive(run.scope, run.optimizer, GraMa(measured, tau=0.025))
+    expected = tuple(neuron for neuron, small in enumerate(chosen[0.025]) if small)
+    assert [(act.site, act.neurons, act.rule) for act in done.acts] == [("0/relu", expected, "GraMa(tau=0.025)")]
+
+
+def test_grama_leaves_layers_alone_that_were_not_measured() -> None:
+    run, other = Run(), Run(Convolutions)
+    measured = ns.representation(other.model, other.x, lambda output, x: output.square().mean())
+    assert not ns.revive(run.scope, run.optimizer, GraMa(measured, tau=1e9)).neurons
+
+
+def test_grama_needs_a_measure_with_a_loss() -> None:
+    run = Run()
+    with pytest.raises(UsageError, match="with a loss, but got one without"):
+        GraMa(ns.representation(run.model, run.x))
+    with pytest.raises(UsageError, match="but got float"):
+        GraMa(0.1)  # type: ignore[arg-type]
 
 
 def autoencoder() -> nn.Sequential:

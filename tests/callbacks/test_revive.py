@@ -11,9 +11,11 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import neuronscope as ns
 from neuronscope.act.rules import Rule
 from neuronscope.callbacks import DeadNeuronMonitor
 from neuronscope.callbacks.transformers import DeadNeuronCallback
+from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy
 from tests.callbacks import hugging
 from tests.callbacks.networks import batches, network, trainer
@@ -50,6 +52,13 @@ def test_lightning_revives_at_the_end_of_a_window_and_goes_on(framework: str) ->
     census = monitor.census(window="last")["first/relu"]
     assert (census.zero_output_fraction[:3] < 1).all()
     assert monitor.report().acts == monitor.scope.acts  # type: ignore[union-attr]
+
+
+def test_a_rule_whose_measure_goes_out_of_date_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    measured = ns.representation(model, torch.randn(9, 4), lambda output, batch: output.square().mean())
+    with pytest.raises(UsageError, match=r"call `ns\.revive` yourself"):
+        DeadNeuronMonitor(revive=ns.GraMa(measured))
 
 
 def test_a_rule_that_chooses_nobody_changes_no_bit_and_no_random_number() -> None:

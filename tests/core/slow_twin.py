@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -564,7 +564,7 @@ def find_gated(
     return None
 
 
-def assert_same(census: ns.Census, truth: dict[str, dict[str, Any]]) -> None:
+def assert_same(census: Mapping[str, ns.Tally], truth: dict[str, dict[str, Any]]) -> None:
     """Every integer of a census equals the twin's, site by site, and the sites come in the order in which they ran."""
     assert [*census] == [*truth]
     for name, expected in truth.items():

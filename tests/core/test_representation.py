@@ -43,8 +43,13 @@ def features_by_hand(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def reference_score(values: Tensor) -> Tensor:
     """Return Sokar et al.'s score of each neuron: mean magnitude over batch and map, by the mean over the layer."""
+    return gradient_score(values, 1e-9)
+
+
+def gradient_score(values: Tensor, epsilon: float = 0.0) -> Tensor:
+    """Return the GraMa score of each neuron (Liu et al. 2025): the same of gradients, with nothing added."""
     score = values.abs().mean(dim=[dim for dim in range(values.dim()) if dim != 1])
-    return score / (score.mean() + 1e-9)
+    return score / (score.mean() + epsilon)
 
 
 def weak(model: nn.Module) -> nn.Module:
@@ -82,7 +87,7 @@ def test_dormant_shares_equal_the_papers_formulas(make: Callable[[], nn.Module],
     assert [layer.name for layer in found.layers] == list(values)
     dormant = gradient_dormant = neurons = 0
     for layer in found.layers:
-        scores, gradient_scores = reference_score(values[layer.name]), reference_score(gradients[layer.name])
+        scores, gradient_scores = reference_score(values[layer.name]), gradient_score(gradients[layer.name])
         assert layer.dormant == int((scores <= tau).sum())
         assert layer.gradient_dormant == int((gradient_scores <= tau).sum())
         np.testing.assert_allclose(layer.mean_abs_output / layer.mean_abs_output.mean(), scores.detach(), rtol=1e-4)
@@ -96,6 +101,23 @@ def test_dormant_shares_equal_the_papers_formulas(make: Callable[[], nn.Module],
     assert report.tau_dormant == dormant
     if tau == 0.1:
         assert dormant > report.dormant > 0  # dead ones are in the paper's share, and not in ours
+
+
+@pytest.mark.parametrize("scale", [1e6, 1.0, 1e-8, 1e-12])
+def test_the_share_of_low_gradients_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None:
+    # Small per-neuron gradients are what a mean over a large batch gives.
+    model, x = nn.Sequential(nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 1, bias=False)), torch.ones(8, 5)
+    with torch.no_grad():
+        model[0].weight[:] = torch.eye(5)
+        model[2].weight[:] = torch.tensor(
+            [[0.0, 0.01, 1.0, 1.0, 2.0]]
+        )  # |∂L/∂y_i|, up to the scale; their mean is 0.802
+    found = ns.representation(model, x, lambda output, _: scale * output.sum(), tau=0.025)
+    assert found["0/relu"].gradient_dormant == 2
+    assert found.gradient_dormant_percent == 40.0
+    assert "40.0 % have a low gradient (GraMa, Liu et al. 2025, the same τ)." in str(found)
+    assert ns.representation(model, x, lambda output, _: 0 * output.sum())["0/relu"].gradient_dormant == 5
+    assert "GraMa" not in str(ns.representation(model, x))
 
 
 def rank_model(weight: Tensor) -> nn.Module:

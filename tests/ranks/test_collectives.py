@@ -25,9 +25,9 @@ GATHERED = ["allgather", "allgather"]
 
 
 def reduced(*neurons: int) -> Made:
-    """The collectives for sites of so many neurons: two sums, each of its dtype, and a maximum."""
+    """The collectives for sites of so many neurons: a maximum, and two sums, each of its dtype."""
     n = sum(neurons)
-    return [("allreduce", 3 * n + 3 * len(neurons)), ("allreduce", n), ("allreduce", 2 * n + 2)]
+    return [("allreduce", 2 * n + 2), ("allreduce", 3 * n + 3 * len(neurons)), ("allreduce", n)]
 
 
 ONE, BOTH = reduced(BRANCHES["a"]), reduced(*BRANCHES.values())
@@ -58,7 +58,7 @@ def test_the_report_states_the_number_of_collective_calls(runs: Runs, task: str)
         assert rank[task]["exchanges"].collectives == sum(map(len, made))
 
 
-def test_a_window_costs_one_header_two_sums_and_one_maximum(runs: Runs) -> None:
+def test_a_window_costs_one_header_one_maximum_and_two_sums(runs: Runs) -> None:
     """The first time, ranks tell each other the names and widths of the sites."""
     for rank in runs[2]:
         made = rank["steady"]["made"]

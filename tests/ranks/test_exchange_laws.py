@@ -119,6 +119,6 @@ def test_each_rank_receives_the_counts_of_all_ranks(runs: list[list[Event]]) -> 
 @given(EVENTS, st.integers(2, 4))
 def test_ranks_with_the_same_sites_gather_names_once(event: Event, number: int) -> None:
     everyone, _ = together([[event._replace(sites="abc", steps=100)] * 3] * number)
-    # Each event takes a header, two sums and a maximum; the first one two more for the names and widths. At last one
+    # Each event takes a header, a maximum and two sums; the first one two more for the names and widths. At last one
     # header says that all are done.
     assert [collectives for _, collectives in everyone] == [2 + 3 * 4 + 1] * number

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 import neuronscope as ns
 from neuronscope.report.expert_layers import expert_layers
@@ -16,6 +18,8 @@ from neuronscope.writers import page_experts
 from neuronscope.writers.page_experts import mixtures
 from neuronscope.writers.tensorboard.scalars import scalars
 from tests.core.test_experts import DEAD, EXPERTS, IDLE, WAYS, WIDTH, Mixture, batches, loss_of
+
+from . import sample_reports as samples
 
 
 def report_of(way: str = "bmm", *, sure: bool = True) -> tuple[ns.Report, Counter[int]]:
@@ -41,6 +45,30 @@ def test_the_tokens_of_each_expert_and_their_entropy_are_found(way: str) -> None
     assert values["neuronscope.experts/routing_entropy_pct"] == pytest.approx(100 * entropy / math.log2(EXPERTS))
     assert values["neuronscope.experts/fewest_tokens"] == 0
     assert values["neuronscope.experts/most_tokens"] == max(tokens.values())
+
+
+@pytest.mark.parametrize("path", ["experts", "moe.0.experts", "block_sparse_moe.experts"])
+def test_experts_that_are_lists_of_layers_are_told_by_the_number_after_their_name(path: str) -> None:
+    # The last number of `experts.5.0` is that of a layer of the expert.
+    experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4)) for _ in range(4))
+
+    class Routed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([experts[number](x[number:]) for number in (0, 1, 3)])
+
+    model = Routed()
+    home: nn.Module = model
+    *parts, last = path.split(".")
+    for part in parts:
+        home.add_module(part, nn.Module())
+        home = home.get_submodule(part)
+    home.add_module(last, experts)
+    with ns.watch(model) as scope:
+        model(torch.randn(10, 4))
+        scope.step()
+    (layer,) = expert_layers(scope.report().layers)
+    assert (layer.name, layer.numbers) == (f"{path}.*.0/relu", (0, 1, 3))
+    assert layer.tokens.tolist() == [10, 9, 7]  # expert 2 has never run
 
 
 def test_an_expert_is_called_dead_only_where_the_window_is_long_enough() -> None:
@@ -96,3 +124,17 @@ def test_a_place_of_many_neurons_shows_the_gravest_of_them() -> None:
         assert (path is None) == (expected is None)
         assert path is None or expected is None or path[1].startswith(expected)
     assert any(expert.judgement.dead.any() for expert in layer.experts)
+
+
+def test_an_expert_of_several_modules_is_one_expert() -> None:
+    """The number of the expert is the first after `experts`, not that of the module in it."""
+    sites = [
+        replace(samples.site(f"moe.{block}.experts.{expert}.0/relu", 8), layer=f"moe.{block}.experts.{expert}.0")
+        for block in range(2)
+        for expert in range(3)
+    ]
+    found = expert_layers(sites)
+    assert [(one.name, one.numbers) for one in found] == [
+        ("moe.0.experts.*.0/relu", (0, 1, 2)),
+        ("moe.1.experts.*.0/relu", (0, 1, 2)),
+    ]

@@ -53,7 +53,22 @@ def test_what_is_not_known_is_left_out() -> None:
     assert headline(replace(born, series={"learning_rate": RATE}, checkpoints=(1,))) == [
         "Layer `net.0/relu` is dead from the start: 16 of 16 neurons."
     ]
+    one_later = samples.report(samples.site("net.0/relu", 16, samples.Fate(born=12, died=1)))
+    assert headline(one_later) == ["Layer `net.0/relu` is dead from the start: 12 of 16 neurons; 1 more died later."]
+    assert headline(replace(one_later, phase="scan")) == ["Layer `net.0/relu` is dead: 13 of 16 neurons."]
     assert headline(replace(born, phase="scan")) == ["Layer `net.0/relu` is dead: 16 of 16 neurons."]
+
+
+def test_neurons_that_never_fired_did_not_die() -> None:
+    """Three of twelve never fired; the nine others died at step 16."""
+    layer = died_at("first/relu", 12, 12, 16)
+    dead = np.arange(12) >= 3
+    steps = np.where(dead, 16, -1)
+    layer = replace(layer, last_active_step=steps - dead, history=replace(layer.history, died_step=steps))
+    assert (layer.dead, layer.born_dead) == (12, 3)
+    assert headline(samples.report(layer))[0] == (
+        "Layer `first/relu` died at step 16: 9 of 12 neurons; 3 more never fired."
+    )
 
 
 @pytest.mark.parametrize("sample", [samples.mixed, samples.healthy, samples.broken, samples.unwatched, samples.hostile])
@@ -62,10 +77,10 @@ def test_every_report_has_a_headline_that_its_numbers_bear_out(sample: object) -
     sentences = headline(report)
     assert sentences
     assert all(text.endswith(".") for text in sentences)
-    found = re.match(r"Layer `(.+)` (?:died|is dead).*: (\d+) of (\d+) neurons\.", sentences[0])
+    found = re.match(r"Layer `(.+)` (?:died|is dead).*: (\d+) of (\d+) neurons(?:; (\d+) more .*)?\.", sentences[0])
     if found:
         site = report[found[1]]
-        assert int(found[2]) == site.dead
+        assert int(found[2]) + int(found[4] or 0) == site.dead
         assert 2 * site.dead >= int(found[3])
 
 

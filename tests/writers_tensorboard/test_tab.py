@@ -85,7 +85,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         append(samples.conv_net(upto), backwards, 100 * upto, images=False, text=False, tab=True)
     report_into(home / HOSTILE.replace("/", "_"), samples.conv_net(2, phase=HOSTILE), 200)
     tensor_into(home / "foreign", "loss", np.ones(3, np.float32), plugin="scalars")
-    tensor_into(home / "namesake", "neuronscope.vectors/a", np.ones((2, 3), np.uint8))
+    tensor_into(home / "namesake", "neuronscope.others/a", np.ones((2, 3), np.uint8))
     tensor_into(home / "floats", TAG, np.ones(3, np.float32), content=b"\xff")
     tensor_into(home / "text", TAG, b"words", content=b"[1]")
     tensor_into(home / "garbage", TAG, np.arange(256, dtype=np.uint8))
@@ -227,7 +227,7 @@ def test_what_cannot_be_shown_gives_one_sentence_and_harms_nothing(tab: Client, 
         assert "script-src 'self' 'unsafe-eval'" in answer.headers["Content-Security-Policy"]  # none in the page itself
 
 
-@pytest.mark.parametrize("tag", ["", "loss", "neuronscope/diagnosis/text_summary", "neuronscope.vectors/a", "../../x"])
+@pytest.mark.parametrize("tag", ["", "loss", "neuronscope/diagnosis/text_summary", "neuronscope.others/a", "../../x"])
 def test_only_tags_of_reports_are_read(tab: Client, tag: str) -> None:
     assert page(tab, "namesake/neuronscope", tag).status_code == 404
     assert page(tab, "good/neuronscope", tag).status_code == 404
