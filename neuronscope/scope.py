@@ -26,7 +26,7 @@ from neuronscope.attach.named_tensors import NamedTensor
 from neuronscope.attach.optimizer_steps import Optimizers, OptimizerSteps
 from neuronscope.attach.site_finder import Names
 from neuronscope.attach.site_patterns import SitePatterns
-from neuronscope.build_report import INFERENCE_APART, ONLY_INFERENCE, make_report, not_measured
+from neuronscope.build_report import INFERENCE_APART, MASK_IGNORED, ONLY_INFERENCE, make_report, not_measured
 from neuronscope.count.counters import SiteCounters
 from neuronscope.errors import DetachedError, NothingToWatchError, UsageError, warn_user
 from neuronscope.judge.verdicts import Policy
@@ -708,7 +708,7 @@ class Scope:
                 self._hooks.recorder.unmeasured.phases_of_modules,
                 self._patterns.wants,
             ),
-            notes=(note, self._ranks.note),
+            notes=(note, self._ranks.note, MASK_IGNORED if self._hooks.recorder.ignored_mask else ""),
             exchanges=self._ranks.exchanges,
             fault=self._current_fault(),
             acts=self.act_record.acts,
@@ -843,7 +843,8 @@ def watch(
             other, such as the steps of one trajectory. See ``docs/definitions.md``.
         mask: Positions that are not counted, such as padding: the name of an argument of the model's forward
             (``"attention_mask"``), or a function of ``(args, kwargs)``, that gives a tensor ``(B, T)``, true or 1 for
-            a position that counts. It applies at sites whose tensor begins with these dimensions.
+            a position that counts. It applies at sites whose tensor begins with these dimensions, and not to the rows
+            that experts are given.
         window_steps: Minimum number of optimizer steps in a window of training. The window then stays open until each
             layer that ran in it has enough examples for the policy, or one has four times as many.
         join_ranks: In a distributed run, add up the counts of all ranks that hold copies of the model, at the end of

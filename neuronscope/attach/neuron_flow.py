@@ -50,7 +50,7 @@ from neuronscope.attach.origins import (
     WEIGHT,
     Operand,
     Origin,
-    Pick,
+    PickedMatrices,
 )
 from neuronscope.attach.readers import carry_layer, columns_of, read_dim
 from neuronscope.attach.row_owners import EveryExpert, Joined, JoinedRows, Offsets, Owners, Picked, RowOwners, Weighed
@@ -483,7 +483,7 @@ class NeuronFlow:
         """
         tensors, (origin, *_) = [*nested_tensors(values)], outcome.origins
         weighed = next((found for each in tensors if (found := self._weighed.get(each)) is not None), None)
-        if isinstance(origin.picked, Pick):
+        if isinstance(origin.picked, PickedMatrices):
             if weighed is None and len(tensors) > 1:
                 weighed = Weighed.of(tensors[1], origin.picked.matrices)
             if weighed is not None:
@@ -970,7 +970,7 @@ def _meets_stored(operation: Operation, result: Origin) -> str | None:
 
 def _tells_rows(operation: Operation, result: Origin) -> bool:
     """Whether data says by a call that is no layer's which expert's weights its result is, or which experts' rows."""
-    if isinstance(result.picked, Pick):
+    if isinstance(result.picked, PickedMatrices):
         return True
     if result.units is None or result.units.experts is None:
         return False

@@ -20,8 +20,8 @@ __all__ = [
     "WEIGHT",
     "Operand",
     "Origin",
-    "Pick",
-    "Picks",
+    "PickedMatrices",
+    "PickedUnits",
     "combine",
 ]
 
@@ -49,8 +49,8 @@ ACTIVATED = ""
 _PRECEDENCE = {state: place for place, state in enumerate((UNITS, ROWS, ENDED, LOST, UNKNOWN, RAW))}
 
 
-class Pick(NamedTuple):
-    """Which matrices of a stack of weights data picked.
+class PickedMatrices(NamedTuple):
+    """The stack of weights that data picked matrices from.
 
     Attributes:
         layer: Path of the layer of the stack.
@@ -67,11 +67,11 @@ class Pick(NamedTuple):
 Cut = tuple[int, int, int]
 
 
-class Picks(NamedTuple):
-    """What data picked from.
+class PickedUnits(NamedTuple):
+    """The units that data picked some of, such as the largest.
 
     Attributes:
-        units: The units of the tensor, as they lie in it.
+        units: The units of the tensor they were picked from, as they lie in it.
         site: The site that gave it, if there was one.
     """
 
@@ -117,11 +117,11 @@ class Origin:
     units: Units | None
     layer: str
     cuts: tuple[Cut | None, ...]
-    picked: bool | Pick
+    picked: bool | PickedMatrices
     site: Any
     bends: tuple[tuple[str, str], ...]
     carries: tuple[Carried, ...]
-    picks: Picks | None
+    picks: PickedUnits | None
     zeros: bool
     unit_set: tuple[Any, ...]
 
@@ -134,11 +134,11 @@ class Origin:
         units: Units | None = None,
         layer: str = "",
         cuts: tuple[Cut | None, ...] = (),
-        picked: bool | Pick = False,
+        picked: bool | PickedMatrices = False,
         site: Any = None,
         bends: tuple[tuple[str, str], ...] = (),
         carries: tuple[Carried, ...] = (),
-        picks: Picks | None = None,
+        picks: PickedUnits | None = None,
         zeros: bool = False,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
@@ -275,7 +275,7 @@ def combine(operands: Sequence[Operand], shape: Sequence[int], *, bent: str = ""
         bends = {(each.origin.units.layer, bent): None for each in data if each.origin.units is not None}
     elif product and not site:
         same = [each for each in data if each.origin.units == origin.units]
-        if len(same) > 1 and any(units.layer not in dict(each.origin.bends) for each in same):
+        if len(same) > 1 and any((units.layer, ACTIVATED) not in each.origin.bends for each in same):
             bends = {(units.layer, "mul"): None}  # h * h, or an activation that is written out: h * sigmoid(h)
     layer, carries = origin.layer if len(data) == 1 else "", _carried(data, units, product)
     return Origin.of(UNITS, upstream, units=units, layer=layer, site=site, bends=tuple(bends), carries=carries)
@@ -338,7 +338,7 @@ def _of_weights(operands: Sequence[Operand], rank: int) -> Origin:
     return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=_picked(weights, rank))
 
 
-def _picked(weights: Sequence[Operand], rank: int) -> bool | Pick:
+def _picked(weights: Sequence[Operand], rank: int) -> bool | PickedMatrices:
     """Return what data picked, of several weights that were computed from another."""
     found = [each for each in weights if each.origin.picked]
     if len(found) > 1 or any(len(each.shape) != rank for each in found):

@@ -87,6 +87,7 @@ class SiteRecorder:
         is_part: Returns whether an object is a module inside the model.
         lock: Held while counts are changed or read, because gradients arrive in whatever thread runs the backward pass.
         got_gradients: Whether a gradient has arrived.
+        ignored_mask: Whether rows of several experts were counted in a forward with a mask, which does not reach them.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class SiteRecorder:
         self.is_part: Callable[[Any], bool] = lambda _: False
         self.lock = threading.RLock()
         self.got_gradients = False
+        self.ignored_mask = False
         #: Called with each output that is counted, if somebody wants more of it than counts.
         self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
@@ -511,6 +513,8 @@ class SiteRecorder:
         if dims is None or owners is None or not y.numel():
             return
         y = y.detach()
+        if forward.mask is not None:
+            self.ignored_mask = True
         with self.lock:
             if isinstance(counters, ExpertCounters) and isinstance(owners, Tensor):
                 add_expert_outputs(

@@ -142,16 +142,32 @@ class Selections:
         self, phase: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor, traced: bool
     ) -> Selected | None:
         """Return the call of a top-k selection that was put back into zeros."""
+        index = kwargs.get("index", args[2] if len(args) > 2 else None)
+        source = None if index is None or traced else self._picked_from.get(index)
         picks = self._forward.flow.origin(y).picks
         if picks is None or not picks.units.layer:
+            self._note_selected_of_experts(None if source is None else source())
             return None
         self._sites.unmeasured.withdraw(picks.units.layer, PICKED)
         gate = self._call_of(picks.site)
         if gate is not None:
             return self._derived(phase, gate, self._forward.flow.origin(y), y, traced, f"topk {gate.activation.name}")
-        index = kwargs.get("index", args[2] if len(args) > 2 else None)
-        source = None if index is None or traced else self._picked_from.get(index)
         return self._new(phase, _LARGEST, None if source is None else source(), y, y, traced)
+
+    def _note_selected_of_experts(self, picked_from: Tensor | None) -> None:
+        """Note that a top-k selection is not measured, if its rows are of several experts.
+
+        Args:
+            picked_from: From what the values were picked; ``None`` if that is not known.
+        """
+        units = None if picked_from is None else self._forward.flow.origin(picked_from).units
+        if units is not None and units.experts is not None:
+            self._sites.unmeasured.note(
+                f"{units.layer}/topk",
+                "it picks the largest units in rows of several experts, and which expert each row of the result is of "
+                "is not known: only what comes before is counted. Put `scope.count()` there to count all experts "
+                "together",
+            )
 
     def _new(
         self, phase: str, activation: Activation, x: Tensor | None, like: Tensor, y: Tensor, traced: bool

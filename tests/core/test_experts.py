@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neuronscope as ns
+from neuronscope.build_report import MASK_IGNORED
 from neuronscope.count import expert_counters
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.expert_counters import ExpertCounters, add_expert_outputs
@@ -302,6 +303,40 @@ def test_an_index_that_was_changed_before_the_activation_ran_is_not_believed() -
     assert all(tally.positions == 0 for tally in scope.census("val").values())
     (item,) = scope.report("val").not_measured
     assert "changed in place" in item.reason
+
+
+def test_a_mask_does_not_reach_the_rows_of_experts_and_the_report_says_so() -> None:
+    def run(**options: Any) -> ns.Scope:
+        model = Mixture(bmm)
+        with ns.watch(model, **options) as scope:
+            loss_of(model(next(iter(batches())))).backward()
+            scope.step()
+        return scope
+
+    kept = torch.arange(TIME).lt(TIME - 1).expand(BATCH, TIME)
+    masked, plain = run(mask=lambda args, kwargs: kept), run()
+    assert [tally.positions for tally in masked.census().values()] == [
+        tally.positions for tally in plain.census().values()
+    ]
+    assert [MASK_IGNORED in scope.report().notes for scope in (masked, plain)] == [True, False]
+
+
+def test_a_top_k_selection_in_rows_of_several_experts_is_listed_and_what_comes_before_it_counted() -> None:
+    def way(self: Stack, x: Tensor, chosen: Tensor) -> Tensor:
+        tokens, ids = pairs(x, chosen)
+        hidden = torch.bmm(tokens.unsqueeze(1), self.w1[ids]).squeeze(1).relu()
+        values, index = hidden.topk(2, dim=-1)
+        hidden = torch.zeros_like(hidden).scatter(-1, index, values)
+        return add_up(torch.bmm(hidden.unsqueeze(1), self.w2[ids]).squeeze(1))
+
+    model = Mixture(way)
+    with ns.watch(model) as scope:
+        model(next(iter(batches()))).sum().backward()
+        scope.step()
+    assert list(scope.census()) == [f"experts.w1.{number}/relu" for number in range(EXPERTS)]
+    (item,) = scope.report().not_measured
+    assert item.name == "experts.w1/topk"
+    assert "several experts" in item.reason
 
 
 def test_the_memory_of_the_counters_is_in_neurons_and_not_in_rows() -> None:

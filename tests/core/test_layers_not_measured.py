@@ -41,6 +41,7 @@ BY_HAND: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda h: h / 2 * (1 + torch.erf(h * 0.5**0.5)),
     "gelu with a tanh": lambda h: 0.5 * h * (1 + torch.tanh(0.79788 * (h + 0.044715 * h**3))),
     "mish": lambda h: h * torch.tanh(F.softplus(h)),
+    "silu of a clamped value": lambda h: (c := h.clamp(max=7.0)) * torch.sigmoid(1.7 * c),
     "square": lambda h: h * h,
     "an unknown function": torch.special.i0e,
 }

@@ -198,10 +198,44 @@ def scores(_: Coder, x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(-1, index, values.softmax(-1))
 
 
+def guarded(_: Coder, x: Tensor) -> Tensor:
+    """Set what is not finite to zero."""
+    return torch.where(torch.isnan(x), 0.0, x).masked_fill(torch.isinf(x), 0.0) * torch.isfinite(x)
+
+
+def dropped(_: Coder, x: Tensor) -> Tensor:
+    """Leave out whole rows and single elements by chance, as stochastic depth, LayerDrop and dropout do."""
+    kept = torch.where(torch.rand_like(x) > 0.2, x, 0.0) * torch.empty_like(x).bernoulli_(0.8)
+    return kept * (torch.rand(len(x), 1) > 0.2)
+
+
+def masked_by_another(coder: Coder, x: Tensor) -> Tensor:
+    """Leave what a buffer or another tensor says, and not the units themselves."""
+    return x.masked_fill(coder.theta.detach() > 10, 0.0) * (x.new_ones(x.shape) > 0)
+
+
 @pytest.mark.filterwarnings("ignore:No activation of Coder")
-@pytest.mark.parametrize("select", [other_fill, picked_elsewhere, scores])
+@pytest.mark.parametrize("select", [other_fill, picked_elsewhere, scores, guarded, dropped, masked_by_another])
 def test_what_is_no_selection_is_not_counted_as_one(select: Select) -> None:
     _, scope, _ = train(select, watched=True)
     assert scope is not None
     assert [tally.kind for tally in scope.census().values() if tally.kind == "sparse"] == []
     scope.detach()
+
+
+class JoinedMasks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encode(x).relu()
+        output: Tensor = self.decode(h * ((h > 0.1) * (h < 1)))
+        return output
+
+
+def test_a_product_of_truth_values_is_a_mask_and_no_fault() -> None:
+    with ns.watch(model := JoinedMasks()) as scope:
+        model(torch.randn(8, 4)).sum().backward()
+        scope.step()
+    assert list(scope.census()) == ["encode/relu", "encode/masked relu"]

@@ -96,6 +96,31 @@ def other_layers(rank: int) -> dict[str, Any]:
     return run(rank, lambda: stage(1, outputs=3 + rank))
 
 
+class Experts(nn.Module):
+    """A stack of experts, of which data picks one for each row."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.router, self.last = nn.Linear(WIDTH, 2), nn.Linear(NEURONS, 3)
+        torch.manual_seed(rank)
+        self.w = nn.Parameter(torch.randn(2, NEURONS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked = self.router(x).argmax(-1)
+        output: Tensor = self.last(torch.bmm(self.w[picked], x[:, :, None])[..., 0].relu())
+        return output
+
+
+def other_experts(rank: int) -> dict[str, Any]:
+    """Expert parallelism by hand: each rank has experts of its own under one name, and copies of all else."""
+    return run(rank, lambda: Experts(rank))
+
+
+def experts_of_copies(rank: int) -> dict[str, Any]:
+    return run(rank, lambda: Experts(1))
+
+
 def stages_of_copies(rank: int) -> dict[str, Any]:
     """A pipeline of two stages, each of which two ranks hold."""
     return run(rank, lambda: stage(rank // 2))
@@ -146,6 +171,7 @@ def not_in_the_group(rank: int) -> dict[str, Any]:
 
 NO_COPIES = (
     *(other_weights, one_other_weight, other_layers, stages_of_copies, only_parts_run),
+    *(other_experts, experts_of_copies),
     *(local_steps, local_statistics, tried_before),
     *(given_group, given_group_later, not_in_the_group),
 )

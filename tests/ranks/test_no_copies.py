@@ -31,6 +31,20 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return together(tmp_path_factory.mktemp("no_copies"), RANKS, *(task.__name__ for task in NO_COPIES))
 
 
+def test_experts_of_one_name_are_added_up_only_if_all_ranks_hold_the_same(given: list[dict[str, Any]]) -> None:
+    """Experts that ranks share by hand have one name on all ranks, and weights of their own on each."""
+    own = [rank["other_experts"] for rank in given]
+    copies = [rank["experts_of_copies"] for rank in given]
+    wanted = {name: union([rank["own"][name] for rank in copies]) for name in copies[0]["own"]}
+    assert {"w.0/relu", "w.1/relu"} == set(wanted)
+    for rank in own:
+        assert_equal_counts(rank["counted"], rank["own"])
+        assert any("hold no copy of it" in note for note in rank["notes"])
+    for rank in copies:
+        assert_equal_counts(rank["counted"], wanted)
+        assert not any("copy" in note for note in rank["notes"])
+
+
 @pytest.mark.parametrize(
     ("task", "groups", "words"),
     [

@@ -17,10 +17,12 @@ __add__ __radd__ __sub__ __rsub__ __truediv__ __rtruediv__ __div__ __rdiv__ __ne
 __iadd__ __isub__ __itruediv__ __idiv__
 clone contiguous detach float double half bfloat16 int long bool cpu cuda requires_grad_ pin_memory
 nan_to_num fill_diagonal_ resolve_conj conj dequantize bernoulli tril triu
-eq ne not_equal logical_and logical_or logical_not logical_xor isnan isinf isfinite
+eq ne not_equal logical_and logical_or logical_not logical_xor
 __eq__ __ne__ __and__ __or__ __xor__ __invert__ __iand__ __ior__ __ixor__
 bitwise_and bitwise_or bitwise_not bitwise_xor
 """
+# A mask that one of these gives guards against NaN and infinity: it selects no units.
+_GUARDS = "isnan isinf isfinite isposinf isneginf isreal"
 _MULTIPLYING = "mul multiply __mul__ __rmul__ __imul__"
 _NOT_LINEAR = """
 abs absolute maximum minimum fmax fmin clamp clip clamp_min clamp_max exp exp2 expm1 log log2 log10 log1p sqrt rsqrt
@@ -110,6 +112,7 @@ ELEMENTWISE: dict[Function, Rule] = {
     torch.special.expit: bending,
     torch.special.erf: bending,
     **table(_LIKE_FIRST, like_first, in_place=True),
+    **table(_GUARDS, end),
     **table("masked_fill", _masked, in_place=True),
     **table("where", _where),
     **table(_FACTORIES, lambda _: Origin.of(CONSTANT)),

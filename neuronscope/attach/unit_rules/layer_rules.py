@@ -19,7 +19,7 @@ from neuronscope.attach.origins import (
     Cut,
     Operand,
     Origin,
-    Pick,
+    PickedMatrices,
     combine,
 )
 from neuronscope.attach.torch_functions import aten, spellings
@@ -78,7 +78,7 @@ def _produce_rows(
     """Return the origin of a layer's output if data picked its weights from a stack; see :func:`produce`."""
     upstream, pick = operation.upstream | 1 << operation.call, weight.origin.picked
     unknown = Origin.of(ROWS, upstream, layer=weight.origin.as_layer().layer)
-    if not isinstance(pick, Pick) or len(picked_dims) < pick.dims:
+    if not isinstance(pick, PickedMatrices) or len(picked_dims) < pick.dims:
         return unknown
     row_dims = [dim for dim, size in zip(picked_dims[: pick.dims], weight.shape, strict=False) if size > 1]
     if None in row_dims:

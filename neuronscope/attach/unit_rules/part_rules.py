@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin, Pick
+from neuronscope.attach.origins import ENDED, LOST, WEIGHT, Cut, Operand, Origin, PickedMatrices
 from neuronscope.attach.unit_rules.operation import Function, Index, Operation, Rule, Shape, lose, table
 from neuronscope.attach.units import Units, has_units, positions, resized, select, slice_dim
 
@@ -90,13 +90,13 @@ def _part_of_weight(operand: Operand, index: tuple[Any, ...]) -> Origin:
         else:
             whole = False
     cuts += [None] * (len(shape) - dim)
-    if isinstance(origin.picked, Pick) and any(cuts[: origin.picked.dims]):
+    if isinstance(origin.picked, PickedMatrices) and any(cuts[: origin.picked.dims]):
         origin = origin.but(picked=True)  # some of the matrices that were picked
     found = origin.but(layer=layer, cuts=tuple(cuts) if any(cuts) else ())
     return found if whole else found.as_layer()
 
 
-def _pick_of(operand: Operand, origin: Origin, index: tuple[Any, ...]) -> bool | Pick:
+def _pick_of(operand: Operand, origin: Origin, index: tuple[Any, ...]) -> bool | PickedMatrices:
     """Return what data picks from a weight, by an index of tensors."""
     shape, by = operand.shape, index[0]
     if len(shape) < 3:
@@ -104,7 +104,7 @@ def _pick_of(operand: Operand, origin: Origin, index: tuple[Any, ...]) -> bool |
     alone = isinstance(by, Operand) and not by.boolean and all(part in (_ALL, Ellipsis) for part in index[1:])
     if not alone or operand.origin.picked or any(operand.origin.cuts):
         return True
-    return Pick(origin.layer, shape[0], len(by.shape))
+    return PickedMatrices(origin.layer, shape[0], len(by.shape))
 
 
 def _without_ellipsis(index: tuple[Any, ...], shape: Shape) -> tuple[Any, ...]:

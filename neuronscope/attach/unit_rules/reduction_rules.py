@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin, Picks
+from neuronscope.attach.origins import ENDED, LOST, UNITS, Origin, PickedUnits
 from neuronscope.attach.unit_rules.elementwise_rules import bending
 from neuronscope.attach.unit_rules.operation import Function, Operation, Rule, integers, table
 from neuronscope.attach.units import has_units, reduce, resized
@@ -64,7 +64,7 @@ def _along_rule(place: int, default: int | None = None, *, picks: bool = False) 
         if any(has_units(origin.units.dims[axis]) for axis in along):
             if not picks:
                 return [Origin.of(ENDED, operation.upstream)] * len(operation.outputs)
-            source = Picks(origin.units, origin.site)
+            source = PickedUnits(origin.units, origin.site)
             return [Origin.of(ENDED, operation.upstream, layer=origin.units.layer, picks=source)] * len(
                 operation.outputs
             )
