@@ -302,6 +302,9 @@ def test_the_post_mortem_takes_top_and_quiet_too(folder: Path, capsys: pytest.Ca
     assert (code, out, err) == (0, "", "")
     assert Path("c.json").is_file()
     assert run("postmortem c.pt --top 1", capsys)[0] == 0
-    code, _, err = run("report c.json", capsys)
+    code, out, err = run("report c.json", capsys)
+    assert (code, err) == (0, "")
+    assert "c.pt" in out
+    code, _, err = run("diff c.json c.json", capsys)
     assert code == 2
-    assert "is a post-mortem" in err
+    assert "post-mortem" in err
