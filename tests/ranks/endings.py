@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -53,6 +54,12 @@ def train(rank: int, how: str, watched: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "watched")
+    code = 0
+    try:
+        train(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "watched")
+    except Exception:  # noqa: BLE001, it is shown
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort an interpreter that takes itself down in order
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may abort an interpreter that takes itself down in order
