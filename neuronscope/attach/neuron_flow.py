@@ -239,6 +239,17 @@ class NeuronFlow:
         found = self._unseen(tensor)
         return self._origin_in_graph(tensor, found) if found.state == UNKNOWN else found
 
+    def origin_before(self, tensor: Tensor, result: Tensor) -> Origin:
+        """Return what a tensor was before the last call, which may have changed it in place.
+
+        Args:
+            tensor: What the call was given.
+            result: What it returned.
+        """
+        if tensor is result and self.overwritten is not None:
+            return self.overwritten
+        return self.origin(tensor)
+
     def known(self, tensor: Tensor) -> Origin | None:
         """Return what the flow has noted of a tensor, or ``None``."""
         return self._origins.get(tensor)

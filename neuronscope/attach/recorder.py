@@ -153,25 +153,17 @@ class SiteRecorder:
         def is_in_part(call: int) -> bool:
             return self._traced[call][2]
 
-        def given_factor(call: int) -> int | None:
-            return self._traced[call][0].given
-
         def is_given(call: int) -> bool:
             return call in self._given
 
-        def needs_gradient(call: int) -> bool:
-            return call in self._pre_activations
-
-        def pre_activation(call: int) -> int:
-            return self._pre_activations[call]
+        def pre_activation(call: int) -> int | None:
+            return self._pre_activations.get(call)
 
         self._last_found = torch.compiler.assume_constant_result(last_found)
         self._counters_of = torch.compiler.assume_constant_result(counters_of)
         self._layout_of = torch.compiler.assume_constant_result(layout_of)
         self._adds_examples = torch.compiler.assume_constant_result(adds_examples)
-        self._given_factor = torch.compiler.assume_constant_result(given_factor)
         self._is_given = torch.compiler.assume_constant_result(is_given)
-        self._needs_gradient = torch.compiler.assume_constant_result(needs_gradient)
         self._pre_activation = torch.compiler.assume_constant_result(pre_activation)
         self._is_in_part = torch.compiler.assume_constant_result(is_in_part)
 
@@ -464,8 +456,6 @@ class SiteRecorder:
             call, x = selected
             if call.counters is not None:
                 self._count(call.counters, y, call.layout, call.owners)
-                if call.given is not None and args[call.given].requires_grad and torch.is_grad_enabled():
-                    self.hook_call(args[call.given], call)
             if x is not None and x.requires_grad:
                 self.hook_call(x, call)
             return
@@ -474,14 +464,10 @@ class SiteRecorder:
         comptime(self._select_while_tracing)
         number = self._last_found()
         if number is not None:
-            if self._needs_gradient(number):
-                self._count_gradient_in_graph(number, args[self._pre_activation(number)], None)
+            place = self._pre_activation(number)
+            if place is not None:
+                self._count_gradient_in_graph(number, args[place], None)
             self._count_in_graph(number, y)
-            given = self._given_factor(number)
-            counters = None if given is None else self._counters_of(number)
-            if counters is not None and args[given].requires_grad and torch.is_grad_enabled():
-                axis, dims = self._layout_of(number)
-                register_gradient_hook(args[given], axis, dims, None, counters, self.forward.mask)
 
     def _select_traced(self, phase: str, function: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         self._found.clear()

@@ -98,21 +98,16 @@ class Selections:
                     found = self._masked(phase, factor, other, y, traced)
                     if found is not None:
                         return found
-            call = self._sites.find_product(phase, args, y, traced)
-            return None if call is None else Selected(call)
+            return self._sites.find_product(phase, args, y, traced)
         return None
-
-    def _before(self, tensor: Tensor, y: Tensor) -> Origin:
-        """Return what a tensor was before the call that gave ``y``, which may have changed it in place."""
-        flow = self._forward.flow
-        return flow.overwritten if tensor is y and flow.overwritten is not None else flow.origin(tensor)
 
     def _masked(self, phase: str, x: Tensor, mask: Tensor, y: Tensor, traced: bool) -> Selected | None:
         """Return the call of what a mask leaves of a tensor."""
         if x.shape != y.shape or mask.shape != y.shape:
             return None
-        origin = self._before(x, y)
-        if origin.units is None or not origin.units.layer or not _is_mask(mask, self._before(mask, y), origin):
+        flow = self._forward.flow
+        origin = flow.origin_before(x, y)
+        if origin.units is None or not origin.units.layer or not _is_mask(mask, flow.origin_before(mask, y), origin):
             return None
         gate = self._call_of(origin.site)
         if gate is not None:

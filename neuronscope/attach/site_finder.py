@@ -18,7 +18,7 @@ from neuronscope.attach.incoming import Incoming
 from neuronscope.attach.origins import ACTIVATED, CONSTANT, LOST, UNITS, WEIGHT, Operand, Origin
 from neuronscope.attach.readers import carry_site
 from neuronscope.attach.row_owners import Owners
-from neuronscope.attach.selections import Selections
+from neuronscope.attach.selections import Selected, Selections
 from neuronscope.attach.units import Run, Units, slice_dim
 from neuronscope.attach.unmeasured import Unmeasured, place_of
 from neuronscope.attach.unsupported import IN_TRANSFORM, holds_no_data, in_transform, unsupported_reason
@@ -59,7 +59,6 @@ class Call(NamedTuple):
         gate: The site of the gate, if the call is a gated product.
         shape: The shape of an output that needs no further examination, because the input has it; or ``None``.
         owners: Which expert each row is of, if the layer is one of experts and anything is counted.
-        given: Which factor is the pre-activation, if the activation is written out as a product.
     """
 
     key: SiteKey
@@ -72,7 +71,6 @@ class Call(NamedTuple):
     gate: SiteKey | None = None
     shape: torch.Size | None = None
     owners: Owners | None = None
-    given: int | None = None
 
 
 class _Applied(NamedTuple):
@@ -369,8 +367,7 @@ class SiteFinder:
         )
         if is_module:
             self._modules.add(key)
-        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
-        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, x, units)
+        counters = self._all_counters_for(phase, key, info, names, neurons, x, units, traced)
         hook = None
         if counters is not None:
             hook = CountedGradient(self._gradients, (place, activation.name), glu_dim, counters, layout)
@@ -443,8 +440,8 @@ class SiteFinder:
             self._forward.flow.put(y, origin.but(bends=bends, carries=carries))
         return Call(key, counters, layout, hook, origin, _NAMED, info), ""
 
-    def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Call | None:
-        """Return the call of a gated product, ``None`` if none of the factors is a gate of the other.
+    def find_product(self, phase: str, args: tuple[Any, ...], y: Tensor, traced: bool = False) -> Selected | None:
+        """Return the call of a gated product or a SiLU that is written out, ``None`` if a product is neither.
 
         Args:
             phase: The phase that it belongs to.
@@ -456,26 +453,27 @@ class SiteFinder:
         for factor, other in (args, args[::-1]):
             if not isinstance(factor, Tensor) or not isinstance(other, Tensor) or other is factor:
                 continue
-            origin = flow.overwritten if factor is y and flow.overwritten is not None else flow.origin(factor)
+            origin = flow.origin_before(factor, y)
             gate = None if origin.site is None else self._gates.get(origin.site)
             if gate is None or factor.shape != y.shape or other.shape != y.shape:
                 continue
             if origin.units is None:
                 if gate.info.axis_source == "declared":
-                    return self.find_derived(phase, gate, origin, None, y, traced)
+                    found = self.find_derived(phase, gate, origin, None, y, traced)
+                    return None if found is None else Selected(found)
                 continue
             if gate.after.units is None or origin.units.size != gate.after.units.size:
                 continue  # a part of what the site gave: its gradients are not counted apart
-            beside = flow.overwritten if other is y and flow.overwritten is not None else flow.origin(other)
+            beside = flow.origin_before(other, y)
             if beside.state in (WEIGHT, CONSTANT):
                 continue
             if beside.unit_set and beside.unit_set == origin.unit_set:  # written out, and no gated product
                 if _is_swish(gate, origin, beside):
-                    place = 0 if args[0] is other else 1
-                    return self._swish(phase, gate, origin, origin.units, y, traced)._replace(given=place)
+                    found = self._swish(phase, gate, origin, origin.units, y, traced)
+                    return Selected(found, other if torch.is_grad_enabled() else None)
                 continue
             found = self.find_derived(phase, gate, origin, origin.units, y, traced)
-            return None if found is None else self.with_owners(found, origin.units)
+            return None if found is None else Selected(self.with_owners(found, origin.units))
         return None
 
     def _swish(self, phase: str, gate: Call, origin: Origin, units: Units, y: Tensor, traced: bool) -> Call:
@@ -493,8 +491,7 @@ class SiteFinder:
         info = replace(gate.info, activation=_SILU.name, kind=_SILU.kind, linear_when_on=False, axis=units.layout.axis)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, units.layout)
-        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
-        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, y, units)
+        counters = self._all_counters_for(phase, key, info, names, neurons, y, units, traced)
         hook = None
         if counters is not None:
             hook = CountedGradient(self._gradients, (info.place, _SILU.name), None, counters, units.layout)
@@ -544,8 +541,7 @@ class SiteFinder:
             self._sparse.add(key)
         names = (key.name, key.layer, info.place)
         neurons = neurons_in(local_tensor(y).shape, layout)
-        hidden = traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units))
-        counters = None if hidden else self._all_counters_for(phase, key, info, names, neurons, y, units)
+        counters = self._all_counters_for(phase, key, info, names, neurons, y, units, traced)
         if isinstance(counters, JoinedCounters):
             if isinstance(gate.counters, JoinedCounters):
                 counters.gate_by(gate.counters)
@@ -601,8 +597,11 @@ class SiteFinder:
         neurons: int,
         x: Tensor,
         units: Units | None,
+        traced: bool,
     ) -> Counters | None:
         """Return the counters of a site, or those of the sites of all experts; see :meth:`_counters_for`.
+
+        A traced site gets none if its counts would be wrong in a graph, which is noted.
 
         Args:
             phase: The phase.
@@ -612,7 +611,10 @@ class SiteFinder:
             neurons: Number of neurons, of one expert if there are several.
             x: A tensor on its device.
             units: The units, if they are known.
+            traced: Whether ``x`` is the fake tensor of a graph.
         """
+        if traced and (self._is_shared_in_graph(key) or self._is_of_experts_in_graph(key, units)):
+            return None
         if units is None or units.experts is None:
             return self._counters_for(phase, key, info, names, neurons, x)
         known = self._experts.get((phase, key))
