@@ -109,7 +109,7 @@ def overview_data(overview: NetworkMap | None, places: list[int]) -> dict[str, A
     """Return what the script reads of the map of all layers.
 
     Args:
-        overview: The map; ``None`` if there is none.
+        overview: The map, or ``None``.
         places: Number of the :class:`LayerRow` of each of its rows; −1 if the table has none.
     """
     if overview is None:

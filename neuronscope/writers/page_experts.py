@@ -17,7 +17,7 @@ __all__ = ["ExpertRow", "Mixture", "mixtures"]
 #: Mixtures and experts that are drawn, and places of a strip; of more neurons, several share a place.
 LAYERS, EXPERTS, PLACES = 12, 64, 256
 HEIGHT = 12
-#: What is drawn in a strip, the gravest last: the label, and the class of its colour.
+#: What is drawn in a strip, the most serious last: the label, and the class of its colour.
 DRAWN = (("dormant", "warn"), ("cut off", "cut"), ("silent", "silent"), ("dead", "dead"), ("not finite", "alarm"))
 
 
@@ -102,7 +102,7 @@ def _most(layer: ExpertLayer) -> float:
 
 
 def _strip(expert: SiteReport) -> Markup:
-    """Return the neurons of an expert as a strip; where several share a place, the gravest label is drawn."""
+    """Return the neurons of an expert as a strip; where several share a place, the most serious label is drawn."""
     places = min(PLACES, max(expert.neurons, 1))
     if not expert.positions:
         return _svg(places, [("unknown", f"M0 0h{places}v{HEIGHT}h-{places}z")])

@@ -112,7 +112,7 @@ def test_a_network_without_experts_has_no_such_numbers_and_no_such_section() -> 
     assert "h-experts" not in report.to_html()
 
 
-def test_a_place_of_many_neurons_shows_the_gravest_of_them() -> None:
+def test_a_place_of_many_neurons_shows_the_most_serious_of_them() -> None:
     report, _ = report_of()
     with mock.patch.object(page_experts, "PLACES", 2):
         ((drawn,), _) = mixtures(report)

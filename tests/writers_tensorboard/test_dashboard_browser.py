@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,30 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             rich = upto % 10 == 0
             for phase in ("train", "val"):
                 assert dashboard.write(conv_net(upto, phase=phase), images=rich, text=rich, tab=rich)
+    yield from served(
+        logs,
+        [sys.executable, "-m", "tensorboard.main"],
+        lambda url: "neuronscope/dead_pct" in fetch(f"{url}/data/plugin/scalars/tags"),
+    )
+
+
+def served(logs: Path, program: Sequence[str], loaded: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the address of a TensorBoard on loopback once it has loaded its runs, and stop it at the end.
+
+    Args:
+        logs: The folder of the runs.
+        program: The command that starts it, without options.
+        loaded: Given the address, whether the runs are loaded.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--load_fast", "false", "--reload_interval", "1"]
+    command = [*program, "--logdir", str(logs), "--host", "127.0.0.1", "--port", str(port)]
     with (logs / "tensorboard.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+        server = subprocess.Popen([*command, "--load_fast", "false", "--reload_interval", "1"], stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(
-            lambda: "neuronscope/dead_pct" in fetch(f"{url}/data/plugin/scalars/tags"), "TensorBoard to load the run"
-        )
+        wait_for(lambda: loaded(url), "TensorBoard to load the runs")
         yield url
     finally:
         server.terminate()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +14,7 @@ from neuronscope.report.report import Report
 from neuronscope.writers.tensorboard import EventFile, append
 
 from . import samples
-from .test_dashboard_browser import browser, fetch, pytestmark, screenshot, wait_for
+from .test_dashboard_browser import browser, fetch, pytestmark, screenshot, served, wait_for
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 pytest.importorskip("tensorboard.program", reason="TensorBoard is not installed")
@@ -65,23 +63,11 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(logs: Path) -> Iterator[str]:
     """A TensorBoard on loopback, stopped at the end whatever happens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "--logdir", str(logs), "--host", "127.0.0.1", "--port", str(port)]
-    with (logs / "tensorboard.log").open("wb") as log:
-        server = subprocess.Popen([*command, "--load_fast", "false", "--reload_interval", "1"], stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: '"sgd"' in fetch(f"{url}/data/plugin/neuronscope/runs"), "TensorBoard to load the runs")
-        yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait(10)
+    yield from served(
+        logs,
+        [sys.executable, "-c", SERVE],
+        lambda url: '"sgd"' in fetch(f"{url}/data/plugin/neuronscope/runs"),
+    )
 
 
 class Tab:

@@ -104,7 +104,7 @@ class Plugin(TBPlugin):  # type: ignore[misc]  # TensorBoard ships no types
             suffix: What follows ``run`` and ``tag`` in the names of its arguments.
 
         Raises:
-            ReportError: There is none, or it is something else.
+            ReportError: The run has no report, or what it has is no report.
         """
         run, tag = request.args.get(f"run{suffix}", ""), request.args.get(f"tag{suffix}", "")
         found = self._provider.read_tensors(
