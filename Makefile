@@ -146,7 +146,7 @@ bench: $(VENV)/.test
 	$(RUN) python -m benchmarks
 
 bench-peers: $(VENV)/.peers
-	$(RUN) python -m benchmarks peers
+	$(RUN) python -m benchmarks peers planted
 
 # The lower bounds in pyproject.toml, tried: the oldest Python and the oldest of each dependency. Not part of CI, since
 # there torch's CPU build is at hand for one version only.

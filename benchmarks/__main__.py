@@ -25,7 +25,7 @@ from benchmarks.tables import Picture
 #: In the order in which they are printed: modules of this package.
 PARTS = (
     *("importing", "counting", "sites", "steps", "trainers", "windows"),
-    *("writing", "reports", "growth", "memory", "profiling", "peers"),
+    *("writing", "reports", "growth", "memory", "profiling", "peers", "planted"),
 )
 
 #: Torch's threads where nobody says otherwise: what the page's figures are of.
@@ -73,7 +73,8 @@ def main() -> None:
     unknown = sorted(set(arguments.parts) - set(PARTS))
     if unknown:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    parts = arguments.parts or [part for part in PARTS if part != "peers" or len(missing()) < len(PEERS)]
+    installed = len(missing()) < len(PEERS)
+    parts = arguments.parts or [part for part in PARTS if installed or part not in ("peers", "planted")]
     if arguments.into is not None:  # what would fail after minutes fails at once
         check(arguments.into)
         if "growth" in parts:

@@ -1,17 +1,19 @@
-"""Against peers, on the same networks at every step: fastai's ActivationStats, ``wandb.watch``, torch-module-monitor.
+"""Against peers, on the same networks: fastai's ActivationStats, ``wandb.watch``, torch-module-monitor, ormas-monitor.
 
 None of them measures what Neuronscope does (per neuron, exact, gradients at the pre-activation); each does here what it
 offers that is nearest, with its own code:
 
 - fastai: the hooks and the hook function of ``ActivationStats`` on the activation modules (mean, standard deviation and
   share near zero of a whole tensor, on the CPU), its list appended to at every step as the callback does; once for
-  outputs, once for gradients as well (``is_forward=False``).
-- wandb: ``wandb.watch(log="all", log_freq=1)``, histograms of weights and of their gradients; it looks at no
+  outputs, once for gradients as well (``is_forward=False``). Its default is every step.
+- wandb: ``wandb.watch`` with its default ``log="gradients"``, histograms of the weights' gradients; it looks at no
   activation. The run behind it is a stub that keeps what it is given: nothing is sent or written, which flatters it.
 - torch-module-monitor: share of zero outputs by neuron of the activation modules, and the norm of each weight's
-  gradient, its storage aggregated at every step.
+  gradient, its storage aggregated at every step that it monitors.
+- ormas-monitor: per layer the norm of the weights' gradient, per channel the largest pre-activation, and the zeros of
+  its weights; a line a check in a file.
 
-``make bench-peers`` installs them into a folder of their own and runs this.
+``make bench-peers`` installs them into a folder of their own and runs this, and :mod:`benchmarks.planted`.
 """
 
 from __future__ import annotations
@@ -19,22 +21,25 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import itertools
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import neuronscope as ns
 from benchmarks.nets import NETS
-from benchmarks.steps import training
+from benchmarks.steps import NEVER, spread_over, training
 from benchmarks.tables import Table, milliseconds, ratio
 from benchmarks.turns import take_turns
+from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
 
-__all__ = ["PEERS", "missing", "tables"]
+__all__ = ["PEERS", "missing", "reach", "tables"]
 
 Step = Callable[[], Any]
 ROUNDS = {"small MLP": 200, "MLP": 30, "CNN": 7, "transformer": 7}
@@ -45,7 +50,8 @@ def _activations(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, _ACTIVATIONS)]
 
 
-def _fastai(model: nn.Module, x: Tensor, y: Tensor, *, gradients: bool) -> Step:
+def _fastai(model: nn.Module, x: Tensor, y: Tensor, every: int, *, gradients: bool) -> Step:
+    assert every == 1, "by default, and here, its hooks stay"
     hook = importlib.import_module("fastai.callback.hook")
     stats = hook.ActivationStats(modules=_activations(model))
     forward = hook.Hooks(stats.modules, stats.hook, True, stats.detach, stats.cpu)
@@ -74,17 +80,17 @@ class _Run:
         pass
 
 
-def _wandb(model: nn.Module, x: Tensor, y: Tensor) -> Step:
+def _wandb(model: nn.Module, x: Tensor, y: Tensor, every: int) -> Step:
     wandb = importlib.import_module("wandb")
     torch_side = importlib.import_module("wandb.integration.torch.wandb_torch")
     watch = importlib.import_module("wandb.sdk.wandb_watch")
     wandb.run = run = _Run(torch_side.TorchHistory())
-    watch._watch(run, model, log="all", log_freq=1)
+    watch._watch(run, model, log_freq=every)
     step = training(model, x, y)
 
     def checked() -> None:
         step()
-        if not run.logged:
+        if every == 1 and not run.logged:
             raise RuntimeError("its hooks logged nothing")
 
     return checked
@@ -96,15 +102,15 @@ def _zero_share(out: Tensor) -> Tensor:
     return (out == 0).float().mean([dimension for dimension in range(out.dim()) if dimension != axis])
 
 
-def _module_monitor(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    monitor = importlib.import_module("torch_module_monitor").ModuleMonitor(monitor_step_fn=lambda _: True)
+def _module_monitor(model: nn.Module, x: Tensor, y: Tensor, every: int) -> Step:
+    monitor = importlib.import_module("torch_module_monitor").ModuleMonitor(lambda step: step % every == 0)
     names = [name for name, module in model.named_modules() if isinstance(module, _ACTIVATIONS)]
     pattern = "|".join(f"{name.replace('.', '[.]')}$" for name in names)
     monitor.add_activation_metric("zeros", _zero_share, metric_regex=pattern)
     monitor.add_gradient_metric("norm", lambda gradient: gradient.norm())
     monitor.set_module(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    steps = iter(range(10**9))
+    steps = itertools.count()
 
     def step() -> None:
         monitor.begin_step(next(steps))
@@ -117,20 +123,47 @@ def _module_monitor(model: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def _ours(model: nn.Module, x: Tensor, y: Tensor) -> Step:
-    return training(model, x, y, ns.watch(model, every_n_steps=1).step)
+def _ormas(model: nn.Module, x: Tensor, y: Tensor, every: int) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    folder = tempfile.TemporaryDirectory()
+    monitor = importlib.import_module("ormas_monitor").Monitor(
+        model, optimizer, out=folder.name, check_every=every, verbose=False, overwrite=True
+    )
+    monitor.folder = folder  # removed with the monitor
+
+    def step() -> None:
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        monitor.step(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
-#: How each is called, the package it needs, and what makes its training step.
-PEERS: dict[str, tuple[str, Callable[[nn.Module, Tensor, Tensor], Step]]] = {
-    "fastai, outputs": ("fastai", lambda *of: _fastai(*of, gradients=False)),
-    "fastai, outputs and gradients": ("fastai", lambda *of: _fastai(*of, gradients=True)),
-    "wandb.watch, weights": ("wandb", _wandb),
-    "torch-module-monitor": ("torch_module_monitor", _module_monitor),
+def _ours(model: nn.Module, x: Tensor, y: Tensor, every: int) -> Step:
+    return training(model, x, y, ns.watch(model, every_n_steps=every).step)
+
+
+class Peer(NamedTuple):
+    """A tool: the package that it needs, how often it looks by default, and what makes a training step of it."""
+
+    package: str
+    every: int
+    prepare: Callable[[nn.Module, Tensor, Tensor, int], Step]
+
+
+PEERS = {
+    "fastai, outputs": Peer("fastai", 1, lambda *of: _fastai(*of, gradients=False)),
+    "fastai, outputs and gradients": Peer("fastai", 1, lambda *of: _fastai(*of, gradients=True)),
+    "wandb.watch, gradients of weights": Peer("wandb", 1000, _wandb),
+    "torch-module-monitor": Peer("torch_module_monitor", 20, _module_monitor),
+    "ormas-monitor": Peer("ormas_monitor", 50, _ormas),
 }
+TOOLS = {"Neuronscope": Peer("neuronscope", DEFAULT_EVERY_N_STEPS, _ours), **PEERS}
 
 
-def _reach() -> None:
+def reach() -> None:
     """Make importable what ``make bench-peers`` has installed."""
     folder = str(Path(sys.prefix) / "peers")
     if folder not in sys.path:
@@ -138,47 +171,57 @@ def _reach() -> None:
 
 
 def missing() -> list[str]:
-    """Peers whose package is not installed."""
-    _reach()
-    return [name for name, (package, _) in PEERS.items() if importlib.util.find_spec(package) is None]
+    """Return the peers whose package is not installed."""
+    reach()
+    return [name for name, peer in PEERS.items() if importlib.util.find_spec(peer.package) is None]
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
-    """One table, a row a tool and a column a network."""
+    """Two tables for each number of torch's threads, a row a tool and a column a network."""
+    before = torch.get_num_threads()
     absent = missing()
     names = list(NETS)[: 1 if quick else None]
-    columns = {name: _column(name, absent, 1 if quick else ROUNDS[name]) for name in names}
-    table = Table(
-        "A training step watched by others, at every step",
-        ("watched by", *names),
-        note="Ratios to the unwatched step: of medians, of minima in brackets. The tools take turns.",
-    )
-    table.rows += [(row, *(columns[name][row] for name in names)) for row in columns[names[0]]]
-    yield table
+    try:
+        for threads in (1,) if quick else (1, 2):
+            torch.set_num_threads(threads)
+            columns = {name: _column(name, absent, 1 if quick else ROUNDS[name]) for name in names}
+            of = f"{threads} thread{'s' * (threads > 1)}"
+            note = f"With {of}. Ratios to the unwatched step: of medians, of minima in brackets. The tools take turns."
+            for title in ("at every step", "as each does by default"):
+                table = Table(f"A training step watched by others, {title}, {of}", ("watched by", *names), note=note)
+                table.rows += [(row, *(columns[name][title][row] for name in names)) for row in ("nobody", *TOOLS)]
+                yield table
+    finally:
+        torch.set_num_threads(before)
 
 
-def _column(name: str, absent: list[str], rounds: int) -> dict[str, str]:
+def _column(name: str, absent: list[str], rounds: int) -> dict[str, dict[str, str]]:
+    """Measure all tools on one network; the cells of both tables, by tool."""
     torch.manual_seed(0)
     model, x, y = NETS[name]()
-    runs: dict[str, Step] = {
-        "nobody": training(copy.deepcopy(model), x, y),
-        "Neuronscope": _ours(copy.deepcopy(model), x, y),
-    }
+    runs: dict[str, Step] = {"nobody": training(copy.deepcopy(model), x, y)}
     cells = dict.fromkeys(absent, "not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for peer, (_, prepare) in PEERS.items():
-            if peer in absent:
+        for tool, peer in TOOLS.items():
+            if tool in absent:
                 continue
             try:
-                step = prepare(copy.deepcopy(model), x, y)
-                step()
+                for kind, every in (("looks", 1), ("idle", NEVER))[: 1 if peer.every == 1 else 2]:
+                    step = peer.prepare(copy.deepcopy(model), x, y, every)
+                    step()
+                    runs[f"{tool}, {kind}"] = step
             except Exception as error:  # noqa: BLE001  # what it raises is what its user would see
-                cells[peer] = f"fails: {type(error).__name__}"
-            else:
-                runs[peer] = step
+                cells[tool] = f"fails: {type(error).__name__}"
         times = take_turns(runs, rounds=rounds)
     base = times["nobody"]
-    cells |= {run: ratio(each.over(base)) for run, each in times.items()}
-    cells["nobody"] = milliseconds(base.median)
-    return {row: cells[row] for row in ("nobody", "Neuronscope", *PEERS)}
+    every_step, by_default = dict(cells), dict(cells)
+    every_step["nobody"] = by_default["nobody"] = milliseconds(base.median)
+    for tool, peer in TOOLS.items():
+        if tool in cells:
+            continue
+        looks = times[f"{tool}, looks"].over(base)
+        idle = looks if peer.every == 1 else times[f"{tool}, idle"].over(base)
+        every_step[tool] = ratio(looks)
+        by_default[tool] = ratio(spread_over(peer.every, looks, idle))
+    return {"at every step": every_step, "as each does by default": by_default}

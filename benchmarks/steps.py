@@ -20,7 +20,7 @@ from benchmarks.tables import Table, milliseconds, ratio
 from benchmarks.turns import Times, take_turns
 from neuronscope.callbacks.monitor import DEFAULT_EVERY_N_STEPS
 
-__all__ = ["NEVER", "by_default", "one_step", "tables", "training"]
+__all__ = ["NEVER", "by_default", "one_step", "spread_over", "tables", "training"]
 
 NEVER = 10**9
 ROUNDS = {"small MLP": 400, "MLP": 60, "CNN": 15, "transformer": 15}
@@ -69,15 +69,20 @@ def measure(build: Callable[[], tuple[nn.Module, Tensor, Tensor]], rounds: int) 
         )
 
 
-def by_default(observed: tuple[float, float], idle: tuple[float, float]) -> tuple[float, float]:
-    """What steps cost by default, of which one in 20 is observed.
+def spread_over(n: int, observed: tuple[float, float], idle: tuple[float, float]) -> tuple[float, float]:
+    """What steps cost of which one in n is observed.
 
     Args:
+        n: Steps from one observed step to the next.
         observed: Ratios to the unwatched step, of an observed one; see :meth:`benchmarks.turns.Times.over`.
         idle: The same of a step that is not.
     """
-    n = DEFAULT_EVERY_N_STEPS
     return (observed[0] + (n - 1) * idle[0]) / n, (observed[1] + (n - 1) * idle[1]) / n
+
+
+def by_default(observed: tuple[float, float], idle: tuple[float, float]) -> tuple[float, float]:
+    """What steps cost by default, of which one in 20 is observed; see :func:`spread_over`."""
+    return spread_over(DEFAULT_EVERY_N_STEPS, observed, idle)
 
 
 def tables(*, quick: bool = False) -> Iterator[Table]:
