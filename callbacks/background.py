@@ -3,11 +3,17 @@
 The thread lives only while there is something to draw. It is no daemon: Python waits for it before the program ends,
 for whatever reason it ends, and nothing needs to be shut down. Most of a drawing is numpy and compression, which
 release the interpreter's lock, so that the training loop runs on.
+
+A process that is forked while the thread draws (a worker of a ``DataLoader``) would inherit the locks that the thread
+holds at that moment, such as that of a module that is being imported, and no thread that releases them: it would wait
+for ever. So a fork waits until the drawing at work is done.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +24,30 @@ __all__ = ["MOST_WAITING", "BackgroundDrawer"]
 MOST_WAITING = 4
 
 Job = Callable[[], None]
+
+#: A fork gives up waiting after this time, should a drawing wait for what the forking thread holds.
+LONGEST_WAIT_FOR_DRAWING_S = 60.0
+
+
+class _Forking(threading.local):
+    """What a thread holds while it forks: the locks of all drawers, so that none is at work."""
+
+    held: tuple[threading.RLock, ...] = ()
+
+    def begin(self) -> None:
+        locks = [drawer._at_work for drawer in tuple(_drawers)]
+        self.held = tuple(lock for lock in locks if lock.acquire(timeout=LONGEST_WAIT_FOR_DRAWING_S))
+
+    def end(self) -> None:
+        for lock in self.held:
+            lock.release()
+        self.held = ()
+
+
+_drawers: weakref.WeakSet[BackgroundDrawer] = weakref.WeakSet()
+_forking = _Forking()
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(before=_forking.begin, after_in_parent=_forking.end, after_in_child=_forking.end)
 
 
 class BackgroundDrawer:
@@ -32,6 +62,8 @@ class BackgroundDrawer:
         self._waiting: deque[Job] = deque()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._at_work = threading.RLock()
+        _drawers.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -72,7 +104,8 @@ class BackgroundDrawer:
                 job = self._waiting.popleft()
                 self._changed.notify_all()
             try:
-                job()
+                with self._at_work:
+                    job()
             except Exception as error:  # noqa: BLE001  # raised again in the training's thread, by `check`
                 self._error = error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -207,3 +208,41 @@ def test_a_program_that_ends_while_it_draws_loses_nothing(tmp_path: Path, end: s
     assert [event.step for event in found.Images(IMAGE)] == [3]
     assert [event.step for event in found.Tensors("neuronscope/diagnosis/text_summary")] == [3]
     assert [event.step for event in found.Tensors("neuronscope/report")] == [3]
+
+
+FORK = """
+import importlib, os, sys, threading, time
+from neuronscope.callbacks.background import BackgroundDrawer
+
+sys.path.insert(0, sys.argv[1])
+begun = threading.Event()
+def job():
+    begun.set()
+    importlib.import_module("slow_module")
+drawer = BackgroundDrawer()
+drawer.draw(job)
+begun.wait()
+time.sleep(0.05)  # the import is under way
+child = os.fork()
+if not child:
+    importlib.import_module("slow_module")
+    os._exit(7)
+deadline = time.monotonic() + 30
+while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+    if time.monotonic() > deadline:
+        os.kill(child, 9)
+        sys.exit("the child waits for a lock that none of its threads holds")
+    time.sleep(0.01)
+assert os.waitstatus_to_exitcode(ended[1]) == 7
+drawer.finish()
+assert os.fork() or os._exit(0) is None  # nothing is drawn: a fork does not wait
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_forked_while_a_drawing_imports_a_module_can_import_it_too(tmp_path: Path) -> None:
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.4)", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
