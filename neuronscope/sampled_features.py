@@ -167,8 +167,7 @@ def representation(
     Args:
         model: The model.
         data: As for :func:`neuronscope.scan`.
-        loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are measured too; a
-            scope that watches the model would count them as training, so call this inside ``with scope.paused():``.
+        loss: A function ``loss(output, batch)`` that returns a scalar tensor. If given, gradients are measured too.
         tau: τ, the share of the layer's mean up to which a neuron is dormant.
         rows: Largest number of positions whose features are kept for the ranks, evenly spaced among all.
         forward: A function ``forward(model, batch)`` that returns the output, if the model must be called differently.

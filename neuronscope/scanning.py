@@ -14,7 +14,7 @@ from neuronscope.linear.check import LinearLayersOfForward
 from neuronscope.options import ScanArguments, WatchArguments, WatchOptions
 from neuronscope.report.report import Report
 from neuronscope.running import call_model, model_state_restored, nothing_fused, to_device
-from neuronscope.scope import Scope
+from neuronscope.scope import Scope, only_counted_by
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +32,8 @@ def scan(
 ) -> Report:
     """Run a trained model over data and report on its neurons.
 
-    The model runs in evaluation mode. Its training flags, gradients and buffers are restored afterwards.
+    The model runs in evaluation mode. Its training flags, gradients and buffers are restored afterwards. A scope that
+    watches the model counts nothing of it.
 
     Args:
         model: The model.
@@ -88,7 +89,7 @@ def run_over(
         UsageError: ``data`` has no batch, or is no data.
     """
     batches = 0
-    with scope, model_state_restored(model), nothing_fused():
+    with scope, only_counted_by(scope, model), model_state_restored(model), nothing_fused():
         try:
             iterator = iter((data,) if isinstance(data, torch.Tensor) else data)
         except TypeError as error:

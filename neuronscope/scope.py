@@ -41,7 +41,7 @@ from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord, is_outdated, scope_state, split_scope_state
 from neuronscope.tally.series import SERIES, Series
 
-__all__ = ["Scope", "watch"]
+__all__ = ["Scope", "only_counted_by", "watch"]
 
 #: Maximal number of phases whose counts are kept, without `train` and `inference`, and of those that keep the buffers
 #: that they count with. The phases that ended last are kept.
@@ -125,6 +125,7 @@ class Scope:
         self._hooks.note_weights = self._note_weights
         self._optimizer_steps.attach(self._count_step, fail=self._hooks.fail)
         self._observe()
+        _scopes.add(self)
 
     def __enter__(self) -> Scope:
         return self
@@ -803,6 +804,26 @@ class Scope:
         self._checked = True
         for message in self._patterns.unmatched_warnings(self._model_name, ran=ran):
             warn_user(message)
+
+
+_scopes: weakref.WeakSet[Scope] = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def only_counted_by(scope: Scope, model: nn.Module) -> Iterator[None]:
+    """Pause every other scope that watches a module of a model: a scan within a training is not a part of it.
+
+    Args:
+        scope: The scope that counts on.
+        model: The model.
+    """
+    modules = set(model.modules())
+    with contextlib.ExitStack() as pauses:
+        for other in tuple(_scopes):
+            watched = other._model()
+            if other is not scope and watched is not None and not modules.isdisjoint(watched.modules()):
+                pauses.enter_context(other.paused())
+        yield
 
 
 def watch(

@@ -238,8 +238,7 @@ class GraMa(Rule):
 
     Args:
         measured: What :func:`neuronscope.representation` returned for the model as it is now, with a loss; the same on
-            all ranks. Call it inside ``with scope.paused():``, so that the watch does not count it as training. It is
-            out of date after an act, so measure anew before each: callbacks refuse this rule.
+            all ranks. It is out of date after an act, so measure anew before each: callbacks refuse this rule.
         tau: τ.
 
     >>> import neuronscope

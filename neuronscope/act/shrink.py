@@ -25,7 +25,7 @@ from neuronscope.errors import UsageError
 from neuronscope.options import WatchOptions
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.running import as_float64, call_model, evaluated, in_float64, to_device
-from neuronscope.scope import Scope
+from neuronscope.scope import Scope, only_counted_by
 from neuronscope.writers.formatting import count, plural
 
 if TYPE_CHECKING:
@@ -292,7 +292,8 @@ class _Seen:
         self._scope = Scope(model, WatchOptions(join_ranks=False))
         self.first: Any = None
         seen = False
-        with evaluated(model), self._scope, self._scope.phase("scan"), self.ranges.measured():
+        alone = only_counted_by(self._scope, model)
+        with evaluated(model), self._scope, alone, self._scope.phase("scan"), self.ranges.measured():
             for batch in batches:
                 batch = to_device(batch, _device(model))
                 self.first, seen = self.first if seen else batch, True

@@ -91,6 +91,34 @@ def test_a_report_says_that_parts_ran_without_the_whole_model() -> None:
     assert not scope.report().not_measured
 
 
+@pytest.mark.parametrize("part", ["whole", "submodule"])
+@pytest.mark.parametrize("kind", ["scan", "scan with a loss", "representation"])
+def test_a_scope_that_watches_the_model_counts_nothing_of_a_scan(kind: str, part: str) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 2))
+    scanned = model if part == "whole" else model[0]
+    data = [torch.randn(50, 4)]
+
+    def total(output: Tensor, batch: Tensor) -> Tensor:
+        return output.sum()
+
+    scans = {
+        "scan": lambda: ns.scan(scanned, data),
+        "scan with a loss": lambda: ns.scan(scanned, data, total),
+        "representation": lambda: ns.representation(scanned, data, total),
+    }
+    with ns.watch(model) as scope:
+        for _ in range(2):
+            loss = model(torch.randn(10, 4)).sum()
+            scans[kind]()  # between a forward and its backward pass
+            loss.backward()
+            scans[kind]()
+            scope.step()
+            scans[kind]()
+    tally = scope.census()["0.0/relu"]
+    assert (tally.positions, tally.gradient_positions, tally.examples) == (20, 20, 20)
+    assert not scope.census("inference")
+
+
 @pytest.mark.parametrize("option", ["every_n_steps", "window_steps", "join_ranks"])
 def test_a_scan_refuses_options_of_training(option: str) -> None:
     with pytest.raises(ns.NeuronscopeError, match=f"`{option}`, which applies to training only"):
