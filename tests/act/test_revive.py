@@ -469,8 +469,7 @@ def test_grama_chooses_the_neurons_with_a_small_gradient_at_their_output() -> No
     run = Run()
     run.model[3].weight.data *= torch.tensor([1.0, 1e-3, 1.0, 1.0, 2e-2, 0.3])  # 1 and 4 fire, and matter little
     run.model.eval()
-    with run.scope.paused():
-        measured = ns.representation(run.model, run.x, lambda output, x: (output - x[:, :1]).square().mean())
+    measured = ns.representation(run.model, run.x, lambda output, x: (output - x[:, :1]).square().mean())
     assert run.scope.census()["0/relu"].examples == len(run.x)  # those of the window alone
     model = copy.deepcopy(run.model)
     output = model[1](model[0](run.x)).detach().requires_grad_()
