@@ -52,12 +52,14 @@ def lacking_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:
         layers: The names; ``a+b`` for two layers.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    >>> lacking_layers(net, ["0", "1", "relu()", "0+2", "block.relu()", "0.scale"])
+    >>> lacking_layers(net, ["0", "1", "relu()", "0(0:1)", "0(transposed)", "0+2", "block.relu()", "0.scale"])
     ['0+2', 'block.relu()', '0.scale']
     """
     modules = dict(walk(model))
 
     def has(path: str) -> bool:
+        if path.endswith(")") and not path.endswith("()"):  # a part of a weight, or its other direction
+            path = path.partition("(")[0]
         parent, _, name = path.rpartition(".")
         if path in modules or path == "(root)":
             return True

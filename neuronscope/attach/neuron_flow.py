@@ -166,6 +166,7 @@ class NeuronFlow:
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
+        self._sides: dict[str, int] = {}  # of weights; see `Operation`
         self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
         self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
         self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
@@ -719,7 +720,8 @@ class NeuronFlow:
         call = len(self.layers)
         described = tuple([self._describe(arg) for arg in args])
         named = {name: self._describe(value) for name, value in kwargs.items()}
-        operation = Operation(function, described, named, tuple([plain_shape(output) for output in outputs]), call)
+        shapes = tuple([plain_shape(output) for output in outputs])
+        operation = Operation(function, described, named, shapes, call, self._sides)
         try:
             origins = origins_of(operation)
         except (AttributeError, IndexError, KeyError, LookupError, TypeError, ValueError, ZeroDivisionError):

@@ -100,13 +100,14 @@ class Origin:
         picks: Of a tensor that was picked by data from the units of another one, such as the largest or their indices:
             these units, as they lie in the other one, and its site.
         zeros: Whether it is a constant of which every element is zero.
+        turned: Whether it is a weight whose last two dimensions are exchanged.
         unit_set: The calls, the first unit and the factors of the units, wherever they lie in the tensor; and the runs,
             if the units are not each unit of the layers once.
     """
 
     __slots__ = (
         *("bends", "carries", "cuts", "layer", "picked", "picks", "site", "state", "unit_set", "units", "upstream"),
-        "zeros",
+        *("turned", "zeros"),
     )
 
     _known: ClassVar[dict[tuple[Any, ...], Origin]] = {}
@@ -123,6 +124,7 @@ class Origin:
     carries: tuple[Carried, ...]
     picks: PickedUnits | None
     zeros: bool
+    turned: bool
     unit_set: tuple[Any, ...]
 
     @classmethod
@@ -140,6 +142,7 @@ class Origin:
         carries: tuple[Carried, ...] = (),
         picks: PickedUnits | None = None,
         zeros: bool = False,
+        turned: bool = False,
     ) -> Origin:
         """Return the origin with these attributes; see the class.
 
@@ -155,15 +158,17 @@ class Origin:
             carries: Sites, and where their neurons lie.
             picks: Units and a site.
             zeros: Whether every element is zero.
+            turned: Whether the last two dimensions are exchanged.
         """
-        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros)
+        facts = (state, upstream, units, layer, cuts, picked, site, bends, carries, picks, zeros, turned)
         found = cls._known.get(facts)
         if found is None:
             if len(cls._known) >= cls._MOST_KNOWN:
                 cls._known.clear()
             found = cls._known[facts] = cls()
             found.state, found.upstream, found.units, found.layer, *rest = facts
-            found.cuts, found.picked, found.site, found.bends, found.carries, found.picks, found.zeros = rest
+            found.cuts, found.picked, found.site, found.bends, found.carries, found.picks, *flags = rest
+            found.zeros, found.turned = flags
             found.unit_set = () if units is None else (units.call, units.first, units.order)
             if units is not None and units.explicit:
                 found.unit_set += (units.runs,)
@@ -335,7 +340,8 @@ def _of_weights(operands: Sequence[Operand], rank: int) -> Origin:
         return Origin.of(CONSTANT)
     named = next((each for each in weights if each.origin.layer), weights[0])
     origin = named.origin if len(named.shape) == rank else named.origin.as_layer()
-    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=_picked(weights, rank))
+    picked = _picked(weights, rank)
+    return Origin.of(WEIGHT, layer=origin.layer, cuts=origin.cuts, picked=picked, turned=origin.turned)
 
 
 def _picked(weights: Sequence[Operand], rank: int) -> bool | PickedMatrices:

@@ -337,6 +337,37 @@ class Tied(Keeping):
         return self.keep("head/relu", F.relu(self.head(h)))
 
 
+class BothDirections(Keeping):
+    """A decoder uses the weight of its encoder: its units are the encoder's inputs, and no units of the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.w, self.v = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.keep("encoder/relu", F.relu(self.encoder(x)))
+        x = self.keep("encoder(transposed)/relu", F.relu(F.linear(h, self.encoder.weight.t())))
+        h = self.keep("w/relu", F.relu(x @ self.w))
+        x = self.keep("w(transposed)/relu", F.relu(torch.matmul(h, self.w.mT)))
+        h = self.keep("v/relu", F.relu(torch.einsum("bi,oi->bo", x, self.v)))
+        x = self.keep("v(transposed)/relu", F.relu(torch.einsum("bo,oi->bi", h, self.v)))
+        return self.head(x)
+
+
+class BothDirectionsOfMaps(Keeping):
+    """The same of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = nn.Conv2d(3, 3, 2), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.keep("encoder/relu", F.relu(self.encoder(x)), 1)
+        x = self.keep("encoder(transposed)/relu", F.relu(F.conv_transpose2d(h, self.encoder.weight)), 1)
+        return self.head(x)
+
+
 class Sliced(Keeping):
     """Parts of weights: some units of a layer, in both orientations; and inputs that are left out."""
 
@@ -500,6 +531,8 @@ CASES = {
     "overlaps": Case(Overlaps, rows(6, 4, number=2), 6, outputs=("box(0:2)/relu",)),
     "triplets": Case(Triplets, rows(6, 4, number=3), 6, no_neurons=("relu()",)),
     "tied weights": Case(Tied, lambda: (torch.randint(9, (3, 4)),), 3, outputs=("head/relu",)),
+    "both directions of a weight": Case(BothDirections, rows(6, 4), 6),
+    "both directions of a convolution": Case(BothDirectionsOfMaps, rows(2, 3, 5, 5), 2),
     "computed weights": Case(Computed, rows(6, 4), 6, outputs=("c/relu",)),
     "weights computed by hooks": Case(ComputedByHooks, rows(6, 4), 6),
     "parts of weights": Case(Sliced, rows(6, 4), 6, outputs=("fewer/relu",)),

@@ -45,6 +45,9 @@ def produce(
 ) -> Origin:
     """Return the origin of a layer's output.
 
+    A weight that is used in both directions, as an autoencoder's decoder uses the encoder's, has two layers: the second
+    direction is called ``encoder(transposed)``.
+
     Args:
         operation: The call of the layer.
         weight: The layer's weight.
@@ -62,9 +65,28 @@ def produce(
         return _produce_rows(operation, weight, unit_dims, shape, rows, picked_dims)
     width = math.prod(shape[dim] for dim in unit_dims)
     layer, cut = cut_of(weight, rows, width)
+    if _is_other_side(operation, weight, rows):
+        layer = f"{layer}(transposed)"
     run = (layer, 0, width, 1) if cut is None else (layer, *cut)
     units = Units((operation.call,), layer, (run,), 0, place(shape, unit_dims), cut is not None)
     return Origin.of(UNITS, upstream, units=units, layer=layer)
+
+
+def _is_other_side(operation: Operation, weight: Operand, rows: int | None) -> bool:
+    """Whether a call takes another dimension of a weight for units than the first call of its layer did.
+
+    Args:
+        operation: The call.
+        weight: The weight.
+        rows: The dimension of it that indexes units, if there is one.
+    """
+    rank = len(weight.shape)
+    if rows is None or rank < 2 or operation.sides is None or not weight.origin.layer:
+        return False
+    side = rows % rank - rank
+    if weight.origin.turned and side >= -2:
+        side = -3 - side
+    return operation.sides.setdefault(weight.origin.layer, side) != side
 
 
 def _produce_rows(

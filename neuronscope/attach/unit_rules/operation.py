@@ -56,6 +56,8 @@ class Operation(NamedTuple):
         kwargs: The keyword arguments, likewise.
         outputs: The shapes of the tensors that it returned.
         call: The number that it has if it is a call of a layer.
+        sides: By layer, the dimension of its weight that indexed its units first; see
+            :func:`~neuronscope.attach.unit_rules.layer_rules.produce`.
     """
 
     function: Function
@@ -63,6 +65,7 @@ class Operation(NamedTuple):
     kwargs: Mapping[str, Any]
     outputs: tuple[Shape, ...]
     call: int
+    sides: dict[str, int] | None = None
 
     def argument(self, place: int, *names: str, default: Any = None) -> Any:
         """Return an argument by its place or by one of its names.

@@ -252,7 +252,9 @@ def _einsum_layer(operation: Operation, weights: Sequence[tuple[str, Operand]], 
     if is_stack_of_experts(weight) and dense_equation(term, before + after if dots else before) and not dots:
         unit = next(letter for letter in term[1:] if letter in places)
         return _every_expert(operation, weight, places[unit], term.index(unit) - len(term))
-    return produce(operation, weight, [places[letter] for letter in term if letter in places], picked_dims=picked_dims)
+    own = [letter for letter in term if letter in places]
+    rows = term.index(own[0]) - len(term) if len(own) == 1 else None
+    return produce(operation, weight, [places[letter] for letter in own], rows=rows, picked_dims=picked_dims)
 
 
 def dense_equation(weight: str, output: str) -> bool:

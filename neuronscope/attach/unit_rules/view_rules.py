@@ -29,8 +29,13 @@ def _move_rule(move: _Move) -> Rule:
     def rule(operation: Operation) -> Origin:
         operand = operation.first
         origin = operand.origin
+        if origin.state == WEIGHT and move in _REORDERED and len(operand.shape) > 1:
+            numbers = [((number, 1),) for number in range(len(operand.shape))]  # in place of a dimension's units
+            order = move(operation, Units((), "", (), 0, tuple(numbers)), operand.shape, operation.outputs[0])
+            if order is not None and list(order.dims[-2:]) == numbers[:-3:-1]:
+                origin = origin.but(turned=not origin.turned)
         if origin.units is None and any(origin.cuts):
-            if move not in (_transposed, _permute, _reversed, _last_two):
+            if move not in _REORDERED:
                 return origin.as_layer() if operation.outputs[0] != operand.shape else origin
             moved = move(operation, Units((), "", (), 0, origin.cuts), operand.shape, operation.outputs[0])  # type: ignore[arg-type]
             return origin.as_layer() if moved is None else origin.but(cuts=moved.dims)
@@ -99,6 +104,10 @@ def _moved(operation: Operation, units: Units, before: Shape, _: Shape) -> Units
         order[target] = source
     rest = iter(place for place in range(rank) if place not in sources)
     return _permuted(units, [next(rest) if place < 0 else place for place in order])
+
+
+#: They give the same elements in another order of dimensions.
+_REORDERED = (_transposed, _permute, _reversed, _last_two, _moved)
 
 
 def _expanded(_: Operation, units: Units, before: Shape, after: Shape) -> Units | None:
