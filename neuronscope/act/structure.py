@@ -88,9 +88,8 @@ class LayerWeights(NamedTuple):
             whole_units: Whether each rank computes all units of the layer, also where it holds a part of its weights.
         """
         if module is None and path.endswith(")"):
-            held = path.partition("(")[0]
-            unknown = f"`{path}` is made of the weight of `{held}`, which is used elsewhere too"
-            return cls(path, nn.Module(), unknown=unknown)
+            reason = f"`{path}` is made of the weight of `{path.partition('(')[0]}`, which is used elsewhere too"
+            return cls(path, nn.Module(), unknown=reason)
         if module is None:
             return cls(path, nn.Module(), unknown=f"`{path}` is a parameter that no layer of its own holds")
         kind = type(module)
