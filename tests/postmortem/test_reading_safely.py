@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from neuronscope.checkpoints.formats.lazy_tensor import Storage
+from neuronscope.checkpoints.formats.file_tensor import Storage
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder, find_safe_global
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint

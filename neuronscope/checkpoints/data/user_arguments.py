@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.checkpoints.data.user_code import user_code
-from neuronscope.checkpoints.formats.lazy_tensor import find_dtype
+from neuronscope.checkpoints.formats.file_tensor import find_dtype
 from neuronscope.checkpoints.model.load_model import load_named
 from neuronscope.errors import UsageError
 

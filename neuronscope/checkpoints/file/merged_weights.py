@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.errors import CheckpointError
 
@@ -27,29 +27,27 @@ _ADAPTER = re.compile(r"(^|\.)lora_")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
 
 
-@dataclass(frozen=True)
-class MergedWeight:
+class MergedWeight(ComputedTensor):
     """A weight that is computed from several stored tensors when it is read.
 
-    Attributes:
+    Args:
         name: The name that it has in a network without masks, adapters or norms of weights.
         stored: Name of the stored tensor that takes its place; ``""`` if the checkpoint holds an adapter only.
         parts: Names of all stored tensors that it is computed from.
-        shape: Its shape.
-        dtype: Name of its dtype.
+        like: A tensor of its shape and dtype.
         compute: Computes it.
     """
 
-    name: str
-    stored: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    compute: Callable[[], Tensor]
-
-    def read(self) -> Tensor:
-        """Read the tensors that it consists of, and return what they give."""
-        return self.compute()
+    def __init__(
+        self,
+        name: str,
+        stored: str,
+        parts: tuple[str, ...],
+        like: StoredTensor,
+        compute: Callable[[], Tensor],
+    ) -> None:
+        super().__init__(like.shape, like.torch_dtype, compute)
+        self.name, self.stored, self.parts = name, stored, parts
 
 
 def holds_only_adapters(checkpoint: Checkpoint) -> bool:
@@ -113,14 +111,7 @@ def _masked(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | No
         masked: Tensor = read * kept.read().to(read.dtype)
         return masked
 
-    return MergedWeight(
-        name.removesuffix("_orig"),
-        name,
-        (name, mask),
-        weight.shape,
-        weight.dtype,
-        compute,
-    )
+    return MergedWeight(name.removesuffix("_orig"), name, (name, mask), weight, compute)
 
 
 def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
@@ -137,9 +128,7 @@ def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight 
                 scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
                 return scaled
 
-            return MergedWeight(
-                _unparametrized(name.removesuffix(direction)), name, (name, other), weight.shape, weight.dtype, compute
-            )
+            return MergedWeight(_unparametrized(name.removesuffix(direction)), name, (name, other), weight, compute)
     return None
 
 
@@ -164,7 +153,7 @@ def _spectral(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | 
         return read / norm
 
     bare = _unparametrized(name.removesuffix("_orig").removesuffix(".original"))
-    return MergedWeight(bare, name, (name, *vectors), weight.shape, weight.dtype, compute)
+    return MergedWeight(bare, name, (name, *vectors), weight, compute)
 
 
 def _unparametrized(name: str) -> str:
@@ -190,31 +179,38 @@ def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[Mer
         path = match["path"]
         stored = next((name for name in (f"{path}.base_layer.weight", f"{path}.weight") if name in tensors), "")
         under = [name for name in base if name == f"{path}.weight" or name.endswith(f".{path}.weight")]
-        own = base[under[0]].detach().clone() if not stored and len(under) == 1 else None
-        if second not in tensors or (not stored and own is None):
+        if second not in tensors or (not stored and len(under) != 1):
             raise CheckpointError(
                 f"{checkpoint.path} holds an adapter, but neither it nor the network has the weight `{path}.weight` "
                 "that it changes."
             )
-        scale = _scale(checkpoint.adapter, path, tensors[first].shape[0])
-
-        def compute(
-            weight: StoredTensor | Tensor = own if own is not None else tensors[stored],
-            first: StoredTensor = tensors[first],
-            second: StoredTensor = tensors[second],
-            scale: float = scale,
-        ) -> Tensor:
-            read = weight if isinstance(weight, Tensor) else weight.read()
-            change = second.read().flatten(1).float() @ first.read().flatten(1).float() * scale
-            if checkpoint.adapter.get("fan_in_fan_out"):
-                change = change.T
-            return (read.float() + change.view(read.shape)).to(read.dtype)
-
-        shape = tuple(own.shape) if own is not None else tensors[stored].shape
-        dtype = str(own.dtype).removeprefix("torch.") if own is not None else tensors[stored].dtype
-        name = stored or under[0]
+        weight = tensors[stored] if stored else _kept(base[under[0]])
+        compute = partial(
+            _add_adapter,
+            weight,
+            tensors[first],
+            tensors[second],
+            _scale(checkpoint.adapter, path, tensors[first].shape[0]),
+            is_transposed=bool(checkpoint.adapter.get("fan_in_fan_out")),
+        )
         parts = (first, second, *([stored] if stored else []))
-        yield MergedWeight(_bare(name), stored, parts, shape, dtype, compute)
+        yield MergedWeight(_bare(stored or under[0]), stored, parts, weight, compute)
+
+
+def _kept(tensor: Tensor) -> StoredTensor:
+    """Return a tensor as it is now in the form of a stored one."""
+    return ComputedTensor(tuple(tensor.shape), tensor.dtype, tensor.detach().clone().clone)
+
+
+def _add_adapter(
+    weight: StoredTensor, first: StoredTensor, second: StoredTensor, scale: float, *, is_transposed: bool
+) -> Tensor:
+    """Return a weight plus the scaled product of an adapter's two matrices, in the weight's shape and dtype."""
+    read = weight.read()
+    change = second.read().flatten(1).float() @ first.read().flatten(1).float() * scale
+    if is_transposed:
+        change = change.T
+    return (read.float() + change.view(read.shape)).to(read.dtype)
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:

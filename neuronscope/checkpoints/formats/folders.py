@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
-from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, read_json
-from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single_file
+from neuronscope.checkpoints.formats.byte_range import quoted, read_json
+from neuronscope.checkpoints.formats.single_file import read_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
             setattr(raw, kind, config if isinstance(config, dict) else {})
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
-            raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
+            raw.other_files[name.removesuffix(".pt")] = read_file(folder / name, trust=trust).data
     if "trainer_state.json" in names:
         _add_trainer_state(raw, read_json(folder / "trainer_state.json"))
     return raw
@@ -97,11 +97,8 @@ def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
         weights = shards[0] if len(shards) == 1 else None
     if weights is None:
         raise _no_checkpoint(folder, names)
-    if weights.endswith(".index.json"):
-        single = read_index(folder / weights, trust=trust)
-    else:
-        single = read_single_file(ByteRange.of(folder / weights), trust=trust)
-    return RawCheckpoint(f"Hugging Face folder, {single.format}", single.data)
+    raw = read_file(folder / weights, trust=trust)
+    return replace(raw, format=f"Hugging Face folder, {raw.format}")
 
 
 def _add_trainer_state(raw: RawCheckpoint, state: Any) -> None:

@@ -6,10 +6,11 @@ Lightning stores such a state under the monitor's key among ``callbacks``, a pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
+from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.errors import CheckpointError
 
@@ -67,13 +68,14 @@ class _StateReader:
     def plain(self, value: Any, depth: int) -> Any:
         """Copy a value, with its tensors read."""
         self._parts_left -= 1
-        if isinstance(value, LazyTensor):
-            self._bytes_left -= value.nbytes
+        is_tensor = isinstance(value, StoredTensor)
+        if is_tensor:
+            self._bytes_left -= math.prod(value.shape) * value.torch_dtype.itemsize
         if self._parts_left < 0 or self._bytes_left < 0 or depth > _DEEPEST_PART:
             raise CheckpointError(
                 "What looks like a record of Neuronscope's is larger or nested deeper than one can be."
             )
-        if isinstance(value, LazyTensor):
+        if is_tensor:
             return value.read()
         if isinstance(value, Mapping):
             return {key: self.plain(inner, depth + 1) for key, inner in value.items()}

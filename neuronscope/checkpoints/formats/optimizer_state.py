@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.checkpoint import OptimizerState
+from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
 from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
-from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
 
@@ -96,7 +95,11 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         for group in found["param_groups"]
     )
     slots = {
-        key_of(key): {escape_surrogates(name): _plain(value) for name, value in values.items() if _is_slot(value)}
+        key_of(key): {
+            escape_surrogates(name): _plain(value)
+            for name, value in values.items()
+            if isinstance(value, StoredTensor | int | float)
+        }
         for key, values in found["state"].items()
         if isinstance(values, Mapping)
     }
@@ -107,16 +110,12 @@ def _is_setting(value: Any) -> bool:
     """Whether a value is a hyperparameter: a number, a string, ``None``, or a short list of them."""
     if isinstance(value, list | tuple):
         return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
-    return isinstance(value, int | float | str | None) or (isinstance(value, LazyTensor) and value.shape == ())
-
-
-def _is_slot(value: Any) -> bool:
-    return isinstance(value, LazyTensor | int | float)
+    return isinstance(value, int | float | str | None) or (isinstance(value, StoredTensor) and value.shape == ())
 
 
 def _plain(value: Any) -> Any:
     """Return a tensor without dimensions as a number, and any other value unchanged."""
-    if isinstance(value, LazyTensor) and value.shape == ():
+    if isinstance(value, StoredTensor) and value.shape == ():
         return value.read().item()
     return value
 

@@ -14,7 +14,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.module_paths import walk
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.merged_weights import holds_only_adapters, plain_tensors
 from neuronscope.checkpoints.formats.byte_range import read_json
@@ -306,24 +306,6 @@ def _problems(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> list[str]:
     return [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
 
 
-@dataclass(frozen=True)
-class _HeldTensor:
-    """A tensor of a network, in the form of a stored one."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    def read(self) -> Tensor:
-        return self.tensor.detach()
-
-
 def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose tensors are those of the network that it was loaded into.
 
@@ -336,7 +318,9 @@ def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     slots = dict(_slots(model))
     if not _problems(slots, checkpoint.tensors):
         return checkpoint
-    held: dict[str, StoredTensor] = {name: _HeldTensor(tensor) for name, (_, _, tensor) in slots.items()}
+    held = {
+        name: ComputedTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, (_, _, tensor) in slots.items()
+    }
     note = "Masks, adapters or norms of weights in the file were merged into the weights of the network."
     return replace(checkpoint, tensors=held, notes=(*checkpoint.notes, note))
 
