@@ -17,7 +17,6 @@ from neuronscope.checkpoints.data.fixed_data import FixedData
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import (
@@ -42,6 +41,7 @@ from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.select_checkpoints import Selection, find_checkpoints, select_checkpoints
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts

@@ -15,9 +15,9 @@ from torch import nn
 
 from neuronscope.act.shrink import Shrunk, shrink
 from neuronscope.checkpoints.data.user_arguments import check_batches, resolve_batches
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.errors import MissingExtraError, UsageError
 from neuronscope.output import check_writable, write_file
 from neuronscope.report.report import Report

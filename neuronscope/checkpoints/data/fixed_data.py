@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.user_arguments import check_batches
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from neuronscope.checkpoints.file.remaining_motion import RemainingMotion, remaining_motion
 from neuronscope.checkpoints.model.bounds.interval import gamma
@@ -24,6 +23,7 @@ from neuronscope.checkpoints.model.example_inputs import batch_example
 from neuronscope.checkpoints.model.first_layers import FirstLayer, find_first_layers
 from neuronscope.checkpoints.model.load_model import stored_names
 from neuronscope.checkpoints.model.observed_network import tensors_of
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence
 from neuronscope.errors import UsageError
 from neuronscope.running import model_state_restored

@@ -25,10 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.module_paths import walk
 from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.merged_weights import holds_only_adapters, plain_tensors
 from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
 __all__ = [

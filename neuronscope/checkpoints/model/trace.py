@@ -29,9 +29,9 @@ from neuronscope.attach.read_outs import reads_out
 from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.checkpoints.data.user_code import describe_exception
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
+from neuronscope.checkpoints.user_code import describe_exception
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.running import model_state_restored

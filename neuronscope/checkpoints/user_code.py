@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.writers.formatting import visible
 
-__all__ = ["describe_exception", "user_code"]
+__all__ = ["describe_exception", "exits_refused", "user_code"]
 
 _LONGEST = 500
 
@@ -40,6 +40,21 @@ def user_code(expected: str, advice: str = "", subject: str = "it") -> Iterator[
         raise
     except BaseException as error:
         raise UsageError(f"{expected}, but {subject} {describe_exception(error)}{advice and f'. {advice}'}") from error
+
+
+@contextlib.contextmanager
+def exits_refused() -> Iterator[None]:
+    """Context manager that turns ``sys.exit`` in the user's model or data, wherever it is called, into a usage error.
+
+    Raises:
+        UsageError: The code called ``sys.exit``.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise UsageError(
+            f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
+        ) from error
 
 
 def describe_exception(error: BaseException) -> str:
