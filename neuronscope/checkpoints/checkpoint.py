@@ -60,6 +60,15 @@ class ComputedTensor(StoredTensor):
         super().__init__(shape, dtype)
         self._compute = compute
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> ComputedTensor:
+        """Return a tensor in memory in the form of a stored one; each reading copies it.
+
+        >>> ComputedTensor.of(torch.ones(2, requires_grad=True)).read()
+        tensor([1., 1.])
+        """
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().to("cpu", copy=True))
+
     def read(self) -> Tensor:
         """Return what the function gives."""
         return self._compute()

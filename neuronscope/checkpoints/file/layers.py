@@ -222,22 +222,19 @@ def _layer(
     shape = tensors[name].shape
     layer, bias_name = layer_name(path, "weight"), _join(path, "bias")
     bias = tensors.get(bias_name)
-    biased = bias is not None and len(bias.shape) == 1 and is_floating(bias)
+    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 and is_floating(bias) else None
     if len(shape) == 1:
-        fits = biased and bias is not None and bias.shape == shape
-        return Layer(layer, "norm", name, bias_name if fits else None, None, shape[0], 0, 1)
+        return Layer(layer, "norm", name, bias_name if size == shape[0] else None, None, shape[0], 0, 1)
     if not 2 <= len(shape) <= 5:
         return None
-    if len(shape) == 2 and not biased and _EMBEDDING.search(path):
+    if len(shape) == 2 and size is None and _EMBEDDING.search(path):
         return Layer(layer, "embedding", name, None, None, shape[0], 0, shape[1])
     kind = "linear" if len(shape) == 2 else "conv"
-    axis, axis_known = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
-    if axis is None:
+    axis, axis_known = transposed.axis(path, shape, size)
+    if axis is None or (gain is not None and tensors[gain].shape[:1] != (shape[axis],)):
         return None
-    if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
-        return None
-    fits = biased and bias is not None and bias.shape[0] == shape[axis]
-    return Layer(layer, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
+    own_bias = bias_name if size == shape[axis] else None
+    return Layer(layer, kind, name, own_bias, gain, shape[axis], axis, shape[1 - axis], axis_known)
 
 
 class _Transposed:

@@ -184,7 +184,7 @@ def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[Mer
                 f"{checkpoint.path} holds an adapter, but neither it nor the network has the weight `{path}.weight` "
                 "that it changes."
             )
-        weight = tensors[stored] if stored else _kept(base[under[0]])
+        weight = tensors[stored] if stored else ComputedTensor.of(base[under[0]].clone())
         compute = partial(
             _add_adapter,
             weight,
@@ -195,11 +195,6 @@ def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[Mer
         )
         parts = (first, second, *([stored] if stored else []))
         yield MergedWeight(_bare(stored or under[0]), stored, parts, weight, compute)
-
-
-def _kept(tensor: Tensor) -> StoredTensor:
-    """Return a tensor as it is now in the form of a stored one."""
-    return ComputedTensor(tuple(tensor.shape), tensor.dtype, tensor.detach().clone().clone)
 
 
 def _add_adapter(

@@ -95,11 +95,7 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         for group in found["param_groups"]
     )
     slots = {
-        key_of(key): {
-            escape_surrogates(name): _plain(value)
-            for name, value in values.items()
-            if isinstance(value, StoredTensor | int | float)
-        }
+        key_of(key): {escape_surrogates(name): _plain(value) for name, value in values.items() if _is_slot(value)}
         for key, values in found["state"].items()
         if isinstance(values, Mapping)
     }
@@ -111,6 +107,10 @@ def _is_setting(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
     return isinstance(value, int | float | str | None) or (isinstance(value, StoredTensor) and value.shape == ())
+
+
+def _is_slot(value: Any) -> bool:
+    return isinstance(value, StoredTensor | int | float)
 
 
 def _plain(value: Any) -> Any:

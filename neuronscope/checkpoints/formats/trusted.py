@@ -48,11 +48,6 @@ def load_trusted(path: Path, *, script: bool = False) -> Any:
     return _plain(loaded, 0)
 
 
-def _loaded(tensor: Tensor) -> ComputedTensor:
-    """Return a tensor in memory in the form of a stored one, each reading of which is a copy."""
-    return ComputedTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().to("cpu", copy=True))
-
-
 def _plain(value: Any, depth: int) -> Any:
     if depth > _DEEPEST:
         return None
@@ -60,7 +55,7 @@ def _plain(value: Any, depth: int) -> Any:
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
             return SkippedTensor("sparse, quantised or without numbers")
         known = readable_type(value.dtype)
-        return known if isinstance(known, SkippedTensor) else _loaded(value)
+        return known if isinstance(known, SkippedTensor) else ComputedTensor.of(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
     if isinstance(value, Mapping):

@@ -7,7 +7,6 @@ the example's shape with any batch size; see ``docs/bounds.md``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -46,7 +45,6 @@ from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
 from neuronscope.errors import UsageError
-from neuronscope.options import positive_integer
 
 __all__ = ["Examination", "examine_model"]
 
@@ -94,7 +92,6 @@ def examine_model(
     example: Any = None,
     batch: Any = None,
     box: Box | None = None,
-    batch_positions: int | None = None,
     training_step: int | None = None,
 ) -> Examination:
     """Examine a network that holds a checkpoint's weights.
@@ -104,8 +101,6 @@ def examine_model(
         example: An input to run it on once: a tensor, a tuple of arguments, or a mapping of named ones.
         batch: A batch of the user's data, used if there is no example.
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
-        batch_positions: How many values a channel has in a training batch (examples × positions); with it, more is
-            proved of batch norm in training.
         training_step: The checkpoint's number of optimizer steps, for dates.
 
     Returns:
@@ -119,8 +114,6 @@ def examine_model(
     >>> [(one.layer, one.claim, one.basis, one.neurons.tolist()) for one in examine_model(net).evidence]
     [('2/relu', 'dead', 'proved', [0])]
     """
-    if batch_positions is not None:
-        positive_integer("batch_positions", batch_positions)
     if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, traced_example, failures = _trace_example(model, example, batch)
@@ -132,7 +125,7 @@ def examine_model(
     normalised = normalised_sites(graph)
     hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
     layers = set() if hidden else set(_layers_used(graph))
-    evidence = [one for site in sites for one in _batch_norm(graph, site, batch_positions)]
+    evidence = [one for site in sites for one in _batch_norm(graph, site)]
     if graph.branches:
         abstentions.append(
             Abstention(
@@ -320,11 +313,9 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], 
         yield from evidence_on_site(
             site.name,
             unread[site.name],
-            np.full(site.neurons, np.nan),
             source=_READERS,
             claim="unread",
             basis="proved",
-            measure="",
             text=(
                 f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
                 "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
@@ -332,7 +323,7 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], 
         )
 
 
-def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evidence]:
+def _batch_norm(graph: Graph, site: Site) -> Iterator[Evidence]:
     """Yield what batch norm's parameters say about the neurons of a site right after it.
 
     All of it holds for any activation that is zero for inputs up to zero.
@@ -354,7 +345,7 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
             "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
         ),
     )
-    most = scale.double().abs() * math.sqrt((positions or _MANY_VALUES) - 1) + shift.double().abs()
+    most = training_maximum(scale, shift.abs(), _MANY_VALUES)
     usual = _usual_scale(scale, shift)
     yield from evidence(
         ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
@@ -363,7 +354,7 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         basis="inferred",
         measure="output in training, at most",
         text=(
-            f"Negligible: whatever its input is, no value of a training batch of up to {positions or _MANY_VALUES:,} "
+            f"Negligible: whatever its input is, no value of a training batch of up to {_MANY_VALUES:,} "
             f"values is larger than this, which is less than {_NEGLIGIBLE:g} of the layer's median |γ| + |β| "
             f"({usual:.3g}). In evaluation, this holds as far as the running statistics match the data."
         ),
@@ -377,27 +368,13 @@ def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evi
         text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
         "is inaccurate in the tails.",
     )
-    if positions is not None:
-        highest = training_maximum(scale, shift, positions).numpy()
-        yield from evidence(
-            (highest <= 0) & np.isfinite(c),
-            highest,
-            claim="dead",
-            basis="inferred",
-            measure="pre-activation in training, at most",
-            text=(
-                f"Proved for training: no batch of {positions} values per channel can make it fire, since no value "
-                f"is more than √({positions} − 1) standard deviations above their mean. In evaluation, this "
-                "holds as far as the running statistics match the data."
-            ),
-        )
 
 
 def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
     """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
     found = []
     for call in graph.calls[site.name]:
-        norm = read_batch_norm(graph, step_before_copies(graph.producers, call.before))
+        norm = read_batch_norm(graph, step_before_copies(graph, call.before))
         if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
             return None
         found.append((norm.scale, norm.shift))

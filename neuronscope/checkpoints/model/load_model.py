@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,11 @@ from neuronscope.checkpoints.user_code import user_code
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
 __all__ = [
+    "HeldTensor",
     "as_loaded",
     "build_model",
     "configured_parameters",
+    "held_tensors",
     "list_parameters",
     "load_named",
     "load_trained",
@@ -260,14 +262,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
-    slots = dict(_slots(model))
+    slots = _slots(model)
     tensors = checkpoint.tensors
     problems = _problems(slots, tensors)
     if problems:
-        base = {name: tensor for name, (_, _, tensor) in slots.items() if tensor.device.type != "meta"}
+        base = {name: held.tensor for name, held in slots.items() if held.tensor.device.type != "meta"}
         plain = plain_tensors(checkpoint, base)
-        only = holds_only_adapters(checkpoint)  # what they do not change is in the network already
-        if plain.keys() != tensors.keys() and not _problems(_changed(slots, plain) if only else slots, plain):
+        wanted = slots
+        if holds_only_adapters(checkpoint):  # what they do not change is in the network already
+            wanted = {name: held for name, held in slots.items() if name in plain}
+        if plain.keys() != tensors.keys() and not _problems(wanted, plain):
             tensors, problems = plain, []
     if problems:
         raise CheckpointError(
@@ -279,20 +283,42 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_memory(model, checkpoint)
 
 
-_Slots = Mapping[str, "tuple[nn.Module, str, Tensor]"]
+class HeldTensor(NamedTuple):
+    """A parameter or buffer of a network.
+
+    Attributes:
+        module: The module that holds it.
+        leaf: Its name there.
+        tensor: The tensor.
+    """
+
+    module: nn.Module
+    leaf: str
+    tensor: Tensor
 
 
-def _changed(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> _Slots:
-    return {name: slot for name, slot in slots.items() if name in tensors}
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, HeldTensor]]:
+    """Yield every parameter and buffer of a network, with its full name."""
+    for path, module in walk(model):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{leaf}" if path else leaf, HeldTensor(module, leaf, tensor)
 
 
-def _problems(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> list[str]:
+def _slots(model: nn.Module) -> dict[str, HeldTensor]:
+    """Return every parameter and saved buffer by its full name."""
+    return {
+        name: held for name, held in held_tensors(model) if held.leaf not in held.module._non_persistent_buffers_set
+    }
+
+
+def _problems(slots: Mapping[str, HeldTensor], tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Return why a checkpoint's tensors do not fit a network."""
     names = _match_names(slots, tensors)
-    found, used = {id(slots[name][2]) for name in names}, set(names.values())
-    pairs = [(name, slots[name][2], tensors[stored]) for name, stored in names.items()]
+    found, used = {id(slots[name].tensor) for name in names}, set(names.values())
+    pairs = [(name, slots[name].tensor, tensors[stored]) for name, stored in names.items()]
     wrong = {
-        "missing": [name for name, (_, _, tensor) in slots.items() if name not in names and id(tensor) not in found],
+        "missing": [name for name, held in slots.items() if name not in names and id(held.tensor) not in found],
         "unexpected": [name for name in tensors if name not in used and name not in COUNTERS],
         "of another shape": [
             f"{name} {tuple(tensor.shape)} ≠ {tuple(stored.shape)}"
@@ -315,23 +341,12 @@ def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
         model: The network, with the checkpoint's weights.
         checkpoint: The checkpoint.
     """
-    slots = dict(_slots(model))
+    slots = _slots(model)
     if not _problems(slots, checkpoint.tensors):
         return checkpoint
-    held = {
-        name: ComputedTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, (_, _, tensor) in slots.items()
-    }
+    tensors = {name: ComputedTensor.of(held.tensor) for name, held in slots.items()}
     note = "Masks, adapters or norms of weights in the file were merged into the weights of the network."
-    return replace(checkpoint, tensors=held, notes=(*checkpoint.notes, note))
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor]]]:
-    """Yield every parameter and saved buffer: its full name, and its module, its name there and the tensor."""
-    for path, module in walk(model):
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{path}.{name}" if path else name, (module, name, tensor)
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
@@ -351,11 +366,7 @@ def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]
     return best | {name: name for name in COUNTERS if name in ours and name in theirs}
 
 
-def _fill(
-    slots: Mapping[str, tuple[nn.Module, str, Tensor]],
-    stored_names: Mapping[str, str],
-    stored: Mapping[str, StoredTensor],
-) -> None:
+def _fill(slots: Mapping[str, HeldTensor], stored_names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
     """Read the stored tensors into the network: copy them, or put them in place of tensors on the meta device."""
     loaded: dict[int, Tensor] = {}  # a weight that two modules share is read once
     with torch.no_grad():
@@ -401,10 +412,9 @@ def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """
     stored = stored_names(model, checkpoint)
     names: dict[int, str] = {}
-    for path, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), f"{path}.{name}" if path else name)
+    for name, held in held_tensors(model):
+        if held.leaf in held.module._parameters:
+            names.setdefault(id(held.tensor), name)
     return [stored.get(name, name) for name in names.values()]
 
 
@@ -415,7 +425,7 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         model: The model.
         checkpoint: The checkpoint.
     """
-    return _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
+    return _match_names(_slots(model), checkpoint.tensors)
 
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
