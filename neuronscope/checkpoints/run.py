@@ -199,11 +199,6 @@ def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> Post
 
     At most two are open at a time.
 
-    Args:
-        selection: The checkpoints.
-        what: What is given beside them.
-        trust: Allow full unpickling.
-
     Raises:
         UsageError: The data can be gone through only once.
     """
@@ -241,13 +236,7 @@ def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
 
 
 def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Examined:
-    """Examine one checkpoint in every way that the arguments allow.
-
-    Args:
-        opened: The checkpoint.
-        before: An earlier checkpoint of the same run, if there is one.
-        what: What is given beside it.
-    """
+    """Examine one checkpoint in every way that the arguments allow."""
     box, wake, progress, loss_function = what.box, what.wake, what.progress, what.loss
     checkpoint = track_reading(opened, "reading", progress)
     if before is not None:

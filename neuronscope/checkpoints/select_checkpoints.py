@@ -65,9 +65,6 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
     A folder is itself a checkpoint (of Hugging Face or ``torch.distributed.checkpoint``), or the place where
     checkpoints lie: its files of weights and those of its folders that are checkpoints. In the output folder of a
     Trainer these are ``checkpoint-*``, even if the final weights lie beside them. No other folder is searched.
-
-    Args:
-        paths: Files and folders.
     """
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []

@@ -105,11 +105,6 @@ def _with_config(network: nn.Module, report: Report, batches: Iterable[Any]) -> 
 
     A configuration has one width for all layers, so that as many neurons go from each. If none can go so, those go that
     can, without a configuration.
-
-    Args:
-        network: The network.
-        report: The report on the data.
-        batches: The data.
     """
     if callable(getattr(getattr(network, "config", None), "to_dict", None)):
         with contextlib.suppress(UsageError):

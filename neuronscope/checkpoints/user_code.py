@@ -60,9 +60,6 @@ def exits_refused() -> Iterator[None]:
 def describe_exception(error: BaseException) -> str:
     """Describe an exception in one line that follows a subject.
 
-    Args:
-        error: The exception.
-
     >>> describe_exception(KeyError("labels")), describe_exception(SystemExit("bye"))
     ("gave KeyError: 'labels'", "called sys.exit('bye')")
     """

@@ -133,11 +133,7 @@ class _ExampleSum:
         self._sum = 0
 
     def add(self, batch: Any) -> None:
-        """Add the examples of a batch, along the first dimension of the model's inputs.
-
-        Args:
-            batch: A batch, as :func:`neuronscope.scan` takes it.
-        """
+        """Add the examples of a batch, along the first dimension of the model's inputs."""
         tensors = [tensor for tensor in tensors_of(batch_example(batch)).values() if tensor.dim()]
         rows = min((len(tensor) for tensor in tensors), default=0)
         parts = [tensor.unsqueeze(1).flatten(1).contiguous().view(torch.uint8).numpy() for tensor in tensors]
@@ -224,11 +220,7 @@ class _RowBounds:
             self._highest = torch.maximum(self._highest, rows.nan_to_num(nan=torch.inf, neginf=torch.inf).amax(0))
 
     def evidence(self, examples: int) -> Iterator[Evidence]:
-        """Yield evidence on the rows that stay below zero.
-
-        Args:
-            examples: Number of examples.
-        """
+        """Yield evidence on the rows that stay below zero."""
         layer, highest = self.layer, self._highest
         if layer.bias is not None:
             bias = layer.bias.detach().double() + self._slack[1]

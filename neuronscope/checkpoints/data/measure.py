@@ -197,9 +197,6 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
 def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
     """Report proofs of death that the measurement refutes: a fault of Neuronscope, or data outside the box.
 
-    Args:
-        evidence: Evidence from all sources, proved and measured.
-
     Returns:
         One sentence for each source and layer; none if all proofs hold.
     """

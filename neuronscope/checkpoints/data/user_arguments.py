@@ -29,10 +29,7 @@ _SHAPE = re.compile(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?")
 
 
 def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
-    """Return the user's batches; import and call what has to be imported and called.
-
-    Args:
-        data: Batches, a function that returns them, ``pkg.mod:name`` of either, or ``None``.
+    """Return the user's batches, from batches, a function that returns them, or ``pkg.mod:name`` of either.
 
     Raises:
         UsageError: ``data`` is none of these, or the function fails.
@@ -60,9 +57,6 @@ def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | No
 
 def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the user's batches, and check each one.
-
-    Args:
-        batches: Any batches.
 
     Raises:
         UsageError: An item is not a batch, or the user's code fails.
@@ -98,10 +92,7 @@ def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | Non
 
 
 def resolve_loss(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
-    """Return the user's loss function, with a check of what it returns.
-
-    Args:
-        loss: The function, its ``pkg.mod:name``, or ``None``.
+    """Return the user's loss function, or the one that ``pkg.mod:name`` names, with a check of what it returns.
 
     Raises:
         UsageError: ``loss`` is not callable.

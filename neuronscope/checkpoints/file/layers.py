@@ -146,11 +146,7 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
 
 
 def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    """Return the names of weights and biases that are not floating-point (integer or complex), by dtype.
-
-    Args:
-        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
-    """
+    """Return the names of weights and biases that are not floating-point (integer or complex), by dtype."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
@@ -159,11 +155,7 @@ def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]
 
 
 def normalised_layers(layers: Sequence[Layer]) -> set[str]:
-    """Return the paths of layers with a norm of their size directly before or after them in the file.
-
-    Args:
-        layers: The checkpoint's layers.
-    """
+    """Return the paths of layers with a norm of their size directly before or after them in the file."""
     found = set()
     for first, second in pairwise(layers):
         if second.kind == "norm" and first.kind in NEURON_KINDS and second.width == first.width:
@@ -254,13 +246,7 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
-
-        Args:
-            path: Path of the module.
-            shape: Shape of the weight.
-            bias: Size of the bias, or ``None``.
-        """
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension."""
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)

@@ -58,11 +58,7 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
 
 
 def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
-    """Yield the report of each monitor's record in a checkpoint, or why there is none.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Yield the report of each monitor's record in a checkpoint, or why there is none."""
     for key, state in checkpoint.records.items():
         try:
             report = recorded_report(state)
@@ -78,11 +74,7 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
 
 
 def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
-    """Yield the evidence in the monitors' records of a checkpoint.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Yield the evidence in the monitors' records of a checkpoint."""
     for report in recorded_reports(checkpoint):
         if isinstance(report, Abstention):
             yield report

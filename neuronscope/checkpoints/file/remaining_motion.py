@@ -161,11 +161,7 @@ def _sgd(
 
 
 def _decay(per_step: float) -> tuple[float, int]:
-    """Return the least factor that a step of decay leaves of a weight, and for how many steps to vouch.
-
-    Args:
-        per_step: The largest share that a step takes.
-    """
+    """Return the least factor that a step of decay leaves of a weight, and for how many steps to vouch."""
     if per_step == 0:
         return 1.0, _MOST_STEPS
     return 1 - per_step - 2**-22, min(_MOST_STEPS, int(_MOST_FOLDS / per_step))

@@ -17,20 +17,12 @@ __all__ = ["dead_norm_ratios", "finite_settings", "learning_rates", "weight_deca
 
 
 def learning_rates(checkpoint: Checkpoint) -> list[float]:
-    """Return the saved learning rates of the optimizers' groups.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Return the saved learning rates of the optimizers' groups."""
     return [rate for group in _groups(checkpoint) for rate in finite_settings(group, "lr")]
 
 
 def weight_decay_per_step(checkpoint: Checkpoint) -> float:
-    """Return the largest fraction by which weight decay shrinks weights per step.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Return the largest fraction by which weight decay shrinks weights per step."""
     pairs = ((finite_settings(group, "lr"), finite_settings(group, "weight_decay")) for group in _groups(checkpoint))
     return max((rate[0] * decay[0] for rate, decay in pairs if rate and decay), default=0.0)
 

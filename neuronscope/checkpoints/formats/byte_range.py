@@ -128,9 +128,6 @@ class ByteRange:
     def read_into(self, buffer: memoryview) -> None:
         """Fill a buffer with the first bytes of the range.
 
-        Args:
-            buffer: Memory to fill, of at most ``size`` bytes.
-
         Raises:
             CheckpointError: The file has become shorter, or may no longer be read.
         """

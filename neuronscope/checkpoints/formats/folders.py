@@ -34,9 +34,6 @@ def is_folder_checkpoint(folder: Path) -> bool:
     """Whether a folder is itself a checkpoint by its names, and not only a place where checkpoints lie.
 
     A folder with one safetensors file is one if nothing else in it looks like weights.
-
-    Args:
-        folder: The folder.
     """
     names = sorted(entry.name for entry in folder.iterdir())
     if METADATA in names or _FSDP in names or _is_deepspeed(names) or not set(_WEIGHTS).isdisjoint(names):

@@ -21,9 +21,6 @@ def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
 
     Settings of omegaconf count as plain data too.
 
-    Args:
-        data: The content of the checkpoint.
-
     Returns:
         Arguments by name. If Lightning saved one dictionary and its argument's name, it is that argument.
 

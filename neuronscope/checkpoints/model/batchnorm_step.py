@@ -158,11 +158,7 @@ class NormBehindSite(NamedTuple):
 
 
 def norms_behind_sites(graph: Graph) -> Iterator[NormBehindSite]:
-    """Yield the batch norms that read the output of a site, or of a depthwise convolution that reads it.
-
-    Args:
-        graph: A traced forward in evaluation mode.
-    """
+    """Yield the batch norms that read the output of a site, or of a depthwise convolution that reads it."""
     site_of = {site.after: site for site in graph.sites}
     for step in graph.steps:
         norm = read_batch_norm(graph, step)

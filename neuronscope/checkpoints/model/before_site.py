@@ -11,9 +11,6 @@ __all__ = ["normalised_sites", "step_before_copies"]
 def normalised_sites(graph: Graph) -> set[str]:
     """Return the names of the sites with a normalisation before their activation or before their layer's weights.
 
-    Args:
-        graph: A traced forward.
-
     >>> from torch import nn, zeros
     >>> from neuronscope.checkpoints.model.trace import trace
     >>> network = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())

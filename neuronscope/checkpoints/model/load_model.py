@@ -77,9 +77,6 @@ def load_named(name: str, argument: str) -> Any:
 def load_trained(name: str) -> nn.Module:
     """Return the trained network that ``package.module:name`` names: a module, or a function that returns one.
 
-    Args:
-        name: The name.
-
     Raises:
         UsageError: It names no network, or its code fails.
     """
@@ -170,14 +167,7 @@ def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> di
 
 
 def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str, *, real: bool = False) -> Any:
-    """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise.
-
-    Args:
-        factory: The factory.
-        arguments: Its keyword arguments.
-        name: Its name, for errors.
-        real: Whether to call it normally in any case.
-    """
+    """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise."""
     described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
     with user_code(
         f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
@@ -213,10 +203,6 @@ def _is_saved_completely(built: nn.Module, made: _NewTensors) -> bool:
     """Whether a checkpoint holds all tensors of a network: nothing keeps others, such as a list or a closure.
 
     A parametrization may decide by the numbers which buffers it registers, so it needs real numbers.
-
-    Args:
-        built: The network, on the meta device.
-        made: The tensors that were made for it.
     """
     if any(module._non_persistent_buffers_set or is_parametrized(module) for module in built.modules()):
         return False
@@ -430,9 +416,6 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
     """Return what :func:`list_parameters` does for the network of a Hugging Face folder's own ``config.json``.
-
-    Args:
-        checkpoint: The checkpoint.
 
     Returns:
         The names, or ``None`` if the folder has no configuration or the network cannot be built from it.

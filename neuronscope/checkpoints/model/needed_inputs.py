@@ -95,11 +95,7 @@ def by_matmul(call: OutputsNeeded) -> Masks:
 
 
 def by_convolution(*, transposed: bool) -> NeededInputs:
-    """Return the rule of a convolution: it follows whole channels.
-
-    Args:
-        transposed: Whether it is a transposed convolution.
-    """
+    """Return the rule of a convolution: it follows whole channels."""
 
     def rule(call: OutputsNeeded) -> Masks:
         x, weight = call.step.argument(0, "input"), call.constant(call.step.argument(1, "weight"))

@@ -69,9 +69,6 @@ LEGEND = (
 def render(report: PostmortemReport) -> str:
     """Write a post-mortem as one HTML page.
 
-    Args:
-        report: The post-mortem.
-
     Returns:
         A page below 300 KB for 12 layers of 4096 neurons, and below 2 MB for any number of layers. If detail or
         layers were left out for that, the page says what.
@@ -207,12 +204,7 @@ def _dated(layer: LayerReport) -> npt.NDArray[np.int64]:
 
 
 def _bars(layer: LayerReport, last: int) -> Markup:
-    """Draw when the neurons of a layer died, on a scale of its own.
-
-    Args:
-        layer: The layer.
-        last: Last step of the run.
-    """
+    """Draw when the neurons of a layer died, on a scale of its own."""
     found = _dated(layer)
     if not found.size:
         return Markup("")

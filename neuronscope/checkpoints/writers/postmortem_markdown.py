@@ -60,9 +60,6 @@ LISTED, NAMED = 20, 12
 def render(report: PostmortemReport) -> str:
     """Write a post-mortem as markdown.
 
-    Args:
-        report: The post-mortem.
-
     Returns:
         Markdown that ends with a line end.
     """
@@ -106,13 +103,7 @@ def render(report: PostmortemReport) -> str:
 
 
 def _table(first: str, columns: Sequence[tuple[str, str, bool]], rows: Iterable[Any]) -> str:
-    """Format a table of objects with a ``name`` and the fields of the columns.
-
-    Args:
-        first: Heading of the first column, which holds the name.
-        columns: The columns after it.
-        rows: The objects.
-    """
+    """Format a table of objects with a ``name`` and the fields of the columns."""
     cells = [[code(row.name), *(plain(getattr(row, field)) for _, field, _ in columns)] for row in rows]
     return table([(first, False), *((heading, right) for heading, _, right in columns)], cells)
 
