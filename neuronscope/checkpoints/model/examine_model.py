@@ -287,7 +287,7 @@ def _usual_scale(scale: Tensor, shift: Tensor) -> float:
 
 
 def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
-    """Return bounds of each site that are tighter than intervals; none where the network is not traced on two examples."""
+    """Return bounds of each site that are tighter than intervals; none if it is not traced on two examples."""
     two = two_examples(example)
     if two is None:
         return {}

@@ -167,7 +167,7 @@ def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> di
 
 
 def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str, *, real: bool = False) -> Any:
-    """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise."""
+    """Call a factory on the meta device if a checkpoint holds all tensors of its network; else, or if ``real``, normally."""
     described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
     with user_code(
         f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
