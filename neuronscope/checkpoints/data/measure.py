@@ -21,7 +21,7 @@ _SOURCE = "scan"
 
 
 def measure(
-    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None, **options: Any
+    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
 ) -> tuple[tuple[Evidence, ...], tuple[Abstention, ...], Report]:
     """Run a network on data and return what its neurons did there.
 
@@ -29,7 +29,6 @@ def measure(
         model: The network, with the checkpoint's weights.
         data: Batches, as :func:`neuronscope.scan` takes them.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
-        **options: As for :func:`neuronscope.scan`.
 
     Returns:
         The measured evidence, what could not be measured, and the scan's own report.
@@ -40,7 +39,7 @@ def measure(
     >>> [(one.claim, one.neurons.tolist()) for one in measure(net, torch.rand(300, 2))[0]]
     [('dead', [0]), ('alive', [1])]
     """
-    report = scan(model, data, loss, **options)
+    report = scan(model, data, loss)
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):

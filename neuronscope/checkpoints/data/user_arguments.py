@@ -15,10 +15,10 @@ from neuronscope.checkpoints.model.load_model import load_named
 from neuronscope.checkpoints.user_code import user_code
 from neuronscope.errors import UsageError
 
-__all__ = ["EXAMPLE_FORMATS", "check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
+__all__ = ["check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
 
 #: The two ways to write an example input as text, for messages.
-EXAMPLE_FORMATS = (
+_EXAMPLE_FORMATS = (
     "a shape such as `1x3x224x224` (several inputs: `1x3x224x224,1x7`; another dtype: `1x16:int64`), or the "
     "`package.module:name` of a function that returns the example"
 )
@@ -124,7 +124,7 @@ def resolve_example(example: Any, model: nn.Module) -> Any:
 
     Args:
         example: A tensor, a tuple of positional arguments, a mapping of named arguments, a function that returns one
-            of these, text (see :data:`EXAMPLE_FORMATS`), or ``None``.
+            of these, text (``1x3x224x224``, ``1x16:int64``, ``pkg.mod:name``), or ``None``.
         model: The network. Tensors that are created from a shape get the dtype of its parameters.
 
     Raises:
@@ -146,7 +146,7 @@ def resolve_example(example: Any, model: nn.Module) -> Any:
     if not _holds_input(found):
         raise UsageError(
             f"Expected argument {_named('example', example)} to give a tensor, a tuple of arguments or a mapping of "
-            f"named ones, but it gave {_describe(found)}. As text, it is {EXAMPLE_FORMATS}."
+            f"named ones, but it gave {_describe(found)}. As text, it is {_EXAMPLE_FORMATS}."
         )
     return found
 
@@ -201,12 +201,12 @@ def _zeros(text: str, model: nn.Module) -> tuple[Tensor, ...]:
         match = _SHAPE.fullmatch(part.strip())
         dtype = default if match is None or match[2] is None else find_dtype(match[2])
         if match is None or dtype is None:
-            raise UsageError(f"Expected argument `example` to be {EXAMPLE_FORMATS}, but got {text!r}.")
+            raise UsageError(f"Expected argument `example` to be {_EXAMPLE_FORMATS}, but got {text!r}.")
         try:
             tensors.append(torch.zeros([int(size) for size in match[1].split("x")], dtype=dtype))
         except (RuntimeError, TypeError, OverflowError) as error:
             first = str(error).partition("\n")[0]
             raise UsageError(
-                f"Expected argument `example` to be {EXAMPLE_FORMATS}, but torch cannot create {text!r}: {first}"
+                f"Expected argument `example` to be {_EXAMPLE_FORMATS}, but torch cannot create {text!r}: {first}"
             ) from error
     return tuple(tensors)

@@ -27,7 +27,7 @@ from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
 
-__all__ = ["GradientsBetween", "compare_with_earlier", "why_not_comparable"]
+__all__ = ["GradientsBetween", "compare_with_earlier"]
 
 _SOURCE = "two checkpoints"
 
@@ -70,13 +70,8 @@ class GradientsBetween:
     short: bool
 
 
-def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
-    """Return why two checkpoints cannot be compared; ``None`` if they can.
-
-    Args:
-        earlier: The earlier checkpoint.
-        later: The later checkpoint.
-    """
+def _why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
+    """Return why two checkpoints cannot be compared; ``None`` if they can."""
     if not earlier.optimizers or not later.optimizers:
         return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
     first, second = ({name: tuple(value.shape) for name, value in one.tensors.items()} for one in (earlier, later))
@@ -104,7 +99,7 @@ def compare_with_earlier(
         readings: The clocks of the later one.
         parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine_file`.
     """
-    reason = why_not_comparable(earlier, later)
+    reason = _why_not_comparable(earlier, later)
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return

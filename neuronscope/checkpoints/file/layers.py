@@ -21,7 +21,6 @@ __all__ = [
     "Layer",
     "find_layers",
     "find_projections",
-    "is_floating",
     "is_parameter",
     "normalised_layers",
     "unexamined_types",
@@ -102,7 +101,7 @@ class Layer:
         return weight.transpose(0, 1 - self.axis).reshape(self.inputs, -1)
 
 
-def is_floating(tensor: StoredTensor) -> bool:
+def _is_floating(tensor: StoredTensor) -> bool:
     """Whether a tensor's dtype is a floating-point one."""
     return "float" in tensor.dtype
 
@@ -114,7 +113,7 @@ def is_parameter(name: str, tensor: StoredTensor) -> bool:
         name: Its name in the checkpoint.
         tensor: The tensor.
     """
-    return is_floating(tensor) and not name.endswith(_STATISTICS)
+    return _is_floating(tensor) and not name.endswith(_STATISTICS)
 
 
 def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
@@ -129,7 +128,7 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
     found = []
     transposed = _Transposed(tensors)
     for name, tensor in tensors.items():
-        if not is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
+        if not _is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
             continue
         if _EXPERTS.search(name) and len(tensor.shape) == 3:
             module, _, leaf = name.rpartition(".")
@@ -149,7 +148,7 @@ def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]
     """Return the names of weights and biases that are not floating-point (integer or complex), by dtype."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
+        if not _is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
             found.setdefault(tensor.dtype, []).append(name)
     return found
 
@@ -214,7 +213,7 @@ def _layer(
     shape = tensors[name].shape
     layer, bias_name = layer_name(path, "weight"), _join(path, "bias")
     bias = tensors.get(bias_name)
-    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 and is_floating(bias) else None
+    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 and _is_floating(bias) else None
     if len(shape) == 1:
         return Layer(layer, "norm", name, bias_name if size == shape[0] else None, None, shape[0], 0, 1)
     if not 2 <= len(shape) <= 5:

@@ -45,15 +45,7 @@ _MOST_STEPS, _MOST_FOLDS = 1_000_000, 40.0
 #: Settings that schedulers add to a group; a group with other unknown numbers is of another optimizer.
 _OF_SCHEDULERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"}
 _WITHOUT_MOTION = {"Adagrad", "RMSprop", "Adadelta"}
-_OPTIMIZERS = {
-    "Adam": torch.optim.Adam,
-    "AdamW": torch.optim.AdamW,
-    "NAdam": torch.optim.NAdam,
-    "SGD": torch.optim.SGD,
-    "Adagrad": torch.optim.Adagrad,
-    "RMSprop": torch.optim.RMSprop,
-    "Adadelta": torch.optim.Adadelta,
-}
+_OPTIMIZERS = {"Adam", "AdamW", "NAdam", "SGD", *_WITHOUT_MOTION}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,5 +175,5 @@ def _smallest(dtype: torch.dtype) -> float:
 
 def _unknown_settings(group: Mapping[str, Any], name: str) -> set[str]:
     """Return the settings of a group that torch's optimizer of this name does not have; names and the like are fine."""
-    known = {*_OPTIMIZERS[name]([torch.zeros(1)]).defaults, *_OF_SCHEDULERS}
+    known = {*getattr(torch.optim, name)([torch.zeros(1)]).defaults, *_OF_SCHEDULERS}
     return {str(key) for key, value in group.items() if key not in known and not isinstance(value, (str, type(None)))}

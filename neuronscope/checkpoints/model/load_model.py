@@ -40,7 +40,6 @@ __all__ = [
     "list_parameters",
     "load_named",
     "load_trained",
-    "load_weights",
     "path_in_model",
     "stored_names",
 ]
@@ -139,7 +138,7 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
             model = _hugging_face(read_json(config))
     if not isinstance(model, nn.Module):
         model = _call_factory(model, checkpoint)
-    load_weights(model, checkpoint)
+    _load_weights(model, checkpoint)
     return model.eval()
 
 
@@ -167,7 +166,7 @@ def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> di
 
 
 def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str, *, real: bool = False) -> Any:
-    """Call a factory on the meta device if a checkpoint holds all tensors of its network; else, or if ``real``, normally."""
+    """Call a factory: on the meta device, if a checkpoint holds all tensors of its network, and not ``real``."""
     described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
     with user_code(
         f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
@@ -233,17 +232,13 @@ def _hugging_face(config: Any) -> nn.Module:
     return built
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
     Where they do not fit, masks, adapters (LoRA) and norms of weights in the checkpoint are merged into the weights.
 
     Names may differ by a prefix that all share (such as ``model.``, if a LightningModule holds the network). In a
     network on the meta device, the tensors that are read become its weights; otherwise they are copied into them.
-
-    Args:
-        model: The network.
-        checkpoint: The checkpoint.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
@@ -432,7 +427,7 @@ def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
 def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
     """Return a function that gives the path in the model for a path in the checkpoint.
 
-    The two may differ by a prefix; see :func:`load_weights`.
+    The two may differ by a prefix that all names share.
 
     Args:
         model: The network.
