@@ -24,7 +24,7 @@ from neuronscope.checkpoints.model.first_layers import FirstLayer, find_first_la
 from neuronscope.checkpoints.model.load_model import stored_names
 from neuronscope.checkpoints.model.observed_network import tensors_of
 from neuronscope.checkpoints.user_code import user_code
-from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence, evidence_where
 from neuronscope.errors import UsageError
 from neuronscope.running import model_state_restored
 
@@ -229,20 +229,16 @@ class _RowBounds:
             if groups[0] is not groups[1]:  # decay may take one of them away and leave the other
                 parts += [part for part, group in zip((bias, highest), groups, strict=True) if group is not None]
             highest = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
-        neurons = torch.nonzero((highest < 0) & (not self.missed)).flatten()
-        if not len(neurons):
-            return
         rate = max(motion.rate for motion in self._motions)
         optimizer = self._motions[0].optimizer
         shrinks = any(motion.group is not None for motion in self._motions)
-        yield Evidence(
-            layer=layer.path,
-            width=len(highest),
+        return evidence_where(
+            layer.path,
+            (highest < 0) & (not self.missed),
+            highest,
             source=PERMANENT,
             claim="no gradient",
             basis="proved",
-            neurons=neurons.numpy(),
-            numbers=highest[neurons].numpy(),
             measure="pre-activation on this data, at most, with all that momentum can still add",
             text=(
                 f"Permanent on this data: its pre-activation is below zero on each of the {examples:,} examples, and "

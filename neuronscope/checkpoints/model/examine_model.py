@@ -135,14 +135,7 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(
-            tuple(evidence),
-            tuple(abstentions),
-            sites,
-            normalised=normalised,
-            layers=layers,
-            example=traced_example,
-        )
+        return Examination(tuple(evidence), tuple(abstentions), sites, False, normalised, layers, traced_example)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)

@@ -1,4 +1,4 @@
-"""Writes a post-mortem as markdown: sentences, a table of layers, causes and evidence."""
+"""Write a post-mortem as markdown: sentences, a table of layers, causes and evidence."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
 
