@@ -1,6 +1,6 @@
 """Select the checkpoints of one run from files and folders, and put them in the order of their steps.
 
-The step comes from the checkpoint itself. Names and times of files are not used: they lie where files were copied.
+The step comes from the checkpoint itself. Names and times of files are not used: copying changes them.
 """
 
 from __future__ import annotations

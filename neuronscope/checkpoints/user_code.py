@@ -1,14 +1,18 @@
-"""Run code of the user, and turn what it raises into an error of one sentence."""
+"""Import and run code of the user, and turn what it raises into an error of one sentence."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.writers.formatting import visible
 
-__all__ = ["describe_exception", "exits_refused", "user_code"]
+__all__ = ["describe_exception", "exits_refused", "load_named", "user_code"]
 
 _LONGEST = 500
 
@@ -67,3 +71,45 @@ def describe_exception(error: BaseException) -> str:
         return f"called sys.exit({'' if error.code is None else repr(error.code)})"
     text = visible(" ".join(str(error).split())) or "no message"
     return f"gave {type(error).__name__}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}"
+
+
+def load_named(name: str, argument: str) -> Any:
+    """Return the object that ``package.module:name`` names. Modules in the current folder are found too.
+
+    Args:
+        name: The name.
+        argument: Name of the argument that it was given for, for errors.
+
+    Raises:
+        UsageError: There is no such module, or no such name in it; or importing the module fails or exits.
+
+    >>> load_named("math:tau", "model")
+    6.283185307179586
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise UsageError(f"Expected argument `{argument}` to be like `package.module:name`, but got {name!r}.")
+    expected = f"Expected argument `{argument}` to name a module that can be imported"
+    with _current_folder(), user_code(expected, subject=repr(module_name)):
+        found = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise UsageError(
+                    f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
+                )
+            found = getattr(found, part)
+    return found
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Make modules in the current folder importable inside the block, as they are with ``python -m``."""
+    folder = str(Path.cwd())
+    known = folder in sys.path or "" in sys.path
+    if not known:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if not known and folder in sys.path:
+            sys.path.remove(folder)

@@ -8,6 +8,7 @@ all of that, for every example, it never gets a gradient again: it is *permanent
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,11 +116,13 @@ class FixedData:
         yield from self._refused
 
 
+@dataclass
 class _ExampleSum:
     """A number that follows from the set of examples in batches, whatever their order and the batches' sizes.
 
     Attributes:
         examples: Number of examples.
+        total: The sum of a number for each example, modulo 2⁶⁴.
 
     >>> one, other = _ExampleSum(), _ExampleSum()
     >>> one.add(torch.tensor([[1.0], [2.0]])), other.add(torch.tensor([[2.0]])), other.add(torch.tensor([[1.0]]))
@@ -128,9 +131,8 @@ class _ExampleSum:
     True
     """
 
-    def __init__(self) -> None:
-        self.examples = 0
-        self._sum = 0
+    examples: int = 0
+    total: int = 0
 
     def add(self, batch: Any) -> None:
         """Add the examples of a batch, along the first dimension of the model's inputs."""
@@ -138,13 +140,8 @@ class _ExampleSum:
         rows = min((len(tensor) for tensor in tensors), default=0)
         parts = [tensor.unsqueeze(1).flatten(1).contiguous().view(torch.uint8).numpy() for tensor in tensors]
         for row in range(rows):
-            self._sum = (self._sum + hash(b"".join(part[row].tobytes() for part in parts))) % 2**64
+            self.total = (self.total + hash(b"".join(part[row].tobytes() for part in parts))) % 2**64
         self.examples += rows
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ExampleSum) and (self.examples, self._sum) == (other.examples, other._sum)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _run(model: nn.Module, batch: Any, bounds: Sequence[_RowBounds]) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.checkpoints.formats.file_tensor import find_dtype
-from neuronscope.checkpoints.model.load_model import load_named
-from neuronscope.checkpoints.user_code import user_code
+from neuronscope.checkpoints.user_code import load_named, user_code
 from neuronscope.errors import UsageError
 
 __all__ = ["check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]

@@ -69,10 +69,16 @@ def merged_weights(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = N
     """
     tensors = checkpoint.tensors
     for name in tensors:
-        for own in (_masked, _normalised, _spectral):
-            found = own(name, tensors)
-            if found is not None:
-                yield found
+        for ending, others, compute in _MERGED:
+            path = name.removesuffix(ending)
+            parts = (name, *(path + other for other in others))
+            if path == name or not all(part in tensors for part in parts):
+                continue
+            if compute is _scaled and math.prod(tensors[parts[1]].shape) not in tensors[name].shape:
+                continue  # not one magnitude for each row
+            bare = re.sub(r"(^|\.)parametrizations\.", r"\1", path)
+            stored = [tensors[part] for part in parts]
+            yield MergedWeight(bare, name, parts, stored[0], partial(compute, *stored))
     yield from _adapted(checkpoint, base or {})
 
 
@@ -100,64 +106,35 @@ def _bare(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _masked(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
-    mask = name.removesuffix("_orig") + "_mask"
-    if not name.endswith("_orig") or mask not in tensors:
-        return None
-    weight, kept = tensors[name], tensors[mask]
-
-    def compute() -> Tensor:
-        read = weight.read()
-        masked: Tensor = read * kept.read().to(read.dtype)
-        return masked
-
-    return MergedWeight(name.removesuffix("_orig"), name, (name, mask), weight, compute)
+def _masked(weight: StoredTensor, mask: StoredTensor) -> Tensor:
+    """Return what pruning leaves of a weight."""
+    read = weight.read()
+    return read * mask.read().to(read.dtype)
 
 
-def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+def _scaled(direction: StoredTensor, magnitude: StoredTensor) -> Tensor:
     """Return what weight norm gives: a direction for each row, times the row's magnitude."""
-    for direction, magnitude in (("_v", "_g"), (".original1", ".original0")):
-        other = name.removesuffix(direction) + magnitude
-        if name.endswith(direction) and other in tensors and math.prod(tensors[other].shape) in tensors[name].shape:
-            weight, sizes = tensors[name], tensors[other]
-
-            def compute(weight: StoredTensor = weight, sizes: StoredTensor = sizes) -> Tensor:
-                size = sizes.read()
-                dims = [dim for dim, length in enumerate(size.shape) if length == 1]
-                read = weight.read()
-                scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
-                return scaled
-
-            return MergedWeight(_unparametrized(name.removesuffix(direction)), name, (name, other), weight, compute)
-    return None
+    read, size = direction.read(), magnitude.read()
+    dims = [dim for dim, length in enumerate(size.shape) if length == 1]
+    scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
+    return scaled
 
 
-def _spectral(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+def _divided(weight: StoredTensor, left: StoredTensor, right: StoredTensor) -> Tensor:
     """Return what spectral norm gives in evaluation: the weight divided by its largest singular value."""
-    if name.endswith(".original"):
-        vectors = [name.removesuffix("original") + f"0._{letter}" for letter in "uv"]
-    elif name.endswith("_orig"):
-        vectors = [name.removesuffix("orig") + letter for letter in "uv"]
-    else:
-        return None
-    if not all(vector in tensors for vector in vectors):
-        return None
-    weight = tensors[name]
-    left, right = (tensors[vector] for vector in vectors)
-
-    def compute() -> Tensor:
-        read, u, v = weight.read(), left.read(), right.read()
-        axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
-        matrix = read.movedim(axis, 0).flatten(1)
-        norm: Tensor = torch.dot(u, matrix @ v)
-        return read / norm
-
-    bare = _unparametrized(name.removesuffix("_orig").removesuffix(".original"))
-    return MergedWeight(bare, name, (name, *vectors), weight, compute)
+    read, u, v = weight.read(), left.read(), right.read()
+    axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
+    return read / torch.dot(u, read.movedim(axis, 0).flatten(1) @ v)
 
 
-def _unparametrized(name: str) -> str:
-    return re.sub(r"(^|\.)parametrizations\.", r"\1", name)
+#: How the name of a stored weight ends, how those of the tensors that belong to it end, and what they give together.
+_MERGED: tuple[tuple[str, tuple[str, ...], Callable[..., Tensor]], ...] = (
+    ("_orig", ("_mask",), _masked),
+    ("_v", ("_g",), _scaled),
+    (".original1", (".original0",), _scaled),
+    (".original", (".0._u", ".0._v"), _divided),
+    ("_orig", ("_u", "_v"), _divided),
+)
 
 
 def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[MergedWeight]:

@@ -38,11 +38,10 @@ def is_folder_checkpoint(folder: Path) -> bool:
     names = sorted(entry.name for entry in folder.iterdir())
     if METADATA in names or _FSDP in names or _is_deepspeed(names) or not set(_WEIGHTS).isdisjoint(names):
         return True
-    if sum(name.endswith(".index.json") for name in names) == 1:
+    if _only(names, ".index.json") is not None:
         return True
-    return _only(names, ".safetensors") is not None and not any(
-        name.endswith((".ckpt", ".pt", ".pth")) for name in names
-    )
+    others = any(name.endswith((".ckpt", ".pt", ".pth")) for name in names)
+    return _only(names, ".safetensors") is not None and not others
 
 
 def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
@@ -88,10 +87,8 @@ def _is_deepspeed(names: list[str]) -> bool:
 
 def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
     """Read the weights of a folder, from one file or several."""
-    weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
-    if weights is None:
-        shards = [name for name in names if name.endswith(".index.json")]
-        weights = shards[0] if len(shards) == 1 else None
+    known = next((name for name in _WEIGHTS if name in names), None)
+    weights = known or _only(names, ".safetensors") or _only(names, ".index.json")
     if weights is None:
         raise _no_checkpoint(folder, names)
     raw = read_file(folder / weights, trust=trust)

@@ -5,11 +5,11 @@ r"""Read from batch norms which neurons fire in training, and which pre-activati
 between, each channel reads one neuron, and a neuron whose channel varies fires.
 
 **Behind a norm.** In training, the mean of a neuron's pre-activations over each batch is the norm's shift β. With β > 0
-some of each batch are above zero. With β ≤ 0 none is, if what the norm is given is constant.
+some of each batch are above zero. With β ≤ 0 none is, if the norm's input is constant.
 
-A channel that does not vary over a whole batch multiplies the running variance by ``1 − momentum``. What the variance
-of a living channel is depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's
-other channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
+A channel that does not vary over a whole batch multiplies the running variance by ``1 − momentum``. The variance of
+a living channel depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's other
+channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@ weights are then read into it one at a time.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -28,7 +26,7 @@ from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, Store
 from neuronscope.checkpoints.file.merged_weights import holds_only_adapters, plain_tensors
 from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS
-from neuronscope.checkpoints.user_code import user_code
+from neuronscope.checkpoints.user_code import load_named, user_code
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
 __all__ = [
@@ -38,39 +36,10 @@ __all__ = [
     "configured_parameters",
     "held_tensors",
     "list_parameters",
-    "load_named",
     "load_trained",
     "path_in_model",
     "stored_names",
 ]
-
-
-def load_named(name: str, argument: str) -> Any:
-    """Return the object that ``package.module:name`` names. Modules in the current folder are found too.
-
-    Args:
-        name: The name.
-        argument: Name of the argument that it was given for, for errors.
-
-    Raises:
-        UsageError: There is no such module, or no such name in it; or importing the module fails or exits.
-
-    >>> load_named("math:tau", "model")
-    6.283185307179586
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"Expected argument `{argument}` to be like `package.module:name`, but got {name!r}.")
-    expected = f"Expected argument `{argument}` to name a module that can be imported"
-    with _current_folder(), user_code(expected, subject=repr(module_name)):
-        found = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            if not hasattr(found, part):
-                raise UsageError(
-                    f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
-                )
-            found = getattr(found, part)
-    return found
 
 
 def load_trained(name: str) -> nn.Module:
@@ -86,20 +55,6 @@ def load_trained(name: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise UsageError(f"Expected `model` ({name}) to be a torch.nn.Module, but got {type(found).__name__}.")
     return found
-
-
-@contextlib.contextmanager
-def _current_folder() -> Iterator[None]:
-    """Make modules in the current folder importable inside the block, as they are with ``python -m``."""
-    folder = str(Path.cwd())
-    known = folder in sys.path or "" in sys.path
-    if not known:
-        sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if not known and folder in sys.path:
-            sys.path.remove(folder)
 
 
 def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkpoint: Checkpoint) -> nn.Module:
