@@ -9,30 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
 from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
-from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
-from neuronscope.checkpoints.model.before_site import normalised_sites, step_before_copies
-from neuronscope.checkpoints.model.bounds.batchnorm import (
-    firing_share_bound,
-    normal_firing_share,
-    threshold,
-    training_maximum,
-)
+from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
+from neuronscope.checkpoints.model.before_site import normalised_sites
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
     SiteBounds,
-    is_zero_below_zero,
     propagate_bounds,
     site_bounds,
 )
@@ -48,14 +39,7 @@ from neuronscope.errors import UsageError
 
 __all__ = ["Examination", "examine_model"]
 
-#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
-#: suspected to be dead.
-_QUIET, _SUSPECTED = 3.0, 4.0
-#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
-#: many values per channel.
-_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
-_BATCH_NORM = "batch norm"
 _READERS = "readers"
 _METHODS = {
     LAYER_NORM: "the norm of its weights after a layer norm",
@@ -125,7 +109,7 @@ def examine_model(
     normalised = normalised_sites(graph)
     hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
     layers = set() if hidden else set(_layers_used(graph))
-    evidence = [one for site in sites for one in _batch_norm(graph, site)]
+    evidence = [*batch_norm_parameters(graph)]
     if graph.branches:
         abstentions.append(
             Abstention(
@@ -155,7 +139,7 @@ def examine_model(
                 others[one.site][one.neurons] = False
                 evidence.append(one)
         bounds = in_intervals
-    evidence += _proved_negligible(graph, bounds, inside, judged)
+    evidence += negligible_neurons(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -250,35 +234,6 @@ def _proved_dead(
         )
 
 
-def _proved_negligible(
-    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
-) -> Iterator[Evidence]:
-    """Yield the neurons after a batch norm whose output is next to nothing for every input."""
-    for site in graph.first_calls():
-        parameters, found = _parameters_before(graph, site), bounds.get(site.name)
-        if parameters is None or found is None:
-            continue
-        usual = _usual_scale(*parameters)
-        yield from evidence_on_site(
-            site.name,
-            (found.output <= _NEGLIGIBLE * usual) & ~found.dead & judged[site.name],
-            found.output,
-            source=_BATCH_NORM,
-            claim="quiet",
-            basis="proved",
-            measure="output, at most",
-            text=(
-                f"Negligible: in evaluation mode its output is never larger than this, {scope}. It is less than "
-                f"{_NEGLIGIBLE:g} of the layer's median |γ| + |β| ({usual:.3g})."
-            ),
-        )
-
-
-def _usual_scale(scale: Tensor, shift: Tensor) -> float:
-    """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
-    return float((scale.double().abs() + shift.double().abs()).median())
-
-
 def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
     """Return bounds of each site that are tighter than intervals; none if it is not traced on two examples."""
     two = two_examples(example)
@@ -307,62 +262,3 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], 
                 "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
             ),
         )
-
-
-def _batch_norm(graph: Graph, site: Site) -> Iterator[Evidence]:
-    """Yield what batch norm's parameters say about the neurons of a site right after it.
-
-    All of it holds for any activation that is zero for inputs up to zero.
-    """
-    parameters = _parameters_before(graph, site)
-    if parameters is None or not is_zero_below_zero(graph, site):
-        return
-    scale, shift = parameters
-    c = threshold(scale, shift).numpy()
-    evidence = partial(evidence_on_site, site.name, source=_BATCH_NORM)
-    yield from evidence(
-        (c >= _QUIET),
-        firing_share_bound(scale, shift).numpy(),
-        claim="quiet",
-        basis="inferred",
-        measure="share of a training batch in which it fires, at most",
-        text=(
-            "In training, it fires for at most this share of any batch's values, whatever their distribution "
-            "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
-        ),
-    )
-    most = training_maximum(scale, shift.abs(), _MANY_VALUES)
-    usual = _usual_scale(scale, shift)
-    yield from evidence(
-        ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
-        most.numpy(),
-        claim="quiet",
-        basis="inferred",
-        measure="output in training, at most",
-        text=(
-            f"Negligible: whatever its input is, no value of a training batch of up to {_MANY_VALUES:,} "
-            f"values is larger than this, which is less than {_NEGLIGIBLE:g} of the layer's median |γ| + |β| "
-            f"({usual:.3g}). In evaluation, this holds as far as the running statistics match the data."
-        ),
-    )
-    yield from evidence(
-        (c >= _SUSPECTED),
-        normal_firing_share(scale, shift).numpy(),
-        claim="dead",
-        basis="suspected",
-        measure="share of values that fire, if they are normal",
-        text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
-        "is inaccurate in the tails.",
-    )
-
-
-def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
-    """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
-    found = []
-    for call in graph.calls[site.name]:
-        norm = read_batch_norm(graph, step_before_copies(graph, call.before))
-        if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
-            return None
-        found.append((norm.scale, norm.shift))
-    same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
-    return found[0] if same else None
