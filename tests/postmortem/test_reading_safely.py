@@ -227,6 +227,13 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
             open_checkpoint(folder)
 
 
+def test_an_index_cannot_name_an_index(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": index.name}}))
+    with pytest.raises(CheckpointError, match="is not understood"):
+        open_checkpoint(index)
+
+
 def test_a_plan_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
     folder = distributed(tmp_path / "checkpoint", trained())
     (data,) = folder.glob("*.distcp")

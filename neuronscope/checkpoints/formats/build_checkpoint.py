@@ -158,7 +158,7 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     for reason, names in skipped.items():
         notes.append(f"Tensors that are {reason} are not read: {quoted_list(names)}.")
     if others:
-        notes.append(f"What is no tensor is left out of the weights: {quoted_list(others)}.")
+        notes.append(f"Values that are not tensors are left out of the weights: {quoted_list(others)}.")
     return found
 
 
