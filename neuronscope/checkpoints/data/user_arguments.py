@@ -62,7 +62,16 @@ def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
-    while (batch := _next_of(iterator)) is not _END:
+    while True:
+        with user_code(_GIVES_BATCHES):
+            batch = next(iterator, _END)
+        if batch is _END:
+            return
+        if not _holds_input(batch[:1] if isinstance(batch, (tuple, list)) else batch):
+            raise UsageError(
+                "Expected each batch of `data` to be a tensor, a tuple or list that begins with the model's input, or "
+                f"a mapping of the model's arguments, but got {_describe(batch)}."
+            )
         yield batch
 
 
@@ -83,7 +92,7 @@ def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | Non
         return None, None
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
-    first = _next_of(iterator)
+    first = next(check_batches(iterator), _END)
     if first is _END:
         raise UsageError("Expected argument `data` to yield at least one batch, but it gave none.")
     with user_code(_GIVES_BATCHES):
@@ -148,19 +157,6 @@ def resolve_example(example: Any, model: nn.Module) -> Any:
             f"named ones, but it gave {_describe(found)}. As text, it is {_EXAMPLE_FORMATS}."
         )
     return found
-
-
-def _next_of(iterator: Iterator[Any]) -> Any:
-    """Return the next batch, or ``_END`` after the last one."""
-    with user_code(_GIVES_BATCHES):
-        batch = next(iterator, _END)
-    inputs = batch[:1] if isinstance(batch, (tuple, list)) else batch
-    if batch is not _END and not _holds_input(inputs):
-        raise UsageError(
-            "Expected each batch of `data` to be a tensor, a tuple or list that begins with the model's input, or a "
-            f"mapping of the model's arguments, but got {_describe(batch)}."
-        )
-    return batch
 
 
 def _named(argument: str, value: Any) -> str:
