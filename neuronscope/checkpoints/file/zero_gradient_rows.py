@@ -30,6 +30,12 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         cause: Why the whole layer gets no gradient; ``None`` if it gets one, or the cause is not known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
+    limit = read.clock.silent_steps
+    is_short = read.taken is not None and read.taken - 1 <= limit
+    is_alive = ~(reading.not_finite | reading.unknown | reading.never | (reading.steps > limit))
+    if not read.rule.no_clock and not is_short and bool(is_alive.all()):
+        yield from _alive(read, is_alive)
+        return
     if reading.not_finite.any():
         count = int(reading.not_finite.sum())
         yield Abstention(source, path, f"The optimizer's state of {count} neurons is NaN or infinite.")
@@ -42,8 +48,7 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         )
     readable = ~reading.not_finite & ~reading.unknown
     never = reading.never & readable
-    limit = read.clock.silent_steps
-    if read.rule.no_clock or (read.taken is not None and read.taken - 1 <= limit):
+    if read.rule.no_clock or is_short:
         if not read.rule.no_clock:
             yield Abstention(
                 source,
@@ -75,11 +80,16 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         for as_whole, part in ((False, found & ~together), (True, found & together)):
             yield from describe(read, part & is_sure, "inferred", as_whole, cause)
             yield from describe(read, part & ~is_sure, "suspected", as_whole, cause)
-    yield from evidence_where(
-        path,
-        alive,
-        reading.steps,
-        source=source,
+    yield from _alive(read, alive)
+
+
+def _alive(read: LayerClock, mask: Tensor) -> Iterator[Evidence]:
+    """Yield evidence on rows that got a gradient lately."""
+    return evidence_where(
+        read.layer.path,
+        mask,
+        read.reading.steps,
+        source=read.rule.source,
         claim="alive",
         basis="inferred",
         measure=_measure(read),
