@@ -83,8 +83,10 @@ def scores(model: nn.Module, images: Tensor) -> dict[str, Numbers]:
         follows = str(int(layer.path) + 1) if layer.kind in NEURON_KINDS else ""
         if follows not in fired:
             continue
-        found["duplicate"].append(distance_to_nearest(layer, tensors).numpy())
-        for name, score in hint_scores(layer, tensors, readers.get(layer.path)).items():
+        known = hint_scores(layer, tensors, readers.get(layer.path))
+        too_small = known["negative weights"].isnan()
+        known["duplicate"] = distance_to_nearest(layer, tensors).masked_fill(too_small, torch.nan)
+        for name, score in known.items():
             found[name].append(score.numpy())
         found["dead"].append((~fired[follows]).double().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
