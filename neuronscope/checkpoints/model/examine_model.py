@@ -93,6 +93,7 @@ def examine_model(
     Raises:
         UsageError: An argument is invalid, or the network fails on the given example.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
     >>> _ = net[2].weight.data.fill_(1), net[2].bias.data.copy_(torch.tensor([-3.5, 0]))
     >>> [(one.layer, one.claim, one.basis, one.neurons.tolist()) for one in examine_model(net).evidence]
