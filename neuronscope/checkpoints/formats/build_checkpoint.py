@@ -126,12 +126,11 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
-    parts = {str(key): part for key, part in chosen.items() if _is_network(part)} or {
+    parts = _networks(chosen) or {
         f"{key}.{name}": part
         for key, inner in chosen.items()
         if isinstance(inner, Mapping) and not is_optimizer_state(inner) and not is_optimizer_state(chosen)
-        for name, part in inner.items()
-        if _is_network(part)
+        for name, part in _networks(inner).items()
     }
     if parts:
         notes.append(f"The weights were found under {quoted_list(parts)}.")
@@ -178,6 +177,11 @@ def _is_network(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(key, str) and isinstance(inner, _TENSORS) for key, inner in value.items())
     )
+
+
+def _networks(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
+    """Return the networks directly in a dictionary, by their keys."""
+    return {str(key): value for key, value in content.items() if _is_network(value)}
 
 
 def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[OptimizerState, ...]) -> int | None:
