@@ -70,9 +70,11 @@ def merged_weights(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = N
     tensors = checkpoint.tensors
     for name in tensors:
         for ending, others, compute in _MERGED:
+            if not name.endswith(ending):
+                continue
             path = name.removesuffix(ending)
             parts = (name, *(path + other for other in others))
-            if path == name or not all(part in tensors for part in parts):
+            if not all(part in tensors for part in parts):
                 continue
             if compute is _scaled and math.prod(tensors[parts[1]].shape) not in tensors[name].shape:
                 continue  # not one magnitude for each row

@@ -45,6 +45,7 @@ def read_file(path: Path, *, trust: bool) -> RawCheckpoint:
 
 
 def _read_single(path: Path, *, trust: bool) -> RawCheckpoint:
+    """Read one file, by the format that its first bytes show."""
     part = ByteRange.of(path)
     head = part.part(0, min(32, part.size)).read()
     if head.startswith(_ZIP):
