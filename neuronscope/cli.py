@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import neuronscope
-from neuronscope.checkpoints.command import add_postmortem
-from neuronscope.checkpoints.shrink_command import add_shrink
+from neuronscope.checkpoints.checkpoint_commands import add_postmortem, add_shrink
 from neuronscope.command_output import positive_number
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.output import discard_output, print_and_flush

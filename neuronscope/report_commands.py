@@ -84,8 +84,8 @@ def _report(parsed: argparse.Namespace) -> int:
 
 def _scan(parsed: argparse.Namespace) -> int:
     from neuronscope.checkpoints.data.user_arguments import check_batches, resolve_batches, resolve_loss  # loads torch
-    from neuronscope.checkpoints.data.user_code import user_code
     from neuronscope.checkpoints.model.load_model import load_trained
+    from neuronscope.checkpoints.user_code import user_code
     from neuronscope.scanning import scan
 
     check_targets(parsed)

@@ -13,31 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, OptimizerState
 from neuronscope.demo.digits import Digits
 
 Ints = npt.NDArray[np.int64]
 
 
-class Held:
-    """A tensor in memory, as a checkpoint's reader would give it."""
+class Held(ComputedTensor):
+    """A tensor as it is now, in the form of a stored one."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor.detach().clone()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return tuple(self._tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Name of its type."""
-        return str(self._tensor.dtype).removeprefix("torch.")
-
-    def read(self) -> Tensor:
-        """A copy of it."""
-        return self._tensor.clone()
+        kept = tensor.detach().clone()
+        super().__init__(tuple(kept.shape), kept.dtype, kept.clone)
 
 
 def as_checkpoint(

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
+from neuronscope.checkpoints.checkpoint import StoredTensor
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
 from neuronscope.checkpoints.file.weight_hints import HINTS, hint_scores
 from neuronscope.checkpoints.file.weights import sequential_readers
 from neuronscope.demo.digits import load_digits
@@ -81,10 +83,20 @@ def scores(model: nn.Module, images: Tensor) -> dict[str, Numbers]:
         follows = str(int(layer.path) + 1) if layer.kind in NEURON_KINDS else ""
         if follows not in fired:
             continue
-        for name, score in hint_scores(layer, tensors, readers.get(layer.path)).items():
+        known = hint_scores(layer, tensors, readers.get(layer.path))
+        too_small = known["negative weights"].isnan()
+        known["duplicate"] = distance_to_nearest(layer, tensors).masked_fill(too_small, torch.nan)
+        for name, score in known.items():
             found[name].append(score.numpy())
         found["dead"].append((~fired[follows]).double().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def distance_to_nearest(layer: Layer, tensors: Mapping[str, StoredTensor]) -> Tensor:
+    """Return 1 − the largest cosine of each row of a layer, its bias included, with another row, float64 ``(N,)``."""
+    parts = [tensors[name].read() for name in (layer.weight, layer.bias) if name is not None]
+    rows = F.normalize(torch.cat([layer.rows(part).double() for part in parts], dim=1))
+    return 1.0 - (rows @ rows.T).fill_diagonal_(-1.0).amax(dim=1)
 
 
 def caught(found: Mapping[str, Numbers], thresholds: Mapping[str, float]) -> tuple[int, int]:

@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Checkpoint", "OptimizerState", "StoredTensor"]
+__all__ = ["Checkpoint", "ComputedTensor", "OptimizerState", "StoredTensor"]
 
 
-class StoredTensor(Protocol):
-    """A tensor in a checkpoint that is not in memory: its shape and dtype are known, its values are not."""
+class StoredTensor(ABC):
+    """A tensor of a checkpoint whose values are read when they are needed.
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        ...
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+
+    Attributes:
+        shape: Its shape.
+        torch_dtype: Its dtype.
+    """
+
+    __slots__ = ("shape", "torch_dtype")
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.torch_dtype = shape, dtype
 
     @property
     def dtype(self) -> str:
-        """Name of the tensor's dtype, such as ``float32``."""
-        ...
+        """Name of the dtype, such as ``float32``."""
+        return str(self.torch_dtype).removeprefix("torch.")
 
+    @abstractmethod
     def read(self) -> Tensor:
         """Read the tensor to the CPU, in its own shape and dtype. No reference to it is kept.
 
         Raises:
             CheckpointError: The bytes differ from what the file declares.
         """
-        ...
+
+
+class ComputedTensor(StoredTensor):
+    """A stored tensor that a function returns.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        compute: The function, called for each reading.
+    """
+
+    __slots__ = ("_compute",)
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, compute: Callable[[], Tensor]) -> None:
+        super().__init__(shape, dtype)
+        self._compute = compute
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> ComputedTensor:
+        """Return a tensor in memory in the form of a stored one; each reading copies it.
+
+        >>> ComputedTensor.of(torch.ones(2, requires_grad=True)).read()
+        tensor([1., 1.])
+        """
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().to("cpu", copy=True))
+
+    def read(self) -> Tensor:
+        """Return what the function gives."""
+        return self._compute()
 
 
 @dataclass(frozen=True)

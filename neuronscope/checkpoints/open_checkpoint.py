@@ -10,11 +10,10 @@ from typing import Any
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint, build_checkpoint
-from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
+from neuronscope.checkpoints.formats.byte_range import quoted
 from neuronscope.checkpoints.formats.folders import read_folder
 from neuronscope.checkpoints.formats.optimizer_state import find_optimizers
-from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single_file
+from neuronscope.checkpoints.formats.single_file import read_file
 from neuronscope.errors import CheckpointError
 
 __all__ = ["open_checkpoint"]
@@ -59,11 +58,7 @@ def open_checkpoint(
 
 
 def _contents(path: Path, *, trust: bool) -> RawCheckpoint:
-    if path.is_dir():
-        return read_folder(path, trust=trust)
-    if path.name.endswith(".index.json"):
-        return RawCheckpoint(*read_index(path, trust=trust))
-    return RawCheckpoint(*read_single_file(ByteRange.of(path), trust=trust))
+    return (read_folder if path.is_dir() else read_file)(path, trust=trust)
 
 
 def _optimizer(path: Path, *, trust: bool) -> Any:

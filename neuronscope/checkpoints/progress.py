@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from operator import length_hint
 from typing import Any
 
 from torch import Tensor
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.data.user_arguments import check_batches
 
 __all__ = ["Progress", "track_batches", "track_reading"]
@@ -18,45 +20,8 @@ __all__ = ["Progress", "track_batches", "track_reading"]
 Progress = Callable[[str, int, "int | None"], None]
 
 
-class _ReadProgress:
-    """Counts the tensors of a checkpoint that were read at least once."""
-
-    def __init__(self, what: str, total: int, progress: Progress) -> None:
-        self._what, self._total, self._progress = what, total, progress
-        self._done = 0
-        progress(what, 0, total)
-
-    def count_one(self) -> None:
-        self._done += 1
-        self._progress(self._what, self._done, self._total)
-
-
-@dataclass
-class _TrackedTensor:
-    """A stored tensor that is counted when it is read for the first time."""
-
-    tensor: StoredTensor
-    read_progress: _ReadProgress
-    was_read: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    def read(self) -> Tensor:
-        values = self.tensor.read()
-        if not self.was_read:
-            self.was_read = True
-            self.read_progress.count_one()
-        return values
-
-
 def track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) -> Checkpoint:
-    """Return the checkpoint with tensors that report to ``progress`` when they are read.
+    """Return the checkpoint with tensors that report to ``progress`` when they are read for the first time.
 
     Args:
         checkpoint: The opened checkpoint.
@@ -65,25 +30,33 @@ def track_reading(checkpoint: Checkpoint, what: str, progress: Progress | None) 
     """
     if progress is None:
         return checkpoint
-    in_slots = sum(
-        not isinstance(value, (int, float))
-        for optimizer in checkpoint.optimizers
-        for slots in optimizer.slots.values()
-        for value in slots.values()
+    numbers = count()
+    was_read: set[int] = set()
+
+    def read(tensor: StoredTensor, number: int) -> Tensor:
+        values = tensor.read()
+        if number not in was_read:
+            was_read.add(number)
+            progress(what, len(was_read), total)
+        return values
+
+    def track(tensor: StoredTensor) -> StoredTensor:
+        return ComputedTensor(tensor.shape, tensor.torch_dtype, partial(read, tensor, next(numbers)))
+
+    def track_slots(slots: Mapping[str, StoredTensor | float]) -> dict[str, StoredTensor | float]:
+        return {name: value if isinstance(value, (int, float)) else track(value) for name, value in slots.items()}
+
+    tracked = replace(
+        checkpoint,
+        tensors={name: track(tensor) for name, tensor in checkpoint.tensors.items()},
+        optimizers=tuple(
+            replace(optimizer, slots={key: track_slots(slots) for key, slots in optimizer.slots.items()})
+            for optimizer in checkpoint.optimizers
+        ),
     )
-    read_progress = _ReadProgress(what, len(checkpoint.tensors) + in_slots, progress)
-
-    def track(value: StoredTensor | float) -> StoredTensor | float:
-        return value if isinstance(value, (int, float)) else _TrackedTensor(value, read_progress)
-
-    def track_optimizer(optimizer: OptimizerState) -> OptimizerState:
-        slots = {key: {name: track(value) for name, value in kept.items()} for key, kept in optimizer.slots.items()}
-        return replace(optimizer, slots=slots)
-
-    tensors: Mapping[str, StoredTensor] = {
-        name: _TrackedTensor(tensor, read_progress) for name, tensor in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors, optimizers=tuple(map(track_optimizer, checkpoint.optimizers)))
+    total = next(numbers)
+    progress(what, 0, total)
+    return tracked
 
 
 def track_batches(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import math
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -119,33 +121,43 @@ def _report(fields: Fields) -> PostmortemReport:
         layers=tuple(
             _with_woken(layer, one) for layer, one in zip(combine_evidence(evidence, layers), given, strict=True)
         ),
-        abstentions=tuple(
-            Abstention(one.text("source"), one.text("layer"), one.text("reason"))
-            for one in fields.objects("abstentions")
-        ),
+        abstentions=tuple(_filled(Abstention, one) for one in fields.objects("abstentions")),
         diagnoses=tuple(map(_diagnosis, fields.objects("diagnoses"))),
-        confirmations=tuple(map(_confirmation, fields.objects("confirmations"))),
+        confirmations=tuple(_filled(Confirmation, one) for one in fields.objects("confirmations")),
         notes=fields.texts("notes"),
         timeline=None if timeline is None else _timeline(timeline),
         versions=fields.mapping("versions", "texts", lambda value: isinstance(value, str)),
     )
 
 
+_T = TypeVar("_T")
+_READERS: dict[Any, Callable[[Fields, str], Any]] = {
+    "str": Fields.text,
+    "int": Fields.integer,
+    "bool": Fields.flag,
+    "tuple[str, ...]": Fields.texts,
+}
+
+
+def _filled(cls: type[_T], fields: Fields, **others: Any) -> _T:
+    """Return an object of a dataclass, filled with the fields of its attributes' names; ``others`` are given."""
+    found: Any = cls
+    names = {one.name: one.type for one in dataclasses.fields(found) if one.name not in others}
+    return cls(**{name: _READERS[kind](fields, name) for name, kind in names.items()}, **others)
+
+
 def _evidence(fields: Fields, layer: str, width: int) -> Evidence:
     neurons = fields.integers("neuron")
-    return Evidence(
+    return _filled(
+        Evidence,
+        fields,
         layer=layer,
         width=width,
-        source=fields.text("source"),
         claim=fields.text("claim", CLAIMS),
         basis=fields.text("basis", BASES),
         neurons=neurons,
         numbers=fields.numbers("number", len(neurons), low=-math.inf),
-        measure=fields.text("measure"),
-        text=fields.text("text"),
         since=None if fields.is_null("since") else fields.integers("since", len(neurons), -(2**60)),
-        whole_layer=fields.flag("whole_layer"),
-        collapsed=fields.flag("collapsed"),
         site=fields.text_or_null("site"),
     )
 
@@ -163,38 +175,15 @@ def _with_woken(layer: LayerReport, fields: Fields) -> LayerReport:
 
 
 def _diagnosis(fields: Fields) -> Diagnosis:
-    names = ("sign", "cause", "remedy", "source", "evidence")
-    steps = None if fields.is_null("steps") else fields.integers("steps", 2, -1).tolist()
-    return Diagnosis(
-        **{name: fields.text(name) for name in names},
-        neurons=fields.integer("neurons"),
-        layers=fields.texts("layers"),
-        steps=None if steps is None else (steps[0], steps[1]),
-        certain=fields.flag("certain"),
-    )
-
-
-def _confirmation(fields: Fields) -> Confirmation:
-    return Confirmation(
-        source=fields.text("source"),
-        claim=fields.text("claim"),
-        basis=fields.text("basis"),
-        held=fields.integer("held"),
-        refuted=fields.integer("refuted"),
-        untested=fields.integer("untested"),
-    )
+    steps = None if fields.is_null("steps") else tuple(fields.integers("steps", 2, -1).tolist())
+    return _filled(Diagnosis, fields, steps=steps)
 
 
 def _timeline(fields: Fields) -> CheckpointTimeline:
-    points = tuple(
-        TimelinePoint(one.text("path"), one.integer("step"), one.integer("not_finite"))
-        for one in fields.objects("checkpoints")
-    )
+    points = tuple(_filled(TimelinePoint, one) for one in fields.objects("checkpoints"))
     if not points:
         fields.fail("has no checkpoint")
-    left_out = tuple(
-        LeftOut(one.text("path"), one.text("reason"), one.flag("unreadable")) for one in fields.objects("left_out")
-    )
+    left_out = tuple(_filled(LeftOut, one) for one in fields.objects("left_out"))
     return CheckpointTimeline(points, tuple(_layer(one, len(points)) for one in fields.objects("layers")), left_out)
 
 
@@ -210,10 +199,9 @@ def _layer(fields: Fields, checkpoints: int) -> LayerTimeline:
     kinds, bases = events.texts("event"), events.texts("basis")
     if not (len(kinds) == len(bases) == len(neuron) and {*kinds} <= {*_EVENTS} and {*bases} <= {*BASES}):
         events.fail("has other events than it can have")
-    return LayerTimeline(
-        name=fields.text("name"),
-        neurons=fields.integer("neurons"),
-        in_headlines=fields.flag("in_headlines"),
+    return _filled(
+        LayerTimeline,
+        fields,
         dead=np.array([-1 if one is None else one for one in dead], dtype=np.int64),
         unknown=fields.integers("unknown", checkpoints),
         neuron=neuron,
@@ -236,7 +224,10 @@ def _inputs(fields: Fields, path: Path) -> tuple[WakingInput, ...] | None:
         return tuple({one.text("name"): _array(one) for one in tensors} for tensors in given)
     try:
         with _beside(path).open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            found = [{name: stored[f"{index}.{name}"] for name in map(_name, one)} for index, one in enumerate(given)]
+            found = [
+                {name: stored[f"{index}.{name}"] for name in (part.text("name") for part in one)}
+                for index, one in enumerate(given)
+            ]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     fits = all(
@@ -245,10 +236,6 @@ def _inputs(fields: Fields, path: Path) -> tuple[WakingInput, ...] | None:
         for array, one in zip(arrays.values(), tensors, strict=True)
     )
     return tuple(found) if fits else None
-
-
-def _name(fields: Fields) -> str:
-    return fields.text("name")
 
 
 def _array(fields: Fields) -> npt.NDArray[Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from neuronscope.checkpoints.data.fixed_data import FixedData
 from neuronscope.checkpoints.data.input_moments import InputMoments
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.data.user_arguments import first_batch, resolve_batches, resolve_example, resolve_loss
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.compare_checkpoints import GradientsBetween
 from neuronscope.checkpoints.file.examine_file import examine_file
 from neuronscope.checkpoints.file.layers import (
@@ -42,10 +41,11 @@ from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.progress import Progress, track_batches, track_reading
 from neuronscope.checkpoints.select_checkpoints import Selection, find_checkpoints, select_checkpoints
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.checkpoints.verdict.checkpoint_timeline import GradientMasks, LeftOut, TimelineBuilder
 from neuronscope.checkpoints.verdict.combine import combine_evidence, confirmations
 from neuronscope.checkpoints.verdict.diagnosis_inputs import postmortem_facts
-from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
 from neuronscope.checkpoints.verdict.join_units import NamedSite, join_units, renamed
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 from neuronscope.checkpoints.verdict.waking_inputs import places_of_sites, take_places
@@ -135,7 +135,7 @@ def postmortem(
 
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise UsageError(f"Expected argument `step` to be a number of steps, 0 or more, but got {step!r}.")
-    what = _What(
+    given = _Given(
         model=model,
         data=data,
         loss=resolve_loss(loss),
@@ -145,11 +145,14 @@ def postmortem(
         example=example,
         progress=progress,
     )
-    paths, left_out = find_checkpoints([Path(one) for one in _paths(path)])
+    named = [path] if isinstance(path, (str, Path)) else list(path)
+    if not named:
+        raise UsageError("Expected argument `path` to name at least one checkpoint, but got none.")
+    paths, left_out = find_checkpoints([Path(one) for one in named])
     if len(paths) == 1:
         checkpoint = open_checkpoint(paths[0], optimizer=optimizer, step=step, trust=trust)
         before = None if earlier is None else open_checkpoint(earlier, trust=trust)
-        report = _examine(checkpoint, before, what).report
+        report = _examine(checkpoint, before, given)[0]
         return replace(report, notes=(*report.notes, *_left_out(left_out)))
     for name, value in (("optimizer", optimizer), ("step", step), ("earlier", earlier)):
         if value is not None:
@@ -157,11 +160,11 @@ def postmortem(
                 f"Expected one checkpoint with argument `{name}`, but got {len(paths)}. Several are put in the order "
                 "of the steps that they hold, and each is compared with the one before it."
             )
-    return _examine_in_order(select_checkpoints(paths, left_out, trust=trust), what, trust=trust)
+    return _examine_in_order(select_checkpoints(paths, left_out, trust=trust), given, trust=trust)
 
 
 @dataclass(frozen=True)
-class _What:
+class _Given:
     """What is given beside the checkpoints; see the arguments of :func:`postmortem`."""
 
     model: nn.Module | str | Path | Callable[..., nn.Module] | None
@@ -175,39 +178,15 @@ class _What:
     steps: tuple[int, ...] = ()  # of the earlier checkpoints
 
 
-class _Examined(NamedTuple):
-    """The report on one checkpoint, and which neurons got a gradient since the one before it, by the layer's name."""
-
-    report: PostmortemReport
-    gradients: dict[str, GradientMasks]
-
-
-def _paths(path: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    """Return the paths that the user gave, one or several.
-
-    Raises:
-        UsageError: There is none.
-    """
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
-    if not paths:
-        raise UsageError("Expected argument `path` to name at least one checkpoint, but got none.")
-    return paths
-
-
-def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> PostmortemReport:
+def _examine_in_order(selection: Selection, given: _Given, *, trust: bool) -> PostmortemReport:
     """Examine the checkpoints of a run one after another, and return the report on the last one, with the timeline.
 
     At most two are open at a time.
 
-    Args:
-        selection: The checkpoints.
-        what: What is given beside them.
-        trust: Allow full unpickling.
-
     Raises:
         UsageError: The data can be gone through only once.
     """
-    if isinstance(what.data, Iterator) and len(selection.chosen) > 1:
+    if isinstance(given.data, Iterator) and len(selection.chosen) > 1:
         raise UsageError(
             "Expected argument `data` to be a list, a loader or a function that returns batches, since it is gone "
             f"through once for each of {len(selection.chosen)} checkpoints, but got an iterator."
@@ -216,14 +195,14 @@ def _examine_in_order(selection: Selection, what: _What, *, trust: bool) -> Post
     left_out = list(selection.left_out)
     before, report = None, None
     for number, chosen in enumerate(selection.chosen, start=1):
-        if what.progress is not None:
-            what.progress("checkpoints", number - 1, len(selection.chosen))
+        if given.progress is not None:
+            given.progress("checkpoints", number - 1, len(selection.chosen))
         is_last = number == len(selection.chosen)
         try:
             checkpoint = open_checkpoint(chosen.path, trust=trust)
-            given = what if is_last else replace(what, wake=None, fixed_data=False)
-            given = replace(given, steps=tuple(one.step for one in selection.chosen[: number - 1]))
-            report, gradients = _examine(checkpoint, before, given)
+            here = given if is_last else replace(given, wake=None, fixed_data=False)
+            here = replace(here, steps=tuple(one.step for one in selection.chosen[: number - 1]))
+            report, gradients = _examine(checkpoint, before, here)
         except CheckpointError as error:
             left_out.append(LeftOut(str(chosen.path), str(error), True))
             continue
@@ -240,88 +219,104 @@ def _left_out(checkpoints: Iterable[LeftOut]) -> Iterator[str]:
     return (f"Left out: {one.path}: {one.reason}" for one in checkpoints)
 
 
-def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Examined:
+@dataclass
+class _Findings:
+    """What was found about one checkpoint so far."""
+
+    notes: list[str]
+    evidence: list[Evidence] = field(default_factory=list)
+    abstentions: list[Abstention] = field(default_factory=list)
+    sites: list[NamedSite] = field(default_factory=list)
+
+    def add(self, found: Iterable[Evidence | Abstention]) -> None:
+        """Add evidence, and what could not be examined."""
+        for one in found:
+            if isinstance(one, Evidence):
+                self.evidence.append(one)
+            else:
+                self.abstentions.append(one)
+
+
+def _examine(
+    opened: Checkpoint, before: Checkpoint | None, given: _Given
+) -> tuple[PostmortemReport, dict[str, GradientMasks]]:
     """Examine one checkpoint in every way that the arguments allow.
 
-    Args:
-        opened: The checkpoint.
-        before: An earlier checkpoint of the same run, if there is one.
-        what: What is given beside it.
+    Returns:
+        The report, and which neurons got a gradient since the checkpoint before, by the layer's name.
     """
-    box, wake, progress, loss_function = what.box, what.wake, what.progress, what.loss
+    progress = given.progress
     checkpoint = track_reading(opened, "reading", progress)
     if before is not None:
         before = track_reading(before, "reading the earlier one", progress)
-    network = None if what.model is None else build_model(what.model, checkpoint)
+    network = None if given.model is None else build_model(given.model, checkpoint)
     if network is not None:
         checkpoint = as_loaded(network, checkpoint)
-    batches = resolve_batches(what.data)
-    example_input = None if network is None else resolve_example(what.example, network)
+    first, batches = first_batch(resolve_batches(given.data))
+    example = None if network is None else resolve_example(given.example, network)
+    found = _Findings(list(checkpoint.notes))
 
     # Examine the file: the weights, the optimizer state, the records of a monitor.
+    layers = find_layers(checkpoint.tensors)
+    of_neurons = [layer for layer in layers if layer.kind in NEURON_KINDS]
     parameter_names = None if network is None else list_parameters(network, checkpoint)
     if parameter_names is None and checkpoint.optimizers and not checkpoint.is_ordered:
         parameter_names = configured_parameters(checkpoint)
     compared: list[GradientsBetween] = []
-    evidence, abstentions = examine_file(
+    found.evidence, found.abstentions = examine_file(
         checkpoint, parameter_names=parameter_names, earlier=before, on_compared=compared.append
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
-    sites: list[NamedSite] = [site for report in records for site in report.layers]
-    layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
-    notes = list(checkpoint.notes)
+    found.sites += (site for report in records for site in report.layers)
     for dtype, names in unexamined_types(checkpoint.tensors).items():
-        notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
+        found.notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
 
-    path_of: Callable[[str], str] = str
     # Examine the model: its sites, which neurons provably never fire, and which ones nothing reads.
-    examination, first = Examination((), ()), None
+    path_of: Callable[[str], str] = str
+    examination = Examination((), ())
     if network is not None:
-        first, batches = first_batch(batches)
-        examination = examine_model(network, example=example_input, batch=first, box=box, training_step=checkpoint.step)
-        if (
-            examination.readers_known
-        ):  # The trace shows what reads each neuron; guesses from names are no longer needed.
-            evidence = [one for one in evidence if one.claim != "unread"]
+        examination = examine_model(network, example=example, batch=first, box=given.box, training_step=checkpoint.step)
+        if examination.readers_known:  # the trace shows what reads each neuron; names only let it be guessed
+            found.evidence = [one for one in found.evidence if one.claim != "unread"]
         path_of = path_in_model(network, checkpoint)
-        evidence, sites = renamed(evidence, sites, path_of)
-        evidence += examination.evidence
-        sites += examination.sites
-        abstentions += examination.abstentions
+        found.evidence, found.sites = renamed(found.evidence, found.sites, path_of)
+        found.add((*examination.evidence, *examination.abstentions))
+        found.sites += examination.sites
 
-    # Measure: run the network over the data, and check that no proof is contradicted.
+    # Measure: run the network over the data.
     moments = InputMoments()
     if network is not None and batches is not None:
-        fixed = FixedData(network, batches, first, checkpoint, parameter_names) if what.fixed_data else None
+        fixed = FixedData(network, batches, first, checkpoint, parameter_names) if given.fixed_data else None
         on_batch = (moments.add,) if fixed is None else (moments.add, fixed.add)
-        batches = track_batches(batches, "scanning", progress, *on_batch)
         with user_code("Expected the model to run over the data"):
-            measured, unmeasured, scanned = measure(network, batches, loss_function)
-        evidence += measured
-        sites += scanned.layers
-        abstentions += unmeasured
-        permanent = () if fixed is None else tuple(fixed.evidence())
-        evidence += [one for one in permanent if isinstance(one, Evidence)]
-        abstentions += [one for one in permanent if not isinstance(one, Evidence)]
+            measured, unmeasured, scanned = measure(
+                network, track_batches(batches, "scanning", progress, *on_batch), given.loss
+            )
+        found.add((*measured, *unmeasured))
+        found.sites += scanned.layers
+        found.add(fixed.evidence() if fixed is not None else ())
 
-    places = places_of_sites(examination.sites) if wake is not None else []
-
-    # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
-    left_out = dict.fromkeys(examination.layers, "no activation")
-    if not left_out:
-        found = find_projections(find_layers(checkpoint.tensors), checkpoint.networks)
-        left_out = {path_of(path): kind for path, kind in found.items()}
-    widths = {path_of(layer.path): layer.width for layer in layers}
-    evidence, joined = join_units(evidence + places, sites, widths, left_out)
+    # Join all evidence on one unit of a layer, combine it into one verdict, and check that no proof is contradicted.
+    left_out = dict.fromkeys(examination.layers, "no activation") or {
+        path_of(path): kind for path, kind in find_projections(layers, checkpoint.networks).items()
+    }
+    widths = {path_of(layer.path): layer.width for layer in of_neurons}
+    places = places_of_sites(examination.sites) if given.wake is not None else []
+    evidence, joined = join_units(found.evidence + places, found.sites, widths, left_out)
     evidence, unit_places = take_places(evidence)
-    notes += contradictions(evidence)
     verdicts = combine_evidence(evidence, joined.layers)
+    found.notes += contradictions(evidence)
+
     # Search the box for inputs that make dead neurons fire.
     woken = Woken(verdicts)
-    if network is not None and wake is not None:
-        woken = wake_dead_neurons(network, examination, verdicts, unit_places, wake, batch=first, progress=progress)
+    if network is not None and given.wake is not None:
+        woken = wake_dead_neurons(
+            network, examination, verdicts, unit_places, given.wake, batch=first, progress=progress
+        )
     verdicts = woken.layers
-    name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}
+
+    # Look for the causes of death.
+    name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in layers}
     decay = weight_decay_per_step(checkpoint)
     recorded = (path_of(site.name) for report in records for site in report.layers if site.is_norm)
     behind_norms = {*examination.normalised, *recorded}
@@ -331,15 +326,15 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
         learning_rates=learning_rates(checkpoint),
         decay=decay,
         # Reads each weight once more, which only weight decay makes worth while.
-        dead_norm_ratios=dead_norm_ratios(verdicts, layers, name_by_path, checkpoint) if decay > 0 else {},
+        dead_norm_ratios=dead_norm_ratios(verdicts, of_neurons, name_by_path, checkpoint) if decay > 0 else {},
         input_offset=moments.offset(),
-        kinds=_kinds(verdicts, sites),
+        kinds=_kinds(verdicts, found.sites),
         normalised={
-            *(name_by_path[path] for path in normalised_layers(find_layers(checkpoint.tensors))),
+            *(name_by_path[path] for path in normalised_layers(layers)),
             *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
         },
         observed_every=max(map(observed_every, records), default=1),
-        checkpoints={*what.steps, *(saved for report in records for saved in report.checkpoints)},
+        checkpoints={*given.steps, *(saved for report in records for saved in report.checkpoints)},
     )
     report = PostmortemReport(
         path=str(checkpoint.path),
@@ -348,10 +343,10 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
         level="file" if network is None else "model" if batches is None else "data",
         model="" if network is None else type(network).__name__,
         layers=verdicts,
-        abstentions=(*abstentions, *woken.abstentions),
+        abstentions=(*found.abstentions, *woken.abstentions),
         diagnoses=diagnose(facts),
         confirmations=confirmations(verdicts),
-        notes=(*notes, *woken.notes),
+        notes=(*found.notes, *woken.notes),
         waking_inputs=woken.inputs,
         versions={"neuronscope": neuronscope.__version__, "torch": torch.__version__, "numpy": np.__version__},
     )
@@ -359,15 +354,11 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
         name_by_path[one.layer]: GradientMasks((one.none & (not one.whole_layer)).numpy(), one.some.numpy())
         for one in compared
     }
-    return _Examined(report, gradients)
+    return report, gradients
 
 
 def _kinds(verdicts: Sequence[LayerReport], sites: Iterable[NamedSite]) -> dict[str, str]:
     """Return the kind of each layer's activation; of a gated product if there is one."""
-    kinds = {site.name: site.kind for site in sites}
-    found: dict[str, str] = {}
-    for layer in verdicts:
-        of_layer = [kinds[name] for name in layer.sites]
-        if of_layer:
-            found[layer.name] = "gated" if "gated" in of_layer else of_layer[0]
-    return found
+    kind_of = {site.name: site.kind for site in sites}
+    kinds = {layer.name: [kind_of[name] for name in layer.sites] for layer in verdicts}
+    return {name: "gated" if "gated" in of_layer else of_layer[0] for name, of_layer in kinds.items() if of_layer}

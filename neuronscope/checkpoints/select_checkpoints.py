@@ -1,19 +1,20 @@
 """Select the checkpoints of one run from files and folders, and put them in the order of their steps.
 
-The step comes from the checkpoint itself. Names and times of files are not used: they lie where files were copied.
+The step comes from the checkpoint itself. Names and times of files are not used: copying changes them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_layers
+from neuronscope.checkpoints.checkpoint import StoredTensor
+from neuronscope.checkpoints.file.layers import NEURON_KINDS, find_layers
 from neuronscope.checkpoints.formats.folders import is_folder_checkpoint
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
 from neuronscope.checkpoints.verdict.checkpoint_timeline import LeftOut
@@ -26,8 +27,6 @@ _ENDINGS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _NO_WEIGHTS = re.compile(r"(optim|sched|rng_state|random_states|training_args|scaler|sampler|neuronscope)")
 #: The folders in which a Trainer of Hugging Face saves.
 _TRAINER = re.compile(r"checkpoint-\d+")
-
-_Shape = tuple[str, int, int]  # kind, width and inputs of a layer
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,14 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
     A folder is itself a checkpoint (of Hugging Face or ``torch.distributed.checkpoint``), or the place where
     checkpoints lie: its files of weights and those of its folders that are checkpoints. In the output folder of a
     Trainer these are ``checkpoint-*``, even if the final weights lie beside them. No other folder is searched.
-
-    Args:
-        paths: Files and folders.
     """
     found: dict[Path, None] = {}
     left_out: list[LeftOut] = []
     for path in paths:
-        inside = [path]
-        if path.is_dir():
-            try:
-                inside = _in_folder(path, left_out)
-            except OSError as error:
-                raise CheckpointError(f"Cannot read {str(path)!r}: {error.strerror or error}.") from error
+        try:
+            inside = _in_folder(path, left_out) if path.is_dir() else []
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {str(path)!r}: {error.strerror or error}.") from error
         found.update(dict.fromkeys(inside or [path]))
     return list(found), left_out
 
@@ -125,8 +119,10 @@ def select_checkpoints(paths: Iterable[Path], left_out: Iterable[LeftOut] = (), 
             continue
         if checkpoint.step is None:
             left_out.append(LeftOut(str(path), "it does not say at which step it was saved", False))
-        else:
-            opened[path] = _Summary.of(checkpoint)
+            continue
+        layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
+        shapes = {layer.path: (layer.kind, layer.width, layer.inputs) for layer in layers}
+        opened[path] = _Summary(checkpoint.step, checkpoint.is_ordered, shapes)
     if not opened:
         reasons = "; ".join(f"{one.path}: {one.reason}" for one in left_out[:3])
         raise UsageError(f"Expected checkpoints that can be put in the order of their steps, but got none: {reasons}")
@@ -149,26 +145,12 @@ def select_checkpoints(paths: Iterable[Path], left_out: Iterable[LeftOut] = (), 
     return Selection(tuple(chosen), tuple(left_out), tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Summary:
+class _Summary(NamedTuple):
     """The step of a checkpoint, whether its layers are in the network's order, and the shapes of the layers by path."""
 
     step: int
     is_ordered: bool
-    layers: Mapping[str, _Shape]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Summary:
-        layers = {layer.path: _shape(layer) for layer in _neuron_layers(checkpoint)}
-        return cls(checkpoint.step or 0, checkpoint.is_ordered, layers)
-
-
-def _neuron_layers(checkpoint: Checkpoint) -> Iterator[Layer]:
-    return (layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS)
-
-
-def _shape(layer: Layer) -> _Shape:
-    return layer.kind, layer.width, layer.inputs
+    layers: dict[str, tuple[str, int, int]]
 
 
 def _compare_layers(one: _Summary, newest: _Summary) -> tuple[str, Mapping[str, str] | None]:

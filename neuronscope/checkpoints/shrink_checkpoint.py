@@ -15,15 +15,15 @@ from torch import nn
 
 from neuronscope.act.shrink import Shrunk, shrink
 from neuronscope.checkpoints.data.user_arguments import check_batches, resolve_batches
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.model.load_model import build_model
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.errors import MissingExtraError, UsageError
 from neuronscope.output import check_writable, write_file
 from neuronscope.report.report import Report
 from neuronscope.scanning import scan
 
-__all__ = ["config_path", "record_path", "shrink_checkpoint"]
+__all__ = ["record_path", "shrink_checkpoint"]
 
 
 def record_path(out: Path) -> Path:
@@ -31,7 +31,7 @@ def record_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}-widths.json")
 
 
-def config_path(out: Path) -> Path:
+def _config_path(out: Path) -> Path:
     """Return where the configuration of a smaller network of transformers is written: ``small-config.json``."""
     return out.with_name(f"{out.stem}-config.json")
 
@@ -66,7 +66,7 @@ def shrink_checkpoint(
         OSError: A file cannot be written.
     """
     target = Path(out)
-    for file in (target, record_path(target), config_path(target)):
+    for file in (target, record_path(target), _config_path(target)):
         check_writable(file)  # before the long work begins
     if target.exists() and Path(path).resolve() in (target.resolve(), *target.resolve().parents):
         raise UsageError(f"Expected the smaller weights to get a file of their own, but {target} is of the checkpoint.")
@@ -94,7 +94,7 @@ def shrink_checkpoint(
     }
     content = encode(shrunk.model)
     if config is not None:
-        write_file(config_path(target), json.dumps(config, indent=1, sort_keys=True) + "\n")
+        write_file(_config_path(target), json.dumps(config, indent=1, sort_keys=True) + "\n")
     write_file(record_path(target), json.dumps(record, indent=1) + "\n")
     write_file(target, content)
     return shrunk
@@ -105,11 +105,6 @@ def _with_config(network: nn.Module, report: Report, batches: Iterable[Any]) -> 
 
     A configuration has one width for all layers, so that as many neurons go from each. If none can go so, those go that
     can, without a configuration.
-
-    Args:
-        network: The network.
-        report: The report on the data.
-        batches: The data.
     """
     if callable(getattr(getattr(network, "config", None), "to_dict", None)):
         with contextlib.suppress(UsageError):

@@ -22,7 +22,7 @@ CASES = {
     "neuronscope.judge.diagnosis": HEAVY,
     "neuronscope.checkpoints": (*HEAVY, "numpy"),
     "neuronscope.checkpoints.verdict.combine": HEAVY,
-    "neuronscope.checkpoints.command": HEAVY,
+    "neuronscope.checkpoints.checkpoint_commands": HEAVY,
     "neuronscope.checkpoints.writers.postmortem_html": HEAVY,
     "neuronscope.checkpoints.writers.postmortem_markdown": HEAVY,
     "neuronscope.checkpoints.writers.postmortem_terminal": HEAVY,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.measure import contradictions, measure
 from neuronscope.checkpoints.model.examine_model import examine_model
-from neuronscope.checkpoints.model.load_model import build_model, load_named
+from neuronscope.checkpoints.model.load_model import build_model
+from neuronscope.checkpoints.user_code import load_named
 from neuronscope.checkpoints.verdict.evidence import Evidence
 from neuronscope.errors import CheckpointError, UsageError
 

@@ -464,7 +464,6 @@ def test_when_no_example_fits_the_error_lists_what_was_tried() -> None:
         ({"box": 3}, "Expected argument `box` to be \\(low, high\\), but got 3"),
         ({"box": (1.0, 0.0)}, "low ≤ high"),
         ({"box": (torch.zeros(3), 1.0)}, "broadcast to the input's \\(1, 2\\)"),
-        ({"batch_positions": 0}, "Expected argument `batch_positions` to be an integer of at least 1"),
     ],
 )
 def test_wrong_arguments_of_the_trace_are_refused(options: dict[str, Any], message: str) -> None:

@@ -23,7 +23,7 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import (
     TimelinePoint,
 )
 from neuronscope.checkpoints.verdict.combine import combine_evidence
-from neuronscope.checkpoints.writers.between_checkpoints import findings
+from neuronscope.checkpoints.writers.timeline_wording import findings
 from neuronscope.demo.digits import load_digits
 from tests.postmortem import samples
 

@@ -102,7 +102,7 @@ def test_tensors_that_are_not_weights_are_named_and_left_out(tmp_path: Path) -> 
     assert checkpoint.notes == (
         "Tensors that are sparse are not read: 'sparse'.",
         "Tensors that are without numbers (of the meta device) are not read: 'meta'.",
-        "What is no tensor is left out of the weights: '_extra_state'.",
+        "Values that are not tensors are left out of the weights: '_extra_state'.",
     )
 
 

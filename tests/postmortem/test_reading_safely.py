@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from neuronscope.checkpoints.formats.lazy_tensor import Storage
+from neuronscope.checkpoints.formats.file_tensor import Storage
 from neuronscope.checkpoints.formats.restricted_pickle import UnsafeGlobalError, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder, find_safe_global
 from neuronscope.checkpoints.open_checkpoint import open_checkpoint
@@ -225,6 +225,13 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
         with pytest.raises(CheckpointError, match="Expected the name of a file in"):
             open_checkpoint(folder)
+
+
+def test_an_index_cannot_name_an_index(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": index.name}}))
+    with pytest.raises(CheckpointError, match="is not understood"):
+        open_checkpoint(index)
 
 
 def test_a_plan_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:

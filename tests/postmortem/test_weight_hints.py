@@ -13,6 +13,7 @@ from neuronscope import cli
 from neuronscope.checkpoints.file.layers import find_layers
 from neuronscope.checkpoints.file.weight_hints import HINTS, hint_scores
 from scripts.dying_networks import as_checkpoint
+from scripts.weight_hints import distance_to_nearest
 
 
 def network(*layers: nn.Module) -> nn.Sequential:
@@ -115,5 +116,5 @@ def test_a_duplicate_is_scored_near_zero_whatever_its_length() -> None:
         model[0].weight[11] = 3.0 * model[0].weight[20]
         model[0].bias[11] = 3.0 * model[0].bias[20]
     tensors = as_checkpoint(model).tensors
-    score = hint_scores(find_layers(tensors)[0], tensors, None)["duplicate"]
+    score = distance_to_nearest(find_layers(tensors)[0], tensors)
     assert torch.nonzero(score < 1e-5).flatten().tolist() == [11, 20]

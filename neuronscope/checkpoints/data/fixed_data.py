@@ -8,6 +8,7 @@ all of that, for every example, it never gets a gradient again: it is *permanent
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.data.user_arguments import check_batches
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.file.parameter_matching import match_parameters
 from neuronscope.checkpoints.file.remaining_motion import RemainingMotion, remaining_motion
 from neuronscope.checkpoints.model.bounds.interval import gamma
@@ -24,7 +24,8 @@ from neuronscope.checkpoints.model.example_inputs import batch_example
 from neuronscope.checkpoints.model.first_layers import FirstLayer, find_first_layers
 from neuronscope.checkpoints.model.load_model import stored_names
 from neuronscope.checkpoints.model.observed_network import tensors_of
-from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence
+from neuronscope.checkpoints.user_code import user_code
+from neuronscope.checkpoints.verdict.evidence import PERMANENT, Abstention, Evidence, evidence_where
 from neuronscope.errors import UsageError
 from neuronscope.running import model_state_restored
 
@@ -115,11 +116,13 @@ class FixedData:
         yield from self._refused
 
 
+@dataclass
 class _ExampleSum:
     """A number that follows from the set of examples in batches, whatever their order and the batches' sizes.
 
     Attributes:
         examples: Number of examples.
+        total: The sum of a number for each example, modulo 2⁶⁴.
 
     >>> one, other = _ExampleSum(), _ExampleSum()
     >>> one.add(torch.tensor([[1.0], [2.0]])), other.add(torch.tensor([[2.0]])), other.add(torch.tensor([[1.0]]))
@@ -128,27 +131,17 @@ class _ExampleSum:
     True
     """
 
-    def __init__(self) -> None:
-        self.examples = 0
-        self._sum = 0
+    examples: int = 0
+    total: int = 0
 
     def add(self, batch: Any) -> None:
-        """Add the examples of a batch, along the first dimension of the model's inputs.
-
-        Args:
-            batch: A batch, as :func:`neuronscope.scan` takes it.
-        """
+        """Add the examples of a batch, along the first dimension of the model's inputs."""
         tensors = [tensor for tensor in tensors_of(batch_example(batch)).values() if tensor.dim()]
         rows = min((len(tensor) for tensor in tensors), default=0)
         parts = [tensor.unsqueeze(1).flatten(1).contiguous().view(torch.uint8).numpy() for tensor in tensors]
         for row in range(rows):
-            self._sum = (self._sum + hash(b"".join(part[row].tobytes() for part in parts))) % 2**64
+            self.total = (self.total + hash(b"".join(part[row].tobytes() for part in parts))) % 2**64
         self.examples += rows
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ExampleSum) and (self.examples, self._sum) == (other.examples, other._sum)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _run(model: nn.Module, batch: Any, bounds: Sequence[_RowBounds]) -> None:
@@ -224,11 +217,7 @@ class _RowBounds:
             self._highest = torch.maximum(self._highest, rows.nan_to_num(nan=torch.inf, neginf=torch.inf).amax(0))
 
     def evidence(self, examples: int) -> Iterator[Evidence]:
-        """Yield evidence on the rows that stay below zero.
-
-        Args:
-            examples: Number of examples.
-        """
+        """Yield evidence on the rows that stay below zero."""
         layer, highest = self.layer, self._highest
         if layer.bias is not None:
             bias = layer.bias.detach().double() + self._slack[1]
@@ -237,20 +226,16 @@ class _RowBounds:
             if groups[0] is not groups[1]:  # decay may take one of them away and leave the other
                 parts += [part for part, group in zip((bias, highest), groups, strict=True) if group is not None]
             highest = torch.stack(torch.broadcast_tensors(*parts)).amax(0)
-        neurons = torch.nonzero((highest < 0) & (not self.missed)).flatten()
-        if not len(neurons):
-            return
         rate = max(motion.rate for motion in self._motions)
         optimizer = self._motions[0].optimizer
         shrinks = any(motion.group is not None for motion in self._motions)
-        yield Evidence(
-            layer=layer.path,
-            width=len(highest),
+        return evidence_where(
+            layer.path,
+            (highest < 0) & (not self.missed),
+            highest,
             source=PERMANENT,
             claim="no gradient",
             basis="proved",
-            neurons=neurons.numpy(),
-            numbers=highest[neurons].numpy(),
             measure="pre-activation on this data, at most, with all that momentum can still add",
             text=(
                 f"Permanent on this data: its pre-activation is below zero on each of the {examples:,} examples, and "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _SOURCE = "scan"
 
 
 def measure(
-    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None, **options: Any
+    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None = None
 ) -> tuple[tuple[Evidence, ...], tuple[Abstention, ...], Report]:
     """Run a network on data and return what its neurons did there.
 
@@ -29,7 +30,6 @@ def measure(
         model: The network, with the checkpoint's weights.
         data: Batches, as :func:`neuronscope.scan` takes them.
         loss: ``loss(output, batch)`` → scalar tensor; with it, gradients are counted too.
-        **options: As for :func:`neuronscope.scan`.
 
     Returns:
         The measured evidence, what could not be measured, and the scan's own report.
@@ -40,7 +40,7 @@ def measure(
     >>> [(one.claim, one.neurons.tolist()) for one in measure(net, torch.rand(300, 2))[0]]
     [('dead', [0]), ('alive', [1])]
     """
-    report = scan(model, data, loss, **options)
+    report = scan(model, data, loss)
     policy, blocked = Policy(**report.policy), blocked_by_next_layer(report.layers)
     evidence: list[Evidence] = []
     for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
@@ -76,8 +76,11 @@ def counted_evidence(
     judged: npt.NDArray[np.bool_] | None = None,
     blocked: bool = False,
     since: npt.NDArray[np.int64] | None = None,
-) -> list[Evidence]:
-    """Return what exact counts show about the ``N`` neurons of one site.
+) -> Iterator[Evidence]:
+    """Yield what exact counts show about the ``N`` neurons of one site.
+
+    There is at most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
+    contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
 
     Args:
         site: The counts, with the judgement on each neuron.
@@ -87,10 +90,6 @@ def counted_evidence(
         judged: The neurons to judge, bool ``(N,)``; ``None`` = all.
         blocked: Whether the site gets no gradient only because of the next one; see :func:`blocked_by_next_layer`.
         since: The step at which each neuron died, int64 ``(N,)``; ``None`` = not known.
-
-    Returns:
-        At most one piece of evidence for each of *not finite*, *dead*, *silent*, *no gradient* and *alive*; none
-        contains a neuron that was not seen. A claim that rests on zeros in too few examples is only suspected.
     """
     judgement = site.judgement
     examples = min(site.examples, site.positions)  # no more examples are independent than positions were seen
@@ -103,65 +102,46 @@ def counted_evidence(
     gradient_examples = min(site.examples, site.gradient_positions)
     gradient_basis, few_gradients = _basis_of_zeros(gradient_examples, policy, "Without gradient")
     reason = " The next layer passes none back, which says nothing about these neurons themselves." if blocked else ""
-    claims: tuple[tuple[str, str, npt.NDArray[np.bool_], npt.NDArray[np.float64], str, str], ...] = (
-        (
-            "not finite",
-            "measured",
-            judgement.not_finite,
-            fires * np.nan,
-            "",
-            f"Its output was NaN or infinite, {where}.",
-        ),
-        (
-            "dead",
-            dead_basis,
-            judgement.dead,
-            np.full(site.neurons, bound),
-            may_fire,
-            f"Its output was exactly zero at every position{gradients}, {where}.{few}",
-        ),
-        (
-            "silent",
-            dead_basis,
-            judgement.silent,
-            np.full(site.neurons, bound),
-            may_fire,
-            f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
-        ),
-        (
-            "no gradient",
-            gradient_basis,
-            judgement.cut_off,
-            fires,
-            "share of positions at which it fires",
-            f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
-        ),
-        (
-            "alive",
-            "measured",
-            alive,
-            fires,
-            "share of positions at which it fires",
-            f"It fired, or got a gradient, {where}.",
-        ),
+    fires_at = "share of positions at which it fires"
+    evidence = partial(evidence_on_site, site.name, source=source)
+    zeros: dict[str, Any] = {"numbers": np.full(site.neurons, bound), "basis": dead_basis, "measure": may_fire}
+    every = np.ones(site.neurons, dtype=np.bool_) if judged is None else judged
+    yield from evidence(
+        judgement.not_finite & every,
+        claim="not finite",
+        basis="measured",
+        text=f"Its output was NaN or infinite, {where}.",
     )
-    evidence: list[Evidence] = []
-    for claim, basis, mask, numbers, unit, text in claims:
-        evidence.extend(
-            evidence_on_site(
-                site.name,
-                mask if judged is None else mask & judged,
-                numbers,
-                source=source,
-                claim=claim,
-                basis=basis,
-                measure=unit,
-                text=text,
-                since=since if claim == "dead" else None,
-                whole_layer=blocked and claim == "no gradient",
-            )
-        )
-    return evidence
+    yield from evidence(
+        judgement.dead & every,
+        claim="dead",
+        text=f"Its output was exactly zero at every position{gradients}, {where}.{few}",
+        since=since,
+        **zeros,
+    )
+    yield from evidence(
+        judgement.silent & every,
+        claim="silent",
+        text=f"Its output was exactly zero at every position, but it got a gradient at some of them, {where}.{few}",
+        **zeros,
+    )
+    yield from evidence(
+        judgement.cut_off & every,
+        fires,
+        claim="no gradient",
+        basis=gradient_basis,
+        measure=fires_at,
+        text=f"It fires, and its gradient was exactly zero at every position, {where}.{few_gradients}{reason}",
+        whole_layer=blocked,
+    )
+    yield from evidence(
+        alive & every,
+        fires,
+        claim="alive",
+        basis="measured",
+        measure=fires_at,
+        text=f"It fired, or got a gradient, {where}.",
+    )
 
 
 def example_count(examples: int) -> str:
@@ -196,9 +176,6 @@ def _basis_of_zeros(examples: int, policy: Policy, observed: str) -> tuple[str, 
 
 def contradictions(evidence: Sequence[Evidence]) -> tuple[str, ...]:
     """Report proofs of death that the measurement refutes: a fault of Neuronscope, or data outside the box.
-
-    Args:
-        evidence: Evidence from all sources, proved and measured.
 
     Returns:
         One sentence for each source and layer; none if all proofs hold.

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neuronscope.checkpoints.data.user_code import user_code
-from neuronscope.checkpoints.formats.lazy_tensor import find_dtype
-from neuronscope.checkpoints.model.load_model import load_named
+from neuronscope.checkpoints.formats.file_tensor import find_dtype
+from neuronscope.checkpoints.user_code import load_named, user_code
 from neuronscope.errors import UsageError
 
-__all__ = ["EXAMPLE_FORMATS", "check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
+__all__ = ["check_batches", "first_batch", "resolve_batches", "resolve_example", "resolve_loss"]
 
 #: The two ways to write an example input as text, for messages.
-EXAMPLE_FORMATS = (
+_EXAMPLE_FORMATS = (
     "a shape such as `1x3x224x224` (several inputs: `1x3x224x224,1x7`; another dtype: `1x16:int64`), or the "
     "`package.module:name` of a function that returns the example"
 )
@@ -29,10 +28,7 @@ _SHAPE = re.compile(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?")
 
 
 def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | None) -> Iterable[Any] | None:
-    """Return the user's batches; import and call what has to be imported and called.
-
-    Args:
-        data: Batches, a function that returns them, ``pkg.mod:name`` of either, or ``None``.
+    """Return the user's batches, from batches, a function that returns them, or ``pkg.mod:name`` of either.
 
     Raises:
         UsageError: ``data`` is none of these, or the function fails.
@@ -61,15 +57,21 @@ def resolve_batches(data: Iterable[Any] | str | Callable[[], Iterable[Any]] | No
 def check_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the user's batches, and check each one.
 
-    Args:
-        batches: Any batches.
-
     Raises:
         UsageError: An item is not a batch, or the user's code fails.
     """
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
-    while (batch := _next_of(iterator)) is not _END:
+    while True:
+        with user_code(_GIVES_BATCHES):
+            batch = next(iterator, _END)
+        if batch is _END:
+            return
+        if not _holds_input(batch[:1] if isinstance(batch, (tuple, list)) else batch):
+            raise UsageError(
+                "Expected each batch of `data` to be a tensor, a tuple or list that begins with the model's input, or "
+                f"a mapping of the model's arguments, but got {_describe(batch)}."
+            )
         yield batch
 
 
@@ -90,7 +92,7 @@ def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | Non
         return None, None
     with user_code(_GIVES_BATCHES):
         iterator = iter(batches)
-    first = _next_of(iterator)
+    first = next(check_batches(iterator), _END)
     if first is _END:
         raise UsageError("Expected argument `data` to yield at least one batch, but it gave none.")
     with user_code(_GIVES_BATCHES):
@@ -98,10 +100,7 @@ def first_batch(batches: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | Non
 
 
 def resolve_loss(loss: Callable[[Any, Any], Tensor] | str | None) -> Callable[[Any, Any], Tensor] | None:
-    """Return the user's loss function, with a check of what it returns.
-
-    Args:
-        loss: The function, its ``pkg.mod:name``, or ``None``.
+    """Return the user's loss function, or the one that ``pkg.mod:name`` names, with a check of what it returns.
 
     Raises:
         UsageError: ``loss`` is not callable.
@@ -133,7 +132,7 @@ def resolve_example(example: Any, model: nn.Module) -> Any:
 
     Args:
         example: A tensor, a tuple of positional arguments, a mapping of named arguments, a function that returns one
-            of these, text (see :data:`EXAMPLE_FORMATS`), or ``None``.
+            of these, text (``1x3x224x224``, ``1x16:int64``, ``pkg.mod:name``), or ``None``.
         model: The network. Tensors that are created from a shape get the dtype of its parameters.
 
     Raises:
@@ -155,22 +154,9 @@ def resolve_example(example: Any, model: nn.Module) -> Any:
     if not _holds_input(found):
         raise UsageError(
             f"Expected argument {_named('example', example)} to give a tensor, a tuple of arguments or a mapping of "
-            f"named ones, but it gave {_describe(found)}. As text, it is {EXAMPLE_FORMATS}."
+            f"named ones, but it gave {_describe(found)}. As text, it is {_EXAMPLE_FORMATS}."
         )
     return found
-
-
-def _next_of(iterator: Iterator[Any]) -> Any:
-    """Return the next batch, or ``_END`` after the last one."""
-    with user_code(_GIVES_BATCHES):
-        batch = next(iterator, _END)
-    inputs = batch[:1] if isinstance(batch, (tuple, list)) else batch
-    if batch is not _END and not _holds_input(inputs):
-        raise UsageError(
-            "Expected each batch of `data` to be a tensor, a tuple or list that begins with the model's input, or a "
-            f"mapping of the model's arguments, but got {_describe(batch)}."
-        )
-    return batch
 
 
 def _named(argument: str, value: Any) -> str:
@@ -210,12 +196,12 @@ def _zeros(text: str, model: nn.Module) -> tuple[Tensor, ...]:
         match = _SHAPE.fullmatch(part.strip())
         dtype = default if match is None or match[2] is None else find_dtype(match[2])
         if match is None or dtype is None:
-            raise UsageError(f"Expected argument `example` to be {EXAMPLE_FORMATS}, but got {text!r}.")
+            raise UsageError(f"Expected argument `example` to be {_EXAMPLE_FORMATS}, but got {text!r}.")
         try:
             tensors.append(torch.zeros([int(size) for size in match[1].split("x")], dtype=dtype))
         except (RuntimeError, TypeError, OverflowError) as error:
             first = str(error).partition("\n")[0]
             raise UsageError(
-                f"Expected argument `example` to be {EXAMPLE_FORMATS}, but torch cannot create {text!r}: {first}"
+                f"Expected argument `example` to be {_EXAMPLE_FORMATS}, but torch cannot create {text!r}: {first}"
             ) from error
     return tuple(tensors)

@@ -20,9 +20,8 @@ A schedule may cycle β1 between a least and a largest value. Each term of ``|m|
 a power of the largest, and a step without gradient multiplies ``m`` by at most the largest. So the bound holds with
 ``(1 − least)`` in place of ``(1 − β1)``, and with the largest β1 everywhere else.
 
-The bound does *not* imply
-that ``k`` is close to it: gradients of opposite signs make ``r`` small too, and so do gradients that became much
-smaller. :data:`SILENT_FOLDS` assumes that neither happens to all elements of a row at once;
+The bound does *not* imply that ``k`` is close to it: gradients of opposite signs make ``r`` small too, and so do
+gradients that became much smaller. :data:`SILENT_FOLDS` assumes that neither happens to all elements of a row at once;
 ``docs/optimizer-clock.md`` has the measured rates.
 
 Rounding: ``v`` is a sum of positive terms, each rounded a few times per step, so its error is relative. The error of

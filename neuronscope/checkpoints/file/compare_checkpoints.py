@@ -25,13 +25,11 @@ from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.layer_clocks import LayerClock, read_clocks
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.file.parameter_matching import ParameterState, match_parameters
-from neuronscope.checkpoints.file.zero_gradient_rows import clock_evidence
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
 
-__all__ = ["GradientsBetween", "compare_with_earlier", "why_not_comparable"]
+__all__ = ["GradientsBetween", "compare_with_earlier"]
 
 _SOURCE = "two checkpoints"
-_evidence = partial(clock_evidence, source=_SOURCE)
 
 #: Relative error allowed for a decayed number, and what each step adds to it (rounding of the number, and of β).
 _RELATIVE, _RELATIVE_A_STEP = 5e-6, 2.0**-23
@@ -72,13 +70,8 @@ class GradientsBetween:
     short: bool
 
 
-def why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
-    """Return why two checkpoints cannot be compared; ``None`` if they can.
-
-    Args:
-        earlier: The earlier checkpoint.
-        later: The later checkpoint.
-    """
+def _why_not_comparable(earlier: Checkpoint, later: Checkpoint) -> str | None:
+    """Return why two checkpoints cannot be compared; ``None`` if they can."""
     if not earlier.optimizers or not later.optimizers:
         return "Two checkpoints are compared by the states of their optimizers, but one of them has none."
     first, second = ({name: tuple(value.shape) for name, value in one.tensors.items()} for one in (earlier, later))
@@ -106,7 +99,7 @@ def compare_with_earlier(
         readings: The clocks of the later one.
         parameter_names: See :func:`neuronscope.checkpoints.file.examine_file.examine_file`.
     """
-    reason = why_not_comparable(earlier, later)
+    reason = _why_not_comparable(earlier, later)
     if reason is not None:
         yield Abstention(_SOURCE, "", reason)
         return
@@ -263,15 +256,7 @@ def _distance(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _between(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tensor, touched: Tensor) -> GradientsBetween:
-    """Return which rows got a gradient, without those of which a clock shows nothing.
-
-    Args:
-        start: The layer's clock in the earlier checkpoint.
-        end: The layer's clock in the later one.
-        passed: Steps in between.
-        no_gradient: Rows that got no gradient in between, bool ``(N,)``.
-        touched: Rows that certainly got one, bool ``(N,)``.
-    """
+    """Return which rows got a gradient, without those of which a clock shows nothing."""
     before, after = start.reading, end.reading
     readable = ~(before.not_finite | before.unknown | after.not_finite | after.unknown)
     none, some = no_gradient & readable, touched & readable & ~no_gradient
@@ -280,68 +265,55 @@ def _between(start: LayerClock, end: LayerClock, passed: int, no_gradient: Tenso
 
 
 def _judge(start: LayerClock, end: LayerClock, between: GradientsBetween) -> Iterator[Evidence]:
-    """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one.
-
-    Args:
-        start: The layer's clock in the earlier checkpoint.
-        end: The layer's clock in the later one.
-        between: Which rows got a gradient in between.
-    """
+    """Yield evidence on the rows that got no gradient, that stopped getting one, and that got one."""
     before, after, passed, whole = start.reading, end.reading, between.steps, between.whole_layer
     no_gradient, touched = between.none & ~after.never, between.some
-    basis = "inferred" if passed > end.clock.sure_steps else "suspected"
+    evidence = partial(evidence_where, end.layer.path, source=_SOURCE)
     if between.short:  # a neuron that fires rarely gets no gradient either
         no_gradient = torch.zeros_like(no_gradient)
-    if no_gradient.any():
-        since = None
-        if start.step is not None and not start.lag:
-            dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
-            since = (start.step - dated).clamp(min=0.0).long()
-        yield _evidence(
-            end,
-            "no gradient",
-            no_gradient,
-            torch.full(no_gradient.shape, float(passed), dtype=torch.float64),
-            "steps without a gradient, at least",
+    since = None
+    if start.step is not None and not start.lag:
+        dated = torch.where(torch.isfinite(before.steps), before.steps, 0.0)
+        since = (start.step - dated).clamp(min=0.0).long()
+    of_layer = (
+        " The whole layer got none: it was frozen, or cut off by a later layer. This says nothing about these neurons "
+        "themselves."
+    )
+    yield from evidence(
+        no_gradient,
+        torch.full(no_gradient.shape, float(passed), dtype=torch.float64),
+        claim="no gradient",
+        basis="inferred" if passed > end.clock.sure_steps else "suspected",
+        measure="steps without a gradient, at least",
+        text=(
             f"Over the {passed} steps between the two checkpoints, the optimizer's means and the weights changed "
-            "exactly as they do without a gradient."
-            + (
-                " The whole layer got none: it was frozen, or cut off by a later layer. This says nothing about these "
-                "neurons themselves."
-                if whole
-                else ""
-            ),
-            since,
-            whole,
-            basis,
-        )
+            f"exactly as they do without a gradient.{of_layer if whole else ''}"
+        ),
+        since=since,
+        whole_layer=whole,
+    )
     within = after.steps.clamp(max=float(passed))
     died = touched & (within > end.clock.silent_steps)
     sure = within > end.clock.sure_steps
+    is_dated = end.step is not None and not end.lag
     for basis, mask in (("inferred", died & sure), ("suspected", died & ~sure)):
-        if not mask.any():
-            continue
-        since = None
-        if end.step is not None and not end.lag:
-            since = (end.step - within).clamp(min=0.0).long()
-        yield _evidence(
-            end,
-            "no gradient",
+        yield from evidence(
             mask,
             within,
-            "steps since the last gradient, at most" if end.is_bound else "steps since the last gradient, about",
-            "It got a gradient after the earlier checkpoint, and none recently by the later one's clock: its gradient "
-            "stopped in between.",
-            since,
+            claim="no gradient",
             basis=basis,
+            measure=f"steps since the last gradient, {'at most' if end.is_bound else 'about'}",
+            text=(
+                "It got a gradient after the earlier checkpoint, and none recently by the later one's clock: its "
+                "gradient stopped in between."
+            ),
+            since=((end.step or 0) - within).clamp(min=0.0).long() if is_dated else None,
         )
-    alive = touched & ~died
-    if alive.any():
-        yield _evidence(
-            end,
-            "alive",
-            alive,
-            within,
-            "steps since the last gradient, at most",
-            "The optimizer's state is not what decay alone makes of the earlier one: it got a gradient in between.",
-        )
+    yield from evidence(
+        touched & ~died,
+        within,
+        claim="alive",
+        basis="inferred",
+        measure="steps since the last gradient, at most",
+        text="The optimizer's state is not what decay alone makes of the earlier one: it got a gradient in between.",
+    )

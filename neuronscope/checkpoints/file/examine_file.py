@@ -100,12 +100,7 @@ def _examine_optimizers(
 
 
 def _without_living(found: Evidence | Abstention, compared: GradientsBetween | None) -> Evidence | Abstention:
-    """Return a clock's claim without the neurons that are known to have got a gradient within a pause.
-
-    Args:
-        found: What the clock of a layer shows.
-        compared: What the earlier checkpoint shows of the layer; ``None`` = nothing.
-    """
+    """Return a clock's claim without the neurons that are known to have got a gradient within a pause."""
     if isinstance(found, Abstention) or found.claim != "no gradient" or compared is None or not compared.short:
         return found
     kept = ~np.isin(found.neurons, np.flatnonzero(compared.some.numpy()))

@@ -1,4 +1,4 @@
-"""Tell whether rows of weights look as they were initialised: the sign of a neuron that was never trained anywhere.
+"""Tell whether rows of weights still look as they were initialised, as those of a neuron that was never trained do.
 
 An optimizer's state of zero shows that a row got no gradient since that optimizer began. Before that, another one may
 have trained it: the weights of a fine-tuned network come from elsewhere. A trained row does not look like an initial

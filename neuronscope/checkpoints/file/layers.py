@@ -21,7 +21,6 @@ __all__ = [
     "Layer",
     "find_layers",
     "find_projections",
-    "is_floating",
     "is_parameter",
     "normalised_layers",
     "unexamined_types",
@@ -102,7 +101,7 @@ class Layer:
         return weight.transpose(0, 1 - self.axis).reshape(self.inputs, -1)
 
 
-def is_floating(tensor: StoredTensor) -> bool:
+def _is_floating(tensor: StoredTensor) -> bool:
     """Whether a tensor's dtype is a floating-point one."""
     return "float" in tensor.dtype
 
@@ -114,7 +113,7 @@ def is_parameter(name: str, tensor: StoredTensor) -> bool:
         name: Its name in the checkpoint.
         tensor: The tensor.
     """
-    return is_floating(tensor) and not name.endswith(_STATISTICS)
+    return _is_floating(tensor) and not name.endswith(_STATISTICS)
 
 
 def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
@@ -129,7 +128,7 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
     found = []
     transposed = _Transposed(tensors)
     for name, tensor in tensors.items():
-        if not is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
+        if not _is_floating(tensor) or _ADAPTER.search(name) or not all(tensor.shape):
             continue
         if _EXPERTS.search(name) and len(tensor.shape) == 3:
             module, _, leaf = name.rpartition(".")
@@ -146,24 +145,16 @@ def find_layers(tensors: Mapping[str, StoredTensor]) -> tuple[Layer, ...]:
 
 
 def unexamined_types(tensors: Mapping[str, StoredTensor]) -> dict[str, list[str]]:
-    """Return the names of weights and biases that are not floating-point (integer or complex), by dtype.
-
-    Args:
-        tensors: The network's tensors by name; see :class:`neuronscope.checkpoints.checkpoint.Checkpoint`.
-    """
+    """Return the names of weights and biases that are not floating-point (integer or complex), by dtype."""
     found: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        if not is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
+        if not _is_floating(tensor) and (_split(name, tensors) is not None or name.rpartition(".")[2] == "bias"):
             found.setdefault(tensor.dtype, []).append(name)
     return found
 
 
 def normalised_layers(layers: Sequence[Layer]) -> set[str]:
-    """Return the paths of layers with a norm of their size directly before or after them in the file.
-
-    Args:
-        layers: The checkpoint's layers.
-    """
+    """Return the paths of layers with a norm of their size directly before or after them in the file."""
     found = set()
     for first, second in pairwise(layers):
         if second.kind == "norm" and first.kind in NEURON_KINDS and second.width == first.width:
@@ -222,22 +213,19 @@ def _layer(
     shape = tensors[name].shape
     layer, bias_name = layer_name(path, "weight"), _join(path, "bias")
     bias = tensors.get(bias_name)
-    biased = bias is not None and len(bias.shape) == 1 and is_floating(bias)
+    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 and _is_floating(bias) else None
     if len(shape) == 1:
-        fits = biased and bias is not None and bias.shape == shape
-        return Layer(layer, "norm", name, bias_name if fits else None, None, shape[0], 0, 1)
+        return Layer(layer, "norm", name, bias_name if size == shape[0] else None, None, shape[0], 0, 1)
     if not 2 <= len(shape) <= 5:
         return None
-    if len(shape) == 2 and not biased and _EMBEDDING.search(path):
+    if len(shape) == 2 and size is None and _EMBEDDING.search(path):
         return Layer(layer, "embedding", name, None, None, shape[0], 0, shape[1])
     kind = "linear" if len(shape) == 2 else "conv"
-    axis, axis_known = transposed.axis(path, shape, bias.shape[0] if biased and bias is not None else None)
-    if axis is None:
+    axis, axis_known = transposed.axis(path, shape, size)
+    if axis is None or (gain is not None and tensors[gain].shape[:1] != (shape[axis],)):
         return None
-    if gain is not None and tensors[gain].shape[:1] != (shape[axis],):
-        return None
-    fits = biased and bias is not None and bias.shape[0] == shape[axis]
-    return Layer(layer, kind, name, bias_name if fits else None, gain, shape[axis], axis, shape[1 - axis], axis_known)
+    own_bias = bias_name if size == shape[axis] else None
+    return Layer(layer, kind, name, own_bias, gain, shape[axis], axis, shape[1 - axis], axis_known)
 
 
 class _Transposed:
@@ -257,13 +245,7 @@ class _Transposed:
                     self._by_rank[len(shape), axis] += 1
 
     def axis(self, path: str, shape: tuple[int, ...], bias: int | None) -> tuple[int | None, bool]:
-        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension.
-
-        Args:
-            path: Path of the module.
-            shape: Shape of the weight.
-            bias: Size of the bias, or ``None``.
-        """
+        """Return the dimension of the rows and whether it is certain; ``None`` if the bias fits neither dimension."""
         if bias is not None and bias not in shape[:2]:
             return None, False
         known = None if bias is None else _axis(shape, bias)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.formats.byte_range import quoted_list
 from neuronscope.errors import CheckpointError
 
@@ -27,29 +27,27 @@ _ADAPTER = re.compile(r"(^|\.)lora_")
 _SAVED = re.compile(r"(?P<path>.+)\.modules_to_save\.[^.]+\.(?P<leaf>[^.]+)")
 
 
-@dataclass(frozen=True)
-class MergedWeight:
+class MergedWeight(ComputedTensor):
     """A weight that is computed from several stored tensors when it is read.
 
-    Attributes:
+    Args:
         name: The name that it has in a network without masks, adapters or norms of weights.
         stored: Name of the stored tensor that takes its place; ``""`` if the checkpoint holds an adapter only.
         parts: Names of all stored tensors that it is computed from.
-        shape: Its shape.
-        dtype: Name of its dtype.
+        like: A tensor of its shape and dtype.
         compute: Computes it.
     """
 
-    name: str
-    stored: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    compute: Callable[[], Tensor]
-
-    def read(self) -> Tensor:
-        """Read the tensors that it consists of, and return what they give."""
-        return self.compute()
+    def __init__(
+        self,
+        name: str,
+        stored: str,
+        parts: tuple[str, ...],
+        like: StoredTensor,
+        compute: Callable[[], Tensor],
+    ) -> None:
+        super().__init__(like.shape, like.torch_dtype, compute)
+        self.name, self.stored, self.parts = name, stored, parts
 
 
 def holds_only_adapters(checkpoint: Checkpoint) -> bool:
@@ -71,10 +69,18 @@ def merged_weights(checkpoint: Checkpoint, base: Mapping[str, Tensor] | None = N
     """
     tensors = checkpoint.tensors
     for name in tensors:
-        for own in (_masked, _normalised, _spectral):
-            found = own(name, tensors)
-            if found is not None:
-                yield found
+        for ending, others, compute in _MERGED:
+            if not name.endswith(ending):
+                continue
+            path = name.removesuffix(ending)
+            parts = (name, *(path + other for other in others))
+            if not all(part in tensors for part in parts):
+                continue
+            if compute is _scaled and math.prod(tensors[parts[1]].shape) not in tensors[name].shape:
+                continue  # not one magnitude for each row
+            bare = re.sub(r"(^|\.)parametrizations\.", r"\1", path)
+            stored = [tensors[part] for part in parts]
+            yield MergedWeight(bare, name, parts, stored[0], partial(compute, *stored))
     yield from _adapted(checkpoint, base or {})
 
 
@@ -102,73 +108,35 @@ def _bare(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _masked(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
-    mask = name.removesuffix("_orig") + "_mask"
-    if not name.endswith("_orig") or mask not in tensors:
-        return None
-    weight, kept = tensors[name], tensors[mask]
-
-    def compute() -> Tensor:
-        read = weight.read()
-        masked: Tensor = read * kept.read().to(read.dtype)
-        return masked
-
-    return MergedWeight(
-        name.removesuffix("_orig"),
-        name,
-        (name, mask),
-        weight.shape,
-        weight.dtype,
-        compute,
-    )
+def _masked(weight: StoredTensor, mask: StoredTensor) -> Tensor:
+    """Return what pruning leaves of a weight."""
+    read = weight.read()
+    return read * mask.read().to(read.dtype)
 
 
-def _normalised(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+def _scaled(direction: StoredTensor, magnitude: StoredTensor) -> Tensor:
     """Return what weight norm gives: a direction for each row, times the row's magnitude."""
-    for direction, magnitude in (("_v", "_g"), (".original1", ".original0")):
-        other = name.removesuffix(direction) + magnitude
-        if name.endswith(direction) and other in tensors and math.prod(tensors[other].shape) in tensors[name].shape:
-            weight, sizes = tensors[name], tensors[other]
-
-            def compute(weight: StoredTensor = weight, sizes: StoredTensor = sizes) -> Tensor:
-                size = sizes.read()
-                dims = [dim for dim, length in enumerate(size.shape) if length == 1]
-                read = weight.read()
-                scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
-                return scaled
-
-            return MergedWeight(
-                _unparametrized(name.removesuffix(direction)), name, (name, other), weight.shape, weight.dtype, compute
-            )
-    return None
+    read, size = direction.read(), magnitude.read()
+    dims = [dim for dim, length in enumerate(size.shape) if length == 1]
+    scaled: Tensor = read * (size / torch.linalg.vector_norm(read, dim=dims, keepdim=True))
+    return scaled
 
 
-def _spectral(name: str, tensors: Mapping[str, StoredTensor]) -> MergedWeight | None:
+def _divided(weight: StoredTensor, left: StoredTensor, right: StoredTensor) -> Tensor:
     """Return what spectral norm gives in evaluation: the weight divided by its largest singular value."""
-    if name.endswith(".original"):
-        vectors = [name.removesuffix("original") + f"0._{letter}" for letter in "uv"]
-    elif name.endswith("_orig"):
-        vectors = [name.removesuffix("orig") + letter for letter in "uv"]
-    else:
-        return None
-    if not all(vector in tensors for vector in vectors):
-        return None
-    weight = tensors[name]
-    left, right = (tensors[vector] for vector in vectors)
-
-    def compute() -> Tensor:
-        read, u, v = weight.read(), left.read(), right.read()
-        axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
-        matrix = read.movedim(axis, 0).flatten(1)
-        norm: Tensor = torch.dot(u, matrix @ v)
-        return read / norm
-
-    bare = _unparametrized(name.removesuffix("_orig").removesuffix(".original"))
-    return MergedWeight(bare, name, (name, *vectors), weight.shape, weight.dtype, compute)
+    read, u, v = weight.read(), left.read(), right.read()
+    axis = next(dim for dim in range(read.dim()) if read.shape[dim] == len(u))
+    return read / torch.dot(u, read.movedim(axis, 0).flatten(1) @ v)
 
 
-def _unparametrized(name: str) -> str:
-    return re.sub(r"(^|\.)parametrizations\.", r"\1", name)
+#: How the name of a stored weight ends, how those of the tensors that belong to it end, and what they give together.
+_MERGED: tuple[tuple[str, tuple[str, ...], Callable[..., Tensor]], ...] = (
+    ("_orig", ("_mask",), _masked),
+    ("_v", ("_g",), _scaled),
+    (".original1", (".original0",), _scaled),
+    (".original", (".0._u", ".0._v"), _divided),
+    ("_orig", ("_u", "_v"), _divided),
+)
 
 
 def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[MergedWeight]:
@@ -190,31 +158,33 @@ def _adapted(checkpoint: Checkpoint, base: Mapping[str, Tensor]) -> Iterator[Mer
         path = match["path"]
         stored = next((name for name in (f"{path}.base_layer.weight", f"{path}.weight") if name in tensors), "")
         under = [name for name in base if name == f"{path}.weight" or name.endswith(f".{path}.weight")]
-        own = base[under[0]].detach().clone() if not stored and len(under) == 1 else None
-        if second not in tensors or (not stored and own is None):
+        if second not in tensors or (not stored and len(under) != 1):
             raise CheckpointError(
                 f"{checkpoint.path} holds an adapter, but neither it nor the network has the weight `{path}.weight` "
                 "that it changes."
             )
-        scale = _scale(checkpoint.adapter, path, tensors[first].shape[0])
-
-        def compute(
-            weight: StoredTensor | Tensor = own if own is not None else tensors[stored],
-            first: StoredTensor = tensors[first],
-            second: StoredTensor = tensors[second],
-            scale: float = scale,
-        ) -> Tensor:
-            read = weight if isinstance(weight, Tensor) else weight.read()
-            change = second.read().flatten(1).float() @ first.read().flatten(1).float() * scale
-            if checkpoint.adapter.get("fan_in_fan_out"):
-                change = change.T
-            return (read.float() + change.view(read.shape)).to(read.dtype)
-
-        shape = tuple(own.shape) if own is not None else tensors[stored].shape
-        dtype = str(own.dtype).removeprefix("torch.") if own is not None else tensors[stored].dtype
-        name = stored or under[0]
+        weight = tensors[stored] if stored else ComputedTensor.of(base[under[0]].clone())
+        compute = partial(
+            _add_adapter,
+            weight,
+            tensors[first],
+            tensors[second],
+            _scale(checkpoint.adapter, path, tensors[first].shape[0]),
+            is_transposed=bool(checkpoint.adapter.get("fan_in_fan_out")),
+        )
         parts = (first, second, *([stored] if stored else []))
-        yield MergedWeight(_bare(name), stored, parts, shape, dtype, compute)
+        yield MergedWeight(_bare(stored or under[0]), stored, parts, weight, compute)
+
+
+def _add_adapter(
+    weight: StoredTensor, first: StoredTensor, second: StoredTensor, scale: float, *, is_transposed: bool
+) -> Tensor:
+    """Return a weight plus the scaled product of an adapter's two matrices, in the weight's shape and dtype."""
+    read = weight.read()
+    change = second.read().flatten(1).float() @ first.read().flatten(1).float() * scale
+    if is_transposed:
+        change = change.T
+    return (read.float() + change.view(read.shape)).to(read.dtype)
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:

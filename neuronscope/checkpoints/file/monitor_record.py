@@ -25,15 +25,7 @@ __all__ = ["examine_records", "recorded_report", "recorded_reports"]
 
 _SOURCE = "monitor record"
 #: Exceptions that a damaged record may cause.
-_DAMAGED = (
-    NeuronscopeError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_DAMAGED = (NeuronscopeError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def recorded_report(state: Mapping[str, Any]) -> Report | None:
@@ -66,16 +58,13 @@ def recorded_report(state: Mapping[str, Any]) -> Report | None:
 
 
 def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
-    """Yield the report of each monitor's record in a checkpoint, or why there is none.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Yield the report of each monitor's record in a checkpoint, or why there is none."""
     for key, state in checkpoint.records.items():
         try:
             report = recorded_report(state)
         except _DAMAGED as error:
-            yield _damaged(key, error)
+            reason = " ".join(str(error).split())[:300]
+            yield Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
             continue
         if report is not None and report.fault:
             yield Abstention(_SOURCE, "", f"The record {key!r} does not cover the whole run: {report.fault}")
@@ -85,11 +74,7 @@ def recorded_reports(checkpoint: Checkpoint) -> Iterator[Report | Abstention]:
 
 
 def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
-    """Yield the evidence in the monitors' records of a checkpoint.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
+    """Yield the evidence in the monitors' records of a checkpoint."""
     for report in recorded_reports(checkpoint):
         if isinstance(report, Abstention):
             yield report
@@ -97,11 +82,6 @@ def examine_records(checkpoint: Checkpoint) -> Iterator[Evidence | Abstention]:
         blocked = blocked_by_next_layer(report.layers)
         for site, judged in zip(report.layers, report.totals.stand_ins, strict=True):
             yield from _examine_site(site, report, judged, site.name in blocked)
-
-
-def _damaged(key: str, error: BaseException) -> Abstention:
-    reason = " ".join(str(error).split())[:300]
-    return Abstention(_SOURCE, "", f"The record {key!r} is damaged, or of another version: {reason}")
 
 
 def _examine_site(site: SiteReport, report: Report, judged: npt.NDArray[np.bool_], blocked: bool) -> Iterator[Evidence]:

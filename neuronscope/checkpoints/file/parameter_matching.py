@@ -93,7 +93,7 @@ def match_parameters(checkpoint: Checkpoint, parameter_names: Sequence[str] | No
     return ParameterMatches(states, tuple(abstentions))
 
 
-def state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
+def _state_shape(slots: Mapping[str, StoredTensor | float]) -> Shape | None:
     """Return the shape of a parameter as its saved state shows it: that of the tensor with the most dimensions.
 
     ``None`` if the state does not show it: it is empty, or it keeps sums over rows and columns only (Adafactor).
@@ -128,7 +128,7 @@ def _match_by_name(
         name = label
         while name not in shapes and name.startswith(_PREFIXES):
             name = name.partition(".")[2]
-        shape = state_shape(state.slots)
+        shape = _state_shape(state.slots)
         if name not in shapes:
             unknown.append(label)
         elif shape is not None and shape != shapes[name]:
@@ -153,7 +153,7 @@ class _ParameterRun:
     def __init__(self, optimizer: int, states: list[ParameterState]) -> None:
         self.optimizer = optimizer
         self.states = states
-        self.shapes = [state_shape(state.slots) for state in states]
+        self.shapes = [_state_shape(state.slots) for state in states]
 
     def places(self, names: Sequence[str], shapes: Mapping[str, Shape]) -> list[str | None] | None:
         """Return the parameter of each entry, ``None`` for an entry with several candidates; ``None`` if nothing fits.

@@ -83,12 +83,7 @@ class _OrderSearch:
         self._states = 0
 
     def places(self, module: _Module, start: int) -> dict[str, set[int]] | None:
-        """Return the possible places of a module's parameters; ``None`` if none fits.
-
-        Args:
-            module: The module.
-            start: The place of its first parameter.
-        """
+        """Return the possible places of a module's parameters; ``None`` if none fits."""
         if module.name:
             fits = self._wanted[start] in (None, module.shape)
             return {module.name: {start}} if fits else None

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from neuronscope.checkpoints.file.optimizer_rules import OptimizerRule, recognize_optimizer, steps_taken
 from neuronscope.checkpoints.file.parameter_matching import ParameterState
+from neuronscope.checkpoints.file.training_settings import finite_settings
 
 __all__ = ["RemainingMotion", "remaining_motion"]
 
@@ -44,15 +45,7 @@ _MOST_STEPS, _MOST_FOLDS = 1_000_000, 40.0
 #: Settings that schedulers add to a group; a group with other unknown numbers is of another optimizer.
 _OF_SCHEDULERS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"}
 _WITHOUT_MOTION = {"Adagrad", "RMSprop", "Adadelta"}
-_OPTIMIZERS = {
-    "Adam": torch.optim.Adam,
-    "AdamW": torch.optim.AdamW,
-    "NAdam": torch.optim.NAdam,
-    "SGD": torch.optim.SGD,
-    "Adagrad": torch.optim.Adagrad,
-    "RMSprop": torch.optim.RMSprop,
-    "Adadelta": torch.optim.Adadelta,
-}
+_OPTIMIZERS = {"Adam", "AdamW", "NAdam", "SGD", *_WITHOUT_MOTION}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +83,9 @@ def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingM
     if state is None:
         return "the optimizer's state of its weights is not known"
     group, slots, weight = state.group, state.slots, weight.detach()
-    rates = _numbers(group, "lr", "initial_lr", "max_lr")
-    decay = _numbers(group, "weight_decay")
-    if not _numbers(group, "lr") or not decay or min(rates) < 0 or decay[0] < 0:
+    rates = finite_settings(group, "lr", "initial_lr", "max_lr")
+    decay = finite_settings(group, "weight_decay")
+    if not finite_settings(group, "lr") or not decay or min(rates) < 0 or decay[0] < 0:
         return "the learning rate or the weight decay of its optimizer is not known"
     rate, amount = max(rates), decay[0]
     if "nesterov" in group and not _unknown_settings(group, "SGD") and set(slots) <= {"momentum_buffer"}:
@@ -113,7 +106,7 @@ def remaining_motion(state: ParameterState | None, weight: Tensor) -> RemainingM
 def _adam(
     rule: OptimizerRule, group: Mapping[str, Any], slots: Mapping[str, Any], weight: Tensor, rate: float
 ) -> RemainingMotion | str:
-    amount, epsilon = rule.decay.amount, _numbers(group, "eps")
+    amount, epsilon = rule.decay.amount, finite_settings(group, "eps")
     if amount and rule.decay.decoupled is not True:
         return "its weight decay is, or may be, added to the gradient, which Adam turns into steps of full length"
     mean, square = (slots[slot].read().double() for slot in rule.slots)
@@ -138,9 +131,9 @@ def _adam(
 def _sgd(
     group: Mapping[str, Any], slots: Mapping[str, Any], weight: Tensor, rate: float, amount: float
 ) -> RemainingMotion | str:
-    momentum = max(_numbers(group, "momentum", "base_momentum", "max_momentum"), default=math.nan)
-    dampening = _numbers(group, "dampening")
-    if not (0 <= momentum < 1 and dampening and 0 <= dampening[0] <= 1) or not _numbers(group, "momentum"):
+    momentum = max(finite_settings(group, "momentum", "base_momentum", "max_momentum"), default=math.nan)
+    dampening = finite_settings(group, "dampening")
+    if not (0 <= momentum < 1 and dampening and 0 <= dampening[0] <= 1) or not finite_settings(group, "momentum"):
         return "the momentum of its optimizer is not known"
     stored = slots.get("momentum_buffer")
     buffer = torch.zeros_like(weight) if stored is None or isinstance(stored, (int, float)) else stored.read()
@@ -151,7 +144,7 @@ def _sgd(
     ratio = 2 * amount / (1 - momentum)
     keeps, steps = _decay(rate * ratio)
     spread = rate * momentum / keeps / (1 - momentum / keeps**2)
-    own = amount * (1 - dampening[0]) / (1 - _numbers(group, "momentum")[0])
+    own = amount * (1 - dampening[0]) / (1 - finite_settings(group, "momentum")[0])
     rest = (buffer.double() - own * weight.double()).abs() if momentum else torch.zeros_like(weight).double()
     stuck = steps / keeps**steps * 3 * _smallest(buffer.dtype) / (1 - momentum)
     roundings = (1 + 3 * rate * ratio) * (1 + spread * ratio) + 3 * spread * ratio if amount else 1.0
@@ -160,11 +153,7 @@ def _sgd(
 
 
 def _decay(per_step: float) -> tuple[float, int]:
-    """Return the least factor that a step of decay leaves of a weight, and for how many steps to vouch.
-
-    Args:
-        per_step: The largest share that a step takes.
-    """
+    """Return the least factor that a step of decay leaves of a weight, and for how many steps to vouch."""
     if per_step == 0:
         return 1.0, _MOST_STEPS
     return 1 - per_step - 2**-22, min(_MOST_STEPS, int(_MOST_FOLDS / per_step))
@@ -184,19 +173,7 @@ def _smallest(dtype: torch.dtype) -> float:
     return kind.tiny * kind.eps
 
 
-def _numbers(group: Mapping[str, Any], *names: str) -> list[float]:
-    """Return the settings of these names that are finite numbers."""
-    found = []
-    for name in names:
-        value = group.get(name)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            found.append(float(value))
-    return found
-
-
 def _unknown_settings(group: Mapping[str, Any], name: str) -> set[str]:
     """Return the settings of a group that torch's optimizer of this name does not have; names and the like are fine."""
-    known = {*_OPTIMIZERS[name]([torch.zeros(1)]).defaults, *_OF_SCHEDULERS}
+    known = {*getattr(torch.optim, name)([torch.zeros(1)]).defaults, *_OF_SCHEDULERS}
     return {str(key) for key, value in group.items() if key not in known and not isinstance(value, (str, type(None)))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,18 @@ from neuronscope.checkpoints.checkpoint import Checkpoint
 from neuronscope.checkpoints.file.layers import Layer
 from neuronscope.checkpoints.verdict.layer_verdicts import LayerReport
 
-__all__ = ["dead_norm_ratios", "learning_rates", "weight_decay_per_step"]
+__all__ = ["dead_norm_ratios", "finite_settings", "learning_rates", "weight_decay_per_step"]
 
 
 def learning_rates(checkpoint: Checkpoint) -> list[float]:
-    """Return the saved learning rates of the optimizers' groups.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
-    return [rate for rate, _ in _rates(checkpoint)]
+    """Return the saved learning rates of the optimizers' groups."""
+    return [rate for group in _groups(checkpoint) for rate in finite_settings(group, "lr")]
 
 
 def weight_decay_per_step(checkpoint: Checkpoint) -> float:
-    """Return the largest fraction by which weight decay shrinks weights per step.
-
-    Args:
-        checkpoint: The opened checkpoint.
-    """
-    return max((rate * decay for rate, decay in _rates(checkpoint)), default=0.0)
+    """Return the largest fraction by which weight decay shrinks weights per step."""
+    pairs = ((finite_settings(group, "lr"), finite_settings(group, "weight_decay")) for group in _groups(checkpoint))
+    return max((rate[0] * decay[0] for rate, decay in pairs if rate and decay), default=0.0)
 
 
 def dead_norm_ratios(
@@ -59,18 +52,17 @@ def dead_norm_ratios(
     return found
 
 
-def _rates(checkpoint: Checkpoint) -> list[tuple[float, float]]:
-    """Return learning rate and weight decay of each group that has a learning rate."""
-    groups = [group for state in checkpoint.optimizers for group in state.groups]
-    return [
-        (_number(group.get("lr")), _number(group.get("weight_decay"), 0.0))
-        for group in groups
-        if not math.isnan(_number(group.get("lr")))
-    ]
+def _groups(checkpoint: Checkpoint) -> Iterator[Mapping[str, Any]]:
+    return (group for optimizer in checkpoint.optimizers for group in optimizer.groups)
 
 
-def _number(value: Any, default: float = math.nan) -> float:
-    """Return a hyperparameter as a number; tensors of one element count (``capturable`` optimizers have such)."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else default
+def finite_settings(group: Mapping[str, Any], *names: str) -> list[float]:
+    """Return the hyperparameters of these names that are finite numbers, or tensors of one.
+
+    Args:
+        group: The hyperparameters of a parameter group.
+        *names: Their names.
+    """
+    values = (group.get(name) for name in names)
+    numbers = (value.item() if isinstance(value, Tensor) and value.numel() == 1 else value for value in values)
+    return [float(number) for number in numbers if isinstance(number, (int, float)) and math.isfinite(number)]

@@ -16,14 +16,12 @@ from torch import Tensor
 from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer, find_projections, normalised_layers
 from neuronscope.checkpoints.file.weights import sequential_readers
-from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_where
 
 __all__ = ["HINTS", "Hint", "hint_evidence", "hint_scores"]
 
 #: A layer is examined if it has this many rows, and each row this many weights: fewer show nothing by their spread.
 FEWEST_ROWS, FEWEST_WEIGHTS = 8, 16
-#: Rows of a chunk that are compared with all others at a time.
-_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ HINTS = (
 def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer | None) -> dict[str, Tensor]:
     """Return the score of each of a layer's ``N`` rows for each hint, float64 ``(N,)`` by the hint's name.
 
-    A score that cannot be known is NaN. *duplicate* is a further one that the table shows and no hint uses: 1 − the
-    largest cosine of a row, its bias included, with another row.
+    A score that cannot be known is NaN.
 
     Args:
         layer: The layer.
@@ -82,16 +79,13 @@ def hint_scores(layer: Layer, tensors: Mapping[str, StoredTensor], reader: Layer
         reader: The layer that reads its rows, as far as it is known.
     """
     unknown = torch.full((layer.width,), torch.nan, dtype=torch.float64)
-    scores = {"negative weights": unknown, "small row": unknown, "small column": unknown, "duplicate": unknown}
+    scores = {hint.name: unknown for hint in HINTS}
     weight = layer.rows(tensors[layer.weight].read()).double()
     if layer.width < FEWEST_ROWS or weight.shape[1] < FEWEST_WEIGHTS or layer.gain is not None:
         return scores
     norm = weight.norm(dim=1)
     scores["negative weights"] = weight.clamp(min=0.0).norm(dim=1) / norm
     scores["small row"] = norm / norm.nanmedian()
-    if layer.bias is not None:
-        weight = torch.cat([weight, layer.rows(tensors[layer.bias].read()).double()], dim=1)
-    scores["duplicate"] = _distance_to_nearest(weight / weight.norm(dim=1, keepdim=True))
     if reader is not None:
         columns = reader.columns(tensors[reader.weight].read()).double().norm(dim=1)
         scores["small column"] = columns / columns.nanmedian()
@@ -117,26 +111,13 @@ def hint_evidence(checkpoint: Checkpoint, layers: Sequence[Layer]) -> Iterator[E
         scores = hint_scores(layer, tensors, readers.get(layer.path))
         for hint in HINTS:
             # A score of exactly zero is told for certain elsewhere: a row or a column of zeros.
-            neurons = torch.nonzero((scores[hint.name] < hint.below) & (scores[hint.name] > 0)).flatten()
-            if len(neurons):
-                yield Evidence(
-                    layer=layer.path,
-                    width=layer.width,
-                    source="weights alone",
-                    claim="dead",
-                    basis="suspected",
-                    neurons=neurons.numpy(),
-                    numbers=scores[hint.name][neurons].numpy(),
-                    measure=hint.measure,
-                    text=hint.text,
-                )
-
-
-def _distance_to_nearest(rows: Tensor) -> Tensor:
-    """Return 1 − the largest cosine of each row with another one, ``(N,)``; the rows ``(N, F)`` have norm 1."""
-    nearest = []
-    for start in range(0, len(rows), _CHUNK):
-        cosines = rows[start : start + _CHUNK] @ rows.T
-        cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -1.0
-        nearest.append(1.0 - cosines.amax(dim=1))
-    return torch.cat(nearest)
+            yield from evidence_where(
+                layer.path,
+                (scores[hint.name] < hint.below) & (scores[hint.name] > 0),
+                scores[hint.name],
+                source="weights alone",
+                claim="dead",
+                basis="suspected",
+                measure=hint.measure,
+                text=hint.text,
+            )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.file.layers import NEURON_KINDS, Layer
-from neuronscope.checkpoints.verdict.evidence import Evidence
+from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_where
 
 __all__ = ["examine_weights", "sequential_readers"]
 
@@ -30,8 +30,7 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
     """
     for layer, norm in pairwise(layers):
         yield from _constant(tensors, layer, norm)
-    readers = sequential_readers(layers)
-    read_by = {reader.weight: layer for layer, reader in readers}
+    read_by = {reader.weight: layer for layer, reader in sequential_readers(layers)}
     for layer in layers:
         if layer.kind not in NEURON_KINDS:
             continue
@@ -55,28 +54,29 @@ def examine_weights(tensors: Mapping[str, StoredTensor], layers: Sequence[Layer]
                     yield from _unread(writer, layer, tensor)
             else:  # weight norm's magnitudes: a magnitude of zero makes a row of zeros
                 all_zero |= zero
-        if not_finite.any():
-            yield _evidence(
-                layer,
-                "not finite",
-                "inferred",
-                not_finite > 0,
-                not_finite.double(),
-                "incoming weights that are NaN or infinite",
-                "A weight or bias of these neurons is NaN or infinite; so is their pre-activation for any input.",
-            )
-        all_zero &= not_finite == 0
-        if all_zero.any():
-            yield _evidence(
-                layer,
-                "zero row",
-                "inferred",
-                all_zero,
-                bias,
-                "bias",
+        yield from evidence_where(
+            layer.path,
+            not_finite > 0,
+            not_finite.double(),
+            source=_SOURCE,
+            claim="not finite",
+            basis="inferred",
+            measure="incoming weights that are NaN or infinite",
+            text="A weight or bias of these neurons is NaN or infinite; so is their pre-activation for any input.",
+        )
+        yield from evidence_where(
+            layer.path,
+            all_zero & (not_finite == 0),
+            bias,
+            source=_SOURCE,
+            claim="zero row",
+            basis="inferred",
+            measure="bias",
+            text=(
                 "All incoming weights are zero: the pre-activation is the bias for every input. Pruning and zero "
-                "initialisation cause this too.",
-            )
+                "initialisation cause this too."
+            ),
+        )
 
 
 def _constant(tensors: Mapping[str, StoredTensor], layer: Layer, norm: Layer) -> Iterator[Evidence]:
@@ -91,35 +91,36 @@ def _constant(tensors: Mapping[str, StoredTensor], layer: Layer, norm: Layer) ->
     if norm.bias is None or layer.bias is not None or norm.width != layer.width:
         return
     zero, shift = tensors[norm.weight].read() == 0, tensors[norm.bias].read().double()
-    constant = zero & (shift <= 0)
-    if constant.any() and not zero.all():
-        yield _evidence(
-            layer,
-            "dead",
-            "suspected",
-            constant,
+    if not zero.all():
+        yield from evidence_where(
+            layer.path,
+            zero & (shift <= 0),
             shift,
-            "output of the norm",
-            f"The scale of {norm.path}, which follows directly, is zero, so that its output is this number for every "
-            "input. The neuron is dead if an activation follows that is zero for it, as ReLU is; with `model=` it is "
-            "known.",
+            source=_SOURCE,
+            claim="dead",
+            basis="suspected",
+            measure="output of the norm",
+            text=(
+                f"The scale of {norm.path}, which follows directly, is zero, so that its output is this number for "
+                "every input. The neuron is dead if an activation follows that is zero for it, as ReLU is; with "
+                "`model=` it is known."
+            ),
         )
 
 
 def _unread(writer: Layer, reader: Layer, weight: Tensor) -> Iterator[Evidence]:
     """Yield the neurons whose outgoing weights are all zero, if only one layer seems to read them."""
-    unread = (reader.columns(weight) == 0).all(dim=1)
-    if unread.any():
-        yield _evidence(
-            writer,
-            "unread",
-            "suspected",
-            unread,
-            torch.full((writer.width,), torch.nan, dtype=torch.float64),
-            "",
+    return evidence_where(
+        writer.path,
+        (reader.columns(weight) == 0).all(dim=1),
+        source=_SOURCE,
+        claim="unread",
+        basis="suspected",
+        text=(
             f"Every weight of {reader.path} that reads these neurons is zero. That nothing else reads them is a guess "
-            "from their places in one sequence; with `model=` it is known.",
-        )
+            "from their places in one sequence; with `model=` it is known."
+        ),
+    )
 
 
 def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
@@ -151,18 +152,3 @@ def sequential_readers(layers: Sequence[Layer]) -> list[tuple[Layer, Layer]]:
             pairs.append((earlier, layer))
         before[parent] = number, layer
     return pairs
-
-
-def _evidence(layer: Layer, claim: str, basis: str, mask: Tensor, numbers: Tensor, measure: str, text: str) -> Evidence:
-    neurons = torch.nonzero(mask).flatten()
-    return Evidence(
-        layer=layer.path,
-        width=layer.width,
-        source=_SOURCE,
-        claim=claim,
-        basis=basis,
-        neurons=neurons.numpy(),
-        numbers=numbers[neurons].numpy(),
-        measure=measure,
-        text=text,
-    )

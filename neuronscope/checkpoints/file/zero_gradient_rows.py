@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch import Tensor
 from neuronscope.checkpoints.file.adam_clock import SILENT_STEPS
 from neuronscope.checkpoints.file.collapse import NoGradientCause
 from neuronscope.checkpoints.file.layer_clocks import LayerClock
-from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence
+from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_where
 
-__all__ = ["clock_evidence", "zero_gradient_evidence"]
+__all__ = ["zero_gradient_evidence"]
 
 #: Steps by which the clocks of rows that stopped together may differ (measured: docs/optimizer-clock.md).
 _TOGETHER = 30
@@ -29,6 +30,12 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         cause: Why the whole layer gets no gradient; ``None`` if it gets one, or the cause is not known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
+    limit = read.clock.silent_steps
+    is_short = read.taken is not None and read.taken - 1 <= limit
+    is_alive = ~(reading.not_finite | reading.unknown | reading.never | (reading.steps > limit))
+    if not read.rule.no_clock and not is_short and bool(is_alive.all()):
+        yield from _alive(read, is_alive)
+        return
     if reading.not_finite.any():
         count = int(reading.not_finite.sum())
         yield Abstention(source, path, f"The optimizer's state of {count} neurons is NaN or infinite.")
@@ -41,8 +48,7 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         )
     readable = ~reading.not_finite & ~reading.unknown
     never = reading.never & readable
-    limit = read.clock.silent_steps
-    if read.rule.no_clock or (read.taken is not None and read.taken - 1 <= limit):
+    if read.rule.no_clock or is_short:
         if not read.rule.no_clock:
             yield Abstention(
                 source,
@@ -67,25 +73,32 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
     if whole and cause is not None and cause.kind != "cut off":
         together = stopped  # the layer has collapsed, whichever rows stopped first
     yield from _never(read, never, bool(never.all()), cause)
-    sure = reading.steps > read.clock.sure_steps
-    for as_whole, mask in ((False, dated & ~together), (True, dated & together)):
-        yield from _stopped(read, mask & sure, "inferred", as_whole, cause)
-        yield from _stopped(read, mask & ~sure, "suspected", as_whole, cause)
-    sure = reading.least_steps > read.sure_end
-    for as_whole, mask in ((False, undated & ~together), (True, undated & together)):
-        yield from _undated(read, mask & sure, "inferred", as_whole, cause)
-        yield from _undated(read, mask & ~sure, "suspected", as_whole, cause)
-    if alive.any():
-        yield clock_evidence(
-            read,
-            "alive",
-            alive,
-            reading.steps,
-            _measure(read),
+    for found, is_sure, describe in (
+        (dated, reading.steps > read.clock.sure_steps, _stopped),
+        (undated, reading.least_steps > read.sure_end, _undated),
+    ):
+        for as_whole, part in ((False, found & ~together), (True, found & together)):
+            yield from describe(read, part & is_sure, "inferred", as_whole, cause)
+            yield from describe(read, part & ~is_sure, "suspected", as_whole, cause)
+    yield from _alive(read, alive)
+
+
+def _alive(read: LayerClock, mask: Tensor) -> Iterator[Evidence]:
+    """Yield evidence on rows that got a gradient lately."""
+    return evidence_where(
+        read.layer.path,
+        mask,
+        read.reading.steps,
+        source=read.rule.source,
+        claim="alive",
+        basis="inferred",
+        measure=_measure(read),
+        text=(
             "The optimizer's running means show a gradient within this many steps"
             + (", for any gradients." if read.is_bound else ", by comparison with the layer's largest.")
-            + _caveats(read),
-        )
+            + _caveats(read)
+        ),
+    )
 
 
 def _measure(read: LayerClock) -> str:
@@ -97,40 +110,39 @@ def _never(read: LayerClock, mask: Tensor, whole: bool, cause: NoGradientCause |
 
     If another optimizer may have trained them before, all that is known is that none came since this one began.
     """
-    if not mask.any():
-        return
     kept = " and ".join(read.rule.slots)
     text = f"The optimizer's {kept} of all incoming weights are exactly zero: "
     none = "none ever got a gradient" + ("" if read.rule.is_momentum else ", or none whose square this dtype can hold")
     why = _why(cause, "it was cut off from the loss, or multiplied by zero, from the start") if whole else ""
-    no_numbers = torch.full(mask.shape, torch.nan, dtype=torch.float64)
     born = mask & read.untrained
-    if born.any():
-        since = torch.full(mask.shape, -1, dtype=torch.int64)
-        told = f"{text}{none}.{why}{_caveats(read)}"
-        found = clock_evidence(read, "never trained", born, no_numbers, "", told, since)
-        yield _for_whole_layer(found, whole, cause)
-    later = mask & ~born
-    if not later.any():
-        return
+    yield from _evidence(
+        read,
+        born,
+        None,
+        whole,
+        cause,
+        claim="never trained",
+        basis="inferred",
+        text=f"{text}{none}.{why}{_caveats(read)}",
+        since=torch.full(mask.shape, -1),
+    )
     taken = read.taken
     if taken is not None and taken - 1 <= SILENT_STEPS:
         return
     has_collapsed = cause is not None and cause.kind == "collapsed"  # as the next layer's clock shows too
     is_sure = has_collapsed or (taken is not None and taken - 1 > _LONG)
-    basis = "inferred" if is_sure else "suspected"
-    numbers = no_numbers if taken is None else torch.full_like(no_numbers, float(taken))
     text += f"no gradient came since this optimizer began{_beginning(read)}. Others may have trained them before."
-    found = clock_evidence(
+    yield from _evidence(
         read,
-        "no gradient",
-        later,
-        numbers,
-        "" if taken is None else "steps without a gradient, at least",
-        text + why + _caveats(read),
-        basis=basis,
+        mask & ~born,
+        None if taken is None else torch.full(mask.shape, float(taken), dtype=torch.float64),
+        whole,
+        cause,
+        claim="no gradient",
+        basis="inferred" if is_sure else "suspected",
+        measure="" if taken is None else "steps without a gradient, at least",
+        text=text + why + _caveats(read),
     )
-    yield _for_whole_layer(found, whole, cause)
 
 
 def _beginning(read: LayerClock) -> str:
@@ -144,8 +156,6 @@ def _stopped(
     read: LayerClock, mask: Tensor, basis: str, as_whole: bool, cause: NoGradientCause | None
 ) -> Iterator[Evidence]:
     """Yield evidence on rows that the clock dates; ``as_whole``: the last rows of the layer, which stopped together."""
-    if not mask.any():
-        return
     cycled = read.rule.betas[0] != read.rule.least_beta
     if read.is_bound:
         limit, living = {
@@ -169,16 +179,24 @@ def _stopped(
     # Nor does an estimate date rows whose momentum a schedule cycles, since it would have to know the schedule.
     if read.step is not None and not read.lag and (read.is_bound or not (as_whole or cycled)):
         since = (read.step - read.reading.steps.nan_to_num(posinf=0.0)).clamp(min=0.0).long()
-    text += _caveats(read)
-    found = clock_evidence(read, "no gradient", mask, read.reading.steps, _measure(read), text, since, basis=basis)
-    yield _for_whole_layer(found, as_whole, cause)
+    return _evidence(
+        read,
+        mask,
+        read.reading.steps,
+        as_whole,
+        cause,
+        claim="no gradient",
+        basis=basis,
+        measure=_measure(read),
+        text=text + _caveats(read),
+        since=since,
+    )
 
 
 def _undated(
     read: LayerClock, mask: Tensor, basis: str, whole: bool, cause: NoGradientCause | None
 ) -> Iterator[Evidence]:
-    if not mask.any():
-        return
+    """Yield evidence on rows whose state has faded beyond the end of the clock."""
     if read.is_decayed:
         text = (
             "The momentum buffer is a multiple of the weights, up to rounding, as weight decay alone makes it: the "
@@ -192,16 +210,17 @@ def _undated(
         )
     if whole:
         text += _why(cause, "it was frozen, or cut off by a later layer")
-    found = clock_evidence(
+    return _evidence(
         read,
-        "no gradient",
         mask,
         read.reading.least_steps,
-        "steps since the last gradient, about or more",
-        text + _caveats(read),
+        whole,
+        cause,
+        claim="no gradient",
         basis=basis,
+        measure="steps since the last gradient, about or more",
+        text=text + _caveats(read),
     )
-    yield _for_whole_layer(found, whole, cause)
 
 
 def _why(cause: NoGradientCause | None, unknown: str) -> str:
@@ -212,16 +231,29 @@ def _why(cause: NoGradientCause | None, unknown: str) -> str:
     return f" The whole layer gets none, and {cause.text}."
 
 
-def _for_whole_layer(evidence: Evidence, whole: bool, cause: NoGradientCause | None) -> Evidence:
-    """Mark evidence on a whole layer: about its neurons too if the layer has collapsed, else about the layer only.
+def _evidence(
+    read: LayerClock, mask: Tensor, numbers: Tensor | None, whole: bool, cause: NoGradientCause | None, **fields: Any
+) -> Iterator[Evidence]:
+    """Yield evidence on rows of a layer, or on the whole layer.
 
-    The next layer's clock supports the layer's own. Thus a collapse is inferred even if each alone is only suspected.
+    Evidence on a whole layer is about its neurons too if the layer has collapsed, else about the layer only. The next
+    layer's clock supports the layer's own. Thus a collapse is inferred even if each alone is only suspected.
+
+    Args:
+        read: The layer's clock.
+        mask: The rows, bool ``(N,)``.
+        numbers: A number for each row of the layer, float64 ``(N,)``.
+        whole: Whether it is on the whole layer.
+        cause: Why the whole layer gets no gradient; ``None`` = not known.
+        **fields: As for :func:`~neuronscope.checkpoints.verdict.evidence.evidence_where`.
     """
-    if not whole:
-        return evidence
-    if cause is None or cause.kind == "cut off":
-        return replace(evidence, whole_layer=True)
-    return replace(evidence, collapsed=True, basis="inferred" if cause.kind == "collapsed" else "suspected")
+    for one in evidence_where(read.layer.path, mask, numbers, source=read.rule.source, **fields):
+        if not whole:
+            yield one
+        elif cause is None or cause.kind == "cut off":
+            yield replace(one, whole_layer=True)
+        else:
+            yield replace(one, collapsed=True, basis="inferred" if cause.kind == "collapsed" else "suspected")
 
 
 def _caveats(read: LayerClock) -> str:
@@ -237,45 +269,3 @@ def _caveats(read: LayerClock) -> str:
     if not read.layer.axis_known:
         text += " The neuron axis of the weight is the usual one; the file does not confirm it."
     return text
-
-
-def clock_evidence(
-    read: LayerClock,
-    claim: str,
-    mask: Tensor,
-    numbers: Tensor,
-    measure: str,
-    text: str,
-    since: Tensor | None = None,
-    whole: bool = False,
-    basis: str = "inferred",
-    source: str = "",
-) -> Evidence:
-    """Return evidence from a layer's clock about some of its ``N`` neurons; see :class:`Evidence` for the fields.
-
-    Args:
-        read: The layer's clock.
-        claim: The claim.
-        mask: The neurons that it is about, bool ``(N,)``.
-        numbers: The number for each neuron of the layer, float64 ``(N,)``.
-        measure: The meaning of the numbers.
-        text: An explanation for the reader.
-        since: The step from which the claim holds for each neuron of the layer, int64 ``(N,)``.
-        whole: Whether the claim is about the layer only, and not about its single neurons.
-        basis: The basis.
-        source: The source; by default the optimizer's state.
-    """
-    neurons = torch.nonzero(mask).flatten()
-    return Evidence(
-        layer=read.layer.path,
-        width=read.layer.width,
-        source=source or read.rule.source,
-        claim=claim,
-        basis=basis,
-        neurons=neurons.numpy(),
-        numbers=numbers[neurons].numpy(),
-        measure=measure,
-        text=text,
-        since=None if since is None else since[neurons].numpy(),
-        whole_layer=whole,
-    )

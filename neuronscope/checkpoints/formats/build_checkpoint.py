@@ -10,7 +10,6 @@ from typing import Any
 from neuronscope.checkpoints.checkpoint import Checkpoint, OptimizerState, StoredTensor
 from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
 from neuronscope.checkpoints.formats.hyperparameters import find_hyperparameters
-from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.monitor_state import find_records
 from neuronscope.checkpoints.formats.optimizer_state import find_optimizers, is_optimizer_state, steps_taken
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS, prefix_stripper
@@ -24,6 +23,7 @@ _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
 _STEPS = ("global_step", "step")
 _AVERAGES = "averaging_state"  # Lightning's callbacks keep the counters apart from the averages
 _DEEPSPEED = frozenset({"ds_config", "ds_version", "param_shapes"})
+_TENSORS = (StoredTensor, SkippedTensor)
 _DEEPEST = 3  # the state_dict of a model in a dictionary of models in a checkpoint
 
 
@@ -33,7 +33,7 @@ class RawCheckpoint:
 
     Attributes:
         format: Name of the format, for people.
-        data: The content as plain data, with a :class:`LazyTensor` in place of each tensor.
+        data: The content as plain data, with a stored tensor in place of each tensor.
         other_files: Plain data of other files of the checkpoint, such as an optimizer's or a monitor's.
         optimizer: Plain data of the file that the user names for the optimizer; no other one is looked at then.
         config: The network's configuration, if a file holds one.
@@ -90,7 +90,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
         notes.append("It holds no weights of a network.")
     return Checkpoint(
         path=path,
-        format=_of_lightning(raw.format) if lightning else raw.format,
+        format=_lightning_name(raw.format) if lightning else raw.format,
         tensors=tensors,
         is_ordered="safetensors" not in raw.format,
         is_averaged=not set(weights).isdisjoint(COUNTERS) or _AVERAGES in data,
@@ -105,7 +105,7 @@ def build_checkpoint(path: Path, raw: RawCheckpoint) -> Checkpoint:
     )
 
 
-def _of_lightning(kind: str) -> str:
+def _lightning_name(kind: str) -> str:
     """Return the name of a format when Lightning wrote the file or folder."""
     if kind.startswith("torch file"):
         return kind.replace("torch file", "Lightning checkpoint")
@@ -122,7 +122,7 @@ def _weights(data: Mapping[Any, Any], notes: list[str]) -> tuple[dict[str, Store
         chosen = chosen[inner]
         where.append(inner)
     others = [key for key, value in data.items() if _is_network(value) and key not in where]
-    if any(isinstance(value, LazyTensor | SkippedTensor) for value in chosen.values()):
+    if any(isinstance(value, _TENSORS) for value in chosen.values()):
         if others and where:
             notes.append(f"The weights are those under {quoted(where[0])}; not looked at: {quoted_list(others)}.")
         return _tensors(chosen, notes), ()
@@ -147,8 +147,8 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     skipped: dict[str, list[str]] = {}
     others = []
     for key, value in part.items():
-        name = key if isinstance(key, str) else str(key)
-        if isinstance(value, LazyTensor):
+        name = str(key)
+        if isinstance(value, StoredTensor):
             found[name] = value
         elif isinstance(value, SkippedTensor):
             skipped.setdefault(value.reason, []).append(name)
@@ -157,7 +157,7 @@ def _tensors(part: Mapping[Any, Any], notes: list[str]) -> dict[str, StoredTenso
     for reason, names in skipped.items():
         notes.append(f"Tensors that are {reason} are not read: {quoted_list(names)}.")
     if others:
-        notes.append(f"What is no tensor is left out of the weights: {quoted_list(others)}.")
+        notes.append(f"Values that are not tensors are left out of the weights: {quoted_list(others)}.")
     return found
 
 
@@ -165,7 +165,7 @@ def _holds_tensors(value: Any, deeper: int) -> bool:
     """Whether a value is a dictionary that holds a tensor or a network, or such a dictionary under a known key."""
     if not isinstance(value, Mapping) or is_optimizer_state(value):
         return False
-    if any(isinstance(inner, LazyTensor | SkippedTensor) or _is_network(inner) for inner in value.values()):
+    if any(isinstance(inner, _TENSORS) or _is_network(inner) for inner in value.values()):
         return True
     return deeper > 0 and any(_holds_tensors(value.get(key), deeper - 1) for key in _WEIGHTS)
 
@@ -175,8 +175,7 @@ def _is_network(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
-        and all(isinstance(key, str) for key in value)
-        and all(isinstance(inner, LazyTensor | SkippedTensor) for inner in value.values())
+        and all(isinstance(key, str) and isinstance(inner, _TENSORS) for key, inner in value.items())
     )
 
 
@@ -191,7 +190,7 @@ def _step(data: Mapping[Any, Any], known: int | None, optimizers: tuple[Optimize
         return known
     for key in _STEPS:
         value = data.get(key)
-        if isinstance(value, LazyTensor) and value.shape == () and "int" in value.dtype:
+        if isinstance(value, StoredTensor) and value.shape == () and "int" in value.dtype:
             value = value.read().item()
         if type(value) is int and 0 <= value < 2**63:
             return value

@@ -21,11 +21,9 @@ from neuronscope.errors import CheckpointError
 __all__ = [
     "MOST_DIMENSIONS",
     "ByteRange",
-    "file_count",
     "parse_json",
     "quoted",
     "quoted_list",
-    "read_exactly",
     "read_json",
     "sibling_file",
 ]
@@ -130,14 +128,11 @@ class ByteRange:
     def read_into(self, buffer: memoryview) -> None:
         """Fill a buffer with the first bytes of the range.
 
-        Args:
-            buffer: Memory to fill, of at most ``size`` bytes.
-
         Raises:
             CheckpointError: The file has become shorter, or may no longer be read.
         """
         with _opened(self.path) as file:
-            read_exactly(file, self.start, buffer, self.path)
+            _read_exactly(file, self.start, buffer, self.path)
 
     def open(self) -> BinaryIO:
         """Open the range as a file of its own, which returns at most a bounded number of bytes per read.
@@ -145,29 +140,6 @@ class ByteRange:
         It serves to read the lengths and indices that a file declares, not tensors.
         """
         return _Bounded(_Window(self), buffer_size=1 << 16)
-
-
-def read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
-    """Fill a buffer from an open file.
-
-    Args:
-        file: The file.
-        position: Position of the first byte to read.
-        buffer: The memory to fill.
-        path: Path of the file, for errors.
-
-    Raises:
-        CheckpointError: The file ends before the buffer is full, or cannot be read.
-    """
-    try:
-        file.seek(position)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise CheckpointError(f"{quoted(path)} has become shorter while it was read.")
-            buffer = buffer[count:]
-    except OSError as error:
-        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
 
 
 def read_json(path: Path) -> Any:
@@ -228,15 +200,6 @@ def sibling_file(folder: Path, name: object) -> Path:
     return folder / str(name)
 
 
-def file_count(files: int) -> str:
-    """Return a number of files in words.
-
-    >>> file_count(1), file_count(2)
-    ('1 file', '2 files')
-    """
-    return f"{files} file" if files == 1 else f"{files} files"
-
-
 def _opened(path: Path) -> io.FileIO:
     """Open a regular file for unbuffered reading. A device is never opened, and a pipe is never waited for."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -248,6 +211,23 @@ def _opened(path: Path) -> io.FileIO:
     if file is None:
         raise CheckpointError(f"Cannot read {quoted(path)}: a file was expected, not a folder, a pipe or a device.")
     return file
+
+
+def _read_exactly(file: io.FileIO, position: int, buffer: memoryview, path: Path) -> None:
+    """Fill a buffer with the bytes of an open file from a position on.
+
+    Raises:
+        CheckpointError: The file ends before the buffer is full, or cannot be read.
+    """
+    try:
+        file.seek(position)
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise CheckpointError(f"{quoted(path)} has become shorter while it was read.")
+            buffer = buffer[count:]
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {quoted(path)}: {error.strerror or error}.") from error
 
 
 class _Bounded(io.BufferedReader):
@@ -291,7 +271,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left = max(0, min(len(buffer), self._part.size - self._position))
         if left:
-            read_exactly(self._file, self._part.start + self._position, memoryview(buffer)[:left], self._part.path)
+            _read_exactly(self._file, self._part.start + self._position, memoryview(buffer)[:left], self._part.path)
         self._position += left
         return left
 

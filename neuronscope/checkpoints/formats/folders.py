@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
-from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, read_json
-from neuronscope.checkpoints.formats.sharded import read_index
-from neuronscope.checkpoints.formats.single_file import read_single_file
+from neuronscope.checkpoints.formats.byte_range import quoted, read_json
+from neuronscope.checkpoints.formats.single_file import read_file
 from neuronscope.checkpoints.formats.torch_distributed import METADATA, read_distributed
 from neuronscope.errors import CheckpointError
 
@@ -34,18 +34,14 @@ def is_folder_checkpoint(folder: Path) -> bool:
     """Whether a folder is itself a checkpoint by its names, and not only a place where checkpoints lie.
 
     A folder with one safetensors file is one if nothing else in it looks like weights.
-
-    Args:
-        folder: The folder.
     """
     names = sorted(entry.name for entry in folder.iterdir())
     if METADATA in names or _FSDP in names or _is_deepspeed(names) or not set(_WEIGHTS).isdisjoint(names):
         return True
-    if sum(name.endswith(".index.json") for name in names) == 1:
+    if _only(names, ".index.json") is not None:
         return True
-    return _only(names, ".safetensors") is not None and not any(
-        name.endswith((".ckpt", ".pt", ".pth")) for name in names
-    )
+    others = any(name.endswith((".ckpt", ".pt", ".pth")) for name in names)
+    return _only(names, ".safetensors") is not None and not others
 
 
 def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
@@ -79,7 +75,7 @@ def read_folder(folder: Path, *, trust: bool) -> RawCheckpoint:
             setattr(raw, kind, config if isinstance(config, dict) else {})
     for name in names:
         if name in _OPTIMIZERS or (name.startswith("neuronscope") and name.endswith(".pt")):
-            raw.other_files[name.removesuffix(".pt")] = read_single_file(ByteRange.of(folder / name), trust=trust).data
+            raw.other_files[name.removesuffix(".pt")] = read_file(folder / name, trust=trust).data
     if "trainer_state.json" in names:
         _add_trainer_state(raw, read_json(folder / "trainer_state.json"))
     return raw
@@ -91,17 +87,12 @@ def _is_deepspeed(names: list[str]) -> bool:
 
 def _weights(folder: Path, names: list[str], *, trust: bool) -> RawCheckpoint:
     """Read the weights of a folder, from one file or several."""
-    weights = next((name for name in _WEIGHTS if name in names), None) or _only(names, ".safetensors")
-    if weights is None:
-        shards = [name for name in names if name.endswith(".index.json")]
-        weights = shards[0] if len(shards) == 1 else None
+    known = next((name for name in _WEIGHTS if name in names), None)
+    weights = known or _only(names, ".safetensors") or _only(names, ".index.json")
     if weights is None:
         raise _no_checkpoint(folder, names)
-    if weights.endswith(".index.json"):
-        single = read_index(folder / weights, trust=trust)
-    else:
-        single = read_single_file(ByteRange.of(folder / weights), trust=trust)
-    return RawCheckpoint(f"Hugging Face folder, {single.format}", single.data)
+    raw = read_file(folder / weights, trust=trust)
+    return replace(raw, format=f"Hugging Face folder, {raw.format}")
 
 
 def _add_trainer_state(raw: RawCheckpoint, state: Any) -> None:

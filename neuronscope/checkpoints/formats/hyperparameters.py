@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,6 @@ from neuronscope.checkpoints.formats.safe_globals import AttributesPlaceholder
 
 __all__ = ["find_hyperparameters"]
 
-_KEY, _NAME = "hyper_parameters", "hparams_name"
 # Limits for a damaged file, which may nest very deeply or refer to one list many times.
 _MOST_PARTS = 100_000
 _DEEPEST = 16
@@ -21,9 +21,6 @@ def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
 
     Settings of omegaconf count as plain data too.
 
-    Args:
-        data: The content of the checkpoint.
-
     Returns:
         Arguments by name. If Lightning saved one dictionary and its argument's name, it is that argument.
 
@@ -32,52 +29,48 @@ def find_hyperparameters(data: Mapping[Any, Any]) -> dict[str, Any]:
     >>> find_hyperparameters({"hyper_parameters": {"width": 7}, "hparams_name": "settings"})
     {'settings': {'width': 7}}
     """
-    saved = _content(data.get(_KEY))
+    saved = _content(data.get("hyper_parameters"))
     if not isinstance(saved, Mapping):
         return {}
-    name = data.get(_NAME)
+    name = data.get("hparams_name")
     if isinstance(name, str) and name != "kwargs":
         saved = {name: saved}
     found = {}
-    remaining = _MOST_PARTS
+    left = _MOST_PARTS
     for key, value in saved.items():
-        parts = _parts(value, remaining, 0)
-        if isinstance(key, str) and parts is not None:
-            found[escape_surrogates(key)] = _plain(value)
-            remaining -= parts
+        if isinstance(key, str):
+            with contextlib.suppress(_NotPlainError):
+                found[escape_surrogates(key)], left = _copied(value, left, 0)
     return found
 
 
-def _parts(value: Any, remaining: int, depth: int) -> int | None:
-    """Count the parts of a value; ``None`` if one is not plain data, or if there are more than ``remaining``."""
-    if remaining < 1 or depth > _DEEPEST:
-        return None
-    value = _content(value)
+class _NotPlainError(Exception):
+    """A value is not plain data, or has too many parts."""
+
+
+def _copied(value: Any, left: int, depth: int) -> tuple[Any, int]:
+    """Copy a value with Python's own types; return the copy, and how many of ``left`` parts are left.
+
+    Raises:
+        _NotPlainError: A part is not plain data, or there are more than ``left``.
+    """
+    if left < 1 or depth > _DEEPEST:
+        raise _NotPlainError
+    value, left = _content(value), left - 1
     if value is None or type(value) in (bool, int, float, str):
-        return 1
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str | int) for key in value):
-            return None
-        inner = list(value.values())
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = list(value)
-    else:
-        return None
-    total = 1
-    for item in inner:
-        parts = _parts(item, remaining - total, depth + 1)
-        if parts is None:
-            return None
-        total += parts
-    return total
-
-
-def _plain(value: Any) -> Any:
-    """Copy a value with Python's own types."""
-    value = _content(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if type(value) is list else value
+        return value, left
+    if isinstance(value, Mapping) and all(isinstance(key, str | int) for key in value):
+        copy = {}
+        for key, inner in value.items():
+            copy[key], left = _copied(inner, left, depth + 1)
+        return copy, left
+    if isinstance(value, list | tuple | set | frozenset):
+        items = []
+        for inner in value:
+            item, left = _copied(inner, left, depth + 1)
+            items.append(item)
+        return type(value)(items), left
+    raise _NotPlainError
 
 
 def _content(value: Any) -> Any:

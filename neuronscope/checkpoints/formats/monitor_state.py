@@ -6,10 +6,11 @@ Lightning stores such a state under the monitor's key among ``callbacks``, a pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
+from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.errors import CheckpointError
 
@@ -41,7 +42,7 @@ def find_records(content: Any) -> dict[str, dict[str, Any]]:
     for path, state in _states(content, (), set()):
         path = path[1:] if path[:1] == ("callbacks",) else path
         path = path[:-1] if path[-1:] == ("scope",) else path
-        records[escape_surrogates(".".join(path))] = _StateReader().plain(state, 0)
+        records[escape_surrogates(".".join(path))] = _read_state(state)
     return records
 
 
@@ -57,26 +58,29 @@ def _states(value: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple
             yield from _states(inner, (*path, str(key)), seen)
 
 
-class _StateReader:
-    """Copies one state to plain data, and counts down how many parts and bytes it may still have."""
+def _read_state(state: Mapping[str, Any]) -> Any:
+    """Copy a state to plain data with its tensors read.
 
-    def __init__(self) -> None:
-        self._parts_left = _MOST_PARTS
-        self._bytes_left = _MOST_BYTES
+    Raises:
+        CheckpointError: It is nested more deeply or is larger than one can be.
+    """
+    parts_left, bytes_left = _MOST_PARTS, _MOST_BYTES
 
-    def plain(self, value: Any, depth: int) -> Any:
-        """Copy a value, with its tensors read."""
-        self._parts_left -= 1
-        if isinstance(value, LazyTensor):
-            self._bytes_left -= value.nbytes
-        if self._parts_left < 0 or self._bytes_left < 0 or depth > _DEEPEST_PART:
+    def plain(value: Any, depth: int) -> Any:
+        nonlocal parts_left, bytes_left
+        parts_left -= 1
+        if isinstance(value, StoredTensor):
+            bytes_left -= math.prod(value.shape) * value.torch_dtype.itemsize
+        if parts_left < 0 or bytes_left < 0 or depth > _DEEPEST_PART:
             raise CheckpointError(
                 "What looks like a record of Neuronscope's is larger or nested deeper than one can be."
             )
-        if isinstance(value, LazyTensor):
+        if isinstance(value, StoredTensor):
             return value.read()
         if isinstance(value, Mapping):
-            return {key: self.plain(inner, depth + 1) for key, inner in value.items()}
+            return {key: plain(inner, depth + 1) for key, inner in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)([self.plain(inner, depth + 1) for inner in value])
+            return type(value)([plain(inner, depth + 1) for inner in value])
         return value
+
+    return plain(state, 0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from neuronscope.checkpoints.checkpoint import OptimizerState
+from neuronscope.checkpoints.checkpoint import OptimizerState, StoredTensor
 from neuronscope.checkpoints.formats.byte_range import quoted, quoted_list
-from neuronscope.checkpoints.formats.lazy_tensor import LazyTensor
 from neuronscope.checkpoints.formats.parameter_names import escape_surrogates
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor
 
@@ -107,16 +106,16 @@ def _is_setting(value: Any) -> bool:
     """Whether a value is a hyperparameter: a number, a string, ``None``, or a short list of them."""
     if isinstance(value, list | tuple):
         return len(value) <= _LONGEST_SETTING and all(isinstance(inner, int | float | str | None) for inner in value)
-    return isinstance(value, int | float | str | None) or (isinstance(value, LazyTensor) and value.shape == ())
+    return isinstance(value, int | float | str | None) or (isinstance(value, StoredTensor) and value.shape == ())
 
 
 def _is_slot(value: Any) -> bool:
-    return isinstance(value, LazyTensor | int | float)
+    return isinstance(value, StoredTensor | int | float)
 
 
 def _plain(value: Any) -> Any:
     """Return a tensor without dimensions as a number, and any other value unchanged."""
-    if isinstance(value, LazyTensor) and value.shape == ():
+    if isinstance(value, StoredTensor) and value.shape == ():
         return value.read().item()
     return value
 

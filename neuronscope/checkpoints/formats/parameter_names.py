@@ -13,8 +13,6 @@ COUNTERS = ("n_averaged",)
 
 # Parts that wrappers add before all names.
 _LEADING = ("module.", "_module.", "base_model.model.")
-# What torch's AveragedModel holds beside the network, which has no such part.
-_AVERAGED = "n_averaged"
 
 
 def escape_surrogates(name: object) -> str:

@@ -6,7 +6,7 @@ but calls functions of torch that allocate real tensors of whatever size a file 
 
 The unpickler is :class:`pickle._Unpickler`, the standard library's in Python, and not the one in C, which
 :class:`pickle.Unpickler` is. Three things in C cannot be limited from outside: the memo is an array as long as the
-largest index in the file (``r`` and four bytes 0xff: 64 GiB); keys are hashed without a question (a tuple nested a
+largest index in the file (``r`` and four bytes 0xff: 64 GiB); keys are hashed unchecked (a tuple nested a
 million times overflows the C stack and ends the process); and BUILD sets attributes on any object.
 """
 

@@ -1,6 +1,6 @@
 """The table of names that a checkpoint's pickle may use, each with a function of ours that is called instead.
 
-A tensor becomes a :class:`~neuronscope.checkpoints.formats.lazy_tensor.FileTensor`; objects that are known to be plain
+A tensor becomes a :class:`~neuronscope.checkpoints.formats.file_tensor.FileTensor`; objects that are known to be plain
 data (a path, a random generator's state) become placeholders. Any other name is refused.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, find_dtype, is_readable
+from neuronscope.checkpoints.formats.file_tensor import FileTensor, Storage, find_dtype, is_readable
 from neuronscope.checkpoints.formats.restricted_pickle import Placeholder, SafeGlobal, UnsafeGlobalError, safe_key
 
 __all__ = ["AttributesPlaceholder", "SkippedTensor", "StorageType", "UnknownType", "find_safe_global", "readable_type"]
@@ -190,8 +190,8 @@ def _skipped(reason: str) -> Callable[..., SkippedTensor]:
     return lambda *_: SkippedTensor(reason)
 
 
-def _placeholder(*_: Any) -> Placeholder:
-    return Placeholder()
+def _attributes_of(cls: str) -> Callable[..., AttributesPlaceholder]:
+    return lambda *arguments: AttributesPlaceholder(cls, arguments)
 
 
 _RENAMED = {
@@ -209,18 +209,12 @@ _OMEGACONF = (
 )
 
 
-def _attributes_of(cls: str) -> Callable[..., AttributesPlaceholder]:
-    return lambda *arguments: AttributesPlaceholder(cls, arguments)
-
-
 _MAKERS: dict[str, Callable[..., Any]] = {
     "builtins.set": _as_set,
     "builtins.frozenset": lambda items=(): frozenset(_as_set(items)),
     "builtins.bytearray": _bytes,
     "builtins.bytes": _bytes,
     "builtins.complex": lambda real=0.0, imag=0.0: complex(float(real), float(imag)),
-    "builtins.slice": _placeholder,
-    "builtins.range": _placeholder,
     "_codecs.encode": _encoded,
     "collections.OrderedDict": _pairs,
     "collections.Counter": _pairs,
@@ -237,28 +231,23 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_nested_tensor": _skipped("nested"),
     "torch._utils._rebuild_meta_tensor_no_storage": _skipped("without numbers (of the meta device)"),
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
-    "torch.Tensor": _placeholder,
-    "torch.nn.parameter.Parameter": _placeholder,
-    "torch.nn.parameter.Buffer": _placeholder,
     "torch.Size": lambda sizes=(): tuple(sizes),
     "torch.device": lambda *parts: ":".join(str(part) for part in parts if isinstance(part, str | int)),
-    "torch.serialization._get_layout": _placeholder,
     # numpy, in saved metrics and in the states of random generators
     "numpy.dtype": _NumpyType,
     "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy.core.multiarray._reconstruct": _placeholder,
-    "numpy.core.numeric._frombuffer": _placeholder,
-    "numpy.ndarray": _placeholder,
-    # Plain data that runs store among their settings
-    **{
-        f"pathlib.{kind}": _placeholder
-        for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
-    "argparse.Namespace": lambda *arguments: AttributesPlaceholder("Namespace", arguments),
+    # Settings that runs store
+    "argparse.Namespace": _attributes_of("Namespace"),
     **{f"omegaconf.{name}": _attributes_of(f"omegaconf.{name}") for name in _OMEGACONF},
-    "datetime.datetime": _placeholder,
-    "datetime.timedelta": _placeholder,
 }
+
+# Classes and functions whose objects are not looked at: of torch, of numpy's generators, and settings that runs store.
+_NOT_BUILT = (
+    *("builtins.slice", "builtins.range", "datetime.datetime", "datetime.timedelta"),
+    *("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.serialization._get_layout"),
+    *("numpy.core.multiarray._reconstruct", "numpy.core.numeric._frombuffer", "numpy.ndarray"),
+    *(f"pathlib.{kind}" for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")),
+)
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -280,6 +269,7 @@ _STORAGES = {
 
 _TABLE: dict[str, Any] = {
     **{name: SafeGlobal(name, make) for name, make in _MAKERS.items()},
+    **{name: SafeGlobal(name, lambda *_: Placeholder()) for name in _NOT_BUILT},
     **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
     **{f"torch.{name}": Placeholder() for name in ("contiguous_format", "preserve_format", "channels_last", "strided")},

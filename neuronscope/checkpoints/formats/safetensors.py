@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, parse_json, quoted
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, Storage, find_dtype
+from neuronscope.checkpoints.formats.file_tensor import FileTensor, Storage, find_dtype
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, readable_type
 from neuronscope.errors import CheckpointError
 

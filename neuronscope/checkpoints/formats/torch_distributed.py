@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.build_checkpoint import RawCheckpoint
-from neuronscope.checkpoints.formats.byte_range import ByteRange, file_count, quoted, sibling_file
-from neuronscope.checkpoints.formats.lazy_tensor import FileTensor, LazyTensor, allocate, check_sizes
+from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted, sibling_file
+from neuronscope.checkpoints.formats.file_tensor import FileTensor, allocate, check_sizes
 from neuronscope.checkpoints.formats.restricted_pickle import (
     Placeholder,
     SafeGlobal,
@@ -33,9 +34,10 @@ from neuronscope.checkpoints.formats.safe_globals import (
     find_safe_global,
     readable_type,
 )
-from neuronscope.checkpoints.formats.single_file import read_single_file
+from neuronscope.checkpoints.formats.single_file import read_file
 from neuronscope.checkpoints.formats.torch_file import read_zip
 from neuronscope.errors import CheckpointError
+from neuronscope.writers.formatting import plural
 
 __all__ = ["METADATA", "ShardedTensor", "read_distributed"]
 
@@ -58,8 +60,8 @@ class _TensorPart(NamedTuple):
     location: ByteRange
 
 
-class ShardedTensor(LazyTensor):
-    """A tensor that is stored in parts; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
+class ShardedTensor(StoredTensor):
+    """A tensor that is stored in parts.
 
     Args:
         name: Its name, for messages.
@@ -74,7 +76,7 @@ class ShardedTensor(LazyTensor):
     __slots__ = ("_name", "_parts")
 
     def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], parts: Sequence[_TensorPart]) -> None:
-        super().__init__(dtype, shape)
+        super().__init__(shape, dtype)
         self._name, self._parts = name, tuple(parts)
         if any(math.prod(part.sizes) * dtype.itemsize > part.location.size for part in parts) or not _covers(
             shape, self._parts
@@ -84,7 +86,7 @@ class ShardedTensor(LazyTensor):
             )
 
     def read(self) -> Tensor:
-        """Read the tensor from its parts: a new one on the CPU, of this shape and dtype.
+        """Read the tensor from its parts.
 
         Raises:
             CheckpointError: A part is missing, damaged, or not what the plan says.
@@ -133,9 +135,9 @@ def read_distributed(folder: Path, *, trust: bool) -> RawCheckpoint:
             _put(content, paths.get(name, (name,)), value)
     data: dict[str, Any] = {str(key): _with_lists(value) for key, value in content.items()}
     if (folder / _META).exists():
-        meta = read_single_file(ByteRange.of(folder / _META), trust=trust).data
+        meta = read_file(folder / _META, trust=trust).data
         data = {**(meta if isinstance(meta, dict) else {}), **data}
-    return RawCheckpoint(f"distributed checkpoint, {file_count(len(files.opened))}", data, notes=notes)
+    return RawCheckpoint(f"distributed checkpoint, {plural(len(files.opened), 'file')}", data, notes=notes)
 
 
 class _Files:
@@ -175,15 +177,7 @@ class _Files:
         return self.opened[file].part(*check_sizes((info["offset"], info["length"])))
 
     def tensor(self, name: Any, entry: Any) -> ShardedTensor | SkippedTensor:
-        """Return the tensor of a name, without reading it.
-
-        Args:
-            name: Its name in the plan.
-            entry: Its entry in the plan.
-
-        Returns:
-            The tensor, or a :class:`SkippedTensor` if its dtype cannot be read.
-        """
+        """Return the tensor with this name and this entry in the plan. It is skipped if its dtype cannot be read."""
         state = _state(entry, "TensorStorageMetadata")
         properties = state["properties"]
         kind = properties.state[0] if isinstance(properties.state, tuple) else properties.state["dtype"]
@@ -200,12 +194,7 @@ class _Files:
         return ShardedTensor(str(name), known, check_sizes(state["size"]), parts)
 
     def object(self, name: Any, notes: list[str]) -> Any:
-        """Read what is not a tensor: a number, a list, a setting.
-
-        Args:
-            name: Its name in the plan.
-            notes: A list to which a sentence is added if it is not read.
-        """
+        """Read what is not a tensor: a number, a list, a setting. If it is not read, add a sentence to ``notes``."""
         location = self._location(str(name), None)
         self._object_bytes += location.size
         if (
@@ -278,40 +267,29 @@ def _with_lists(value: Any) -> Any:
     if not isinstance(value, _Branch):
         return value
     inner = {key: _with_lists(part) for key, part in value.items()}
-    file_count = all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
-    return [inner[location] for location in range(len(inner))] if file_count and inner else inner
+    is_list = bool(inner) and all(type(key) is int for key in inner) and sorted(inner) == list(range(len(inner)))
+    return [inner[index] for index in range(len(inner))] if is_list else inner
 
 
-def _class(path: str) -> SafeGlobal:
+def _attributes_of(path: str) -> SafeGlobal:
     name = path.rpartition(".")[2]
     return SafeGlobal(path, lambda *arguments: AttributesPlaceholder(name, arguments))
 
 
-_CLASSES = (
-    {
-        path: _class(path)
-        for path in (
-            *(
-                f"torch.distributed.checkpoint.metadata.{name}"
-                for name in (
-                    *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-                    *("TensorProperties", "MetadataIndex", "StorageMeta"),
-                )
-            ),
-            "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
-            "torch.distributed.checkpoint.filesystem._StorageInfo",
-        )
-    }
-    | {
-        f"{module}._MEM_FORMAT_ENCODING": SafeGlobal("_MEM_FORMAT_ENCODING", lambda *_: Placeholder())
-        for module in (
-            "torch.distributed.checkpoint.metadata",
-            "torch.distributed._shard.sharded_tensor.metadata",
-        )
-    }
-    | {
-        "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING": SafeGlobal(
-            "MEM_FORMAT_ENCODING", lambda *_: Placeholder()
-        )
-    }
-)
+_METADATA, _SHARDED = "torch.distributed.checkpoint.metadata", "torch.distributed._shard.sharded_tensor.metadata"
+_CLASSES = {
+    path: _attributes_of(path)
+    for path in (
+        *(f"{_METADATA}.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+        *(f"{_METADATA}.{kind}StorageMetadata" for kind in ("Tensor", "Bytes", "Chunk")),
+        f"{_SHARDED}.TensorProperties",
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+    )
+} | {
+    path: SafeGlobal(path, lambda *_: Placeholder())
+    for path in (
+        f"{_METADATA}._MEM_FORMAT_ENCODING",
+        f"{_SHARDED}._MEM_FORMAT_ENCODING",
+        f"{_SHARDED}.MEM_FORMAT_ENCODING",
+    )
+}

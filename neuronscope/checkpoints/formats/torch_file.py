@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any, BinaryIO
 
 from neuronscope.checkpoints.formats.byte_range import ByteRange, quoted
-from neuronscope.checkpoints.formats.lazy_tensor import Storage
+from neuronscope.checkpoints.formats.file_tensor import Storage
 from neuronscope.checkpoints.formats.restricted_pickle import as_checkpoint_error, read_pickle
 from neuronscope.checkpoints.formats.safe_globals import StorageType, find_safe_global
 from neuronscope.errors import CheckpointError

@@ -10,20 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuronscope.checkpoints.checkpoint import ComputedTensor
 from neuronscope.checkpoints.formats.byte_range import quoted
-from neuronscope.checkpoints.formats.lazy_tensor import LoadedTensor
 from neuronscope.checkpoints.formats.safe_globals import SkippedTensor, readable_type
 from neuronscope.errors import CheckpointError
 
-__all__ = ["load_script", "load_trusted"]
+__all__ = ["load_trusted"]
 
 _DEEPEST = 16
 
 
-def load_trusted(path: Path) -> Any:
-    """Load a file of ``torch.save`` as plain data, with a :class:`LoadedTensor` in place of each tensor.
+def load_trusted(path: Path, *, script: bool = False) -> Any:
+    """Load a file of ``torch.save`` or a TorchScript archive as plain data, with a stored tensor for each tensor.
 
     A module becomes its ``state_dict``. Code that the file names is run.
+
+    Args:
+        path: The file.
+        script: Whether it is a TorchScript archive.
 
     Raises:
         CheckpointError: It cannot be loaded, or the code that it names raises anything.
@@ -31,34 +35,17 @@ def load_trusted(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=False)
+            if script:
+                loaded = torch.jit.load(path, map_location="cpu")
+            else:
+                loaded = torch.load(path, map_location="cpu", weights_only=False)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the file's own code runs here, and may call sys.exit
-        raise CheckpointError(f"{quoted(path)} could not be unpickled: {_first_line(error)}.") from error
+        first_line = f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
+        done = "loaded as TorchScript" if script else "unpickled"
+        raise CheckpointError(f"{quoted(path)} could not be {done}: {first_line}.") from error
     return _plain(loaded, 0)
-
-
-def load_script(path: Path) -> Any:
-    """Return the ``state_dict`` of a TorchScript archive as plain data. Code in the file is loaded.
-
-    Raises:
-        CheckpointError: It cannot be loaded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.jit.load(path, map_location="cpu")
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the file's own code runs here, and may call sys.exit
-        raise CheckpointError(f"{quoted(path)} could not be loaded as TorchScript: {_first_line(error)}.") from error
-    return _plain(loaded, 0)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return an error's type and the first line of its message."""
-    return f"{type(error).__name__}: {quoted((str(error).splitlines() or [''])[0])}"
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -68,7 +55,7 @@ def _plain(value: Any, depth: int) -> Any:
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
             return SkippedTensor("sparse, quantised or without numbers")
         known = readable_type(value.dtype)
-        return known if isinstance(known, SkippedTensor) else LoadedTensor(value)
+        return known if isinstance(known, SkippedTensor) else ComputedTensor.of(value)
     if isinstance(value, nn.Module):
         return _plain(dict(value.state_dict()), depth + 1)
     if isinstance(value, Mapping):

@@ -5,29 +5,35 @@ r"""Read from batch norms which neurons fire in training, and which pre-activati
 between, each channel reads one neuron, and a neuron whose channel varies fires.
 
 **Behind a norm.** In training, the mean of a neuron's pre-activations over each batch is the norm's shift β. With β > 0
-some of each batch are above zero. With β ≤ 0 none is, if what the norm is given is constant.
+some of each batch are above zero. With β ≤ 0 none is, if the norm's input is constant.
 
-A channel that does not vary over a whole batch multiplies the running variance by ``1 − momentum``. What the variance
-of a living channel is depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's
-other channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
+A channel that does not vary over a whole batch multiplies the running variance by ``1 − momentum``. The variance of
+a living channel depends on its incoming weights, so ``q = variance / ‖w‖²`` is compared with that of the layer's other
+channels: ``k = ln(q_layer / q) / −ln(1 − momentum)`` training steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.batchnorm_step import CONVOLUTIONS, HALF_NORMAL, BatchNormStep, read_batch_norm
+from neuronscope.checkpoints.model.batchnorm_step import (
+    HALF_NORMAL,
+    BatchNormStep,
+    NormBehindSite,
+    WeightedStep,
+    norms_behind_sites,
+    read_batch_norm,
+    weighted_step,
+)
 from neuronscope.checkpoints.model.before_site import step_before_copies
 from neuronscope.checkpoints.model.bounds.interval import Interval
 from neuronscope.checkpoints.model.bounds.propagate import is_positive_from, is_zero_below_zero
-from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
+from neuronscope.checkpoints.model.traced_graph import Graph, Site
 from neuronscope.checkpoints.verdict.evidence import Evidence, evidence_on_site
 
 __all__ = ["batch_norm_activity"]
@@ -49,63 +55,31 @@ def batch_norm_activity(graph: Graph, intervals: Sequence[Interval | None]) -> I
         intervals: The interval of each tensor; see
             :func:`~neuronscope.checkpoints.model.bounds.propagate.propagate_bounds`.
     """
-    steps = graph.producers
-    sites = [calls[0] for calls in graph.calls.values() if len(calls) == 1 and calls[0].layout.axis == 1]
-    for site in sites:
-        step = step_before_copies(steps, site.before)
+    for site, *others in graph.calls.values():
+        step = step_before_copies(graph, site.before)
         norm = read_batch_norm(graph, step)
-        if step is not None and norm is not None and norm.shift is not None and norm.shift.shape == (site.neurons,):
-            yield from _behind(graph, site, norm.shift, _constant_steps(norm, _layer_before(graph, steps, step)))
-    site_of = {site.after: site for site in sites}
-    for step in graph.steps:
-        norm = read_batch_norm(graph, step)
-        if norm is None or norm.variance is None or not norm.is_trained:
+        if step is None or norm is None or norm.shift is None or others or site.layout.axis != 1:
             continue
-        layer = _layer_before(graph, steps, step)
-        number = layer.reads if layer is not None and layer.is_depthwise else step.reads[0]
-        made_by = step_before_copies(steps, number)
-        read = next((site_of[at] for at in (made_by.outputs if made_by else ()) if at in site_of), None)
-        if read is None or norm.variance.shape != (read.neurons,):
+        if norm.shift.shape == (site.neurons,):
+            yield from _behind(graph, site, norm.shift, _constant_steps(norm, weighted_step(graph, step.reads[0])))
+    for found in norms_behind_sites(graph):
+        site, norm = found.site, found.norm
+        if len(graph.calls[site.name]) > 1 or not norm.is_trained:
             continue
-        if layer is not None and layer.is_depthwise:
-            yield from _varies(read, _constant_steps(norm, layer))
-        elif (interval := intervals[read.after]) is not None and interval.is_never_negative:
-            yield from _fires(read, norm)
+        if found.depthwise is not None:
+            yield from _varies(site, _constant_steps(norm, found.depthwise))
+        elif (interval := intervals[site.after]) is not None and interval.is_never_negative:
+            yield from _fires(found)
 
 
-class _NormalisedLayer(NamedTuple):
-    """The layer whose output a batch norm normalises.
-
-    Attributes:
-        size: ‖w‖² of the incoming weights of each channel, float64 ``(C,)``.
-        reads: Number of the tensor that it reads.
-        is_depthwise: Whether each channel reads one neuron, the one with its number.
-    """
-
-    size: Tensor
-    reads: int
-    is_depthwise: bool
-
-
-def _layer_before(graph: Graph, steps: Mapping[int, Step], norm: Step) -> _NormalisedLayer | None:
-    step = step_before_copies(steps, norm.reads[0])
-    if step is None or step.function not in (*CONVOLUTIONS, F.linear):
-        return None
-    read, held = step.argument(0, "input"), graph.constant(step.argument(1, "weight"))
-    if held is None or not isinstance(read, TensorRef):
-        return None
-    one_each = held.shape[1] == 1 and graph.values[read.value].shape[1] == held.shape[0]
-    size = held.detach().to(torch.float64).flatten(1).square().sum(1)
-    return _NormalisedLayer(size, read.value, one_each and step.function in CONVOLUTIONS)
-
-
-def _constant_steps(norm: BatchNormStep, layer: _NormalisedLayer | None) -> npt.NDArray[np.float64] | None:
+def _constant_steps(norm: BatchNormStep, layer: WeightedStep | None) -> npt.NDArray[np.float64] | None:
     """Return for about how many training steps each channel has been constant, ``(C,)``; ``None`` if it is unknown."""
     if layer is None or norm.variance is None or not norm.has_clock or not norm.is_trained:
         return None
-    if norm.variance.shape != layer.size.shape:
+    size = layer.weight.square().sum(1)
+    if norm.variance.shape != size.shape:
         return None
-    per_weight = norm.variance / layer.size.clamp(min=_TINY)
+    per_weight = norm.variance / size.clamp(min=_TINY)
     usual = torch.quantile(per_weight, _USUAL)
     if not usual > _FADED:
         return None
@@ -118,8 +92,8 @@ def _behind(graph: Graph, site: Site, shift: Tensor, constant: npt.NDArray[np.fl
     if bool(above.any()) and is_positive_from(graph, site, float(shift[above].min())):
         yield from evidence_on_site(
             site.name,
-            above.numpy(),
-            shift.double().numpy(),
+            above,
+            shift.double(),
             source=_SOURCE,
             claim="alive",
             basis="inferred",
@@ -167,18 +141,17 @@ def _varies(site: Site, constant: npt.NDArray[np.float64] | None) -> Iterator[Ev
         )
 
 
-def _fires(site: Site, norm: BatchNormStep) -> Iterator[Evidence]:
+def _fires(found: NormBehindSite) -> Iterator[Evidence]:
     """Yield evidence on a site whose output a batch norm normalises, if it is never negative."""
-    if norm.mean is None or norm.variance is None:
-        return
-    ratio = norm.mean.square() / norm.variance.clamp(min=_TINY)
+    norm, mean = found.norm, found.mean
+    ratio = mean.square() / found.variance.clamp(min=_TINY)
     lately = norm.has_clock
     alive = norm.steps_of_decay(HALF_NORMAL / ratio.clamp(min=_TINY)) <= _VARIES
     when = "lately" if lately else "at some time; whether lately is not known, since these statistics do not forget"
     yield from evidence_on_site(
-        site.name,
-        (alive & (norm.mean > 0)).numpy(),
-        (ratio / (1 + ratio)).numpy(),
+        found.site.name,
+        alive & (mean > 0),
+        ratio / (1 + ratio),
         source=_SOURCE,
         claim="alive",
         basis="inferred" if lately else "suspected",

@@ -1,23 +1,33 @@
-"""Read the parameters and the running statistics of a batch norm in a traced forward."""
+"""Read the batch norms of a traced forward: parameters, running statistics, and the layer or site before each."""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neuronscope.checkpoints.model.traced_graph import Graph, Step
+from neuronscope.checkpoints.model.before_site import step_before_copies
+from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef
 
-__all__ = ["CONVOLUTIONS", "HALF_NORMAL", "BatchNormStep", "read_batch_norm"]
+__all__ = [
+    "HALF_NORMAL",
+    "BatchNormStep",
+    "NormBehindSite",
+    "WeightedStep",
+    "norms_behind_sites",
+    "read_batch_norm",
+    "weighted_step",
+]
 
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 #: mean² / variance of the positive half of a normal distribution, such as a ReLU gives.
 HALF_NORMAL = 0.47
 
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _SIGNATURE = inspect.signature(F.batch_norm)
 _STATISTICS = ("running_mean", "running_var")
 
@@ -89,3 +99,77 @@ def read_batch_norm(graph: Graph, step: Step | None) -> BatchNormStep | None:
         momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
         eps=given.arguments["eps"],
     )
+
+
+class WeightedStep(NamedTuple):
+    """A linear or convolutional layer of ``C`` channels.
+
+    Attributes:
+        weight: The incoming weights of each channel, float64 ``(C, F)``.
+        has_bias: Whether a bias that is not zero is added.
+        reads: Number of the tensor that it reads.
+        is_depthwise: Whether it is a convolution of which each channel reads one neuron, the one with its number.
+    """
+
+    weight: Tensor
+    has_bias: bool
+    reads: int
+    is_depthwise: bool
+
+
+def weighted_step(graph: Graph, number: int) -> WeightedStep | None:
+    """Return the layer that computed a tensor; ``None`` if none did.
+
+    Args:
+        graph: A traced forward.
+        number: The tensor's number.
+    """
+    step = step_before_copies(graph, number)
+    if step is None or step.function not in (*_CONVOLUTIONS, F.linear):
+        return None
+    read = step.argument(0, "input")
+    weight, bias = (graph.constant(step.argument(place, name)) for place, name in ((1, "weight"), (2, "bias")))
+    if weight is None or not isinstance(read, TensorRef):
+        return None
+    one_each = weight.shape[1] == 1 and graph.values[read.value].shape[1] == weight.shape[0]
+    has_bias = bias is not None and bool((bias != 0).any())
+    rows = weight.detach().double().flatten(1)
+    return WeightedStep(rows, has_bias, read.value, one_each and step.function in _CONVOLUTIONS)
+
+
+class NormBehindSite(NamedTuple):
+    """A batch norm with running statistics of the ``N`` neurons of a site.
+
+    Attributes:
+        path: Path of the batch norm; ``""`` if its running mean is no buffer of a module.
+        norm: The batch norm.
+        mean: Its running mean, float64 ``(N,)``.
+        variance: Its running variance, float64 ``(N,)``.
+        site: The site.
+        depthwise: The depthwise convolution between the two; ``None`` if the norm reads the site's output itself.
+    """
+
+    path: str
+    norm: BatchNormStep
+    mean: Tensor
+    variance: Tensor
+    site: Site
+    depthwise: WeightedStep | None
+
+
+def norms_behind_sites(graph: Graph) -> Iterator[NormBehindSite]:
+    """Yield the batch norms that read the output of a site, or of a depthwise convolution that reads it."""
+    site_of = {site.after: site for site in graph.sites}
+    for step in graph.steps:
+        norm = read_batch_norm(graph, step)
+        if norm is None or norm.mean is None or norm.variance is None:
+            continue
+        layer = weighted_step(graph, step.reads[0])
+        depthwise = layer if layer is not None and layer.is_depthwise else None
+        before = step_before_copies(graph, step.reads[0] if depthwise is None else depthwise.reads)
+        site = next((site_of[number] for number in (before.outputs if before else ()) if number in site_of), None)
+        if site is None or site.layout.axis != 1 or not norm.mean.shape == norm.variance.shape == (site.neurons,):
+            continue
+        buffer = step.argument(1, "running_mean")
+        path = graph.values[buffer.value].name.rpartition(".")[0] if isinstance(buffer, TensorRef) else ""
+        yield NormBehindSite(path, norm, norm.mean, norm.variance, site, depthwise)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from neuronscope.checkpoints.model.function_rules import OPERATORS
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step
 
@@ -13,29 +11,25 @@ __all__ = ["normalised_sites", "step_before_copies"]
 def normalised_sites(graph: Graph) -> set[str]:
     """Return the names of the sites with a normalisation before their activation or before their layer's weights.
 
-    Args:
-        graph: A traced forward.
-
     >>> from torch import nn, zeros
     >>> from neuronscope.checkpoints.model.trace import trace
     >>> network = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
     >>> normalised_sites(trace(network, (zeros(1, 3),)))
     {'1/relu'}
     """
-    steps = graph.producers
-    others = {site.name for site in graph.sites if not _is_normalised(graph, steps, site)}
+    others = {site.name for site in graph.sites if not _is_normalised(graph, site)}
     return {site.name for site in graph.sites} - others
 
 
-def _is_normalised(graph: Graph, steps: Mapping[int, Step], site: Site) -> bool:
+def _is_normalised(graph: Graph, site: Site) -> bool:
     layers = 0
     number: int | None = site.before
     while number is not None and layers < 2:
-        kind = _kind(steps.get(number))
+        kind = _kind(graph.producers.get(number))
         if kind == "norm":
             return True
         layers += kind == "mixes"
-        number = None if kind == "other" else _only_input(graph, steps[number])
+        number = None if kind == "other" else _only_input(graph, graph.producers[number])
     return False
 
 
@@ -51,14 +45,14 @@ def _only_input(graph: Graph, step: Step) -> int | None:
     return inputs.pop() if len(inputs) == 1 else None
 
 
-def step_before_copies(steps: Mapping[int, Step], number: int) -> Step | None:
+def step_before_copies(graph: Graph, number: int) -> Step | None:
     """Return the step that computed a tensor, before copies, casts and dropout.
 
     Args:
-        steps: The step that made each tensor, by the tensor's number.
+        graph: A traced forward.
         number: The tensor's number.
     """
-    step = steps.get(number)
+    step = graph.producers.get(number)
     while step is not None and _kind(step) == "same" and step.reads:
-        step = steps.get(step.reads[0])
+        step = graph.producers.get(step.reads[0])
     return step

@@ -20,6 +20,7 @@ class BoxInputs:
     Attributes:
         low: Lower bounds of each tensor of one input, in its own dtype; ``None`` for integers.
         high: Upper bounds.
+        refused: Why no input can be made; ``""`` if inputs can be made.
     """
 
     def __init__(self, network: ObservedNetwork, box: Box, seed: int) -> None:

@@ -7,33 +7,23 @@ the example's shape with any batch size; see ``docs/bounds.md``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.layer_names import layer_name
 from neuronscope.checkpoints.model.batchnorm_activity import batch_norm_activity
 from neuronscope.checkpoints.model.batchnorm_clock import running_statistics_evidence
-from neuronscope.checkpoints.model.batchnorm_step import read_batch_norm
-from neuronscope.checkpoints.model.before_site import normalised_sites, step_before_copies
-from neuronscope.checkpoints.model.bounds.batchnorm import (
-    firing_share_bound,
-    normal_firing_share,
-    threshold,
-    training_maximum,
-)
+from neuronscope.checkpoints.model.batchnorm_parameters import batch_norm_parameters, negligible_neurons
+from neuronscope.checkpoints.model.before_site import normalised_sites
 from neuronscope.checkpoints.model.bounds.interval import BACKWARD, LAYER_NORM
 from neuronscope.checkpoints.model.bounds.propagate import (
     Box,
     SiteBounds,
-    is_zero_below_zero,
     propagate_bounds,
     site_bounds,
 )
@@ -46,18 +36,10 @@ from neuronscope.checkpoints.model.unused_outputs import unread_neurons
 from neuronscope.checkpoints.verdict.evidence import Abstention, Evidence, evidence_on_site
 from neuronscope.checkpoints.verdict.join_units import places_but_gates, wherever_seen
 from neuronscope.errors import UsageError
-from neuronscope.options import positive_integer
 
 __all__ = ["Examination", "examine_model"]
 
-#: A neuron after a batch norm that fires only above this many standard deviations is quiet; above the second, it is
-#: suspected to be dead.
-_QUIET, _SUSPECTED = 3.0, 4.0
-#: A channel whose output is at most this fraction of its layer's usual scale is negligible, for batches of at most so
-#: many values per channel.
-_NEGLIGIBLE, _MANY_VALUES = 1e-3, 1_000_000
 _SOURCE = "model"
-_BATCH_NORM = "batch norm"
 _READERS = "readers"
 _METHODS = {
     LAYER_NORM: "the norm of its weights after a layer norm",
@@ -94,7 +76,6 @@ def examine_model(
     example: Any = None,
     batch: Any = None,
     box: Box | None = None,
-    batch_positions: int | None = None,
     training_step: int | None = None,
 ) -> Examination:
     """Examine a network that holds a checkpoint's weights.
@@ -104,8 +85,6 @@ def examine_model(
         example: An input to run it on once: a tensor, a tuple of arguments, or a mapping of named ones.
         batch: A batch of the user's data, used if there is no example.
         box: Bounds of every element of the input, ``(low, high)``; without it, proofs hold for every input.
-        batch_positions: How many values a channel has in a training batch (examples × positions); with it, more is
-            proved of batch norm in training.
         training_step: The checkpoint's number of optimizer steps, for dates.
 
     Returns:
@@ -114,13 +93,12 @@ def examine_model(
     Raises:
         UsageError: An argument is invalid, or the network fails on the given example.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2), nn.ReLU())
     >>> _ = net[2].weight.data.fill_(1), net[2].bias.data.copy_(torch.tensor([-3.5, 0]))
     >>> [(one.layer, one.claim, one.basis, one.neurons.tolist()) for one in examine_model(net).evidence]
     [('2/relu', 'dead', 'proved', [0])]
     """
-    if batch_positions is not None:
-        positive_integer("batch_positions", batch_positions)
     if box is not None and (not isinstance(box, (tuple, list)) or len(box) != 2):
         raise UsageError(f"Expected argument `box` to be (low, high), but got {box!r}.")
     graph, traced_example, failures = _trace_example(model, example, batch)
@@ -132,7 +110,7 @@ def examine_model(
     normalised = normalised_sites(graph)
     hidden = graph.unseen_tensors or graph.not_seen or any(site.info.assumed for site in sites)
     layers = set() if hidden else set(_layers_used(graph))
-    evidence = [one for site in sites for one in _batch_norm(graph, site, batch_positions)]
+    evidence = [*batch_norm_parameters(graph)]
     if graph.branches:
         abstentions.append(
             Abstention(
@@ -142,14 +120,7 @@ def examine_model(
                 "that another input may take another path: nothing is proved of it.",
             )
         )
-        return Examination(
-            tuple(evidence),
-            tuple(abstentions),
-            sites,
-            normalised=normalised,
-            layers=layers,
-            example=traced_example,
-        )
+        return Examination(tuple(evidence), tuple(abstentions), sites, False, normalised, layers, traced_example)
     scope = f"of the shape {traced_example.shapes} ({traced_example.origin}), with any batch size"
     free = propagate_bounds(graph)
     evidence += running_statistics_evidence(graph, free, _batches_counted(model), training_step)
@@ -169,7 +140,7 @@ def examine_model(
                 others[one.site][one.neurons] = False
                 evidence.append(one)
         bounds = in_intervals
-    evidence += _proved_negligible(graph, bounds, inside, judged)
+    evidence += negligible_neurons(graph, bounds, inside, judged)
     readers_known = not (graph.unseen_tensors or graph.output_not_searchable)
     if not readers_known:
         what = (
@@ -264,44 +235,8 @@ def _proved_dead(
         )
 
 
-def _proved_negligible(
-    graph: Graph, bounds: Mapping[str, SiteBounds], scope: str, judged: Mapping[str, npt.NDArray[np.bool_]]
-) -> Iterator[Evidence]:
-    """Yield the neurons after a batch norm whose output is next to nothing for every input."""
-    for site in graph.first_calls():
-        parameters, found = _parameters_before(graph, site), bounds.get(site.name)
-        if parameters is None or found is None:
-            continue
-        usual = _usual_scale(*parameters)
-        yield from evidence_on_site(
-            site.name,
-            (found.output <= _NEGLIGIBLE * usual) & ~found.dead & judged[site.name],
-            found.output,
-            source=_BATCH_NORM,
-            claim="quiet",
-            basis="proved",
-            measure="output, at most",
-            text=(
-                f"Negligible: in evaluation mode its output is never larger than this, {scope}. It is less than "
-                f"{_NEGLIGIBLE:g} of the layer's median |γ| + |β| ({usual:.3g})."
-            ),
-        )
-
-
-def _usual_scale(scale: Tensor, shift: Tensor) -> float:
-    """Return the median size of a layer's outputs, by the γ and β of the batch norm before the activation."""
-    return float((scale.double().abs() + shift.double().abs()).median())
-
-
 def _backward_bounds(model: nn.Module, example: Example, box: Box, sites: Iterable[Site]) -> dict[str, SiteBounds]:
-    """Return bounds of each site that are tighter than intervals; none where the network is not traced on two examples.
-
-    Args:
-        model: The network.
-        example: An example that it runs on.
-        box: Bounds of the input.
-        sites: Its sites.
-    """
+    """Return bounds of each site that are tighter than intervals; none if it is not traced on two examples."""
     two = two_examples(example)
     if two is None:
         return {}
@@ -320,86 +255,11 @@ def _unread(sites: Iterable[Site], unread: Mapping[str, npt.NDArray[np.bool_]], 
         yield from evidence_on_site(
             site.name,
             unread[site.name],
-            np.full(site.neurons, np.nan),
             source=_READERS,
             claim="unread",
             basis="proved",
-            measure="",
             text=(
                 f"In evaluation mode its output changes nothing that the network returns, {scope}: every weight that "
                 "reads it is exactly zero, or leads to a neuron that is proved dead or is unread itself."
             ),
         )
-
-
-def _batch_norm(graph: Graph, site: Site, positions: int | None) -> Iterator[Evidence]:
-    """Yield what batch norm's parameters say about the neurons of a site right after it.
-
-    All of it holds for any activation that is zero for inputs up to zero.
-    """
-    parameters = _parameters_before(graph, site)
-    if parameters is None or not is_zero_below_zero(graph, site):
-        return
-    scale, shift = parameters
-    c = threshold(scale, shift).numpy()
-    evidence = partial(evidence_on_site, site.name, source=_BATCH_NORM)
-    yield from evidence(
-        (c >= _QUIET),
-        firing_share_bound(scale, shift).numpy(),
-        claim="quiet",
-        basis="inferred",
-        measure="share of a training batch in which it fires, at most",
-        text=(
-            "In training, it fires for at most this share of any batch's values, whatever their distribution "
-            "(Cantelli); in evaluation, this holds as far as the running statistics match the data."
-        ),
-    )
-    most = scale.double().abs() * math.sqrt((positions or _MANY_VALUES) - 1) + shift.double().abs()
-    usual = _usual_scale(scale, shift)
-    yield from evidence(
-        ((most <= _NEGLIGIBLE * usual) & (most > 0)).numpy(),
-        most.numpy(),
-        claim="quiet",
-        basis="inferred",
-        measure="output in training, at most",
-        text=(
-            f"Negligible: whatever its input is, no value of a training batch of up to {positions or _MANY_VALUES:,} "
-            f"values is larger than this, which is less than {_NEGLIGIBLE:g} of the layer's median |γ| + |β| "
-            f"({usual:.3g}). In evaluation, this holds as far as the running statistics match the data."
-        ),
-    )
-    yield from evidence(
-        (c >= _SUSPECTED),
-        normal_firing_share(scale, shift).numpy(),
-        claim="dead",
-        basis="suspected",
-        measure="share of values that fire, if they are normal",
-        text="If its values were normally distributed, it would fire for this share of them, Φ(β/|γ|); this "
-        "is inaccurate in the tails.",
-    )
-    if positions is not None:
-        highest = training_maximum(scale, shift, positions).numpy()
-        yield from evidence(
-            (highest <= 0) & np.isfinite(c),
-            highest,
-            claim="dead",
-            basis="inferred",
-            measure="pre-activation in training, at most",
-            text=(
-                f"Proved for training: no batch of {positions} values per channel can make it fire, since no value "
-                f"is more than √({positions} − 1) standard deviations above their mean. In evaluation, this "
-                "holds as far as the running statistics match the data."
-            ),
-        )
-
-
-def _parameters_before(graph: Graph, site: Site) -> tuple[Tensor, Tensor] | None:
-    """Return γ and β of the one batch norm that is right before every call of a site, both ``(N,)``, or ``None``."""
-    found = []
-    for call in graph.calls[site.name]:
-        norm = read_batch_norm(graph, step_before_copies(graph.producers, call.before))
-        if norm is None or norm.scale is None or norm.shift is None or norm.scale.shape != (site.neurons,):
-            return None
-        found.append((norm.scale, norm.shift))
-    same = all(torch.equal(one, first) for pair in found for one, first in zip(pair, found[0], strict=True))
-    return found[0] if same else None

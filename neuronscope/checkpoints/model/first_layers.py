@@ -1,7 +1,7 @@
 """Find the layers whose pre-activation depends on the input and on their own weights alone, also in training.
 
-Between such a layer and the network's input there are only fixed functions, each example for itself; behind it comes an
-activation that is zero below zero, and nothing else reads the pre-activation or the weights. If the pre-activation of a
+Such a layer reads the network's input through fixed functions only, which treat each example alone. An activation that
+is zero below zero follows it, and nothing else reads the pre-activation or the weights. If the pre-activation of a
 neuron is below zero for every example, its weights get no gradient, whatever the rest of the network learns.
 """
 

@@ -9,14 +9,12 @@ weights are then read into it one at a time.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,59 +22,28 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.module_paths import walk
-from neuronscope.checkpoints.checkpoint import Checkpoint, StoredTensor
-from neuronscope.checkpoints.data.user_code import user_code
+from neuronscope.checkpoints.checkpoint import Checkpoint, ComputedTensor, StoredTensor
 from neuronscope.checkpoints.file.merged_weights import holds_only_adapters, plain_tensors
 from neuronscope.checkpoints.formats.byte_range import read_json
 from neuronscope.checkpoints.formats.parameter_names import COUNTERS
+from neuronscope.checkpoints.user_code import load_named, user_code
 from neuronscope.errors import CheckpointError, MissingExtraError, UsageError
 
 __all__ = [
+    "HeldTensor",
     "as_loaded",
     "build_model",
     "configured_parameters",
+    "held_tensors",
     "list_parameters",
-    "load_named",
     "load_trained",
-    "load_weights",
     "path_in_model",
     "stored_names",
 ]
 
 
-def load_named(name: str, argument: str) -> Any:
-    """Return the object that ``package.module:name`` names. Modules in the current folder are found too.
-
-    Args:
-        name: The name.
-        argument: Name of the argument that it was given for, for errors.
-
-    Raises:
-        UsageError: There is no such module, or no such name in it; or importing the module fails or exits.
-
-    >>> load_named("math:tau", "model")
-    6.283185307179586
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise UsageError(f"Expected argument `{argument}` to be like `package.module:name`, but got {name!r}.")
-    expected = f"Expected argument `{argument}` to name a module that can be imported"
-    with _current_folder(), user_code(expected, subject=repr(module_name)):
-        found = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            if not hasattr(found, part):
-                raise UsageError(
-                    f"Expected argument `{argument}` to name something, but {module_name} has no {attribute!r}."
-                )
-            found = getattr(found, part)
-    return found
-
-
 def load_trained(name: str) -> nn.Module:
     """Return the trained network that ``package.module:name`` names: a module, or a function that returns one.
-
-    Args:
-        name: The name.
 
     Raises:
         UsageError: It names no network, or its code fails.
@@ -88,20 +55,6 @@ def load_trained(name: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise UsageError(f"Expected `model` ({name}) to be a torch.nn.Module, but got {type(found).__name__}.")
     return found
-
-
-@contextlib.contextmanager
-def _current_folder() -> Iterator[None]:
-    """Make modules in the current folder importable inside the block, as they are with ``python -m``."""
-    folder = str(Path.cwd())
-    known = folder in sys.path or "" in sys.path
-    if not known:
-        sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if not known and folder in sys.path:
-            sys.path.remove(folder)
 
 
 def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkpoint: Checkpoint) -> nn.Module:
@@ -140,7 +93,7 @@ def build_model(model: nn.Module | str | Path | Callable[..., nn.Module], checkp
             model = _hugging_face(read_json(config))
     if not isinstance(model, nn.Module):
         model = _call_factory(model, checkpoint)
-    load_weights(model, checkpoint)
+    _load_weights(model, checkpoint)
     return model.eval()
 
 
@@ -168,14 +121,7 @@ def _accepted_arguments(factory: type, hyperparameters: Mapping[str, Any]) -> di
 
 
 def _build(factory: Callable[..., Any], arguments: dict[str, Any], name: str, *, real: bool = False) -> Any:
-    """Call a factory on the meta device if a checkpoint holds all tensors of its network, and normally otherwise.
-
-    Args:
-        factory: The factory.
-        arguments: Its keyword arguments.
-        name: Its name, for errors.
-        real: Whether to call it normally in any case.
-    """
+    """Call a factory: on the meta device, if a checkpoint holds all tensors of its network, and not ``real``."""
     described = f" with the checkpoint's hyperparameters {sorted(arguments)}" if arguments else ""
     with user_code(
         f"Expected `{name}` to build a network{described}", "Name a function without arguments that builds it."
@@ -211,10 +157,6 @@ def _is_saved_completely(built: nn.Module, made: _NewTensors) -> bool:
     """Whether a checkpoint holds all tensors of a network: nothing keeps others, such as a list or a closure.
 
     A parametrization may decide by the numbers which buffers it registers, so it needs real numbers.
-
-    Args:
-        built: The network, on the meta device.
-        made: The tensors that were made for it.
     """
     if any(module._non_persistent_buffers_set or is_parametrized(module) for module in built.modules()):
         return False
@@ -245,7 +187,7 @@ def _hugging_face(config: Any) -> nn.Module:
     return built
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Read a checkpoint's tensors into a network, one at a time.
 
     Where they do not fit, masks, adapters (LoRA) and norms of weights in the checkpoint are merged into the weights.
@@ -253,21 +195,19 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     Names may differ by a prefix that all share (such as ``model.``, if a LightningModule holds the network). In a
     network on the meta device, the tensors that are read become its weights; otherwise they are copied into them.
 
-    Args:
-        model: The network.
-        checkpoint: The checkpoint.
-
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
-    slots = dict(_slots(model))
+    slots = _slots(model)
     tensors = checkpoint.tensors
     problems = _problems(slots, tensors)
     if problems:
-        base = {name: tensor for name, (_, _, tensor) in slots.items() if tensor.device.type != "meta"}
+        base = {name: held.tensor for name, held in slots.items() if held.tensor.device.type != "meta"}
         plain = plain_tensors(checkpoint, base)
-        only = holds_only_adapters(checkpoint)  # what they do not change is in the network already
-        if plain.keys() != tensors.keys() and not _problems(_changed(slots, plain) if only else slots, plain):
+        wanted = slots
+        if holds_only_adapters(checkpoint):  # what they do not change is in the network already
+            wanted = {name: held for name, held in slots.items() if name in plain}
+        if plain.keys() != tensors.keys() and not _problems(wanted, plain):
             tensors, problems = plain, []
     if problems:
         raise CheckpointError(
@@ -279,20 +219,42 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_memory(model, checkpoint)
 
 
-_Slots = Mapping[str, "tuple[nn.Module, str, Tensor]"]
+class HeldTensor(NamedTuple):
+    """A parameter or buffer of a network.
+
+    Attributes:
+        module: The module that holds it.
+        leaf: Its name there.
+        tensor: The tensor.
+    """
+
+    module: nn.Module
+    leaf: str
+    tensor: Tensor
 
 
-def _changed(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> _Slots:
-    return {name: slot for name, slot in slots.items() if name in tensors}
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, HeldTensor]]:
+    """Yield every parameter and buffer of a network, with its full name."""
+    for path, module in walk(model):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{leaf}" if path else leaf, HeldTensor(module, leaf, tensor)
 
 
-def _problems(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> list[str]:
+def _slots(model: nn.Module) -> dict[str, HeldTensor]:
+    """Return every parameter and saved buffer by its full name."""
+    return {
+        name: held for name, held in held_tensors(model) if held.leaf not in held.module._non_persistent_buffers_set
+    }
+
+
+def _problems(slots: Mapping[str, HeldTensor], tensors: Mapping[str, StoredTensor]) -> list[str]:
     """Return why a checkpoint's tensors do not fit a network."""
     names = _match_names(slots, tensors)
-    found, used = {id(slots[name][2]) for name in names}, set(names.values())
-    pairs = [(name, slots[name][2], tensors[stored]) for name, stored in names.items()]
+    found, used = {id(slots[name].tensor) for name in names}, set(names.values())
+    pairs = [(name, slots[name].tensor, tensors[stored]) for name, stored in names.items()]
     wrong = {
-        "missing": [name for name, (_, _, tensor) in slots.items() if name not in names and id(tensor) not in found],
+        "missing": [name for name, held in slots.items() if name not in names and id(held.tensor) not in found],
         "unexpected": [name for name in tensors if name not in used and name not in COUNTERS],
         "of another shape": [
             f"{name} {tuple(tensor.shape)} ≠ {tuple(stored.shape)}"
@@ -306,24 +268,6 @@ def _problems(slots: _Slots, tensors: Mapping[str, StoredTensor]) -> list[str]:
     return [f"{len(names)} {problem} ({_few(names)})" for problem, names in wrong.items() if names]
 
 
-@dataclass(frozen=True)
-class _HeldTensor:
-    """A tensor of a network, in the form of a stored one."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    def read(self) -> Tensor:
-        return self.tensor.detach()
-
-
 def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose tensors are those of the network that it was loaded into.
 
@@ -333,21 +277,12 @@ def as_loaded(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
         model: The network, with the checkpoint's weights.
         checkpoint: The checkpoint.
     """
-    slots = dict(_slots(model))
+    slots = _slots(model)
     if not _problems(slots, checkpoint.tensors):
         return checkpoint
-    held: dict[str, StoredTensor] = {name: _HeldTensor(tensor) for name, (_, _, tensor) in slots.items()}
+    tensors = {name: ComputedTensor.of(held.tensor) for name, held in slots.items()}
     note = "Masks, adapters or norms of weights in the file were merged into the weights of the network."
-    return replace(checkpoint, tensors=held, notes=(*checkpoint.notes, note))
-
-
-def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor]]]:
-    """Yield every parameter and saved buffer: its full name, and its module, its name there and the tensor."""
-    for path, module in walk(model):
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None and name not in module._non_persistent_buffers_set:
-                    yield f"{path}.{name}" if path else name, (module, name, tensor)
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, note))
 
 
 def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
@@ -367,11 +302,7 @@ def _match_names(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]
     return best | {name: name for name in COUNTERS if name in ours and name in theirs}
 
 
-def _fill(
-    slots: Mapping[str, tuple[nn.Module, str, Tensor]],
-    stored_names: Mapping[str, str],
-    stored: Mapping[str, StoredTensor],
-) -> None:
+def _fill(slots: Mapping[str, HeldTensor], stored_names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
     """Read the stored tensors into the network: copy them, or put them in place of tensors on the meta device."""
     loaded: dict[int, Tensor] = {}  # a weight that two modules share is read once
     with torch.no_grad():
@@ -417,10 +348,9 @@ def list_parameters(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """
     stored = stored_names(model, checkpoint)
     names: dict[int, str] = {}
-    for path, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), f"{path}.{name}" if path else name)
+    for name, held in held_tensors(model):
+        if held.leaf in held.module._parameters:
+            names.setdefault(id(held.tensor), name)
     return [stored.get(name, name) for name in names.values()]
 
 
@@ -431,14 +361,11 @@ def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         model: The model.
         checkpoint: The checkpoint.
     """
-    return _match_names((name for name, _ in _slots(model)), checkpoint.tensors)
+    return _match_names(_slots(model), checkpoint.tensors)
 
 
 def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
     """Return what :func:`list_parameters` does for the network of a Hugging Face folder's own ``config.json``.
-
-    Args:
-        checkpoint: The checkpoint.
 
     Returns:
         The names, or ``None`` if the folder has no configuration or the network cannot be built from it.
@@ -455,7 +382,7 @@ def configured_parameters(checkpoint: Checkpoint) -> list[str] | None:
 def path_in_model(model: nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
     """Return a function that gives the path in the model for a path in the checkpoint.
 
-    The two may differ by a prefix; see :func:`load_weights`.
+    The two may differ by a prefix that all names share.
 
     Args:
         model: The network.

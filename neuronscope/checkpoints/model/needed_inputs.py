@@ -95,11 +95,7 @@ def by_matmul(call: OutputsNeeded) -> Masks:
 
 
 def by_convolution(*, transposed: bool) -> NeededInputs:
-    """Return the rule of a convolution: it follows whole channels.
-
-    Args:
-        transposed: Whether it is a transposed convolution.
-    """
+    """Return the rule of a convolution: it follows whole channels."""
 
     def rule(call: OutputsNeeded) -> Masks:
         x, weight = call.step.argument(0, "input"), call.constant(call.step.argument(1, "weight"))
@@ -108,16 +104,9 @@ def by_convolution(*, transposed: bool) -> NeededInputs:
         if call.needed[0].dim() != weight.dim():
             raise ValueError("no batch")
         rows = call.needed[0].any(0).flatten(1).any(1)  # (O,)
-        taps = (weight != 0).flatten(2).any(2)
-        parts = []
-        for group, own in enumerate(rows.chunk(groups)):
-            if transposed:
-                inner = taps.shape[0] // groups
-                parts.append((taps[group * inner : (group + 1) * inner] & own).any(1))
-            else:
-                outer = taps.shape[0] // groups
-                parts.append((taps[group * outer : (group + 1) * outer] & own[:, None]).any(0))
-        channels = torch.cat(parts)
+        taps = (weight != 0).flatten(2).any(2).view(groups, -1, weight.shape[1])
+        own = rows.view(groups, -1)
+        channels = (taps & own[:, None]).any(2) if transposed else (taps & own[:, :, None]).any(1)
         yield x.value, channels.view(1, -1, *(1 for _ in call.needed[0].shape[2:]))
 
     return rule

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from neuronscope.attach.site_finder import Call
-from neuronscope.checkpoints.data.user_code import user_code
 from neuronscope.checkpoints.model.example_inputs import Example
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import substitute
+from neuronscope.checkpoints.user_code import user_code
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 

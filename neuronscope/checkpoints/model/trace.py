@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from neuronscope.attach.compiling import unwatched
-from neuronscope.attach.module_paths import walk
 from neuronscope.attach.read_outs import reads_out
 from neuronscope.attach.site_finder import Call
 from neuronscope.attach.tensor_map import TensorMap
 from neuronscope.attach.torch_functions import spellings
-from neuronscope.checkpoints.data.user_code import describe_exception
+from neuronscope.checkpoints.model.load_model import held_tensors
 from neuronscope.checkpoints.model.site_calls import SiteCallHooks
 from neuronscope.checkpoints.model.traced_graph import Graph, Site, Step, TensorRef, Value, references, substitute
+from neuronscope.checkpoints.user_code import describe_exception
 from neuronscope.count.neuron_layout import neurons_first
 from neuronscope.errors import NeuronscopeError, UsageError
 from neuronscope.running import model_state_restored
@@ -139,12 +139,9 @@ class _GraphBuilder:
         self._versions: list[int] = []  # of each value when it was numbered
         self._names: dict[int, tuple[str, int]] = {}  # of parameters and buffers: name, and version before the forward
         self._kept: list[Tensor] = []  # keeps the ids of these tensors in use
-        for path, module in walk(model):
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        self._names.setdefault(id(tensor), (f"{path}.{name}" if path else name, tensor._version))
-                        self._kept.append(tensor)
+        for name, held in held_tensors(model):
+            self._names.setdefault(id(held.tensor), (name, held.tensor._version))
+            self._kept.append(held.tensor)
         self._running = False
 
     def start(self) -> None:
@@ -212,14 +209,9 @@ class _GraphBuilder:
 
     def note_changed(self, model: nn.Module) -> None:
         """After the forward, note the names of parameters and buffers that were overwritten or replaced in it."""
+        now = {name: (id(held.tensor), held.tensor._version) for name, held in held_tensors(model)}
         before = {name: (key, version) for key, (name, version) in self._names.items()}
-        for path, module in walk(model):
-            for table in (module._parameters, module._buffers):
-                for leaf, tensor in table.items():
-                    name = f"{path}.{leaf}" if path else leaf
-                    now = (id(tensor), 0 if tensor is None else tensor._version)
-                    if name in before and before[name] != now:
-                        self.graph.changed.add(name)
+        self.graph.changed |= {name for name, was in before.items() if now.get(name) != was}
 
     def drop_overwritten(self) -> None:
         """After the forward, forget the constants that were overwritten in it."""

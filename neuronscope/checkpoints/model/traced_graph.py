@@ -145,11 +145,7 @@ class Graph:
     not_seen: Mapping[str, str] = field(default_factory=dict)
 
     def constant(self, argument: Any) -> Tensor | None:
-        """Return the tensor that an argument of a step stands for, if it does not depend on the input.
-
-        Args:
-            argument: The argument; of anything but such a tensor ``None`` is returned.
-        """
+        """Return the tensor that an argument of a step stands for, if it does not depend on the input."""
         return self.values[argument.value].constant if isinstance(argument, TensorRef) else None
 
     def first_calls(self) -> tuple[Site, ...]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import ArrayLike
 
 from neuronscope.errors import UsageError
 
-__all__ = ["BASES", "CLAIMS", "PERMANENT", "Abstention", "Evidence", "evidence_on_site"]
+__all__ = ["BASES", "CLAIMS", "PERMANENT", "Abstention", "Evidence", "evidence_on_site", "evidence_where"]
 
 #: The possible claims about a neuron, most serious first.
 CLAIMS = (
@@ -98,49 +100,64 @@ class Evidence:
         return f"{self.source}, whole layer" if self.whole_layer or self.collapsed else self.source
 
 
-def evidence_on_site(
-    name: str,
-    mask: npt.NDArray[np.bool_],
-    numbers: npt.NDArray[np.float64],
+def evidence_where(
+    layer: str,
+    mask: ArrayLike,
+    numbers: ArrayLike | None = None,
     *,
     source: str,
     claim: str,
     basis: str,
-    measure: str,
     text: str,
-    since: npt.NDArray[np.int64] | None = None,
+    measure: str = "",
+    since: ArrayLike | None = None,
     whole_layer: bool = False,
+    site: str = "",
 ) -> Iterator[Evidence]:
-    """Yield evidence on those ``K`` of the ``N`` neurons of a site that a mask selects, if there are any.
+    """Yield evidence on those ``K`` of the ``N`` neurons of a layer or site that a mask selects, if there are any.
 
     Args:
-        name: Name of the site.
-        mask: The neurons that the claim holds for, bool ``(N,)``.
-        numbers: A number for each neuron of the site, float64 ``(N,)``.
+        layer: The layer, or the site's name.
+        mask: The neurons that the claim holds for, bool ``(N,)``; like the other arrays, of numpy or of torch.
+        numbers: A number for each of the ``N`` neurons, float64 ``(N,)``; ``None`` = none.
         source: As in :class:`Evidence`, and so are the others.
         claim: The claim.
         basis: Its basis.
-        measure: The meaning of the numbers.
         text: An explanation.
-        since: Optimizer step for each neuron of the site, int64 ``(N,)``; ``None`` if it is not known.
+        measure: The meaning of the numbers.
+        since: Optimizer step for each of the ``N`` neurons, int64 ``(N,)``; ``None`` = not known.
         whole_layer: Whether the claim is about the layer as a whole.
+        site: The site's name, if the claim is about a site.
     """
+    mask = np.asarray(mask)
     neurons = np.flatnonzero(mask).astype(np.int64)
     if neurons.size:
         yield Evidence(
-            layer=name,
+            layer=layer,
             width=len(mask),
             source=source,
             claim=claim,
             basis=basis,
             neurons=neurons,
-            numbers=numbers[neurons],
+            numbers=np.full(neurons.size, np.nan) if numbers is None else np.asarray(numbers)[neurons],
             measure=measure,
             text=text,
-            since=None if since is None else since[neurons],
+            since=None if since is None else np.asarray(since)[neurons],
             whole_layer=whole_layer,
-            site=name,
+            site=site,
         )
+
+
+def evidence_on_site(name: str, mask: ArrayLike, numbers: ArrayLike | None = None, **fields: Any) -> Iterator[Evidence]:
+    """Yield evidence on neurons of a site.
+
+    Args:
+        name: The site's name.
+        mask: The neurons, bool ``(N,)``.
+        numbers: A number for each neuron of the site, float64 ``(N,)``.
+        **fields: As for :func:`evidence_where`.
+    """
+    return evidence_where(name, mask, numbers, site=name, **fields)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class NamedSite(SiteUnits, Protocol):
-    """List what is needed of one site; a :class:`neuronscope.report.report.SiteReport` has it all."""
+    """What is needed of a site; a :class:`neuronscope.report.report.SiteReport` has it all."""
 
     @property
     def name(self) -> str:
@@ -159,6 +159,8 @@ def renamed(
 
 @dataclass(frozen=True)
 class _RenamedSite:
+    """A site with other paths of layers."""
+
     name: str
     kind: str
     neurons: int

@@ -1,1 +1,1 @@
-"""Writes a post-mortem as text for a terminal, markdown and HTML. Nothing here needs torch."""
+"""Write a post-mortem as text for a terminal, markdown and HTML. Nothing here needs torch."""

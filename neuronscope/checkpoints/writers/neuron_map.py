@@ -1,4 +1,4 @@
-"""Packs the neurons of a layer, and the whole network over the steps, as bytes for the page's drawings.
+"""Pack the neurons of a layer, and the whole network over the steps, as bytes for the page's drawings.
 
 Neurons are sorted worst first: the dead ones at the top, the surest of them first. Whatever is lost, the number of
 neurons with each label and basis is kept.

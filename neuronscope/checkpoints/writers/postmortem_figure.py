@@ -1,4 +1,4 @@
-"""Draws a post-mortem as a figure of matplotlib: deaths over the steps, and the labels of the worst layers."""
+"""Draw a post-mortem as a figure of matplotlib: deaths over the steps, and the labels of the worst layers."""
 
 from __future__ import annotations
 

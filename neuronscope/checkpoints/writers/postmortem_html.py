@@ -1,4 +1,4 @@
-"""Writes a post-mortem as one HTML page that needs no network: what died, when, how sure that is, and why."""
+"""Write a post-mortem as one HTML page that needs no network: what died, when, how sure that is, and why."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from markupsafe import Markup
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
 from neuronscope.checkpoints.verdict.evidence import BASES
 from neuronscope.checkpoints.verdict.layer_verdicts import LABELS, LayerReport
-from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.checkpoints.writers.neuron_map import MOST_EVIDENCE, NeuronMap, network_map, pack
 from neuronscope.writers import page
 from neuronscope.writers.formatting import NONE, UNKNOWN, count, percent, plural, visible
@@ -68,9 +68,6 @@ LEGEND = (
 
 def render(report: PostmortemReport) -> str:
     """Write a post-mortem as one HTML page.
-
-    Args:
-        report: The post-mortem.
 
     Returns:
         A page below 300 KB for 12 layers of 4096 neurons, and below 2 MB for any number of layers. If detail or
@@ -207,12 +204,7 @@ def _dated(layer: LayerReport) -> npt.NDArray[np.int64]:
 
 
 def _bars(layer: LayerReport, last: int) -> Markup:
-    """Draw when the neurons of a layer died, on a scale of its own.
-
-    Args:
-        layer: The layer.
-        last: Last step of the run.
-    """
+    """Draw when the neurons of a layer died, on a scale of its own."""
     found = _dated(layer)
     if not found.size:
         return Markup("")

@@ -1,4 +1,4 @@
-"""Writes a post-mortem as markdown: sentences, a table of layers, causes and evidence."""
+"""Write a post-mortem as markdown: sentences, a table of layers, causes and evidence."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.writers.formatting import count
 from neuronscope.writers.markdown_text import bullets, code, diagnosis_parts, pairs, plain, prose, table
 
@@ -60,9 +60,6 @@ LISTED, NAMED = 20, 12
 def render(report: PostmortemReport) -> str:
     """Write a post-mortem as markdown.
 
-    Args:
-        report: The post-mortem.
-
     Returns:
         Markdown that ends with a line end.
     """
@@ -106,13 +103,7 @@ def render(report: PostmortemReport) -> str:
 
 
 def _table(first: str, columns: Sequence[tuple[str, str, bool]], rows: Iterable[Any]) -> str:
-    """Format a table of objects with a ``name`` and the fields of the columns.
-
-    Args:
-        first: Heading of the first column, which holds the name.
-        columns: The columns after it.
-        rows: The objects.
-    """
+    """Format a table of objects with a ``name`` and the fields of the columns."""
     cells = [[code(row.name), *(plain(getattr(row, field)) for _, field, _ in columns)] for row in rows]
     return table([(first, False), *((heading, right) for heading, _, right in columns)], cells)
 

@@ -1,4 +1,4 @@
-"""Gives a post-mortem as columns of a table, for pandas."""
+"""Return a post-mortem as columns of a table, for pandas."""
 
 from __future__ import annotations
 

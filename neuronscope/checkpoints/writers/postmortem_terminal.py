@@ -1,10 +1,10 @@
-"""Writes a post-mortem as text for a terminal: sentences, a table of layers, causes and evidence."""
+"""Write a post-mortem as text for a terminal: sentences, a table of layers, causes and evidence."""
 
 from __future__ import annotations
 
 from neuronscope.checkpoints.postmortem_report import PostmortemReport
-from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
 from neuronscope.checkpoints.writers import postmortem_wording as wording
+from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.writers.console import Column, Page
 from neuronscope.writers.formatting import plural
 

@@ -1,4 +1,4 @@
-"""Says what a post-mortem amounts to: the sentences and the table cells that every writer shows."""
+"""Say what a post-mortem found: the sentences and the table cells that every writer shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neuronscope.checkpoints.verdict.disagreements import Disagreement, find_dis
 from neuronscope.checkpoints.verdict.evidence import BASES, CLAIMS, Evidence
 from neuronscope.checkpoints.verdict.join_units import LEFT_OUT
 from neuronscope.checkpoints.verdict.layer_verdicts import InBox, LayerReport
-from neuronscope.checkpoints.writers import between_checkpoints as timeline_wording
+from neuronscope.checkpoints.writers import timeline_wording
 from neuronscope.judge.symptoms import last_deaths
 from neuronscope.writers.formatting import (
     NONE,

@@ -58,7 +58,7 @@ class Interval:
             may have size 1.
         high: Upper bounds, of the same form.
         shape: The tensor's shape.
-        ground: :data:`INTERVAL` or :data:`LAYER_NORM`.
+        source: What the bounds rest on: :data:`INTERVAL`, :data:`LAYER_NORM` or :data:`BACKWARD`.
         normed: What is known of whole rows, if they were normalised.
 
     >>> Interval.between(0.0, 1.0, (2, 3)).low.shape

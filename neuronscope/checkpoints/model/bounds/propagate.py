@@ -28,7 +28,7 @@ class SiteBounds:
     """Bounds of a site's ``N`` neurons that hold for every input.
 
     Attributes:
-        ground: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
+        source: What the bound rests on; see :mod:`neuronscope.checkpoints.model.bounds.interval`.
         lowest: Lower bounds of the pre-activation, float64 ``(N,)``.
         highest: Upper bounds of the pre-activation, float64 ``(N,)``.
         output: Upper bounds of the output's absolute value, float64 ``(N,)``.

@@ -101,9 +101,8 @@ def _matmul_with_infinities(x: Tensor, weight: Tensor) -> Tensor:
         return torch.matmul(x, weight)
     parts = torch.stack((torch.where(finite, x, 0.0), (x == torch.inf).double(), (x == -torch.inf).double()))
     total: Tensor
-    total, above, below = torch.matmul(
-        parts, weight
-    )  # the sign of `above` and `below` says whether an infinite term counts
+    # The sign of `above` and `below` says whether an infinite term counts.
+    total, above, below = torch.matmul(parts, weight)
     for reach, infinity in ((above, torch.inf), (below, -torch.inf)):
         total = torch.where(reach == 0, total, total + reach.sign() * infinity)
     return total

@@ -17,7 +17,7 @@ from neuronscope.checkpoints.verdict.checkpoint_timeline import (
     LeftOut,
     TimelinePoint,
 )
-from neuronscope.checkpoints.writers import between_checkpoints as between
+from neuronscope.checkpoints.writers import timeline_wording as wording
 from tests.writers.test_html import Page
 
 from . import samples
@@ -55,19 +55,19 @@ def report(of: CheckpointTimeline) -> PostmortemReport:
 def test_cells_say_who_died_and_revived_between_which_steps() -> None:
     events = ((0, DIED, 0, -1, -1), (1, DIED, 0, -1, 100), (2, DIED, 1, 101, 200), (3, DIED, 1, 150, 150))
     one = timeline(4, layer("a", 4, *events, (2, REVIVED, 3, 301, 400), (4, DIED, 3, 350, 350)), layer("b", 4))
-    (row,), rest = between.layer_rows(one)
+    (row,), rest = wording.layer_rows(one)
     assert row.when == "2 by step 100; 2 at steps 101–200; 1 at step 350"
     assert row.back == "1 at steps 301–400"
     assert (row.first, row.died, row.revived, row.last, row.basis) == ("2", "3", "1", "4", "5 inferred")
     assert rest == "… 1 layer in which none died or revived"
-    rows, _ = between.checkpoint_rows(one)
+    rows, _ = wording.checkpoint_rows(one)
     assert [(row.name, row.dead, row.died, row.revived, row.where) for row in rows] == [
         ("step 100", "2", "2", "·", "a (2)"),
         ("step 200", "4", "2", "·", "a (2)"),
         ("step 300", "4", "·", "·", "·"),
         ("step 400", "4", "1", "1", "a (1)"),
     ]
-    assert between.findings(one)[0] == (
+    assert wording.findings(one)[0] == (
         "Over 4 checkpoints, steps 100 to 400: 2 neurons are dead at the first, 3 died later and 1 revived; 4 are dead "
         "at the last."
     )
@@ -75,30 +75,30 @@ def test_cells_say_who_died_and_revived_between_which_steps() -> None:
 
 def test_of_very_many_checkpoints_and_layers_those_with_deaths_are_shown() -> None:
     layers = [layer(f"l{at}", 300, *[(n, DIED, 100 + at, 1, 2) for n in range(1 + at % 3)]) for at in range(90)]
-    rows, rest = between.checkpoint_rows(timeline(300, *layers))
+    rows, rest = wording.checkpoint_rows(timeline(300, *layers))
     assert len(rows) == 40
     assert [rows[0].name, rows[-1].name] == ["step 100", "step 30,000"]
     assert sorted(row.died for row in rows) == ["2"] * 8 + ["3"] * 30 + ["·"] * 2
     assert rest == "… 260 more checkpoints with no more deaths and revivals"
-    shown, rest = between.layer_rows(timeline(300, *layers))
+    shown, rest = wording.layer_rows(timeline(300, *layers))
     assert len(shown) == 40
     assert rest == "… 50 more layers with no more deaths and revivals"
 
 
 def test_the_chart_draws_numbers_to_scale() -> None:
-    drawn = between.chart(timeline(2, layer("a", 2, *[(n, DIED, 0, 1, 2) for n in range(2)], (5, DIED, 1, 101, 200),
+    drawn = wording.chart(timeline(2, layer("a", 2, *[(n, DIED, 0, 1, 2) for n in range(2)], (5, DIED, 1, 101, 200),
                                              (6, DIED, 1, 101, 200), (0, REVIVED, 1, 101, 200))))  # fmt: skip
     assert drawn is not None
     assert (drawn.most_dead, drawn.most_events, drawn.marks, drawn.steps) == (3, 2, [500.0, 1000.0], 200)
     assert drawn.dead == "M500.0 100V33.3H1000.0V0.0H1000.0V100z"
     assert drawn.died == "M0.0 50v-50.0h499.0v50.0zM500.0 50v-50.0h499.0v50.0z"
     assert drawn.revived == "M500.0 50v25.0h499.0v-25.0z"
-    assert between.chart(timeline(1, layer("a", 1))) is None
+    assert wording.chart(timeline(1, layer("a", 1))) is None
 
 
 def test_a_timeline_without_a_death_is_drawn_too() -> None:
     calm = timeline(3, layer("a", 3))
-    drawn = between.chart(calm)
+    drawn = wording.chart(calm)
     assert drawn is not None
     assert (drawn.dead, drawn.died, drawn.revived) == ("", "", "")
     for text in (str(report(calm)), report(calm).to_markdown(), report(calm).to_html()):

@@ -1,28 +1,19 @@
-"""Describe tensors in a file: each is checked against the file when that is opened, and read when asked for."""
+"""Tensors in a file: each is checked against the file when that is opened, and read when its values are needed."""
 
 from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuronscope.checkpoints.checkpoint import StoredTensor
 from neuronscope.checkpoints.formats.byte_range import MOST_DIMENSIONS, ByteRange, quoted
 from neuronscope.errors import CheckpointError
 
-__all__ = [
-    "FileTensor",
-    "LazyTensor",
-    "LoadedTensor",
-    "Storage",
-    "allocate",
-    "check_sizes",
-    "find_dtype",
-    "is_readable",
-]
+__all__ = ["FileTensor", "Storage", "allocate", "check_sizes", "find_dtype", "is_readable"]
 
 # The most memory for a tensor that repeats stored numbers (one that was expanded), so that a few bytes in a file cannot
 # take any amount of it. A tensor that is written out in full takes as much as it does in the file.
@@ -77,47 +68,6 @@ def check_sizes(sizes: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-class LazyTensor(ABC):
-    """A tensor of a checkpoint that is not read yet; see :class:`neuronscope.checkpoints.checkpoint.StoredTensor`.
-
-    Args:
-        dtype: Type of its numbers.
-        shape: Its shape.
-
-    Attributes:
-        torch_dtype: Type of its numbers.
-    """
-
-    __slots__ = ("_shape", "torch_dtype")
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.torch_dtype = dtype
-        self._shape = shape
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self._shape
-
-    @property
-    def dtype(self) -> str:
-        """Name of its type."""
-        return str(self.torch_dtype).removeprefix("torch.")
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes that it takes when it is read."""
-        return math.prod(self._shape) * self.torch_dtype.itemsize
-
-    @abstractmethod
-    def read(self) -> Tensor:
-        """Read the tensor: a new one on the CPU, of this shape and dtype.
-
-        Raises:
-            CheckpointError: The file does not hold what it describes.
-        """
-
-
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Allocate a tensor on the CPU, without setting its numbers.
 
@@ -163,7 +113,7 @@ class Storage:
         self.views.clear()
 
 
-class FileTensor(LazyTensor):
+class FileTensor(StoredTensor):
     """A tensor whose numbers are in one storage of a file.
 
     Args:
@@ -180,12 +130,12 @@ class FileTensor(LazyTensor):
     __slots__ = ("_offset", "_storage", "_stride")
 
     def __init__(self, storage: Storage, dtype: torch.dtype, shape: Any, stride: Any = None, offset: Any = 0) -> None:
-        super().__init__(dtype, check_sizes(shape))
+        super().__init__(check_sizes(shape), dtype)
         self._storage = storage
         self._stride = None if stride is None else check_sizes(stride)
         (self._offset,) = check_sizes((offset,))
-        if self._stride is not None and len(self._stride) != len(self._shape):
-            raise ValueError(f"a tensor has shape {quoted(self._shape)} and strides {quoted(self._stride)}")
+        if self._stride is not None and len(self._stride) != len(self.shape):
+            raise ValueError(f"a tensor has shape {quoted(self.shape)} and strides {quoted(self._stride)}")
 
     def check(self) -> None:
         """Check, without reading, that the file holds all of the tensor.
@@ -197,28 +147,28 @@ class FileTensor(LazyTensor):
 
     def _location(self) -> ByteRange:
         """Return the bytes from the first number that the tensor uses to the last."""
-        numel, itemsize, whole = math.prod(self._shape), self.torch_dtype.itemsize, self._storage.location
+        numel, itemsize, whole = math.prod(self.shape), self.torch_dtype.itemsize, self._storage.location
         if numel == 0 or self._stride is None:
             span = numel
         else:
-            span = 1 + sum((size - 1) * step for size, step in zip(self._shape, self._stride, strict=True))
+            span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self._stride, strict=True))
         begin, length = self._offset * itemsize, span * itemsize
         if whole is None:
-            raise CheckpointError(f"A tensor of shape {quoted(self._shape)} is described, but its numbers are missing.")
+            raise CheckpointError(f"A tensor of shape {quoted(self.shape)} is described, but its numbers are missing.")
         if begin + length > min(whole.size, self._storage.numel * self._storage.dtype.itemsize):
             wrong = "is larger than what is stored of it"
         elif numel > span and numel * itemsize > _MOST_REPEATED_BYTES:
             wrong = f"repeats {span} stored numbers beyond measure"
-        elif math.prod(size for size in self._shape if size) > _LARGEST // itemsize:
+        elif math.prod(size for size in self.shape if size) > _LARGEST // itemsize:
             wrong = "is larger than any tensor can be"
         else:
             return whole.part(begin, length)
         raise CheckpointError(
-            f"{quoted(whole.path)} is damaged: a tensor of shape {quoted(self._shape)} of {self.dtype} {wrong}."
+            f"{quoted(whole.path)} is damaged: a tensor of shape {quoted(self.shape)} of {self.dtype} {wrong}."
         )
 
     def read(self) -> Tensor:
-        """Read the tensor: a new one on the CPU, of this shape and dtype.
+        """Read the tensor from the file.
 
         Raises:
             CheckpointError: The file has changed since it was opened.
@@ -231,27 +181,5 @@ class FileTensor(LazyTensor):
             data.ne_(0)  # a bool must be stored as 0 or 1
         numbers = data.view(self.torch_dtype)
         if self._stride is None:
-            return numbers.view(self._shape)
-        return numbers.as_strided(self._shape, self._stride).contiguous()
-
-
-class LoadedTensor(LazyTensor):
-    """A tensor that is in memory already, because the whole file was unpickled.
-
-    Args:
-        tensor: The tensor.
-    """
-
-    __slots__ = ("_tensor",)
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor.dtype, tuple(tensor.shape))
-        self._tensor = tensor.detach()
-
-    def read(self) -> Tensor:
-        """Return a copy of the tensor on the CPU.
-
-        >>> LoadedTensor(torch.ones(2, requires_grad=True)).read()
-        tensor([1., 1.])
-        """
-        return self._tensor.to("cpu", copy=True)
+            return numbers.view(self.shape)
+        return numbers.as_strided(self.shape, self._stride).contiguous()

@@ -1,4 +1,4 @@
-"""Says and draws which neurons died and revived between several checkpoints, for every writer."""
+"""Say and draw which neurons died and revived between several checkpoints, for every writer."""
 
 from __future__ import annotations
 

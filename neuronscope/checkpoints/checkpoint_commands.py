@@ -1,4 +1,4 @@
-"""The command ``neuronscope postmortem``: its arguments, progress bars, output files and exit code."""
+"""The commands ``neuronscope postmortem`` and ``shrink``: their arguments, and what they do."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neuronscope.checkpoints.data.user_code import describe_exception
+from neuronscope.checkpoints.user_code import exits_refused
 from neuronscope.command_output import (
     EXIT_OK,
     add_check_option,
@@ -19,15 +20,18 @@ from neuronscope.command_output import (
     write_report,
 )
 from neuronscope.errors import CheckpointError, UsageError
+from neuronscope.output import print_and_flush
 
 if TYPE_CHECKING:
     from neuronscope.checkpoints.progress import Progress
 
-__all__ = ["add_postmortem"]
+__all__ = ["add_postmortem", "add_shrink"]
+
+_MODEL = "the network: a function or class that creates it, or a Hugging Face folder"
 
 
 def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to a parser; its default ``call`` runs it and returns the exit code."""
+    """Add the command ``postmortem`` to a parser; its default ``call`` runs it and returns the exit code."""
     command = commands.add_parser(
         "postmortem",
         help="find out from a checkpoint which neurons are dead, since when, how sure that is, and why",
@@ -46,11 +50,7 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
             "with the most steps, with a timeline of deaths and revivals between them"
         ),
     )
-    command.add_argument(
-        "--model",
-        metavar="PKG.MOD:FACTORY",
-        help="the network: a function or class that creates it, or a Hugging Face folder",
-    )
+    command.add_argument("--model", metavar="PKG.MOD:FACTORY", help=_MODEL)
     command.add_argument(
         "--data", metavar="PKG.MOD:FACTORY", help="a function that returns batches to run the network on"
     )
@@ -99,11 +99,7 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="search the box for inputs that make dead neurons fire, at most so long (10; 0 = do not search)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of that search (0)")
-    command.add_argument(
-        "--trust",
-        action="store_true",
-        help="allow full unpickling; this runs code in the file, so only for files that you trust",
-    )
+    _add_trust(command)
     add_output_options(command)
     add_check_option(
         command,
@@ -111,41 +107,86 @@ def add_postmortem(commands: argparse._SubParsersAction[argparse.ArgumentParser]
         "collapsed, or if any neuron is NaN or infinite. Proved, measured and inferred verdicts count; suspected ones "
         "and layers that get no gradient as a whole do not",
     )
-    command.set_defaults(call=_run)
+    command.set_defaults(call=_postmortem)
 
 
-def _run(parsed: argparse.Namespace) -> int:
+def add_shrink(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command ``shrink`` to a parser; its default ``call`` runs it and returns the exit code."""
+    command = commands.add_parser(
+        "shrink",
+        help="write a smaller checkpoint without the neurons that are dead on data",
+        description=(
+            "Takes the neurons that are dead on all of the data out of a network, runs both networks on the data, and "
+            "writes the smaller one if they agree, with a record of the new widths beside it. Exit codes: 0: written; "
+            "2: wrong usage, or nothing can be taken out: nothing is written then."
+        ),
+    )
+    command.add_argument("checkpoint", metavar="CKPT", help="the checkpoint: a file or a folder")
+    command.add_argument("--model", metavar="PKG.MOD:FACTORY", required=True, help=_MODEL)
+    command.add_argument(
+        "--data",
+        metavar="PKG.MOD:FACTORY",
+        required=True,
+        help="a function that returns batches to run both networks on",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="F",
+        required=True,
+        help="where to write the smaller weights: small.pt, or small.safetensors",
+    )
+    _add_trust(command)
+    command.set_defaults(call=_shrink)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="allow full unpickling; this runs code in the file, so only for files that you trust",
+    )
+
+
+def _postmortem(parsed: argparse.Namespace) -> int:
     from neuronscope.checkpoints.run import postmortem  # loads torch
 
     check_targets(parsed)
-    with _progress_bars() as progress:
-        try:
-            report = postmortem(
-                parsed.checkpoints,
-                parsed.model,
-                parsed.data,
-                parsed.loss,
-                optimizer=parsed.optimizer,
-                step=parsed.step,
-                earlier=parsed.earlier,
-                fixed_data=parsed.fixed_data,
-                box=None if parsed.box is None else (parsed.box[0], parsed.box[1]),
-                wake_seconds=parsed.wake,
-                seed=parsed.seed,
-                example=parsed.example,
-                trust=parsed.trust,
-                progress=progress,
-            )
-        except SystemExit as error:  # raised by a method of the model or the data, wherever it is called
-            raise UsageError(
-                f"Expected the model and the data to be usable, but their code {describe_exception(error)}"
-            ) from error
+    with _progress_bars() as progress, exits_refused():
+        report = postmortem(
+            parsed.checkpoints,
+            parsed.model,
+            parsed.data,
+            parsed.loss,
+            optimizer=parsed.optimizer,
+            step=parsed.step,
+            earlier=parsed.earlier,
+            fixed_data=parsed.fixed_data,
+            box=None if parsed.box is None else tuple(parsed.box),
+            wake_seconds=parsed.wake,
+            seed=parsed.seed,
+            example=parsed.example,
+            trust=parsed.trust,
+            progress=progress,
+        )
     write_report(report, parsed)
     unreadable = [] if report.timeline is None else [one for one in report.timeline.left_out if one.unreadable]
     if unreadable:
         reasons = "; ".join(one.reason.rstrip(".") for one in unreadable[:3])
         raise CheckpointError(f"Left out, since it could not be read ({len(unreadable)} in all): {reasons}.")
     return EXIT_OK if parsed.fail_above is None else check_dead(report, parsed.fail_above, report.not_finite)
+
+
+def _shrink(parsed: argparse.Namespace) -> int:
+    from neuronscope.checkpoints.shrink_checkpoint import record_path, shrink_checkpoint  # loads torch
+
+    try:
+        with exits_refused():
+            shrunk = shrink_checkpoint(parsed.checkpoint, parsed.model, parsed.data, parsed.out, trust=parsed.trust)
+    except OSError as error:
+        raise UsageError(f"Cannot write {error.filename or parsed.out}: {error.strerror or error}.") from error
+    print_and_flush(f"{shrunk}\nWrote {parsed.out}, and the new widths beside it: {record_path(parsed.out)}.\n")
+    return EXIT_OK
 
 
 @contextlib.contextmanager
