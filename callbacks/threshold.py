@@ -57,7 +57,7 @@ class DeadThreshold:
         nan = f" and {broken} give NaN or infinite outputs" if broken else ""
         worst = max(
             report.totals.sites_with(lambda layer: layer.judgement.dead | layer.judgement.not_finite),
-            key=lambda layer: (layer.dead + int(layer.judgement.not_finite.sum())) / layer.neurons,
+            key=lambda layer: (layer.dead + layer.not_finite_neurons) / layer.neurons,
         )
         return (
             f"{report.dead} of {observed} neurons are dead ({percent(report.dead_percent)}){nan} "

@@ -139,7 +139,7 @@ def _table(rows: list[LayerRow]) -> tuple[list[tuple[str, str]], list[LayerRow]]
 
 
 def _is_broken(site: SiteReport) -> bool:
-    return bool(site.not_finite or site.judgement.not_finite.any())
+    return bool(site.not_finite or site.not_finite_neurons)
 
 
 def _hint(overview: NetworkMap) -> str:
@@ -212,7 +212,7 @@ def _listed(indices: npt.NDArray[np.int64]) -> str:
 
 
 def _cards(report: Report) -> list[Card]:
-    seen = [site for site in report.headline_layers if not wording.is_unseen(site)]
+    seen = [site for site in report.headline_layers if not site.is_unseen]
     gradients = any(site.gradient_positions for site in seen)
     judged = report.judged_neurons
     among = f"of {count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
@@ -238,15 +238,14 @@ def _cards(report: Report) -> list[Card]:
 
 
 def _has_map(site: SiteReport) -> bool:
-    return site.neurons > 0 and (not wording.is_unseen(site) or site.history.steps.size > 0)
+    return site.neurons > 0 and (not site.is_unseen or site.history.steps.size > 0)
 
 
 def _row(report: Report, index: int) -> LayerRow:
     site = report.layers[index]
     cells = wording.site_cells(site, report)
-    unseen, judged, born = wording.is_unseen(site), wording.judged(site), wording.tells_born(report)
+    unseen, born = site.is_unseen, wording.tells_born(report)
     nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
-    share = 100.0 * site.dead / judged if judged else None
     silent, cut_off = (site.silent, site.cut_off) if site.gradient_positions else ("", "")
 
     def number(text: str, key: float | str, css: str = "") -> Cell:
@@ -260,7 +259,7 @@ def _row(report: Report, index: int) -> LayerRow:
         cells=[
             Cell(cells.neurons, site.neurons),
             number(dead, site.dead, "dead"),
-            Cell(cells.dead_share, "" if share is None else round(share, 4), "share"),
+            Cell(cells.dead_share, "" if np.isnan(site.dead_percent) else round(site.dead_percent, 4), "share"),
             number(count(site.born_dead) if born and site.born_dead else nothing, site.born_dead),
             number(count(site.died) if born and site.died else nothing, site.died),
             number(cells.silent, silent),
@@ -276,7 +275,7 @@ def _row(report: Report, index: int) -> LayerRow:
 
 
 def _meta(site: SiteReport) -> list[tuple[str, bool]]:
-    unseen = wording.is_unseen(site)
+    unseen = site.is_unseen
     deaths, revivals = int(site.history.deaths.sum()), int(site.history.revivals.sum())
     watched = f"{plural(deaths, 'death')} and {plural(revivals, 'revival')} while watched"
     pieces = [

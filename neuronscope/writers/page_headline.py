@@ -40,8 +40,8 @@ def headline(report: Report) -> list[str]:
         return found[:1]
     facts = facts_from_report(report)
     spikes = [one for one in diagnose(facts) if one.sign in (COLLAPSED, GROUPED) and one.steps]
-    worst = max(report.headline_layers, key=lambda site: (site.dead / max(wording.judged(site), 1), site.dead))
-    if worst.dead >= DIED * wording.judged(worst):
+    worst = max(report.headline_layers, key=lambda site: (site.dead / max(site.judged_neurons, 1), site.dead))
+    if worst.dead >= DIED * worst.judged_neurons:
         later = worst.dead - worst.born_dead
         born = worst.born_dead > later
         many, rest = worst.dead, ""
@@ -53,7 +53,7 @@ def headline(report: Report) -> list[str]:
             how = f"died{_at(death_steps(worst)[worst.judgement.dead])}"
             many, rest = later, f"{count(worst.born_dead)} more never fired"
         rest = f"; {rest}" if many < worst.dead else ""
-        whole = plural(wording.judged(worst), "neuron")
+        whole = plural(worst.judged_neurons, "neuron")
         sentences = [f"Layer `{visible(worst.name)}` {how}: {count(many)} of {whole}{rest}."]
         spikes = [] if born else [one for one in spikes if worst.name in one.layers]
     else:

@@ -26,6 +26,7 @@ from neuronscope.report.report import (
     LEVEL_MAX,
     LEVEL_SILENT,
     LEVEL_UNSEEN,
+    SITE_COUNTS,
     Report,
     SiteHistory,
     SiteReport,
@@ -46,7 +47,6 @@ _VERSION = 1
 _BEGIN = b"neuronscope report\0"
 
 _COUNTED = ("dead", "silent", "dormant", "cut_off")
-_COUNTS = (*_COUNTED, "born_dead", "linear", "unseen")
 _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 #: What is held of each neuron, with the type in the bytes: levels and labels are single bytes.
 _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8", **dict.fromkeys(_STEPS, "<i8")}
@@ -176,7 +176,7 @@ def _facts(site: SiteReport, steps: npt.NDArray[np.int64]) -> dict[str, Any]:
         judgement=Judgement(**masks),
         history=SiteHistory(**history),
     )
-    counts = {name: getattr(site, name) for name in _COUNTS}
+    counts = {name: getattr(site, name) for name in SITE_COUNTS}
     return {**bare.to_dict(), **counts, "neurons": site.neurons, "history": {"steps": steps.tolist()}}
 
 

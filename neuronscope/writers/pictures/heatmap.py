@@ -39,7 +39,7 @@ from neuronscope.writers.pictures.colours import (
     Colour,
     mix,
 )
-from neuronscope.writers.wording import not_in_totals, observed
+from neuronscope.writers.wording import not_in_totals
 
 __all__ = ["heatmap", "order"]
 
@@ -124,10 +124,10 @@ def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray
 
 
 def _finding(site: SiteReport) -> str:
-    broken = int(site.judgement.not_finite.sum())
-    if not observed(site):
+    observed, broken = site.observed_neurons, site.not_finite_neurons
+    if not observed:
         return "not seen"
-    return f"{share(broken, observed(site))} NaN or inf" if broken else f"{share(site.dead, observed(site))} dead"
+    return f"{share(broken, observed)} NaN or inf" if broken else f"{share(site.dead, observed)} dead"
 
 
 def _subtitle(site: SiteReport, phase: str) -> str:
