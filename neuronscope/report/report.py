@@ -17,7 +17,7 @@ import numpy.typing as npt
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.acts import Act
-from neuronscope.report.rendering import Renderable
+from neuronscope.report.rendering import LayersByName, Renderable
 from neuronscope.report.totals import BoolArray, NeuronCounts, Totals
 from neuronscope.sites import SiteDescription
 
@@ -283,7 +283,7 @@ class SiteReport(SiteDescription, NeuronCounts):
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Renderable, NeuronCounts):
+class Report(Renderable, LayersByName[SiteReport], NeuronCounts):
     """Hold the results on a watched network in one phase, as plain data.
 
     Printing a report shows a table with one row per site. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown`
@@ -398,17 +398,6 @@ class Report(Renderable, NeuronCounts):
         broken = "; NaN or infinite outputs" if self.not_finite else ""
         dead = f"{self.dead} of {self.judged_neurons} neurons dead{', provisional' if self.provisional else ''}{broken}"
         return f"on {self.model!r}, phase {self.phase!r}, step {self.global_step}: {dead}"
-
-    def __getitem__(self, name: str) -> SiteReport:
-        """Return the site with this name.
-
-        Raises:
-            KeyError: There is no such site.
-        """
-        for site in self.layers:
-            if site.name == name:
-                return site
-        raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
         """Yield a verdict for every neuron that is neither alive nor linear, site by site.

@@ -54,11 +54,11 @@ LEGEND = (
 )
 
 
-def render(report: Report, against: Report | None = None, against_name: str = "") -> str:
+def render(report: Report | ReportComparison, against: Report | None = None, against_name: str = "") -> str:
     """Write a report as one HTML page.
 
     Args:
-        report: The report.
+        report: The report; of a comparison, the second report, compared with the first.
         against: Another report on the same network (another phase, an earlier one) to compare with, layer by layer.
         against_name: How the page names that report; ``""`` = by its phase and step.
 
@@ -66,6 +66,8 @@ def render(report: Report, against: Report | None = None, against_name: str = ""
         A page below 500 KB for 12 layers of 4096 neurons and for 300 layers, whatever their history, and not much more
         for any number of layers. If resolution or layers were left out for that, the page says what and where.
     """
+    if isinstance(report, ReportComparison):
+        against, report = report.before, report.after
     home = files("neuronscope.writers")
     shown, left_out = _fold(report)
     maps = share_budget(
