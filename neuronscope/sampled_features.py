@@ -107,7 +107,9 @@ class Representation(LayersByName[LayerRepresentation]):
         page = Page()
         page.line(f"{share} (Sokar et al. 2023, τ = {self.tau:g}; dead ones included).")
         if not np.isnan(self.gradient_dormant_percent):
-            page.line(f"{self.gradient_dormant_percent:.1f} % have a low gradient (GraMa, Liu et al. 2025, the same τ).")
+            page.line(
+                f"{self.gradient_dormant_percent:.1f} % have a low gradient (GraMa, Liu et al. 2025, the same τ)."
+            )
         page.table([Column(heading, field) for heading, field, _ in _COLUMNS], [_cells(layer) for layer in self.layers])
         page.line(f"Ranks are of {sampled} sampled rows; a rank is at most the number of its rows.")
         return page.text()
