@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from neuronscope.act.revival import revive_in
 from neuronscope.act.rules import GraMa, Rule, as_rule
-from neuronscope.attach.forward import INFERENCE
 from neuronscope.callbacks.announcements import Announcements
 from neuronscope.callbacks.logs import Log, series_of
 from neuronscope.callbacks.phase_gate import PhaseGate
@@ -33,6 +32,7 @@ from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageErr
 from neuronscope.options import Examples, Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.census import Census
 from neuronscope.writers.formatting import visible
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.module_paths import own_class
 from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.errors import StateError
 from neuronscope.options import WatchOptions
 from neuronscope.scope import Scope
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.distributed.sync import world_size
 from neuronscope.tally.phase_record import split_scope_state
 

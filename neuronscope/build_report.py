@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 import neuronscope
-from neuronscope.attach.forward import INFERENCE
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.acts import Act, acts_note
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord

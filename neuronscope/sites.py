@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-__all__ = ["NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteDescription", "SiteInfo", "SiteKey"]
+__all__ = ["INFERENCE", "NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteDescription", "SiteInfo", "SiteKey"]
 
 
+#: The phase of forwards that begin without gradients while the phase is ``train``.
+INFERENCE = "inference"
 #: The place of a tensor that the user named.
 NAMED_TENSOR = "scope.count()"
 
