@@ -21,13 +21,12 @@ from torch.optim import Optimizer
 
 from neuronscope.act.revival import revive_in
 from neuronscope.act.rules import GraMa, Rule, as_rule
-from neuronscope.callbacks.announcements import Announcements
+from neuronscope.callbacks.alarms import Announcements, DeadThreshold
 from neuronscope.callbacks.logs import Log, series_of
 from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.options import Examples, Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report

@@ -27,7 +27,7 @@ from neuronscope.writers import html
 from neuronscope.writers.formatting import count, visible
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER
-from neuronscope.writers.tensorboard.tab import PLUGIN_NAME, TAG
+from neuronscope.writers.tensorboard.summaries import PLUGIN_NAME, TAG
 
 __all__ = ["Plugin"]
 
