@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronscope.demo.conclusions import headline
-from neuronscope.demo.results import Comparison, Moment, Run
+from neuronscope.demo.results import Comparison
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.pictures.axis import spread
@@ -130,8 +130,8 @@ def draw_comparison(result: Comparison) -> Figure:
     lines = figure.add_gridspec(2, 1, left=0.07, right=0.315, top=0.765, bottom=0.155, hspace=0.36)
     names = [name for name in result.networks if name in _LINES]
     dead, dormant = figure.add_subplot(lines[0]), figure.add_subplot(lines[1])
-    _draw_shares(dead, result, names, "Dead neurons", lambda moment: moment.dead)
-    _draw_shares(dormant, result, names, "Dormant neurons, not dead", lambda moment: moment.dormant)
+    _draw_shares(dead, result, names, "Dead neurons", "dead")
+    _draw_shares(dormant, result, names, "Dormant neurons, not dead", "dormant")
     dead.tick_params(labelbottom=False)
     dormant.set_xlabel("optimizer step")
     before, after = (result.runs[0].scans[place].step for place in result.around_spike)
@@ -154,9 +154,7 @@ def _subtitle(result: Comparison) -> str:
     )
 
 
-def _draw_shares(
-    panel: Axes, result: Comparison, names: list[str], title: str, counts: Callable[[Moment], tuple[int, ...]]
-) -> None:
+def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, label: str) -> None:
     """Draw one fraction of the neurons over the steps, and name each line at its end.
 
     Args:
@@ -164,7 +162,7 @@ def _draw_shares(
         result: The comparison.
         names: Names of the variants to draw.
         title: Title of the panel.
-        counts: A function that returns the affected neurons in each layer at a moment.
+        label: A field of :class:`~neuronscope.demo.results.Moment` that has a number for each layer.
     """
     panel.set_title(title, x=-0.163, pad=18)
     panel.grid(axis="x", visible=False)
@@ -172,7 +170,7 @@ def _draw_shares(
     ends: list[tuple[float, str, str]] = []
     for name in names:
         size = result.networks[name].neurons
-        shares = np.array([[100 * sum(counts(scan)) / size for scan in run.scans] for run in result.of(name)])
+        shares = np.array([[100 * sum(getattr(scan, label)) / size for scan in run.scans] for run in result.of(name)])
         mean, deviation = shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else 0.0
         label, colour = _LINES[name][0], _hex(_LINES[name][1])
         style = "--" if name == "ReLU-no-spike" else "-"
@@ -209,19 +207,12 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     panel.set_title("At the end, %", x=(_ROWS_FROM - _BARS[0]) / _BARS[2], pad=18)
     panel.grid(visible=False)
     columns: list[tuple[float, str, Colour, Callable[[str], str]]] = [
-        (0.797, "dead", DEAD, lambda name: _percentage(result, name, lambda run: run.end.dead)),
-        (
-            0.872,
-            "dormant",
-            mix(DORMANT, INK, 0.35),
-            lambda name: _percentage(result, name, lambda run: run.end.dormant),
-        ),
+        (0.797, "dead", DEAD, lambda name: _percentage(result, name, "dead")),
+        (0.872, "dormant", mix(DORMANT, INK, 0.35), lambda name: _percentage(result, name, "dormant")),
         (0.98, "accuracy", INK, lambda name: _accuracy(result, name)),
     ]
     for row, (name, network) in enumerate(result.networks.items()):
-        dead, dormant = (
-            result.share(name, counts) for counts in (lambda run: run.end.dead, lambda run: run.end.dormant)
-        )
+        dead, dormant = result.share(name, "dead"), result.share(name, "dormant")
         for start, length, fill in ((0, 1, ALIVE_LOW), (0, dead, DEAD), (dead, dormant, DORMANT)):
             panel.barh(row, length, 0.66, start, color=_hex(fill))
         colour, weight = (_text_colour(name), "bold") if name in _LINES else (_hex(INK), "normal")
@@ -244,12 +235,12 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     panel.set_yticks([])
 
 
-def _percentage(result: Comparison, name: str, counts: Callable[[Run], tuple[int, ...]]) -> str:
-    return percent(100.0 * result.share(name, counts)).rstrip(" %")
+def _percentage(result: Comparison, name: str, label: str) -> str:
+    return percent(100.0 * result.share(name, label)).rstrip(" %")
 
 
 def _accuracy(result: Comparison, name: str) -> str:
-    accuracy = result.spread(name, lambda run: 100 * run.accuracy)
+    accuracy = result.accuracy(name)
     return f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}")
 
 

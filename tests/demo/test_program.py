@@ -56,7 +56,7 @@ def test_the_json_file_holds_the_measured_numbers(shown: Shown) -> None:
 
 
 def test_the_table_and_the_sentences_show_the_same_numbers(shown: Shown) -> None:
-    end = shown.result.spread("ReLU", lambda run: sum(run.end.dead))
+    end = shown.result.spread("ReLU", "dead_at_end")
     said = f"{end.mean:.1f} ± {end.deviation:.1f}"
     row = next(line for line in shown.text.splitlines() if line.startswith("ReLU  "))
     assert said in row
