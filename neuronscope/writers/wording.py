@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -245,11 +245,15 @@ def weights_of(site: SiteReport) -> str:
     Args:
         site: The layer, with weights that lead into it.
     """
-    rows = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.incoming)])
+    rows = _layers(each.layer for each in site.incoming)
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
-    columns = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.reader_columns)])
-    return f"rows of {rows} lead in, columns of {columns} read it"
+    return f"rows of {rows} lead in, columns of {_layers(each.layer for each in site.reader_columns)} read it"
+
+
+def _layers(paths: Iterable[str]) -> str:
+    names = list(dict.fromkeys(paths))
+    return f"layer{'s' * (len(names) > 1)} {listed(names)}"
 
 
 def _deaths(report: Report) -> list[str]:
