@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -104,18 +105,17 @@ def first_that_fits(rungs: Sequence[RungT], pack: Callable[[RungT], PackedT], bu
         budget: Most characters.
     """
     packed = pack(rungs[0])
-    low, high = 1, len(rungs) - 1
-    if len(packed.data) <= budget or not high:
+    if len(packed.data) <= budget:
         return packed
-    fits = None
-    while low < high:
-        middle = (low + high) // 2
-        packed = pack(rungs[middle])
-        if len(packed.data) <= budget:
-            fits, high = packed, middle
-        else:
-            low = middle + 1
-    return fits if fits is not None and low < len(rungs) - 1 else pack(rungs[-1])
+    tried: dict[int, PackedT] = {}
+
+    def fits(place: int) -> bool:
+        tried[place] = pack(rungs[place])
+        return len(tried[place].data) <= budget
+
+    last = len(rungs) - 1
+    place = 1 + bisect_left(range(1, last), True, key=fits)
+    return tried[place] if place < last else pack(rungs[last])
 
 
 def encode(planes: Iterable[npt.NDArray[np.uint8]]) -> str:
