@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray, FloatArray
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["LayerRepresentation", "Representation", "has_low_gradient", "representation"]
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +296,7 @@ def _ranks(features: Tensor) -> tuple[float, float]:
     return float(np.exp(entropy)), float(((values / largest) ** 2).sum())
 
 
-def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[np.bool_]:
+def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
     """Return which neurons have a GraMa score of at most ``tau``.
 
     Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often
@@ -313,7 +311,7 @@ def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[n
     """
     finite = np.isfinite(mean_abs_gradient)
     mean = mean_abs_gradient[finite].mean() if finite.any() else 0.0
-    low: npt.NDArray[np.bool_] = finite & (mean_abs_gradient <= tau * mean)
+    low: BoolArray = finite & (mean_abs_gradient <= tau * mean)
     return low
 
 

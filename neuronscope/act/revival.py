@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronscope.act.rules import FloatArray, IntArray, Rule, SiteActivity, as_rule
+from neuronscope.act.rules import Rule, SiteActivity, as_rule
 from neuronscope.act.structure import LayerWeights, Part, SiteStructure, Structure
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.attach.dtensor import local_range, local_tensor, reshard
 from neuronscope.attach.optimizer_steps import Optimizers, every_optimizer
 from neuronscope.errors import DetachedError, UsageError

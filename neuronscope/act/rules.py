@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from neuronscope.act.structure import LayerWeights, SiteStructure
+from neuronscope.arrays import BoolArray, FloatArray, IntArray
 from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy, judge
@@ -29,10 +29,6 @@ __all__ = [
     "SiteActivity",
     "as_rule",
 ]
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

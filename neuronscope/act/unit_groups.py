@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from neuronscope.act.structure import LayerWeights, Structure
+from neuronscope.arrays import IntArray
 from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["UnitGroup", "UnitGroups"]
-
-IntArray = npt.NDArray[np.int64]
 
 
 class UnitGroup(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
+from neuronscope.arrays import BoolArray
 from neuronscope.demo.digits import Digits
 from neuronscope.demo.recipe import ACTIVATIONS, Recipe, Variant, build_classifier, build_network
 from neuronscope.demo.recount import gradient_reach, product_of_layers, recount_dead
@@ -158,7 +159,7 @@ def _dormant(report: Report) -> tuple[int, ...]:
     return tuple(site.dormant for site in report.layers)
 
 
-def _dead_mask(report: Report) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _dead_mask(report: Report) -> BoolArray:
     return np.concatenate([site.judgement.dead for site in report.layers])
 
 

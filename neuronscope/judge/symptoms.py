@@ -13,7 +13,8 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from neuronscope.arrays import BoolArray, IntArray
 
 __all__ = [
     "COLLAPSED",
@@ -43,8 +44,6 @@ __all__ = [
     "unread",
 ]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 #: Names of symptoms that others ask for.
 NOT_FINITE, COLLAPSED, GROUPED = "NaN or infinite numbers", "a layer nearly all dead", "deaths close together in time"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.rendering import Shown
@@ -17,9 +17,6 @@ from neuronscope.report.run_facts import death_steps
 
 __all__ = ["LayerComparison", "ReportComparison", "compare_reports"]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
 
 _DEAD = LABELS.index("dead")
 _NOT_JUDGED = [LABELS.index(label) for label in ("unseen", "not finite")]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from neuronscope.arrays import FloatArray
 from neuronscope.errors import ReportError, UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, is_tau_dormant
 from neuronscope.report.acts import Act
@@ -29,7 +30,6 @@ from neuronscope.report.report import (
     POSITIONS,
     SCHEMA_VERSION,
     SITE_COUNTS,
-    FloatArray,
     NotMeasured,
     Report,
     SiteHistory,

@@ -12,13 +12,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.acts import Act
 from neuronscope.report.rendering import LayersByName, Renderable
-from neuronscope.report.totals import BoolArray, NeuronCounts, Totals
+from neuronscope.report.totals import NeuronCounts, Totals
 from neuronscope.sites import SiteDescription
 
 __all__ = [
@@ -72,9 +72,6 @@ POSITIONS = ("positions", "gradient_positions", "examples")
 #: … and the means of each neuron over its positions.
 MEANS = ("zero_output_fraction", "zero_gradient_fraction", "mean_abs_output")
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-ByteArray = npt.NDArray[np.uint8]
 
 _CODES_OF_LEVELS: ByteArray = np.array(
     [LABELS.index(_LABELS_OF_LEVELS.get(level, "alive")) for level in range(256)], dtype=np.uint8

@@ -7,19 +7,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.judge.verdicts import LABELS
 
 if TYPE_CHECKING:
     from neuronscope.report.report import SiteReport
 
-__all__ = ["BoolArray", "NeuronCounts", "Totals"]
-
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
+__all__ = ["NeuronCounts", "Totals"]
 
 
 class NeuronCounts:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from neuronscope.arrays import IntArray
 from neuronscope.report.comparison import LayerComparison, ReportComparison
 from neuronscope.writers import wording
 from neuronscope.writers.console import Column, Page
@@ -94,6 +92,6 @@ def _number(value: int) -> str:
     return count(value) if value else NONE
 
 
-def _named(neurons: npt.NDArray[np.int64]) -> str:
+def _named(neurons: IntArray) -> str:
     more = " …" if neurons.size > NAMED else ""
     return ", ".join(str(neuron) for neuron in neurons[:NAMED].tolist()) + more

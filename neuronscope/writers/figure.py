@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import MissingExtraError
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report
@@ -136,7 +136,7 @@ def _curves(report: Report) -> list[Curve]:
     return curves if len(report.headline_layers) > 1 else curves[:1]
 
 
-def _dead_percent(labels: npt.NDArray[np.uint8]) -> float:
+def _dead_percent(labels: ByteArray) -> float:
     """Return the dead neurons in percent of those that were observed and gave finite outputs."""
     counts = np.bincount(labels, minlength=len(LABELS))
     judged = int(counts.sum() - counts[LABELS.index("unseen")] - counts[LABELS.index("not finite")])

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.symptoms import UNDATED
 from neuronscope.judge.verdicts import rate_bound
 
@@ -136,7 +136,7 @@ def at_most(samples: int, level: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
-def when(steps: npt.NDArray[np.int64]) -> str:
+def when(steps: IntArray) -> str:
     """Say when neurons died.
 
     Args:

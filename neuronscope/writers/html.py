@@ -7,8 +7,8 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.comparison import ReportComparison, compare_reports
@@ -205,7 +205,7 @@ def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
     }
 
 
-def _listed(indices: npt.NDArray[np.int64]) -> str:
+def _listed(indices: IntArray) -> str:
     """Return indices as ranges after their number."""
     if not indices.size:
         return NONE
@@ -366,7 +366,7 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
     }
 
 
-def ranges(indices: npt.NDArray[np.int64], limit: int) -> tuple[str, int]:
+def ranges(indices: IntArray, limit: int) -> tuple[str, int]:
     """Format indices as ranges.
 
     Args:

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
@@ -46,9 +47,6 @@ __all__ = [
     "summarise_histories",
     "verdict_levels",
 ]
-
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
 
 
 class HasNeurons(Protocol):
@@ -118,7 +116,7 @@ def first_that_fits(rungs: Sequence[RungT], pack: Callable[[RungT], PackedT], bu
     return tried[place] if place < last else pack(rungs[last])
 
 
-def encode(planes: Iterable[npt.NDArray[np.uint8]]) -> str:
+def encode(planes: Iterable[ByteArray]) -> str:
     """Return planes of bytes as base64 of the zlib-deflated bytes; empty if there are none."""
     raw = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes)
     return base64.b64encode(zlib.compress(raw, 7)).decode("ascii") if raw else ""
@@ -129,7 +127,7 @@ def four_planes(values: npt.NDArray[np.generic]) -> ByteArray:
     return np.ascontiguousarray(values).view(np.uint8).reshape(-1, 4).T
 
 
-def fraction_levels(fractions: npt.NDArray[np.float64]) -> ByteArray:
+def fraction_levels(fractions: FloatArray) -> ByteArray:
     """Return fractions ``(N,)`` as levels, uint8 ``(N,)``: only an exact 0 is 0, only an exact 1 is ``LEVEL_MAX``."""
     inner = np.clip(np.rint(np.nan_to_num(fractions) * LEVEL_MAX), 1, LEVEL_MAX - 1)
     coded = np.where(fractions == 0.0, 0, np.where(fractions == 1.0, LEVEL_MAX, inner))
@@ -376,7 +374,7 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     starts = np.arange(rows) * neurons // rows
     sizes = np.diff([*starts, neurons])
 
-    def total(mask: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    def total(mask: npt.NDArray[np.generic]) -> IntArray:
         return np.add.reduceat(mask, starts, axis=1, dtype=np.int64)
 
     dead = total(levels == LEVEL_DEAD)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.symptoms import COLLAPSED, GROUPED
 from neuronscope.report.report import Report
@@ -22,8 +22,6 @@ DIED = 0.5
 RISE = 3.0
 #: Fewest points of a series whose median says what is usual.
 _FEWEST = 8
-
-IntArray = npt.NDArray[np.int64]
 
 
 def headline(report: Report) -> list[str]:

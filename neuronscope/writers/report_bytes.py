@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
@@ -36,7 +37,6 @@ from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_w
 
 __all__ = ["BUDGET", "from_bytes", "to_bytes"]
 
-ByteArray = npt.NDArray[np.uint8]
 
 #: Bytes that the history may take, before it is thinned. Verdicts and dates come on top: two or three bytes a neuron.
 BUDGET = 250_000
@@ -132,7 +132,7 @@ def _size(report: Report, rung: _Rung) -> float:
     return sum(min(len(site.history.steps), rung.windows) * site.neurons for site in report.layers) * rung.bits / 8
 
 
-def _thinned(history: SiteHistory, rung: _Rung) -> tuple[npt.NDArray[np.int64], ByteArray]:
+def _thinned(history: SiteHistory, rung: _Rung) -> tuple[IntArray, ByteArray]:
     """Return the steps of the windows that are kept, int64 ``(W,)``, and their levels, uint8 ``(W, N)``."""
     picked = spread_windows(len(history.steps), rung.windows)
     levels = history.levels[picked]
@@ -146,7 +146,7 @@ def _thinned(history: SiteHistory, rung: _Rung) -> tuple[npt.NDArray[np.int64], 
     return history.steps[picked], levels
 
 
-def _left_out(report: Report, histories: Sequence[tuple[npt.NDArray[np.int64], ByteArray]], rung: _Rung) -> list[str]:
+def _left_out(report: Report, histories: Sequence[tuple[IntArray, ByteArray]], rung: _Rung) -> list[str]:
     """Say in a sentence what is missing of the history."""
     had, kept = (max(map(len, steps), default=0) for steps in (_steps(report), [steps for steps, _ in histories]))
     lost = [f"it has {count(kept)} of {count(had)} windows"] if kept < had else []
@@ -157,11 +157,11 @@ def _left_out(report: Report, histories: Sequence[tuple[npt.NDArray[np.int64], B
     return [f"To keep TensorBoard's files small, the history is thinned: {'; '.join(lost)}."] if lost else []
 
 
-def _steps(report: Report) -> list[npt.NDArray[np.int64]]:
+def _steps(report: Report) -> list[IntArray]:
     return [site.history.steps for site in report.layers]
 
 
-def _facts(site: SiteReport, steps: npt.NDArray[np.int64]) -> dict[str, Any]:
+def _facts(site: SiteReport, steps: IntArray) -> dict[str, Any]:
     """Return what is known of a layer beside its neurons, as in its plain data."""
     none: npt.NDArray[Any] = np.zeros(0, np.int64)
     masks = dict.fromkeys(Judgement.__dataclass_fields__, np.zeros(0, np.bool_))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import count
 from neuronscope.writers.pictures.axis import StepAxis
@@ -22,7 +22,6 @@ except ImportError as error:
 
 __all__ = ["Canvas", "draw_steps", "printable", "stripes"]
 
-ByteArray = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 

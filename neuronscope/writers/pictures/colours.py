@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from neuronscope.arrays import ByteArray, FloatArray
 
 __all__ = [
     "ALIVE_HIGH",
@@ -28,8 +29,6 @@ __all__ = [
 ]
 
 Colour = tuple[int, int, int]
-ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
 
 #: Pictures do not know whether the page around them is light or dark: this grey glares on neither.
 PAPER: Colour = (206, 207, 205)

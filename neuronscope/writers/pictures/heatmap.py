@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
@@ -43,9 +44,6 @@ from neuronscope.writers.wording import not_in_totals
 
 __all__ = ["heatmap", "order"]
 
-ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 _WIDTH, _MARGIN, _TOP, _HEIGHT, _BOTTOM = 784, 16, 88, 304, 38  # twice the size of a card on TensorBoard
 _LABELS = 190  # width of the column of labels

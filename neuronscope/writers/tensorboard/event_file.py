@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ class EncodedEvents:
         """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
-    def add_image(self, tag: str, img_tensor: npt.NDArray[np.uint8], global_step: int, *, dataformats: str) -> None:
+    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:
         """Add a picture.
 
         Args:
