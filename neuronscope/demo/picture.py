@@ -22,6 +22,7 @@ from neuronscope.writers.pictures.colours import (
     SERIES,
     UNSEEN_STRIPE,
     Colour,
+    as_hex,
     mix,
 )
 
@@ -52,27 +53,23 @@ _COLUMNS = (3.95, 4.78, 5.82)  # right edges in inches
 _LABEL_POINTS = 13.5  # minimum distance between the labels at the ends of lines
 
 
-def _hex(colour: Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
 _STYLE: dict[str, Any] = {
     "font.size": 11,
-    "text.color": _hex(INK),
-    "figure.facecolor": _hex(PAPER),
-    "savefig.facecolor": _hex(PAPER),
-    "axes.facecolor": _hex(PAPER),
+    "text.color": as_hex(INK),
+    "figure.facecolor": as_hex(PAPER),
+    "savefig.facecolor": as_hex(PAPER),
+    "axes.facecolor": as_hex(PAPER),
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.labelcolor": _hex(MUTED),
+    "axes.labelcolor": as_hex(MUTED),
     "axes.titlelocation": "left",
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
-    "axes.titlecolor": _hex(INK),
+    "axes.titlecolor": as_hex(INK),
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
-    "grid.color": _hex(FRAME),
+    "grid.color": as_hex(FRAME),
     "grid.linewidth": 0.8,
-    **{f"{axis}tick.{what}": value for axis in "xy" for what, value in (("color", _hex(MUTED)), ("major.size", 0))},
+    **{f"{axis}tick.{what}": value for axis in "xy" for what, value in (("color", as_hex(MUTED)), ("major.size", 0))},
     "xtick.major.pad": 5,
     "lines.linewidth": 2.2,
     "lines.solid_joinstyle": "round",
@@ -136,15 +133,15 @@ def draw_comparison(result: Comparison) -> Figure:
     _draw_shares(dormant, result, names, "Dormant, not dead", "dormant")
     before, after = (result.runs[0].scans[place].step for place in result.around_spike)
     for panel in (dead, dormant):
-        panel.axvspan(before, after, color=_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
+        panel.axvspan(before, after, color=as_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
         panel.set_xlabel("optimizer step", fontsize=9.5, labelpad=2)
     spike = f"learning rate × {result.recipe['spike_factor']:g}"
     dead.annotate(
         spike, (before, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-        color=_hex(MUTED), fontsize=9.5,
+        color=as_hex(MUTED), fontsize=9.5,
     )  # fmt: skip
     _draw_ends(figure.add_axes(_fractions(_BARS)), result)
-    figure.text(_LEFT, 0.022, _subtitle(result), fontsize=9.5, color=_hex(MUTED))
+    figure.text(_LEFT, 0.022, _subtitle(result), fontsize=9.5, color=as_hex(MUTED))
     return figure
 
 
@@ -178,7 +175,7 @@ def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, 
         size = result.networks[name].neurons
         shares = np.array([[100 * sum(getattr(scan, label)) / size for scan in run.scans] for run in result.of(name)])
         mean, deviation = shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else 0.0
-        short, colour = _LINES[name][0], _hex(_LINES[name][1])
+        short, colour = _LINES[name][0], as_hex(_LINES[name][1])
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
         panel.plot(steps, mean, style, color=colour, label=short, clip_on=False)
@@ -224,8 +221,8 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     for row, (name, network) in enumerate(result.networks.items()):
         dead, dormant = result.share(name, "dead"), result.share(name, "dormant")
         for start, length, fill in ((0, 1, ALIVE_LOW), (0, dead, DEAD), (dead, dormant, DORMANT)):
-            panel.barh(row, length, 0.66, start, color=_hex(fill))
-        colour, weight = (_text_colour(name), "bold") if name in _LINES else (_hex(INK), "normal")
+            panel.barh(row, length, 0.66, start, color=as_hex(fill))
+        colour, weight = (_text_colour(name), "bold") if name in _LINES else (as_hex(INK), "normal")
         panel.annotate(
             network.label, (_LEFT, row), xycoords=("figure fraction", "data"), va="center_baseline", color=colour,
             fontweight=weight,
@@ -237,7 +234,7 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     for place, (heading, ink, _) in zip(places, columns, strict=True):
         panel.annotate(
             heading, (place, 1), (0, 4), xycoords=("figure fraction", "axes fraction"), textcoords="offset points",
-            ha="right", color=_hex(ink), fontsize=9.5, fontweight="bold",
+            ha="right", color=as_hex(ink), fontsize=9.5, fontweight="bold",
         )  # fmt: skip
     panel.set_xlim(0, 1)
     panel.set_ylim(len(result.networks) - 0.5, -0.5)
@@ -255,4 +252,4 @@ def _accuracy(result: Comparison, name: str) -> str:
 
 
 def _text_colour(name: str) -> str:
-    return _hex(mix(_LINES[name][1], INK, 0.2))
+    return as_hex(mix(_LINES[name][1], INK, 0.2))

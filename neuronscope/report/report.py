@@ -23,6 +23,7 @@ from neuronscope.sites import SiteDescription
 
 __all__ = [
     "COUNTS",
+    "LEVELS",
     "LEVEL_CUT_OFF",
     "LEVEL_DEAD",
     "LEVEL_DORMANT",
@@ -54,13 +55,14 @@ LEVEL_DORMANT = 252
 LEVEL_CUT_OFF = 253
 LEVEL_NOT_FINITE = 254
 LEVEL_DEAD = 255
-_LABELS_OF_LEVELS = {
-    LEVEL_UNSEEN: "unseen",
-    LEVEL_DORMANT: "dormant",
-    LEVEL_CUT_OFF: "cut off",
-    LEVEL_SILENT: "silent",
-    LEVEL_NOT_FINITE: "not finite",
-    LEVEL_DEAD: "dead",
+#: The level of each label that has one.
+LEVELS = {
+    "unseen": LEVEL_UNSEEN,
+    "not finite": LEVEL_NOT_FINITE,
+    "dead": LEVEL_DEAD,
+    "silent": LEVEL_SILENT,
+    "cut off": LEVEL_CUT_OFF,
+    "dormant": LEVEL_DORMANT,
 }
 
 #: Names in :meth:`Report.to_dict`: the numbers of neurons in the totals, …
@@ -73,9 +75,8 @@ POSITIONS = ("positions", "gradient_positions", "examples")
 MEANS = ("zero_output_fraction", "zero_gradient_fraction", "mean_abs_output")
 
 
-_CODES_OF_LEVELS: ByteArray = np.array(
-    [LABELS.index(_LABELS_OF_LEVELS.get(level, "alive")) for level in range(256)], dtype=np.uint8
-)
+_CODES_OF_LEVELS: ByteArray = np.full(256, LABELS.index("alive"), dtype=np.uint8)
+_CODES_OF_LEVELS[list(LEVELS.values())] = [LABELS.index(label) for label in LEVELS]
 
 
 @dataclass(frozen=True)

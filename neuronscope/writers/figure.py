@@ -186,7 +186,7 @@ def _draw_curves(axes: Axes, panels: Panels) -> None:
             curve.steps,
             curve.percent,
             label=f" {name}" if (name := _short(curve.name)).startswith("_") else name,  # matplotlib leaves out "_…"
-            color=_hex(colours.SERIES[place]),
+            color=colours.as_hex(colours.SERIES[place]),
             drawstyle="steps-post" if panels.stepped else "default",
             linewidth=2.5 if place == 0 else 1.3,
             marker="o" if len(curve.steps) < 10 else None,
@@ -204,7 +204,7 @@ def _draw_bars(axes: Axes, bars: Sequence[LayerBar], panels: Panels) -> None:
     for label in panels.labels:
         shares = np.array([bar.share(label) for bar in bars])
         if shares.any():
-            axes.barh(places, shares, left=left, label=label, color=_hex(_COLOURS[label]))
+            axes.barh(places, shares, left=left, label=label, color=colours.as_hex(_COLOURS[label]))
         left += shares
     axes.set_yticks(places, [_short(bar.name) for bar in bars], parse_math=False)
     axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -227,7 +227,3 @@ def _short(name: str) -> str:
     """Return a layer's name, without its beginning if it is long: the end tells layers apart."""
     name = visible(name)
     return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
-
-
-def _hex(colour: colours.Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)

@@ -27,6 +27,7 @@ from neuronscope.report.report import (
     LEVEL_NOT_FINITE,
     LEVEL_SILENT,
     LEVEL_UNSEEN,
+    LEVELS,
     SiteReport,
 )
 from neuronscope.writers.formatting import visible
@@ -139,7 +140,7 @@ def verdict_levels(site: SiteReport) -> ByteArray:
     levels = fraction_levels(site.zero_output_fraction)
     levels[levels == LEVEL_MAX] = LEVEL_MAX - 1  # LEVEL_MAX itself is a verdict
     labels = site.judgement.labels()
-    for label, level in _LEVEL_OF_LABEL.items():
+    for label, level in LEVELS.items():
         levels[labels == LABELS.index(label)] = level
     return levels
 
@@ -180,15 +181,6 @@ LADDER = (
     Resolution(48, 48, greys=5, steps=False, neurons=False),
     Resolution(24, 32, greys=5, steps=False, neurons=False),
 )
-
-_LEVEL_OF_LABEL = {
-    "unseen": LEVEL_UNSEEN,
-    "not finite": LEVEL_NOT_FINITE,
-    "dead": LEVEL_DEAD,
-    "silent": LEVEL_SILENT,
-    "cut off": LEVEL_CUT_OFF,
-    "dormant": LEVEL_DORMANT,
-}
 
 
 @dataclass(frozen=True)

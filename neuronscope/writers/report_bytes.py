@@ -21,12 +21,9 @@ from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
 from neuronscope.report.report import (
-    LEVEL_CUT_OFF,
-    LEVEL_DEAD,
-    LEVEL_DORMANT,
     LEVEL_MAX,
-    LEVEL_SILENT,
     LEVEL_UNSEEN,
+    LEVELS,
     SITE_COUNTS,
     Report,
     SiteHistory,
@@ -233,10 +230,9 @@ def _neurons(own: dict[str, npt.NDArray[Any]], tau: float) -> dict[str, Any]:
 
 
 def _history(steps: list[int], levels: ByteArray, own: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    codes = {"dead": LEVEL_DEAD, "silent": LEVEL_SILENT, "dormant": LEVEL_DORMANT, "cut_off": LEVEL_CUT_OFF}
     return {
         "steps": steps,
         "levels": levels.tolist(),
-        **{name: (levels == codes[name]).sum(axis=1).tolist() for name in _COUNTED},
+        **{name: (levels == LEVELS[name.replace("_", " ")]).sum(axis=1).tolist() for name in _COUNTED},
         **{name: own[name].tolist() for name in _STEPS},
     }

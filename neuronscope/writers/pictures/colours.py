@@ -23,6 +23,7 @@ __all__ = [
     "UNSEEN_STRIPE",
     "ZERO",
     "Colour",
+    "as_hex",
     "ink_on",
     "mix",
     "share_colours",
@@ -99,6 +100,11 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
     """
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
+
+
+def as_hex(colour: Colour) -> str:
+    """Return a colour as ``#rrggbb``, for matplotlib."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def ink_on(colour: Colour) -> Colour:
