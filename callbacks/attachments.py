@@ -1,4 +1,4 @@
-"""Gives a run's files (the page, the overview picture) to Weights & Biases, MLflow or Comet."""
+"""Give a run's files (the page, the overview picture) to Weights & Biases, MLflow or Comet."""
 
 from __future__ import annotations
 

@@ -369,7 +369,7 @@ class Monitor:
         return report
 
     def _revive(self, scope: Scope) -> None:
-        """Revive neurons by the window that has just closed, if that is due. Every rank of a run comes here alike."""
+        """Revive neurons by the window that has just closed, if that is due. All ranks call this at the same step."""
         acts = scope.acts
         if self._rule is None or (acts and scope.global_step - acts[-1].step < self._revive_every):
             return

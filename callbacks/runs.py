@@ -1,4 +1,4 @@
-"""Keeps the counts of one monitor over several runs, and continues them from one run to the next where that is right.
+"""Keep the counts of one monitor over several runs, and continue them from one run to the next where that is right.
 
 A training that is resumed from a checkpoint, or goes on with the same Trainer, continues the counts. One that begins
 anew, or trains another network, does not. Evaluations in between leave the counts of training as they are.

@@ -1,4 +1,4 @@
-"""Keeps errors of Neuronscope's own code, and of a logger, from ending a training run."""
+"""Keep errors of Neuronscope's own code, and of a logger, from ending a training run."""
 
 from __future__ import annotations
 

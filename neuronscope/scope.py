@@ -49,7 +49,7 @@ _STEPS_WITHOUT_MODEL = 3
 
 
 class Scope:
-    """Watch one model. :func:`watch` makes a scope.
+    """Watch one model; :func:`watch` makes a scope.
 
     A scope is a context manager that detaches itself on exit. Its counts stay readable afterwards.
 
@@ -434,9 +434,9 @@ class Scope:
 
     @hidden
     def share_examples(self, examples: int | None) -> None:
-        """Say that the forwards of training until the next call are given the same independent examples.
+        """Count the examples of all training forwards until the next call once at each site: all see the same ones.
 
-        They count once at each site. For training loops that run several networks, or one several times, on one batch.
+        For training loops that run several networks on one batch, or one network several times.
 
         Args:
             examples: Their number; ``None`` = each forward has its own, as the option ``examples`` counts them.
@@ -446,11 +446,10 @@ class Scope:
                 self._hooks.recorder.forward.share_examples(examples)
 
     def restart_at_parts(self) -> None:
-        """Take a part of the model that runs again for the begin of a new pass, as the model's own forward is.
+        """Let a new pass begin whenever a part of the model runs again, as it does with the model's own forward.
 
-        For agents, which call the parts of their networks one by one. Otherwise a layer that two passes call between
-        two steps is taken for one that is used twice in a pass. Not for a model whose user calls one part several times
-        in a pass.
+        For agents, which call the parts of their networks one by one. Otherwise, two passes between two steps look like
+        one pass that uses each layer twice. Do not call this for a model that uses one part several times in a pass.
         """
         self._hooks.recorder.forward.restarts_at_parts = True
 
@@ -489,7 +488,7 @@ class Scope:
             self.act_record.note(act, self.closed_windows[act.site])
 
     def agrees(self, number: int) -> bool:
-        """Whether all ranks bring the same number. For acts, which all ranks must do alike.
+        """Return whether the number is the same on all ranks, which must act on the same neurons. All must call this.
 
         Args:
             number: From 0 to 2**31.

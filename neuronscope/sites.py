@@ -197,7 +197,7 @@ class SiteDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteInfo(SiteDescription):
-    """Describe a site to those who count it: all that is known about it except its counts.
+    """Describe a site while it is counted: all that is known about it except its counts.
 
     Attributes:
         linear_when_on: See :class:`neuronscope.attach.activations.Activation`.

@@ -98,7 +98,7 @@ def revive(scope: Scope, optimizer: Optimizers, rule: Rule | str = "dead", *, se
         rule: ``dead``; ``dormant``, which is :class:`~neuronscope.act.rules.ReDo` at the policy's τ; or a rule of
             :mod:`neuronscope.act.rules`.
         seed: Seed of the fresh weights. The user's random numbers are not touched. In a distributed run, where every
-            rank must call this alike, all ranks draw the same.
+            rank must call this with the same arguments, all ranks draw the same.
 
     Returns:
         What was done, and what was not.

@@ -114,7 +114,7 @@ class Rule:
     def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:
         """Change fresh rows in place before they are used. By default they stay as the initialiser left them.
 
-        torch's default generator is not the user's meanwhile.
+        Meanwhile torch's default generator holds a state of ours, not the user's.
 
         Args:
             layer: A layer that leads into the neurons, with its weights of now.

@@ -127,7 +127,7 @@ def compare_reports(before: Report, after: Report) -> ReportComparison:
         after: The second report.
 
     Returns:
-        Who died and revived, by layer, in the order of the second report.
+        The neurons that died and revived, by layer, in the order of the second report.
     """
     first = {site.name: site for site in before.layers}
     pairs, left_out = [], []

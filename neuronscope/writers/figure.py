@@ -1,4 +1,4 @@
-"""Draws a report as a figure of matplotlib: dead neurons over the steps, and the labels of the worst layers."""
+"""Draw a report as a figure of matplotlib: dead neurons over the steps, and the labels of the worst layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats numbers, steps and names as text, the same way in every writer.
+"""Format numbers, steps and names as text, the same way in every writer.
 
 ``–`` stands for what was not measured and ``·`` for none: a reader must never take one for the other. A number that is
 not zero is never rounded to zero, and an upper bound is only ever rounded up.

@@ -1,4 +1,4 @@
-"""Groups layers by their place in the network, if there are too many to show each.
+"""Group layers by their place in the network, if there are too many to show each.
 
 The groups depend only on the names of the layers, so that they stay the same over a run whatever the neurons do.
 """

@@ -1,4 +1,4 @@
-"""Writes a report as one HTML page that needs no network, with a map of neurons over steps for each layer."""
+"""Write a report as one HTML page that needs no network, with a map of neurons over steps for each layer."""
 
 from __future__ import annotations
 
@@ -183,7 +183,8 @@ def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
     here, there = (f"{count(one.dead)} of {plural(one.neurons, 'neuron')}" for one in (found.after, found.before))
     sentence = f"Dead: {here} here, {there} there. "
     sentence += f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
-    sentence += f"in {plural(len(found.layers), 'layer')} that both have; who was not observed in one is not counted."
+    sentence += f"in {plural(len(found.layers), 'layer')} that both have. "
+    sentence += "Neurons that one of the two did not observe are not counted."
     if len(changed) > COMPARED:
         sentence += f" The {COMPARED} layers with the most are listed, of {count(len(changed))}."
     if found.left_out:

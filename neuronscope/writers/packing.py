@@ -1,4 +1,4 @@
-"""Packs the neurons and the history of a layer as bytes within a budget, and says what resolution was lost.
+"""Pack the neurons and the history of a layer as bytes within a budget, and say what resolution was lost.
 
 Neurons are sorted worst first (dead ones at the top) and, if the budget asks for it, joined into bands. A band holds
 the *share of dead* beside the mean of the rest, so that averaging never hides a dead neuron.

@@ -1,4 +1,4 @@
-"""Draws how often the latents of each sparse layer fire, as bars of SVGs that need no script."""
+"""Draw how often the latents of each sparse layer fire, as bars of SVGs that need no script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says in a few words what happened to a watched network: what died, when, beside what, and how far to go back."""
+"""Say in a few words what happened to a watched network: what died, when, beside what, and how far to go back."""
 
 from __future__ import annotations
 

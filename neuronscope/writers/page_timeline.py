@@ -1,4 +1,4 @@
-"""Draws what happened to a network by optimizer step, as paths of SVGs that need no script and share one axis."""
+"""Draw what happened to a network by optimizer step, as paths of SVGs that need no script and share one axis."""
 
 from __future__ import annotations
 

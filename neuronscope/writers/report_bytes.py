@@ -1,4 +1,4 @@
-"""Packs a report as the bytes from which TensorBoard's tab draws its page, and reads them back.
+"""Pack a report as the bytes from which TensorBoard's tab draws its page, and read them back.
 
 A run writes its report again at each drawing, so the bytes hold what the page shows and no more: every verdict, every
 date, and the history as finely as a budget allows. What was left out is said in a note of the report.
@@ -181,7 +181,9 @@ def _fields(site: SiteReport, shades: int) -> dict[str, npt.NDArray[Any]]:
     """Return what is held of each neuron of a layer, its fraction of zeros rounded to so many steps."""
     labels = site.judgement.labels()
     with np.errstate(over="ignore"):
-        means = site.mean_abs_output.astype(np.float32)  # these put the worst neurons in order; nobody asks the others'
+        means = site.mean_abs_output.astype(
+            np.float32
+        )  # these sort the worst neurons; those of the others are not shown
     return {
         "label": labels,
         "level": coarse_levels(fraction_levels(site.zero_output_fraction), shades),

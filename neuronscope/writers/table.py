@@ -1,4 +1,4 @@
-"""Gives a report as columns of a table, for pandas."""
+"""Give a report as columns of a table, for pandas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a report as text for a terminal: sentences and a table of layers."""
+"""Write a report as text for a terminal: sentences and a table of layers."""
 
 from __future__ import annotations
 

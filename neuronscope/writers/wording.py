@@ -1,4 +1,4 @@
-"""Says what a report of a watched run amounts to: the sentences and the table cells that every writer shows."""
+"""Say what a report of a watched run amounts to: the sentences and the table cells that every writer shows."""
 
 from __future__ import annotations
 

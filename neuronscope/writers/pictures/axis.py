@@ -1,4 +1,4 @@
-"""Places windows on an axis of optimizer steps, by their steps and not by their index."""
+"""Place windows on an axis of optimizer steps, by their steps and not by their index."""
 
 from __future__ import annotations
 

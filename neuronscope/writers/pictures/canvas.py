@@ -1,4 +1,4 @@
-"""Draws text that fits its place, boxes and lines, and returns the picture as an array."""
+"""Draw text that fits its place, boxes and lines, and return the picture as an array."""
 
 from __future__ import annotations
 

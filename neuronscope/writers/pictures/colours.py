@@ -1,4 +1,4 @@
-"""Defines the colours of the pictures: a neutral paper for light and dark pages, scales safe for colour-blind eyes."""
+"""Define the colours of the pictures: a neutral paper for light and dark pages, scales safe for colour-blind eyes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the heat map of a layer: each neuron over all windows, dead ones first, so that one sees which died when.
+"""Draw the heat map of a layer: each neuron over all windows, dead ones first, so that one sees which died when.
 
 One pixel may stand for many neurons. It then shows the *share* of dead among them, and always at least a visible part,
 so that averaging does not hide dead neurons.
@@ -147,7 +147,7 @@ def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
     """Distribute neurons, sorted by :func:`order`, over rows of cells.
 
     If there are more neurons than rows, every group that is not empty still gets three rows: two dead neurons of four
-    thousand must not vanish in a line that nobody sees.
+    thousand must not vanish in a line too thin to see.
 
     Returns:
         First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,

@@ -1,4 +1,4 @@
-"""Draws the overview: which layers are dying, and since when. Rows are layers, columns windows, colours dead shares."""
+"""Draw the overview: which layers are dying, and since when. Rows are layers, columns windows, colours dead shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes the rows of an overview: one for each layer, or one for each group of layers if there are too many."""
+"""Make the rows of an overview: one for each layer, or one for each group of layers if there are too many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes reports to TensorBoard's own pages, at most once a step and never at an earlier step than before.
+"""Write reports to TensorBoard's own pages, at most once a step and never at an earlier step than before.
 
 Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take their protos from different packages.
 """

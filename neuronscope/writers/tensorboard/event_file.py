@@ -1,4 +1,4 @@
-"""Writes an event file of Neuronscope's own, so that its pictures do not pass through the writer that training uses.
+"""Write an event file of Neuronscope's own, so that its pictures do not pass through the writer that training uses.
 
 A ``SummaryWriter`` keeps an error of its writing thread and raises it from the next call of anyone: a picture that did
 not fit on the disk would end the user's ``add_scalar``. Here a report is encoded in memory and appended at once,

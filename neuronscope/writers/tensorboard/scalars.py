@@ -1,4 +1,4 @@
-"""Gives the few numbers that a run is judged by, as tags and floats for any logger.
+"""Give the few numbers that a run is judged by, as tags and floats for any logger.
 
 What was not measured gets no number: a missing number leaves a gap in a chart, while a zero would be wrong.
 """

@@ -1,4 +1,4 @@
-"""Makes what a ``SummaryWriter`` has no method for: the report for Neuronscope's own tab, and density histograms.
+"""Make what a ``SummaryWriter`` has no method for: the report for Neuronscope's own tab, and density histograms.
 
 The tab has one tag for each phase, ``neuronscope/report`` (``neuronscope/val_report``): a uint8 tensor that holds the
 whole report as it is now, so that the newest of a run is all that TensorBoard must keep. Other tabs ignore it.

@@ -1,4 +1,4 @@
-"""Answers the requests of TensorBoard's tab: which runs have reports, and the page of one or of two of them.
+"""Answer the requests of TensorBoard's tab: which runs have reports, and the page of one or of two of them.
 
 Event files are data. A run without our data is not listed, and what is damaged, foreign or from another version gives a
 page with one sentence. All data comes through TensorBoard's data provider, one tag a request.
