@@ -121,7 +121,6 @@ class DeadThreshold:
             raise UsageError(
                 f"Expected argument `threshold` to be a percentage above 0 and up to 100, but got {threshold!r}."
             )
-        self.action = action
         self.threshold = float(threshold)
         self._crossed = False
 

@@ -111,18 +111,17 @@ class Canvas:
                 high = middle - 1
         return _shortened(text, low)
 
-    def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: int = 1) -> None:
+    def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None) -> None:
         """Draw a rectangle.
 
         Args:
             box: Left, top, right and bottom; the right and bottom edges lie outside.
             fill: Colour of its inside.
             outline: Colour of its frame.
-            width: Width of the frame in pixels.
         """
         left, top, right, bottom = (round(value) for value in box)
         if right > left and bottom > top:
-            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline, width)
+            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline)
 
     def hatch(self, box: Box) -> None:
         """Draw a striped rectangle, which stands for *not observed*."""
