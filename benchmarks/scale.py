@@ -38,7 +38,7 @@ from neuronscope.tally.distributed.sync import RankSync
 from neuronscope.tally.phase_record import PhaseRecord
 from neuronscope.writers import tensorboard
 
-INFO = SiteInfo("relu", "relu-like", True, 1, "layer (fc)")
+INFO = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="layer (fc)")
 POSITIONS, WINDOWS = 10_000, 3
 
 

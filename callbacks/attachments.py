@@ -1,13 +1,24 @@
-"""Gives a run's files (the page, the overview picture) to Weights & Biases, MLflow or Comet."""
+"""Give a run's files (the page, the overview picture) to Weights & Biases, MLflow or Comet."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["attach_files", "tracker_of"]
+
+
+#: By the name of a logger of Lightning or a callback of transformers: its tracker, and what takes the files.
+_TRACKERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "WandbLogger": ("wandb", lambda logger: logger.experiment),
+    "WandbCallback": ("wandb", lambda callback: getattr(getattr(callback, "_wandb", None), "run", None)),
+    "MLFlowLogger": ("mlflow", lambda logger: (logger.experiment, logger.run_id)),
+    "MLflowCallback": ("mlflow", lambda callback: (getattr(callback, "_ml_flow", None), None)),
+    "CometLogger": ("comet", lambda logger: logger.experiment),
+    "CometCallback": ("comet", lambda callback: getattr(callback, "_experiment", None)),
+}
 
 
 def tracker_of(logger: Any) -> tuple[str, Any] | None:
@@ -20,19 +31,10 @@ def tracker_of(logger: Any) -> tuple[str, Any] | None:
         ``wandb`` and a run, ``mlflow`` and a client with the run's id (``None`` = the active run), or ``comet`` and an
         experiment; ``None`` for every other logger.
     """
-    names = {kind.__name__ for kind in type(logger).__mro__}
-    if "WandbLogger" in names:
-        return "wandb", logger.experiment
-    if "WandbCallback" in names:
-        return "wandb", getattr(getattr(logger, "_wandb", None), "run", None)
-    if "MLFlowLogger" in names:
-        return "mlflow", (logger.experiment, logger.run_id)
-    if "MLflowCallback" in names:
-        return "mlflow", (getattr(logger, "_ml_flow", None), None)
-    if "CometLogger" in names:
-        return "comet", logger.experiment
-    if "CometCallback" in names:
-        return "comet", getattr(logger, "_experiment", None)
+    for kind in type(logger).__mro__:
+        if kind.__name__ in _TRACKERS:
+            tracker, taker = _TRACKERS[kind.__name__]
+            return tracker, taker(logger)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Draws in a thread of its own, so that training does not wait for pictures.
+"""Draw in a thread of its own, so that training does not wait for pictures.
 
 The thread lives only while there is something to draw. It is no daemon: Python waits for it before the program ends,
 for whatever reason it ends, and nothing needs to be shut down. Most of a drawing is numpy and compression, which

@@ -8,29 +8,30 @@ names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from neuronscope.act.revival import revive_in
 from neuronscope.act.rules import GraMa, Rule, as_rule
-from neuronscope.attach.forward import INFERENCE
-from neuronscope.callbacks.announcements import Announcements
+from neuronscope.callbacks.alarms import Announcements, DeadThreshold
 from neuronscope.callbacks.logs import Log, series_of
+from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.callbacks.publishing import Publisher, check_published
 from neuronscope.callbacks.runs import Runs
 from neuronscope.callbacks.suppress_errors import SuppressErrors
-from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning, NothingToWatchError, UsageError
 from neuronscope.options import Examples, Mask, WatchArguments, WatchOptions, positive_integer
 from neuronscope.report.report import Report
 from neuronscope.scope import Scope
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.census import Census
 from neuronscope.writers.formatting import visible
 
@@ -39,10 +40,25 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_EVERY_N_STEPS", "Monitor"]
 
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
+
 #: Optimizer steps from one observed step to the next, unless the user says otherwise. An observed step of an ordinary
 #: network costs 3 to 4 % more and the others next to nothing (``benchmarks/steps.py``): under 1 % at every 20th. Where
 #: a whole step takes a millisecond, the fixed cost of hooks shows: half as much again where observed.
 DEFAULT_EVERY_N_STEPS = 20
+
+
+def _while_attached(method: MethodT) -> MethodT:
+    """Call a method only while the hooks are on a model, and keep an error inside it from ending the training."""
+
+    @functools.wraps(method)
+    def guarded(self: Monitor, *args: Any, **kwargs: Any) -> Any:
+        if self.attached:
+            with self.suppress_errors:
+                return method(self, *args, **kwargs)
+        return None
+
+    return cast("MethodT", guarded)
 
 
 class Monitor:
@@ -201,6 +217,10 @@ class Monitor:
         return self._runs.scope
 
     @property
+    def _gate(self) -> PhaseGate:
+        return cast("PhaseGate", self._runs.gate)  # it is there while the hooks are on a model
+
+    @property
     def attached(self) -> bool:
         """Whether the hooks are on a model: a training or an evaluation runs, and no error of ours ended the watch."""
         return self._runs.gate is not None
@@ -273,17 +293,17 @@ class Monitor:
             except NothingToWatchError as error:
                 warnings.warn(str(error), NeuronscopeWarning, stacklevel=4)
 
+    @_while_attached
     def move_to(self, step: int) -> None:
         """Continue at the trainer's step, if it became known after :meth:`attach` only.
 
         Args:
             step: Optimizer steps taken so far.
         """
-        gate = self._runs.gate
-        if gate is not None and gate.scope.global_step != step:
-            with self.suppress_errors:
-                gate.end_training_batch(step)
+        if self._gate.scope.global_step != step:
+            self._gate.end_training_batch(step)
 
+    @_while_attached
     def begin_batch(self, *, step_in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
         """Count what the model runs from now on: a batch begins, of training or of the evaluation that runs.
 
@@ -292,29 +312,23 @@ class Monitor:
                 :meth:`neuronscope.Scope.open_step`.
             inputs: What the step is given, such as ``(batch,)``, if :attr:`step_is_model`; see there.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.open(step_in_forward=step_in_forward, inputs=inputs)
+        self._gate.open(step_in_forward=step_in_forward, inputs=inputs)
 
+    @_while_attached
     def end_batch(self) -> None:
         """Count nothing until the next batch begins. At the end of a batch of training, :meth:`step` does this too."""
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.close()
+        self._gate.close()
 
+    @_while_attached
     def begin_optimizer_step(self) -> None:
         """Say that the optimizer runs next, and that it does not run the model. Calling this is optional.
 
         It saves time if :attr:`step_is_model`: otherwise each function that the optimizer calls is checked, about
         twenty for each weight.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.scope.close_step()
+        self._gate.scope.close_step()
 
+    @_while_attached
     def note_step(self, step: int) -> None:
         """Count an optimizer step in the middle of a batch; the next :meth:`step` publishes what came of it.
 
@@ -324,10 +338,7 @@ class Monitor:
         Args:
             step: Optimizer steps taken so far.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                self._closed |= gate.scope.step(step)
+        self._closed |= self._gate.scope.step(step)
 
     def step(self, step: int, *, log_step: int | None = None) -> Report | None:
         """End a batch of training: count the optimizer step, and publish a report if that closes a window.
@@ -342,14 +353,13 @@ class Monitor:
         Returns:
             The report of training if a window closed, otherwise ``None``.
         """
-        gate = self._runs.gate
         report = alarm = None
-        if gate is not None:
+        if self.attached:
             with self.suppress_errors:
-                self._closed |= gate.end_training_batch(step)
+                self._closed |= self._gate.end_training_batch(step)
                 if self._closed:
                     self._closed = False
-                    self._revive(gate.scope)
+                    self._revive(self._gate.scope)
                     report = self._publish("train", step if log_step is None else log_step)
                     alarm = self._threshold.check(report)
         if alarm is not None and self.on_dead == "warn":
@@ -359,7 +369,7 @@ class Monitor:
         return report
 
     def _revive(self, scope: Scope) -> None:
-        """Revive neurons by the window that has just closed, if that is due. Every rank of a run comes here alike."""
+        """Revive neurons by the window that has just closed, if that is due. All ranks call this at the same step."""
         acts = scope.acts
         if self._rule is None or (acts and scope.global_step - acts[-1].step < self._revive_every):
             return
@@ -387,6 +397,7 @@ class Monitor:
             raise
         self.end_evaluation()
 
+    @_while_attached
     def begin_evaluation(self, phase: str = "val") -> None:
         """Begin a pass of a phase, and count nothing until :meth:`begin_batch`; :meth:`end_evaluation` ends it.
 
@@ -396,11 +407,9 @@ class Monitor:
         Args:
             phase: ``val`` or ``test``.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.enter(phase)
+        self._gate.enter(phase)
 
+    @_while_attached
     def end_evaluation(self, *, step: int | None = None, final: bool = False) -> Report | None:
         """End the pass, which is one window of its phase, and publish its report.
 
@@ -411,15 +420,13 @@ class Monitor:
         Returns:
             The phase's report; ``None`` if no pass was running.
         """
-        gate = self._runs.gate
-        report = None
-        if gate is not None and gate.phase is not None:
-            with self.suppress_errors:
-                phase = gate.phase
-                gate.leave()
-                report = self._publish(phase, step, final=final)
-        return report
+        phase = self._gate.phase
+        if phase is None:
+            return None
+        self._gate.leave()
+        return self._publish(phase, step, final=final)
 
+    @_while_attached
     def interrupt_evaluation(self, *, ends: bool = False) -> None:
         """Leave the pass without a report: the next :meth:`begin_evaluation` of its phase continues it.
 
@@ -428,17 +435,12 @@ class Monitor:
         Args:
             ends: Whether the pass is over, so that its window closes.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.leave(ends=ends)
+        self._gate.leave(ends=ends)
 
+    @_while_attached
     def discard_evaluation(self) -> None:
         """End the pass and forget what was counted in it. If no pass runs, only the batch ends."""
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.leave(keep=False)
+        self._gate.leave(keep=False)
 
     def finish(self, *, step: int | None = None, failed: bool = False) -> Report | None:
         """End the training: detach, publish the last reports, and wait until they are drawn.
@@ -454,8 +456,8 @@ class Monitor:
         """
         reports: dict[str, Report] = {}
         with self.suppress_errors:
-            if self._runs.gate is not None:
-                scope = self._runs.gate.scope
+            if self.attached:
+                scope = self._gate.scope
                 self._runs.detach(join=not failed)
                 for phase in ("train",) if failed else ("train", "val"):
                     if phase in scope.phases or (phase == "train" and INFERENCE in scope.phases):
@@ -487,6 +489,7 @@ class Monitor:
                 self.console.warning("%s", visible(sentence))
         return report
 
+    @_while_attached
     def note_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Note the learning rate, the loss and the gradient norm of training, so that reports show them beside deaths.
 
@@ -494,10 +497,7 @@ class Monitor:
             metrics: What the trainer knows or logs at its step, by its own names, such as ``train_loss`` or
                 ``grad_norm``. Other metrics are left out.
         """
-        gate = self._runs.gate
-        if gate is not None:
-            with self.suppress_errors:
-                gate.scope.note_metrics(**series_of(metrics))
+        self._gate.scope.note_metrics(**series_of(metrics))
 
     @property
     def state_key(self) -> str:
@@ -512,8 +512,8 @@ class Monitor:
         Args:
             join: Whether every rank of a distributed run calls this: see :meth:`neuronscope.Scope.state_dict`.
         """
-        if self._runs.gate is not None:
-            self._runs.gate.scope.note_checkpoint()
+        if self.attached:
+            self._gate.scope.note_checkpoint()
         counted = self._runs.state_dict(join=join)
         return {**counted, "published": self._publisher.state_dict()} if counted else {}
 

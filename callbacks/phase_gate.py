@@ -1,4 +1,4 @@
-"""Decides which part of a trainer's loop is counted, and as which phase.
+"""Decide which part of a trainer's loop is counted, and as which phase.
 
 A trainer runs the model for more than training: sanity checks, validation in the middle of an epoch, predictions,
 whatever a user's hook does between two batches. A gate is closed unless a batch runs that counts.

@@ -1,4 +1,4 @@
-"""Publishes reports: numbers to every log, pictures to TensorBoard's folder, totals to the other callbacks.
+"""Publish reports: numbers to every log, pictures to TensorBoard's folder, totals to the other callbacks.
 
 A log never gets a lower step of a phase than before, and drawing never takes more of the run's time than was allowed.
 Numbers are written at once, in the thread of the training, which is the only one that loggers expect. Pictures, text
@@ -56,7 +56,7 @@ def totals(report: Report | None, phase: str) -> dict[str, float]:
     Args:
         report: The phase's report; ``None`` if nothing is watched.
         phase: The phase. In tags of phases other than ``train`` its name stands before the metric's, and there is
-            neither ``deaths_total`` nor ``silent_pct``: nobody dies in an evaluation, and without gradients no neuron
+            neither ``deaths_total`` nor ``silent_pct``: no neuron dies in an evaluation, and without gradients none
             is known to be silent.
 
     >>> list(totals(None, "val"))[:3]

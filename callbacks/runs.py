@@ -1,4 +1,4 @@
-"""Keeps the counts of one monitor over several runs, and continues them from one run to the next where that is right.
+"""Keep the counts of one monitor over several runs, and continue them from one run to the next where that is right.
 
 A training that is resumed from a checkpoint, or goes on with the same Trainer, continues the counts. One that begins
 anew, or trains another network, does not. Evaluations in between leave the counts of training as they are.
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from neuronscope.attach.forward import INFERENCE
 from neuronscope.attach.module_paths import own_class
 from neuronscope.callbacks.phase_gate import PhaseGate
 from neuronscope.errors import StateError
 from neuronscope.options import WatchOptions
 from neuronscope.scope import Scope
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.distributed.sync import world_size
 from neuronscope.tally.phase_record import split_scope_state
 

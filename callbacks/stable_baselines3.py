@@ -120,7 +120,7 @@ class DeadNeuronCallback(Monitor, BaseCallback):
         self.optimizers = list(optimizers.values())
         self.attach(self._networks, step=self._steps)
         if self.attached and self.scope is not None:
-            self.scope.restart_at_parts()  # the agent calls parts of its policy, which is nobody's forward
+            self.scope.restart_at_parts()  # the agent calls the parts of its policy one by one
         if self.on_dead != "log" and self.options.examples is None and not self._draws_at_random:
             warn_user(
                 f"`on_dead={self.on_dead!r}` has no effect: {type(self.model).__name__} trains on the states of its "

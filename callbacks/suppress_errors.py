@@ -1,4 +1,4 @@
-"""Keeps errors of Neuronscope's own code, and of a logger, from ending a training run."""
+"""Keep errors of Neuronscope's own code, and of a logger, from ending a training run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ class SuppressErrors:
     Args:
         action: What could not be done if an exception comes: ends the sentence "Neuronscope could not …".
         on_error: Called with every exception.
-
-    Attributes:
-        first: The first exception; ``None`` if there was none.
     """
 
     def __init__(self, action: str, on_error: Callable[[Exception], None] | None = None) -> None:
         self._action = action
         self._on_error = on_error
-        self.first: Exception | None = None
+        self._warned = False
 
     def __enter__(self) -> SuppressErrors:
         return self
@@ -37,11 +34,10 @@ class SuppressErrors:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        is_first = self.first is None
-        self.first = self.first or error
         if self._on_error is not None:
             self._on_error(error)
-        if is_first:
+        if not self._warned:
+            self._warned = True
             warnings.warn(
                 f"Neuronscope could not {self._action}; training goes on. {type(error).__name__}: {error}",
                 NeuronscopeWarning,

@@ -30,11 +30,16 @@ except ImportError as error:
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from neuronscope.callbacks.hf_internals import calling_handler, resumed_folder
-from neuronscope.callbacks.hf_loggers import Event, trainer_logs
+from neuronscope.callbacks.hf_trainer import (
+    Event,
+    calling_handler,
+    load_state,
+    resumed_folder,
+    save_state,
+    trainer_logs,
+)
 from neuronscope.callbacks.monitor import Monitor
 from neuronscope.callbacks.publishing import summary, totals
-from neuronscope.callbacks.saved_state import load_state, save_state
 from neuronscope.callbacks.suppress_errors import SuppressErrors
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.report.report import Report

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 import neuronscope
-from neuronscope.attach.forward import INFERENCE
 from neuronscope.judge.verdicts import Policy, judge
 from neuronscope.report.acts import Act, acts_note
 from neuronscope.report.fault import Fault
 from neuronscope.report.report import NotMeasured, Report, SiteReport, WindowSpan
+from neuronscope.sites import INFERENCE
 from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges
 from neuronscope.tally.phase_record import PhaseRecord
@@ -155,11 +155,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         tally = Tally.empty(total.info, total.neurons)
     return SiteReport(
         name=name,
-        activation=tally.activation,
-        kind=tally.kind,
         neurons=tally.neurons,
-        axis=tally.axis,
-        axis_source=tally.axis_source,
         positions=tally.positions,
         gradient_positions=tally.gradient_positions,
         examples=tally.examples,
@@ -171,16 +167,7 @@ def _site(name: str, tally: Tally | None, total: Tally, record: PhaseRecord, pol
         idle_positions=total.idle_positions,
         judgement=judge(tally, policy),
         history=record.history.for_site(name, tally.neurons),
-        layer=tally.layer,
-        units=tally.units,
-        output=tally.info.output,
-        is_norm=tally.info.is_norm,
-        normalises=tally.info.normalises,
-        readers=tally.readers,
-        reader_columns=tally.reader_columns,
-        reader_notes=tally.reader_notes,
-        incoming=tally.incoming,
-        incoming_notes=tally.incoming_notes,
+        **tally.info.description(),
     )
 
 

@@ -11,16 +11,20 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from neuronscope.errors import UsageError
 from neuronscope.output import check_writable, print_and_flush, write_file
+from neuronscope.report.rendering import Shown
 from neuronscope.writers.formatting import visible
+
+if TYPE_CHECKING:
+    from neuronscope.checkpoints.postmortem_report import PostmortemReport
+    from neuronscope.report.report import Report
 
 __all__ = [
     "EXIT_FAILED",
     "EXIT_OK",
-    "Printable",
     "add_check_option",
     "add_output_options",
     "check_dead",
@@ -39,38 +43,6 @@ _FORMATS = {
     "json": "write the whole report as JSON",
     "markdown": "write Markdown",
 }
-
-
-class Printable(Protocol):
-    """A report that a terminal shows."""
-
-    def to_text(self, top: int = 20) -> str:
-        """Return the report as text for a terminal.
-
-        Args:
-            top: Most layers that get a row of the table.
-        """
-        ...
-
-
-class Checkable(Protocol):
-    """A report that ``--fail-above`` checks."""
-
-    @property
-    def judged_neurons(self) -> int:
-        """Number of neurons in the totals that ``dead_percent`` is a share of."""
-
-    @property
-    def dead(self) -> int:
-        """Number of dead neurons."""
-
-    @property
-    def dead_percent(self) -> float:
-        """Dead neurons in percent."""
-
-    @property
-    def collapsed(self) -> tuple[str, ...]:
-        """Names of the layers in which every neuron is dead."""
 
 
 def add_output_options(command: argparse.ArgumentParser, formats: Iterable[str] = _FORMATS) -> None:
@@ -113,7 +85,7 @@ def check_targets(parsed: argparse.Namespace) -> None:
     _write_all((path, partial(check_writable, path)) for _, path in _targets(parsed))
 
 
-def write_report(report: Printable, parsed: argparse.Namespace) -> None:
+def write_report(report: Shown, parsed: argparse.Namespace) -> None:
     """Print a report and write its files; each is written even if one before it failed.
 
     Args:
@@ -130,7 +102,7 @@ def write_report(report: Printable, parsed: argparse.Namespace) -> None:
     _write_all(tasks)
 
 
-def check_dead(report: Checkable, limit: float, not_finite: int, remark: str = "") -> int:
+def check_dead(report: Report | PostmortemReport, limit: float, not_finite: int, remark: str = "") -> int:
     """Return the exit code of ``--fail-above``, and print to standard error why the check failed.
 
     It fails if more than ``limit`` percent of the neurons are dead, if a layer has collapsed, or if there is NaN.
@@ -183,18 +155,17 @@ def _write_all(tasks: Iterable[tuple[Path | str, Callable[[], None]]]) -> None:
     Raises:
         UsageError: Some targets cannot be written to.
     """
-    failures = [failure for target, write in tasks if (failure := _try_write(target, write)) is not None]
+
+    def failure(target: Path | str, write: Callable[[], None]) -> str:
+        try:
+            write()
+        except OSError as error:
+            return f"{target}: {error.strerror or error}"
+        return ""
+
+    failures = [text for target, write in tasks if (text := failure(target, write))]
     if failures:
         raise UsageError(f"Cannot write {'; '.join(failures)}.")
-
-
-def _try_write(target: Path | str, write: Callable[[], None]) -> str | None:
-    """Write to one target, and return why it failed, or ``None``."""
-    try:
-        write()
-    except OSError as error:
-        return f"{target}: {error.strerror or error}"
-    return None
 
 
 def positive_number(text: str) -> int:

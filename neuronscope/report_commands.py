@@ -44,7 +44,7 @@ def add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add the command ``diff`` to a parser."""
     command = commands.add_parser(
         "diff",
-        help="compare two reports: who died between them, who revived",
+        help="compare two reports: which neurons died between them, and which revived",
         description="Reads the JSON of two reports on one network and shows, layer by layer, which neurons died and "
         "revived between them. Loads no torch.",
     )

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from neuronscope.arrays import BoolArray, FloatArray
 from neuronscope.count.counters import SiteCounters
 from neuronscope.count.neuron_layout import NeuronLayout, neurons_first
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import is_tau_dormant
 from neuronscope.options import ScanArguments, WatchOptions, positive_integer
+from neuronscope.report.rendering import LayersByName
 from neuronscope.scanning import run_over
 from neuronscope.scope import Scope
-from neuronscope.writers.formatting import count, visible
+from neuronscope.writers.formatting import UNKNOWN, count, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["LayerRepresentation", "Representation", "has_low_gradient", "representation"]
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class LayerRepresentation:
 
 
 @dataclass(frozen=True)
-class Representation:
+class Representation(LayersByName[LayerRepresentation]):
     """Hold what was measured of a model's layers; print it for a table.
 
     Attributes:
@@ -96,54 +96,39 @@ class Representation:
         neurons = sum(layer.neurons for layer in self.layers if layer.in_headlines)
         return 100.0 * sum(counts) / neurons if neurons and counts else float("nan")
 
-    def __getitem__(self, name: str) -> LayerRepresentation:
-        """Return the layer of a name.
-
-        Raises:
-            KeyError: There is no such layer.
-        """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
-
     def __str__(self) -> str:
-        heads = ("layer", "neurons", "dead", "dormant", "low gradient", "effective rank", "stable rank", "weight norm")
-        table = [heads, *(_cells(layer) for layer in self.layers)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(heads))]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
+        from neuronscope.writers.console import Column, Page  # loads rich
+
         share = f"{self.dormant_percent:.1f} % of the neurons of {visible(self.model)} are dormant"
-        heading = f"{share} (Sokar et al. 2023, τ = {self.tau:g}; dead ones included)."
-        if not np.isnan(self.gradient_dormant_percent):
-            heading += (
-                f" {self.gradient_dormant_percent:.1f} % have a low gradient (GraMa, Liu et al. 2025, the same τ)."
-            )
         rows = sorted({layer.rows for layer in self.layers})
         sampled = f"{count(rows[0])}{f' to {count(rows[-1])}' if len(rows) > 1 else ''}" if rows else "0"
-        return "\n".join(
-            [
-                heading,
-                *lines,
-                f"Ranks are of {sampled} sampled rows; a rank is at most the number of its rows.",
-            ]
-        )
+        page = Page()
+        page.line(f"{share} (Sokar et al. 2023, τ = {self.tau:g}; dead ones included).")
+        if not np.isnan(self.gradient_dormant_percent):
+            page.line(
+                f"{self.gradient_dormant_percent:.1f} % have a low gradient (GraMa, Liu et al. 2025, the same τ)."
+            )
+        page.table([Column(heading, field) for heading, field, _ in _COLUMNS], [_cells(layer) for layer in self.layers])
+        page.line(f"Ranks are of {sampled} sampled rows; a rank is at most the number of its rows.")
+        return page.text()
 
 
-def _cells(layer: LayerRepresentation) -> tuple[str, ...]:
-    numbers = (layer.dead, layer.dormant, layer.gradient_dormant)
-    measures = (layer.effective_rank, layer.stable_rank, layer.weight_norm)
-    return (
-        visible(layer.name),
-        count(layer.neurons),
-        *("–" if number is None else count(number) for number in numbers),
-        *("–" if measure is None else f"{measure:.1f}" for measure in measures),
-    )
+#: Columns after the layer's name: heading, field of :class:`LayerRepresentation`, format.
+_COLUMNS = (
+    ("neurons", "neurons", ","),
+    ("dead", "dead", ","),
+    ("dormant", "dormant", ","),
+    ("low\ngradient", "gradient_dormant", ","),
+    ("effective\nrank", "effective_rank", ".1f"),
+    ("stable\nrank", "stable_rank", ".1f"),
+    ("weight\nnorm", "weight_norm", ".1f"),
+)
+
+
+def _cells(layer: LayerRepresentation) -> SimpleNamespace:
+    values = {field: (getattr(layer, field), style) for _, field, style in _COLUMNS}
+    cells = {field: UNKNOWN if value is None else format(value, style) for field, (value, style) in values.items()}
+    return SimpleNamespace(name=visible(layer.name), tone="calm", **cells)
 
 
 def representation(
@@ -310,7 +295,7 @@ def _ranks(features: Tensor) -> tuple[float, float]:
     return float(np.exp(entropy)), float(((values / largest) ** 2).sum())
 
 
-def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[np.bool_]:
+def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> BoolArray:
     """Return which neurons have a GraMa score of at most ``tau``.
 
     Nothing is added to the layer's mean, as it is for outputs: the gradients of a mean over a large batch are often
@@ -325,7 +310,7 @@ def has_low_gradient(mean_abs_gradient: FloatArray, tau: float) -> npt.NDArray[n
     """
     finite = np.isfinite(mean_abs_gradient)
     mean = mean_abs_gradient[finite].mean() if finite.any() else 0.0
-    low: npt.NDArray[np.bool_] = finite & (mean_abs_gradient <= tau * mean)
+    low: BoolArray = finite & (mean_abs_gradient <= tau * mean)
     return low
 
 

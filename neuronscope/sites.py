@@ -5,12 +5,14 @@ A site is a place in the network where an activation is observed. Its name is bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
-__all__ = ["NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteInfo", "SiteKey", "TotalsMember"]
+__all__ = ["INFERENCE", "NAMED_TENSOR", "IncomingRows", "ReaderColumns", "SiteDescription", "SiteInfo", "SiteKey"]
 
 
+#: The phase of forwards that begin without gradients while the phase is ``train``.
+INFERENCE = "inference"
 #: The place of a tensor that the user named.
 NAMED_TENSOR = "scope.count()"
 
@@ -123,24 +125,52 @@ class ReaderColumns(NamedTuple):
         return [first + number * self.column_step for number in range(self.columns)]
 
 
-class TotalsMember:
-    """Decides whether totals include a site, and whether one can act on it; for the classes that describe one.
+@dataclass(frozen=True, kw_only=True)
+class SiteDescription:
+    """Describe a site: what reports show of it and actions on its weights need.
 
     Attributes:
-        axis_source: How the axis of the neurons was found.
-        output: Whether the neurons are outputs of the network.
-        reader_columns: See :class:`SiteInfo`, and so are the others.
-        reader_notes: See there.
-        incoming: See there.
-        incoming_notes: See there.
+        activation: Name of the activation function (``relu``, ``gelu``, …).
+        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``.
+        axis: The dimension of the activation tensor that indexes the neurons, at the first observed call; ≥ 0.
+        axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.
+        layer: Path of the layer whose units the neurons are; ``""`` if no layer is known. Branches that were joined
+            have both paths, as in ``a+b``.
+        units: The units that the neurons are, in their order: (layer, start, stop, step) of each run of units; empty if
+            no layer is known.
+        output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
+            it, as a loss does.
+        readers: Paths of the layers that read the site's output as their input.
+        reader_columns: Which columns of these layers read which neurons.
+        reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
+            ``returned by the model``, a function's name, or that the columns of a layer are not known. If there are
+            any, ``reader_columns`` do not tell everything.
+        incoming: Which rows of which layers lead into which neurons: those of the layer, of the layer that it
+            normalises one by one, and of the layers whose outputs multiply the neurons.
+        incoming_notes: Why these rows are not all that leads into the neurons, or lead elsewhere too.
+        is_norm: Whether the layer is a normalisation.
+        normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
+            ``""`` if there is no such layer.
     """
 
+    activation: str
+    kind: str
+    axis: int
     axis_source: str
-    output: bool
-    reader_columns: tuple[ReaderColumns, ...]
-    reader_notes: tuple[str, ...]
-    incoming: tuple[IncomingRows, ...]
-    incoming_notes: tuple[str, ...]
+    layer: str = ""
+    units: tuple[tuple[str, int, int, int], ...] = ()
+    output: bool = False
+    readers: tuple[str, ...] = ()
+    reader_columns: tuple[ReaderColumns, ...] = ()
+    reader_notes: tuple[str, ...] = ()
+    incoming: tuple[IncomingRows, ...] = ()
+    incoming_notes: tuple[str, ...] = ()
+    is_norm: bool = False
+    normalises: str = ""
+
+    def description(self) -> dict[str, Any]:
+        """Return the attributes above by name."""
+        return {each.name: getattr(self, each.name) for each in fields(SiteDescription)}
 
     @property
     def weights_unknown(self) -> str:
@@ -165,54 +195,19 @@ class TotalsMember:
         return not (self.assumed or self.output)
 
 
-@dataclass(frozen=True)
-class SiteInfo(TotalsMember):
-    """Describe a site: all that is known about it except its counts.
+@dataclass(frozen=True, kw_only=True)
+class SiteInfo(SiteDescription):
+    """Describe a site while it is counted: all that is known about it except its counts.
 
     Attributes:
-        activation: Name of the activation function.
-        kind: See :data:`neuronscope.attach.activations.KINDS`.
         linear_when_on: See :class:`neuronscope.attach.activations.Activation`.
-        axis: The dimension of the activation tensor that indexes the neurons, at the first observed call; ≥ 0.
-        axis_source: How the axis was found; see :mod:`neuronscope.attach.neuron_flow`.
         first: If ranks share a layer's neurons, the index of this rank's first neuron in the whole layer; −1 if another
             rank counts the same neurons at the same positions.
         whole: Number of neurons in the whole layer; 0 if the layer is not known to be shared between ranks.
-        layer: Path of the layer whose units the neurons are; ``""`` if no layer is known. Branches that were joined
-            have both paths, as in ``a+b``.
-        units: The units that the neurons are, in their order: (layer, start, stop, step) of each run of units; empty if
-            no layer is known.
-        output: Whether the layer gives outputs of the network (no other layer reads it) and a function was applied to
-            it, as a loss does.
-        readers: Paths of the layers that read the site's output as their input.
-        reader_columns: Which columns of these layers read which neurons.
-        reader_notes: Other ways in which its output is read: ``added in`` (a residual sum), ``mixed by a norm``,
-            ``returned by the model``, a function's name, or that the columns of a layer are not known. If there are
-            any, ``reader_columns`` do not tell everything.
-        incoming: Which rows of which layers lead into which neurons: those of the layer, of the layer that it
-            normalises one by one, and of the layers whose outputs multiply the neurons.
-        incoming_notes: Why these rows are not all that leads into the neurons, or lead elsewhere too.
-        is_norm: Whether the layer is a normalisation.
-        normalises: Path of the layer whose units it normalises one by one, so that unit ``i`` of both is one neuron;
-            ``""`` if there is no such layer.
         place: Path of the activation module, or the function in the module that calls it: ``block.relu()``.
     """
 
-    activation: str
-    kind: str
     linear_when_on: bool
-    axis: int
-    axis_source: str
     first: int = 0
     whole: int = 0
-    layer: str = ""
-    units: tuple[tuple[str, int, int, int], ...] = ()
-    output: bool = False
-    readers: tuple[str, ...] = ()
-    reader_columns: tuple[ReaderColumns, ...] = ()
-    reader_notes: tuple[str, ...] = ()
-    incoming: tuple[IncomingRows, ...] = ()
-    incoming_notes: tuple[str, ...] = ()
-    is_norm: bool = False
-    normalises: str = ""
     place: str = ""

@@ -91,9 +91,7 @@ class Choice:
 
     def level(self) -> None:
         """Keep as many neurons more as it takes for layers that only a number tells apart to stay equally wide."""
-        rows: Counter[str] = Counter()
-        for group, _ in self.chosen:
-            rows.update({path: len(own) for path, own in group.rows.items()})
+        rows = self._chosen_rows()
         fewest: dict[str, int] = {}
         for layer in self._structure.known():
             family = _family(layer.path)
@@ -110,10 +108,7 @@ class Choice:
 
     def leave_one(self) -> None:
         """Keep one neuron of each layer that would be left without any."""
-        rows: Counter[str] = Counter()
-        for group, _ in self.chosen:
-            rows.update({path: len(own) for path, own in group.rows.items()})
-        empty = {path for path, number in rows.items() if number >= self._structure.layer(path).units}
+        empty = {path for path, number in self._chosen_rows().items() if number >= self._structure.layer(path).units}
         left = []
         for each in self.chosen:
             if empty.intersection(each.group.rows):
@@ -122,6 +117,13 @@ class Choice:
             else:
                 left.append(each)
         self.chosen = left
+
+    def _chosen_rows(self) -> Counter[str]:
+        """Return how many rows of each layer go."""
+        rows: Counter[str] = Counter()
+        for group, _ in self.chosen:
+            rows.update({path: len(own) for path, own in group.rows.items()})
+        return rows
 
 
 def _family(path: str) -> str:

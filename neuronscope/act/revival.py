@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronscope.act.rules import FloatArray, IntArray, Rule, SiteActivity, as_rule
+from neuronscope.act.rules import Rule, SiteActivity, as_rule
 from neuronscope.act.structure import LayerWeights, Part, SiteStructure, Structure
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.attach.dtensor import local_range, local_tensor, reshard
 from neuronscope.attach.optimizer_steps import Optimizers, every_optimizer
 from neuronscope.errors import DetachedError, UsageError
@@ -97,7 +98,7 @@ def revive(scope: Scope, optimizer: Optimizers, rule: Rule | str = "dead", *, se
         rule: ``dead``; ``dormant``, which is :class:`~neuronscope.act.rules.ReDo` at the policy's τ; or a rule of
             :mod:`neuronscope.act.rules`.
         seed: Seed of the fresh weights. The user's random numbers are not touched. In a distributed run, where every
-            rank must call this alike, all ranks draw the same.
+            rank must call this with the same arguments, all ranks draw the same.
 
     Returns:
         What was done, and what was not.

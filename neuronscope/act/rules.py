@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from neuronscope.act.structure import LayerWeights, SiteStructure
+from neuronscope.arrays import BoolArray, FloatArray, IntArray
 from neuronscope.attach.dtensor import is_distributed
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import Policy, judge
@@ -29,10 +29,6 @@ __all__ = [
     "SiteActivity",
     "as_rule",
 ]
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +114,7 @@ class Rule:
     def refine(self, layer: LayerWeights, fresh: Mapping[str, Tensor], rows: Sequence[int]) -> None:
         """Change fresh rows in place before they are used. By default they stay as the initialiser left them.
 
-        torch's default generator is not the user's meanwhile.
+        Meanwhile torch's default generator holds a state of ours, not the user's.
 
         Args:
             layer: A layer that leads into the neurons, with its weights of now.

@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from neuronscope.act.structure import LayerWeights, Structure
+from neuronscope.arrays import IntArray
 from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["UnitGroup", "UnitGroups"]
-
-IntArray = npt.NDArray[np.int64]
 
 
 class UnitGroup(NamedTuple):
@@ -49,7 +47,7 @@ class UnitGroups:
         self._nodes = 0
         self._edges: list[tuple[IntArray, IntArray]] = []
         self._blocked: list[tuple[IntArray, str]] = []
-        self._read: list[IntArray] = []  # units that a layer takes one by one, and of which it is known who gives them
+        self._read: list[IntArray] = []  # units that a layer takes one by one, and whose layer is known
 
     def add_site(
         self, site: str, neurons: int, incoming: Iterable[IncomingRows], columns: Iterable[ReaderColumns], blocked: str
@@ -87,7 +85,7 @@ class UnitGroups:
             self._blocked.append((first + np.arange(layer.units), blocked))
 
     def block_unread(self) -> None:
-        """Keep the units that layers take one by one where it is not known who gives them."""
+        """Keep the units that layers take one by one if the layer that gives them is not known."""
         known = np.concatenate([*self._read, np.empty(0, np.int64)])
         for kind, path in list(self._first):
             if kind == "rows" and (layer := self._structure.layer(path)).one_by_one:

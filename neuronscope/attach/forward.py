@@ -37,10 +37,7 @@ from neuronscope.attach.masks import PositionMask
 from neuronscope.attach.neuron_flow import NeuronFlow
 from neuronscope.attach.origins import Origin
 
-__all__ = ["INFERENCE", "ForwardContext", "Recomputation"]
-
-#: The phase of forwards that begin without gradients while the phase is ``train``.
-INFERENCE = "inference"
+__all__ = ["ForwardContext", "Recomputation"]
 
 _APPLY = inspect.unwrap(torch.autograd.Function.apply).__func__.__code__
 

@@ -30,7 +30,7 @@ from neuronscope.attach.compiling import (
 )
 from neuronscope.attach.dtensor import is_partial, local_tensor, sharded_dims
 from neuronscope.attach.examples import ExampleCounter
-from neuronscope.attach.forward import INFERENCE, ForwardContext
+from neuronscope.attach.forward import ForwardContext
 from neuronscope.attach.gradient_hooks import CountedGradient, Counters, GradientHook, RecomputedGradient, register
 from neuronscope.attach.layer_names import LayerNames
 from neuronscope.attach.masks import PositionMask
@@ -57,7 +57,7 @@ from neuronscope.count.expert_counters import (
 )
 from neuronscope.count.neuron_layout import Dims, NeuronLayout, neurons_first, rows_first
 from neuronscope.count.positions import blank_positions, keep_positions
-from neuronscope.sites import SiteKey
+from neuronscope.sites import INFERENCE, SiteKey
 
 __all__ = ["SiteRecorder"]
 

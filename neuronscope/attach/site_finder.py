@@ -355,12 +355,13 @@ class SiteFinder:
         if kind == "sparse":
             self._sparse.add(key)
         info = SiteInfo(
-            activation.name,
-            kind,
-            activation.linear_when_on,
-            layout.axis,
-            source,
-            *shard,
+            activation=activation.name,
+            kind=kind,
+            linear_when_on=activation.linear_when_on,
+            axis=layout.axis,
+            axis_source=source,
+            first=shard.first,
+            whole=shard.whole,
             layer="" if units is None else units.layer,
             units=() if units is None or output_units is None else _runs(units, output_units, neurons, shard.whole),
             place=place,
@@ -412,8 +413,8 @@ class SiteFinder:
             return None, self.unmeasured.reasons[name]
         neurons = neurons_in(local_tensor(y).shape, layout)
         info = SiteInfo(
-            "tensor",
-            kind,
+            activation="tensor",
+            kind=kind,
             linear_when_on=False,
             axis=axis,
             axis_source="declared",

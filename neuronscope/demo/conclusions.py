@@ -28,9 +28,7 @@ _SLOPED = ("LeakyReLU", "PReLU", "ELU")
 def headline(comparison: Comparison) -> str:
     """Return the comparison in one sentence: which of ReLU, GELU and SiLU die, and how many of their neurons."""
     shares: dict[str, float] = {
-        name: comparison.share(name, lambda run: run.end.dead)
-        for name in ("ReLU", "GELU", "SiLU")
-        if name in comparison.networks
+        name: comparison.share(name, "dead") for name in ("ReLU", "GELU", "SiLU") if name in comparison.networks
     }
     dying = [name for name, share in shares.items() if share >= _DIES]
     living = [name for name, share in shares.items() if share < _WORTH_SAYING]
@@ -88,17 +86,17 @@ def number(spread: Spread) -> str:
 def _relu(comparison: Comparison) -> list[str]:
     if "ReLU" not in comparison.networks:
         return []
-    end = comparison.spread("ReLU", _dead)
-    start = comparison.spread("ReLU", lambda run: sum(run.start.dead))
-    died = comparison.spread("ReLU", lambda run: run.died)
-    revived = comparison.spread("ReLU", lambda run: run.revived)
+    end = comparison.spread("ReLU", "dead_at_end")
+    start = comparison.spread("ReLU", "dead_at_start")
+    died = comparison.spread("ReLU", "died_in_training")
+    revived = comparison.spread("ReLU", "revived_in_training")
     neurons = comparison.networks["ReLU"].neurons
     ended = f"ReLU ends with {number(end)} of {neurons} neurons dead ({percent(100.0 * end.mean / neurons)})."
     born = f"{number(start)} were dead before the first step, because of the initial weights"
     changed = f"{number(revived)} of those came to life, and {number(died)} others died in training."
     sentences = [f"{ended} {born}; {changed}"]
     if "ReLU-no-spike" in comparison.networks:
-        calm = comparison.spread("ReLU-no-spike", _dead)
+        calm = comparison.spread("ReLU-no-spike", "dead_at_end")
         cause = "The spike is the cause" if 2 * calm.mean < end.mean else "The spike is not the cause"
         sentences.append(f"{cause}: without it, {number(calm)} are dead at the end.")
     return sentences
@@ -106,7 +104,7 @@ def _relu(comparison: Comparison) -> list[str]:
 
 def _others(comparison: Comparison) -> list[str]:
     """Say which other variants have dead neurons and which have none."""
-    ends = {name: comparison.spread(name, _dead) for name in comparison.networks if name != "ReLU"}
+    ends = {name: comparison.spread(name, "dead_at_end") for name in comparison.networks if name != "ReLU"}
     none = [comparison.networks[name].label for name, end in ends.items() if end.most == 0]
     some = [
         f"{comparison.networks[name].label} {number(end)}"
@@ -128,10 +126,10 @@ def _zeros(comparison: Comparison) -> list[str]:
     """Say which smooth functions give exact zeros, which a count of zero elements alone would mistake for death."""
     sentences = []
     for name in (name for name in _SMOOTH if name in comparison.networks):
-        zeros = comparison.spread(name, lambda run: run.end.zero_outputs)
+        zeros = comparison.spread(name, "zero_outputs_at_end")
         if zeros.mean < _WORTH_SAYING:
             continue
-        always = comparison.spread(name, lambda run: sum(run.end.dead) + sum(run.end.silent))
+        always = Spread.of(sum(run.end.dead) + sum(run.end.silent) for run in comparison.of(name))
         neurons = "no neuron is" if always.most == 0 else f"only {number(always)} neurons are"
         sentences.append(
             f"{percent(100.0 * zeros.mean)} of {name}'s outputs are exactly zero, because inputs far below zero "
@@ -144,7 +142,7 @@ def _dormant(comparison: Comparison) -> list[str]:
     """Say which functions have many dormant neurons although few are dead."""
     shares = []
     for name, network in comparison.networks.items():
-        dormant = comparison.spread(name, lambda run: sum(run.end.dormant))
+        dormant = comparison.spread(name, "dormant_at_end")
         if name not in _RELUS and dormant.mean >= _WORTH_SAYING * network.neurons:
             shares.append(f"{network.label} {number(dormant)} ({percent(100.0 * dormant.mean / network.neurons)})")
     if not shares:
@@ -170,13 +168,12 @@ def _small_gradients(comparison: Comparison) -> list[str]:
     """Say where little gradient comes to the first layer before training, and how accurate such networks become."""
     sentences = []
     for name, network in comparison.networks.items():
-        reach = comparison.spread(name, lambda run: run.gradient_reach)
+        reach = comparison.spread(name, "gradient_reach_at_start")
         if reach.mean <= _SMALL_GRADIENT:
-            accuracy = comparison.spread(name, lambda run: 100 * run.accuracy)
             sentences.append(
                 f"{network.label} makes gradients small: before the first step, the first layer gets "
                 f"{percent(100.0 * reach.mean)} of the gradient that the last hidden layer gets. "
-                f"Test accuracy {number(accuracy)} %."
+                f"Test accuracy {number(comparison.accuracy(name))} %."
             )
     return sentences
 
@@ -228,13 +225,13 @@ def _gradients(comparison: Comparison) -> list[str]:
     """Say where gradients are zero although outputs are not: saturated units, or images classified with certainty."""
     shares, silent, cut_off = [], [], []
     for name, label in ((name, network.label) for name, network in comparison.networks.items()):
-        beyond = comparison.spread(name, lambda run: run.end.zero_gradients - run.end.zero_outputs)
+        beyond = Spread.of(run.end.zero_gradients - run.end.zero_outputs for run in comparison.of(name))
         if beyond.mean >= _WORTH_SAYING:
             shares.append(f"{label} {percent(100.0 * beyond.mean)}")
-        zero = comparison.spread(name, lambda run: sum(run.end.silent))
+        zero = comparison.spread(name, "silent_at_end")
         if zero.most > 0:
             silent.append(f"{label} {number(zero)}")
-        cut = comparison.spread(name, lambda run: sum(run.end.cut_off))
+        cut = comparison.spread(name, "cut_off_at_end")
         if cut.most > 0:
             cut_off.append(f"{label} {number(cut)}")
     sentences = []
@@ -254,7 +251,7 @@ def _accuracy(comparison: Comparison) -> list[str]:
     """Say so if the test accuracy does not show that neurons died, and where none died and it is low all the same."""
     sentences = []
     if {"ReLU", "LeakyReLU"} <= comparison.networks.keys():
-        dying, living = (comparison.spread(name, lambda run: 100 * run.accuracy) for name in ("ReLU", "LeakyReLU"))
+        dying, living = map(comparison.accuracy, ("ReLU", "LeakyReLU"))
         if abs(dying.mean - living.mean) <= max(dying.deviation or 0.0, living.deviation or 0.0):
             sentences.append(
                 f"Test accuracy does not show it: ReLU {number(dying)} %, LeakyReLU with no dead neuron "

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neuronscope.arrays import IntArray
 from neuronscope.errors import MissingExtraError
 
 __all__ = ["Digits", "load_digits"]
@@ -53,10 +54,10 @@ def load_digits() -> Digits:
     train, test = np.split(order, [int(_TRAIN_SHARE * len(labels))])
     mean, deviation = pixels[train].mean(), pixels[train].std()
 
-    def images(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def images(rows: IntArray) -> Tensor:
         return torch.from_numpy(((pixels[rows] - mean) / deviation).astype(np.float32))
 
-    def digits(rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def digits(rows: IntArray) -> Tensor:
         return torch.from_numpy(labels[rows].astype(np.int64))
 
     return Digits(images(train), digits(train), images(test), digits(test))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronscope.demo.conclusions import headline
-from neuronscope.demo.results import Comparison, Moment, Run
+from neuronscope.demo.results import Comparison
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import percent
 from neuronscope.writers.pictures.axis import spread
@@ -22,6 +22,7 @@ from neuronscope.writers.pictures.colours import (
     SERIES,
     UNSEEN_STRIPE,
     Colour,
+    as_hex,
     mix,
 )
 
@@ -39,37 +40,36 @@ _LINES = {
     "ReLU": ("ReLU", SERIES[0]),
     "GELU": ("GELU", SERIES[2]),
     "SiLU": ("SiLU", SERIES[3]),
-    "ReLU-BatchNorm": ("ReLU + BN", SERIES[6]),
+    "ReLU-BatchNorm": ("with BN", SERIES[6]),
     "ReLU-no-spike": ("no spike", SERIES[7]),
 }
 
-_INCHES, _DPI = (9.6, 6.4), 200
-_BARS = (0.665, 0.085, 0.09, 0.68)  # left, bottom, width and height, as fractions of the picture
-_ROWS_FROM = 0.48  # where the names left of the bars begin
-_LABEL_POINTS = 14.5  # minimum distance between the labels at the ends of lines
-
-
-def _hex(colour: Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
+#: As narrow as what is in it allows: on a phone, the picture is as wide as the screen and still can be read.
+_INCHES, _DPI = (6.0, 6.9), 200
+_LEFT = 0.2 / _INCHES[0]  # where titles and the names of rows begin
+_PANELS = ((0.58, 4.22, 1.22, 1.3), (3.44, 4.22, 1.22, 1.3))  # left, bottom, width and height in inches
+_BARS = (2.05, 0.42, 1.3, 3.18)
+_COLUMNS = (3.95, 4.78, 5.82)  # right edges in inches
+_LABEL_POINTS = 13.5  # minimum distance between the labels at the ends of lines
 
 
 _STYLE: dict[str, Any] = {
     "font.size": 11,
-    "text.color": _hex(INK),
-    "figure.facecolor": _hex(PAPER),
-    "savefig.facecolor": _hex(PAPER),
-    "axes.facecolor": _hex(PAPER),
+    "text.color": as_hex(INK),
+    "figure.facecolor": as_hex(PAPER),
+    "savefig.facecolor": as_hex(PAPER),
+    "axes.facecolor": as_hex(PAPER),
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.labelcolor": _hex(MUTED),
+    "axes.labelcolor": as_hex(MUTED),
     "axes.titlelocation": "left",
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
-    "axes.titlecolor": _hex(INK),
+    "axes.titlecolor": as_hex(INK),
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
-    "grid.color": _hex(FRAME),
+    "grid.color": as_hex(FRAME),
     "grid.linewidth": 0.8,
-    **{f"{axis}tick.{what}": value for axis in "xy" for what, value in (("color", _hex(MUTED)), ("major.size", 0))},
+    **{f"{axis}tick.{what}": value for axis in "xy" for what, value in (("color", as_hex(MUTED)), ("major.size", 0))},
     "xtick.major.pad": 5,
     "lines.linewidth": 2.2,
     "lines.solid_joinstyle": "round",
@@ -103,7 +103,7 @@ def house_style() -> Iterator[None]:
 
 @house_style()
 def comparison_png(result: Comparison) -> bytes:
-    """Return the picture of a comparison as PNG, 1920 x 1280 pixels.
+    """Return the picture of a comparison as PNG, 1200 x 1380 pixels.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -125,38 +125,39 @@ def draw_comparison(result: Comparison) -> Figure:
 
     figure = Figure(figsize=_INCHES, dpi=_DPI)
     title, _, share = headline(result).partition(": ")
-    figure.text(0.03, 0.925, title, fontsize=21, fontweight="bold")
-    figure.text(0.03, 0.873, f"{share[:1].upper()}{share[1:]}", fontsize=12.5)
-    lines = figure.add_gridspec(2, 1, left=0.07, right=0.315, top=0.765, bottom=0.155, hspace=0.36)
+    figure.text(_LEFT, 0.935, title, fontsize=21, fontweight="bold")
+    figure.text(_LEFT, 0.892, f"{share[:1].upper()}{share[1:]}", fontsize=12.5)
     names = [name for name in result.networks if name in _LINES]
-    dead, dormant = figure.add_subplot(lines[0]), figure.add_subplot(lines[1])
-    _draw_shares(dead, result, names, "Dead neurons", lambda moment: moment.dead)
-    _draw_shares(dormant, result, names, "Dormant neurons, not dead", lambda moment: moment.dormant)
-    dead.tick_params(labelbottom=False)
-    dormant.set_xlabel("optimizer step")
+    dead, dormant = (figure.add_axes(_fractions(place)) for place in _PANELS)
+    _draw_shares(dead, result, names, "Dead neurons", "dead")
+    _draw_shares(dormant, result, names, "Dormant, not dead", "dormant")
     before, after = (result.runs[0].scans[place].step for place in result.around_spike)
     for panel in (dead, dormant):
-        panel.axvspan(before, after, color=_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
+        panel.axvspan(before, after, color=as_hex(UNSEEN_STRIPE), alpha=0.4, linewidth=0, zorder=0.5)
+        panel.set_xlabel("optimizer step", fontsize=9.5, labelpad=2)
     spike = f"learning rate × {result.recipe['spike_factor']:g}"
     dead.annotate(
         spike, (before, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-        color=_hex(MUTED), fontsize=9.5,
+        color=as_hex(MUTED), fontsize=9.5,
     )  # fmt: skip
-    _draw_ends(figure.add_axes(_BARS), result)
-    figure.text(0.03, 0.03, _subtitle(result), fontsize=9.5, color=_hex(MUTED))
+    _draw_ends(figure.add_axes(_fractions(_BARS)), result)
+    figure.text(_LEFT, 0.022, _subtitle(result), fontsize=9.5, color=as_hex(MUTED))
     return figure
+
+
+def _fractions(inches: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    left, bottom, width, height = inches
+    return left / _INCHES[0], bottom / _INCHES[1], width / _INCHES[0], height / _INCHES[1]
 
 
 def _subtitle(result: Comparison) -> str:
     recipe, seeds = result.recipe, len(result.seeds)
-    return f"MLP of {recipe['layers']} hidden layers on {recipe['images']} handwritten digits, Adam; " + (
-        f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
+    return f"MLP of {recipe['layers']} hidden layers on {recipe['images']} digits, Adam; " + (
+        f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed, so no deviation"
     )
 
 
-def _draw_shares(
-    panel: Axes, result: Comparison, names: list[str], title: str, counts: Callable[[Moment], tuple[int, ...]]
-) -> None:
+def _draw_shares(panel: Axes, result: Comparison, names: list[str], title: str, label: str) -> None:
     """Draw one fraction of the neurons over the steps, and name each line at its end.
 
     Args:
@@ -164,25 +165,27 @@ def _draw_shares(
         result: The comparison.
         names: Names of the variants to draw.
         title: Title of the panel.
-        counts: A function that returns the affected neurons in each layer at a moment.
+        label: A field of :class:`~neuronscope.demo.results.Moment` that has a number for each layer.
     """
-    panel.set_title(title, x=-0.163, pad=18)
+    panel.set_title(title, x=-0.311, pad=17)
     panel.grid(axis="x", visible=False)
     steps = [scan.step for scan in result.runs[0].scans]
     ends: list[tuple[float, str, str]] = []
     for name in names:
         size = result.networks[name].neurons
-        shares = np.array([[100 * sum(counts(scan)) / size for scan in run.scans] for run in result.of(name)])
+        shares = np.array([[100 * sum(getattr(scan, label)) / size for scan in run.scans] for run in result.of(name)])
         mean, deviation = shares.mean(axis=0), shares.std(axis=0, ddof=1) if len(shares) > 1 else 0.0
-        label, colour = _LINES[name][0], _hex(_LINES[name][1])
+        short, colour = _LINES[name][0], as_hex(_LINES[name][1])
         style = "--" if name == "ReLU-no-spike" else "-"
         panel.fill_between(steps, np.maximum(mean - deviation, 0), mean + deviation, color=colour, alpha=0.16, lw=0)
-        panel.plot(steps, mean, style, color=colour, label=label, clip_on=False)
-        ends.append((float(mean[-1]), f"{label}  {percent(float(mean[-1]))}", _text_colour(name)))
+        panel.plot(steps, mean, style, color=colour, label=short, clip_on=False)
+        ends.append((float(mean[-1]), f"{short}  {percent(float(mean[-1]))}", _text_colour(name)))
     panel.set_xlim(steps[0], steps[-1])
     panel.set_ylim(0, min(100.0, max(1.0, panel.get_ylim()[1])))
     panel.yaxis.set_major_formatter("{x:g} %")
     panel.locator_params(axis="y", nbins=5)
+    panel.locator_params(axis="x", nbins=3)
+    panel.tick_params(labelsize=9.5)
     _name_lines(panel, steps[-1], sorted(ends))
 
 
@@ -199,44 +202,39 @@ def _name_lines(panel: Axes, step: int, ends: list[tuple[float, str, str]]) -> N
     places = spread([value / most * height for value, _, _ in ends], _LABEL_POINTS, 0.0, height)
     for place, (value, label, colour) in zip(places, ends, strict=True):
         panel.annotate(
-            label, (step, value), (1.065, place / height), textcoords="axes fraction", va="center", color=colour,
+            label, (step, value), (1.07, place / height), textcoords="axes fraction", va="center", color=colour,
+            fontsize=10,
             arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "lw": 0.9, "relpos": (0, 0.5), "shrinkB": 2},
         )  # fmt: skip
 
 
 def _draw_ends(panel: Axes, result: Comparison) -> None:
     """Draw each variant at the end as a row: a bar of its dead and dormant neurons, and the numbers next to it."""
-    panel.set_title("At the end, %", x=(_ROWS_FROM - _BARS[0]) / _BARS[2], pad=18)
+    panel.set_title("At the end, %", x=(_LEFT * _INCHES[0] - _BARS[0]) / _BARS[2], pad=4)
     panel.grid(visible=False)
-    columns: list[tuple[float, str, Colour, Callable[[str], str]]] = [
-        (0.797, "dead", DEAD, lambda name: _percentage(result, name, lambda run: run.end.dead)),
-        (
-            0.872,
-            "dormant",
-            mix(DORMANT, INK, 0.35),
-            lambda name: _percentage(result, name, lambda run: run.end.dormant),
-        ),
-        (0.98, "accuracy", INK, lambda name: _accuracy(result, name)),
+    columns: list[tuple[str, Colour, Callable[[str], str]]] = [
+        ("dead", DEAD, lambda name: _percentage(result, name, "dead")),
+        ("dormant", mix(DORMANT, INK, 0.35), lambda name: _percentage(result, name, "dormant")),
+        ("accuracy", INK, lambda name: _accuracy(result, name)),
     ]
+    places = [edge / _INCHES[0] for edge in _COLUMNS]
     for row, (name, network) in enumerate(result.networks.items()):
-        dead, dormant = (
-            result.share(name, counts) for counts in (lambda run: run.end.dead, lambda run: run.end.dormant)
-        )
+        dead, dormant = result.share(name, "dead"), result.share(name, "dormant")
         for start, length, fill in ((0, 1, ALIVE_LOW), (0, dead, DEAD), (dead, dormant, DORMANT)):
-            panel.barh(row, length, 0.66, start, color=_hex(fill))
-        colour, weight = (_text_colour(name), "bold") if name in _LINES else (_hex(INK), "normal")
+            panel.barh(row, length, 0.66, start, color=as_hex(fill))
+        colour, weight = (_text_colour(name), "bold") if name in _LINES else (as_hex(INK), "normal")
         panel.annotate(
-            network.label, (_ROWS_FROM, row), xycoords=("figure fraction", "data"), va="center_baseline", color=colour,
+            network.label, (_LEFT, row), xycoords=("figure fraction", "data"), va="center_baseline", color=colour,
             fontweight=weight,
         )  # fmt: skip
-        for place, _, _, cell in columns:
+        for place, (_, _, cell) in zip(places, columns, strict=True):
             panel.annotate(
                 cell(name), (place, row), xycoords=("figure fraction", "data"), ha="right", va="center_baseline"
             )  # fmt: skip
-    for place, heading, ink, _ in columns:
+    for place, (heading, ink, _) in zip(places, columns, strict=True):
         panel.annotate(
             heading, (place, 1), (0, 4), xycoords=("figure fraction", "axes fraction"), textcoords="offset points",
-            ha="right", color=_hex(ink), fontsize=9.5, fontweight="bold",
+            ha="right", color=as_hex(ink), fontsize=9.5, fontweight="bold",
         )  # fmt: skip
     panel.set_xlim(0, 1)
     panel.set_ylim(len(result.networks) - 0.5, -0.5)
@@ -244,14 +242,14 @@ def _draw_ends(panel: Axes, result: Comparison) -> None:
     panel.set_yticks([])
 
 
-def _percentage(result: Comparison, name: str, counts: Callable[[Run], tuple[int, ...]]) -> str:
-    return percent(100.0 * result.share(name, counts)).rstrip(" %")
+def _percentage(result: Comparison, name: str, label: str) -> str:
+    return percent(100.0 * result.share(name, label)).rstrip(" %")
 
 
 def _accuracy(result: Comparison, name: str) -> str:
-    accuracy = result.spread(name, lambda run: 100 * run.accuracy)
+    accuracy = result.accuracy(name)
     return f"{accuracy.mean:.1f}" + ("" if accuracy.deviation is None else f" ± {accuracy.deviation:.1f}")
 
 
 def _text_colour(name: str) -> str:
-    return _hex(mix(_LINES[name][1], INK, 0.2))
+    return as_hex(mix(_LINES[name][1], INK, 0.2))

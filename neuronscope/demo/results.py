@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Collapse", "Comparison", "Epoch", "Moment", "Network", "Run", "Spread"]
+__all__ = ["NUMBERS", "Collapse", "Comparison", "Epoch", "Moment", "Network", "Run", "Spread"]
 
 #: Version of the data that :meth:`Comparison.to_dict` returns.
 _SCHEMA_VERSION = 2
@@ -174,6 +174,22 @@ class Spread:
         return cls(statistics.fmean(numbers), deviation, min(numbers), max(numbers))
 
 
+#: What is told of a run in numbers.
+NUMBERS: dict[str, Callable[[Run], float]] = {
+    "dead_at_start": lambda run: sum(run.start.dead),
+    "dead_at_end": lambda run: sum(run.end.dead),
+    "died_in_training": lambda run: run.died,
+    "revived_in_training": lambda run: run.revived,
+    "silent_at_end": lambda run: sum(run.end.silent),
+    "dormant_at_end": lambda run: sum(run.end.dormant),
+    "cut_off_at_end": lambda run: sum(run.end.cut_off),
+    "zero_outputs_at_end": lambda run: run.end.zero_outputs,
+    "zero_gradients_at_end": lambda run: run.end.zero_gradients,
+    "test_accuracy": lambda run: run.accuracy,
+    "gradient_reach_at_start": lambda run: run.gradient_reach,
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Hold all runs of the comparison.
@@ -205,32 +221,37 @@ class Comparison:
         """Return the runs of a variant."""
         return [run for run in self.runs if run.variant == variant]
 
-    def spread(self, variant: str, number: Callable[[Run], float]) -> Spread:
+    def spread(self, variant: str, number: str) -> Spread:
         """Summarize a number over the seeds of a variant.
 
         Args:
             variant: Name of the variant.
-            number: A function that returns the number of a run.
+            number: Name of the number in :data:`NUMBERS`.
         """
-        return Spread.of(number(run) for run in self.of(variant))
+        return Spread.of(NUMBERS[number](run) for run in self.of(variant))
 
-    def share(self, variant: str, counts: Callable[[Run], tuple[int, ...]]) -> float:
-        """Return a mean count over the seeds of a variant as a fraction of its neurons.
+    def accuracy(self, variant: str) -> Spread:
+        """Summarize the test accuracy over the seeds of a variant, in percent."""
+        return Spread.of(100 * run.accuracy for run in self.of(variant))
+
+    def share(self, variant: str, label: str) -> float:
+        """Return the mean number of neurons with a label at the end, as a fraction of a variant's neurons.
 
         Args:
             variant: Name of the variant.
-            counts: A function that returns the counts of a run, ``(L,)``.
+            label: A field of :class:`Moment` that has a number for each layer.
         """
-        return sum(self.by_layer(variant, counts)) / self.networks[variant].neurons
+        return sum(self.by_layer(variant, label)) / self.networks[variant].neurons
 
-    def by_layer(self, variant: str, counts: Callable[[Run], tuple[int, ...]]) -> list[float]:
-        """Return the mean count in each layer over the seeds of a variant.
+    def by_layer(self, variant: str, label: str) -> list[float]:
+        """Return the mean number of neurons with a label at the end in each layer, over the seeds of a variant.
 
         Args:
             variant: Name of the variant.
-            counts: A function that returns the counts of a run, ``(L,)``.
+            label: A field of :class:`Moment` that has a number for each layer.
         """
-        return [statistics.fmean(layer) for layer in zip(*(counts(run) for run in self.of(variant)), strict=True)]
+        counts = (getattr(run.end, label) for run in self.of(variant))
+        return [statistics.fmean(layer) for layer in zip(*counts, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
@@ -245,26 +266,16 @@ class Comparison:
 
     def _summary(self, variant: str) -> dict[str, Any]:
         before, after = self.around_spike
-        numbers: dict[str, Callable[[Run], float]] = {
-            "dead_at_start": lambda run: sum(run.start.dead),
-            "dead_before_spike": lambda run: sum(run.scans[before].dead),
-            "dead_after_spike": lambda run: sum(run.scans[after].dead),
-            "dead_at_end": lambda run: sum(run.end.dead),
-            "died_in_training": lambda run: run.died,
-            "revived_in_training": lambda run: run.revived,
-            "silent_at_end": lambda run: sum(run.end.silent),
-            "dormant_at_end": lambda run: sum(run.end.dormant),
-            "cut_off_at_end": lambda run: sum(run.end.cut_off),
-            "zero_outputs_at_end": lambda run: run.end.zero_outputs,
-            "zero_gradients_at_end": lambda run: run.end.zero_gradients,
-            "test_accuracy": lambda run: run.accuracy,
-            "gradient_reach_at_start": lambda run: run.gradient_reach,
+        around = {
+            "dead_before_spike": Spread.of(sum(run.scans[before].dead) for run in self.of(variant)),
+            "dead_after_spike": Spread.of(sum(run.scans[after].dead) for run in self.of(variant)),
         }
+        spreads = {**around, **{name: self.spread(variant, name) for name in NUMBERS}}
         return {
             **asdict(self.networks[variant]),
-            **{name: _plain(asdict(self.spread(variant, number))) for name, number in numbers.items()},
-            "dead_at_end_by_layer": self.by_layer(variant, lambda run: run.end.dead),
-            "dormant_at_end_by_layer": self.by_layer(variant, lambda run: run.end.dormant),
+            **{name: _plain(asdict(spread)) for name, spread in spreads.items()},
+            "dead_at_end_by_layer": self.by_layer(variant, "dead"),
+            "dormant_at_end_by_layer": self.by_layer(variant, "dormant"),
         }
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neuronscope.demo.conclusions import number
-from neuronscope.demo.results import Comparison, Run, Spread
+from neuronscope.demo.results import NUMBERS, Comparison, Run, Spread
 
 __all__ = ["layer_table", "main_table"]
 
@@ -35,17 +35,16 @@ def main_table(comparison: Comparison, width: int) -> Table:
     before, after = comparison.around_spike
     # Heading, number, style if it is large, priority: higher ones are left out first in narrow terminals, 0 never.
     columns: list[tuple[str, Number, str, int]] = [
-        ("dead at\nthe start", lambda run: sum(run.start.dead), "", 0),
+        ("dead at\nthe start", NUMBERS["dead_at_start"], "", 0),
         (f"dead after\nepoch {before}", lambda run: sum(run.scans[before].dead), "", 5),
         (f"dead after\nepoch {after}", lambda run: sum(run.scans[after].dead), "", 3),
-        ("dead at\nthe end", lambda run: sum(run.end.dead), _BAD, 0),
-        ("died in\ntraining", lambda run: run.died, "", 4),
-        ("dormant at\nthe end", lambda run: sum(run.end.dormant), _WARN, 0),
+        ("dead at\nthe end", NUMBERS["dead_at_end"], _BAD, 0),
+        ("died in\ntraining", NUMBERS["died_in_training"], "", 4),
+        ("dormant at\nthe end", NUMBERS["dormant_at_end"], _WARN, 0),
     ]
-    if any(comparison.share(name, lambda run: run.end.silent) >= _FEW for name in comparison.networks):
-        columns.append(("silent at\nthe end", lambda run: sum(run.end.silent), _WARN, 3))
-    if any(comparison.share(name, lambda run: run.end.cut_off) >= _FEW for name in comparison.networks):
-        columns.append(("cut\noff", lambda run: sum(run.end.cut_off), _WARN, 2))
+    for label, heading, priority in (("silent", "silent at\nthe end", 3), ("cut_off", "cut\noff", 2)):
+        if any(comparison.share(name, label) >= _FEW for name in comparison.networks):
+            columns.append((heading, NUMBERS[f"{label}_at_end"], _WARN, priority))
     for left_out in (6, 5, 4, 3, 2):
         shown = [column for column in columns if column[3] < left_out]
         table = _main_table(comparison, shown, zeros=left_out == 6)
@@ -67,11 +66,12 @@ def _main_table(comparison: Comparison, columns: list[tuple[str, Number, str, in
         table.add_column(heading, justify="right", overflow="fold")
     for name, network in comparison.networks.items():
         cells = [Text(str(network.neurons))] if sizes else []
-        cells += [_count(comparison.spread(name, of), style, network.neurons) for _, of, style, _ in columns]
+        for _, number_of, style, _ in columns:
+            spread = Spread.of(number_of(run) for run in comparison.of(name))
+            cells.append(_count(spread, style, network.neurons))
         if zeros:
-            cells.append(Text(f"{100 * comparison.spread(name, lambda run: run.end.zero_outputs).mean:.1f}%"))
-        accuracy = comparison.spread(name, lambda run: 100 * run.accuracy)
-        table.add_row(Text(network.label, style="bold"), *cells, f"{number(accuracy)}%")
+            cells.append(Text(f"{100 * comparison.spread(name, 'zero_outputs_at_end').mean:.1f}%"))
+        table.add_row(Text(network.label, style="bold"), *cells, f"{number(comparison.accuracy(name))}%")
     return table
 
 
@@ -95,8 +95,8 @@ def _layer_table(comparison: Comparison, *, dormant: bool) -> Table:
     none = []
     for name, network in comparison.networks.items():
         size = network.neurons / layers
-        dead = comparison.by_layer(name, lambda run: run.end.dead)
-        dormant_counts = comparison.by_layer(name, lambda run: run.end.dormant)
+        dead = comparison.by_layer(name, "dead")
+        dormant_counts = comparison.by_layer(name, "dormant")
         if not any([*dead, *dormant_counts]):
             none.append(network.label)
             continue

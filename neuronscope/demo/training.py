@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import neuronscope as ns
+from neuronscope.arrays import BoolArray
 from neuronscope.demo.digits import Digits
 from neuronscope.demo.recipe import ACTIVATIONS, Recipe, Variant, build_classifier, build_network
 from neuronscope.demo.recount import gradient_reach, product_of_layers, recount_dead
@@ -59,7 +60,9 @@ def train(variant: Variant, seed: int, data: Digits, recipe: Recipe) -> tuple[Ru
                 accuracy = _accuracy(network, data)
             report = _one_site_per_layer(scope.report())
             reports.append(report)
-            epochs.append(Epoch(scope.global_step, _dead(report), _dormant(report), loss, accuracy))
+            epochs.append(
+                Epoch(scope.global_step, **_by_layer(report, "dead", "dormant"), loss=loss, accuracy=accuracy)
+            )
             with scope.paused():
                 scans.append(scan())
 
@@ -150,25 +153,19 @@ def _accuracy(network: nn.Module, data: Digits) -> float:
     return float(right)
 
 
-def _dead(report: Report) -> tuple[int, ...]:
-    return tuple(site.dead for site in report.layers)
+def _by_layer(report: Report, *labels: str) -> dict[str, tuple[int, ...]]:
+    """Return how many neurons of each layer have a label, by label."""
+    return {label: tuple(getattr(site, label) for site in report.layers) for label in labels}
 
 
-def _dormant(report: Report) -> tuple[int, ...]:
-    return tuple(site.dormant for site in report.layers)
-
-
-def _dead_mask(report: Report) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _dead_mask(report: Report) -> BoolArray:
     return np.concatenate([site.judgement.dead for site in report.layers])
 
 
 def _moment(step: int, report: Report) -> Moment:
     return Moment(
         step=step,
-        dead=_dead(report),
-        silent=tuple(site.silent for site in report.layers),
-        dormant=_dormant(report),
-        cut_off=tuple(site.cut_off for site in report.layers),
+        **_by_layer(report, "dead", "silent", "dormant", "cut_off"),
         zero_outputs=float(np.mean([site.zero_output_fraction for site in report.layers])),
         zero_gradients=float(np.mean([site.zero_gradient_fraction for site in report.layers])),
         not_finite=report.not_finite,

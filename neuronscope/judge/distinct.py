@@ -11,14 +11,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 
 __all__ = ["DistinctNeurons", "SiteUnits"]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
 
 _UNSEEN = LABELS.index("unseen")
 #: Kinds of sites that are what the next layer reads of an activation: a gate's product, latents after their selection.
@@ -155,7 +153,7 @@ class DistinctNeurons:
         """
         return self.stand_ins(self._alive())
 
-    def highest(self, values: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    def highest(self, values: Sequence[IntArray]) -> IntArray:
         """Return the highest value of each distinct neuron in the totals over the places that may be its home.
 
         These are the products of a gate if the neuron has one, else all its places in headlines: see :meth:`homes`.
@@ -175,9 +173,7 @@ class DistinctNeurons:
                 np.maximum(highest[distinct], value[neurons], out=highest[distinct], where=may_be_home)
         return highest[lowest < _OUTSIDE]
 
-    def spread(
-        self, values: Sequence[npt.NDArray[np.int64]], masks: Sequence[BoolArray]
-    ) -> list[npt.NDArray[np.int64]]:
+    def spread(self, values: Sequence[IntArray], masks: Sequence[BoolArray]) -> list[IntArray]:
         """Give every place of a neuron the value of the place that stands for it.
 
         Args:

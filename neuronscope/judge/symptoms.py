@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from neuronscope.arrays import BoolArray, IntArray
 
 __all__ = [
     "COLLAPSED",
@@ -41,8 +44,6 @@ __all__ = [
     "unread",
 ]
 
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 #: Names of symptoms that others ask for.
 NOT_FINITE, COLLAPSED, GROUPED = "NaN or infinite numbers", "a layer nearly all dead", "deaths close together in time"
@@ -276,6 +277,10 @@ def _neurons_are(number: int) -> str:
     return "1 neuron is" if number == 1 else f"{number:,} neurons are"
 
 
+def _steps(first: int, last: int) -> str:
+    return f"steps {first:,} to {last:,}" if first < last else f"step {first:,}"
+
+
 def _in_group(facts: RunFacts, early: bool) -> Support | None:
     dated, length = facts.dated(), facts.length()
     spans = [span for span in groups(dated, length) if (span[1] <= EARLY_SHARE * length) == early]
@@ -290,7 +295,7 @@ def _in_group(facts: RunFacts, early: bool) -> Support | None:
         return inside & layer.dead
 
     number, layers, names = _count(facts, mask)
-    when = " and ".join(f"steps {first:,} to {last:,}" if first < last else f"step {first:,}" for first, last in spans)
+    when = " and ".join(_steps(*span) for span in spans)
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(facts.learning_rates), reverse=True))
     text = f"{number:,} of {dated.size:,} dated deaths are at {when} of {length:,}: {layers}."
     if facts.estimated:
@@ -314,19 +319,8 @@ def died_after(facts: RunFacts, step: int) -> Support | None:
         return None
     dated = facts.dated()
     first, last = int(dated[dated > step][0]), int(dated[-1])
-    when = f"steps {first:,} to {last:,}" if first < last else f"step {first:,}"
-    text = f"{number:,} neuron{'' if number == 1 else 's'} died at {when}: {layers}."
+    text = f"{number:,} neuron{'' if number == 1 else 's'} died at {_steps(first, last)}: {layers}."
     return Support(text, number, names, (first, last), facts.healthy_before(first))
-
-
-def grouped(facts: RunFacts) -> Support | None:
-    """Test for groups of deaths after the start of training."""
-    return _in_group(facts, early=False)
-
-
-def early(facts: RunFacts) -> Support | None:
-    """Test for groups of deaths in the first steps."""
-    return _in_group(facts, early=True)
 
 
 def spread(facts: RunFacts) -> Support | None:
@@ -355,29 +349,10 @@ def _born(facts: RunFacts, deep: bool) -> Support | None:
     if not number or not facts.in_training or _is_deep_and_narrow(facts) != deep:
         return None
     widths = [layer.width for layer in facts.layers]
-    shape = (
-        f" The network has {len(widths)} such layers; their median width is {np.median(widths):,.0f}." if deep else ""
-    )
-    text = f"{_neurons_are(number)} dead since the beginning: {layers}.{shape}"
+    text = f"{_neurons_are(number)} dead since the beginning: {layers}."
+    if deep:
+        text += f" The network has {len(widths)} such layers; their median width is {np.median(widths):,.0f}."
     return Support(text, number, names, (-1, -1))
-
-
-def born_deep(facts: RunFacts) -> Support | None:
-    """Test for neurons dead since the beginning in a deep and narrow network."""
-    return _born(facts, deep=True)
-
-
-def born_plain(facts: RunFacts) -> Support | None:
-    """Test for neurons dead since the beginning in any other network."""
-    return _born(facts, deep=False)
-
-
-def drifted(facts: RunFacts) -> Support | None:
-    """Test for neurons that are proved to stay below zero."""
-    number, layers, names = _count(facts, lambda layer: layer.drifted)
-    if not number:
-        return None
-    return Support(f"{_neurons_are(number)} proved to stay below zero: {layers}.", number, names)
 
 
 def off_centre(facts: RunFacts) -> Support | None:
@@ -413,13 +388,7 @@ def collapsed(facts: RunFacts) -> Support | None:
     idle = [(layer.name, layer.idle, layer.width) for layer in facts.layers]
     if any(count for _, count, _ in idle):
         text += f" No gradient reaches {_affected(idle)[0]}."
-    return Support(
-        text,
-        sum(int(layer.dead.sum()) for layer in found),
-        names,
-        (min(steps), max(steps)) if steps else None,
-        facts.healthy_before(min(steps)) if steps else None,
-    )
+    return Support(text, sum(int(layer.dead.sum()) for layer in found), names, *_since(facts, steps))
 
 
 def may_have_collapsed(facts: RunFacts) -> Support | None:
@@ -430,13 +399,13 @@ def may_have_collapsed(facts: RunFacts) -> Support | None:
     layers, names = _affected([(layer.name, layer.width, layer.width) for layer in found])
     last_steps = [last_deaths(np.ones(layer.width, dtype=np.bool_), layer.since) for layer in found]
     steps = [step for step in last_steps if step is not None]
-    return Support(
-        f"No neuron gets a gradient, although the optimizer continues: {layers}.",
-        sum(layer.width for layer in found),
-        names,
-        (min(steps), max(steps)) if steps else None,
-        facts.healthy_before(min(steps)) if steps else None,
-    )
+    text = f"No neuron gets a gradient, although the optimizer continues: {layers}."
+    return Support(text, sum(layer.width for layer in found), names, *_since(facts, steps))
+
+
+def _since(facts: RunFacts, steps: Sequence[int]) -> tuple[tuple[int, int] | None, int | None]:
+    """Return the first and the last of some steps, and the step before which a checkpoint is older than all."""
+    return ((min(steps), max(steps)), facts.healthy_before(min(steps))) if steps else (None, None)
 
 
 def shrunk(facts: RunFacts) -> Support | None:
@@ -464,26 +433,31 @@ def _decayed(layer: LayerFacts, facts: RunFacts) -> float:
     return math.exp(-facts.decay * age)
 
 
-def not_finite(facts: RunFacts) -> Support | None:
-    """Test for NaN and infinite numbers."""
-    number, layers, names = _count(facts, lambda layer: layer.not_finite)
-    return Support(f"{_neurons_are(number)} NaN or infinite: {layers}.", number, names) if number else None
+def _test_for(field: str, sentence: str) -> Callable[[RunFacts], Support | None]:
+    """Return a test for neurons of which each layer's facts have the number.
+
+    Args:
+        field: The name of that number in :class:`LayerFacts`.
+        sentence: The evidence, with ``{layers}`` and one of ``{neurons}`` or ``{neurons_are}``; ``{they_get}`` agrees.
+    """
+
+    def test(facts: RunFacts) -> Support | None:
+        number, layers, names = _count(facts, attrgetter(field))
+        words = {
+            "neurons": f"{number:,} neuron{'' if number == 1 else 's'}",
+            "neurons_are": _neurons_are(number),
+            "they_get": "it gets" if number == 1 else "they get",
+        }
+        return Support(sentence.format(layers=layers, **words), number, names) if number else None
+
+    return test
 
 
-def silent(facts: RunFacts) -> Support | None:
-    """Test for neurons whose output is always zero although gradient arrives."""
-    number, layers, names = _count(facts, lambda layer: layer.silent)
-    if not number:
-        return None
-    it_gets = "it gets" if number == 1 else "they get"
-    return Support(f"{_neurons_are(number)} zero at every position, but {it_gets} gradient: {layers}.", number, names)
-
-
-def unread(facts: RunFacts) -> Support | None:
-    """Test for neurons whose output nothing reads."""
-    number, layers, names = _count(facts, lambda layer: layer.unread)
-    if not number:
-        return None
-    return Support(
-        f"Nothing reads the output of {number:,} neuron{'' if number == 1 else 's'}: {layers}.", number, names
-    )
+#: Groups of deaths after the start of training, and in the first steps.
+grouped, early = partial(_in_group, early=False), partial(_in_group, early=True)
+#: Neurons dead since the beginning, in a deep and narrow network and in any other.
+born_deep, born_plain = partial(_born, deep=True), partial(_born, deep=False)
+drifted = _test_for("drifted", "{neurons_are} proved to stay below zero: {layers}.")
+not_finite = _test_for("not_finite", "{neurons_are} NaN or infinite: {layers}.")
+silent = _test_for("silent", "{neurons_are} zero at every position, but {they_get} gradient: {layers}.")
+unread = _test_for("unread", "Nothing reads the output of {neurons}: {layers}.")

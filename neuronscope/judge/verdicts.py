@@ -11,15 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
 from neuronscope.errors import UsageError
 
 __all__ = ["LABELS", "Judgement", "Policy", "SiteCounts", "Verdict", "is_tau_dormant", "judge", "rate_bound"]
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 #: Every label of a neuron, most serious first. A neuron that meets the criteria of several gets the first of them.
 LABELS = ("unseen", "not finite", "dead", "silent", "cut off", "dormant", "linear", "alive")
@@ -160,7 +157,7 @@ class Judgement:
     unseen: BoolArray
     tau_dormant: BoolArray
 
-    def labels(self) -> npt.NDArray[np.uint8]:
+    def labels(self) -> ByteArray:
         """Return the index into :data:`LABELS` of each neuron's most serious label, uint8 ``(N,)``."""
         codes = np.full(self.dead.shape, LABELS.index("alive"), dtype=np.uint8)
         for name in reversed(LABELS[:-1]):

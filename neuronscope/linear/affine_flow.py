@@ -111,6 +111,30 @@ class Stretch(NamedTuple):
         return sum(each.kind == "layer" for each in self.affine.passed) < 2
 
 
+class _Call(NamedTuple):
+    """A call of a torch function, at least one argument of which depends on the input.
+
+    Attributes:
+        function: The function.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        kind: In which way it is affine; see :mod:`neuronscope.linear.affine_functions`.
+        tensors: All tensors among its arguments.
+        data: What those of them are that depend on the input.
+        passes: The layer or the activation that the call is.
+        output: The first tensor that it returned.
+    """
+
+    function: Function
+    args: _Args
+    kwargs: _Kwargs
+    kind: str
+    tensors: Sequence[Tensor]
+    data: Sequence[Affine]
+    passes: Passed
+    output: Tensor
+
+
 class AffineFlow:
     """Tracks of which source each tensor of a forward is an affine function.
 
@@ -204,7 +228,6 @@ class AffineFlow:
         """
         self._call += 1
         called = len(self.neurons.layers)
-        kind = kind_of_call(function, args, kwargs)
         tensors = list(nested_tensors((args, dict(kwargs))))
         data = [affine for affine in map(self._lookup, tensors) if affine is not None]
         self.neurons.follow(function, args, kwargs, result)
@@ -222,11 +245,12 @@ class AffineFlow:
                 self._put(tensor, None)
             return
         passes = Passed(self._call, site or layer, "activation" if site else "norm" if is_norm(function) else "layer")
+        call = _Call(function, args, kwargs, kind_of_call(function, args, kwargs), tensors, data, passes, outputs[0])
         numbers = all(each.is_floating_point() or each.is_complex() for each in outputs)  # integers are rounded
-        found = self._affine(kind, function, args, kwargs, tensors, data, passes, outputs[0]) if numbers else None
+        found = self._affine(call) if numbers else None
         self._close([affine for affine in data if found is None or affine.source != found.source])
         name = passes.name or f"`{function.__name__}`"
-        if kind == kinds.MOVING:
+        if call.kind == kinds.MOVING:
             name = self._sources.get(data[0].source, name)
         for number, tensor in enumerate(outputs):
             if found is None:
@@ -236,74 +260,48 @@ class AffineFlow:
             else:
                 self._put(tensor, found)
 
-    def _affine(
-        self,
-        kind: str,
-        function: Function,
-        args: _Args,
-        kwargs: _Kwargs,
-        tensors: Sequence[Tensor],
-        data: Sequence[Affine],
-        passes: Passed,
-        output: Tensor,
-    ) -> Affine | None:
+    def _affine(self, call: _Call) -> Affine | None:
         """Return of what the result of a call is an affine function; ``None`` if it is a source."""
-        first = self._lookup(tensors[0])
+        kind, first = call.kind, self._lookup(call.tensors[0])
         if kind == kinds.ACTIVATION:
-            linear = first is not None and passes.name in self._acting_linear
-            return first._replace(passed=(*first.passed, passes)) if first is not None and linear else None
-        if kind == kinds.SUM or kind == kinds.JOIN:
-            return self._sum(data, joined=kind == kinds.JOIN)
-        if kind == kinds.MATRIX_PRODUCT and len(data) > 1:
-            return self._mixed(function, args, kwargs, tensors, output)
+            linear = first is not None and call.passes.name in self._acting_linear
+            return first._replace(passed=(*first.passed, call.passes)) if first is not None and linear else None
+        if kind in (kinds.SUM, kinds.JOIN):
+            return self._sum(call.data, joined=kind == kinds.JOIN)
+        if kind == kinds.MATRIX_PRODUCT and len(call.data) > 1:
+            return self._mixed(call)
         if kind == kinds.FUSED_ATTENTION:
-            return self._fused_attention(args, kwargs, passes)
-        if len(data) > 1 or (first is None and kind not in (kinds.PRODUCT, kinds.MATRIX_PRODUCT)):
+            return self._fused_attention(call)
+        if len(call.data) > 1 or (first is None and kind not in (kinds.PRODUCT, kinds.MATRIX_PRODUCT)):
             return None
-        (only,) = data
-        if kind == kinds.PRODUCT or kind == kinds.QUOTIENT:
-            factors = [each for each in tensors if self._lookup(each) is None]
-            alike = all(_is_alike(each, output.dim(), only.places) for each in factors)
+        (only,) = call.data
+        if kind in (kinds.PRODUCT, kinds.QUOTIENT):
+            factors = [each for each in call.tensors if self._lookup(each) is None]
+            alike = all(_is_alike(each, call.output.dim(), only.places) for each in factors)
             return only if alike or not only.passed else only._replace(places=WHOLE)
         if kind == kinds.IN_PLACE_ORDER:
             return only
         if kind == kinds.MOVING:
             return only._replace(moved=True) if only.passed else None
-        if kind == kinds.LAYER or (kind == kinds.MATRIX_PRODUCT and passes.name):
-            data_first = (
-                self._lookup(tensors[len(tensors) - 2 if function.__name__.startswith("add") else 0]) is not None
-            )
-            return self._through_layer(only, function, output, passes, data_first=data_first)
+        if kind == kinds.LAYER or (kind == kinds.MATRIX_PRODUCT and call.passes.name):
+            return self._through_layer(only, call)
         return None
 
-    def _through_layer(
-        self, affine: Affine, function: Function, output: Tensor, passes: Passed, *, data_first: bool
-    ) -> Affine:
-        """Return what the output of a layer is.
-
-        Args:
-            affine: What its input is.
-            function: The layer's function.
-            output: Its output.
-            passes: The layer.
-            data_first: Whether its input is its first factor, as in ``x @ weight``.
-        """
-        if not data_first:
+    def _through_layer(self, affine: Affine, call: _Call) -> Affine:
+        """Return what the output of a layer is, given what its input is."""
+        first_factor = len(call.tensors) - 2 if call.function.__name__.startswith("add") else 0
+        if self._lookup(call.tensors[first_factor]) is None:  # its input is the second factor, as in ``weight @ x``
             own = WHOLE
-        elif "conv" in function.__name__ or (is_norm(function) and output.dim() > 2):
+        elif "conv" in call.function.__name__ or (is_norm(call.function) and call.output.dim() > 2):
             own = CONVOLUTION
         else:
             own = EACH_POSITION
         places = own if not affine.places or (affine.places == own and not affine.moved) else WHOLE
-        return affine._replace(passed=(*affine.passed, passes), places=places, moved=False, end=Made(self._call, 0))
+        passed = (*affine.passed, call.passes)
+        return affine._replace(passed=passed, places=places, moved=False, end=Made(self._call, 0))
 
     def _sum(self, data: Sequence[Affine], *, joined: bool) -> Affine | None:
-        """Return what a sum is, or several tensors side by side.
-
-        Args:
-            data: What the terms are.
-            joined: Whether they are put side by side.
-        """
+        """Return what a sum is, or several tensors that are put side by side, given what the terms are."""
         head = data[0]
         if any(each.source != head.source or each.mixing != head.mixing for each in data):
             return None
@@ -318,41 +316,25 @@ class AffineFlow:
             passed=passed, places=places if alike and not joined else WHOLE, moved=False, end=Made(self._call, 0)
         )
 
-    def _mixed(
-        self, function: Function, args: _Args, kwargs: _Kwargs, tensors: Sequence[Tensor], output: Tensor
-    ) -> Affine | None:
-        """Return what attention gives: an affine function of its values while the weights of the mixture stay.
-
-        Args:
-            function: A product of matrices, or attention.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            tensors: Its tensors.
-            output: Its result.
-        """
-        if function.__name__ == "scaled_dot_product_attention":
-            values = args[2] if len(args) > 2 else kwargs["value"]
-        elif len(tensors) == 2 and self._mixes_positions_only(function, args, tensors[1], output):
-            values = tensors[1]
+    def _mixed(self, call: _Call) -> Affine | None:
+        """Return what attention gives: an affine function of its values while the weights of the mixture stay."""
+        if call.function.__name__ == "scaled_dot_product_attention":
+            values = call.args[2] if len(call.args) > 2 else call.kwargs["value"]
+        elif len(call.tensors) == 2 and self._mixes_positions_only(call):
+            values = call.tensors[1]
         else:
             return None
         affine = self._lookup(values)
         if affine is None or not affine.passed or affine.mixing >= 0:
             return None
-        self._close([self._lookup(each) for each in tensors if each is not values])
+        self._close([self._lookup(each) for each in call.tensors if each is not values])
         return affine._replace(mixing=self._call, moved=True)
 
-    def _mixes_positions_only(self, function: Function, args: _Args, values: Tensor, output: Tensor) -> bool:
-        """Whether each unit of a product of matrices is a sum over the same unit of the second factor.
-
-        Args:
-            function: The product.
-            args: Its positional arguments.
-            values: The second factor.
-            output: The product.
-        """
-        if function is torch.einsum:
-            equation = args[0] if isinstance(args[0], str) else ""
+    def _mixes_positions_only(self, call: _Call) -> bool:
+        """Whether each unit of a product of two matrices is a sum over the same unit of the second factor."""
+        values, output = call.tensors[1], call.output
+        if call.function is torch.einsum:
+            equation = call.args[0] if isinstance(call.args[0], str) else ""
             read, _, kept = equation.replace(" ", "").partition("->")
             if not kept or set(read.split(",")[1]) <= set(kept):  # nothing of it is added up: a gate
                 return False
@@ -360,15 +342,9 @@ class AffineFlow:
         alike = given is not None and units is not None and given.call == units.call
         return alike and output.shape[-1] == values.shape[-1]
 
-    def _fused_attention(self, args: _Args, kwargs: _Kwargs, passes: Passed) -> Affine | None:
-        """Return what attention with its projections gives: the value and the output projection lie in it.
-
-        Args:
-            args: The positional arguments of ``multi_head_attention_forward``.
-            kwargs: Its keyword arguments.
-            passes: The output projection.
-        """
-        given = kinds.attention_arguments(args, kwargs)
+    def _fused_attention(self, call: _Call) -> Affine | None:
+        """Return what attention with its projections gives: the value and the output projection lie in it."""
+        given = kinds.attention_arguments(call.args, call.kwargs)
         affine = self._lookup(given["value"])
         weight = given.get("v_proj_weight") if given.get("use_separate_proj_weight") else given["in_proj_weight"]
         if affine is None or weight is None or affine.mixing >= 0:
@@ -377,7 +353,7 @@ class AffineFlow:
         name = self.neurons.origin(weight).layer
         value_projection = name if weight.shape[0] == width else f"{name}({2 * width}:{3 * width})"
         return affine._replace(
-            passed=(*affine.passed, Passed(self._call, value_projection, "layer"), passes),
+            passed=(*affine.passed, Passed(self._call, value_projection, "layer"), call.passes),
             places=WHOLE,
             mixing=self._call,
             moved=False,
@@ -398,12 +374,7 @@ class AffineFlow:
         self._versions.put(tensor, _version(tensor))
 
     def _put_stray(self, tensor: Tensor, name: str) -> Affine:
-        """Note a source that no call gave.
-
-        Args:
-            tensor: The tensor.
-            name: What it is, in words.
-        """
+        """Note a source that no call gave; ``name`` says in words what it is."""
         self._strays += 1
         return self._put_source(tensor, Made(-2, self._strays), name)
 
@@ -414,11 +385,7 @@ class AffineFlow:
         return affine
 
     def _close(self, read: Collection[Affine | None]) -> None:
-        """Note the stretches that end because what they give is read by something that is not affine in it.
-
-        Args:
-            read: What is read.
-        """
+        """Note the stretches that end because what they give is read by something that is not affine in it."""
         for affine in read:
             if affine is None or sum(each.kind != "activation" for each in affine.passed) < 2:
                 continue

@@ -231,7 +231,7 @@ def _map(run: Callable[[Any], Any], inputs: Any, stretch: Stretch) -> CollapsedM
 
 
 def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *, proved: bool) -> LinearLayers:
-    names = LayerNames(model)
+    names, known = LayerNames(model), found or CollapsedMap(-1, -1)
     own = {name.partition("(")[0] for name in stretch.layers}
     held = {
         id(parameter): parameter.numel()  # one that several modules share is one
@@ -247,15 +247,15 @@ def _described(model: nn.Module, stretch: Stretch, found: CollapsedMap | None, *
         through_attention=stretch.affine.mixing >= 0,
         basis="proved" if proved else "measured",
         parameters=sum(held.values()),
-        inputs=found.inputs if found else -1,
-        outputs=found.outputs if found else -1,
-        rank=found.rank if found else -1,
-        heads=found.heads if found else 1,
-        kernel=found.kernel if found else (),
-        parameters_of_one=found.parameters if found else -1,
-        difference=found.difference if found else None,
-        matrix=_plain(found.matrix if found else None),
-        offset=_plain(found.offset if found else None),
+        inputs=known.inputs,
+        outputs=known.outputs,
+        rank=known.rank,
+        heads=known.heads,
+        kernel=known.kernel,
+        parameters_of_one=known.parameters if found else -1,
+        difference=known.difference,
+        matrix=_plain(known.matrix),
+        offset=_plain(known.offset),
     )
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.judge.verdicts import LABELS
-from neuronscope.output import write_if_named
+from neuronscope.report.rendering import Shown
 from neuronscope.report.report import Report, SiteReport
 from neuronscope.report.run_facts import death_steps
 
 __all__ = ["LayerComparison", "ReportComparison", "compare_reports"]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
 
 _DEAD = LABELS.index("dead")
 _NOT_JUDGED = [LABELS.index(label) for label in ("unseen", "not finite")]
@@ -70,8 +65,8 @@ class LayerComparison:
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class ReportComparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class ReportComparison(Shown):
     """Hold which neurons died and revived between two reports on one network.
 
     Attributes:
@@ -84,6 +79,12 @@ class ReportComparison:
         revived: Number of neurons in the totals that revived.
         compared: Number of neurons in the totals that both reports observed, with finite outputs.
     """
+
+    WRITERS: ClassVar[Mapping[str, str]] = {
+        "terminal": "neuronscope.writers.comparison_text",
+        "json": "neuronscope.writers.json",
+        "html": "neuronscope.writers.html",
+    }
 
     before: Report
     after: Report
@@ -98,38 +99,8 @@ class ReportComparison:
         """Neurons that died in percent of those that were compared; NaN if none was."""
         return 100.0 * self.died / self.compared if self.compared else float("nan")
 
-    def __repr__(self) -> str:
-        return f"<ReportComparison: {self.died} neurons died, {self.revived} revived; print(…) shows it>"
-
-    def __str__(self) -> str:
-        """Return the comparison as a table for a terminal."""
-        return self.to_text()
-
-    def to_text(self, top: int = 20) -> str:
-        """Return the comparison as text for a terminal.
-
-        Args:
-            top: Most layers that get a row of the table: of more, the worst.
-        """
-        text: str = importlib.import_module("neuronscope.writers.comparison_text").render(self, top)
-        return text
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """Return the second report's page with this comparison in it, and write it to ``path`` if given.
-
-        Raises:
-            OSError: The file cannot be written; an existing file is then unchanged.
-        """
-        return write_if_named(importlib.import_module("neuronscope.writers.html").render(self.after, self.before), path)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return the comparison as JSON text, and write it to ``path`` if given.
-
-        Raises:
-            OSError: The file cannot be written; an existing file is then unchanged.
-        """
-        text = json.dumps(self.to_dict(), allow_nan=False, sort_keys=True, separators=(",", ":")) + "\n"
-        return write_if_named(text, path)
+    def _in_short(self) -> str:
+        return f"of two reports: {self.died} neurons died, {self.revived} revived"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain data."""
@@ -156,7 +127,7 @@ def compare_reports(before: Report, after: Report) -> ReportComparison:
         after: The second report.
 
     Returns:
-        Who died and revived, by layer, in the order of the second report.
+        The neurons that died and revived, by layer, in the order of the second report.
     """
     first = {site.name: site for site in before.layers}
     pairs, left_out = [], []

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.report.report import SiteReport
 
 __all__ = ["ExpertLayer", "expert_layers"]
@@ -34,7 +34,7 @@ class ExpertLayer:
     experts: tuple[SiteReport, ...]
 
     @property
-    def tokens(self) -> npt.NDArray[np.int64]:
+    def tokens(self) -> IntArray:
         """How many tokens each expert was given in the window, int64 ``(E,)``."""
         return np.array([expert.positions for expert in self.experts], dtype=np.int64)
 

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from neuronscope.arrays import FloatArray, IntArray
 from neuronscope.errors import ReportError
-from neuronscope.report.report import FloatArray, IntArray
 
 __all__ = ["MOST", "DamagedError", "Fields", "check_version", "each", "is_integer", "is_number", "read_json"]
 

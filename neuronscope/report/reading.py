@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from neuronscope.arrays import FloatArray
 from neuronscope.errors import ReportError, UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, is_tau_dormant
 from neuronscope.report.acts import Act
@@ -26,8 +27,9 @@ from neuronscope.report.json_fields import (
     read_json,
 )
 from neuronscope.report.report import (
+    POSITIONS,
     SCHEMA_VERSION,
-    FloatArray,
+    SITE_COUNTS,
     NotMeasured,
     Report,
     SiteHistory,
@@ -37,6 +39,8 @@ from neuronscope.report.report import (
 from neuronscope.sites import IncomingRows, ReaderColumns
 
 __all__ = ["is_postmortem", "read_report", "report_from_dict"]
+
+LinesT = TypeVar("LinesT", IncomingRows, ReaderColumns)
 
 _KINDS = ("relu-like", "smooth", "leaky", "saturating", "gated", "sparse")
 
@@ -139,36 +143,27 @@ def _points(fields: Fields) -> tuple[tuple[int, float], ...]:
 def _site(fields: Fields, policy: Policy) -> SiteReport:
     neurons = fields.integer("neurons")
     means = fields.numbers("mean_abs_output", neurons)
+    plain: dict[str, Any] = {
+        **{name: fields.text(name) for name in ("name", "activation", "axis_source", "layer", "normalises")},
+        **{name: fields.texts(name) for name in ("readers", "reader_notes", "incoming_notes")},
+        **{name: fields.flag(name) for name in ("output", "is_norm")},
+        **{name: fields.integer(name) for name in ("axis", "not_finite", *POSITIONS)},
+        **{name: fields.numbers(name, neurons, 1) for name in ("zero_output_fraction", "zero_gradient_fraction")},
+    }
     site = SiteReport(
-        name=fields.text("name"),
-        activation=fields.text("activation"),
+        **plain,
         kind=fields.text("kind", _KINDS),
         neurons=neurons,
-        axis=fields.integer("axis"),
-        axis_source=fields.text("axis_source"),
-        positions=fields.integer("positions"),
-        gradient_positions=fields.integer("gradient_positions"),
-        examples=fields.integer("examples"),
-        not_finite=fields.integer("not_finite"),
-        zero_output_fraction=fields.numbers("zero_output_fraction", neurons, 1),
-        zero_gradient_fraction=fields.numbers("zero_gradient_fraction", neurons, 1),
         mean_abs_output=means,
         last_active_step=fields.integers("last_active_step", neurons, -1),
         judgement=_judgement(fields, means, policy),
         history=_history(fields.object("history"), neurons),
-        layer=fields.text("layer"),
         units=tuple(_run(fields, run) for run in fields.items("units")),
-        output=fields.flag("output"),
-        readers=fields.texts("readers"),
-        reader_columns=tuple(_columns(one) for one in fields.objects("reader_columns")),
-        reader_notes=fields.texts("reader_notes"),
-        incoming=tuple(_rows(one) for one in fields.objects("incoming")),
-        incoming_notes=fields.texts("incoming_notes"),
-        is_norm=fields.flag("is_norm"),
-        normalises=fields.text("normalises"),
+        reader_columns=tuple(_lines(one, ReaderColumns) for one in fields.objects("reader_columns")),
+        incoming=tuple(_lines(one, IncomingRows) for one in fields.objects("incoming")),
         idle_positions=fields.integers("idle_positions", neurons) if fields.has("idle_positions") else None,
     )
-    for name in ("dead", "born_dead", "silent", "dormant", "tau_dormant", "cut_off", "linear", "unseen"):
+    for name in SITE_COUNTS:
         if fields.integer(name) != getattr(site, name):
             fields.fail(f"has {fields.integer(name)} as {name}, but its neurons' labels give {getattr(site, name)}")
     return site
@@ -203,18 +198,13 @@ def _history(fields: Fields, neurons: int) -> SiteHistory:
 
 
 def _run(fields: Fields, run: Any) -> tuple[str, int, int, int]:
-    if not (isinstance(run, list) and len(run) == 4 and isinstance(run[0], str)) or run[3] == 0:
-        fields.fail("has units that are not a layer, start, stop and step")
-    if not all(is_integer(one, -MOST) for one in run[1:]):
+    is_run = isinstance(run, list) and len(run) == 4 and isinstance(run[0], str) and run[3] != 0
+    if not is_run or not all(is_integer(one, -MOST) for one in run[1:]):
         fields.fail("has units that are not a layer, start, stop and step")
     return run[0], run[1], run[2], run[3]
 
 
-def _rows(fields: Fields) -> IncomingRows:
-    layer, *numbers = IncomingRows._fields
-    return IncomingRows(fields.text(layer), *(fields.integer(name, -MOST) for name in numbers))
-
-
-def _columns(fields: Fields) -> ReaderColumns:
-    layer, *numbers = ReaderColumns._fields
-    return ReaderColumns(fields.text(layer), *(fields.integer(name, -MOST) for name in numbers))
+def _lines(fields: Fields, kind: type[LinesT]) -> LinesT:
+    """Return rows or columns of a layer: its path, and whole numbers."""
+    layer, *numbers = kind._fields
+    return kind(fields.text(layer), *(fields.integer(name, -MOST) for name in numbers))

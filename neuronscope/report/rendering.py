@@ -10,7 +10,7 @@ import html
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from neuronscope.errors import MissingExtraError, UsageError
 from neuronscope.output import write_if_named
@@ -18,15 +18,43 @@ from neuronscope.output import write_if_named
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Renderable"]
+__all__ = ["LayersByName", "Renderable", "Shown"]
 
 
-class Renderable:
-    """Base class of reports. A subclass names the module of each of its writers, which has a function ``render``.
+class HasName(Protocol):
+    """A layer of any report."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+
+
+LayerT = TypeVar("LayerT", bound=HasName)
+
+
+class LayersByName(Generic[LayerT]):
+    """Base class of what has layers, each of which is found by its name."""
+
+    layers: tuple[LayerT, ...]
+
+    def __getitem__(self, name: str) -> LayerT:
+        """Return the layer with this name.
+
+        Raises:
+            KeyError: There is no such layer.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+
+class Shown:
+    """Base class of what is shown as text, JSON and a page. A subclass names the module of each of its writers.
 
     Attributes:
-        WRITERS: Names of the writers' modules, by format. ``table`` has functions that return columns, and ``figure``
-            has a function ``draw``.
+        WRITERS: Names of the writers' modules, by format. Each has a function ``render``; ``table`` has functions that
+            return columns, and ``figure`` has a function ``draw``.
     """
 
     WRITERS: ClassVar[Mapping[str, str]]
@@ -34,13 +62,6 @@ class Renderable:
     def __repr__(self) -> str:
         """Return one line; :meth:`__str__` has the report."""
         return f"<{type(self).__name__} {self._in_short()}; print(…) shows it>"
-
-    def _repr_html_(self) -> str:
-        """Return the report's page for a notebook, in a frame whose scripts and styles cannot reach the notebook."""
-        page = html.escape(self.to_html())
-        style = "width: 100%; height: 40rem; border: 1px solid #8888"
-        rights = 'sandbox="allow-scripts" allow="clipboard-write"'
-        return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
 
     def __str__(self) -> str:
         """Return the report as a table for a terminal."""
@@ -54,10 +75,6 @@ class Renderable:
         """
         text: str = self._writer("terminal").render(self, top)
         return text
-
-    def to_markdown(self) -> str:
-        """Return the report as markdown."""
-        return self._render("markdown")
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as JSON text, and write it to ``path`` if given.
@@ -74,6 +91,32 @@ class Renderable:
             OSError: The file cannot be written; an existing file is then unchanged.
         """
         return write_if_named(self._render("html"), path)
+
+    def _in_short(self) -> str:
+        """Return what the report is on and how many neurons are dead, in one line."""
+        raise NotImplementedError
+
+    def _render(self, writer: str) -> str:
+        text: str = self._writer(writer).render(self)
+        return text
+
+    def _writer(self, name: str) -> Any:
+        return importlib.import_module(self.WRITERS[name])
+
+
+class Renderable(Shown):
+    """Base class of reports."""
+
+    def _repr_html_(self) -> str:
+        """Return the report's page for a notebook, in a frame whose scripts and styles cannot reach the notebook."""
+        page = html.escape(self.to_html())
+        style = "width: 100%; height: 40rem; border: 1px solid #8888"
+        rights = 'sandbox="allow-scripts" allow="clipboard-write"'
+        return f'<iframe title="Neuronscope report" {rights} style="{style}" srcdoc="{page}"></iframe>'
+
+    def to_markdown(self) -> str:
+        """Return the report as markdown."""
+        return self._render("markdown")
 
     def to_pandas(self, rows: str = "layer") -> Any:
         """Return the report as a ``pandas.DataFrame``; pandas is optional, and only needed here.
@@ -113,14 +156,3 @@ class Renderable:
         """
         drawn: Figure = self._writer("figure").draw(self, figure)
         return drawn
-
-    def _in_short(self) -> str:
-        """Return what the report is on and how many neurons are dead, in one line."""
-        raise NotImplementedError
-
-    def _render(self, writer: str) -> str:
-        text: str = self._writer(writer).render(self)
-        return text
-
-    def _writer(self, name: str) -> Any:
-        return importlib.import_module(self.WRITERS[name])

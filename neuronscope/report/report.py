@@ -6,22 +6,24 @@ torch, so reports can be read, shown and compared where torch is not installed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, FloatArray, IntArray
 from neuronscope.errors import UsageError
 from neuronscope.judge.verdicts import LABELS, Judgement, Policy, Verdict, rate_bound
 from neuronscope.report.acts import Act
-from neuronscope.report.rendering import Renderable
-from neuronscope.report.totals import Totals
-from neuronscope.sites import IncomingRows, ReaderColumns, TotalsMember
+from neuronscope.report.rendering import LayersByName, Renderable
+from neuronscope.report.totals import NeuronCounts, Totals
+from neuronscope.sites import SiteDescription
 
 __all__ = [
+    "COUNTS",
+    "LEVELS",
     "LEVEL_CUT_OFF",
     "LEVEL_DEAD",
     "LEVEL_DORMANT",
@@ -29,7 +31,10 @@ __all__ = [
     "LEVEL_NOT_FINITE",
     "LEVEL_SILENT",
     "LEVEL_UNSEEN",
+    "MEANS",
+    "POSITIONS",
     "SCHEMA_VERSION",
+    "SITE_COUNTS",
     "NotMeasured",
     "Report",
     "SiteHistory",
@@ -50,22 +55,28 @@ LEVEL_DORMANT = 252
 LEVEL_CUT_OFF = 253
 LEVEL_NOT_FINITE = 254
 LEVEL_DEAD = 255
-_LABELS_OF_LEVELS = {
-    LEVEL_UNSEEN: "unseen",
-    LEVEL_DORMANT: "dormant",
-    LEVEL_CUT_OFF: "cut off",
-    LEVEL_SILENT: "silent",
-    LEVEL_NOT_FINITE: "not finite",
-    LEVEL_DEAD: "dead",
+#: The level of each label that has one.
+LEVELS = {
+    "unseen": LEVEL_UNSEEN,
+    "not finite": LEVEL_NOT_FINITE,
+    "dead": LEVEL_DEAD,
+    "silent": LEVEL_SILENT,
+    "cut off": LEVEL_CUT_OFF,
+    "dormant": LEVEL_DORMANT,
 }
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-ByteArray = npt.NDArray[np.uint8]
+#: Names in :meth:`Report.to_dict`: the numbers of neurons in the totals, …
+COUNTS = ("dead", "born_dead", "silent", "dormant", "tau_dormant", "cut_off")
+#: … those of each site, …
+SITE_COUNTS = (*COUNTS, "linear", "unseen")
+#: … what was observed of a site, …
+POSITIONS = ("positions", "gradient_positions", "examples")
+#: … and the means of each neuron over its positions.
+MEANS = ("zero_output_fraction", "zero_gradient_fraction", "mean_abs_output")
 
-_CODES_OF_LEVELS: ByteArray = np.array(
-    [LABELS.index(_LABELS_OF_LEVELS.get(level, "alive")) for level in range(256)], dtype=np.uint8
-)
+
+_CODES_OF_LEVELS: ByteArray = np.full(256, LABELS.index("alive"), dtype=np.uint8)
+_CODES_OF_LEVELS[list(LEVELS.values())] = [LABELS.index(label) for label in LEVELS]
 
 
 @dataclass(frozen=True)
@@ -144,17 +155,13 @@ class SiteHistory:
         return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
 
 
-@dataclass(frozen=True)
-class SiteReport(TotalsMember):
+@dataclass(frozen=True, kw_only=True)
+class SiteReport(SiteDescription, NeuronCounts):
     """Hold the results on one site over the report's window (``N`` neurons).
 
     Attributes:
         name: The site's name.
-        activation: The activation function's name (``relu``, ``gelu``, …).
-        kind: ``relu-like``, ``smooth``, ``leaky``, ``saturating``, ``gated`` or ``sparse``.
         neurons: ``N``.
-        axis: The dimension of the activation tensor that indexes the neurons, ≥ 0.
-        axis_source: How the axis was found: ``layer (fc)``, ``declared`` or ``assumed (rank)``.
         positions: Positions at which each neuron's output was observed.
         gradient_positions: Positions at which each neuron's gradient was observed; 0 = no gradient was observed.
         examples: Independent examples (rows of the network's input) in the counts; 0 if that is not known.
@@ -166,27 +173,13 @@ class SiteReport(TotalsMember):
             window, int64 ``(N,)``; −1 = never.
         judgement: One mask per verdict; see :class:`neuronscope.judge.verdicts.Judgement`.
         history: The site's history; see :class:`SiteHistory`.
-        layer: Path of the layer whose units the neurons are; ``""`` if no layer is known.
-        units: The units that the neurons are; see :class:`neuronscope.sites.SiteInfo`.
-        output: Whether the neurons are outputs of the network; see :class:`neuronscope.sites.SiteInfo`.
-        readers: Paths of the layers that read the site's output; all of them if there are no ``reader_notes``.
-        reader_columns: Which columns of these layers read which neurons.
-        reader_notes: Other ways in which it is read; see :class:`neuronscope.sites.SiteInfo`.
-        incoming: Which rows of which layers lead into which neurons; see :class:`neuronscope.sites.IncomingRows`.
-        incoming_notes: Why these are not all, or lead elsewhere too; see :class:`neuronscope.sites.SiteInfo`.
-        is_norm: Whether the layer is a normalisation.
-        normalises: Path of the layer that it normalises, unit by unit; see :class:`neuronscope.sites.SiteInfo`.
         idle_positions: Of a site of kind ``sparse``: positions since the last step in which each neuron fired, from the
             start of watching to the end of the window, int64 ``(N,)``; all of them for one that never did. ``None`` for
             other kinds.
     """
 
     name: str
-    activation: str
-    kind: str
     neurons: int
-    axis: int
-    axis_source: str
     positions: int
     gradient_positions: int
     examples: int
@@ -197,70 +190,23 @@ class SiteReport(TotalsMember):
     last_active_step: IntArray
     judgement: Judgement
     history: SiteHistory
-    layer: str = ""
-    units: tuple[tuple[str, int, int, int], ...] = ()
-    output: bool = False
-    readers: tuple[str, ...] = ()
-    reader_columns: tuple[ReaderColumns, ...] = ()
-    reader_notes: tuple[str, ...] = ()
-    incoming: tuple[IncomingRows, ...] = ()
-    incoming_notes: tuple[str, ...] = ()
-    is_norm: bool = False
-    normalises: str = ""
     idle_positions: IntArray | None = None
 
     def __repr__(self) -> str:
         return f"<SiteReport {self.name!r}: {self.dead} of {self.neurons} neurons dead>"
 
-    @property
-    def dead(self) -> int:
-        """Number of dead neurons."""
-        return int(self.judgement.dead.sum())
+    def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
+        """Return the number of the site's neurons with some property.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
+        return int(mask(self).sum())
 
     @property
-    def born_dead(self) -> int:
-        """Number of dead neurons that never fired since watching began."""
-        return int((self.judgement.dead & (self.last_active_step < 0)).sum())
-
-    @property
-    def died(self) -> int:
-        """Number of dead neurons that worked and then died."""
-        return self.dead - self.born_dead
-
-    @property
-    def silent(self) -> int:
-        """Number of silent neurons: zero output at every position, but gradient arrives."""
-        return int(self.judgement.silent.sum())
-
-    @property
-    def dormant(self) -> int:
-        """Number of dormant neurons: almost no output, and neither dead, silent nor cut off."""
-        return int(self.judgement.dormant.sum())
-
-    @property
-    def tau_dormant(self) -> int:
-        """Number of τ-dormant neurons, as Sokar et al. 2023 count them: dead and silent ones included."""
-        return int(self.judgement.tau_dormant.sum())
-
-    @property
-    def cut_off(self) -> int:
-        """Number of neurons that fire but get no gradient at any position."""
-        return int(self.judgement.cut_off.sum())
-
-    @property
-    def linear(self) -> int:
-        """Number of piecewise-linear neurons that were never off."""
-        return int(self.judgement.linear.sum())
-
-    @property
-    def not_finite_neurons(self) -> int:
-        """Number of neurons that gave NaN or infinity."""
-        return int(self.judgement.not_finite.sum())
-
-    @property
-    def unseen(self) -> int:
-        """Number of neurons that were never observed."""
-        return int(self.judgement.unseen.sum())
+    def is_unseen(self) -> bool:
+        """Whether none of its neurons was observed in the window."""
+        return not self.observed_neurons
 
     def not_fired_in(self, positions: int) -> int:
         """Return how many neurons of a site of kind ``sparse`` did not fire in the last positions (tokens).
@@ -318,43 +264,16 @@ class SiteReport(TotalsMember):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the site as plain data; NaN becomes ``None``."""
-        labels = self.judgement.labels()
         return {
-            "name": self.name,
-            "activation": self.activation,
-            "kind": self.kind,
-            "neurons": self.neurons,
-            "axis": self.axis,
-            "axis_source": self.axis_source,
-            "layer": self.layer,
+            **self.description(),
             "units": [list(run) for run in self.units],
-            "output": self.output,
-            "readers": list(self.readers),
             "reader_columns": [each._asdict() for each in self.reader_columns],
-            "reader_notes": list(self.reader_notes),
             "incoming": [each._asdict() for each in self.incoming],
-            "incoming_notes": list(self.incoming_notes),
-            "weights_unknown": self.weights_unknown,
-            "is_norm": self.is_norm,
-            "normalises": self.normalises,
-            "in_headlines": self.in_headlines,
-            "positions": self.positions,
-            "gradient_positions": self.gradient_positions,
-            "examples": self.examples,
-            "not_finite": self.not_finite,
-            "dead": self.dead,
-            "born_dead": self.born_dead,
-            "died": self.died,
-            "silent": self.silent,
-            "dormant": self.dormant,
-            "tau_dormant": self.tau_dormant,
-            "cut_off": self.cut_off,
-            "linear": self.linear,
-            "unseen": self.unseen,
-            "labels": [LABELS[code] for code in labels],
-            "zero_output_fraction": _plain(self.zero_output_fraction),
-            "zero_gradient_fraction": _plain(self.zero_gradient_fraction),
-            "mean_abs_output": _plain(self.mean_abs_output),
+            **{name: list(getattr(self, name)) for name in ("readers", "reader_notes", "incoming_notes")},
+            **{name: getattr(self, name) for name in ("weights_unknown", "in_headlines", "died", *SITE_COUNTS)},
+            **{name: getattr(self, name) for name in ("name", "neurons", "not_finite", *POSITIONS)},
+            **{name: _plain(getattr(self, name)) for name in MEANS},
+            "labels": [LABELS[code] for code in self.judgement.labels()],
             "last_active_step": self.last_active_step.tolist(),
             **({} if self.idle_positions is None else {"idle_positions": self.idle_positions.tolist()}),
             "history": self.history.to_dict(),
@@ -362,7 +281,7 @@ class SiteReport(TotalsMember):
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Renderable):
+class Report(Renderable, LayersByName[SiteReport], NeuronCounts):
     """Hold the results on a watched network in one phase, as plain data.
 
     Printing a report shows a table with one row per site. :meth:`to_html`, :meth:`to_json` and :meth:`to_markdown`
@@ -455,35 +374,13 @@ class Report(Renderable):
         """Number of neurons in the totals by label; each has one, so they add up to ``neurons``."""
         return self.totals.label_counts()
 
-    @property
-    def dead(self) -> int:
-        """Number of dead neurons."""
-        return self.totals.count(lambda site: site.judgement.dead)
+    def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
+        """Return the number of neurons in the totals with some property.
 
-    @property
-    def born_dead(self) -> int:
-        """Number of dead neurons that never fired since watching began."""
-        return self.totals.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
-
-    @property
-    def silent(self) -> int:
-        """Number of silent neurons: zero output at every position, but gradient arrives."""
-        return self.totals.count(lambda site: site.judgement.silent)
-
-    @property
-    def dormant(self) -> int:
-        """Number of dormant neurons: almost no output, and neither dead, silent nor cut off."""
-        return self.totals.count(lambda site: site.judgement.dormant)
-
-    @property
-    def tau_dormant(self) -> int:
-        """Number of τ-dormant neurons, as Sokar et al. 2023 count them: dead and silent ones included."""
-        return self.totals.count(lambda site: site.judgement.tau_dormant)
-
-    @property
-    def cut_off(self) -> int:
-        """Number of neurons that fire but get no gradient."""
-        return self.totals.count(lambda site: site.judgement.cut_off)
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
+        return self.totals.count(mask)
 
     @property
     def not_finite(self) -> int:
@@ -491,60 +388,14 @@ class Report(Renderable):
         return sum(site.not_finite for site in self.layers)
 
     @property
-    def not_finite_neurons(self) -> int:
-        """Number of neurons in the totals that gave NaN or infinity."""
-        return self.totals.count(lambda site: site.judgement.not_finite)
-
-    @property
-    def observed_neurons(self) -> int:
-        """Number of neurons in the totals that were observed at least once in the window."""
-        return self.neurons - self.totals.count(lambda site: site.judgement.unseen)
-
-    @property
-    def judged_neurons(self) -> int:
-        """Number of neurons in the totals that were observed in the window and gave only finite outputs."""
-        return self.observed_neurons - self.not_finite_neurons
-
-    @property
-    def dead_percent(self) -> float:
-        """Dead neurons in percent of the judged ones; NaN if none was judged, since a network of NaN is not healthy."""
-        return 100.0 * self.dead / self.judged_neurons if self.judged_neurons else float("nan")
-
-    @property
     def collapsed(self) -> tuple[str, ...]:
         """Names of the layers in the totals, of two neurons or more, in which every neuron is dead."""
         return tuple(site.name for site in self.headline_layers if 1 < site.neurons == site.dead)
-
-    @property
-    def silent_percent(self) -> float:
-        """Silent neurons in percent of the judged ones; NaN if none was judged."""
-        return 100.0 * self.silent / self.judged_neurons if self.judged_neurons else float("nan")
-
-    @property
-    def dormant_percent(self) -> float:
-        """Dormant neurons in percent of the judged ones; NaN if none was judged."""
-        return 100.0 * self.dormant / self.judged_neurons if self.judged_neurons else float("nan")
-
-    @property
-    def tau_dormant_percent(self) -> float:
-        """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
-        return 100.0 * self.tau_dormant / self.judged_neurons if self.judged_neurons else float("nan")
 
     def _in_short(self) -> str:
         broken = "; NaN or infinite outputs" if self.not_finite else ""
         dead = f"{self.dead} of {self.judged_neurons} neurons dead{', provisional' if self.provisional else ''}{broken}"
         return f"on {self.model!r}, phase {self.phase!r}, step {self.global_step}: {dead}"
-
-    def __getitem__(self, name: str) -> SiteReport:
-        """Return the site with this name.
-
-        Raises:
-            KeyError: There is no such site.
-        """
-        for site in self.layers:
-            if site.name == name:
-                return site
-        raise KeyError(name)
 
     def verdicts(self) -> Iterator[Verdict]:
         """Yield a verdict for every neuron that is neither alive nor linear, site by site.
@@ -586,14 +437,7 @@ class Report(Renderable):
             "policy": dict(self.policy),
             "summary": {
                 "layers": len(self.layers),
-                "neurons": self.neurons,
-                "dead": self.dead,
-                "born_dead": self.born_dead,
-                "silent": self.silent,
-                "dormant": self.dormant,
-                "tau_dormant": self.tau_dormant,
-                "cut_off": self.cut_off,
-                "not_finite": self.not_finite,
+                **{name: getattr(self, name) for name in ("neurons", "not_finite", *COUNTS)},
                 "labels": self.label_counts,
                 "dead_percent": _plain(np.array([self.dead_percent]))[0],
             },

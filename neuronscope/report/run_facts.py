@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.symptoms import UNDATED, LayerFacts, RunFacts
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report, SiteReport
@@ -40,7 +40,7 @@ def facts_from_report(report: Report) -> RunFacts:
     )
 
 
-def death_steps(site: SiteReport) -> npt.NDArray[np.int64]:
+def death_steps(site: SiteReport) -> IntArray:
     """Return the step of each neuron's latest death, as in :class:`LayerFacts`, int64 ``(N,)``."""
     died = np.where(site.history.died_step >= 0, site.history.died_step, UNDATED)
     return np.where(site.last_active_step < 0, -1, died)

@@ -7,19 +7,111 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray, IntArray
 from neuronscope.judge.distinct import DistinctNeurons
 from neuronscope.judge.verdicts import LABELS
 
 if TYPE_CHECKING:
     from neuronscope.report.report import SiteReport
 
-__all__ = ["Totals"]
+__all__ = ["NeuronCounts", "Totals"]
 
-BoolArray = npt.NDArray[np.bool_]
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
+
+class NeuronCounts:
+    """Counts neurons by what is known of them: those of a site, or those in a report's totals."""
+
+    def count(self, mask: Callable[[SiteReport], BoolArray]) -> int:
+        """Return the number of neurons with some property.
+
+        Args:
+            mask: Returns which neurons of a site have the property, bool ``(N,)``.
+        """
+        raise NotImplementedError
+
+    @property
+    def dead(self) -> int:
+        """Number of dead neurons."""
+        return self.count(lambda site: site.judgement.dead)
+
+    @property
+    def born_dead(self) -> int:
+        """Number of dead neurons that never fired since watching began."""
+        return self.count(lambda site: site.judgement.dead & (site.last_active_step < 0))
+
+    @property
+    def died(self) -> int:
+        """Number of dead neurons that worked and then died."""
+        return self.dead - self.born_dead
+
+    @property
+    def silent(self) -> int:
+        """Number of silent neurons: zero output at every position, but gradient arrives."""
+        return self.count(lambda site: site.judgement.silent)
+
+    @property
+    def dormant(self) -> int:
+        """Number of dormant neurons: almost no output, and neither dead, silent nor cut off."""
+        return self.count(lambda site: site.judgement.dormant)
+
+    @property
+    def tau_dormant(self) -> int:
+        """Number of τ-dormant neurons, as Sokar et al. 2023 count them: dead and silent ones included."""
+        return self.count(lambda site: site.judgement.tau_dormant)
+
+    @property
+    def cut_off(self) -> int:
+        """Number of neurons that fire but get no gradient at any position."""
+        return self.count(lambda site: site.judgement.cut_off)
+
+    @property
+    def linear(self) -> int:
+        """Number of piecewise-linear neurons that were never off."""
+        return self.count(lambda site: site.judgement.linear)
+
+    @property
+    def not_finite_neurons(self) -> int:
+        """Number of neurons that gave NaN or infinity."""
+        return self.count(lambda site: site.judgement.not_finite)
+
+    @property
+    def unseen(self) -> int:
+        """Number of neurons that were not observed in the window."""
+        return self.count(lambda site: site.judgement.unseen)
+
+    @property
+    def observed_neurons(self) -> int:
+        """Number of neurons that were observed at least once in the window."""
+        return self.count(lambda site: ~site.judgement.unseen)
+
+    @property
+    def judged_neurons(self) -> int:
+        """Number of neurons that were observed in the window and gave only finite outputs."""
+        return self.count(lambda site: ~(site.judgement.unseen | site.judgement.not_finite))
+
+    @property
+    def dead_percent(self) -> float:
+        """Dead neurons in percent of the judged ones; NaN if none was judged, since a network of NaN is not healthy."""
+        return self._percent(self.dead)
+
+    @property
+    def silent_percent(self) -> float:
+        """Silent neurons in percent of the judged ones; NaN if none was judged."""
+        return self._percent(self.silent)
+
+    @property
+    def dormant_percent(self) -> float:
+        """Dormant neurons in percent of the judged ones; NaN if none was judged."""
+        return self._percent(self.dormant)
+
+    @property
+    def tau_dormant_percent(self) -> float:
+        """τ-dormant neurons (Sokar et al. 2023) in percent of the judged ones; NaN if none was judged."""
+        return self._percent(self.tau_dormant)
+
+    def _percent(self, number: int) -> float:
+        judged = self.judged_neurons
+        return 100.0 * number / judged if judged else float("nan")
 
 
 class Totals:

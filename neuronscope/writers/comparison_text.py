@@ -1,12 +1,10 @@
-"""Writes a comparison of two reports as text for a terminal."""
+"""Write a comparison of two reports as text for a terminal."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from neuronscope.arrays import IntArray
 from neuronscope.report.comparison import LayerComparison, ReportComparison
 from neuronscope.writers import wording
 from neuronscope.writers.console import Column, Page
@@ -22,7 +20,7 @@ COLUMNS = (
     Column("not\nfinite", "broken", optional=True),
     Column("dead\nafter", "after"),
     Column("died when", "when", right=False, narrowest=90, wraps=True, optional=True),
-    Column("who died", "who", right=False, narrowest=80, wraps=True, optional=True),
+    Column("which died", "which", right=False, narrowest=80, wraps=True, optional=True),
 )
 #: Most neurons that a row names.
 NAMED = 6
@@ -37,7 +35,7 @@ class _ComparisonRow(NamedTuple):
     broken: str
     after: str
     when: str
-    who: str
+    which: str
     tone: str
 
 
@@ -85,7 +83,7 @@ def _row(layer: LayerComparison) -> _ComparisonRow:
         broken=_number(layer.broken),
         after=_number(layer.dead_after),
         when=when(layer.died_step) or NONE,
-        who=_named(layer.died) or NONE,
+        which=_named(layer.died) or NONE,
         tone="alarm" if layer.broken else "bad" if layer.died.size else "calm",
     )
 
@@ -94,6 +92,6 @@ def _number(value: int) -> str:
     return count(value) if value else NONE
 
 
-def _named(neurons: npt.NDArray[np.int64]) -> str:
+def _named(neurons: IntArray) -> str:
     more = " …" if neurons.size > NAMED else ""
     return ", ".join(str(neuron) for neuron in neurons[:NAMED].tolist()) + more

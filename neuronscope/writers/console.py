@@ -1,4 +1,4 @@
-"""Draws sentences, tables and lists as text, in colour on a terminal and without control codes everywhere else."""
+"""Draw sentences, tables and lists as text, in colour on a terminal and without control codes everywhere else."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Page:
         self._console.print(Text(text, style=style))
 
     def alarm(self, text: str) -> None:
-        """Write a line that nobody overlooks."""
+        """Write a line in white on red."""
         self.line(f"!! {visible(text)}", _LOUD)
 
     def heading(self, text: str) -> None:

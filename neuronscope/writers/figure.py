@@ -1,4 +1,4 @@
-"""Draws a report as a figure of matplotlib: dead neurons over the steps, and the labels of the worst layers."""
+"""Draw a report as a figure of matplotlib: dead neurons over the steps, and the labels of the worst layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import MissingExtraError
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import Report
@@ -136,7 +136,7 @@ def _curves(report: Report) -> list[Curve]:
     return curves if len(report.headline_layers) > 1 else curves[:1]
 
 
-def _dead_percent(labels: npt.NDArray[np.uint8]) -> float:
+def _dead_percent(labels: ByteArray) -> float:
     """Return the dead neurons in percent of those that were observed and gave finite outputs."""
     counts = np.bincount(labels, minlength=len(LABELS))
     judged = int(counts.sum() - counts[LABELS.index("unseen")] - counts[LABELS.index("not finite")])
@@ -186,7 +186,7 @@ def _draw_curves(axes: Axes, panels: Panels) -> None:
             curve.steps,
             curve.percent,
             label=f" {name}" if (name := _short(curve.name)).startswith("_") else name,  # matplotlib leaves out "_…"
-            color=_hex(colours.SERIES[place]),
+            color=colours.as_hex(colours.SERIES[place]),
             drawstyle="steps-post" if panels.stepped else "default",
             linewidth=2.5 if place == 0 else 1.3,
             marker="o" if len(curve.steps) < 10 else None,
@@ -204,7 +204,7 @@ def _draw_bars(axes: Axes, bars: Sequence[LayerBar], panels: Panels) -> None:
     for label in panels.labels:
         shares = np.array([bar.share(label) for bar in bars])
         if shares.any():
-            axes.barh(places, shares, left=left, label=label, color=_hex(_COLOURS[label]))
+            axes.barh(places, shares, left=left, label=label, color=colours.as_hex(_COLOURS[label]))
         left += shares
     axes.set_yticks(places, [_short(bar.name) for bar in bars], parse_math=False)
     axes.set_ylim(len(bars) - 0.4, -0.6)
@@ -227,7 +227,3 @@ def _short(name: str) -> str:
     """Return a layer's name, without its beginning if it is long: the end tells layers apart."""
     name = visible(name)
     return name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
-
-
-def _hex(colour: colours.Colour) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)

@@ -1,4 +1,4 @@
-"""Formats numbers, steps and names as text, the same way in every writer.
+"""Format numbers, steps and names as text, the same way in every writer.
 
 ``–`` stands for what was not measured and ``·`` for none: a reader must never take one for the other. A number that is
 not zero is never rounded to zero, and an upper bound is only ever rounded up.
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.symptoms import UNDATED
 from neuronscope.judge.verdicts import rate_bound
 
@@ -136,7 +136,7 @@ def at_most(samples: int, level: float) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} %"
 
 
-def when(steps: npt.NDArray[np.int64]) -> str:
+def when(steps: IntArray) -> str:
     """Say when neurons died.
 
     Args:

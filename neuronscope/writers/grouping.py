@@ -1,10 +1,11 @@
-"""Groups layers by their place in the network, if there are too many to show each.
+"""Group layers by their place in the network, if there are too many to show each.
 
 The groups depend only on the names of the layers, so that they stay the same over a run whatever the neurons do.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,11 +88,7 @@ def shared_prefix(labels: Sequence[str]) -> str:
     """
     if len(labels) < 2:
         return ""
-    split = [_path_parts(label) for label in labels]
-    shared = 0
-    while shared < min(map(len, split)) - 1 and len({part[shared] for part in split}) == 1:
-        shared += 1
-    prefix = ".".join(split[0][:shared])
+    prefix = ".".join(_shared_parents([_path_parts(label) for label in labels]))
     return f"{prefix}." if len(prefix) > 8 else ""
 
 
@@ -131,8 +128,11 @@ def _group(path: str, sites: Sequence[str], last: str | None = None) -> Group:
 
 def _tail(first: str, last: str) -> str:
     """Return ``last`` without the path parts at its beginning that ``first`` has too."""
-    one, two = _path_parts(first), _path_parts(last)
-    shared = 0
-    while shared < min(len(one), len(two)) - 1 and one[shared] == two[shared]:
-        shared += 1
-    return ".".join(two[shared:])
+    paths = [_path_parts(first), _path_parts(last)]
+    return ".".join(paths[1][len(_shared_parents(paths)) :])
+
+
+def _shared_parents(paths: Sequence[list[str]]) -> list[str]:
+    """Return the parts that all paths begin with; the last part of none is among them."""
+    levels = zip(*(path[:-1] for path in paths), strict=False)
+    return [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]

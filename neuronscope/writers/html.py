@@ -1,4 +1,4 @@
-"""Writes a report as one HTML page that needs no network, with a map of neurons over steps for each layer."""
+"""Write a report as one HTML page that needs no network, with a map of neurons over steps for each layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.comparison import ReportComparison, compare_reports
@@ -54,11 +54,11 @@ LEGEND = (
 )
 
 
-def render(report: Report, against: Report | None = None, against_name: str = "") -> str:
+def render(report: Report | ReportComparison, against: Report | None = None, against_name: str = "") -> str:
     """Write a report as one HTML page.
 
     Args:
-        report: The report.
+        report: The report; of a comparison, the second report, compared with the first.
         against: Another report on the same network (another phase, an earlier one) to compare with, layer by layer.
         against_name: How the page names that report; ``""`` = by its phase and step.
 
@@ -66,6 +66,8 @@ def render(report: Report, against: Report | None = None, against_name: str = ""
         A page below 500 KB for 12 layers of 4096 neurons and for 300 layers, whatever their history, and not much more
         for any number of layers. If resolution or layers were left out for that, the page says what and where.
     """
+    if isinstance(report, ReportComparison):
+        against, report = report.before, report.after
     home = files("neuronscope.writers")
     shown, left_out = _fold(report)
     maps = share_budget(
@@ -139,7 +141,7 @@ def _table(rows: list[LayerRow]) -> tuple[list[tuple[str, str]], list[LayerRow]]
 
 
 def _is_broken(site: SiteReport) -> bool:
-    return bool(site.not_finite or site.judgement.not_finite.any())
+    return bool(site.not_finite or site.not_finite_neurons)
 
 
 def _hint(overview: NetworkMap) -> str:
@@ -181,7 +183,8 @@ def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
     here, there = (f"{count(one.dead)} of {plural(one.neurons, 'neuron')}" for one in (found.after, found.before))
     sentence = f"Dead: {here} here, {there} there. "
     sentence += f"{plural(found.died, 'neuron')} dead only here and {plural(found.revived, 'neuron')} dead only there, "
-    sentence += f"in {plural(len(found.layers), 'layer')} that both have; who was not observed in one is not counted."
+    sentence += f"in {plural(len(found.layers), 'layer')} that both have. "
+    sentence += "Neurons that one of the two did not observe are not counted."
     if len(changed) > COMPARED:
         sentence += f" The {COMPARED} layers with the most are listed, of {count(len(changed))}."
     if found.left_out:
@@ -203,7 +206,7 @@ def _comparison(found: ReportComparison, name: str) -> dict[str, Any]:
     }
 
 
-def _listed(indices: npt.NDArray[np.int64]) -> str:
+def _listed(indices: IntArray) -> str:
     """Return indices as ranges after their number."""
     if not indices.size:
         return NONE
@@ -212,7 +215,7 @@ def _listed(indices: npt.NDArray[np.int64]) -> str:
 
 
 def _cards(report: Report) -> list[Card]:
-    seen = [site for site in report.headline_layers if not wording.is_unseen(site)]
+    seen = [site for site in report.headline_layers if not site.is_unseen]
     gradients = any(site.gradient_positions for site in seen)
     judged = report.judged_neurons
     among = f"of {count(judged)} {'with finite outputs' if report.not_finite else 'observed'}"
@@ -238,15 +241,14 @@ def _cards(report: Report) -> list[Card]:
 
 
 def _has_map(site: SiteReport) -> bool:
-    return site.neurons > 0 and (not wording.is_unseen(site) or site.history.steps.size > 0)
+    return site.neurons > 0 and (not site.is_unseen or site.history.steps.size > 0)
 
 
 def _row(report: Report, index: int) -> LayerRow:
     site = report.layers[index]
     cells = wording.site_cells(site, report)
-    unseen, judged, born = wording.is_unseen(site), wording.judged(site), wording.tells_born(report)
+    unseen, born = site.is_unseen, wording.tells_born(report)
     nothing = UNKNOWN if unseen or cells.tone == "alarm" else NONE
-    share = 100.0 * site.dead / judged if judged else None
     silent, cut_off = (site.silent, site.cut_off) if site.gradient_positions else ("", "")
 
     def number(text: str, key: float | str, css: str = "") -> Cell:
@@ -260,7 +262,7 @@ def _row(report: Report, index: int) -> LayerRow:
         cells=[
             Cell(cells.neurons, site.neurons),
             number(dead, site.dead, "dead"),
-            Cell(cells.dead_share, "" if share is None else round(share, 4), "share"),
+            Cell(cells.dead_share, "" if np.isnan(site.dead_percent) else round(site.dead_percent, 4), "share"),
             number(count(site.born_dead) if born and site.born_dead else nothing, site.born_dead),
             number(count(site.died) if born and site.died else nothing, site.died),
             number(cells.silent, silent),
@@ -276,7 +278,7 @@ def _row(report: Report, index: int) -> LayerRow:
 
 
 def _meta(site: SiteReport) -> list[tuple[str, bool]]:
-    unseen = wording.is_unseen(site)
+    unseen = site.is_unseen
     deaths, revivals = int(site.history.deaths.sum()), int(site.history.revivals.sum())
     watched = f"{plural(deaths, 'death')} and {plural(revivals, 'revival')} while watched"
     pieces = [
@@ -365,7 +367,7 @@ def _payload(report: Report, shown: list[int], maps: dict[int, Packed], overview
     }
 
 
-def ranges(indices: npt.NDArray[np.int64], limit: int) -> tuple[str, int]:
+def ranges(indices: IntArray, limit: int) -> tuple[str, int]:
     """Format indices as ranges.
 
     Args:

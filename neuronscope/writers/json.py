@@ -1,4 +1,4 @@
-"""Writes a report's plain data as strict JSON; the schemas are in the ``assets`` folders."""
+"""Write a report's plain data as strict JSON; the schemas are in the ``assets`` folders."""
 
 from __future__ import annotations
 

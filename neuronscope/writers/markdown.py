@@ -1,4 +1,4 @@
-"""Writes a report as markdown: sentences, a table of layers, and what was not measured."""
+"""Write a report as markdown: sentences, a table of layers, and what was not measured."""
 
 from __future__ import annotations
 

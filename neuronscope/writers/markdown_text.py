@@ -1,4 +1,4 @@
-"""Builds markdown in which every name is inert, for GitHub and for TensorBoard's text dashboard.
+"""Build markdown in which every name is inert, for GitHub and for TensorBoard's text dashboard.
 
 Python-Markdown (TensorBoard) and GitHub treat code spans and character references alike, and little else; names are
 written in one of the two.

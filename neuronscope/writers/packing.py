@@ -1,4 +1,4 @@
-"""Packs the neurons and the history of a layer as bytes within a budget, and says what resolution was lost.
+"""Pack the neurons and the history of a layer as bytes within a budget, and say what resolution was lost.
 
 Neurons are sorted worst first (dead ones at the top) and, if the budget asks for it, joined into bands. A band holds
 the *share of dead* beside the mean of the rest, so that averaging never hides a dead neuron.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -16,6 +17,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
@@ -25,6 +27,7 @@ from neuronscope.report.report import (
     LEVEL_NOT_FINITE,
     LEVEL_SILENT,
     LEVEL_UNSEEN,
+    LEVELS,
     SiteReport,
 )
 from neuronscope.writers.formatting import visible
@@ -45,9 +48,6 @@ __all__ = [
     "summarise_histories",
     "verdict_levels",
 ]
-
-ByteArray = npt.NDArray[np.uint8]
-IntArray = npt.NDArray[np.int64]
 
 
 class HasNeurons(Protocol):
@@ -104,21 +104,20 @@ def first_that_fits(rungs: Sequence[RungT], pack: Callable[[RungT], PackedT], bu
         budget: Most characters.
     """
     packed = pack(rungs[0])
-    low, high = 1, len(rungs) - 1
-    if len(packed.data) <= budget or not high:
+    if len(packed.data) <= budget:
         return packed
-    fits = None
-    while low < high:
-        middle = (low + high) // 2
-        packed = pack(rungs[middle])
-        if len(packed.data) <= budget:
-            fits, high = packed, middle
-        else:
-            low = middle + 1
-    return fits if fits is not None and low < len(rungs) - 1 else pack(rungs[-1])
+    tried: dict[int, PackedT] = {}
+
+    def fits(place: int) -> bool:
+        tried[place] = pack(rungs[place])
+        return len(tried[place].data) <= budget
+
+    last = len(rungs) - 1
+    place = 1 + bisect_left(range(1, last), True, key=fits)
+    return tried[place] if place < last else pack(rungs[last])
 
 
-def encode(planes: Iterable[npt.NDArray[np.uint8]]) -> str:
+def encode(planes: Iterable[ByteArray]) -> str:
     """Return planes of bytes as base64 of the zlib-deflated bytes; empty if there are none."""
     raw = b"".join(np.ascontiguousarray(plane).tobytes() for plane in planes)
     return base64.b64encode(zlib.compress(raw, 7)).decode("ascii") if raw else ""
@@ -129,7 +128,7 @@ def four_planes(values: npt.NDArray[np.generic]) -> ByteArray:
     return np.ascontiguousarray(values).view(np.uint8).reshape(-1, 4).T
 
 
-def fraction_levels(fractions: npt.NDArray[np.float64]) -> ByteArray:
+def fraction_levels(fractions: FloatArray) -> ByteArray:
     """Return fractions ``(N,)`` as levels, uint8 ``(N,)``: only an exact 0 is 0, only an exact 1 is ``LEVEL_MAX``."""
     inner = np.clip(np.rint(np.nan_to_num(fractions) * LEVEL_MAX), 1, LEVEL_MAX - 1)
     coded = np.where(fractions == 0.0, 0, np.where(fractions == 1.0, LEVEL_MAX, inner))
@@ -141,7 +140,7 @@ def verdict_levels(site: SiteReport) -> ByteArray:
     levels = fraction_levels(site.zero_output_fraction)
     levels[levels == LEVEL_MAX] = LEVEL_MAX - 1  # LEVEL_MAX itself is a verdict
     labels = site.judgement.labels()
-    for label, level in _LEVEL_OF_LABEL.items():
+    for label, level in LEVELS.items():
         levels[labels == LABELS.index(label)] = level
     return levels
 
@@ -182,15 +181,6 @@ LADDER = (
     Resolution(48, 48, greys=5, steps=False, neurons=False),
     Resolution(24, 32, greys=5, steps=False, neurons=False),
 )
-
-_LEVEL_OF_LABEL = {
-    "unseen": LEVEL_UNSEEN,
-    "not finite": LEVEL_NOT_FINITE,
-    "dead": LEVEL_DEAD,
-    "silent": LEVEL_SILENT,
-    "cut off": LEVEL_CUT_OFF,
-    "dormant": LEVEL_DORMANT,
-}
 
 
 @dataclass(frozen=True)
@@ -376,7 +366,7 @@ def _bands(levels: ByteArray, rows: int) -> tuple[ByteArray, ByteArray]:
     starts = np.arange(rows) * neurons // rows
     sizes = np.diff([*starts, neurons])
 
-    def total(mask: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    def total(mask: npt.NDArray[np.generic]) -> IntArray:
         return np.add.reduceat(mask, starts, axis=1, dtype=np.int64)
 
     dead = total(levels == LEVEL_DEAD)

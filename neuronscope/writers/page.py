@@ -1,4 +1,4 @@
-"""Fills HTML pages that need no network and in which no name can become markup.
+"""Fill HTML pages that need no network and in which no name can become markup.
 
 A page's content policy allows only its own script and style to run, by their hashes. Every name passes through
 autoescape, or into JSON that cannot close its element.

@@ -1,4 +1,4 @@
-"""Draws how often the latents of each sparse layer fire, as bars of SVGs that need no script."""
+"""Draw how often the latents of each sparse layer fire, as bars of SVGs that need no script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from neuronscope.report.report import SiteReport
 from neuronscope.writers.formatting import count, plural, visible
-from neuronscope.writers.wording import is_unseen, sparse
+from neuronscope.writers.wording import sparse
 
 __all__ = ["Bar", "Density", "densities"]
 
@@ -63,7 +63,7 @@ def densities(sites: Sequence[SiteReport]) -> list[Density]:
     Args:
         sites: The layers that are shown.
     """
-    return [_density(site) for site in sites if site.kind == "sparse" and not is_unseen(site)]
+    return [_density(site) for site in sites if site.kind == "sparse" and not site.is_unseen]
 
 
 def _density(site: SiteReport) -> Density:

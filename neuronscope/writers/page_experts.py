@@ -1,4 +1,4 @@
-"""Draws the experts of a mixture for a report's page: a row for each expert, its tokens, and its neurons as a strip."""
+"""Draw the experts of a mixture for a report's page: a row for each expert, its tokens, and its neurons as a strip."""
 
 from __future__ import annotations
 

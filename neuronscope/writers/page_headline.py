@@ -1,12 +1,12 @@
-"""Says in a few words what happened to a watched network: what died, when, beside what, and how far to go back."""
+"""Say in a few words what happened to a watched network: what died, when, beside what, and how far to go back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.symptoms import COLLAPSED, GROUPED
 from neuronscope.report.report import Report
@@ -23,8 +23,6 @@ RISE = 3.0
 #: Fewest points of a series whose median says what is usual.
 _FEWEST = 8
 
-IntArray = npt.NDArray[np.int64]
-
 
 def headline(report: Report) -> list[str]:
     """Return what a person should know first, each part only as far as it is known.
@@ -40,8 +38,8 @@ def headline(report: Report) -> list[str]:
         return found[:1]
     facts = facts_from_report(report)
     spikes = [one for one in diagnose(facts) if one.sign in (COLLAPSED, GROUPED) and one.steps]
-    worst = max(report.headline_layers, key=lambda site: (site.dead / max(wording.judged(site), 1), site.dead))
-    if worst.dead >= DIED * wording.judged(worst):
+    worst = max(report.headline_layers, key=lambda site: (site.dead / max(site.judged_neurons, 1), site.dead))
+    if worst.dead >= DIED * worst.judged_neurons:
         later = worst.dead - worst.born_dead
         born = worst.born_dead > later
         many, rest = worst.dead, ""
@@ -53,7 +51,7 @@ def headline(report: Report) -> list[str]:
             how = f"died{_at(death_steps(worst)[worst.judgement.dead])}"
             many, rest = later, f"{count(worst.born_dead)} more never fired"
         rest = f"; {rest}" if many < worst.dead else ""
-        whole = plural(wording.judged(worst), "neuron")
+        whole = plural(worst.judged_neurons, "neuron")
         sentences = [f"Layer `{visible(worst.name)}` {how}: {count(many)} of {whole}{rest}."]
         spikes = [] if born else [one for one in spikes if worst.name in one.layers]
     else:

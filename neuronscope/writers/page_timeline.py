@@ -1,4 +1,4 @@
-"""Draws what happened to a network by optimizer step, as paths of SVGs that need no script and share one axis."""
+"""Draw what happened to a network by optimizer step, as paths of SVGs that need no script and share one axis."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import IntArray
 from neuronscope.writers.formatting import count, plural
 
 __all__ = ["BINS", "HEIGHT", "WIDTH", "Timeline", "Track", "bars", "timeline"]
@@ -20,8 +20,6 @@ BINS = 120
 _LOGARITHMIC = 100.0
 #: How the page names the series of :attr:`neuronscope.report.report.Report.series`.
 _SERIES = (("learning_rate", "learning rate"), ("loss", "loss"), ("gradient_norm", "gradient norm"))
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

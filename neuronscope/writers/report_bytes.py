@@ -1,4 +1,4 @@
-"""Packs a report as the bytes from which TensorBoard's tab draws its page, and reads them back.
+"""Pack a report as the bytes from which TensorBoard's tab draws its page, and read them back.
 
 A run writes its report again at each drawing, so the bytes hold what the page shows and no more: every verdict, every
 date, and the history as finely as a budget allows. What was left out is said in a note of the report.
@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, IntArray
 from neuronscope.errors import ReportError
 from neuronscope.judge.verdicts import LABELS, Judgement, is_tau_dormant
 from neuronscope.report.reading import report_from_dict
 from neuronscope.report.report import (
-    LEVEL_CUT_OFF,
-    LEVEL_DEAD,
-    LEVEL_DORMANT,
     LEVEL_MAX,
-    LEVEL_SILENT,
     LEVEL_UNSEEN,
+    LEVELS,
+    SITE_COUNTS,
     Report,
     SiteHistory,
     SiteReport,
@@ -35,7 +34,6 @@ from neuronscope.writers.packing import coarse_levels, fraction_levels, spread_w
 
 __all__ = ["BUDGET", "from_bytes", "to_bytes"]
 
-ByteArray = npt.NDArray[np.uint8]
 
 #: Bytes that the history may take, before it is thinned. Verdicts and dates come on top: two or three bytes a neuron.
 BUDGET = 250_000
@@ -46,7 +44,6 @@ _VERSION = 1
 _BEGIN = b"neuronscope report\0"
 
 _COUNTED = ("dead", "silent", "dormant", "cut_off")
-_COUNTS = (*_COUNTED, "born_dead", "linear", "unseen")
 _STEPS = ("died_step", "revived_step", "deaths", "revivals")
 #: What is held of each neuron, with the type in the bytes: levels and labels are single bytes.
 _FIELDS = {"label": "u1", "level": "u1", "mean": "<f4", "last_active_step": "<i8", **dict.fromkeys(_STEPS, "<i8")}
@@ -132,7 +129,7 @@ def _size(report: Report, rung: _Rung) -> float:
     return sum(min(len(site.history.steps), rung.windows) * site.neurons for site in report.layers) * rung.bits / 8
 
 
-def _thinned(history: SiteHistory, rung: _Rung) -> tuple[npt.NDArray[np.int64], ByteArray]:
+def _thinned(history: SiteHistory, rung: _Rung) -> tuple[IntArray, ByteArray]:
     """Return the steps of the windows that are kept, int64 ``(W,)``, and their levels, uint8 ``(W, N)``."""
     picked = spread_windows(len(history.steps), rung.windows)
     levels = history.levels[picked]
@@ -146,7 +143,7 @@ def _thinned(history: SiteHistory, rung: _Rung) -> tuple[npt.NDArray[np.int64], 
     return history.steps[picked], levels
 
 
-def _left_out(report: Report, histories: Sequence[tuple[npt.NDArray[np.int64], ByteArray]], rung: _Rung) -> list[str]:
+def _left_out(report: Report, histories: Sequence[tuple[IntArray, ByteArray]], rung: _Rung) -> list[str]:
     """Say in a sentence what is missing of the history."""
     had, kept = (max(map(len, steps), default=0) for steps in (_steps(report), [steps for steps, _ in histories]))
     lost = [f"it has {count(kept)} of {count(had)} windows"] if kept < had else []
@@ -157,11 +154,11 @@ def _left_out(report: Report, histories: Sequence[tuple[npt.NDArray[np.int64], B
     return [f"To keep TensorBoard's files small, the history is thinned: {'; '.join(lost)}."] if lost else []
 
 
-def _steps(report: Report) -> list[npt.NDArray[np.int64]]:
+def _steps(report: Report) -> list[IntArray]:
     return [site.history.steps for site in report.layers]
 
 
-def _facts(site: SiteReport, steps: npt.NDArray[np.int64]) -> dict[str, Any]:
+def _facts(site: SiteReport, steps: IntArray) -> dict[str, Any]:
     """Return what is known of a layer beside its neurons, as in its plain data."""
     none: npt.NDArray[Any] = np.zeros(0, np.int64)
     masks = dict.fromkeys(Judgement.__dataclass_fields__, np.zeros(0, np.bool_))
@@ -176,7 +173,7 @@ def _facts(site: SiteReport, steps: npt.NDArray[np.int64]) -> dict[str, Any]:
         judgement=Judgement(**masks),
         history=SiteHistory(**history),
     )
-    counts = {name: getattr(site, name) for name in _COUNTS}
+    counts = {name: getattr(site, name) for name in SITE_COUNTS}
     return {**bare.to_dict(), **counts, "neurons": site.neurons, "history": {"steps": steps.tolist()}}
 
 
@@ -184,7 +181,9 @@ def _fields(site: SiteReport, shades: int) -> dict[str, npt.NDArray[Any]]:
     """Return what is held of each neuron of a layer, its fraction of zeros rounded to so many steps."""
     labels = site.judgement.labels()
     with np.errstate(over="ignore"):
-        means = site.mean_abs_output.astype(np.float32)  # these put the worst neurons in order; nobody asks the others'
+        means = site.mean_abs_output.astype(
+            np.float32
+        )  # these sort the worst neurons; those of the others are not shown
     return {
         "label": labels,
         "level": coarse_levels(fraction_levels(site.zero_output_fraction), shades),
@@ -233,10 +232,9 @@ def _neurons(own: dict[str, npt.NDArray[Any]], tau: float) -> dict[str, Any]:
 
 
 def _history(steps: list[int], levels: ByteArray, own: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    codes = {"dead": LEVEL_DEAD, "silent": LEVEL_SILENT, "dormant": LEVEL_DORMANT, "cut_off": LEVEL_CUT_OFF}
     return {
         "steps": steps,
         "levels": levels.tolist(),
-        **{name: (levels == codes[name]).sum(axis=1).tolist() for name in _COUNTED},
+        **{name: (levels == LEVELS[name.replace("_", " ")]).sum(axis=1).tolist() for name in _COUNTED},
         **{name: own[name].tolist() for name in _STEPS},
     }

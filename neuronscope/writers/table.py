@@ -1,4 +1,4 @@
-"""Gives a report as columns of a table, for pandas."""
+"""Give a report as columns of a table, for pandas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from neuronscope.judge.verdicts import LABELS, rate_bound
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.writers.wording import is_unseen, judged
 
 __all__ = ["layer_columns", "neuron_columns"]
 
@@ -28,11 +27,11 @@ def layer_columns(report: Report) -> dict[str, Sequence[Any]]:
         "neurons": [site.neurons for site in sites],
         "unseen": [site.unseen for site in sites],
         **{name: [_measured(site, name) for site in sites] for name in _FIELDS},
-        "dead_percent": [100.0 * site.dead / judged(site) if judged(site) else np.nan for site in sites],
+        "dead_percent": [site.dead_percent for site in sites],
         "positions": [site.positions for site in sites],
         "examples": [site.examples for site in sites],
         "bound": [
-            rate_bound(site.examples, level) if site.examples and not is_unseen(site) else np.nan for site in sites
+            rate_bound(site.examples, level) if site.examples and not site.is_unseen else np.nan for site in sites
         ],
         "in_totals": [site.in_headlines for site in sites],
     }
@@ -53,7 +52,7 @@ def neuron_columns(report: Report) -> dict[str, Sequence[Any]]:
 
 def _measured(site: SiteReport, name: str) -> float:
     """Return a count of a layer; NaN where it was not measured."""
-    if is_unseen(site) or (name in ("silent", "cut_off") and not site.gradient_positions):
+    if site.is_unseen or (name in ("silent", "cut_off") and not site.gradient_positions):
         return np.nan
     number: int = getattr(site, name)
     return number

@@ -1,4 +1,4 @@
-"""Writes a report as text for a terminal: sentences and a table of layers."""
+"""Write a report as text for a terminal: sentences and a table of layers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def render(report: Report, top: int = 20) -> str:
     )
     if report.layers:
         shown, left_out = wording.fold(report.layers, top, top)
-        alike = len({site.examples for site in report.layers if not wording.is_unseen(site)}) < 2
+        alike = len({site.examples for site in report.layers if not site.is_unseen}) < 2
         cells = [wording.site_cells(site, report) for site in shown]
         cells = [replace(one, name=one.marked_name) for one in cells]
         hidden = "dormant" if wording.all_sparse(report) else ""

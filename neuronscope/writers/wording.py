@@ -1,9 +1,9 @@
-"""Says what a report of a watched run amounts to: the sentences and the table cells that every writer shows."""
+"""Say what a report of a watched run amounts to: the sentences and the table cells that every writer shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,12 +35,9 @@ __all__ = [
     "findings",
     "fold",
     "glossary",
-    "is_unseen",
-    "judged",
     "legend",
     "mark",
     "not_in_totals",
-    "observed",
     "provisional_note",
     "severity",
     "site_cells",
@@ -86,7 +83,7 @@ def based_on(report: Report) -> str:
     if not report.observed_neurons:
         anything = anything_seen(report)
         return f"Based on nothing: {'no observed neuron is in the totals' if anything else 'no neuron was observed'}."
-    seen = [site.examples for site in report.headline_layers if not is_unseen(site)]
+    seen = [site.examples for site in report.headline_layers if not site.is_unseen]
     numbers = sorted({examples for examples in seen if examples})
     phase = {"train": "training ", "val": "validation ", "scan": ""}.get(report.phase, f"{visible(report.phase)} ")
     if not numbers:
@@ -132,7 +129,7 @@ def provisional_note(report: Report, examples: int) -> str:
 
 def findings(report: Report) -> list[str]:
     """Return what was found as plain sentences, worst first."""
-    seen = [site for site in report.headline_layers if not is_unseen(site)]
+    seen = [site for site in report.headline_layers if not site.is_unseen]
     sentences: list[str] = []
     broken = [site.name for site in report.layers if site.not_finite]
     if broken:
@@ -158,7 +155,7 @@ def findings(report: Report) -> list[str]:
             f"No gradients were seen{where}: {'there, ' if where else ''}dead means only that the output is zero; "
             "silent and cut off are not known."
         )
-    unseen = sum(map(is_unseen, report.layers))
+    unseen = sum(site.is_unseen for site in report.layers)
     if unseen:
         sentences.append(f"{plural(unseen, 'layer')} never ran in this window (unseen).")
     return [*sentences, *_excluded(report)]
@@ -215,7 +212,7 @@ def sparse(sites: Sequence[SiteReport]) -> list[str]:
     Args:
         sites: The layers that are shown.
     """
-    return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not is_unseen(site)]
+    return [f"{visible(site.name)}: {_sparse(site)}" for site in sites if site.kind == "sparse" and not site.is_unseen]
 
 
 def all_sparse(report: Report) -> bool:
@@ -248,11 +245,15 @@ def weights_of(site: SiteReport) -> str:
     Args:
         site: The layer, with weights that lead into it.
     """
-    rows = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.incoming)])
+    rows = _layers(each.layer for each in site.incoming)
     if site.weights_unknown:
         return f"rows of {rows}; not known exactly: {visible(site.weights_unknown)}"
-    columns = listed([visible(layer) for layer in dict.fromkeys(each.layer for each in site.reader_columns)])
-    return f"rows of {rows} lead in, columns of {columns} read it"
+    return f"rows of {rows} lead in, columns of {_layers(each.layer for each in site.reader_columns)} read it"
+
+
+def _layers(paths: Iterable[str]) -> str:
+    names = list(dict.fromkeys(paths))
+    return f"layer{'s' * (len(names) > 1)} {listed(names)}"
 
 
 def _deaths(report: Report) -> list[str]:
@@ -274,11 +275,11 @@ def _deaths(report: Report) -> list[str]:
             f"stopped{_most_steps(report)}"
         )
     with_deaths = report.totals.sites_with(lambda site: site.judgement.dead)
-    worst = max(with_deaths, key=lambda site: site.dead / max(judged(site), 1))
+    worst = max(with_deaths, key=lambda site: site.dead / max(site.judged_neurons, 1))
     how_many = f"{count(report.dead)} of {plural(report.judged_neurons, 'neuron')} {is_are(report.dead)} dead"
     return [
         f"{how_many} ({percent(report.dead_percent)}). {how}.",
-        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(judged(worst))} dead.",
+        f"Worst layer: `{visible(worst.name)}`, with {count(worst.dead)} of {count(worst.judged_neurons)} dead.",
     ]
 
 
@@ -316,29 +317,13 @@ def glossary(report: Report) -> list[tuple[str, str]]:
 
 def anything_seen(report: Report) -> bool:
     """Whether any neuron was observed in the window, in the totals or not."""
-    return not all(map(is_unseen, report.layers))
-
-
-def is_unseen(site: SiteReport) -> bool:
-    """Whether no neuron of the layer was observed in the window."""
-    return site.positions == 0 or site.unseen == site.neurons
-
-
-def observed(site: SiteReport) -> int:
-    """Return the number of neurons of the layer that were observed in the window."""
-    return site.neurons - site.unseen
-
-
-def judged(site: SiteReport) -> int:
-    """Return the number of observed neurons with only finite outputs: dead ones are given as a share of these."""
-    return 0 if is_unseen(site) else observed(site) - int(site.judgement.not_finite.sum())
+    return not all(site.is_unseen for site in report.layers)
 
 
 def severity(site: SiteReport) -> tuple[float, float]:
     """Return how bad a layer is: its share of dead and not finite neurons, then of other unhealthy ones."""
-    seen = max(observed(site), 1)
-    broken = int(site.judgement.not_finite.sum())
-    return (site.dead + broken) / seen, (site.silent + site.dormant + site.cut_off) / seen
+    seen = max(site.observed_neurons, 1)
+    return (site.dead + site.not_finite_neurons) / seen, (site.silent + site.dormant + site.cut_off) / seen
 
 
 @dataclass(frozen=True)
@@ -382,11 +367,11 @@ def site_cells(site: SiteReport, report: Report, worst: int = 4) -> SiteCells:
         report: The report that it is in.
         worst: How many of the worst neurons to name.
     """
-    unseen = is_unseen(site)
+    unseen = site.is_unseen
     indices = site.worst(worst + 1)
     some = UNKNOWN if unseen else (", ".join(str(index) for index in indices[:worst]) or NONE)
     neurons = count(site.neurons) if unseen or not site.unseen else f"{count(site.neurons)} ({site.unseen} unseen)"
-    tone = _tone(site, unseen)
+    tone = _tone(site)
     nothing = UNKNOWN if tone == "alarm" else NONE  # beside a NaN, a calm dot would look healthy
 
     def number(value: int, known: bool = True) -> str:
@@ -400,7 +385,7 @@ def site_cells(site: SiteReport, report: Report, worst: int = 4) -> SiteCells:
         neurons=neurons,
         axis=_axis(site),
         dead="unseen" if unseen else _dead(site, born=tells_born(report)),
-        dead_share=UNKNOWN if tone == "alarm" and not site.dead else share(site.dead, judged(site)),
+        dead_share=UNKNOWN if tone == "alarm" and not site.dead else share(site.dead, site.judged_neurons),
         silent=number(site.silent, known=site.gradient_positions > 0),
         dormant=number(site.dormant),
         cut_off=number(site.cut_off, known=site.gradient_positions > 0),
@@ -433,12 +418,12 @@ def _axis(site: SiteReport) -> str:
     return f"{site.axis} · {visible(site.axis_source)}"
 
 
-def _tone(site: SiteReport, unseen: bool) -> str:
-    if site.not_finite or site.judgement.not_finite.any():
+def _tone(site: SiteReport) -> str:
+    if site.not_finite or site.not_finite_neurons:
         return "alarm"
     if site.dead:
         return "bad"
-    if unseen or site.unseen:
+    if site.is_unseen or site.unseen:
         return "unknown"
     return "warn" if site.silent or site.dormant or site.cut_off else "calm"
 
@@ -453,7 +438,7 @@ def fold(sites: Sequence[SiteReport], limit: int = 40, most: int = 40) -> tuple[
     """
     if len(sites) <= limit:
         return list(sites), []
-    found = [index for index, site in enumerate(sites) if _tone(site, is_unseen(site)) != "calm" or site.linear]
+    found = [index for index, site in enumerate(sites) if _tone(site) != "calm" or site.linear]
     worst = sorted(found, key=lambda index: _rank(sites[index]), reverse=True)[:most]
     left_out = []
     if len(found) > most:
@@ -465,4 +450,4 @@ def fold(sites: Sequence[SiteReport], limit: int = 40, most: int = 40) -> tuple[
 
 def _rank(site: SiteReport) -> tuple[bool, bool, tuple[float, float]]:
     """Return how early a layer is shown if not all are: those in the totals and those that were seen come first."""
-    return site.in_headlines, not is_unseen(site), severity(site)
+    return site.in_headlines, not site.is_unseen, severity(site)

@@ -232,8 +232,8 @@ def test_reports_show_it_and_saved_states_keep_it() -> None:
     nn.init.constant_(model[0].bias[:2], -99)
     scope = watched(model, torch.randn(5, 4))
     report = scope.report()
-    assert "0/relu: rows of 0 lead in, columns of 2 read it" in str(report)
-    assert "0/relu: rows of 0 lead in, columns of 2 read it" in report.to_markdown()
+    assert "0/relu: rows of layer 0 lead in, columns of layer 2 read it" in str(report)
+    assert "0/relu: rows of layer 0 lead in, columns of layer 2 read it" in report.to_markdown()
     layer = report.to_dict()["layers"][0]
     assert layer["incoming"] == [{"layer": "0", "neuron": 0, "neurons": 6, "row": 0, "step": 1}]
     assert layer["weights_unknown"] == ""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from neuronscope.callbacks import DeadNeuronMonitor
-from neuronscope.callbacks.threshold import DeadThreshold
+from neuronscope.callbacks.alarms import DeadThreshold
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.report.report import Report
 from tests.callbacks.networks import batches, network, trainer

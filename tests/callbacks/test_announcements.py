@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from neuronscope.callbacks import DeadNeuronMonitor, Monitor
-from neuronscope.callbacks.announcements import Announcements
+from neuronscope.callbacks.alarms import Announcements
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from tests.callbacks.hugging import gpt2
 from tests.callbacks.hugging import trainer as hugging_trainer

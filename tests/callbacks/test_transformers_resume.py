@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from neuronscope.callbacks.saved_state import FILE
+from neuronscope.callbacks.hf_trainer import FILE
 from neuronscope.callbacks.transformers import DeadNeuronCallback
 from neuronscope.errors import NeuronscopeWarning
 from neuronscope.judge.verdicts import Policy

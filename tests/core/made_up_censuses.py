@@ -30,7 +30,16 @@ def info(
     """The description of a site."""
     source = "assumed (rank)" if assumed else "layer (fc)"
     layer = "+".join(dict.fromkeys(layer for layer, *_ in units))
-    return SiteInfo("relu", kind, kind == "relu-like", 1, source, layer=layer, units=units, output=output)
+    return SiteInfo(
+        activation="relu",
+        kind=kind,
+        linear_when_on=kind == "relu-like",
+        axis=1,
+        axis_source=source,
+        layer=layer,
+        units=units,
+        output=output,
+    )
 
 
 def tally(about: SiteInfo, fates: Sequence[str], step: int, *, gradients: bool = True) -> Tally:

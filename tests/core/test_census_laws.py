@@ -23,7 +23,11 @@ from neuronscope.sites import SiteInfo
 from neuronscope.tally.census import Census, Tally
 
 INFO = SiteInfo(
-    *("relu", "relu-like", True, 1, "layer (fc)"),
+    activation="relu",
+    kind="relu-like",
+    linear_when_on=True,
+    axis=1,
+    axis_source="layer (fc)",
     layer="a+b",
     units=(("a", 0, 2, 1), ("b", 4, 5, 1)),
     readers=("c",),

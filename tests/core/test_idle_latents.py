@@ -81,7 +81,7 @@ def test_on_several_ranks_a_latent_is_idle_since_the_last_step_in_which_any_fire
     for rank in range(2):
         last = np.where(fired[rank].any(0), steps - 1 - fired[rank][::-1].argmax(0), -1)
         until = np.cumsum(sizes[rank])
-        info = SiteInfo("topk", "sparse", linear_when_on=False, axis=1, axis_source="declared")
+        info = SiteInfo(activation="topk", kind="sparse", linear_when_on=False, axis=1, axis_source="declared")
         first = np.where(fired[rank].any(0), fired[rank].argmax(0), 2**62)
         empty = Tally.empty(info, LATENTS)
         tally = Tally(

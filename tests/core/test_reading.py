@@ -14,7 +14,7 @@ from neuronscope.count.counters import SiteCounters
 from neuronscope.sites import SiteInfo
 from neuronscope.tally import collect, phase_record
 
-INFO = SiteInfo("relu", "relu-like", True, 1, "declared")
+INFO = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="declared")
 
 
 def filled(neurons: int, start: int) -> SiteCounters:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from neuronscope.callbacks.alarms import DeadThreshold
 from neuronscope.callbacks.publishing import summary
-from neuronscope.callbacks.threshold import DeadThreshold
 from neuronscope.judge.diagnosis import diagnose
 from neuronscope.judge.verdicts import LABELS, Policy, judge
 from neuronscope.report.report import Report

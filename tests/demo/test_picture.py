@@ -109,7 +109,7 @@ def test_the_chart_does_not_depend_on_the_users_matplotlib_settings() -> None:
 
     first = comparison_png(comparison())
     with Image.open(io.BytesIO(first)) as picture:
-        assert picture.size == (1920, 1280)
+        assert picture.size == (1200, 1380)
         edges = np.asarray(picture.convert("RGB"))
     paper = edges[0, 0]
     assert all((edge == paper).all() for edge in (edges[:20], edges[-20:], edges[:, :20], edges[:, -20:]))
@@ -159,5 +159,7 @@ def test_the_rows_of_all_variants_fit_with_their_labels_and_widest_numbers() -> 
         cells = rows[4 * row : 4 * row + 4]
         assert all(left.x1 < right.x0 for left, right in zip(cells[:-1], cells[1:]))
         assert cells[0].x1 < figure.axes[2].get_window_extent().x0  # the label ends before the bar begins
-    ends = max(text.get_window_extent().x1 for text in figure.axes[0].texts)
-    assert ends < min(box.x0 for box in rows)  # the labels of the lines end before the rows begin
+    labels = [[text.get_window_extent() for text in panel.texts] for panel in figure.axes[:2]]
+    beside = [tick.get_window_extent().x0 for tick in figure.axes[1].get_yticklabels()]
+    assert max(box.x1 for box in labels[0]) < min(beside)  # the labels of the left lines end before the right panel
+    assert max(box.y1 for box in rows) < min(box.y0 for boxes in labels for box in boxes)  # and the rows lie below all

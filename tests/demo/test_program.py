@@ -33,7 +33,7 @@ def test_the_demo_writes_all_its_files(shown: Shown) -> None:
     ]
     with Image.open(shown.out / "comparison.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.shape == (1280, 1920, 3)
+    assert pixels.shape == (1380, 1200, 3)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100  # something is drawn
     html = (shown.out / "report-ReLU.html").read_text(encoding="utf-8")
     assert "linear1/relu" in html
@@ -56,7 +56,7 @@ def test_the_json_file_holds_the_measured_numbers(shown: Shown) -> None:
 
 
 def test_the_table_and_the_sentences_show_the_same_numbers(shown: Shown) -> None:
-    end = shown.result.spread("ReLU", lambda run: sum(run.end.dead))
+    end = shown.result.spread("ReLU", "dead_at_end")
     said = f"{end.mean:.1f} ± {end.deviation:.1f}"
     row = next(line for line in shown.text.splitlines() if line.startswith("ReLU  "))
     assert said in row

@@ -15,7 +15,7 @@ from neuronscope.tally.census import Census, Tally
 from neuronscope.tally.distributed.sync import Exchanges, RankSync
 from tests.ranks.meeting import on_each_rank
 
-INFO = SiteInfo("relu", "relu-like", True, 1, "layer (fc)")
+INFO = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="layer (fc)")
 LAYER = Tally(
     info=INFO,
     zero_outputs=np.array([5, 0, 3, 1, 2]),

@@ -20,7 +20,7 @@ from tests.ranks.assertions import assert_equal_counts
 from tests.ranks.meeting import on_each_rank
 
 WIDTHS = {"a": 1, "b": 3, "c": 2}
-INFO = SiteInfo("relu", "relu-like", True, 1, "layer (fc)")
+INFO = SiteInfo(activation="relu", kind="relu-like", linear_when_on=True, axis=1, axis_source="layer (fc)")
 
 
 class Event(NamedTuple):

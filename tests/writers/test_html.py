@@ -283,10 +283,10 @@ def test_a_layers_details_name_its_weights_and_the_neurons_that_were_revived() -
     page = Page(samples.acted().to_html())
     assert [layer.get("facts") for layer in page.data["layers"]] == [
         [
-            "Weights: rows of fc1, norm lead in, columns of fc2 read it.",
+            "Weights: rows of layers fc1, norm lead in, columns of layer fc2 read it.",
             f"Revived: 5 neurons at 2 steps, last at step 1,200 by {samples.HOSTILE}: 1–3, 7.",
         ],
-        [f"Weights: rows of {samples.HOSTILE}; not known exactly: added in (a residual sum)."],
+        [f"Weights: rows of layer {samples.HOSTILE}; not known exactly: added in (a residual sum)."],
         None,
     ]
     assert "alert(1)" not in "".join(text for tag, text in page.raw if tag == "script" and text[:1] != "{")

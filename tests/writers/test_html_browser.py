@@ -277,11 +277,11 @@ def test_a_layers_weights_and_revivals_stand_in_its_details_as_text(show: Callab
 
     choose(browser, 0)
     until(browser, lambda: len(facts()) == 2)
-    assert facts()[0] == "Weights: rows of fc1, norm lead in, columns of fc2 read it."
+    assert facts()[0] == "Weights: rows of layers fc1, norm lead in, columns of layer fc2 read it."
     assert facts()[1] == f"Revived: 5 neurons at 2 steps, last at step 1,200 by {samples.HOSTILE}: 1–3, 7."
     choose(browser, 1)
     until(browser, lambda: len(facts()) == 1)
-    assert facts()[0].startswith(f"Weights: rows of {samples.HOSTILE}; not known exactly: added in")
+    assert facts()[0].startswith(f"Weights: rows of layer {samples.HOSTILE}; not known exactly: added in")
     choose(browser, 2)
     until(browser, lambda: not facts())
 

@@ -374,12 +374,12 @@ def test_the_diagnosis_of_many_sites_is_short_and_states_what_it_leaves_out() ->
 
 def test_using_a_closed_writer_raises_an_error(tmp_path: Path) -> None:
     from neuronscope.writers.tensorboard.dashboard import _add_summary
-    from neuronscope.writers.tensorboard.tab import summary
+    from neuronscope.writers.tensorboard.summaries import tab_summary
 
     writer = summary_writer("torch", tmp_path)
     writer.close()
     with pytest.raises(UsageError, match="was closed"):
-        _add_summary(writer, summary(samples.conv_net(1)), 1)
+        _add_summary(writer, tab_summary(samples.conv_net(1)), 1)
 
 
 def test_importing_the_writer_loads_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""Draws pictures of reports with numpy and Pillow alone."""
+"""Draw pictures of reports with numpy and Pillow alone."""
 
 from __future__ import annotations
 

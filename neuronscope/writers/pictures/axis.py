@@ -1,15 +1,14 @@
-"""Places windows on an axis of optimizer steps, by their steps and not by their index."""
+"""Place windows on an axis of optimizer steps, by their steps and not by their index."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import numpy.typing as npt
+
+from neuronscope.arrays import FloatArray, IntArray
 
 __all__ = ["StepAxis", "spread", "ticks"]
-
-IntArray = npt.NDArray[np.int64]
 
 
 class StepAxis:
@@ -69,7 +68,7 @@ class StepAxis:
         return [int(step) for step in ticks(self.first, self.last, most) if float(step).is_integer()]
 
 
-def window_edges(steps: IntArray) -> npt.NDArray[np.float64]:
+def window_edges(steps: IntArray) -> FloatArray:
     """Return the step where each window begins, and where the last one ends, float64 ``(W + 1,)``.
 
     It is not known where the first window began: it is drawn as long as the second, or from step 0 if it is alone.

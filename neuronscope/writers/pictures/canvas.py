@@ -1,12 +1,12 @@
-"""Draws text that fits its place, boxes and lines, and returns the picture as an array."""
+"""Draw text that fits its place, boxes and lines, and return the picture as an array."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import MissingExtraError
 from neuronscope.writers.formatting import count
 from neuronscope.writers.pictures.axis import StepAxis
@@ -22,7 +22,6 @@ except ImportError as error:
 
 __all__ = ["Canvas", "draw_steps", "printable", "stripes"]
 
-ByteArray = npt.NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
@@ -112,18 +111,17 @@ class Canvas:
                 high = middle - 1
         return _shortened(text, low)
 
-    def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None, width: int = 1) -> None:
+    def box(self, box: Box, fill: Colour | None = None, outline: Colour | None = None) -> None:
         """Draw a rectangle.
 
         Args:
             box: Left, top, right and bottom; the right and bottom edges lie outside.
             fill: Colour of its inside.
             outline: Colour of its frame.
-            width: Width of the frame in pixels.
         """
         left, top, right, bottom = (round(value) for value in box)
         if right > left and bottom > top:
-            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline, width)
+            self._draw.rectangle((left, top, right - 1, bottom - 1), fill, outline)
 
     def hatch(self, box: Box) -> None:
         """Draw a striped rectangle, which stands for *not observed*."""

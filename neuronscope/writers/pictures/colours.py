@@ -1,9 +1,10 @@
-"""Defines the colours of the pictures: a neutral paper for light and dark pages, scales safe for colour-blind eyes."""
+"""Define the colours of the pictures: a neutral paper for light and dark pages, scales safe for colour-blind eyes."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
+
+from neuronscope.arrays import ByteArray, FloatArray
 
 __all__ = [
     "ALIVE_HIGH",
@@ -22,14 +23,13 @@ __all__ = [
     "UNSEEN_STRIPE",
     "ZERO",
     "Colour",
+    "as_hex",
     "ink_on",
     "mix",
     "share_colours",
 ]
 
 Colour = tuple[int, int, int]
-ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
 
 #: Pictures do not know whether the page around them is light or dark: this grey glares on neither.
 PAPER: Colour = (206, 207, 205)
@@ -100,6 +100,11 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
     """
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
+
+
+def as_hex(colour: Colour) -> str:
+    """Return a colour as ``#rrggbb``, for matplotlib."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def ink_on(colour: Colour) -> Colour:

@@ -1,4 +1,4 @@
-"""Draws the heat map of a layer: each neuron over all windows, dead ones first, so that one sees which died when.
+"""Draw the heat map of a layer: each neuron over all windows, dead ones first, so that one sees which died when.
 
 One pixel may stand for many neurons. It then shows the *share* of dead among them, and always at least a visible part,
 so that averaging does not hide dead neurons.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import (
     LEVEL_CUT_OFF,
@@ -39,13 +40,10 @@ from neuronscope.writers.pictures.colours import (
     Colour,
     mix,
 )
-from neuronscope.writers.wording import not_in_totals, observed
+from neuronscope.writers.wording import not_in_totals
 
 __all__ = ["heatmap", "order"]
 
-ByteArray = npt.NDArray[np.uint8]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 _WIDTH, _MARGIN, _TOP, _HEIGHT, _BOTTOM = 784, 16, 88, 304, 38  # twice the size of a card on TensorBoard
 _LABELS = 190  # width of the column of labels
@@ -124,10 +122,10 @@ def heatmap(site: SiteReport, phase: str = "train", note: str = "") -> ByteArray
 
 
 def _finding(site: SiteReport) -> str:
-    broken = int(site.judgement.not_finite.sum())
-    if not observed(site):
+    observed, broken = site.observed_neurons, site.not_finite_neurons
+    if not observed:
         return "not seen"
-    return f"{share(broken, observed(site))} NaN or inf" if broken else f"{share(site.dead, observed(site))} dead"
+    return f"{share(broken, observed)} NaN or inf" if broken else f"{share(site.dead, observed)} dead"
 
 
 def _subtitle(site: SiteReport, phase: str) -> str:
@@ -149,7 +147,7 @@ def _layout(site: SiteReport) -> tuple[IntArray, IntArray, int]:
     """Distribute neurons, sorted by :func:`order`, over rows of cells.
 
     If there are more neurons than rows, every group that is not empty still gets three rows: two dead neurons of four
-    thousand must not vanish in a line that nobody sees.
+    thousand must not vanish in a line too thin to see.
 
     Returns:
         First neuron of each row, int64 ``(R,)``; the row at which each of the groups begins, and the end,

@@ -1,12 +1,12 @@
-"""Draws the overview: which layers are dying, and since when. Rows are layers, columns windows, colours dead shares."""
+"""Draw the overview: which layers are dying, and since when. Rows are layers, columns windows, colours dead shares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import ByteArray, FloatArray, IntArray
 from neuronscope.report.report import Report
 from neuronscope.writers.formatting import count, plural, share
 from neuronscope.writers.grouping import shared_prefix
@@ -27,7 +27,6 @@ from neuronscope.writers.wording import anything_seen, excluded_words, provision
 
 __all__ = ["MOST_ROWS", "overview"]
 
-ByteArray = npt.NDArray[np.uint8]
 
 #: Rows that fit on a picture that is shown small; more layers are grouped by their path.
 MOST_ROWS = 24
@@ -150,9 +149,7 @@ def _strip(row: Row, axis: StepAxis, height: int) -> ByteArray:
     return strip
 
 
-def _most(
-    values: npt.NDArray[np.float64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def _most(values: FloatArray, first: IntArray, last: IntArray) -> FloatArray:
     """Return the greatest value of each range of windows.
 
     Args:

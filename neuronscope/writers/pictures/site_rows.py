@@ -1,4 +1,4 @@
-"""Makes the rows of an overview: one for each layer, or one for each group of layers if there are too many."""
+"""Make the rows of an overview: one for each layer, or one for each group of layers if there are too many."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, FloatArray, IntArray
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.report import LEVEL_NOT_FINITE, LEVEL_UNSEEN, Report, SiteReport
 from neuronscope.report.totals import Totals
@@ -15,9 +15,6 @@ from neuronscope.writers.grouping import Group, group_sites
 from neuronscope.writers.wording import mark
 
 __all__ = ["Row", "rows_of"]
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Row:
     sites: int
     steps: IntArray
     share: FloatArray
-    not_finite: npt.NDArray[np.bool_]
+    not_finite: BoolArray
     observed: int
     dead: int
     silent: int
@@ -72,7 +69,7 @@ def _row(group: Group, sites: list[SiteReport]) -> Row:
     steps, dead, observed, broken = _histories(counted or sites) if not totals.shared else _history(totals)
     share = np.full(len(steps), np.nan)
     np.divide(dead, observed, out=share, where=observed > 0)
-    masks: dict[str, Callable[[SiteReport], npt.NDArray[np.bool_]]] = {
+    masks: dict[str, Callable[[SiteReport], BoolArray]] = {
         "observed": lambda site: ~site.judgement.unseen,
         "dead": lambda site: site.judgement.dead,
         "silent": lambda site: site.judgement.silent,

@@ -1,4 +1,4 @@
-"""Writes reports to TensorBoard's own pages: scalars, pictures, text, and the report for Neuronscope's tab.
+"""Write reports to TensorBoard's own pages: scalars, pictures, text, and the report for Neuronscope's tab.
 
 Every other logger can use :func:`scalars` too. Importing this loads neither torch nor TensorBoard nor Pillow.
 """

@@ -1,4 +1,4 @@
-"""Writes reports to TensorBoard's own pages, at most once a step and never at an earlier step than before.
+"""Write reports to TensorBoard's own pages, at most once a step and never at an earlier step than before.
 
 Works with the ``SummaryWriter`` of torch and that of tensorboardX, which take their protos from different packages.
 """
@@ -10,25 +10,33 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from neuronscope.errors import NeuronscopeWarning, UsageError
 from neuronscope.report.report import Report, SiteReport
-from neuronscope.writers.tensorboard.density import densities
 from neuronscope.writers.tensorboard.diagnosis_text import diagnosis
 from neuronscope.writers.tensorboard.event_file import EncodedEvents, EventFile, folder_of, require_room
 from neuronscope.writers.tensorboard.scalars import scalars
-from neuronscope.writers.tensorboard.tab import summary
+from neuronscope.writers.tensorboard.summaries import density_histograms, tab_summary
 from neuronscope.writers.tensorboard.tags import card_name, metric
 from neuronscope.writers.wording import provisional_note, severity
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-__all__ = ["MOST_HEATMAPS", "Dashboard", "DrawingWriter", "EventWriter", "append", "write"]
+__all__ = ["MOST_HEATMAPS", "Dashboard", "EventWriter", "append", "write"]
 
 #: Heat maps written for one report.
 MOST_HEATMAPS = 8
 
 
-class DrawingWriter(Protocol):
-    """The methods of a ``SummaryWriter`` that pictures and text need."""
+class EventWriter(Protocol):
+    """The methods of a ``SummaryWriter`` that a report needs; those of torch and tensorboardX both have them."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Write one number.
+
+        Args:
+            tag: The tag.
+            scalar_value: The number.
+            global_step: The step.
+        """
 
     def add_image(self, tag: str, img_tensor: Any, global_step: int, *, dataformats: str) -> Any:
         """Write one picture.
@@ -46,19 +54,6 @@ class DrawingWriter(Protocol):
         Args:
             tag: The tag.
             text_string: Markdown.
-            global_step: The step.
-        """
-
-
-class EventWriter(DrawingWriter, Protocol):
-    """The methods of a ``SummaryWriter`` that a report needs; those of torch and tensorboardX both have them."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Write one number.
-
-        Args:
-            tag: The tag.
-            scalar_value: The number.
             global_step: The step.
         """
 
@@ -123,7 +118,9 @@ def append(report: Report, file: EventFile, step: int, *, images: bool, text: bo
     file.append(events.data)
 
 
-def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, text: bool, tab: bool) -> None:
+def _draw(
+    report: Report, writer: EventWriter | EncodedEvents, step: int, *, images: bool, text: bool, tab: bool
+) -> None:
     if images:
         from neuronscope.writers.pictures import heatmap, overview  # Pillow, only where pictures are drawn
 
@@ -136,10 +133,10 @@ def _draw(report: Report, writer: DrawingWriter, step: int, *, images: bool, tex
     if text:
         writer.add_text(f"neuronscope/{metric('diagnosis', report.phase)}", diagnosis(report), step)
     if images:
-        for histogram in densities(report):
+        for histogram in density_histograms(report):
             _add_summary(writer, histogram, step)
     if tab:
-        _add_summary(writer, summary(report), step)
+        _add_summary(writer, tab_summary(report), step)
 
 
 class Dashboard:

@@ -1,4 +1,4 @@
-"""Writes the diagnosis as markdown: which layers have dead neurons, since when, how sure that is, and why."""
+"""Write the diagnosis as markdown: which layers have dead neurons, since when, how sure that is, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes an event file of Neuronscope's own, so that its pictures do not pass through the writer that training uses.
+"""Write an event file of Neuronscope's own, so that its pictures do not pass through the writer that training uses.
 
 A ``SummaryWriter`` keeps an error of its writing thread and raises it from the next call of anyone: a picture that did
 not fit on the disk would end the user's ``add_scalar``. Here a report is encoded in memory and appended at once,
@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
+from neuronscope.arrays import ByteArray
 from neuronscope.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +73,7 @@ class EncodedEvents:
         """The object that takes whole summaries, as in a ``SummaryWriter``."""
         return self
 
-    def add_image(self, tag: str, img_tensor: npt.NDArray[np.uint8], global_step: int, *, dataformats: str) -> None:
+    def add_image(self, tag: str, img_tensor: ByteArray, global_step: int, *, dataformats: str) -> None:
         """Add a picture.
 
         Args:

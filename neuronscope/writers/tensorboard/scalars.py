@@ -1,4 +1,4 @@
-"""Gives the few numbers that a run is judged by, as tags and floats for any logger.
+"""Give the few numbers that a run is judged by, as tags and floats for any logger.
 
 What was not measured gets no number: a missing number leaves a gap in a chart, while a zero would be wrong.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from neuronscope.arrays import BoolArray, ByteArray
 from neuronscope.judge.symptoms import COLLAPSED_SHARE
 from neuronscope.judge.verdicts import LABELS
 from neuronscope.report.expert_layers import expert_layers
@@ -19,7 +19,6 @@ from neuronscope.writers.tensorboard.tags import group_tag, groups, metric, netw
 
 __all__ = ["scalars", "turnover"]
 
-BoolArray = npt.NDArray[np.bool_]
 
 #: Whether a neuron with a label is dead or not; with any other it keeps its state: it neither died nor revived.
 _HAS_STATE = np.array([label not in ("unseen", "not finite", "silent") for label in LABELS], dtype=np.bool_)
@@ -142,7 +141,7 @@ def _changes_of(totals: Totals, since: int | None) -> tuple[int, int]:
     return _count_changes(first, len(steps), lambda window: totals.labels_at(int(steps[window])))
 
 
-def _count_changes(first: int, count: int, labels_in: Callable[[int], npt.NDArray[np.uint8]]) -> tuple[int, int]:
+def _count_changes(first: int, count: int, labels_in: Callable[[int], ByteArray]) -> tuple[int, int]:
     """Count the deaths and revivals in the windows ``first`` … ``count − 1``.
 
     Args:
@@ -170,7 +169,7 @@ def _count_changes(first: int, count: int, labels_in: Callable[[int], npt.NDArra
     return deaths, revivals
 
 
-def _state(labels: npt.NDArray[np.uint8]) -> tuple[BoolArray, BoolArray]:
+def _state(labels: ByteArray) -> tuple[BoolArray, BoolArray]:
     """Return which neurons were dead in a window, and of which that is known, bool ``(N,)`` each."""
     return labels == LABELS.index("dead"), _HAS_STATE[labels]
 

@@ -1,4 +1,4 @@
-"""Names the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
+"""Name the number of each metric and layer with a tag that every logger accepts and that never changes during a run.
 
 The metric comes first and the layer second (``neuronscope.dead_pct/layer1.0.bn2--relu``): TensorBoard makes a group of
 the text before the first ``/``, and hundreds of groups with one chart each are of no help.

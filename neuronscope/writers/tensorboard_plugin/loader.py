@@ -1,4 +1,4 @@
-"""Loads the plugin for TensorBoard. An error while this is imported would keep TensorBoard from starting."""
+"""Load the plugin for TensorBoard. An error while this is imported would keep TensorBoard from starting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers the requests of TensorBoard's tab: which runs have reports, and the page of one or of two of them.
+"""Answer the requests of TensorBoard's tab: which runs have reports, and the page of one or of two of them.
 
 Event files are data. A run without our data is not listed, and what is damaged, foreign or from another version gives a
 page with one sentence. All data comes through TensorBoard's data provider, one tag a request.
@@ -27,7 +27,7 @@ from neuronscope.writers import html
 from neuronscope.writers.formatting import count, visible
 from neuronscope.writers.report_bytes import from_bytes
 from neuronscope.writers.tensorboard.event_file import EVENT_FOLDER
-from neuronscope.writers.tensorboard.tab import PLUGIN_NAME, TAG
+from neuronscope.writers.tensorboard.summaries import PLUGIN_NAME, TAG
 
 __all__ = ["Plugin"]
 

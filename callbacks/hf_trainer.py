@@ -1,23 +1,64 @@
-"""The logs of a Hugging Face Trainer, as :class:`neuronscope.callbacks.Log`.
+"""What a Hugging Face callback needs of its Trainer: who called it, where it logs, and a file in its checkpoints.
+
+A ``TrainerCallback`` gets neither the Trainer nor its other callbacks, nor the folder that a training is resumed from.
+All of these are local variables of the functions that called it. They are looked up there, once a training.
 
 The Trainer reports through callbacks: each has an ``on_log``. They are called one by one here rather than through
 ``Trainer.log``, because some Trainers override it to add numbers of their own, whose averages they then reset.
+
+The counts are a file of their own in a checkpoint's folder. It holds tensors and primitives, is read without
+unpickling, and maps the ``state_key`` of each callback that watched the training to its state, as the ``callbacks`` of
+a Lightning checkpoint do.
 """
 
 # ruff: noqa: ARG002  # some logs take the step from the event
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from neuronscope.callbacks.attachments import tracker_of
 from neuronscope.callbacks.logs import Log, SummaryWriterLog
+from neuronscope.errors import StateError
 
-__all__ = ["Event", "trainer_logs"]
+__all__ = ["FILE", "Event", "calling_handler", "load_state", "resumed_folder", "save_state", "trainer_logs"]
+
+#: The file's name in a checkpoint folder.
+FILE = "neuronscope.pt"
+
+
+def calling_handler() -> CallbackHandler | None:
+    """Return the handler that called the callback; ``None`` if something else called it."""
+    owners = (names.get("self") for names in _callers())
+    return next((owner for owner in owners if isinstance(owner, CallbackHandler)), None)
+
+
+def resumed_folder() -> Path | None:
+    """Return the checkpoint folder that the Trainer resumes from; ``None`` if it begins anew.
+
+    ``resume_from_checkpoint`` is the public argument of ``Trainer.train``; by now the Trainer has made it a path.
+    """
+    for names in _callers():
+        owner, folder = names.get("self"), names.get("resume_from_checkpoint")
+        if hasattr(owner, "callback_handler") and isinstance(folder, (str, os.PathLike)):
+            return Path(folder)
+    return None
+
+
+def _callers() -> Iterator[dict[str, Any]]:
+    """Yield the local variables of every calling function, the nearest first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_locals
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 class Event(NamedTuple):
@@ -132,3 +173,48 @@ class _TensorBoardLog(_CallbackLog):
     def _writer(self) -> SummaryWriterLog | None:
         writer = getattr(self._callback, "tb_writer", None)
         return None if writer is None else SummaryWriterLog(writer)
+
+
+def save_state(folder: Path, key: str, state: dict[str, Any]) -> None:
+    """Save a callback's state beside those of others. If the process dies, the file is whole or missing.
+
+    Args:
+        folder: The checkpoint's folder, which must exist.
+        key: The callback's ``state_key``.
+        state: Tensors and primitives.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> save_state(folder, "Callback{}", {"version": 1})
+    >>> load_state(folder, "Callback{}"), load_state(folder, "Another{}")
+    ({'version': 1}, None)
+    """
+    unfinished = folder / f"{FILE}.part"
+    torch.save({**_load(folder), key: state}, unfinished)
+    unfinished.replace(folder / FILE)
+
+
+def load_state(folder: Path, key: str) -> dict[str, Any] | None:
+    """Load the state that a callback saved; ``None`` if there is none.
+
+    Args:
+        folder: The checkpoint's folder.
+        key: The callback's ``state_key``.
+
+    Raises:
+        StateError: The file was not written by :func:`save_state`.
+    """
+    return _load(folder).get(key)
+
+
+def _load(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        states: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise StateError(f"Expected {path} to hold saved counts, but it could not be read: {error}") from error
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise StateError(f"Expected {path} to map callbacks to their states, but it holds something else.")
+    return states

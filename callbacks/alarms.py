@@ -1,10 +1,11 @@
-"""Decides what a run says at once on the console: a collapse, a first mass death, NaN, each once."""
+"""Decide what the console says at once (a collapse, a first mass death, NaN), and when too many neurons are dead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
+from neuronscope.errors import UsageError
 from neuronscope.judge.diagnosis import remedy_of
 from neuronscope.judge.symptoms import (
     COLLAPSED,
@@ -20,12 +21,13 @@ from neuronscope.judge.symptoms import (
 )
 from neuronscope.report.report import LEVEL_DEAD, Report
 from neuronscope.report.run_facts import facts_from_report
-from neuronscope.writers.formatting import listed
+from neuronscope.writers.formatting import listed, percent
 
-__all__ = ["Announcements"]
+__all__ = ["Announcements", "DeadThreshold"]
 
 #: Deaths are a mass death if this share of the observed neurons died in the two newest windows.
 MASS_SHARE = 0.1
+_ACTIONS = ("log", "warn", "stop")
 
 
 class Announcements:
@@ -41,7 +43,8 @@ class Announcements:
     """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()  # NaN, a mass death, and the layers that have collapsed
+        self._said: set[str] = set()  # names of symptoms
+        self._collapsed: set[str] = set()  # layers of which it was said
 
     def new(self, report: Report) -> list[str]:
         """Return some sentences for each finding that no earlier report had: where, since when, and what to do."""
@@ -59,7 +62,7 @@ class Announcements:
         grown = 0
         for site in report.headline_layers:
             if site.neurons > 1 and site.dead >= COLLAPSED_SHARE * site.neurons:
-                if _layer(site.name) not in self._said:
+                if site.name not in self._collapsed:
                     return True
                 continue
             before = site.history.levels[-3:-1]
@@ -76,11 +79,11 @@ class Announcements:
             yield self._say(NOT_FINITE, not_finite(facts) or _not_finite_outside(report), facts)
         if report.phase != "train" or report.provisional:
             return
-        new = replace(facts, layers=tuple(layer for layer in facts.layers if _layer(layer.name) not in self._said))
+        new = replace(facts, layers=tuple(layer for layer in facts.layers if layer.name not in self._collapsed))
         fallen = collapsed(new)
         if fallen is not None:
             yield self._say(COLLAPSED, fallen, new)
-            self._said.update(map(_layer, fallen.layers))
+            self._collapsed.update(fallen.layers)
             new = replace(facts, layers=tuple(layer for layer in new.layers if layer.name not in fallen.layers))
         before = report.totals.steps()[-3:-2]
         died = died_after(new, int(before[0]) if before.size else -1)
@@ -100,6 +103,53 @@ def _not_finite_outside(report: Report) -> Support:
     return Support(f"Outputs that are not in the totals are NaN or infinite: {listed(names)}.", numbers, names)
 
 
-def _layer(name: str) -> str:
-    """Return what stands for the collapse of a layer among what was said."""
-    return f"layer {name}"
+class DeadThreshold:
+    """Detects the report at which the share of dead neurons crosses a threshold.
+
+    Args:
+        action: ``log``, ``warn`` or ``stop``. The callback carries it out.
+        threshold: Percent of the observed neurons that are dead or give NaN or infinite outputs.
+
+    Raises:
+        UsageError: An argument is not what is expected.
+    """
+
+    def __init__(self, action: str, threshold: float) -> None:
+        if action not in _ACTIONS:
+            raise UsageError(f"Expected argument `on_dead` to be one of {', '.join(_ACTIONS)}, but got {action!r}.")
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 100:
+            raise UsageError(
+                f"Expected argument `threshold` to be a percentage above 0 and up to 100, but got {threshold!r}."
+            )
+        self.threshold = float(threshold)
+        self._crossed = False
+
+    def check(self, report: Report) -> str | None:
+        """Return a sentence if this report is the first at or above the threshold, otherwise ``None``.
+
+        After a report below the threshold, the next one above it counts as the first again. A report whose window is
+        too short for certain verdicts, or that is on another phase than training, changes nothing. A layer that has too
+        few examples in a window that is long enough is left out.
+        """
+        if report.phase != "train" or report.provisional:
+            return None
+        needed = report.examples_needed
+        report = replace(report, layers=tuple(layer for layer in report.layers if layer.examples >= needed))
+        observed = report.observed_neurons
+        if not observed:
+            return None
+        broken = report.not_finite_neurons
+        crossed = 100.0 * (report.dead + broken) / observed >= self.threshold
+        is_first, self._crossed = crossed and not self._crossed, crossed
+        if not is_first:
+            return None
+        nan = f" and {broken} give NaN or infinite outputs" if broken else ""
+        worst = max(
+            report.totals.sites_with(lambda layer: layer.judgement.dead | layer.judgement.not_finite),
+            key=lambda layer: (layer.dead + layer.not_finite_neurons) / layer.neurons,
+        )
+        return (
+            f"{report.dead} of {observed} neurons are dead ({percent(report.dead_percent)}){nan} "
+            f"at step {report.global_step}; the threshold is {self.threshold:g} %. "
+            f"Worst is {worst.name}: {worst.dead} of {worst.neurons} dead."
+        )
