@@ -111,7 +111,7 @@ class Stretch(NamedTuple):
         return sum(each.kind == "layer" for each in self.affine.passed) < 2
 
 
-class _Call(NamedTuple):
+class _FunctionCall(NamedTuple):
     """A call of a torch function, at least one argument of which depends on the input.
 
     Attributes:
@@ -245,7 +245,9 @@ class AffineFlow:
                 self._put(tensor, None)
             return
         passes = Passed(self._call, site or layer, "activation" if site else "norm" if is_norm(function) else "layer")
-        call = _Call(function, args, kwargs, kind_of_call(function, args, kwargs), tensors, data, passes, outputs[0])
+        call = _FunctionCall(
+            function, args, kwargs, kind_of_call(function, args, kwargs), tensors, data, passes, outputs[0]
+        )
         numbers = all(each.is_floating_point() or each.is_complex() for each in outputs)  # integers are rounded
         found = self._affine(call) if numbers else None
         self._close([affine for affine in data if found is None or affine.source != found.source])
@@ -260,7 +262,7 @@ class AffineFlow:
             else:
                 self._put(tensor, found)
 
-    def _affine(self, call: _Call) -> Affine | None:
+    def _affine(self, call: _FunctionCall) -> Affine | None:
         """Return of what the result of a call is an affine function; ``None`` if it is a source."""
         kind, first = call.kind, self._lookup(call.tensors[0])
         if kind == kinds.ACTIVATION:
@@ -287,7 +289,7 @@ class AffineFlow:
             return self._through_layer(only, call)
         return None
 
-    def _through_layer(self, affine: Affine, call: _Call) -> Affine:
+    def _through_layer(self, affine: Affine, call: _FunctionCall) -> Affine:
         """Return what the output of a layer is, given what its input is."""
         first_factor = len(call.tensors) - 2 if call.function.__name__.startswith("add") else 0
         if self._lookup(call.tensors[first_factor]) is None:  # its input is the second factor, as in ``weight @ x``
@@ -316,7 +318,7 @@ class AffineFlow:
             passed=passed, places=places if alike and not joined else WHOLE, moved=False, end=Made(self._call, 0)
         )
 
-    def _mixed(self, call: _Call) -> Affine | None:
+    def _mixed(self, call: _FunctionCall) -> Affine | None:
         """Return what attention gives: an affine function of its values while the weights of the mixture stay."""
         if call.function.__name__ == "scaled_dot_product_attention":
             values = call.args[2] if len(call.args) > 2 else call.kwargs["value"]
@@ -330,7 +332,7 @@ class AffineFlow:
         self._close([self._lookup(each) for each in call.tensors if each is not values])
         return affine._replace(mixing=self._call, moved=True)
 
-    def _mixes_positions_only(self, call: _Call) -> bool:
+    def _mixes_positions_only(self, call: _FunctionCall) -> bool:
         """Whether each unit of a product of two matrices is a sum over the same unit of the second factor."""
         values, output = call.tensors[1], call.output
         if call.function is torch.einsum:
@@ -342,7 +344,7 @@ class AffineFlow:
         alike = given is not None and units is not None and given.call == units.call
         return alike and output.shape[-1] == values.shape[-1]
 
-    def _fused_attention(self, call: _Call) -> Affine | None:
+    def _fused_attention(self, call: _FunctionCall) -> Affine | None:
         """Return what attention with its projections gives: the value and the output projection lie in it."""
         given = kinds.attention_arguments(call.args, call.kwargs)
         affine = self._lookup(given["value"])
