@@ -120,7 +120,7 @@ class SiteRecorder:
         self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
-        self._leaf_handles: list[RemovableHandle] = []
+        self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
@@ -273,7 +273,7 @@ class SiteRecorder:
             hook = hook.with_owners(call.owners)
         elif mask is not None:
             hook = hook.with_mask(mask)
-        self._hook(x, hook)
+        register(x, hook, self._leaf_handles)
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -373,9 +373,12 @@ class SiteRecorder:
         given = y
         if type(y) is not Tensor:
             y = _first_output(y)
+        counters = call.counters
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
-            if call.counters is not None:
-                self._count(call.counters, y, call.layout, call.owners)
+            if type(counters) is SiteCounters:  # as most are: without another call
+                self._count_site(counters, y, call.layout)
+            elif counters is not None:
+                self._count(counters, y, call.layout, call.owners)
             self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
@@ -515,7 +518,9 @@ class SiteRecorder:
         if self.sampler is not None:
             self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
-        plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
+        plain = y.detach() if y.requires_grad else y
+        if type(y) is not Tensor:
+            plain = local_tensor(plain)
         left_out = None
         if layout.dims is not None or forward.mask is not None:
             plain, axis, left_out = _arranged(plain, layout, forward.mask)
@@ -616,17 +621,13 @@ class SiteRecorder:
             call = recomputation.forward_call(place, number)
             return (None, NeuronLayout(0), None) if call is None else (call.counters, call.layout, call.owners)
 
-        self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
+        hook = RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site)
+        register(x, hook, self._leaf_handles)
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
         hooks = (x._backward_hooks or {}).values()
         return any(isinstance(hook, GradientHook) and (hook.recorder, hook.place) == (self, place) for hook in hooks)
-
-    def _hook(self, x: Tensor, hook: GradientHook) -> None:
-        handle = register(x, hook)
-        if handle is not None and x.is_leaf:
-            self._leaf_handles.append(handle)  # a leaf outlives the step, and its hook must not
 
     def gradient(
         self,

@@ -265,11 +265,13 @@ class SiteFinder:
         facts = None
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            without = holds_no_data(x)
+            without = not x.is_cpu and holds_no_data(x)
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
-                return found if found is None or origin.units is None else self.with_owners(found, origin.units)
+                units = origin.units
+                of_experts = found is not None and units is not None and units.experts is not None
+                return self.with_owners(found, units) if of_experts else found
         applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
         if not function:
             self.unmeasured.note_ran(path, phase)
