@@ -112,26 +112,24 @@ class ActivationFunctionMode(TorchFunctionMode):
                 activation = manager.registry.of_call(func, args, kwargs)
                 call = None if activation is None else self._begin(activation, args, kwargs, traced=False)
             output = func(*args, **kwargs)
-            kind = type(output)
-            tensors = kind is Tensor or (isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size)
-            if manager.observing and (tensors or call is not None or func in _WITHOUT_RESULT):  # it has not failed
-                flow = recorder.forward.flow
+            if manager.observing:  # it has not failed
                 try:
-                    plain = call is None and kind is Tensor and not _count_function_modes()
-                    followed = plain and flow.repeats(func, args, kwargs, output)
+                    plain = type(output) is Tensor and call is None and not _count_function_modes()
+                    followed = plain and recorder.forward.flow.repeats(func, args, kwargs, output)
                     if followed and func not in SELECTING:
                         return output  # nothing was counted, so that an interrupt does not matter
                     if not (known or self._is_inside(func)):
                         manager.entered.take_off_next()
                         return output
-                    with unwatched(False):
-                        if call is not None:
+                    if call is not None:
+                        with unwatched(False):
                             recorder.end(call, first_input(args, kwargs), output)
-                            return output
-                        if not followed:
-                            flow.follow(func, args, kwargs, output)
-                        if func in SELECTING and manager.functional:
-                            recorder.select(func, args, kwargs, output)
+                    elif followed or isinstance(output, (Tensor, tuple, list)) or func in _WITHOUT_RESULT:
+                        with unwatched(False):
+                            if not followed:
+                                recorder.forward.flow.follow(func, args, kwargs, output)
+                            if func in SELECTING and manager.functional:
+                                recorder.select(func, args, kwargs, output)
                 except Exception as error:
                     manager.fail(error)
             return output

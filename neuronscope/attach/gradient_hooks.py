@@ -149,7 +149,7 @@ class RecomputedGradient(GradientHook):
         return self._find()
 
 
-def register(x: Tensor, hook: GradientHook, leaf_handles: list[RemovableHandle]) -> None:
+def register(x: Tensor, hook: GradientHook) -> RemovableHandle | None:
     """Register a hook on a tensor that requires a gradient, as ``x.register_hook`` does, but quicker.
 
     ``x.register_hook`` spends most of its time on a handle, which is not needed if the tensor does not outlive its
@@ -159,7 +159,9 @@ def register(x: Tensor, hook: GradientHook, leaf_handles: list[RemovableHandle])
     Args:
         x: The tensor.
         hook: The hook.
-        leaf_handles: Gets the handle if the tensor is a leaf, which outlives its step.
+
+    Returns:
+        The handle of a leaf, which outlives its step, or of a tensor that had hooks already; otherwise ``None``.
 
     >>> import torch
     >>> seen: list[Tensor] = []
@@ -167,19 +169,17 @@ def register(x: Tensor, hook: GradientHook, leaf_handles: list[RemovableHandle])
     ...     def __call__(self, gradient: Tensor | None) -> None:
     ...         seen.append(gradient)
     >>> x = torch.ones(2, requires_grad=True) * 1
-    >>> register(x, Note(None, ("relu", ""), None), [])
+    >>> register(x, Note(None, ("relu", ""), None))
     >>> (3 * x).sum().backward()
     >>> seen
     [tensor([3., 3.])]
     """
     node = x.grad_fn  # before anything else
-    if node is None:
-        leaf_handles.append(x.register_hook(hook))
-        return
-    if x._backward_hooks is not None:
-        x.register_hook(hook)
-        return
+    if node is None or x._backward_hooks is not None:
+        handle: RemovableHandle = x.register_hook(hook)
+        return handle
     hooks: OrderedDict[Any, Any] = OrderedDict()
     x._backward_hooks = hooks
     node._register_hook_dict(x)
     hooks[hook] = hook  # handles use numbers as keys, so this key is free
+    return None

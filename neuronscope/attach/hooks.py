@@ -434,7 +434,7 @@ class HookManager:
             if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
-        if path == "" and not is_tracing():
+        if path == "" and caller is not None:
             if self.note_weights is not None:
                 self.note_weights()
             if not self.recorder.forward.ran_root:

@@ -118,8 +118,8 @@ class _Outcome(NamedTuple):
     rows: bool = False
 
 
-#: A tensor among the arguments of a call: its place, its class, what it is, its shape, and its type; ``None`` of a layer.
-_Given = tuple[int, type, Origin, torch.Size, torch.dtype | None]
+#: A tensor among the arguments of a call: its place, what it is, and its class, shape and type.
+_Given = tuple[int, Origin, tuple[type, torch.Size, torch.dtype]]
 
 
 class _KnownCall:
@@ -130,24 +130,27 @@ class _KnownCall:
 
     Attributes:
         outcome: What it led to.
+        effect: The layer, its number among the calls of layers, what it depends on, and its first output, of this.
         next: The call that came after it, the last time.
         function: Its function; ``None`` as long as it cannot be compared. The following are what it was called with:
         given: The tensors that are not told by their identity.
-        ids: The identities of the other arguments, 0 in the places of those tensors, and the names of the keyword
-            arguments.
+        ids: The identities of all arguments, 0 in the places of those tensors.
+        names: The names of the keyword arguments, which come last.
         held: All arguments: a setting, so that it keeps its identity; a reference to a stored tensor; or ``None``.
         gives: The shape of its output.
         changes: How often stored tensors had ended or been overwritten before.
     """
 
-    __slots__ = ("changes", "function", "given", "gives", "held", "ids", "next", "outcome")
+    __slots__ = ("changes", "effect", "function", "given", "gives", "held", "ids", "names", "next", "outcome")
 
     def __init__(self, outcome: _Outcome) -> None:
         self.outcome = outcome
+        self.effect = outcome.layer, outcome.call, outcome.reads, outcome.origins[0]
         self.next: _KnownCall | None = None
         self.function: Any = None
         self.given: tuple[_Given, ...] = ()
-        self.ids: list[Any] = []
+        self.ids: list[int] = []
+        self.names: tuple[str, ...] = ()
         self.held: tuple[Any, ...] = ()
         self.gives = torch.Size()
         self.changes = 0
@@ -170,7 +173,7 @@ class NeuronFlow:
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
         self._calls: dict[tuple[Any, ...], _KnownCall] = {}  # by the facts that their outcomes follow from
-        self._begin = self._last = _KnownCall(_Outcome(()))  # stands for the begin of a forward; the last call
+        self._begin = self._last = _KnownCall(_Outcome((_UNKNOWN,)))  # stands for the begin of a forward; the last call
         self._changes = 0  # how often a stored tensor has ended or been overwritten
         self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
         self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
@@ -198,14 +201,16 @@ class NeuronFlow:
 
     def clear(self) -> None:
         """Forget everything about tensors, because a forward begins or a step is over."""
+        self._last = self._begin
+        if not (self._origins.entries or self.layers or self._variables):
+            return
         self._close_calls()
-        self._origins.clear()
-        self._weighed.clear()
+        self._origins.entries.clear()
+        self._weighed.entries.clear()
         self._rows.clear()
         self._variables.clear()
         self.layers.clear()
         self.read = 0
-        self._last = self._begin
 
     def _close_calls(self) -> None:
         if not self.layers or self._closed == (self.read, self.layers):
@@ -391,12 +396,14 @@ class NeuronFlow:
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in nested_tensors(values):
-            if self._origins.get(tensor) is None and self._names.of(tensor) is None:
-                if self.layers and traced_modules() is None:
-                    with unwatched():  # a part of the model may be called with what another one gave
-                        self._origin_by_autograd(tensor, _UNKNOWN)
-                if self._origins.get(tensor) is None:
-                    self._origins.put(tensor, _RAW)
+            if self._origins.get(tensor) is not None or self._names.of(tensor) is not None:
+                continue
+            if self.layers and traced_modules() is None:
+                with unwatched():  # a part of the model may be called with what another one gave
+                    self._origin_by_autograd(tensor, _UNKNOWN)
+                if self._origins.get(tensor) is not None:
+                    continue
+            self._origins.put(tensor, _RAW)
 
     def repeats(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
         """Follow a call if it is the one that came next the last time: quicker than :meth:`follow`.
@@ -412,38 +419,41 @@ class NeuronFlow:
         Returns:
             Whether it is; otherwise nothing is noted.
         """
-        known, weights = self._last.next, self._weights.entries
-        if id(result) in weights:
-            return bool(args) and result is args[0] and self._stays_stored(args)
+        known = self._last.next
         if known is None or known.function is not function or result.shape != known.gives:
+            return len(args) == 2 and result is args[0] and self._stays_stored(args)
+        if kwargs:
+            values: tuple[Any, ...] = (*args, *kwargs.values())
+            names = tuple(kwargs)
+        else:
+            values, names = args, ()
+        if len(values) != len(known.held) or names != known.names:
             return False
-        values = (*args, *kwargs.values()) if kwargs else args
-        ids: list[Any] = [*map(id, values), *kwargs] if kwargs else list(map(id, values))
-        if len(values) != len(known.held):
-            return False
-        origins = self._origins.entries
-        for place, kind, origin, shape, dtype in known.given:
-            tensor, entry = values[place], origins.get(ids[place]) or weights.get(ids[place])
-            if (
-                entry is None
-                or entry[1] is not origin
-                or entry[0]() is not tensor
-                or type(tensor) is not kind
-                or tensor.shape != shape
-                or (dtype is not None and tensor.dtype is not dtype)
-            ):
+        origins, weights, ids = self._origins.entries, self._weights.entries, list(map(id, values))
+        for place, origin, facts in known.given:
+            tensor = values[place]
+            entry = origins.get(ids[place]) or weights.get(ids[place])
+            if entry is None or entry[1] is not origin or entry[0]() is not tensor:
+                return False
+            if (type(tensor), tensor.shape, tensor.dtype) != facts:
                 return False
             ids[place] = 0
         if ids != known.ids and not _are_equal(ids, values, known):
             return False
-        outcome = known.outcome
-        if outcome.layer is not None:
-            if outcome.call != len(self.layers) or known.changes != self._changes:
+        overwritten = None
+        if result is values[0]:
+            if id(result) in weights:
                 return False
-            self.layers.append(outcome.layer)
-            self.read |= outcome.reads
-        self.overwritten = origins[id(result)][1] if args and result is args[0] else None
-        origins[id(result)] = (weakref.ref(result), outcome.origins[0])
+            overwritten = origins[id(result)][1]
+        layer, call, reads, origin = known.effect
+        if layer is not None:
+            layers = self.layers
+            if call != len(layers) or known.changes != self._changes:
+                return False
+            layers.append(layer)
+            self.read |= reads
+        self.overwritten = overwritten
+        origins[id(result)] = (weakref.ref(result), origin)
         self._last = known
         return True
 
@@ -643,11 +653,14 @@ class NeuronFlow:
         is_layer = known.outcome.layer is not None
         if (known.function is not None and not is_layer) or type(output) is not Tensor or self._is_stored(output):
             return
+        if "out" in kwargs or not args:
+            return
         origins, weights = self._origins.entries, self._weights.entries
         given: list[_Given] = []
         held: list[Any] = []
-        ids = [*map(id, args), *map(id, kwargs.values()), *kwargs]
-        for place, value in enumerate((*args, *kwargs.values())):
+        values = (*args, *kwargs.values())
+        ids = list(map(id, values))
+        for place, value in enumerate(values):
             kind = type(value)
             if kind is Tensor or kind is nn.Parameter:
                 entry = origins.get(id(value)) or weights.get(id(value))
@@ -657,14 +670,14 @@ class NeuronFlow:
                     held.append(weakref.ref(value, self._note_change))
                     continue
                 held.append(None)
-                given.append((place, kind, entry[1], value.shape, None if is_layer else value.dtype))
+                given.append((place, entry[1], (kind, value.shape, value.dtype)))
                 ids[place] = 0
             elif _SETTINGS.issuperset(map(type, value if kind is tuple else (value,))):
                 held.append(value)
             else:
                 return
         known.function, known.given, known.ids, known.held = function, tuple(given), ids, tuple(held)
-        known.gives, known.changes = output.shape, self._changes
+        known.names, known.gives, known.changes = tuple(kwargs), output.shape, self._changes
 
     def _note_overwritten(self, tensor: Tensor) -> None:
         """Note that a tensor is overwritten, which may be a stored one."""
@@ -960,17 +973,15 @@ class NeuronFlow:
         )
 
 
-def _are_equal(ids: list[Any], values: tuple[Any, ...], known: _KnownCall) -> bool:
-    """Whether the arguments of two calls that are not the same are equal numbers and texts.
+def _are_equal(ids: list[int], values: tuple[Any, ...], known: _KnownCall) -> bool:
+    """Whether the settings of two calls are equal numbers and texts, where they are not the same objects.
 
     Args:
         ids: The identities of the arguments of one; see :class:`_KnownCall`.
         values: Its arguments.
         known: The other call.
     """
-    if ids[len(values) :] != known.ids[len(values) :]:  # the names of keyword arguments
-        return False
-    for own, other, value, held in zip(ids, known.ids, values, known.held, strict=False):
+    for own, other, value, held in zip(ids, known.ids, values, known.held, strict=True):
         if own != other and not (type(value) is type(held) and type(value) in _PLAIN and value == held):
             return False
     return True

@@ -273,7 +273,7 @@ class SiteRecorder:
             hook = hook.with_owners(call.owners)
         elif mask is not None:
             hook = hook.with_mask(mask)
-        register(x, hook, self._leaf_handles)
+        self._hook(x, hook)
 
     def _begin_in_graph(  # `comptime` reads its arguments and variables
         self,
@@ -621,13 +621,17 @@ class SiteRecorder:
             call = recomputation.forward_call(place, number)
             return (None, NeuronLayout(0), None) if call is None else (call.counters, call.layout, call.owners)
 
-        hook = RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site)
-        register(x, hook, self._leaf_handles)
+        self._hook(x, RecomputedGradient(self, (place_of(path, function), activation), glu_dim, site))
 
     def _is_registered(self, x: Tensor, place: tuple[str, str]) -> bool:
         """Whether the tensor has a hook of this site: non-reentrant checkpointing runs the site on it again."""
         hooks = (x._backward_hooks or {}).values()
         return any(isinstance(hook, GradientHook) and (hook.recorder, hook.place) == (self, place) for hook in hooks)
+
+    def _hook(self, x: Tensor, hook: GradientHook) -> None:
+        handle = register(x, hook)
+        if handle is not None and x.is_leaf:
+            self._leaf_handles.append(handle)
 
     def gradient(
         self,

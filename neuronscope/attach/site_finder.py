@@ -260,9 +260,9 @@ class SiteFinder:
             glu_dim: A dimension, or ``None``.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
-        origin = self._forward.flow.origin(x)
-        ordinal = self._forward.ordinal(origin, activation.name) if origin.units is not None else 0
-        facts = None
+        forward, facts = self._forward, None
+        origin = forward.flow.origin(x)
+        ordinal = forward.ordinal(origin, activation.name) if origin.units is not None else 0
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
             without = not x.is_cpu and holds_no_data(x)
@@ -277,7 +277,7 @@ class SiteFinder:
             self.unmeasured.note_ran(path, phase)
         call = self._find_anew(phase, applied, x, origin, is_module=not function, traced=traced)
         known = None if call is None or not call.info.units else call.key
-        self._forward.flow.note_activation(origin, known, activation.name)
+        forward.flow.note_activation(origin, known, activation.name)
         if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()
