@@ -439,14 +439,14 @@ class Scope:
         """
         here = threading.get_ident()
         self._pauses[here] += 1
-        self._observe()
+        self._observe_if_due()
         try:
             yield self
         finally:
             self._pauses[here] -= 1
             if not self._pauses[here]:
                 del self._pauses[here]
-            self._observe()
+            self._observe_if_due()
 
     def open_step(self, *, in_forward: bool = False, inputs: tuple[Any, ...] = ()) -> None:
         """Start to watch functional activations that a training step calls outside any module's forward.
@@ -578,6 +578,11 @@ class Scope:
             if not self.detached:
                 self._decided = self._step, self._is_due()
                 self._hooks.change()
+
+    def _observe_if_due(self) -> None:
+        """Decide it again, unless nothing is observed now and before a later step, paused or not."""
+        if self._phases or self._step >= self._quiet_until:
+            self._observe()
 
     def _apply(self) -> None:
         """Set the phase and the step of the counted thread, and whether they are observed."""

@@ -321,6 +321,9 @@ class HookManager:
         """Note that the training step is over."""
         if self.thread.elsewhere() is not None:
             return
+        if not (self._step_open or self.observing or self.failure):  # most often: no step was open
+            self.recorder.forward.end_step()
+            return
         self._step_open = False
         self._set_explicit_step(False)
         self.recorder.forward.step_is_forward = False

@@ -373,12 +373,9 @@ class SiteRecorder:
         given = y
         if type(y) is not Tensor:
             y = _first_output(y)
-        counters = call.counters
         if call.shape is not None and type(y) is Tensor and y.shape == call.shape:
-            if type(counters) is SiteCounters:  # as most are: without another call
-                self._count_site(counters, y, call.layout)
-            elif counters is not None:
-                self._count(counters, y, call.layout, call.owners)
+            if call.counters is not None:
+                self._count(call.counters, y, call.layout, call.owners)
             self.forward.flow.put(y, call.after)
             return
         if not isinstance(y, Tensor) or y.dim() <= call.layout.axis:
