@@ -84,7 +84,7 @@ class ExampleCounter:
             return self._ask(option, args, kwargs)
         with unwatched():
             if option == "auto" and not kwargs and len(args) == 1 and self._is_batch(module, args[0]):
-                return int(args[0].shape[0])
+                return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
     def count_step(self, inputs: tuple[Any, ...]) -> int | None:

@@ -419,8 +419,8 @@ class NeuronFlow:
         Returns:
             Whether it is; otherwise nothing is noted.
         """
-        known = self._last.next
-        if known is None or known.function is not function or result.shape != known.gives:
+        known, overwritten = self._last.next, None
+        if known is None or known.function is not function:
             return len(args) == 2 and result is args[0] and self._stays_stored(args)
         if kwargs:
             values: tuple[Any, ...] = (*args, *kwargs.values())
@@ -430,17 +430,19 @@ class NeuronFlow:
         if len(values) != len(known.held) or names != known.names:
             return False
         origins, weights, ids = self._origins.entries, self._weights.entries, list(map(id, values))
-        for place, origin, facts in known.given:
-            tensor = values[place]
-            entry = origins.get(ids[place]) or weights.get(ids[place])
-            if entry is None or entry[1] is not origin or entry[0]() is not tensor:
+        try:
+            for place, origin, facts in known.given:
+                tensor = values[place]
+                entry = origins.get(ids[place]) or weights.get(ids[place])
+                if entry is None or entry[1] is not origin or entry[0]() is not tensor:
+                    return False
+                if (type(tensor), tensor.shape, tensor.dtype) != facts:
+                    return False
+                ids[place] = 0
+            if result.shape != known.gives or (ids != known.ids and not _are_equal(ids, values, known)):
                 return False
-            if (type(tensor), tensor.shape, tensor.dtype) != facts:
-                return False
-            ids[place] = 0
-        if ids != known.ids and not _are_equal(ids, values, known):
+        except RuntimeError:  # strided nested tensors have no shape
             return False
-        overwritten = None
         if result is values[0]:
             if id(result) in weights:
                 return False
