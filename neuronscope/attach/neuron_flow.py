@@ -431,14 +431,14 @@ class NeuronFlow:
             return False
         origins, weights, ids = self._origins.entries, self._weights.entries, list(map(id, values))
         try:
-            for place, origin, facts in known.given:
-                tensor = values[place]
-                entry = origins.get(ids[place]) or weights.get(ids[place])
+            for number, origin, facts in known.given:
+                tensor = values[number]
+                entry = origins.get(ids[number]) or weights.get(ids[number])
                 if entry is None or entry[1] is not origin or entry[0]() is not tensor:
                     return False
                 if (type(tensor), tensor.shape, tensor.dtype) != facts:
                     return False
-                ids[place] = 0
+                ids[number] = 0
             if result.shape != known.gives or (ids != known.ids and not _are_equal(ids, values, known)):
                 return False
         except RuntimeError:  # strided nested tensors have no shape
@@ -662,7 +662,7 @@ class NeuronFlow:
         held: list[Any] = []
         values = (*args, *kwargs.values())
         ids = list(map(id, values))
-        for place, value in enumerate(values):
+        for number, value in enumerate(values):
             kind = type(value)
             if kind is Tensor or kind is nn.Parameter:
                 entry = origins.get(id(value)) or weights.get(id(value))
@@ -672,8 +672,8 @@ class NeuronFlow:
                     held.append(weakref.ref(value, self._note_change))
                     continue
                 held.append(None)
-                given.append((place, entry[1], (kind, value.shape, value.dtype)))
-                ids[place] = 0
+                given.append((number, entry[1], (kind, value.shape, value.dtype)))
+                ids[number] = 0
             elif _SETTINGS.issuperset(map(type, value if kind is tuple else (value,))):
                 held.append(value)
             else:

@@ -370,7 +370,7 @@ STEADY: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
-@pytest.mark.parametrize("build, shape, followed", STEADY.values(), ids=STEADY)
+@pytest.mark.parametrize(("build", "shape", "followed"), STEADY.values(), ids=STEADY)
 def test_no_call_of_a_forward_that_repeats_is_looked_up(
     build: Callable[[], nn.Module], shape: tuple[int, ...], followed: int, monkeypatch: pytest.MonkeyPatch
 ):
