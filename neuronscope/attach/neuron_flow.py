@@ -433,7 +433,7 @@ class NeuronFlow:
         try:
             for number, origin, facts in known.given:
                 tensor = values[number]
-                entry = origins.get(ids[number]) or weights.get(ids[number])
+                entry: Any = origins.get(ids[number]) or weights.get(ids[number])
                 if entry is None or entry[1] is not origin or entry[0]() is not tensor:
                     return False
                 if (type(tensor), tensor.shape, tensor.dtype) != facts:
@@ -665,7 +665,7 @@ class NeuronFlow:
         for number, value in enumerate(values):
             kind = type(value)
             if kind is Tensor or kind is nn.Parameter:
-                entry = origins.get(id(value)) or weights.get(id(value))
+                entry: Any = origins.get(id(value)) or weights.get(id(value))
                 if entry is None or entry[0]() is not value or value.is_nested:
                     return
                 if is_layer and self._is_stored(value):

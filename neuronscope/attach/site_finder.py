@@ -270,8 +270,9 @@ class SiteFinder:
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
                 units = origin.units
-                of_experts = found is not None and units is not None and units.experts is not None
-                return self.with_owners(found, units) if of_experts else found
+                if found is None or units is None or units.experts is None:
+                    return found
+                return self.with_owners(found, units)
         applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
         if not function:
             self.unmeasured.note_ran(path, phase)
