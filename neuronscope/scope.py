@@ -243,10 +243,10 @@ class Scope:
         """
         try:
             with self._threads.pause():
-                self._observe()
+                self._observe_if_due()
                 yield self
         finally:
-            self._observe()
+            self._observe_if_due()
 
     def count(
         self, name: str, activations: Tensor, pre: Tensor | None = None, *, axis: int = -1, kind: str = "sparse"
@@ -575,6 +575,11 @@ class Scope:
             if not self.detached:
                 self._decided = self._step, self._step >= self._phases.next_observed(self.every_n_steps)
                 self._hooks.change()
+
+    def _observe_if_due(self) -> None:
+        """Decide it again, unless nothing is observed now and before a later step, paused or not."""
+        if self._threads.running or self._step >= self._quiet_until:
+            self._observe()
 
     def _apply(self) -> None:
         """Set the phase and the step of the counted thread, and whether they are observed."""

@@ -62,6 +62,7 @@ class ExampleCounter:
         self._rows = 0  # of the forward that runs
         self._tokens = (0, 0, 0)  # of the last forward: its module, rows and length
         self._warned = False
+        self._takes_batch: dict[type, bool] = {}  # of classes of modules: whether their first argument is no cache
 
     def count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
         """Return the number of examples that a forward adds. Call it once when an outermost forward begins.
@@ -83,7 +84,7 @@ class ExampleCounter:
             return self._ask(option, args, kwargs)
         with unwatched():
             if option == "auto" and not kwargs and len(args) == 1 and self._is_batch(module, args[0]):
-                return _size(args[0], 0)
+                return int(args[0].size(0))
             return self._count(option, module, self._arguments.named(module, args, kwargs))
 
     def count_step(self, inputs: tuple[Any, ...]) -> int | None:
@@ -104,7 +105,10 @@ class ExampleCounter:
         if not (x.is_floating_point() or torch.is_grad_enabled()):  # tokens: see `_appends`
             return False
         self._tokens = (0, 0, 0)
-        return CACHE_NAMES.isdisjoint(self._arguments.names(module)[:1])
+        kind = type(module)
+        if kind not in self._takes_batch:
+            self._takes_batch[kind] = CACHE_NAMES.isdisjoint(self._arguments.names(module)[:1])
+        return self._takes_batch[kind]
 
     def _count(self, option: int | str, module: nn.Module, named: Mapping[str, Any]) -> int | None:
         if continues_earlier(named):

@@ -126,25 +126,26 @@ class ForwardContext:
         """
         outermost = not self.module_stack
         if outermost:
-            self.recomputing = in_backward()
+            traced = is_tracing()
+            self.recomputing = not traced and in_backward()
             self.exporting = not has_real_tensors()
             self._graded = torch.is_grad_enabled()
             if path == "":
                 self.ran_root = True
             elif not self.explicit_step:
                 self.ran_parts = True
-            self._inference = self._begins_inference()
-            if self.exporting and not is_tracing():  # torch.jit.trace would record what we ask of tensors
+            self._inference = not self._graded and self._begins_inference()
+            if self.exporting and not traced:  # torch.jit.trace would record what we ask of tensors
                 self.module_stack.append(path)
                 return True
             if not self._graded and not self.recomputing and not self.training:
                 self.recomputation.clear()  # no backward pass will come
-            if is_tracing():
+            if traced:
                 comptime(self._begin_while_tracing)
             elif not self.recomputing:
                 self._begin(path, args, kwargs)
             self.mask = self._masks.find(module, args, kwargs)
-            if self._step is not None and not self._inference and not is_tracing():
+            if self._step is not None and not self._inference and not traced:
                 self._take_step(self._step)
             else:
                 self.examples = self._counter.count(module, args, kwargs) or 0

@@ -95,34 +95,39 @@ class ActivationFunctionMode(TorchFunctionMode):
             kwargs = {}
         if is_tracing():
             return self._trace(func, args, kwargs)
-        manager = self.manager
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
+        manager, known = self.manager, func in self._functions
+        recorder = manager.recorder
         before, self.handling = self.handling, True
         try:
-            if func in _QUESTIONS:
-                return func(*args, **kwargs)
-            recorder = manager.recorder
             if recorder.compiled and in_compiled_graph():
                 return func(*args, **kwargs)
-            if not manager.callers.runs(id(func)) and not manager.runs(sys._getframe(1)):
-                return self._pass_on(func, args, kwargs)
-            if manager.running or not manager.observing:
-                return func(*args, **kwargs)
-            activation = manager.registry.of_call(func, args, kwargs) if func in self._functions else None
-            call = None if activation is None else self._begin(activation, args, kwargs, traced=False)
+            call = None
+            if known or manager.running or not manager.observing:
+                if not self._is_inside(func):
+                    return self._pass_on(func, args, kwargs)
+                if manager.running or not manager.observing:
+                    return func(*args, **kwargs)
+                activation = manager.registry.of_call(func, args, kwargs)
+                call = None if activation is None else self._begin(activation, args, kwargs, traced=False)
             output = func(*args, **kwargs)
-            kind = type(output)
-            tensors = kind is Tensor or (isinstance(output, (Tensor, tuple, list)) and kind is not torch.Size)
-            if manager.observing and (tensors or call is not None or func in _WITHOUT_RESULT):  # it has not failed
-                flow = recorder.forward.flow
+            if manager.observing:  # it has not failed
                 try:
-                    steady = call is None and kind is Tensor and not _count_function_modes()
-                    if steady and flow.repeats(func, args, kwargs, output):
+                    plain = type(output) is Tensor and call is None and not _count_function_modes()
+                    followed = plain and recorder.forward.flow.repeats(func, args, kwargs, output)
+                    if followed and func not in SELECTING:
+                        return output  # nothing was counted, so that an interrupt does not matter
+                    if not (known or self._is_inside(func)):
+                        manager.entered.take_off_next()
                         return output
-                    with unwatched(False):
-                        if call is not None:
+                    if call is not None:
+                        with unwatched(False):
                             recorder.end(call, first_input(args, kwargs), output)
-                        else:
-                            flow.follow(func, args, kwargs, output)
+                    elif followed or isinstance(output, (Tensor, tuple, list)) or func in _WITHOUT_RESULT:
+                        with unwatched(False):
+                            if not followed:
+                                recorder.forward.flow.follow(func, args, kwargs, output)
                             if func in SELECTING and manager.functional:
                                 recorder.select(func, args, kwargs, output)
                 except Exception as error:
@@ -130,6 +135,11 @@ class ActivationFunctionMode(TorchFunctionMode):
             return output
         finally:
             self.handling = before
+
+    def _is_inside(self, func: Callable[..., Any]) -> bool:
+        """Whether a watched module or step runs around the call of a function, and no interrupt has ended it."""
+        manager = self.manager
+        return manager.callers.runs(id(func)) or manager.runs(sys._getframe(2))
 
     def _pass_on(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of other code, which runs because an interrupt ended the watched forward."""

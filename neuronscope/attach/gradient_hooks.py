@@ -76,16 +76,17 @@ class GradientHook(InertHook):
         self.place = place
         self.glu_dim = glu_dim
         self.mask: Tensor | None = None
+        self.site: CountedSite | None = None  # if it is known
 
-    def site(self) -> CountedSite:
-        """Return the counters of the site, where the neurons lie, and which experts the rows are of."""
+    def find_site(self) -> CountedSite:
+        """Return the site if it was not known when the hook was made."""
         raise NotImplementedError
 
     def __call__(self, gradient: Tensor | None) -> None:
         """Count the gradient; it is ``None`` if only another part of a split tensor was used."""
         if gradient is None:
             return
-        counters, layout, owners = self.site()
+        counters, layout, owners = self.site or self.find_site()
         if counters is not None and counters.open:
             try:
                 with unwatched():
@@ -106,8 +107,8 @@ class CountedGradient(GradientHook):
         layout: NeuronLayout,
     ) -> None:
         super().__init__(recorder, place, glu_dim)
-        self.counters = counters
-        self._site: CountedSite = (counters, layout, None)
+        self.counters, self.layout = counters, layout
+        self.site = counters, layout, None
 
     def with_mask(self, mask: Tensor) -> CountedGradient:
         """Return a hook for a call of a forward that was given a mask.
@@ -115,7 +116,7 @@ class CountedGradient(GradientHook):
         Args:
             mask: Which positions are counted, bool ``(B, T)``.
         """
-        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self._site[1])
+        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self.layout)
         hook.mask = mask
         return hook
 
@@ -125,13 +126,9 @@ class CountedGradient(GradientHook):
         Args:
             owners: Which expert each row is of.
         """
-        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self._site[1])
-        hook._site = (*self._site[:2], owners)
+        hook = CountedGradient(self.recorder, self.place, self.glu_dim, self.counters, self.layout)
+        hook.site = self.counters, self.layout, owners
         return hook
-
-    def site(self) -> CountedSite:
-        """Return what was known when the call was made."""
-        return self._site
 
 
 class RecomputedGradient(GradientHook):
@@ -147,7 +144,7 @@ class RecomputedGradient(GradientHook):
         super().__init__(recorder, place, glu_dim)
         self._find = site
 
-    def site(self) -> CountedSite:
+    def find_site(self) -> CountedSite:
         """Return what is known now."""
         return self._find()
 

@@ -321,6 +321,9 @@ class HookManager:
         """Note that the training step is over."""
         if self.thread.elsewhere() is not None:
             return
+        if not (self._step_open or self.observing or self.failure):  # most often: no step was open
+            self.recorder.forward.end_step()
+            return
         self._step_open = False
         self._set_explicit_step(False)
         self.recorder.forward.step_is_forward = False
@@ -434,7 +437,7 @@ class HookManager:
             if self.thread.in_forward != get_ident() and not self._turns.begin(caller):
                 return  # it ended an interrupted forward, and another thread was quicker
             self.callers.begin(len(module_stack), caller)
-        if path == "" and not is_tracing():
+        if path == "" and caller is not None:
             if self.note_weights is not None:
                 self.note_weights()
             if not self.recorder.forward.ran_root:

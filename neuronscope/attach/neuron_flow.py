@@ -71,7 +71,7 @@ LEAVING = frozenset({Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.item,
 
 _MOST_OUTCOMES = 20_000
 _PLAIN = frozenset({int, float, bool, str})
-_SETTINGS = _PLAIN | {type(None)}
+_SETTINGS = _PLAIN | {type(None), torch.dtype, torch.device}
 _MIXING_NORMS = spellings("layer_norm", "group_norm", "instance_norm", "rms_norm")
 _NORMS = _MIXING_NORMS | spellings("batch_norm")
 _MIXING = _MIXING_NORMS | spellings("normalize", "renorm", "local_response_norm", in_place=True)
@@ -118,35 +118,42 @@ class _Outcome(NamedTuple):
     rows: bool = False
 
 
-class _SteadyCall:
-    """A call of a layer that is likely to come again as it was, and what it led to.
+#: A tensor among the arguments of a call: its place, what it is, and its class, shape and type.
+_Given = tuple[int, Origin, tuple[type, torch.Size, torch.dtype]]
+
+
+class _KnownCall:
+    """A call that was followed, what it led to, and which call came after it.
+
+    The next call is compared with that one first. The comparison is of all facts that the outcome follows from, and it
+    needs no key: see :meth:`NeuronFlow.repeats`.
 
     Attributes:
-        function: The layer's function.
-        given: What its input was.
-        shape: The shape of its input.
+        outcome: What it led to.
+        effect: The layer, its number among the calls of layers, what it depends on, and its first output, of this.
+        next: The call that came after it, the last time.
+        function: Its function; ``None`` as long as it cannot be compared. The following are what it was called with:
+        given: The tensors that are not told by their identity.
+        ids: The identities of all arguments, 0 in the places of those tensors.
+        names: The names of the keyword arguments, which come last.
+        held: All arguments: a setting, so that it keeps its identity; a reference to a stored tensor; or ``None``.
         gives: The shape of its output.
-        others: The identities of all arguments but the first, and the names of the keyword arguments.
-        held: The settings, which keep their identity so, and references to the tensors.
-        layer: The layer.
-        reads: The calls of layers that it depends on, as bits.
-        origin: What its output is.
+        changes: How often stored tensors had ended or been overwritten before.
     """
 
-    __slots__ = ("function", "given", "gives", "held", "layer", "origin", "others", "reads", "shape")
+    __slots__ = ("changes", "effect", "function", "given", "gives", "held", "ids", "names", "next", "outcome")
 
-    def __init__(
-        self,
-        function: Any,
-        given: Origin,
-        shape: torch.Size,
-        gives: torch.Size,
-        others: list[Any],
-        held: tuple[Any, ...],
-        outcome: _Outcome,
-    ) -> None:
-        self.function, self.given, self.shape, self.gives, self.others = function, given, shape, gives, others
-        self.held, self.layer, self.reads, self.origin = held, outcome.layer or "", outcome.reads, outcome.origins[0]
+    def __init__(self, outcome: _Outcome) -> None:
+        self.outcome = outcome
+        self.effect = outcome.layer, outcome.call, outcome.reads, outcome.origins[0]
+        self.next: _KnownCall | None = None
+        self.function: Any = None
+        self.given: tuple[_Given, ...] = ()
+        self.ids: list[int] = []
+        self.names: tuple[str, ...] = ()
+        self.held: tuple[Any, ...] = ()
+        self.gives = torch.Size()
+        self.changes = 0
 
 
 class NeuronFlow:
@@ -165,9 +172,10 @@ class NeuronFlow:
         self._origins: TensorMap[Origin] = TensorMap()
         self._hidden: TensorMap[Origin] | None = None
         self._weights: TensorMap[Origin] = TensorMap()
-        self._outcomes: dict[tuple[Any, ...], _Outcome] = {}  # by the facts that they follow from
+        self._calls: dict[tuple[Any, ...], _KnownCall] = {}  # by the facts that their outcomes follow from
+        self._begin = self._last = _KnownCall(_Outcome((_UNKNOWN,)))  # stands for the begin of a forward; the last call
+        self._changes = 0  # how often a stored tensor has ended or been overwritten
         self._sides: dict[str, int] = {}  # of weights; see `Operation`
-        self._steady: dict[tuple[int, int], _SteadyCall] = {}  # see `_note_steady`
         self._weighed: TensorMap[Weighed] = TensorMap()  # of weights that data picked
         self._rows: dict[tuple[int, ...], RowOwners] = {}  # of the calls of layers of experts, and of joined ones
         self._variables: dict[tuple[Any, str], tuple[Origin, tuple[int, ...]]] = {}  # see `note_variables`
@@ -194,9 +202,12 @@ class NeuronFlow:
 
     def clear(self) -> None:
         """Forget everything about tensors, because a forward begins or a step is over."""
+        self._last = self._begin
+        if not (self._origins.entries or self.layers or self._variables):
+            return
         self._close_calls()
-        self._origins.clear()
-        self._weighed.clear()
+        self._origins.entries.clear()
+        self._weighed.entries.clear()
         self._rows.clear()
         self._variables.clear()
         self.layers.clear()
@@ -380,57 +391,73 @@ class NeuronFlow:
             origin: What it is.
         """
         if id(tensor) in self._weights.entries:
-            self._forget_steady(tensor)
+            self._note_overwritten(tensor)
         self._origins.put(tensor, origin)
 
     def note_inputs(self, values: Any) -> None:
         """Note that all tensors in nested tuples, lists and mappings are inputs, unless they are known."""
         for tensor in nested_tensors(values):
-            if self._origins.get(tensor) is None and self._names.of(tensor) is None:
-                if self.layers and traced_modules() is None:
-                    with unwatched():  # a part of the model may be called with what another one gave
-                        self._origin_by_autograd(tensor, _UNKNOWN)
-                if self._origins.get(tensor) is None:
-                    self._origins.put(tensor, _RAW)
+            if self._origins.get(tensor) is not None or self._names.of(tensor) is not None:
+                continue
+            if self.layers and traced_modules() is None:
+                with unwatched():  # a part of the model may be called with what another one gave
+                    self._origin_by_autograd(tensor, _UNKNOWN)
+                if self._origins.get(tensor) is not None:
+                    continue
+            self._origins.put(tensor, _RAW)
 
-    def repeats(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> bool:
-        """Note what the result of a layer is, if the layer was called so before: quicker than :meth:`follow`.
+    def repeats(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
+        """Follow a call if it is the one that came next the last time: quicker than :meth:`follow`.
 
-        It calls no torch function. The arguments are those of :meth:`follow`.
+        It calls no torch function.
 
         Args:
             function: The function.
             args: The positional arguments of the call.
             kwargs: The keyword arguments of the call.
-            result: What the function returned.
+            result: What the function returned, a plain tensor.
 
         Returns:
-            Whether it was; otherwise nothing is noted.
+            Whether it is; otherwise nothing is noted.
         """
-        if len(args) < 2:
-            return False
-        x = args[0]
-        if result is x:
-            return self._stays_stored(args)
-        known = self._steady.get((id(args[1]), len(self.layers)))
+        known, overwritten = self._last.next, None
         if known is None or known.function is not function:
+            return len(args) == 2 and result is args[0] and self._stays_stored(args)
+        if kwargs:
+            values: tuple[Any, ...] = (*args, *kwargs.values())
+            names = tuple(kwargs)
+        else:
+            values, names = args, ()
+        if len(values) != len(known.held) or names != known.names:
             return False
-        entry = self._origins.entries.get(id(x))
-        if (
-            entry is None
-            or entry[1] is not known.given
-            or entry[0]() is not x
-            or type(x) is not Tensor
-            or x.is_nested
-            or x.shape != known.shape
-            or result.shape != known.gives
-            or known.others != (_identities(args, kwargs) if kwargs else list(map(id, args[1:])))
-        ):
+        origins, weights, ids = self._origins.entries, self._weights.entries, list(map(id, values))
+        try:
+            for number, origin, facts in known.given:
+                tensor = values[number]
+                entry: Any = origins.get(ids[number]) or weights.get(ids[number])
+                if entry is None or entry[1] is not origin or entry[0]() is not tensor:
+                    return False
+                if (type(tensor), tensor.shape, tensor.dtype) != facts:
+                    return False
+                ids[number] = 0
+            if result.shape != known.gives or (ids != known.ids and not _are_equal(ids, values, known)):
+                return False
+        except RuntimeError:  # strided nested tensors have no shape
             return False
-        self.overwritten = None
-        self.layers.append(known.layer)
-        self.read |= known.reads
-        self._origins.put(result, known.origin)
+        if result is values[0]:
+            if id(result) in weights:
+                return False
+            overwritten = origins[id(result)][1]
+        layer, call, reads, origin = known.effect
+        if layer is not None:
+            layers = self.layers
+            if call != len(layers) or known.changes != self._changes:
+                return False
+            layers.append(layer)
+            self.read |= reads
+        self.overwritten = overwritten
+        origins[id(result)] = (weakref.ref(result), origin)
+        self._last = known
         return True
 
     def follow(
@@ -460,12 +487,14 @@ class NeuronFlow:
                 self._note_left(args[0], function.__name__)
             return
         first = outputs[0]
-        outcome = self._outcome(function, args, kwargs, outputs)
-        if outcome.layer is not None and result is first and not (outcome.nameless or outcome.rows):
-            self._note_steady(function, args, kwargs, first, outcome)
+        known = self._known_call(function, args, kwargs, outputs)
+        self._last.next = known
+        self._last, outcome = known, known.outcome
+        if result is first and not (outcome.nameless or outcome.rows):
+            self._note_arguments(known, function, args, kwargs, first)
         if kwargs or (args and first is args[0]):
             for output in outputs:
-                self._forget_steady(output)
+                self._note_overwritten(output)
         self.overwritten = self._origins.get(first) if args and first is args[0] else None
         if outcome.rows and traced_modules() is None:
             self._note_rows(function, (*args, *kwargs.values()), grouped_offsets(args, kwargs), first, outcome)
@@ -590,64 +619,77 @@ class NeuronFlow:
         for carried in self._origin_in_call(tensor).carries:
             self.reader_notes.setdefault(carried.site, {})[f"read by `{name}`"] = None
 
-    def _outcome(
+    def _known_call(
         self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Tensor, ...]
-    ) -> _Outcome:
-        """Return what a call leads to, found anew unless it is known of an equal call."""
+    ) -> _KnownCall:
+        """Return an equal call that was followed before, or this one with what it leads to."""
         try:
             key = self._key(function, args, kwargs, outputs)
         except RuntimeError:  # strided nested tensors have no shape
             key = (function, *map(self._describe, (*args, *kwargs.items())), *map(plain_shape, outputs))
-        outcome = self._outcomes.get(key)
-        if outcome is None or (outcome.layer is not None and outcome.call != len(self.layers)):
-            outcome = self._find(function, args, kwargs, outputs)
-            self._learn(outcome)
-            if len(self._outcomes) >= _MOST_OUTCOMES:
-                self._outcomes.clear()
-            self._outcomes[key] = outcome
-        return outcome
+        known = self._calls.get(key)
+        if known is None or (known.outcome.layer is not None and known.outcome.call != len(self.layers)):
+            known = _KnownCall(self._find(function, args, kwargs, outputs))
+            self._learn(known.outcome)
+            if len(self._calls) >= _MOST_OUTCOMES:
+                self._calls.clear()
+            self._calls[key] = known
+        return known
 
-    def _note_steady(
-        self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, outcome: _Outcome
+    def _note_arguments(
+        self, known: _KnownCall, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        """Remember what the call of a layer led to by the identity of its weights, which is quick to compare.
+        """Note with what a call was made, so that the next one can be compared with it.
 
-        Only if all its arguments but the first are stored tensors and settings. Settings are kept, so that nothing else
-        gets their identity; when one of the tensors ends, or is overwritten, everything is forgotten.
+        The tensors of a forward are compared by what they are, and by shape and type. The stored tensors of a layer,
+        and settings, are compared by identity, which is quicker (``batch_norm`` has seven). Settings are kept, so that
+        nothing else gets their identity; no identity of a stored tensor counts any more when one of them has ended or
+        been overwritten. Calls with other arguments cannot be compared.
 
         Args:
-            function: The layer's function.
+            known: The call.
+            function: The function.
             args: The positional arguments of the call.
             kwargs: The keyword arguments of the call.
             output: What it returned.
-            outcome: What it led to.
         """
-        x = args[0] if len(args) > 1 else None
-        if type(x) is not Tensor or x.is_nested or type(output) is not Tensor or output is x:
+        is_layer = known.outcome.layer is not None
+        if (known.function is not None and not is_layer) or type(output) is not Tensor or self._is_stored(output):
             return
-        given = self._origins.get(x)
-        if given is None:
+        if "out" in kwargs or not args:
             return
+        origins, weights = self._origins.entries, self._weights.entries
+        given: list[_Given] = []
         held: list[Any] = []
-        for other in (*args[1:], *kwargs.values()):
-            if isinstance(other, Tensor):
-                if not self._is_stored(other):
+        values = (*args, *kwargs.values())
+        ids = list(map(id, values))
+        for number, value in enumerate(values):
+            kind = type(value)
+            if kind is Tensor or kind is nn.Parameter:
+                entry: Any = origins.get(id(value)) or weights.get(id(value))
+                if entry is None or entry[0]() is not value or value.is_nested:
                     return
-                held.append(weakref.ref(other, lambda _: self._steady.clear()))
-            elif not _SETTINGS.issuperset(map(type, other if type(other) is tuple else (other,))):
-                return
+                if is_layer and self._is_stored(value):
+                    held.append(weakref.ref(value, self._note_change))
+                    continue
+                held.append(None)
+                given.append((number, entry[1], (kind, value.shape, value.dtype)))
+                ids[number] = 0
+            elif _SETTINGS.issuperset(map(type, value if kind is tuple else (value,))):
+                held.append(value)
             else:
-                held.append(other)
-        if len(self._steady) >= _MOST_OUTCOMES:
-            self._steady.clear()
-        self._steady[id(args[1]), outcome.call] = _SteadyCall(
-            function, given, x.shape, output.shape, _identities(args, kwargs), tuple(held), outcome
-        )
+                return
+        known.function, known.given, known.ids, known.held = function, tuple(given), ids, tuple(held)
+        known.names, known.gives, known.changes = tuple(kwargs), output.shape, self._changes
 
-    def _forget_steady(self, tensor: Tensor) -> None:
-        """Forget what :meth:`_note_steady` noted if a stored tensor is overwritten."""
+    def _note_overwritten(self, tensor: Tensor) -> None:
+        """Note that a tensor is overwritten, which may be a stored one."""
         if id(tensor) in self._weights.entries:
-            self._steady.clear()
+            self._changes += 1
+
+    def _note_change(self, _: Any) -> None:
+        """Note that a stored tensor has ended."""
+        self._changes += 1
 
     def _stays_stored(self, args: tuple[Any, ...]) -> bool:
         """Return whether a call changed a stored tensor in place by a number, as a counter of batches is.
@@ -858,7 +900,7 @@ class NeuronFlow:
 
     def _set_item(self, args: tuple[Any, ...]) -> None:
         target, index, value = args
-        self._forget_steady(target)
+        self._note_overwritten(target)
         place = self._describe(index)
         if not isinstance(value, Tensor):
             origin = self.origin(target)
@@ -935,9 +977,18 @@ class NeuronFlow:
         )
 
 
-def _identities(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the identities of all arguments of a call but the first, and the names of the keyword arguments."""
-    return [*map(id, args[1:]), *kwargs, *map(id, kwargs.values())]
+def _are_equal(ids: list[int], values: tuple[Any, ...], known: _KnownCall) -> bool:
+    """Whether the settings of two calls are equal numbers and texts, where they are not the same objects.
+
+    Args:
+        ids: The identities of the arguments of one; see :class:`_KnownCall`.
+        values: Its arguments.
+        known: The other call.
+    """
+    for own, other, value, held in zip(ids, known.ids, values, known.held, strict=True):
+        if own != other and not (type(value) is type(held) and type(value) in _PLAIN and value == held):
+            return False
+    return True
 
 
 def _normalised(source: Origin, result: Origin) -> str:

@@ -120,7 +120,7 @@ class SiteRecorder:
         self.sampler: Callable[[SiteCounters, Tensor, NeuronLayout], None] | None = None
         self._tolerance = tolerance
         self._scratch = ScratchBuffers()
-        self._leaf_handles: list[RemovableHandle] = []
+        self._leaf_handles: list[RemovableHandle] = []  # a leaf outlives the step, and its hook must not
         #: Calls in graphs, whether each adds to the examples, and whether its graph is of a part of the model.
         self._traced: list[tuple[Call, bool, bool]] = []
         self._given: set[int] = set()  # those of them whose pre-activation enters the graph
@@ -515,7 +515,9 @@ class SiteRecorder:
         if self.sampler is not None:
             self.sampler(counters, y, layout)
         forward, axis = self.forward, layout.axis
-        plain = y.detach() if type(y) is Tensor else local_tensor(y.detach())
+        plain = y.detach() if y.requires_grad else y
+        if type(y) is not Tensor:
+            plain = local_tensor(plain)
         left_out = None
         if layout.dims is not None or forward.mask is not None:
             plain, axis, left_out = _arranged(plain, layout, forward.mask)
@@ -626,7 +628,7 @@ class SiteRecorder:
     def _hook(self, x: Tensor, hook: GradientHook) -> None:
         handle = register(x, hook)
         if handle is not None and x.is_leaf:
-            self._leaf_handles.append(handle)  # a leaf outlives the step, and its hook must not
+            self._leaf_handles.append(handle)
 
     def gradient(
         self,

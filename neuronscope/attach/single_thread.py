@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CountedThread", "EnteredMode", "Turns", "enclosing_modules"]
 
+# Under names that are quick to find.
+_count_modes = torch._C._len_torch_function_stack
+_pop_mode, _push_mode = torch._C._pop_torch_function_stack, torch._C._push_on_torch_function_stack
+
 #: Functions in which a thread waits for others, by their modules.
 _WAITING = {
     "concurrent.futures.thread": {"_worker"},
@@ -400,28 +404,28 @@ class EnteredMode:
         off whatever is on top. Then the other one is still on the stack, and is taken off instead.
         """
         above: list[Any] = []
-        while torch._C._len_torch_function_stack() and self._mode not in above:
-            above.append(torch._C._pop_torch_function_stack())
+        while _count_modes() and self._mode not in above:
+            above.append(_pop_mode())
         if self._mode in above:
             above.remove(self._mode)
         else:
             del above[:1]
         for mode in reversed(above):
-            torch._C._push_on_torch_function_stack(mode)
+            _push_mode(mode)
 
     def suspend(self) -> None:
         """Leave the mode until :meth:`resume`, if this thread entered it and no other mode after it; in eager mode."""
         here = threading.get_ident()
-        if here in self._threads and torch._C._len_torch_function_stack():
-            last = torch._C._pop_torch_function_stack()
+        if here in self._threads and _count_modes():
+            last = _pop_mode()
             if last is self._mode:
                 self._suspended.append(here)
             else:
-                torch._C._push_on_torch_function_stack(last)
+                _push_mode(last)
 
     def resume(self) -> None:
         """Enter the mode again, if :meth:`suspend` left it; in eager mode."""
         here = threading.get_ident()
         if here in self._suspended:
             self._suspended.remove(here)
-            torch._C._push_on_torch_function_stack(self._mode)
+            _push_mode(self._mode)

@@ -260,22 +260,25 @@ class SiteFinder:
             glu_dim: A dimension, or ``None``.
             traced: Whether ``x`` is the fake tensor of a graph.
         """
-        origin = self._forward.flow.origin(x)
-        ordinal = self._forward.ordinal(origin, activation.name) if origin.units is not None else 0
-        facts = None
+        forward, facts = self._forward, None
+        origin = forward.flow.origin(x)
+        ordinal = forward.ordinal(origin, activation.name) if origin.units is not None else 0
         if type(x) is Tensor and not x.is_nested:  # tensors of other classes are examined each time
             kept = id(activation)  # the registry keeps it
-            without = holds_no_data(x)
+            without = not x.is_cpu and holds_no_data(x)
             facts = (origin, phase, x.shape, kept, ordinal, path, function, glu_dim, x.layout, without)
             found: Call | None = self._calls.get(facts, _UNSEEN)
             if found is not _UNSEEN:
-                return found if found is None or origin.units is None else self.with_owners(found, origin.units)
+                units = origin.units
+                if found is None or units is None or units.experts is None:
+                    return found
+                return self.with_owners(found, units)
         applied = _Applied(activation, glu_dim, place_of(path, function), ordinal)
         if not function:
             self.unmeasured.note_ran(path, phase)
         call = self._find_anew(phase, applied, x, origin, is_module=not function, traced=traced)
         known = None if call is None or not call.info.units else call.key
-        self._forward.flow.note_activation(origin, known, activation.name)
+        forward.flow.note_activation(origin, known, activation.name)
         if facts is not None:
             if len(self._calls) >= _MOST_CALLS:
                 self._calls.clear()

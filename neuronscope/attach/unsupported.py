@@ -10,6 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["BATCHED_GRADIENT", "IN_TRANSFORM", "describe_input", "holds_no_data", "in_transform", "unsupported_reason"]
 
+# Under names that are quick to find.
+_count_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
 #: Why calls inside a function transform are not measured.
 IN_TRANSFORM = (
     "it ran inside a function transform (`torch.vmap`, `torch.func`), whose tensors cannot be read: these calls were "
@@ -52,8 +56,7 @@ def in_transform(tensor: Tensor) -> bool:
     >>> seen
     [True]
     """
-    functorch = torch._C._functorch
-    return bool(functorch.get_dynamic_layer_stack_depth() or functorch.is_legacy_batchedtensor(tensor))
+    return bool(_count_transforms() or _is_batched(tensor))
 
 
 def unsupported_reason(tensor: Tensor) -> str:

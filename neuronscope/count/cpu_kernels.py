@@ -227,6 +227,7 @@ class _Block:
             self._bytes = self._sums.view(torch.uint8).view(layout.left)
             self._wide = scratch.buffer[: math.prod(layout.left)].view(layout.left)
         self._at_once = max(_PIECE // (shape[1] * shape[2]), 1)
+        self._signed = False  # whether any number was below zero so far; then none is looked for again
 
     def fill(self, part: Tensor, tolerance: float, out: Tensor) -> None:
         """Count zeros, and add up magnitudes if ``out`` has two rows.
@@ -272,10 +273,21 @@ class _Block:
         pieces = part.split(self._at_once)
         sums = torch.empty(len(pieces), self._shape[1], dtype=torch.float32, device="cpu")
         for piece, each in zip(pieces, sums.unbind(), strict=True):
-            numbers = self._numbers[: piece.shape[0]]
-            magnitudes(piece, numbers)
-            _add_up(numbers, each)
+            _add_up(self._magnitudes_of(piece), each)
         torch.sum(sums, 0, out=out)
+
+    def _magnitudes_of(self, piece: Tensor) -> Tensor:
+        """Return the magnitudes of a piece ``(outer, n, inner)``, which are itself if no number is below zero.
+
+        To look for such a number, as there is none behind a ReLU, is quicker than to write magnitudes.
+        """
+        if not self._signed and piece.dtype is torch.float32 and (piece.shape[2] >= _INNER or piece.is_contiguous()):
+            self._signed = piece.amin().item() < 0
+            if not self._signed:  # if there is a NaN, the sum will be NaN
+                return piece
+        numbers = self._numbers[: piece.shape[0]]
+        magnitudes(piece, numbers)
+        return numbers
 
 
 class _Rows:

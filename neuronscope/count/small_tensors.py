@@ -9,7 +9,7 @@ whatever the batch size. Larger tensors are counted directly. No tensor of the n
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class SmallTensors:
 
     def __init__(self, quantities: int) -> None:
         self._quantities = quantities
-        self._shape: torch.Size | None = None  # of the tensors in the buffer, and so are the next three
-        self._dtype = torch.float32
+        self._facts: tuple[Any, ...] = ()  # of the tensors in the buffer, and so are the next two
         self.axis = 0
         self.tolerance = 0.0
         with torch.inference_mode(False):
@@ -77,13 +76,11 @@ class SmallTensors:
         Returns:
             False if the tensor was not added; then the caller must count it.
         """
-        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.layout is not torch.strided:
+        if type(tensor) is not Tensor:
             return False
-        alike = tensor.shape == self._shape and tensor.dtype is self._dtype
-        if not (alike and axis == self.axis and tolerance == self.tolerance):
-            if self.steps or not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
-                return False
-            self._make_room(tensor, axis, tolerance)
+        facts = (tensor.shape, tensor.dtype, tensor.is_cpu, tensor.layout, axis, tolerance)
+        if facts != self._facts and not self._make_room(tensor, facts, axis, tolerance):
+            return False
         steps = self.steps
         number = len(steps)
         self._each[number].copy_(tensor)
@@ -91,16 +88,28 @@ class SmallTensors:
         self.full = number == self._last
         return True
 
-    def _make_room(self, tensor: Tensor, axis: int, tolerance: float) -> None:
-        """Make the buffer anew, for tensors like this one; the arguments are those of :meth:`try_add`."""
+    def _make_room(self, tensor: Tensor, facts: tuple[Any, ...], axis: int, tolerance: float) -> bool:
+        """Make the buffer anew, for tensors like this one, if it is empty; return whether it was made.
+
+        Args:
+            tensor: As of :meth:`try_add`, and so are the last two.
+            facts: What tensors in the buffer have in common.
+            axis: Dimension of the neurons.
+            tolerance: The tolerance.
+        """
+        if self.steps or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+        if not tensor.is_floating_point() or not 0 < tensor.numel() <= SMALL:
+            return False
         with torch.inference_mode(False):
             shape = (math.prod(tensor.shape[:axis]), tensor.shape[axis], math.prod(tensor.shape[axis + 1 :]))
             most = min(_MOST, _NUMBERS // tensor.numel())
             self._room = torch.empty(most, *shape, dtype=tensor.dtype, device="cpu")
             self._each = [each.view(tensor.shape) for each in self._room]
             self._full = None
-        self._shape, self._dtype, self.axis, self.tolerance = tensor.shape, tensor.dtype, axis, tolerance
+        self._facts, self.axis, self.tolerance = facts, axis, tolerance
         self._last = most - 1
+        return True
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the buffer, as views."""
