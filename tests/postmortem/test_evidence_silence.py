@@ -161,6 +161,30 @@ def test_float16_optimizer_state_shows_nothing():
     assert len(said) == 2
 
 
+def test_state_of_bitsandbytes_is_read_in_32_bits_and_named_in_8(tmp_path):
+    """Its kernels compute the means of AdamW, and it keeps them in a dictionary of their own.
+
+    What it keeps in 8 bits is no longer zero where no gradient ever came.
+    """
+    model, optimizer = run(model := network(), torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    state = optimizer.state_dict()
+    (group,) = state["param_groups"]
+    state["param_groups"] = [{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "params")}]
+    for key, kept in state["state"].items():
+        names = {"state1": kept["exp_avg"], "state2": kept["exp_avg_sq"]}
+        if key >= 2:
+            maps = {f"{kind}{one}": torch.ones(256) for kind in ("qmap", "absmax") for one in "12"}
+            names = {name: value.to(torch.uint8) for name, value in names.items()} | maps
+        state["state"][key] = {"step": STEPS, "__bnb_optimizer_quant_state__": names}
+    torch.save({"model": model.state_dict(), "optimizer": state, "step": STEPS}, tmp_path / "last.pt")
+    found, said = examine_file(open_checkpoint(tmp_path / "last.pt"))
+    assert [(piece.layer, "no clock for an 8-bit optimizer" in piece.reason) for piece in said] == [("2", True)]
+    assert {piece.source for piece in found} == {"adam state"}
+    assert [piece.neurons.tolist() for piece in of(found, "no gradient")] == [[2], [3]]
+    assert of(found, "never trained")[0].neurons.tolist() == [1]
+    assert of(found, "alive")[0].neurons.tolist() == [0, 4]
+
+
 def test_muon_has_a_clock_of_its_own():
     """Its decay acts on the weights only, and its buffer falls by the momentum a step; biases are not its own."""
     torch.manual_seed(0)

@@ -265,7 +265,8 @@ class _DecayCheck:
         tensor = self._checkpoint.tensors[name]
         if isinstance(rule, str) or not rule.is_adam or not _fits(state, rule, tensor.shape):
             return False
-        untouched = (_read(state, "exp_avg") == 0) & (_read(state, "exp_avg_sq") == 0)
+        mean, square = (_read(state, slot) for slot in rule.slots)
+        untouched = (mean == 0) & (square == 0)
         if not untouched.any():
             return False
         return bool((tensor.read()[untouched].double().abs() * rule.decay.amount > 1e-15).any())
