@@ -146,6 +146,7 @@ OPTIMIZERS: dict[str, Recipe] = {
     "Muon": Recipe(_muon, 20, 0.95),
     "AdamW, 8 bits (bitsandbytes)": _recipe(_eight_bits, 20, package="bitsandbytes"),
 }
+_WITH_CLOCKS = {"SGD, momentum", "SGD, momentum, decay", "Adam", "AdamW", "amsgrad", "NAdam", "RAdam", "Muon"}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "MLP": mlp,
     "CNN": partial(cnn, SIDE),
@@ -190,7 +191,7 @@ class Cell:
 
 
 def all_cells(seeds: int) -> Iterator[Cell]:
-    """Yield all cells, the common ones first."""
+    """Yield all cells: first each optimizer as it is, then those with a clock in other ways of training."""
     cells = [
         Cell(network, optimizer, schedule, seed)
         for seed in range(seeds)
@@ -198,8 +199,16 @@ def all_cells(seeds: int) -> Iterator[Cell]:
         for network in NETWORKS
         for optimizer in OPTIMIZERS
     ]
-    often = {"SGD, momentum, decay", "Adam", "AdamW"}
-    return iter(sorted(cells, key=lambda cell: (cell.seed, cell.schedule != "constant", cell.optimizer not in often)))
+    return iter(
+        sorted(
+            cells,
+            key=lambda cell: (
+                cell.seed,
+                cell.schedule != "constant",
+                cell.optimizer not in _WITH_CLOCKS or cell.schedule == "bfloat16",
+            ),
+        )
+    )
 
 
 #: Ways of training that begin alike: one training gives a checkpoint for each.

@@ -268,7 +268,8 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
     )
     records = [report for report in recorded_reports(checkpoint) if isinstance(report, Report)]
     sites: list[NamedSite] = [site for report in records for site in report.layers]
-    layers = [layer for layer in find_layers(checkpoint.tensors) if layer.kind in NEURON_KINDS]
+    all_layers = find_layers(checkpoint.tensors)
+    layers = [layer for layer in all_layers if layer.kind in NEURON_KINDS]
     notes = list(checkpoint.notes)
     for dtype, names in unexamined_types(checkpoint.tensors).items():
         notes.append(f"Weights and biases of type {dtype} are not examined: {quoted_list(names)}.")
@@ -309,7 +310,7 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
     # Join all evidence on one unit of a layer, combine it into one verdict, then look for the causes of death.
     left_out = dict.fromkeys(examination.layers, "no activation")
     if not left_out:
-        found = find_projections(find_layers(checkpoint.tensors), checkpoint.networks)
+        found = find_projections(all_layers, checkpoint.networks)
         left_out = {path_of(path): kind for path, kind in found.items()}
     widths = {path_of(layer.path): layer.width for layer in layers}
     evidence, joined = join_units(evidence + places, sites, widths, left_out)
@@ -321,7 +322,7 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
     if network is not None and wake is not None:
         woken = wake_dead_neurons(network, examination, verdicts, unit_places, wake, batch=first, progress=progress)
     verdicts = woken.layers
-    name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in find_layers(checkpoint.tensors)}
+    name_by_path = {layer.path: joined.name_of(path_of(layer.path)) for layer in all_layers}
     decay = weight_decay_per_step(checkpoint)
     recorded = (path_of(site.name) for report in records for site in report.layers if site.is_norm)
     behind_norms = {*examination.normalised, *recorded}
@@ -335,7 +336,7 @@ def _examine(opened: Checkpoint, before: Checkpoint | None, what: _What) -> _Exa
         input_offset=moments.offset(),
         kinds=_kinds(verdicts, sites),
         normalised={
-            *(name_by_path[path] for path in normalised_layers(find_layers(checkpoint.tensors))),
+            *(name_by_path[path] for path in normalised_layers(all_layers)),
             *(layer.name for layer in verdicts if behind_norms.intersection(layer.sites)),
         },
         observed_every=max(map(observed_every, records), default=1),

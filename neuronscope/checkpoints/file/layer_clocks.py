@@ -118,6 +118,7 @@ def read_clocks(
     """
     newest = _newest_steps(states)
     decay_check = _DecayCheck(checkpoint, states)
+    recognize = _Recognizer()
     momentum_layers: dict[tuple[int, SGDClock], list[_RuledLayer]] = {}
     together: list[_RuledLayer] = []
     weights = 0
@@ -130,7 +131,7 @@ def read_clocks(
             )
         if layer.kind not in (*NEURON_KINDS, "norm"):
             continue
-        known = _find_rules(checkpoint, layer, states, decay_check)
+        known = _find_rules(checkpoint, layer, states, decay_check, recognize)
         if isinstance(known, str):
             if layer.kind != "norm":
                 yield Abstention("optimizer state", layer.path, f"No clock for this layer: {known}.")
@@ -184,8 +185,27 @@ def _without_bias(layer: Layer, rules: Mapping[str, OptimizerRule]) -> dict[str,
     return {name: rule for name, rule in rules.items() if name != layer.bias}
 
 
+class _Recognizer:
+    """Recognises the optimizer of each parameter: once for all parameters of a group whose states are alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Hashable, ...], OptimizerRule | str] = {}
+
+    def __call__(self, state: ParameterState) -> OptimizerRule | str:
+        kinds = (getattr(kept, "dtype", "") for kept in state.slots.values())
+        key = id(state.group), *state.slots, *kinds
+        rule = self._known.get(key)
+        if rule is None:
+            rule = self._known[key] = recognize_optimizer(state.group, state.slots)
+        return rule
+
+
 def _find_rules(
-    checkpoint: Checkpoint, layer: Layer, states: Mapping[str, ParameterState], decay_check: _DecayCheck
+    checkpoint: Checkpoint,
+    layer: Layer,
+    states: Mapping[str, ParameterState],
+    decay_check: _DecayCheck,
+    recognize: _Recognizer,
 ) -> dict[str, OptimizerRule] | str:
     """Return the optimizer of each of a layer's tensors that can be read, or why the weight cannot be read."""
     weight = states.get(layer.weight)
@@ -196,7 +216,7 @@ def _find_rules(
         state = states.get(name)
         if state is None:
             continue
-        rule = recognize_optimizer(state.group, state.slots)
+        rule = recognize(state)
         if isinstance(rule, OptimizerRule) and not _fits(state, rule, checkpoint.tensors[name].shape):
             rule = "its optimizer's state has another shape"
         reason = rule if isinstance(rule, str) else decay_check.reason(state, rule)

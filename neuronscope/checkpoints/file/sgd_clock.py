@@ -26,6 +26,9 @@ from neuronscope.checkpoints.file.adam_clock import FASTEST_FADING, SILENT_FOLDS
 
 __all__ = ["BufferPeaks", "SGDClock"]
 
+#: A row counts as without gradient if it is this many e-foldings below its layer's largest, and for 80 steps. Adam's
+#: rows must be farther below the supremum, since living rows are far below it themselves.
+_SILENT_FOLDS = 5.0
 #: Roundings of a decayed buffer per step that it averages. Of 629 rows that were silent for 200 steps and more, all had
 #: less than 1, and .6 % of 6,741 living ones less than 1.5.
 _ROUNDINGS = 1.5
@@ -116,8 +119,8 @@ class SGDClock:
         momentum: μ, in (0, 1); the largest one if a schedule cycles it.
         least_momentum: The least momentum, if a schedule cycles it; ``None`` = ``momentum``.
 
-    >>> round(SGDClock(0.9).silent_steps)
-    80
+    >>> round(SGDClock(0.9).silent_steps), round(SGDClock(0.95).silent_steps)
+    (80, 97)
     """
 
     momentum: float
@@ -146,7 +149,7 @@ class SGDClock:
     @property
     def silent_steps(self) -> float:
         """The estimate above which a row counts as without gradient, in steps."""
-        return silent_steps(self.rate)
+        return silent_steps(self.rate, folds=_SILENT_FOLDS)
 
     @property
     def sure_steps(self) -> float:

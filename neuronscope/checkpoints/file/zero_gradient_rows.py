@@ -29,6 +29,12 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         cause: Why the whole layer gets no gradient; ``None`` if it gets one, or the cause is not known.
     """
     reading, source, path = read.reading, read.rule.source, read.layer.path
+    limit = read.clock.silent_steps
+    is_short = read.taken is not None and read.taken - 1 <= limit
+    is_alive = ~(reading.not_finite | reading.unknown | reading.never | (reading.steps > limit))
+    if not read.rule.no_clock and not is_short and bool(is_alive.all()):
+        yield _alive(read, is_alive)
+        return
     if reading.not_finite.any():
         count = int(reading.not_finite.sum())
         yield Abstention(source, path, f"The optimizer's state of {count} neurons is NaN or infinite.")
@@ -41,8 +47,7 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         )
     readable = ~reading.not_finite & ~reading.unknown
     never = reading.never & readable
-    limit = read.clock.silent_steps
-    if read.rule.no_clock or (read.taken is not None and read.taken - 1 <= limit):
+    if read.rule.no_clock or is_short:
         if not read.rule.no_clock:
             yield Abstention(
                 source,
@@ -76,16 +81,20 @@ def zero_gradient_evidence(read: LayerClock, cause: NoGradientCause | None = Non
         yield from _undated(read, mask & sure, "inferred", as_whole, cause)
         yield from _undated(read, mask & ~sure, "suspected", as_whole, cause)
     if alive.any():
-        yield clock_evidence(
-            read,
-            "alive",
-            alive,
-            reading.steps,
-            _measure(read),
-            "The optimizer's running means show a gradient within this many steps"
-            + (", for any gradients." if read.is_bound else ", by comparison with the layer's largest.")
-            + _caveats(read),
-        )
+        yield _alive(read, alive)
+
+
+def _alive(read: LayerClock, mask: Tensor) -> Evidence:
+    return clock_evidence(
+        read,
+        "alive",
+        mask,
+        read.reading.steps,
+        _measure(read),
+        "The optimizer's running means show a gradient within this many steps"
+        + (", for any gradients." if read.is_bound else ", by comparison with the layer's largest.")
+        + _caveats(read),
+    )
 
 
 def _measure(read: LayerClock) -> str:
