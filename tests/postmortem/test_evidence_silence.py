@@ -106,6 +106,12 @@ def group_of(checkpoint, **changes):
         (lambda p: torch.optim.Adam(p, betas=(0.0, 0.999)), {"max_momentum": 0.9}, "betas of 0 to 0.9"),
         (lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1), {}, "no clock for Adagrad: its sums begin"),
         (lambda p: torch.optim.Rprop(p), {}, "no clock for Rprop"),
+        # SOAP's group, and a slot of Adan's: means under Adam's names that are not Adam's.
+        (
+            torch.optim.Adam,
+            {"amsgrad": None, "decoupled_weight_decay": None, "correct_bias": True, "shampoo_beta": -1},
+            "not those of Adam",
+        ),
         (lambda p: torch.optim.ASGD(p), {}, "no clock for its optimizer, which keeps"),
         (lambda p: torch.optim.Adafactor(p), {}, "no clock for Adafactor"),
     ],

@@ -164,7 +164,7 @@ def _read_momentum(
     whole = [_peaks(checkpoint, layer, states, rules, clock) for layer, rules in found]
     largest = clock.largest(peaks for peaks, (layer, _) in zip(whole, found, strict=True) if layer.kind in NEURON_KINDS)
     for peaks, (layer, rules) in zip(whole, found, strict=True):
-        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock)
+        weights = _peaks(checkpoint, layer, states, _without_bias(layer, rules), clock, as_one=layer.kind == "norm")
         reading = clock.read_layer(peaks, largest)
         yield LayerClock(
             layer=layer,
@@ -313,14 +313,27 @@ def _peaks(
     states: Mapping[str, ParameterState],
     rules: Mapping[str, OptimizerRule],
     clock: SGDClock,
+    as_one: bool = False,
 ) -> BufferPeaks:
-    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together."""
+    """Return the peaks of a layer's rows. Parameters with one weight decay are compared with their weights together.
+
+    Args:
+        checkpoint: The checkpoint.
+        layer: The layer.
+        states: The optimizer state of each parameter.
+        rules: The optimizer of each of the layer's tensors that is read.
+        clock: The optimizer's clock.
+        as_one: Whether to take all rows for one. The gains of a norm show decay only in this way: each row has a single
+            one, which is a multiple of its buffer whatever came.
+    """
     by_decay: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for name, rule in rules.items():
         decay = 0.0 if rule.decay.decoupled else rule.decay.amount * (1.0 - rule.dampening)
-        buffer = layer.rows(_read(states[name], "momentum_buffer"))
-        by_decay.setdefault(decay, []).append((buffer, layer.rows(checkpoint.tensors[name].read())))
-    return reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+        tensors = (_read(states[name], "momentum_buffer"), checkpoint.tensors[name].read())
+        buffer, weight = (tensor.reshape(1, -1) if as_one else layer.rows(tensor) for tensor in tensors)
+        by_decay.setdefault(decay, []).append((buffer, weight))
+    peaks = reduce(BufferPeaks.join, (_joined_peaks(decay, parts, clock) for decay, parts in by_decay.items()))
+    return peaks.repeat(layer.width) if as_one else peaks
 
 
 def _joined_peaks(decay: float, parts: Sequence[tuple[Tensor, Tensor]], clock: SGDClock) -> BufferPeaks:

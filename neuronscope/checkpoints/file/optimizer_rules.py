@@ -108,6 +108,12 @@ _UNREADABLE = (
     ("fastai's optimizers", ("grad_avg", "sqr_avg")),
     ("Rprop", ("step_size",)),
 )
+#: Further tensors that an optimizer may keep beside Adam's means without changing them: those of amsgrad, and copies.
+_BESIDE_MEANS = frozenset({"max_exp_avg_sq", "master_param"})
+#: Settings of the AdamW of transformers before 5, and those that schedulers add. Others begin with it and keep means of
+#: gradients in other coordinates (SOAP, GaLore), in which a row is no neuron.
+_OF_TRANSFORMERS = frozenset({"lr", "betas", "eps", "weight_decay", "correct_bias", "params", "param_names"})
+_OF_SCHEDULERS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "step"})
 _NO_SLOTS = ("step", "ax", "eta", "mu", "mu_product")  # numbers that are kept beside the means
 
 
@@ -119,7 +125,7 @@ def recognize_optimizer(group: Mapping[str, Any], slots: Mapping[str, Any]) -> O
         slots: The saved state of the parameter.
     """
     kept = frozenset(map(str, slots)).difference(_NO_SLOTS)
-    if kept.issuperset(_MEANS):
+    if kept.issuperset(_MEANS) and kept <= _BESIDE_MEANS.union(_MEANS):
         return _adam(group, slots, _MEANS)
     if kept == set(_MEANS_OF_BITSANDBYTES):
         return _adam(group, slots, _MEANS_OF_BITSANDBYTES)
@@ -143,7 +149,9 @@ def _listed(slots: Mapping[str, Any]) -> str:
 
 
 def _adam(group: Mapping[str, Any], slots: Mapping[str, Any], means: tuple[str, str]) -> OptimizerRule | str:
-    always_decoupled = "correct_bias" in group or "use_muon" in group or means != _MEANS
+    numbers = {key for key, value in group.items() if not isinstance(value, str)}
+    of_transformers = "correct_bias" in group and numbers <= _OF_TRANSFORMERS | _OF_SCHEDULERS
+    always_decoupled = of_transformers or "use_muon" in group or means != _MEANS
     if "momentum_decay" in group:
         name = "NAdam"
     elif "amsgrad" in group:

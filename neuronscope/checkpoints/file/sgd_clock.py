@@ -104,6 +104,10 @@ class BufferPeaks:
             self.unknown & other.unknown,
         )
 
+    def repeat(self, rows: int) -> BufferPeaks:
+        """Return the peaks of so many rows, each with this one's."""
+        return BufferPeaks(*(getattr(self, name).repeat(rows) for name in self.__dataclass_fields__))
+
     @property
     def largest(self) -> float:
         """The largest peak that can be told from rounding; 0 if there is none."""

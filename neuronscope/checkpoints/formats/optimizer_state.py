@@ -98,9 +98,7 @@ def _optimizer(found: Mapping[str, Any], strip: Callable[[str], str]) -> Optimiz
         for group in found["param_groups"]
     )
     slots = {
-        key_of(key): {
-            escape_surrogates(name): _plain(value) for name, value in _all_slots(values) if _is_slot(value)
-        }
+        key_of(key): {escape_surrogates(name): _plain(value) for name, value in _all_slots(values) if _is_slot(value)}
         for key, values in found["state"].items()
         if isinstance(values, Mapping)
     }
